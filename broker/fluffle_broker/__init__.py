@@ -1,0 +1,1 @@
+"""The broker: a private RabbitMQ node, and the looking into its queues."""

@@ -1,0 +1,197 @@
+"""``fluffle broker``: the private RabbitMQ node of a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fluffle_broker.record import NodeInfo, Ports
+
+_NOT_RUNNING = 3  # the exit code of `status`, as of systemctl, and of BrokerError
+
+
+def _state_option(command: Any) -> Any:
+    return click.option(
+        "--state",
+        envvar="FLUFFLE_STATE",
+        default=".fluffle",
+        show_default="$FLUFFLE_STATE, else .fluffle here",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Folder of this node's files: configuration, data, logs.",
+    )(command)
+
+
+def _port_option(flag: str, what: str, default: int) -> Callable[[Any], Any]:
+    return click.option(
+        flag,
+        type=click.IntRange(0, 65535),
+        default=None,
+        show_default=str(default),
+        metavar="N",
+        help=f"Port for {what}; 0 chooses a free one.",
+    )
+
+
+@click.group()
+def broker() -> None:
+    r"""Run a private RabbitMQ on this machine.
+
+    It listens on 127.0.0.1 only, keeps every file in one folder and needs no root. An installed
+    rabbitmq-server is used where there is one; where there is apt, Debian's packages are unpacked
+    into ~/.cache/fluffle without installing them; elsewhere it runs in Docker. The coordinator and
+    the workers started in the same folder find it by themselves.
+
+    \b
+      fluffle broker up            start it, or say where it runs already
+      fluffle broker status        is it up, since when, how much memory
+      fluffle broker down          stop it; its data stays for the next 'up'
+    """
+
+
+@broker.command()
+@_state_option
+@_port_option("--port", "AMQP (given 0, all ports not given are free ones)", 5673)
+@_port_option("--management-port", "the management pages and HTTP API", 15673)
+@_port_option("--prometheus-port", "Prometheus metrics", 15693)
+@click.option(
+    "--node-name",
+    default="fluffle",
+    show_default=True,
+    metavar="NAME",
+    help="Erlang's name of the node; its data belongs to that name.",
+)
+def up(
+    state: Path,
+    port: int | None,
+    management_port: int | None,
+    prometheus_port: int | None,
+    node_name: str,
+) -> None:
+    r"""Start the broker of this folder and wait until it serves.
+
+    It goes on when this terminal is closed. Run again, it says where the broker is. What was in
+    its durable queues is there again after a stop or a crash.
+
+    \b
+      fluffle broker up
+      fluffle broker up --state /tmp/second --port 0      one more, on free ports
+    """
+    from fluffle_broker import node
+
+    running = node.running_node(state)
+    if running is not None:
+        click.echo(f"RabbitMQ {running.version} is up already")
+        if port not in (None, 0, running.ports.amqp):
+            click.echo(f"  to move it to port {port}, run 'fluffle broker down' first")
+        _show(running, state)
+        return
+    ports = chosen_ports(port, management_port, prometheus_port)
+    with _progress() as say:
+        info = node.up(state, ports=ports, node_name=node_name, say=say)
+    click.echo(f"RabbitMQ {info.version} is up")
+    _show(info, state)
+
+
+@broker.command()
+@_state_option
+def down(state: Path) -> None:
+    """Stop the broker of this folder; what is in durable queues stays on disk."""
+    from fluffle_broker import node
+
+    with _progress() as say:
+        stopped = node.down(state, say=say)
+    click.echo("RabbitMQ is stopped" if stopped else f"no broker of {state} is running")
+
+
+@broker.command()
+@_state_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.pass_context
+def status(ctx: click.Context, state: Path, as_json: bool) -> None:
+    """Tell whether the broker of this folder is up; exit code 0 if it is, 3 if not."""
+    from fluffle_broker import management, node
+
+    info = node.running_node(state)
+    figures = management.figures(info) if info else None
+    if as_json:
+        click.echo(_as_json(info, figures))
+    elif info is None:
+        click.echo(f"no broker of {state} is running; 'fluffle broker up' starts one")
+    else:
+        click.echo(f"RabbitMQ {info.version} is up")
+        if figures is not None:
+            click.echo(f"  uptime      {_duration(figures.uptime_s)}")
+            click.echo(f"  memory      {figures.memory_bytes / 1e6:.0f} MB")
+        _show(info, state)
+    if info is None:
+        ctx.exit(_NOT_RUNNING)
+
+
+def chosen_ports(amqp: int | None, management: int | None, prometheus: int | None) -> Ports:
+    """Complete the ports of the command line: ``--port 0`` alone means free ones for all."""
+    from fluffle_broker.record import Ports
+
+    usual = Ports(0, 0, 0) if amqp == 0 else Ports()
+    return Ports(
+        amqp=usual.amqp if amqp is None else amqp,
+        management=usual.management if management is None else management,
+        prometheus=usual.prometheus if prometheus is None else prometheus,
+    )
+
+
+def _show(info: NodeInfo, state: Path) -> None:
+    import shlex
+
+    option = "" if state == Path(".fluffle") else f" --state {shlex.quote(str(state))}"
+    rows = {
+        "AMQP": info.url,
+        "management": f"{info.management_url}  (guest / guest)",
+        "metrics": info.prometheus_url,
+        "process": f"{info.pid} ({info.started_as})" if info.pid else info.started_as,
+        "logs": str(info.logs) if info.pid else "docker logs",
+        "stop it": f"fluffle broker down{option}",
+    }
+    for name, value in rows.items():
+        click.echo(f"  {name:<12}{value}")
+
+
+def _as_json(info: NodeInfo | None, figures: Any) -> str:
+    import dataclasses
+    import json
+
+    shown: dict[str, Any] = {"running": info is not None}
+    if info is not None:
+        shown |= {**dataclasses.asdict(info), "folder": str(info.folder), "logs": str(info.logs)}
+        shown |= {"uptime_s": None, "memory_bytes": None}
+    if figures is not None:
+        shown |= dataclasses.asdict(figures)
+    return json.dumps(shown, indent=2)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    shown = [f"{number} {unit}" for number, unit in parts if number]
+    return " ".join(shown[:2]) or "0 s"
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show what is being done on stderr: in place on a terminal, else a line each."""
+    if not sys.stderr.isatty():
+        yield lambda text: click.echo(f"{text} …", err=True)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("looking for RabbitMQ") as shown:
+        yield lambda text: shown.update(escape(text))

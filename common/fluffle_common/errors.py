@@ -1,0 +1,59 @@
+"""Every error fluffle raises on purpose.
+
+::
+
+    FluffleError                one line for the user: the cause, then the remedy
+    ├── UsageError              the command was called wrongly                  exit code 2
+    ├── BrokerError             no broker, or one that cannot be started        exit code 3
+    ├── RunError                the run cannot go on as configured              exit code 4
+    ├── TaskError               the user's task, or its data, failed            exit code 5
+    ├── Refused                 the other side refused us, and said why         exit code 6
+    ├── MalformedMessage        bytes that are not a message of ours
+    └── LinkLost                the connection went; whatever was under way has an unknown outcome
+
+``MalformedMessage`` and ``LinkLost`` are handled inside and never reach a user.
+"""
+
+
+class FluffleError(Exception):
+    """An error whose text is one line that a user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(FluffleError):
+    """The command was called wrongly."""
+
+    exit_code = 2
+
+
+class BrokerError(FluffleError):
+    """No broker answers, or one cannot be started."""
+
+    exit_code = 3
+
+
+class RunError(FluffleError):
+    """The run cannot go on as configured."""
+
+    exit_code = 4
+
+
+class TaskError(FluffleError):
+    """The task, or the data it was given, failed."""
+
+    exit_code = 5
+
+
+class Refused(FluffleError):
+    """The other side refused us and said why."""
+
+    exit_code = 6
+
+
+class MalformedMessage(FluffleError):
+    """Bytes that are not a message of ours; the text is the reason given in ``rejected``."""
+
+
+class LinkLost(FluffleError):
+    """The connection to the broker went; what was under way has an unknown outcome."""

@@ -1,0 +1,287 @@
+"""A broker in this process that keeps the same contract as RabbitMQ.
+
+It has queues, routing, acknowledgements, redelivery, prefetch, competing and exclusive consumers,
+bounds and forced disconnects: enough to run whole federations in one process, in tests and in
+simulations, and to be held to ``tests/contract`` beside the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from fluffle_common.errors import LinkLost
+from fluffle_common.topology import Binding, Entity, Exchange, Queue
+from fluffle_common.transport import (
+    Delivery,
+    Full,
+    Link,
+    Occupied,
+    Properties,
+    Transport,
+    Unroutable,
+)
+
+
+@dataclass(eq=False)
+class _Stored:
+    body: bytes
+    properties: Properties
+    redelivered: bool = False
+
+
+@dataclass(eq=False)
+class _Consumer:
+    link: MemoryLink
+    prefetch: int
+    exclusive: bool
+    deliveries: asyncio.Queue[MemoryDelivery] = field(default_factory=asyncio.Queue)
+    unacked: int = 0
+
+
+@dataclass(eq=False)
+class _Queue:
+    spec: Queue
+    ready: deque[_Stored] = field(default_factory=deque)
+    consumers: list[_Consumer] = field(default_factory=list)
+
+    @property
+    def ready_bytes(self) -> int:
+        return sum(len(stored.body) for stored in self.ready)
+
+    def put(self, stored: _Stored) -> None:
+        arguments = self.spec.arguments
+        most, most_bytes = arguments.get("x-max-length"), arguments.get("x-max-length-bytes")
+
+        def over(count: int, nbytes: int) -> bool:
+            return (most is not None and count > int(most)) or (
+                most_bytes is not None and nbytes > int(most_bytes)
+            )
+
+        if arguments.get("x-overflow") == "reject-publish" and over(
+            len(self.ready) + 1, self.ready_bytes + len(stored.body)
+        ):
+            raise Full(f"queue '{self.spec.name}' is full")
+        self.ready.append(stored)
+        while self.ready and over(len(self.ready), self.ready_bytes):
+            self.ready.popleft()
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Hand out what is ready to whoever has room, in turn."""
+        able = list(self.consumers)
+        if self.spec.arguments.get("x-single-active-consumer"):
+            able = able[:1]
+        while self.ready:
+            consumer = next((c for c in able if c.unacked < c.prefetch), None)
+            if consumer is None:
+                return
+            stored = self.ready.popleft()
+            consumer.unacked += 1
+            consumer.deliveries.put_nowait(MemoryDelivery(self, stored, consumer.link, consumer))
+            able.append(able.pop(able.index(consumer)))
+
+
+class MemoryDelivery:
+    """See ``transport.Delivery``."""
+
+    def __init__(
+        self, queue: _Queue, stored: _Stored, link: MemoryLink, consumer: _Consumer | None
+    ) -> None:
+        self.body = stored.body
+        self.properties = stored.properties
+        self.redelivered = stored.redelivered
+        self._queue, self._stored, self._link, self._consumer = queue, stored, link, consumer
+        link.held.append(self)
+
+    async def ack(self) -> None:
+        """See ``transport.Delivery``."""
+        self._settle()
+
+    async def release(self) -> None:
+        """See ``transport.Delivery``."""
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Return to the head of the queue, marked as redelivered."""
+        if self._settle():
+            self._queue.ready.appendleft(self._stored)
+            self._stored.redelivered = True
+            self._queue.dispatch()
+
+    def _settle(self) -> bool:
+        if self not in self._link.held:
+            return False
+        self._link.held.remove(self)
+        if self._consumer is not None:
+            self._consumer.unacked -= 1
+            self._queue.dispatch()
+        return True
+
+
+class MemoryLink(Link):
+    """See ``transport.Link``."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+        self._gone = asyncio.Event()
+        self.held: list[MemoryDelivery] = []
+
+    async def declare(self, entities: Iterable[Entity]) -> None:
+        """See ``transport.Link``."""
+        self._check()
+        for entity in entities:
+            self._broker.declare(entity)
+
+    async def publish(
+        self, body: bytes, properties: Properties, *, exchange: str, keys: Sequence[str]
+    ) -> None:
+        """See ``transport.Link``."""
+        self._check()
+        self._broker.route(_Stored(body, properties), exchange, keys)
+
+    async def consume(
+        self, queue: str, *, prefetch: int, exclusive: bool = False
+    ) -> AsyncIterator[Delivery]:
+        """See ``transport.Link``."""
+        self._check()
+        source = self._broker.queues[queue]
+        if source.consumers and (exclusive or source.consumers[0].exclusive):
+            raise Occupied(f"queue '{queue}' has another consumer")
+        consumer = _Consumer(self, prefetch, exclusive)
+        source.consumers.append(consumer)
+        source.dispatch()
+        return self._deliveries(source, consumer)
+
+    async def _deliveries(self, source: _Queue, consumer: _Consumer) -> AsyncIterator[Delivery]:
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            while True:
+                taken = asyncio.ensure_future(consumer.deliveries.get())
+                try:
+                    await asyncio.wait({taken, gone}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not taken.done():
+                        taken.cancel()
+                self._check()
+                yield taken.result()
+        finally:
+            gone.cancel()
+            if consumer in source.consumers:
+                source.consumers.remove(consumer)
+                source.dispatch()
+
+    async def get(self, queue: str) -> Delivery | None:
+        """See ``transport.Link``."""
+        self._check()
+        source = self._broker.queues[queue]
+        if not source.ready:
+            return None
+        return MemoryDelivery(source, source.ready.popleft(), self, None)
+
+    async def purge(self, queue: str) -> int:
+        """See ``transport.Link``."""
+        self._check()
+        ready = self._broker.queues[queue].ready
+        count = len(ready)
+        ready.clear()
+        return count
+
+    async def lost(self) -> None:
+        """See ``transport.Link``."""
+        await self._gone.wait()
+
+    async def close(self) -> None:
+        """See ``transport.Link``."""
+        self.cut()
+
+    def cut(self) -> None:
+        """Lose the link now: everything unacknowledged goes back to its queue."""
+        if self._gone.is_set():
+            return
+        self._gone.set()
+        for queue in self._broker.queues.values():
+            queue.consumers = [c for c in queue.consumers if c.link is not self]
+        for delivery in reversed(list(self.held)):
+            delivery.give_back()
+        self._broker.links.discard(self)
+        for queue in self._broker.queues.values():
+            queue.dispatch()
+
+    def _check(self) -> None:
+        if self._gone.is_set():
+            raise LinkLost("the link was lost")
+
+
+class MemoryBroker(Transport):
+    """A broker in this process; every ``open`` is a connection of its own."""
+
+    def __init__(self) -> None:
+        self.exchanges: dict[str, Exchange] = {}
+        self.queues: dict[str, _Queue] = {}
+        self.bindings: set[Binding] = set()
+        self.links: set[MemoryLink] = set()
+        self.up = True
+
+    @property
+    def address(self) -> str:
+        """See ``transport.Transport``."""
+        return "memory"
+
+    async def open(self) -> MemoryLink:
+        """See ``transport.Transport``."""
+        if not self.up:
+            raise LinkLost("the broker is down")
+        link = MemoryLink(self)
+        self.links.add(link)
+        return link
+
+    def stop(self) -> None:
+        """Go down: cut every link and lose every message that is not durable."""
+        self.up = False
+        for link in list(self.links):
+            link.cut()
+        for queue in self.queues.values():
+            queue.ready = deque(s for s in queue.ready if s.properties.durable)
+
+    def start(self) -> None:
+        """Come up again, with what was durable."""
+        self.up = True
+
+    def declare(self, entity: Entity) -> None:
+        """Make sure that an entity exists."""
+        if isinstance(entity, Exchange):
+            self.exchanges.setdefault(entity.name, entity)
+        elif isinstance(entity, Queue):
+            self.queues.setdefault(entity.name, _Queue(entity))
+        else:
+            self.bindings.add(entity)
+
+    def route(self, stored: _Stored, exchange: str, keys: Sequence[str]) -> None:
+        """Put a message into every queue that one of the keys leads to, once each."""
+        targets = {name for key in keys for name in self._targets(exchange, key)}
+        if not targets:
+            raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
+        for name in sorted(targets):
+            self.queues[name].put(replace(stored))
+
+    def _targets(self, exchange: str, key: str) -> set[str]:
+        if not exchange:  # the default exchange: every queue is bound to it under its own name
+            return {key} & self.queues.keys()
+        spec = self.exchanges[exchange]
+        found = {
+            b.queue for b in self.bindings if b.exchange == exchange and _matches(spec, b.key, key)
+        }
+        if not found and spec.alternate:
+            return self._targets(spec.alternate, key)
+        return found
+
+
+def _matches(exchange: Exchange, pattern: str, key: str) -> bool:
+    if exchange.type == "fanout":
+        return True
+    if exchange.type == "topic" and pattern.endswith(".#"):
+        return key == pattern[:-2] or key.startswith(pattern[:-1])
+    return pattern == key

@@ -1,0 +1,270 @@
+"""The messages: what a coordinator and a worker say to each other.
+
+Every message is a small, frozen header; some carry tensors behind it (see ``wire``). Strict: an
+unknown field or a wrong type is a ``MalformedMessage`` with the reason, never a guess. The field
+names here are the names on the wire, in the journal and in the documentation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+
+from fluffle_common.errors import MalformedMessage
+
+MAX_NUM_EXAMPLES = 10**12
+MAX_TENSORS = 100_000
+
+# Names end up in queue names and routing keys. A federation has no dot, so that its names on the
+# broker cannot be mistaken for another federation's.
+FEDERATION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+WORKER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+
+Federation = Annotated[str, Field(pattern=FEDERATION_PATTERN)]
+WorkerId = Annotated[str, Field(pattern=WORKER_PATTERN)]
+Id = Annotated[str, Field(min_length=1, max_length=64)]
+Round = Annotated[int, Field(ge=0, le=10**9)]
+NumExamples = Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Metric = Annotated[float, Field(allow_inf_nan=False)]
+Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], Metric], Field(max_length=64)]
+Text = Annotated[str, Field(max_length=2000)]
+Classes = Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Strict(False)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class TensorEntry(_Model):
+    """Where one tensor lies in the payload: little-endian, C order, ``offset`` a multiple of 64."""
+
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    dtype: Annotated[str, Field(max_length=16)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(max_length=32)]
+    offset: Annotated[int, Field(ge=0)]
+    nbytes: Annotated[int, Field(ge=0)]
+
+
+class Transfer(_Model):
+    """A payload that travels apart from its message, cut into ``part`` messages."""
+
+    id: Id
+    parts: Annotated[int, Field(ge=1, le=10**6)]
+    nbytes: Annotated[int, Field(ge=1)]
+
+
+class Plan(_Model):
+    """How to train in this round; the same for every worker.
+
+    ``deadline_s`` counts from the opening of the round; ``config`` is free for a task's own use.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    deadline_s: Seconds | None = None
+    config: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+
+class _Header(_Model):
+    """What every message says first."""
+
+    protocol: Literal[1] = 1
+    federation: Federation
+    pad: bytes = b""  # fills the header up, so that the payload starts at a multiple of 64 bytes
+
+    direction: ClassVar[str]
+
+    @property
+    def identity(self) -> str:
+        """What makes two messages the same message: the AMQP ``message_id``, kept on a resend."""
+        fields = ("kind", "run", "round", "worker")
+        return "/".join(str(v) for v in (getattr(self, f, None) for f in fields) if v is not None)
+
+
+class _WithTensors(_Header):
+    """A message whose payload is tensors."""
+
+    tensors: Annotated[tuple[TensorEntry, ...], Strict(False), Field(max_length=MAX_TENSORS)] = ()
+    transfer: Transfer | None = None
+
+
+# --- coordinator to worker ---------------------------------------------------------------------
+
+
+class Welcome(_Header):
+    """The answer to a hello: you are in; this is where the run stands."""
+
+    kind: Literal["welcome"] = "welcome"
+    run: Id
+    round: Round
+    rounds: Round
+
+
+class Refusal(_Header):
+    """The answer to a hello that cannot be accepted; ``session`` says whose hello it was."""
+
+    kind: Literal["refusal"] = "refusal"
+    session: Id
+    reason: Text
+
+
+class InitRequest(_Header):
+    """Asks one worker for the first weights."""
+
+    kind: Literal["init_request"] = "init_request"
+    run: Id
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Fit(_WithTensors):
+    """The work of a round: evaluate these weights (if ``evaluate``), then train them.
+
+    The tensors are the weights that round ``round - 1`` committed (round 0: the first weights).
+    """
+
+    kind: Literal["fit"] = "fit"
+    run: Id
+    round: Annotated[Round, Field(ge=1)]
+    evaluate: bool
+    plan: Plan
+
+
+class Evaluate(_WithTensors):
+    """Evaluate the weights that ``round`` committed: sent once, after the last round."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    run: Id
+    round: Round
+
+
+class Stop(_Header):
+    """The run has ended; there is no more work in it."""
+
+    kind: Literal["stop"] = "stop"
+    run: Id
+    round: Round
+    reason: Text
+
+
+# --- worker to coordinator ---------------------------------------------------------------------
+
+
+class _Presence(_Header):
+    """Who a worker is and what it does: ``round`` of ``run`` is what it works on or did last."""
+
+    worker: WorkerId
+    session: Id
+    num_examples: NumExamples
+    task: Text
+    classes: Classes = ()
+    heartbeat_s: Annotated[float, Field(gt=0, le=3600)]
+    state: Literal["idle", "receiving", "evaluating", "training", "sending"] = "idle"
+    run: Id | None = None
+    round: Round = 0
+    step: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(ge=0)] = 0
+    loss: Metric | None = None
+
+
+class Hello(_Presence):
+    """A worker has connected, or connected again. ``session`` is new at every process start."""
+
+    kind: Literal["hello"] = "hello"
+
+
+class Heartbeat(_Presence):
+    """Every ``heartbeat_s`` seconds; it repeats the hello, for a coordinator that started later."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+
+
+class Bye(_Header):
+    """A worker leaves on purpose."""
+
+    kind: Literal["bye"] = "bye"
+    worker: WorkerId
+    session: Id
+    reason: Text
+
+
+class Failure(_Header):
+    """A worker's task failed in this round; the worker itself stays."""
+
+    kind: Literal["failure"] = "failure"
+    worker: WorkerId
+    session: Id
+    run: Id
+    round: Round
+    reason: Text
+
+
+class FirstWeights(_WithTensors):
+    """The answer to an ``init_request``."""
+
+    kind: Literal["first_weights"] = "first_weights"
+    run: Id
+    worker: WorkerId
+
+
+class Update(_WithTensors):
+    """What a worker learnt in a round: the tensors are trained - received.
+
+    (run, round, worker) is its identity: it is counted at most once, however often it is sent.
+    """
+
+    kind: Literal["update"] = "update"
+    run: Id
+    round: Annotated[Round, Field(ge=1)]
+    worker: WorkerId
+    num_examples: NumExamples
+    seconds: Seconds
+    metrics: Metrics = Field(default_factory=dict)
+
+
+class Evaluation(_Header):
+    """How the weights that ``round`` committed do on a worker's own held-out data."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    run: Id
+    round: Round
+    worker: WorkerId
+    num_examples: NumExamples
+    loss: Metric
+    metrics: Metrics = Field(default_factory=dict)
+
+
+# --- both ways ---------------------------------------------------------------------------------
+
+
+class Part(_Header):
+    """One piece of a payload too large for one message; ``part`` counts from 0."""
+
+    kind: Literal["part"] = "part"
+    transfer: Id
+    part: Annotated[int, Field(ge=0)]
+
+
+WithTensors = Fit | Evaluate | FirstWeights | Update
+ToWorker = Welcome | Refusal | InitRequest | Fit | Evaluate | Stop
+FromWorker = Hello | Heartbeat | Bye | Failure | FirstWeights | Update | Evaluation
+Message = ToWorker | FromWorker | Part
+
+_adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def parse(header: Any) -> Message:
+    """Turn a decoded header into its message.
+
+    Raises:
+        MalformedMessage: naming the first field that is wrong, and what is wrong with it.
+    """
+    try:
+        return _adapter.validate_python(header)
+    except ValidationError as wrong:
+        first = wrong.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(step) for step in first["loc"]) or "header"
+        raise MalformedMessage(f"{where}: {first['msg']}"[:500]) from None

@@ -1,0 +1,81 @@
+"""Where things are: the broker's URL, the state folder. Read at the CLI, passed down as values."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluffle_common.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/"
+
+
+def state_folder() -> Path:
+    """Return the folder for what outlives a command: ``$FLUFFLE_STATE``, else ``.fluffle`` here."""
+    return Path(os.environ.get("FLUFFLE_STATE") or ".fluffle")
+
+
+def node_record(state: Path) -> dict[str, str | int]:
+    """Return what ``fluffle broker up`` noted of its node; empty where there is none."""
+    try:
+        record: dict[str, str | int] = json.loads((state / "broker" / "node.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def broker_url(given: str | None) -> str:
+    """Return the broker's URL: the one given, else that of our own node, else the usual one."""
+    return given or str(node_record(state_folder()).get("url") or DEFAULT_URL)
+
+
+def check_federation(name: str) -> str:
+    """Return the name of a federation.
+
+    Raises:
+        UsageError: where it cannot be one.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"'{name}' cannot be the name of a federation: "
+            "letters, digits, '-' and '_', at most 64, no dot"
+        )
+    return name
+
+
+def check_worker(name: str) -> str:
+    """Return the id of a worker.
+
+    Raises:
+        UsageError: where it cannot be one.
+    """
+    if not _WORKER.fullmatch(name):
+        raise UsageError(
+            f"'{name}' cannot be the id of a worker: letters, digits, '-', '_' and '.', at most "
+            "64; give another with --id"
+        )
+    return name
+
+
+def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
+    """Parse ``KEY=VALUE`` pairs; a value that is a number, true or false becomes one.
+
+    Raises:
+        UsageError: where a pair is none.
+    """
+    config: dict[str, bool | int | float | str] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--config wants KEY=VALUE, not '{pair}'")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        config[key] = value if isinstance(value, bool | int | float) else text
+    return config

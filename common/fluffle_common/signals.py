@@ -1,0 +1,47 @@
+"""Running until done or until told to stop: Ctrl-C and SIGTERM end a program cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """A signal came; what was running has been cancelled and has cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine; SIGINT and SIGTERM cancel it, a second one ends the process at once.
+
+    Raises:
+        Interrupted: after a signal, when the coroutine has cleaned up.
+    """
+    received: list[int] = []
+
+    async def watched() -> T:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(main)
+
+        def stop(number: int) -> None:
+            received.append(number)
+            task.cancel()
+            for each in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(each)
+                signal.signal(each, signal.SIG_DFL)
+
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, stop, each)
+        return await task
+
+    with contextlib.suppress(asyncio.CancelledError):
+        return asyncio.run(watched())
+    raise Interrupted(received[0] if received else signal.SIGTERM)

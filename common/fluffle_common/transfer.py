@@ -1,0 +1,147 @@
+"""Sending and taking messages that carry tensors, whether in one piece or in parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.messages import Message, Part, Transfer, WithTensors
+from fluffle_common.transport import Delivery, Link, Properties
+from fluffle_common.weights import Weights
+from fluffle_common.wire import Assembly, decode, describe, encode, pack
+
+# How many parts may be on their way to the broker, unconfirmed: enough that it never waits for us.
+_WINDOW = 4
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a message goes, and whether it outlives the broker."""
+
+    exchange: str
+    keys: Sequence[str]
+    durable: bool = True
+
+
+async def send(link: Link, message: Message, route: Route) -> None:
+    """Publish a message without tensors."""
+    await _publish(link, message, encode(message), route)
+
+
+async def send_tensors(
+    link: Link,
+    message: WithTensors,
+    weights: Weights,
+    route: Route,
+    *,
+    parts: Route | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Publish a message that carries tensors, in one piece or, where it is large, in parts.
+
+    Args:
+        link: the way to the broker.
+        message: the header, yet without its table of tensors.
+        weights: the tensors.
+        route: where the message goes.
+        parts: where its parts go, ahead of it; None sends them after it, the same way.
+        progress: told how many parts of how many the broker has taken.
+    """
+    # Off the loop: packing is a copy of all bytes, and signs of life must go out meanwhile.
+    announced, body, pieces = await asyncio.to_thread(pack, message, weights)
+    if announced.transfer is None:
+        await _publish(link, announced, body, route)
+    elif parts is not None:
+        await _send_parts(link, announced.transfer, pieces, parts, progress)
+        await _publish(link, announced, body, route)
+    else:
+        await _publish(link, announced, body, route)
+        await _send_parts(link, announced.transfer, pieces, route, progress)
+
+
+async def _publish(link: Link, message: Message, body: bytes, route: Route) -> None:
+    properties = Properties(
+        type=message.kind,
+        message_id=message.identity,
+        headers={**describe(message), "bytes": len(body)},
+        durable=route.durable,
+    )
+    await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
+
+
+async def _send_parts(
+    link: Link,
+    transfer: Transfer,
+    parts: Iterator[bytes],
+    route: Route,
+    progress: Progress | None,
+) -> None:
+    window = asyncio.Semaphore(_WINDOW)
+
+    async def one(number: int, body: bytes) -> None:
+        headers = {"part": number, "parts": transfer.parts, "bytes": len(body)}
+        properties = Properties(
+            type="part",
+            message_id=f"{transfer.id}/{number}",
+            headers=headers,
+            durable=route.durable,
+        )
+        try:
+            await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
+        finally:
+            window.release()
+        if progress is not None:
+            progress(number + 1, transfer.parts)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number, body in enumerate(parts):
+                await window.acquire()
+                group.create_task(one(number, body))
+    except BaseExceptionGroup as several:  # they all fail for the link's reason
+        raise several.exceptions[0] from None
+
+
+async def fetch(
+    link: Link,
+    queue: str,
+    transfer: Transfer,
+    max_bytes: int,
+    progress: Progress | None = None,
+) -> tuple[memoryview, list[Delivery]]:
+    """Pull the parts of a transfer out of a queue.
+
+    Returns:
+        The payload, and the deliveries to acknowledge once it has been used for good. Parts of
+        other transfers, which nobody will ask for again, are acknowledged on the way.
+
+    Raises:
+        MalformedMessage: where parts are missing or wrong.
+    """
+    assembly = Assembly(transfer, max_bytes)
+    held: list[Delivery] = []
+    try:
+        while not assembly.complete:
+            delivery = await link.get(queue)
+            if delivery is None:
+                raise MalformedMessage(
+                    f"{assembly.done_parts} of {transfer.parts} parts are there, the rest is gone"
+                )
+            message, payload = decode(delivery.body)
+            if not isinstance(message, Part) or message.transfer != transfer.id:
+                await delivery.ack()
+                continue
+            held.append(delivery)
+            assembly.add(message, payload)
+            delivery.body = b""
+            if progress is not None:
+                progress(assembly.done_parts, transfer.parts)
+        return assembly.payload(), held
+    except MalformedMessage:
+        for delivery in held:
+            await delivery.ack()
+        raise

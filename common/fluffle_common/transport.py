@@ -1,0 +1,189 @@
+"""What fluffle asks of a broker: the contract that ``amqp`` and ``memory`` both keep.
+
+A ``Transport`` opens a ``Link``, one connection's life. A link never repairs itself: when anything
+of it breaks, all of it is lost, every waiting call raises ``LinkLost``, and what was delivered over
+it and not acknowledged will be delivered again over another link. Repairing is opening a new link,
+which ``links`` does with backoff; so every layer above sees one plain event instead of a connection
+in an unknown state.
+
+The contract, which ``tests/contract`` holds both implementations to:
+
+- ``publish`` returns when the broker has taken the message, and raises ``LinkLost`` when that is
+  unknown: the caller sends again, under the same ``message_id``.
+- A delivery is handed out to one consumer, and again (``redelivered``) if that consumer's link is
+  lost before it was acknowledged. At most ``prefetch`` are unacknowledged at a time.
+- Acknowledging over a link that is lost does nothing: the redelivery is under way already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.topology import Entity
+
+HeaderValue = str | int | float | bool
+
+
+class Full(Exception):
+    """The queue has no room; nothing was lost, the sender tries again later."""
+
+
+class Unroutable(Exception):
+    """No queue is bound for this message; it was not taken."""
+
+
+class Occupied(Exception):
+    """Another consumer has the queue for itself."""
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What travels beside a body, readable in RabbitMQ's own pages.
+
+    ``user`` is filled in by the broker's own check of the sender, where the sender gave it.
+    """
+
+    type: str = ""
+    message_id: str = ""
+    headers: Mapping[str, HeaderValue] = field(default_factory=dict)
+    durable: bool = True
+    user: str | None = None
+
+
+class Delivery(Protocol):
+    """One message handed out to us, ours until we acknowledge it."""
+
+    body: bytes
+    properties: Properties
+    redelivered: bool
+
+    async def ack(self) -> None:
+        """We are done with it."""
+
+    async def release(self) -> None:
+        """Give it back: it goes to the queue again."""
+
+
+class Link(Protocol):
+    """One connection's life."""
+
+    async def declare(self, entities: Iterable[Entity]) -> None:
+        """Make sure that these exist."""
+
+    async def publish(
+        self, body: bytes, properties: Properties, *, exchange: str, keys: Sequence[str]
+    ) -> None:
+        """Send one message to every queue bound to ``exchange`` under one of ``keys``.
+
+        Raises:
+            Unroutable: where none is.
+            Full: where a queue refused it for want of room.
+            LinkLost: where the outcome is unknown.
+        """
+
+    async def consume(
+        self, queue: str, *, prefetch: int, exclusive: bool = False
+    ) -> AsyncIterator[Delivery]:
+        """Begin to consume; the iterator yields until the link is lost, which raises ``LinkLost``.
+
+        Raises:
+            Occupied: where ``exclusive`` is asked and another consumer is there, or the other way.
+        """
+
+    async def get(self, queue: str) -> Delivery | None:
+        """Take one message, or None where there is none."""
+
+    async def purge(self, queue: str) -> int:
+        """Drop what is ready in a queue; return how many messages that were."""
+
+    async def lost(self) -> None:
+        """Return when the link is lost."""
+
+    async def close(self) -> None:
+        """Lose the link on purpose; nothing raises."""
+
+
+class Transport(Protocol):
+    """Where links come from."""
+
+    @property
+    def address(self) -> str:
+        """The broker's address for messages to people, without the password."""
+
+    async def open(self) -> Link:
+        """Open a link.
+
+        Raises:
+            LinkLost: where the broker cannot be reached now; trying again is sensible.
+            BrokerError: where trying again is not: refused credentials, an unknown vhost.
+        """
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """How long to wait between attempts: doubling up to ``most_s``, ``give_up_s`` in all."""
+
+    first_s: float = 0.2
+    most_s: float = 5.0
+    give_up_s: float = 600.0
+
+
+async def together(*works: Coroutine[Any, Any, None]) -> None:
+    """Run works side by side until the first fails, which ends them all; raise what it raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
+
+
+async def links(
+    transport: Transport, backoff: Backoff, waiting: Callable[[str, float], None]
+) -> AsyncGenerator[Link, None]:
+    """Yield one link after another, each when the one before it is done with.
+
+    Args:
+        transport: where links come from.
+        backoff: how long to wait between attempts, and when to give up.
+        waiting: told why there is no link and in how many seconds the next attempt is made.
+
+    Raises:
+        BrokerError: when no link could be opened for ``backoff.give_up_s`` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    pause, since = backoff.first_s, loop.time()
+    while True:
+        try:
+            link = await transport.open()
+        except LinkLost as why:
+            if loop.time() - since + pause > backoff.give_up_s:
+                raise BrokerError(
+                    f"no broker at {transport.address} for {backoff.give_up_s:.0f} s ({why}); "
+                    "start one with 'fluffle broker up' or name one with --url"
+                ) from None
+            waiting(str(why), pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, backoff.most_s)
+            continue
+        opened = loop.time()
+        try:
+            yield link
+        finally:
+            await link.close()
+        # A link that broke at once is no reason to hammer the broker.
+        pause = backoff.first_s if loop.time() - opened > pause else min(2 * pause, backoff.most_s)
+        since = loop.time()
+        await asyncio.sleep(pause)

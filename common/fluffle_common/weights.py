@@ -1,0 +1,118 @@
+"""Named tensors, and the arithmetic both sides must agree on.
+
+Weights are a mapping from a path (``"conv1/kernel"``) to a NumPy array. What travels from a worker
+is not the trained weights but the *delta*, trained - received: the pseudo-gradient that server
+optimizers, clipping and compression all want (Reddi et al., "Adaptive Federated Optimization",
+ICLR 2021, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Weights = Mapping[str, Array]
+
+FLOATS = ("float16", "float32", "float64")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES = frozenset(FLOATS + INTEGERS)
+
+
+def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which a delta of ``dtype`` travels.
+
+    Floats keep their own; a difference of integers of any width needs a sign, so it is int64.
+
+    Example:
+        >>> delta_dtype(np.dtype("uint8"))
+        dtype('int64')
+    """
+    return np.dtype(np.int64) if dtype.kind in "iu" else dtype
+
+
+def delta(trained: Weights, received: Weights) -> dict[str, Array]:
+    """Subtract what was received from what was trained, tensor by tensor.
+
+    Args:
+        trained: the weights after the local epochs; same names, shapes and dtypes as ``received``.
+        received: the global weights of the round.
+
+    Returns:
+        trained - received, in ``delta_dtype`` of each tensor.
+
+    Raises:
+        ValueError: where names, shapes or dtypes differ.
+    """
+    same_form(trained, received)
+    return {
+        name: np.subtract(trained[name], base, dtype=delta_dtype(base.dtype))
+        for name, base in received.items()
+    }
+
+
+def same_form(weights: Weights, like: Weights) -> None:
+    """Check that two sets of weights have the same names, shapes and dtypes.
+
+    Raises:
+        ValueError: naming the first tensor that differs, and how.
+    """
+    _same_names(weights, like)
+    for name, expected in like.items():
+        _same_tensor(name, weights[name], expected.shape, expected.dtype)
+
+
+def check_delta(update: Weights, base: Weights) -> None:
+    """Check that ``update`` is a delta for ``base``: names, shapes, dtypes, and finite everywhere.
+
+    Nothing is broadcast: a shape of (1,) is not a shape of ().
+
+    Raises:
+        ValueError: naming the first tensor that differs, and how.
+    """
+    _same_names(update, base)
+    for name, expected in base.items():
+        tensor = update[name]
+        _same_tensor(name, tensor, expected.shape, delta_dtype(expected.dtype))
+        check_finite(name, tensor)
+
+
+def check_finite(name: str, tensor: Array) -> None:
+    """Raise ValueError where a float tensor holds NaN or an infinity."""
+    if tensor.dtype.kind != "f":
+        return
+    # A sum is finite only if every term is; it needs no boolean array of the tensor's size. Only
+    # where it is not finite (which large finite values can cause too) is the exact test worth it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(tensor.sum()):
+            return
+    bad = int(tensor.size - np.isfinite(tensor).sum())
+    if bad:
+        raise ValueError(f"tensor '{name}' has {bad} values that are NaN or infinite")
+
+
+def size_bytes(weights: Weights) -> int:
+    """Return the number of bytes of all tensors together."""
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
+def _same_names(weights: Weights, like: Weights) -> None:
+    if weights.keys() == like.keys():
+        return
+    missing = sorted(like.keys() - weights.keys())
+    extra = sorted(weights.keys() - like.keys())
+    told = [
+        f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unknown", extra))
+        if names
+    ]
+    raise ValueError(f"tensor names differ from the model's: {'; '.join(told)}")
+
+
+def _same_tensor(name: str, tensor: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"tensor '{name}' has shape {tensor.shape}, the model has {shape}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"tensor '{name}' is {tensor.dtype}, expected {dtype}")

@@ -1,0 +1,278 @@
+"""Bytes to messages and back, bounded and checked.
+
+A body is one msgpack document, the array ``[header, payload]``: a map and one ``bin`` that holds
+every tensor, little-endian, each at a multiple of 64 bytes. Any msgpack library reads it. Because
+the payload comes last, a reader takes it as a memoryview without copying it, and because the header
+is padded, the payload itself starts at a multiple of 64 bytes of the body.
+
+What arrives is hostile until checked here: nothing is allocated from a number in a header, and
+whatever is wrong with it is a ``MalformedMessage`` that says so.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.messages import (
+    Message,
+    Part,
+    TensorEntry,
+    Transfer,
+    WithTensors,
+    parse,
+)
+from fluffle_common.weights import DTYPES, Array, Weights
+
+ALIGNMENT = 64
+MAX_HEADER_BYTES = 32 * 2**20
+# A payload up to this size travels inside its message, a larger one in parts of this size: small
+# enough that no broker refuses it (RabbitMQ 4 stops at 16 MiB) and that neither side nor the broker
+# holds more than a few of them at a time.
+PART_BYTES = 4 * 2**20
+
+_ARRAY_OF_TWO = b"\x92"
+_BIN = {0xC4: struct.Struct(">B"), 0xC5: struct.Struct(">H"), 0xC6: struct.Struct(">I")}
+_BIN32 = struct.Struct(">BI")
+
+
+def encode(message: Message, payload: bytes | memoryview | list[memoryview] = b"") -> bytes:
+    """Pack a message and its payload into one document.
+
+    Args:
+        message: the header.
+        payload: the bytes behind it, or the pieces that make them up (see ``lay_out``).
+
+    Returns:
+        The body, made with a single copy of the payload.
+    """
+    pieces = payload if isinstance(payload, list) else [payload]
+    nbytes = sum(len(piece) for piece in pieces)
+    header = message.model_dump(exclude={"pad"}, exclude_none=True)
+    packed: bytes = msgpack.packb(header)
+    if nbytes:
+        # "pad" adds its key (4 bytes) and a bin8 head (2 bytes) before its filling.
+        before = len(_ARRAY_OF_TWO) + len(packed) + 6 + _BIN32.size
+        packed = msgpack.packb({**header, "pad": bytes(-before % ALIGNMENT)})
+    return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, nbytes), *pieces])
+
+
+def decode(body: bytes) -> tuple[Message, memoryview]:
+    """Unpack a body into its message and its payload, a view into ``body``.
+
+    Raises:
+        MalformedMessage: where the body is anything else than one whole, valid document.
+    """
+    if body[:1] != _ARRAY_OF_TWO:
+        raise MalformedMessage("not a msgpack array of [header, payload]")
+    unpacker = msgpack.Unpacker(
+        max_buffer_size=MAX_HEADER_BYTES, max_ext_len=0, strict_map_key=True, raw=False
+    )
+    view = memoryview(body)
+    try:
+        unpacker.feed(view[1 : 1 + MAX_HEADER_BYTES])
+        header = unpacker.unpack()
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as wrong:
+        told = str(wrong) or type(wrong).__name__
+        raise MalformedMessage(f"the header is not valid msgpack: {told}"[:500]) from None
+    if not isinstance(header, dict):
+        raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
+    return parse(header), _payload(view, 1 + unpacker.tell())
+
+
+def _payload(view: memoryview, start: int) -> memoryview:
+    head = view[start : start + 1].tobytes()
+    size = _BIN.get(head[0]) if head else None
+    if size is None:
+        raise MalformedMessage("the payload is missing, or is not a msgpack bin")
+    if len(view) < start + 1 + size.size:
+        raise MalformedMessage("the body ends within the payload's length")
+    (claimed,) = size.unpack_from(view, start + 1)
+    payload = view[start + 1 + size.size :]
+    if claimed != len(payload):
+        raise MalformedMessage(f"the payload claims {claimed} bytes, {len(payload)} are there")
+    return payload
+
+
+def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]]:
+    """Lay tensors out one behind the other in a payload.
+
+    Returns:
+        The tensor table, and the pieces (views of the arrays, and padding between them) that
+        joined make the payload. An array that is already little-endian and C-contiguous is not
+        copied.
+
+    Raises:
+        ValueError: for a dtype that does not travel.
+    """
+    table: list[TensorEntry] = []
+    pieces: list[memoryview] = []
+    offset = 0
+    for name, tensor in weights.items():
+        if tensor.dtype.name not in DTYPES:
+            raise ValueError(f"tensor '{name}' is {tensor.dtype}, which does not travel")
+        ready = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"), order="C")
+        gap = -offset % ALIGNMENT
+        if gap:
+            pieces.append(memoryview(bytes(gap)))
+        offset += gap
+        table.append(
+            TensorEntry(
+                name=name,
+                dtype=tensor.dtype.name,
+                shape=tensor.shape,
+                offset=offset,
+                nbytes=ready.nbytes,
+            )
+        )
+        if ready.nbytes:
+            pieces.append(ready.reshape(-1).data.cast("B"))
+        offset += ready.nbytes
+    return tuple(table), pieces
+
+
+def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str, Array]:
+    """Return the tensors of a table as read-only views into the payload.
+
+    Raises:
+        MalformedMessage: where an entry is not what it says, or does not lie in the payload behind
+            the entry before it.
+    """
+    tensors: dict[str, Array] = {}
+    end = 0
+    for entry in table:
+        if entry.dtype not in DTYPES:
+            raise MalformedMessage(f"tensor '{entry.name}' has the unknown dtype '{entry.dtype}'")
+        if entry.name in tensors:
+            raise MalformedMessage(f"tensor '{entry.name}' is there twice")
+        dtype = np.dtype(entry.dtype).newbyteorder("<")
+        if math.prod(entry.shape) * dtype.itemsize != entry.nbytes:
+            raise MalformedMessage(
+                f"tensor '{entry.name}' of shape {entry.shape} and {entry.dtype} "
+                f"cannot have {entry.nbytes} bytes"
+            )
+        if entry.offset < end or entry.offset % ALIGNMENT:
+            raise MalformedMessage(f"tensor '{entry.name}' has the wrong offset {entry.offset}")
+        end = entry.offset + entry.nbytes
+        if end > len(payload):
+            raise MalformedMessage(
+                f"tensor '{entry.name}' ends at byte {end}, the payload has {len(payload)}"
+            )
+        flat = np.frombuffer(payload[entry.offset : end], dtype=dtype)
+        tensors[entry.name] = flat.reshape(entry.shape)
+    if end != len(payload):
+        raise MalformedMessage(f"{len(payload) - end} bytes of the payload belong to no tensor")
+    return tensors
+
+
+def pack(message: WithTensors, weights: Weights) -> tuple[WithTensors, bytes, Iterator[bytes]]:
+    """Pack a message that carries tensors.
+
+    Returns:
+        The message with its table of tensors, its body, and the bodies of its parts: none where
+        the payload fits into the message itself. Parts are made one at a time, as asked for.
+    """
+    table, pieces = lay_out(weights)
+    nbytes = sum(len(piece) for piece in pieces)
+    if nbytes <= PART_BYTES:
+        whole = message.model_copy(update={"tensors": table})
+        return whole, encode(whole, pieces), iter(())
+    transfer = Transfer(id=uuid.uuid4().hex, parts=-(-nbytes // PART_BYTES), nbytes=nbytes)
+    announced = message.model_copy(update={"tensors": table, "transfer": transfer})
+    return announced, encode(announced), _parts(message.federation, transfer.id, pieces)
+
+
+def _parts(federation: str, transfer: str, pieces: list[memoryview]) -> Iterator[bytes]:
+    number, room, cut = 0, PART_BYTES, []
+    for piece in pieces:
+        rest = piece
+        while len(rest):
+            cut.append(rest[:room])
+            rest = rest[room:]
+            room -= len(cut[-1])
+            if not room:
+                yield _part(federation, transfer, number, cut)
+                number, room, cut = number + 1, PART_BYTES, []
+    if cut:
+        yield _part(federation, transfer, number, cut)
+
+
+def _part(federation: str, transfer: str, number: int, cut: list[memoryview]) -> bytes:
+    return encode(Part(federation=federation, transfer=transfer, part=number), cut)
+
+
+class Assembly:
+    """Puts the parts of one transfer together again, in any order, each at most once.
+
+    Args:
+        transfer: what was announced.
+        max_bytes: the most that may be announced.
+
+    Raises:
+        MalformedMessage: where more is announced than ``max_bytes``, or the number of parts does
+            not go with the number of bytes.
+    """
+
+    def __init__(self, transfer: Transfer, max_bytes: int) -> None:
+        if transfer.nbytes > max_bytes:
+            raise MalformedMessage(
+                f"a transfer of {transfer.nbytes} bytes is announced, at most {max_bytes} are taken"
+            )
+        if transfer.parts != -(-transfer.nbytes // PART_BYTES):
+            raise MalformedMessage(
+                f"{transfer.parts} parts of {PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
+            )
+        self.transfer = transfer
+        self._missing = set(range(transfer.parts))
+        # Grown by the parts that really come: an announcement alone allocates nothing.
+        self._parts: dict[int, memoryview] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part is there."""
+        return not self._missing
+
+    @property
+    def done_parts(self) -> int:
+        """How many parts are there."""
+        return self.transfer.parts - len(self._missing)
+
+    def add(self, part: Part, payload: memoryview) -> None:
+        """Take one part; one that is there already, or belongs elsewhere, is passed over.
+
+        Raises:
+            MalformedMessage: where it has not the size that its number asks for.
+        """
+        if part.transfer != self.transfer.id or part.part not in self._missing:
+            return
+        last = part.part == self.transfer.parts - 1
+        expected = self.transfer.nbytes - part.part * PART_BYTES if last else PART_BYTES
+        if len(payload) != expected:
+            raise MalformedMessage(
+                f"part {part.part} has {len(payload)} bytes, {expected} were announced"
+            )
+        self._parts[part.part] = payload
+        self._missing.discard(part.part)
+
+    def payload(self) -> memoryview:
+        """Join the parts; the assembly is empty afterwards."""
+        whole = bytearray(self.transfer.nbytes)
+        for number in range(self.transfer.parts):
+            piece = self._parts.pop(number)
+            start = number * PART_BYTES
+            whole[start : start + len(piece)] = piece
+        return memoryview(whole).toreadonly()
+
+
+def describe(message: Message) -> dict[str, Any]:
+    """Return the headers that let RabbitMQ's own page tell the story of a message."""
+    fields = ("round", "worker", "num_examples", "part")
+    told = {field: getattr(message, field, None) for field in fields}
+    return {field: value for field, value in told.items() if value is not None}

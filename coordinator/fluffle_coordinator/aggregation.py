@@ -1,0 +1,277 @@
+"""From deliveries to committed rounds: checks, the running sum, checkpoint and history line.
+
+Everything here happens in one task, in the order it was asked for, off the event loop where it
+takes time. So what is in the sum when a round is committed is exactly what was folded before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fluffle_common.console import timestamp
+from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.messages import FirstWeights, Update
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import fetch
+from fluffle_common.transport import Delivery, Link
+from fluffle_common.weights import Array, check_delta, check_finite
+from fluffle_common.wire import read_tensors
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.store import RunStore
+from fluffle_coordinator.strategy import Strategy, fedavg
+
+Tell = Callable[[str, dict[str, Any]], None]
+_DISK_RETRY_S = 5.0
+
+
+@dataclass(eq=False)
+class Held:
+    """A delivery that carries tensors, with what is needed to use it and then let go of it."""
+
+    delivery: Delivery
+    message: Update | FirstWeights
+    payload: memoryview
+    parts: list[Delivery] = field(default_factory=list)
+
+    async def ack(self) -> None:
+        """Acknowledge it and its parts."""
+        for delivery in (self.delivery, *self.parts):
+            await delivery.ack()
+
+    def forget(self) -> None:
+        """Let go of the bytes; the delivery stays ours."""
+        self.payload = memoryview(b"")
+        self.delivery.body = b""
+
+
+@dataclass
+class Counts:
+    """What came late and what was refused since the last commit."""
+
+    late: int = 0
+    rejected: int = 0
+
+
+class Aggregation:
+    """The weights of a run, the running sum of its open round, and its store.
+
+    Args:
+        store: where the run is kept.
+        topology: where the parts of large updates lie.
+        weights: the last committed weights; None where the first are yet to come.
+        max_model_bytes: the most that a model or an update may have.
+        link: the link of the moment, None where there is none.
+        metadata: what a checkpoint of a round says of itself.
+        tell: told what happens.
+        post: given the events for the round machine.
+        strategy: how a round is averaged.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        topology: Topology,
+        weights: dict[str, Array] | None,
+        *,
+        max_model_bytes: int,
+        link: Callable[[], Link | None],
+        metadata: Callable[[int], dict[str, str]],
+        tell: Tell,
+        post: Callable[[rs.Event], None],
+        strategy: Strategy = fedavg,
+    ) -> None:
+        self.weights = weights
+        self.counts = Counts()
+        self.opened_at = timestamp()
+        self._store, self._topology, self._max_bytes = store, topology, max_model_bytes
+        self._link, self._metadata, self._tell, self._post = link, metadata, tell, post
+        self._strategy = strategy
+        self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._sum = strategy.init(weights) if weights is not None else None
+        self._participants: dict[str, dict[str, Any]] = {}
+        self._closing = False
+
+    async def run(self) -> None:
+        """Do one job after the other, for ever."""
+        while True:
+            job = await self._jobs.get()
+            await job()
+            self._jobs.task_done()
+
+    async def drained(self) -> None:
+        """Return when everything that was asked for is done."""
+        await self._jobs.join()
+
+    def take_first(self, held: Held) -> None:
+        """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
+        self._jobs.put_nowait(lambda: self._take_first(held))
+
+    def fold(self, held: Held, worker: str) -> None:
+        """Check an update and fold it; reports ``Folded`` or ``FoldFailed``."""
+        self._jobs.put_nowait(lambda: self._fold(held, worker))
+
+    def commit(self, number: int) -> None:
+        """Commit the round; reports ``Committed``. What is not being folded yet stays out."""
+        self._closing = True
+        self._jobs.put_nowait(lambda: self._commit(number))
+
+    def record_evaluation(self, number: int, evaluations: Mapping[str, rs.Evaluated]) -> None:
+        """Write the federated evaluation of a round's model to the history."""
+        self._jobs.put_nowait(lambda: self._record_evaluation(number, evaluations))
+
+    async def _take_first(self, held: Held) -> None:
+        message = held.message
+        if self.weights is None:
+            try:
+                payload = await self._payload(held)
+                weights = read_tensors(message.tensors, payload)
+                if not weights:
+                    raise ValueError("there is no tensor")
+                for name, tensor in weights.items():
+                    check_finite(name, tensor)
+            except LinkLost:
+                return
+            except (MalformedMessage, ValueError) as wrong:
+                self._post(rs.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
+            else:
+                await self.begin_with(weights)
+        await held.ack()
+
+    async def begin_with(self, weights: dict[str, Array]) -> None:
+        """Save the first weights as the checkpoint of round 0, and use them."""
+        metadata = self._metadata(0)
+        await self._on_disk(lambda: self._store.save_weights(0, weights, metadata))
+        self.weights, self._sum = weights, self._strategy.init(weights)
+        self._tell(
+            "first_weights",
+            {"tensors": len(weights), "parameters": sum(t.size for t in weights.values())},
+        )
+        self._post(rs.WeightsReady(time.monotonic()))
+
+    async def _fold(self, held: Held, worker: str) -> None:
+        if self._closing:
+            return
+        message = held.message
+        assert isinstance(message, Update)
+        try:
+            payload = await self._payload(held)
+            await asyncio.to_thread(self._check_and_fold, message, payload)
+        except LinkLost as gone:
+            self._post(rs.FoldFailed(time.monotonic(), worker, str(gone), again=True))
+        except (MalformedMessage, ValueError) as wrong:
+            lost = message.transfer is not None and not held.parts
+            self._post(rs.FoldFailed(time.monotonic(), worker, str(wrong), again=lost))
+        else:
+            metrics = dict(message.metrics)
+            self._participants[worker] = {
+                "worker": worker,
+                "num_examples": message.num_examples,
+                "train_loss": metrics.pop("loss", None),
+                "seconds": message.seconds,
+                **({"metrics": metrics} if metrics else {}),
+            }
+            self._post(rs.Folded(time.monotonic(), worker))
+        held.forget()
+
+    def _check_and_fold(self, message: Update, payload: memoryview) -> None:
+        assert self.weights is not None
+        assert self._sum is not None
+        delta = read_tensors(message.tensors, payload)
+        check_delta(delta, self.weights)
+        self._sum = self._strategy.fold(self._sum, delta, message.num_examples)
+
+    async def _payload(self, held: Held) -> memoryview:
+        transfer = held.message.transfer
+        if transfer is None:
+            return held.payload
+        link = self._link()
+        if link is None:
+            raise LinkLost("the link was lost")
+        outbox = self._topology.outbox(held.message.worker)
+        payload, held.parts = await fetch(link, outbox, transfer, self._max_bytes)
+        return payload
+
+    async def _commit(self, number: int) -> None:
+        assert self.weights is not None
+        assert self._sum is not None
+        weights = await asyncio.to_thread(self._strategy.finish, self._sum, self.weights)
+        metadata = self._metadata(number)
+        await self._on_disk(lambda: self._store.save_weights(number, weights, metadata))
+        line = {
+            "event": "committed",
+            "run": metadata["run"],
+            "round": number,
+            "participants": list(self._participants.values()),
+            "opened_at": self.opened_at,
+            "committed_at": timestamp(),
+            "late": self.counts.late,
+            "rejected": self.counts.rejected,
+            "checkpoint": f"round-{number:04d}.safetensors",
+        }
+        await self._on_disk(lambda: self._store.append(line))
+        participants = frozenset(self._participants)
+        self.weights, self._sum = weights, self._strategy.init(weights)
+        self._participants, self.counts, self._closing = {}, Counts(), False
+        self._post(rs.Committed(time.monotonic(), number, participants))
+
+    async def _record_evaluation(
+        self, number: int, evaluations: Mapping[str, rs.Evaluated]
+    ) -> None:
+        told = federated(evaluations)
+        line = {"event": "evaluated", "round": number, **told, "evaluated_at": timestamp()}
+        await self._on_disk(lambda: self._store.append(line))
+        extra = {k: v for k, v in told.items() if k not in ("num_examples", "loss", "evaluators")}
+        self._tell("evaluated", {"round": number, **told, "metrics": extra})
+
+    async def _on_disk(self, write: Callable[[], object]) -> None:
+        """Write, and where the disk refuses, say so and try again until it does not."""
+        told = False
+        while True:
+            try:
+                await asyncio.to_thread(write)
+            except OSError as why:
+                if not told:
+                    reason = why.strerror or str(why)
+                    self._tell(
+                        "disk",
+                        {
+                            "folder": str(self._store.folder),
+                            "reason": reason,
+                            "pause_s": _DISK_RETRY_S,
+                        },
+                    )
+                told = True
+                await asyncio.sleep(_DISK_RETRY_S)
+            else:
+                return
+
+
+def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
+    """Average evaluations by their number of examples; each metric over those who report it.
+
+    Example:
+        >>> a, b = rs.Evaluated(1, 1.0, {"accuracy": 0.0}), rs.Evaluated(3, 2.0, {"accuracy": 1.0})
+        >>> federated({"a": a, "b": b})["loss"], federated({"a": a, "b": b})["accuracy"]
+        (1.75, 0.75)
+    """
+
+    def mean(values: list[tuple[int, float]]) -> float:
+        return sum(n * value for n, value in values) / sum(n for n, _ in values)
+
+    everyone = evaluations.values()
+    names = sorted({name for one in everyone for name in one.metrics})
+    return {
+        "num_examples": sum(one.num_examples for one in everyone),
+        "loss": mean([(one.num_examples, one.loss) for one in everyone]),
+        **{
+            name: mean(
+                [(one.num_examples, one.metrics[name]) for one in everyone if name in one.metrics]
+            )
+            for name in names
+        },
+        "evaluators": sorted(evaluations),
+    }

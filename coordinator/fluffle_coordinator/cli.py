@@ -1,0 +1,242 @@
+"""``fluffle coordinator``, and what there is to see of a run afterwards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluffle_common.cli import federation_option, queue_type_option, url_option
+from fluffle_common.console import log_format_option
+from fluffle_common.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.run_state import Quorum, Rules
+
+
+class QuorumType(click.ParamType[Any]):
+    """``all``, a number of updates (``2``), or a fraction of those asked (``0.5``, ``50%``)."""
+
+    name = "quorum"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Quorum:
+        """Parse it."""
+        from fluffle_coordinator.run_state import Quorum
+
+        if isinstance(value, Quorum):
+            return value
+        text = str(value).strip()
+        if text == "all":
+            return Quorum()
+        try:
+            if text.endswith("%"):
+                fraction = float(text[:-1]) / 100
+            elif text.isdigit() and int(text) > 0:
+                return Quorum(number=int(text))
+            else:
+                fraction = float(text)
+            if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
+                return Quorum(fraction=fraction)
+        except ValueError:
+            pass
+        self.fail(
+            f"'{text}' is no quorum; give a number of updates from 1 (2), "
+            "a fraction of those asked (0.5 or 50%), or 'all'",
+            param,
+            ctx,
+        )
+
+
+def run_option(command: Any) -> Any:
+    """Add ``--run DIR`` to a command that looks at a run."""
+    return click.option(
+        "--run",
+        "folder",
+        required=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="The run's folder, such as runs/letters.",
+    )(command)
+
+
+@click.command(context_settings={"show_default": True})
+@federation_option
+@url_option
+@click.option("--rounds", type=click.IntRange(1), default=6, help="How many rounds to run.")
+@click.option(
+    "--min-workers",
+    type=click.IntRange(1),
+    help="Workers that must be present before the first round.  "
+    "[default: the quorum if that is a number, else 2]",
+    show_default=False,
+)
+@click.option(
+    "--quorum",
+    type=QuorumType(),
+    default="all",
+    metavar="N|FRACTION|all",
+    help="Updates that close a round: a number, a fraction of the workers asked, or all of them.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Seconds to wait for the others after the quorum.",
+)
+@click.option(
+    "--deadline",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    help="Seconds that a round may stay open without a quorum.",
+)
+@click.option(
+    "--on-deadline",
+    type=click.Choice(["reopen", "close", "stop"]),
+    default="reopen",
+    help="What then happens: ask whoever is there now; commit with at least --min-updates; stop.",
+)
+@click.option(
+    "--min-updates",
+    type=click.IntRange(1),
+    default=1,
+    help="Fewest updates that '--on-deadline close' commits with.",
+)
+@click.option(
+    "--fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    help="Part of the workers present that is asked in a round.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=1, help="Local epochs a round.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, help="Local batch size.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    help="Local learning rate.  [default: the task's own]",
+    show_default=False,
+)
+@click.option(
+    "--config",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Anything else a task wants to know; may be given several times.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of everything random.")
+@click.option(
+    "--classes",
+    metavar="A,B,…",
+    help="Classes that workers must have.  [default: those of the first worker]",
+    show_default=False,
+)
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Begin with the weights in this model file.  [default: a worker makes them]",
+    show_default=False,
+)
+@click.option(
+    "--run",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where the run is kept.  [default: runs/FEDERATION]",
+    show_default=False,
+)
+@click.option("--fresh", is_flag=True, help="Start anew; an earlier run is moved aside.")
+@click.option(
+    "--wait-workers",
+    type=click.FloatRange(0, min_open=True),
+    default=86400.0,
+    help="Seconds to wait for enough workers before giving up.",
+)
+@click.option(
+    "--wait-broker",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    help="Seconds to wait for a broker that cannot be reached before giving up.",
+)
+@queue_type_option
+@log_format_option
+def coordinator(**options: Any) -> None:
+    r"""Run a federation: open rounds, average the updates, keep every model.
+
+    It waits for workers, sends them the global weights, and as soon as a quorum has answered,
+    averages what they learnt by their number of examples and opens the next round. Every round's
+    model is in the run folder before the next one opens.
+
+    Stop it with Ctrl-C, or lose it to a crash: the same command goes on after the last round that
+    was committed. A second one on the same run folder waits and takes over when the first is gone.
+
+    \b
+      fluffle coordinator --federation letters --quorum 3
+      fluffle coordinator --federation letters --quorum 0.5 --grace 10 --deadline 300
+    """
+    from fluffle_coordinator.main import run_coordinator
+
+    run_coordinator(rules_of(options), options)
+
+
+def rules_of(options: dict[str, Any]) -> Rules:
+    """Turn options into the rules of a run."""
+    from fluffle_coordinator.run_state import Rules
+
+    quorum: Quorum = options["quorum"]
+    return Rules(
+        rounds=options["rounds"],
+        min_workers=options["min_workers"] or quorum.number or 2,
+        quorum=quorum,
+        grace_s=options["grace"],
+        deadline_s=options["deadline"],
+        on_deadline=options["on_deadline"],
+        min_updates=options["min_updates"],
+        fraction=options["fraction"],
+        seed=options["seed"],
+        wait_s=options["wait_workers"],
+    )
+
+
+@click.command()
+@run_option
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one a round.")
+def history(folder: Path, as_json: bool) -> None:
+    """Show what is known of every round of a run, one row a round."""
+    from fluffle_coordinator.report import history_table
+    from fluffle_coordinator.store import read_history
+
+    rounds = read_history(folder)
+    if as_json:
+        click.echo(json.dumps(rounds, indent=2))
+    else:
+        history_table(rounds, sys.stdout)
+
+
+@click.command()
+@run_option
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="PNG",
+    help="Where to write the chart.",
+)
+def plot(folder: Path, out: Path) -> None:
+    """Draw the federated accuracy and loss after each round."""
+    from fluffle_coordinator.report import draw_history
+    from fluffle_coordinator.store import read_history
+
+    rounds = [one for one in read_history(folder) if "loss" in one]
+    if not rounds:
+        raise UsageError(f"no round of {folder} has been evaluated yet")
+    try:
+        draw_history(rounds, out)
+    except ImportError:
+        raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
+    except OSError as why:
+        raise RunError(f"cannot write {out} ({why.strerror})") from None
+    click.echo(f"chart written to {out}")

@@ -1,0 +1,150 @@
+"""What leaves the coordinator: publishes and acknowledgements, one after the other, in order.
+
+A publish that a lost link interrupts is dropped here: when the link is back, the round machine
+sends again whatever is still wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fluffle_common.console import timestamp
+from fluffle_common.errors import LinkLost
+from fluffle_common.messages import (
+    Evaluate,
+    Fit,
+    InitRequest,
+    Message,
+    Refusal,
+    Stop,
+    Welcome,
+)
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import Route, send, send_tensors
+from fluffle_common.transport import Delivery, Full, Link, Properties, Unroutable
+from fluffle_common.weights import Weights
+from fluffle_coordinator import run_state as rs
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.service import CoordinatorSettings
+
+Job = Callable[[Link], Awaitable[None]]
+
+
+class Outgoing:
+    """The one way out.
+
+    Args:
+        topology: where things go.
+        run: the run's id.
+        settings: the plan that goes with the work, among others.
+        link: the link of the moment, None where there is none.
+        tell: told what could not be sent.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        run: str,
+        settings: CoordinatorSettings,
+        link: Callable[[], Link | None],
+        tell: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self._topology, self._run, self._settings = topology, run, settings
+        self._link, self._tell = link, tell
+        self._plan = settings.plan.model_copy(
+            update={"seed": settings.rules.seed, "deadline_s": settings.rules.deadline_s}
+        )
+        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Do one job after the other, for ever."""
+        while True:
+            job = await self._jobs.get()
+            link = self._link()
+            try:
+                if link is not None:
+                    await job(link)
+            except LinkLost:
+                pass  # said by whoever watches the link; the machine sends again
+            except Unroutable:
+                pass  # the worker's inbox is gone, and so is the worker; the machine notices
+            except Full as why:
+                self._tell("waiting", {"reason": f"the broker has no room: {why}"})
+            self._jobs.task_done()
+
+    async def drained(self) -> None:
+        """Return when everything that was asked for is done."""
+        await self._jobs.join()
+
+    def settle(self, ack: Callable[[], Awaitable[None]]) -> None:
+        """Acknowledge, after what was asked for before."""
+        self._jobs.put_nowait(lambda _: ack())
+
+    def reject(self, delivery: Delivery, reason: str) -> None:
+        """Put a delivery into the rejected queue with its reason, then acknowledge it."""
+
+        async def job(link: Link) -> None:
+            properties = Properties(
+                type=delivery.properties.type,
+                message_id=delivery.properties.message_id,
+                headers={
+                    **delivery.properties.headers,
+                    "reason": reason,
+                    "rejected_at": timestamp(),
+                },
+            )
+            rejected = self._topology.rejected
+            await link.publish(delivery.body, properties, exchange="", keys=[rejected])
+            await delivery.ack()
+
+        self._jobs.put_nowait(job)
+
+    def perform(self, effect: rs.Effect, state: rs.State, weights: Weights | None) -> None:
+        """Send what an effect asks for; ``weights`` are those of this moment."""
+        federation, run = self._settings.federation, self._run
+        job: Job
+        match effect:
+            case rs.Welcome(worker):
+                rounds = state.rules.rounds
+                hello = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
+                job = self._to(hello, [worker])
+            case rs.Refuse(worker, session, reason):
+                job = self._to(
+                    Refusal(federation=federation, session=session, reason=reason[:2000]), [worker]
+                )
+            case rs.AskInit(worker):
+                seed = state.rules.seed
+                job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
+            case rs.SendFit(workers, evaluate):
+                fit = Fit(
+                    federation=federation,
+                    run=run,
+                    round=state.round,
+                    evaluate=evaluate,
+                    plan=self._plan,
+                )
+                job = self._with_weights(fit, weights, workers)
+            case rs.SendEvaluate(workers):
+                evaluation = Evaluate(federation=federation, run=run, round=state.round - 1)
+                job = self._with_weights(evaluation, weights, workers)
+            case rs.End(_, reason, workers) if workers:
+                last = state.round - 1
+                stop = Stop(federation=federation, run=run, round=last, reason=reason[:2000])
+                job = self._to(stop, workers)
+            case _:
+                return
+        self._jobs.put_nowait(job)
+
+    def _to(self, message: Message, workers: Sequence[str]) -> Job:
+        return lambda link: send(link, message, Route(self._topology.work, workers))
+
+    def _with_weights(
+        self, message: Fit | Evaluate, weights: Weights | None, workers: Sequence[str]
+    ) -> Job:
+        """Send weights to all of them in one publish; the checkpoint is their durable copy."""
+        assert weights is not None
+        route = Route(self._topology.work, workers, durable=False)
+        return lambda link: send_tensors(link, message, weights, route)

@@ -1,0 +1,97 @@
+"""A run's history as a table and as a chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, Any
+
+_KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
+
+
+def history_table(rounds: list[dict[str, Any]], stream: IO[str]) -> None:
+    """Print one row a round."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = sorted(
+        {
+            name
+            for one in rounds
+            for name, value in one.items()
+            if name not in _KNOWN and isinstance(value, float)
+        }
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("round", "participants", "examples"):
+        table.add_column(name, justify="left" if name == "participants" else "right")
+    for name in ("train loss", "loss", *metrics, "late", "rejected"):
+        table.add_column(name, justify="right")
+    for one in rounds:
+        there = one.get("participants", [])
+        table.add_row(
+            str(one["round"]),
+            ", ".join(sorted(p["worker"] for p in there)),
+            str(sum(p["num_examples"] for p in there)),
+            _number(_train_loss(there)),
+            *(_number(one.get(name)) for name in ("loss", *metrics)),
+            str(one.get("late", "")),
+            str(one.get("rejected", "")),
+        )
+    console = Console(file=stream, width=None if stream.isatty() else 120, highlight=False)
+    console.print(table)
+
+
+def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
+    """Draw accuracy (left) and loss (right) after each round into a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from fluffle_common.checkpoint import replacing
+
+    numbers = [one["round"] for one in rounds]
+    figure, losses = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    lines = losses.plot(
+        numbers, [one["loss"] for one in rounds], "s--", color="#c1502e", label="loss"
+    )
+    losses.set_ylabel("federated loss (cross-entropy, held-out)", color="#c1502e")
+    losses.set_ylim(bottom=0)
+    if all("accuracy" in one for one in rounds):
+        losses.yaxis.set_label_position("right")
+        losses.yaxis.tick_right()
+        accuracy = losses.twinx()
+        accuracy.yaxis.set_label_position("left")
+        accuracy.yaxis.tick_left()
+        percent = [100 * one["accuracy"] for one in rounds]
+        lines += accuracy.plot(numbers, percent, "o-", color="#1f5fa8", label="accuracy")
+        accuracy.set_ylabel("federated accuracy (%, held-out)", color="#1f5fa8")
+        accuracy.set_ylim(0, 100)
+        accuracy.grid(alpha=0.3)
+        accuracy.annotate(
+            f"{percent[-1]:.1f} %",
+            (numbers[-1], percent[-1]),
+            textcoords="offset points",
+            xytext=(-6, -14),
+            ha="right",
+            color="#1f5fa8",
+        )
+    losses.set_xlabel("round")
+    losses.set_xticks(numbers)
+    losses.legend(handles=lines, loc="center right", frameon=False)
+    run = rounds[-1].get("run", "")
+    losses.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")
+    with replacing(out) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    plt.close(figure)
+
+
+def _train_loss(participants: list[dict[str, Any]]) -> float | None:
+    told = [p for p in participants if p.get("train_loss") is not None]
+    total = sum(p["num_examples"] for p in told)
+    return sum(p["num_examples"] * p["train_loss"] for p in told) / total if total else None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

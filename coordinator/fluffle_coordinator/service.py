@@ -1,0 +1,311 @@
+"""The coordinator: the asyncio shell around the round machine.
+
+Data flows one way::
+
+    link ──deliveries──> events ──> advance() ──> effects ─┬─> outgoing   (publishes, in order)
+                                                          └─> aggregation (fold, commit, in order)
+                                                                   └──> events
+
+Only the ``_machine`` task changes the state. Publishing and aggregation have a queue and a
+task each, so that neither a slow broker nor a slow disk keeps signs of life from being heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluffle_common.console import timestamp
+from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.messages import (
+    Bye,
+    Evaluation,
+    Failure,
+    FirstWeights,
+    Heartbeat,
+    Hello,
+    Plan,
+    Update,
+)
+from fluffle_common.topology import Topology
+from fluffle_common.transport import Backoff, Delivery, Link, Occupied, Transport, links, together
+from fluffle_common.wire import decode
+from fluffle_coordinator import rounds
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.aggregation import Aggregation, Held
+from fluffle_coordinator.outgoing import Outgoing
+from fluffle_coordinator.store import RunStore, Saved
+from fluffle_coordinator.view import View, waiting_for
+
+
+@dataclass(frozen=True)
+class CoordinatorSettings:
+    """What the operator decided, besides the rules of the rounds.
+
+    Args:
+        federation: whose queues to use.
+        rules: the rules of the rounds.
+        plan: what workers are told about training; its seed and deadline come from the rules.
+        classes: the classes that workers must have; None lets the first worker say.
+        init: a checkpoint to begin with; None asks a worker.
+        max_workers: the most updates of a round that may be held unacknowledged.
+        max_model_bytes: the most that a model or an update may have.
+        backoff: how to wait for a broker that is away.
+        waiting_every_s: how often to say what is waited for.
+    """
+
+    federation: str
+    rules: rs.Rules
+    plan: Plan = field(default_factory=Plan)
+    classes: tuple[str, ...] | None = None
+    init: Path | None = None
+    max_workers: int = 1024
+    max_model_bytes: int = 8 * 2**30
+    backoff: Backoff = field(default_factory=Backoff)
+    waiting_every_s: float = 10.0
+
+
+class Coordinator:
+    """One run of a federation.
+
+    Args:
+        settings: what the operator decided.
+        transport: the way to the broker.
+        topology: the names on it.
+        store: the run's folder, locked.
+        saved: what was found in it.
+        view: who is told what happens.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        transport: Transport,
+        topology: Topology,
+        store: RunStore,
+        saved: Saved,
+        view: View,
+    ) -> None:
+        self._settings, self._transport, self._topology = settings, transport, topology
+        self._view = view
+        self._events: asyncio.Queue[rs.Event] = asyncio.Queue()
+        self._deliveries: dict[rs.Handle, Held] = {}
+        self._link: Link | None = None
+        self._task = saved.metadata.get("task", "")
+        known = json.loads(saved.metadata.get("classes", "null"))
+        self._aggregation = Aggregation(
+            store,
+            topology,
+            saved.weights,
+            max_model_bytes=settings.max_model_bytes,
+            link=lambda: self._link,
+            metadata=self._metadata,
+            tell=self._tell,
+            post=self._events.put_nowait,
+        )
+        self._outgoing = Outgoing(topology, saved.run, settings, lambda: self._link, self._tell)
+        self.state = rounds.start(
+            settings.rules,
+            saved.run,
+            time.monotonic(),
+            committed=saved.committed,
+            participants=saved.participants,
+            evaluated=saved.evaluated,
+            has_weights=saved.weights is not None,
+            classes=settings.classes or (tuple(known) if known else None),
+        )
+
+    async def run(self) -> rs.State:
+        """Run to the end; cancel it to stop earlier, which loses nothing that a restart needs."""
+        tasks = [
+            asyncio.create_task(work(), name=work.__name__)
+            for work in (self._links, self._aggregation.run, self._outgoing.run)
+        ]
+        machine = asyncio.create_task(self._machine(), name="machine")
+        try:
+            done, _ = await asyncio.wait({machine, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # the helpers run for ever: one that is done has failed
+        finally:
+            for task in (machine, *tasks):
+                task.cancel()
+            await asyncio.gather(machine, *tasks, return_exceptions=True)
+        return self.state
+
+    # --- the machine ---------------------------------------------------------------------------
+
+    async def _machine(self) -> None:
+        said_at, said = time.monotonic(), ""
+        every = self._settings.waiting_every_s
+        while self.state.phase is not rs.Phase.ENDED:
+            event = await self._next_event(said_at + every)
+            self.state, effects = rounds.advance(self.state, event)
+            for effect in effects:
+                self._perform(effect)
+            now = time.monotonic()
+            self._view.show(self.state, now)
+            told = waiting_for(self.state, now) or ""
+            in_short = told.split(":")[0] if self.state.phase is rs.Phase.WAITING else ""
+            if now >= said_at + every or in_short != said:
+                if told and not effects:
+                    self._tell("waiting", {"reason": told})
+                said_at, said = now, in_short
+        await self._aggregation.drained()
+        await self._outgoing.drained()
+        self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
+
+    async def _next_event(self, latest: float) -> rs.Event:
+        until = min(latest, rounds.wakeup(self.state)) - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, until)):
+                return await self._events.get()
+        except TimeoutError:
+            return rs.Tick(time.monotonic())
+
+    def _perform(self, effect: rs.Effect) -> None:
+        match effect:
+            case rs.Tell(what, fields):
+                if what == "opened":
+                    self._aggregation.opened_at = timestamp()
+                self._tell(what, dict(fields))
+            case rs.Fold(handle, worker):
+                self._aggregation.fold(self._deliveries[handle], worker)
+            case rs.Ack(handle):
+                held = self._deliveries.pop(handle, None)
+                if held is not None:
+                    self._outgoing.settle(held.ack)
+            case rs.Reject(handle, reason):
+                held = self._deliveries.pop(handle, None)
+                if held is not None:
+                    self._reject(held.delivery, reason)
+            case rs.Commit(number):
+                self._aggregation.commit(number)
+            case rs.RecordEvaluation(number, evaluations):
+                self._aggregation.record_evaluation(number, evaluations)
+            case rs.End():
+                self._outgoing.perform(effect, self.state, None)
+            case _:
+                self._outgoing.perform(effect, self.state, self._aggregation.weights)
+
+    def _tell(self, what: str, fields: dict[str, Any]) -> None:
+        if what == "late":
+            self._aggregation.counts.late += 1
+        if what == "rejected":
+            self._aggregation.counts.rejected += 1
+        self._view.tell(what, {"address": self._transport.address, **fields})
+
+    def _metadata(self, number: int) -> dict[str, str]:
+        return {
+            "federation": self._settings.federation,
+            "run": self.state.run,
+            "round": str(number),
+            "task": self._task,
+            "classes": json.dumps(list(self.state.classes or ())),
+        }
+
+    # --- what comes in -------------------------------------------------------------------------
+
+    async def _links(self) -> None:
+        def no_broker(reason: str, pause_s: float) -> None:
+            self._tell("no_broker", {"reason": reason, "pause_s": pause_s})
+
+        opened = links(self._transport, self._settings.backoff, no_broker)
+        number = 0
+        async with contextlib.aclosing(opened):
+            async for link in opened:
+                number += 1
+                try:
+                    await self._serve(link, number)
+                except Occupied:
+                    what = f"federation {self._settings.federation} on this broker"
+                    self._tell("standby", {"what": what})
+                except LinkLost as gone:
+                    self._tell("disconnected", {"reason": str(gone)})
+                finally:
+                    self._link = None
+                    self._events.put_nowait(rs.Disconnected(time.monotonic()))
+
+    async def _serve(self, link: Link, number: int) -> None:
+        await link.declare(self._topology.shared())
+        # Whoever reads the signs of life, alone, is the federation's coordinator.
+        presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
+        self._link = link
+        self._events.put_nowait(rs.Connected(time.monotonic(), number))
+        updates = await link.consume(
+            self._topology.updates, prefetch=self._settings.max_workers + 100
+        )
+        await together(self._read_presence(presence), self._read_updates(updates, number))
+
+    async def _read_presence(self, deliveries: Any) -> None:
+        async for delivery in deliveries:
+            try:
+                message, _ = decode(delivery.body)
+                self._presence(message)
+            except MalformedMessage as wrong:
+                self._reject(delivery, str(wrong))
+            else:
+                await delivery.ack()
+
+    def _presence(self, message: Any) -> None:
+        now = time.monotonic()
+        match message:
+            case Hello() | Heartbeat():
+                self._task = self._task or message.task
+                worker = rs.Worker(
+                    name=message.worker,
+                    last_seen=now,
+                    **message.model_dump(
+                        exclude={"protocol", "federation", "pad", "kind", "worker"}
+                    ),
+                )
+                self._events.put_nowait(rs.Seen(now, worker, isinstance(message, Hello)))
+            case Bye(worker=worker_name, session=session, reason=reason):
+                self._events.put_nowait(rs.Left(now, worker_name, session, reason))
+            case Failure(worker=worker_name, run=run, round=number, reason=reason):
+                self._events.put_nowait(rs.Failed(now, worker_name, run, number, reason))
+            case _:
+                raise MalformedMessage(f"a message of kind {message.kind} is no sign of life")
+
+    async def _read_updates(self, deliveries: Any, link: int) -> None:
+        number = 0
+        async for delivery in deliveries:
+            number += 1
+            try:
+                message, payload = decode(delivery.body)
+                if message.federation != self._settings.federation:
+                    raise MalformedMessage(f"it is of federation {message.federation}")
+                await self._update(message, payload, delivery, rs.Handle(link, number))
+            except MalformedMessage as wrong:
+                self._reject(delivery, str(wrong))
+
+    async def _update(
+        self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
+    ) -> None:
+        now = time.monotonic()
+        match message:
+            case Update():
+                self._deliveries[handle] = Held(delivery, message, payload)
+                told = (message.run, message.round, message.worker, message.num_examples)
+                self._events.put_nowait(rs.Arrived(now, handle, *told))
+            case Evaluation():
+                found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
+                self._events.put_nowait(
+                    rs.EvaluationArrived(now, message.run, message.round, message.worker, found)
+                )
+                await delivery.ack()
+            case FirstWeights() if message.run == self.state.run:
+                self._aggregation.take_first(Held(delivery, message, payload))
+            case FirstWeights():
+                raise MalformedMessage(f"it is of run {message.run}, this is {self.state.run}")
+            case _:
+                raise MalformedMessage(f"a message of kind {message.kind} is no update")
+
+    def _reject(self, delivery: Delivery, reason: str) -> None:
+        self._tell("rejected", {"reason": reason})
+        self._outgoing.reject(delivery, reason)

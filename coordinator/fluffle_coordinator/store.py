@@ -1,0 +1,224 @@
+"""A run on disk: checkpoints, the history, and what is needed to go on after a crash.
+
+::
+
+    runs/letters/
+        run.json                  the run's id and how it was started
+        history.jsonl             a line when a round is committed, another when it is evaluated
+        round-0000.safetensors    the first weights, then one file a round
+        lock                      held by the coordinator that writes here
+
+A file is written beside its final name, fsynced, and then renamed, so that a name always stands for
+a whole file. A round is committed when its history line is on disk, which is after its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fluffle_common.checkpoint import (
+    checkpoint_name,
+    read_checkpoint,
+    replacing,
+    save_checkpoint,
+)
+from fluffle_common.errors import RunError, UsageError
+from fluffle_common.weights import Array, Weights
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one."""
+
+    run: str
+    committed: int = 0
+    participants: frozenset[str] = frozenset()
+    evaluated: bool = True
+    weights: dict[str, Array] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()
+
+
+class RunStore:
+    """The folder of one run.
+
+    Args:
+        folder: made where it is missing.
+
+    Raises:
+        RunError: where it cannot be made or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.history_path = folder / "history.jsonl"
+        self._lock: IO[str] | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as why:
+            raise RunError(
+                f"cannot make the run folder {folder} ({why.strerror}); choose another with --run"
+            ) from None
+
+    def try_lock(self) -> bool:
+        """Take the folder for this process; False where another coordinator has it."""
+        lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        self._lock = lock
+        return True
+
+    def start_afresh(self) -> Path | None:
+        """Move an earlier run out of the way; return where it is now, None where there was none."""
+        kept = [path for path in self.folder.iterdir() if path.name != "lock"]
+        if not kept:
+            return None
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for path in kept:
+            path.rename(aside / path.name)
+        return aside
+
+    def load(self, federation: str) -> Saved:
+        """Read where the run stands, and repair what a crash left half-done.
+
+        Raises:
+            RunError: where the folder holds another federation's run, or nothing sound is left.
+        """
+        for leftover in self.folder.glob("*.partial"):
+            leftover.unlink()
+        identity = self._identity(federation)
+        lines, repairs = self._sound_history()
+        committed = {line["round"]: line for line in lines if line["event"] == "committed"}
+        last, sound = self._last_sound(max(committed, default=0))
+        if sound is None and (committed or (self.folder / checkpoint_name(0)).exists()):
+            raise RunError(f"no checkpoint in {self.folder} can be read; --fresh starts a new run")
+        if last < max(committed, default=0):
+            self._forget_after(last, lines)
+            repairs.append(f"the checkpoint after round {last} cannot be read: going on from there")
+            lines = [line for line in lines if line["round"] <= last]
+        weights, metadata = sound or (None, {})
+        line = committed.get(last, {})
+        return Saved(
+            run=identity,
+            committed=last,
+            participants=frozenset(p["worker"] for p in line.get("participants", ())),
+            evaluated=not last
+            or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
+            weights=weights,
+            metadata=metadata,
+            repairs=tuple(repairs),
+        )
+
+    def save_weights(self, number: int, weights: Weights, metadata: dict[str, str]) -> Path:
+        """Write the checkpoint of a round, whole or not at all.
+
+        Raises:
+            OSError: where the disk refuses; an earlier file of that name is as it was.
+        """
+        path = self.folder / checkpoint_name(number)
+        save_checkpoint(path, weights, metadata)
+        return path
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line to the history; it is on disk when this returns.
+
+        Raises:
+            OSError: where the disk refuses; nothing of the line is left in the file.
+        """
+        data = (json.dumps(line, separators=(",", ":")) + "\n").encode()
+        with self.history_path.open("ab", buffering=0) as history:
+            size = history.tell()
+            try:
+                if history.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(history.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    history.truncate(size)
+                raise
+
+    def _identity(self, federation: str) -> str:
+        path = self.folder / "run.json"
+        if path.exists():
+            told = json.loads(path.read_text())
+            if told["federation"] != federation:
+                raise RunError(
+                    f"{self.folder} holds a run of federation {told['federation']}, "
+                    f"not {federation}; choose another folder with --run, or --fresh"
+                )
+            return str(told["run"])
+        run = uuid.uuid4().hex[:12]
+        with replacing(path) as partial:
+            partial.write_text(json.dumps({"run": run, "federation": federation}) + "\n")
+        return run
+
+    def _sound_history(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Read the history; a torn last line, left by a crash, is cut off."""
+        if not self.history_path.exists():
+            return [], []
+        data = self.history_path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole == data:
+            return read_lines(data), []
+        with self.history_path.open("r+b") as history:
+            history.truncate(len(whole))
+            os.fsync(history.fileno())
+        return read_lines(whole), ["cut off a torn last line of history.jsonl"]
+
+    def _last_sound(self, last: int) -> tuple[int, tuple[dict[str, Array], dict[str, str]] | None]:
+        for number in range(last, -1, -1):
+            path = self.folder / checkpoint_name(number)
+            if path.exists():
+                with contextlib.suppress(UsageError):
+                    return number, read_checkpoint(path)
+        return 0, None
+
+    def _forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
+        """Keep the history up to a round; what is cut off is kept beside it."""
+        kept, cut = (
+            "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in some)
+            for some in (
+                [line for line in lines if line["round"] <= last],
+                [line for line in lines if line["round"] > last],
+            )
+        )
+        with (self.folder / "history.removed.jsonl").open("a") as removed:
+            removed.write(cut)
+        with replacing(self.history_path) as partial:
+            partial.write_text(kept)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the history as one object a round, everything known about it merged, in order.
+
+    Raises:
+        UsageError: where the folder has no history.
+    """
+    path = folder / "history.jsonl"
+    if not path.exists():
+        raise UsageError(f"there is no history in {folder}; --run names a folder such as runs/NAME")
+    data = path.read_bytes()
+    rounds: dict[int, dict[str, Any]] = {}
+    for line in read_lines(data[: data.rfind(b"\n") + 1]):
+        told = {key: value for key, value in line.items() if key != "event"}
+        rounds.setdefault(line["round"], {}).update(told)
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def read_lines(data: bytes) -> list[dict[str, Any]]:
+    """Parse whole JSON lines."""
+    return [json.loads(line) for line in data.splitlines() if line.strip()]

@@ -1,0 +1,102 @@
+"""How updates become the next weights: pure functions over arrays.
+
+A strategy is a frozen triple: ``init`` makes the running state of a round, ``fold`` takes one
+update into it, ``finish`` turns it into the next weights. Updates are folded one at a time, so that
+memory does not grow with the number of workers.
+
+Example:
+    >>> base = {"w": np.zeros(2, np.float32)}
+    >>> state = fedavg.init(base)
+    >>> state = fedavg.fold(state, {"w": np.array([1, 2], np.float32)}, 1)
+    >>> state = fedavg.fold(state, {"w": np.array([4, 8], np.float32)}, 2)
+    >>> fedavg.finish(state, base)["w"]
+    array([3., 6.], dtype=float32)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fluffle_common.weights import Array, Weights
+
+# Elements handled at a time: a block of float64 and the slices it is added to stay in cache.
+_BLOCK = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The running sum of a round: sum(n_k * delta_k) in float64, and sum(n_k)."""
+
+    totals: dict[str, Array]
+    num_examples: int = 0
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a round is averaged.
+
+    Args:
+        init: ``(weights) -> state``, at the opening of a round.
+        fold: ``(state, delta, num_examples) -> state``; may reuse the old state's memory. The delta
+            has been checked against the weights (``weights.check_delta``).
+        finish: ``(state, weights) -> weights``, the next round's, in the dtypes of the old.
+    """
+
+    init: Callable[[Weights], Sum]
+    fold: Callable[[Sum, Weights, int], Sum]
+    finish: Callable[[Sum, Weights], dict[str, Array]]
+
+
+def _init(weights: Weights) -> Sum:
+    return Sum({name: np.zeros(base.shape, np.float64) for name, base in weights.items()})
+
+
+def _fold(state: Sum, delta: Weights, num_examples: int) -> Sum:
+    for name, total in state.totals.items():
+        _add_scaled(total.reshape(-1), delta[name].reshape(-1), float(num_examples))
+    return replace(state, num_examples=state.num_examples + num_examples)
+
+
+def _add_scaled(total: Array, values: Array, factor: float) -> None:
+    """Add ``factor * values`` to ``total``, in place and in float64, a block at a time."""
+    block = np.empty(min(_BLOCK, max(total.size, 1)), np.float64)
+    for start in range(0, total.size, _BLOCK):
+        part = total[start : start + _BLOCK]
+        scaled = np.multiply(
+            values[start : start + _BLOCK], factor, out=block[: part.size], dtype=np.float64
+        )
+        part += scaled
+
+
+def _finish(state: Sum, weights: Weights) -> dict[str, Array]:
+    if state.num_examples <= 0:
+        raise ValueError("no examples were folded: there is nothing to average")
+    return {
+        name: _cast(base + state.totals[name] / state.num_examples, base.dtype)
+        for name, base in weights.items()
+    }
+
+
+def _cast(mean: Array, dtype: np.dtype[Any]) -> Array:
+    mean = np.asarray(mean, np.float64)  # a sum of 0-d arrays is a scalar
+    if dtype.kind in "iu":
+        # The nearest value that the dtype has: a count cannot become fractional, or wrap around.
+        limits = np.iinfo(dtype)
+        mean = np.clip(np.rint(mean), float(limits.min), float(limits.max))
+    elif np.dtype(dtype) == np.float16:
+        limit = float(np.finfo(np.float16).max)
+        mean = np.clip(mean, -limit, limit)
+    return mean.astype(dtype)
+
+
+fedavg = Strategy(_init, _fold, _finish)
+"""The sample-weighted average, sum(n_k * w_k) / sum(n_k), accumulated in float64.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, algorithm 1, on deltas: w + sum(n_k * (w_k - w)) / sum(n_k). Integer tensors are
+averaged likewise and rounded to the nearest (half to even).
+"""

@@ -1,0 +1,165 @@
+"""``fluffle worker``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluffle_common.cli import federation_option, queue_type_option, url_option
+from fluffle_common.console import log_format_option
+from fluffle_worker.task import DEFAULT_TASK
+
+_SENTENCES = {
+    "loaded": "task {task}: {num_examples} examples{classes}",
+    "connected": "connected to the broker at {address}",
+    "disconnected": "lost the broker ({reason}); connecting again",
+    "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
+    "welcome": "joined run {run}, round {round} of {rounds}",
+    "begin": "round {round}: {verb}",
+    "abandoned": "round {round}: closed without us; taking the next",
+    "sent": "round {round}: sent{loss}",
+    "unsent": "round {round}: not sent yet ({reason}); trying again",
+    "failure": "round {round}: the task failed: {reason}",
+    "malformed": "passed over a message that is not sound: {reason}",
+    "ended": "the run has ended: {reason}",
+    "interrupted": "left; the same command joins again",
+}
+_VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
+
+
+@click.command(context_settings={"show_default": True})
+@federation_option
+@url_option
+@click.option(
+    "--data",
+    required=True,
+    metavar="DIR",
+    help="This worker's data; for the letters, a folder <class>/<image>.",
+)
+@click.option(
+    "--task",
+    default=DEFAULT_TASK,
+    metavar="NAME",
+    help="What to train: module:name or path.py:name, a function that makes the task.",
+)
+@click.option(
+    "--id",
+    "worker_id",
+    metavar="NAME",
+    help="This worker's name, unique in the federation.  [default: made from --data]",
+    show_default=False,
+)
+@click.option(
+    "--classes",
+    metavar="A,B,…",
+    help="All classes of the federation, where this worker's data lacks some.  "
+    "[default: those of the data]",
+    show_default=False,
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the split of the data.")
+@click.option(
+    "--heartbeat",
+    type=click.FloatRange(0, 3600, min_open=True),
+    default=2.0,
+    help="Seconds between signs of life.",
+)
+@click.option("--stay", is_flag=True, help="Wait for another run when one has ended.")
+@click.option(
+    "--wait-broker",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    help="Seconds to wait for a broker that cannot be reached before giving up.",
+)
+@queue_type_option
+@log_format_option
+def worker(**options: Any) -> None:
+    r"""Take part in a federation with your own data, which never leaves this machine.
+
+    Start it before or after the coordinator and the broker: it waits for both, joins the round that
+    is open or the next one, and comes back by itself after any outage. What it sends is the
+    difference that its training made to the weights, how many examples it trained on, and its
+    metrics.
+
+    \b
+      fluffle worker --federation letters --data data/client-1
+      fluffle worker --federation digits --task examples/digits.py:task --data shard:0/3
+    """
+    from fluffle_common.settings import check_federation, check_worker
+
+    federation = check_federation(options["federation"])
+    name = check_worker(options["worker_id"] or id_from(options["data"]))
+    _run(federation, name, options)
+
+
+def id_from(data: str) -> str:
+    """Make a worker's id from its data: the last part of a path, or the words of anything else.
+
+    Example:
+        >>> id_from("data/client-1/"), id_from("shard:0/3")
+        ('client-1', 'shard-0-3')
+    """
+    text = data if ":" in data else Path(data).resolve().name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._")[:64]
+
+
+def _run(federation: str, name: str, options: dict[str, Any]) -> None:
+    from fluffle_common.amqp import AmqpTransport
+    from fluffle_common.console import Console
+    from fluffle_common.settings import broker_url
+    from fluffle_common.signals import Interrupted, run_until_signalled
+    from fluffle_common.topology import Topology
+    from fluffle_common.transport import Backoff
+    from fluffle_worker.service import WorkerService, WorkerSettings
+    from fluffle_worker.task import TaskOptions, classes_of, load_task
+
+    transport = AmqpTransport(broker_url(options["url"]), f"fluffle worker {name} of {federation}")
+    classes = options["classes"]
+    task = load_task(
+        options["task"],
+        TaskOptions(
+            data=options["data"],
+            worker=name,
+            seed=options["seed"],
+            classes=tuple(classes.split(",")) if classes else None,
+        ),
+    )
+    settings = WorkerSettings(
+        federation=federation,
+        worker=name,
+        task=options["task"],
+        heartbeat_s=options["heartbeat"],
+        stay=options["stay"],
+        backoff=Backoff(give_up_s=options["wait_broker"]),
+    )
+    with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
+
+        def tell(what: str, fields: dict[str, Any]) -> None:
+            words = {"address": transport.address, **fields}
+            words["verb"] = _VERBS.get(str(fields.get("kind")), "")
+            loss = fields.get("loss")
+            words["loss"] = "" if loss is None else f", training loss {loss:.4f}"
+            console.line(what, _SENTENCES[what].format(**words), fields)
+
+        async def run() -> str:
+            service = WorkerService(
+                settings,
+                task,
+                transport=transport,
+                topology=Topology(federation, options["queue_type"]),
+                tell=tell,
+                bar=console.bar,
+            )
+            return await service.run()
+
+        found = classes_of(task)
+        told = f", classes {', '.join(found)}" if found else ""
+        tell("loaded", {"task": settings.task, "num_examples": task.num_examples, "classes": told})
+        try:
+            run_until_signalled(run())
+        except Interrupted as signalled:
+            tell("interrupted", {})
+            sys.exit(signalled.exit_code)

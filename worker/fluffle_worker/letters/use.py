@@ -1,0 +1,116 @@
+"""Using a letters model: naming images, and counting what is named how."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fluffle_common.checkpoint import read_checkpoint, replacing
+from fluffle_common.errors import UsageError
+from fluffle_common.weights import Array
+from fluffle_worker.letters.images import SIDE
+from fluffle_worker.letters.task import letters_task
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model makes of one image: a probability for each class."""
+
+    scores: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """The likeliest class."""
+        return max(self.scores, key=self.scores.__getitem__)
+
+    @property
+    def confidence(self) -> float:
+        """Its probability."""
+        return self.scores[self.label]
+
+
+class LettersModel:
+    """A model file of the letters task, ready to name images.
+
+    Raises:
+        UsageError: where the file is no model of this task.
+    """
+
+    def __init__(self, path: Path) -> None:
+        weights, metadata = read_checkpoint(path)
+        try:
+            classes = json.loads(metadata.get("classes", "[]"))
+        except ValueError:
+            classes = []
+        if not classes:
+            raise UsageError(
+                f"{path} is no model of letters: it names no classes "
+                f"(its task: {metadata.get('task') or 'unknown'})"
+            )
+        self.classes: tuple[str, ...] = tuple(map(str, classes))
+        nothing = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
+        self._task = letters_task(self.classes, nothing, None)
+        self._weights = weights
+        try:
+            self._task.check(weights)
+        except ValueError as why:
+            raise UsageError(
+                f"{path} is no model of letters ({why}; "
+                f"its task: {metadata.get('task') or 'unknown'})"
+            ) from None
+
+    def probabilities(self, images: Array) -> Array:
+        """Return probabilities, float64 [n, classes], of images, float32 [n, 100, 100, 1]."""
+        logits = np.concatenate(
+            [
+                self._task.outputs(self._weights, images[start : start + _BATCH])
+                for start in range(0, len(images), _BATCH)
+            ]
+        ).astype(np.float64)
+        raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+        total: Array = raised / raised.sum(axis=1, keepdims=True)
+        return total
+
+    def predict(self, image: Array) -> Prediction:
+        """Name one image, float32 [100, 100, 1]."""
+        found = self.probabilities(image[None])[0]
+        return Prediction(dict(zip(self.classes, map(float, found), strict=True)))
+
+
+def confusion_counts(targets: Array, named: Array, classes: int) -> Array:
+    """Count how often class i (row) was named j (column); int64 [classes, classes]."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (targets, named), 1)
+    return counts
+
+
+def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Path) -> None:
+    """Draw a confusion matrix into a PNG, each row shaded by its share."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = plt.subplots(figsize=(6, 5.6), layout="constrained")
+    drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    names = [name.upper() if len(name) == 1 else name for name in classes]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("named")
+    axes.set_ylabel("is")
+    axes.set_title(title)
+    for row in range(len(names)):
+        for column in range(len(names)):
+            if counts[row, column]:
+                shade = "white" if share[row, column] > 0.5 else "#333333"
+                axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
+    figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
+    with replacing(out) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    plt.close(figure)

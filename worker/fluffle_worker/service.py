@@ -1,0 +1,518 @@
+"""The worker: the asyncio shell around the session machine and the training thread.
+
+Training runs in a thread of its own, so that signs of life keep going out; the model is
+acknowledged when it has been received, so that the broker never waits for training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fluffle_common.errors import LinkLost, MalformedMessage, Refused
+from fluffle_common.messages import (
+    Bye,
+    Evaluate,
+    Evaluation,
+    Failure,
+    FirstWeights,
+    Fit,
+    Heartbeat,
+    Hello,
+    InitRequest,
+    Part,
+    Plan,
+    Refusal,
+    Stop,
+    Update,
+    Welcome,
+)
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import Route, send, send_tensors
+from fluffle_common.transport import (
+    Backoff,
+    Delivery,
+    Full,
+    Link,
+    Occupied,
+    Transport,
+    Unroutable,
+    links,
+    together,
+)
+from fluffle_common.weights import Weights, check_finite, delta
+from fluffle_common.wire import Assembly, decode, read_tensors
+from fluffle_worker import session
+from fluffle_worker.session import Work
+from fluffle_worker.task import EvalResult, Task, TrainResult, classes_of, told
+
+Tell = Callable[[str, dict[str, Any]], None]
+_INBOX_PREFETCH = 8
+_FULL_PAUSE_S = 1.0
+_OCCUPIED_S = 5.0
+
+
+class _NotWanted(Exception):
+    """Raised in the training thread by ``progress``, to end work that nobody wants any more."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What the data owner decided.
+
+    Args:
+        federation: whose queues to use.
+        worker: this worker's id, unique in the federation.
+        task: what the task is called, for people.
+        heartbeat_s: seconds between signs of life.
+        stay: wait for another run when one has ended.
+        max_model_bytes: the largest model taken.
+        backoff: how to wait for a broker that is away.
+    """
+
+    federation: str
+    worker: str
+    task: str
+    heartbeat_s: float = 2.0
+    stay: bool = False
+    max_model_bytes: int = 8 * 2**30
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A work with its input, and its answer when there is one."""
+
+    work: Work
+    message: Fit | Evaluate | InitRequest
+    weights: Weights
+    wanted: bool = True
+    evaluation: Evaluation | None = None
+    answer: tuple[Update | FirstWeights, Weights] | None = None
+
+
+class WorkerService:
+    """One data owner's worker.
+
+    Args:
+        settings: what the data owner decided.
+        task: the model and the data.
+        transport: the way to the broker.
+        topology: the names on it.
+        tell: told what happens.
+        bar: told of progress: ``(label, done, total, description)``.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        task: Task,
+        *,
+        transport: Transport,
+        topology: Topology,
+        tell: Tell,
+        bar: Callable[[str, float, float, str], None],
+    ) -> None:
+        self._settings, self._task = settings, task
+        self._transport, self._topology = transport, topology
+        self._tell, self._bar = tell, bar
+        self._session = uuid.uuid4().hex[:12]
+        self._state = session.State()
+        self._jobs: dict[Work, _Job] = {}
+        self._unsent: asyncio.Queue[_Job] = asyncio.Queue()
+        self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
+        self._doing: dict[str, Any] = {
+            "state": "idle",
+            "run": None,
+            "round": 0,
+            "step": 0,
+            "steps": 0,
+        }
+        self._loss: float | None = None
+        self._link: Link | None = None
+        self._linked = asyncio.Event()
+        self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> str:
+        """Work until the run has ended; return why. Cancel it to leave earlier.
+
+        Raises:
+            Refused: where the coordinator, or the broker, will not have this worker.
+            BrokerError: where there has been no broker for too long.
+        """
+        tasks: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(self._links()),
+            asyncio.ensure_future(self._send_answers()),
+        ]
+        try:
+            await asyncio.wait({*tasks, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+            reason = self._ended.result()
+            await self._say_bye(reason)
+            return reason
+        except asyncio.CancelledError:
+            await self._say_bye("stopped by its owner")
+            raise
+        finally:
+            for job in self._jobs.values():
+                job.wanted = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- the broker ----------------------------------------------------------------------------
+
+    async def _links(self) -> None:
+        def no_broker(reason: str, pause_s: float) -> None:
+            self._tell("no_broker", {"reason": reason, "pause_s": pause_s})
+
+        first, occupied_since = True, 0.0
+        async with contextlib.aclosing(
+            links(self._transport, self._settings.backoff, no_broker)
+        ) as opened:
+            async for link in opened:
+                try:
+                    await self._serve(link, first=first)
+                except Occupied:
+                    now = time.monotonic()
+                    occupied_since = occupied_since or now
+                    # A connection that was cut may live on in the broker for a while: only one
+                    # who was never in takes it for another worker.
+                    if first and now - occupied_since >= _OCCUPIED_S:
+                        raise Refused(
+                            f"another worker with the id '{self._settings.worker}' is connected to "
+                            f"federation {self._settings.federation}; give this one another --id"
+                        ) from None
+                    continue
+                except LinkLost as gone:
+                    self._tell("disconnected", {"reason": str(gone)})
+                finally:
+                    self._link = None
+                    self._linked.clear()
+                first, occupied_since = False, 0.0
+
+    async def _serve(self, link: Link, *, first: bool) -> None:
+        worker = self._settings.worker
+        inbox = self._topology.inbox(worker)
+        await link.declare([*self._topology.shared(), *self._topology.of_worker(worker)])
+        mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
+        if first:
+            await link.purge(inbox)  # what was meant for an earlier process
+        self._assembly = None
+        self._link = link
+        self._linked.set()
+        self._tell("connected", {})
+        await together(self._read(mail), self._signs_of_life(link), self._until_lost(link))
+
+    async def _until_lost(self, link: Link) -> None:
+        await link.lost()
+        raise LinkLost("the link was lost")
+
+    async def _signs_of_life(self, link: Link) -> None:
+        kind: type[Hello | Heartbeat] = Hello
+        while True:
+            message = kind(
+                federation=self._settings.federation,
+                worker=self._settings.worker,
+                session=self._session,
+                num_examples=self._task.num_examples,
+                task=self._settings.task,
+                classes=classes_of(self._task),
+                heartbeat_s=self._settings.heartbeat_s,
+                loss=self._loss,
+                **self._doing,
+            )
+            await self._say(link, message)
+            kind = Heartbeat
+            await asyncio.sleep(self._settings.heartbeat_s)
+
+    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> None:
+        route = Route(
+            self._topology.results,
+            [f"{message.kind}.{self._settings.worker}"],
+            durable=isinstance(message, Failure),
+        )
+        with contextlib.suppress(Full, Unroutable):
+            await send(link, message, route)
+
+    async def _say_bye(self, reason: str) -> None:
+        if self._link is not None:
+            bye = Bye(
+                federation=self._settings.federation,
+                worker=self._settings.worker,
+                session=self._session,
+                reason=reason[:2000],
+            )
+            with contextlib.suppress(LinkLost, TimeoutError):
+                async with asyncio.timeout(2):
+                    await self._say(self._link, bye)
+
+    # --- what comes in -------------------------------------------------------------------------
+
+    async def _read(self, mail: AsyncIterator[Delivery]) -> None:
+        async for delivery in mail:
+            try:
+                message, payload = decode(delivery.body)
+                self._receive(message, payload)
+            except MalformedMessage as wrong:
+                self._tell("malformed", {"reason": str(wrong)})
+            await delivery.ack()
+
+    def _receive(self, message: Any, payload: memoryview) -> None:
+        match message:
+            case Welcome(run=run, round=number, rounds=rounds):
+                self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
+            case Refusal(session=refused, reason=reason) if refused == self._session:
+                raise Refused(reason)
+            case InitRequest():
+                self._ask(Work("init", message.run, 0), message, {})
+            case Fit() | Evaluate() if message.transfer is not None:
+                self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
+                self._now("receiving", message.run, message.round, steps=message.transfer.parts)
+            case Fit() | Evaluate():
+                self._work(message, payload)
+            case Part():
+                self._part(message, payload)
+            case Stop(run=run, reason=reason):
+                self._advance(session.Stopped(reason))
+
+    def _part(self, part: Part, payload: memoryview) -> None:
+        if self._assembly is None:
+            return
+        message, assembly = self._assembly
+        # A copy: the part's own message is acknowledged and let go of.
+        assembly.add(part, payload)
+        self._doing["step"] = assembly.done_parts
+        self._bar("receiving", assembly.done_parts, assembly.transfer.parts, "")
+        if assembly.complete:
+            self._assembly = None
+            self._now("idle", message.run, message.round)
+            self._work(message, assembly.payload())
+
+    def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
+        weights = read_tensors(message.tensors, payload)
+        for name, tensor in weights.items():
+            try:
+                check_finite(name, tensor)
+            except ValueError as wrong:
+                raise MalformedMessage(str(wrong)) from None
+        kind = "fit" if isinstance(message, Fit) else "evaluate"
+        self._ask(Work(kind, message.run, message.round), message, weights)  # type: ignore[arg-type]
+
+    def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
+        if work not in self._jobs:
+            self._jobs[work] = _Job(work, message, weights)
+        self._advance(session.Asked(work))
+        known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
+        if work not in known:
+            del self._jobs[work]  # older than what we have
+
+    # --- the machine ---------------------------------------------------------------------------
+
+    def _advance(self, event: session.Event) -> None:
+        self._state, effects = session.advance(self._state, event)
+        for effect in effects:
+            match effect:
+                case session.Begin(work):
+                    self._begin(self._jobs[work])
+                case session.Abandon(work):
+                    self._jobs[work].wanted = False
+                    self._tell("abandoned", {"round": work.round})
+                case session.Send(work):
+                    self._now("sending", work.run, work.round)
+                    self._unsent.put_nowait(self._jobs[work])
+                case session.Drop(work):
+                    self._jobs.pop(work).wanted = False
+                case session.Report(work, reason):
+                    self._tell("failure", {"round": work.round, "reason": reason})
+                    self._now("idle", work.run, work.round)
+                    self._report(work, reason)
+                case session.Leave(reason):
+                    self._tell("ended", {"reason": reason})
+                    if self._settings.stay:
+                        self._state = session.State()
+                    elif not self._ended.done():
+                        self._ended.set_result(reason)
+
+    def _now(self, state: str, run: str, number: int, *, steps: int = 0) -> None:
+        self._doing: dict[str, Any] = {
+            "state": state,
+            "run": run,
+            "round": number,
+            "step": 0,
+            "steps": steps,
+        }
+
+    # --- the training thread -------------------------------------------------------------------
+
+    def _begin(self, job: _Job) -> None:
+        loop = asyncio.get_running_loop()
+        self._loss = None
+        evaluating = isinstance(job.message, Evaluate) or (
+            isinstance(job.message, Fit) and job.message.evaluate
+        )
+        self._now("evaluating" if evaluating else "training", job.work.run, job.work.round)
+        self._tell("begin", {"round": job.work.round, "kind": job.work.kind})
+
+        def done(event: session.Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
+                loop.call_soon_threadsafe(self._advance, event)
+
+        def evaluated() -> None:
+            self._unsent.put_nowait(job)
+            self._now("training", job.work.run, job.work.round)
+
+        def work() -> None:
+            try:
+                self._do(job, loop, evaluated)
+            except _NotWanted:
+                done(session.Abandoned(job.work))
+            except Exception as why:  # whatever a user's task raises is reported, not swallowed
+                done(session.Failed(job.work, told(why)))
+            else:
+                done(session.Finished(job.work))
+
+        # A daemon thread: a step that never ends must not keep the process from ending.
+        threading.Thread(target=work, name=f"{job.work.kind}-{job.work.round}", daemon=True).start()
+
+    def _do(
+        self, job: _Job, loop: asyncio.AbstractEventLoop, evaluated: Callable[[], None]
+    ) -> None:
+        """Do a work; runs in the thread."""
+        message, settings = job.message, self._settings
+        ids: dict[str, Any] = {
+            "federation": settings.federation,
+            "run": job.work.run,
+            "worker": settings.worker,
+        }
+        if isinstance(message, InitRequest):
+            job.answer = FirstWeights(**ids), self._task.init(message.seed)
+            return
+        if isinstance(message, Evaluate) or message.evaluate:
+            number = message.round if isinstance(message, Evaluate) else message.round - 1
+            found = self._task.evaluate(job.weights)
+            if found is not None:
+                job.evaluation = _evaluation(ids, number, found)
+            if not isinstance(message, Evaluate):
+                loop.call_soon_threadsafe(evaluated)
+        if isinstance(message, Evaluate):
+            return
+
+        def progress(step: int, steps: int, loss: float | None = None) -> None:
+            if not job.wanted:
+                raise _NotWanted
+            loop.call_soon_threadsafe(self._progress, job.work, step, steps, loss)
+
+        began = time.monotonic()
+        trained = self._task.train(job.weights, _seeded(message), progress)
+        seconds = time.monotonic() - began
+        job.answer = (
+            _update(ids, message.round, trained, seconds),
+            delta(trained.weights, job.weights),
+        )
+
+    def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
+        if self._state.doing != work:
+            return
+        self._now("training", work.run, work.round, steps=steps)
+        self._doing["step"], self._loss = step, loss
+        shown = f"round {work.round}" + (f", loss {loss:.4f}" if loss is not None else "")
+        self._bar("training", step, steps, shown)
+
+    # --- what goes out -------------------------------------------------------------------------
+
+    async def _send_answers(self) -> None:
+        """Send one answer after the other; each until the broker has taken it, or it is stale."""
+        while True:
+            job = await self._unsent.get()
+            while self._jobs.get(job.work) is job:
+                await self._linked.wait()
+                link = self._link
+                if link is None:
+                    continue
+                try:
+                    await self._send(link, job)
+                except (LinkLost, Full, Unroutable) as why:
+                    # Sent again under the same identity: the coordinator counts it once.
+                    self._tell("unsent", {"round": job.work.round, "reason": str(why)})
+                    await asyncio.sleep(_FULL_PAUSE_S)
+                else:
+                    break
+
+    async def _send(self, link: Link, job: _Job) -> None:
+        worker = self._settings.worker
+        if job.evaluation is not None:
+            await send(
+                link, job.evaluation, Route(self._topology.results, [f"evaluation.{worker}"])
+            )
+        if self._state.sending != job.work:
+            return  # only the evaluation was ready
+        if job.answer is not None:
+            message, weights = job.answer
+            outbox = Route(self._topology.results, [f"part.{worker}"])
+            await link.purge(self._topology.outbox(worker))  # parts that nobody will ask for
+            await send_tensors(
+                link,
+                message,
+                weights,
+                Route(self._topology.results, [f"{message.kind}.{worker}"]),
+                parts=outbox,
+                progress=lambda done, parts: self._bar("sending", done, parts, ""),
+            )
+        self._advance(session.Sent(job.work))
+        self._now("idle", job.work.run, job.work.round)
+        metrics = job.answer[0].metrics if job.answer and isinstance(job.answer[0], Update) else {}
+        self._tell("sent", {"round": job.work.round, "kind": job.work.kind, **metrics})
+
+    def _report(self, work: Work, reason: str) -> None:
+        link = self._link
+        if link is None:
+            return  # the coordinator asks again, and the task fails again
+        failure = Failure(
+            federation=self._settings.federation,
+            worker=self._settings.worker,
+            session=self._session,
+            run=work.run,
+            round=work.round,
+            reason=reason[:2000],
+        )
+
+        async def say() -> None:
+            with contextlib.suppress(LinkLost):
+                await self._say(link, failure)
+
+        self._reporting = asyncio.ensure_future(say())
+
+
+def _seeded(message: Fit) -> Plan:
+    """Give each round a seed of its own, the same whenever the round is trained again."""
+    seed = (message.plan.seed * 1_000_003 + message.round) % 2**63
+    return message.plan.model_copy(update={"seed": seed})
+
+
+def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:
+    return Evaluation(
+        **ids,
+        round=number,
+        num_examples=found.num_examples,
+        loss=float(found.loss),
+        metrics={name: float(value) for name, value in found.metrics.items()},
+    )
+
+
+def _update(ids: dict[str, Any], number: int, trained: TrainResult, seconds: float) -> Update:
+    return Update(
+        **ids,
+        round=number,
+        num_examples=trained.num_examples,
+        seconds=seconds,
+        metrics={name: float(value) for name, value in trained.metrics.items()},
+    )

@@ -1,0 +1,195 @@
+"""What a worker does next, as a pure state machine: newest work wins, answers are kept.
+
+``advance(state, event)`` returns the next state and what is to be done; no IO, no clock, no arrays.
+
+::
+
+    IDLE ──Asked──> WORKING ──Finished──> SENDING ──Sent──> IDLE (the answer is kept)
+                      │  └──Asked (newer)──> Abandon, then WORKING on the newer
+                      └──Failed──> IDLE
+
+Rules: work asked for twice is done once; an answered work asked for again is answered again with
+the same answer, not with a new one; older work never replaces newer; a lost link changes nothing,
+since whatever was not confirmed is sent again over the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+
+class Work(NamedTuple):
+    """One thing asked of a worker, known by what it is and for which round of which run."""
+
+    kind: Literal["init", "fit", "evaluate"]
+    run: str
+    round: int
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the machine knows."""
+
+    doing: Work | None = None  # in the training thread
+    next: Work | None = None  # begins when the thread is free
+    sending: Work | None = None  # done, its answer not yet taken by the broker
+    answered: Work | None = None  # taken; the answer is kept until there is newer work
+    over: str | None = None
+
+
+# --- events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The coordinator asks for work."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The thread is done with a work."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The task failed at a work."""
+
+    work: Work
+    reason: str
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """The thread noticed that its work is not wanted any more."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The broker took the answer to a work."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The coordinator says that the run has ended."""
+
+    reason: str
+
+
+Event = Asked | Finished | Failed | Abandoned | Sent | Stopped
+
+# --- effects -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Begin a work in the thread."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Let the thread know that its work is not wanted any more."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send the answer to a work, until the broker has taken it."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Let go of the answer to a work: newer work has come."""
+
+    work: Work
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tell the coordinator that the task failed."""
+
+    work: Work
+    reason: str
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The run has ended: nothing more to do here."""
+
+    reason: str
+
+
+Effect = Begin | Abandon | Send | Drop | Report | Leave
+
+
+def advance(state: State, event: Event) -> tuple[State, list[Effect]]:
+    """Take one event; return the next state and what is to be done, in this order."""
+    match event:
+        case Asked(work):
+            return _asked(state, work)
+        case Finished(work) if work == state.doing:
+            if state.next is not None:
+                return _begin(replace(state, doing=None), [Drop(work)])
+            return replace(state, doing=None, sending=work), [Send(work)]
+        case Abandoned(work) if work == state.doing:
+            return _begin(replace(state, doing=None), [Drop(work)])
+        case Failed(work, reason) if work == state.doing:
+            return _begin(replace(state, doing=None), [Drop(work), Report(work, reason)])
+        case Sent(work) if work == state.sending:
+            return replace(state, sending=None, answered=work), []
+        case Stopped(reason):
+            effects: list[Effect] = [Leave(reason)]
+            if state.doing is not None:
+                effects.insert(0, Abandon(state.doing))
+            return replace(state, next=None, over=reason), effects
+    return state, []
+
+
+def _asked(state: State, work: Work) -> tuple[State, list[Effect]]:
+    if work in (state.doing, state.next, state.sending):
+        return state, []
+    if work == state.answered:
+        return replace(state, answered=None, sending=work), [Send(work)]
+    if any(_newer(known, work) for known in (state.doing, state.next, state.sending)):
+        return state, []
+    effects: list[Effect] = [
+        Drop(old) for old in (state.sending, state.answered) if old is not None
+    ]
+    state = replace(state, next=work, sending=None, answered=None)
+    if state.doing is not None:
+        return state, [*effects, Abandon(state.doing)]
+    return _begin(state, effects)
+
+
+def _begin(state: State, effects: list[Effect]) -> tuple[State, list[Effect]]:
+    if state.next is None:
+        return state, effects
+    work = state.next
+    return replace(state, doing=work, next=None), [*effects, Begin(work)]
+
+
+def _newer(known: Work | None, work: Work) -> bool:
+    """Whether ``known`` is of the same run and later than ``work``.
+
+    The evaluation of round n's model comes after the training of round n.
+    """
+    if known is None or known.run != work.run:
+        return False
+    return _order(known) > _order(work)
+
+
+def _order(work: Work) -> tuple[int, int]:
+    return work.round, ("init", "fit", "evaluate").index(work.kind)

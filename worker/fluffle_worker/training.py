@@ -1,0 +1,240 @@
+"""A task from a Flax model: the local epochs, compiled once, on any data that fits in memory.
+
+What is averaged is every ``nnx.Param`` and every ``nnx.BatchStat``, by name: running statistics
+that stay behind ruin a federated model with batch normalization. The state of random number
+generators, such as dropout's, never travels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from fluffle_common.messages import Plan
+from fluffle_common.weights import Array, Weights, same_form
+from fluffle_worker.task import EvalResult, Progress, TrainResult
+
+Examples = tuple[Array, Array]
+PerExample = Callable[[Any, Any], Any]
+_EVALUATION_BATCH = 256
+_AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
+
+
+def flax_task(
+    model: Callable[[nnx.Rngs], nnx.Module],
+    loss: PerExample,
+    optimizer: optax.GradientTransformation | Callable[[float], optax.GradientTransformation],
+    train_data: Examples,
+    valid_data: Examples | None = None,
+    *,
+    learning_rate: float = 1e-3,
+    metrics: Mapping[str, PerExample] | None = None,
+    classes: tuple[str, ...] = (),
+    sample_seed: int = 0,
+) -> FlaxTask:
+    """Make a task from a plain Flax model.
+
+    The optimizer's state is fresh in every round: a worker keeps nothing between rounds, so that
+    one that was restarted, or joined late, does exactly what it would have done otherwise.
+
+    Args:
+        model: ``(rngs) -> module``; the module is called with a batch of inputs.
+        loss: ``(outputs, targets) -> losses``, one for each example, shape [batch].
+        optimizer: any optax transformation, or a function of the learning rate such as
+            ``optax.adam``, which lets the coordinator's ``--learning-rate`` decide.
+        train_data: (inputs, targets), arrays with the same first axis.
+        valid_data: the same, held out; None: this worker does not evaluate.
+        learning_rate: for an ``optimizer`` that takes one and a plan that names none.
+        metrics: more numbers of the form of ``loss``, such as ``{"accuracy": accuracy}``.
+        classes: the names of the outputs, for a classifier.
+        sample_seed: makes this worker's batches its own.
+    """
+    return FlaxTask(
+        model,
+        loss,
+        optimizer,
+        train_data,
+        valid_data,
+        learning_rate=learning_rate,
+        metrics=metrics or {},
+        classes=classes,
+        sample_seed=sample_seed,
+    )
+
+
+def accuracy(outputs: Any, targets: Any) -> Any:
+    """Return 1 for each example whose largest output is its target, else 0; shape [batch]."""
+    return (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
+
+
+class FlaxTask:
+    """See ``flax_task``."""
+
+    def __init__(
+        self,
+        model: Callable[[nnx.Rngs], nnx.Module],
+        loss: PerExample,
+        optimizer: optax.GradientTransformation | Callable[[float], optax.GradientTransformation],
+        train_data: Examples,
+        valid_data: Examples | None,
+        *,
+        learning_rate: float,
+        metrics: Mapping[str, PerExample],
+        classes: tuple[str, ...],
+        sample_seed: int,
+    ) -> None:
+        keep_compiled()
+        self.num_examples = len(train_data[0])
+        self.classes = classes
+        self._model, self._loss, self._metrics = model, loss, dict(metrics)
+        self._optimizer, self._learning_rate = optimizer, learning_rate
+        # On the device once: a batch is a gather there, not a copy from here.
+        self._train = jax.device_put(train_data)
+        self._valid = jax.device_put(valid_data) if valid_data and len(valid_data[0]) else None
+        self._sample_seed = sample_seed
+        graph, averaged, rest = nnx.split(  # type: ignore[misc]
+            model(nnx.Rngs(0)), _AVERAGED, ...
+        )
+        self._graph, self._rest = graph, rest
+        self._form = averaged
+        self._steps: dict[float, tuple[Any, Any]] = {}
+        self._evaluate_batch = jax.jit(self._evaluate_step)
+
+    def init(self, seed: int) -> Weights:
+        """See ``task.Task``."""
+        return _to_weights(nnx.state(self._model(nnx.Rngs(seed)), _AVERAGED))
+
+    def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
+        """See ``task.Task``."""
+        transform, step = self._step(plan.learning_rate or self._learning_rate)
+        state = self._to_state(weights)
+        rest = self._rest
+        optimizer_state = transform.init(state.filter(nnx.Param))
+        batches = self._batches(plan)
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            state, rest, optimizer_state, loss = step(
+                state, rest, optimizer_state, self._train, batch
+            )
+            losses.append(loss)
+            # JAX runs ahead; reading the loss of an earlier step keeps it from running far ahead
+            # of what is reported, and costs nothing.
+            seen = float(losses[-2]) if number > 1 else None
+            progress(number, len(batches), seen)
+        mean = float(np.mean([float(loss) for loss in losses]))
+        return TrainResult(_to_weights(state), self.num_examples, {"loss": mean})
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """See ``task.Task``."""
+        if self._valid is None:
+            return None
+        state = self._to_state(weights)
+        count = len(self._valid[0])
+        size = min(_EVALUATION_BATCH, count)
+        totals: dict[str, float] = {}
+        for start in range(0, count, size):
+            # The last batch is filled up, so that all have one shape and are compiled once.
+            wanted = np.arange(start, start + size)
+            found = self._evaluate_batch(state, self._valid, np.minimum(wanted, count - 1))
+            for name, values in found.items():
+                real = np.asarray(values, np.float64)[wanted < count]
+                totals[name] = totals.get(name, 0.0) + float(real.sum())
+        means = {name: total / count for name, total in totals.items()}
+        return EvalResult(means.pop("loss"), count, means)
+
+    def check(self, weights: Weights) -> None:
+        """Raise ValueError where these are not weights of this model."""
+        same_form(weights, _to_weights(self._form))
+
+    def outputs(self, weights: Weights, inputs: Array) -> Array:
+        """Return the model's outputs for a batch of inputs, shape [batch, …]."""
+        model = nnx.merge(self._graph, self._to_state(weights), self._rest, copy=True)
+        model.eval()
+        return np.asarray(model(jnp.asarray(inputs)))
+
+    def _batches(self, plan: Plan) -> list[Array]:
+        """Return index arrays of one size: a fresh order each epoch, its last batch filled up.
+
+        A last batch of another size would be compiled a second time; filling it up from the start
+        of the epoch's order shows a few examples twice.
+        """
+        count = self.num_examples
+        size = min(plan.batch_size, count)
+        rng = np.random.default_rng([plan.seed, self._sample_seed])
+        batches = []
+        for _ in range(plan.epochs):
+            order = rng.permutation(count).astype(np.int32)
+            filled = np.resize(order, -(-count // size) * size)
+            batches += np.split(filled, len(filled) // size)
+        return batches
+
+    def _step(self, learning_rate: float) -> tuple[Any, Any]:
+        """Return the optimizer and its compiled step; one for each learning rate ever asked."""
+        if learning_rate not in self._steps:
+            optimizer = self._optimizer
+            transform = (
+                optimizer
+                if isinstance(optimizer, optax.GradientTransformation)
+                else optimizer(learning_rate)
+            )
+
+            def step(state: Any, rest: Any, optimizer_state: Any, data: Any, batch: Any) -> Any:
+                inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
+                params, others = state.split(nnx.Param, ...)
+
+                def mean_loss(params: Any) -> Any:
+                    model = nnx.merge(self._graph, params, others, rest, copy=True)
+                    model.train()
+                    value = self._loss(model(inputs), targets).mean()
+                    return value, nnx.state(model)
+
+                grad = jax.value_and_grad(mean_loss, has_aux=True)
+                (value, after), gradient = grad(params)
+                change, optimizer_state = transform.update(gradient, optimizer_state, params)
+                params = optax.apply_updates(params, change)
+                _, others, rest = after.split(nnx.Param, nnx.BatchStat, ...)
+                return nnx.merge_state(params, others), rest, optimizer_state, value
+
+            self._steps[learning_rate] = transform, jax.jit(step)
+        return self._steps[learning_rate]
+
+    def _evaluate_step(self, state: Any, data: Any, batch: Any) -> dict[str, Any]:
+        inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
+        model = nnx.merge(self._graph, state, self._rest, copy=True)
+        model.eval()
+        outputs = model(inputs)
+        functions = {"loss": self._loss, **self._metrics}
+        return {name: function(outputs, targets) for name, function in functions.items()}
+
+    def _to_state(self, weights: Weights) -> Any:
+        self.check(weights)
+        flat = nnx.to_flat_state(self._form)
+        return nnx.from_flat_state(
+            [(path, leaf.replace(jnp.asarray(weights[_name(path)]))) for path, leaf in flat]
+        )
+
+
+def _to_weights(state: Any) -> dict[str, Array]:
+    flat = nnx.to_flat_state(state)
+    return {_name(path): np.asarray(leaf.get_value()) for path, leaf in flat}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def keep_compiled() -> None:
+    """Keep what JAX compiles on disk, so that the next process on this machine need not."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    config: Any = jax.config
+    if not config.jax_compilation_cache_dir:
+        config.update("jax_compilation_cache_dir", str(cache / "fluffle" / "jax"))
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
