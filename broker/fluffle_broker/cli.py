@@ -41,7 +41,7 @@ def _port_option(flag: str, what: str, default: int) -> Callable[[Any], Any]:
 
 @click.group()
 def broker() -> None:
-    r"""Run a private RabbitMQ on this machine.
+    """Run a private RabbitMQ on this machine.
 
     It listens on 127.0.0.1 only, keeps every file in one folder and needs no root. An installed
     rabbitmq-server is used where there is one; where there is apt, Debian's packages are unpacked
@@ -74,7 +74,7 @@ def up(
     prometheus_port: int | None,
     node_name: str,
 ) -> None:
-    r"""Start the broker of this folder and wait until it serves.
+    """Start the broker of this folder and wait until it serves.
 
     It goes on when this terminal is closed. Run again, it says where the broker is. What was in
     its durable queues is there again after a stop or a crash.

@@ -13,7 +13,7 @@ LOOPBACK = "127.0.0.1"
 
 _AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _METHOD_FRAME = 1
-_CONNECTION_START = (10, 10)
+_CONNECTION_START = b"\x00\x0a\x00\x0a"  # class 10, method 10
 
 _EPMD_NAMES = b"\x00\x01n"
 _EPMD_KILL = b"\x00\x01k"
@@ -71,11 +71,11 @@ def amqp_version(port: int, *, timeout_s: float = 2) -> str | None:
             payload = _exactly(link, min(size, 65536))
     except OSError:
         return None
-    if kind != _METHOD_FRAME or struct.unpack(">HH", payload[:4]) != _CONNECTION_START:
+    if kind != _METHOD_FRAME or not payload.startswith(_CONNECTION_START):
         return None
     # The server properties are an AMQP table: a short-string key, 'S', a long string.
-    _, found, rest = payload.partition(b"\x07versionS")
-    return rest[4 : 4 + struct.unpack(">I", rest[:4])[0]].decode() if found else ""
+    _, _, rest = payload.partition(b"\x07versionS")
+    return rest[4 : 4 + int.from_bytes(rest[:4])].decode(errors="replace")
 
 
 def epmd_nodes(port: int) -> list[str] | None:
@@ -84,7 +84,11 @@ def epmd_nodes(port: int) -> list[str] | None:
     # Four bytes that repeat the port, then a line "name fluffle at port 25673" for each node.
     if reply is None or reply[:4] != struct.pack(">I", port):
         return None
-    return [line.split()[1] for line in reply[4:].decode().splitlines() if line.startswith("name ")]
+    return [
+        line.split()[1]
+        for line in reply[4:].decode(errors="replace").splitlines()
+        if line.startswith("name ")
+    ]
 
 
 def stop_epmd(port: int, node: str) -> bool:

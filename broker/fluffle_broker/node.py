@@ -268,7 +268,7 @@ def _plan(
 @contextlib.contextmanager
 def _alone(folder: Path, say: Say) -> Iterator[None]:
     """Let one `up` or `down` at a time work in a folder; the system unlocks it if we are killed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is in the queues is private
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

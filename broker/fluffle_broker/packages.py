@@ -61,7 +61,10 @@ def find_installed(system_lib: Path = _SYSTEM_LIB) -> Installation | None:
 def find_unpacked(cache: Path | None = None) -> Installation | None:
     """Find packages that were unpacked earlier."""
     root = cache or _cache_folder()
-    server = _newest(root.glob(f"usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/{_SERVER}"))
+    try:
+        server = _newest(root.glob(f"usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/{_SERVER}"))
+    except PermissionError:  # `unpack` will say so
+        return None
     if server is None:
         return None
     libraries = (*root.glob("usr/lib/*-linux-*"), *root.glob("lib/*-linux-*"))

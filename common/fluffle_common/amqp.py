@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport import (
+    Counts,
     Delivery,
     Full,
     HeaderValue,
@@ -35,6 +37,10 @@ from fluffle_common.transport import (
 
 if TYPE_CHECKING:
     from yarl import URL
+
+# They log what they also raise; whoever catches it says it in our own words.
+for _name in ("aio_pika", "aiormq"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 _CONNECT_TIMEOUT_S = 15.0
 _CLOSE_TIMEOUT_S = 2.0
@@ -244,6 +250,21 @@ class AmqpLink(Link):
             source = await self._get.get_queue(queue, ensure=False)
             message = await source.get(fail=False)
         return AmqpDelivery(message) if message is not None else None
+
+    async def counts(self, queue: str) -> Counts | None:
+        """See ``transport.Link``."""
+        self._check()
+        with _as_ours():
+            # A queue that is not there closes the channel that asks, so that one is not shared.
+            channel = self._connections[1].channel(publisher_confirms=False)
+            await channel.initialize()
+            underlay = await channel.get_underlay_channel()
+            try:
+                told = await underlay.queue_declare(queue, passive=True)
+            except aiormq.exceptions.ChannelNotFoundEntity:
+                return None
+            await channel.close()
+        return Counts(int(told.message_count or 0), int(told.consumer_count or 0))
 
     async def purge(self, queue: str) -> int:
         """See ``transport.Link``."""

@@ -45,7 +45,7 @@ class Commands(click.Group):
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("fluffle"), prog_name="fluffle")
 def fluffle() -> None:
-    r"""Federated learning over a message broker.
+    """Federated learning over a message broker.
 
     A coordinator publishes global weights over RabbitMQ; workers train on data that stays with
     them and send updates back; as soon as a quorum has answered, the coordinator averages them

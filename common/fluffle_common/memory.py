@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from fluffle_common.errors import LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport import (
+    Counts,
     Delivery,
     Full,
     Link,
@@ -180,6 +181,12 @@ class MemoryLink(Link):
         if not source.ready:
             return None
         return MemoryDelivery(source, source.ready.popleft(), self, None)
+
+    async def counts(self, queue: str) -> Counts | None:
+        """See ``transport.Link``."""
+        self._check()
+        source = self._broker.queues.get(queue)
+        return Counts(len(source.ready), len(source.consumers)) if source else None
 
     async def purge(self, queue: str) -> int:
         """See ``transport.Link``."""

@@ -28,7 +28,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Entity
@@ -60,6 +60,13 @@ class Properties:
     headers: Mapping[str, HeaderValue] = field(default_factory=dict)
     durable: bool = True
     user: str | None = None
+
+
+class Counts(NamedTuple):
+    """What AMQP itself tells of a queue; what is unacknowledged it does not tell."""
+
+    ready: int
+    consumers: int
 
 
 class Delivery(Protocol):
@@ -104,6 +111,9 @@ class Link(Protocol):
 
     async def get(self, queue: str) -> Delivery | None:
         """Take one message, or None where there is none."""
+
+    async def counts(self, queue: str) -> Counts | None:
+        """Count what is in a queue, changing nothing; None where there is no such queue."""
 
     async def purge(self, queue: str) -> int:
         """Drop what is ready in a queue; return how many messages that were."""

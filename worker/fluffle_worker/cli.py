@@ -77,7 +77,7 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
 @queue_type_option
 @log_format_option
 def worker(**options: Any) -> None:
-    r"""Take part in a federation with your own data, which never leaves this machine.
+    """Take part in a federation with your own data, which never leaves this machine.
 
     Start it before or after the coordinator and the broker: it waits for both, joins the round that
     is open or the next one, and comes back by itself after any outage. What it sends is the

@@ -343,7 +343,7 @@ class WorkerService:
                         self._ended.set_result(reason)
 
     def _now(self, state: str, run: str, number: int, *, steps: int = 0) -> None:
-        self._doing: dict[str, Any] = {
+        self._doing |= {
             "state": state,
             "run": run,
             "round": number,

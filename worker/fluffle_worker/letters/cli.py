@@ -53,7 +53,7 @@ def letters(out: Path, clients: int, per_client: int, seed: int) -> None:
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
-    r"""Name the letter in an image.
+    """Name the letter in an image.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png b.png

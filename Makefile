@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests.
+# Both install what they need into .venv; the demo and the tests bring their own RabbitMQ.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test check format lock clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fluffle needs Python 3.11 or newer: make install PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --editable .
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The exact versions come from this machine's package index, whose name stays out of the file.
+lock: install
+	$(BIN)/python -m pip install --quiet --dry-run --upgrade --ignore-installed \
+		--report .venv/lock.json '.[all]' --group dev hatchling editables
+	$(BIN)/python -c "import json; \
+		told = json.load(open('.venv/lock.json'))['install']; \
+		pins = sorted({f\"{p['metadata']['name'].lower()}=={p['metadata']['version']}\" for p in told}); \
+		print('# Exact versions of everything that fluffle, its tests and its build need: make lock.'); \
+		print('\n'.join(p for p in pins if not p.startswith('fluffle==')))" > requirements.lock
+
+clean:
+	-test -x $(BIN)/fluffle && $(BIN)/fluffle broker down
+	rm -rf .venv .fluffle build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

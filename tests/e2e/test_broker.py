@@ -1,0 +1,275 @@
+"""The broker command against a real node: what an operator does, and what happens to one."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fluffle_broker import network, node, packages, processes, record
+from fluffle_broker.record import NodeInfo, Ports
+from fluffle_common.errors import BrokerError
+
+pytestmark = [
+    pytest.mark.rabbit,
+    pytest.mark.skipif(
+        not (packages.find_installed() or packages.find_unpacked() or shutil.which("apt-get")),
+        reason="no RabbitMQ here, and no apt to get one",
+    ),
+]
+
+_FREE = Ports(0, 0, 0)
+_DURABLE = {"durable": True, "arguments": {}}
+
+
+def fluffle(*arguments: str | Path, state: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(*arguments, state=state), capture_output=True, text=True)
+
+
+def _command(*arguments: str | Path, state: Path) -> list[str]:
+    start = "from fluffle_common.cli import main; main()"
+    return [sys.executable, "-c", start, *map(str, arguments), "--state", str(state)]
+
+
+def manage(info: NodeInfo, method: str, path: str, body: Any = None) -> Any:
+    link = http.client.HTTPConnection("127.0.0.1", info.ports.management, timeout=10)
+    login = base64.b64encode(b"guest:guest").decode()
+    headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+    try:
+        link.request(method, f"/api/{path}", body=json.dumps(body), headers=headers)
+        answer = link.getresponse()
+        text = answer.read()
+        assert answer.status < 300, text
+        return json.loads(text) if text else None
+    finally:
+        link.close()
+
+
+def ours(state: Path) -> list[str]:
+    """Name the living processes that were started for a state folder, epmd and all."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            home = process.environ().get("HOME", "")
+            if home.startswith(str(state)) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.name())
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A state folder with a path that is not easy, and no node left in it."""
+    folder = tmp_path / "a state, größer"
+    yield folder
+    node.down(folder, grace_s=0)
+    assert ours(folder) == []
+
+
+@pytest.fixture
+def start(state: Path) -> Callable[..., NodeInfo]:
+    return lambda **options: node.up(state, **{"ports": _FREE, **options})
+
+
+def test_up_status_down(state: Path) -> None:
+    # capture_output waits for the end of both pipes: the node must hold neither.
+    up = fluffle("broker", "up", "--port", "0", state=state)
+    assert up.returncode == 0, up.stderr
+    info = node.running_node(state)
+    assert info is not None
+    assert json.loads((state / "broker/node.json").read_text())["url"] == info.url
+    assert info.url in up.stdout
+    assert info.management_url in up.stdout
+    assert str(info.logs) in up.stdout
+    assert manage(info, "GET", "overview")["rabbitmq_version"] == info.version
+
+    again = fluffle("broker", "up", state=state)
+    assert again.returncode == 0
+    assert "is up already" in again.stdout
+    assert node.running_node(state) == info
+
+    shown = json.loads(fluffle("broker", "status", "--json", state=state).stdout)
+    assert (shown["running"], shown["url"], shown["pid"]) == (True, info.url, info.pid)
+
+    down = fluffle("broker", "down", state=state)
+    assert (down.returncode, down.stdout) == (0, "RabbitMQ is stopped\n")
+    assert ours(state) == []
+    assert not (state / "broker/node.json").exists()
+    assert network.epmd_nodes(info.ports.epmd) is None
+
+    gone = fluffle("broker", "status", "--json", state=state)
+    assert (gone.returncode, json.loads(gone.stdout)) == (3, {"running": False})
+    assert fluffle("broker", "down", state=state).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells sockets by /proc")
+def test_nothing_listens_beyond_the_loopback_interface(
+    state: Path, start: Callable[..., NodeInfo]
+) -> None:
+    info = start()
+    listening = {
+        socket.laddr
+        for process in psutil.process_iter()
+        if process.pid == info.pid or (process.name() == "epmd" and _serves(process, state))
+        for socket in process.net_connections(kind="inet")
+        if socket.status == psutil.CONN_LISTEN
+    }
+    asked = {info.ports.amqp, info.ports.management, info.ports.prometheus, info.ports.epmd}
+    assert {each.port for each in listening} == asked | {info.ports.distribution}
+    assert {each.ip for each in listening} <= {"127.0.0.1", "::1"}
+
+
+def _serves(process: psutil.Process, state: Path) -> bool:
+    return str(process.environ().get("HOME", "")).startswith(str(state))
+
+
+def test_a_killed_node_comes_back_on_its_ports_with_its_data(
+    state: Path, start: Callable[..., NodeInfo]
+) -> None:
+    info = start()
+    assert info.pid is not None
+    manage(info, "PUT", "queues/%2F/kept", _DURABLE)
+    manage(
+        info,
+        "POST",
+        "exchanges/%2F/amq.default/publish",
+        {
+            "routing_key": "kept",
+            "payload": "weights",
+            "payload_encoding": "string",
+            "properties": {"delivery_mode": 2},
+        },
+    )
+    # The API answers when the message is routed; a confirm of a later one says it is on disk.
+    _sync(info)
+    os.kill(info.pid, signal.SIGKILL)
+    said: list[str] = []
+    back = start(ports=info.ports, say=said.append)
+    assert any("cleaning up after it" in line for line in said)
+    assert (back.ports, back.url) == (info.ports, info.url)
+    assert back.pid != info.pid
+    (message,) = manage(
+        back,
+        "POST",
+        "queues/%2F/kept/get",
+        {"count": 1, "ackmode": "ack_requeue_true", "encoding": "auto"},
+    )
+    assert message["payload"] == "weights"
+
+
+def _sync(info: NodeInfo) -> None:
+    """Have the queue's writes flushed: what a queue has handed out, it has stored before."""
+    eval_ = 'rabbit_amqqueue:info_all(<<"/">>, [messages_persistent]).'
+    subprocess.run([info.folder / "rabbitmqctl", "eval", eval_], check=True, capture_output=True)
+
+
+def test_two_nodes_live_side_by_side(
+    state: Path, start: Callable[..., NodeInfo], tmp_path: Path
+) -> None:
+    first = start()
+    other = tmp_path / "other"
+    try:
+        second = node.up(other, ports=_FREE)
+        assert not set(vars(first.ports).values()) & set(vars(second.ports).values())
+        assert node.running_node(state) == first
+    finally:
+        assert node.down(other, grace_s=0)
+    assert node.running_node(state) == first
+    assert ours(other) == []
+
+
+def test_the_callers_configuration_and_cookie_win(start: Callable[..., NodeInfo]) -> None:
+    info = start(extra_conf="consumer_timeout = 10000", cookie="shared")
+    ask = "{ok, V} = application:get_env(rabbit, consumer_timeout), {V, erlang:get_cookie()}."
+    told = subprocess.run(
+        [info.folder / "rabbitmqctl", "eval", ask], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == "{10000,shared}"
+
+
+def test_the_epmd_of_a_cluster_stays_as_long_as_a_node_needs_it(
+    start: Callable[..., NodeInfo], tmp_path: Path
+) -> None:
+    first = start()
+    shared = Ports(0, 0, 0, epmd=first.ports.epmd)
+    other = tmp_path / "other"
+    try:
+        node.up(other, ports=shared, node_name="other")
+        assert sorted(network.epmd_nodes(shared.epmd) or ()) == ["fluffle", "other"]
+    finally:
+        node.down(other, grace_s=0)
+    assert network.epmd_nodes(shared.epmd) == ["fluffle"]
+
+
+def test_a_boot_that_fails_is_told_in_one_line_and_leaves_nothing(
+    state: Path, start: Callable[..., NodeInfo]
+) -> None:
+    with pytest.raises(BrokerError, match="unknown variable: no_such_key") as failed:
+        start(extra_conf="no_such_key = 1")
+    assert "\n" not in str(failed.value)
+    assert "startup.log" in str(failed.value)
+    assert ours(state) == []
+    assert record.load(record.broker_folder(state)) is None
+
+
+def test_a_taken_port_is_exit_code_3_and_one_line(
+    state: Path, start: Callable[..., NodeInfo], tmp_path: Path
+) -> None:
+    port = start().ports.amqp
+    refused = fluffle("broker", "up", "--port", str(port), state=tmp_path / "other")
+    assert refused.returncode == 3
+    assert refused.stdout == ""
+    (line,) = refused.stderr.splitlines()
+    assert f"port {port} is already taken" in line
+
+
+@pytest.mark.parametrize("moment", ["launched", "epmd answers"])
+def test_ctrl_c_while_it_starts_leaves_nothing(state: Path, moment: str) -> None:
+    with subprocess.Popen(
+        _command("broker", "up", "--port", "0", state=state),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as up:
+
+        def reached() -> bool:
+            begun = record.load(record.broker_folder(state))
+            if begun is None:
+                return False
+            return moment == "launched" or bool(network.epmd_nodes(begun.ports.epmd))
+
+        assert processes.wait_until(reached, timeout_s=120)
+        os.killpg(up.pid, signal.SIGINT)
+        up.communicate()
+    assert up.returncode == 130
+    assert ours(state) == []
+    assert record.load(record.broker_folder(state)) is None
+
+
+def test_an_up_that_was_killed_is_completed_by_the_next_one(state: Path) -> None:
+    with subprocess.Popen(
+        _command("broker", "up", "--port", "0", state=state),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as up:
+        folder = record.broker_folder(state)
+        assert processes.wait_until(lambda: record.load(folder) is not None, timeout_s=120)
+        up.kill()
+        up.communicate()
+    begun = record.load(folder)
+    assert begun is not None
+    ready = node.up(state)
+    assert (ready.pid, ready.ports) == (begun.pid, begun.ports)
+    assert ready.version

@@ -1,0 +1,402 @@
+"""The parts of the broker package that need no RabbitMQ."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fluffle_broker import boot, cli, container, network, node, packages, processes, record
+from fluffle_broker.packages import Installation
+from fluffle_broker.record import NodeInfo, Ports
+from fluffle_common.errors import BrokerError
+
+_START = b"\x00\x0a\x00\x0a\x00\x09" + b"\x00\x00\x00\x12\x07versionS\x00\x00\x00\x063.10.8"
+
+
+@pytest.fixture
+def info(tmp_path: Path) -> NodeInfo:
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    return NodeInfo(
+        url="amqp://guest:guest@127.0.0.1:1/",
+        management_url="http://127.0.0.1:2/",
+        prometheus_url="http://127.0.0.1:3/metrics",
+        node_name="fluffle@localhost",
+        ports=Ports(1, 2, 3, 4, 5),
+        pid=os.getpid(),
+        born=processes.birth(os.getpid()),
+        started_as="unpacked",
+        version="3.10.8",
+        folder=folder,
+    )
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Put shell scripts before the programs of PATH."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return write
+
+
+@contextmanager
+def served(reply: bytes) -> Iterator[int]:
+    """Answer one connection with the same bytes, whatever it says, and close it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            link, _ = server.accept()
+            with link:
+                link.recv(64)
+                link.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield server.getsockname()[1]
+        thread.join()
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def test_the_record_comes_back_as_it_was_and_is_private(info: NodeInfo) -> None:
+    record.save(info)
+    assert record.load(info.folder) == info
+    assert (info.folder / "node.json").stat().st_mode & 0o777 == 0o600
+    assert [each.name for each in info.folder.iterdir()] == ["node.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"ports": {"amqp": 1, "gone": 2}}'])
+def test_a_record_that_cannot_be_read_is_none(info: NodeInfo, text: str) -> None:
+    (info.folder / "node.json").write_text(text)
+    assert record.load(info.folder) is None
+
+
+def test_a_pid_that_is_used_again_is_not_the_node(info: NodeInfo, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ports = dataclasses.replace(info.ports, amqp=server.getsockname()[1])
+        record.save(dataclasses.replace(info, ports=ports))
+        assert node.running_node(tmp_path) is not None
+        record.save(dataclasses.replace(info, ports=ports, born="another time"))
+        assert node.running_node(tmp_path) is None
+
+
+# --- what is refused before anything is started ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "ports", "extra", "told"),
+    [
+        ("s", Ports(0, 7, 7), "", "asked for twice"),
+        ("it's", Ports(0, 0, 0), "", "with ' in its path"),
+        ("file", Ports(0, 0, 0), "", "cannot use the state folder"),
+        ("x" * 300, Ports(0, 0, 0), "", "too long"),
+    ],
+)
+def test_up_refuses(tmp_path: Path, state: str, ports: Ports, extra: str, told: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BrokerError, match=told) as refused:
+        node.up(tmp_path / state, ports=ports, extra_conf=extra)
+    assert "\n" not in str(refused.value)
+
+
+def test_up_refuses_a_disk_on_which_publishers_would_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boot, "DISK_FREE_LIMIT_BYTES", 1 << 62)
+    with pytest.raises(BrokerError, match="MB are free"):
+        node.up(tmp_path, ports=Ports(0, 0, 0))
+
+
+def test_a_taken_port_is_named_with_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(BrokerError, match=f"AMQP port {port} is already taken") as refused:
+            network.require_free(port, "AMQP", "--port")
+        if sys.platform == "linux":
+            assert f"(pid {os.getpid()})" in str(refused.value)
+    network.require_free(port, "AMQP", "--port")
+
+
+def test_down_where_nothing_ever_ran_makes_no_folder(tmp_path: Path) -> None:
+    assert node.down(tmp_path / "none") is False
+    assert not (tmp_path / "none").exists()
+
+
+# --- ports and protocols --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ((None, None, None), Ports(5673, 15673, 15693)),
+        ((7, None, None), Ports(7, 15673, 15693)),
+        ((0, None, None), Ports(0, 0, 0)),
+        ((0, 8, None), Ports(0, 8, 0)),
+        ((None, None, 0), Ports(5673, 15673, 0)),
+    ],
+)
+def test_port_0_alone_means_free_ones_for_all(
+    given: tuple[int | None, int | None, int | None], chosen: Ports
+) -> None:
+    assert cli.chosen_ports(*given) == chosen
+
+
+def test_free_ports_are_different_ones() -> None:
+    assert len(set(network.free_ports(20))) == 20
+
+
+@pytest.mark.parametrize(
+    ("reply", "version"),
+    [
+        (b"\x01\x00\x00" + len(_START).to_bytes(4) + _START + b"\xce", "3.10.8"),
+        (b"\x01\x00\x00\x00\x00\x00\x06\x00\x0a\x00\x0a\x00\x09\xce", ""),
+        (b"\x01\x00\x00\x00\x00\x00\x04\x00\x0a\x00\x32\xce", None),
+        (b"\x01\x00\x00\x00\x00\x00\x00\xce", None),
+        (b"\x01\x00\x00\x00\x00\x01\x00cut off", None),
+        (b"AMQP\x00\x00\x09\x01", None),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", None),
+        (b"", None),
+    ],
+)
+def test_only_a_broker_is_taken_for_one(reply: bytes, version: str | None) -> None:
+    with served(reply) as port:
+        assert network.amqp_version(port) == version
+
+
+def test_what_is_no_epmd_is_left_alone() -> None:
+    with served(b"SSH-2.0-OpenSSH\r\n") as port:
+        assert network.epmd_nodes(port) is None
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_a_tree_that_ignores_the_request_is_killed_whole() -> None:
+    script = "trap '' TERM; sh -c 'echo $$; exec sleep 600' & echo $$; wait"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as root:
+        assert root.stdout is not None
+        pids = [int(root.stdout.readline()) for _ in range(2)]
+        assert all(map(processes.birth, pids))
+        assert processes.stop_tree(root.pid, grace_s=0) is False
+        assert not any(map(processes.birth, pids))
+
+
+def test_a_process_that_ends_when_asked_is_not_killed() -> None:
+    with subprocess.Popen(["sleep", "60"]) as root:
+        assert processes.stop_tree(root.pid, grace_s=30) is True
+        assert root.wait() == -signal.SIGTERM
+
+
+# --- configuration --------------------------------------------------------------------------------
+
+
+def test_the_environment_names_only_files_and_ports_of_this_node(info: NodeInfo) -> None:
+    installation = Installation(Path("/opt/sbin/rabbitmq-server"), "unpacked", (Path("/opt/bin"),))
+    made = boot.environment(info, installation, {"PATH": "/usr/bin"})
+    assert made["PATH"] == "/opt/bin:/usr/bin"
+    assert (made["ERL_EPMD_PORT"], made["RABBITMQ_DIST_PORT"]) == ("4", "5")
+    paths = {name: value for name, value in made.items() if value.startswith("/")} | {"PATH": ""}
+    strangers = {n for n, value in paths.items() if not value.startswith(str(info.folder))}
+    assert strangers == {"PATH", "RABBITMQ_CONF_ENV_FILE"}
+
+
+def test_the_cookie_is_kept_private_and_from_one_start_to_the_next(info: NodeInfo) -> None:
+    cookie = info.folder / "home/.erlang.cookie"
+    boot.write_files(info, "", None)
+    first = cookie.read_text()
+    boot.write_files(info, "", None)
+    assert cookie.read_text() == first
+    assert cookie.stat().st_mode & 0o777 == 0o400
+    boot.write_files(info, "", "shared")
+    assert cookie.read_text() == "shared"
+
+
+def test_lines_of_the_caller_come_last_as_the_last_one_wins(info: NodeInfo) -> None:
+    boot.write_files(info, "consumer_timeout = 10000", None)
+    written = (info.folder / "etc/rabbitmq.conf").read_text()
+    assert re.findall(r"^consumer_timeout = (\d+)$", written, re.M) == ["86400000", "10000"]
+
+
+def test_the_shipped_configuration_fits_a_container_too() -> None:
+    settings = [line for line in boot.base_configuration().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[\w.]+ = \S+", line) for line in settings)
+    assert not any(line.startswith(("listeners", "management", "prometheus")) for line in settings)
+    megabytes = boot.DISK_FREE_LIMIT_BYTES // 1_000_000
+    assert f"disk_free_limit.absolute = {megabytes}MB" in settings
+
+
+def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> None:
+    compose = boot.shipped("compose.yaml").read_text()
+    published = re.findall(r'^ +- "(.*):\d+"$', compose, re.M)
+    assert len(published) == 3
+    assert all(each.startswith("127.0.0.1:${FLUFFLE_") for each in published)
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (
+            "2026-01-01 10:00:00.1+00:00 [error] <0.1.0> Error preparing configuration:\n"
+            "2026-01-01 10:00:00.1+00:00 [error] <0.1.0>   - Conf file attempted to set unknown "
+            "variable: no_such_key\n\nBOOT FAILED\n===========\n"
+            "Error during startup: {error,failed_to_prepare_configuration}\n",
+            "Conf file attempted to set unknown variable: no_such_key",
+        ),
+        (
+            "  Starting broker...\nBOOT FAILED\n===========\nError during startup: {error,\n"
+            '   {could_not_start_listener,"127.0.0.1",45671,\n      {listen_error,eaddrinuse}}}\n',
+            "a port of it was taken by another program; choose other ports, or --port 0 "
+            "(port 45671)",
+        ),
+        (
+            "BOOT FAILED\n===========\nException during startup:\n\n"
+            "error:{badmatch,\n    {error,nodistribution}}\n\n    rabbit_prelaunch_dist:setup/1\n",
+            "error:{badmatch, {error,nodistribution}}",
+        ),
+        (
+            "./rabbitmq-server: 68: exec: erl: not found\n",
+            "./rabbitmq-server: 68: exec: erl: not found",
+        ),
+        ("", "it printed nothing"),
+    ],
+)
+def test_one_line_of_a_failed_boot_is_quoted(log: str, told: str) -> None:
+    assert boot.telling_line(log) == told
+
+
+def test_what_a_failed_boot_tells_is_never_long() -> None:
+    assert len(boot.telling_line("BOOT FAILED\n===========\n" + "{error, term} " * 1000)) <= 240
+
+
+# --- packages -------------------------------------------------------------------------------------
+
+
+def test_the_newest_installed_version_is_taken(tmp_path: Path) -> None:
+    for version in ("3.9.27", "3.10.8", "4.0.5"):
+        server = tmp_path / f"rabbitmq_server-{version}/sbin/rabbitmq-server"
+        server.parent.mkdir(parents=True)
+        server.touch()
+    found = packages.find_installed(tmp_path)
+    assert found is not None
+    assert found.server.parts[-3] == "rabbitmq_server-4.0.5"
+
+
+def test_a_server_on_the_path_is_found(
+    tmp_path: Path, programs: Callable[[str, str], None]
+) -> None:
+    programs("rabbitmq-server", "")
+    found = packages.find_installed(tmp_path)
+    assert found == Installation(tmp_path / "programs/rabbitmq-server", "installed")
+
+
+_FAKE_DPKG = """
+test "$1" = --extract || exit 1
+mkdir -p "$3/usr/lib/erlang/bin" "$3/usr/lib/erlang/erts-1/bin"
+mkdir -p "$3/usr/lib/rabbitmq/lib/rabbitmq_server-1/sbin"
+touch "$3/usr/lib/rabbitmq/lib/rabbitmq_server-1/sbin/rabbitmq-server"
+touch "$3/usr/lib/erlang/bin/erl" "$3/usr/lib/erlang/erts-1/bin/erl"
+"""
+
+# Knows the packages only after an update, and has them only after a second one.
+_FAKE_APT = """
+state=$(dirname "$0")
+case "$*" in
+  *update) echo x >>"$state/updates" ;;
+  *"-s "*) test -f "$state/updates" || { echo "E: Unable to locate package x" >&2; exit 100; }
+           echo "Inst erlang-base (1 Debian [amd64])"; echo "Inst rabbitmq-server (1 Debian)" ;;
+  *download*) test $(wc -l <"$state/updates") -gt 1 || { echo "E: 404 Not Found" >&2; exit 100; }
+           touch erlang-base_1_amd64.deb rabbitmq-server_1_all.deb ;;
+esac
+"""
+
+
+def test_package_lists_that_are_missing_or_old_are_updated(
+    tmp_path: Path, programs: Callable[[str, str], None]
+) -> None:
+    programs("apt-get", _FAKE_APT)
+    programs("dpkg-deb", _FAKE_DPKG)
+    said: list[str] = []
+    cache = tmp_path / "cache/debian"
+    found = packages.unpack(said.append, cache)
+    assert found == packages.find_unpacked(cache)
+    assert found.origin == "unpacked"
+    assert said.count("updating the package lists") == 2
+    assert [each.name for each in cache.parent.iterdir()] == ["debian"]
+
+
+@pytest.mark.parametrize(
+    ("dpkg", "told"),
+    [
+        ("echo 'write error: No space left on device' >&2; exit 2", "No space left on device"),
+        ("echo 'not a Debian archive' >&2; exit 2", "not a Debian archive"),
+        ("exit 0", "no Erlang runtime"),
+    ],
+)
+def test_packages_that_cannot_be_unpacked_leave_nothing_behind(
+    tmp_path: Path, programs: Callable[[str, str], None], dpkg: str, told: str
+) -> None:
+    (tmp_path / "programs/updates").write_text("x\nx\n")
+    programs("apt-get", _FAKE_APT)
+    programs("dpkg-deb", dpkg)
+    cache = tmp_path / "cache/debian"
+    with pytest.raises(BrokerError, match=told):
+        packages.unpack(lambda _: None, cache)
+    assert list(cache.parent.iterdir()) == []
+
+
+def test_without_a_mirror_the_reason_and_the_remedies_are_named(
+    tmp_path: Path, programs: Callable[[str, str], None]
+) -> None:
+    programs("apt-get", "echo 'E: Could not resolve the mirror' >&2; exit 100")
+    with pytest.raises(BrokerError, match=r"Could not resolve the mirror.*start Docker"):
+        packages.unpack(lambda _: None, tmp_path / "cache/debian")
+
+
+# --- the container --------------------------------------------------------------------------------
+
+
+def test_a_docker_without_an_engine_is_none(programs: Callable[[str, str], None]) -> None:
+    programs("docker", 'test "$1" = compose')
+    assert not container.available()
+    programs("docker", "exit 0")
+    assert container.available()
+
+
+def test_the_container_gets_the_ports_and_the_configuration(
+    info: NodeInfo, programs: Callable[[str, str], None]
+) -> None:
+    programs("docker", f'echo "$*|$FLUFFLE_AMQP_PORT|$FLUFFLE_CONF" >>"{info.folder}/calls"')
+    container.start(info, "consumer_timeout = 10000")
+    container.stop(info)
+    started, stopped = (info.folder / "calls").read_text().splitlines()
+    arguments, port, conf = started.split("|")
+    assert arguments.endswith("up --detach --wait")
+    assert port == "1"
+    assert Path(conf).read_text().endswith("consumer_timeout = 10000\n")
+    assert stopped.split(" --file ")[0] == arguments.split(" --file ")[0]
+
+
+def test_what_docker_says_is_told_in_one_line(
+    info: NodeInfo, programs: Callable[[str, str], None]
+) -> None:
+    programs("docker", "echo pulling >&2; echo 'port is already allocated' >&2; exit 1")
+    with pytest.raises(BrokerError, match=r"^docker compose up failed: port is already allocated"):
+        container.start(info, "")
