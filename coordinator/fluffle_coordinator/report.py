@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO, Any
 
+_BLUE, _RUST = "#1f5fa8", "#c1502e"
 _KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
 
 
@@ -52,36 +53,32 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
     from fluffle_common.checkpoint import replacing
 
     numbers = [one["round"] for one in rounds]
-    figure, losses = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    lines = losses.plot(
-        numbers, [one["loss"] for one in rounds], "s--", color="#c1502e", label="loss"
-    )
-    losses.set_ylabel("federated loss (cross-entropy, held-out)", color="#c1502e")
-    losses.set_ylim(bottom=0)
+    figure, left = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    left.set_xlabel("round")
+    left.set_xticks(numbers)
+    lines = []
+    losses = left
     if all("accuracy" in one for one in rounds):
-        losses.yaxis.set_label_position("right")
-        losses.yaxis.tick_right()
-        accuracy = losses.twinx()
-        accuracy.yaxis.set_label_position("left")
-        accuracy.yaxis.tick_left()
         percent = [100 * one["accuracy"] for one in rounds]
-        lines += accuracy.plot(numbers, percent, "o-", color="#1f5fa8", label="accuracy")
-        accuracy.set_ylabel("federated accuracy (%, held-out)", color="#1f5fa8")
-        accuracy.set_ylim(0, 100)
-        accuracy.grid(alpha=0.3)
-        accuracy.annotate(
+        lines += left.plot(numbers, percent, "o-", color=_BLUE, label="accuracy")
+        left.set_ylabel("federated accuracy (%, held-out)", color=_BLUE)
+        left.set_ylim(0, 100)
+        left.grid(alpha=0.3)
+        left.annotate(
             f"{percent[-1]:.1f} %",
             (numbers[-1], percent[-1]),
             textcoords="offset points",
-            xytext=(-6, -14),
-            ha="right",
-            color="#1f5fa8",
+            xytext=(0, 8),
+            ha="center",
+            color=_BLUE,
         )
-    losses.set_xlabel("round")
-    losses.set_xticks(numbers)
-    losses.legend(handles=lines, loc="center right", frameon=False)
+        losses = left.twinx()
+    lines += losses.plot(numbers, [one["loss"] for one in rounds], "s--", color=_RUST, label="loss")
+    losses.set_ylabel("federated loss (held-out)", color=_RUST)
+    losses.set_ylim(bottom=0)
+    left.legend(handles=lines, loc="lower right", frameon=False)
     run = rounds[-1].get("run", "")
-    losses.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")
+    left.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")
     with replacing(out) as partial:
         figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)

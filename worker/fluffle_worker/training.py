@@ -24,6 +24,7 @@ from fluffle_worker.task import EvalResult, Progress, TrainResult
 
 Examples = tuple[Array, Array]
 PerExample = Callable[[Any, Any], Any]
+Augment = Callable[[jax.Array, Any], Any]
 _EVALUATION_BATCH = 256
 _AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 
@@ -37,6 +38,7 @@ def flax_task(
     *,
     learning_rate: float = 1e-3,
     metrics: Mapping[str, PerExample] | None = None,
+    augment: Augment | None = None,
     classes: tuple[str, ...] = (),
     sample_seed: int = 0,
 ) -> FlaxTask:
@@ -54,6 +56,7 @@ def flax_task(
         valid_data: the same, held out; None: this worker does not evaluate.
         learning_rate: for an ``optimizer`` that takes one and a plan that names none.
         metrics: more numbers of the form of ``loss``, such as ``{"accuracy": accuracy}``.
+        augment: ``(key, inputs) -> inputs``, random changes to a training batch.
         classes: the names of the outputs, for a classifier.
         sample_seed: makes this worker's batches its own.
     """
@@ -64,7 +67,8 @@ def flax_task(
         train_data,
         valid_data,
         learning_rate=learning_rate,
-        metrics=metrics or {},
+        metrics=metrics,
+        augment=augment,
         classes=classes,
         sample_seed=sample_seed,
     )
@@ -84,17 +88,19 @@ class FlaxTask:
         loss: PerExample,
         optimizer: optax.GradientTransformation | Callable[[float], optax.GradientTransformation],
         train_data: Examples,
-        valid_data: Examples | None,
+        valid_data: Examples | None = None,
         *,
-        learning_rate: float,
-        metrics: Mapping[str, PerExample],
-        classes: tuple[str, ...],
-        sample_seed: int,
+        learning_rate: float = 1e-3,
+        metrics: Mapping[str, PerExample] | None = None,
+        augment: Augment | None = None,
+        classes: tuple[str, ...] = (),
+        sample_seed: int = 0,
     ) -> None:
         keep_compiled()
         self.num_examples = len(train_data[0])
         self.classes = classes
-        self._model, self._loss, self._metrics = model, loss, dict(metrics)
+        self._model, self._loss, self._metrics = model, loss, dict(metrics or {})
+        self._augment = augment
         self._optimizer, self._learning_rate = optimizer, learning_rate
         # On the device once: a batch is a gather there, not a copy from here.
         self._train = jax.device_put(train_data)
@@ -107,6 +113,7 @@ class FlaxTask:
         self._form = averaged
         self._steps: dict[float, tuple[Any, Any]] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
+        self._forward = jax.jit(self._forward_step)
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
@@ -120,9 +127,10 @@ class FlaxTask:
         optimizer_state = transform.init(state.filter(nnx.Param))
         batches = self._batches(plan)
         losses = []
+        key = jax.random.key(plan.seed ^ self._sample_seed)
         for number, batch in enumerate(batches, start=1):
             state, rest, optimizer_state, loss = step(
-                state, rest, optimizer_state, self._train, batch
+                state, rest, optimizer_state, self._train, batch, jax.random.fold_in(key, number)
             )
             losses.append(loss)
             # JAX runs ahead; reading the loss of an earlier step keeps it from running far ahead
@@ -156,9 +164,7 @@ class FlaxTask:
 
     def outputs(self, weights: Weights, inputs: Array) -> Array:
         """Return the model's outputs for a batch of inputs, shape [batch, …]."""
-        model = nnx.merge(self._graph, self._to_state(weights), self._rest, copy=True)
-        model.eval()
-        return np.asarray(model(jnp.asarray(inputs)))
+        return np.asarray(self._forward(self._to_state(weights), inputs))
 
     def _batches(self, plan: Plan) -> list[Array]:
         """Return index arrays of one size: a fresh order each epoch, its last batch filled up.
@@ -186,8 +192,12 @@ class FlaxTask:
                 else optimizer(learning_rate)
             )
 
-            def step(state: Any, rest: Any, optimizer_state: Any, data: Any, batch: Any) -> Any:
+            def step(  # noqa: PLR0917 - all of them traced, by position
+                state: Any, rest: Any, optimizer_state: Any, data: Any, batch: Any, key: Any
+            ) -> Any:
                 inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
+                if self._augment is not None:
+                    inputs = self._augment(key, inputs)
                 params, others = state.split(nnx.Param, ...)
 
                 def mean_loss(params: Any) -> Any:
@@ -206,11 +216,14 @@ class FlaxTask:
             self._steps[learning_rate] = transform, jax.jit(step)
         return self._steps[learning_rate]
 
-    def _evaluate_step(self, state: Any, data: Any, batch: Any) -> dict[str, Any]:
-        inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
+    def _forward_step(self, state: Any, inputs: Any) -> Any:
         model = nnx.merge(self._graph, state, self._rest, copy=True)
         model.eval()
-        outputs = model(inputs)
+        return model(inputs)
+
+    def _evaluate_step(self, state: Any, data: Any, batch: Any) -> dict[str, Any]:
+        inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
+        outputs = self._forward_step(state, inputs)
         functions = {"loss": self._loss, **self._metrics}
         return {name: function(outputs, targets) for name, function in functions.items()}
 

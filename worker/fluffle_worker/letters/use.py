@@ -56,6 +56,7 @@ class LettersModel:
         nothing = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
         self._task = letters_task(self.classes, nothing, None)
         self._weights = weights
+        self.temperature = temperature_of(path, metadata)
         try:
             self._task.check(weights)
         except ValueError as why:
@@ -65,13 +66,14 @@ class LettersModel:
             ) from None
 
     def probabilities(self, images: Array) -> Array:
-        """Return probabilities, float64 [n, classes], of images, float32 [n, 100, 100, 1]."""
+        """Return calibrated probabilities, float64 [n, classes], of images [n, 100, 100, 1]."""
         logits = np.concatenate(
             [
                 self._task.outputs(self._weights, images[start : start + _BATCH])
                 for start in range(0, len(images), _BATCH)
             ]
         ).astype(np.float64)
+        logits /= self.temperature
         raised = np.exp(logits - logits.max(axis=1, keepdims=True))
         total: Array = raised / raised.sum(axis=1, keepdims=True)
         return total
@@ -80,6 +82,21 @@ class LettersModel:
         """Name one image, float32 [100, 100, 1]."""
         found = self.probabilities(image[None])[0]
         return Prediction(dict(zip(self.classes, map(float, found), strict=True)))
+
+
+def temperature_of(path: Path, metadata: dict[str, str]) -> float:
+    """Return the temperature that the workers found for this model, 1 where none is known.
+
+    It is found after the model is saved, so it stands in the history beside the model's file.
+    """
+    try:
+        lines = (path.parent / "history.jsonl").read_text().splitlines()
+        for line in map(json.loads, reversed(lines)):
+            if line["event"] == "evaluated" and str(line["round"]) == metadata.get("round"):
+                return float(line["temperature"])
+    except (OSError, ValueError, KeyError):
+        pass
+    return 1.0
 
 
 def confusion_counts(targets: Array, named: Array, classes: int) -> Array:

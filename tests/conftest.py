@@ -1,0 +1,42 @@
+"""What every test can use: a private RabbitMQ, and Hypothesis that repeats itself."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from fluffle_broker import node
+from fluffle_common.errors import BrokerError
+
+# The same examples every time and no deadline, since the machine is shared; HYPOTHESIS_PROFILE
+# names another one for a long search.
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=60, stateful_step_count=40, database=None
+)
+settings.register_profile(
+    "search", deadline=None, max_examples=5000, stateful_step_count=80, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def broker_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[node.NodeInfo]:
+    """Run one private RabbitMQ for the whole session; tests keep apart by their federation."""
+    state = tmp_path_factory.mktemp("rabbit")
+    try:
+        info = node.up(state, ports=node.Ports(0, 0, 0, 0, 0))
+    except BrokerError as why:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must test against a real RabbitMQ, and none can be started: {why}")
+        pytest.skip(f"NOT TESTED against a real RabbitMQ, none can be started here: {why}")
+    try:
+        yield info
+    finally:
+        node.down(state, grace_s=0)
+
+
+@pytest.fixture
+def rabbit_url(broker_node: node.NodeInfo) -> str:
+    """Return the URL of the session's RabbitMQ."""
+    return broker_node.url

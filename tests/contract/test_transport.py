@@ -1,0 +1,851 @@
+"""The transport contract, held to by the broker in memory and by a real RabbitMQ alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+from urllib.parse import urlsplit
+
+import aio_pika
+import pytest
+
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.memory import MemoryBroker, MemoryLink
+from fluffle_common.topology import Binding, Exchange, Queue, Topology
+from fluffle_common.transport import (
+    Backoff,
+    Delivery,
+    Full,
+    Link,
+    Occupied,
+    Properties,
+    Transport,
+    Unroutable,
+    links,
+    together,
+)
+
+# How long anything may take before a test counts as hanging.
+PATIENCE_S = 20.0
+
+
+class Proxy:
+    """A TCP connection's way to the broker that can be held up, or cut without a goodbye."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._flows = asyncio.Event()
+        self._flows.set()
+
+    async def start(self) -> int:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def hold(self) -> None:
+        """Pass nothing on any more, in either direction."""
+        self._flows.clear()
+
+    def cut(self) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        for task in self._tasks:
+            task.cancel()
+
+    async def close(self) -> None:
+        self.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(*self._target)
+        self._writers += [writer, back]
+        for source, sink in ((reader, back), (there, writer)):
+            task = asyncio.create_task(self._pump(source, sink))
+            self._tasks.add(task)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(2**16):
+                    await self._flows.wait()
+                    sink.write(data)
+                    await sink.drain()
+        finally:
+            sink.close()
+
+
+class Bench:
+    """One broker, in memory or real, with a federation of its own and links that can be cut."""
+
+    def __init__(self, url: str | None) -> None:
+        self.url = url
+        self.memory = MemoryBroker()
+        self.names = Topology(f"t{uuid.uuid4().hex[:12]}")
+        self._links: list[Link] = []
+        self._proxies: dict[Link, Proxy] = {}
+
+    @property
+    def real(self) -> bool:
+        return self.url is not None
+
+    async def open(self) -> Link:
+        if self.url is None:
+            link: Link = await self.memory.open()
+        else:
+            split = urlsplit(self.url)
+            proxy = Proxy(split.hostname or "", split.port or 0)
+            port = await proxy.start()
+            url = self.url.replace(f":{split.port}", f":{port}")
+            link = await AmqpTransport(url, "contract test").open()
+            self._proxies[link] = proxy
+        self._links.append(link)
+        return link
+
+    def proxy(self, link: Link) -> Proxy:
+        return self._proxies[link]
+
+    def cut(self, link: Link) -> None:
+        """Lose a link as a pulled cable or a killed process does: nobody says goodbye."""
+        if isinstance(link, MemoryLink):
+            link.cut()
+        else:
+            self._proxies[link].cut()
+
+    async def queue(self, link: Link, name: str = "q", **arguments: str | int | bool) -> str:
+        """Declare a queue of this federation; reach it through the default exchange."""
+        full = f"{self.names.federation}.{name}"
+        dashed = {key.replace("_", "-"): value for key, value in arguments.items()}
+        await link.declare([Queue(full, "of a test", dashed)])
+        return full
+
+    async def settled(self, link: Link) -> None:
+        """Return when the broker has taken everything that this link sent so far, acks too.
+
+        A round trip behind it on the same connection.
+        """
+        spare = await self.queue(link, "spare")
+        assert await link.get(spare) is None
+
+    async def close(self) -> None:
+        for link in self._links:
+            await link.close()
+        for proxy in self._proxies.values():
+            await proxy.close()
+
+
+@pytest.fixture(params=["memory", pytest.param("rabbit", marks=pytest.mark.rabbit)])
+def broker_under_test(request: pytest.FixtureRequest) -> str | None:
+    return request.getfixturevalue("rabbit_url") if request.param == "rabbit" else None
+
+
+@pytest.fixture
+async def bench(broker_under_test: str | None) -> AsyncIterator[Bench]:
+    made = Bench(broker_under_test)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def real(rabbit_url: str) -> AsyncIterator[Bench]:
+    made = Bench(rabbit_url)
+    yield made
+    await made.close()
+
+
+async def soon(work: Awaitable[Any]) -> Any:
+    """Await something that must come; a test that hangs tells less than one that fails."""
+    return await asyncio.wait_for(work, PATIENCE_S)
+
+
+async def put(link: Link, queue: str, *bodies: bytes, durable: bool = True) -> None:
+    for body in bodies:
+        await soon(
+            link.publish(body, Properties(type="t", durable=durable), exchange="", keys=[queue])
+        )
+
+
+async def take(deliveries: AsyncIterator[Delivery], count: int) -> list[Delivery]:
+    return [await soon(anext(deliveries)) for _ in range(count)]
+
+
+async def drain(link: Link, queue: str) -> list[bytes]:
+    """Get and acknowledge all that is ready."""
+    found = []
+    while (delivery := await soon(link.get(queue))) is not None:
+        found.append(delivery.body)
+        await delivery.ack()
+    return found
+
+
+def bodies(deliveries: list[Delivery]) -> list[bytes]:
+    return [delivery.body for delivery in deliveries]
+
+
+def numbered(count: int) -> list[bytes]:
+    return [b"m%d" % number for number in range(count)]
+
+
+# --- declaring ---------------------------------------------------------------------------------
+
+
+async def test_declaring_again_changes_nothing(bench):
+    one, two = await bench.open(), await bench.open()
+    entities = [*bench.names.shared(), *bench.names.of_worker("w1")]
+    await one.declare(entities)
+    inbox = bench.names.inbox("w1")
+    await one.publish(b"kept", Properties(), exchange=bench.names.work, keys=["w1"])
+    await one.declare(entities)
+    await two.declare(entities)
+    await two.publish(b"once", Properties(), exchange=bench.names.work, keys=["w1"])
+    assert await drain(two, inbox) == [b"kept", b"once"]
+
+
+async def test_a_queue_that_exists_with_other_arguments_is_an_error_that_says_what_to_do(bench):
+    link = await bench.open()
+    await bench.queue(link, "q", x_max_length=5)
+    with pytest.raises(BrokerError, match="queue-type"):
+        await bench.queue(link, "q", x_max_length=6)
+
+
+# --- publishing --------------------------------------------------------------------------------
+
+
+async def test_what_is_published_is_consumed_in_order(bench):
+    sender, receiver = await bench.open(), await bench.open()
+    queue = await bench.queue(sender)
+    await put(sender, queue, *numbered(3))
+    deliveries = await receiver.consume(queue, prefetch=50)
+    await put(sender, queue, *[b"later %d" % n for n in range(3)])
+    got = await take(deliveries, 6)
+    assert bodies(got) == [b"m0", b"m1", b"m2", b"later 0", b"later 1", b"later 2"]
+    assert not any(delivery.redelivered for delivery in got)
+
+
+@pytest.mark.parametrize("size", [0, 1, 300_000])
+async def test_bodies_of_every_size_arrive_whole(bench, size):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    body = (bytes(range(256)) * (size // 256 + 1))[:size]
+    await put(link, queue, body)
+    delivery = await soon(link.get(queue))
+    assert isinstance(delivery.body, bytes)
+    assert delivery.body == body
+
+
+async def test_headers_and_properties_come_out_as_they_went_in(bench):
+    link = await bench.open()
+    await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
+    headers = {"round": 7, "worker": "w-ä", "loss": 0.25, "late": True, "big": 10**12, "neg": -3}
+    for durable in (True, False):
+        sent = Properties("fit", "fit/run/7", headers, durable)
+        await link.publish(b"x", sent, exchange=bench.names.work, keys=["a", "b"])
+        got = (await soon(link.get(bench.names.inbox("a")))).properties
+        assert (got.type, got.message_id, got.durable) == ("fit", "fit/run/7", durable)
+        assert dict(got.headers) == headers
+        assert {key: type(value) for key, value in got.headers.items()} == {
+            key: type(value) for key, value in headers.items()
+        }
+        assert got.user == ("guest" if bench.real else None)
+    await link.publish(b"x", Properties(), exchange=bench.names.work, keys=["a"])
+    bare = (await soon(link.get(bench.names.inbox("a")))).properties
+    assert (bare.type, bare.message_id, dict(bare.headers), bare.durable) == ("", "", {}, True)
+
+
+async def test_one_publish_with_several_keys_reaches_each_inbox_once(bench):
+    link = await bench.open()
+    await link.declare(bench.names.shared())
+    for worker in ("a", "b.1", "c", "d"):
+        await link.declare(bench.names.of_worker(worker))
+    # A key given twice, and one of nobody, make no difference.
+    keys = ["b.1", "a", "b.1", "nobody", "c"]
+    await link.publish(b"work", Properties(), exchange=bench.names.work, keys=keys)
+    got = {w: await drain(link, bench.names.inbox(w)) for w in ("a", "b.1", "c", "d")}
+    assert got == {"a": [b"work"], "b.1": [b"work"], "c": [b"work"], "d": []}
+
+
+async def test_two_keys_that_lead_to_one_queue_put_one_message_there(bench):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    exchange = f"{bench.names.federation}.e"
+    await link.declare(
+        [
+            Exchange(exchange, "direct"),
+            Binding(queue, exchange, "one"),
+            Binding(queue, exchange, "two"),
+        ]
+    )
+    await link.publish(b"x", Properties(), exchange=exchange, keys=["one", "two"])
+    assert await drain(link, queue) == [b"x"]
+
+
+@pytest.mark.parametrize("keys", [["nobody"], ["nobody", "no one"]])
+async def test_a_message_that_no_queue_is_bound_for_is_unroutable(bench, keys):
+    link = await bench.open()
+    await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
+    with pytest.raises(Unroutable):
+        await link.publish(b"x", Properties(), exchange=bench.names.work, keys=keys)
+    with pytest.raises(Unroutable):
+        await link.publish(b"x", Properties(), exchange="", keys=keys)
+    # The link is as good as before.
+    await link.publish(b"y", Properties(), exchange=bench.names.work, keys=["a"])
+    assert await drain(link, bench.names.inbox("a")) == [b"y"]
+
+
+async def test_results_go_to_their_queue_by_kind_and_the_rest_to_unrouted(bench):
+    link = await bench.open()
+    names = bench.names
+    await link.declare([*names.shared(), *names.of_worker("w.1"), *names.of_worker("w")])
+
+    async def send(key: str) -> None:
+        await link.publish(key.encode(), Properties(), exchange=names.results, keys=[key])
+
+    for key in (
+        *("update.w.1", "evaluation.w", "first_weights.w", "hello.w.1", "heartbeat.w", "bye.w"),
+        *("failure.w", "part.w.1", "part.w", "updates.w", "nonsense", "part.w.2"),
+    ):
+        await send(key)
+    assert await drain(link, names.updates) == [b"update.w.1", b"evaluation.w", b"first_weights.w"]
+    assert await drain(link, names.presence) == [
+        b"hello.w.1",
+        b"heartbeat.w",
+        b"bye.w",
+        b"failure.w",
+    ]
+    assert await drain(link, names.outbox("w.1")) == [b"part.w.1"]
+    assert await drain(link, names.outbox("w")) == [b"part.w"]
+    assert await drain(link, names.unrouted) == [b"updates.w", b"nonsense", b"part.w.2"]
+
+
+# --- room --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [{"x_max_length": 2}, {"x_max_length_bytes": 5}])
+async def test_a_full_queue_refuses_and_loses_nothing(bench, bound):
+    link = await bench.open()
+    queue = await bench.queue(link, "q", x_overflow="reject-publish", **bound)
+    await put(link, queue, b"m0", b"m1")
+    for _ in range(2):
+        with pytest.raises(Full):
+            await put(link, queue, b"m2")
+    first = await soon(link.get(queue))
+    assert first.body == b"m0"
+    await put(link, queue, b"m3")  # what is handed out takes no room
+    await first.ack()
+    assert await drain(link, queue) == [b"m1", b"m3"]
+
+
+async def test_a_full_queue_costs_the_others_nothing(bench):
+    link = await bench.open()
+    exchange = f"{bench.names.federation}.e"
+    full = [
+        await bench.queue(link, name, x_overflow="reject-publish", x_max_length=1)
+        for name in ("a", "c")
+    ]
+    roomy = await bench.queue(link, "b")
+    await link.declare([Exchange(exchange, "fanout")])
+    await link.declare([Binding(name, exchange, "") for name in (*full, roomy)])
+    for name in full:
+        await put(link, name, b"in the way")
+    with pytest.raises(Full):
+        await link.publish(b"x", Properties(), exchange=exchange, keys=[""])
+    assert await drain(link, roomy) == [b"x"]
+    for name in full:
+        assert await drain(link, name) == [b"in the way"]
+
+
+@pytest.mark.parametrize("bound", [{"x_max_length": 3}, {"x_max_length_bytes": 6}])
+async def test_a_bounded_queue_drops_the_oldest(bench, bound):
+    link = await bench.open()
+    queue = await bench.queue(link, "q", x_overflow="drop-head", **bound)
+    await put(link, queue, *numbered(5))
+    assert await drain(link, queue) == [b"m2", b"m3", b"m4"]
+
+
+# --- taking ------------------------------------------------------------------------------------
+
+
+async def test_get_takes_one_at_a_time_and_none_of_nothing(bench):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    assert await soon(link.get(queue)) is None
+    await put(link, queue, b"m0", b"m1")
+    first, second = await soon(link.get(queue)), await soon(link.get(queue))
+    assert (first.body, second.body) == (b"m0", b"m1")
+    assert await soon(link.get(queue)) is None
+    await first.ack()
+    await second.ack()
+
+
+async def test_purge_drops_what_is_ready_and_only_that(bench):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    assert await soon(link.purge(queue)) == 0
+    await put(link, queue, *numbered(4))
+    held = await soon(link.get(queue))
+    assert await soon(link.purge(queue)) == 3
+    assert await soon(link.get(queue)) is None
+    await held.release()
+    await bench.settled(link)
+    assert await drain(link, queue) == [b"m0"]
+
+
+async def test_what_was_gotten_and_not_acknowledged_comes_back_when_the_link_is_lost(bench):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    await put(one, queue, b"acked", b"held")
+    acked, _held = await soon(one.get(queue)), await soon(one.get(queue))
+    await acked.ack()
+    await bench.settled(one)
+    deliveries = await two.consume(queue, prefetch=5)
+    bench.cut(one)
+    (again,) = await take(deliveries, 1)
+    assert (again.body, again.redelivered) == (b"held", True)
+
+
+async def test_at_most_prefetch_are_unacknowledged_and_an_ack_makes_room(bench):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    deliveries = await one.consume(queue, prefetch=2)
+    await put(one, queue, *numbered(5))
+    first, second = await take(deliveries, 2)
+    assert bodies([first, second]) == [b"m0", b"m1"]
+    waiting = asyncio.ensure_future(anext(deliveries))
+    # The third is still in the queue: somebody else can have it.
+    third = await soon(two.get(queue))
+    assert third.body == b"m2"
+    assert not waiting.done()
+    await second.ack()
+    fourth = await soon(waiting)
+    assert fourth.body == b"m3"
+    fifth = await soon(two.get(queue))
+    assert fifth.body == b"m4"
+    await first.ack()
+    await put(one, queue, b"m5")
+    assert bodies(await take(deliveries, 1)) == [b"m5"]
+
+
+async def test_released_goes_back_to_the_head_marked(bench):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    await put(link, queue, *numbered(3))
+    deliveries = await link.consume(queue, prefetch=1)
+    (first,) = await take(deliveries, 1)
+    assert not first.redelivered
+    await first.release()
+    (again,) = await take(deliveries, 1)
+    assert (again.body, again.redelivered) == (b"m0", True)
+    await again.ack()
+    (second,) = await take(deliveries, 1)
+    assert (second.body, second.redelivered) == (b"m1", False)
+
+
+async def test_competing_consumers_get_each_message_once(bench):
+    one, two, sender = [await bench.open() for _ in range(3)]
+    queue = await bench.queue(sender)
+    seen: list[bytes] = []
+    by: dict[str, int] = {"one": 0, "two": 0}
+    every = asyncio.Event()
+
+    async def reader(name: str, link: Link) -> None:
+        async for delivery in await link.consume(queue, prefetch=1):
+            seen.append(delivery.body)
+            by[name] += 1
+            await delivery.ack()
+            if len(seen) >= 30:
+                every.set()
+
+    tasks = [asyncio.create_task(reader(name, link)) for name, link in (("one", one), ("two", two))]
+    await put(sender, queue, *numbered(30))
+    await soon(every.wait())
+    await bench.settled(one)
+    await bench.settled(two)
+    assert await soon(sender.get(queue)) is None
+    for link in (one, two):
+        bench.cut(link)
+    ends = await soon(asyncio.gather(*tasks, return_exceptions=True))
+    assert [type(end) for end in ends] == [LinkLost, LinkLost]
+    assert sorted(seen) == sorted(numbered(30))
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+async def test_an_exclusive_consumer_and_another_exclude_each_other(bench, first, second):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    deliveries = await one.consume(queue, prefetch=5, exclusive=first)
+    with pytest.raises(Occupied):
+        await two.consume(queue, prefetch=5, exclusive=second)
+    # Both links are as good as before, and the first still has the queue.
+    await put(two, queue, b"x")
+    assert bodies(await take(deliveries, 1)) == [b"x"]
+    other = await bench.queue(two, "other")
+    await put(one, other, b"y")
+    assert bodies(await take(await two.consume(other, prefetch=1), 1)) == [b"y"]
+
+
+async def test_an_exclusive_queue_is_free_again_when_the_link_is_lost(bench):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    await put(one, queue, b"x")
+    await take(await one.consume(queue, prefetch=5, exclusive=True), 1)
+    bench.cut(one)
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                deliveries = await two.consume(queue, prefetch=5, exclusive=True)
+                break
+            except Occupied:  # the broker tells nobody when it notices
+                await asyncio.sleep(0.01)
+    (again,) = await take(deliveries, 1)
+    assert (again.body, again.redelivered) == (b"x", True)
+
+
+async def test_a_standby_gets_nothing_until_the_first_consumer_is_lost(bench):
+    one, two, sender = [await bench.open() for _ in range(3)]
+    await sender.declare(bench.names.shared())
+    queue = bench.names.updates
+    active = await one.consume(queue, prefetch=2)
+    standby = await two.consume(queue, prefetch=10)
+    waiting = asyncio.ensure_future(anext(standby))
+    await put(sender, queue, *numbered(4))
+    first, _ = await take(active, 2)
+    # The first has no room for more, and still the standby gets nothing.
+    await bench.settled(two)
+    assert not waiting.done()
+    await first.ack()
+    assert bodies(await take(active, 1)) == [b"m2"]
+    assert not waiting.done()
+    bench.cut(one)
+    got = [await soon(waiting), *await take(standby, 2)]
+    assert bodies(got) == [b"m1", b"m2", b"m3"]
+    assert [delivery.redelivered for delivery in got] == [True, True, False]
+
+
+# --- losing the link ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waiting_before", [True, False])
+async def test_unacknowledged_deliveries_come_again_in_order(bench, waiting_before):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    await put(one, queue, *numbered(5))
+    got = await take(await one.consume(queue, prefetch=10), 5)
+    await got[1].ack()
+    await bench.settled(one)
+    if waiting_before:
+        deliveries = await two.consume(queue, prefetch=10)
+        bench.cut(one)
+    else:
+        bench.cut(one)
+        deliveries = await two.consume(queue, prefetch=10)
+    again = await take(deliveries, 4)
+    assert bodies(again) == [b"m0", b"m2", b"m3", b"m4"]
+    assert all(delivery.redelivered for delivery in again)
+    for delivery in again:
+        await delivery.ack()
+    await bench.settled(two)
+    assert await soon(two.get(queue)) is None
+
+
+async def test_what_was_acknowledged_never_comes_again(bench):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    await put(one, queue, b"done", b"open")
+    done, _ = await take(await one.consume(queue, prefetch=10), 2)
+    await done.ack()
+    await bench.settled(one)
+    await one.close()
+    deliveries = await two.consume(queue, prefetch=10)
+    assert bodies(await take(deliveries, 1)) == [b"open"]
+    await put(two, queue, b"end")
+    assert bodies(await take(deliveries, 1)) == [b"end"]
+
+
+@pytest.mark.parametrize("how", ["ack", "release"])
+async def test_settling_over_a_lost_link_does_nothing(bench, how):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    await put(one, queue, b"x")
+    (delivery,) = await take(await one.consume(queue, prefetch=1), 1)
+    bench.cut(one)
+    await soon(one.lost())
+    await soon(getattr(delivery, how)())
+    deliveries = await two.consume(queue, prefetch=10)
+    (again,) = await take(deliveries, 1)
+    assert again.redelivered
+    await soon(getattr(delivery, how)())
+    await again.ack()
+    await put(two, queue, b"end")
+    assert bodies(await take(deliveries, 1)) == [b"end"]
+
+
+@pytest.mark.parametrize("how", ["cut", "close"])
+async def test_a_lost_link_ends_everything_that_waits_on_it(bench, how):
+    link = await bench.open()
+    queue, other = await bench.queue(link), await bench.queue(link, "other")
+    waiting = [
+        asyncio.ensure_future(anext(await link.consume(name, prefetch=1)))
+        for name in (queue, other)
+    ]
+    lost = [asyncio.ensure_future(link.lost()) for _ in range(2)]
+    await bench.settled(link)
+    assert not any(task.done() for task in (*waiting, *lost))
+    if how == "cut":
+        bench.cut(link)
+    else:
+        await soon(link.close())
+    await soon(asyncio.gather(*lost))
+    for task in waiting:
+        with pytest.raises(LinkLost):
+            await soon(task)
+    await soon(link.close())  # once more is fine
+
+
+@pytest.mark.parametrize("how", ["cut", "close"])
+async def test_a_lost_link_stays_lost_whatever_is_asked_of_it(bench, how):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    deliveries = await link.consume(queue, prefetch=1)
+    if how == "cut":
+        bench.cut(link)
+    else:
+        await link.close()
+    await soon(link.lost())
+    for asked in (
+        lambda: link.publish(b"x", Properties(), exchange="", keys=[queue]),
+        lambda: link.get(queue),
+        lambda: link.purge(queue),
+        lambda: link.declare([Queue(queue, "of a test")]),
+        lambda: link.consume(queue, prefetch=1),
+        lambda: anext(deliveries),
+    ):
+        with pytest.raises(LinkLost):
+            await soon(asked())
+
+
+async def test_losing_one_link_leaves_the_others_alone(bench):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    deliveries = await two.consume(queue, prefetch=5)
+    await put(two, queue, b"before")
+    (held,) = await take(deliveries, 1)
+    bench.cut(one)
+    await soon(one.lost())
+    await put(two, queue, b"after")
+    (after,) = await take(deliveries, 1)
+    assert (after.body, after.redelivered) == (b"after", False)
+    await held.ack()
+
+
+async def test_deliveries_waiting_in_the_iterator_are_not_handed_out_once_the_link_is_lost(bench):
+    one, two = await bench.open(), await bench.open()
+    queue = await bench.queue(one)
+    await put(one, queue, *numbered(3))
+    deliveries = await one.consume(queue, prefetch=10)
+    await take(deliveries, 1)
+    bench.cut(one)
+    await soon(one.lost())
+    with pytest.raises(LinkLost):
+        await soon(anext(deliveries))
+    assert bodies(await take(await two.consume(queue, prefetch=10), 3)) == numbered(3)
+
+
+@pytest.mark.parametrize("what", ["get", "purge", "consume"])
+async def test_a_queue_that_is_not_there_loses_the_link(bench, what):
+    link = await bench.open()
+    name = f"{bench.names.federation}.missing"
+    asked = {
+        "get": lambda: link.get(name),
+        "purge": lambda: link.purge(name),
+        "consume": lambda: link.consume(name, prefetch=1),
+    }[what]
+    with pytest.raises(LinkLost):
+        await soon(asked())
+
+
+# --- the broker itself -------------------------------------------------------------------------
+
+
+async def test_a_broker_that_restarts_keeps_what_is_durable():
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare([Queue("q", "of a test")])
+    await put(link, "q", b"held", b"ready")
+    await put(link, "q", b"transient", durable=False)
+    held = await link.get("q")
+    deliveries = await link.consume("q", prefetch=1)
+    await take(deliveries, 1)
+    broker.stop()
+    await soon(link.lost())
+    with pytest.raises(LinkLost):
+        await anext(deliveries)
+    await held.ack()
+    with pytest.raises(LinkLost, match="down"):
+        await broker.open()
+    broker.start()
+    link = await broker.open()
+    assert await drain(link, "q") == [b"held", b"ready"]
+
+
+class Refusing(Transport):
+    """A transport that never lets anybody in."""
+
+    address = "nowhere"
+
+    async def open(self) -> Link:
+        raise BrokerError("wrong password")
+
+
+async def test_links_are_opened_again_with_backoff():
+    broker = MemoryBroker()
+    broker.up = False
+    pauses: list[float] = []
+
+    def waiting(why: str, pause: float) -> None:
+        assert why == "the broker is down"
+        pauses.append(pause)
+        if len(pauses) == 5:
+            broker.up = True
+        if len(pauses) == 6:
+            broker.up = True
+
+    backoff = Backoff(first_s=0.001, most_s=0.004, give_up_s=1000)
+    seen: list[Link] = []
+    async with contextlib.aclosing(links(broker, backoff, waiting)) as opened:
+        async for link in opened:
+            assert broker.links == {link}  # the one before it is closed
+            seen.append(link)
+            if len(seen) == 1:
+                assert pauses == [0.001, 0.002, 0.004, 0.004, 0.004]
+                broker.stop()
+                await link.lost()
+            elif len(seen) == 2:
+                assert len(pauses) == 6
+            elif len(seen) == 3:
+                break
+    assert len(set(seen)) == 3
+    assert not broker.links
+
+
+async def test_links_are_closed_when_what_used_them_fails():
+    broker = MemoryBroker()
+
+    async def use() -> None:
+        async with contextlib.aclosing(links(broker, Backoff(), lambda *_: None)) as opened:
+            async for _ in opened:
+                raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError):
+        await use()
+    assert not broker.links
+
+
+async def test_links_give_up_with_one_line_that_says_what_to_do():
+    broker = MemoryBroker()
+    broker.up = False
+    pauses: list[float] = []
+    backoff = Backoff(first_s=0.001, most_s=0.002, give_up_s=0.02)
+    with pytest.raises(BrokerError, match="fluffle broker up.*--url"):
+        async for _ in links(broker, backoff, lambda _, pause: pauses.append(pause)):
+            pytest.fail("there is no broker")
+    assert pauses
+    assert pauses == [0.001, *[0.002] * (len(pauses) - 1)]
+
+
+async def test_links_do_not_try_again_where_that_is_no_use():
+    with pytest.raises(BrokerError, match="wrong password"):
+        async for _ in links(Refusing(), Backoff(), lambda *_: pytest.fail("waited")):
+            pytest.fail("there is no broker")
+
+
+async def test_together_ends_all_when_one_fails_and_says_why():
+    ended = asyncio.Event()
+
+    async def forever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def fail() -> None:
+        raise LinkLost("gone")
+
+    with pytest.raises(LinkLost, match="gone"):
+        await soon(together(forever(), fail()))
+    assert ended.is_set()
+
+
+# --- only on a real RabbitMQ -------------------------------------------------------------------
+
+
+@pytest.mark.rabbit
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [("guest:guest", "guest:wrong", "password"), ("guest:guest", "nobody:guest", "nobody")],
+)
+async def test_wrong_credentials_are_an_error_at_once(rabbit_url, old, new, told):
+    url = rabbit_url.replace(old, new)
+    with pytest.raises(BrokerError, match=told) as caught:
+        await soon(AmqpTransport(url, "test").open())
+    assert "wrong" not in str(caught.value)  # the password is not shown
+
+
+@pytest.mark.rabbit
+async def test_an_unknown_vhost_is_an_error_at_once(rabbit_url):
+    with pytest.raises(BrokerError, match="vhost"):
+        await soon(AmqpTransport(f"{rabbit_url}no-such-vhost", "test").open())
+
+
+async def test_a_port_where_nobody_listens_is_worth_another_try(unused_tcp_port):
+    transport = AmqpTransport(f"amqp://guest:secret@127.0.0.1:{unused_tcp_port}/", "test")
+    with pytest.raises(LinkLost):
+        await soon(transport.open())
+    assert "secret" not in transport.address
+
+
+@pytest.mark.rabbit
+async def test_a_publish_whose_fate_is_unknown_is_a_lost_link(real):
+    link = await real.open()
+    queue = await real.queue(link)
+    real.proxy(link).hold()
+    publishing = asyncio.ensure_future(link.publish(b"x", Properties(), exchange="", keys=[queue]))
+    getting = asyncio.ensure_future(link.get(queue))
+    await asyncio.sleep(0)
+    real.cut(link)
+    with pytest.raises(LinkLost):
+        await soon(publishing)
+    with pytest.raises(LinkLost):
+        await soon(getting)
+
+
+@pytest.mark.rabbit
+async def test_a_deleted_queue_loses_the_link_of_who_reads_from_it(real):
+    link = await real.open()
+    queue = await real.queue(link)
+    deliveries = await link.consume(queue, prefetch=1)
+    waiting = asyncio.ensure_future(anext(deliveries))
+    async with await aio_pika.connect(real.url) as connection:
+        channel = await connection.channel()
+        await channel.queue_delete(queue)
+    await soon(link.lost())
+    with pytest.raises(LinkLost, match="deleted"):
+        await soon(waiting)
+
+
+@pytest.mark.rabbit
+async def test_a_connection_closed_by_an_operator_is_a_lost_link(real):
+    link = await real.open()
+    queue = await real.queue(link)
+    await put(link, queue, b"x")
+    deliveries = await link.consume(queue, prefetch=1)
+    await take(deliveries, 1)
+    real.proxy(link).cut()
+    await soon(link.lost())
+    with pytest.raises(LinkLost):
+        await soon(anext(deliveries))
