@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from fluffle_common.console import timestamp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Message, Part, Transfer, WithTensors
 from fluffle_common.transport import Delivery, Link, Properties
@@ -106,18 +107,27 @@ async def _send_parts(
         raise several.exceptions[0] from None
 
 
+async def reject(link: Link, delivery: Delivery, reason: str, rejected: str) -> None:
+    """Put a delivery into the queue ``rejected`` with its reason, then acknowledge it."""
+    headers = {**delivery.properties.headers, "reason": reason, "rejected_at": timestamp()}
+    properties = Properties(
+        type=delivery.properties.type,
+        message_id=delivery.properties.message_id,
+        headers=headers,
+    )
+    await link.publish(delivery.body, properties, exchange="", keys=[rejected])
+    await delivery.ack()
+
+
 async def fetch(
-    link: Link,
-    queue: str,
-    transfer: Transfer,
-    max_bytes: int,
-    progress: Progress | None = None,
+    link: Link, queue: str, transfer: Transfer, max_bytes: int, rejected: str
 ) -> tuple[memoryview, list[Delivery]]:
     """Pull the parts of a transfer out of a queue.
 
     Returns:
         The payload, and the deliveries to acknowledge once it has been used for good. Parts of
-        other transfers, which nobody will ask for again, are acknowledged on the way.
+        other transfers, which nobody will ask for again, are acknowledged on the way; what is no
+        part at all goes to the queue ``rejected``.
 
     Raises:
         MalformedMessage: where parts are missing or wrong.
@@ -131,15 +141,19 @@ async def fetch(
                 raise MalformedMessage(
                     f"{assembly.done_parts} of {transfer.parts} parts are there, the rest is gone"
                 )
-            message, payload = decode(delivery.body)
-            if not isinstance(message, Part) or message.transfer != transfer.id:
-                await delivery.ack()
+            try:
+                message, payload = decode(delivery.body)
+                if not isinstance(message, Part):
+                    raise MalformedMessage(f"a message of kind {message.kind} is no part")
+                if message.transfer != transfer.id:
+                    await delivery.ack()
+                    continue
+                assembly.add(message, payload)
+            except MalformedMessage as wrong:
+                await reject(link, delivery, str(wrong), rejected)
                 continue
             held.append(delivery)
-            assembly.add(message, payload)
             delivery.body = b""
-            if progress is not None:
-                progress(assembly.done_parts, transfer.parts)
         return assembly.payload(), held
     except MalformedMessage:
         for delivery in held:

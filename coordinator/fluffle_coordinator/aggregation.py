@@ -192,7 +192,9 @@ class Aggregation:
         if link is None:
             raise LinkLost("the link was lost")
         outbox = self._topology.outbox(held.message.worker)
-        payload, held.parts = await fetch(link, outbox, transfer, self._max_bytes)
+        payload, held.parts = await fetch(
+            link, outbox, transfer, self._max_bytes, self._topology.rejected
+        )
         return payload
 
     async def _commit(self, number: int) -> None:

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fluffle_common.console import timestamp
 from fluffle_common.errors import LinkLost
 from fluffle_common.messages import (
     Evaluate,
@@ -22,8 +21,8 @@ from fluffle_common.messages import (
     Welcome,
 )
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send, send_tensors
-from fluffle_common.transport import Delivery, Full, Link, Properties, Unroutable
+from fluffle_common.transfer import Route, reject, send, send_tensors
+from fluffle_common.transport import Delivery, Full, Link, Unroutable
 from fluffle_common.weights import Weights
 from fluffle_coordinator import run_state as rs
 
@@ -85,22 +84,7 @@ class Outgoing:
 
     def reject(self, delivery: Delivery, reason: str) -> None:
         """Put a delivery into the rejected queue with its reason, then acknowledge it."""
-
-        async def job(link: Link) -> None:
-            properties = Properties(
-                type=delivery.properties.type,
-                message_id=delivery.properties.message_id,
-                headers={
-                    **delivery.properties.headers,
-                    "reason": reason,
-                    "rejected_at": timestamp(),
-                },
-            )
-            rejected = self._topology.rejected
-            await link.publish(delivery.body, properties, exchange="", keys=[rejected])
-            await delivery.ack()
-
-        self._jobs.put_nowait(job)
+        self._jobs.put_nowait(lambda link: reject(link, delivery, reason, self._topology.rejected))
 
     def perform(self, effect: rs.Effect, state: rs.State, weights: Weights | None) -> None:
         """Send what an effect asks for; ``weights`` are those of this moment."""

@@ -21,13 +21,14 @@ _SENTENCES = {
     "welcome": "joined run {run}, round {round} of {rounds}",
     "begin": "round {round}: {verb}",
     "abandoned": "round {round}: closed without us; taking the next",
-    "sent": "round {round}: sent{loss}",
+    "sent": "round {round}: {answer} sent{loss}",
     "unsent": "round {round}: not sent yet ({reason}); trying again",
     "failure": "round {round}: the task failed: {reason}",
-    "malformed": "passed over a message that is not sound: {reason}",
+    "rejected": "rejected a message: {reason}",
     "ended": "the run has ended: {reason}",
     "interrupted": "left; the same command joins again",
 }
+_ANSWERS = {"init": "first weights", "fit": "update", "evaluate": "evaluation"}
 _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
 
 
@@ -140,6 +141,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         def tell(what: str, fields: dict[str, Any]) -> None:
             words = {"address": transport.address, **fields}
             words["verb"] = _VERBS.get(str(fields.get("kind")), "")
+            words["answer"] = _ANSWERS.get(str(fields.get("kind")), "")
             loss = fields.get("loss")
             words["loss"] = "" if loss is None else f", training loss {loss:.4f}"
             console.line(what, _SENTENCES[what].format(**words), fields)

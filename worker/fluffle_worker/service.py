@@ -34,7 +34,7 @@ from fluffle_common.messages import (
     Welcome,
 )
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send, send_tensors
+from fluffle_common.transfer import Route, reject, send, send_tensors
 from fluffle_common.transport import (
     Backoff,
     Delivery,
@@ -210,7 +210,7 @@ class WorkerService:
         self._link = link
         self._linked.set()
         self._tell("connected", {})
-        await together(self._read(mail), self._signs_of_life(link), self._until_lost(link))
+        await together(self._read(link, mail), self._signs_of_life(link), self._until_lost(link))
 
     async def _until_lost(self, link: Link) -> None:
         await link.lost()
@@ -257,14 +257,16 @@ class WorkerService:
 
     # --- what comes in -------------------------------------------------------------------------
 
-    async def _read(self, mail: AsyncIterator[Delivery]) -> None:
+    async def _read(self, link: Link, mail: AsyncIterator[Delivery]) -> None:
         async for delivery in mail:
             try:
                 message, payload = decode(delivery.body)
                 self._receive(message, payload)
             except MalformedMessage as wrong:
-                self._tell("malformed", {"reason": str(wrong)})
-            await delivery.ack()
+                self._tell("rejected", {"reason": str(wrong)})
+                await reject(link, delivery, str(wrong), self._topology.rejected)
+            else:
+                await delivery.ack()
 
     def _receive(self, message: Any, payload: memoryview) -> None:
         match message:
@@ -281,8 +283,12 @@ class WorkerService:
                 self._work(message, payload)
             case Part():
                 self._part(message, payload)
-            case Stop(run=run, reason=reason):
+            case Stop(reason=reason):
                 self._advance(session.Stopped(reason))
+            case Refusal():
+                pass  # it was for an earlier process of this worker
+            case _:
+                raise MalformedMessage(f"a message of kind {message.kind} is no mail for a worker")
 
     def _part(self, part: Part, payload: memoryview) -> None:
         if self._assembly is None:

@@ -1,0 +1,87 @@
+"""``fluffle worker``, with a durable record of what it sent and what the broker confirmed.
+
+    FAULTS_SENT=folder python tests/faults/logged_worker.py worker --federation ...
+
+The record is kept outside fluffle's own code, by wrapping the one method through which everything
+leaves: before a message is published its body is in ``<sha256>.msgpack`` and a line of
+``<pid>.jsonl`` says so, both fsynced; another line follows when the broker has confirmed it, or
+when the outcome is unknown. Signs of life are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fluffle_common.amqp import AmqpLink
+from fluffle_common.cli import main
+from fluffle_common.transport import Properties
+
+_SIGNS_OF_LIFE = ("hello", "heartbeat", "bye")
+
+
+class Record:
+    """The record of one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lines = (folder / f"{os.getpid()}.jsonl").open("ab", buffering=0)
+        self._attempts = 0
+
+    def begin(self, body: bytes, properties: Properties) -> dict[str, Any]:
+        """Note that a message is about to be published."""
+        name = hashlib.sha256(body).hexdigest()
+        path = self._folder / f"{name}.msgpack"
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}")
+            with partial.open("wb") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+        self._attempts += 1
+        attempt = {
+            "attempt": f"{os.getpid()}/{self._attempts}",
+            "type": properties.type,
+            "message_id": properties.message_id,
+            "sha256": name,
+        }
+        self.note("began", attempt)
+        return attempt
+
+    def note(self, event: str, attempt: dict[str, Any]) -> None:
+        """Write a line; it is on disk when this returns."""
+        line = {"event": event, "at": time.monotonic(), **attempt}
+        self._lines.write(json.dumps(line).encode() + b"\n")
+        os.fsync(self._lines.fileno())
+
+
+def wrap(record: Record) -> None:
+    """Let every publish pass by the record."""
+    publish = AmqpLink.publish
+
+    async def recorded(
+        self: AmqpLink, body: bytes, properties: Properties, *, exchange: str, keys: Sequence[str]
+    ) -> None:
+        if properties.type in _SIGNS_OF_LIFE:
+            await publish(self, body, properties, exchange=exchange, keys=keys)
+            return
+        attempt = record.begin(body, properties)
+        try:
+            await publish(self, body, properties, exchange=exchange, keys=keys)
+        except BaseException:
+            record.note("unknown", attempt)
+            raise
+        record.note("confirmed", attempt)
+
+    AmqpLink.publish = recorded  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    wrap(Record(Path(os.environ["FAULTS_SENT"])))
+    main()

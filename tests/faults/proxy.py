@@ -1,0 +1,181 @@
+"""A TCP proxy between clients and a broker that can be cut, stalled and half-closed.
+
+It runs an event loop in a thread of its own; every method may be called from any thread. Nothing
+here knows AMQP: what passes through is bytes.
+
+    with Proxy(broker_port) as proxy:
+        ...connect to 127.0.0.1:proxy.port...
+        proxy.cut(0.5, random.Random(1))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import socket
+import struct
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, Self, TypeVar
+
+Side = Literal["client", "broker"]
+T = TypeVar("T")
+
+_CHUNK_BYTES = 2**16
+_PATIENCE_S = 10.0
+
+
+class Proxy:
+    """Forwards every connection to ``127.0.0.1:target`` until it is told to misbehave.
+
+    Args:
+        target: the broker's port; where nothing listens, a client's connection is reset.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._connections: list[_Connection] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        """Listen on a free port."""
+        self._thread.start()
+        self._call(self._listen())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Reset what is open and end the thread."""
+        self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_PATIENCE_S)
+        self._loop.close()
+
+    def open_connections(self) -> int:
+        """Count the connections that are open."""
+        return self._call(self._do(lambda: len(self._connections)))
+
+    def cut(self, share: float, rng: random.Random) -> int:
+        """Reset a share of the connections, both sides of each; return how many."""
+        return self._each(share, rng, lambda one: one.reset())
+
+    def stall(self, share: float, seconds: float, rng: random.Random) -> int:
+        """Forward nothing over a share of the connections for a while; return how many."""
+        return self._each(share, rng, lambda one: one.stall(seconds))
+
+    def half_close(self, share: float, side: Side, seconds: float, rng: random.Random) -> int:
+        """End a share of the connections towards one side only; return how many.
+
+        That side reads the end of the stream; the other believes the connection to be alive, and
+        what it sends goes nowhere, until both are reset after ``seconds``.
+        """
+        return self._each(share, rng, lambda one: one.half_close(side, seconds))
+
+    def _each(
+        self, share: float, rng: random.Random, act: Callable[[_Connection], None]
+    ) -> int:
+        def chosen() -> int:
+            count = math.ceil(share * len(self._connections))
+            some = rng.sample(self._connections, count)
+            for one in some:
+                act(one)
+            return len(some)
+
+        return self._call(self._do(chosen))
+
+    async def _do(self, act: Callable[[], T]) -> T:
+        return act()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE_S)
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+
+    async def _close(self) -> None:
+        self._server.close()
+        for one in list(self._connections):
+            one.reset()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            _abort(writer)
+            return
+        one = _Connection(writer, broker_writer)
+        self._connections.append(one)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(one.pump(reader, "broker"))
+                group.create_task(one.pump(broker_reader, "client"))
+        finally:
+            self._connections.remove(one)
+            one.reset()
+
+
+class _Connection:
+    """One client's connection and the broker's that goes with it."""
+
+    def __init__(self, client: asyncio.StreamWriter, broker: asyncio.StreamWriter) -> None:
+        self._writers: dict[Side, asyncio.StreamWriter] = {"client": client, "broker": broker}
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._ended: Side | None = None  # the side that was told that the stream is over
+        self._over = asyncio.Event()
+
+    async def pump(self, source: asyncio.StreamReader, to: Side) -> None:
+        """Forward until the source ends, then end the other side too."""
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(_CHUNK_BYTES):
+                await self._flows.wait()
+                if self._ended is None:
+                    self._writers[to].write(data)
+                    await self._writers[to].drain()
+        await self._flows.wait()
+        if self._ended is not None:
+            await self._over.wait()  # what one side does, the other is not to see
+        self.reset(hard=False)
+
+    def reset(self, *, hard: bool = True) -> None:
+        """End both sides, without a goodbye where ``hard``."""
+        self._over.set()
+        self._flows.set()
+        for writer in self._writers.values():
+            if hard:
+                _abort(writer)
+            else:
+                writer.close()
+
+    def stall(self, seconds: float) -> None:
+        self._flows.clear()
+        asyncio.get_running_loop().call_later(seconds, self._flows.set)
+
+    def half_close(self, side: Side, seconds: float) -> None:
+        if self._ended is not None:
+            return
+        self._ended = side
+        with contextlib.suppress(OSError, RuntimeError):
+            self._writers[side].write_eof()
+        asyncio.get_running_loop().call_later(seconds, self.reset)
+
+
+def _abort(writer: asyncio.StreamWriter) -> None:
+    """Close a socket so that its peer sees a reset."""
+    found = writer.get_extra_info("socket")
+    with contextlib.suppress(OSError):
+        if found is not None:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
