@@ -337,6 +337,14 @@ class AmqpTransport(Transport):
                 f"the broker at {self.address} does not let us in ({_told(no)}); "
                 "check the vhost in --url and the user's permissions"
             ) from None
+        except aiormq.exceptions.InvalidFrameError as no:
+            # What aiormq makes of a broker that closes the connection instead of opening the vhost.
+            if "Connection.Close" not in _told(no):
+                raise LinkLost(_told(no)) from None
+            raise BrokerError(
+                f"the broker at {self.address} does not let user '{self._url.user}' into this "
+                "vhost, or has none of that name; check the vhost in --url and the permissions"
+            ) from None
         except TimeoutError:
             raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
         except _LOST as gone:

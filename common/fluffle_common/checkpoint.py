@@ -22,12 +22,18 @@ def save_checkpoint(path: Path, weights: Weights, metadata: dict[str, str]) -> N
     Raises:
         OSError: where the disk refuses; an earlier file of that name is as it was.
     """
+    import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    # It writes memory as it lies there, whatever the strides say of it.
+    plain = {
+        name: np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
+        for name, tensor in weights.items()
+    }
     with replacing(path) as partial:
         try:
-            save_file(dict(weights), partial, metadata=metadata)
+            save_file(plain, partial, metadata=metadata)
         except SafetensorError as why:  # it wraps what the disk said
             raise OSError(str(why)) from None
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fluffle_common.errors import LinkLost
+from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport import (
     Counts,
@@ -99,18 +99,19 @@ class MemoryDelivery:
 
     async def ack(self) -> None:
         """See ``transport.Delivery``."""
-        self._settle()
+        if self._settle():
+            self._queue.dispatch()
 
     async def release(self) -> None:
         """See ``transport.Delivery``."""
         self.give_back()
+        self._queue.dispatch()
 
     def give_back(self) -> None:
-        """Return to the head of the queue, marked as redelivered."""
+        """Return to the head of the queue, marked as redelivered, without dispatching it."""
         if self._settle():
             self._queue.ready.appendleft(self._stored)
             self._stored.redelivered = True
-            self._queue.dispatch()
 
     def _settle(self) -> bool:
         if self not in self._link.held:
@@ -118,7 +119,6 @@ class MemoryDelivery:
         self._link.held.remove(self)
         if self._consumer is not None:
             self._consumer.unacked -= 1
-            self._queue.dispatch()
         return True
 
 
@@ -148,7 +148,7 @@ class MemoryLink(Link):
     ) -> AsyncIterator[Delivery]:
         """See ``transport.Link``."""
         self._check()
-        source = self._broker.queues[queue]
+        source = self._find(queue)
         if source.consumers and (exclusive or source.consumers[0].exclusive):
             raise Occupied(f"queue '{queue}' has another consumer")
         consumer = _Consumer(self, prefetch, exclusive)
@@ -177,7 +177,7 @@ class MemoryLink(Link):
     async def get(self, queue: str) -> Delivery | None:
         """See ``transport.Link``."""
         self._check()
-        source = self._broker.queues[queue]
+        source = self._find(queue)
         if not source.ready:
             return None
         return MemoryDelivery(source, source.ready.popleft(), self, None)
@@ -191,7 +191,7 @@ class MemoryLink(Link):
     async def purge(self, queue: str) -> int:
         """See ``transport.Link``."""
         self._check()
-        ready = self._broker.queues[queue].ready
+        ready = self._find(queue).ready
         count = len(ready)
         ready.clear()
         return count
@@ -216,6 +216,13 @@ class MemoryLink(Link):
         self._broker.links.discard(self)
         for queue in self._broker.queues.values():
             queue.dispatch()
+
+    def _find(self, queue: str) -> _Queue:
+        found = self._broker.queues.get(queue)
+        if found is None:  # as RabbitMQ closes the channel
+            self.cut()
+            raise LinkLost(f"there is no queue '{queue}'")
+        return found
 
     def _check(self) -> None:
         if self._gone.is_set():
@@ -262,7 +269,12 @@ class MemoryBroker(Transport):
         if isinstance(entity, Exchange):
             self.exchanges.setdefault(entity.name, entity)
         elif isinstance(entity, Queue):
-            self.queues.setdefault(entity.name, _Queue(entity))
+            known = self.queues.setdefault(entity.name, _Queue(entity)).spec
+            if known.arguments != entity.arguments:
+                raise BrokerError(
+                    f"the broker has '{entity.name}' with other settings; use the same "
+                    "--queue-type everywhere, or delete the old queue"
+                )
         else:
             self.bindings.add(entity)
 
@@ -271,8 +283,14 @@ class MemoryBroker(Transport):
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
             raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
+        refused: Full | None = None
         for name in sorted(targets):
-            self.queues[name].put(replace(stored))
+            try:
+                self.queues[name].put(replace(stored))
+            except Full as full:  # the others have it nevertheless
+                refused = full
+        if refused is not None:
+            raise refused
 
     def _targets(self, exchange: str, key: str) -> set[str]:
         if not exchange:  # the default exchange: every queue is bound to it under its own name

@@ -262,6 +262,9 @@ def parse(header: Any) -> Message:
     Raises:
         MalformedMessage: naming the first field that is wrong, and what is wrong with it.
     """
+    kind = header.get("kind") if isinstance(header, dict) else None
+    if not isinstance(kind, str):  # pydantic would print it, however deep it is nested
+        raise MalformedMessage(f"kind: a string is expected, not {type(kind).__name__}")
     try:
         return _adapter.validate_python(header)
     except ValidationError as wrong:

@@ -22,6 +22,7 @@ import numpy as np
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import (
+    MAX_TENSORS,
     Message,
     Part,
     TensorEntry,
@@ -73,7 +74,12 @@ def decode(body: bytes) -> tuple[Message, memoryview]:
     if body[:1] != _ARRAY_OF_TWO:
         raise MalformedMessage("not a msgpack array of [header, payload]")
     unpacker = msgpack.Unpacker(
-        max_buffer_size=MAX_HEADER_BYTES, max_ext_len=0, strict_map_key=True, raw=False
+        max_buffer_size=MAX_HEADER_BYTES,
+        max_array_len=MAX_TENSORS,  # what it claims, a msgpack before 1.2 allocates
+        max_map_len=MAX_TENSORS,
+        max_ext_len=0,
+        strict_map_key=True,
+        raw=False,
     )
     view = memoryview(body)
     try:
@@ -166,7 +172,12 @@ def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[st
                 f"tensor '{entry.name}' ends at byte {end}, the payload has {len(payload)}"
             )
         flat = np.frombuffer(payload[entry.offset : end], dtype=dtype)
-        tensors[entry.name] = flat.reshape(entry.shape)
+        try:
+            tensors[entry.name] = flat.reshape(entry.shape)
+        except (ValueError, OverflowError):  # no bytes, and yet a dimension beyond all bounds
+            raise MalformedMessage(
+                f"tensor '{entry.name}' has the impossible shape {entry.shape}"[:500]
+            ) from None
     if end != len(payload):
         raise MalformedMessage(f"{len(payload) - end} bytes of the payload belong to no tensor")
     return tensors

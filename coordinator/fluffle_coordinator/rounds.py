@@ -14,11 +14,12 @@ crashes, redeliveries and deadlines can be tried in tests, thousands a second.
 The rules that hold whatever happens, which the tests check under random interleavings:
 
 1. Rounds are committed in order, each once.
-2. An update, known by (run, round, worker), is folded at most once; seen again, it only swaps the
-   delivery that will be acknowledged.
-3. A folded update's delivery is acknowledged only after the commit of its round is on disk.
+2. An update, known by (run, round, worker), is folded at most once; a copy of it is only held.
+3. The last copy of a folded update is acknowledged only after the commit of its round is on disk.
 4. Every delivery ends acknowledged, or rejected with a reason; what is late is said to be late.
-5. Time alone leads to progress or to a declared stop.
+5. Time alone leads to progress or to a declared stop; time without a link does not count.
+
+This file takes the events in; ``progress`` has what follows from the state they lead to.
 """
 
 from __future__ import annotations
@@ -26,19 +27,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from hashlib import sha256
-from typing import Any
+from typing import TypeVar
 
+from fluffle_coordinator.progress import Effects, progress, wakeup, work
 from fluffle_coordinator.run_state import (
     Ack,
     Arrived,
-    AskInit,
-    Commit,
     Committed,
     Connected,
     Disconnected,
-    Effect,
-    End,
     EvaluationArrived,
     Event,
     Failed,
@@ -46,16 +43,12 @@ from fluffle_coordinator.run_state import (
     Folded,
     FoldFailed,
     Left,
-    Outcome,
     Phase,
     Received,
-    RecordEvaluation,
     Refuse,
     Reject,
     Rules,
     Seen,
-    SendEvaluate,
-    SendFit,
     State,
     Tell,
     Tick,
@@ -64,7 +57,9 @@ from fluffle_coordinator.run_state import (
     Worker,
 )
 
-Effects = list[Effect]
+__all__ = ["advance", "start", "wakeup"]
+
+_V = TypeVar("_V")
 
 
 def start(
@@ -104,6 +99,7 @@ def start(
         gate=rules.min_workers,
         gate_until=now + slowest if resumed else math.inf,
         waiting_since=now,
+        unlinked_since=now,
     )
 
 
@@ -119,7 +115,8 @@ def advance(  # noqa: PLR0912 - one branch an event
         case Connected():
             state = _connected(state, event, out)
         case Disconnected():
-            state = replace(state, link=0)
+            if state.link:
+                state = replace(state, link=0, unlinked_since=now)
         case Seen():
             state = _seen(state, event, out)
         case Left(_, worker, session, reason):
@@ -143,41 +140,7 @@ def advance(  # noqa: PLR0912 - one branch an event
             state = _committed(state, event, out)
         case Tick():
             state = _gone(state, now, out)
-    return _progress(state, now, out), out
-
-
-def wakeup(state: State) -> float:
-    """Return when a ``Tick`` is due at the latest; infinity where nothing waits for time."""
-    rules = state.rules
-    times = [worker.deadline(rules) for worker in state.workers.values()]
-    if state.phase is Phase.WAITING:
-        times += [state.waiting_since + rules.wait_s, state.gate_until]
-    elif state.phase in (Phase.OPEN, Phase.EVALUATING):
-        times.append(state.opened_at + rules.deadline_s)
-        if state.quorum_at is not None:
-            times.append(state.quorum_at + rules.grace_s)
-    return min(times, default=math.inf) if state.link else math.inf
-
-
-def select(workers: Iterable[str], fraction: float, seed: int, number: int) -> tuple[str, ...]:
-    """Choose a fraction of the workers, the same for the same seed and round.
-
-    Each worker draws a lot from (seed, number of the round, name) and the lowest are asked
-    (rendezvous hashing), so that one worker's leaving does not reshuffle the others.
-
-    Example:
-        >>> len(select(["a", "b", "c", "d"], 0.5, seed=0, number=1))
-        2
-    """
-    names = sorted(workers)
-    count = max(1, math.ceil(fraction * len(names) - 1e-9))
-    if count >= len(names):
-        return tuple(names)
-
-    def lot(name: str) -> bytes:
-        return sha256(f"{seed}/{number}/{name}".encode()).digest()
-
-    return tuple(sorted(sorted(names, key=lot)[:count]))
+    return progress(state, now, out), out
 
 
 # --- one function an event ---------------------------------------------------------------------
@@ -185,11 +148,25 @@ def select(workers: Iterable[str], fraction: float, seed: int, number: int) -> t
 
 def _connected(state: State, event: Connected, out: Effects) -> State:
     out.append(Tell("connected" if state.link == 0 and not state.workers else "reconnected"))
-    # Nobody could be heard of during an outage, and what was being sent has an unknown outcome:
-    # whoever is idle at its next sign of life is sent the work again.
+    # The outage counts for nothing: nobody could be heard of, and updates wait in the broker.
+    outage_s = event.now - state.unlinked_since if state.link == 0 else 0.0
     workers = {n: replace(w, last_seen=event.now) for n, w in state.workers.items()}
-    asked = dict.fromkeys(state.asked, -math.inf)
-    return replace(state, link=event.link, workers=workers, asked=asked, init_asked=None)
+    # What was being sent has an unknown outcome: whoever is idle at its next sign of life is sent
+    # the work again. And every delivery that we hold is void: it will come again.
+    for update in state.received.values():
+        out.extend(Ack(spare) for spare in update.spares)
+    return replace(
+        state,
+        link=event.link,
+        workers=workers,
+        asked=dict.fromkeys(state.asked, -math.inf),
+        received={w: replace(update, spares=()) for w, update in state.received.items()},
+        init_asked=None,
+        opened_at=state.opened_at + outage_s,
+        quorum_at=None if state.quorum_at is None else state.quorum_at + outage_s,
+        waiting_since=state.waiting_since + outage_s,
+        gate_until=state.gate_until + outage_s,
+    )
 
 
 def _seen(state: State, event: Seen, out: Effects) -> State:
@@ -213,9 +190,10 @@ def _seen(state: State, event: Seen, out: Effects) -> State:
         out.append(Tell("joined", {"worker": worker.name, "num_examples": worker.num_examples}))
     if restarted or event.hello:
         out.append(Welcome(worker.name))
-    state = replace(state, workers={**state.workers, worker.name: worker})
-    if event.hello and worker.name in state.failed:
         state = replace(state, failed=_minus(state.failed, [worker.name]))
+        if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
+            state = replace(state, init_asked=None)
+    state = replace(state, workers={**state.workers, worker.name: worker})
     return _offer(state, worker, event, out)
 
 
@@ -225,16 +203,21 @@ def _offer(state: State, worker: Worker, event: Seen, out: Effects) -> State:
     answered = state.received if state.phase is Phase.OPEN else state.evaluations
     if state.phase not in (Phase.OPEN, Phase.EVALUATING) or name in answered:
         return state
-    if name in state.failed or state.busy(name):
+    if name in state.failed:
         return state
     sent_at = state.asked.get(name)
     if sent_at is None and state.rules.fraction < 1 and state.phase is Phase.OPEN:
         return state  # not chosen for this round
+    broken_off = event.hello and worker.state == "receiving"  # the rest was lost with its link
+    if state.busy(name) and not broken_off:
+        if sent_at is None:  # it was thought gone, but comes back with the work: it counts again
+            state = replace(state, asked={**state.asked, name: event.now})
+        return state
     done = (worker.run, worker.round) == (state.run, state.round)
     patience = state.rules.resend_s * (4 if done else 1)  # its update may just be under way
     if sent_at is None or event.hello or event.now - sent_at >= patience:
         state = replace(state, asked={**state.asked, name: event.now})
-        out.append(_work(state, (name,)))
+        out.append(work(state, (name,)))
     return state
 
 
@@ -246,12 +229,23 @@ def _failed(state: State, event: Failed, out: Effects) -> State:
         return state
     if event.worker == state.init_asked and event.round == 0:
         state = replace(state, init_asked=None)
-    elif event.round != state.round or event.worker not in state.asked:
+    elif event.round != state.at_work_on or event.worker not in state.asked:
         return state
-    state = replace(state, failed={**state.failed, event.worker: event.reason})
-    if state.rules.quorum.number is None and event.worker not in state.received:
-        state = replace(state, asked=_minus(state.asked, [event.worker]))
-    return state
+    return _give_up(state, event.worker, event.reason)
+
+
+def _give_up(state: State, worker: str, reason: str) -> State:
+    """Ask no more of a worker, unless it says hello again or the round is opened again."""
+    state = replace(state, failed={**state.failed, worker: reason})
+    return _withdraw(state, [worker])
+
+
+def _withdraw(state: State, names: list[str]) -> State:
+    """Do not wait for workers who will not answer, where the quorum is a fraction."""
+    if state.rules.quorum.number is not None and state.phase is not Phase.EVALUATING:
+        return state
+    lost = [name for name in names if name not in state.received]
+    return replace(state, asked=_minus(state.asked, lost))
 
 
 def _arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -283,22 +277,27 @@ def _takes(state: State) -> bool:
 
 
 def _again(state: State, worker: str, held: Received, event: Arrived, out: Effects) -> State:
-    """Take another copy of an update that we hold: never folded twice, never lost."""
-    if held.handle.link < event.handle.link:  # the old delivery is void, this is its redelivery
-        update = replace(held, handle=event.handle)
-    elif held.folded:
+    """Take another copy of an update that we hold: never folded twice, never lost.
+
+    Where we still hold the very delivery that was folded, a copy is not needed. Where that one is
+    void, or not folded yet, we cannot know which copy is sound, and keep them all.
+    """
+    if held.folded and held.handle.link == event.handle.link:
         out.append(Ack(event.handle))
         return state
-    else:  # which of the two is sound is not known before the first is folded
-        update = replace(held, spares=(*held.spares, event.handle))
+    update = replace(held, spares=(*held.spares, event.handle))
     return replace(state, received={**state.received, worker: update})
 
 
 def _folded(state: State, worker: str, out: Effects) -> State:
     held = state.received[worker]
-    out.extend(Ack(spare) for spare in held.spares)
-    update = replace(held, folded=True, spares=())
-    asked = state.asked if worker in state.asked else {**state.asked, worker: -math.inf}
+    update = replace(held, folded=True)
+    if held.handle.link == state.link:
+        out.extend(Ack(spare) for spare in held.spares)
+        update = replace(update, spares=())
+    asked = state.asked
+    if state.phase is Phase.OPEN and worker not in asked:
+        asked = {**asked, worker: -math.inf}
     state = replace(state, received={**state.received, worker: update}, asked=asked)
     out.append(
         Tell(
@@ -316,19 +315,23 @@ def _folded(state: State, worker: str, out: Effects) -> State:
 
 
 def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
-    held = state.received[event.worker]
+    worker, held = event.worker, state.received[event.worker]
     if event.again:
-        out += [Ack(held.handle), Tell("resend", {"worker": event.worker, "reason": event.reason})]
+        out += [Ack(held.handle), Tell("resend", {"worker": worker, "reason": event.reason})]
     else:
         out.append(Reject(held.handle, event.reason))
-    received = _minus(state.received, [event.worker])
     if held.spares:
         first, *rest = held.spares
-        received[event.worker] = replace(held, handle=first, spares=tuple(rest))
-        out.append(Fold(first, event.worker))
-    elif event.again and event.worker in state.workers and state.phase is Phase.OPEN:
-        out.append(_work(state, (event.worker,)))
-    return replace(state, received=received)
+        update = replace(held, handle=first, spares=tuple(rest))
+        if state.phase is not Phase.COMMITTING:  # then it would get into the next round's sum
+            out.append(Fold(first, worker))
+        return replace(state, received={**state.received, worker: update})
+    state = replace(state, received=_minus(state.received, [worker]))
+    if not event.again:
+        return _give_up(state, worker, event.reason)  # it would send the same again
+    if worker in state.workers and state.phase is Phase.OPEN:
+        out.append(work(state, (worker,)))
+    return state
 
 
 def _evaluation(state: State, event: EvaluationArrived, out: Effects) -> State:
@@ -375,157 +378,13 @@ def _gone(state: State, now: float, out: Effects) -> State:
 
 
 def _without(state: State, names: list[str]) -> State:
-    """Forget workers; one that is not there does not count for a quorum that is a fraction."""
+    """Forget workers that are not there any more."""
     state = replace(state, workers=_minus(state.workers, names))
     if state.init_asked in names:
         state = replace(state, init_asked=None)
-    if state.rules.quorum.number is None or state.phase is Phase.EVALUATING:
-        lost = [name for name in names if name not in state.received]
-        state = replace(state, asked=_minus(state.asked, lost))
-    return state
+    return _withdraw(state, names)
 
 
-# --- what follows from the state, whatever the event was ---------------------------------------
-
-
-def _progress(state: State, now: float, out: Effects) -> State:
-    if not state.link or state.phase is Phase.ENDED:
-        return state
-    state = _record_evaluation(state, out)
-    if state.phase is Phase.WAITING:
-        return _try_to_open(state, now, out)
-    if state.phase is Phase.OPEN:
-        return _try_to_commit(state, now, out)
-    if state.phase is Phase.EVALUATING:
-        waited = now >= state.opened_at + state.rules.deadline_s
-        if not state.evaluate_pending or not state.asked or waited:
-            state = _record_evaluation(state, out, whole=False)
-            return _end(state, "finished", f"{state.round - 1} rounds are done", out)
-    return state
-
-
-def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> State:
-    """Write the evaluation of the last committed model, once all have sent theirs (``whole``)."""
-    if not state.evaluate_pending or not state.evaluations:
-        return state
-    if whole and (not state.asked or not state.asked.keys() <= state.evaluations.keys()):
-        return state
-    out.append(RecordEvaluation(state.round - 1, state.evaluations))
-    return replace(state, evaluate_pending=False)
-
-
-def _try_to_open(state: State, now: float, out: Effects) -> State:
-    present = sorted(state.workers)
-    if state.round > state.rules.rounds:
-        state = replace(
-            state, phase=Phase.EVALUATING, opened_at=now, asked=dict.fromkeys(present, now)
-        )
-        if state.evaluate_pending and present:
-            out.append(SendEvaluate(tuple(present)))
-            return state
-        return _end(state, "finished", f"{state.round - 1} rounds are done", out)
-    if now >= state.waiting_since + state.rules.wait_s:
-        told = f"{len(present)} of {state.gate} workers came in {state.rules.wait_s:.0f} s"
-        return _end(state, "stopped", told, out)
-    if not state.has_weights:
-        return _try_to_init(state, present, out)
-    if len(present) < (state.gate if now < state.gate_until else 1):
-        return state
-    chosen = select(present, state.rules.fraction, state.rules.seed, state.round)
-    asked = dict.fromkeys(chosen, now) | dict.fromkeys(state.received, -math.inf)
-    state = replace(state, phase=Phase.OPEN, opened_at=now, asked=asked, gate=1)
-    out.append(
-        Tell("opened", {"round": state.round, "asked": sorted(asked), "needed": state.needed})
-    )
-    waiting = tuple(name for name in chosen if name not in state.received)
-    if waiting:
-        out.append(_work(state, waiting))
-    return _try_to_commit(state, now, out)
-
-
-def _try_to_init(state: State, present: list[str], out: Effects) -> State:
-    if state.init_asked is not None:
-        return state
-    able = [name for name in present if name not in state.failed]
-    if able:
-        out += [AskInit(able[0]), Tell("init", {"worker": able[0]})]
-        return replace(state, init_asked=able[0])
-    if present and len(present) >= state.gate:
-        return _end(state, "stopped", f"no first weights: {_last(state.failed)}", out)
-    return state
-
-
-def _try_to_commit(state: State, now: float, out: Effects) -> State:
-    if state.folded >= state.needed:
-        quorum_at = now if state.quorum_at is None else state.quorum_at
-        state = replace(state, quorum_at=quorum_at)
-        everyone = all(w in state.received and state.received[w].folded for w in state.asked)
-        if everyone or now >= quorum_at + state.rules.grace_s:
-            return _commit(state, out)
-        return state
-    if state.failed and not state.received and not (state.asked.keys() - state.failed.keys()):
-        told = f"every worker failed in round {state.round}; {_last(state.failed)}"
-        return _end(state, "stopped", told, out)
-    if now >= state.opened_at + state.rules.deadline_s:
-        return _at_the_deadline(state, now, out)
-    return state
-
-
-def _commit(state: State, out: Effects) -> State:
-    state = _record_evaluation(state, out, whole=False)
-    out.append(Commit(state.round))
-    return replace(state, phase=Phase.COMMITTING)
-
-
-def _at_the_deadline(state: State, now: float, out: Effects) -> State:
-    rules = state.rules
-    told = (
-        f"round {state.round} has {state.folded} of {state.needed} updates "
-        f"after {rules.deadline_s:.0f} s, missing: {', '.join(state.missing) or 'nobody asked'}"
-    )
-    if rules.on_deadline == "stop":
-        return _end(state, "stopped", told, out)
-    if rules.on_deadline == "close" and state.folded >= rules.min_updates:
-        out.append(Tell("closed", {"round": state.round, "reason": told}))
-        return _commit(state, out)
-    stuck = state.reopenings + 1 if state.folded == state.reopened_with else 1
-    if stuck > rules.max_reopenings:
-        return _end(state, "stopped", f"{told}; reopened {rules.max_reopenings} times", out)
-    chosen = select(state.workers, rules.fraction, rules.seed, state.round)
-    asked = dict.fromkeys(state.received, -math.inf) | dict.fromkeys(
-        chosen if state.workers else (), now
-    )
-    lacking = tuple(n for n in chosen if n not in state.received and not state.busy(n))
-    state = replace(
-        state,
-        opened_at=now,
-        asked=asked,
-        failed={},
-        reopenings=stuck,
-        reopened_with=state.folded,
-    )
-    out.append(Tell("reopened", {"round": state.round, "asked": sorted(asked), "reason": told}))
-    if lacking:
-        out.append(_work(state, lacking))
-    return state
-
-
-def _work(state: State, workers: tuple[str, ...]) -> Effect:
-    if state.phase is Phase.EVALUATING:
-        return SendEvaluate(workers)
-    return SendFit(workers, evaluate=state.evaluate_pending)
-
-
-def _end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
-    out.append(End(outcome, reason, tuple(sorted(state.workers))))
-    return replace(state, phase=Phase.ENDED, outcome=outcome, reason=reason)
-
-
-def _last(failed: Mapping[str, str]) -> str:
-    worker, reason = list(failed.items())[-1]
-    return f"{worker}: {reason}"
-
-
-def _minus(mapping: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _minus(mapping: Mapping[str, _V], names: Iterable[str]) -> dict[str, _V]:
     lost = set(names)
     return {key: value for key, value in mapping.items() if key not in lost}

@@ -115,7 +115,7 @@ class Received:
     handle: Handle
     num_examples: int
     folded: bool = False
-    spares: tuple[Handle, ...] = ()  # other copies, until this one turns out to be sound
+    spares: tuple[Handle, ...] = ()  # other copies, until we hold one that is known to be sound
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,13 @@ class State:
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
     link: int = 0  # which link we are on; 0: none
+    unlinked_since: float = 0.0  # meant where there is none
     has_weights: bool = False
     init_asked: str | None = None
     classes: tuple[str, ...] | None = None
     gate: int = 1  # how many workers must be present to open the next round
-    gate_until: float = math.inf  # then one is enough: a resumed run does not wait for the dead
+    # Resumed: by then all who live have spoken up, and one is enough, since the dead will not.
+    gate_until: float = math.inf
     waiting_since: float = 0.0
     workers: Mapping[str, Worker] = field(default_factory=_empty)
     asked: Mapping[str, float] = field(default_factory=_empty)  # when
@@ -175,14 +177,19 @@ class State:
         """Who was asked and has not answered."""
         return tuple(sorted(w for w in self.asked if w not in self.received))
 
+    @property
+    def at_work_on(self) -> int:
+        """The round that workers name while they are at what they were asked for."""
+        return self.round - 1 if self.phase is Phase.EVALUATING else self.round
+
     def busy(self, worker: str) -> bool:
-        """Whether a worker says that it is at work on the open round."""
+        """Whether a worker says that it is at work on what is asked for."""
         known = self.workers.get(worker)
-        return (
-            known is not None
-            and known.state != "idle"
-            and (known.run, known.round) == (self.run, self.round)
-        )
+        if known is None or (known.run, known.round) != (self.run, self.at_work_on):
+            return False
+        # Still training for the last round, it has not taken the order to evaluate its model.
+        away = ("idle", "training") if self.phase is Phase.EVALUATING else ("idle",)
+        return known.state not in away
 
 
 # --- events: what the shell reports ------------------------------------------------------------

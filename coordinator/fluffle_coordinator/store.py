@@ -154,13 +154,17 @@ class RunStore:
     def _identity(self, federation: str) -> str:
         path = self.folder / "run.json"
         if path.exists():
-            told = json.loads(path.read_text())
-            if told["federation"] != federation:
+            try:
+                told = json.loads(path.read_text())
+                known, run = str(told["federation"]), str(told["run"])
+            except (ValueError, KeyError, TypeError):
+                raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
+            if known != federation:
                 raise RunError(
-                    f"{self.folder} holds a run of federation {told['federation']}, "
+                    f"{self.folder} holds a run of federation {known}, "
                     f"not {federation}; choose another folder with --run, or --fresh"
                 )
-            return str(told["run"])
+            return run
         run = uuid.uuid4().hex[:12]
         with replacing(path) as partial:
             partial.write_text(json.dumps({"run": run, "federation": federation}) + "\n")
@@ -172,12 +176,18 @@ class RunStore:
             return [], []
         data = self.history_path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        try:
+            lines = read_lines(whole)
+        except ValueError as why:
+            raise RunError(
+                f"{self.history_path}: {why}; mend it, or --fresh starts a new run"
+            ) from None
         if whole == data:
-            return read_lines(data), []
+            return lines, []
         with self.history_path.open("r+b") as history:
             history.truncate(len(whole))
             os.fsync(history.fileno())
-        return read_lines(whole), ["cut off a torn last line of history.jsonl"]
+        return lines, ["cut off a torn last line of history.jsonl"]
 
     def _last_sound(self, last: int) -> tuple[int, tuple[dict[str, Array], dict[str, str]] | None]:
         for number in range(last, -1, -1):
@@ -206,19 +216,39 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """Return the history as one object a round, everything known about it merged, in order.
 
     Raises:
-        UsageError: where the folder has no history.
+        UsageError: where the folder has no history, or one that cannot be read.
     """
     path = folder / "history.jsonl"
     if not path.exists():
         raise UsageError(f"there is no history in {folder}; --run names a folder such as runs/NAME")
     data = path.read_bytes()
     rounds: dict[int, dict[str, Any]] = {}
-    for line in read_lines(data[: data.rfind(b"\n") + 1]):
+    try:
+        lines = read_lines(data[: data.rfind(b"\n") + 1])
+    except ValueError as why:
+        raise UsageError(f"{path}: {why}") from None
+    for line in lines:
         told = {key: value for key, value in line.items() if key != "event"}
         rounds.setdefault(line["round"], {}).update(told)
     return [rounds[number] for number in sorted(rounds)]
 
 
 def read_lines(data: bytes) -> list[dict[str, Any]]:
-    """Parse whole JSON lines."""
-    return [json.loads(line) for line in data.splitlines() if line.strip()]
+    """Parse the whole lines of a history.
+
+    Raises:
+        ValueError: naming the first line that is none.
+    """
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(data.split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["event"], str) and isinstance(line["round"], int)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"line {number} is damaged")
+        lines.append(line)
+    return lines

@@ -75,22 +75,24 @@ def _add_scaled(total: Array, values: Array, factor: float) -> None:
 def _finish(state: Sum, weights: Weights) -> dict[str, Array]:
     if state.num_examples <= 0:
         raise ValueError("no examples were folded: there is nothing to average")
-    return {
-        name: _cast(base + state.totals[name] / state.num_examples, base.dtype)
-        for name, base in weights.items()
-    }
+    with np.errstate(over="ignore"):  # what is beyond the end of float64 is, after `_cast`, at it
+        return {
+            name: _cast(base + state.totals[name] / state.num_examples, base.dtype)
+            for name, base in weights.items()
+        }
 
 
 def _cast(mean: Array, dtype: np.dtype[Any]) -> Array:
+    """Take the nearest value that the dtype has: none is fractional, wraps, or is infinite."""
     mean = np.asarray(mean, np.float64)  # a sum of 0-d arrays is a scalar
     if dtype.kind in "iu":
-        # The nearest value that the dtype has: a count cannot become fractional, or wrap around.
-        limits = np.iinfo(dtype)
-        mean = np.clip(np.rint(mean), float(limits.min), float(limits.max))
-    elif np.dtype(dtype) == np.float16:
-        limit = float(np.finfo(np.float16).max)
-        mean = np.clip(mean, -limit, limit)
-    return mean.astype(dtype)
+        np.rint(mean, out=mean)
+    limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
+    lowest, highest = float(limits.min), float(limits.max)
+    if highest > limits.max:  # 2**63 - 1 as a float is 2**63
+        highest = float(np.nextafter(highest, 0))
+    np.clip(mean, lowest, highest, out=mean)
+    return mean.astype(dtype, copy=False)
 
 
 fedavg = Strategy(_init, _fold, _finish)

@@ -255,7 +255,7 @@ async def test_headers_and_properties_come_out_as_they_went_in(bench):
         assert got.user == ("guest" if bench.real else None)
     await link.publish(b"x", Properties(), exchange=bench.names.work, keys=["a"])
     bare = (await soon(link.get(bench.names.inbox("a")))).properties
-    assert (bare.type, bare.message_id, dict(bare.headers), bare.durable) == ("", "", {}, True)
+    assert (bare.type, dict(bare.headers), bare.durable) == ("", {}, True)
 
 
 async def test_one_publish_with_several_keys_reaches_each_inbox_once(bench):
@@ -710,10 +710,7 @@ async def test_links_are_opened_again_with_backoff():
     def waiting(why: str, pause: float) -> None:
         assert why == "the broker is down"
         pauses.append(pause)
-        if len(pauses) == 5:
-            broker.up = True
-        if len(pauses) == 6:
-            broker.up = True
+        broker.up = len(pauses) >= 5
 
     backoff = Backoff(first_s=0.001, most_s=0.004, give_up_s=1000)
     seen: list[Link] = []
@@ -751,17 +748,15 @@ async def test_links_give_up_with_one_line_that_says_what_to_do():
     broker.up = False
     pauses: list[float] = []
     backoff = Backoff(first_s=0.001, most_s=0.002, give_up_s=0.02)
-    with pytest.raises(BrokerError, match="fluffle broker up.*--url"):
-        async for _ in links(broker, backoff, lambda _, pause: pauses.append(pause)):
-            pytest.fail("there is no broker")
+    with pytest.raises(BrokerError, match=r"fluffle broker up.*--url"):
+        await soon(anext(links(broker, backoff, lambda _, pause: pauses.append(pause))))
     assert pauses
     assert pauses == [0.001, *[0.002] * (len(pauses) - 1)]
 
 
 async def test_links_do_not_try_again_where_that_is_no_use():
     with pytest.raises(BrokerError, match="wrong password"):
-        async for _ in links(Refusing(), Backoff(), lambda *_: pytest.fail("waited")):
-            pytest.fail("there is no broker")
+        await anext(links(Refusing(), Backoff(), lambda *_: pytest.fail("waited")))
 
 
 async def test_together_ends_all_when_one_fails_and_says_why():
@@ -836,16 +831,3 @@ async def test_a_deleted_queue_loses_the_link_of_who_reads_from_it(real):
     await soon(link.lost())
     with pytest.raises(LinkLost, match="deleted"):
         await soon(waiting)
-
-
-@pytest.mark.rabbit
-async def test_a_connection_closed_by_an_operator_is_a_lost_link(real):
-    link = await real.open()
-    queue = await real.queue(link)
-    await put(link, queue, b"x")
-    deliveries = await link.consume(queue, prefetch=1)
-    await take(deliveries, 1)
-    real.proxy(link).cut()
-    await soon(link.lost())
-    with pytest.raises(LinkLost):
-        await soon(anext(deliveries))

@@ -9,8 +9,9 @@
                       └──Failed──> IDLE
 
 Rules: work asked for twice is done once; an answered work asked for again is answered again with
-the same answer, not with a new one; older work never replaces newer; a lost link changes nothing,
-since whatever was not confirmed is sent again over the next one.
+the same answer, not with a new one; older work never replaces newer that is under way (once that is
+answered, it may: a coordinator whose last checkpoint is damaged goes back a round); a lost link
+changes nothing, since whatever was not confirmed is sent again over the next one.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def _asked(state: State, work: Work) -> tuple[State, list[Effect]]:
     if any(_newer(known, work) for known in (state.doing, state.next, state.sending)):
         return state, []
     effects: list[Effect] = [
-        Drop(old) for old in (state.sending, state.answered) if old is not None
+        Drop(old) for old in (state.next, state.sending, state.answered) if old is not None
     ]
     state = replace(state, next=work, sending=None, answered=None)
     if state.doing is not None:

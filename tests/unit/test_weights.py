@@ -1,0 +1,152 @@
+"""Deltas and their checks: the arithmetic that both sides must agree on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fluffle_common.weights import (
+    DTYPES,
+    FLOATS,
+    INTEGERS,
+    check_delta,
+    check_finite,
+    delta,
+    delta_dtype,
+    same_form,
+    size_bytes,
+)
+
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+
+
+@st.composite
+def integer_pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    dtype = np.dtype(draw(st.sampled_from(INTEGERS)))
+    limits = np.iinfo(dtype)
+    # A difference of 64-bit integers fits into 64 bits where they are not at opposite ends.
+    elements = st.integers(max(limits.min, -(2**62)), min(limits.max, 2**62))
+    shape = draw(SHAPES)
+    return tuple(draw(hnp.arrays(dtype, shape, elements=elements)) for _ in range(2))
+
+
+@given(integer_pairs())
+def test_a_delta_of_integers_is_exact_and_signed(pair):
+    trained, received = pair
+    got = delta({"n": trained}, {"n": received})["n"]
+    assert got.dtype == np.int64
+    assert got.shape == trained.shape
+    exact = [int(a) - int(b) for a, b in zip(trained.flat, received.flat, strict=True)]
+    assert [int(value) for value in got.flat] == exact
+    assert (received.astype(np.int64) + got).tolist() == trained.astype(np.int64).tolist()
+    check_delta({"n": got}, {"n": received})
+
+
+def test_a_delta_of_small_unsigned_integers_does_not_wrap():
+    got = delta({"n": np.array([0, 255], np.uint8)}, {"n": np.array([255, 0], np.uint8)})
+    assert got["n"].tolist() == [-255, 255]
+
+
+@given(st.sampled_from(FLOATS), SHAPES, st.data())
+def test_a_delta_of_floats_keeps_dtype_and_shape(dtype, shape, data):
+    elements = st.floats(-100, 100, width=16)
+    trained, received = (
+        {"w": data.draw(hnp.arrays(dtype, shape, elements=elements))} for _ in range(2)
+    )
+    got = delta(trained, received)
+    assert got["w"].dtype == np.dtype(dtype)
+    assert got["w"].shape == shape
+    assert np.array_equal(got["w"], trained["w"] - received["w"])
+    check_delta(got, received)
+
+
+def test_a_delta_of_a_scalar_is_an_array():
+    got = delta({"s": np.array(3.0, np.float32)}, {"s": np.array(1.0, np.float32)})["s"]
+    assert (np.shape(got), got.dtype, float(got)) == ((), np.float32, 2.0)
+
+
+def test_only_floats_and_integers_travel_and_deltas_of_them_travel_too():
+    assert {np.dtype(name).name for name in DTYPES} == DTYPES
+    for name in DTYPES:
+        assert delta_dtype(np.dtype(name)).name in DTYPES
+
+
+BASE = {"w": np.zeros((2, 3), np.float32), "s": np.zeros((), np.float32), "n": np.uint8([1])}
+GOOD = {"w": np.ones((2, 3), np.float32), "s": np.ones((), np.float32), "n": np.int64([-1])}
+
+
+def test_the_example_delta_is_sound_until_it_is_spoilt():
+    check_delta(GOOD, BASE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"w": np.ones((3, 2), np.float32)}, r"'w' has shape \(3, 2\), the model has \(2, 3\)"),
+        ({"w": np.ones((1, 3), np.float32)}, "'w' has shape"),  # would broadcast
+        ({"w": np.ones((), np.float32)}, "'w' has shape"),
+        ({"w": np.ones(6, np.float32)}, "'w' has shape"),
+        ({"w": np.ones((1, 2, 3), np.float32)}, "'w' has shape"),
+        ({"s": np.ones(1, np.float32)}, r"'s' has shape \(1,\), the model has \(\)"),
+        ({"w": np.ones((2, 3), np.float64)}, "'w' is float64, expected float32"),
+        ({"w": np.ones((2, 3), np.int64)}, "'w' is int64, expected float32"),
+        ({"n": np.uint8([1])}, "'n' is uint8, expected int64"),
+        ({"n": np.float32([1])}, "'n' is float32, expected int64"),
+        ({"more": np.float32([1])}, "unknown more"),
+        ({"w": None}, "missing w"),
+        ({"w": None, "v": np.ones((2, 3), np.float32)}, "missing w; unknown v"),
+        ({"w": np.float32([[1, 2, np.nan], [1, 2, 3]])}, "'w' has 1 values that are NaN or inf"),
+        ({"w": np.float32([[1, 2, np.inf], [-np.inf, 2, 3]])}, "'w' has 2 values"),
+        ({"s": np.array(np.inf, np.float32)}, "'s' has 1 values"),
+    ],
+)
+def test_what_is_no_delta_of_the_model_is_refused_by_name(changes, told):
+    spoilt = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
+    with pytest.raises(ValueError, match=told):
+        check_delta(spoilt, BASE)
+
+
+def test_an_array_of_the_other_byte_order_is_no_surprise():
+    # NumPy says that '>f4' and '<f4' differ; what is read off the wire is always '<'.
+    read = {"w": np.ones(2, np.dtype("float32").newbyteorder("<"))}
+    check_delta(read, {"w": np.zeros(2, np.float32)})
+
+
+def test_many_names_that_differ_are_cut_short():
+    with pytest.raises(ValueError, match="missing w0, w1, w2 …$"):
+        same_form({}, {f"w{n}": np.zeros(1) for n in range(9)})
+
+
+@pytest.mark.parametrize("other", [np.zeros(2, np.float64), np.zeros((2, 1), np.float32)])
+def test_weights_of_another_form_have_no_delta(other):
+    weights = {"w": np.zeros(2, np.float32)}
+    for trained, received in ((weights, {"w": other}), ({"w": other}, weights)):
+        with pytest.raises(ValueError, match="'w'"):
+            delta(trained, received)
+    with pytest.raises(ValueError, match="missing w"):
+        delta({}, weights)
+
+
+@given(st.sampled_from(FLOATS), st.data())
+def test_not_finite_is_exactly_what_is_refused(dtype, data):
+    elements = st.floats(width=int(dtype.removeprefix("float")))
+    array = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=2), elements=elements))
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        with pytest.raises(ValueError, match=f"'w' has {bad} values"):
+            check_finite("w", array)
+    else:
+        check_finite("w", array)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_finite_values_whose_sum_overflows_are_finite(dtype):
+    check_finite("w", np.full(100, np.finfo(dtype).max, dtype))
+
+
+def test_size_counts_all_tensors():
+    assert size_bytes({"a": np.zeros((2, 3), np.float32), "b": np.zeros((), np.int64)}) == 32
+    assert size_bytes({}) == 0
