@@ -30,7 +30,7 @@ Effects = list[Effect]
 
 def progress(state: State, now: float, out: Effects) -> State:
     """Take the steps that the state and the time allow; none where there is no link."""
-    if not state.link or state.phase is Phase.ENDED:
+    if not state.link:
         return state
     if now >= state.gate_until:
         state = replace(state, gate=1, gate_until=math.inf)
@@ -44,6 +44,8 @@ def progress(state: State, now: float, out: Effects) -> State:
             return _record_evaluation(state, out)
         case Phase.EVALUATING:
             return _try_to_finish(state, now, out)
+        case Phase.ENDED:
+            return state
 
 
 def wakeup(state: State) -> float:
@@ -150,11 +152,11 @@ def _try_to_commit(state: State, now: float, out: Effects) -> State:
     if state.quorum_at is None and state.folded >= state.needed:
         state = replace(state, quorum_at=now)
     if state.quorum_at is not None:  # whoever is asked from now on does not undo the quorum
-        everyone = all(w in state.received and state.received[w].folded for w in state.asked)
+        everyone = all(w in state.received and state.received[w].folded for w in state.expected)
         if everyone or now >= state.quorum_at + state.rules.grace_s:
             return _commit(state, out)
         return state
-    if state.failed and not state.received and not (state.asked.keys() - state.failed.keys()):
+    if state.asked and not state.received and state.asked.keys() <= state.failed.keys():
         told = f"every worker failed in round {state.round}; {_last(state.failed)}"
         return _end(state, "stopped", told, out)
     if now >= state.opened_at + state.rules.deadline_s:
@@ -210,7 +212,7 @@ def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> Sta
     """Write the evaluation of the last committed model, once all have sent theirs (``whole``)."""
     if not state.evaluate_pending or not state.evaluations:
         return state
-    if whole and (not state.asked or not state.asked.keys() <= state.evaluations.keys()):
+    if whole and not state.expected <= state.evaluations.keys():
         return state
     out.append(RecordEvaluation(state.round - 1, state.evaluations))
     return replace(state, evaluate_pending=False)
@@ -229,7 +231,7 @@ def _try_to_finish(state: State, now: float, out: Effects) -> State:
     if state.evaluate_pending:
         listening = state.gate_until < math.inf  # resumed: who is there is yet to be heard
         waited = now >= state.opened_at + state.rules.deadline_s
-        if not waited and (listening or not state.asked.keys() <= state.evaluations.keys()):
+        if not waited and (listening or not state.expected <= state.evaluations.keys()):
             return state
         state = _record_evaluation(state, out, whole=False)
     return _end(state, "finished", f"{state.round - 1} rounds are done", out)

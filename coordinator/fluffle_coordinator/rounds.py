@@ -194,10 +194,10 @@ def _seen(state: State, event: Seen, out: Effects) -> State:
         if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
             state = replace(state, init_asked=None)
     state = replace(state, workers={**state.workers, worker.name: worker})
-    return _offer(state, worker, event, out)
+    return _offer(state, worker, event, restarted or event.hello, out)
 
 
-def _offer(state: State, worker: Worker, event: Seen, out: Effects) -> State:
+def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects) -> State:
     """Send the open work to a worker that lacks it: it is new, or came back, or it was lost."""
     name = worker.name
     answered = state.received if state.phase is Phase.OPEN else state.evaluations
@@ -210,12 +210,11 @@ def _offer(state: State, worker: Worker, event: Seen, out: Effects) -> State:
         return state  # not chosen for this round
     broken_off = event.hello and worker.state == "receiving"  # the rest was lost with its link
     if state.busy(name) and not broken_off:
-        if sent_at is None:  # it was thought gone, but comes back with the work: it counts again
-            state = replace(state, asked={**state.asked, name: event.now})
-        return state
+        # An earlier coordinator asked it, or it came back: either way we wait for it.
+        return replace(state, asked={name: event.now, **state.asked})
     done = (worker.run, worker.round) == (state.run, state.round)
     patience = state.rules.resend_s * (4 if done else 1)  # its update may just be under way
-    if sent_at is None or event.hello or event.now - sent_at >= patience:
+    if sent_at is None or fresh or event.now - sent_at >= patience:
         state = replace(state, asked={**state.asked, name: event.now})
         out.append(work(state, (name,)))
     return state
@@ -231,21 +230,7 @@ def _failed(state: State, event: Failed, out: Effects) -> State:
         state = replace(state, init_asked=None)
     elif event.round != state.at_work_on or event.worker not in state.asked:
         return state
-    return _give_up(state, event.worker, event.reason)
-
-
-def _give_up(state: State, worker: str, reason: str) -> State:
-    """Ask no more of a worker, unless it says hello again or the round is opened again."""
-    state = replace(state, failed={**state.failed, worker: reason})
-    return _withdraw(state, [worker])
-
-
-def _withdraw(state: State, names: list[str]) -> State:
-    """Do not wait for workers who will not answer, where the quorum is a fraction."""
-    if state.rules.quorum.number is not None and state.phase is not Phase.EVALUATING:
-        return state
-    lost = [name for name in names if name not in state.received]
-    return replace(state, asked=_minus(state.asked, lost))
+    return replace(state, failed={**state.failed, event.worker: event.reason})
 
 
 def _arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -327,8 +312,8 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
             out.append(Fold(first, worker))
         return replace(state, received={**state.received, worker: update})
     state = replace(state, received=_minus(state.received, [worker]))
-    if not event.again:
-        return _give_up(state, worker, event.reason)  # it would send the same again
+    if not event.again:  # asked again, it would send the same again
+        return replace(state, failed={**state.failed, worker: event.reason})
     if worker in state.workers and state.phase is Phase.OPEN:
         out.append(work(state, (worker,)))
     return state
@@ -379,10 +364,8 @@ def _gone(state: State, now: float, out: Effects) -> State:
 
 def _without(state: State, names: list[str]) -> State:
     """Forget workers that are not there any more."""
-    state = replace(state, workers=_minus(state.workers, names))
-    if state.init_asked in names:
-        state = replace(state, init_asked=None)
-    return _withdraw(state, names)
+    init_asked = None if state.init_asked in names else state.init_asked
+    return replace(state, workers=_minus(state.workers, names), init_asked=init_asked)
 
 
 def _minus(mapping: Mapping[str, _V], names: Iterable[str]) -> dict[str, _V]:

@@ -31,7 +31,7 @@ class Handle(NamedTuple):
 
 @dataclass(frozen=True)
 class Quorum:
-    """How many updates close a round: a number, or a fraction of those asked.
+    """How many updates close a round: a number, or a fraction of those expected.
 
     Example:
         >>> Quorum(number=2).of(3), Quorum(fraction=0.5).of(3), Quorum().of(3)
@@ -41,12 +41,12 @@ class Quorum:
     number: int | None = None
     fraction: float = 1.0
 
-    def of(self, asked: int) -> int:
-        """Return how many of ``asked`` workers must have answered; at least 1."""
+    def of(self, expected: int) -> int:
+        """Return how many of ``expected`` workers must have answered; at least 1."""
         if self.number is not None:
             return self.number
         # 0.1 * 30 is 3.0000000000000004 in binary; that is not a fourth worker.
-        return max(1, math.ceil(self.fraction * asked - 1e-9))
+        return max(1, math.ceil(self.fraction * expected - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,15 @@ class State:
     reason: str = ""
 
     @property
+    def expected(self) -> frozenset[str]:
+        """Who was asked and has answered, or will: neither gone nor failed."""
+        present = self.workers.keys() - self.failed.keys()
+        return frozenset(self.asked.keys() & (present | self.received.keys()))
+
+    @property
     def needed(self) -> int:
         """How many updates close the open round."""
-        return self.rules.quorum.of(len(self.asked))
+        return self.rules.quorum.of(len(self.expected))
 
     @property
     def folded(self) -> int:

@@ -76,9 +76,7 @@ class Proxy:
         """
         return self._each(share, rng, lambda one: one.half_close(side, seconds))
 
-    def _each(
-        self, share: float, rng: random.Random, act: Callable[[_Connection], None]
-    ) -> int:
+    def _each(self, share: float, rng: random.Random, act: Callable[[_Connection], None]) -> int:
         def chosen() -> int:
             count = math.ceil(share * len(self._connections))
             some = rng.sample(self._connections, count)

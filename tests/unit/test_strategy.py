@@ -136,7 +136,9 @@ def test_equal_updates_average_to_themselves():
 
 @given(st.data())
 def test_every_tensor_is_averaged_by_its_own_name(data):
-    names = data.draw(st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=5, unique=True))
+    names = data.draw(
+        st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=5, unique=True)
+    )
     base = {name: np.full(2, position, np.float64) for position, name in enumerate(names)}
     update = {name: np.full(2, 100 * position, np.float64) for position, name in enumerate(names)}
     backwards = dict(reversed(update.items()))
@@ -216,9 +218,7 @@ def test_no_examples_are_nothing_to_average():
 def test_blocks_make_no_difference(monkeypatch, size, block):
     rng = np.random.default_rng(0)
     base = {"w": rng.normal(size=size), "n": rng.integers(0, 9, size)}
-    updates = [
-        ({"w": rng.normal(size=size), "n": rng.integers(-9, 9, size)}, n) for n in (1, 2, 5)
-    ]
+    updates = [({"w": rng.normal(size=size), "n": rng.integers(-9, 9, size)}, n) for n in (1, 2, 5)]
     expected = average(base, updates)
     monkeypatch.setattr(strategy, "_BLOCK", block)
     got = average(base, updates)

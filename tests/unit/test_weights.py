@@ -133,7 +133,9 @@ def test_weights_of_another_form_have_no_delta(other):
 @given(st.sampled_from(FLOATS), st.data())
 def test_not_finite_is_exactly_what_is_refused(dtype, data):
     elements = st.floats(width=int(dtype.removeprefix("float")))
-    array = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=2), elements=elements))
+    array = data.draw(
+        hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=2), elements=elements)
+    )
     bad = int((~np.isfinite(array)).sum())
     if bad:
         with pytest.raises(ValueError, match=f"'w' has {bad} values"):

@@ -473,12 +473,19 @@ def mutated(draw: st.DrawFn) -> bytes:
             st.sampled_from(
                 [
                     pack(update(metrics={"loss": 0.5}), weights)[1],
-                    pack(Fit(federation="f", run="r", round=1, evaluate=True, plan=Plan()), weights)[1],
+                    pack(
+                        Fit(federation="f", run="r", round=1, evaluate=True, plan=Plan()), weights
+                    )[1],
                     encode(Part(federation="f", transfer="t", part=0), b"payload"),
                     encode(
                         Heartbeat(
-                            federation="f", worker="w", session="s", num_examples=3, task="t",
-                            classes=("A", "B"), heartbeat_s=1.0,
+                            federation="f",
+                            worker="w",
+                            session="s",
+                            num_examples=3,
+                            task="t",
+                            classes=("A", "B"),
+                            heartbeat_s=1.0,
                         )
                     ),
                 ]
@@ -491,7 +498,9 @@ def mutated(draw: st.DrawFn) -> bytes:
             case "set":
                 body[at : at + 1] = bytes([draw(st.integers(0, 255))])
             case "flip":
-                body[at : at + 1] = bytes(b ^ (1 << draw(st.integers(0, 7))) for b in body[at : at + 1])
+                body[at : at + 1] = bytes(
+                    b ^ (1 << draw(st.integers(0, 7))) for b in body[at : at + 1]
+                )
             case "cut":
                 del body[at:]
             case "insert":
@@ -516,8 +525,12 @@ _any_value: st.SearchStrategy[Any] = st.recursive(
     | st.text(max_size=8)
     | st.binary(max_size=8)
     | st.sampled_from(["update", "fit", "part", "float32", 0, 1, 2, 8, 64, 2**32, 2**63]),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(max_size=8) | st.sampled_from(["name", "shape"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=8) | st.sampled_from(["name", "shape"]), inner, max_size=4
+        )
+    ),
     max_leaves=8,
 )
 

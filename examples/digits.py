@@ -1,0 +1,53 @@
+"""Another model: an MLP on the handwritten digits that come with scikit-learn.
+
+In five terminals, in any order, in the project's folder (scikit-learn must be installed)::
+
+    fluffle broker up
+    fluffle coordinator --federation digits --quorum 3 --rounds 8 --epochs 3
+    fluffle worker --federation digits --task examples/digits.py:task --data shard:0/3
+    fluffle worker --federation digits --task examples/digits.py:task --data shard:1/3
+    fluffle worker --federation digits --task examples/digits.py:task --data shard:2/3
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.datasets import load_digits
+
+from fluffle_worker.task import Task, TaskOptions
+from fluffle_worker.training import accuracy, flax_task
+
+
+class MLP(nnx.Module):
+    """64 pixels, 64 hidden units, 10 digits."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(64, 64, rngs=rngs)
+        self.out = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Return logits, shape [batch, 10], of pixels, shape [batch, 64]."""
+        return self.out(nnx.relu(self.hidden(pixels)))
+
+
+def task(options: TaskOptions) -> Task:
+    """Make the task of one owner; ``--data shard:I/N`` is the I-th of N parts."""
+    index, parts = map(int, options.data.removeprefix("shard:").split("/"))
+    digits = load_digits()
+    pixels = (digits.data / 16).astype(np.float32)[index::parts]
+    targets = digits.target.astype(np.int32)[index::parts]
+    held_out = len(pixels) // 10
+    return flax_task(
+        MLP,
+        optax.softmax_cross_entropy_with_integer_labels,
+        optax.adam,
+        (pixels[held_out:], targets[held_out:]),
+        (pixels[:held_out], targets[:held_out]),
+        learning_rate=3e-3,
+        metrics={"accuracy": accuracy},
+        classes=tuple(map(str, range(10))),
+        sample_seed=index,
+    )

@@ -1,0 +1,84 @@
+"""The command line: help that teaches, and wrong use that is told in one line."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.e2e.programs import FLUFFLE
+
+COMMANDS = [
+    "broker", "confusion", "coordinator", "history", "letters", "plot", "predict", "queues",
+    "worker",
+]  # fmt: skip
+
+
+def call(cwd: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [FLUFFLE, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["broker", "up"]])
+def test_help(tmp_path: Path, command: list[str]) -> None:
+    told = call(tmp_path, *command, "--help")
+    assert told.returncode == 0
+    assert "Usage: fluffle" in told.stdout
+    assert len(told.stdout.splitlines()) > 5
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    (tmp_path / "plain.py").write_text("x = 1\n")
+    (tmp_path / "half.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    save_file({"w": np.zeros(3)}, tmp_path / "other.safetensors", metadata={"task": "other"})
+    return tmp_path
+
+
+W = ["worker", "--federation", "f", "--data", "empty"]
+C = ["coordinator", "--federation", "f"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["wroker"], "did you mean 'worker'"),
+        ([*C, "--quorom", "2"], "--quorum"),
+        ([*C, "--quorum", "0"], "is no quorum"),
+        ([*C, "--quorum", "1.5"], "is no quorum"),
+        ([*C, "--url", "http://x"], "is not the URL of a broker"),
+        (["coordinator", "--federation", "a.b"], "cannot be the name of a federation"),
+        ([*C, "--init", "missing.safetensors"], "there is no model file"),
+        ([*C, "--config", "x"], "KEY=VALUE"),
+        (W, "has no images"),
+        ([*W, "--task", "nowhere:task"], "there is no module nowhere"),
+        ([*W, "--task", "nowhere.py:task"], "there is no file nowhere.py"),
+        ([*W, "--task", "plain.py:task"], "has no function 'task'"),
+        ([*W, "--task", "broken.py:task"], "no_such_package"),
+        ([*W, "--task", "task"], "module:name"),
+        (["worker", "--federation", "f", "--data", "nowhere"], "there is no folder"),
+        (["predict", "--model", "no.safetensors", "--image", "x.png"], "there is no model file"),
+        (["predict", "--model", "half.safetensors", "--image", "x"], "not a whole model file"),
+        (["predict", "--model", "other.safetensors", "--image", "x"], "no model of letters"),
+        (
+            ["confusion", "--model", "other.safetensors", "--data", "empty", "--out", "c.png"],
+            "no model of letters",
+        ),
+        (["history", "--run", "empty"], "no history"),
+        (["plot", "--run", "empty", "--out", "x.png"], "no history"),
+        (["queues", "--federation", "f", "--url", "amqp://127.0.0.1:9"], "no broker at"),
+        (["queues", "--federation", "f", "--url", "nonsense"], "is not the URL of a broker"),
+        ([*C, "--url", "amqp://127.0.0.1:9", "--wait-broker", "0.1"], "no broker at"),
+    ],
+)
+def test_wrong_use_is_told_in_one_line(folder: Path, words: list[str], told: str) -> None:
+    done = call(folder, *words)
+    assert done.returncode not in (0, 1)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("fluffle: ")
+    assert told in lines[0]
+    assert "Traceback" not in done.stdout

@@ -1,0 +1,90 @@
+"""Malformed messages: each ends in the rejected queue with its reason, the run goes on."""
+
+import json
+
+import msgpack
+import numpy as np
+import pika
+import pytest
+
+from tests.e2e.programs import ROOT, Federation
+
+pytestmark = pytest.mark.rabbit
+WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
+
+
+def hostile(federation: str, run: str) -> dict[str, tuple[bytes, str]]:
+    """Return ten bodies, each with a word of the reason that it must be rejected for."""
+    slopes, intercept = np.zeros(3), np.zeros(())
+
+    def body(payload: bytes | None = None, **changes: object) -> bytes:
+        tensors = [
+            {"name": "slopes", "dtype": "float64", "shape": [3], "offset": 0, "nbytes": 24},
+            {"name": "intercept", "dtype": "float64", "shape": [], "offset": 64, "nbytes": 8},
+        ]
+        header = {
+            "protocol": 1, "federation": federation, "kind": "update", "run": run, "round": 1,
+            "worker": "mallory", "num_examples": 5, "seconds": 0.1, "metrics": {},
+            "tensors": tensors, **changes,
+        }  # fmt: skip
+        plain = slopes.tobytes() + bytes(40) + intercept.tobytes()
+        return msgpack.packb([header, plain if payload is None else payload])
+
+    def table(**change: object) -> list[dict]:
+        first = {"name": "slopes", "dtype": "float64", "shape": [3], "offset": 0, "nbytes": 24}
+        second = {"name": "intercept", "dtype": "float64", "shape": [], "offset": 64, "nbytes": 8}
+        return [{**first, **change}, second]
+
+    nan = np.full(3, np.nan).tobytes() + bytes(48)
+    claims = table(shape=[25_000_000], nbytes=200_000_000)
+    return {
+        "random bytes": (np.random.default_rng(0).bytes(500), "msgpack"),
+        "truncated": (body()[:-10], "payload"),
+        "wrong run": (body(run="other"), "run other"),
+        "wrong shape": (body(tensors=table(shape=[1, 3])), "shape"),
+        "unknown dtype": (body(tensors=table(dtype="complex64")), "dtype"),
+        "NaN": (body(nan), "NaN"),
+        "n = 0": (body(num_examples=0), "num_examples"),
+        "n = -1": (body(num_examples=-1), "num_examples"),
+        "n = 10^18": (body(num_examples=10**18), "num_examples"),
+        "200 MB claimed": (body(tensors=claims), "200000000"),
+    }
+
+
+def test_ten_kinds_of_malformed_updates(federation: Federation, tmp_path) -> None:
+    gate = tmp_path / "gate"
+    coordinator = federation.coordinator("--quorum", 2, "--rounds", 3)
+    workers = [
+        federation.worker(f"shard:{n}/2", task=WAITING, env={"WAIT_FOR": str(gate)}) for n in (0, 1)
+    ]
+    coordinator.wait_for("round 1: opened")
+    run = json.loads((federation.run / "run.json").read_text())["run"]
+    bodies = hostile(federation.name, run)
+    connection = pika.BlockingConnection(pika.URLParameters(federation.url))
+    channel = connection.channel()
+    channel.confirm_delivery()
+    for body, _ in bodies.values():
+        channel.basic_publish("", f"{federation.name}.updates", body)
+    for _ in bodies:
+        coordinator.wait_for("rejected a message")
+    gate.touch()
+    assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
+
+    reasons = []
+    while True:
+        method, properties, _ = channel.basic_get(f"{federation.name}.rejected", auto_ack=True)
+        if method is None:
+            break
+        reasons.append(properties.headers["reason"])
+    connection.close()
+    assert len(reasons) == len(bodies)
+    for what, (_, word) in bodies.items():
+        assert any(word in reason for reason in reasons), (what, reasons)
+    committed = [
+        line
+        for line in map(json.loads, (federation.run / "history.jsonl").read_text().splitlines())
+        if line["event"] == "committed"
+    ]
+    assert sum(line["rejected"] for line in committed) == len(bodies)
+    for line in committed:
+        assert {p["worker"] for p in line["participants"]} == {"shard-0-2", "shard-1-2"}

@@ -1,0 +1,1005 @@
+"""The rules of the round machine, one by one and in plain order.
+
+``test_rounds_machine`` tries the same rules, and the worker's, under random interleavings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_coordinator import rounds
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.progress import select
+from fluffle_coordinator.run_state import Handle, Phase, Quorum, Rules
+
+_E = TypeVar("_E", bound=rs.Effect)
+RUN = "run-a"
+ALL = Quorum()
+
+
+class Run:
+    """A round machine with a clock; every method reports one event and returns the effects."""
+
+    def __init__(self, rules: Rules | None = None, *, machine: Any = rounds, **start: Any) -> None:
+        self.machine = machine
+        self.now = 100.0
+        self.link = 0
+        self.deliveries = 0
+        self.log: list[rs.Effect] = []
+        rules = rules or Rules(rounds=2, min_workers=2)
+        start = {"has_weights": True, **start}
+        self.state = machine.start(rules, RUN, self.now, **start)
+
+    def on(self, event: rs.Event) -> list[rs.Effect]:
+        self.state, effects = self.machine.advance(self.state, event)
+        self.log += effects
+        return effects
+
+    def connect(self) -> list[rs.Effect]:
+        self.link += 1
+        return self.on(rs.Connected(self.now, self.link))
+
+    def disconnect(self) -> list[rs.Effect]:
+        return self.on(rs.Disconnected(self.now))
+
+    def seen(self, name: str, *, hello: bool = False, **told: Any) -> list[rs.Effect]:
+        told = {"session": f"{name}-1", "classes": (), "heartbeat_s": 2.0, **told}
+        worker = rs.Worker(name=name, num_examples=10, last_seen=self.now, **told)
+        return self.on(rs.Seen(self.now, worker, hello))
+
+    def at_work(self, name: str, state: str = "training") -> list[rs.Effect]:
+        return self.seen(name, state=state, run=RUN, round=self.state.at_work_on)
+
+    def left(self, name: str, session: str | None = None) -> list[rs.Effect]:
+        return self.on(rs.Left(self.now, name, session or f"{name}-1", "it is late"))
+
+    def arrived(self, name: str, *, run: str = RUN, round: int | None = None) -> list[rs.Effect]:
+        self.deliveries += 1
+        handle = Handle(self.link, self.deliveries)
+        number = self.state.round if round is None else round
+        return self.on(rs.Arrived(self.now, handle, run, number, name, 10))
+
+    @property
+    def last_handle(self) -> Handle:
+        return Handle(self.link, self.deliveries)
+
+    def folded(self, name: str) -> list[rs.Effect]:
+        return self.on(rs.Folded(self.now, name))
+
+    def fold_failed(self, name: str, *, again: bool = False) -> list[rs.Effect]:
+        return self.on(rs.FoldFailed(self.now, name, "it has a NaN", again=again))
+
+    def update(self, name: str) -> list[rs.Effect]:
+        return [*self.arrived(name), *self.folded(name)]
+
+    def committed(self, *participants: str) -> list[rs.Effect]:
+        event = rs.Committed(self.now, self.state.round, frozenset(participants))
+        return self.on(event)
+
+    def evaluation(self, name: str, round: int) -> list[rs.Effect]:
+        found = rs.Evaluated(10, 0.5, {})
+        return self.on(rs.EvaluationArrived(self.now, RUN, round, name, found))
+
+    def failed(self, name: str, round: int) -> list[rs.Effect]:
+        return self.on(rs.Failed(self.now, name, RUN, round, "out of memory"))
+
+    def tick(self, seconds: float = 0.0) -> list[rs.Effect]:
+        self.now += seconds
+        return self.on(rs.Tick(self.now))
+
+    def sleep(self) -> list[rs.Effect]:
+        """Let time pass to when the machine wants to be woken."""
+        self.now = max(self.now, self.machine.wakeup(self.state))
+        return self.on(rs.Tick(self.now))
+
+
+def opened(*workers: str, rules: Rules | None = None, machine: Any = rounds, **start: Any) -> Run:
+    """Return a run with these workers, its round open."""
+    run = Run(rules, machine=machine, **start)
+    run.connect()
+    for name in workers:
+        run.seen(name, hello=True)
+    assert run.state.phase is Phase.OPEN
+    return run
+
+
+def only(effects: Iterable[rs.Effect], kind: type[_E]) -> list[_E]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def tells(effects: Iterable[rs.Effect]) -> list[str]:
+    return [tell.what for tell in only(effects, rs.Tell)]
+
+
+def asked(effects: Iterable[rs.Effect]) -> list[str]:
+    sent = [e for e in effects if isinstance(e, rs.SendFit | rs.SendEvaluate)]
+    return [name for effect in sent for name in effect.workers]
+
+
+# --- before the first round --------------------------------------------------------------------
+
+
+def test_the_first_round_waits_for_min_workers():
+    run = Run(Rules(rounds=1, min_workers=3))
+    run.connect()
+    for name in "ab":
+        assert not asked(run.seen(name, hello=True))
+    assert run.state.phase is Phase.WAITING
+    assert asked(run.seen("c", hello=True)) == ["a", "b", "c"]
+    assert run.state.phase is Phase.OPEN
+
+
+def test_nothing_is_opened_without_a_link():
+    run = opened("a", "b")
+    run.update("a")
+    run.update("b")
+    run.disconnect()
+    assert not asked(run.committed("a", "b"))
+    assert asked(run.connect()) == ["a", "b"]
+
+
+def test_too_few_workers_stop_the_run_with_the_reason():
+    run = Run(Rules(rounds=1, min_workers=3, wait_s=60))
+    run.connect()
+    run.seen("a", hello=True, heartbeat_s=100)
+    run.sleep()
+    assert (run.state.outcome, run.state.reason) == ("stopped", "1 of 3 workers came in 60 s")
+
+
+def test_an_outage_does_not_count_as_waiting_for_workers():
+    run = opened("a", "b", rules=Rules(rounds=2, wait_s=60))
+    run.update("a")
+    run.update("b")
+    run.disconnect()
+    run.committed("a", "b")
+    run.now += 3600
+    assert asked(run.connect()) == ["a", "b"]
+
+
+def test_the_first_weights_are_asked_of_one_worker_at_once():
+    run = Run(has_weights=False)
+    run.connect()
+    assert only(run.seen("b", hello=True), rs.AskInit) == [rs.AskInit("b")]
+    assert not only(run.seen("a", hello=True), rs.AskInit)
+    assert run.state.phase is Phase.WAITING
+    assert asked(run.on(rs.WeightsReady(run.now))) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        lambda run: run.left("b"),
+        lambda run: run.failed("b", 0),
+        lambda run: (run.tick(8), run.seen("a"), run.tick(2))[-1],
+    ],
+    ids=["left", "failed", "gone"],
+)
+def test_the_first_weights_are_asked_of_another_worker(event):
+    run = Run(has_weights=False)
+    run.connect()
+    run.seen("b", hello=True)
+    run.seen("a", hello=True)
+    assert only(event(run), rs.AskInit) == [rs.AskInit("a")]
+
+
+def test_the_first_weights_are_asked_again_of_a_worker_that_began_again():
+    run = Run(has_weights=False)
+    run.connect()
+    run.seen("a", hello=True)
+    assert only(run.seen("a", session="a-2"), rs.AskInit) == [rs.AskInit("a")]
+
+
+def test_no_first_weights_stop_the_run_with_the_reason():
+    run = Run(has_weights=False)
+    run.connect()
+    for name in "ab":
+        run.seen(name, hello=True)
+    run.failed("a", 0)
+    run.failed("b", 0)
+    assert run.state.reason == "no first weights: b: out of memory"
+
+
+def test_first_weights_that_never_come_stop_the_run_with_the_reason():
+    run = Run(Rules(rounds=1, min_workers=1, wait_s=60), has_weights=False)
+    run.connect()
+    run.seen("a", hello=True, heartbeat_s=100)
+    run.sleep()
+    assert run.state.reason == "no first weights came in 60 s"
+
+
+def test_who_failed_to_make_first_weights_can_still_train():
+    run = Run(Rules(rounds=1, min_workers=2), has_weights=False)
+    run.connect()
+    run.seen("a", hello=True)
+    run.seen("b", hello=True)
+    run.failed("a", 0)
+    run.on(rs.WeightsReady(run.now))
+    run.left("b")
+    assert run.state.phase is Phase.OPEN
+    run.tick(16)
+    run.seen("a")
+    assert asked(run.seen("a", hello=True)) == ["a"]
+
+
+# --- the quorum --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quorum", "enough"),
+    [(Quorum(number=3), 3), (Quorum(fraction=0.5), 2), (Quorum(fraction=0.51), 3), (ALL, 4)],
+)
+def test_the_quorum_commits(quorum, enough):
+    run = opened(*"abcd", rules=Rules(rounds=1, min_workers=4, quorum=quorum))
+    for count, name in enumerate("abcd"[:enough], start=1):
+        commits = only(run.update(name), rs.Commit)
+        assert commits == ([rs.Commit(1)] if count == enough else [])
+
+
+def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
+    run = opened("a", "b")
+    run.update("a")
+    assert only(run.arrived("b"), rs.Fold) == [rs.Fold(run.last_handle, "b")]
+    assert run.state.phase is Phase.OPEN
+    run.folded("b")
+    assert run.state.phase is Phase.COMMITTING
+
+
+def test_after_the_quorum_the_others_have_the_grace():
+    rules = Rules(rounds=1, min_workers=3, quorum=Quorum(number=1), grace_s=5)
+    run = opened(*"abc", rules=rules)
+    assert not only(run.update("a"), rs.Commit)
+    assert rounds.wakeup(run.state) == run.now + 5
+    run.tick(4)
+    run.update("b")
+    assert only(run.tick(1), rs.Commit)
+
+
+def test_the_grace_ends_when_everyone_has_answered():
+    run = opened("a", "b", rules=Rules(rounds=1, quorum=Quorum(number=1), grace_s=5))
+    run.update("a")
+    assert only(run.update("b"), rs.Commit)
+
+
+def test_a_late_joiner_does_not_undo_a_quorum():
+    rules = Rules(rounds=1, quorum=Quorum(fraction=0.5), grace_s=5)
+    run = opened("a", "b", rules=rules)
+    run.update("a")
+    for name in "cd":
+        run.seen(name, hello=True)
+    assert run.state.needed == 2
+    assert only(run.tick(5), rs.Commit)
+
+
+def test_the_grace_may_last_longer_than_the_deadline():
+    rules = Rules(rounds=1, quorum=Quorum(number=1), grace_s=50, deadline_s=9, patience=100)
+    run = opened("a", "b", rules=rules)
+    run.tick(8)
+    run.update("a")
+    assert not only(run.tick(10), rs.Commit)
+    assert rounds.wakeup(run.state) == 158.0
+    assert only(run.sleep(), rs.Commit)
+
+
+def test_nothing_is_acknowledged_before_the_commit_is_on_disk():
+    run = opened("a", "b")
+    for name in "ab":
+        run.update(name)
+    assert not only(run.log, rs.Ack)
+    effects = run.committed("a", "b")
+    assert only(effects, rs.Ack) == [rs.Ack(Handle(1, 1)), rs.Ack(Handle(1, 2))]
+    assert asked(effects) == ["a", "b"]
+    assert run.state.round == 2
+
+
+def test_what_was_not_folded_at_the_commit_is_late():
+    run = opened(*"abc", rules=Rules(rounds=1, min_workers=3, quorum=Quorum(number=2)))
+    run.arrived("c")
+    run.update("a")
+    run.update("b")
+    effects = run.committed("a", "b")
+    assert rs.Ack(Handle(1, 1)) in effects
+    assert rs.Tell("late", {"worker": "c", "round": 1}) in effects
+
+
+def test_an_update_that_was_folded_during_the_commit_counts():
+    run = opened(*"abc", rules=Rules(rounds=2, min_workers=3, quorum=Quorum(number=2)))
+    for name in "abc":
+        run.arrived(name)
+    run.folded("a")
+    run.folded("b")
+    assert not only(run.folded("c"), rs.Commit)
+    assert "late" not in tells(run.committed(*"abc"))
+
+
+# --- the deadline ------------------------------------------------------------------------------
+
+
+def deadline(on_deadline: str, **rules: Any) -> Run:
+    """Return a run whose round is about to end without a quorum; its workers seldom speak."""
+    given = {"rounds": 1, "deadline_s": 60, "patience": 1000, **rules}
+    run = opened("a", "b", rules=Rules(on_deadline=on_deadline, **given))
+    run.update("a")
+    run.at_work("b")
+    run.tick(59)
+    assert run.state.phase is Phase.OPEN
+    return run
+
+
+def test_the_deadline_stops_with_the_reason():
+    run = deadline("stop")
+    run.tick(1)
+    assert run.state.reason == "round 1 has 1 of 2 updates after 60 s, missing: b"
+
+
+def test_the_deadline_closes_with_what_is_there():
+    assert only(deadline("close").tick(1), rs.Commit)
+
+
+def test_the_deadline_reopens_where_too_little_is_there():
+    run = deadline("close", min_updates=2)
+    assert "reopened" in tells(run.tick(1))
+    assert run.state.phase is Phase.OPEN
+
+
+def test_the_deadline_reopens_for_those_who_are_there_and_idle():
+    run = deadline("reopen")
+    for name in "cd":
+        run.seen(name, hello=True)
+    run.at_work("c")
+    effects = run.tick(1)
+    assert asked(effects) == ["d"]  # b and c are at it
+    assert set(run.state.asked) == set("abcd")
+    assert rounds.wakeup(run.state) == run.now + 60
+    assert not only(effects, rs.Ack)  # the update of a is kept
+
+
+def test_the_deadline_asks_again_who_has_been_receiving_for_all_the_time():
+    run = deadline("reopen")
+    run.at_work("b", "receiving")
+    assert asked(run.tick(1)) == ["b"]
+
+
+def test_reopenings_without_a_new_update_are_bounded():
+    run = deadline("reopen", max_reopenings=3)
+    for _ in range(3):
+        assert "reopened" in tells(run.sleep())
+    run.sleep()
+    assert run.state.outcome == "stopped"
+    assert run.state.reason.endswith("missing: b; reopened 3 times")
+
+
+def test_an_update_between_reopenings_starts_the_count_again():
+    run = opened(*"abc", rules=Rules(rounds=1, min_workers=3, patience=10_000, max_reopenings=1))
+    for name in "ab":
+        assert "reopened" in tells(run.sleep())
+        run.update(name)
+    assert "reopened" in tells(run.sleep())
+    run.sleep()
+    assert run.state.outcome == "stopped"
+
+
+def test_an_outage_does_not_count_for_the_deadline():
+    run = deadline("stop")
+    run.disconnect()
+    run.now += 3600
+    run.connect()
+    assert run.state.phase is Phase.OPEN
+    run.tick(1)
+    assert run.state.outcome == "stopped"
+
+
+# --- who is asked ------------------------------------------------------------------------------
+
+
+def test_a_late_joiner_gets_the_open_work():
+    run = opened("a", "b")
+    assert asked(run.seen("c")) == ["c"]
+    assert run.state.needed == 3
+
+
+def test_who_was_not_chosen_is_not_asked_in_this_round():
+    run = opened("a", "b", rules=Rules(rounds=1, fraction=0.5))
+    assert not asked(run.seen("c", hello=True))
+
+
+def test_lost_work_is_sent_again_to_whoever_stays_idle():
+    run = opened("a", "b", rules=Rules(rounds=1, resend_s=15))
+    run.tick(9)
+    assert not asked(run.seen("a"))
+    run.at_work("b")
+    run.tick(6)
+    assert not asked(run.at_work("b"))
+    assert asked(run.seen("a")) == ["a"]
+
+
+def test_who_may_just_have_answered_is_given_more_time():
+    run = opened("a", "b", rules=Rules(rounds=1, resend_s=15, patience=100))
+    run.tick(59)
+    assert not asked(run.seen("a", run=RUN, round=1))
+    run.tick(1)
+    assert asked(run.seen("a", run=RUN, round=1)) == ["a"]
+
+
+def test_a_hello_of_an_idle_worker_is_answered_with_the_work():
+    run = opened("a", "b")
+    assert asked(run.seen("a", hello=True, session="a-2")) == ["a"]
+
+
+def test_a_hello_of_a_worker_at_work_is_not():
+    run = opened("a", "b")
+    assert not asked(run.seen("a", hello=True, state="training", run=RUN, round=1))
+
+
+def test_a_worker_whose_link_broke_while_receiving_is_asked_again():
+    run = opened("a", "b")
+    assert not asked(run.seen("a", state="receiving", run=RUN, round=1))
+    assert asked(run.seen("a", hello=True, state="receiving", run=RUN, round=1)) == ["a"]
+
+
+def test_after_a_lost_link_the_work_is_sent_again_to_the_idle_at_once():
+    run = opened("a", "b")
+    run.disconnect()
+    run.connect()
+    assert asked(run.seen("a")) == ["a"]
+    assert not asked(run.at_work("b"))
+
+
+def test_other_classes_are_refused():
+    run = Run(Rules(rounds=1, min_workers=1))
+    run.connect()
+    run.seen("a", hello=True, classes=("cat", "dog"))
+    effects = run.seen("b", hello=True, classes=("cat",))
+    (refused,) = only(effects, rs.Refuse)
+    assert refused.reason.startswith("worker b has the classes cat, the federation has cat, dog")
+    assert "b" not in run.state.workers
+
+
+@given(
+    names=st.sets(st.text(min_size=1, max_size=4), min_size=1, max_size=30),
+    fraction=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+def test_the_selection_is_deterministic_and_stable(names, fraction, seed):
+    chosen = select(names, fraction, seed, 1)
+    assert chosen == select(sorted(names, reverse=True), fraction, seed, 1)
+    assert set(chosen) <= names
+    assert len(chosen) == max(1, math.ceil(fraction * len(names) - 1e-9))
+    for left in names - set(chosen):  # whoever was not chosen does not matter
+        fewer = select(names - {left}, fraction, seed, 1)
+        assert set(fewer) <= set(chosen)
+
+
+def test_the_selection_changes_from_round_to_round():
+    names = [f"w{number}" for number in range(10)]
+    assert len({select(names, 0.3, 0, number) for number in range(10)}) > 5
+
+
+# --- updates -----------------------------------------------------------------------------------
+
+
+def test_a_late_update_is_acknowledged_and_told():
+    run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
+    run.update("a")
+    during = run.arrived("b")
+    assert during == [rs.Ack(run.last_handle), rs.Tell("late", {"worker": "b", "round": 1})]
+    run.committed("a")
+    after = run.arrived("b", round=1)
+    assert after == [rs.Ack(run.last_handle), rs.Tell("late", {"worker": "b", "round": 1})]
+    assert not run.state.received
+
+
+def test_a_redelivery_after_the_commit_is_a_duplicate():
+    run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
+    run.update("a")
+    run.committed("a")
+    assert run.arrived("a", round=1) == [
+        rs.Ack(run.last_handle),
+        rs.Tell("duplicate", {"worker": "a", "round": 1}),
+    ]
+
+
+def test_so_it_is_after_a_resume():
+    run = Run(committed=1, participants=["a"])
+    run.connect()
+    assert tells(run.arrived("a", round=1)) == ["duplicate"]
+    assert tells(run.arrived("b", round=1)) == ["late"]
+
+
+def test_a_duplicate_of_what_we_hold_is_acknowledged():
+    run = opened("a", "b")
+    run.update("a")
+    assert run.arrived("a") == [rs.Ack(run.last_handle)]
+    assert run.state.folded == 1
+
+
+def test_a_redelivery_is_held_in_place_of_the_void_one():
+    run = opened("a", "b")
+    run.update("a")
+    run.disconnect()
+    run.connect()
+    assert not run.arrived("a")
+    redelivered = run.last_handle
+    run.update("b")
+    assert rs.Ack(redelivered) in run.committed("a", "b")
+
+
+def test_a_copy_that_comes_during_the_fold_is_kept_until_the_first_is_sound():
+    run = opened("a", "b")
+    run.arrived("a")
+    assert not run.arrived("a")
+    spare = run.last_handle
+    assert only(run.folded("a"), rs.Ack) == [rs.Ack(spare)]
+
+
+def test_the_copy_is_used_if_the_first_is_refused():
+    run = opened("a", "b")
+    run.arrived("a")
+    first = run.last_handle
+    run.arrived("a")
+    effects = run.fold_failed("a")
+    assert effects == [rs.Reject(first, "it has a NaN"), rs.Fold(run.last_handle, "a")]
+    run.folded("a")
+    assert run.state.folded == 1
+    run.update("b")
+    assert rs.Ack(run.last_handle) in run.committed("a", "b")
+
+
+def test_a_copy_is_not_folded_while_the_round_is_being_committed():
+    run = opened(*"abc", rules=Rules(rounds=2, min_workers=3, quorum=Quorum(number=2)))
+    run.arrived("c")
+    run.update("a")
+    run.update("b")
+    assert run.state.phase is Phase.COMMITTING
+    run.arrived("c")
+    spare = run.last_handle
+    effects = run.fold_failed("c")
+    assert effects == [rs.Reject(Handle(1, 1), "it has a NaN")]
+    assert rs.Ack(spare) in run.committed("a", "b")
+
+
+def test_a_redelivery_that_comes_while_the_void_one_is_folded_is_used_if_that_fails():
+    run = opened("a", "b")
+    run.arrived("a")
+    run.disconnect()
+    run.connect()
+    run.arrived("a")
+    effects = run.fold_failed("a", again=True)
+    assert only(effects, rs.Fold) == [rs.Fold(run.last_handle, "a")]
+    assert not asked(effects)
+    assert rs.Ack(run.last_handle) not in effects
+
+
+def test_copies_are_all_kept_where_the_one_that_was_folded_is_void():
+    run = opened("a", "b")
+    run.arrived("a")
+    run.disconnect()
+    run.connect()
+    run.arrived("a")
+    run.arrived("a")
+    assert not only(run.folded("a"), rs.Ack)
+    run.update("b")
+    acked = only(run.committed("a", "b"), rs.Ack)
+    assert {rs.Ack(Handle(2, 2)), rs.Ack(Handle(2, 3))} <= set(acked)
+
+
+def test_a_void_copy_is_not_used():
+    run = opened("a", "b")
+    run.arrived("a")
+    run.arrived("a")
+    run.disconnect()
+    run.connect()
+    assert not only(run.fold_failed("a"), rs.Fold)
+
+
+def test_a_refused_update_is_waited_for_no_more():
+    run = opened("a", "b")
+    run.update("a")
+    run.arrived("b")
+    effects = run.fold_failed("b")
+    assert only(effects, rs.Reject) == [rs.Reject(run.last_handle, "it has a NaN")]
+    assert only(effects, rs.Commit)
+
+
+def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
+    run = opened("a", "b")
+    run.arrived("a")
+    effects = run.fold_failed("a", again=True)
+    assert rs.Ack(run.last_handle) in effects
+    assert asked(effects) == ["a"]
+    assert only(run.arrived("a"), rs.Fold)
+
+
+@pytest.mark.parametrize(
+    ("of", "reason"),
+    [
+        ({"run": "run-b"}, "it is of run run-b, this is run run-a"),
+        ({"round": 2}, "round 2 has not been opened"),
+    ],
+)
+def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason):
+    run = opened("a", "b")
+    assert run.arrived("a", **of) == [rs.Reject(run.last_handle, reason)]
+
+
+def test_no_update_can_be_without_weights_or_after_the_last_round():
+    run = Run(has_weights=False)
+    run.connect()
+    assert only(run.arrived("a"), rs.Reject)
+    run = opened("a", "b", rules=Rules(rounds=1))
+    for name in "ab":
+        run.update(name)
+    run.committed("a", "b")
+    assert run.state.phase is Phase.EVALUATING
+    assert only(run.arrived("a"), rs.Reject)
+
+
+# --- workers that leave, are gone, or fail -----------------------------------------------------
+
+
+@pytest.mark.parametrize("quorum", [ALL, Quorum(number=2)])
+def test_who_leaves_is_withdrawn_from_a_fraction_but_not_from_a_number(quorum):
+    run = opened("a", "b", rules=Rules(rounds=1, quorum=quorum))
+    run.update("a")
+    commits = only(run.left("b"), rs.Commit)
+    assert commits == ([rs.Commit(1)] if quorum.number is None else [])
+
+
+def test_who_answered_and_left_still_counts():
+    run = opened("a", "b")
+    run.update("a")
+    run.left("a")
+    assert run.state.needed == 2
+    assert only(run.update("b"), rs.Commit)
+
+
+def test_the_bye_of_an_earlier_session_is_ignored():
+    run = opened("a", "b")
+    run.left("a", session="a-0")
+    assert "a" in run.state.workers
+
+
+def test_a_worker_is_gone_when_its_heartbeats_fail_to_come():
+    run = opened("a", "b", rules=Rules(rounds=1, patience=5))
+    run.update("a")
+    run.tick(9)
+    assert not only(run.seen("a"), rs.Commit)
+    assert rounds.wakeup(run.state) == run.now + 1
+    effects = run.tick(1)
+    assert rs.Tell("gone", {"worker": "b", "silent_s": 10.0}) in effects
+    assert only(effects, rs.Commit)
+
+
+def test_a_slow_worker_that_still_heartbeats_is_not_gone():
+    run = opened("a", "b", rules=Rules(rounds=1, deadline_s=10_000))
+    run.update("a")
+    for _ in range(1000):
+        run.tick(2)
+        run.seen("a")
+        run.at_work("b")
+    assert set(run.state.workers) == {"a", "b"}
+    assert run.state.phase is Phase.OPEN
+
+
+def test_a_worker_that_was_thought_gone_but_is_at_work_counts_again():
+    run = opened("a", "b")
+    run.tick(8)
+    run.seen("a")
+    run.tick(2)
+    assert run.state.expected == {"a"}
+    assert not asked(run.at_work("b"))
+    assert run.state.expected == {"a", "b"}
+
+
+def test_nobody_is_gone_for_an_outage_of_the_broker():
+    run = opened("a", "b")
+    run.disconnect()
+    run.tick(3600)
+    run.connect()
+    run.tick(9)
+    assert set(run.state.workers) == {"a", "b"}
+
+
+def test_a_failure_withdraws_a_worker_until_it_says_hello_again():
+    run = opened("a", "b")
+    assert run.failed("a", 1)[0] == rs.Tell(
+        "failure", {"worker": "a", "round": 1, "reason": "out of memory"}
+    )
+    assert run.state.needed == 1
+    run.tick(20)
+    assert not asked(run.seen("a"))
+    assert asked(run.seen("a", hello=True)) == ["a"]
+    assert run.state.needed == 2
+
+
+def test_a_failure_is_forgotten_with_the_process_that_failed():
+    run = opened("a", "b")
+    run.failed("a", 1)
+    assert asked(run.seen("a", session="a-2")) == ["a"]  # its hello was lost
+
+
+def test_one_that_failed_while_the_others_are_away_does_not_stop_the_run():
+    run = opened("a", "b")
+    run.failed("a", 1)
+    run.tick(10)
+    assert not run.state.workers
+    assert asked(run.seen("b", hello=True)) == ["b"]
+    assert only(run.update("b"), rs.Commit)
+
+
+def test_a_chosen_worker_that_comes_back_is_asked_again():
+    run = opened("a", "b", rules=Rules(rounds=1, fraction=0.5))
+    (chosen,) = run.state.asked
+    run.left(chosen)
+    assert asked(run.seen(chosen)) == [chosen]
+
+
+def test_a_failure_at_another_round_or_run_is_only_told():
+    run = opened("a", "b")
+    run.failed("a", 7)
+    run.on(rs.Failed(run.now, "a", "run-b", 1, "no disk"))
+    assert not run.state.failed
+    assert run.state.needed == 2
+
+
+def test_if_every_worker_fails_the_run_stops_with_the_reason():
+    run = opened("a", "b")
+    run.failed("b", 1)
+    run.failed("a", 1)
+    assert run.state.outcome == "stopped"
+    assert run.state.reason == "every worker failed in round 1; a: out of memory"
+
+
+# --- evaluations and the end -------------------------------------------------------------------
+
+
+def second_round(*workers: str, **rules: Any) -> Run:
+    run = opened(*workers, rules=Rules(rounds=2, min_workers=len(workers), **rules))
+    for name in workers:
+        run.update(name)
+    run.committed(*workers)
+    return run
+
+
+def recorded(effects: Iterable[rs.Effect]) -> list[tuple[int, list[str]]]:
+    return [(e.round, sorted(e.evaluations)) for e in only(effects, rs.RecordEvaluation)]
+
+
+def test_the_first_work_asks_for_no_evaluation_and_the_second_does():
+    run = second_round("a", "b")
+    assert [fit.evaluate for fit in only(run.log, rs.SendFit)] == [False, True]
+
+
+def test_an_evaluation_is_recorded_once_all_have_sent_theirs():
+    run = second_round("a", "b")
+    assert not recorded(run.evaluation("a", 1))
+    assert recorded(run.evaluation("b", 1)) == [(1, ["a", "b"])]
+    assert not recorded(run.evaluation("b", 1))
+
+
+def test_or_with_what_is_there_at_the_commit():
+    run = second_round("a", "b")
+    run.evaluation("a", 1)
+    run.update("a")
+    effects = run.update("b")
+    assert recorded(effects) == [(1, ["a"])]
+    assert isinstance(effects[-1], rs.Commit)
+
+
+def test_an_evaluation_of_another_model_is_not_mixed_in():
+    run = second_round("a", "b")
+    run.evaluation("a", 0)
+    run.on(rs.EvaluationArrived(run.now, "run-b", 1, "a", rs.Evaluated(10, 0.5, {})))
+    assert not run.state.evaluations
+
+
+def all_rounds_done(**rules: Any) -> Run:
+    run = opened("a", "b", rules=Rules(rounds=1, **rules))
+    for name in "ab":
+        run.update(name)
+    assert only(run.committed("a", "b"), rs.SendEvaluate) == [rs.SendEvaluate(("a", "b"))]
+    return run
+
+
+def test_after_the_last_round_its_model_is_evaluated_and_the_run_ends():
+    run = all_rounds_done()
+    run.evaluation("a", 1)
+    effects = run.evaluation("b", 1)
+    assert recorded(effects) == [(1, ["a", "b"])]
+    assert only(effects, rs.End) == [rs.End("finished", "1 rounds are done", ("a", "b"))]
+    assert run.tick(1000) == []
+    assert rounds.wakeup(run.state) == math.inf
+
+
+def test_the_last_evaluation_is_not_waited_for_for_ever():
+    run = all_rounds_done(deadline_s=60, patience=1000)
+    run.evaluation("a", 1)
+    assert recorded(run.sleep()) == [(1, ["a"])]
+    assert run.state.outcome == "finished"
+
+
+@pytest.mark.parametrize("how", ["left", "failed"])
+def test_who_leaves_or_fails_is_not_waited_for_at_the_end(how):
+    run = all_rounds_done(quorum=Quorum(number=2))
+    run.evaluation("a", 1)
+    effects = run.left("b") if how == "left" else run.failed("b", 1)
+    assert recorded(effects) == [(1, ["a"])]
+    assert run.state.outcome == "finished"
+
+
+def test_a_late_joiner_evaluates_too():
+    run = all_rounds_done()
+    assert asked(run.seen("c", hello=True)) == ["c"]
+
+
+def test_who_is_still_training_for_the_last_round_is_asked_again_who_is_evaluating_is_not():
+    run = all_rounds_done(patience=100)
+    run.tick(15)
+    assert asked(run.at_work("a", "training")) == ["a"]
+    assert not asked(run.at_work("b", "evaluating"))
+
+
+# --- a coordinator that started again ----------------------------------------------------------
+
+
+def resumed(rules: Rules | None = None, **start: Any) -> Run:
+    rules = rules or Rules(rounds=3, min_workers=3)
+    run = Run(rules, **{"committed": 1, "participants": "abc", "evaluated": False, **start})
+    run.connect()
+    return run
+
+
+def test_a_resumed_run_waits_for_its_workers_but_not_for_the_dead():
+    run = resumed()
+    run.seen("a")
+    assert run.state.phase is Phase.WAITING
+    run.tick(9)
+    run.seen("a")
+    assert asked(run.tick(1)) == ["a"]
+
+
+def test_a_resumed_run_opens_at_once_when_all_are_there():
+    run = resumed()
+    for name in "abc":
+        run.seen(name)
+    assert run.state.phase is Phase.OPEN
+
+
+@pytest.mark.parametrize("quorum", [ALL, Quorum(number=3)])
+def test_updates_that_were_confirmed_before_the_resume_count(quorum):
+    run = resumed(Rules(rounds=3, min_workers=3, quorum=quorum))
+    for name in "bc":  # b has left for good since
+        run.update(name)
+    assert not only(run.log, rs.Ack)
+    run.seen("a")
+    run.seen("c")
+    run.tick(9)
+    run.seen("a")
+    run.seen("c")
+    effects = run.tick(1)
+    assert asked(effects) == ["a"]
+    assert run.state.needed == 3
+    assert only(run.update("a"), rs.Commit)
+
+
+def test_evaluations_that_come_before_the_resumed_round_opens_are_kept():
+    run = resumed()
+    run.update("a")
+    assert not recorded(run.evaluation("a", 1))  # the others are yet to speak up
+    for name in "abc":
+        run.seen(name)
+    run.evaluation("b", 1)
+    assert recorded(run.evaluation("c", 1)) == [(1, ["a", "b", "c"])]
+
+
+def test_a_resumed_run_stays_quiet_while_nobody_comes():
+    run = resumed(Rules(rounds=3, wait_s=3600))
+    run.sleep()
+    assert rounds.wakeup(run.state) == 100.0 + 3600
+    run.sleep()
+    assert run.state.outcome == "stopped"
+
+
+def test_a_numeric_quorum_is_not_lowered_for_a_resumed_run():
+    run = resumed(Rules(rounds=3, min_workers=3, quorum=Quorum(number=2), deadline_s=60))
+    run.tick(9)
+    run.seen("a")
+    run.tick(1)
+    assert not only(run.update("a"), rs.Commit)
+    assert asked(run.seen("b")) == ["b"]
+    assert only(run.update("b"), rs.Commit)
+
+
+def test_a_run_that_is_resumed_for_its_last_evaluation_listens_for_its_workers():
+    run = resumed(Rules(rounds=1, min_workers=3))
+    assert run.state.phase is Phase.EVALUATING
+    assert asked(run.seen("a")) == ["a"]
+    assert not only(run.evaluation("a", 1), rs.End)
+    assert asked(run.seen("b")) == ["b"]
+    assert not run.tick(9)
+    run.seen("a")
+    run.seen("b")
+    run.tick(1)
+    effects = run.evaluation("b", 1)
+    assert recorded(effects) == [(1, ["a", "b"])]
+    assert only(effects, rs.End) == [rs.End("finished", "1 rounds are done", ("a", "b"))]
+
+
+def test_it_ends_where_nobody_is_there_and_at_once_where_nothing_is_wanted():
+    run = resumed(Rules(rounds=1))
+    run.sleep()
+    assert run.state.outcome == "finished"
+    assert resumed(Rules(rounds=1), evaluated=True).state.outcome == "finished"
+
+
+def test_time_before_the_first_link_does_not_count():
+    run = Run(Rules(rounds=3, min_workers=2, wait_s=60), committed=1)
+    run.now += 3600
+    run.connect()
+    run.seen("a")
+    assert run.state.phase is Phase.WAITING
+    run.seen("b")
+    assert run.state.phase is Phase.OPEN
+
+
+# --- time --------------------------------------------------------------------------------------
+
+
+def check_wakeup(state: rs.State, machine: Any = rounds) -> None:
+    """Check that a tick at ``wakeup`` changes something: else the shell would spin."""
+    due = machine.wakeup(state)
+    if due < math.inf:
+        after, _ = machine.advance(state, rs.Tick(due))
+        assert after != state
+        assert machine.wakeup(after) > due
+
+
+_STEPS = {
+    "seen": lambda run, name: run.seen(name),
+    "hello": lambda run, name: run.seen(name, hello=True),
+    "at work": lambda run, name: run.at_work(name),
+    "left": lambda run, name: run.left(name),
+    "failed": lambda run, name: run.failed(name, run.state.at_work_on),
+    "update": lambda run, name: name not in run.state.received and run.update(name),
+    "evaluation": lambda run, name: run.evaluation(name, run.state.round - 1),
+    "committed": lambda run, _: (
+        run.state.phase is Phase.COMMITTING and run.committed(*run.state.received)
+    ),
+    "disconnect": lambda run, _: run.disconnect(),
+    "connect": lambda run, _: run.state.link or run.connect(),
+    "tick": lambda run, _: run.tick(3.0),
+    "sleep": lambda run, _: math.isinf(run.machine.wakeup(run.state)) or run.sleep(),
+}
+
+
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(sorted(_STEPS)), st.sampled_from("abc")), max_size=40),
+    rules=st.builds(
+        Rules,
+        rounds=st.integers(1, 3),
+        min_workers=st.integers(1, 3),
+        quorum=st.sampled_from([ALL, Quorum(number=2), Quorum(fraction=0.5)]),
+        grace_s=st.sampled_from([0.0, 4.0, 50.0]),
+        deadline_s=st.sampled_from([7.0, 30.0]),
+        on_deadline=st.sampled_from(["reopen", "close", "stop"]),
+        fraction=st.sampled_from([1.0, 0.5]),
+        wait_s=st.sampled_from([20.0, 100.0]),
+    ),
+    committed=st.integers(0, 3),
+)
+def test_a_tick_at_wakeup_is_never_in_vain(steps, rules, committed):
+    run = Run(rules, committed=committed, evaluated=committed == 0)
+    for step, name in steps:
+        _STEPS[step](run, name)
+        check_wakeup(run.state)
+
+
+def test_there_is_nothing_to_wake_up_for_without_a_link():
+    run = opened("a", "b")
+    run.disconnect()
+    assert rounds.wakeup(run.state) == math.inf
