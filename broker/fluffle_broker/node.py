@@ -74,7 +74,7 @@ def up(
         if known is not None and (ready := _await_ready(known)):
             return ready
         if known is not None:
-            say(f"the node of an earlier run (pid {known.pid}) is gone; cleaning up after it")
+            say(f"{known.node_name} of an earlier run is gone; cleaning up after it")
             _forget(known)
         wanted = ports or Ports()
         _require_free(wanted)
@@ -164,7 +164,7 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
         if time.monotonic() > end:
             raise BrokerError(
                 f"RabbitMQ (pid {info.pid}) does not answer on port {info.ports.amqp} after "
-                f"{_BOOT_TIMEOUT_S:.0f} s; look into {info.logs}, then 'fluffle broker down'"
+                f"{_BOOT_TIMEOUT_S:.0f} s; look into {info.logs}; 'fluffle broker down' ends it"
             )
         time.sleep(_POLL_S)
     return None

@@ -226,13 +226,16 @@ class Update(_WithTensors):
 
 
 class Evaluation(_Header):
-    """How the weights that ``round`` committed do on a worker's own held-out data."""
+    """How the weights that ``round`` committed do on a worker's own held-out data.
+
+    ``num_examples`` 0 says that it has none; nobody needs to wait for it then.
+    """
 
     kind: Literal["evaluation"] = "evaluation"
     run: Id
     round: Round
     worker: WorkerId
-    num_examples: NumExamples
+    num_examples: Annotated[int, Field(ge=0, le=MAX_NUM_EXAMPLES)]
     loss: Metric
     metrics: Metrics = Field(default_factory=dict)
 

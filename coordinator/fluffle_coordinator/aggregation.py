@@ -223,6 +223,9 @@ class Aggregation:
     async def _record_evaluation(
         self, number: int, evaluations: Mapping[str, rs.Evaluated]
     ) -> None:
+        evaluations = {name: one for name, one in evaluations.items() if one.num_examples}
+        if not evaluations:
+            return  # nobody has held-out data
         told = federated(evaluations)
         line = {"event": "evaluated", "round": number, **told, "evaluated_at": timestamp()}
         await self._on_disk(lambda: self._store.append(line))

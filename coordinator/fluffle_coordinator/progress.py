@@ -212,7 +212,7 @@ def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> Sta
     """Write the evaluation of the last committed model, once all have sent theirs (``whole``)."""
     if not state.evaluate_pending or not state.evaluations:
         return state
-    if whole and not state.expected <= state.evaluations.keys():
+    if whole and not (state.expected and state.expected <= state.evaluations.keys()):
         return state
     out.append(RecordEvaluation(state.round - 1, state.evaluations))
     return replace(state, evaluate_pending=False)

@@ -244,9 +244,10 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
     held = state.received.get(worker) if event.round == state.round else None
     if held is not None:
         return _again(state, worker, held, event, out)
-    if event.round == state.round and state.phase is not Phase.COMMITTING:
+    if event.round == state.round:
         update = Received(handle, event.num_examples)
-        out.append(Fold(handle, worker))
+        if state.phase is not Phase.COMMITTING:  # else it is late, once the commit is on disk
+            out.append(Fold(handle, worker))
         return replace(state, received={**state.received, worker: update})
     out.append(Ack(handle))
     if event.round == state.round - 1 and worker in state.counted_before:

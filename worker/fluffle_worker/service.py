@@ -405,8 +405,8 @@ class WorkerService:
         if isinstance(message, Evaluate) or message.evaluate:
             number = message.round if isinstance(message, Evaluate) else message.round - 1
             found = self._task.evaluate(job.weights)
-            if found is not None:
-                job.evaluation = _evaluation(ids, number, found)
+            found = found or EvalResult(0.0, 0)  # nothing held out: nobody needs to wait for it
+            job.evaluation = _evaluation(ids, number, found)
             if not isinstance(message, Evaluate):
                 loop.call_soon_threadsafe(evaluated)
         if isinstance(message, Evaluate):

@@ -124,7 +124,7 @@ class FlaxTask:
         transform, step = self._step(plan.learning_rate or self._learning_rate)
         state = self._to_state(weights)
         rest = self._rest
-        optimizer_state = transform.init(state.filter(nnx.Param))
+        optimizer_state = transform.init(nnx.filter_state(state, nnx.Param))
         batches = self._batches(plan)
         losses = []
         key = jax.random.key(plan.seed ^ self._sample_seed)
@@ -198,7 +198,7 @@ class FlaxTask:
                 inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
                 if self._augment is not None:
                     inputs = self._augment(key, inputs)
-                params, others = state.split(nnx.Param, ...)
+                params, others = nnx.split_state(state, nnx.Param, ...)
 
                 def mean_loss(params: Any) -> Any:
                     model = nnx.merge(self._graph, params, others, rest, copy=True)
@@ -210,7 +210,7 @@ class FlaxTask:
                 (value, after), gradient = grad(params)
                 change, optimizer_state = transform.update(gradient, optimizer_state, params)
                 params = optax.apply_updates(params, change)
-                _, others, rest = after.split(nnx.Param, nnx.BatchStat, ...)
+                _, others, rest = nnx.split_state(after, nnx.Param, nnx.BatchStat, ...)
                 return nnx.merge_state(params, others), rest, optimizer_state, value
 
             self._steps[learning_rate] = transform, jax.jit(step)

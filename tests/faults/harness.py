@@ -1,0 +1,353 @@
+"""A federation of real processes that can be killed, and the evidence of what it did.
+
+Everything is under one folder::
+
+    run/          the coordinator's run folder
+    sent/<worker> what a worker published and what was confirmed (see logged_worker)
+    trained/      what was trained (see fast_task)
+    log/          one file of JSON lines a process
+    evidence/     what the harness itself did and saw
+
+All of it is plain files, for the checker and for whoever looks into a failure.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pika
+import pika.exceptions
+import psutil
+
+from tests.faults.hostile import Hostile
+
+ROOT = Path(__file__).parents[2]
+FLUFFLE = (sys.executable, "-c", "from fluffle_common.cli import main; main()")
+LOGGED_WORKER = (sys.executable, str(ROOT / "tests/faults/logged_worker.py"))
+TASK = f"{ROOT / 'tests/faults/fast_task.py'}:task"
+PATIENCE_S = 60.0
+_MARK = "FLUFFLE_FAULTS"
+_LOOK_S = 0.05
+
+
+def wait_until(
+    condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S, look_s: float = _LOOK_S
+) -> Any:
+    """Look until the condition holds; return what it returned.
+
+    Raises:
+        AssertionError: where it does not hold in time.
+    """
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not in {timeout_s:.0f} s: {what}"
+        threading.Event().wait(look_s)
+    return found
+
+
+class Program:
+    """One process; its output is in a file, so that nothing of ours can hold it up."""
+
+    def __init__(self, name: str, words: list[str], log: Path, env: dict[str, str]) -> None:
+        self.name, self.log = name, log
+        self.began = time.monotonic()
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **env},
+                start_new_session=True,  # Ctrl-C is for the harness, which ends them itself
+            )
+        self.pid = self._popen.pid
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._popen.poll() is None
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._popen.poll()
+
+    def kill(self) -> None:
+        """Kill it with -9 and wait until it is gone."""
+        self._popen.kill()
+        self._popen.wait(PATIENCE_S)
+
+    def interrupt(self) -> None:
+        """Ask it to end."""
+        self._popen.send_signal(signal.SIGINT)
+
+    def end(self, timeout_s: float = PATIENCE_S) -> int:
+        """Wait for its end; return its exit code."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} does not end; {self.log}:\n{self.tail()}") from None
+
+    def rss_bytes(self) -> int:
+        """How much memory it has."""
+        return int(psutil.Process(self.pid).memory_info().rss)
+
+    def events(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Return what it told, as JSON objects; those of one kind, or all."""
+        found = []
+        for line in self.log.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                told = json.loads(line)
+                if event is None or told.get("event") == event:
+                    found.append(told)
+        return found
+
+    def wait_for(self, event: str, timeout_s: float = PATIENCE_S, **fields: Any) -> dict[str, Any]:
+        """Wait until it tells an event with these fields; return the first such."""
+
+        def told() -> dict[str, Any] | None:
+            for one in self.events(event):
+                if all(one.get(key) == value for key, value in fields.items()):
+                    return one
+            if not self.alive():
+                raise AssertionError(f"{self.name} ended with {self.code}:\n{self.tail()}")
+            return None
+
+        found: dict[str, Any] = wait_until(
+            told, f"{self.name} tells '{event}' {fields}; {self.log}:\n{self.tail()}", timeout_s
+        )
+        return found
+
+    def tail(self) -> str:
+        """Return the end of its output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+
+class Federation:
+    """The processes of one federation on one broker, and what is known of them.
+
+    Args:
+        folder: where everything is kept; made where it is missing.
+        broker_url: the broker itself, for the harness.
+        url: what the processes are given; the broker's unless there is a proxy.
+        management_port: of the broker.
+    """
+
+    def __init__(
+        self, folder: Path, broker_url: str, management_port: int, *, url: str | None = None
+    ) -> None:
+        self.name = f"f{uuid.uuid4().hex[:8]}"
+        self.folder, self.run = folder, folder / "run"
+        self.broker_url, self.url = broker_url, url or broker_url
+        self.programs: list[Program] = []
+        self._management_port = management_port
+        self._starts = 0
+        for name in ("log", "sent", "trained", "evidence"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        """Nothing runs yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill whatever is left, so that no test leaves a process behind."""
+        for program in self.programs:
+            program.kill()
+
+    def coordinator(self, *flags: object, **env: str) -> Program:
+        """Start a coordinator; a second one becomes the standby."""
+        where = ("--federation", self.name, "--url", self.url, "--run", self.run)
+        return self._start("coordinator", [*FLUFFLE, "coordinator", *where, *flags], env)
+
+    def worker(self, number: int, workers: int, *flags: object, **env: str) -> Program:
+        """Start the worker with this number; its name is ``w<number>``."""
+        name = f"w{number}"
+        sent = self.folder / "sent" / name
+        sent.mkdir(exist_ok=True)
+        words = [
+            *LOGGED_WORKER, "worker", "--federation", self.name, "--url", self.url,
+            "--task", TASK, "--data", f"shard:{number}/{workers}", "--id", name, *flags,
+        ]  # fmt: skip
+        return self._start(name, words, {"FAULTS_SENT": str(sent), **env})
+
+    def _start(self, name: str, words: list[object], env: dict[str, str]) -> Program:
+        self._starts += 1
+        program = Program(
+            name,
+            [*map(str, words), "--log-format", "json"],
+            self.folder / "log" / f"{self._starts:03d}-{name}.jsonl",
+            {
+                _MARK: str(self.folder),
+                "FAULTS_TRAINED": str(self.folder / "trained"),
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                **env,
+            },
+        )
+        self.programs.append(program)
+        self.note("processes", {"started": name, "pid": program.pid})
+        return program
+
+    def note(self, what: str, line: dict[str, Any]) -> None:
+        """Add a line to the evidence."""
+        with (self.folder / "evidence" / f"{what}.jsonl").open("a") as file:
+            file.write(json.dumps({"at": time.monotonic(), **line}) + "\n")
+
+    # --- what the run has come to --------------------------------------------------------------
+
+    def committed(self) -> int:
+        """Return the last round in the history; 0 where there is none."""
+        path = self.run / "history.jsonl"
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1].splitlines()
+        lines = [json.loads(line) for line in whole]
+        return max((line["round"] for line in lines if line["event"] == "committed"), default=0)
+
+    def run_id(self) -> str:
+        """Return the id of the run."""
+        return str(json.loads((self.run / "run.json").read_text())["run"])
+
+    def wait_committed(self, number: int, timeout_s: float = PATIENCE_S) -> None:
+        """Wait until a round is in the history."""
+        wait_until(
+            lambda: self.committed() >= number,
+            f"round {number} committed ({self.folder})",
+            timeout_s,
+        )
+
+    def bodies(self, kind: str) -> list[Path]:
+        """Return what the workers sent of one kind, as far as it is known, in no order."""
+        names = {
+            line["sha256"]: path.parent
+            for path in self.folder.glob("sent/*/*.jsonl")
+            for line in whole_lines(path)
+            if line["type"] == kind
+        }
+        return [parent / f"{sha}.msgpack" for sha, parent in sorted(names.items())]
+
+    def orphans(self) -> list[str]:
+        """Name the processes of this federation that live and that nobody will end."""
+        known = {program.pid for program in self.programs if program.alive()}
+        return [
+            f"{process.name()} (pid {process.pid})"
+            for process in _marked(str(self.folder))
+            if process.pid not in known
+        ]
+
+    # --- the broker, seen by somebody else -----------------------------------------------------
+
+    @contextlib.contextmanager
+    def channel(self) -> Iterator[Any]:
+        """Yield a channel of a connection that does not pass the proxy."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.broker_url))
+        try:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            yield channel
+        finally:
+            with contextlib.suppress(pika.exceptions.AMQPError):
+                connection.close()
+
+    def inject(self, messages: list[Hostile]) -> None:
+        """Publish messages straight into queues; each is noted, and confirmed."""
+        with self.channel() as channel:
+            for one in messages:
+                self.note(
+                    "injected",
+                    {
+                        "id": one.id,
+                        "queue": one.queue.removeprefix(f"{self.name}."),
+                        "what": one.what,
+                        "rejected": one.rejected,
+                        "sha256": hashlib.sha256(one.body).hexdigest(),
+                    },
+                )
+                properties = pika.BasicProperties(
+                    headers={"faults_id": one.id}, delivery_mode=2, message_id=one.message_id
+                )
+                channel.basic_publish("", one.queue, one.body, properties)
+
+    def queues(self) -> dict[str, dict[str, Any]]:
+        """Ask the broker's management for the queues of this federation and what is in them."""
+        link = http.client.HTTPConnection("127.0.0.1", self._management_port, timeout=10)
+        login = base64.b64encode(b"guest:guest").decode()
+        try:
+            link.request("GET", "/api/queues", headers={"Authorization": f"Basic {login}"})
+            told = json.load(link.getresponse())
+        finally:
+            link.close()
+        prefix = f"{self.name}."
+        return {
+            one["name"].removeprefix(prefix): {
+                "ready": one.get("messages_ready"),
+                "unacked": one.get("messages_unacknowledged"),
+            }
+            for one in told
+            if one["name"].startswith(prefix) or not one["name"].startswith("f")
+        }
+
+    def rejected(self) -> list[dict[str, Any]]:
+        """Take everything out of the rejected queue and note it."""
+        found = []
+        with self.channel() as channel:
+            while True:
+                method, properties, body = channel.basic_get(f"{self.name}.rejected", auto_ack=True)
+                if method is None:
+                    break
+                headers = properties.headers or {}
+                line = {
+                    "id": headers.get("faults_id"),
+                    "reason": headers.get("reason"),
+                    "message_id": properties.message_id,
+                    "sha256": hashlib.sha256(body).hexdigest(),
+                }
+                found.append(line)
+                self.note("rejected", line)
+        return found
+
+    def gather(self) -> None:
+        """Write what is left on the broker and on the machine into the evidence, after the end."""
+        # The management's figures are a second old; what counts is that they come to rest.
+        with contextlib.suppress(AssertionError):
+            wait_until(
+                lambda: self.queues().get("updates") == {"ready": 0, "unacked": 0},
+                "updates empty",
+                timeout_s=6,
+                look_s=0.5,
+            )
+        evidence = self.folder / "evidence"
+        (evidence / "queues.json").write_text(json.dumps(self.queues(), indent=1))
+        (evidence / "orphans.json").write_text(json.dumps(self.orphans()))
+        self.rejected()
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a last one that a kill cut off is left out."""
+    data = path.read_bytes()
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def mark_children(folder: Path) -> None:
+    """Let everything that is started from now on be known as of this folder."""
+    os.environ[_MARK] = str(folder)

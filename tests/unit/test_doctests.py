@@ -1,0 +1,42 @@
+"""The examples in the docstrings do what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SIDES = ("broker", "common", "coordinator", "worker")
+
+
+def _with_examples() -> list[str]:
+    found = []
+    for side in SIDES:
+        for path in sorted((ROOT / side).rglob("*.py")):
+            if ">>> " in path.read_text():
+                found.append(".".join(path.relative_to(ROOT / side).with_suffix("").parts))
+    return found
+
+
+MODULES = _with_examples()
+
+
+def test_the_modules_with_examples_are_found():
+    assert {
+        "fluffle_common.weights",
+        "fluffle_coordinator.aggregation",
+        "fluffle_coordinator.run_state",
+        "fluffle_coordinator.strategy",
+        "fluffle_worker.cli",
+        "fluffle_worker.letters.images",
+    } <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
