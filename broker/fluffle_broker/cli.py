@@ -21,10 +21,10 @@ def _state_option(command: Any) -> Any:
         "--state",
         envvar="FLUFFLE_STATE",
         default=".fluffle",
-        show_default="$FLUFFLE_STATE, else .fluffle here",
         type=click.Path(file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Folder of this node's files: configuration, data, logs.",
+        help="Folder of this node's files: configuration, data, logs.  "
+        "[default: $FLUFFLE_STATE, else .fluffle here]",
     )(command)
 
 
@@ -33,9 +33,8 @@ def _port_option(flag: str, what: str, default: int) -> Callable[[Any], Any]:
         flag,
         type=click.IntRange(0, 65535),
         default=None,
-        show_default=str(default),
         metavar="N",
-        help=f"Port for {what}; 0 chooses a free one.",
+        help=f"Port for {what}; 0 chooses a free one.  [default: {default}]",
     )
 
 
@@ -57,7 +56,7 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP (given 0, all ports not given are free ones)", 5673)
+@_port_option("--port", "AMQP; 0 alone makes the other two free ones as well", 5673)
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 @click.option(

@@ -118,7 +118,7 @@ def _start(
 ) -> NodeInfo:
     boot.write_files(info, extra_conf, cookie)
     boot.write_rabbitmqctl(info, installation)
-    say(f"starting RabbitMQ ({installation.origin}: {installation.server})")
+    say(f"starting the {installation.origin} RabbitMQ")
     try:
         pid = boot.launch(info, installation)
         info = dataclasses.replace(info, pid=pid, born=processes.birth(pid))

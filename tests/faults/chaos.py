@@ -1,0 +1,341 @@
+"""A federation under a seeded rain of faults, and an independent verdict on what it did.
+
+    python -m tests.faults.chaos --faults 100 --seed 7          make chaos FAULTS=100 SEED=7
+
+One coordinator and a standby on the same run folder, four workers, and a real RabbitMQ behind a
+proxy. The sequence of faults, with the pauses between them, follows from the seed alone. When all
+of them have happened and enough rounds are committed, the run is brought to its end, and
+`checker` judges it from the files. One line a fault, a verdict; exit code 0 where it is clean.
+On failure the folder is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgpack
+
+from fluffle_broker import node
+from tests.faults.checker import Verdict, check
+from tests.faults.harness import Federation, Program, mark_children, wait_until
+from tests.faults.hostile import Foe, Hostile
+from tests.faults.proxy import Proxy
+
+WORKERS = 4
+# How often each kind comes among a hundred; each comes at least once among the first eight.
+KINDS = {
+    "coordinator": 18,
+    "worker": 20,
+    "broker": 6,
+    "cut": 16,
+    "stall": 10,
+    "half-close": 10,
+    "replay": 10,
+    "garbage": 10,
+}
+_TRAIN_S = 0.5
+_HEARTBEAT_S = 1.0
+_STALLED_FOR_S = 60.0  # without a single round, the run counts as hanging
+_END_S = 90.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing to do, ``after_s`` seconds after the one before it was done."""
+
+    kind: str
+    after_s: float
+    who: int  # which worker, or (coordinator) whether the standby
+    share: float  # of the connections
+    for_s: float
+    side: str
+    seed: int  # decides the rest
+
+
+def schedule(seed: int, faults: int) -> list[Fault]:
+    """Return what happens, which follows from the seed alone.
+
+    Example:
+        >>> schedule(7, 100) == schedule(7, 100), schedule(7, 100) == schedule(8, 100)
+        (True, False)
+    """
+    rng = random.Random(seed)
+    first = rng.sample(list(KINDS), len(KINDS))
+    rest = rng.choices(list(KINDS), list(KINDS.values()), k=faults)
+    return [
+        Fault(
+            kind=kind,
+            after_s=round(rng.uniform(0.2, 2.5), 2),
+            who=rng.randrange(WORKERS),
+            share=rng.choice((0.1, 0.3, 0.6, 1.0)),
+            for_s=round(rng.uniform(0.5, 6.0), 1),
+            side=rng.choice(("client", "broker")),
+            seed=rng.randrange(2**32),
+        )
+        for kind in (first + rest)[:faults]
+    ]
+
+
+class Chaos:
+    """One run under faults.
+
+    Args:
+        federation: what is hurt.
+        state: the state folder of its broker.
+        broker: the broker.
+        proxy: what is between the two.
+        say: told one line a fault.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        state: Path,
+        broker: node.NodeInfo,
+        proxy: Proxy,
+        say: Callable[[str], None],
+    ) -> None:
+        self.federation, self.proxy, self._say = federation, proxy, say
+        self._state, self._broker = state, broker
+        self._began = time.monotonic()
+        self._pause = threading.Event()
+        self._progress = (0, time.monotonic())
+        self._last_round = 10**6
+        self.coordinators = [self._coordinator(), self._coordinator()]
+        self.workers = [self._worker(number) for number in range(WORKERS)]
+
+    def run(self, faults: list[Fault], rounds: int) -> None:
+        """Let the faults happen, wait for the rounds, and bring the run to its end."""
+        self.federation.wait_committed(1)
+        for number, fault in enumerate(faults, start=1):
+            self._wait(fault.after_s)
+            told = self._do(fault)
+            line = {"fault": number, "kind": fault.kind, "what": told}
+            self.federation.note("faults", line)
+            at = time.monotonic() - self._began
+            self._say(
+                f"fault {number:3}/{len(faults)}  at {at:6.1f} s, "
+                f"{self.federation.committed():3} rounds: {fault.kind}: {told}"
+            )
+        while self.federation.committed() < rounds:
+            self._wait(0.1)
+        self._end()
+
+    def _wait(self, seconds: float) -> None:
+        """Let time pass, during which nobody may end by itself and rounds must go on."""
+        end = time.monotonic() + seconds
+        while True:
+            self._watch()
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            self._pause.wait(min(left, 0.2))
+
+    def _watch(self) -> None:
+        for program in (*self.coordinators, *self.workers):
+            if not program.alive():
+                raise AssertionError(
+                    f"{program.name} ended by itself with {program.code}; {program.log}:\n"
+                    f"{program.tail()}"
+                )
+        committed, now = self.federation.committed(), time.monotonic()
+        if committed > self._progress[0]:
+            self._progress = (committed, now)
+        elif now - self._progress[1] > _STALLED_FOR_S:
+            raise AssertionError(
+                f"no round after {committed} in {_STALLED_FOR_S:.0f} s; the coordinator says:\n"
+                f"{self._active().tail()}"
+            )
+
+    def _end(self) -> None:
+        """Let a last coordinator finish the run in a round or two, as an operator would."""
+        self._last_round = self.federation.committed() + 2
+        for program in (self._standby(), self._active()):
+            program.interrupt()
+            program.end()
+        last = self._coordinator()
+        self.coordinators = [last]
+        code = last.end(_END_S)
+        assert code == 0, f"the coordinator ends with {code}:\n{last.tail()}"
+        for program in self.workers:
+            code = program.end(_END_S)
+            assert code == 0, f"{program.name} ends with {code}:\n{program.tail()}"
+
+    # --- the faults ----------------------------------------------------------------------------
+
+    def _do(self, fault: Fault) -> str:
+        act: dict[str, Callable[[Fault, random.Random], str]] = {
+            "coordinator": self._kill_coordinator,
+            "worker": self._kill_worker,
+            "broker": self._kill_broker,
+            "cut": self._cut,
+            "stall": self._stall,
+            "half-close": self._half_close,
+            "replay": self._replay,
+            "garbage": self._garbage,
+        }
+        return act[fault.kind](fault, random.Random(fault.seed))
+
+    def _kill_coordinator(self, fault: Fault, _: random.Random) -> str:
+        victim = self._standby() if fault.who == 0 else self._active()
+        what = "the standby" if victim is self._standby() else "the active one"
+        victim.kill()
+        self.coordinators.remove(victim)
+        self.coordinators.append(self._coordinator())
+        return f"killed {what} (pid {victim.pid}), started another"
+
+    def _kill_worker(self, fault: Fault, _: random.Random) -> str:
+        victim = self.workers[fault.who]
+        victim.kill()
+        self._pause.wait(fault.for_s / 3)
+        self.workers[fault.who] = self._worker(fault.who)
+        return (
+            f"killed w{fault.who} (pid {victim.pid}), started again {fault.for_s / 3:.1f} s later"
+        )
+
+    def _kill_broker(self, fault: Fault, _: random.Random) -> str:
+        assert self._broker.pid is not None
+        os.kill(self._broker.pid, signal.SIGKILL)
+        self._pause.wait(fault.for_s / 3)
+        began = time.monotonic()
+        self._broker = node.up(self._state, ports=self._broker.ports)
+        return (
+            f"killed, began {fault.for_s / 3:.1f} s later, up {time.monotonic() - began:.1f} s on"
+        )
+
+    def _cut(self, fault: Fault, rng: random.Random) -> str:
+        count = self.proxy.cut(fault.share, rng)
+        return f"{count} connections reset"
+
+    def _stall(self, fault: Fault, rng: random.Random) -> str:
+        count = self.proxy.stall(fault.share, fault.for_s, rng)
+        return f"{count} connections stalled for {fault.for_s} s"
+
+    def _half_close(self, fault: Fault, rng: random.Random) -> str:
+        side: Any = fault.side
+        count = self.proxy.half_close(fault.share, side, fault.for_s, rng)
+        return f"{count} connections ended towards the {side} only, for {fault.for_s} s"
+
+    def _replay(self, fault: Fault, rng: random.Random) -> str:
+        """Send again what was sent: the newest update twice more, and three old ones."""
+        bodies = self.federation.bodies("update")
+        if not bodies:
+            return "nothing was sent yet"
+        rounds = {path: msgpack.unpackb(path.read_bytes())[0]["round"] for path in bodies}
+        bodies.sort(key=lambda path: (rounds[path], path.name))
+        chosen = [bodies[-1], bodies[-1], *rng.choices(bodies, k=3)]
+        self.federation.inject(
+            [
+                Hostile(f"{self.federation.name}.updates", "replay", path.read_bytes(), False)
+                for path in chosen
+            ]
+        )
+        return f"updates of rounds {', '.join(str(rounds[path]) for path in chosen)} again"
+
+    def _garbage(self, fault: Fault, rng: random.Random) -> str:
+        names = [f"w{number}" for number in range(WORKERS)]
+        foe = Foe(rng, self.federation.name, names, self.federation.run_id())
+        messages = foe.some(12)
+        self.federation.inject(messages)
+        return f"{len(messages)} hostile messages over all queues, such as {messages[0].what}"
+
+    # --- the processes -------------------------------------------------------------------------
+
+    def _coordinator(self) -> Program:
+        return self.federation.coordinator(
+            "--rounds", self._last_round, "--quorum", "all", "--min-workers", WORKERS,
+            "--deadline", 20, "--config", f"train_s={_TRAIN_S}",
+        )  # fmt: skip
+
+    def _worker(self, number: int) -> Program:
+        return self.federation.worker(number, WORKERS, "--heartbeat", _HEARTBEAT_S)
+
+    def _active(self) -> Program:
+        """Return the coordinator that has the run folder, or the one that will have it."""
+        for program in self.coordinators:
+            if program.events("started") or program.events("resumed"):
+                return program
+        return self.coordinators[0]
+
+    def _standby(self) -> Program:
+        active = self._active()
+        return next(program for program in self.coordinators if program is not active)
+
+
+def rain(faults: int, seed: int, rounds: int, folder: Path, say: Callable[[str], None]) -> Verdict:
+    """Run a federation under faults, end everything, and judge it.
+
+    Raises:
+        AssertionError: where it hangs or a process ends by itself.
+    """
+    mark_children(folder)
+    state = folder / "broker"
+    try:
+        broker = node.up(state, ports=node.Ports(0, 0, 0, 0, 0))
+        with Proxy(broker.ports.amqp) as proxy:
+            url = broker.url.replace(f":{broker.ports.amqp}", f":{proxy.port}")
+            with Federation(folder, broker.url, broker.ports.management, url=url) as federation:
+                chaos = Chaos(federation, state, broker, proxy, say)
+                chaos.run(schedule(seed, faults), rounds)
+                federation.gather()
+    finally:
+        node.down(state, grace_s=0)
+    left = wait_until(lambda: [federation.orphans()], "processes listed")[0]
+    (folder / "evidence/orphans.json").write_text(json.dumps(left))
+    return check(folder)
+
+
+def main() -> int:
+    """Run it from the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=30, help="at least so many")
+    parser.add_argument("--folder", type=Path, help="keep everything here")
+    given = parser.parse_args()
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="fluffle-chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    began = time.monotonic()
+    try:
+        verdict = rain(given.faults, given.seed, given.rounds, folder, _say)
+    except KeyboardInterrupt:
+        _say(f"interrupted; what there is is in {folder}")
+        return 130
+    except AssertionError as wrong:
+        _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: FAILED: {wrong}")
+        _say(f"everything is in {folder}")
+        return 1
+    _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: {verdict.told()}")
+    if not verdict.clean:
+        _say(f"everything is in {folder}")
+    elif given.folder is None:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+    return 0 if verdict.clean else 1
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Judges a federation from the files it left, without any of fluffle's code.
+
+    python -m tests.faults.checker FOLDER
+
+The folder is one of `harness.Federation`. What is checked, each with what it needs of the files:
+
+1.  *Rounds*: the history has every round from 1 to the last, once, in this order, of one run.
+2.  *Averages*: each committed model is, to 1e-6, base + sum(n * delta) / sum(n) in float64 over
+    exactly the updates that its history line names, as they were sent (integers: rounded to the
+    nearest), and each such delta was really trained from the base by that worker.
+3.  *Once*: no worker twice in a round, no round twice; whoever is named has sent that update.
+4.  *None missing*: let an update of round r have been confirmed to its worker w at the time t. If
+    round r was committed without it, then no participant of round r may have begun to send its
+    own first copy after t. For the queue is first in, first out, across redeliveries too: an update
+    confirmed at t lies before one that was begun after t; and a round is committed with everything
+    that was folded, in the order of the queue. So whoever is missing was confirmed too late for a
+    quorum of those who were there (`late`), which is right when, and only when, the coordinator
+    took its worker for dead and did not wait; nothing is assumed about clocks but that one machine
+    has one, and nothing about who was thought dead when.
+5.  *Accounted for*: every confirmed update was counted, was told to be late or a duplicate, is in
+    the rejected queue with a reason, or is of the round that was open at the very end. What is
+    still in the queue `updates` at the end: nothing.
+6.  *Garbage*: every hostile message is in the rejected queue with a reason. Except what was put
+    into the inbox or outbox of a worker that was started anew after that, which empties both, and
+    what a bound dropped.
+7.  *Nothing left*: no process, no queue but the declared ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from safetensors.numpy import load_file
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+Identity = tuple[int, str]  # round, worker
+
+_TOLERANCE = 1e-6
+_REJECTED_BOUND = 1000
+_SHARED = {"updates", "presence", "rejected", "unrouted"}
+
+
+@dataclass
+class Sent:
+    """What is known of one update, over all attempts to send it."""
+
+    began: float = float("inf")
+    confirmed: float = float("inf")
+    bodies: set[Path] = field(default_factory=set)
+
+    @property
+    def is_confirmed(self) -> bool:
+        return self.confirmed < float("inf")
+
+
+@dataclass
+class Verdict:
+    """What was found wrong, and how much was looked at."""
+
+    faults: list[str] = field(default_factory=list)
+    figures: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        return not self.faults
+
+    def told(self) -> str:
+        """Say it in a few lines."""
+        seen = ", ".join(f"{number} {what}" for what, number in self.figures.items())
+        if self.clean:
+            return f"clean: {seen}"
+        shown = "\n".join(f"  {fault}" for fault in self.faults[:20])
+        return f"NOT CLEAN, {len(self.faults)} findings ({seen}):\n{shown}"
+
+
+def check(folder: Path) -> Verdict:
+    """Judge a federation that has ended."""
+    found = Verdict()
+    history = [
+        json.loads(line) for line in (folder / "run/history.jsonl").read_bytes().splitlines()
+    ]
+    commits = [line for line in history if line["event"] == "committed"]
+    run = json.loads((folder / "run/run.json").read_text())["run"]
+    sent = _sent(folder, run)
+    said = _said(folder)
+    rejected = _lines(folder / "evidence/rejected.jsonl")
+    found.figures = {
+        "rounds": len(commits),
+        "updates counted": sum(len(line["participants"]) for line in commits),
+        "updates confirmed": sum(one.is_confirmed for one in sent.values()),
+        "late": sum(said["late"].values()),
+        "duplicates": sum(said["duplicate"].values()),
+        "rejected": len(rejected),
+    }
+    found.faults += [
+        *_rounds(commits, run),
+        *_averages(folder, commits, sent),
+        *_once(commits, sent),
+        *_none_missing(commits, sent),
+        *_accounted(commits, sent, said, rejected, folder),
+        *_garbage(folder, rejected),
+        *_nothing_left(folder),
+    ]
+    return found
+
+
+# --- the seven rules -----------------------------------------------------------------------------
+
+
+def _rounds(commits: list[dict[str, Any]], run: str) -> Iterator[str]:
+    numbers = [line["round"] for line in commits]
+    if numbers != list(range(1, len(numbers) + 1)):
+        yield f"rounds are not committed once and in order: {numbers}"
+    for line in commits:
+        if line["run"] != run:
+            yield f"round {line['round']} is of run {line['run']}, not {run}"
+
+
+def _averages(
+    folder: Path, commits: list[dict[str, Any]], sent: dict[Identity, Sent]
+) -> Iterator[str]:
+    trained = _trained(folder)
+    base = load_file(folder / "run/round-0000.safetensors")
+    for line in commits:
+        number = line["round"]
+        model = load_file(folder / "run" / line["checkpoint"])
+        totals = {name: np.zeros(tensor.shape, np.float64) for name, tensor in base.items()}
+        examples = 0
+        for one in line["participants"]:
+            identity = (number, one["worker"])
+            told = list(_contents(sent[identity])) if identity in sent else []
+            if not told:
+                yield f"round {number} counts {one['worker']}, which sent nothing for it"
+                continue
+            header, delta = told[0]
+            if any(not _same(delta, other) for _, other in told[1:]):
+                yield f"round {number}: {one['worker']} sent updates that differ"
+            if header["num_examples"] != one["num_examples"]:
+                yield f"round {number}: {one['worker']} sent another num_examples than the line has"
+            if (one["worker"], digest(base), digest(delta)) not in trained:
+                yield f"round {number}: {one['worker']} never trained this delta from this base"
+            examples += header["num_examples"]
+            for name in totals:
+                totals[name] += header["num_examples"] * delta[name].astype(np.float64)
+        for name, tensor in base.items():
+            mean = tensor.astype(np.float64) + totals[name] / max(examples, 1)
+            if tensor.dtype.kind in "iu":
+                mean = np.rint(mean)
+            got = model[name]
+            if got.dtype != tensor.dtype or got.shape != tensor.shape:
+                yield f"round {number}: '{name}' changed its form"
+            elif not np.allclose(got.astype(np.float64), mean, rtol=_TOLERANCE, atol=_TOLERANCE):
+                yield f"round {number}: '{name}' is not the average of the updates it names"
+        base = model
+
+
+def _once(commits: list[dict[str, Any]], sent: dict[Identity, Sent]) -> Iterator[str]:
+    counted = Counter(
+        (line["round"], one["worker"]) for line in commits for one in line["participants"]
+    )
+    for (number, worker), times in counted.items():
+        if times > 1:
+            yield f"round {number} counts {worker} {times} times"
+        if (number, worker) not in sent:
+            yield f"round {number} counts {worker}, which never sent it"
+
+
+def _none_missing(commits: list[dict[str, Any]], sent: dict[Identity, Sent]) -> Iterator[str]:
+    there = _participants(commits)
+    for (number, worker), one in sent.items():
+        if number not in there or worker in there[number] or not one.is_confirmed:
+            continue
+        after = [
+            other
+            for other in there[number]
+            if (number, other) in sent and sent[number, other].began > one.confirmed
+        ]
+        if after:
+            yield (
+                f"round {number} lacks {worker}, whose update was confirmed before "
+                f"{', '.join(sorted(after))}, which it has, began to send"
+            )
+
+
+def _accounted(
+    commits: list[dict[str, Any]],
+    sent: dict[Identity, Sent],
+    said: dict[str, Counter[Identity]],
+    rejected: list[dict[str, Any]],
+    folder: Path,
+) -> Iterator[str]:
+    there = _participants(commits)
+    open_at_the_end = len(commits) + 1
+    refused = {line["sha256"] for line in rejected if line["reason"]}
+    for identity, one in sent.items():
+        number, worker = identity
+        if not one.is_confirmed or worker in there.get(number, ()) or number == open_at_the_end:
+            continue
+        told = said["late"][identity] + said["duplicate"][identity]
+        if not told and not refused & {path.stem for path in one.bodies}:
+            yield f"the confirmed update of {worker} in round {number} vanished without a word"
+    updates = json.loads((folder / "evidence/queues.json").read_text()).get("updates")
+    if updates != {"ready": 0, "unacked": 0}:
+        yield f"the queue updates is not empty at the end: {updates}"
+
+
+def _garbage(folder: Path, rejected: list[dict[str, Any]]) -> Iterator[str]:
+    by_id = {line["id"]: line for line in rejected}
+    starts = defaultdict(list)
+    for line in _lines(folder / "evidence/processes.jsonl"):
+        starts[line["started"]].append(line["at"])
+    for one in _lines(folder / "evidence/injected.jsonl"):
+        if not one["rejected"]:
+            continue
+        kind, _, worker = one["queue"].partition(".")
+        told = by_id.get(one["id"])
+        if told is not None:
+            if not told["reason"]:
+                yield f"{one['what']} was rejected without a reason"
+        elif kind in ("inbox", "outbox") and any(at > one["at"] for at in starts[worker]):
+            continue
+        elif len(rejected) < _REJECTED_BOUND:
+            yield f"put into {one['queue']} and not found in rejected: {one['what']}"
+
+
+def _nothing_left(folder: Path) -> Iterator[str]:
+    workers = {line["started"] for line in _lines(folder / "evidence/processes.jsonl")}
+    workers.discard("coordinator")
+    declared = _SHARED | {f"{kind}.{w}" for w in workers for kind in ("inbox", "outbox")}
+    queues = set(json.loads((folder / "evidence/queues.json").read_text()))
+    if queues != declared:
+        yield f"queues differ from the declared ones: {sorted(queues ^ declared)}"
+    for process in json.loads((folder / "evidence/orphans.json").read_text()):
+        yield f"left running: {process}"
+
+
+# --- reading the files -----------------------------------------------------------------------------
+
+
+def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
+    """Read what the workers published, and what the harness published in their name."""
+    sent: dict[Identity, Sent] = defaultdict(Sent)
+    bodies: dict[str, Path] = {}
+    for path in sorted(folder.glob("sent/*/*.jsonl")):
+        for line in _lines(path):
+            if line["type"] != "update":
+                continue
+            kind, of_run, number, worker = line["message_id"].split("/")
+            assert (kind, of_run) == ("update", run), line
+            one = sent[int(number), worker]
+            body = path.parent / f"{line['sha256']}.msgpack"
+            bodies[line["sha256"]] = body
+            one.bodies.add(body)
+            if line["event"] == "began":
+                one.began = min(one.began, line["at"])
+            elif line["event"] == "confirmed":
+                one.confirmed = min(one.confirmed, line["at"])
+    return dict(sent)
+
+
+def _contents(one: Sent) -> Iterator[tuple[dict[str, Any], Tensors]]:
+    for path in sorted(one.bodies):
+        body = path.read_bytes()
+        assert sha256(body).hexdigest() == path.stem, path
+        header, payload = msgpack.unpackb(body)
+        yield (
+            header,
+            {
+                entry["name"]: np.frombuffer(
+                    payload, entry["dtype"], int(np.prod(entry["shape"])), entry["offset"]
+                ).reshape(entry["shape"])
+                for entry in header["tensors"]
+            },
+        )
+
+
+def _trained(folder: Path) -> set[tuple[str, str, str]]:
+    """Read what was trained: worker, digest of the base, digest of the delta."""
+    found = set()
+    for path in folder.glob("trained/*.npz"):
+        with np.load(path) as told:
+            delta = {
+                name.removeprefix("delta:"): told[name]
+                for name in told.files
+                if name.startswith("delta:")
+            }
+            found.add((str(told["worker"]), str(told["received"]), digest(delta)))
+    return found
+
+
+def _said(folder: Path) -> dict[str, Counter[Identity]]:
+    """Read what the coordinators said of updates that were not counted."""
+    said: dict[str, Counter[Identity]] = defaultdict(Counter)
+    for path in folder.glob("log/*-coordinator.jsonl"):
+        for line in path.read_bytes().splitlines():
+            if not line.startswith(b"{"):
+                continue  # a line that a kill cut off, or of a crash
+            try:
+                told = json.loads(line)
+            except ValueError:
+                continue
+            if told["event"] in ("late", "duplicate"):
+                said[told["event"]][told["round"], told["worker"]] += 1
+    return said
+
+
+def _participants(commits: list[dict[str, Any]]) -> dict[int, set[str]]:
+    return {line["round"]: {one["worker"] for one in line["participants"]} for line in commits}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    data = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+def digest(weights: Tensors) -> str:
+    """Name tensors by their content, as the task does."""
+    told = sha256()
+    for name in sorted(weights):
+        tensor = np.asarray(weights[name])
+        told.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
+        told.update(np.ascontiguousarray(tensor).tobytes())
+    return told.hexdigest()
+
+
+if __name__ == "__main__":
+    verdict = check(Path(sys.argv[1]))
+    print(verdict.told())
+    sys.exit(not verdict.clean)

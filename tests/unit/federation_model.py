@@ -1,0 +1,538 @@
+"""A whole federation in miniature: both real machines, with models of what is around them.
+
+The coordinator's and the workers' decisions are those of ``rounds.advance`` and
+``session.advance``; the broker, the disk and the two shells (``service``, ``outgoing``,
+``aggregation``) are modelled, one effect a step, so that a test can stop, crash or cut anything
+between any two of them. What must hold whatever happens is asserted here, as it happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from fluffle_coordinator import rounds
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.run_state import Handle, Phase, Rules
+from fluffle_worker import session
+
+RUN = "run-a"
+HEARTBEAT_S = 2.0
+Flaw = Literal["", "bad", "torn"]  # sound; its tensors are refused; they do not arrive whole
+
+
+class Identity(NamedTuple):
+    run: str
+    round: int
+    worker: str
+
+
+@dataclass(eq=False)
+class Message:
+    """One message in the queue of updates; every copy is a message of its own."""
+
+    kind: Literal["update", "evaluation", "init"]
+    identity: Identity
+    flaw: Flaw = ""
+    fate: Literal["", "acked", "rejected"] = ""
+
+
+class Order(NamedTuple):
+    """One message in a worker's inbox."""
+
+    kind: Literal["init", "fit", "evaluate", "stop"]
+    run: str
+    round: int
+    evaluate: bool = False
+
+
+class Broker:
+    """Queues that outlive everyone; what is not acknowledged comes again."""
+
+    def __init__(self) -> None:
+        self.updates: deque[Message] = deque()
+        self.unacked: dict[Handle, Message] = {}
+        self.presence: deque[rs.Event] = deque()
+        self.inboxes: dict[str, deque[Order]] = {}
+        self.published: list[Message] = []
+        self.links = 0  # of coordinators, so far
+        self.deliveries = 0
+
+    def publish(self, message: Message) -> None:
+        self.updates.append(message)
+        self.published.append(message)
+
+    def deliver(self, link: int) -> tuple[Handle, Message]:
+        self.deliveries += 1
+        handle = Handle(link, self.deliveries)
+        message = self.unacked[handle] = self.updates.popleft()
+        return handle, message
+
+    def settle(self, handle: Handle, fate: Literal["acked", "rejected"]) -> None:
+        message = self.unacked.pop(handle, None)
+        if message is not None:  # else it is void, of an earlier link
+            message.fate = fate
+
+    def take_back(self) -> None:
+        """Put what is not acknowledged back to where it was: the consumer is gone."""
+        self.updates.extendleft(reversed(self.unacked.values()))
+        self.unacked.clear()
+
+
+@dataclass
+class Disk:
+    first_weights: bool
+    checkpoint: int = 0
+    history: list[frozenset[str]] = field(default_factory=list)  # the participants of each round
+    evaluated: set[int] = field(default_factory=set)
+
+
+class CoordinatorModel:
+    """The coordinator's shell: what comes in, what is averaged and what goes out, step by step."""
+
+    def __init__(self, world: World) -> None:
+        disk = world.disk
+        self.world, self.broker, self.disk = world, world.broker, disk
+        self.link = 0
+        self.events: deque[rs.Event] = deque()
+        self.jobs: deque[tuple[Any, ...]] = deque()  # of the aggregation
+        self.out: deque[tuple[Any, ...]] = deque()
+        self.deliveries: dict[Handle, Message] = {}
+        self.sum: set[str] = set()
+        self.closing = False
+        last = len(disk.history)
+        self.state = world.machine.start(
+            world.rules,
+            RUN,
+            world.now,
+            committed=last,
+            participants=disk.history[-1] if last else (),
+            evaluated=not last or last in disk.evaluated,
+            has_weights=disk.first_weights,
+        )
+
+    # --- the link ---
+
+    def connect(self) -> None:
+        if not self.link:
+            self.broker.links += 1
+            self.link = self.broker.links
+            self.events.append(rs.Connected(self.world.now, self.link))
+
+    def lose_link(self) -> None:
+        if self.link:
+            self.link = 0
+            self.broker.take_back()
+            self.events.append(rs.Disconnected(self.world.now))
+
+    # --- steps: each returns whether there was anything to do ---
+
+    def read_update(self) -> bool:
+        if not self.link or not self.broker.updates:
+            return False
+        handle, message = self.broker.deliver(self.link)
+        now, (run, number, worker) = self.world.now, message.identity
+        match message.kind:
+            case "update":
+                self.deliveries[handle] = message
+                self.events.append(rs.Arrived(now, handle, run, number, worker, 10))
+            case "evaluation":
+                found = rs.Evaluated(10, 0.5, {})
+                self.events.append(rs.EvaluationArrived(now, run, number, worker, found))
+                self.broker.settle(handle, "acked")
+            case "init":
+                self.jobs.append(("first", handle))
+        return True
+
+    def read_presence(self) -> bool:
+        if not self.link or not self.broker.presence:
+            return False
+        event = replace(self.broker.presence.popleft(), now=self.world.now)
+        if isinstance(event, rs.Seen):
+            event = replace(event, worker=replace(event.worker, last_seen=self.world.now))
+        self.events.append(event)
+        return True
+
+    def take_event(self) -> bool:
+        if not self.events:
+            return self.tick() if self.world.machine.wakeup(self.state) <= self.world.now else False
+        self._advance(self.events.popleft())
+        return True
+
+    def tick(self) -> bool:
+        self._advance(rs.Tick(self.world.now))
+        assert self.world.machine.wakeup(self.state) > self.world.now, "the shell would spin"
+        return True
+
+    def _advance(self, event: rs.Event) -> None:
+        before = self.state.phase
+        self.state, effects = self.world.machine.advance(self.state, event)
+        for effect in effects:
+            self._perform(effect)
+        if before is not Phase.ENDED and self.state.phase is Phase.ENDED:
+            assert sum(isinstance(effect, rs.End) for effect in effects) == 1
+
+    def _perform(self, effect: rs.Effect) -> None:
+        number = self.state.round
+        match effect:
+            case rs.Fold(handle):
+                self.jobs.append(("fold", self.deliveries[handle]))
+            case rs.Commit(committed):
+                self.closing = True
+                self.jobs.append(("commit", committed))
+            case rs.RecordEvaluation(evaluated):
+                self.jobs.append(("evaluated", evaluated))
+            case rs.Ack(handle):
+                self.out.append(("settle", handle, "acked"))
+            case rs.Reject(handle, reason):
+                assert reason
+                self.out.append(("settle", handle, "rejected"))
+            case rs.AskInit(worker):
+                self.out.append(("send", (worker,), Order("init", RUN, 0)))
+            case rs.SendFit(workers, evaluate):
+                self.out.append(("send", workers, Order("fit", RUN, number, evaluate)))
+            case rs.SendEvaluate(workers):
+                self.out.append(("send", workers, Order("evaluate", RUN, number - 1)))
+            case rs.End(_, reason, workers):
+                assert reason
+                self.out.append(("send", workers, Order("stop", RUN, number)))
+
+    def send_one(self) -> bool:
+        if not self.out:
+            return False
+        match self.out.popleft():
+            case _ if not self.link:
+                pass  # the machine does it again when there is a link
+            case "settle", handle, fate:
+                self.broker.settle(handle, fate)
+            case "send", workers, order:
+                for name in workers:
+                    self.broker.inboxes[name].append(order)
+        return True
+
+    def aggregate_one(self) -> bool:
+        if not self.jobs:
+            return False
+        disk, now = self.disk, self.world.now
+        match self.jobs.popleft():
+            case "fold", message:
+                if not self.closing:
+                    self.jobs.appendleft(("folding", message))
+            case "folding", message:
+                self._fold(message)
+            case "commit", number:
+                disk.checkpoint = number
+                self.jobs.appendleft(("line", number))
+            case "line", number:
+                self.world.check_commit(number, self.sum)
+                disk.history.append(frozenset(self.sum))
+                self.events.append(rs.Committed(now, number, frozenset(self.sum)))
+                self.sum, self.closing = set(), False
+            case "evaluated", number:
+                assert number not in disk.evaluated, f"round {number} was evaluated twice"
+                disk.evaluated.add(number)
+            case "first", handle:
+                if not disk.first_weights:
+                    disk.first_weights = True
+                    self.events.append(rs.WeightsReady(now))
+                self.broker.settle(handle, "acked")
+        return True
+
+    def _fold(self, message: Message) -> None:
+        worker, now = message.identity.worker, self.world.now
+        if message.flaw:
+            torn = message.flaw == "torn"
+            self.events.append(rs.FoldFailed(now, worker, "it is " + message.flaw, again=torn))
+            return
+        open_round = Identity(RUN, len(self.disk.history) + 1, worker)
+        assert message.identity == open_round, f"{message.identity} folded into {open_round}"
+        assert worker not in self.sum, f"{message.identity} folded twice"
+        self.sum.add(worker)
+        self.events.append(rs.Folded(now, worker))
+
+    def break_off_fold(self) -> bool:
+        """Lose the link while an update's parts are fetched."""
+        if not self.jobs or self.jobs[0][0] != "folding":
+            return False
+        _, message = self.jobs.popleft()
+        self.lose_link()
+        name = message.identity.worker
+        self.events.append(rs.FoldFailed(self.world.now, name, "the link was lost", again=True))
+        return True
+
+    def knows(self, handle: Handle) -> bool:
+        """Whether a delivery is on its way to an end."""
+        held = {
+            h for update in self.state.received.values() for h in (update.handle, *update.spares)
+        }
+        arriving = {event.handle for event in self.events if isinstance(event, rs.Arrived)}
+        jobs = {job[1] for job in (*self.jobs, *self.out) if isinstance(job[1], Handle)}
+        return handle in held | arriving | jobs
+
+
+class WorkerModel:
+    """A worker's shell: its inbox, its thread, its answers and its signs of life."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.broker, self.name = world, world.broker, name
+        self.sessions = 0
+        self.alive = False
+        self.broker.inboxes[name] = deque()
+
+    @property
+    def inbox(self) -> deque[Order]:
+        return self.broker.inboxes[self.name]
+
+    def begin(self) -> None:
+        """Start the process."""
+        if not self.alive:
+            self.sessions += 1
+            self.alive, self.linked = True, False
+            self.state = self.world.session.State()
+            self.evaluates: dict[session.Work, bool] = {}
+            self.unsent: deque[session.Work] = deque()
+            self.thread: session.Work | None = None
+            self.wanted = True
+            self.told: dict[str, Any] = {"state": "idle", "run": None, "round": 0}
+            self.inbox.clear()
+            self.connect()
+
+    def crash(self) -> None:
+        self.alive = False
+
+    def leave(self) -> None:
+        if self.alive:
+            if self.linked:
+                gone = rs.Left(0.0, self.name, self._session, "it is late")
+                self.broker.presence.append(gone)
+            self.alive = False
+
+    def connect(self) -> None:
+        if self.alive and not self.linked:
+            self.linked = True
+            self._speak(hello=True)
+
+    def lose_link(self) -> None:
+        self.linked = False
+
+    def heartbeat(self) -> None:
+        if self.alive and self.linked:
+            self._speak(hello=False)
+
+    @property
+    def _session(self) -> str:
+        return f"{self.name}-{self.sessions}"
+
+    def _speak(self, *, hello: bool) -> None:
+        told = rs.Worker(self.name, self._session, 10, (), HEARTBEAT_S, 0.0, **self.told)
+        self.broker.presence.append(rs.Seen(0.0, told, hello))
+
+    def read(self) -> bool:
+        if not self.alive or not self.linked or not self.inbox:
+            return False
+        order = self.inbox.popleft()
+        if order.kind == "stop":
+            self._advance(self.world.session.Stopped("the run has ended"))
+            return True
+        work = self.world.session.Work(order.kind, order.run, order.round)
+        self.evaluates.setdefault(work, order.evaluate or order.kind == "evaluate")
+        self._advance(self.world.session.Asked(work))
+        state = self.state
+        if work not in (state.doing, state.next, state.sending, state.answered):
+            del self.evaluates[work]
+        return True
+
+    def finish(self, how: Literal["finished", "failed"] = "finished") -> bool:
+        """Let the thread be done; it may or may not notice that it is not wanted any more."""
+        if not self.alive or self.thread is None:
+            return False
+        work, self.thread = self.thread, None
+        if how == "failed":
+            self._advance(self.world.session.Failed(work, "out of memory"))
+        elif self.wanted:
+            self._advance(self.world.session.Finished(work))
+        else:
+            self._advance(self.world.session.Abandoned(work))
+        return True
+
+    def finish_unwanted(self) -> bool:
+        """Let the thread finish before it notices."""
+        self.wanted = True
+        return self.finish()
+
+    def send(self, *, flaw: Flaw = "", confirmed: bool = True) -> bool:
+        """Send an answer; without its confirmation the link is lost and the answer kept."""
+        if not self.alive or not self.linked or not self.unsent:
+            return False
+        work = self.unsent[0]
+        if work in self.evaluates and self.state.sending == work:
+            self._publish(work, flaw, confirmed=confirmed)
+            if not confirmed:
+                self.linked = False
+                return True
+            self._advance(self.world.session.Sent(work))
+            self.told["state"] = "idle"
+        self.unsent.popleft()
+        return True
+
+    def _publish(self, work: session.Work, flaw: Flaw, *, confirmed: bool) -> None:
+        number = work.round - 1 if work.kind == "fit" else work.round
+        if self.evaluates[work]:
+            evaluated = Identity(work.run, number, self.name)
+            self.broker.publish(Message("evaluation", evaluated))
+        if work.kind == "init":
+            self.broker.publish(Message("init", Identity(work.run, 0, self.name)))
+        elif work.kind == "fit":
+            identity = Identity(work.run, work.round, self.name)
+            self.broker.publish(Message("update", identity, flaw))
+            if confirmed and not flaw:
+                self.world.confirmed.add(identity)
+
+    def _advance(self, event: session.Event) -> None:
+        before, module = self.state, self.world.session
+        self.state, effects = module.advance(self.state, event)
+        self._check_order(before)
+        for effect in effects:
+            work = getattr(effect, "work", None)
+            if isinstance(effect, module.Begin):
+                assert self.thread is None, "two works at once"
+                self.thread, self.wanted = work, True
+                self._now("training" if work.kind == "fit" else "evaluating", work)
+            elif isinstance(effect, module.Abandon):
+                assert work == self.thread
+                self.wanted = False
+            elif isinstance(effect, module.Send):
+                assert self.unsent.count(work) <= 1, "answered twice"
+                self.unsent.append(work)
+                self._now("sending", work)
+            elif isinstance(effect, module.Drop):
+                del self.evaluates[work]
+            elif isinstance(effect, module.Report):
+                self._now("idle", work)
+                if self.linked:
+                    failure = rs.Failed(0.0, self.name, work.run, work.round, effect.reason)
+                    self.broker.presence.append(failure)
+            elif isinstance(effect, module.Leave):
+                self.leave()
+        kept = {self.state.doing, self.state.next, self.state.sending, self.state.answered}
+        assert self.evaluates.keys() <= kept | {getattr(event, "work", None)}, "a work is leaked"
+
+    def _now(self, state: str, work: session.Work) -> None:
+        self.told = {"state": state, "run": work.run, "round": work.round}
+
+    def _check_order(self, before: session.State) -> None:
+        """Check that nothing under way was replaced by something older of the same run."""
+        for was in (before.doing, before.next, before.sending):
+            for now in (self.state.doing, self.state.next):
+                if was is not None and now is not None and was.run == now.run:
+                    assert now == before.doing or now.round >= was.round, f"{was} before {now}"
+
+
+class World:
+    """One federation, and what must hold of it."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        names: str,
+        *,
+        first_weights: bool,
+        machine: ModuleType = rounds,
+        worker_machine: ModuleType = session,
+    ) -> None:
+        self.rules, self.machine, self.session = rules, machine, worker_machine
+        self.now = 100.0
+        self.broker = Broker()
+        self.disk = Disk(first_weights)
+        self.confirmed: set[Identity] = set()  # updates whose sender knows them to be safe
+        self.workers = {name: WorkerModel(self, name) for name in names}
+        self.coordinator: CoordinatorModel | None = None
+
+    # --- what can be done to it ---
+
+    def start_coordinator(self) -> None:
+        if self.coordinator is None:
+            self.coordinator = CoordinatorModel(self)
+
+    def crash_coordinator(self) -> None:
+        if self.coordinator is not None:
+            self.broker.take_back()
+            self.coordinator = None
+
+    def run(self, steps: float = math.inf) -> bool:
+        """Let everybody work, in turns, until nothing is left to do but wait."""
+        done = 0
+        while done < steps:
+            before = done
+            for step in self._steps():
+                done += step()
+            self.check()
+            if done == before:
+                return True
+            assert done < 10_000, "it never comes to rest"
+        return False
+
+    def _steps(self) -> list[Any]:
+        coordinator, steps = self.coordinator, []
+        if coordinator is not None:
+            steps = [
+                coordinator.read_presence,
+                coordinator.read_update,
+                coordinator.take_event,
+                coordinator.aggregate_one,
+                coordinator.send_one,
+            ]
+        for worker in self.workers.values():
+            steps += [worker.read, worker.finish, worker.send]
+        return steps
+
+    def settle(self) -> None:
+        """Let the faults end and time pass; check that this alone ends the run."""
+        self.start_coordinator()
+        assert self.coordinator is not None
+        self.coordinator.connect()
+        for worker in self.workers.values():
+            worker.connect()
+        latest = self.now + 3000
+        while self.coordinator.state.phase is not Phase.ENDED:
+            self.run()
+            assert self.now < latest, f"the run does not end: {self.coordinator.state}"
+            self.now += HEARTBEAT_S
+            for worker in self.workers.values():
+                worker.heartbeat()
+        self.run()
+        state = self.coordinator.state
+        assert state.reason
+        if state.outcome == "finished":
+            assert len(self.disk.history) == self.rules.rounds
+
+    # --- what must hold ---
+
+    def check_commit(self, number: int, participants: set[str]) -> None:
+        assert number == len(self.disk.history) + 1, f"round {number} is committed out of order"
+        assert self.disk.checkpoint == number
+        wanted, strict = self.rules.quorum.number, self.rules.on_deadline != "close"
+        if wanted is not None and strict:
+            assert len(participants) >= wanted, f"round {number} is committed below its quorum"
+        assert participants
+
+    def check(self) -> None:
+        """Check what must hold after every step."""
+        coordinator = self.coordinator
+        if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
+            for handle, message in self.broker.unacked.items():
+                assert coordinator.knows(handle), f"{message} is forgotten"
+        open_round = len(self.disk.history) + 1
+        alive = {id(m) for m in (*self.broker.updates, *self.broker.unacked.values())}
+        for message in self.broker.published:
+            assert bool(message.fate) != (id(message) in alive), f"{message} has two ends or none"
+        safe = {
+            message.identity
+            for message in (*self.broker.updates, *self.broker.unacked.values())
+            if message.kind == "update" and not message.flaw
+        }
+        for identity in self.confirmed - safe:
+            assert identity.round < open_round, f"{identity} was confirmed, and is lost"
