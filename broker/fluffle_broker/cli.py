@@ -28,13 +28,15 @@ def _state_option(command: Any) -> Any:
     )(command)
 
 
-def _port_option(flag: str, what: str, default: int) -> Callable[[Any], Any]:
+def _port_option(
+    flag: str, what: str, default: int, zero: str = "a free one"
+) -> Callable[[Any], Any]:
     return click.option(
         flag,
         type=click.IntRange(0, 65535),
         default=None,
         metavar="N",
-        help=f"Port for {what}; 0 chooses a free one.  [default: {default}]",
+        help=f"Port for {what}; 0 chooses {zero}.  [default: {default}]",
     )
 
 
@@ -56,7 +58,7 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP; 0 alone makes the other two free ones as well", 5673)
+@_port_option("--port", "AMQP", 5673, zero="free ones for all that are not given")
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 @click.option(

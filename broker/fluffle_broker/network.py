@@ -107,7 +107,7 @@ def stop_epmd(port: int, node: str) -> bool:
         # by a longer name.
         return names is None or not any(f"{name}_".startswith(f"{node}_") for name in names)
 
-    processes.wait_until(gone_or_of_others, timeout_s=2)
+    processes.wait_until(gone_or_of_others, timeout_s=10)
     return epmd_nodes(port) is None
 
 

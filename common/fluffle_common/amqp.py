@@ -64,19 +64,40 @@ def _as_ours() -> Iterator[None]:
     """Map foreign exceptions to the contract's, in one place."""
     try:
         yield
+    except asyncio.CancelledError:
+        if _cancelled():
+            raise
+        raise LinkLost("the link was closed") from None
     except aiormq.exceptions.PublishError as returned:
         raise Unroutable(f"no queue is bound for it: {returned}") from None
     except aiormq.exceptions.DeliveryError as refused:
         raise Full(f"the broker refused it: {refused}") from None
     except (aiormq.exceptions.ChannelAccessRefused, aiormq.exceptions.ChannelLockedResource) as no:
         raise Occupied(_told(no)) from None
+    except _LOST as gone:
+        raise LinkLost(_told(gone)) from None
+
+
+@contextlib.contextmanager
+def _declaring() -> Iterator[None]:
+    """Tell what is declared otherwise; elsewhere, the same code means a consumer's time-out."""
+    try:
+        yield
     except aiormq.exceptions.ChannelPreconditionFailed as no:
         raise BrokerError(
             f"the broker has it with other settings ({_told(no)}); use the same --queue-type "
             "everywhere, or delete the old queue"
         ) from None
-    except _LOST as gone:
-        raise LinkLost(_told(gone)) from None
+
+
+def _cancelled() -> bool:
+    """Whether it is us who are cancelled.
+
+    Closing a connection of aiormq raises ``CancelledError`` in whoever waits for something of it,
+    which taken for the real thing would end a task, or the program, without a word.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def _told(wrong: BaseException) -> str:
@@ -102,12 +123,12 @@ class AmqpDelivery:
 
     async def ack(self) -> None:
         """See ``transport.Delivery``."""
-        with contextlib.suppress(*_LOST):
+        with contextlib.suppress(LinkLost), _as_ours():
             await self._channel.basic_ack(self._tag or 0)
 
     async def release(self) -> None:
         """See ``transport.Delivery``."""
-        with contextlib.suppress(*_LOST):
+        with contextlib.suppress(LinkLost), _as_ours():
             await self._channel.basic_nack(self._tag or 0, requeue=True)
 
 
@@ -157,7 +178,7 @@ class AmqpLink(Link):
     async def declare(self, entities: Iterable[Entity]) -> None:
         """See ``transport.Link``."""
         self._check()
-        with _as_ours():
+        with _as_ours(), _declaring():
             channel = await self._get.get_underlay_channel()
             for entity in entities:
                 match entity:
@@ -281,8 +302,12 @@ class AmqpLink(Link):
         """See ``transport.Link``."""
         self._gone.set()
         for connection in self._connections:
-            with contextlib.suppress(*_LOST, TimeoutError):
-                await asyncio.wait_for(connection.close(), _CLOSE_TIMEOUT_S)
+            await _close(connection)
+
+
+async def _close(connection: AbstractConnection) -> None:
+    with contextlib.suppress(LinkLost), _as_ours():
+        await asyncio.wait_for(connection.close(), _CLOSE_TIMEOUT_S)
 
 
 class AmqpTransport(Transport):
@@ -314,7 +339,7 @@ class AmqpTransport(Transport):
             return await AmqpLink(opened[0], opened[1], self._url.user or "guest").start()
         except BaseException:
             for connection in opened:
-                await connection.close()
+                await _close(connection)
             raise
 
     async def _connect(self, name: str) -> AbstractConnection:
@@ -345,6 +370,10 @@ class AmqpTransport(Transport):
                 f"the broker at {self.address} does not let user '{self._url.user}' into this "
                 "vhost, or has none of that name; check the vhost in --url and the permissions"
             ) from None
+        except asyncio.CancelledError:
+            if _cancelled():
+                raise
+            raise LinkLost("the connection was closed while it was opened") from None
         except TimeoutError:
             raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
         except _LOST as gone:

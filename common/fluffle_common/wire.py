@@ -65,8 +65,12 @@ def encode(message: Message, payload: bytes | memoryview | list[memoryview] = b"
     return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, nbytes), *pieces])
 
 
-def decode(body: bytes) -> tuple[Message, memoryview]:
+def decode(body: bytes, federation: str | None = None) -> tuple[Message, memoryview]:
     """Unpack a body into its message and its payload, a view into ``body``.
+
+    Args:
+        body: what was received.
+        federation: the only one that the message may be of; None takes any.
 
     Raises:
         MalformedMessage: where the body is anything else than one whole, valid document.
@@ -90,7 +94,10 @@ def decode(body: bytes) -> tuple[Message, memoryview]:
         raise MalformedMessage(f"the header is not valid msgpack: {told}"[:500]) from None
     if not isinstance(header, dict):
         raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
-    return parse(header), _payload(view, 1 + unpacker.tell())
+    message = parse(header)
+    if federation is not None and message.federation != federation:
+        raise MalformedMessage(f"it is of federation {message.federation}")
+    return message, _payload(view, 1 + unpacker.tell())
 
 
 def _payload(view: memoryview, start: int) -> memoryview:

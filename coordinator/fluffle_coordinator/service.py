@@ -245,7 +245,7 @@ class Coordinator:
     async def _read_presence(self, deliveries: Any) -> None:
         async for delivery in deliveries:
             try:
-                message, _ = decode(delivery.body)
+                message, _ = decode(delivery.body, self._settings.federation)
                 self._presence(message)
             except MalformedMessage as wrong:
                 self._reject(delivery, str(wrong))
@@ -277,9 +277,7 @@ class Coordinator:
         async for delivery in deliveries:
             number += 1
             try:
-                message, payload = decode(delivery.body)
-                if message.federation != self._settings.federation:
-                    raise MalformedMessage(f"it is of federation {message.federation}")
+                message, payload = decode(delivery.body, self._settings.federation)
                 await self._update(message, payload, delivery, rs.Handle(link, number))
             except MalformedMessage as wrong:
                 self._reject(delivery, str(wrong))

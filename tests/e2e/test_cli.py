@@ -1,6 +1,7 @@
 """The command line: help that teaches, and wrong use that is told in one line."""
 
 import subprocess
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,7 @@ from safetensors.numpy import save_file
 
 from tests.e2e.programs import FLUFFLE
 
-COMMANDS = [
-    "broker", "confusion", "coordinator", "history", "letters", "plot", "predict", "queues",
-    "worker",
-]  # fmt: skip
+COMMANDS = sorted({point.name for point in entry_points(group="fluffle.commands")})
 
 
 def call(cwd: Path, *words: object) -> subprocess.CompletedProcess[str]:
@@ -26,6 +24,7 @@ def test_help(tmp_path: Path, command: list[str]) -> None:
     assert told.returncode == 0
     assert "Usage: fluffle" in told.stdout
     assert len(told.stdout.splitlines()) > 5
+    assert told.stderr == ""
 
 
 @pytest.fixture

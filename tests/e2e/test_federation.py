@@ -48,40 +48,44 @@ def test_worker_coordinator_broker_worker_worker(tmp_path: Path) -> None:
 
 def test_a_late_worker_takes_part_in_a_later_round(federation: Federation, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    coordinator = federation.coordinator("--quorum", 2, "--rounds", 6, "--grace", 20)
-    slow = [
-        federation.worker(f"shard:{n}/3", task=WAITING, env={"WAIT_FOR": str(gate)}) for n in (0, 1)
-    ]
-    slow[0].wait_for("round 1: training")
+    env = {"WAIT_FOR": str(gate), "WAIT_FROM": "3"}
+    coordinator = federation.coordinator("--quorum", 2, "--rounds", 4, "--grace", 20)
+    early = [federation.worker(f"shard:{n}/3", task=WAITING, env=env) for n in (0, 1)]
+    coordinator.wait_for("round 3: opened for shard-0-3, shard-1-3")
     late = federation.worker("shard:2/3")
-    late.wait_for("joined run")
+    coordinator.wait_for("round 3: update of shard-2-3 counted")
     gate.touch()
-    assert [program.end() for program in (coordinator, *slow, late)] == [0, 0, 0, 0]
-    rounds = history(federation)
-    assert len(rounds) == 6
-    assert any("shard-2-3" in participants(line) for line in rounds)
+    assert [program.end() for program in (coordinator, *early, late)] == [0, 0, 0, 0]
+    assert [participants(line) for line in history(federation)] == [
+        ["shard-0-3", "shard-1-3"],
+        ["shard-0-3", "shard-1-3"],
+        ["shard-0-3", "shard-1-3", "shard-2-3"],
+        ["shard-0-3", "shard-1-3", "shard-2-3"],
+    ]
 
 
 def test_a_killed_worker_does_not_stop_the_run_and_comes_back(
     federation: Federation, tmp_path: Path
 ) -> None:
-    gate = tmp_path / "gate"
-    coordinator = federation.coordinator("--quorum", 2, "--min-workers", 3, "--rounds", 5)
-    workers = [federation.worker(f"shard:{n}/3") for n in (0, 1)]
+    killed, back = tmp_path / "killed", tmp_path / "back"
+    coordinator = federation.coordinator("--quorum", 2, "--min-workers", 3, "--rounds", 4)
+    first = federation.worker("shard:0/3", task=WAITING, env={"WAIT_FOR": str(killed)})
+    env = {"WAIT_FOR": str(back), "WAIT_FROM": "3"}
+    second = federation.worker("shard:1/3", task=WAITING, env=env)
     victim = federation.worker("shard:2/3", task=WAITING, env={"WAIT_FOR": str(tmp_path / "x")})
     victim.wait_for("round 1: training")
     victim.send(signal.SIGKILL)
+    assert victim.end() == -signal.SIGKILL
+    killed.touch()
     coordinator.wait_for("round 2: committed with shard-0-3, shard-1-3")
-    for program in (coordinator, *workers):
-        program.end()
-    # The same run goes on for more rounds, with the one that was killed counted again.
-    more = federation.coordinator("--quorum", 3, "--rounds", 7)
-    again = [federation.worker(f"shard:{n}/3") for n in (0, 1, 2)]
-    assert [program.end() for program in (more, *again)] == [0, 0, 0, 0]
+    again = federation.worker("shard:2/3")
+    coordinator.wait_for("round 3: update of shard-2-3 counted")
+    back.touch()
+    assert [program.end() for program in (coordinator, first, second, again)] == [0, 0, 0, 0]
     rounds = history(federation)
-    assert [line["round"] for line in rounds] == [1, 2, 3, 4, 5, 6, 7]
-    assert participants(rounds[-1]) == ["shard-0-3", "shard-1-3", "shard-2-3"]
-    assert not gate.exists()
+    assert [line["round"] for line in rounds] == [1, 2, 3, 4]
+    assert "shard-2-3" not in participants(rounds[0]) + participants(rounds[1])
+    assert "shard-2-3" in participants(rounds[2])
 
 
 def test_committed_weights_are_the_float64_average_of_what_was_sent(
@@ -136,15 +140,17 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
 def test_a_second_worker_of_the_same_id_is_refused(federation: Federation) -> None:
     federation.worker("shard:0/2").wait_for("connected")
     second = federation.worker("shard:0/2")
-    second.wait_for("another worker with the id 'shard-0-2' is connected")
     assert second.end() == 6
+    (told,) = [line for line in second.lines if line.startswith("fluffle: ")]
+    assert "another worker with the id 'shard-0-2' is connected" in told
 
 
 def test_a_worker_of_other_classes_is_refused(federation: Federation, tmp_path: Path) -> None:
     federation.coordinator("--classes", "x,y", "--quorum", 1).wait_for("connected")
     refused = federation.worker("shard:0/2")
-    refused.wait_for("has the classes none, the federation has x, y")
     assert refused.end() == 6
+    (told,) = [line for line in refused.lines if line.startswith("fluffle: ")]
+    assert "has the classes none, the federation has x, y" in told
 
 
 def test_a_quorum_larger_than_the_workers_is_a_visible_wait(federation: Federation) -> None:

@@ -1,6 +1,9 @@
 """Malformed messages: each ends in the rejected queue with its reason, the run goes on."""
 
+import contextlib
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -14,7 +17,7 @@ WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
 
 
 def hostile(federation: str, run: str) -> dict[str, tuple[bytes, str]]:
-    """Return ten bodies, each with a word of the reason that it must be rejected for."""
+    """Return ten bodies in a genuine worker's name, each with a word of why it is rejected."""
     slopes, intercept = np.zeros(3), np.zeros(())
 
     def body(payload: bytes | None = None, **changes: object) -> bytes:
@@ -24,7 +27,7 @@ def hostile(federation: str, run: str) -> dict[str, tuple[bytes, str]]:
         ]
         header = {
             "protocol": 1, "federation": federation, "kind": "update", "run": run, "round": 1,
-            "worker": "mallory", "num_examples": 5, "seconds": 0.1, "metrics": {},
+            "worker": "shard-0-2", "num_examples": 5, "seconds": 0.1, "metrics": {},
             "tensors": tensors, **changes,
         }  # fmt: skip
         plain = slopes.tobytes() + bytes(40) + intercept.tobytes()
@@ -51,7 +54,34 @@ def hostile(federation: str, run: str) -> dict[str, tuple[bytes, str]]:
     }
 
 
-def test_ten_kinds_of_malformed_updates(federation: Federation, tmp_path) -> None:
+@pytest.fixture
+def connection(federation: Federation) -> Iterator[pika.BlockingConnection]:
+    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(federation.url))) as opened:
+        yield opened
+
+
+@pytest.mark.xfail(reason="the body is let go of before it is published again", strict=True)
+def test_what_is_rejected_can_be_looked_at(
+    federation: Federation, connection: pika.BlockingConnection
+) -> None:
+    coordinator = federation.coordinator("--min-workers", 1, "--quorum", 2)
+    federation.worker("shard:0/2")
+    coordinator.wait_for("round 1: opened")
+    run = json.loads((federation.run / "run.json").read_text())["run"]
+    body, _ = hostile(federation.name, run)["NaN"]
+    channel = connection.channel()
+    channel.basic_publish(
+        "", f"{federation.name}.updates", body.replace(b"shard-0-2", b"mallory-2")
+    )
+    coordinator.wait_for("rejected a message")
+    for _, _, rejected in channel.consume(f"{federation.name}.rejected", inactivity_timeout=10):
+        assert rejected == body.replace(b"shard-0-2", b"mallory-2")
+        break
+
+
+def test_ten_kinds_of_malformed_updates(
+    federation: Federation, connection: pika.BlockingConnection, tmp_path: Path
+) -> None:
     gate = tmp_path / "gate"
     coordinator = federation.coordinator("--quorum", 2, "--rounds", 3)
     workers = [
@@ -60,31 +90,33 @@ def test_ten_kinds_of_malformed_updates(federation: Federation, tmp_path) -> Non
     coordinator.wait_for("round 1: opened")
     run = json.loads((federation.run / "run.json").read_text())["run"]
     bodies = hostile(federation.name, run)
-    connection = pika.BlockingConnection(pika.URLParameters(federation.url))
     channel = connection.channel()
     channel.confirm_delivery()
-    for body, _ in bodies.values():
-        channel.basic_publish("", f"{federation.name}.updates", body)
+    for what, (body, _) in bodies.items():
+        named = pika.BasicProperties(message_id=what)
+        channel.basic_publish("", f"{federation.name}.updates", body, named)
     for _ in bodies:
         coordinator.wait_for("rejected a message")
     gate.touch()
     assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
 
-    reasons = []
+    reasons = {}
     while True:
         method, properties, _ = channel.basic_get(f"{federation.name}.rejected", auto_ack=True)
         if method is None:
             break
-        reasons.append(properties.headers["reason"])
-    connection.close()
-    assert len(reasons) == len(bodies)
+        what = properties.message_id
+        assert what not in reasons
+        reasons[what] = properties.headers["reason"]
+    assert reasons.keys() == bodies.keys()
     for what, (_, word) in bodies.items():
-        assert any(word in reason for reason in reasons), (what, reasons)
+        assert word in reasons[what], (what, reasons[what])
     committed = [
         line
         for line in map(json.loads, (federation.run / "history.jsonl").read_text().splitlines())
         if line["event"] == "committed"
     ]
     assert sum(line["rejected"] for line in committed) == len(bodies)
+    assert len(committed) == 3
     for line in committed:
         assert {p["worker"] for p in line["participants"]} == {"shard-0-2", "shard-1-2"}

@@ -1,7 +1,8 @@
 """The regression, whose training waits for a file, and which writes down what it trained.
 
-``WAIT_FOR`` names a file that must exist before a training ends; ``RECORD`` a folder for what was
-trained: one ``.npz`` a training, with the weights received and trained and the number of examples.
+``WAIT_FOR`` names a file that must exist before a training ends, ``WAIT_FROM`` the first training
+of this process that waits for it (1 unless told); ``RECORD`` a folder for what was trained: one
+``.npz`` a training, with the weights received and trained and the number of examples.
 """
 
 import os
@@ -19,6 +20,8 @@ from fluffle_worker.task import TaskOptions
 class Waiting(Regression):
     """See above."""
 
+    trainings = 0
+
     def train(self, weights, plan, progress):
         """Train, write down, wait."""
         result = super().train(weights, plan, progress)
@@ -29,8 +32,10 @@ class Waiting(Regression):
                 **{f"received {name}": tensor for name, tensor in weights.items()},
                 **{f"trained {name}": tensor for name, tensor in result.weights.items()},
             )
+        self.trainings += 1
+        waits = self.trainings >= int(os.environ.get("WAIT_FROM", "1"))
         awaited = os.environ.get("WAIT_FOR")
-        while awaited and not Path(awaited).exists():
+        while waits and awaited and not Path(awaited).exists():
             time.sleep(0.02)
             progress(10, 10, None)
         return result

@@ -243,7 +243,7 @@ def _nothing_left(folder: Path) -> Iterator[str]:
         yield f"left running: {process}"
 
 
-# --- reading the files ---------------------------------------------------------------------------
+# --- reading the files --------------------------------------------------------------------------
 
 
 def _sent(folder: Path, run: str) -> dict[Identity, Sent]:

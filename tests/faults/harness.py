@@ -153,7 +153,7 @@ class Federation:
         self.folder, self.run = folder, folder / "run"
         self.broker_url, self.url = broker_url, url or broker_url
         self.programs: list[Program] = []
-        self._management_port = management_port
+        self.management_port = management_port
         self._starts = 0
         for name in ("log", "sent", "trained", "evidence"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -211,11 +211,7 @@ class Federation:
 
     def committed(self) -> int:
         """Return the last round in the history; 0 where there is none."""
-        path = self.run / "history.jsonl"
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1].splitlines()
-        lines = [json.loads(line) for line in whole]
-        return max((line["round"] for line in lines if line["event"] == "committed"), default=0)
+        return max((line["round"] for line in self.history("committed")), default=0)
 
     def run_id(self) -> str:
         """Return the id of the run."""
@@ -251,20 +247,26 @@ class Federation:
     # --- the broker, seen by somebody else -----------------------------------------------------
 
     @contextlib.contextmanager
-    def channel(self) -> Iterator[Any]:
+    def channel(self, *, confirm: bool = True) -> Iterator[Any]:
         """Yield a channel of a connection that does not pass the proxy."""
         connection = pika.BlockingConnection(pika.URLParameters(self.broker_url))
         try:
             channel = connection.channel()
-            channel.confirm_delivery()
+            if confirm:
+                channel.confirm_delivery()
             yield channel
         finally:
             with contextlib.suppress(pika.exceptions.AMQPError):
                 connection.close()
 
-    def inject(self, messages: list[Hostile]) -> None:
-        """Publish messages straight into queues; each is noted, and confirmed."""
-        with self.channel() as channel:
+    def history(self, event: str) -> list[dict[str, Any]]:
+        """Return the lines of the history of one kind."""
+        lines = whole_lines(self.run / "history.jsonl")
+        return [line for line in lines if line["event"] == event]
+
+    def inject(self, messages: list[Hostile], *, confirm: bool = True) -> None:
+        """Publish messages straight into queues; each is noted."""
+        with self.channel(confirm=confirm) as channel:
             for one in messages:
                 self.note(
                     "injected",
@@ -283,7 +285,7 @@ class Federation:
 
     def queues(self) -> dict[str, dict[str, Any]]:
         """Ask the broker's management for the queues of this federation and what is in them."""
-        link = http.client.HTTPConnection("127.0.0.1", self._management_port, timeout=10)
+        link = http.client.HTTPConnection("127.0.0.1", self.management_port, timeout=10)
         login = base64.b64encode(b"guest:guest").decode()
         try:
             link.request("GET", "/api/queues", headers={"Authorization": f"Basic {login}"})
@@ -297,7 +299,7 @@ class Federation:
                 "unacked": one.get("messages_unacknowledged"),
             }
             for one in told
-            if one["name"].startswith(prefix) or not one["name"].startswith("f")
+            if one["name"].startswith((prefix, "amq."))
         }
 
     def rejected(self) -> list[dict[str, Any]]:
@@ -337,7 +339,7 @@ class Federation:
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a last one that a kill cut off is left out."""
-    data = path.read_bytes()
+    data = path.read_bytes() if path.exists() else b""
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 

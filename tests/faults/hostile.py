@@ -48,7 +48,7 @@ class Foe:
         self.rng, self.federation, self.workers, self.run = rng, federation, workers, run
 
     def queues(self) -> list[str]:
-        """Name the queues that fluffle consumes, an outbox aside: that is read only at need."""
+        """Name the queues that fluffle always listens to; an outbox is read only at need."""
         return [
             f"{self.federation}.updates",
             f"{self.federation}.presence",
@@ -62,10 +62,10 @@ class Foe:
 
     def one(self, queue: str) -> Hostile:
         """Make one message for a queue."""
-        makers: list[Callable[[str], tuple[str, bytes]]] = [self._noise, self._mutant]
+        makers: list[Callable[[str], tuple[str, bytes]]] = [self._noise]
         kind = queue.removeprefix(f"{self.federation}.").partition(".")[0]
-        if kind in ("updates", "presence", "inbox"):
-            makers += [self._wrong, self._misplaced]
+        if kind != "outbox":  # a part of a transfer that nobody knows is passed over
+            makers += [self._mutant, self._wrong, self._misplaced]
         what, body = self.rng.choice(makers)(kind)
         return Hostile(queue, what, body)
 
@@ -181,8 +181,6 @@ class Foe:
                 "task": "t",
                 "heartbeat_s": 1.0,
             }, b""
-        if kind == "outbox":
-            return header | {"kind": "part", "transfer": "t", "part": 0}, self.rng.randbytes(200)
         payload = self.rng.randbytes(1024)
         while not np.isfinite(np.frombuffer(payload, np.float32)).all():
             payload = self.rng.randbytes(1024)

@@ -296,6 +296,7 @@ class WorkerModel:
             self.unsent: deque[session.Work] = deque()
             self.thread: session.Work | None = None
             self.wanted = True
+            self.sent: session.Work | None = None
             self.told: dict[str, Any] = {"state": "idle", "run": None, "round": 0}
             self.inbox.clear()
             self.connect()
@@ -374,6 +375,7 @@ class WorkerModel:
                 self.linked = False
                 return True
             self._advance(self.world.session.Sent(work))
+            self.sent = work
             self.told["state"] = "idle"
         self.unsent.popleft()
         return True
@@ -399,7 +401,8 @@ class WorkerModel:
             work = getattr(effect, "work", None)
             if isinstance(effect, module.Begin):
                 assert self.thread is None, "two works at once"
-                self.thread, self.wanted = work, True
+                assert work != self.sent, "an answered work is done again"
+                self.thread, self.wanted, self.sent = work, True, None
                 self._now("training" if work.kind == "fit" else "evaluating", work)
             elif isinstance(effect, module.Abandon):
                 assert work == self.thread
@@ -489,25 +492,40 @@ class World:
             steps += [worker.read, worker.finish, worker.send]
         return steps
 
-    def settle(self) -> None:
-        """Let the faults end and time pass; check that this alone ends the run."""
+    def beat(self) -> None:
+        """Let the time to the next heartbeats pass."""
+        self.now += HEARTBEAT_S
+        for worker in self.workers.values():
+            worker.heartbeat()
+
+    def settle(self, *, afresh: bool = False) -> None:
+        """Let the faults end and time pass; check that this alone ends the run.
+
+        Where enough workers live, a coordinator that starts ``afresh`` must finish it.
+        """
+        if afresh:
+            self.crash_coordinator()
         self.start_coordinator()
         assert self.coordinator is not None
         self.coordinator.connect()
         for worker in self.workers.values():
             worker.connect()
+        number = self.rules.quorum.number
+        living = sum(worker.alive for worker in self.workers.values())
+        enough = living >= max(self.rules.min_workers, number or 1)
+        enough &= self.rules.fraction == 1.0 or number is None
         latest = self.now + 3000
         while self.coordinator.state.phase is not Phase.ENDED:
             self.run()
             assert self.now < latest, f"the run does not end: {self.coordinator.state}"
-            self.now += HEARTBEAT_S
-            for worker in self.workers.values():
-                worker.heartbeat()
+            self.beat()
         self.run()
         state = self.coordinator.state
         assert state.reason
         if state.outcome == "finished":
             assert len(self.disk.history) == self.rules.rounds
+        else:  # declared: a poisoned copy of everyone's update may have come first
+            assert not (afresh and enough) or state.reason.startswith("every worker failed"), state
 
     # --- what must hold ---
 

@@ -26,18 +26,17 @@ ALL = Quorum()
 class Run:
     """A round machine with a clock; every method reports one event and returns the effects."""
 
-    def __init__(self, rules: Rules | None = None, *, machine: Any = rounds, **start: Any) -> None:
-        self.machine = machine
+    def __init__(self, rules: Rules | None = None, **start: Any) -> None:
         self.now = 100.0
         self.link = 0
         self.deliveries = 0
         self.log: list[rs.Effect] = []
         rules = rules or Rules(rounds=2, min_workers=2)
         start = {"has_weights": True, **start}
-        self.state = machine.start(rules, RUN, self.now, **start)
+        self.state = rounds.start(rules, RUN, self.now, **start)
 
     def on(self, event: rs.Event) -> list[rs.Effect]:
-        self.state, effects = self.machine.advance(self.state, event)
+        self.state, effects = rounds.advance(self.state, event)
         self.log += effects
         return effects
 
@@ -95,13 +94,13 @@ class Run:
 
     def sleep(self) -> list[rs.Effect]:
         """Let time pass to when the machine wants to be woken."""
-        self.now = max(self.now, self.machine.wakeup(self.state))
+        self.now = max(self.now, rounds.wakeup(self.state))
         return self.on(rs.Tick(self.now))
 
 
-def opened(*workers: str, rules: Rules | None = None, machine: Any = rounds, **start: Any) -> Run:
+def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
     """Return a run with these workers, its round open."""
-    run = Run(rules, machine=machine, **start)
+    run = Run(rules, **start)
     run.connect()
     for name in workers:
         run.seen(name, hello=True)
@@ -958,13 +957,13 @@ def test_time_before_the_first_link_does_not_count():
 # --- time --------------------------------------------------------------------------------------
 
 
-def check_wakeup(state: rs.State, machine: Any = rounds) -> None:
+def check_wakeup(state: rs.State) -> None:
     """Check that a tick at ``wakeup`` changes something: else the shell would spin."""
-    due = machine.wakeup(state)
+    due = rounds.wakeup(state)
     if due < math.inf:
-        after, _ = machine.advance(state, rs.Tick(due))
+        after, _ = rounds.advance(state, rs.Tick(due))
         assert after != state
-        assert machine.wakeup(after) > due
+        assert rounds.wakeup(after) > due
 
 
 _STEPS = {
@@ -981,7 +980,7 @@ _STEPS = {
     "disconnect": lambda run, _: run.disconnect(),
     "connect": lambda run, _: run.state.link or run.connect(),
     "tick": lambda run, _: run.tick(3.0),
-    "sleep": lambda run, _: math.isinf(run.machine.wakeup(run.state)) or run.sleep(),
+    "sleep": lambda run, _: math.isinf(rounds.wakeup(run.state)) or run.sleep(),
 }
 
 

@@ -22,7 +22,7 @@ workers = st.sampled_from(NAMES)
 flaws = st.sampled_from(["", "", "", "bad", "torn"])
 rules = st.builds(
     Rules,
-    rounds=st.integers(1, 3),
+    rounds=st.integers(1, 5),
     min_workers=st.integers(1, 3),
     quorum=st.sampled_from([Quorum(), Quorum(fraction=0.5), Quorum(number=1), Quorum(number=2)]),
     grace_s=st.sampled_from([0.0, 0.0, 3.0]),
@@ -40,8 +40,11 @@ class Federation(RuleBasedStateMachine):
     machine: ModuleType = rounds
     worker_machine: ModuleType = session
 
-    @initialize(rules=rules, names=st.integers(2, 4), first_weights=st.booleans())
-    def found(self, rules: Rules, names: int, first_weights: bool) -> None:
+    @initialize(
+        rules=rules, names=st.integers(2, 4), first_weights=st.booleans(), afresh=st.booleans()
+    )
+    def found(self, rules: Rules, names: int, first_weights: bool, afresh: bool) -> None:
+        self.afresh = afresh
         self.world = World(
             rules,
             NAMES,
@@ -58,18 +61,19 @@ class Federation(RuleBasedStateMachine):
     def coordinator(self):
         return self.world.coordinator
 
-    # --- progress, in large and in small steps ---
+    # --- progress, in large steps and in small ones ---
 
-    @rule(steps=st.integers(1, 60))
-    def let_them_work(self, steps):
+    @rule(beats=st.integers(1, 8))
+    def all_is_well_for_a_while(self, beats):
+        self.world.start_coordinator()
+        self.coordinator.connect()
+        for _ in range(beats):
+            self.world.run()
+            self.world.beat()
+
+    @rule(steps=st.integers(1, 80))
+    def they_work(self, steps):
         self.world.run(steps)
-
-    @rule(seconds=st.sampled_from([0.5, 2.0, 2.0, 9.0, 15.0, 31.0]), heard=st.booleans())
-    def let_time_pass(self, seconds, heard):
-        self.world.now += seconds
-        if heard:
-            for worker in self.world.workers.values():
-                worker.heartbeat()
 
     @rule(
         step=st.sampled_from(
@@ -90,26 +94,36 @@ class Federation(RuleBasedStateMachine):
     def worker_sends(self, name, flaw, confirmed):
         self.world.workers[name].send(flaw=flaw, confirmed=confirmed)
 
+    @rule(seconds=st.sampled_from([0.5, 3.0, 9.0, 15.0, 31.0]))
+    def the_clock_jumps(self, seconds):
+        self.world.now += seconds
+
     # --- who comes and goes ---
 
-    @rule()
-    def coordinator_crashes(self):
+    @rule(again=st.sampled_from(["at once", "at once", "without a link", "later"]))
+    def coordinator_crashes(self, again):
         self.world.crash_coordinator()
+        if again != "later":
+            self.world.start_coordinator()
+            if again == "at once":
+                self.coordinator.connect()
 
-    @rule(connected=st.booleans())
-    def coordinator_starts(self, connected):
-        self.world.start_coordinator()
-        if connected:
-            self.coordinator.connect()
-
-    @rule(what=st.sampled_from(["connect", "lose_link", "break_off_fold"]))
-    def coordinator_link(self, what):
+    @rule(what=st.sampled_from(["connect", "lose_link", "break_off_fold"]), again=st.booleans())
+    def coordinator_link(self, what, again):
         if self.coordinator is not None:
             getattr(self.coordinator, what)()
+            if again:
+                self.coordinator.connect()
 
-    @rule(name=workers, what=st.sampled_from(["begin", "begin", "crash", "leave"]))
-    def worker_process(self, name, what):
+    @rule(
+        name=workers,
+        what=st.sampled_from(["begin", "begin", "crash", "leave"]),
+        again=st.booleans(),
+    )
+    def worker_process(self, name, what, again):
         getattr(self.world.workers[name], what)()
+        if again:
+            self.world.workers[name].begin()
 
     @rule(name=workers, what=st.sampled_from(["connect", "lose_link"]))
     def worker_link(self, name, what):
@@ -122,32 +136,35 @@ class Federation(RuleBasedStateMachine):
 
     # --- what a broker does to messages ---
 
-    @rule(name=workers)
-    def transient_work_is_lost(self, name):
+    @rule(name=workers, what=st.sampled_from(["work lost", "old work again", "signs of life lost"]))
+    def messages_for_workers_and_signs_of_life(self, name, what):
         inbox = self.world.broker.inboxes[name]
-        kept = [order for order in inbox if order.kind not in ("fit", "evaluate")]
-        inbox.clear()
-        inbox.extend(kept)
-
-    @rule(name=workers)
-    def old_work_comes_again(self, name):
         committed = len(self.world.disk.history)
-        self.world.broker.inboxes[name].append(Order("fit", RUN, max(1, committed)))
+        if what == "work lost":  # the models travel transient
+            kept = [order for order in inbox if order.kind not in ("fit", "evaluate")]
+            inbox.clear()
+            inbox.extend(kept)
+        elif what == "signs of life lost":
+            self.world.broker.presence.clear()
+        elif committed:
+            inbox.append(Order("fit", RUN, committed))
 
-    @rule(flaw=flaws)
-    def an_update_comes_twice(self, flaw):
-        updates = [m for m in self.world.broker.published if m.kind == "update"]
-        if updates:
-            self.world.broker.publish(Message("update", updates[-1].identity, flaw))
-
-    @rule(name=workers, run=st.sampled_from([RUN, "run-b"]), ahead=st.integers(-2, 2), flaw=flaws)
-    def a_stray_update_comes(self, name, run, ahead, flaw):
-        number = max(1, len(self.world.disk.history) + 1 + ahead)
-        self.world.broker.publish(Message("update", Identity(run, number, name), flaw))
-
-    @rule()
-    def signs_of_life_expire(self):
-        self.world.broker.presence.clear()
+    @rule(
+        name=workers,
+        what=st.sampled_from(["copy", "copy", "another round", "another run"]),
+        ahead=st.integers(-2, 2),
+        flaw=flaws,
+    )
+    def updates_that_nobody_sent(self, name, what, ahead, flaw):
+        committed = len(self.world.disk.history)
+        run = "run-b" if what == "another run" else RUN
+        identity = Identity(run, max(1, committed + 1 + ahead), name)
+        if what == "copy":
+            updates = [m.identity for m in self.world.broker.published if m.kind == "update"]
+            if not updates:
+                return
+            identity = updates[-1]
+        self.world.broker.publish(Message("update", identity, flaw))
 
     # --- what must hold ---
 
@@ -157,7 +174,7 @@ class Federation(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "world"):
-            self.world.settle()
+            self.world.settle(afresh=self.afresh)
 
 
 PROFILE = settings(

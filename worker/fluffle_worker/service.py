@@ -260,7 +260,7 @@ class WorkerService:
     async def _read(self, link: Link, mail: AsyncIterator[Delivery]) -> None:
         async for delivery in mail:
             try:
-                message, payload = decode(delivery.body)
+                message, payload = decode(delivery.body, self._settings.federation)
                 self._receive(message, payload)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
@@ -464,7 +464,7 @@ class WorkerService:
         if job.answer is not None:
             message, weights = job.answer
             outbox = Route(self._topology.results, [f"part.{worker}"])
-            await link.purge(self._topology.outbox(worker))  # parts that nobody will ask for
+            await self._clear_outbox(link)
             await send_tensors(
                 link,
                 message,
@@ -477,6 +477,24 @@ class WorkerService:
         self._now("idle", job.work.run, job.work.round)
         metrics = job.answer[0].metrics if job.answer and isinstance(job.answer[0], Update) else {}
         self._tell("sent", {"round": job.work.round, "kind": job.work.kind, **metrics})
+
+    async def _clear_outbox(self, link: Link) -> None:
+        """Drop the parts that nobody will ask for, and reject what is no part of ours."""
+        outbox = self._topology.outbox(self._settings.worker)
+        there = await link.counts(outbox)
+        for _ in range(there.ready if there is not None else 0):
+            delivery = await link.get(outbox)
+            if delivery is None:
+                return
+            try:
+                message, _payload = decode(delivery.body, self._settings.federation)
+                if not isinstance(message, Part):
+                    raise MalformedMessage(f"a message of kind {message.kind} is no part")
+            except MalformedMessage as wrong:
+                self._tell("rejected", {"reason": str(wrong)})
+                await reject(link, delivery, str(wrong), self._topology.rejected)
+            else:
+                await delivery.ack()
 
     def _report(self, work: Work, reason: str) -> None:
         link = self._link

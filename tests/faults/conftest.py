@@ -1,0 +1,71 @@
+"""Federations of real processes, on the session's broker or on one that may be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fluffle_broker import node, record
+from fluffle_common.errors import BrokerError
+from tests.faults.harness import Federation
+
+CONSUMER_TIMEOUT_S = 10
+
+
+@dataclass
+class OwnBroker:
+    """A broker that one may kill."""
+
+    state: Path
+    info: node.NodeInfo
+
+    def kill(self) -> None:
+        """Kill it with -9."""
+        assert self.info.pid is not None
+        os.kill(self.info.pid, signal.SIGKILL)
+
+    def start(self) -> None:
+        """Start it again, with its data and its ports."""
+        self.info = node.up(self.state, ports=self.info.ports, extra_conf=_conf())
+
+
+def _conf() -> str:
+    return f"consumer_timeout = {CONSUMER_TIMEOUT_S * 1000}"
+
+
+@pytest.fixture(scope="module")
+def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
+    """Run a broker that loses patience with a consumer after ten seconds, and looks each second."""
+    state = tmp_path_factory.mktemp("own")
+    etc = record.broker_folder(state) / "etc"
+    etc.mkdir(parents=True)
+    # How often a channel looks for unacknowledged deliveries; rabbitmq.conf has no word for it.
+    (etc / "advanced.config").write_text("[{rabbit, [{channel_tick_interval, 1000}]}].\n")
+    try:
+        info = node.up(state, ports=node.Ports(0, 0, 0, 0, 0), extra_conf=_conf())
+    except BrokerError as why:
+        pytest.skip(f"NOT TESTED against a broker that is killed, none can be started: {why}")
+    try:
+        yield OwnBroker(state, info)
+    finally:
+        node.down(state, grace_s=0)
+
+
+@pytest.fixture
+def federation(broker_node: node.NodeInfo, tmp_path: Path) -> Iterator[Federation]:
+    """Yield a federation on the session's broker."""
+    with Federation(tmp_path, broker_node.url, broker_node.ports.management) as made:
+        yield made
+
+
+@pytest.fixture
+def own_federation(own_broker: OwnBroker, tmp_path: Path) -> Iterator[Federation]:
+    """Yield a federation on a broker of its own."""
+    info = own_broker.info
+    with Federation(tmp_path, info.url, info.ports.management) as made:
+        yield made

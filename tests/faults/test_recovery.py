@@ -1,0 +1,310 @@
+"""What each single kind of failure does to a run, with real processes: nothing that stays.
+
+``FULL=1`` in the environment takes the longer times and larger numbers of the promise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pika
+import pytest
+from safetensors.numpy import load_file
+
+from tests.faults.checker import check
+from tests.faults.conftest import CONSUMER_TIMEOUT_S, OwnBroker
+from tests.faults.harness import Federation, Program, wait_until
+from tests.faults.hostile import Foe, Hostile
+
+pytestmark = pytest.mark.rabbit
+
+FULL = os.environ.get("FULL") == "1"
+Beat = ("--heartbeat", 0.5)
+
+
+def start(
+    federation: Federation, workers: int, *flags: object, **env: str
+) -> tuple[Program, list[Program]]:
+    """Start a coordinator that wants everybody, and everybody."""
+    coordinator = federation.coordinator(*rules(workers), *flags)
+    return coordinator, [federation.worker(n, workers, *Beat, **env) for n in range(workers)]
+
+
+def rules(workers: int) -> tuple[object, ...]:
+    return ("--quorum", workers, "--min-workers", workers)
+
+
+def assert_ended_well(federation: Federation, *programs: Program) -> None:
+    """Wait until all have ended by themselves; nothing may have been lost, doubled or left."""
+    assert [program.end() for program in programs] == [0] * len(programs)
+    federation.gather()
+    verdict = check(federation.folder)
+    assert verdict.clean, verdict.told()
+
+
+# --- the coordinator -----------------------------------------------------------------------------
+
+
+def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
+    federation: Federation, tmp_path: Path
+) -> None:
+    rounds, workers = 20, 3
+    undisturbed = Federation(
+        tmp_path / "undisturbed", federation.broker_url, federation.management_port
+    )
+    with undisturbed:
+        coordinator, others = start(undisturbed, workers, "--rounds", rounds)
+        assert [program.end() for program in (coordinator, *others)] == [0] * 4
+
+    rng = random.Random(20)
+    flags = ("--rounds", rounds, "--config", "train_s=0.3")
+    coordinator, others = start(federation, workers, *flags)
+    for number in range(1, rounds + 1):
+        coordinator.wait_for("opened", round=number)
+        time.sleep(rng.uniform(0.0, 0.4))  # anywhere in the round, and a little beyond
+        coordinator.kill()
+        coordinator = federation.coordinator(*rules(workers), *flags)
+        if rng.random() < 0.3:  # and some before they have begun
+            time.sleep(rng.uniform(0.3, 1.5))
+            coordinator.kill()
+            coordinator = federation.coordinator(*rules(workers), *flags)
+    assert_ended_well(federation, coordinator, *others)
+
+    name = f"round-{rounds:04d}.safetensors"
+    expected, got = load_file(undisturbed.run / name), load_file(federation.run / name)
+    assert expected.keys() == got.keys()
+    for tensor in expected:
+        np.testing.assert_allclose(got[tensor], expected[tensor], rtol=1e-6, atol=1e-6)
+
+
+def test_a_standby_takes_over_from_a_killed_coordinator(federation: Federation) -> None:
+    flags = ("--rounds", 8, "--config", "train_s=0.3")
+    active, workers = start(federation, 2, *flags)
+    active.wait_for("started")
+    standby = federation.coordinator(*rules(2), *flags)
+    standby.wait_for("standby")
+    federation.wait_committed(2)
+    active.kill()
+    began = time.monotonic()
+    standby.wait_for("opened", timeout_s=10)
+    taken_s = time.monotonic() - began
+    assert standby.events("resumed")[0]["round"] >= 2
+    assert_ended_well(federation, standby, *workers)
+    assert taken_s < 10
+
+
+# --- the broker ----------------------------------------------------------------------------------
+
+
+def test_a_broker_killed_in_the_middle_of_a_round(
+    own_broker: OwnBroker, own_federation: Federation
+) -> None:
+    federation = own_federation
+    coordinator, workers = start(federation, 3, "--rounds", 4, "--config", "train_s=2")
+    for worker in workers:
+        worker.wait_for("begin", round=2)
+    own_broker.kill()
+    for program in (coordinator, *workers):
+        program.wait_for("no_broker")
+    threading.Event().wait(10 if FULL else 3)
+    own_broker.start()
+    assert_ended_well(federation, coordinator, *workers)
+    # Nobody was restarted, or restarted itself.
+    assert all(len(program.events("loaded")) == 1 for program in workers)
+
+
+def test_a_round_longer_than_the_brokers_patience(own_federation: Federation) -> None:
+    federation = own_federation
+    slow_s = 60 if FULL else 2.5 * CONSUMER_TIMEOUT_S
+    flags = ("--rounds", 2, "--config", "train_s=0.2", "--config", f"slow_s={slow_s}")
+    coordinator, workers = start(federation, 3, *flags)
+    federation.wait_committed(1, timeout_s=slow_s + 60)
+    # The channel was closed over its unacknowledged updates, more than once.
+    assert len(coordinator.events("disconnected")) >= 2
+    assert [program.end(slow_s + 60) for program in (coordinator, *workers)] == [0] * 4
+    assert_ended_well(federation, coordinator, *workers)
+
+
+# --- messages that nobody should send ------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening(federation: Federation) -> Iterator[dict[str, str]]:
+    """Take what is rejected as it comes: the ids of hostile messages, each with its reason."""
+    found: dict[str, str] = {}
+    done = threading.Event()
+
+    def listen() -> None:
+        connection = pika.BlockingConnection(pika.URLParameters(federation.broker_url))
+        channel = connection.channel()
+        queue = f"{federation.name}.rejected"
+        for method, properties, _ in channel.consume(queue, auto_ack=True, inactivity_timeout=0.1):
+            if method is not None:
+                headers = properties.headers or {}
+                found[headers.get("faults_id", "")] = headers.get("reason", "")
+            elif done.is_set():
+                break
+        connection.close()
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join(60)
+
+
+def test_a_flood_of_hostile_messages(federation: Federation) -> None:
+    count = 10_000 if FULL else 3_000
+    flags = ("--rounds", 1000, "--config", "train_s=0.2", "--deadline", 60)
+    coordinator, workers = start(federation, 2, *flags)
+    federation.wait_committed(3)
+    foe = Foe(random.Random(6), federation.name, ["w0", "w1"], federation.run_id())
+    with listening(federation) as rejected:
+        # A first wave, so that what is measured afterwards is not what the first one makes grow.
+        flood(federation, foe.some(count // 10), rejected)
+        before = {program.name: program.rss_bytes() for program in (coordinator, *workers)}
+        committed = federation.committed()
+        flood(federation, foe.some(count), rejected)
+        federation.wait_committed(committed + 3)
+        grown = {
+            program.name: (program.rss_bytes() - before[program.name]) / 2**20
+            for program in (coordinator, *workers)
+        }
+        last = finish(federation, coordinator)
+        assert_ended_well(federation, last, *workers)
+    assert max(grown.values()) < 25, f"MB more than before: {grown}"
+
+
+def flood(federation: Federation, messages: list[Hostile], rejected: dict[str, str]) -> None:
+    """Send them, and wait until each is rejected with a reason."""
+    federation.inject(messages, confirm=False)
+    wanted = {one.id: one for one in messages}
+
+    def lacking() -> list[str]:
+        return [f"{wanted[id].queue}: {wanted[id].what}" for id in wanted.keys() - rejected.keys()]
+
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not lacking(), "all are rejected", timeout_s=30 + len(messages) / 100)
+    assert lacking() == []
+    assert all(rejected[id] for id in wanted)
+
+
+def finish(federation: Federation, coordinator: Program) -> Program:
+    """Bring an endless run to its end: a last coordinator has a round or two to do."""
+    coordinator.interrupt()
+    coordinator.end()
+    return federation.coordinator(*rules(2), "--rounds", federation.committed() + 2)
+
+
+def test_hostile_messages_among_the_parts_of_a_large_update(federation: Federation) -> None:
+    coordinator, workers = start(
+        federation, 2, "--rounds", 1000, "--config", "train_s=0.2", FAULTS_KERNEL=str(2 * 2**20)
+    )
+    federation.wait_committed(1)
+    foe = Foe(random.Random(8), federation.name, ["w0", "w1"], federation.run_id())
+    outboxes = [f"{federation.name}.outbox.w{number}" for number in (0, 1)]
+    with listening(federation) as rejected:
+        flood(federation, foe.some(100, outboxes), rejected)
+        committed = federation.committed()
+        federation.wait_committed(committed + 2)
+        assert_ended_well(federation, finish(federation, coordinator), *workers)
+
+
+def test_the_rejected_queue_is_bounded_and_what_it_dropped_can_be_counted(
+    federation: Federation,
+) -> None:
+    coordinator, workers = start(federation, 2, "--rounds", 1000, "--config", "train_s=0.2")
+    federation.wait_committed(1)
+    foe = Foe(random.Random(9), federation.name, ["w0", "w1"], federation.run_id())
+    federation.inject(foe.some(1200, foe.queues()[:2]), confirm=False)
+    wait_until(lambda: len(coordinator.events("rejected")) >= 1200, "all are told")
+    assert_ended_well(federation, finish(federation, coordinator), *workers)
+    kept = (federation.folder / "evidence/rejected.jsonl").read_bytes().splitlines()
+    assert len(kept) == 1000
+    assert sum(line["rejected"] for line in federation.history("committed")) == 1200
+
+
+# --- the disk ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[bool], None]]:
+    """Make the folder a disk of 4 MB; the function yielded fills it, or makes room."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as why:
+        pytest.skip(f"NOT TESTED on a full disk, which takes root and a tmpfs: {why}")
+    filler = folder / "filler"
+
+    def fill(full: bool) -> None:
+        if not full:
+            filler.unlink()
+            return
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_pauses_the_run_until_there_is_room(federation: Federation) -> None:
+    with small_disk(federation.run) as fill:
+        coordinator, workers = start(federation, 2, "--rounds", 6, "--config", "train_s=0.3")
+        federation.wait_committed(2)
+        fill(True)
+        told = coordinator.wait_for("disk")
+        assert told["folder"] == str(federation.run)
+        assert "No space left" in told["reason"]
+        committed = federation.committed()
+        threading.Event().wait(3)
+        assert coordinator.alive()
+        assert federation.committed() == committed
+        fill(False)
+        federation.wait_committed(committed + 1)
+        assert_ended_well(federation, coordinator, *workers)
+        assert len(coordinator.events("disk")) == 1
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of others: Linux only")
+def test_a_disk_that_refuses_large_files_pauses_the_run_too(federation: Federation) -> None:
+    # The same without root: the kernel refuses to let a file grow beyond a limit.
+    coordinator, workers = start(
+        federation, 2, "--rounds", 5, "--config", "train_s=0.3", FAULTS_KERNEL="400000"
+    )
+    federation.wait_committed(2)
+    limits = resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    coordinator.wait_for("disk")
+    assert not list(federation.run.glob("*.partial"))
+    resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE, limits)
+    assert_ended_well(federation, coordinator, *workers)
+
+
+def test_a_torn_line_and_a_half_written_checkpoint_are_repaired(federation: Federation) -> None:
+    coordinator, workers = start(federation, 2, "--rounds", 5, "--config", "train_s=0.5")
+    federation.wait_committed(2)
+    coordinator.kill()
+    with (federation.run / "history.jsonl").open("a") as history:
+        history.write('{"event":"committed","round":3,"partici')
+    shutil.copy(federation.run / "round-0001.safetensors", federation.run / "x.partial")
+    again = federation.coordinator(*rules(2), "--rounds", 5, "--config", "train_s=0.5")
+    assert "torn last line" in again.wait_for("repaired")["what"]
+    assert_ended_well(federation, again, *workers)
+    assert not list(federation.run.glob("*.partial"))
