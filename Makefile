@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check format lock clean
+.PHONY: install demo test check chaos format lock clean
 
 install: $(STAMP)
 
@@ -30,6 +30,12 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+FAULTS ?= 100
+SEED ?= 7
+
+chaos: install
+	$(BIN)/python -m tests.faults.chaos --faults $(FAULTS) --seed $(SEED)
 
 format: install
 	$(BIN)/ruff format .

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fluffle_common.messages import Update
+from fluffle_common.wire import decode, read_tensors
 from tests.e2e.programs import ROOT, Federation
 
 SCRIPT = ROOT / "tests/e2e/pika_worker.py"
@@ -39,18 +41,15 @@ def test_it_is_short() -> None:
     lines = SCRIPT.read_text().splitlines()
     assert len(lines) < 60
     imported = {line.split()[1] for line in lines if line.startswith(("import ", "from "))}
-    assert imported <= {"sys", "uuid", "msgpack", "numpy", "pika"}
+    assert imported <= {"sys", "time", "msgpack", "numpy", "pika"}
 
 
 def test_the_bytes_in_the_protocol_are_what_they_are_said_to_be() -> None:
     """The example of docs/protocol.md, by msgpack alone and by fluffle."""
-    from fluffle_common.messages import Update
-    from fluffle_common.wire import decode, read_tensors
-
-    _, hexadecimal, diagnosed, *_ = (ROOT / "docs/protocol.md").read_text().split("```")[-5:]
+    _, hexadecimal, _, meaning, _ = (ROOT / "docs/protocol.md").read_text().rsplit("```", 4)
     body = bytes.fromhex(hexadecimal)
     header, payload = msgpack.unpackb(body)
-    assert [header, payload] == eval(diagnosed.strip())
+    assert [header, payload] == eval(meaning.removeprefix("python\n"))
     message, view = decode(body)
     assert isinstance(message, Update)
     (delta,) = read_tensors(message.tensors, view).values()

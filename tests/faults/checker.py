@@ -247,9 +247,8 @@ def _nothing_left(folder: Path) -> Iterator[str]:
 
 
 def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
-    """Read what the workers published, and what the harness published in their name."""
+    """Read what the workers published; replays are copies of it, and come after it."""
     sent: dict[Identity, Sent] = defaultdict(Sent)
-    bodies: dict[str, Path] = {}
     for path in sorted(folder.glob("sent/*/*.jsonl")):
         for line in _lines(path):
             if line["type"] != "update":
@@ -257,9 +256,7 @@ def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
             kind, of_run, number, worker = line["message_id"].split("/")
             assert (kind, of_run) == ("update", run), line
             one = sent[int(number), worker]
-            body = path.parent / f"{line['sha256']}.msgpack"
-            bodies[line["sha256"]] = body
-            one.bodies.add(body)
+            one.bodies.add(path.parent / f"{line['sha256']}.msgpack")
             if line["event"] == "began":
                 one.began = min(one.began, line["at"])
             elif line["event"] == "confirmed":
@@ -269,9 +266,9 @@ def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
 
 def _contents(one: Sent) -> Iterator[tuple[dict[str, Any], Tensors]]:
     for path in sorted(one.bodies):
-        body = path.read_bytes()
-        assert sha256(body).hexdigest() == path.stem, path
-        header, payload = msgpack.unpackb(body)
+        header, payload = _unpacked(path)
+        if "transfer" in header:
+            payload = b"".join(_parts(path.parent, header["transfer"]))
         yield (
             header,
             {
@@ -281,6 +278,27 @@ def _contents(one: Sent) -> Iterator[tuple[dict[str, Any], Tensors]]:
                 for entry in header["tensors"]
             },
         )
+
+
+def _parts(folder: Path, transfer: dict[str, Any]) -> Iterator[bytes]:
+    """Find the parts of a payload that was too large for one message, in order."""
+    named = {
+        line["message_id"]: folder / f"{line['sha256']}.msgpack"
+        for path in folder.glob("*.jsonl")
+        for line in _lines(path)
+        if line["type"] == "part"
+    }
+    for number in range(transfer["parts"]):
+        header, piece = _unpacked(named[f"{transfer['id']}/{number}"])
+        assert (header["transfer"], header["part"]) == (transfer["id"], number)
+        yield piece
+
+
+def _unpacked(path: Path) -> tuple[dict[str, Any], bytes]:
+    body = path.read_bytes()
+    assert sha256(body).hexdigest() == path.stem, path
+    header, payload = msgpack.unpackb(body)
+    return header, payload
 
 
 def _trained(folder: Path) -> set[tuple[str, str, str]]:

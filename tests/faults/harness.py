@@ -302,24 +302,26 @@ class Federation:
             if one["name"].startswith((prefix, "amq."))
         }
 
-    def rejected(self) -> list[dict[str, Any]]:
+    def take_rejected(self) -> None:
         """Take everything out of the rejected queue and note it."""
-        found = []
         with self.channel() as channel:
             while True:
                 method, properties, body = channel.basic_get(f"{self.name}.rejected", auto_ack=True)
                 if method is None:
                     break
-                headers = properties.headers or {}
-                line = {
-                    "id": headers.get("faults_id"),
-                    "reason": headers.get("reason"),
-                    "message_id": properties.message_id,
-                    "sha256": hashlib.sha256(body).hexdigest(),
-                }
-                found.append(line)
-                self.note("rejected", line)
-        return found
+                self.note_rejected(properties, body)
+
+    def note_rejected(self, properties: Any, body: bytes) -> dict[str, Any]:
+        """Note what was found in the rejected queue."""
+        headers = properties.headers or {}
+        line = {
+            "id": headers.get("faults_id"),
+            "reason": headers.get("reason"),
+            "message_id": properties.message_id,
+            "sha256": hashlib.sha256(body).hexdigest(),
+        }
+        self.note("rejected", line)
+        return line
 
     def gather(self) -> None:
         """Write what is left on the broker and on the machine into the evidence, after the end."""
@@ -334,7 +336,7 @@ class Federation:
         evidence = self.folder / "evidence"
         (evidence / "queues.json").write_text(json.dumps(self.queues(), indent=1))
         (evidence / "orphans.json").write_text(json.dumps(self.orphans()))
-        self.rejected()
+        self.take_rejected()
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

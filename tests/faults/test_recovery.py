@@ -148,10 +148,12 @@ def listening(federation: Federation) -> Iterator[dict[str, str]]:
         connection = pika.BlockingConnection(pika.URLParameters(federation.broker_url))
         channel = connection.channel()
         queue = f"{federation.name}.rejected"
-        for method, properties, _ in channel.consume(queue, auto_ack=True, inactivity_timeout=0.1):
+        for method, properties, body in channel.consume(
+            queue, auto_ack=True, inactivity_timeout=0.1
+        ):
             if method is not None:
-                headers = properties.headers or {}
-                found[headers.get("faults_id", "")] = headers.get("reason", "")
+                line = federation.note_rejected(properties, body)
+                found[line["id"]] = line["reason"]
             elif done.is_set():
                 break
         connection.close()
@@ -230,6 +232,7 @@ def test_the_rejected_queue_is_bounded_and_what_it_dropped_can_be_counted(
     foe = Foe(random.Random(9), federation.name, ["w0", "w1"], federation.run_id())
     federation.inject(foe.some(1200, foe.queues()[:2]), confirm=False)
     wait_until(lambda: len(coordinator.events("rejected")) >= 1200, "all are told")
+    federation.wait_committed(federation.committed() + 2)  # the line of a round says how many
     assert_ended_well(federation, finish(federation, coordinator), *workers)
     kept = (federation.folder / "evidence/rejected.jsonl").read_bytes().splitlines()
     assert len(kept) == 1000
