@@ -203,6 +203,7 @@ class Aggregation:
         weights = await asyncio.to_thread(self._strategy.finish, self._sum, self.weights)
         metadata = self._metadata(number)
         await self._on_disk(lambda: self._store.save_weights(number, weights, metadata))
+        counts, self.counts = self.counts, Counts()  # from here on, of the next round
         line = {
             "event": "committed",
             "run": metadata["run"],
@@ -210,14 +211,14 @@ class Aggregation:
             "participants": list(self._participants.values()),
             "opened_at": self.opened_at,
             "committed_at": timestamp(),
-            "late": self.counts.late,
-            "rejected": self.counts.rejected,
+            "late": counts.late,
+            "rejected": counts.rejected,
             "checkpoint": f"round-{number:04d}.safetensors",
         }
         await self._on_disk(lambda: self._store.append(line))
         participants = frozenset(self._participants)
         self.weights, self._sum = weights, self._strategy.init(weights)
-        self._participants, self.counts, self._closing = {}, Counts(), False
+        self._participants, self._closing = {}, False
         self._post(rs.Committed(time.monotonic(), number, participants))
 
     async def _record_evaluation(

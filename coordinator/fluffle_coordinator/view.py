@@ -112,7 +112,8 @@ def _who(state: State, now: float) -> str:
             steps = f" {worker.step}/{worker.steps}" if worker.steps else ""
             told.append(f"{name} {worker.state}{steps}")
         else:
-            told.append(f"{name} idle, last heard {max(0.0, now - worker.last_seen):.0f} s ago")
+            heard_s = max(0.0, now - worker.last_seen)
+            told.append(f"{name} has not begun (last heard {heard_s:.0f} s ago)")
     short = state.needed - len(state.asked)
     if short > 0:
         told.append(f"{short} more workers needed")
