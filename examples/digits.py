@@ -36,6 +36,8 @@ class MLP(nnx.Module):
 def task(options: TaskOptions) -> Task:
     """Make the task of one owner; ``--data shard:I/N`` is the I-th of N parts."""
     index, parts = map(int, options.data.removeprefix("shard:").split("/"))
+    if not 0 <= index < parts:
+        raise ValueError(f"{parts} parts are shard:0/{parts} to shard:{parts - 1}/{parts}")
     digits = load_digits()
     pixels = (digits.data / 16).astype(np.float32)[index::parts]
     targets = digits.target.astype(np.int32)[index::parts]

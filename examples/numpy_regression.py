@@ -65,6 +65,8 @@ class Regression:
 def task(options: TaskOptions) -> Regression:
     """Make the task of one owner; ``--data shard:I/N`` is the I-th of N parts."""
     index, parts = map(int, options.data.removeprefix("shard:").split("/"))
+    if not 0 <= index < parts:
+        raise ValueError(f"{parts} parts are shard:0/{parts} to shard:{parts - 1}/{parts}")
     rng = np.random.default_rng(1)
     inputs = rng.normal(size=(EXAMPLES, len(SLOPES)))
     targets = inputs @ SLOPES + INTERCEPT + rng.normal(0, NOISE, EXAMPLES)

@@ -175,7 +175,7 @@ class Aggregation:
                 **({"metrics": metrics} if metrics else {}),
             }
             self._post(rs.Folded(time.monotonic(), worker))
-        held.forget()
+            held.forget()  # only now: what is rejected is kept as it came
 
     def _check_and_fold(self, message: Update, payload: memoryview) -> None:
         assert self.weights is not None

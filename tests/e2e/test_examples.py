@@ -25,10 +25,10 @@ def test_numpy_regression_finds_the_slopes(federation: Federation) -> None:
 
 def test_digits_are_learnt(federation: Federation) -> None:
     task = f"{ROOT / 'examples/digits.py'}:task"
-    coordinator = federation.coordinator("--quorum", 3, "--rounds", 8, "--epochs", 3)
-    workers = [federation.worker(f"shard:{n}/3", task=task) for n in range(3)]
-    assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0, 0]
+    coordinator = federation.coordinator("--quorum", 2, "--rounds", 8, "--epochs", 3)
+    workers = [federation.worker(f"shard:{n}/2", task=task) for n in range(2)]
+    assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
     lines = map(json.loads, (federation.run / "history.jsonl").read_text().splitlines())
     last = [line for line in lines if line["event"] == "evaluated"][-1]
     assert last["round"] == 8
-    assert last["accuracy"] > 0.9
+    assert last["accuracy"] > 0.85  # of 178 held-out digits; guessing would be right on 0.1

@@ -60,7 +60,6 @@ def connection(federation: Federation) -> Iterator[pika.BlockingConnection]:
         yield opened
 
 
-@pytest.mark.xfail(reason="the body is let go of before it is published again", strict=True)
 def test_what_is_rejected_can_be_looked_at(
     federation: Federation, connection: pika.BlockingConnection
 ) -> None:

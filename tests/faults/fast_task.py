@@ -4,7 +4,8 @@
     fluffle coordinator --config train_s=0.2 --config slow_s=25 ...
 
 What is trained follows from the weights, the plan's seed and the worker's name alone, so that a
-round trained twice gives the same result. Every training is written to ``$FAULTS_TRAINED`` as one
+round trained twice gives the same result, and weights that differ in their last bit give results
+that differ no more. Every training is written to ``$FAULTS_TRAINED`` as one
 ``.npz`` before fluffle hears of it: the digest of what was received, the delta, the number of
 examples. ``config`` of the plan: ``train_s``, how long it takes; ``slow_s``, the same for shard 0.
 ``$FAULTS_KERNEL``: how many elements the one large tensor has.
@@ -67,7 +68,7 @@ class FastTask:
         for step in range(1, steps + 1):
             time.sleep(max(0.0, began + step * seconds / steps - time.monotonic()))
             progress(step, steps, 1.0 / step)
-        trained = self._learn(weights, f"{received}/{plan.seed}/{self._worker}")
+        trained = self._learn(weights, f"{plan.seed}/{self._worker}")
         self._record(received, weights, trained)
         return TrainResult(trained, self.num_examples, {"loss": 1.0 / steps})
 
@@ -78,7 +79,7 @@ class FastTask:
     def _learn(self, weights: Weights, lot: str) -> dict[str, np.ndarray[Any, Any]]:
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(lot.encode()).digest()[:8]))
         trained = {}
-        for name, tensor in weights.items():
+        for name, tensor in sorted(weights.items()):  # a resumed run has them in another order
             if tensor.dtype.kind == "f":
                 noise = rng.normal(size=tensor.shape)
                 trained[name] = np.asarray(_SHRINK * tensor + noise, tensor.dtype)

@@ -67,17 +67,33 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
         assert [program.end() for program in (coordinator, *others)] == [0] * 4
 
     rng = random.Random(20)
-    flags = ("--rounds", rounds, "--config", "train_s=0.3")
+    flags = ("--rounds", rounds, "--config", "train_s=0.4")
     coordinator, others = start(federation, workers, *flags)
-    for number in range(1, rounds + 1):
-        coordinator.wait_for("opened", round=number)
-        time.sleep(rng.uniform(0.0, 0.4))  # anywhere in the round, and a little beyond
+
+    def opened() -> int:
+        return max((told["round"] for told in coordinator.events("opened")), default=0)
+
+    def again() -> Program:
+        killed_in.add(federation.committed() + 1)  # the one that is open, or about to be
         coordinator.kill()
-        coordinator = federation.coordinator(*rules(workers), *flags)
-        if rng.random() < 0.3:  # and some before they have begun
+        return federation.coordinator(*rules(workers), *flags)
+
+    killed_in: set[int] = set()
+    number = 0
+    while number < rounds:
+        wait_until(lambda number=number: opened() > number, f"a round after {number} is open")
+        time.sleep(rng.uniform(0.0, 0.33))  # anywhere in the round
+        number = opened()
+        coordinator = again()
+        once_more = rng.random()
+        if once_more < 0.3:  # before it has begun, or shortly after
             time.sleep(rng.uniform(0.3, 1.5))
-            coordinator.kill()
-            coordinator = federation.coordinator(*rules(workers), *flags)
+            coordinator = again()
+        elif once_more < 0.6:  # while it averages and writes
+            coordinator.wait_for("counted", updates=workers)
+            coordinator = again()
+    missed = set(range(1, rounds + 1)) - killed_in
+    assert len(missed) <= 2, missed  # where the machine is slow, a kill can come a round too late
     assert_ended_well(federation, coordinator, *others)
 
     name = f"round-{rounds:04d}.safetensors"

@@ -280,6 +280,7 @@ class WorkerModel:
         self.world, self.broker, self.name = world, world.broker, name
         self.sessions = 0
         self.alive = False
+        self.slow = False  # it does not finish by itself
         self.broker.inboxes[name] = deque()
 
     @property
@@ -358,6 +359,9 @@ class WorkerModel:
         else:
             self._advance(self.world.session.Abandoned(work))
         return True
+
+    def work(self) -> bool:
+        return not self.slow and self.finish()
 
     def finish_unwanted(self) -> bool:
         """Let the thread finish before it notices."""
@@ -489,7 +493,7 @@ class World:
                 coordinator.send_one,
             ]
         for worker in self.workers.values():
-            steps += [worker.read, worker.finish, worker.send]
+            steps += [worker.read, worker.work, worker.send]
         return steps
 
     def beat(self) -> None:
@@ -510,6 +514,7 @@ class World:
         self.coordinator.connect()
         for worker in self.workers.values():
             worker.connect()
+            worker.slow = False
         number = self.rules.quorum.number
         living = sum(worker.alive for worker in self.workers.values())
         enough = living >= max(self.rules.min_workers, number or 1)

@@ -134,6 +134,10 @@ class Federation(RuleBasedStateMachine):
     def worker_fails(self, name):
         self.world.workers[name].finish("failed")
 
+    @rule(name=workers)
+    def worker_has_more_or_less_to_do(self, name):
+        self.world.workers[name].slow = not self.world.workers[name].slow
+
     # --- what a broker does to messages ---
 
     @rule(name=workers, what=st.sampled_from(["work lost", "old work again", "signs of life lost"]))
