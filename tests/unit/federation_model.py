@@ -425,7 +425,8 @@ class WorkerModel:
             elif isinstance(effect, module.Leave):
                 self.leave()
         kept = {self.state.doing, self.state.next, self.state.sending, self.state.answered}
-        assert self.evaluates.keys() <= kept | {getattr(event, "work", None)}, "a work is leaked"
+        kept.add(getattr(event, "work", None))
+        assert not self.alive or self.evaluates.keys() <= kept, "a work is leaked"
 
     def _now(self, state: str, work: session.Work) -> None:
         self.told = {"state": state, "run": work.run, "round": work.round}

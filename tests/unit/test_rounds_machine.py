@@ -140,18 +140,22 @@ class Federation(RuleBasedStateMachine):
 
     # --- what a broker does to messages ---
 
-    @rule(name=workers, what=st.sampled_from(["work lost", "old work again", "signs of life lost"]))
-    def messages_for_workers_and_signs_of_life(self, name, what):
+    @rule(name=workers, what=st.sampled_from(["work", "signs of life"]))
+    def transient_messages_are_lost(self, name, what):
         inbox = self.world.broker.inboxes[name]
-        committed = len(self.world.disk.history)
-        if what == "work lost":  # the models travel transient
+        if what == "work":
             kept = [order for order in inbox if order.kind not in ("fit", "evaluate")]
             inbox.clear()
             inbox.extend(kept)
-        elif what == "signs of life lost":
+        else:
             self.world.broker.presence.clear()
-        elif committed:
-            inbox.append(Order("fit", RUN, committed))
+
+    @rule(name=workers)
+    def old_work_comes_again(self, name):
+        committed = len(self.world.disk.history)
+        if committed:
+            self.world.broker.inboxes[name].append(Order("fit", RUN, committed))
+            self.world.workers[name].read()
 
     @rule(
         name=workers,
@@ -161,8 +165,9 @@ class Federation(RuleBasedStateMachine):
     )
     def updates_that_nobody_sent(self, name, what, ahead, flaw):
         committed = len(self.world.disk.history)
-        run = "run-b" if what == "another run" else RUN
-        identity = Identity(run, max(1, committed + 1 + ahead), name)
+        identity = Identity(RUN, max(1, committed + 1 + ahead), name)
+        if what == "another run":
+            identity = Identity("run-b", committed + 1, name)
         if what == "copy":
             updates = [m.identity for m in self.world.broker.published if m.kind == "update"]
             if not updates:
@@ -182,7 +187,7 @@ class Federation(RuleBasedStateMachine):
 
 
 PROFILE = settings(
-    max_examples=60,
+    max_examples=300,
     stateful_step_count=60,
     deadline=None,
     derandomize="CI" in os.environ,

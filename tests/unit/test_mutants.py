@@ -1,0 +1,277 @@
+"""Machines with one rule broken: every one of them must be found out by the tests of the rules.
+
+A mutant is a machine whose source has one line replaced. ``rule`` names the test of
+``test_rounds`` that must fail on it; ``random`` says that ``test_rounds_machine`` must.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from fluffle_coordinator import progress, rounds
+from fluffle_worker import session
+from tests.unit import test_rounds, test_rounds_machine
+from tests.unit.test_rounds_machine import Federation
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """What is broken, and who must notice."""
+
+    name: str
+    module: ModuleType
+    old: str
+    new: str
+    rule: str = ""
+    random: bool = True
+
+
+MUTANTS = [
+    Mutant(
+        "acknowledges when folded, not when the commit is on disk",
+        rounds,
+        "    update = replace(held, folded=True)\n",
+        "    update = replace(held, folded=True)\n    out.append(Ack(held.handle))\n",
+        "test_nothing_is_acknowledged_before_the_commit_is_on_disk",
+    ),
+    Mutant(
+        "lets go of late updates before the commit is on disk",
+        rounds,
+        "    if event.round == state.round:\n",
+        "    if event.round == state.round and state.phase is not Phase.COMMITTING:\n",
+        "test_what_comes_during_the_commit_is_late_once_that_is_on_disk",
+    ),
+    Mutant(
+        "folds duplicates",
+        rounds,
+        "    if held is not None:\n        return _again",
+        "    if False:\n        return _again",
+        "test_a_duplicate_of_what_we_hold_is_acknowledged",
+    ),
+    Mutant(
+        "folds late updates into the next round",
+        rounds,
+        "    if event.round == state.round:\n        update",
+        "    if event.round <= state.round:\n        update",
+        "test_a_late_update_is_acknowledged_and_told",
+    ),
+    Mutant(
+        "folds what comes during the commit",
+        rounds,
+        "        if state.phase is not Phase.COMMITTING:  # else it is late",
+        "        if True:  # else it is late",
+        "test_what_comes_during_the_commit_is_late_once_that_is_on_disk",
+    ),
+    Mutant(
+        "folds a copy while the round is being committed",
+        rounds,
+        "        if state.phase is not Phase.COMMITTING:  # then",
+        "        if True:  # then",
+        "test_a_copy_is_not_folded_while_the_round_is_being_committed",
+        random=False,
+    ),
+    Mutant(
+        "takes another run's updates",
+        rounds,
+        "    if event.run != state.run:\n        out.append(Reject",
+        "    if False:\n        out.append(Reject",
+        "test_what_is_not_of_this_round_is_rejected_with_the_reason",
+    ),
+    Mutant(
+        "takes updates of rounds to come",
+        rounds,
+        "    if event.round > state.round or (",
+        "    if (",
+        "test_what_is_not_of_this_round_is_rejected_with_the_reason",
+        random=False,
+    ),
+    Mutant(
+        "forgets the copies",
+        rounds,
+        "    if held.spares:\n",
+        "    if False:\n",
+        "test_the_copy_is_used_if_the_first_is_refused",
+    ),
+    Mutant(
+        "trusts the first of several copies after an outage",
+        rounds,
+        "    if held.folded and held.handle.link == event.handle.link:\n",
+        "    if held.folded:\n",
+        "test_a_redelivery_is_held_in_place_of_the_void_one",
+    ),
+    Mutant(
+        "does not know its own update again after the commit",
+        rounds,
+        "event.round == state.round - 1 and worker in state.counted_before",
+        "False",
+        "test_a_redelivery_after_the_commit_is_a_duplicate",
+        random=False,
+    ),
+    Mutant(
+        "takes an outage of the broker for silence",
+        rounds,
+        "last_seen=event.now",
+        "last_seen=w.last_seen",
+        "test_nobody_is_gone_for_an_outage_of_the_broker",
+        random=False,
+    ),
+    Mutant(
+        "waits for first weights from a worker that began again",
+        rounds,
+        "        if state.init_asked == worker.name:",
+        "        if False:",
+        "test_the_first_weights_are_asked_again_of_a_worker_that_began_again",
+        random=False,
+    ),
+    Mutant(
+        "commits below the quorum",
+        progress,
+        "state.folded >= state.needed",
+        "state.folded >= state.needed - 1",
+        "test_the_quorum_commits",
+    ),
+    Mutant(
+        "reopens for ever",
+        progress,
+        "    if stuck > rules.max_reopenings:",
+        "    if False:",
+        "test_reopenings_without_a_new_update_are_bounded",
+    ),
+    Mutant(
+        "spins while the grace outlasts the deadline",
+        progress,
+        "            if state.quorum_at is None\n",
+        "            if True\n",
+        "test_the_grace_may_last_longer_than_the_deadline",
+        random=False,
+    ),
+    Mutant(
+        "spins after a resume while nobody comes",
+        progress,
+        "state = replace(state, gate=1, gate_until=math.inf)",
+        "state = replace(state, gate=1)",
+        "test_a_resumed_run_stays_quiet_while_nobody_comes",
+    ),
+    Mutant(
+        "does a work again that it has answered",
+        session,
+        "    if work == state.answered:",
+        "    if False:",
+    ),
+    Mutant(
+        "lets older work replace newer",
+        session,
+        "    if any(_newer(",
+        "    if False and any(_newer(",
+    ),
+    Mutant(
+        "begins before the thread is free",
+        session,
+        "    if state.doing is not None:\n        return state, [*effects, Abandon(state.doing)]",
+        "    if False:\n        return state, [*effects, Abandon(state.doing)]",
+    ),
+    Mutant(
+        "keeps work that was never begun",
+        session,
+        "(state.next, state.sending, state.answered) if",
+        "(state.sending, state.answered) if",
+    ),
+]
+UNCHANGED = Mutant("nothing is broken", rounds, "", "")
+
+
+def _executed(module: ModuleType, source: str) -> ModuleType:
+    changed = ModuleType(module.__name__)
+    exec(compile(source, f"<mutant of {module.__name__}>", "exec"), vars(changed))
+    return changed
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mutant], tuple[ModuleType, ModuleType]]:
+    """Return a function that makes a mutant's two machines, the coordinator's and the worker's."""
+
+    def load(mutant: Mutant) -> tuple[ModuleType, ModuleType]:
+        source = inspect.getsource(mutant.module)
+        if mutant is not UNCHANGED:
+            assert source.count(mutant.old) == 1, "it is to be broken in one place"
+            assert mutant.old != mutant.new
+            source = source.replace(mutant.old, mutant.new)
+        changed = _executed(mutant.module, source)
+        if mutant.module is session:
+            return rounds, changed
+        if mutant.module is progress:
+            monkeypatch.setitem(sys.modules, progress.__name__, changed)
+            changed = _executed(rounds, inspect.getsource(rounds))
+        return changed, session
+
+    return load
+
+
+def _fails(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except (AssertionError, KeyError):  # a mutant that does not even run is no mutant
+        return True
+    return False
+
+
+def _rule(name: str) -> Callable[[], object]:
+    """Return one test of ``test_rounds`` with all its parameters, as a function without any."""
+    test = getattr(test_rounds, name)
+    marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+    if not marks:
+        return test
+    names, values = marks[0].args
+    several = isinstance(names, tuple)
+    return lambda: [test(*(value if several else (value,))) for value in values]
+
+
+def _random(machine: ModuleType, worker_machine: ModuleType) -> Callable[[], object]:
+    """Return a search for a failing interleaving, the same search at every run."""
+    mutated = type(
+        "MutantFederation",
+        (Federation,),
+        {"machine": machine, "worker_machine": worker_machine},
+    )
+    profile = settings(
+        test_rounds_machine.PROFILE,
+        max_examples=1000,  # the search ends at the first failure
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+    return lambda: run_state_machine_as_test(mutated, settings=profile)
+
+
+def _named(mutants: list[Mutant]) -> list[pytest.param]:
+    return [pytest.param(mutant, id=mutant.name) for mutant in mutants]
+
+
+@pytest.mark.parametrize("mutant", _named([mutant for mutant in MUTANTS if mutant.rule]))
+def test_a_rule_finds_out(mutant, load, monkeypatch):
+    machine, _ = load(mutant)
+    monkeypatch.setattr(test_rounds, "rounds", machine)
+    assert _fails(_rule(mutant.rule)), f"{mutant.name}: it survives"
+
+
+@pytest.mark.parametrize("mutant", _named([mutant for mutant in MUTANTS if mutant.random]))
+def test_random_interleavings_find_out(mutant, load):
+    assert _fails(_random(*load(mutant))), f"{mutant.name}: it survives"
+
+
+def test_what_is_not_broken_passes(load, monkeypatch):
+    machine, _ = load(UNCHANGED)
+    monkeypatch.setattr(test_rounds, "rounds", machine)
+    for mutant in MUTANTS:
+        if mutant.rule:
+            _rule(mutant.rule)()
