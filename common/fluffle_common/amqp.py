@@ -51,7 +51,7 @@ _HEARTBEAT_S = 20
 # What aio_pika and aiormq raise when a connection or channel is no longer usable.
 _LOST = (
     aiormq.exceptions.AMQPError,
-    aiormq.exceptions.ChannelInvalidStateError,
+    RuntimeError,  # of a closed channel it is a ChannelInvalidStateError, of a connection just this
     pamqp.exceptions.PAMQPException,
     ConnectionError,
     OSError,
@@ -154,17 +154,13 @@ class AmqpLink(Link):
         for connection in self._connections:
             connection.close_callbacks.add(self._lose)
         publishing, consuming = self._connections
-        self._publish = publishing.channel(publisher_confirms=True, on_return_raises=True)
-        self._get = consuming.channel(publisher_confirms=False)
-        for channel in (self._publish, self._get):
-            await self._opened(channel)
-        return self
-
-    async def _opened(self, channel: AbstractChannel) -> AbstractChannel:
         with _as_ours():
-            await channel.initialize()
-        channel.close_callbacks.add(self._lose)
-        return channel
+            self._publish = publishing.channel(publisher_confirms=True, on_return_raises=True)
+            self._get = consuming.channel(publisher_confirms=False)
+            for channel in (self._publish, self._get):
+                await channel.initialize()
+                channel.close_callbacks.add(self._lose)
+        return self
 
     def _lose(self, _: Any, why: BaseException | None = None) -> None:
         if not self._gone.is_set():
@@ -231,8 +227,8 @@ class AmqpLink(Link):
         """See ``transport.Link``."""
         self._check()
         arrived: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
-        channel = self._connections[1].channel(publisher_confirms=False)
         with _as_ours():
+            channel = self._connections[1].channel(publisher_confirms=False)
             # A refusal closes the channel, which must not take the link with it: so the channel
             # counts as part of the link only from here on.
             await channel.initialize()
@@ -301,8 +297,8 @@ class AmqpLink(Link):
     async def close(self) -> None:
         """See ``transport.Link``."""
         self._gone.set()
-        for connection in self._connections:
-            await _close(connection)
+        # Side by side: each may wait in vain for an answer, and nobody reconnects before that.
+        await asyncio.gather(*(_close(connection) for connection in self._connections))
 
 
 async def _close(connection: AbstractConnection) -> None:

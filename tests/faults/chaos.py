@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -25,29 +24,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgpack
 
 from fluffle_broker import node
 from tests.faults.checker import Verdict, check
-from tests.faults.harness import Federation, Program, mark_children, wait_until
+from tests.faults.harness import Federation, Program, marked, wait_until
 from tests.faults.hostile import Foe, Hostile
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import Proxy, Side
 
 WORKERS = 4
-# How often each kind comes among a hundred; each comes at least once among the first eight.
+# How often each kind comes among a hundred; each comes at least once among the first nine.
 KINDS = {
-    "coordinator": 18,
-    "worker": 20,
+    "coordinator": 14,
+    "worker": 17,
+    "both": 8,
     "broker": 6,
-    "cut": 16,
+    "cut": 15,
     "stall": 10,
     "half-close": 10,
     "replay": 10,
     "garbage": 10,
 }
-_TRAIN_S = 0.5
+_SIDES: tuple[Side, ...] = ("client", "broker")
+_TRAIN_S, _SLOW_S = 0.4, 0.9  # one worker is slower, so that rounds are open with updates in them
 _HEARTBEAT_S = 1.0
 _STALLED_FOR_S = 60.0  # without a single round, the run counts as hanging
 _END_S = 90.0
@@ -62,7 +63,7 @@ class Fault:
     who: int  # which worker, or (coordinator) whether the standby
     share: float  # of the connections
     for_s: float
-    side: str
+    side: Side
     seed: int  # decides the rest
 
 
@@ -83,7 +84,7 @@ def schedule(seed: int, faults: int) -> list[Fault]:
             who=rng.randrange(WORKERS),
             share=rng.choice((0.1, 0.3, 0.6, 1.0)),
             for_s=round(rng.uniform(0.5, 6.0), 1),
-            side=rng.choice(("client", "broker")),
+            side=rng.choice(_SIDES),
             seed=rng.randrange(2**32),
         )
         for kind in (first + rest)[:faults]
@@ -133,7 +134,22 @@ class Chaos:
             )
         while self.federation.committed() < rounds:
             self._wait(0.1)
+        self._recover()
         self._end()
+
+    def _recover(self) -> None:
+        """Wait until everybody takes part again, whom nobody has helped to."""
+        began = time.monotonic()
+        everybody = {f"w{number}" for number in range(WORKERS)}
+        while True:
+            there = {
+                one["worker"] for one in self.federation.history("committed")[-1]["participants"]
+            }
+            if there == everybody:
+                return
+            missing = ", ".join(sorted(everybody - there))
+            assert time.monotonic() - began < _STALLED_FOR_S, f"{missing} never came back"
+            self._wait(0.1)
 
     def _wait(self, seconds: float) -> None:
         """Let time pass, during which nobody may end by itself and rounds must go on."""
@@ -164,10 +180,12 @@ class Chaos:
     def _end(self) -> None:
         """Let a last coordinator finish the run in a round or two, as an operator would."""
         self._last_round = self.federation.committed() + 2
-        for program in (self._standby(), self._active()):
+        standby, active = self._standby(), self._active()
+        standby.wait_for("standby")  # Ctrl-C while Python imports is at times lost in somebody's C
+        for program in (standby, active):
             program.interrupt()
             program.end()
-        last = self._coordinator()
+        last = self._coordinator(min_workers=WORKERS)
         self.coordinators = [last]
         code = last.end(_END_S)
         assert code == 0, f"the coordinator ends with {code}:\n{last.tail()}"
@@ -181,6 +199,7 @@ class Chaos:
         act: dict[str, Callable[[Fault, random.Random], str]] = {
             "coordinator": self._kill_coordinator,
             "worker": self._kill_worker,
+            "both": self._kill_both,
             "broker": self._kill_broker,
             "cut": self._cut,
             "stall": self._stall,
@@ -207,6 +226,25 @@ class Chaos:
             f"killed w{fault.who} (pid {victim.pid}), started again {fault.for_s / 3:.1f} s later"
         )
 
+    def _kill_both(self, fault: Fault, _: random.Random) -> str:
+        """Kill the coordinator, and a worker whose update it has counted but not committed."""
+        active = self._active()
+
+        def counted() -> list[str]:
+            number = self.federation.committed() + 1
+            return [told["worker"] for told in active.events("counted") if told["round"] == number]
+
+        with contextlib.suppress(AssertionError):
+            wait_until(counted, "an update was counted", timeout_s=5)
+        number = int((counted() or [f"w{fault.who}"])[0].removeprefix("w"))
+        self.workers[number].kill()
+        active.kill()
+        self.coordinators.remove(active)
+        self.coordinators.append(self._coordinator())
+        self._pause.wait(fault.for_s)
+        self.workers[number] = self._worker(number)
+        return f"killed the active coordinator and w{number}, which came back {fault.for_s} s later"
+
     def _kill_broker(self, fault: Fault, _: random.Random) -> str:
         assert self._broker.pid is not None
         os.kill(self._broker.pid, signal.SIGKILL)
@@ -226,9 +264,8 @@ class Chaos:
         return f"{count} connections stalled for {fault.for_s} s"
 
     def _half_close(self, fault: Fault, rng: random.Random) -> str:
-        side: Any = fault.side
-        count = self.proxy.half_close(fault.share, side, fault.for_s, rng)
-        return f"{count} connections ended towards the {side} only, for {fault.for_s} s"
+        count = self.proxy.half_close(fault.share, fault.side, fault.for_s, rng)
+        return f"{count} connections ended towards the {fault.side} only, for {fault.for_s} s"
 
     def _replay(self, fault: Fault, rng: random.Random) -> str:
         """Send again what was sent: the newest update twice more, and three old ones."""
@@ -255,10 +292,10 @@ class Chaos:
 
     # --- the processes -------------------------------------------------------------------------
 
-    def _coordinator(self) -> Program:
+    def _coordinator(self, min_workers: int = 2) -> Program:
         return self.federation.coordinator(
-            "--rounds", self._last_round, "--quorum", "all", "--min-workers", WORKERS,
-            "--deadline", 20, "--config", f"train_s={_TRAIN_S}",
+            "--rounds", self._last_round, "--quorum", "all", "--min-workers", min_workers,
+            "--deadline", 20, "--config", f"train_s={_TRAIN_S}", "--config", f"slow_s={_SLOW_S}",
         )  # fmt: skip
 
     def _worker(self, number: int) -> Program:
@@ -282,20 +319,20 @@ def rain(faults: int, seed: int, rounds: int, folder: Path, say: Callable[[str],
     Raises:
         AssertionError: where it hangs or a process ends by itself.
     """
-    mark_children(folder)
     state = folder / "broker"
-    try:
-        broker = node.up(state, ports=node.Ports(0, 0, 0, 0, 0))
-        with Proxy(broker.ports.amqp) as proxy:
-            url = broker.url.replace(f":{broker.ports.amqp}", f":{proxy.port}")
-            with Federation(folder, broker.url, broker.ports.management, url=url) as federation:
-                chaos = Chaos(federation, state, broker, proxy, say)
-                chaos.run(schedule(seed, faults), rounds)
-                federation.gather()
-    finally:
-        node.down(state, grace_s=0)
-    left = wait_until(lambda: [federation.orphans()], "processes listed")[0]
-    (folder / "evidence/orphans.json").write_text(json.dumps(left))
+    with marked(folder):  # the broker as well is to be found, should it be left
+        try:
+            broker = node.up(state, ports=node.Ports(0, 0, 0, 0, 0))
+            with Proxy(broker.ports.amqp) as proxy:
+                url = broker.url.replace(f":{broker.ports.amqp}", f":{proxy.port}")
+                management = broker.ports.management
+                with Federation(folder, broker.url, management, url=url) as federation:
+                    chaos = Chaos(federation, state, broker, proxy, say)
+                    chaos.run(schedule(seed, faults), rounds)
+                    federation.gather()
+        finally:
+            node.down(state, grace_s=0)
+    federation.gather_orphans()
     return check(folder)
 
 

@@ -9,14 +9,14 @@ The folder is one of `harness.Federation`. What is checked, each with what it ne
     exactly the updates that its history line names, as they were sent (integers: rounded to the
     nearest), and each such delta was really trained from the base by that worker.
 3.  *Once*: no worker twice in a round, no round twice; whoever is named has sent that update.
-4.  *None missing*: let an update of round r have been confirmed to its worker w at the time t. If
-    round r was committed without it, then no participant of round r may have begun to send its
-    own first copy after t. For the queue is first in, first out, across redeliveries too: an update
-    confirmed at t lies before one that was begun after t; and a round is committed with everything
-    that was folded, in the order of the queue. So whoever is missing was confirmed too late for a
-    quorum of those who were there (`late`), which is right when, and only when, the coordinator
-    took its worker for dead and did not wait; nothing is assumed about clocks but that one machine
-    has one, and nothing about who was thought dead when.
+4.  *None missing*: a round that closed by everybody's quorum has every confirmed update of those
+    who were there. Who was there, in the coordinator's eyes, is nothing that the files prove; what
+    they do prove is the order. The queue is first in, first out, across redeliveries too, and a
+    round is committed with everything that was read before. So: if the update of worker w for round
+    r was confirmed at the time t, and round r was committed without it, then no participant of r
+    began to send its own first copy after t. In words: an update may be left out only if it came
+    after the last one that was counted, which is when its worker was taken for dead and nobody
+    waited for it. All times are of one machine's monotonic clock.
 5.  *Accounted for*: every confirmed update was counted, was told to be late or a duplicate, is in
     the rejected queue with a reason, or is of the round that was open at the very end. What is
     still in the queue `updates` at the end: nothing.

@@ -240,7 +240,7 @@ class Federation:
         known = {program.pid for program in self.programs if program.alive()}
         return [
             f"{process.name()} (pid {process.pid})"
-            for process in _marked(str(self.folder))
+            for process in _processes(str(self.folder))
             if process.pid not in known
         ]
 
@@ -324,7 +324,7 @@ class Federation:
         return line
 
     def gather(self) -> None:
-        """Write what is left on the broker and on the machine into the evidence, after the end."""
+        """Write what is left on the broker into the evidence, after the end."""
         # The management's figures are a second old; what counts is that they come to rest.
         with contextlib.suppress(AssertionError):
             wait_until(
@@ -333,10 +333,15 @@ class Federation:
                 timeout_s=6,
                 look_s=0.5,
             )
-        evidence = self.folder / "evidence"
-        (evidence / "queues.json").write_text(json.dumps(self.queues(), indent=1))
-        (evidence / "orphans.json").write_text(json.dumps(self.orphans()))
+        queues = json.dumps(self.queues(), indent=1)
+        (self.folder / "evidence/queues.json").write_text(queues)
         self.take_rejected()
+
+    def gather_orphans(self) -> None:
+        """Write which processes are left into the evidence; the last ones may take a moment."""
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not self.orphans(), "all have ended", timeout_s=5)
+        (self.folder / "evidence/orphans.json").write_text(json.dumps(self.orphans()))
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -345,13 +350,18 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
-def _marked(mark: str) -> Iterator[psutil.Process]:
+def _processes(mark: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
 
 
-def mark_children(folder: Path) -> None:
-    """Let everything that is started from now on be known as of this folder."""
+@contextlib.contextmanager
+def marked(folder: Path) -> Iterator[None]:
+    """Let everything that is started meanwhile be known as of this folder."""
     os.environ[_MARK] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_MARK]

@@ -48,6 +48,7 @@ def assert_ended_well(federation: Federation, *programs: Program) -> None:
     """Wait until all have ended by themselves; nothing may have been lost, doubled or left."""
     assert [program.end() for program in programs] == [0] * len(programs)
     federation.gather()
+    federation.gather_orphans()
     verdict = check(federation.folder)
     assert verdict.clean, verdict.told()
 
@@ -119,6 +120,22 @@ def test_a_standby_takes_over_from_a_killed_coordinator(federation: Federation) 
     assert taken_s < 10
 
 
+def test_a_counted_update_outlives_both_its_worker_and_the_coordinator(
+    federation: Federation,
+) -> None:
+    flags = ("--quorum", "all", "--rounds", 3, "--config", "train_s=0.2", "--config", "slow_s=3")
+    coordinator = federation.coordinator(*flags, "--min-workers", 2)
+    slow, quick = (federation.worker(number, 2, *Beat) for number in (0, 1))
+    coordinator.wait_for("counted", round=2, worker="w1")
+    quick.kill()
+    coordinator.kill()
+    again = federation.coordinator(*flags, "--min-workers", 1)
+    federation.wait_committed(2)
+    line = next(line for line in federation.history("committed") if line["round"] == 2)
+    assert {one["worker"] for one in line["participants"]} == {"w0", "w1"}
+    assert_ended_well(federation, again, slow)
+
+
 # --- the broker ----------------------------------------------------------------------------------
 
 
@@ -142,7 +159,7 @@ def test_a_broker_killed_in_the_middle_of_a_round(
 def test_a_round_longer_than_the_brokers_patience(own_federation: Federation) -> None:
     federation = own_federation
     slow_s = 60 if FULL else 2.5 * CONSUMER_TIMEOUT_S
-    flags = ("--rounds", 2, "--config", "train_s=0.2", "--config", f"slow_s={slow_s}")
+    flags = ("--rounds", 1, "--config", "train_s=0.2", "--config", f"slow_s={slow_s}")
     coordinator, workers = start(federation, 3, *flags)
     federation.wait_committed(1, timeout_s=slow_s + 60)
     # The channel was closed over its unacknowledged updates, more than once.

@@ -1,0 +1,170 @@
+"""The checker itself: a sound federation is clean, and every kind of wrong is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fluffle_broker import node
+from tests.faults.checker import check
+from tests.faults.harness import Federation
+from tests.faults.hostile import Hostile
+
+pytestmark = pytest.mark.rabbit
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def sound(broker_node: node.NodeInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run a small federation to its end, with one hostile message on the way."""
+    folder = tmp_path_factory.mktemp("sound")
+    made = Federation(folder, broker_node.url, broker_node.ports.management)
+    with made as federation:
+        flags = ("--quorum", 2, "--rounds", ROUNDS, "--config", "train_s=0.2")
+        programs = [
+            federation.coordinator(*flags),
+            *(federation.worker(n, 2, "--heartbeat", 0.5) for n in range(2)),
+        ]
+        federation.wait_committed(1)
+        federation.inject([Hostile(f"{federation.name}.updates", "noise", b"noise")])
+        assert [program.end() for program in programs] == [0] * 3
+        federation.gather()
+        federation.gather_orphans()
+    return folder
+
+
+def test_a_sound_federation_is_clean(sound: Path) -> None:
+    verdict = check(sound)
+    assert verdict.clean, verdict.told()
+    assert verdict.figures["rounds"] == ROUNDS
+    assert verdict.figures["updates counted"] == verdict.figures["updates confirmed"] == 2 * ROUNDS
+    assert verdict.figures["rejected"] == 1
+
+
+Line = dict[str, Any]
+
+
+def edit(path: Path, change: Callable[[list[Line]], list[Line]]) -> None:
+    lines = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def history(change: Callable[[list[Line]], list[Line]]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "run/history.jsonl", change)
+
+
+def of_round(lines: list[Line], number: int) -> Line:
+    return next(line for line in lines if (line["event"], line["round"]) == ("committed", number))
+
+
+def doubled(lines: list[Line]) -> list[Line]:
+    return [*lines, of_round(lines, 2)]
+
+
+def left_out(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line is not of_round(lines, 3)]
+
+
+def counted_twice(lines: list[Line]) -> list[Line]:
+    there = of_round(lines, 2)["participants"]
+    there.append(there[0])
+    return lines
+
+
+def said_otherwise(lines: list[Line]) -> list[Line]:
+    of_round(lines, 2)["participants"][0]["num_examples"] += 1
+    return lines
+
+
+def forgotten(folder: Path) -> None:
+    """Let round 2 lack w0, whose update had been confirmed before w1 began; model and all."""
+
+    def without(lines: list[Line]) -> list[Line]:
+        line = of_round(lines, 2)
+        line["participants"] = [one for one in line["participants"] if one["worker"] != "w0"]
+        return lines
+
+    edit(folder / "run/history.jsonl", without)
+    for path in folder.glob("sent/w1/*.jsonl"):
+        edit(path, lambda lines: [line | {"at": line["at"] + 1e6} for line in lines])
+
+
+def model_changed(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "run/round-0002.safetensors"
+        model = load_file(path)
+        one = np.array(1e-3 if model[name].dtype.kind == "f" else 1, model[name].dtype)
+        save_file(model | {name: np.asarray(model[name] + one)}, path)
+
+    return change
+
+
+def never_sent(folder: Path) -> None:
+    shutil.rmtree(folder / "sent/w1")
+
+
+def never_trained(folder: Path) -> None:
+    next((folder / "trained").glob("w1-*-2.npz")).unlink()
+
+
+def not_rejected(folder: Path) -> None:
+    (folder / "evidence/rejected.jsonl").write_text("")
+
+
+def without_reason(folder: Path) -> None:
+    edit(
+        folder / "evidence/rejected.jsonl",
+        lambda lines: [line | {"reason": None} for line in lines],
+    )
+
+
+def queue(name: str, ready: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "evidence/queues.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {name: {"ready": ready, "unacked": 0}}))
+
+    return change
+
+
+def orphan(folder: Path) -> None:
+    (folder / "evidence/orphans.json").write_text('["beam.smp (pid 1)"]')
+
+
+@pytest.mark.parametrize(
+    ("tamper", "told"),
+    [
+        (history(doubled), "once and in order"),
+        (history(left_out), "once and in order"),
+        (history(counted_twice), "2 times"),
+        (history(said_otherwise), "another num_examples"),
+        (forgotten, "lacks w0, whose update was confirmed before w1"),
+        (forgotten, "of w0 in round 2 vanished"),
+        (model_changed("dense/kernel"), "'dense/kernel' is not the average"),
+        (model_changed("scale"), "'scale' is not the average"),
+        (model_changed("counts"), "'counts' is not the average"),
+        (never_sent, "counts w1, which never sent it"),
+        (never_trained, "w1 never trained this delta"),
+        (not_rejected, "not found in rejected: noise"),
+        (without_reason, "without a reason"),
+        (queue("updates", 1), "updates is not empty"),
+        (queue("leaked", 0), "['leaked']"),
+        (orphan, "left running: beam.smp"),
+    ],
+)
+def test_what_is_wrong_is_found(
+    sound: Path, tmp_path: Path, tamper: Callable[[Path], None], told: str
+) -> None:
+    folder = tmp_path / "tampered"
+    shutil.copytree(sound, folder)
+    tamper(folder)
+    verdict = check(folder)
+    assert not verdict.clean
+    assert told in verdict.told()

@@ -1,0 +1,139 @@
+"""The proxy itself, and what a link makes of the worst moments."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from fluffle_broker import node
+from fluffle_common.amqp import AmqpLink, AmqpTransport
+from fluffle_common.errors import LinkLost
+from fluffle_common.topology import Topology
+from fluffle_common.transport import Properties
+from tests.faults.proxy import Proxy, Side
+
+PATIENCE_S = 5.0
+
+
+class Pair:
+    """A client's socket and the one that it reached through a proxy."""
+
+    def __init__(self, proxy: Proxy, server: socket.socket) -> None:
+        self.proxy = proxy
+        self.client = socket.create_connection(("127.0.0.1", proxy.port), PATIENCE_S)
+        self.server, _ = server.accept()
+        self.server.settimeout(PATIENCE_S)
+
+    def passes(self) -> bool:
+        """Whether bytes pass both ways."""
+        self.client.sendall(b"there")
+        self.server.sendall(b"back")
+        return (self.server.recv(5), self.client.recv(4)) == (b"there", b"back")
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE_S)
+        with Proxy(server.getsockname()[1]) as proxy:
+            made = Pair(proxy, server)
+            with made.client, made.server:
+                yield made
+
+
+def gone(one: socket.socket) -> bool:
+    with contextlib.suppress(ConnectionResetError):
+        return one.recv(1) == b""
+    return True
+
+
+def test_it_forwards_both_ways_and_ends_both_sides(pair: Pair) -> None:
+    assert pair.passes()
+    assert pair.proxy.open_connections() == 1
+    pair.client.close()
+    assert gone(pair.server)
+
+
+def test_cut_resets_both_sides(pair: Pair) -> None:
+    assert pair.passes()
+    assert pair.proxy.cut(1.0, random.Random(0)) == 1
+    for one in (pair.client, pair.server):
+        with pytest.raises(ConnectionResetError):
+            one.recv(1)
+
+
+def test_stall_holds_everything_back_for_a_while(pair: Pair) -> None:
+    assert pair.passes()
+    assert pair.proxy.stall(1.0, 0.5, random.Random(0)) == 1
+    pair.client.sendall(b"late")
+    pair.server.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        pair.server.recv(4)
+    pair.server.settimeout(PATIENCE_S)
+    assert pair.server.recv(4) == b"late"
+    assert pair.passes()
+
+
+@pytest.mark.parametrize("side", ["client", "broker"])
+def test_half_close_ends_one_side_and_leaves_the_other_in_the_dark(pair: Pair, side: Side) -> None:
+    assert pair.passes()
+    told, dark = (pair.client, pair.server) if side == "client" else (pair.server, pair.client)
+    assert pair.proxy.half_close(1.0, side, 0.6, random.Random(0)) == 1
+    assert told.recv(1) == b""
+    told.close()
+    dark.settimeout(0.2)
+    dark.sendall(b"anybody?")
+    with pytest.raises(TimeoutError):
+        dark.recv(1)
+    dark.settimeout(PATIENCE_S)
+    assert gone(dark)
+
+
+def test_where_nobody_listens_the_client_is_reset(pair: Pair) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with Proxy(port) as proxy, contextlib.suppress(ConnectionResetError):  # at once, even
+        with socket.create_connection(("127.0.0.1", proxy.port), PATIENCE_S) as one:
+            assert gone(one)
+
+
+@pytest.mark.rabbit
+async def test_closing_a_link_is_no_cancellation_for_whoever_publishes_over_it(
+    broker_node: node.NodeInfo,
+) -> None:
+    """A worker once left, as if told to, when the broker died while it sent its update."""
+    names = Topology(f"t{uuid.uuid4().hex[:8]}")
+    with Proxy(broker_node.ports.amqp) as proxy:
+        url = broker_node.url.replace(f":{broker_node.ports.amqp}", f":{proxy.port}")
+        link = await AmqpTransport(url, "fault test").open()
+        await link.declare(names.shared())
+        proxy.stall(1.0, 30, random.Random(0))
+        sending = asyncio.create_task(
+            link.publish(b"x", Properties(), exchange="", keys=[names.rejected])
+        )
+        await asyncio.to_thread(threading.Event().wait, 0.2)  # on its way, not yet confirmed
+        assert not sending.done()
+        await link.close()
+        with pytest.raises(LinkLost):
+            await sending
+        assert not sending.cancelled()
+
+
+@pytest.mark.rabbit
+async def test_a_connection_that_is_gone_before_its_channels_are_open_is_a_lost_link(
+    broker_node: node.NodeInfo,
+) -> None:
+    """A worker once ended with a traceback when the broker died at this very moment."""
+    transport = AmqpTransport(broker_node.url, "fault test")
+    connections = [await transport._connect(f"fault test {number}") for number in (1, 2)]
+    for connection in connections:
+        await connection.close()
+    with pytest.raises(LinkLost):
+        await AmqpLink(*connections, "guest").start()
