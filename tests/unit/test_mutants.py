@@ -106,6 +106,7 @@ MUTANTS = [
         "    if held.folded and held.handle.link == event.handle.link:\n",
         "    if held.folded:\n",
         "test_a_redelivery_is_held_in_place_of_the_void_one",
+        random=False,  # a rare meeting of three: the search does not see it every time
     ),
     Mutant(
         "does not know its own update again after the commit",
@@ -243,7 +244,7 @@ def _random(machine: ModuleType, worker_machine: ModuleType) -> Callable[[], obj
     )
     profile = settings(
         test_rounds_machine.PROFILE,
-        max_examples=1000,  # the search ends at the first failure
+        max_examples=4000,  # the search ends at the first failure
         derandomize=True,
         database=None,
         phases=[Phase.generate],
