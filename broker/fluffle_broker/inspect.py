@@ -7,20 +7,15 @@ many messages are ready in the queues whose names are known.
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluffle_broker.management import ask
 from fluffle_common.amqp import AmqpTransport
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Queue, Topology
-
-_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -74,17 +69,8 @@ def look(url: str, base: str, topology: Topology) -> tuple[list[QueueFigures], s
 
 
 def _by_management(url: str, base: str, topology: Topology) -> list[QueueFigures]:
-    split = urllib.parse.urlsplit(url)
-    vhost = urllib.parse.quote(urllib.parse.unquote(split.path[1:]) or "/", safe="")
-    user = urllib.parse.unquote(split.username or "guest")
-    password = urllib.parse.unquote(split.password or "guest")
-    login = base64.b64encode(f"{user}:{password}".encode()).decode()
-    request = urllib.request.Request(  # noqa: S310 - http(s), by construction or by the user
-        f"{base}/api/queues/{vhost}?disable_stats=false",
-        headers={"Authorization": f"Basic {login}"},
-    )
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
-        told = json.load(answer)
+    path = urllib.parse.unquote(urllib.parse.urlsplit(url).path[1:]) or "/"
+    told = ask(base, f"/api/queues/{urllib.parse.quote(path, safe='')}", url)
     prefix = f"{topology.federation}."
     return [
         QueueFigures(

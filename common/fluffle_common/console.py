@@ -62,6 +62,11 @@ class Console:
                 self._progress.remove_task(bar)
             self._progress.stop()
 
+    @property
+    def draws(self) -> bool:
+        """Whether there is a terminal to draw bars on."""
+        return self._progress is not None
+
     def line(self, event: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
         """Write one event: ``text`` for people, ``event`` and ``fields`` for programs."""
         if self._json:

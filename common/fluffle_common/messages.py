@@ -7,7 +7,7 @@ names here are the names on the wire, in the journal and in the documentation.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
@@ -75,8 +75,6 @@ class _Header(_Model):
     protocol: Literal[1] = 1
     federation: Federation
     pad: bytes = b""  # fills the header up, so that the payload starts at a multiple of 64 bytes
-
-    direction: ClassVar[str]
 
     @property
     def identity(self) -> str:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fluffle_common.errors import UsageError
+from fluffle_common.messages import FEDERATION_PATTERN, WORKER_PATTERN
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/"
 
 
@@ -40,7 +39,7 @@ def check_federation(name: str) -> str:
     Raises:
         UsageError: where it cannot be one.
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
             f"'{name}' cannot be the name of a federation: "
             "letters, digits, '-' and '_', at most 64, no dot"
@@ -54,7 +53,7 @@ def check_worker(name: str) -> str:
     Raises:
         UsageError: where it cannot be one.
     """
-    if not _WORKER.fullmatch(name):
+    if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
             f"'{name}' cannot be the id of a worker: letters, digits, '-', '_' and '.', at most "
             "64; give another with --id"

@@ -119,6 +119,18 @@ async def reject(link: Link, delivery: Delivery, reason: str, rejected: str) -> 
     await delivery.ack()
 
 
+def read_part(body: bytes, federation: str | None = None) -> tuple[Part, memoryview]:
+    """Read what lies in an outbox: a part, and its piece of the payload.
+
+    Raises:
+        MalformedMessage: where it is anything else.
+    """
+    message, payload = decode(body, federation)
+    if not isinstance(message, Part):
+        raise MalformedMessage(f"a message of kind {message.kind} is no part")
+    return message, payload
+
+
 async def fetch(
     link: Link, queue: str, transfer: Transfer, max_bytes: int, rejected: str
 ) -> tuple[memoryview, list[Delivery]]:
@@ -142,9 +154,7 @@ async def fetch(
                     f"{assembly.done_parts} of {transfer.parts} parts are there, the rest is gone"
                 )
             try:
-                message, payload = decode(delivery.body)
-                if not isinstance(message, Part):
-                    raise MalformedMessage(f"a message of kind {message.kind} is no part")
+                message, payload = read_part(delivery.body)
                 if message.transfer != transfer.id:
                     await delivery.ack()
                     continue

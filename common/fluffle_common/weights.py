@@ -93,6 +93,12 @@ def check_finite(name: str, tensor: Array) -> None:
         raise ValueError(f"tensor '{name}' has {bad} values that are NaN or infinite")
 
 
+def check_all_finite(weights: Weights) -> None:
+    """Raise ValueError where a float tensor of these weights holds NaN or an infinity."""
+    for name, tensor in weights.items():
+        check_finite(name, tensor)
+
+
 def size_bytes(weights: Weights) -> int:
     """Return the number of bytes of all tensors together."""
     return sum(tensor.nbytes for tensor in weights.values())

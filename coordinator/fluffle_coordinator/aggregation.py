@@ -12,13 +12,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fluffle_common.checkpoint import checkpoint_name
 from fluffle_common.console import timestamp
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import fetch
 from fluffle_common.transport import Delivery, Link
-from fluffle_common.weights import Array, check_delta, check_finite
+from fluffle_common.weights import Array, check_all_finite, check_delta
 from fluffle_common.wire import read_tensors
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.store import RunStore
@@ -131,8 +132,7 @@ class Aggregation:
                 weights = read_tensors(message.tensors, payload)
                 if not weights:
                     raise ValueError("there is no tensor")
-                for name, tensor in weights.items():
-                    check_finite(name, tensor)
+                check_all_finite(weights)
             except LinkLost:
                 return
             except (MalformedMessage, ValueError) as wrong:
@@ -213,7 +213,7 @@ class Aggregation:
             "committed_at": timestamp(),
             "late": counts.late,
             "rejected": counts.rejected,
-            "checkpoint": f"round-{number:04d}.safetensors",
+            "checkpoint": checkpoint_name(number),
         }
         await self._on_disk(lambda: self._store.append(line))
         participants = frozenset(self._participants)

@@ -18,7 +18,7 @@ from fluffle_common.settings import broker_url, check_federation, parse_config
 from fluffle_common.signals import Interrupted, run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff
-from fluffle_common.weights import check_finite
+from fluffle_common.weights import check_all_finite
 from fluffle_coordinator.run_state import Rules, State
 from fluffle_coordinator.service import Coordinator, CoordinatorSettings
 from fluffle_coordinator.store import RunStore, Saved
@@ -108,8 +108,7 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
     """Take the first weights from a model file, such as another run's last."""
     weights, metadata = read_checkpoint(file)
     try:
-        for name, tensor in weights.items():
-            check_finite(name, tensor)
+        check_all_finite(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} is no model to begin with: {wrong}") from None
     metadata = {

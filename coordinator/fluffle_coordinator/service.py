@@ -150,9 +150,10 @@ class Coordinator:
                 self._perform(effect)
             now = time.monotonic()
             self._view.show(self.state, now)
-            told = waiting_for(self.state, now) or ""
-            in_short = told.split(":")[0] if self.state.phase is rs.Phase.WAITING else ""
+            waiting = self.state.phase is rs.Phase.WAITING
+            in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
             if now >= said_at + every or in_short != said:
+                told = waiting_for(self.state, now)
                 if told and not effects:
                     self._tell("waiting", {"reason": told})
                 said_at, said = now, in_short

@@ -139,7 +139,7 @@ class RunStore:
         Raises:
             OSError: where the disk refuses; nothing of the line is left in the file.
         """
-        data = (json.dumps(line, separators=(",", ":")) + "\n").encode()
+        data = _written(line).encode()
         with self.history_path.open("ab", buffering=0) as history:
             size = history.tell()
             try:
@@ -200,7 +200,7 @@ class RunStore:
     def _forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
         """Keep the history up to a round; what is cut off is kept beside it."""
         kept, cut = (
-            "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in some)
+            "".join(map(_written, some))
             for some in (
                 [line for line in lines if line["round"] <= last],
                 [line for line in lines if line["round"] > last],
@@ -210,6 +210,10 @@ class RunStore:
             removed.write(cut)
         with replacing(self.history_path) as partial:
             partial.write_text(kept)
+
+
+def _written(line: dict[str, Any]) -> str:
+    return json.dumps(line, separators=(",", ":")) + "\n"
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

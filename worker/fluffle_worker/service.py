@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 import uuid
@@ -19,22 +20,19 @@ from fluffle_common.errors import LinkLost, MalformedMessage, Refused
 from fluffle_common.messages import (
     Bye,
     Evaluate,
-    Evaluation,
     Failure,
-    FirstWeights,
     Fit,
     Heartbeat,
     Hello,
     InitRequest,
     Part,
-    Plan,
     Refusal,
     Stop,
     Update,
     Welcome,
 )
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, reject, send, send_tensors
+from fluffle_common.transfer import Route, read_part, reject, send, send_tensors
 from fluffle_common.transport import (
     Backoff,
     Delivery,
@@ -46,20 +44,17 @@ from fluffle_common.transport import (
     links,
     together,
 )
-from fluffle_common.weights import Weights, check_finite, delta
+from fluffle_common.weights import Weights, check_all_finite
 from fluffle_common.wire import Assembly, decode, read_tensors
 from fluffle_worker import session
+from fluffle_worker.job import Job, NotWanted, do
 from fluffle_worker.session import Work
-from fluffle_worker.task import EvalResult, Task, TrainResult, classes_of, told
+from fluffle_worker.task import Task, classes_of, told
 
 Tell = Callable[[str, dict[str, Any]], None]
 _INBOX_PREFETCH = 8
 _FULL_PAUSE_S = 1.0
 _OCCUPIED_S = 5.0
-
-
-class _NotWanted(Exception):
-    """Raised in the training thread by ``progress``, to end work that nobody wants any more."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +78,6 @@ class WorkerSettings:
     stay: bool = False
     max_model_bytes: int = 8 * 2**30
     backoff: Backoff = field(default_factory=Backoff)
-
-
-@dataclass(eq=False)
-class _Job:
-    """A work with its input, and its answer when there is one."""
-
-    work: Work
-    message: Fit | Evaluate | InitRequest
-    weights: Weights
-    wanted: bool = True
-    evaluation: Evaluation | None = None
-    answer: tuple[Update | FirstWeights, Weights] | None = None
 
 
 class WorkerService:
@@ -124,8 +107,8 @@ class WorkerService:
         self._tell, self._bar = tell, bar
         self._session = uuid.uuid4().hex[:12]
         self._state = session.State()
-        self._jobs: dict[Work, _Job] = {}
-        self._unsent: asyncio.Queue[_Job] = asyncio.Queue()
+        self._jobs: dict[Work, Job] = {}
+        self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         self._doing: dict[str, Any] = {
             "state": "idle",
@@ -294,7 +277,6 @@ class WorkerService:
         if self._assembly is None:
             return
         message, assembly = self._assembly
-        # A copy: the part's own message is acknowledged and let go of.
         assembly.add(part, payload)
         self._doing["step"] = assembly.done_parts
         self._bar("receiving", assembly.done_parts, assembly.transfer.parts, "")
@@ -305,17 +287,16 @@ class WorkerService:
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights = read_tensors(message.tensors, payload)
-        for name, tensor in weights.items():
-            try:
-                check_finite(name, tensor)
-            except ValueError as wrong:
-                raise MalformedMessage(str(wrong)) from None
+        try:
+            check_all_finite(weights)
+        except ValueError as wrong:
+            raise MalformedMessage(str(wrong)) from None
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         self._ask(Work(kind, message.run, message.round), message, weights)  # type: ignore[arg-type]
 
     def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
         if work not in self._jobs:
-            self._jobs[work] = _Job(work, message, weights)
+            self._jobs[work] = Job(work, message, weights)
         self._advance(session.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
         if work not in known:
@@ -359,7 +340,7 @@ class WorkerService:
 
     # --- the training thread -------------------------------------------------------------------
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         loop = asyncio.get_running_loop()
         self._loss = None
         evaluating = isinstance(job.message, Evaluate) or (
@@ -376,10 +357,21 @@ class WorkerService:
             self._unsent.put_nowait(job)
             self._now("training", job.work.run, job.work.round)
 
+        ids = {"federation": self._settings.federation, "worker": self._settings.worker}
+
+        def progress(step: int, steps: int, loss: float | None) -> None:
+            loop.call_soon_threadsafe(self._progress, job.work, step, steps, loss)
+
         def work() -> None:
             try:
-                self._do(job, loop, evaluated)
-            except _NotWanted:
+                do(
+                    job,
+                    self._task,
+                    ids,
+                    evaluated=functools.partial(loop.call_soon_threadsafe, evaluated),
+                    progress=progress,
+                )
+            except NotWanted:
                 done(session.Abandoned(job.work))
             except Exception as why:  # whatever a user's task raises is reported, not swallowed
                 done(session.Failed(job.work, told(why)))
@@ -388,42 +380,6 @@ class WorkerService:
 
         # A daemon thread: a step that never ends must not keep the process from ending.
         threading.Thread(target=work, name=f"{job.work.kind}-{job.work.round}", daemon=True).start()
-
-    def _do(
-        self, job: _Job, loop: asyncio.AbstractEventLoop, evaluated: Callable[[], None]
-    ) -> None:
-        """Do a work; runs in the thread."""
-        message, settings = job.message, self._settings
-        ids: dict[str, Any] = {
-            "federation": settings.federation,
-            "run": job.work.run,
-            "worker": settings.worker,
-        }
-        if isinstance(message, InitRequest):
-            job.answer = FirstWeights(**ids), self._task.init(message.seed)
-            return
-        if isinstance(message, Evaluate) or message.evaluate:
-            number = message.round if isinstance(message, Evaluate) else message.round - 1
-            found = self._task.evaluate(job.weights)
-            found = found or EvalResult(0.0, 0)  # nothing held out: nobody needs to wait for it
-            job.evaluation = _evaluation(ids, number, found)
-            if not isinstance(message, Evaluate):
-                loop.call_soon_threadsafe(evaluated)
-        if isinstance(message, Evaluate):
-            return
-
-        def progress(step: int, steps: int, loss: float | None = None) -> None:
-            if not job.wanted:
-                raise _NotWanted
-            loop.call_soon_threadsafe(self._progress, job.work, step, steps, loss)
-
-        began = time.monotonic()
-        trained = self._task.train(job.weights, _seeded(message), progress)
-        seconds = time.monotonic() - began
-        job.answer = (
-            _update(ids, message.round, trained, seconds),
-            delta(trained.weights, job.weights),
-        )
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
         if self._state.doing != work:
@@ -453,7 +409,7 @@ class WorkerService:
                 else:
                     break
 
-    async def _send(self, link: Link, job: _Job) -> None:
+    async def _send(self, link: Link, job: Job) -> None:
         worker = self._settings.worker
         if job.evaluation is not None:
             await send(
@@ -487,9 +443,7 @@ class WorkerService:
             if delivery is None:
                 return
             try:
-                message, _payload = decode(delivery.body, self._settings.federation)
-                if not isinstance(message, Part):
-                    raise MalformedMessage(f"a message of kind {message.kind} is no part")
+                read_part(delivery.body, self._settings.federation)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
                 await reject(link, delivery, str(wrong), self._topology.rejected)
@@ -513,30 +467,5 @@ class WorkerService:
             with contextlib.suppress(LinkLost):
                 await self._say(link, failure)
 
+        # The loop itself holds a task only weakly.
         self._reporting = asyncio.ensure_future(say())
-
-
-def _seeded(message: Fit) -> Plan:
-    """Give each round a seed of its own, the same whenever the round is trained again."""
-    seed = (message.plan.seed * 1_000_003 + message.round) % 2**63
-    return message.plan.model_copy(update={"seed": seed})
-
-
-def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:
-    return Evaluation(
-        **ids,
-        round=number,
-        num_examples=found.num_examples,
-        loss=float(found.loss),
-        metrics={name: float(value) for name, value in found.metrics.items()},
-    )
-
-
-def _update(ids: dict[str, Any], number: int, trained: TrainResult, seconds: float) -> Update:
-    return Update(
-        **ids,
-        round=number,
-        num_examples=trained.num_examples,
-        seconds=seconds,
-        metrics={name: float(value) for name, value in trained.metrics.items()},
-    )

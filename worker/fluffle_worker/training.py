@@ -29,20 +29,13 @@ _EVALUATION_BATCH = 256
 _AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 
 
-def flax_task(
-    model: Callable[[nnx.Rngs], nnx.Module],
-    loss: PerExample,
-    optimizer: optax.GradientTransformation | Callable[[float], optax.GradientTransformation],
-    train_data: Examples,
-    valid_data: Examples | None = None,
-    *,
-    learning_rate: float = 1e-3,
-    metrics: Mapping[str, PerExample] | None = None,
-    augment: Augment | None = None,
-    classes: tuple[str, ...] = (),
-    sample_seed: int = 0,
-) -> FlaxTask:
-    """Make a task from a plain Flax model.
+def accuracy(outputs: Any, targets: Any) -> Any:
+    """Return 1 for each example whose largest output is its target, else 0; shape [batch]."""
+    return (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
+
+
+class FlaxTask:
+    """A task from a plain Flax model.
 
     The optimizer's state is fresh in every round: a worker keeps nothing between rounds, so that
     one that was restarted, or joined late, does exactly what it would have done otherwise.
@@ -60,27 +53,6 @@ def flax_task(
         classes: the names of the outputs, for a classifier.
         sample_seed: makes this worker's batches its own.
     """
-    return FlaxTask(
-        model,
-        loss,
-        optimizer,
-        train_data,
-        valid_data,
-        learning_rate=learning_rate,
-        metrics=metrics,
-        augment=augment,
-        classes=classes,
-        sample_seed=sample_seed,
-    )
-
-
-def accuracy(outputs: Any, targets: Any) -> Any:
-    """Return 1 for each example whose largest output is its target, else 0; shape [batch]."""
-    return (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
-
-
-class FlaxTask:
-    """See ``flax_task``."""
 
     def __init__(
         self,
@@ -233,6 +205,10 @@ class FlaxTask:
         return nnx.from_flat_state(
             [(path, leaf.replace(jnp.asarray(weights[_name(path)]))) for path, leaf in flat]
         )
+
+
+flax_task = FlaxTask
+"""The name under which a user's task file calls it."""
 
 
 def _to_weights(state: Any) -> dict[str, Array]:
