@@ -14,6 +14,13 @@
 ``MalformedMessage`` and ``LinkLost`` are handled inside and never reach a user.
 """
 
+from typing import Literal, get_args
+
+Cause = Literal["malformed", "kind", "run", "round", "tensors", "not_finite", "sender"]
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+"""Why a message is refused: not a message; of the wrong kind for its queue; of another run; of a
+round that is not open; not the model's tensors; NaN or infinite; in another's name."""
+
 
 class FluffleError(Exception):
     """An error whose text is one line that a user can act on."""
@@ -52,7 +59,16 @@ class Refused(FluffleError):
 
 
 class MalformedMessage(FluffleError):
-    """Bytes that are not a message of ours; the text is the reason given in ``rejected``."""
+    """Bytes that are not a message of ours; the text is the reason given in ``rejected``.
+
+    Args:
+        reason: what is wrong, for people.
+        cause: the same as one of ``CAUSES``, for counting.
+    """
+
+    def __init__(self, reason: str, cause: Cause = "malformed") -> None:
+        super().__init__(reason)
+        self.cause: Cause = cause
 
 
 class LinkLost(FluffleError):

@@ -159,7 +159,7 @@ class _Presence(_Header):
     num_examples: NumExamples
     task: Text
     classes: Classes = ()
-    heartbeat_s: Annotated[float, Field(gt=0, le=3600)]
+    heartbeat_s: Annotated[float, Field(gt=0, le=60)]
     state: Literal["idle", "receiving", "evaluating", "training", "sending"] = "idle"
     run: Id | None = None
     round: Round = 0
@@ -249,10 +249,26 @@ class Part(_Header):
     part: Annotated[int, Field(ge=0)]
 
 
+class Event(_Header):
+    """Something that happened, as the journal keeps it; ``fields`` is what is known of it.
+
+    (``session``, ``number``) is its identity: ``number`` counts the events that one process of a
+    coordinator tells, from 1, so that a reader can pass over what was sent twice.
+    """
+
+    kind: Literal["event"] = "event"
+    event: Annotated[str, Field(min_length=1, max_length=64)]
+    time: Annotated[str, Field(max_length=40)]
+    session: Id
+    number: Annotated[int, Field(ge=1)]
+    run: Id | None = None
+    fields: dict[str, Any] = Field(default_factory=dict)
+
+
 WithTensors = Fit | Evaluate | FirstWeights | Update
 ToWorker = Welcome | Refusal | InitRequest | Fit | Evaluate | Stop
 FromWorker = Hello | Heartbeat | Bye | Failure | FirstWeights | Update | Evaluation
-Message = ToWorker | FromWorker | Part
+Message = ToWorker | FromWorker | Part | Event
 
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 

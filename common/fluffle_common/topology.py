@@ -20,6 +20,8 @@ _REJECTED_BYTES = GiB // 4
 _PRESENCE_MESSAGES = 100_000
 _PRESENCE_TTL_MS = 60_000
 _ABSENT_MS = 30 * 60 * 1000
+_JOURNAL_BYTES = GiB // 4
+_JOURNAL_AGE = "30D"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Topology:
         """Queue of what was refused, with the reason in its headers."""
         return f"{self.federation}.rejected"
 
+    @property
+    def journal(self) -> str:
+        """Stream of every event of the federation; anyone may read it, any number of times."""
+        return f"{self.federation}.journal"
+
     def inbox(self, worker: str) -> str:
         """Queue of a worker's mail."""
         return f"{self.federation}.inbox.{worker}"
@@ -144,6 +151,16 @@ class Topology:
                     "x-overflow": "drop-head",
                 },
             ),
+            Queue(
+                self.journal,
+                "every event of the federation, to be read again at any time; nothing is taken out",
+                {
+                    "x-queue-type": "stream",
+                    "x-max-length-bytes": _JOURNAL_BYTES,
+                    "x-max-age": _JOURNAL_AGE,
+                    "x-stream-max-segment-size-bytes": _JOURNAL_BYTES // 16,
+                },
+            ),
             Binding(self.unrouted, self.unrouted, ""),
             *(Binding(self.updates, self.results, f"{kind}.#") for kind in UPDATE_KINDS),
             *(Binding(self.presence, self.results, f"{kind}.#") for kind in PRESENCE_KINDS),
@@ -164,7 +181,11 @@ class Topology:
             self._queue(
                 self.outbox(worker),
                 f"parts of an update of worker {worker} that is too large for one message",
-                {"x-expires": _ABSENT_MS},
+                {
+                    "x-expires": _ABSENT_MS,
+                    "x-max-length-bytes": _INBOX_BYTES,
+                    "x-overflow": "reject-publish",
+                },
             ),
             Binding(self.inbox(worker), self.work, worker),
             Binding(self.outbox(worker), self.results, f"part.{worker}"),

@@ -107,9 +107,14 @@ async def _send_parts(
         raise several.exceptions[0] from None
 
 
-async def reject(link: Link, delivery: Delivery, reason: str, rejected: str) -> None:
-    """Put a delivery into the queue ``rejected`` with its reason, then acknowledge it."""
-    headers = {**delivery.properties.headers, "reason": reason, "rejected_at": timestamp()}
+async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str) -> None:
+    """Put a delivery into the queue ``rejected`` with what is wrong, then acknowledge it."""
+    headers = {
+        **delivery.properties.headers,
+        "reason": str(wrong),
+        "cause": wrong.cause,
+        "rejected_at": timestamp(),
+    }
     properties = Properties(
         type=delivery.properties.type,
         message_id=delivery.properties.message_id,
@@ -127,7 +132,7 @@ def read_part(body: bytes, federation: str | None = None) -> tuple[Part, memoryv
     """
     message, payload = decode(body, federation)
     if not isinstance(message, Part):
-        raise MalformedMessage(f"a message of kind {message.kind} is no part")
+        raise MalformedMessage(f"a message of kind {message.kind} is no part", "kind")
     return message, payload
 
 
@@ -160,7 +165,7 @@ async def fetch(
                     continue
                 assembly.add(message, payload)
             except MalformedMessage as wrong:
-                await reject(link, delivery, str(wrong), rejected)
+                await reject(link, delivery, wrong, rejected)
                 continue
             held.append(delivery)
             delivery.body = b""

@@ -21,6 +21,10 @@ INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uin
 DTYPES = frozenset(FLOATS + INTEGERS)
 
 
+class NotFinite(ValueError):
+    """A tensor holds NaN or an infinity."""
+
+
 def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype in which a delta of ``dtype`` travels.
 
@@ -70,6 +74,7 @@ def check_delta(update: Weights, base: Weights) -> None:
     Nothing is broadcast: a shape of (1,) is not a shape of ().
 
     Raises:
+        NotFinite: naming the first tensor that holds NaN or an infinity.
         ValueError: naming the first tensor that differs, and how.
     """
     _same_names(update, base)
@@ -80,7 +85,7 @@ def check_delta(update: Weights, base: Weights) -> None:
 
 
 def check_finite(name: str, tensor: Array) -> None:
-    """Raise ValueError where a float tensor holds NaN or an infinity."""
+    """Raise ``NotFinite`` where a float tensor holds NaN or an infinity."""
     if tensor.dtype.kind != "f":
         return
     # A sum is finite only if every term is; it needs no boolean array of the tensor's size. Only
@@ -90,11 +95,11 @@ def check_finite(name: str, tensor: Array) -> None:
             return
     bad = int(tensor.size - np.isfinite(tensor).sum())
     if bad:
-        raise ValueError(f"tensor '{name}' has {bad} values that are NaN or infinite")
+        raise NotFinite(f"tensor '{name}' has {bad} values that are NaN or infinite")
 
 
 def check_all_finite(weights: Weights) -> None:
-    """Raise ValueError where a float tensor of these weights holds NaN or an infinity."""
+    """Raise ``NotFinite`` where a float tensor of these weights holds NaN or an infinity."""
     for name, tensor in weights.items():
         check_finite(name, tensor)
 

@@ -155,38 +155,45 @@ def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[st
     """Return the tensors of a table as read-only views into the payload.
 
     Raises:
-        MalformedMessage: where an entry is not what it says, or does not lie in the payload behind
-            the entry before it.
+        MalformedMessage: of cause ``tensors``, where an entry is not what it says, or does not lie
+            in the payload behind the entry before it.
     """
+    try:
+        return _read_tensors(table, payload)
+    except ValueError as wrong:
+        raise MalformedMessage(str(wrong), "tensors") from None
+
+
+def _read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     end = 0
     for entry in table:
         if entry.dtype not in DTYPES:
-            raise MalformedMessage(f"tensor '{entry.name}' has the unknown dtype '{entry.dtype}'")
+            raise ValueError(f"tensor '{entry.name}' has the unknown dtype '{entry.dtype}'")
         if entry.name in tensors:
-            raise MalformedMessage(f"tensor '{entry.name}' is there twice")
+            raise ValueError(f"tensor '{entry.name}' is there twice")
         dtype = np.dtype(entry.dtype).newbyteorder("<")
         if math.prod(entry.shape) * dtype.itemsize != entry.nbytes:
-            raise MalformedMessage(
+            raise ValueError(
                 f"tensor '{entry.name}' of shape {entry.shape} and {entry.dtype} "
                 f"cannot have {entry.nbytes} bytes"
             )
         if entry.offset < end or entry.offset % ALIGNMENT:
-            raise MalformedMessage(f"tensor '{entry.name}' has the wrong offset {entry.offset}")
+            raise ValueError(f"tensor '{entry.name}' has the wrong offset {entry.offset}")
         end = entry.offset + entry.nbytes
         if end > len(payload):
-            raise MalformedMessage(
+            raise ValueError(
                 f"tensor '{entry.name}' ends at byte {end}, the payload has {len(payload)}"
             )
         flat = np.frombuffer(payload[entry.offset : end], dtype=dtype)
         try:
             tensors[entry.name] = flat.reshape(entry.shape)
         except (ValueError, OverflowError):  # no bytes, and yet a dimension beyond all bounds
-            raise MalformedMessage(
+            raise ValueError(
                 f"tensor '{entry.name}' has the impossible shape {entry.shape}"[:500]
             ) from None
     if end != len(payload):
-        raise MalformedMessage(f"{len(payload) - end} bytes of the payload belong to no tensor")
+        raise ValueError(f"{len(payload) - end} bytes of the payload belong to no tensor")
     return tensors
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from fluffle_common.checkpoint import checkpoint_name
 from fluffle_common.console import timestamp
-from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.errors import Cause, LinkLost, MalformedMessage
 from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import fetch
 from fluffle_common.transport import Delivery, Link
-from fluffle_common.weights import Array, check_all_finite, check_delta
+from fluffle_common.weights import Array, NotFinite, check_all_finite, check_delta
 from fluffle_common.wire import read_tensors
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.store import RunStore
@@ -57,6 +57,26 @@ class Counts:
     rejected: int = 0
 
 
+@dataclass
+class Clock:
+    """Where the time of a round goes, in seconds of a monotonic clock."""
+
+    committed_at: float = field(default_factory=time.monotonic)  # the round before
+    opened_at: float = field(default_factory=time.monotonic)
+    fold_s: float = 0.0
+
+    def timings(self, closed_at: float, averaged_at: float, saved_at: float) -> dict[str, float]:
+        """Tell what took how long: before the round, open (folding included), and closing it."""
+        told = {
+            "waiting_s": self.opened_at - self.committed_at,
+            "open_s": closed_at - self.opened_at,
+            "fold_s": self.fold_s,
+            "average_s": averaged_at - closed_at,
+            "checkpoint_s": saved_at - averaged_at,
+        }
+        return {name: round(seconds, 6) for name, seconds in told.items()}
+
+
 class Aggregation:
     """The weights of a run, the running sum of its open round, and its store.
 
@@ -87,7 +107,7 @@ class Aggregation:
     ) -> None:
         self.weights = weights
         self.counts = Counts()
-        self.opened_at = timestamp()
+        self.last_committed: dict[str, Any] = {}
         self._store, self._topology, self._max_bytes = store, topology, max_model_bytes
         self._link, self._metadata, self._tell, self._post = link, metadata, tell, post
         self._strategy = strategy
@@ -95,6 +115,7 @@ class Aggregation:
         self._sum = strategy.init(weights) if weights is not None else None
         self._participants: dict[str, dict[str, Any]] = {}
         self._closing = False
+        self._clock, self._opened_at = Clock(), timestamp()
 
     async def run(self) -> None:
         """Do one job after the other, for ever."""
@@ -106,6 +127,15 @@ class Aggregation:
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""
         await self._jobs.join()
+
+    def opened(self) -> None:
+        """Note that the round is open."""
+        self._clock.opened_at, self._opened_at = time.monotonic(), timestamp()
+
+    def counted(self, worker: str) -> dict[str, Any]:
+        """Return what is known of an update in the sum, beyond what the round machine knows."""
+        update = self._participants.get(worker, {})
+        return {"train_s": update.get("seconds"), "bytes": update.get("bytes")}
 
     def take_first(self, held: Held) -> None:
         """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
@@ -159,29 +189,38 @@ class Aggregation:
         assert isinstance(message, Update)
         try:
             payload = await self._payload(held)
+            began = time.monotonic()
             await asyncio.to_thread(self._check_and_fold, message, payload)
         except LinkLost as gone:
             self._post(rs.FoldFailed(time.monotonic(), worker, str(gone), again=True))
-        except (MalformedMessage, ValueError) as wrong:
+        except MalformedMessage as wrong:
             lost = message.transfer is not None and not held.parts
-            self._post(rs.FoldFailed(time.monotonic(), worker, str(wrong), again=lost))
+            self._post(rs.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause, again=lost))
         else:
+            now = time.monotonic()
+            self._clock.fold_s += now - began
             metrics = dict(message.metrics)
             self._participants[worker] = {
                 "worker": worker,
                 "num_examples": message.num_examples,
                 "train_loss": metrics.pop("loss", None),
                 "seconds": message.seconds,
+                "counted_s": round(now - self._clock.opened_at, 6),
+                "bytes": len(payload),
                 **({"metrics": metrics} if metrics else {}),
             }
-            self._post(rs.Folded(time.monotonic(), worker))
+            self._post(rs.Folded(now, worker))
             held.forget()  # only now: what is rejected is kept as it came
 
     def _check_and_fold(self, message: Update, payload: memoryview) -> None:
         assert self.weights is not None
         assert self._sum is not None
         delta = read_tensors(message.tensors, payload)
-        check_delta(delta, self.weights)
+        try:
+            check_delta(delta, self.weights)
+        except ValueError as wrong:
+            cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
+            raise MalformedMessage(str(wrong), cause) from None
         self._sum = self._strategy.fold(self._sum, delta, message.num_examples)
 
     async def _payload(self, held: Held) -> memoryview:
@@ -200,23 +239,32 @@ class Aggregation:
     async def _commit(self, number: int) -> None:
         assert self.weights is not None
         assert self._sum is not None
+        closed_at = time.monotonic()
         weights = await asyncio.to_thread(self._strategy.finish, self._sum, self.weights)
+        averaged_at = time.monotonic()
         metadata = self._metadata(number)
         await self._on_disk(lambda: self._store.save_weights(number, weights, metadata))
+        timings = self._clock.timings(closed_at, averaged_at, time.monotonic())
         counts, self.counts = self.counts, Counts()  # from here on, of the next round
         line = {
             "event": "committed",
             "run": metadata["run"],
             "round": number,
             "participants": list(self._participants.values()),
-            "opened_at": self.opened_at,
+            "opened_at": self._opened_at,
             "committed_at": timestamp(),
             "late": counts.late,
             "rejected": counts.rejected,
+            "timings": timings,
             "checkpoint": checkpoint_name(number),
         }
         await self._on_disk(lambda: self._store.append(line))
         participants = frozenset(self._participants)
+        self.last_committed = {
+            "num_examples": sum(one["num_examples"] for one in self._participants.values()),
+            "timings": timings,
+        }
+        self._clock = Clock()
         self.weights, self._sum = weights, self._strategy.init(weights)
         self._participants, self._closing = {}, False
         self._post(rs.Committed(time.monotonic(), number, participants))

@@ -161,6 +161,12 @@ def run_option(command: Any) -> Any:
     default=600.0,
     help="Seconds to wait for a broker that cannot be reached before giving up.",
 )
+@click.option(
+    "--verify-users",
+    is_flag=True,
+    help="Each worker logs in to the broker as a user named like its id: what is sent in its name "
+    "by anyone else is rejected.",
+)
 @queue_type_option
 @log_format_option
 def coordinator(**options: Any) -> None:

@@ -47,6 +47,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         ),
         classes=tuple(options["classes"].split(",")) if options["classes"] else None,
         init=options["init"],
+        verify_users=options["verify_users"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     transport = AmqpTransport(broker_url(options["url"]), f"fluffle coordinator of {federation}")

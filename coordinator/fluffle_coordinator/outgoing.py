@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fluffle_common.errors import LinkLost
+from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.messages import (
     Evaluate,
     Fit,
@@ -82,9 +82,9 @@ class Outgoing:
         """Acknowledge, after what was asked for before."""
         self._jobs.put_nowait(lambda _: ack())
 
-    def reject(self, delivery: Delivery, reason: str) -> None:
-        """Put a delivery into the rejected queue with its reason, then acknowledge it."""
-        self._jobs.put_nowait(lambda link: reject(link, delivery, reason, self._topology.rejected))
+    def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
+        """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
+        self._jobs.put_nowait(lambda link: reject(link, delivery, wrong, self._topology.rejected))
 
     def perform(self, effect: rs.Effect, state: rs.State, weights: Weights | None) -> None:
         """Send what an effect asks for; ``weights`` are those of this moment."""

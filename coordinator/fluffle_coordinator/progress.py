@@ -133,11 +133,20 @@ def _open(state: State, present: list[str], now: float, out: Effects) -> State:
         opened_at=now,
         asked=asked,
         failed={},
+        doubted={},
         gate=1,
         gate_until=math.inf,
     )
     out.append(
-        Tell("opened", {"round": state.round, "asked": sorted(asked), "needed": state.needed})
+        Tell(
+            "opened",
+            {
+                "round": state.round,
+                "asked": sorted(asked),
+                "needed": state.needed,
+                "deadline_s": state.rules.deadline_s,
+            },
+        )
     )
     waiting = tuple(name for name in chosen if name not in state.received)
     if waiting:
@@ -198,8 +207,9 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         if name not in state.received
         and (not state.busy(name) or state.workers[name].state == "receiving")
     )
-    state = replace(state, opened_at=now, asked=asked, failed={})
-    out.append(Tell("reopened", {"round": state.round, "asked": sorted(asked), "reason": reason}))
+    state = replace(state, opened_at=now, asked=asked, failed={}, doubted={})
+    told = {"round": state.round, "asked": sorted(asked), "needed": state.needed}
+    out.append(Tell("reopened", {**told, "deadline_s": rules.deadline_s, "reason": reason}))
     if lacking:
         out.append(work(state, lacking))
     return state
@@ -238,7 +248,7 @@ def _try_to_finish(state: State, now: float, out: Effects) -> State:
 
 
 def _end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
-    out.append(End(outcome, reason, tuple(sorted(state.workers))))
+    out.append(End(outcome, reason, tuple(sorted(state.met))))
     return replace(state, phase=Phase.ENDED, outcome=outcome, reason=reason)
 
 

@@ -95,6 +95,7 @@ def start(
         counted_before=frozenset(participants),
         evaluate_pending=not evaluated,
         has_weights=has_weights,
+        met=frozenset(participants),
         classes=classes,
         gate=rules.min_workers,
         gate_until=now + slowest if resumed else math.inf,
@@ -193,7 +194,10 @@ def _seen(state: State, event: Seen, out: Effects) -> State:
         state = replace(state, failed=_minus(state.failed, [worker.name]))
         if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
             state = replace(state, init_asked=None)
-    state = replace(state, workers={**state.workers, worker.name: worker})
+    state = replace(
+        state, workers={**state.workers, worker.name: worker}, met=state.met | {worker.name}
+    )
+    state = _settle_doubt(state, worker.name)
     return _offer(state, worker, event, restarted or event.hello, out)
 
 
@@ -212,8 +216,9 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     if state.busy(name) and not broken_off:
         # An earlier coordinator asked it, or it came back: either way we wait for it.
         return replace(state, asked={name: event.now, **state.asked})
-    done = (worker.run, worker.round) == (state.run, state.round)
-    patience = state.rules.resend_s * (4 if done else 1)  # its update may just be under way
+    patience = state.rules.resend_s * (
+        4 if state.done(name) else 1
+    )  # its update may just be under way
     if sent_at is None or fresh or event.now - sent_at >= patience:
         state = replace(state, asked={**state.asked, name: event.now})
         out.append(work(state, (name,)))
@@ -236,10 +241,10 @@ def _failed(state: State, event: Failed, out: Effects) -> State:
 def _arrived(state: State, event: Arrived, out: Effects) -> State:
     handle, worker = event.handle, event.worker
     if event.run != state.run:
-        out.append(Reject(handle, f"it is of run {event.run}, this is run {state.run}"))
+        out.append(Reject(handle, f"it is of run {event.run}, this is run {state.run}", "run"))
         return state
     if event.round > state.round or (event.round == state.round and not _takes(state)):
-        out.append(Reject(handle, f"round {event.round} has not been opened"))
+        out.append(Reject(handle, f"round {event.round} has not been opened", "round"))
         return state
     held = state.received.get(worker) if event.round == state.round else None
     if held is not None:
@@ -253,8 +258,12 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
     if event.round == state.round - 1 and worker in state.counted_before:
         out.append(Tell("duplicate", {"worker": worker, "round": event.round}))
     else:
-        out.append(Tell("late", {"worker": worker, "round": event.round}))
+        out.append(_late(worker, event.round, event.num_examples))
     return state
+
+
+def _late(worker: str, number: int, num_examples: int) -> Tell:
+    return Tell("late", {"worker": worker, "round": number, "num_examples": num_examples})
 
 
 def _takes(state: State) -> bool:
@@ -284,7 +293,13 @@ def _folded(state: State, worker: str, out: Effects) -> State:
     asked = state.asked
     if state.phase is Phase.OPEN and worker not in asked:
         asked = {**asked, worker: -math.inf}
-    state = replace(state, received={**state.received, worker: update}, asked=asked)
+    state = replace(
+        state,
+        received={**state.received, worker: update},
+        asked=asked,
+        failed=_minus(state.failed, [worker]),
+        doubted=_minus(state.doubted, [worker]),
+    )
     out.append(
         Tell(
             "counted",
@@ -305,7 +320,7 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     if event.again:
         out += [Ack(held.handle), Tell("resend", {"worker": worker, "reason": event.reason})]
     else:
-        out.append(Reject(held.handle, event.reason))
+        out.append(Reject(held.handle, event.reason, event.cause))
     if held.spares:
         first, *rest = held.spares
         update = replace(held, handle=first, spares=tuple(rest))
@@ -313,11 +328,26 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
             out.append(Fold(first, worker))
         return replace(state, received={**state.received, worker: update})
     state = replace(state, received=_minus(state.received, [worker]))
-    if not event.again:  # asked again, it would send the same again
-        return replace(state, failed={**state.failed, worker: event.reason})
+    if not event.again:  # asked again, it would send the same again: if it was the worker at all
+        doubted = {**state.doubted, worker: event.reason}
+        return _settle_doubt(replace(state, doubted=doubted), worker)
     if worker in state.workers and state.phase is Phase.OPEN:
         out.append(work(state, (worker,)))
     return state
+
+
+def _settle_doubt(state: State, worker: str) -> State:
+    """Count a worker as failed where it says that it sent what was found unsound.
+
+    While it is still at work, somebody else sent that in its name, and its own update is to come.
+    """
+    if worker not in state.doubted or not state.done(worker):
+        return state
+    return replace(
+        state,
+        failed={**state.failed, worker: state.doubted[worker]},
+        doubted=_minus(state.doubted, [worker]),
+    )
 
 
 def _evaluation(state: State, event: EvaluationArrived, out: Effects) -> State:
@@ -331,7 +361,7 @@ def _committed(state: State, event: Committed, out: Effects) -> State:
     for worker, update in state.received.items():
         out += [Ack(handle) for handle in (update.handle, *update.spares)]
         if worker not in event.participants:
-            out.append(Tell("late", {"worker": worker, "round": event.round}))
+            out.append(_late(worker, event.round, update.num_examples))
     out.append(
         Tell("committed", {"round": event.round, "participants": sorted(event.participants)})
     )
@@ -345,6 +375,7 @@ def _committed(state: State, event: Committed, out: Effects) -> State:
         received={},
         asked={},
         failed={},
+        doubted={},
         quorum_at=None,
         reopenings=0,
         reopened_with=0,

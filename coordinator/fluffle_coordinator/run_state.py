@@ -9,6 +9,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from fluffle_common.errors import Cause
+
 Outcome = Literal["finished", "stopped"]
 
 
@@ -153,6 +155,9 @@ class State:
     workers: Mapping[str, Worker] = field(default_factory=_empty)
     asked: Mapping[str, float] = field(default_factory=_empty)  # when
     failed: Mapping[str, str] = field(default_factory=_empty)  # who could not, and why
+    # Something unsound came in its name; it has failed if it says itself that it sent its update.
+    doubted: Mapping[str, str] = field(default_factory=_empty)
+    met: frozenset[str] = frozenset()  # who has been here at all: the end is told to all of them
     received: Mapping[str, Received] = field(default_factory=_empty)
     evaluations: Mapping[str, Evaluated] = field(default_factory=_empty)
     opened_at: float = 0.0
@@ -187,6 +192,13 @@ class State:
     def at_work_on(self) -> int:
         """The round that workers name while they are at what they were asked for."""
         return self.round - 1 if self.phase is Phase.EVALUATING else self.round
+
+    def done(self, worker: str) -> bool:
+        """Whether a worker says that it has sent its update of this round."""
+        known = self.workers.get(worker)
+        if known is None or known.state != "idle":
+            return False
+        return (known.run, known.round) == (self.run, self.round)
 
     def busy(self, worker: str) -> bool:
         """Whether a worker says that it is at work on what is asked for."""
@@ -281,6 +293,7 @@ class FoldFailed(Event):
 
     worker: str
     reason: str
+    cause: Cause = "tensors"
     again: bool = False
 
 
@@ -377,6 +390,7 @@ class Reject(Effect):
 
     handle: Handle
     reason: str
+    cause: Cause
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluffle_common.console import timestamp
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.messages import (
     Bye,
@@ -29,12 +29,13 @@ from fluffle_common.messages import (
     FirstWeights,
     Heartbeat,
     Hello,
+    Message,
     Plan,
     Update,
 )
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff, Delivery, Link, Occupied, Transport, links, together
-from fluffle_common.wire import decode
+from fluffle_common.wire import decode, describe
 from fluffle_coordinator import rounds
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.aggregation import Aggregation, Held
@@ -55,6 +56,8 @@ class CoordinatorSettings:
         init: a checkpoint to begin with; None asks a worker.
         max_workers: the most updates of a round that may be held unacknowledged.
         max_model_bytes: the most that a model or an update may have.
+        verify_users: reject what a worker sends while logged in to the broker under another name
+            than its id.
         backoff: how to wait for a broker that is away.
         waiting_every_s: how often to say what is waited for.
     """
@@ -66,6 +69,7 @@ class CoordinatorSettings:
     init: Path | None = None
     max_workers: int = 1024
     max_model_bytes: int = 8 * 2**30
+    verify_users: bool = False
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0
 
@@ -154,7 +158,9 @@ class Coordinator:
             in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
             if now >= said_at + every or in_short != said:
                 told = waiting_for(self.state, now)
-                if told and not effects:
+                if told and effects and now < said_at + every:
+                    continue  # what was told just now says more; this, when nothing else happens
+                if told:
                     self._tell("waiting", {"reason": told})
                 said_at, said = now, in_short
         await self._aggregation.drained()
@@ -172,19 +178,19 @@ class Coordinator:
     def _perform(self, effect: rs.Effect) -> None:
         match effect:
             case rs.Tell(what, fields):
-                if what == "opened":
-                    self._aggregation.opened_at = timestamp()
-                self._tell(what, dict(fields))
+                self._tell(what, {**fields, **self._more(what, fields)})
             case rs.Fold(handle, worker):
                 self._aggregation.fold(self._deliveries[handle], worker)
             case rs.Ack(handle):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
                     self._outgoing.settle(held.ack)
-            case rs.Reject(handle, reason):
+            case rs.Reject(handle, reason, cause):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
-                    self._reject(held.delivery, reason)
+                    self._reject(held.delivery, MalformedMessage(reason, cause), held.message)
+                    for part in held.parts:
+                        self._outgoing.settle(part.ack)
             case rs.Commit(number):
                 self._aggregation.commit(number)
             case rs.RecordEvaluation(number, evaluations):
@@ -193,6 +199,14 @@ class Coordinator:
                 self._outgoing.perform(effect, self.state, None)
             case _:
                 self._outgoing.perform(effect, self.state, self._aggregation.weights)
+
+    def _more(self, what: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the aggregation knows of an event of the round machine."""
+        if what == "opened":
+            self._aggregation.opened()
+        if what == "counted":
+            return self._aggregation.counted(fields["worker"])
+        return self._aggregation.last_committed if what == "committed" else {}
 
     def _tell(self, what: str, fields: dict[str, Any]) -> None:
         if what == "late":
@@ -247,9 +261,10 @@ class Coordinator:
         async for delivery in deliveries:
             try:
                 message, _ = decode(delivery.body, self._settings.federation)
+                self._check_sender(message, delivery)
                 self._presence(message)
             except MalformedMessage as wrong:
-                self._reject(delivery, str(wrong))
+                self._reject(delivery, wrong)
             else:
                 await delivery.ack()
 
@@ -271,7 +286,9 @@ class Coordinator:
             case Failure(worker=worker_name, run=run, round=number, reason=reason):
                 self._events.put_nowait(rs.Failed(now, worker_name, run, number, reason))
             case _:
-                raise MalformedMessage(f"a message of kind {message.kind} is no sign of life")
+                raise MalformedMessage(
+                    f"a message of kind {message.kind} is no sign of life", "kind"
+                )
 
     async def _read_updates(self, deliveries: Any, link: int) -> None:
         number = 0
@@ -279,9 +296,19 @@ class Coordinator:
             number += 1
             try:
                 message, payload = decode(delivery.body, self._settings.federation)
+                self._check_sender(message, delivery)
                 await self._update(message, payload, delivery, rs.Handle(link, number))
             except MalformedMessage as wrong:
-                self._reject(delivery, str(wrong))
+                self._reject(delivery, wrong)
+
+    def _check_sender(self, message: Any, delivery: Delivery) -> None:
+        """Compare who a message says it is of with who the broker says has sent it."""
+        worker, user = getattr(message, "worker", None), delivery.properties.user
+        if self._settings.verify_users and worker is not None and worker != user:
+            raise MalformedMessage(
+                f"it is in the name of {worker}, and was sent by the user {user or 'unknown'}",
+                "sender",
+            )
 
     async def _update(
         self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
@@ -301,10 +328,15 @@ class Coordinator:
             case FirstWeights() if message.run == self.state.run:
                 self._aggregation.take_first(Held(delivery, message, payload))
             case FirstWeights():
-                raise MalformedMessage(f"it is of run {message.run}, this is {self.state.run}")
+                raise MalformedMessage(
+                    f"it is of run {message.run}, this is run {self.state.run}", "run"
+                )
             case _:
-                raise MalformedMessage(f"a message of kind {message.kind} is no update")
+                raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
 
-    def _reject(self, delivery: Delivery, reason: str) -> None:
-        self._tell("rejected", {"reason": reason})
-        self._outgoing.reject(delivery, reason)
+    def _reject(
+        self, delivery: Delivery, wrong: MalformedMessage, message: Message | None = None
+    ) -> None:
+        of = {"kind": message.kind, **describe(message)} if message else {}
+        self._tell("rejected", {"reason": str(wrong), "cause": wrong.cause, **of})
+        self._outgoing.reject(delivery, wrong)

@@ -97,7 +97,8 @@ def waiting_for(state: State, now: float) -> str | None:
         )
     if state.phase is Phase.EVALUATING:
         missing_names = sorted(state.asked.keys() - state.evaluations.keys())
-        return f"waiting for the evaluation by {', '.join(missing_names)}"
+        told = ", ".join(missing_names) or "workers: nobody is here"
+        return f"waiting for the evaluation by {told}"
     return None
 
 

@@ -187,7 +187,7 @@ class CoordinatorModel:
                 self.jobs.append(("evaluated", evaluated))
             case rs.Ack(handle):
                 self.out.append(("settle", handle, "acked"))
-            case rs.Reject(handle, reason):
+            case rs.Reject(handle, reason, _):
                 assert reason
                 self.out.append(("settle", handle, "rejected"))
             case rs.AskInit(worker):

@@ -72,7 +72,7 @@ class Run:
         return self.on(rs.Folded(self.now, name))
 
     def fold_failed(self, name: str, *, again: bool = False) -> list[rs.Effect]:
-        return self.on(rs.FoldFailed(self.now, name, "it has a NaN", again=again))
+        return self.on(rs.FoldFailed(self.now, name, "it has a NaN", "not_finite", again=again))
 
     def update(self, name: str) -> list[rs.Effect]:
         return [*self.arrived(name), *self.folded(name)]
@@ -106,6 +106,10 @@ def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
         run.seen(name, hello=True)
     assert run.state.phase is Phase.OPEN
     return run
+
+
+def came_late(worker: str) -> rs.Tell:
+    return rs.Tell("late", {"worker": worker, "round": 1, "num_examples": 10})
 
 
 def only(effects: Iterable[rs.Effect], kind: type[_E]) -> list[_E]:
@@ -303,7 +307,7 @@ def test_what_was_not_folded_at_the_commit_is_late():
     run.update("b")
     effects = run.committed("a", "b")
     assert rs.Ack(Handle(1, 1)) in effects
-    assert rs.Tell("late", {"worker": "c", "round": 1}) in effects
+    assert came_late("c") in effects
 
 
 def test_an_update_that_was_folded_during_the_commit_counts():
@@ -486,7 +490,7 @@ def test_a_late_update_is_acknowledged_and_told():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     run.committed("a")
-    late = [rs.Ack(Handle(1, 2)), rs.Tell("late", {"worker": "b", "round": 1})]
+    late = [rs.Ack(Handle(1, 2)), came_late("b")]
     assert run.arrived("b", round=1) == late
     assert not run.state.received
 
@@ -495,7 +499,7 @@ def test_what_comes_during_the_commit_is_late_once_that_is_on_disk():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     assert not run.arrived("b")  # a crash may yet open the round again
-    late = [rs.Ack(Handle(1, 2)), rs.Tell("late", {"worker": "b", "round": 1})]
+    late = [rs.Ack(Handle(1, 2)), came_late("b")]
     effects = run.committed("a")
     assert effects[1:3] == late
     assert not run.state.received
@@ -550,7 +554,10 @@ def test_the_copy_is_used_if_the_first_is_refused():
     first = run.last_handle
     run.arrived("a")
     effects = run.fold_failed("a")
-    assert effects == [rs.Reject(first, "it has a NaN"), rs.Fold(run.last_handle, "a")]
+    assert effects == [
+        rs.Reject(first, "it has a NaN", "not_finite"),
+        rs.Fold(run.last_handle, "a"),
+    ]
     run.folded("a")
     assert run.state.folded == 1
     run.update("b")
@@ -566,7 +573,7 @@ def test_a_copy_is_not_folded_while_the_round_is_being_committed():
     run.arrived("c")
     spare = run.last_handle
     effects = run.fold_failed("c")
-    assert effects == [rs.Reject(Handle(1, 1), "it has a NaN")]
+    assert effects == [rs.Reject(Handle(1, 1), "it has a NaN", "not_finite")]
     assert rs.Ack(spare) in run.committed("a", "b")
 
 
@@ -604,13 +611,60 @@ def test_a_void_copy_is_not_used():
     assert not only(run.fold_failed("a"), rs.Fold)
 
 
-def test_a_refused_update_is_waited_for_no_more():
+def done(run: Run, name: str) -> list[rs.Effect]:
+    return run.seen(name, run=RUN, round=run.state.round)
+
+
+def test_a_worker_whose_update_is_refused_is_waited_for_no_more():
     run = opened("a", "b")
     run.update("a")
+    done(run, "b")
     run.arrived("b")
     effects = run.fold_failed("b")
-    assert only(effects, rs.Reject) == [rs.Reject(run.last_handle, "it has a NaN")]
+    assert only(effects, rs.Reject) == [rs.Reject(run.last_handle, "it has a NaN", "not_finite")]
     assert only(effects, rs.Commit)
+
+
+@pytest.mark.parametrize("state", ["idle", "training", "sending"])
+def test_a_refused_update_fails_its_worker_only_when_that_says_that_it_sent_one(state):
+    run = opened("a", "b")
+    run.update("a")
+    run.seen("b", state=state, run=RUN, round=1 if state != "idle" else 0)
+    run.arrived("b")
+    assert not only(run.fold_failed("b"), rs.Commit)
+    assert not run.state.failed
+    assert only(done(run, "b"), rs.Commit)
+
+
+def test_the_workers_own_update_counts_where_another_in_its_name_was_refused():
+    run = opened("a", "b")
+    run.update("a")
+    run.at_work("b")
+    run.arrived("b")
+    run.fold_failed("b")
+    effects = run.update("b")
+    assert only(effects, rs.Commit)
+    assert not run.state.failed
+    assert not run.state.doubted
+
+
+def test_a_sound_update_of_one_that_counted_as_failed_clears_it():
+    run = opened("a", "b", "c")
+    done(run, "b")
+    run.arrived("b")
+    run.fold_failed("b")
+    assert run.state.failed
+    run.update("b")
+    assert not run.state.failed
+    assert run.state.expected == {"a", "b", "c"}
+
+
+def test_the_end_is_told_to_whoever_was_ever_there():
+    run = resumed(Rules(rounds=1, min_workers=1), evaluated=True)
+    assert [end.workers for end in only(run.log, rs.End)] == [("a", "b", "c")]
+    run = all_rounds_done()
+    run.left("b")
+    assert [end.workers for end in only(run.evaluation("a", 1), rs.End)] == [("a", "b")]
 
 
 def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
@@ -623,15 +677,15 @@ def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
 
 
 @pytest.mark.parametrize(
-    ("of", "reason"),
+    ("of", "reason", "cause"),
     [
-        ({"run": "run-b"}, "it is of run run-b, this is run run-a"),
-        ({"round": 2}, "round 2 has not been opened"),
+        ({"run": "run-b"}, "it is of run run-b, this is run run-a", "run"),
+        ({"round": 2}, "round 2 has not been opened", "round"),
     ],
 )
-def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason):
+def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason, cause):
     run = opened("a", "b")
-    assert run.arrived("a", **of) == [rs.Reject(run.last_handle, reason)]
+    assert run.arrived("a", **of) == [rs.Reject(run.last_handle, reason, cause)]
 
 
 def test_no_update_can_be_without_weights_or_after_the_last_round():
@@ -934,7 +988,7 @@ def test_a_run_that_is_resumed_for_its_last_evaluation_listens_for_its_workers()
     run.tick(1)
     effects = run.evaluation("b", 1)
     assert recorded(effects) == [(1, ["a", "b"])]
-    assert only(effects, rs.End) == [rs.End("finished", "1 rounds are done", ("a", "b"))]
+    assert only(effects, rs.End) == [rs.End("finished", "1 rounds are done", ("a", "b", "c"))]
 
 
 def test_it_ends_where_nobody_is_there_and_at_once_where_nothing_is_wanted():

@@ -17,6 +17,8 @@ _SENTENCES = {
     "loaded": "task {task}: {num_examples} examples{classes}",
     "connected": "connected to the broker at {address}",
     "disconnected": "lost the broker ({reason}); connecting again",
+    "occupied": "another worker has this id; waiting up to {pause_s:.0f} s, in case it is a "
+    "connection of our own that was cut and lives on in the broker",
     "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
     "welcome": "joined run {run}, round {round} of {rounds}",
     "begin": "round {round}: {verb}",
@@ -64,9 +66,16 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the split of the data.")
 @click.option(
     "--heartbeat",
-    type=click.FloatRange(0, 3600, min_open=True),
+    type=click.FloatRange(0, 60, min_open=True),
     default=2.0,
     help="Seconds between signs of life.",
+)
+@click.option(
+    "--wait-id",
+    type=click.FloatRange(0),
+    default=45.0,
+    help="Seconds to wait while another worker has this id: a connection that was cut lives on in "
+    "the broker for a while.",
 )
 @click.option("--stay", is_flag=True, help="Wait for another run when one has ended.")
 @click.option(
@@ -133,6 +142,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         worker=name,
         task=options["task"],
         heartbeat_s=options["heartbeat"],
+        occupied_s=options["wait_id"],
         stay=options["stay"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )

@@ -54,7 +54,6 @@ from fluffle_worker.task import Task, classes_of, told
 Tell = Callable[[str, dict[str, Any]], None]
 _INBOX_PREFETCH = 8
 _FULL_PAUSE_S = 1.0
-_OCCUPIED_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class WorkerSettings:
         worker: this worker's id, unique in the federation.
         task: what the task is called, for people.
         heartbeat_s: seconds between signs of life.
+        occupied_s: seconds to wait, at the start, while another worker has this id: a connection
+            that was cut lives on in the broker for up to two of its heartbeats.
         stay: wait for another run when one has ended.
         max_model_bytes: the largest model taken.
         backoff: how to wait for a broker that is away.
@@ -75,6 +76,7 @@ class WorkerSettings:
     worker: str
     task: str
     heartbeat_s: float = 2.0
+    occupied_s: float = 45.0
     stay: bool = False
     max_model_bytes: int = 8 * 2**30
     backoff: Backoff = field(default_factory=Backoff)
@@ -107,6 +109,7 @@ class WorkerService:
         self._tell, self._bar = tell, bar
         self._session = uuid.uuid4().hex[:12]
         self._state = session.State()
+        self._run: str | None = None  # the one that we are in, or were last
         self._jobs: dict[Work, Job] = {}
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
@@ -166,10 +169,12 @@ class WorkerService:
                     await self._serve(link, first=first)
                 except Occupied:
                     now = time.monotonic()
+                    patience = {"pause_s": self._settings.occupied_s}
+                    if first and not occupied_since:
+                        self._tell("occupied", patience)
                     occupied_since = occupied_since or now
-                    # A connection that was cut may live on in the broker for a while: only one
-                    # who was never in takes it for another worker.
-                    if first and now - occupied_since >= _OCCUPIED_S:
+                    # One who was in takes it for its own old connection, however long that lives.
+                    if first and now - occupied_since >= self._settings.occupied_s:
                         raise Refused(
                             f"another worker with the id '{self._settings.worker}' is connected to "
                             f"federation {self._settings.federation}; give this one another --id"
@@ -247,13 +252,14 @@ class WorkerService:
                 self._receive(message, payload)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
-                await reject(link, delivery, str(wrong), self._topology.rejected)
+                await reject(link, delivery, wrong, self._topology.rejected)
             else:
                 await delivery.ack()
 
     def _receive(self, message: Any, payload: memoryview) -> None:
         match message:
             case Welcome(run=run, round=number, rounds=rounds):
+                self._run = run
                 self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
             case Refusal(session=refused, reason=reason) if refused == self._session:
                 raise Refused(reason)
@@ -266,12 +272,13 @@ class WorkerService:
                 self._work(message, payload)
             case Part():
                 self._part(message, payload)
-            case Stop(reason=reason):
+            case Stop(run=run, reason=reason) if self._run in (None, run):
                 self._advance(session.Stopped(reason))
-            case Refusal():
-                pass  # it was for an earlier process of this worker
+            case Refusal() | Stop():
+                pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
-                raise MalformedMessage(f"a message of kind {message.kind} is no mail for a worker")
+                told = f"a message of kind {message.kind} is no mail for a worker"
+                raise MalformedMessage(told, "kind")
 
     def _part(self, part: Part, payload: memoryview) -> None:
         if self._assembly is None:
@@ -290,7 +297,7 @@ class WorkerService:
         try:
             check_all_finite(weights)
         except ValueError as wrong:
-            raise MalformedMessage(str(wrong)) from None
+            raise MalformedMessage(str(wrong), "not_finite") from None
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         self._ask(Work(kind, message.run, message.round), message, weights)  # type: ignore[arg-type]
 
@@ -325,9 +332,16 @@ class WorkerService:
                 case session.Leave(reason):
                     self._tell("ended", {"reason": reason})
                     if self._settings.stay:
-                        self._state = session.State()
+                        self._forget()
                     elif not self._ended.done():
                         self._ended.set_result(reason)
+
+    def _forget(self) -> None:
+        """Let go of a run that has ended; a thread that is still at it ends at its next step."""
+        for job in self._jobs.values():
+            job.wanted = False
+        self._jobs.clear()
+        self._state = session.State()
 
     def _now(self, state: str, run: str, number: int, *, steps: int = 0) -> None:
         self._doing |= {
@@ -446,7 +460,7 @@ class WorkerService:
                 read_part(delivery.body, self._settings.federation)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
-                await reject(link, delivery, str(wrong), self._topology.rejected)
+                await reject(link, delivery, wrong, self._topology.rejected)
             else:
                 await delivery.ack()
 
