@@ -119,3 +119,18 @@ def test_ten_kinds_of_malformed_updates(
     assert len(committed) == 3
     for line in committed:
         assert {p["worker"] for p in line["participants"]} == {"shard-0-2", "shard-1-2"}
+
+
+def test_what_comes_in_anothers_name_is_rejected_where_users_are_verified(
+    federation: Federation, connection: pika.BlockingConnection
+) -> None:
+    coordinator = federation.coordinator("--quorum", 1, "--rounds", 1, "--verify-users")
+    coordinator.wait_for("connected")
+    federation.worker("shard:0/2").wait_for("connected")
+    coordinator.wait_for("rejected a message: it is in the name of shard-0-2, and was sent by")
+    rejected, headers = f"{federation.name}.rejected", None
+    while headers is None:
+        _, properties, _ = connection.channel().basic_get(rejected, auto_ack=True)
+        headers = properties and properties.headers
+    assert headers["cause"] == "sender"
+    assert (headers["worker"], coordinator.process.poll()) == ("shard-0-2", None)
