@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -146,6 +146,7 @@ class AmqpLink(Link):
         self._user = user
         self._gone = asyncio.Event()
         self._why = "the link was closed"
+        self._readers: set[asyncio.Queue[AbstractIncomingMessage | None]] = set()
         self._publish: AbstractChannel
         self._get: AbstractChannel
 
@@ -165,7 +166,12 @@ class AmqpLink(Link):
     def _lose(self, _: Any, why: BaseException | None = None) -> None:
         if not self._gone.is_set():
             self._why = _told(why) if why else self._why
-            self._gone.set()
+            self._end()
+
+    def _end(self) -> None:
+        self._gone.set()
+        for arrived in self._readers:
+            arrived.put_nowait(None)  # whoever waits there sees that it is over
 
     def _check(self) -> None:
         if self._gone.is_set():
@@ -223,10 +229,10 @@ class AmqpLink(Link):
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
-    ) -> AsyncIterator[Delivery]:
+    ) -> AsyncGenerator[Delivery]:
         """See ``transport.Link``."""
         self._check()
-        arrived: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+        arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
         with _as_ours():
             channel = self._connections[1].channel(publisher_confirms=False)
             # A refusal closes the channel, which must not take the link with it: so the channel
@@ -238,24 +244,25 @@ class AmqpLink(Link):
             underlay = await channel.get_underlay_channel()
         channel.close_callbacks.add(self._lose)
         underlay.on_consumer_cancel_callbacks.add(self._cancelled)  # the queue was deleted
-        return self._deliveries(arrived)
+        self._readers.add(arrived)
+        return self._deliveries(arrived, channel)
 
     async def _deliveries(
-        self, arrived: asyncio.Queue[AbstractIncomingMessage]
-    ) -> AsyncIterator[Delivery]:
-        gone = asyncio.ensure_future(self._gone.wait())
+        self, arrived: asyncio.Queue[AbstractIncomingMessage | None], channel: AbstractChannel
+    ) -> AsyncGenerator[Delivery]:
         try:
             while True:
-                taken = asyncio.ensure_future(arrived.get())
-                try:
-                    await asyncio.wait({taken, gone}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    if not taken.done():
-                        taken.cancel()
                 self._check()
-                yield AmqpDelivery(taken.result())
+                message = await arrived.get()
+                if message is not None:
+                    self._check()
+                    yield AmqpDelivery(message)
         finally:
-            gone.cancel()
+            self._readers.discard(arrived)
+            if not self._gone.is_set():
+                channel.close_callbacks.discard(self._lose)
+                with contextlib.suppress(LinkLost, TimeoutError), _as_ours():
+                    await asyncio.wait_for(channel.close(), _CLOSE_TIMEOUT_S)
 
     def _cancelled(self, *_: Any) -> None:
         self._lose(None, LinkLost("a queue we read from was deleted"))
@@ -296,7 +303,7 @@ class AmqpLink(Link):
 
     async def close(self) -> None:
         """See ``transport.Link``."""
-        self._gone.set()
+        self._end()
         # Side by side: each may wait in vain for an answer, and nobody reconnects before that.
         await asyncio.gather(*(_close(connection) for connection in self._connections))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fluffle_common.errors import BrokerError, LinkLost
@@ -94,7 +94,8 @@ class MemoryDelivery:
         self.body = stored.body
         self.properties = stored.properties
         self.redelivered = stored.redelivered
-        self._queue, self._stored, self._link, self._consumer = queue, stored, link, consumer
+        self.consumer = consumer
+        self._queue, self._stored, self._link = queue, stored, link
         link.held.append(self)
 
     async def ack(self) -> None:
@@ -117,8 +118,8 @@ class MemoryDelivery:
         if self not in self._link.held:
             return False
         self._link.held.remove(self)
-        if self._consumer is not None:
-            self._consumer.unacked -= 1
+        if self.consumer is not None:
+            self.consumer.unacked -= 1
         return True
 
 
@@ -145,7 +146,7 @@ class MemoryLink(Link):
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
-    ) -> AsyncIterator[Delivery]:
+    ) -> AsyncGenerator[Delivery]:
         """See ``transport.Link``."""
         self._check()
         source = self._find(queue)
@@ -156,7 +157,7 @@ class MemoryLink(Link):
         source.dispatch()
         return self._deliveries(source, consumer)
 
-    async def _deliveries(self, source: _Queue, consumer: _Consumer) -> AsyncIterator[Delivery]:
+    async def _deliveries(self, source: _Queue, consumer: _Consumer) -> AsyncGenerator[Delivery]:
         gone = asyncio.ensure_future(self._gone.wait())
         try:
             while True:
@@ -172,6 +173,8 @@ class MemoryLink(Link):
             gone.cancel()
             if consumer in source.consumers:
                 source.consumers.remove(consumer)
+                for delivery in reversed([d for d in self.held if d.consumer is consumer]):
+                    delivery.give_back()
                 source.dispatch()
 
     async def get(self, queue: str) -> Delivery | None:

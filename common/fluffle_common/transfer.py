@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,14 @@ from fluffle_common.wire import Assembly, decode, describe, encode, pack
 # How many parts may be on their way to the broker, unconfirmed: enough that it never waits for us.
 _WINDOW = 4
 
+# How long the next part may take to come, once the broker says that it has all of them.
+_PART_PATIENCE_S = 60.0
+
 Progress = Callable[[int, int], None]
+
+
+class PartsGone(Exception):
+    """Parts of a transfer are not on the broker any more: their sender has to send them again."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,7 @@ async def send_tensors(
         parts: where its parts go, ahead of it; None sends them after it, the same way.
         progress: told how many parts of how many the broker has taken.
     """
-    # Off the loop: packing is a copy of all bytes, and signs of life must go out meanwhile.
-    announced, body, pieces = await asyncio.to_thread(pack, message, weights)
+    announced, body, pieces = pack(message, weights)
     if announced.transfer is None:
         await _publish(link, announced, body, route)
     elif parts is not None:
@@ -138,39 +145,38 @@ def read_part(body: bytes, federation: str | None = None) -> tuple[Part, memoryv
 
 async def fetch(
     link: Link, queue: str, transfer: Transfer, max_bytes: int, rejected: str
-) -> tuple[memoryview, list[Delivery]]:
+) -> memoryview:
     """Pull the parts of a transfer out of a queue.
 
+    They are acknowledged as they come: their sender has them still, and sends them again when it is
+    asked. So are the parts of other transfers, which nobody will ask for; what is no part at all
+    goes to the queue ``rejected``.
+
     Returns:
-        The payload, and the deliveries to acknowledge once it has been used for good. Parts of
-        other transfers, which nobody will ask for again, are acknowledged on the way; what is no
-        part at all goes to the queue ``rejected``.
+        The payload.
 
     Raises:
-        MalformedMessage: where parts are missing or wrong.
+        PartsGone: where some are missing.
+        MalformedMessage: where the announcement contradicts itself.
     """
     assembly = Assembly(transfer, max_bytes)
-    held: list[Delivery] = []
-    try:
-        while not assembly.complete:
-            delivery = await link.get(queue)
-            if delivery is None:
-                raise MalformedMessage(
-                    f"{assembly.done_parts} of {transfer.parts} parts are there, the rest is gone"
-                )
+    there = await link.counts(queue)  # all of them, since they were sent before the announcement
+    if there is None or there.ready < transfer.parts:
+        raise PartsGone(f"{there.ready if there else 0} of {transfer.parts} parts are there")
+    async with contextlib.aclosing(await link.consume(queue, prefetch=2 * _WINDOW)) as deliveries:
+        for _ in range(there.ready):
+            try:
+                async with asyncio.timeout(_PART_PATIENCE_S):
+                    delivery = await anext(deliveries)
+            except TimeoutError:
+                break
             try:
                 message, payload = read_part(delivery.body)
-                if message.transfer != transfer.id:
-                    await delivery.ack()
-                    continue
                 assembly.add(message, payload)
             except MalformedMessage as wrong:
                 await reject(link, delivery, wrong, rejected)
                 continue
-            held.append(delivery)
-            delivery.body = b""
-        return assembly.payload(), held
-    except MalformedMessage:
-        for delivery in held:
             await delivery.ack()
-        raise
+            if assembly.complete:
+                return assembly.payload()
+    raise PartsGone(f"{assembly.done_parts} of {transfer.parts} parts came")

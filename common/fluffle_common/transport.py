@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterator,
     Callable,
     Coroutine,
     Iterable,
@@ -102,8 +101,10 @@ class Link(Protocol):
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
-    ) -> AsyncIterator[Delivery]:
+    ) -> AsyncGenerator[Delivery]:
         """Begin to consume; the iterator yields until the link is lost, which raises ``LinkLost``.
+
+        Closing the iterator ends it earlier: what was not acknowledged goes back to the queue.
 
         Raises:
             Occupied: where ``exclusive`` is asked and another consumer is there, or the other way.

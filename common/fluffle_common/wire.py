@@ -39,6 +39,7 @@ MAX_HEADER_BYTES = 32 * 2**20
 # holds more than a few of them at a time.
 PART_BYTES = 4 * 2**20
 
+_HEADER_STEP = 8 * 2**10
 _ARRAY_OF_TWO = b"\x92"
 _BIN = {0xC4: struct.Struct(">B"), 0xC5: struct.Struct(">H"), 0xC6: struct.Struct(">I")}
 _BIN32 = struct.Struct(">BI")
@@ -77,6 +78,18 @@ def decode(body: bytes, federation: str | None = None) -> tuple[Message, memoryv
     """
     if body[:1] != _ARRAY_OF_TWO:
         raise MalformedMessage("not a msgpack array of [header, payload]")
+    view = memoryview(body)
+    header, end = _header(view[1 : 1 + MAX_HEADER_BYTES])
+    if not isinstance(header, dict):
+        raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
+    message = parse(header)
+    if federation is not None and message.federation != federation:
+        raise MalformedMessage(f"it is of federation {message.federation}")
+    return message, _payload(view, 1 + end)
+
+
+def _header(view: memoryview) -> tuple[Any, int]:
+    """Unpack what ``view`` begins with; return it, and where it ends."""
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_HEADER_BYTES,
         max_array_len=MAX_TENSORS,  # what it claims, a msgpack before 1.2 allocates
@@ -85,19 +98,18 @@ def decode(body: bytes, federation: str | None = None) -> tuple[Message, memoryv
         strict_map_key=True,
         raw=False,
     )
-    view = memoryview(body)
-    try:
-        unpacker.feed(view[1 : 1 + MAX_HEADER_BYTES])
-        header = unpacker.unpack()
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as wrong:
-        told = str(wrong) or type(wrong).__name__
-        raise MalformedMessage(f"the header is not valid msgpack: {told}"[:500]) from None
-    if not isinstance(header, dict):
-        raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
-    message = parse(header)
-    if federation is not None and message.federation != federation:
-        raise MalformedMessage(f"it is of federation {message.federation}")
-    return message, _payload(view, 1 + unpacker.tell())
+    fed, step = 0, _HEADER_STEP
+    while True:
+        try:
+            # What is fed is copied: so in steps, or the payload behind the header would be too.
+            unpacker.feed(view[fed : fed + step])
+            fed, step = fed + step, 2 * step
+            return unpacker.unpack(), unpacker.tell()
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as wrong:
+            if isinstance(wrong, msgpack.OutOfData) and fed < len(view):
+                continue
+            told = str(wrong) or type(wrong).__name__
+            raise MalformedMessage(f"the header is not valid msgpack: {told}"[:500]) from None
 
 
 def _payload(view: memoryview, start: int) -> memoryview:
@@ -256,8 +268,11 @@ class Assembly:
             )
         self.transfer = transfer
         self._missing = set(range(transfer.parts))
-        # Grown by the parts that really come: an announcement alone allocates nothing.
-        self._parts: dict[int, memoryview] = {}
+        try:
+            # Untouched pages cost nothing: an announcement alone takes addresses, no memory.
+            self._whole = np.empty(transfer.nbytes, np.uint8)
+        except MemoryError:
+            raise MalformedMessage(f"there is no room for {transfer.nbytes} bytes") from None
 
     @property
     def complete(self) -> bool:
@@ -283,17 +298,14 @@ class Assembly:
             raise MalformedMessage(
                 f"part {part.part} has {len(payload)} bytes, {expected} were announced"
             )
-        self._parts[part.part] = payload
+        start = part.part * PART_BYTES
+        self._whole[start : start + expected] = np.frombuffer(payload, np.uint8)
         self._missing.discard(part.part)
 
     def payload(self) -> memoryview:
-        """Join the parts; the assembly is empty afterwards."""
-        whole = bytearray(self.transfer.nbytes)
-        for number in range(self.transfer.parts):
-            piece = self._parts.pop(number)
-            start = number * PART_BYTES
-            whole[start : start + len(piece)] = piece
-        return memoryview(whole).toreadonly()
+        """Return the payload, read-only, once it is complete."""
+        assert self.complete
+        return self._whole.data.toreadonly()
 
 
 def describe(message: Message) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fluffle_common.console import timestamp
 from fluffle_common.errors import Cause, LinkLost, MalformedMessage
 from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import fetch
+from fluffle_common.transfer import PartsGone, fetch
 from fluffle_common.transport import Delivery, Link
 from fluffle_common.weights import Array, NotFinite, check_all_finite, check_delta
 from fluffle_common.wire import read_tensors
@@ -36,12 +36,6 @@ class Held:
     delivery: Delivery
     message: Update | FirstWeights
     payload: memoryview
-    parts: list[Delivery] = field(default_factory=list)
-
-    async def ack(self) -> None:
-        """Acknowledge it and its parts."""
-        for delivery in (self.delivery, *self.parts):
-            await delivery.ack()
 
     def forget(self) -> None:
         """Let go of the bytes; the delivery stays ours."""
@@ -164,12 +158,14 @@ class Aggregation:
                     raise ValueError("there is no tensor")
                 check_all_finite(weights)
             except LinkLost:
-                return
+                return  # they come again
+            except PartsGone:
+                self._post(rs.InitLost(time.monotonic(), message.worker))
             except (MalformedMessage, ValueError) as wrong:
                 self._post(rs.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
                 await self.begin_with(weights)
-        await held.ack()
+        await held.delivery.ack()
 
     async def begin_with(self, weights: dict[str, Array]) -> None:
         """Save the first weights as the checkpoint of round 0, and use them."""
@@ -191,11 +187,10 @@ class Aggregation:
             payload = await self._payload(held)
             began = time.monotonic()
             await asyncio.to_thread(self._check_and_fold, message, payload)
-        except LinkLost as gone:
+        except (LinkLost, PartsGone) as gone:
             self._post(rs.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
-            lost = message.transfer is not None and not held.parts
-            self._post(rs.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause, again=lost))
+            self._post(rs.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
             now = time.monotonic()
             self._clock.fold_s += now - began
@@ -231,16 +226,13 @@ class Aggregation:
         if link is None:
             raise LinkLost("the link was lost")
         outbox = self._topology.outbox(held.message.worker)
-        payload, held.parts = await fetch(
-            link, outbox, transfer, self._max_bytes, self._topology.rejected
-        )
-        return payload
+        return await fetch(link, outbox, transfer, self._max_bytes, self._topology.rejected)
 
     async def _commit(self, number: int) -> None:
         assert self.weights is not None
         assert self._sum is not None
         closed_at = time.monotonic()
-        weights = await asyncio.to_thread(self._strategy.finish, self._sum, self.weights)
+        weights, emptied = await asyncio.to_thread(self._strategy.finish, self._sum, self.weights)
         averaged_at = time.monotonic()
         metadata = self._metadata(number)
         await self._on_disk(lambda: self._store.save_weights(number, weights, metadata))
@@ -265,7 +257,7 @@ class Aggregation:
             "timings": timings,
         }
         self._clock = Clock()
-        self.weights, self._sum = weights, self._strategy.init(weights)
+        self.weights, self._sum = weights, emptied
         self._participants, self._closing = {}, False
         self._post(rs.Committed(time.monotonic(), number, participants))
 

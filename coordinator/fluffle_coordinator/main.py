@@ -22,7 +22,7 @@ from fluffle_common.weights import check_all_finite
 from fluffle_coordinator.run_state import Rules, State
 from fluffle_coordinator.service import Coordinator, CoordinatorSettings
 from fluffle_coordinator.store import RunStore, Saved
-from fluffle_coordinator.view import View
+from fluffle_coordinator.view import View, Watcher, Watchers
 
 _STANDBY_POLL_S = 0.5
 _STANDBY_TOLD_S = 30.0
@@ -54,13 +54,13 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])
     with Console(options["log_format"], {"federation": federation}) as console:
-        view = View(console)
+        watcher = Watchers(View(console))
         try:
             state = run_until_signalled(
-                _run(settings, transport, topology, store, view, fresh=options["fresh"])
+                _run(settings, transport, topology, store, watcher, fresh=options["fresh"])
             )
         except Interrupted as signalled:
-            view.tell("interrupted", {"folder": str(store.folder)})
+            watcher.tell("interrupted", {"folder": str(store.folder)})
             sys.exit(signalled.exit_code)
     if state.outcome == "stopped":
         raise RunError(f"the run stopped: {state.reason}; the same command goes on from there")
@@ -71,36 +71,36 @@ async def _run(
     transport: AmqpTransport,
     topology: Topology,
     store: RunStore,
-    view: View,
+    watcher: Watcher,
     *,
     fresh: bool,
 ) -> State:
-    await _locked(store, view)
+    await _locked(store, watcher)
     if fresh:
         aside = store.start_afresh()
         if aside is not None:
-            view.tell("repaired", {"what": f"the earlier run is in {aside} now"})
+            watcher.tell("repaired", {"what": f"the earlier run is in {aside} now"})
     saved = store.load(settings.federation)
     for repair in saved.repairs:
-        view.tell("repaired", {"what": repair})
+        watcher.tell("repaired", {"what": repair})
     if saved.committed:
-        view.tell("resumed", {"run": saved.run, "round": saved.committed})
+        watcher.tell("resumed", {"run": saved.run, "round": saved.committed})
     else:
-        view.tell("started", {"run": saved.run, "folder": str(store.folder)})
+        watcher.tell("started", {"run": saved.run, "folder": str(store.folder)})
     if saved.weights is None and settings.init is not None:
         saved = _begin_with(settings.init, store, saved, settings.federation)
     coordinator = Coordinator(
-        settings, transport=transport, topology=topology, store=store, saved=saved, view=view
+        settings, transport=transport, topology=topology, store=store, saved=saved, watcher=watcher
     )
     return await coordinator.run()
 
 
-async def _locked(store: RunStore, view: View) -> None:
+async def _locked(store: RunStore, watcher: Watcher) -> None:
     """Wait until no other coordinator has the run folder."""
     told_at = -_STANDBY_TOLD_S
     while not store.try_lock():
         if time.monotonic() - told_at >= _STANDBY_TOLD_S:
-            view.tell("standby", {"what": str(store.folder)})
+            watcher.tell("standby", {"what": str(store.folder)})
             told_at = time.monotonic()
         await asyncio.sleep(_STANDBY_POLL_S)
 

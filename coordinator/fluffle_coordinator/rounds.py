@@ -42,6 +42,7 @@ from fluffle_coordinator.run_state import (
     Fold,
     Folded,
     FoldFailed,
+    InitLost,
     Left,
     Phase,
     Received,
@@ -127,6 +128,8 @@ def advance(  # noqa: PLR0912 - one branch an event
                 state = _without(state, [worker])
         case Failed():
             state = _failed(state, event, out)
+        case InitLost(_, worker) if worker == state.init_asked:
+            state = replace(state, init_asked=None)
         case WeightsReady():
             state = replace(state, has_weights=True)
         case Arrived():

@@ -265,6 +265,13 @@ class Failed(Event):
 
 
 @dataclass(frozen=True)
+class InitLost(Event):
+    """The first weights that a worker sent did not arrive whole."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
 class WeightsReady(Event):
     """The first weights are there and on disk."""
 

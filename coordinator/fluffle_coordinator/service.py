@@ -41,7 +41,7 @@ from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.aggregation import Aggregation, Held
 from fluffle_coordinator.outgoing import Outgoing
 from fluffle_coordinator.store import RunStore, Saved
-from fluffle_coordinator.view import View, waiting_for
+from fluffle_coordinator.view import Watcher, waiting_for
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Coordinator:
         topology: the names on it.
         store: the run's folder, locked.
         saved: what was found in it.
-        view: who is told what happens.
+        watcher: who is told what happens.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class Coordinator:
         topology: Topology,
         store: RunStore,
         saved: Saved,
-        view: View,
+        watcher: Watcher,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
-        self._view = view
+        self._watcher = watcher
         self._events: asyncio.Queue[rs.Event] = asyncio.Queue()
         self._deliveries: dict[rs.Handle, Held] = {}
         self._link: Link | None = None
@@ -153,7 +153,7 @@ class Coordinator:
             for effect in effects:
                 self._perform(effect)
             now = time.monotonic()
-            self._view.show(self.state, now)
+            self._watcher.show(self.state, now)
             waiting = self.state.phase is rs.Phase.WAITING
             in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
             if now >= said_at + every or in_short != said:
@@ -184,13 +184,11 @@ class Coordinator:
             case rs.Ack(handle):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
-                    self._outgoing.settle(held.ack)
+                    self._outgoing.settle(held.delivery.ack)
             case rs.Reject(handle, reason, cause):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
                     self._reject(held.delivery, MalformedMessage(reason, cause), held.message)
-                    for part in held.parts:
-                        self._outgoing.settle(part.ack)
             case rs.Commit(number):
                 self._aggregation.commit(number)
             case rs.RecordEvaluation(number, evaluations):
@@ -213,7 +211,7 @@ class Coordinator:
             self._aggregation.counts.late += 1
         if what == "rejected":
             self._aggregation.counts.rejected += 1
-        self._view.tell(what, {"address": self._transport.address, **fields})
+        self._watcher.tell(what, {"address": self._transport.address, **fields})
 
     def _metadata(self, number: int) -> dict[str, str]:
         return {

@@ -9,8 +9,9 @@ Example:
     >>> state = fedavg.init(base)
     >>> state = fedavg.fold(state, {"w": np.array([1, 2], np.float32)}, 1)
     >>> state = fedavg.fold(state, {"w": np.array([4, 8], np.float32)}, 2)
-    >>> fedavg.finish(state, base)["w"]
-    array([3., 6.], dtype=float32)
+    >>> weights, state = fedavg.finish(state, base)
+    >>> weights["w"], state.num_examples
+    (array([3., 6.], dtype=float32), 0)
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ class Strategy:
         init: ``(weights) -> state``, at the opening of a round.
         fold: ``(state, delta, num_examples) -> state``; may reuse the old state's memory. The delta
             has been checked against the weights (``weights.check_delta``).
-        finish: ``(state, weights) -> weights``, the next round's, in the dtypes of the old.
+        finish: ``(state, weights) -> (weights, state)``: the next round's weights, in the dtypes of
+            the old, and the state to begin that round with, which may be the old state's memory.
     """
 
     init: Callable[[Weights], Sum]
     fold: Callable[[Sum, Weights, int], Sum]
-    finish: Callable[[Sum, Weights], dict[str, Array]]
+    finish: Callable[[Sum, Weights], tuple[dict[str, Array], Sum]]
 
 
 def _init(weights: Weights) -> Sum:
@@ -72,27 +74,42 @@ def _add_scaled(total: Array, values: Array, factor: float) -> None:
         part += scaled
 
 
-def _finish(state: Sum, weights: Weights) -> dict[str, Array]:
+def _finish(state: Sum, weights: Weights) -> tuple[dict[str, Array], Sum]:
     if state.num_examples <= 0:
         raise ValueError("no examples were folded: there is nothing to average")
-    with np.errstate(over="ignore"):  # what is beyond the end of float64 is, after `_cast`, at it
-        return {
-            name: _cast(base + state.totals[name] / state.num_examples, base.dtype)
-            for name, base in weights.items()
-        }
+    averaged = {}
+    for name, base in weights.items():
+        averaged[name] = np.empty(base.shape, base.dtype)
+        _average(averaged[name], state.totals[name], base, state.num_examples)
+    return averaged, replace(state, num_examples=0)
 
 
-def _cast(mean: Array, dtype: np.dtype[Any]) -> Array:
-    """Take the nearest value that the dtype has: none is fractional, wraps, or is infinite."""
-    mean = np.asarray(mean, np.float64)  # a sum of 0-d arrays is a scalar
-    if dtype.kind in "iu":
-        np.rint(mean, out=mean)
+def _average(result: Array, total: Array, base: Array, num_examples: int) -> None:
+    """Write ``base + total / num_examples`` into ``result`` and zeros into ``total``, in blocks.
+
+    A page that was never touched is slow to touch: so the sum's memory serves all rounds.
+    """
+    lowest, highest = _limits(base.dtype)
+    into, sums, old = result.reshape(-1), total.reshape(-1), base.reshape(-1)
+    with np.errstate(over="ignore"):  # what is beyond the end of float64 is clipped to the end
+        for start in range(0, sums.size, _BLOCK):
+            mean = sums[start : start + _BLOCK]
+            mean /= num_examples
+            mean += old[start : start + _BLOCK]
+            if base.dtype.kind in "iu":
+                np.rint(mean, out=mean)
+            np.clip(mean, lowest, highest, out=mean)
+            into[start : start + _BLOCK] = mean
+            mean.fill(0.0)
+
+
+def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return the ends of a dtype: between them, no value wraps or becomes infinite when cast."""
     limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
     lowest, highest = float(limits.min), float(limits.max)
     if highest > limits.max:  # 2**63 - 1 as a float is 2**63
         highest = float(np.nextafter(highest, 0))
-    np.clip(mean, lowest, highest, out=mean)
-    return mean.astype(dtype, copy=False)
+    return lowest, highest
 
 
 fedavg = Strategy(_init, _fold, _finish)

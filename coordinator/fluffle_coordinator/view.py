@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from fluffle_common.console import Console
 from fluffle_coordinator.run_state import Phase, State
 
 _SENTENCES = {
-    "connected": "connected to the broker at {address}",
+    "connected": "connected to the broker{where}",
     "reconnected": "connected to the broker again",
     "disconnected": "lost the broker ({reason}); connecting again",
     "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
@@ -44,7 +44,76 @@ _SENTENCES = {
 }
 
 
-class View:
+class _Unknown:
+    """What a sentence says of a field that is not there, whatever its format."""
+
+    def __format__(self, _: str) -> str:
+        return "?"
+
+
+class _Words(dict[str, Any]):
+    def __missing__(self, _: str) -> _Unknown:
+        return _Unknown()
+
+
+def sentence(what: str, fields: Mapping[str, Any]) -> str:
+    """Say an event in words.
+
+    Whatever ``fields`` has, there is a sentence: they may come out of the journal of another
+    version, which knows other events or tells less of them.
+
+    >>> sentence("counted", {"round": 7, "worker": "north", "num_examples": 80, "updates": 2})
+    'round 7: update of north counted, 80 examples (2/?)'
+    >>> sentence("eclipse", {"seen_by": ["north", "south"]})
+    'eclipse: seen_by north, south'
+    """
+    words = _Words(
+        {
+            key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            for key, value in fields.items()
+        }
+    )
+    if what not in _SENTENCES:
+        told = ", ".join(f"{key} {value}" for key, value in words.items())
+        return f"{what}: {told}" if told else what
+    words["where"] = f" at {fields['address']}" if "address" in fields else ""
+    try:
+        if what == "evaluated":
+            metrics = fields.get("metrics", {}).items()
+            words["more"] = "".join(f", {name} {value:.4f}" for name, value in metrics)
+        return _SENTENCES[what].format_map(words)
+    except (AttributeError, TypeError, ValueError):  # a word where a number belongs
+        return f"{what}: {dict(words)}"
+
+
+class Watcher(Protocol):
+    """Whoever is told what happens in a run. Neither call may wait or raise: rounds go on."""
+
+    def tell(self, what: str, fields: Mapping[str, Any]) -> None:
+        """Take note of one event; ``what`` is its name, ``fields`` is what is known of it."""
+
+    def show(self, state: State, now: float) -> None:
+        """Take note of where the run stands; called after every event of the round machine."""
+
+
+class Watchers(Watcher):
+    """Tells several watchers the same, in the order in which they were given."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self._watchers = watchers
+
+    def tell(self, what: str, fields: Mapping[str, Any]) -> None:
+        """See ``Watcher``."""
+        for watcher in self._watchers:
+            watcher.tell(what, fields)
+
+    def show(self, state: State, now: float) -> None:
+        """See ``Watcher``."""
+        for watcher in self._watchers:
+            watcher.show(state, now)
+
+
+class View(Watcher):
     """Turns what the run tells into lines and bars."""
 
     def __init__(self, console: Console) -> None:
@@ -52,14 +121,7 @@ class View:
 
     def tell(self, what: str, fields: Mapping[str, Any]) -> None:
         """Write one event."""
-        words = {
-            key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            for key, value in fields.items()
-        }
-        if what == "evaluated":
-            metrics = fields["metrics"].items()
-            words["more"] = "".join(f", {name} {value:.4f}" for name, value in metrics)
-        self._console.line(what, _SENTENCES[what].format(**words), fields)
+        self._console.line(what, sentence(what, fields), fields)
 
     def show(self, state: State, now: float) -> None:
         """Draw where the run stands."""

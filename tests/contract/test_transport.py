@@ -567,6 +567,19 @@ async def test_what_was_acknowledged_never_comes_again(bench):
     assert bodies(await take(deliveries, 1)) == [b"end"]
 
 
+async def test_closing_the_iterator_gives_back_what_is_open_and_leaves_the_link_alone(bench):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    await put(link, queue, *numbered(5))
+    deliveries = await link.consume(queue, prefetch=3, exclusive=True)
+    first, _ = await take(deliveries, 2)
+    await first.ack()
+    await bench.settled(link)
+    await soon(deliveries.aclose())
+    again = await link.consume(queue, prefetch=10, exclusive=True)
+    assert bodies(await take(again, 4)) == numbered(5)[1:]
+
+
 @pytest.mark.parametrize("how", ["ack", "release"])
 async def test_settling_over_a_lost_link_does_nothing(bench, how):
     one, two = await bench.open(), await bench.open()

@@ -46,7 +46,7 @@ Identity = tuple[int, str]  # round, worker
 
 _TOLERANCE = 1e-6
 _REJECTED_BOUND = 1000
-_SHARED = {"updates", "presence", "rejected", "unrouted"}
+_SHARED = {"updates", "presence", "rejected", "unrouted", "journal"}
 
 
 @dataclass

@@ -23,7 +23,7 @@ def average(base: Weights, updates: Sequence[tuple[Weights, int]]) -> dict[str, 
     for update, num_examples in updates:
         check_delta(update, base)
         state = fedavg.fold(state, update, num_examples)
-    return fedavg.finish(state, base)
+    return fedavg.finish(state, base)[0]
 
 
 def average_of(base: Weights, trained: Sequence[tuple[Weights, int]]) -> dict[str, np.ndarray]:
@@ -256,12 +256,19 @@ def test_what_is_given_is_left_as_it_was():
         array.setflags(write=False)
     state = fedavg.init(base)
     state = fedavg.fold(state, update, 3)
-    first = fedavg.finish(state, base)
+    first, state = fedavg.finish(state, base)
     assert (first["w"].tolist(), first["n"].tolist()) == ([3] * 3, [3] * 3)
     assert not any(np.shares_memory(first[name], base[name]) for name in base)
-    # Finishing has not spent the state: what came with the grace period can still be folded.
-    state = fedavg.fold(state, {"w": np.zeros(3, np.float32), "n": np.zeros(3, np.int64)}, 1)
-    assert fedavg.finish(state, base)["w"].tolist() == [2.5] * 3
+
+
+def test_a_finished_state_is_empty_and_serves_the_next_round():
+    base = {"w": np.ones(3, np.float32)}
+    state = fedavg.fold(fedavg.init(base), {"w": np.full(3, 2, np.float32)}, 3)
+    memory = state.totals["w"]
+    first, state = fedavg.finish(state, base)
+    assert (state.num_examples, state.totals["w"] is memory) == (0, True)
+    state = fedavg.fold(state, {"w": np.full(3, 5, np.float32)}, 7)
+    assert fedavg.finish(state, first)[0]["w"].tolist() == [8] * 3
 
 
 def test_the_state_does_not_grow_with_the_number_of_updates():

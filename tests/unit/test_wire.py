@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import msgpack
+import psutil
 import numpy as np
 import pytest
 from hypothesis import given
@@ -206,10 +207,21 @@ def test_an_announcement_that_does_not_add_up_is_refused(parts, nbytes, most, to
         Assembly(Transfer(id="t", parts=parts, nbytes=nbytes), most)
 
 
-def test_an_announcement_alone_allocates_next_to_nothing():
-    with peak() as used:
-        Assembly(Transfer(id="t", parts=250, nbytes=1000 * MiB), 1000 * MiB)
-    assert used() < 100_000
+def test_an_announcement_alone_takes_next_to_no_memory():
+    process = psutil.Process()
+    before = process.memory_info().rss
+    assembly = Assembly(Transfer(id="t", parts=250, nbytes=1000 * MiB), 1000 * MiB)
+    assert process.memory_info().rss - before < 10 * MiB
+    assert not assembly.complete
+
+
+def test_an_announcement_that_no_memory_can_hold_is_refused(monkeypatch):
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(wire.np, "empty", full)
+    with pytest.raises(MalformedMessage, match="no room for 1000 bytes"):
+        Assembly(Transfer(id="t", parts=1, nbytes=1000), 1000)
 
 
 @pytest.mark.parametrize(("number", "size"), [(0, 63), (0, 65), (0, 0), (1, 64), (1, 7), (1, 9)])

@@ -34,6 +34,7 @@ class Job:
     weights: Weights
     wanted: bool = True
     evaluation: Evaluation | None = None
+    evaluation_sent: bool = False
     answer: tuple[Update | FirstWeights, Weights] | None = None
 
 

@@ -21,6 +21,7 @@ from fluffle_common.messages import (
     Bye,
     Evaluate,
     Failure,
+    FirstWeights,
     Fit,
     Heartbeat,
     Hello,
@@ -44,8 +45,8 @@ from fluffle_common.transport import (
     links,
     together,
 )
-from fluffle_common.weights import Weights, check_all_finite
-from fluffle_common.wire import Assembly, decode, read_tensors
+from fluffle_common.weights import Weights, check_all_finite, size_bytes
+from fluffle_common.wire import ALIGNMENT, PART_BYTES, Assembly, decode, read_tensors
 from fluffle_worker import session
 from fluffle_worker.job import Job, NotWanted, do
 from fluffle_worker.session import Work
@@ -304,6 +305,7 @@ class WorkerService:
     def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
         if work not in self._jobs:
             self._jobs[work] = Job(work, message, weights)
+        self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
         self._advance(session.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
         if work not in known:
@@ -424,29 +426,38 @@ class WorkerService:
                     break
 
     async def _send(self, link: Link, job: Job) -> None:
-        worker = self._settings.worker
-        if job.evaluation is not None:
-            await send(
-                link, job.evaluation, Route(self._topology.results, [f"evaluation.{worker}"])
-            )
-        if self._state.sending != job.work:
-            return  # only the evaluation was ready
-        if job.answer is not None:
-            message, weights = job.answer
-            outbox = Route(self._topology.results, [f"part.{worker}"])
-            await self._clear_outbox(link)
-            await send_tensors(
-                link,
-                message,
-                weights,
-                Route(self._topology.results, [f"{message.kind}.{worker}"]),
-                parts=outbox,
-                progress=lambda done, parts: self._bar("sending", done, parts, ""),
-            )
+        answering = self._state.sending == job.work  # else only the evaluation is ready
+        answer = job.answer if answering else None
+        works = []
+        if job.evaluation is not None and not job.evaluation_sent:
+            key = f"evaluation.{self._settings.worker}"
+            works.append(send(link, job.evaluation, Route(self._topology.results, [key])))
+        if answer is not None:
+            works.append(self._send_answer(link, *answer))
+        await together(*works)  # in this order: before its round closes, the evaluation is there
+        job.evaluation_sent = True
+        if not answering:
+            return
         self._advance(session.Sent(job.work))
         self._now("idle", job.work.run, job.work.round)
-        metrics = job.answer[0].metrics if job.answer and isinstance(job.answer[0], Update) else {}
+        metrics = answer[0].metrics if answer and isinstance(answer[0], Update) else {}
         self._tell("sent", {"round": job.work.round, "kind": job.work.kind, **metrics})
+
+    async def _send_answer(
+        self, link: Link, message: Update | FirstWeights, weights: Weights
+    ) -> None:
+        worker = self._settings.worker
+        if size_bytes(weights) + ALIGNMENT * len(weights) > PART_BYTES:
+            await self._clear_outbox(link)
+        await send_tensors(
+            link,
+            message,
+            weights,
+            Route(self._topology.results, [f"{message.kind}.{worker}"]),
+            # Kept here until there is newer work, and sent again when asked: so not on disk there.
+            parts=Route(self._topology.results, [f"part.{worker}"], durable=False),
+            progress=lambda done, parts: self._bar("sending", done, parts, ""),
+        )
 
     async def _clear_outbox(self, link: Link) -> None:
         """Drop the parts that nobody will ask for, and reject what is no part of ours."""
