@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check chaos format lock clean
+.PHONY: install demo test check browser bench bench-flower chaos format lock clean
 
 install: $(STAMP)
 
@@ -22,8 +22,12 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/python examples/demo.py
 
-test: install check
+test: install check browser
 	$(BIN)/python -m pytest $(ARGS)
+
+# For the test of the live page: installed where it is missing and may be.
+browser:
+	@sh tests/install_chromium.sh
 
 check: install
 	$(BIN)/ruff format --check .
@@ -36,6 +40,26 @@ SEED ?= 7
 
 chaos: install
 	$(BIN)/python -m tests.faults.chaos --faults $(FAULTS) --seed $(SEED)
+
+bench: install
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Flower is compared with as it is published, in an environment of its own, which also has what the
+# letters are trained with; it is not a part of any test.
+FLOWER := .venv-flower
+FLOWER_STAMP := $(FLOWER)/.installed
+
+$(FLOWER_STAMP): requirements.lock
+	test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check flwr==1.42.0 \
+		$(shell grep -E '^(flax|jax|jaxlib|msgpack|numpy|optax|pillow|pydantic|safetensors)==' \
+		requirements.lock)
+	@touch $(FLOWER_STAMP)
+
+bench-flower: install $(FLOWER_STAMP)
+	$(BIN)/python -m benchmarks.flower --size-mb 0.1,1.36,10,100 --clients 3 $(ARGS)
+	$(BIN)/python -m benchmarks.flower --size-mb 1.36 --clients 10,30 $(ARGS)
+	$(BIN)/python -m benchmarks.flower --letters $(ARGS)
 
 format: install
 	$(BIN)/ruff format .

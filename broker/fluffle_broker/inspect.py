@@ -7,102 +7,73 @@ many messages are ready in the queues whose names are known.
 from __future__ import annotations
 
 import asyncio
-import urllib.parse
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import http.client
+from dataclasses import dataclass
 from typing import Any
 
-from fluffle_broker.management import ask
+from fluffle_broker.visit import visiting
 from fluffle_common.amqp import AmqpTransport
-from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.hints import hint
+from fluffle_common.management import QueueFigures, alarms, queue_figures
 from fluffle_common.topology import Queue, Topology
+
+# What the management API may raise, whatever is wrong with it.
+UNTOLD = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
-class QueueFigures:
-    """One queue; None where it cannot be told."""
+class Look:
+    """What one look found.
 
-    name: str
-    purpose: str
-    ready: int
-    unacknowledged: int | None
-    consumers: int
-    size_bytes: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
-
-
-def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> str:
-    """Return where the management API of the broker at ``url`` should be.
-
-    Args:
-        url: the broker's AMQP URL.
-        given: what the user said.
-        record: what is noted of our own node.
+    ``alarms`` is what the broker has run out of, ``note`` why some figures are missing, if they
+    are.
     """
-    if given:
-        return given.rstrip("/")
-    if record.get("url") == url and record.get("management_url"):
-        return str(record["management_url"]).rstrip("/")
-    split = urllib.parse.urlsplit(url)
-    scheme, port = ("https", 15671) if split.scheme == "amqps" else ("http", 15672)
-    return f"{scheme}://{split.hostname}:{port}"
+
+    topology: Topology
+    queues: list[QueueFigures]
+    alarms: list[str]
+    note: str | None = None
+
+    def hint(self, queue: QueueFigures) -> str | None:
+        """Say what is off with a queue."""
+        return hint(queue, self.topology, self.alarms)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """Return the queues for JSON."""
+        return [{**queue.as_dict(), "hint": self.hint(queue)} for queue in self.queues]
 
 
-def look(url: str, base: str, topology: Topology) -> tuple[list[QueueFigures], str | None]:
-    """Return the queues of a federation, and why some figures are missing, if they are.
+def look(url: str, base: str, topology: Topology) -> Look:
+    """Look at the queues of a federation.
 
     Raises:
         BrokerError: where the broker cannot be reached at all.
     """
     try:
-        return _by_management(url, base, topology), None
-    except (OSError, ValueError, KeyError) as why:
+        return Look(topology, queue_figures(url, base, topology), alarms(url, base))
+    except UNTOLD as why:
         reason = getattr(why, "reason", None) or why
         note = (
             f"the management API at {base} does not answer ({reason}): unacknowledged messages, "
-            "bytes and workers' queues cannot be told; --management URL names another"
+            "bytes, rates, ages and workers' queues cannot be told; --management URL names another"
         )
-    return asyncio.run(_by_amqp(url, topology)), note
-
-
-def _by_management(url: str, base: str, topology: Topology) -> list[QueueFigures]:
-    path = urllib.parse.unquote(urllib.parse.urlsplit(url).path[1:]) or "/"
-    told = ask(base, f"/api/queues/{urllib.parse.quote(path, safe='')}", url)
-    prefix = f"{topology.federation}."
-    return [
-        QueueFigures(
-            name=queue["name"],
-            purpose=topology.purpose(queue["name"]) or "not one of fluffle's",
-            ready=queue.get("messages_ready", 0),
-            unacknowledged=queue.get("messages_unacknowledged", 0),
-            consumers=queue.get("consumers", 0),
-            size_bytes=queue.get("message_bytes", 0),
-        )
-        for queue in sorted(told, key=lambda queue: str(queue["name"]))
-        if queue["name"].startswith(prefix)
-    ]
+    return Look(topology, asyncio.run(_by_amqp(url, topology)), [], note)
 
 
 async def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:
-    try:
-        link = await AmqpTransport(url, "fluffle queues").open()
-    except LinkLost as why:
-        raise BrokerError(
-            f"no broker at {AmqpTransport(url, '').address} ({why}); start one with "
-            "'fluffle broker up' or name one with --url"
-        ) from None
-    try:
-        found = []
+    found = []
+    async with visiting(AmqpTransport(url, "fluffle queues")) as link:
         for entity in topology.shared():
             if isinstance(entity, Queue) and (counts := await link.counts(entity.name)) is not None:
                 found.append(
                     QueueFigures(
-                        entity.name, entity.purpose, counts.ready, None, counts.consumers, None
+                        entity.name,
+                        entity.purpose,
+                        counts.ready,
+                        None,
+                        counts.consumers,
+                        None,
+                        type=str(entity.arguments.get("x-queue-type", "classic")),
                     )
                 )
-        return sorted(found, key=lambda figures: figures.name)
-    finally:
-        await link.close()
+    return sorted(found, key=lambda figures: figures.name)

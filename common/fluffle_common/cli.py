@@ -65,18 +65,19 @@ def url_option(command: Any) -> Any:
         "--url",
         envvar="FLUFFLE_URL",
         metavar="URL",
-        help="The broker, amqp://user:password@host:port/vhost or amqps://…  "
+        help="The broker, amqp://user:password@host:port/vhost or amqps://…; of a cluster the URLs "
+        "of several nodes, with commas between: whichever can be reached is used.  "
         "[default: $FLUFFLE_URL, else the broker started by 'fluffle broker up' here, "
         "else amqp://guest:guest@127.0.0.1:5672/]",
     )(command)
 
 
-def federation_option(command: Any) -> Any:
+def federation_option(command: Any, *, required: bool = True) -> Any:
     """Add ``--federation`` to a command."""
     return click.option(
         "--federation",
         envvar="FLUFFLE_FEDERATION",
-        required=True,
+        required=required,
         metavar="NAME",
         help="Name of the federation; its queues on the broker start with it.",
     )(command)

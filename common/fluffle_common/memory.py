@@ -8,19 +8,26 @@ simulations, and to be held to ``tests/contract`` beside the real one.
 from __future__ import annotations
 
 import asyncio
+import bisect
+import contextlib
+import itertools
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport import (
+    Body,
     Counts,
     Delivery,
     Full,
     Link,
     Occupied,
     Properties,
+    Since,
     Transport,
     Unroutable,
 )
@@ -28,9 +35,13 @@ from fluffle_common.transport import (
 
 @dataclass(eq=False)
 class _Stored:
-    body: bytes
+    body: Body
     properties: Properties
+    exchange: str
+    keys: tuple[str, ...]
+    sent_at: float
     redelivered: bool = False
+    number: int = 0  # its place in its queue
 
 
 @dataclass(eq=False)
@@ -47,6 +58,12 @@ class _Queue:
     spec: Queue
     ready: deque[_Stored] = field(default_factory=deque)
     consumers: list[_Consumer] = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    news: set[asyncio.Event] = field(default_factory=set)  # one for each who follows
+
+    @property
+    def is_stream(self) -> bool:
+        return self.spec.arguments.get("x-queue-type") == "stream"
 
     @property
     def ready_bytes(self) -> int:
@@ -65,9 +82,12 @@ class _Queue:
             len(self.ready) + 1, self.ready_bytes + len(stored.body)
         ):
             raise Full(f"queue '{self.spec.name}' is full")
+        stored.number = next(self.numbers)
         self.ready.append(stored)
         while self.ready and over(len(self.ready), self.ready_bytes):
             self.ready.popleft()
+        for news in self.news:
+            news.set()
         self.dispatch()
 
     def dispatch(self) -> None:
@@ -91,27 +111,31 @@ class MemoryDelivery:
     def __init__(
         self, queue: _Queue, stored: _Stored, link: MemoryLink, consumer: _Consumer | None
     ) -> None:
-        self.body = stored.body
+        self.body: Body = stored.body
         self.properties = stored.properties
         self.redelivered = stored.redelivered
+        self.queue = queue.spec.name
+        self.exchange, self.keys = stored.exchange, stored.keys
+        self.sent_at: float | None = stored.sent_at
+        self.offset = stored.number if queue.is_stream else None
         self.consumer = consumer
-        self._queue, self._stored, self._link = queue, stored, link
+        self._source, self._stored, self._link = queue, stored, link
         link.held.append(self)
 
     async def ack(self) -> None:
         """See ``transport.Delivery``."""
         if self._settle():
-            self._queue.dispatch()
+            self._source.dispatch()
 
     async def release(self) -> None:
         """See ``transport.Delivery``."""
         self.give_back()
-        self._queue.dispatch()
+        self._source.dispatch()
 
     def give_back(self) -> None:
-        """Return to the head of the queue, marked as redelivered, without dispatching it."""
+        """Return to its place in the queue, marked as redelivered, without dispatching it."""
         if self._settle():
-            self._queue.ready.appendleft(self._stored)
+            bisect.insort(self._source.ready, self._stored, key=lambda stored: stored.number)
             self._stored.redelivered = True
 
     def _settle(self) -> bool:
@@ -130,6 +154,7 @@ class MemoryLink(Link):
         self._broker = broker
         self._gone = asyncio.Event()
         self.held: list[MemoryDelivery] = []
+        self._taps: set[str] = set()
 
     async def declare(self, entities: Iterable[Entity]) -> None:
         """See ``transport.Link``."""
@@ -138,11 +163,12 @@ class MemoryLink(Link):
             self._broker.declare(entity)
 
     async def publish(
-        self, body: bytes, properties: Properties, *, exchange: str, keys: Sequence[str]
+        self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
     ) -> None:
         """See ``transport.Link``."""
         self._check()
-        self._broker.route(_Stored(body, properties), exchange, keys)
+        stored = _Stored(body, properties, exchange, tuple(keys), float(int(time.time())))
+        self._broker.route(stored, exchange, keys)
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
@@ -177,6 +203,40 @@ class MemoryLink(Link):
                     delivery.give_back()
                 source.dispatch()
 
+    async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
+        """See ``transport.Link``."""
+        self._check()
+        return self._entries(self._find(stream, reads=True), since)
+
+    async def _entries(self, source: _Queue, since: Since) -> AsyncGenerator[Delivery]:
+        offset = since if isinstance(since, int) else 0
+        at = since.timestamp() if isinstance(since, datetime) else 0.0
+        news = asyncio.Event()
+        source.news.add(news)
+        try:
+            while True:
+                news.clear()
+                self._check()
+                for stored in [s for s in source.ready if s.number >= offset]:
+                    self._check()
+                    offset = stored.number + 1
+                    if stored.sent_at >= int(at):
+                        yield await self._copy(source, stored)
+                await news.wait()
+        finally:
+            source.news.discard(news)
+
+    async def _copy(self, source: _Queue, stored: _Stored) -> Delivery:
+        copy = MemoryDelivery(source, stored, self, None)
+        await copy.ack()  # nothing is taken out of a stream, so nothing may be given back to it
+        return copy
+
+    async def newest(self, stream: str) -> Delivery | None:
+        """See ``transport.Link``."""
+        self._check()
+        source = self._find(stream, reads=True)
+        return await self._copy(source, source.ready[-1]) if source.ready else None
+
     async def get(self, queue: str) -> Delivery | None:
         """See ``transport.Link``."""
         self._check()
@@ -184,6 +244,29 @@ class MemoryLink(Link):
         if not source.ready:
             return None
         return MemoryDelivery(source, source.ready.popleft(), self, None)
+
+    async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
+        """See ``transport.Link``."""
+        await self.declare([queue, *bindings])
+        self._taps.add(queue.name)
+        return self._copies(queue.name, await self.consume(queue.name, prefetch=1, exclusive=True))
+
+    async def _copies(
+        self, queue: str, deliveries: AsyncGenerator[Delivery]
+    ) -> AsyncGenerator[Delivery]:
+        try:
+            async with contextlib.aclosing(deliveries):
+                async for delivery in deliveries:
+                    await delivery.ack()
+                    yield delivery
+        finally:
+            self._taps.discard(queue)
+            self._broker.delete(queue)
+
+    async def unbind(self, binding: Binding) -> None:
+        """See ``transport.Link``."""
+        self._check()
+        self._broker.bindings.discard(binding)
 
     async def counts(self, queue: str) -> Counts | None:
         """See ``transport.Link``."""
@@ -214,17 +297,24 @@ class MemoryLink(Link):
         self._gone.set()
         for queue in self._broker.queues.values():
             queue.consumers = [c for c in queue.consumers if c.link is not self]
+            for news in queue.news:
+                news.set()
         for delivery in reversed(list(self.held)):
             delivery.give_back()
         self._broker.links.discard(self)
+        for tap in self._taps:
+            self._broker.delete(tap)
         for queue in self._broker.queues.values():
             queue.dispatch()
 
-    def _find(self, queue: str) -> _Queue:
+    def _find(self, queue: str, *, reads: bool = False) -> _Queue:
         found = self._broker.queues.get(queue)
         if found is None:  # as RabbitMQ closes the channel
             self.cut()
             raise LinkLost(f"there is no queue '{queue}'")
+        if found.is_stream and not reads:  # as RabbitMQ closes the connection
+            self.cut()
+            raise LinkLost(f"nothing can be taken out of the stream '{queue}'")
         return found
 
     def _check(self) -> None:
@@ -280,6 +370,11 @@ class MemoryBroker(Transport):
                 )
         else:
             self.bindings.add(entity)
+
+    def delete(self, queue: str) -> None:
+        """Delete a queue and what is bound to it."""
+        self.queues.pop(queue, None)
+        self.bindings = {binding for binding in self.bindings if binding.queue != queue}
 
     def route(self, stored: _Stored, exchange: str, keys: Sequence[str]) -> None:
         """Put a message into every queue that one of the keys leads to, once each."""

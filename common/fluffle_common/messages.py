@@ -7,6 +7,7 @@ names here are the names on the wire, in the journal and in the documentation.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
@@ -263,6 +264,20 @@ class Event(_Header):
     number: Annotated[int, Field(ge=1)]
     run: Id | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """See above."""
+        return f"{self.kind}/{self.session}/{self.number}"
+
+    @property
+    def moment(self) -> datetime | None:
+        """Return when it happened; None where ``time`` does not say so, with its zone."""
+        try:
+            at = datetime.fromisoformat(self.time)
+        except ValueError:
+            return None
+        return at if at.tzinfo else None
 
 
 WithTensors = Fit | Evaluate | FirstWeights | Update

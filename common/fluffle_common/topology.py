@@ -19,6 +19,8 @@ _REJECTED_MESSAGES = 1000
 _REJECTED_BYTES = GiB // 4
 _PRESENCE_MESSAGES = 100_000
 _PRESENCE_TTL_MS = 60_000
+_TAP_MESSAGES = 10_000
+_TAP_BYTES = GiB // 4
 _ABSENT_MS = 30 * 60 * 1000
 _JOURNAL_BYTES = GiB // 4
 _JOURNAL_AGE = "30D"
@@ -191,18 +193,52 @@ class Topology:
             Binding(self.outbox(worker), self.results, f"part.{worker}"),
         ]
 
+    def tap(self, unique: str) -> Queue:
+        """Return the queue of someone who looks; a slow reader loses copies, and costs no more."""
+        return Queue(
+            f"{self.federation}.tap.{unique}",
+            _TAP_PURPOSE,
+            {
+                "x-queue-type": "classic",
+                "x-max-length": _TAP_MESSAGES,
+                "x-max-length-bytes": _TAP_BYTES,
+                "x-overflow": "drop-head",
+            },
+        )
+
     def purpose(self, queue: str) -> str | None:
         """Say in words what a queue of this federation is for; None for a foreign queue."""
+        if queue.startswith(f"{self.federation}.tap."):
+            return _TAP_PURPOSE
+        if queue.startswith(f"{self.federation}.lock."):
+            return _LOCK_PURPOSE
+        found = self.find(queue)
+        return found.purpose if found else None
+
+    def find(self, queue: str) -> Queue | None:
+        """Return a queue of the federation that holds messages, as it is declared; None else."""
         entities = self.shared()
         for kind in ("inbox", "outbox"):
             prefix = f"{self.federation}.{kind}."
             if queue.startswith(prefix):
                 entities = self.of_worker(queue.removeprefix(prefix))
-        return next((e.purpose for e in entities if isinstance(e, Queue) and e.name == queue), None)
+        return next((e for e in entities if isinstance(e, Queue) and e.name == queue), None)
 
     def _queue(self, name: str, purpose: str, arguments: dict[str, ArgumentValue]) -> Queue:
         return Queue(name, purpose, {"x-queue-type": self.queue_type, **arguments})
 
 
+def lock_of(queue: str) -> str:
+    """Name the lock that whoever alone may read a quorum queue holds; see ``amqp``.
+
+    >>> lock_of("letters.inbox.w1")
+    'letters.lock.inbox.w1'
+    """
+    federation, _, rest = queue.partition(".")
+    return f"{federation}.lock.{rest}"
+
+
+_LOCK_PURPOSE = "always empty; held by the one who alone reads the queue it is named after"
+_TAP_PURPOSE = "copies of the traffic for someone who looks ('fluffle tap'); goes with them"
 UPDATE_KINDS = ("update", "evaluation", "first_weights")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fluffle_common.console import timestamp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Message, Part, Transfer, WithTensors
-from fluffle_common.transport import Delivery, Link, Properties
+from fluffle_common.transport import Body, Delivery, Link, Properties
 from fluffle_common.weights import Weights
 from fluffle_common.wire import Assembly, decode, describe, encode, pack
 
@@ -121,6 +121,7 @@ async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, reject
         "reason": str(wrong),
         "cause": wrong.cause,
         "rejected_at": timestamp(),
+        "from": delivery.queue,
     }
     properties = Properties(
         type=delivery.properties.type,
@@ -131,7 +132,7 @@ async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, reject
     await delivery.ack()
 
 
-def read_part(body: bytes, federation: str | None = None) -> tuple[Part, memoryview]:
+def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryview]:
     """Read what lies in an outbox: a part, and its piece of the payload.
 
     Raises:

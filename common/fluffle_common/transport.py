@@ -27,12 +27,15 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.topology import Entity
+from fluffle_common.topology import Binding, Entity, Queue
 
 HeaderValue = str | int | float | bool
+Body = bytes | memoryview
+Since = datetime | int | None
 
 
 class Full(Exception):
@@ -69,11 +72,21 @@ class Counts(NamedTuple):
 
 
 class Delivery(Protocol):
-    """One message handed out to us, ours until we acknowledge it."""
+    """One message handed out to us, ours until we acknowledge it.
 
-    body: bytes
+    ``queue`` is where it was taken from, ``exchange`` and ``keys`` are what it was published to.
+    ``sent_at`` is when, by its sender's clock: seconds since 1970, whole ones; None where the
+    sender did not say. ``offset`` is its place in a stream, None elsewhere.
+    """
+
+    body: Body
     properties: Properties
     redelivered: bool
+    queue: str
+    exchange: str
+    keys: tuple[str, ...]
+    sent_at: float | None
+    offset: int | None
 
     async def ack(self) -> None:
         """We are done with it."""
@@ -89,7 +102,7 @@ class Link(Protocol):
         """Make sure that these exist."""
 
     async def publish(
-        self, body: bytes, properties: Properties, *, exchange: str, keys: Sequence[str]
+        self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
     ) -> None:
         """Send one message to every queue bound to ``exchange`` under one of ``keys``.
 
@@ -112,6 +125,32 @@ class Link(Protocol):
 
     async def get(self, queue: str) -> Delivery | None:
         """Take one message, or None where there is none."""
+
+    async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
+        """Begin to read a stream; the iterator goes on until the link is lost (``LinkLost``).
+
+        Nothing is taken out, and what is handed out is ours at once. Entries come in the order of
+        their offsets, which grow, each once.
+
+        Args:
+            stream: the queue.
+            since: where to begin: at an offset; at a time, by the broker's clock, with perhaps a
+                few entries from before it; None at the oldest entry that is kept.
+        """
+
+    async def newest(self, stream: str) -> Delivery | None:
+        """Return the last entry of a stream; None where it is empty."""
+
+    async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
+        """Make a queue for copies of the traffic and read it; the copies are ours at once.
+
+        The queue is this link's alone and goes with the iterator or the link. ``declare`` binds it
+        to more, ``unbind`` to less. It is a queue like any other to who publishes: what only a tap
+        is bound for is not ``Unroutable``.
+        """
+
+    async def unbind(self, binding: Binding) -> None:
+        """Undo a binding; nothing happens where it is not there."""
 
     async def counts(self, queue: str) -> Counts | None:
         """Count what is in a queue, changing nothing; None where there is no such queue."""

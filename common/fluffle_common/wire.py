@@ -66,7 +66,7 @@ def encode(message: Message, payload: bytes | memoryview | list[memoryview] = b"
     return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, nbytes), *pieces])
 
 
-def decode(body: bytes, federation: str | None = None) -> tuple[Message, memoryview]:
+def decode(body: bytes | memoryview, federation: str | None = None) -> tuple[Message, memoryview]:
     """Unpack a body into its message and its payload, a view into ``body``.
 
     Args:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fluffle_common.checkpoint import checkpoint_name
 from fluffle_common.console import timestamp
@@ -19,14 +19,17 @@ from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import PartsGone, fetch
 from fluffle_common.transport import Delivery, Link
-from fluffle_common.weights import Array, NotFinite, check_all_finite, check_delta
+from fluffle_common.weights import Array, NotFinite, check_all_finite, check_delta, size_bytes
 from fluffle_common.wire import read_tensors
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.store import RunStore
 from fluffle_coordinator.strategy import Strategy, fedavg
 
 Tell = Callable[[str, dict[str, Any]], None]
+_T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
+_AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
+_TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
 
 
 @dataclass(eq=False)
@@ -45,10 +48,25 @@ class Held:
 
 @dataclass
 class Counts:
-    """What came late and what was refused since the last commit."""
+    """What came late and what was refused since the last commit, and of the first of them more."""
 
     late: int = 0
     rejected: int = 0
+    late_updates: list[Mapping[str, Any]] = field(default_factory=list)
+    rejections: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def note(self, what: str, fields: Mapping[str, Any]) -> None:
+        """Count an event, if it is one that is counted."""
+        if what == "late":
+            self.late += 1
+            told = self.late_updates
+        elif what == "rejected":
+            self.rejected += 1
+            told = self.rejections
+        else:
+            return
+        if len(told) < _TOLD_OF_EACH:
+            told.append(fields)
 
 
 @dataclass
@@ -84,6 +102,7 @@ class Aggregation:
         tell: told what happens.
         post: given the events for the round machine.
         strategy: how a round is averaged.
+        keep_updates: whether the store keeps what is folded.
     """
 
     def __init__(
@@ -98,13 +117,15 @@ class Aggregation:
         tell: Tell,
         post: Callable[[rs.Event], None],
         strategy: Strategy = fedavg,
+        keep_updates: bool = False,
     ) -> None:
         self.weights = weights
         self.counts = Counts()
+        self.asked: set[str] = set()  # whom the work of the open round was sent to
         self.last_committed: dict[str, Any] = {}
         self._store, self._topology, self._max_bytes = store, topology, max_model_bytes
         self._link, self._metadata, self._tell, self._post = link, metadata, tell, post
-        self._strategy = strategy
+        self._strategy, self._keep_updates = strategy, keep_updates
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._sum = strategy.init(weights) if weights is not None else None
         self._participants: dict[str, dict[str, Any]] = {}
@@ -186,7 +207,7 @@ class Aggregation:
         try:
             payload = await self._payload(held)
             began = time.monotonic()
-            await asyncio.to_thread(self._check_and_fold, message, payload)
+            await _off_loop(len(payload), self._check_and_fold, message, payload)
         except (LinkLost, PartsGone) as gone:
             self._post(rs.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
@@ -194,6 +215,8 @@ class Aggregation:
         else:
             now = time.monotonic()
             self._clock.fold_s += now - began
+            if self._keep_updates:
+                await self._keep(held, payload, worker)
             metrics = dict(message.metrics)
             self._participants[worker] = {
                 "worker": worker,
@@ -218,6 +241,15 @@ class Aggregation:
             raise MalformedMessage(str(wrong), cause) from None
         self._sum = self._strategy.fold(self._sum, delta, message.num_examples)
 
+    async def _keep(self, held: Held, payload: memoryview, worker: str) -> None:
+        """Keep an update that was just folded, as it came."""
+        message, body, place = held.message, held.delivery.body, len(self._participants) + 1
+        assert isinstance(message, Update)
+        apart = None if message.transfer is None else payload
+        await self._on_disk(
+            lambda: self._store.keep_update(message.round, place, worker, body, apart)
+        )
+
     async def _payload(self, held: Held) -> memoryview:
         transfer = held.message.transfer
         if transfer is None:
@@ -232,7 +264,9 @@ class Aggregation:
         assert self.weights is not None
         assert self._sum is not None
         closed_at = time.monotonic()
-        weights, emptied = await asyncio.to_thread(self._strategy.finish, self._sum, self.weights)
+        weights, emptied = await _off_loop(
+            size_bytes(self.weights), self._strategy.finish, self._sum, self.weights
+        )
         averaged_at = time.monotonic()
         metadata = self._metadata(number)
         await self._on_disk(lambda: self._store.save_weights(number, weights, metadata))
@@ -242,11 +276,14 @@ class Aggregation:
             "event": "committed",
             "run": metadata["run"],
             "round": number,
-            "participants": list(self._participants.values()),
+            "asked": sorted(self.asked | self._participants.keys()),
+            "participants": list(self._participants.values()),  # in the order of the sum
             "opened_at": self._opened_at,
             "committed_at": timestamp(),
             "late": counts.late,
             "rejected": counts.rejected,
+            "late_updates": counts.late_updates,
+            "rejections": counts.rejections,
             "timings": timings,
             "checkpoint": checkpoint_name(number),
         }
@@ -258,7 +295,7 @@ class Aggregation:
         }
         self._clock = Clock()
         self.weights, self._sum = weights, emptied
-        self._participants, self._closing = {}, False
+        self._participants, self.asked, self._closing = {}, set(), False
         self._post(rs.Committed(time.monotonic(), number, participants))
 
     async def _record_evaluation(
@@ -294,6 +331,13 @@ class Aggregation:
                 await asyncio.sleep(_DISK_RETRY_S)
             else:
                 return
+
+
+async def _off_loop(nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
+    """Do what takes time in proportion to ``nbytes``: in a thread, unless it is over at once."""
+    if nbytes <= _AT_ONCE_BYTES:
+        return work(*on)  # handing it to a thread and back would take longer
+    return await asyncio.to_thread(work, *on)
 
 
 def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:

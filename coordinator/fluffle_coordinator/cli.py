@@ -167,6 +167,26 @@ def run_option(command: Any) -> Any:
     help="Each worker logs in to the broker as a user named like its id: what is sent in its name "
     "by anyone else is rejected.",
 )
+@click.option(
+    "--keep-updates",
+    is_flag=True,
+    help="Keep every update that is counted, as it came, in the run folder, for 'fluffle replay': "
+    "as many bytes a round as all updates have.",
+)
+@click.option(
+    "--dashboard",
+    metavar="HOST:PORT",
+    help="Show the run on a live page there, such as 127.0.0.1:8080, with /metrics for Prometheus; "
+    "port 0 is any free one. It can only be read. Needs 'fluffle[dashboard]'.",
+)
+@click.option(
+    "--management",
+    envvar="FLUFFLE_MANAGEMENT_URL",
+    metavar="URL",
+    help="RabbitMQ's management API, for the queues on that page.  "
+    "[default: that of the broker of --url, on its usual port]",
+    show_default=False,
+)
 @queue_type_option
 @log_format_option
 def coordinator(**options: Any) -> None:

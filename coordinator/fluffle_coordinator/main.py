@@ -7,22 +7,34 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluffle_common.amqp import AmqpTransport
 from fluffle_common.checkpoint import read_checkpoint
 from fluffle_common.console import Console
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.management import management_base
 from fluffle_common.messages import Plan
-from fluffle_common.settings import broker_url, check_federation, parse_config
+from fluffle_common.settings import (
+    broker_url,
+    check_federation,
+    node_record,
+    parse_config,
+    state_folder,
+)
 from fluffle_common.signals import Interrupted, run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff
 from fluffle_common.weights import check_all_finite
+from fluffle_coordinator.configuration import configuration
+from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.run_state import Rules, State
 from fluffle_coordinator.service import Coordinator, CoordinatorSettings
-from fluffle_coordinator.store import RunStore, Saved
+from fluffle_coordinator.store import RunStore, Saved, read_history
 from fluffle_coordinator.view import View, Watcher, Watchers
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.dashboard.page import Page
 
 _STANDBY_POLL_S = 0.5
 _STANDBY_TOLD_S = 30.0
@@ -48,19 +60,31 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         classes=tuple(options["classes"].split(",")) if options["classes"] else None,
         init=options["init"],
         verify_users=options["verify_users"],
+        keep_updates=options["keep_updates"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     transport = AmqpTransport(broker_url(options["url"]), f"fluffle coordinator of {federation}")
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])
+    page = _page(options, topology)
     with Console(options["log_format"], {"federation": federation}) as console:
-        watcher = Watchers(View(console))
+        journal = Journal(topology)
+        watcher = Watchers(View(console), journal, *([page] if page else []))
+        if page:
+            console.line("page", f"the page is at {page.url}", {"url": page.url})
+        run = _run(
+            settings,
+            transport,
+            topology,
+            store,
+            watcher,
+            journal=journal,
+            page=page,
+            fresh=options["fresh"],
+        )
         try:
-            state = run_until_signalled(
-                _run(settings, transport, topology, store, watcher, fresh=options["fresh"])
-            )
+            state = run_until_signalled(page.beside(run) if page else run)
         except Interrupted as signalled:
-            watcher.tell("interrupted", {"folder": str(store.folder)})
             sys.exit(signalled.exit_code)
     if state.outcome == "stopped":
         raise RunError(f"the run stopped: {state.reason}; the same command goes on from there")
@@ -73,6 +97,8 @@ async def _run(
     store: RunStore,
     watcher: Watcher,
     *,
+    journal: Journal,
+    page: Page | None,
     fresh: bool,
 ) -> State:
     await _locked(store, watcher)
@@ -81,16 +107,26 @@ async def _run(
         if aside is not None:
             watcher.tell("repaired", {"what": f"the earlier run is in {aside} now"})
     saved = store.load(settings.federation)
+    store.note_configuration(configuration(settings, topology), saved.committed)
     for repair in saved.repairs:
         watcher.tell("repaired", {"what": repair})
+    told = {"run": saved.run, "rounds": settings.rules.rounds}
     if saved.committed:
-        watcher.tell("resumed", {"run": saved.run, "round": saved.committed})
+        if page:
+            page.remember(read_history(store.folder))
+        watcher.tell("resumed", {**told, "round": saved.committed})
     else:
-        watcher.tell("started", {"run": saved.run, "folder": str(store.folder)})
+        watcher.tell("started", {**told, "folder": str(store.folder)})
     if saved.weights is None and settings.init is not None:
         saved = _begin_with(settings.init, store, saved, settings.federation)
     coordinator = Coordinator(
-        settings, transport=transport, topology=topology, store=store, saved=saved, watcher=watcher
+        settings,
+        transport=transport,
+        topology=topology,
+        store=store,
+        saved=saved,
+        watcher=watcher,
+        journal=journal,
     )
     return await coordinator.run()
 
@@ -98,11 +134,28 @@ async def _run(
 async def _locked(store: RunStore, watcher: Watcher) -> None:
     """Wait until no other coordinator has the run folder."""
     told_at = -_STANDBY_TOLD_S
-    while not store.try_lock():
-        if time.monotonic() - told_at >= _STANDBY_TOLD_S:
-            watcher.tell("standby", {"what": str(store.folder)})
-            told_at = time.monotonic()
-        await asyncio.sleep(_STANDBY_POLL_S)
+    try:
+        while not store.try_lock():
+            if time.monotonic() - told_at >= _STANDBY_TOLD_S:
+                watcher.tell("standby", {"what": str(store.folder)})
+                told_at = time.monotonic()
+            await asyncio.sleep(_STANDBY_POLL_S)
+    except asyncio.CancelledError:
+        watcher.tell("interrupted", {"folder": str(store.folder)})
+        raise
+
+
+def _page(options: dict[str, Any], topology: Topology) -> Page | None:
+    """Open the live page, where it is wanted."""
+    if options["dashboard"] is None:
+        return None
+    from fluffle_coordinator.dashboard import needs
+
+    with needs():
+        from fluffle_coordinator.dashboard.page import Page
+    url = broker_url(options["url"])
+    base = management_base(url, options["management"], node_record(state_folder()))
+    return Page(options["dashboard"], topology, url, base)
 
 
 def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:

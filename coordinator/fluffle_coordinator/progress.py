@@ -222,7 +222,9 @@ def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> Sta
     """Write the evaluation of the last committed model, once all have sent theirs (``whole``)."""
     if not state.evaluate_pending or not state.evaluations:
         return state
-    if whole and not (state.expected and state.expected <= state.evaluations.keys()):
+    # A worker's evaluation comes before its update, if it has one at all.
+    heard = state.evaluations.keys() | state.received.keys()
+    if whole and not (state.expected and state.expected <= heard):
         return state
     out.append(RecordEvaluation(state.round - 1, state.evaluations))
     return replace(state, evaluate_pending=False)

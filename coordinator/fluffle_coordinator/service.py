@@ -39,9 +39,13 @@ from fluffle_common.wire import decode, describe
 from fluffle_coordinator import rounds
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.aggregation import Aggregation, Held
+from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.outgoing import Outgoing
 from fluffle_coordinator.store import RunStore, Saved
 from fluffle_coordinator.view import Watcher, waiting_for
+
+# How long the end of a run may wait for the journal to be on the broker.
+_JOURNAL_DRAIN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class CoordinatorSettings:
         max_model_bytes: the most that a model or an update may have.
         verify_users: reject what a worker sends while logged in to the broker under another name
             than its id.
+        keep_updates: keep every update that is counted, as it came.
         backoff: how to wait for a broker that is away.
         waiting_every_s: how often to say what is waited for.
     """
@@ -70,6 +75,7 @@ class CoordinatorSettings:
     max_workers: int = 1024
     max_model_bytes: int = 8 * 2**30
     verify_users: bool = False
+    keep_updates: bool = False
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0
 
@@ -84,6 +90,7 @@ class Coordinator:
         store: the run's folder, locked.
         saved: what was found in it.
         watcher: who is told what happens.
+        journal: one of those, which needs a link to publish what it is told; None keeps none.
     """
 
     def __init__(
@@ -95,9 +102,10 @@ class Coordinator:
         store: RunStore,
         saved: Saved,
         watcher: Watcher,
+        journal: Journal | None = None,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
-        self._watcher = watcher
+        self._watcher, self._journal, self._folder = watcher, journal, store.folder
         self._events: asyncio.Queue[rs.Event] = asyncio.Queue()
         self._deliveries: dict[rs.Handle, Held] = {}
         self._link: Link | None = None
@@ -112,6 +120,7 @@ class Coordinator:
             metadata=self._metadata,
             tell=self._tell,
             post=self._events.put_nowait,
+            keep_updates=settings.keep_updates,
         )
         self._outgoing = Outgoing(topology, saved.run, settings, lambda: self._link, self._tell)
         self.state = rounds.start(
@@ -136,7 +145,13 @@ class Coordinator:
             done, _ = await asyncio.wait({machine, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # the helpers run for ever: one that is done has failed
+        except asyncio.CancelledError:
+            if self.state.outcome is None:
+                self._tell("interrupted", {"folder": str(self._folder)})
+            raise
         finally:
+            if self._journal is not None:
+                await self._journal.drained(_JOURNAL_DRAIN_S)
             for task in (machine, *tasks):
                 task.cancel()
             await asyncio.gather(machine, *tasks, return_exceptions=True)
@@ -193,6 +208,9 @@ class Coordinator:
                 self._aggregation.commit(number)
             case rs.RecordEvaluation(number, evaluations):
                 self._aggregation.record_evaluation(number, evaluations)
+            case rs.SendFit(workers):
+                self._aggregation.asked.update(workers)
+                self._outgoing.perform(effect, self.state, self._aggregation.weights)
             case rs.End():
                 self._outgoing.perform(effect, self.state, None)
             case _:
@@ -207,10 +225,7 @@ class Coordinator:
         return self._aggregation.last_committed if what == "committed" else {}
 
     def _tell(self, what: str, fields: dict[str, Any]) -> None:
-        if what == "late":
-            self._aggregation.counts.late += 1
-        if what == "rejected":
-            self._aggregation.counts.rejected += 1
+        self._aggregation.counts.note(what, fields)
         self._watcher.tell(what, {"address": self._transport.address, **fields})
 
     def _metadata(self, number: int) -> dict[str, str]:
@@ -253,7 +268,8 @@ class Coordinator:
         updates = await link.consume(
             self._topology.updates, prefetch=self._settings.max_workers + 100
         )
-        await together(self._read_presence(presence), self._read_updates(updates, number))
+        works = [self._read_presence(presence), self._read_updates(updates, number)]
+        await together(*works, *([self._journal.publish(link)] if self._journal else []))
 
     async def _read_presence(self, deliveries: Any) -> None:
         async for delivery in deliveries:

@@ -3,9 +3,10 @@
 ::
 
     runs/letters/
-        run.json                  the run's id and how it was started
+        run.json                  the run's id, and how it was started, each time that changed
         history.jsonl             a line when a round is committed, another when it is evaluated
         round-0000.safetensors    the first weights, then one file a round
+        updates/round-0001/       with --keep-updates: what was averaged (see ``kept``)
         lock                      held by the coordinator that writes here
 
 A file is written beside its final name, fsynced, and then renamed, so that a name always stands for
@@ -30,8 +31,11 @@ from fluffle_common.checkpoint import (
     replacing,
     save_checkpoint,
 )
+from fluffle_common.console import timestamp
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.transport import Body
 from fluffle_common.weights import Array, Weights
+from fluffle_coordinator import kept
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class RunStore:
             self._forget_after(last, lines)
             repairs.append(f"the checkpoint after round {last} cannot be read: going on from there")
             lines = [line for line in lines if line["round"] <= last]
+        kept.forget_uncommitted(self.folder, last)
         weights, metadata = sound or (None, {})
         line = committed.get(last, {})
         return Saved(
@@ -132,6 +137,39 @@ class RunStore:
         path = self.folder / checkpoint_name(number)
         save_checkpoint(path, weights, metadata)
         return path
+
+    def keep_update(
+        self, number: int, place: int, worker: str, body: Body, payload: memoryview | None
+    ) -> None:
+        """Keep an update that is in the sum of round ``number``; see ``kept``.
+
+        Raises:
+            OSError: where the disk refuses; no file stands for half an update.
+        """
+        kept.keep_update(kept.update_path(self.folder, number, place, worker), body, payload)
+
+    def note_configuration(self, configuration: dict[str, Any], committed: int) -> None:
+        """Add to run.json how the run goes on from here, unless that is as it was.
+
+        Args:
+            configuration: what JSON can hold.
+            committed: the last committed round; it holds from the next one on.
+
+        Raises:
+            RunError: where the disk refuses.
+        """
+        path = self.folder / "run.json"
+        told = json.loads(path.read_text())
+        before = told.setdefault("configurations", [])
+        new = json.loads(json.dumps(configuration))
+        if before and {**before[-1], **new} == before[-1]:
+            return
+        before.append({"from_round": committed + 1, "since": timestamp(), **new})
+        try:
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(told, indent=1) + "\n")
+        except OSError as why:
+            raise RunError(f"cannot write {path} ({why.strerror})") from None
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to the history; it is on disk when this returns.
@@ -222,19 +260,27 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UsageError: where the folder has no history, or one that cannot be read.
     """
-    path = folder / "history.jsonl"
-    if not path.exists():
-        raise UsageError(f"there is no history in {folder}; --run names a folder such as runs/NAME")
-    data = path.read_bytes()
     rounds: dict[int, dict[str, Any]] = {}
-    try:
-        lines = read_lines(data[: data.rfind(b"\n") + 1])
-    except ValueError as why:
-        raise UsageError(f"{path}: {why}") from None
-    for line in lines:
+    for line in read_history_lines(folder):
         told = {key: value for key, value in line.items() if key != "event"}
         rounds.setdefault(line["round"], {}).update(told)
     return [rounds[number] for number in sorted(rounds)]
+
+
+def read_history_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of the history as they were written; one that is being written is left out.
+
+    Raises:
+        UsageError: where the folder has no history, or one that cannot be read.
+    """
+    path = folder / "history.jsonl"
+    if not path.exists():
+        raise UsageError(f"there is no history in {folder}; a run's folder is such as runs/NAME")
+    data = path.read_bytes()
+    try:
+        return read_lines(data[: data.rfind(b"\n") + 1])
+    except ValueError as why:
+        raise UsageError(f"{path}: {why}") from None
 
 
 def read_lines(data: bytes) -> list[dict[str, Any]]:

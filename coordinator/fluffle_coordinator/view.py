@@ -38,6 +38,7 @@ _SENTENCES = {
     "evaluated": "round {round}: loss {loss:.4f}{more} on {num_examples} held-out examples",
     "disk": "cannot write to {folder} ({reason}); trying again every {pause_s:.0f} s",
     "waiting": "{reason}",
+    "gap": "{dropped} events from before this one are lost: they could not be sent for too long",
     "finished": "finished: {reason}",
     "stopped": "stopped: {reason}",
     "interrupted": "stopped; {folder} has everything, the same command goes on from there",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -228,14 +230,14 @@ async def test_what_is_published_is_consumed_in_order(bench):
     assert not any(delivery.redelivered for delivery in got)
 
 
-@pytest.mark.parametrize("size", [0, 1, 300_000])
+@pytest.mark.parametrize("size", [0, 1, 2**14 - 1, 2**14, 300_000, 2**22 + 1000])
 async def test_bodies_of_every_size_arrive_whole(bench, size):
     link = await bench.open()
     queue = await bench.queue(link)
     body = (bytes(range(256)) * (size // 256 + 1))[:size]
     await put(link, queue, body)
     delivery = await soon(link.get(queue))
-    assert isinstance(delivery.body, bytes)
+    assert memoryview(delivery.body).readonly
     assert delivery.body == body
 
 
@@ -580,6 +582,244 @@ async def test_closing_the_iterator_gives_back_what_is_open_and_leaves_the_link_
     assert bodies(await take(again, 4)) == numbered(5)[1:]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+async def test_what_is_released_goes_back_to_its_place_in_whatever_order(bench, order):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    await put(link, queue, *numbered(5))
+    held = [await soon(link.get(queue)) for _ in range(3)]
+    for number in order:
+        await held[number].release()
+    await bench.settled(link)
+    assert await drain(link, queue) == numbered(5)
+
+
+async def test_a_delivery_says_where_it_comes_from_and_when_it_was_sent(bench):
+    link = await bench.open()
+    await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
+    before = int(time.time())
+    await link.publish(b"x", Properties(), exchange=bench.names.work, keys=["a", "b"])
+    got = await soon(link.get(bench.names.inbox("a")))
+    assert (got.queue, got.exchange) == (bench.names.inbox("a"), bench.names.work)
+    assert got.keys == ("a", "b")
+    assert before <= got.sent_at <= time.time()
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+async def stream(bench: Bench, link: Link, *bodies: bytes) -> str:
+    """Declare a federation's stream, and put these into it."""
+    await link.declare(bench.names.shared())
+    await put(link, bench.names.journal, *bodies)
+    return bench.names.journal
+
+
+def offsets(deliveries: list[Delivery]) -> list[int | None]:
+    return [delivery.offset for delivery in deliveries]
+
+
+async def test_a_stream_can_be_read_any_number_of_times_and_goes_on_live(bench):
+    sender, reader = await bench.open(), await bench.open()
+    journal = await stream(bench, sender, *numbered(3))
+    first, second = await reader.follow(journal), await sender.follow(journal)
+    for following in (first, second):
+        got = await take(following, 3)
+        assert bodies(got) == numbered(3)
+        assert offsets(got) == [0, 1, 2]
+        assert not any(delivery.redelivered for delivery in got)
+    await put(sender, journal, b"live")
+    for following in (first, second, await reader.follow(journal, since=3)):
+        (live,) = await take(following, 1)
+        assert (live.body, live.offset) == (b"live", 3)
+        await live.ack()  # not needed, and harmless
+
+
+async def test_more_than_is_fetched_ahead_is_read_in_order(bench):
+    sender, reader = await bench.open(), await bench.open()
+    journal = await stream(bench, sender)
+    sent = numbered(1200)
+    await soon(asyncio.gather(*(put(sender, journal, body) for body in sent)))
+    assert (await soon(reader.newest(journal))).offset == 1199
+    got = await take(await reader.follow(journal), 1200)
+    assert sorted(bodies(got)) == sorted(sent)
+    assert offsets(got) == list(range(1200))
+    assert bodies(await take(await reader.follow(journal, since=700), 500)) == bodies(got)[700:]
+
+
+async def test_a_stream_is_read_from_an_offset_or_a_time(bench):
+    link = await bench.open()
+    journal = await stream(bench, link, *numbered(4))
+    assert offsets(await take(await link.follow(journal, since=2), 2)) == [2, 3]
+    a_minute = timedelta(minutes=1)
+    earlier = await link.follow(journal, since=datetime.now(UTC) - a_minute)
+    assert offsets(await take(earlier, 4)) == [0, 1, 2, 3]
+    later = await link.follow(journal, since=4)
+    waiting = asyncio.ensure_future(anext(later))
+    await bench.settled(link)
+    assert not waiting.done()
+    await put(link, journal, b"next")
+    assert (await soon(waiting)).body == b"next"
+
+
+async def test_the_newest_entry_is_the_last_of_all(bench):
+    sender, reader = await bench.open(), await bench.open()
+    journal = await stream(bench, sender)
+    assert await soon(reader.newest(journal)) is None
+    for number in range(10):
+        # Several in one go: a broker keeps them in one chunk.
+        await soon(asyncio.gather(*(put(sender, journal, b"x") for _ in range(number + 1))))
+        last = await soon(reader.newest(journal))
+        assert last.offset == (number + 1) * (number + 2) // 2 - 1
+    assert offsets(await take(await reader.follow(journal), 55)) == list(range(55))
+
+
+@pytest.mark.parametrize("how", ["cut", "close"])
+async def test_a_lost_link_ends_the_reading_of_a_stream_and_another_goes_on_from_there(bench, how):
+    sender, reader = await bench.open(), await bench.open()
+    journal = await stream(bench, sender, *numbered(5))
+    following = await reader.follow(journal)
+    seen = offsets(await take(following, 5))
+    waiting = asyncio.ensure_future(anext(following))
+    await bench.settled(reader)
+    bench.cut(reader) if how == "cut" else await reader.close()
+    with pytest.raises(LinkLost):
+        await soon(waiting)
+    await put(sender, journal, b"meanwhile")
+    again = await (await bench.open()).follow(journal, since=seen[-1] + 1)
+    assert bodies(await take(again, 1)) == [b"meanwhile"]
+
+
+@pytest.mark.parametrize("what", ["get", "purge"])
+async def test_nothing_can_be_taken_out_of_a_stream(bench, what):
+    link, other = await bench.open(), await bench.open()
+    journal = await stream(bench, link, b"kept")
+    with pytest.raises(LinkLost):
+        await soon(getattr(link, what)(journal))
+    assert bodies(await take(await other.follow(journal), 1)) == [b"kept"]
+
+
+async def test_a_bounded_stream_forgets_the_oldest_and_keeps_its_offsets():
+    broker = MemoryBroker()
+    link = await broker.open()
+    arguments = {"x-queue-type": "stream", "x-max-length-bytes": 3}
+    await link.declare([Queue("s", "of a test", arguments)])
+    await put(link, "s", *[b"x"] * 10)
+    assert offsets(await take(await link.follow("s", since=2), 3)) == [7, 8, 9]
+    broker.stop()
+    broker.start()
+    assert (await (await broker.open()).newest("s")).offset == 9
+
+
+# --- tapping -------------------------------------------------------------------------------------
+
+
+async def tapped(
+    bench: Bench, *bindings: tuple[str, str]
+) -> tuple[Link, Queue, AsyncGenerator[Delivery]]:
+    link, queue = await bench.open(), bench.names.tap(uuid.uuid4().hex)
+    tap = await link.tap(queue, [Binding(queue.name, *each) for each in bindings])
+    return link, queue, tap
+
+
+async def test_a_tap_gets_a_copy_and_the_queue_the_message(bench):
+    link = await bench.open()
+    await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
+    results, work = bench.names.results, bench.names.work
+    _, _, tap = await tapped(bench, (results, "update.#"), (work, "a"))
+    await link.publish(b"u", Properties(type="update"), exchange=results, keys=["update.a"])
+    await link.publish(b"f", Properties(type="fit"), exchange=work, keys=["b", "a"])
+    copies = await take(tap, 2)
+    assert [(copy.body, copy.exchange, copy.keys) for copy in copies] == [
+        (b"u", results, ("update.a",)),
+        (b"f", work, ("b", "a")),
+    ]
+    assert await drain(link, bench.names.updates) == [b"u"]
+    assert await drain(link, bench.names.inbox("a")) == [b"f"]
+
+
+async def test_a_tap_on_several_keys_gets_one_copy_of_what_has_several(bench):
+    link = await bench.open()
+    await link.declare([*bench.names.shared()])
+    for worker in ("a", "b"):
+        await link.declare(bench.names.of_worker(worker))
+    work = bench.names.work
+    _, _, tap = await tapped(bench, (work, "a"), (work, "b"))
+    await link.publish(b"one", Properties(), exchange=work, keys=["a", "b"])
+    await link.publish(b"two", Properties(), exchange=work, keys=["b"])
+    assert bodies(await take(tap, 2)) == [b"one", b"two"]
+
+
+async def test_a_tap_can_be_bound_to_more_and_to_less_while_it_runs(bench):
+    link = await bench.open()
+    await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
+    results = bench.names.results
+    tapping, queue, tap = await tapped(bench, (results, "update.#"))
+
+    async def publish(kind: str) -> None:
+        keys = [f"{kind}.a"]
+        await link.publish(kind.encode(), Properties(), exchange=results, keys=keys)
+
+    await publish("hello")
+    await tapping.declare([Binding(queue.name, results, "hello.#")])
+    await publish("hello")
+    await tapping.unbind(Binding(queue.name, results, "update.#"))
+    await publish("update")
+    await tapping.unbind(Binding(queue.name, results, "never.bound"))
+    await publish("hello")
+    assert bodies(await take(tap, 2)) == [b"hello", b"hello"]
+
+
+@pytest.mark.parametrize("how", ["iterator", "close", "cut"])
+async def test_a_tap_goes_with_its_iterator_or_its_link(bench, how):
+    link = await bench.open()
+    await link.declare(bench.names.shared())
+    work = bench.names.work
+    tapping, queue, tap = await tapped(bench, (work, "nobody"))
+    await link.publish(b"only the tap", Properties(), exchange=work, keys=["nobody"])
+    await take(tap, 1)
+    if how == "iterator":
+        await soon(tap.aclose())
+        assert await soon(tapping.counts(queue.name)) is None
+    elif how == "close":
+        await soon(tapping.close())
+    else:
+        bench.cut(tapping)
+
+    async def publish_until_unroutable() -> None:
+        while True:  # a broker hears of a cut a moment later
+            await link.publish(b"nobody", Properties(), exchange=work, keys=["nobody"])
+            await asyncio.sleep(0)
+
+    with pytest.raises(Unroutable):
+        await soon(publish_until_unroutable())
+
+
+async def test_nobody_but_its_link_can_read_a_tap(bench):
+    link = await bench.open()
+    _, queue, _ = await tapped(bench)
+    with pytest.raises(Occupied):
+        await soon(link.consume(queue.name, prefetch=1))
+
+
+async def test_a_reader_too_slow_for_its_tap_loses_the_oldest_copies_and_nobody_else_does(bench):
+    link = await bench.open()
+    await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
+    tapping = await bench.open()
+    arguments = {"x-max-length": 2, "x-overflow": "drop-head"}
+    queue = Queue(bench.names.tap("small").name, "of a test", arguments)
+    tap = await tapping.tap(queue, [Binding(queue.name, bench.names.work, "a")])
+    sent = numbered(60)  # more than is fetched ahead
+    for body in sent:
+        await link.publish(body, Properties(), exchange=bench.names.work, keys=["a"])
+    assert await drain(link, bench.names.inbox("a")) == sent
+    seen = [(await soon(anext(tap))).body]
+    while seen[-1] != sent[-1]:
+        seen.append((await soon(anext(tap))).body)
+    assert len(seen) < len(sent)
+    assert seen == sorted(seen, key=sent.index)
+
+
 @pytest.mark.parametrize("how", ["ack", "release"])
 async def test_settling_over_a_lost_link_does_nothing(bench, how):
     one, two = await bench.open(), await bench.open()
@@ -669,7 +909,7 @@ async def test_deliveries_waiting_in_the_iterator_are_not_handed_out_once_the_li
     assert bodies(await take(await two.consume(queue, prefetch=10), 3)) == numbered(3)
 
 
-@pytest.mark.parametrize("what", ["get", "purge", "consume"])
+@pytest.mark.parametrize("what", ["get", "purge", "consume", "follow", "newest"])
 async def test_a_queue_that_is_not_there_loses_the_link(bench, what):
     link = await bench.open()
     name = f"{bench.names.federation}.missing"
@@ -677,6 +917,8 @@ async def test_a_queue_that_is_not_there_loses_the_link(bench, what):
         "get": lambda: link.get(name),
         "purge": lambda: link.purge(name),
         "consume": lambda: link.consume(name, prefetch=1),
+        "follow": lambda: link.follow(name),
+        "newest": lambda: link.newest(name),
     }[what]
     with pytest.raises(LinkLost):
         await soon(asked())
@@ -818,6 +1060,40 @@ async def test_a_port_where_nobody_listens_is_worth_another_try(unused_tcp_port)
 
 
 @pytest.mark.rabbit
+async def test_of_several_urls_the_one_that_answers_is_used(rabbit_url, unused_tcp_port):
+    nobody = f"amqp://guest:guest@127.0.0.1:{unused_tcp_port}/"
+    transport = AmqpTransport(f"{nobody}, {rabbit_url}", "test")
+    assert str(unused_tcp_port) in transport.address
+    link = await soon(transport.open())
+    try:
+        assert await link.counts(f"t{uuid.uuid4().hex}.none") is None
+        assert transport.address == rabbit_url.replace("guest:guest@", "")
+    finally:
+        await link.close()
+
+
+@pytest.mark.rabbit
+async def test_a_quorum_queue_too_has_one_exclusive_reader_until_its_link_is_lost(real):
+    # RabbitMQ itself lets any number of them in.
+    one, two = await real.open(), await real.open()
+    queue = await real.queue(one, x_queue_type="quorum")
+    await real.queue(two, x_queue_type="quorum")
+    await one.consume(queue, prefetch=1, exclusive=True)
+    with pytest.raises(Occupied):
+        await soon(two.consume(queue, prefetch=1, exclusive=True))
+    real.cut(one)
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                deliveries = await two.consume(queue, prefetch=1, exclusive=True)
+                break
+            except Occupied:  # the broker tells nobody when it notices
+                await asyncio.sleep(0.01)
+    await put(two, queue, b"x")
+    assert bodies(await take(deliveries, 1)) == [b"x"]
+
+
+@pytest.mark.rabbit
 async def test_a_publish_whose_fate_is_unknown_is_a_lost_link(real):
     link = await real.open()
     queue = await real.queue(link)
@@ -830,6 +1106,31 @@ async def test_a_publish_whose_fate_is_unknown_is_a_lost_link(real):
         await soon(publishing)
     with pytest.raises(LinkLost):
         await soon(getting)
+
+
+@pytest.mark.rabbit
+async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch):
+    monkeypatch.setattr("fluffle_common.amqp_link._CONFIRM_S", 0.2)
+    link = await real.open()
+    queue = await real.queue(link)
+    real.proxy(link).hold()
+    with pytest.raises(LinkLost, match="confirm"):
+        await soon(link.publish(b"x", Properties(), exchange="", keys=[queue]))
+    await soon(link.lost())
+    real.cut(link)
+
+
+@pytest.mark.rabbit
+async def test_a_message_that_a_quorum_queue_refuses_ends_the_link(real):
+    # It may be full, or the channel may be one to which it refuses everything for good.
+    link = await real.open()
+    settings = {"x_queue_type": "quorum", "x_max_length": 1, "x_overflow": "reject-publish"}
+    queue = await real.queue(link, **settings)
+    with pytest.raises(LinkLost, match="full"):
+        await soon(put(link, queue, *numbered(100)))
+    await soon(link.lost())
+    again = await real.open()
+    assert await soon(again.get(queue)) is not None
 
 
 @pytest.mark.rabbit

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluffle_common.amqp import AmqpLink
+from fluffle_common.amqp_link import AmqpLink
 from fluffle_common.cli import main
 from fluffle_common.transport import Properties
 

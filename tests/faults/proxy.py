@@ -60,6 +60,10 @@ class Proxy:
         """Count the connections that are open."""
         return self._call(self._do(lambda: len(self._connections)))
 
+    def aim(self, target: int) -> None:
+        """Forward what connects from now on to another port; what is open stays as it is."""
+        self._target = target
+
     def cut(self, share: float, rng: random.Random) -> int:
         """Reset a share of the connections, both sides of each; return how many."""
         return self._each(share, rng, lambda one: one.reset())

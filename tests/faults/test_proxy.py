@@ -11,9 +11,12 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from yarl import URL
 
 from fluffle_broker import node
-from fluffle_common.amqp import AmqpLink, AmqpTransport
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.amqp_connection import connect
+from fluffle_common.amqp_link import AmqpLink
 from fluffle_common.errors import LinkLost
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Properties
@@ -131,8 +134,8 @@ async def test_a_connection_that_is_gone_before_its_channels_are_open_is_a_lost_
     broker_node: node.NodeInfo,
 ) -> None:
     """A worker once ended with a traceback when the broker died at this very moment."""
-    transport = AmqpTransport(broker_node.url, "fault test")
-    connections = [await transport._connect(f"fault test {number}") for number in (1, 2)]
+    url = URL(broker_node.url)
+    connections = [await connect(url, f"fault test {number}", PATIENCE_S) for number in (1, 2)]
     for connection in connections:
         await connection.close()
     with pytest.raises(LinkLost):

@@ -409,7 +409,7 @@ def test_history_can_be_read_while_a_line_is_being_written(three):
 
 
 def test_no_history_is_told_in_one_line(tmp_path):
-    with pytest.raises(UsageError, match="no history.*--run"):
+    with pytest.raises(UsageError, match="no history.*runs/NAME"):
         read_history(tmp_path)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from unittest import mock
 
 import msgpack
-import psutil
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -65,10 +65,12 @@ def do(
         job.answer = FirstWeights(**ids), task.init(message.seed)
         return
     if isinstance(message, Evaluate):
-        job.evaluation = _evaluation(ids, message.round, task.evaluate(job.weights))
+        # Where nothing is held out, that is the answer, so that nobody waits for another.
+        found = task.evaluate(job.weights) or EvalResult(0.0, 0)
+        job.evaluation = _evaluation(ids, message.round, found)
         return
-    if message.evaluate:
-        job.evaluation = _evaluation(ids, message.round - 1, task.evaluate(job.weights))
+    if message.evaluate and (first := task.evaluate(job.weights)) is not None:
+        job.evaluation = _evaluation(ids, message.round - 1, first)
         evaluated()
 
     def step(number: int, steps: int, loss: float | None = None) -> None:
@@ -91,8 +93,7 @@ def _seeded(message: Fit) -> Plan:
     return message.plan.model_copy(update={"seed": seed})
 
 
-def _evaluation(ids: dict[str, Any], number: int, found: EvalResult | None) -> Evaluation:
-    found = found or EvalResult(0.0, 0)  # nothing held out: nobody needs to wait for it
+def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:
     return Evaluation(
         **ids,
         round=number,

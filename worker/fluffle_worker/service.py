@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import queue
 import threading
 import time
 import uuid
@@ -113,6 +114,7 @@ class WorkerService:
         self._run: str | None = None  # the one that we are in, or were last
         self._jobs: dict[Work, Job] = {}
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
+        self._training: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         self._doing: dict[str, Any] = {
             "state": "idle",
@@ -133,6 +135,8 @@ class WorkerService:
             Refused: where the coordinator, or the broker, will not have this worker.
             BrokerError: where there has been no broker for too long.
         """
+        # A daemon: a step that never ends must not keep the process from ending.
+        threading.Thread(target=self._train, name="training", daemon=True).start()
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._links()),
             asyncio.ensure_future(self._send_answers()),
@@ -356,6 +360,10 @@ class WorkerService:
 
     # --- the training thread -------------------------------------------------------------------
 
+    def _train(self) -> None:
+        while True:
+            self._training.get()()
+
     def _begin(self, job: Job) -> None:
         loop = asyncio.get_running_loop()
         self._loss = None
@@ -394,8 +402,7 @@ class WorkerService:
             else:
                 done(session.Finished(job.work))
 
-        # A daemon thread: a step that never ends must not keep the process from ending.
-        threading.Thread(target=work, name=f"{job.work.kind}-{job.work.round}", daemon=True).start()
+        self._training.put(work)
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
         if self._state.doing != work:

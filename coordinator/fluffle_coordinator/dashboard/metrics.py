@@ -1,0 +1,175 @@
+"""``/metrics``: the board's figures for Prometheus.
+
+Read off the board when they are asked for, so that a run pays nothing for them. No label has a
+value that a worker could choose: causes, states, phases and the roles of queues are all ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from fluffle_common.errors import CAUSES
+from fluffle_coordinator.dashboard.board import OUTCOMES, PHASES
+from fluffle_coordinator.dashboard.chronicle import STEPS
+from fluffle_coordinator.dashboard.feed import Feed
+
+_VERSION = version("fluffle")
+
+ROLES = ("updates", "presence", "rejected", "unrouted", "journal", "inboxes", "outboxes", "other")
+
+_QUEUE_FIGURES = {
+    "ready": ("fluffle_queue_ready_messages", "Messages waiting to be delivered."),
+    "unacknowledged": (
+        "fluffle_queue_unacknowledged_messages",
+        "Messages delivered and not done with; an update stays so until its round is on disk.",
+    ),
+    "consumers": ("fluffle_queue_consumers", "Who reads these queues."),
+    "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),
+}
+
+
+_EVALUATIONS = (
+    ("loss", "fluffle_federated_loss", "Federated loss of the last model that was evaluated."),
+    (
+        "accuracy",
+        "fluffle_federated_accuracy_ratio",
+        "Federated accuracy of the last model that was evaluated, from 0 to 1.",
+    ),
+)
+
+
+def registry(feed: Feed) -> CollectorRegistry:
+    """Return a registry of one collector: that of this feed's board."""
+    made = CollectorRegistry(auto_describe=False)
+    made.register(BoardCollector(feed))
+    return made
+
+
+class BoardCollector(Collector):
+    """Turns a board into metrics.
+
+    Args:
+        feed: of the board.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric."""
+        yield _labelled(
+            "fluffle_build_info", "The version that runs; always 1.", "version", {_VERSION: 1}
+        )
+        yield from self._run()
+        yield from self._counters()
+        yield _labelled(
+            "fluffle_workers",
+            "Workers that were heard of, by what they do.",
+            "state",
+            self._feed.board.roster.by_state(),
+        )
+        yield from self._queues()
+
+    def _run(self) -> Iterator[Metric]:
+        board, standing = self._feed.board, self._feed.standing()
+        run = board.run(standing)
+        updates, needed = board.filling(standing)
+        yield _gauge("fluffle_broker_linked", "Whether there is a broker, 1 or 0.", run["linked"])
+        yield _labelled(
+            "fluffle_phase",
+            "Where the run stands: 1 for the phase it is in, 0 for the others.",
+            "phase",
+            {phase: int(phase == run["phase"]) for phase in PHASES},
+        )
+        yield _gauge("fluffle_round", "The round that is open or will be.", run["round"])
+        if run["rounds"] is not None:
+            yield _gauge("fluffle_rounds_planned", "How many rounds the run has.", run["rounds"])
+        yield _gauge("fluffle_quorum_received_updates", "Updates that the open round has.", updates)
+        yield _gauge("fluffle_quorum_needed_updates", "Updates that close the open round.", needed)
+        for metric, name, words in _EVALUATIONS:
+            if (value := board.chronicle.latest(metric)) is not None:
+                yield _gauge(name, words, value)
+
+    def _counters(self) -> Iterator[Metric]:
+        tally = self._feed.board.tally
+        for name, words, value in (
+            ("fluffle_rounds_committed", "Rounds committed.", tally.rounds),
+            ("fluffle_worker_failures", "Times that a worker's task failed.", tally.failures),
+            ("fluffle_broker_outages", "Times that the broker was lost.", tally.outages),
+            (
+                "fluffle_received_update_bytes",
+                "Bytes of the updates that were counted, as they came.",
+                tally.update_bytes,
+            ),
+        ):
+            yield CounterMetricFamily(name, words, value)
+        outcomes = CounterMetricFamily(
+            "fluffle_updates", "Updates, by what became of them.", labels=["outcome"]
+        )
+        for outcome in OUTCOMES:
+            outcomes.add_metric([outcome], tally.outcomes[outcome])
+        yield outcomes
+        rejected = CounterMetricFamily(
+            "fluffle_rejected_messages", "Messages that were refused, by cause.", labels=["cause"]
+        )
+        for cause in CAUSES:
+            rejected.add_metric([cause], tally.causes[cause])
+        yield rejected
+        steps = SummaryMetricFamily(
+            "fluffle_round_step_seconds",
+            "Seconds that committed rounds spent in each step.",
+            labels=["step"],
+        )
+        for step in STEPS:
+            steps.add_metric([step], tally.step_rounds[step], tally.step_seconds[step])
+        yield steps
+        if tally.committed_at is not None:
+            yield _gauge(
+                "fluffle_last_commit_timestamp_seconds",
+                "When the last round was committed, in seconds since 1970.",
+                tally.committed_at,
+            )
+
+    def _queues(self) -> Iterator[Metric]:
+        board = self._feed.board
+        for figure, (name, words) in _QUEUE_FIGURES.items():
+            sums: dict[str, float] = {}
+            for queue in board.figures:
+                if queue.get(figure) is not None:
+                    of = role(str(queue["name"]), board.federation)
+                    sums[of] = sums.get(of, 0) + queue[figure]
+            if sums:
+                yield _labelled(name, words, "queue", sums)
+
+
+def _gauge(name: str, words: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, words, float(value))
+
+
+def _labelled(name: str, words: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, words, labels=[label])
+    for value_of_label, value in values.items():
+        family.add_metric([value_of_label], value)
+    return family
+
+
+def role(queue: str, federation: str) -> str:
+    """Return what a queue is for, as one of ``ROLES``.
+
+    Example:
+        >>> role("letters.inbox.client-1", "letters"), role("letters.updates", "letters")
+        ('inboxes', 'updates')
+    """
+    kind = queue.removeprefix(f"{federation}.").partition(".")[0]
+    plural = {"inbox": "inboxes", "outbox": "outboxes"}.get(kind, kind)
+    return plural if plural in ROLES else "other"

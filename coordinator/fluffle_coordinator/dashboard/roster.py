@@ -1,0 +1,151 @@
+"""The workers on the page: what each does now, and what it has done in this run. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_MOST = 2000
+
+STATES = ("idle", "receiving", "evaluating", "training", "sending")
+ABSENT = ("left", "gone", "refused")
+
+
+@dataclass
+class Row:
+    """One worker. ``state`` is one of ``STATES``, or of ``ABSENT`` where it is not here."""
+
+    name: str
+    state: str = "idle"
+    why: str = ""
+    num_examples: int | None = None
+    run: str | None = None
+    round: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    heartbeat_s: float | None = None
+    last_seen: float | None = None
+    counted: int = 0
+    counted_round: int = 0
+    late: int = 0
+    rejected: int = 0
+    failures: int = 0
+
+
+class Roster:
+    """Every worker that was heard of, the longest absent forgotten first where they are too many.
+
+    Only a worker that showed itself, or that was counted, gets a row: the name in a message that
+    was refused may be anything.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Row] = {}
+
+    def tell(self, time: float, what: str, fields: Mapping[str, Any]) -> None:
+        """Take an event in, where it is about a worker."""
+        name = fields.get("worker")
+        if not isinstance(name, str):
+            return
+        row = self._rows.get(name)
+        if row is None:
+            if what not in ("joined", "counted", "refused", "init"):
+                return
+            row = self._row(name)
+        row.num_examples = fields.get("num_examples") or row.num_examples
+        match what:
+            case "joined" | "counted":
+                row.last_seen = max(time, row.last_seen or 0.0)
+                if what == "joined" or row.state in ABSENT:
+                    row.state, row.why = "idle", ""
+                row.counted += what == "counted"
+                row.counted_round = fields.get("round") or row.counted_round
+            case "left" | "gone" | "refused" if time >= (row.last_seen or 0.0):
+                row.state, row.why = what, clipped(fields.get("reason", ""), 300)
+                row.step = row.steps = 0
+            case "late":
+                row.late += 1
+            case "rejected":
+                row.rejected += 1
+            case "failure":
+                row.failures += 1
+                row.why = clipped(fields.get("reason", ""), 300)
+
+    def sign_of_life(self, seen_at: float, worker: str, said: Mapping[str, Any]) -> None:
+        """Take in a hello or a heartbeat: ``said`` has the fields of the message."""
+        row = self._rows.get(worker) or self._row(worker)
+        state = said.get("state")
+        row.state = state if state in STATES else "idle"
+        row.last_seen = seen_at
+        row.num_examples = said.get("num_examples", row.num_examples)
+        row.run, row.round = said.get("run"), said.get("round", 0)
+        row.step, row.steps, row.loss = said.get("step", 0), said.get("steps", 0), said.get("loss")
+        row.heartbeat_s = said.get("heartbeat_s")
+
+    def remember(self, participants: Iterable[Mapping[str, Any]], number: int) -> None:
+        """Take in who took part in an earlier round; until heard of, they are not here."""
+        for told in participants:
+            row = self._rows.get(told["worker"])
+            if row is None:
+                row = self._row(told["worker"])
+                row.state = "gone"
+            row.num_examples = told.get("num_examples", row.num_examples)
+            row.counted += 1
+            row.counted_round = number
+
+    def another_run(self) -> None:
+        """Begin to count again."""
+        for row in self._rows.values():
+            row.counted = row.counted_round = row.late = row.rejected = row.failures = 0
+
+    def rows(self, current: int) -> list[dict[str, Any]]:
+        """Return the workers as plain data: who is here first, then by name."""
+        return [
+            asdict(row) | {"doing": self.doing(row.name, current, None)}
+            for row in sorted(self._rows.values(), key=lambda row: (row.state in ABSENT, row.name))
+        ]
+
+    def by_state(self) -> dict[str, int]:
+        """Count the workers in each state; every state is there."""
+        counts = dict.fromkeys((*STATES, *ABSENT), 0)
+        for row in self._rows.values():
+            counts[row.state] += 1
+        return counts
+
+    def doing(self, name: str, current: int, failed: str | None) -> str:
+        """Say what a worker does about the current round."""
+        row = self._rows.get(name)
+        if failed is not None:
+            return f"failed: {failed}"
+        if row is None:
+            return "not heard of yet"
+        if row.state in ABSENT:
+            return {"left": "has left", "gone": "is gone", "refused": "was refused"}[row.state] + (
+                f" ({row.why})" if row.why else ""
+            )
+        if row.state == "idle":
+            return "idle" if row.round == current else "has not begun"
+        steps = f" {row.step}/{row.steps}" if row.steps else ""
+        behind = f" of round {row.round}" if row.round and row.round != current else ""
+        return f"{row.state}{steps}{behind}"
+
+    def _row(self, name: str) -> Row:
+        if len(self._rows) >= _MOST:
+            victims = sorted(
+                self._rows.values(), key=lambda r: (r.state not in ABSENT, r.last_seen or 0.0)
+            )
+            del self._rows[victims[0].name]
+        return self._rows.setdefault(name, Row(name))
+
+
+def clipped(text: Any, most: int) -> str:
+    """Return a text of at most ``most`` characters.
+
+    Example:
+        >>> clipped("a long story", 6)
+        'a lon…'
+    """
+    told = str(text)
+    return told if len(told) <= most else told[: most - 1] + "…"

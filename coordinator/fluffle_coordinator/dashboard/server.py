@@ -1,0 +1,311 @@
+"""The page over HTTP: read-only, on loopback unless told otherwise, beside whatever else runs.
+
+======================  ===========================================================================
+``/``                   the page; its parts are ``page.css``, ``page.js``, …
+``/events``             server-sent events: the whole board at once, then what changed
+``/api/board``          the board as one JSON object
+``/healthz``            200 while the process answers
+``/readyz``             200 while there is a broker and the run goes on, else 503; words either way
+``/metrics``            for Prometheus
+======================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from importlib.resources import files
+from typing import Any
+
+import uvicorn
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fluffle_common.console import warn
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.dashboard.feed import Feed, as_json
+from fluffle_coordinator.dashboard.metrics import registry
+
+_MOST_VIEWERS = 50
+_SHORTEST_PAUSE_S = 0.2
+_PAUSE_FOR_WORK = 20  # a large federation's board may take longer: never more than 5 % of the time
+_ALIVE_EVERY_S = 10.0
+_QUEUES_EVERY_S = 3.0
+_QUEUES_FOR_METRICS_S = 5.0
+_FAREWELL_S = 2.0
+
+_FILES = {
+    "page.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "theme.js": "text/javascript; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "panels.js": "text/javascript; charset=utf-8",
+    "chart.js": "text/javascript; charset=utf-8",
+    "dom.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+_HEADERS = [
+    (
+        b"content-security-policy",
+        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        b"object-src 'none'",
+    ),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+]
+
+
+# --- where it listens --------------------------------------------------------------------------
+
+
+def listen(address: str, flag: str) -> socket.socket:
+    """Take the address for the page, before anything else is begun.
+
+    Args:
+        address: ``HOST:PORT``, or a port of 127.0.0.1; port 0 is any free one.
+        flag: the option it was given with, for the error.
+
+    Raises:
+        UsageError: where it is no address, or cannot be had.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{flag} wants HOST:PORT such as 127.0.0.1:8080, not '{address}'")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, int(port)), family=family)
+    except OSError as why:
+        raise UsageError(
+            f"the page cannot have {host}:{port} ({why.strerror or why}); "
+            f"give another with {flag} HOST:PORT, or port 0 for any free one"
+        ) from None
+
+
+def url_of(listening: socket.socket) -> str:
+    """Return where the page is, for people."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def is_loopback(listening: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+def exposure(listening: socket.socket) -> str | None:
+    """Return what to warn of, where others than this machine can reach the page."""
+    if is_loopback(listening):
+        return None
+    return f"whoever reaches this machine can read the page at {url_of(listening)}"
+
+
+# --- the life of the server --------------------------------------------------------------------
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that leaves signals to whoever owns the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+@contextlib.asynccontextmanager
+async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
+    """Serve the page while the body runs; what goes wrong with it is a warning, no more."""
+    hosts = {"localhost", "127.0.0.1", "::1", listening.getsockname()[0]}
+    config = uvicorn.Config(
+        application(feed, hosts if is_loopback(listening) else None),
+        loop="none",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(_FAREWELL_S),
+    )
+    server = _Server(config)
+    task = asyncio.create_task(_guarded(server, listening), name="page")
+    try:
+        yield
+    finally:
+        feed.close()
+        server.should_exit = True
+        _, running = await asyncio.wait({task}, timeout=2 * _FAREWELL_S)
+        for left in running:
+            left.cancel()
+        listening.close()
+
+
+async def _guarded(server: _Server, listening: socket.socket) -> None:
+    try:
+        await server.serve(sockets=[listening])
+    except Exception as why:  # the run must not end because nobody can look at it
+        warn(f"the page has failed ({why!r}); the run goes on without it")
+
+
+# --- what it answers ---------------------------------------------------------------------------
+
+
+def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
+    """Return the page of a feed as an ASGI application.
+
+    Args:
+        feed: what is shown.
+        hosts: the names that a request may call this host by; None: any.
+    """
+    metrics = registry(feed)
+    viewers = 0
+
+    async def board(_: Request) -> Response:
+        await feed.ask_queues(_QUEUES_EVERY_S)
+        return Response(_joined(feed.sections()), media_type="application/json")
+
+    async def events(request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
+        if viewers >= _MOST_VIEWERS:
+            return PlainTextResponse(f"{_MOST_VIEWERS} are looking already\n", 503)
+
+        async def stream() -> AsyncIterator[str]:
+            nonlocal viewers
+            viewers += 1
+            try:
+                async with contextlib.aclosing(_events(feed)) as told:
+                    async for text in told:
+                        yield text
+            finally:
+                viewers -= 1
+
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    async def healthz(_: Request) -> Response:
+        return PlainTextResponse("alive\n")
+
+    async def readyz(_: Request) -> Response:
+        run = feed.board.run(feed.standing())
+        if not run["linked"]:
+            return PlainTextResponse(f"not ready: {run['link']}\n", 503)
+        if run["phase"] == "ended" and run["source"] == "coordinator":
+            return PlainTextResponse(f"not ready: {run['words']}\n", 503)
+        return PlainTextResponse(f"ready: {run['words']}\n")
+
+    async def prometheus(request: Request) -> Response:
+        await feed.ask_queues(_QUEUES_FOR_METRICS_S)
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics), headers={"content-type": media_type})
+
+    routes = [
+        Route("/events", events),
+        Route("/api/board", board),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+        Route("/metrics", prometheus),
+        Route("/", _file("page.html")),
+        *(Route(f"/{name}", _file(name)) for name in _FILES if name != "page.html"),
+    ]
+    return Guard(Starlette(routes=routes), hosts)
+
+
+def _file(name: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    body = (files("fluffle_coordinator.dashboard") / "static" / name).read_bytes()
+
+    async def answer(_: Request) -> Response:
+        return Response(body, media_type=_FILES[name])
+
+    return answer
+
+
+async def _events(feed: Feed) -> AsyncGenerator[str, None]:
+    """Yield the board, then what changes of it, until the feed is closed."""
+    known: dict[str, str] = {}
+    loop = asyncio.get_running_loop()
+    asking = asyncio.create_task(_keep_asking(feed), name="queues of the page")
+    yield "retry: 1000\n\n"
+    try:
+        while True:
+            seen, ending, began = feed.version, feed.closed, loop.time()
+            sections = feed.sections()
+            pause_s = max(_SHORTEST_PAUSE_S, _PAUSE_FOR_WORK * (loop.time() - began))
+            new = {name: text for name, text in sections.items() if known.get(name) != text}
+            known = sections
+            if new.keys() - {"now"}:
+                yield f"data: {_joined({**new, 'now': as_json(feed.clock())})}\n\n"
+            if ending:
+                return
+            try:
+                async with asyncio.timeout(_ALIVE_EVERY_S):
+                    await feed.news(seen)
+            except TimeoutError:
+                # An event and no mere comment: the page, too, wants to know that we are alive.
+                yield f"event: alive\ndata: {feed.clock()}\n\n"
+            if not feed.closed:
+                await asyncio.sleep(pause_s)
+    finally:
+        asking.cancel()
+
+
+async def _keep_asking(feed: Feed) -> None:
+    while True:
+        await feed.ask_queues(_QUEUES_EVERY_S)
+        await asyncio.sleep(_QUEUES_EVERY_S)
+
+
+def _joined(sections: dict[str, str]) -> str:
+    return "{" + ",".join(f'"{name}":{text}' for name, text in sections.items()) + "}"
+
+
+class Guard:
+    """Lets in only what reads, under a name that is ours, and says how browsers are to treat it.
+
+    A page on the web can point a name of its own at 127.0.0.1 and have a browser read us; it
+    cannot keep that name out of the ``Host`` header.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: set[str] | None) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = {name for name, _ in message["headers"]}
+                more = [header for header in _HEADERS if header[0] not in own]
+                message["headers"] = [*message["headers"], *more]
+            await send(message)
+
+        refusal: Response | None = None
+        if scope["method"] not in ("GET", "HEAD"):
+            refusal = PlainTextResponse(
+                "this page can only be read\n", 405, headers={"allow": "GET, HEAD"}
+            )
+        elif self._hosts is not None and _host(scope) not in self._hosts:
+            refusal = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
+        await (refusal or self._app)(scope, receive, send_with_headers)
+
+
+def _host(scope: Scope) -> str:
+    """Return the name that a request calls this host by, without the port."""
+    named = next((value for name, value in scope["headers"] if name == b"host"), b"").decode(
+        "latin-1"
+    )
+    if named.startswith("["):
+        return named[1:].partition("]")[0]
+    return named.partition(":")[0].lower()

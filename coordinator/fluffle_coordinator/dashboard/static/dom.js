@@ -1,0 +1,109 @@
+// Small tools to change the page only where it changes.
+
+/** Make an element: make("td", {class: "number"}, "7"). Text is only ever text. */
+export function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+/** Make an SVG element. */
+export function draw(tag, attributes = {}, text = null) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text !== null) node.textContent = text;
+  return node;
+}
+
+/** Set a text, if it is another one. */
+export function say(node, text) {
+  const told = String(text ?? "");
+  if (node.textContent !== told) node.textContent = told;
+}
+
+/** Set an attribute, if it is another one; null removes it. */
+export function mark(node, name, value) {
+  if (value === null || value === undefined || value === false) node.removeAttribute(name);
+  else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value);
+}
+
+/**
+ * Make the children of a node be one for each item, keeping the nodes of items that stay.
+ * create() makes a node, update(node, item) fills it; key(item) says which item it is.
+ */
+export function keyed(parent, items, key, create, update) {
+  const before = new Map();
+  for (const node of parent.children) before.set(node.dataset.key, node);
+  let next = parent.firstElementChild;
+  for (const item of items) {
+    const name = String(key(item));
+    let node = before.get(name);
+    before.delete(name);
+    if (!node) {
+      node = create(item);
+      node.dataset.key = name;
+    }
+    if (node === next) next = next.nextElementSibling;
+    else parent.insertBefore(node, next);
+    update(node, item);
+  }
+  for (const node of before.values()) node.remove();
+}
+
+// --- words for numbers ---------------------------------------------------------------------------
+
+const WHOLE = new Intl.NumberFormat("en");
+
+/** 12345 -> 12,345; nothing -> –. */
+export function whole(value) {
+  return typeof value === "number" ? WHOLE.format(value) : "–";
+}
+
+/** A loss or another metric in few digits. */
+export function figure(value) {
+  if (typeof value !== "number") return "–";
+  if (value !== 0 && (Math.abs(value) < 0.001 || Math.abs(value) >= 100000)) {
+    return value.toExponential(2);
+  }
+  return value.toFixed(Math.abs(value) >= 100 ? 1 : Math.abs(value) >= 10 ? 2 : 3);
+}
+
+/** 0.9134 -> 91.3 %. */
+export function percent(value) {
+  return typeof value === "number" ? `${(100 * value).toFixed(1)} %` : "–";
+}
+
+/** Seconds, in the unit that suits them. */
+export function span(seconds) {
+  if (typeof seconds !== "number") return "–";
+  if (seconds === 0) return "0 s";
+  if (seconds < 0.001) return `${(1e6 * seconds).toFixed(0)} µs`;
+  if (seconds < 1) return `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
+  if (seconds < 10 && !Number.isInteger(seconds)) return `${seconds.toFixed(1)} s`;
+  if (seconds < 120) return `${seconds.toFixed(0)} s`;
+  if (seconds < 7200) return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
+  return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
+}
+
+/** How long ago, in words. */
+export function ago(seconds) {
+  return seconds < 1.5 ? "now" : `${span(Math.round(seconds))} ago`;
+}
+
+/** Bytes, in the unit that suits them. */
+export function size(bytes) {
+  if (typeof bytes !== "number") return "–";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (bytes >= 1000 && unit < units.length - 1) {
+    bytes /= 1000;
+    unit += 1;
+  }
+  return `${unit === 0 ? bytes : bytes.toFixed(1)} ${units[unit]}`;
+}
+
+/** The time of day. */
+export function clock(seconds) {
+  return typeof seconds === "number" ? new Date(1000 * seconds).toTimeString().slice(0, 8) : "–";
+}

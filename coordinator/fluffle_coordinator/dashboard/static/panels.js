@@ -1,0 +1,341 @@
+// One function a panel: each is given the whole board and draws its part of it.
+
+import { ago, clock, figure, keyed, make, mark, percent, say, size, span, whole } from "./dom.js";
+import { chart } from "./chart.js";
+
+const $ = (id) => document.getElementById(id);
+const STEPS = ["waiting", "open", "fold", "average", "checkpoint"];
+const QUEUES = ["updates", "presence", "journal", "rejected", "unrouted", "inbox", "outbox"];
+const ABSENT = new Set(["left", "gone", "refused"]);
+
+/** Show either a panel's content or the words for having none. */
+function either(id, there) {
+  mark($(`${id}-empty`), "hidden", there ? "" : null);
+  return there;
+}
+
+// --- where the run stands ------------------------------------------------------------------------
+
+function run(board) {
+  const { run } = board;
+  document.title = `${run.federation}: ${run.words}`;
+  say($("federation"), run.federation);
+  say($("run"), run.run ? `run ${run.run}` : "");
+  say($("phase"), run.words);
+  mark($("phase"), "data-phase", run.outcome ?? run.phase);
+  const bar = $("rounds-bar");
+  bar.max = run.rounds ?? Math.max(1, run.committed);
+  bar.value = Math.min(run.committed, bar.max);
+  say($("rounds-words"), run.rounds ? `${run.committed} of ${run.rounds} rounds` : `${run.committed} rounds`);
+  say(
+    $("source"),
+    run.source === "coordinator"
+      ? "Told by the coordinator itself; read-only."
+      : "Told by the journal, the signs of life and the management API; read-only.",
+  );
+}
+run.of = ["run"];
+
+function tiles(board) {
+  const here = board.workers.filter((worker) => !ABSENT.has(worker.state));
+  const { curves } = board;
+  const last = (name) => curves[name]?.findLast((value) => value !== null);
+  const others = Object.keys(curves).filter((name) => !["rounds", "loss", "accuracy"].includes(name));
+  const refused = Object.values(board.rejected.causes).reduce((sum, count) => sum + count, 0);
+  const shown = [
+    ["accuracy" in curves ? "accuracy" : others[0], last("accuracy" in curves ? "accuracy" : others[0])],
+    ["loss", last("loss")],
+    ["workers", here.length],
+    ["rejected", refused],
+  ].filter(([name]) => name);
+  keyed(
+    $("tiles"),
+    shown,
+    ([name]) => name,
+    () => make("div", {}, make("dt"), make("dd")),
+    (tile, [name, value]) => {
+      say(tile.firstChild, name);
+      const metric = name === "loss" || name in curves;
+      say(tile.lastChild, name === "accuracy" ? percent(value) : metric ? figure(value) : whole(value));
+      mark(tile, "data-tone", name === "rejected" && value > 0 ? "bad" : null);
+    },
+  );
+}
+tiles.of = ["run", "workers", "curves", "rejected"];
+
+// --- the chart -----------------------------------------------------------------------------------
+
+function curves(board) {
+  if (either("chart", board.curves.rounds.length > 0)) chart($("chart"), board.curves, board.run.rounds);
+  else $("chart").replaceChildren();
+}
+curves.of = ["curves"];
+
+// --- the open round ------------------------------------------------------------------------------
+
+function open(board, now) {
+  const { open } = board;
+  mark($("open"), "hidden", open ? null : "");
+  say($("open-title"), open ? `Round ${open.round}` : "The open round");
+  if (!either("open", open !== null)) {
+    const over = board.run.phase === "ended" || board.run.phase === "evaluating";
+    say($("open-empty"), over ? "All rounds are done." : "No round is open.");
+    return;
+  }
+  const reached = open.updates >= open.needed;
+  say($("quorum-words"), `${open.updates} of ${open.needed} updates`);
+  mark($("quorum-words"), "data-tone", reached ? "good" : null);
+  const slots = $("slots");
+  mark(slots, "aria-label", `${open.updates} of ${open.needed} updates are in`);
+  const most = Math.min(Math.max(open.needed, open.updates), 60);
+  keyed(
+    slots,
+    Array.from({ length: most }, (_, slot) => slot),
+    (slot) => slot,
+    () => make("i"),
+    (node, slot) => mark(node, "data-in", slot < (most * open.updates) / Math.max(open.needed, open.updates, 1) ? "" : null),
+  );
+  const answers = [
+    ...open.answered.map((one) => ({ ...one, in: true })),
+    ...open.missing.map((one) => ({ ...one, in: false })),
+  ];
+  keyed(
+    $("answers"),
+    answers,
+    (one) => one.worker,
+    () => make("li", {}, make("i", { "aria-hidden": "true" }), make("b"), make("span")),
+    (row, one) => {
+      const failed = !one.in && /^(failed|is gone|has left|was refused)/.test(one.doing);
+      mark(row, "data-state", one.in ? "in" : failed ? "bad" : "out");
+      say(row.children[1], one.worker);
+      const told = one.in
+        ? [`${whole(one.num_examples)} examples`, `after ${span(one.after_s)}`, one.bytes && size(one.bytes)]
+        : [one.doing];
+      say(row.children[2], told.filter(Boolean).join(" · "));
+    },
+  );
+  deadline(board, now);
+}
+open.of = ["open", "run"];
+
+function deadline(board, now) {
+  const { open } = board;
+  if (!open) return;
+  const left = open.deadline_at === null ? null : open.deadline_at - now;
+  const told = [];
+  if (open.opened_at !== null) told.push(`open for ${span(Math.max(0, Math.round(now - open.opened_at)))}`);
+  if (left !== null) {
+    const closes = open.updates >= open.needed ? "closes" : "deadline";
+    told.push(left > 0 ? `${closes} in ${span(Math.round(left))}` : `${closes} now`);
+  }
+  say($("deadline"), told.join(", "));
+  mark($("deadline"), "data-tone", left !== null && left < 30 && open.updates < open.needed ? "bad" : null);
+}
+
+// --- workers -------------------------------------------------------------------------------------
+
+function workers(board, now) {
+  const here = board.workers.filter((worker) => !ABSENT.has(worker.state)).length;
+  say($("workers-count"), board.workers.length ? `${here} here` : "");
+  either("workers", board.workers.length > 0);
+  keyed(
+    $("workers"),
+    board.workers,
+    (worker) => worker.name,
+    () => {
+      const bar = make("div", { class: "bar" }, make("progress", { max: 1, value: 0 }), make("span"));
+      return make(
+        "tr",
+        {},
+        make("th", { scope: "row" }),
+        make("td", {}, make("span", { class: "chip" })),
+        make("td", { class: "wide" }, bar),
+        ...["loss", "examples", "counted", "late", "rejected", "seen"].map((name) =>
+          make("td", { class: "n", "data-label": name }),
+        ),
+      );
+    },
+    (row, worker) => {
+      const [name, doing, training, loss, examples, counted, late, refused] = row.children;
+      say(name, worker.name);
+      mark(row, "data-absent", ABSENT.has(worker.state) ? "" : null);
+      say(doing.firstChild, worker.state);
+      mark(doing.firstChild, "data-state", worker.state);
+      mark(doing.firstChild, "title", worker.why || null);
+      progress(training.firstChild, worker);
+      say(loss, figure(worker.loss));
+      say(examples, whole(worker.num_examples));
+      say(counted, whole(worker.counted));
+      alarming(late, worker.late);
+      alarming(refused, worker.rejected);
+    },
+  );
+  seen(board, now);
+}
+workers.of = ["workers"];
+
+function progress(bar, worker) {
+  const [gauge, words] = bar.children;
+  const steps = worker.steps > 0;
+  mark(bar, "data-idle", steps ? null : "");
+  gauge.max = steps ? worker.steps : 1;
+  gauge.value = steps ? worker.step : 0;
+  mark(gauge, "aria-label", `local progress of ${worker.name}`);
+  say(words, steps ? `${worker.step}/${worker.steps}` : worker.round ? `round ${worker.round}` : "");
+}
+
+function alarming(cell, count) {
+  say(cell, whole(count));
+  mark(cell, "data-tone", count > 0 ? "odd" : "none");
+}
+
+function seen(board, now) {
+  for (const row of $("workers").children) {
+    const worker = board.workers.find((one) => one.name === row.dataset.key);
+    if (!worker) continue;
+    const cell = row.lastElementChild;
+    const age = worker.last_seen === null ? null : Math.max(0, now - worker.last_seen);
+    say(cell, age === null ? "–" : ago(age));
+    const silent = age !== null && age > 3 * (worker.heartbeat_s ?? 10) && !ABSENT.has(worker.state);
+    mark(cell, "data-tone", silent ? "bad" : null);
+  }
+}
+
+// --- rounds --------------------------------------------------------------------------------------
+
+function history(board) {
+  const rounds = board.rounds.filter((round) => round.committed_at).reverse();
+  either("history", rounds.length > 0);
+  keyed(
+    $("history"),
+    rounds,
+    (round) => round.round,
+    () =>
+      make(
+        "tr",
+        {},
+        make("th", { scope: "row", class: "n" }),
+        ...Array.from({ length: 4 }, () => make("td", { class: "n" })),
+        make("td", { class: "wide" }, make("div", { class: "steps", role: "img" })),
+      ),
+    (row, round) => {
+      const [number, accuracy, loss, updates, took, steps] = row.children;
+      say(number, round.round);
+      say(accuracy, percent(round.metrics?.accuracy));
+      say(loss, figure(round.loss));
+      say(updates, whole(round.participants?.length));
+      mark(updates, "title", round.participants?.join(", "));
+      say(took, round.opened_at ? span(round.committed_at - round.opened_at) : "–");
+      timings(steps.firstChild, round.timings ?? {});
+    },
+  );
+}
+history.of = ["rounds"];
+
+function timings(bar, told) {
+  const known = STEPS.filter((step) => told[step] > 0);
+  const sum = known.reduce((total, step) => total + told[step], 0);
+  const words = known.map((step) => `${step} ${span(told[step])}`).join(", ");
+  mark(bar, "aria-label", words || "not told");
+  mark(bar, "title", words || null);
+  keyed(
+    bar,
+    known,
+    (step) => step,
+    (step) => make("i", { "data-step": step }),
+    (piece, step) => piece.style.setProperty("flex-grow", Math.max(0.004, told[step] / sum)),
+  );
+}
+
+// --- queues --------------------------------------------------------------------------------------
+
+function queues(board) {
+  const { note } = board.queues;
+  const prefix = `${board.run.federation}.`;
+  const kind = (queue) => {
+    const place = QUEUES.indexOf(queue.name.replace(prefix, "").split(".")[0]);
+    return place < 0 ? QUEUES.length : place;
+  };
+  const figures = board.queues.figures.toSorted((one, other) => kind(one) - kind(other));
+  keyed(
+    $("queues"),
+    figures,
+    (queue) => queue.name,
+    () => make("tr", {}, make("th", { scope: "row" }), ...Array.from({ length: 4 }, () => make("td", { class: "n" }))),
+    (row, queue) => {
+      const [name, ready, unacked, consumers, bytes] = row.children;
+      say(name, queue.name.startsWith(prefix) ? queue.name.slice(prefix.length) : queue.name);
+      mark(name, "title", queue.purpose);
+      say(ready, whole(queue.ready));
+      say(unacked, whole(queue.unacknowledged));
+      say(consumers, whole(queue.consumers));
+      say(bytes, size(queue.size_bytes));
+      mark(row, "data-still", !queue.ready && !queue.unacknowledged ? "" : null);
+      const unread = /^(inbox\.|updates|presence)/.test(name.textContent) && queue.consumers === 0;
+      mark(consumers, "data-tone", unread ? "bad" : null);
+      mark(consumers, "title", unread ? "nobody reads this queue" : null);
+    },
+  );
+  const words = figures.length ? note : note ?? "This federation has no queues yet.";
+  say($("queues-note"), words ?? "");
+  mark($("queues-note"), "hidden", words ? null : "");
+}
+queues.of = ["queues", "run"];
+
+// --- the journal, and what was refused -----------------------------------------------------------
+
+function journal(board) {
+  either("journal", board.journal.length > 0);
+  keyed(
+    $("journal"),
+    board.journal.toReversed(),
+    (line) => line.id,
+    () => make("li", {}, make("time"), make("span")),
+    (row, line) => {
+      mark(row, "data-tone", line.tone);
+      mark(row, "data-event", line.event);
+      say(row.firstChild, clock(line.time));
+      say(row.lastChild, line.text);
+    },
+  );
+}
+journal.of = ["journal"];
+
+function rejected(board) {
+  const { latest, causes } = board.rejected;
+  const told = Object.entries(causes).map(([cause, count]) => `${count} ${cause}`);
+  say($("rejected-count"), told.join(", "));
+  either("rejected", latest.length > 0);
+  keyed(
+    $("rejected"),
+    latest.toReversed(),
+    (line) => line.id,
+    () => make("li", { "data-tone": "bad" }, make("time"), make("span", { class: "chip" }), make("span")),
+    (row, line) => {
+      say(row.children[0], clock(line.time));
+      say(row.children[1], line.cause);
+      const of = [line.kind, line.worker && `of ${line.worker}`, line.round && `round ${line.round}`];
+      const who = of.filter(Boolean).join(", ");
+      say(row.children[2], who ? `${who}: ${line.reason}` : line.reason);
+    },
+  );
+}
+rejected.of = ["rejected"];
+
+// -------------------------------------------------------------------------------------------------
+
+function legend() {
+  const pieces = STEPS.map((step) => make("span", {}, make("i", { "data-step": step }), step));
+  $("legend").replaceChildren(...pieces);
+}
+
+legend();
+
+export const panels = [run, tiles, curves, open, workers, history, queues, journal, rejected];
+
+/** What changes by time alone: ages and countdowns. */
+export function tick(board, now) {
+  if (!board.workers) return;
+  deadline(board, now);
+  seen(board, now);
+}

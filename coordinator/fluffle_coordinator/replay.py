@@ -1,0 +1,228 @@
+"""A round's average computed again from the updates that were kept, and compared bit by bit.
+
+The same checks and the same sum as in the coordinator, in the same order; and, as a second opinion
+that shares no code with it, the average as NumPy has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluffle_common.checkpoint import checkpoint_name, read_checkpoint
+from fluffle_common.errors import MalformedMessage, UsageError
+from fluffle_common.messages import Update
+from fluffle_common.weights import Array, Weights, check_delta
+from fluffle_common.wire import decode, read_tensors
+from fluffle_coordinator.kept import read_update, round_folder, update_path
+from fluffle_coordinator.store import read_history_lines
+from fluffle_coordinator.strategy import fedavg
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two tensors of one form are apart.
+
+    Args:
+        equal: every bit is the same.
+        different: how many values differ in any bit.
+        largest: the largest absolute difference; infinite where a value is not finite.
+        ulps: the most representable values that lie between two values, plus one; of integers,
+            the largest difference.
+    """
+
+    equal: bool
+    different: int
+    largest: float
+    ulps: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a replayed round, compared with the checkpoint."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    replayed: Distance
+    second_opinion: Distance
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A replayed round; ``participants`` in the order of the sum."""
+
+    run: str
+    round: int
+    checkpoint: str
+    participants: tuple[tuple[str, int], ...]  # worker, num_examples
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether what was committed is, bit by bit, what the kept updates give."""
+        return all(tensor.replayed.equal for tensor in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, as JSON can hold it."""
+        told = asdict(self)
+        told["participants"] = [
+            {"worker": worker, "num_examples": examples} for worker, examples in self.participants
+        ]
+        for tensor in told["tensors"]:
+            for distance in (tensor["replayed"], tensor["second_opinion"]):
+                if math.isinf(distance["largest"]):
+                    distance["largest"] = None  # JSON has no infinity
+        return {"equal": self.equal, **told}
+
+
+def replay(run: Path, number: int) -> Replay:
+    """Compute the average of a round again.
+
+    Args:
+        run: the run's folder.
+        number: the round, from 1.
+
+    Raises:
+        UsageError: where something that it takes is missing or is not what was counted.
+    """
+    line = _committed_line(run, number)
+    participants = line["participants"]
+    if not round_folder(run, number).is_dir():
+        raise UsageError(
+            f"no updates of round {number} are in {run}: its coordinator ran without "
+            "--keep-updates, or they were removed since"
+        )
+    base, _ = read_checkpoint(run / checkpoint_name(number - 1))
+    committed, _ = read_checkpoint(run / line.get("checkpoint", checkpoint_name(number)))
+    deltas = [
+        _kept_delta(update_path(run, number, place, one["worker"]), line, one, base)
+        for place, one in enumerate(participants, start=1)
+    ]
+    examples = [one["num_examples"] for one in participants]
+    state = fedavg.init(base)
+    for delta, num_examples in zip(deltas, examples, strict=True):
+        state = fedavg.fold(state, delta, num_examples)
+    replayed, _ = fedavg.finish(state, base)
+    return Replay(
+        run=str(line.get("run", "")),
+        round=number,
+        checkpoint=checkpoint_name(number),
+        participants=tuple((one["worker"], one["num_examples"]) for one in participants),
+        tensors=_compared(committed, replayed, _second_opinion(base, deltas, examples)),
+    )
+
+
+def _committed_line(run: Path, number: int) -> dict[str, Any]:
+    committed = {
+        line["round"]: line for line in read_history_lines(run) if line["event"] == "committed"
+    }
+    if number not in committed:
+        last = max(committed, default=0)
+        raise UsageError(f"round {number} of {run} is not committed; the last that is, is {last}")
+    return committed[number]
+
+
+def _kept_delta(
+    path: Path, line: Mapping[str, Any], participant: Mapping[str, Any], base: Weights
+) -> dict[str, Array]:
+    """Read a kept update as the coordinator read it when it came."""
+    worker = participant["worker"]
+    try:
+        body, payload = read_update(path)
+    except FileNotFoundError:
+        raise UsageError(f"the update of {worker} is missing: there is no {path}") from None
+    except OSError as why:
+        raise UsageError(
+            f"the update of {worker} cannot be read: {path} ({why.strerror})"
+        ) from None
+    try:
+        message, inside = decode(body)
+        if not isinstance(message, Update):
+            raise MalformedMessage(f"a message of kind {message.kind} is no update")
+        found = (message.run, message.round, message.worker, message.num_examples)
+        counted = (line["run"], line["round"], worker, participant["num_examples"])
+        if found != counted:
+            raise MalformedMessage(f"(run, round, worker, examples) is {found}, not {counted}")
+        if message.transfer is not None and payload is None:
+            missing = path.with_suffix(".payload")
+            raise UsageError(
+                f"the update of {worker} is missing its tensors: there is no {missing}"
+            )
+        delta = read_tensors(message.tensors, inside if payload is None else payload)
+        check_delta(delta, base)
+    except (MalformedMessage, ValueError) as wrong:
+        raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
+    return delta
+
+
+def _second_opinion(
+    base: Weights, deltas: Sequence[Weights], examples: Sequence[int]
+) -> Callable[[str], Array]:
+    """Return what gives the average of one tensor, in float64, by other means than ``fedavg``."""
+
+    def average(name: str) -> Array:
+        several = [delta[name].astype(np.float64) for delta in deltas]
+        mean = base[name] + np.average(several, axis=0, weights=examples)
+        whole = np.rint(mean) if base[name].dtype.kind in "iu" else mean
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond the ends of the dtype
+            return np.asarray(whole).astype(base[name].dtype)
+
+    return average
+
+
+def _compared(
+    committed: Weights, replayed: Weights, opinion: Callable[[str], Array]
+) -> tuple[Tensor, ...]:
+    if {n: (t.shape, t.dtype) for n, t in committed.items()} != {
+        n: (t.shape, t.dtype) for n, t in replayed.items()
+    }:
+        raise UsageError("the checkpoints before and after the round are not of the same model")
+    return tuple(
+        Tensor(
+            name=name,
+            dtype=tensor.dtype.name,
+            shape=tensor.shape,
+            replayed=distance(tensor, replayed[name]),
+            second_opinion=distance(tensor, opinion(name)),
+        )
+        for name, tensor in committed.items()
+    )
+
+
+def distance(one: Array, other: Array) -> Distance:
+    """Say how far two tensors of the same shape and dtype are apart.
+
+    >>> distance(np.array([1.0, 2.0]), np.array([1.0, np.nextafter(2.0, 3.0)]))
+    Distance(equal=False, different=1, largest=4.440892098500626e-16, ulps=1)
+    >>> distance(np.array(0.0), np.array(-0.0))
+    Distance(equal=False, different=1, largest=0.0, ulps=1)
+    """
+    a, b = _ordered(one), _ordered(other)
+    different = int(np.count_nonzero(a != b))
+    if not different:
+        return Distance(equal=True, different=0, largest=0.0, ulps=0)
+    steps = int((np.maximum(a, b) - np.minimum(a, b)).max())
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.abs(one.astype(np.float64) - other.astype(np.float64))
+    largest = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
+    return Distance(equal=False, different=different, largest=largest, ulps=steps)
+
+
+def _ordered(tensor: Array) -> Array:
+    """Map values to unsigned integers in their order, so that neighbours are one apart."""
+    bits = np.ascontiguousarray(tensor).reshape(-1)
+    unsigned: Array = bits.view(np.dtype(f"u{tensor.dtype.itemsize}"))
+    ordered = unsigned
+    top = unsigned.dtype.type(1 << (8 * tensor.dtype.itemsize - 1))
+    if tensor.dtype.kind == "i":
+        ordered = unsigned ^ top
+    elif tensor.dtype.kind == "f":
+        # A sign and a magnitude: the negative ones run backwards, and -0 is just below 0.
+        ordered = np.where(unsigned & top, ~unsigned, unsigned | top)
+    return ordered

@@ -1,0 +1,354 @@
+"""The looking commands, as a user runs them, beside real federations on a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pika
+import pytest
+from safetensors.numpy import load_file
+
+from fluffle_broker import node
+from fluffle_broker.peek import peek
+from fluffle_broker.visit import visiting
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.errors import UsageError
+from fluffle_common.messages import Update
+from fluffle_common.topology import Topology
+from fluffle_common.wire import encode, lay_out
+from tests.e2e.programs import FLUFFLE, Federation, Program
+from tests.faults import harness
+from tests.faults.checker import check
+
+pytestmark = pytest.mark.rabbit
+
+
+@pytest.fixture
+def channel(federation: Federation) -> Iterator[Any]:
+    connection = pika.BlockingConnection(pika.URLParameters(federation.url))
+    opened = connection.channel()
+    opened.confirm_delivery()
+    yield opened
+    connection.close()
+
+
+@pytest.fixture
+def ask(federation: Federation, broker_node: node.NodeInfo) -> Callable[..., Program]:
+    """Return what starts one of the looking commands."""
+
+    def start(*words: object) -> Program:
+        env = {"FLUFFLE_MANAGEMENT_URL": broker_node.management_url}
+        named = ("--federation", federation.name, "--url", federation.url)
+        return federation.start(FLUFFLE, *words, *named, env=env)
+
+    return start
+
+
+@pytest.fixture
+def told(ask: Callable[..., Program]) -> Callable[..., Any]:
+    """Return what runs one of the looking commands to its end, and reads its JSON."""
+
+    def run(*words: object) -> Any:
+        program = ask(*words, "--json")
+        assert program.end() == 0, program.lines
+        text = "\n".join(line for line in program.lines if not line.startswith("fluffle: "))
+        return json.loads(text)
+
+    return run
+
+
+def declare(federation: Federation, *workers: str) -> Topology:
+    """Make sure that the federation's queues exist, without anybody in it."""
+    topology = Topology(federation.name)
+
+    async def once() -> None:
+        async with visiting(AmqpTransport(federation.url, "test")) as link:
+            await link.declare(topology.shared())
+            for worker in workers:
+                await link.declare(topology.of_worker(worker))
+
+    asyncio.run(once())
+    return topology
+
+
+def update(federation: str, number: int, worker: str = "w1") -> bytes:
+    table, pieces = lay_out({"kernel": np.full((2, 3), number, np.float32)})
+    message = Update(
+        federation=federation, run="r", round=number, worker=worker, num_examples=10,
+        seconds=0.5, tensors=table, metrics={"loss": 0.25},
+    )  # fmt: skip
+    return encode(message, pieces)
+
+
+def drain(channel: Any, queue: str) -> list[bytes]:
+    found = []
+    while True:
+        method, _, body = channel.basic_get(queue, auto_ack=True)
+        if method is None:
+            return found
+        found.append(body)
+
+
+# --- peek ----------------------------------------------------------------------------------------
+
+
+def test_peek_shows_messages_and_leaves_depth_order_and_bodies(federation, channel, told):
+    topology = declare(federation, "w1")
+    queues = [topology.updates, topology.rejected, topology.unrouted, topology.inbox("w1")]
+    bodies = [*(update(federation.name, number) for number in range(1, 5)), b"junk"]
+    for queue in queues:
+        for body in bodies:
+            channel.basic_publish("", queue, body)
+    for queue in queues:
+        first = told("peek", queue, "-n", 3)
+        again = told("peek", queue.removeprefix(f"{federation.name}."), "-n", 50)
+        assert [message["round"] for message in first] == [1, 2, 3]
+        assert [message["redelivered"] for message in again] == [True] * 3 + [False] * 2
+        assert again[1]["tensors"][0]["mean"] == 2.0
+        assert "msgpack" in again[4]["wrong"]
+        assert again[4]["first_bytes"] == b"junk".hex(" ")
+        assert channel.queue_declare(queue, passive=True).method.message_count == len(bodies)
+        assert drain(channel, queue) == bodies
+
+
+def test_peek_refuses_where_looking_is_not_harmless(federation, channel, ask):
+    federation.coordinator("--quorum", 3).wait_for("connected")
+    federation.worker("shard:0/3").wait_for("joined run")
+    for queue, why in (
+        ("inbox.shard-0-3", "worker shard-0-3 takes its mail as it comes"),
+        ("presence", "the coordinator takes its mail as it comes"),
+        ("outbox.shard-0-3", "would look like a loss"),
+        ("inbox.nobody", "has not been here"),
+        ("nonsense", "has no queue 'nonsense'"),
+    ):
+        program = ask("peek", queue)
+        assert program.end() == 2
+        (line,) = program.lines
+        assert why in line
+
+
+def test_peek_tells_what_it_cannot_see(federation, ask):
+    """An update that the coordinator holds until its commit is out of everybody's sight."""
+    federation.coordinator("--quorum", 2).wait_for("connected")
+    federation.worker("shard:0/3").wait_for("joined run")
+    federation.worker("shard:1/3").wait_for("joined run")
+    federation.programs[0].wait_for("round 1: committed")
+    federation.programs[1].send(signal.SIGSTOP)
+    try:
+
+        def held() -> str | None:
+            program = ask("peek", "updates")
+            assert program.end() == 0
+            return next((line for line in program.lines if "more is held" in line), None)
+
+        # RabbitMQ's statistics lag behind.
+        line = harness.wait_until(held, "what the coordinator holds is told")
+        assert "1 more is held by the coordinator until its commit" in line
+        assert "fluffle journal" in line
+    finally:
+        federation.programs[1].send(signal.SIGCONT)
+
+
+def test_peeking_at_the_journal_leaves_no_reader_behind(federation, ask, told):
+    coordinator = federation.coordinator("--quorum", 2)
+    coordinator.wait_for("connected")
+    events = [message["event"] for message in told("peek", "journal")]
+    assert "connected" in events
+    coordinator.send(signal.SIGINT)
+    assert coordinator.end() == 130
+
+    def figures() -> dict[str, Any] | None:
+        """Return RabbitMQ's figures of the journal once they are newer than the peek."""
+        found = {queue["name"]: queue for queue in told("queues")}[f"{federation.name}.journal"]
+        return found if found["ready"] > len(events) else None
+
+    assert harness.wait_until(figures, "RabbitMQ's statistics are there")["consumers"] == 0
+
+
+# --- fifty peeks on every queue -----------------------------------------------------------------
+
+WORKERS, ROUNDS, PEEKS = 3, 10, 50
+
+
+async def look_while(program: harness.Program, url: str, topology: Topology) -> Counter[str]:
+    """Peek at every queue until a program ends; return how often each was looked at."""
+    looked: Counter[str] = Counter()
+    names = ["updates", "presence", "rejected", "unrouted", "journal"]
+    names += [f"{kind}.w{number}" for kind in ("inbox", "outbox") for number in range(WORKERS)]
+
+    async def at(name: str) -> None:
+        while program.alive():
+            async with visiting(AmqpTransport(url, "test")) as link:
+                for _ in range(10):
+                    try:
+                        peeked = await peek(link, topology, name, 3)
+                        assert len(peeked.readings) <= 3
+                    except UsageError as refused:
+                        assert re.search("is being read|is not there|like a loss", str(refused))
+                    looked[name] += 1
+
+    await asyncio.gather(*(at(name) for name in names))
+    return looked
+
+
+def run_of_ten_rounds(federation: harness.Federation) -> harness.Program:
+    coordinator = federation.coordinator(
+        "--quorum", WORKERS, "--min-workers", WORKERS, "--rounds", ROUNDS,
+        "--config", "train_s=0.7",
+    )  # fmt: skip
+    for number in range(WORKERS):
+        federation.worker(number, WORKERS, "--heartbeat", 0.5)
+    return coordinator
+
+
+def test_fifty_peeks_on_every_queue_change_nothing(broker_node: node.NodeInfo, tmp_path: Path):
+    weights = []
+    for name in ("undisturbed", "looked-at"):
+        ports, url = broker_node.ports, broker_node.url
+        with harness.Federation(tmp_path / name, url, ports.management) as federation:
+            coordinator = run_of_ten_rounds(federation)
+            if name == "looked-at":
+                looked = asyncio.run(look_while(coordinator, url, Topology(federation.name)))
+                assert min(looked.values()) >= PEEKS, looked
+                assert len(looked) == 5 + 2 * WORKERS
+            assert [program.end() for program in federation.programs] == [0] * (1 + WORKERS)
+            federation.gather()
+            federation.gather_orphans()
+            verdict = check(federation.folder)
+            assert verdict.clean, verdict.told()
+            assert not (federation.folder / "evidence/rejected.jsonl").exists()
+            for line in federation.history("committed"):
+                assert len(line["participants"]) == WORKERS
+                assert (line["late"], line["rejected"]) == (0, 0)
+            weights.append(load_file(federation.run / f"round-{ROUNDS:04d}.safetensors"))
+    undisturbed, looked_at = weights
+    assert undisturbed.keys() == looked_at.keys()
+    for tensor, expected in undisturbed.items():
+        np.testing.assert_array_equal(looked_at[tensor], expected)
+
+
+# --- tap -----------------------------------------------------------------------------------------
+
+
+def test_tap_follows_a_run_and_keeps_the_messages(federation, ask, tmp_path):
+    coordinator = federation.coordinator("--quorum", 2, "--rounds", 2)
+    coordinator.wait_for("connected")
+    kept = tmp_path / "kept"
+    tap = ask("tap", "--json", "--save", kept)
+    tap.wait_for("following federation")
+    workers = [federation.worker(f"shard:{number}/2") for number in (0, 1)]
+    assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
+    tap.wait_for('"kind": "bye"')
+    tap.send(signal.SIGINT)
+    assert tap.end() == 130
+    told = [json.loads(line) for line in tap.lines if line.startswith("{")]
+    updates = [(one["workers"], one["round"]) for one in told if one["kind"] == "update"]
+    assert sorted(updates) == [([f"shard-{n}-2"], round_) for n in (0, 1) for round_ in (1, 2)]
+    fits = [one for one in told if one["kind"] == "fit" and one["round"] == 2]
+    assert {worker for fit in fits for worker in fit["workers"]} == {"shard-0-2", "shard-1-2"}
+    assert {one["direction"] for one in fits} == {"to"}
+    assert "heartbeat" not in {one["kind"] for one in told}
+    assert len(list(kept.glob("*.msgpack"))) == len(list(kept.glob("*.json"))) == len(told)
+    (saved,) = kept.glob("*-update-shard-0-2-round-2.json")
+    assert json.loads(saved.read_text())["tensors"]
+
+
+def test_tap_ends_after_so_many_lines(federation, ask, channel):
+    topology = declare(federation, "w1")
+    tap = ask("tap", "--kind", "update", "--worker", "w1", "-n", 2)
+    tap.wait_for("following federation")
+    for number, worker in ((1, "w1"), (1, "w2"), (2, "w1"), (3, "w1")):
+        body = update(federation.name, number, worker)
+        channel.basic_publish(topology.results, f"update.{worker}", body)
+    assert tap.end() == 0
+    first, second = tap.lines[1:]
+    assert re.search(r"← w1 +update +round 1, 10 examples, loss 0.25  \(\d+ B\)", first)
+    assert "round 2" in second
+    assert len(drain(channel, topology.updates)) == 4
+
+
+# --- rejected ------------------------------------------------------------------------------------
+
+
+def test_rejected_lists_shows_sends_again_and_throws_away(federation, channel, told, ask):
+    topology = Topology(federation.name)
+    coordinator = federation.coordinator("--quorum", 2)
+    coordinator.wait_for("connected")
+    channel.basic_publish("", topology.updates, b"junk")
+    channel.basic_publish(topology.results, "update.w1", update(federation.name, 3))
+    for _ in range(2):
+        coordinator.wait_for("rejected a message")
+
+    def both() -> list[dict[str, Any]] | None:
+        listed: list[dict[str, Any]] = told("rejected")["messages"]
+        return listed if len(listed) == 2 else None
+
+    # The coordinator tells of a message before it is in the queue.
+    junk, other = harness.wait_until(both, "both are rejected")
+    assert (junk["cause"], junk["from"]) == ("malformed", topology.updates)
+    assert (other["cause"], other["worker"], other["round"]) == ("run", "w1", 3)
+    shown = told("rejected", "show", 2)
+    assert shown["tensors"][0]["max"] == 3.0
+    assert shown["reason"] == other["reason"]
+
+    (sent,) = told("rejected", "requeue", 2)
+    assert (sent["exchange"], sent["key"]) == (topology.results, "update.w1")
+    coordinator.wait_for("rejected a message: it is of run r")  # as bad as before
+    harness.wait_until(both, "it is rejected again")
+    purge = ask("rejected", "purge", "--yes")
+    assert purge.end() == 0
+    assert "2 thrown away" in purge.lines
+    assert told("rejected")["messages"] == []
+
+
+def test_rejected_tells_what_its_bound_dropped(federation, channel, told, ask):
+    topology = declare(federation)
+    for number in range(1200):
+        channel.basic_publish("", topology.rejected, b"%d" % number)
+
+    def known() -> dict[str, Any] | None:
+        answer: dict[str, Any] = told("rejected")
+        return answer if answer["dropped"] is not None else None
+
+    answer = harness.wait_until(known, "RabbitMQ's statistics are there")
+    assert (answer["kept"], answer["dropped"]) == (1000, 200)
+    assert answer["messages"][0]["first_bytes"] == b"200".hex(" ")
+    program = ask("rejected", "-n", 1)
+    assert program.end() == 0
+    assert "1,000 of 1,200 messages are kept, 200 were dropped by the bound" in program.lines[0]
+
+
+# --- queues --------------------------------------------------------------------------------------
+
+
+def test_queues_hint_at_a_worker_that_died(federation, told):
+    federation.coordinator("--quorum", 2).wait_for("connected")
+    worker = federation.worker("shard:0/2")
+    worker.wait_for("joined run")
+    inbox = f"{federation.name}.inbox.shard-0-2"
+
+    def hint() -> str | None:
+        return {queue["name"]: queue["hint"] for queue in told("queues")}.get(inbox)
+
+    worker.process.kill()
+    told_of = harness.wait_until(hint, "RabbitMQ's statistics are there")
+    assert told_of.startswith("worker shard-0-2 is not connected")
+
+
+def test_watching_queues_ends_with_ctrl_c(federation, ask):
+    topology = declare(federation)
+    program = ask("queues", "--watch")
+    for _ in range(2):
+        program.wait_for(topology.updates)
+    program.wait_for("no coordinator is connected")
+    program.send(signal.SIGINT)
+    assert program.end() == 130
+    assert "Traceback" not in "\n".join(program.lines)

@@ -1,0 +1,337 @@
+"""What the page shows, given what happened: the board, without a clock, a broker or a browser."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_common.errors import CAUSES
+from fluffle_coordinator.dashboard.board import OUTCOMES, Board, Standing
+from fluffle_coordinator.dashboard.feed import as_json
+from fluffle_coordinator.dashboard.live import standing
+from fluffle_coordinator.dashboard.roster import Roster
+from fluffle_coordinator.rounds import start
+from fluffle_coordinator.run_state import Rules
+
+RUN = "0123456789ab"
+
+
+def told(*events: tuple[str, dict[str, Any]], source: str = "coordinator") -> Board:
+    """Return a board that was told events, one a second from 100 on."""
+    board = Board("letters", source)
+    for second, (what, fields) in enumerate(events, start=100):
+        board.tell(float(second), what, fields)
+    return board
+
+
+def opened(number: int, *asked: str, needed: int = 2) -> tuple[str, dict[str, Any]]:
+    fields = {"round": number, "asked": list(asked), "needed": needed, "deadline_s": 60.0}
+    return "opened", fields
+
+
+def counted(worker: str, number: int, updates: int, needed: int = 2) -> tuple[str, dict[str, Any]]:
+    fields = {"worker": worker, "round": number, "num_examples": 10}
+    return "counted", {
+        **fields,
+        "updates": updates,
+        "needed": needed,
+        "train_s": 0.5,
+        "bytes": 1000,
+    }
+
+
+def rejected(reason: str = "NaN", **more: object) -> tuple[str, dict[str, Any]]:
+    return "rejected", {"reason": reason, "cause": "not_finite", **more}
+
+
+STARTED = ("started", {"run": RUN, "folder": "runs/letters"})
+CONNECTED = ("connected", {"address": "amqp://host"})
+JOINED = [("joined", {"worker": name, "num_examples": 10}) for name in ("north", "south")]
+COMMITTED = (
+    "committed",
+    {
+        "round": 1,
+        "participants": ["north", "south"],
+        "num_examples": 20,
+        "timings": {"waiting_s": 1.0, "open_s": 2.0, "fold_s": 0.25},
+    },
+)
+
+
+class TestOpenRound:
+    def test_it_names_who_answered_and_what_the_others_do(self) -> None:
+        board = told(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1))
+        board.roster.sign_of_life(
+            105.0, "south", {"state": "training", "round": 1, "step": 3, "steps": 9}
+        )
+        shown = board.snapshot(106.0)["open"]
+        assert (shown["round"], shown["updates"], shown["needed"]) == (1, 1, 2)
+        assert (shown["opened_at"], shown["deadline_at"]) == (103.0, 163.0)
+        assert [(one["worker"], one["after_s"]) for one in shown["answered"]] == [("north", 1.0)]
+        assert shown["missing"] == [{"worker": "south", "doing": "training 3/9"}]
+
+    def test_a_worker_that_failed_or_is_gone_is_said_to_be(self) -> None:
+        board = told(
+            STARTED,
+            *JOINED,
+            opened(1, "north", "south"),
+            ("failure", {"worker": "north", "round": 1, "reason": "no memory"}),
+            ("gone", {"worker": "south", "silent_s": 12.0}),
+        )
+        doing = {one["worker"]: one["doing"] for one in board.snapshot(110.0)["open"]["missing"]}
+        assert doing == {"north": "failed: no memory", "south": "is gone"}
+
+    def test_reopened_keeps_who_has_answered(self) -> None:
+        again = ("reopened", {**opened(1, "north", "south")[1], "reason": "too few"})
+        board = told(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1), again)
+        shown = board.snapshot(110.0)["open"]
+        assert [one["worker"] for one in shown["answered"]] == ["north"]
+        assert shown["deadline_at"] == 105.0 + 60.0
+
+    def test_committed_closes_it(self) -> None:
+        board = told(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
+        assert board.snapshot(110.0)["open"] is None
+        assert board.snapshot(110.0)["run"]["words"] == "between two rounds"
+
+    def test_the_coordinator_knows_better_than_its_events(self) -> None:
+        board = told(STARTED, CONNECTED, *JOINED, opened(1, "north", "south"))
+        knows = Standing(
+            phase="open", round=1, rounds=6, linked=True, updates=1, needed=1, present=1, gate=1,
+            has_weights=True, opened_at=103.0, deadline_at=300.0, asked=("north",), failed={},
+        )  # fmt: skip
+        shown = board.snapshot(110.0, knows)
+        assert shown["run"]["words"] == "round 1 is open: 1 of 1 updates"
+        assert (shown["open"]["needed"], shown["open"]["deadline_at"]) == (1, 300.0)
+        assert shown["run"]["rounds"] == 6
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        ("events", "phase", "words"),
+        [
+            ((), "waiting", "starting"),
+            ((STARTED, ("waiting", {"reason": "waiting for workers"})), "waiting", "waiting for"),
+            ((STARTED, opened(2, "a", needed=1)), "open", "round 2 is open: 0 of 1 updates"),
+            ((STARTED, ("closed", {"round": 1, "reason": "late"})), "committing", "averaging"),
+            ((STARTED, ("finished", {"reason": "6 rounds are done"})), "ended", "finished: 6 rou"),
+            ((STARTED, ("stopped", {"reason": "no quorum"})), "ended", "stopped: no quorum"),
+            ((("standby", {"what": "runs/letters"}),), "standby", "standby"),
+        ],
+    )
+    def test_the_phase_in_words(
+        self, events: tuple[tuple[str, dict[str, Any]], ...], phase: str, words: str
+    ) -> None:
+        run = told(*events).run()
+        assert run["phase"] == phase
+        assert words in run["words"]
+
+    def test_a_run_that_goes_on_after_its_end_is_not_ended(self) -> None:
+        board = told(
+            STARTED, ("interrupted", {"folder": "x"}), ("resumed", {"run": RUN, "round": 1})
+        )
+        assert (board.run()["phase"], board.run()["outcome"]) == ("waiting", None)
+
+    def test_the_link_of_the_coordinator_is_the_page_s(self) -> None:
+        board = told(STARTED, CONNECTED)
+        assert board.run()["linked"]
+        board.tell(200.0, "disconnected", {"reason": "reset"})
+        assert (board.run()["linked"], board.tally.outages) == (False, 1)
+        assert "reset" in board.run()["link"]
+
+    def test_beside_a_coordinator_its_link_is_not_ours(self) -> None:
+        board = told(STARTED, ("disconnected", {"reason": "reset"}), source="journal")
+        board.link(True, "linked")
+        assert board.run()["linked"]
+
+    def test_another_run_begins_afresh(self) -> None:
+        board = told(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
+        board.tell(200.0, "started", {"run": "another", "folder": "x"})
+        shown = board.snapshot(201.0)
+        assert shown["rounds"] == []
+        assert {row["counted"] for row in shown["workers"]} == {0}
+        assert board.tally.rounds == 1  # what is counted for Prometheus never goes down
+
+    def test_what_a_state_of_the_machine_says(self) -> None:
+        knows = standing(start(Rules(rounds=3, min_workers=2), RUN, now=5.0), epoch=1000.0)
+        assert (knows.phase, knows.round, knows.rounds, knows.gate) == ("waiting", 1, 3, 2)
+        assert not knows.linked
+        run = told(STARTED, CONNECTED).run(knows)
+        assert (run["words"], run["linked"]) == ("waiting for workers: 0 of 2 are here", False)
+
+
+class TestRounds:
+    def test_curves_have_a_value_or_none_for_each_evaluated_round(self) -> None:
+        board = told(
+            STARTED,
+            COMMITTED,
+            ("evaluated", {"round": 1, "loss": 0.5, "num_examples": 5, "metrics": {}}),
+            ("committed", {"round": 2, "participants": ["north"], "timings": {}}),
+            ("evaluated", {"round": 2, "loss": 0.25, "metrics": {"accuracy": 0.75}}),
+            ("committed", {"round": 3, "participants": ["north"]}),
+        )
+        shown = board.snapshot(110.0)
+        assert shown["curves"] == {
+            "rounds": [1, 2],
+            "loss": [0.5, 0.25],
+            "accuracy": [None, 0.75],
+        }
+        assert [one["round"] for one in shown["rounds"]] == [1, 2, 3]
+        assert shown["rounds"][0]["timings"] == {"waiting": 1.0, "open": 2.0, "fold": 0.25}
+        assert (board.chronicle.latest("accuracy"), board.chronicle.latest("loss")) == (0.75, 0.25)
+        assert board.chronicle.latest("nonsense") is None
+
+    def test_history_is_shown_and_not_counted(self) -> None:
+        board = Board("letters")
+        board.remember(
+            [
+                {
+                    "round": 1,
+                    "participants": [{"worker": "north", "num_examples": 7}],
+                    "opened_at": "1970-01-01T00:00:10.000+00:00",
+                    "committed_at": "1970-01-01T00:00:15.000+00:00",
+                    "loss": 0.5,
+                    "accuracy": 0.25,
+                    "evaluators": ["north"],
+                }
+            ]
+        )
+        board.tell(100.0, "resumed", {"run": RUN, "round": 1})
+        shown = board.snapshot(101.0)
+        assert shown["curves"] == {"rounds": [1], "loss": [0.5], "accuracy": [0.25]}
+        assert shown["rounds"][0]["committed_at"] - shown["rounds"][0]["opened_at"] == 5.0
+        assert [(row["name"], row["counted"], row["state"]) for row in shown["workers"]] == [
+            ("north", 1, "gone")
+        ]
+        assert board.tally.rounds == 0
+        assert shown["run"]["round"] == 2
+
+
+class TestWorkers:
+    def test_what_is_counted_of_each(self) -> None:
+        board = told(
+            STARTED,
+            *JOINED,
+            opened(1, "north", "south"),
+            counted("north", 1, 1),
+            ("late", {"worker": "south", "round": 1, "num_examples": 10}),
+            rejected(worker="south", kind="update"),
+        )
+        rows = {row["name"]: row for row in board.snapshot(120.0)["workers"]}
+        assert (rows["north"]["counted"], rows["north"]["late"]) == (1, 0)
+        assert (rows["south"]["counted"], rows["south"]["late"]) == (0, 1)
+        assert rows["south"]["rejected"] == 1
+
+    def test_a_name_in_a_refused_message_is_nobody(self) -> None:
+        board = told(STARTED, rejected(worker="mallory", kind="update"))
+        assert board.snapshot(120.0)["workers"] == []
+
+    def test_an_old_farewell_does_not_undo_a_newer_sign_of_life(self) -> None:
+        roster = Roster()
+        roster.sign_of_life(50.0, "north", {"state": "training"})
+        roster.tell(40.0, "left", {"worker": "north", "reason": "stopped by its owner"})
+        assert roster.by_state()["training"] == 1
+        roster.tell(60.0, "left", {"worker": "north", "reason": "stopped by its owner"})
+        assert roster.by_state()["left"] == 1
+
+    def test_whoever_is_here_comes_first(self) -> None:
+        board = told(*JOINED, ("gone", {"worker": "north", "silent_s": 9.0}))
+        assert [row["name"] for row in board.snapshot(120.0)["workers"]] == ["south", "north"]
+
+    def test_a_worker_of_an_earlier_round_is_said_to_be_behind(self) -> None:
+        roster = Roster()
+        roster.sign_of_life(1.0, "north", {"state": "training", "round": 3, "step": 1, "steps": 2})
+        assert roster.doing("north", 4, None) == "training 1/2 of round 3"
+
+    def test_they_are_bounded(self) -> None:
+        roster = Roster()
+        for number in range(2500):
+            roster.tell(float(number), "refused", {"worker": f"w{number}", "reason": "classes"})
+        assert len(roster.rows(1)) == 2000
+
+
+class TestRefusals:
+    def test_the_reason_is_the_same_everywhere(self) -> None:
+        board = told(STARTED, rejected("tensor 'a' is NaN", worker="north", round=3, kind="update"))
+        shown = board.snapshot(120.0)
+        latest = shown["rejected"]["latest"][-1]
+        assert latest["reason"] == "tensor 'a' is NaN"
+        assert (latest["cause"], latest["worker"], latest["round"]) == ("not_finite", "north", 3)
+        assert "tensor 'a' is NaN" in shown["journal"][-1]["text"]
+        assert board.tally.causes["not_finite"] == 1
+        assert board.tally.outcomes["rejected"] == 1
+
+    def test_causes_are_bounded(self) -> None:
+        board = told(*[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)])
+        assert set(board.tally.causes) <= set(CAUSES)
+
+    def test_a_bad_heartbeat_is_no_bad_update(self) -> None:
+        board = told(rejected(kind="heartbeat"))
+        assert board.tally.outcomes["rejected"] == 0
+        assert board.tally.causes["not_finite"] == 1
+
+
+class TestJournal:
+    def test_waiting_is_said_once_however_often_it_is_told(self) -> None:
+        board = told(STARTED, *[("waiting", {"reason": f"{n} missing"}) for n in (3, 2, 1)])
+        lines = board.snapshot(120.0)["journal"]
+        assert [line["text"] for line in lines[1:]] == ["1 missing"]
+
+    def test_it_is_bounded_and_its_lines_keep_their_ids(self) -> None:
+        board = told(*[("left", {"worker": "x", "reason": str(n)}) for n in range(300)])
+        before = board.snapshot(500.0)["journal"]
+        board.tell(500.0, "left", {"worker": "x", "reason": "the last"})
+        after = board.snapshot(500.0)["journal"]
+        assert len(before) == len(after) == 100
+        assert [line["id"] for line in before[1:]] == [line["id"] for line in after[:-1]]
+
+    def test_long_texts_are_cut(self) -> None:
+        shown = told(rejected("x" * 5000)).snapshot(1.0)
+        assert len(shown["journal"][0]["text"]) <= 600
+        assert len(shown["rejected"]["latest"][0]["reason"]) <= 500
+
+
+def test_what_json_cannot_say_becomes_null_or_text() -> None:
+    assert json.loads(as_json({"a": float("nan"), "b": b"x", "c": {1}})) == {
+        "a": None,
+        "b": "b'x'",
+        "c": [1],
+    }
+
+
+names = st.sampled_from(["north", "south", "east"])
+numbers = st.integers(1, 4)
+events = st.one_of(
+    st.builds(lambda n, a: opened(n, *a), numbers, st.sets(names, min_size=1)),
+    st.builds(counted, names, numbers, numbers),
+    st.builds(lambda w: ("joined", {"worker": w, "num_examples": 5}), names),
+    st.builds(lambda w: ("gone", {"worker": w, "silent_s": 3.0}), names),
+    st.builds(lambda w, n: ("late", {"worker": w, "round": n}), names, numbers),
+    st.builds(
+        lambda n, p: ("committed", {"round": n, "participants": sorted(p)}), numbers, st.sets(names)
+    ),
+    st.builds(
+        lambda n, x: ("evaluated", {"round": n, "loss": x, "metrics": {}}), numbers, st.floats()
+    ),
+    st.just(STARTED),
+    st.just(("started", {"run": "another", "folder": "y"})),
+    st.just(rejected()),
+    st.just(("disconnected", {"reason": "cut"})),
+    st.just(("finished", {"reason": "done"})),
+)
+
+
+@given(st.lists(events, max_size=30))
+def test_whatever_happens_there_is_a_page(happened: list[tuple[str, dict[str, Any]]]) -> None:
+    board = told(*happened)
+    shown = board.snapshot(1000.0)
+    json.loads(as_json(shown))
+    assert len({len(curve) for curve in shown["curves"].values()}) == 1
+    assert len({row["name"] for row in shown["workers"]}) == len(shown["workers"])
+    if shown["open"] is not None:
+        answered = {one["worker"] for one in shown["open"]["answered"]}
+        assert not answered & {one["worker"] for one in shown["open"]["missing"]}
+    assert set(board.tally.outcomes) <= set(OUTCOMES)

@@ -1,0 +1,241 @@
+"""The page over HTTP: what it answers, to whom, and that it cannot hurt what it watches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.dashboard.feed import Feed
+from fluffle_coordinator.dashboard.live import Live
+from fluffle_coordinator.dashboard.server import is_loopback, listen, served, url_of
+
+PATIENCE_S = 20.0
+
+
+class Site:
+    """A page that is being served, and one way to ask it."""
+
+    def __init__(self, live: Live, port: int) -> None:
+        self.live, self.port = live, port
+
+    async def ask(
+        self, path: str, *, method: str = "GET", host: str | None = None
+    ) -> tuple[int, dict[str, str], str]:
+        """Return the status, the headers and the body of one answer."""
+        host = host or f"127.0.0.1:{self.port}"
+        async with asyncio.timeout(PATIENCE_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            lines = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+            writer.write(lines.encode())
+            answer = (await reader.read()).decode()
+            writer.close()
+            await writer.wait_closed()
+        head, _, body = answer.partition("\r\n\r\n")
+        status, *headers = head.split("\r\n")
+        pairs = (line.partition(": ") for line in headers)
+        return int(status.split()[1]), {name.lower(): value for name, _, value in pairs}, body
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[Callable[[], object]]:
+        """Open ``/events``; yields what awaits the next event, None at the end of the stream."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(f"GET /events HTTP/1.1\r\nHost: localhost:{self.port}\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+
+        async def following() -> dict[str, object] | None:
+            async with asyncio.timeout(PATIENCE_S):
+                while line := await reader.readline():
+                    if line.startswith(b"data: {"):
+                        told: dict[str, object] = json.loads(line.removeprefix(b"data: "))
+                        return told
+            return None
+
+        try:
+            yield following
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    live = Live("letters")
+    listening = listen("127.0.0.1:0", "--dashboard")
+    async with served(live.feed, listening):
+        yield Site(live, listening.getsockname()[1])
+
+
+@pytest.fixture
+def occupied() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+async def test_the_page_and_its_parts(site: Site) -> None:
+    status, headers, body = await site.ask("/")
+    assert status == 200
+    assert headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "unsafe" not in headers["content-security-policy"]
+    assert (headers["referrer-policy"], headers["x-content-type-options"]) == (
+        "no-referrer",
+        "nosniff",
+    )
+    assert "http://" not in body.replace("http://www.w3.org", "")
+    for name in ("page.css", "page.js", "panels.js", "chart.js", "dom.js", "theme.js", "icon.svg"):
+        status, _, body = await site.ask(f"/{name}")
+        assert status == 200, name
+        assert "innerHTML" not in body, name
+        assert "https://" not in body, name
+
+
+async def test_it_can_only_be_read(site: Site) -> None:
+    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+        status, headers, _ = await site.ask("/api/board", method=method)
+        assert (status, headers["allow"]) == (405, "GET, HEAD"), method
+    status, _, body = await site.ask("/events", method="HEAD")
+    assert (status, body) == (200, "")
+    assert (await site.ask("/../../etc/passwd"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:99", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:80", 200),
+        ("rebound.example", 403),
+        ("rebound.example:80", 403),
+        ("127.0.0.1.rebound.example", 403),
+        ("[::2]", 403),
+    ],
+)
+async def test_it_answers_to_names_of_this_machine_only(site: Site, host: str, status: int) -> None:
+    assert (await site.ask("/api/board", host=host))[0] == status
+
+
+async def test_health_and_readiness(site: Site) -> None:
+    assert (await site.ask("/healthz"))[0] == 200
+    status, _, body = await site.ask("/readyz")
+    assert (status, "not connected" in body) == (503, True)
+    site.live.tell("connected", {"address": "amqp://host"})
+    assert (await site.ask("/readyz"))[0] == 200
+    site.live.tell("disconnected", {"reason": "cable"})
+    status, _, body = await site.ask("/readyz")
+    assert (status, "cable" in body) == (503, True)
+    site.live.tell("reconnected", {})
+    site.live.tell("finished", {"reason": "6 rounds are done"})
+    status, _, body = await site.ask("/readyz")
+    assert (status, "6 rounds" in body) == (503, True)
+    assert (await site.ask("/healthz"))[0] == 200
+
+
+async def test_the_board_and_the_metrics(site: Site) -> None:
+    site.live.tell("rejected", {"reason": "<script>alert(1)</script>", "cause": "tensors"})
+    _, headers, body = await site.ask("/api/board")
+    assert headers["content-type"] == "application/json"
+    assert json.loads(body)["rejected"]["latest"][0]["reason"] == "<script>alert(1)</script>"
+    _, headers, body = await site.ask("/metrics")
+    assert headers["content-type"].startswith("text/plain; version=")
+    assert 'fluffle_rejected_messages_total{cause="tensors"} 1.0' in body
+
+
+async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) -> None:
+    async with site.listening() as following:
+        first = await following()
+        assert {"run", "workers", "journal", "queues", "curves"} <= first.keys()
+        site.live.tell("joined", {"worker": "north", "num_examples": 7})
+        second = await following()
+        assert second.keys() == {"now", "workers", "journal"}
+        assert second["workers"][0]["name"] == "north"
+
+
+async def test_a_stream_ends_with_the_last_news_when_the_page_does() -> None:
+    live = Live("letters")
+    listening = listen("127.0.0.1:0", "--dashboard")
+    site = Site(live, listening.getsockname()[1])
+    async with contextlib.AsyncExitStack() as stack:
+        async with served(live.feed, listening):
+            following = await stack.enter_async_context(site.listening())
+            await following()
+            live.tell("finished", {"reason": "done"})
+        last = await following()
+        assert last["run"]["phase"] == "ended"
+        assert await following() is None
+
+
+async def test_it_looks_at_the_queues_only_when_somebody_looks(site: Site) -> None:
+    asked: list[int] = []
+
+    def ask() -> list[dict[str, object]]:
+        asked.append(1)
+        return [{"name": "letters.updates", "ready": 3}]
+
+    feed = Feed(site.live.feed.board, ask_queues=ask)
+    listening = listen("127.0.0.1:0", "--dashboard")
+    async with served(feed, listening):
+        other = Site(site.live, listening.getsockname()[1])
+        await other.ask("/healthz")
+        assert not asked
+        _, _, body = await other.ask("/api/board")
+        assert json.loads(body)["queues"]["figures"][0]["ready"] == 3
+        await other.ask("/metrics")
+        assert len(asked) == 1  # they are young enough
+
+
+async def test_queues_that_cannot_be_asked_are_a_note() -> None:
+    def ask() -> list[dict[str, object]]:
+        raise ConnectionRefusedError("nobody there")
+
+    live = Live("letters", ask)
+    await live.feed.ask_queues(0.0)
+    assert "nobody there" in live.feed.board.snapshot(1.0)["queues"]["note"]
+
+
+def test_an_event_that_cannot_be_shown_is_warned_of_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    live = Live("letters")
+    for _ in range(3):
+        live.tell("opened", {"round": {}, "asked": 7})
+    live.tell("joined", {"worker": "north", "num_examples": 7})
+    assert capsys.readouterr().err.count("the page cannot show an event 'opened'") == 1
+    assert live.feed.board.snapshot(1.0)["workers"][0]["name"] == "north"
+
+
+async def test_a_page_that_fails_does_not_end_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no page today")
+
+    monkeypatch.setattr("fluffle_coordinator.dashboard.server._Server.serve", fail)
+    async with served(Live("letters").feed, listen("127.0.0.1:0", "--dashboard")):
+        await asyncio.sleep(0)
+    assert "no page today" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_in_one_line(occupied: str) -> None:
+    with pytest.raises(UsageError, match=r"in use.*--dashboard HOST:PORT") as raised:
+        listen(occupied, "--dashboard")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("address", ["8o8o", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", ""])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(UsageError, match="HOST:PORT"):
+        listen(address, "--dashboard")
+
+
+@pytest.mark.parametrize(("address", "loopback"), [("0", True), ("0.0.0.0:0", False)])
+def test_it_is_for_this_machine_alone_unless_told_otherwise(address: str, loopback: bool) -> None:
+    with listen(address, "--dashboard") as listening:
+        assert is_loopback(listening) is loopback
+        assert url_of(listening).startswith("http://127.0.0.1:" if loopback else "http://0.0.0.0:")

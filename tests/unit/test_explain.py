@@ -1,0 +1,325 @@
+"""A round, explained from its events."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_common.errors import UsageError
+from fluffle_common.messages import Event
+from fluffle_coordinator.explain import Round, clock, explain, longest_wait, runs_of
+from fluffle_coordinator.explain_words import as_dict, sentences
+from fluffle_coordinator.journal_cli import _spans, _which
+
+T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+def at(seconds: float) -> datetime:
+    return T0 + timedelta(seconds=seconds)
+
+
+class Story:
+    """Events of one run, each at its second."""
+
+    def __init__(self, run: str = "r") -> None:
+        self.run, self.events = run, list[Event]()
+
+    def add(self, seconds: float, event: str, run: str | None = None, **fields: Any) -> Story:
+        self.events.append(
+            Event(
+                federation="f",
+                event=event,
+                time=at(seconds).isoformat(timespec="milliseconds"),
+                session="s",
+                number=len(self.events) + 1,
+                run=run or self.run,
+                fields=fields,
+            )
+        )
+        return self
+
+    def opened(
+        self, seconds: float = 10, number: int = 7, event: str = "opened", **more: Any
+    ) -> Story:
+        told = {"round": number, "asked": ["a", "b", "c"], "needed": 3, "deadline_s": 600.0}
+        return self.add(seconds, event, **{**told, **more})
+
+    def counted(self, seconds: float, worker: str, updates: int, **more: Any) -> Story:
+        told = {"round": 7, "worker": worker, "num_examples": 80, "updates": updates, "needed": 3}
+        return self.add(seconds, "counted", **{**told, "train_s": 1.5, **more})
+
+    def explained(self, now: float, number: int = 7) -> tuple[Round, str]:
+        told = explain(self.events, self.run, number, at(now))
+        return told, "\n".join(sentences(told))
+
+
+def begun() -> Story:
+    story = Story().add(0, "started", folder="runs/f").add(1, "connected")
+    for worker in ("a", "b", "c"):
+        story.add(2, "joined", worker=worker, num_examples=80)
+    return story.opened()
+
+
+def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
+    story = (
+        begun().counted(13, "a", 1).counted(15, "b", 2).add(40, "gone", worker="c", silent_s=5.0)
+    )
+    told, text = story.explained(now=100)
+    assert told.is_open
+    assert told.missing == ["c"]
+    assert told.left_s == pytest.approx(510)
+    assert "is open" in text
+    assert "for a, b, c, 3 updates needed" in text
+    assert "a answered at" in text
+    assert "3.0 s after the opening: 80 examples, 1.5 s of training" in text
+    assert (
+        f"c is missing: it is gone since {clock(at(40))}: nothing was heard of it for 5 s." in text
+    )
+    assert f"8 min 30 s left until the deadline, at {clock(at(610))}" in text
+    assert "2 updates of 3: 1 more needed" in text
+    assert "It waited longest for c, and still does: 1 min 25 s after the update of b." in text
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "said"),
+    [
+        ("left", {"worker": "c", "reason": "told to stop"}, "(told to stop)"),
+        (
+            "failure",
+            {"worker": "c", "round": 7, "reason": "out of memory"},
+            "failed: out of memory",
+        ),
+        (
+            "joined",
+            {"worker": "c", "num_examples": 80},
+            "it is here and at work, as far as is known",
+        ),
+    ],
+)
+def test_what_is_known_of_a_missing_worker(event, fields, said):
+    _, text = begun().add(20, event, **fields).explained(now=30)
+    (line,) = [line for line in text.splitlines() if line.startswith("c is missing")]
+    assert said in line
+
+
+def test_a_worker_that_came_back_is_no_longer_gone():
+    story = begun().add(20, "gone", worker="c", silent_s=5.0)
+    story.add(30, "joined", worker="c", num_examples=80)
+    told, text = story.explained(now=40)
+    assert "c is missing: it is here" in text
+    assert told.present == {"a", "b", "c"}
+
+
+def test_a_worker_that_joined_late_is_waited_for_too():
+    told, text = begun().add(20, "joined", worker="d", num_examples=5).explained(now=30)
+    assert told.missing == ["a", "b", "c", "d"]
+    assert f"d is missing: it joined at {clock(at(20))}" in text
+
+
+def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_is():
+    story = begun().counted(13, "a", 1).counted(33, "c", 2, train_s=19.0)
+    timings = {"fold_s": 0.002, "average_s": 0.001, "checkpoint_s": 0.03, "open_s": 23.0}
+    story.add(34, "committed", round=7, participants=["a", "c"], num_examples=160, timings=timings)
+    story.add(35, "late", worker="b", round=7, num_examples=80)
+    metrics = {"accuracy": 0.9}
+    story.opened(35, 8)
+    story.add(40, "evaluated", round=7, loss=0.5, num_examples=60, metrics=metrics)
+    told, text = story.explained(now=1000)
+    assert not told.is_open
+    assert told.left_s is None
+    assert f"Committed at {clock(at(34))}, 24 s after the opening, with a, c, 160 examples." in text
+    assert "adding up 2 ms, averaging 1 ms, the checkpoint 30 ms" in text
+    assert "loss 0.5000, accuracy 0.9000 on 60 held-out examples" in text
+    assert "the update of b came late and was discarded" in text
+    assert "b did not answer" not in text
+    assert "for c, which trained for 19 s: 20 s after the update of a" in text
+    assert "deadline" not in text
+
+
+def test_what_was_refused_is_told_in_its_own_words():
+    story = begun()
+    story.add(
+        12,
+        "rejected",
+        reason="tensor 'w': NaN or infinite",
+        cause="not_finite",
+        worker="b",
+        round=7,
+    )
+    story.add(13, "rejected", reason="not a msgpack array of [header, payload]", cause="malformed")
+    story.add(14, "rejected", reason="it is of round 9", cause="round", round=9, worker="c")
+    story.add(15, "refused", worker="x", reason="other classes")
+    story.add(16, "resend", worker="a", reason="its parts are gone")
+    _, text = story.explained(now=20)
+    assert "a message of b was rejected: tensor 'w': NaN or infinite." in text
+    assert "a message was rejected: not a msgpack array of [header, payload]." in text
+    assert "x was refused: other classes" in text
+    assert "a was asked for its update again: its parts are gone" in text
+
+
+def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
+    story = begun().counted(13, "a", 1)
+    story.opened(610, event="reopened", asked=["a", "b"], needed=2, reason="round 7 has 1 of 3")
+    told, text = story.explained(now=620)
+    assert told.left_s == pytest.approx(590)
+    assert told.missing == ["b"]
+    assert list(told.answers) == ["a"]
+    assert "it was opened again: round 7 has 1 of 3" in text
+
+
+def test_an_outage_puts_the_deadline_off():
+    story = begun().add(100, "disconnected", reason="reset")
+    told, text = story.explained(now=300)
+    assert told.left_s == pytest.approx(510)  # as it was when the broker went
+    assert "lost the broker" in text
+    told, _ = story.add(160, "reconnected").explained(now=300)
+    assert told.left_s == pytest.approx(370)
+
+
+def test_a_deadline_that_passed_in_silence_says_that_nobody_is_there():
+    _, text = begun().explained(now=700)
+    assert "The deadline passed" in text
+    assert "the coordinator is not running, or cannot reach the broker" in text
+
+
+def test_a_round_that_was_open_when_the_coordinator_was_lost():
+    story = begun().counted(13, "a", 1).add(50, "resumed", round=6).add(51, "connected")
+    told, text = story.explained(now=55)
+    assert told.left_s is None
+    assert "A coordinator was started at" in text
+    story.add(56, "joined", worker="a", num_examples=80).opened(57, asked=["a"], needed=1)
+    told, text = story.explained(now=60)
+    assert told.missing == ["a"]  # its update comes again
+    assert told.left_s == pytest.approx(597)
+    assert "opened it again" in text
+    told, _ = story.counted(61, "a", 1, needed=1).explained(now=62)
+    assert told.missing == []
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ("finished", "The run has finished: enough."),
+        ("stopped", "The run has stopped: enough."),
+        ("interrupted", "The coordinator was told to stop"),
+    ],
+)
+def test_a_run_that_ended_with_the_round_open(event, said):
+    _, text = begun().add(20, event, reason="enough").explained(now=9999)
+    assert said in text
+    assert "deadline" not in text
+
+
+def test_other_runs_are_left_out():
+    story = begun().add(20, "counted", run="other", round=7, worker="a", num_examples=1)
+    story.add(21, "gone", run="other", worker="c", silent_s=1.0)
+    told, _ = story.explained(now=30)
+    assert not told.answers
+    assert told.missing == ["a", "b", "c"]
+
+
+def test_a_round_whose_opening_is_forgotten():
+    story = Story().counted(13, "a", 1)
+    told, text = story.explained(now=20)
+    assert longest_wait(told) is None
+    assert text == "The opening of round 7 is not in the journal."
+    story.add(20, "committed", round=7, participants=["a"])
+    assert "its opening is not in the journal" in story.explained(now=30)[1]
+
+
+def test_which_round_is_meant():
+    story = begun().opened(20, 8)
+    story.events += Story("later").opened(30, 1).opened(40, 2).events
+    assert runs_of(story.events) == {"r": [7, 8], "later": [1, 2]}
+    assert _which(story.events, None, None) == ("later", 2)
+    assert _which(story.events, "r", None) == ("r", 8)
+    assert _which(story.events, "r", 7) == ("r", 7)
+    with pytest.raises(
+        UsageError, match="round 9 of run later is not .*; r has 7-8; later has 1-2"
+    ):
+        _which(story.events, None, 9)
+    with pytest.raises(UsageError, match="run x is not in the journal; there are r, later"):
+        _which(story.events, "x", None)
+    with pytest.raises(UsageError, match="no run yet"):
+        _which([], None, None)
+    with pytest.raises(UsageError, match="opened no round yet"):
+        _which(Story().add(0, "started").events, None, None)
+    assert _spans([3, 1, 2, 9]) == "1-3, 9"
+
+
+def test_as_data():
+    told, text = begun().counted(13, "a", 1).add(14, "left", worker="b", reason="bye").explained(20)
+    data = as_dict(told)
+    assert data["says"] == text.splitlines()
+    assert data["open"] is True
+    assert data["left_s"] == pytest.approx(590)
+    assert [one["worker"] for one in data["missing"]] == ["b", "c"]
+    assert data["answers"] == [
+        {
+            "worker": "a",
+            "at": at(13).isoformat(timespec="milliseconds"),
+            "num_examples": 80,
+            "train_s": 1.5,
+        }
+    ]
+
+
+# --- whatever is in a journal -------------------------------------------------------------------
+
+EVENTS = """started resumed connected reconnected disconnected standby joined left gone refused
+failure
+init first_weights classes opened reopened closed counted late duplicate resend rejected committed
+evaluated waiting disk finished stopped interrupted gap other""".split()
+_worker = st.sampled_from(["a", "b", "c"])
+_odd = (
+    st.none()
+    | st.booleans()
+    | st.text(max_size=3)
+    | st.floats()
+    | st.lists(st.integers(), max_size=2)
+)
+_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "round": st.sampled_from([1, 2]) | _odd,
+        "worker": _worker | _odd,
+        "asked": st.lists(_worker, max_size=3) | _odd,
+        "participants": st.lists(_worker, max_size=3) | _odd,
+        "needed": st.integers(-1, 3) | _odd,
+        "updates": st.integers(0, 3) | _odd,
+        "num_examples": st.integers() | _odd,
+        "train_s": st.floats() | _odd,
+        "deadline_s": st.floats() | _odd,
+        "silent_s": st.floats() | _odd,
+        "reason": st.text(max_size=5) | _odd,
+        "loss": st.floats() | _odd,
+        "metrics": st.dictionaries(st.text(max_size=3), st.floats() | _odd, max_size=2) | _odd,
+        "timings": st.dictionaries(st.sampled_from(["fold_s", "average_s"]), _odd) | _odd,
+    },
+)
+_times = st.floats(-100, 1e6).map(lambda s: at(s).isoformat()) | st.sampled_from(
+    ["", "never", "2026-03-01T12:00:00", "0001-01-01T00:00:00+00:00", "9999-12-31T23:59:59+00:00"]
+)
+_event = st.builds(
+    lambda event, time, run, fields: Event(
+        federation="f", event=event, time=time, session="s", number=1, run=run, fields=fields
+    ),
+    st.sampled_from(EVENTS),
+    _times,
+    st.sampled_from(["r", "q", None]),
+    _fields,
+)
+
+
+@given(st.lists(_event, max_size=30), st.integers(1, 2), st.floats(-100, 1e6))
+def test_no_journal_is_too_strange_to_be_explained(events, number, now):
+    told = explain(events, "r", number, at(now))
+    assert all(isinstance(line, str) for line in sentences(told))
+    data = as_dict(told)
+    assert {one["worker"] for one in data["missing"]}.isdisjoint(told.answers)
+    for have in runs_of(events).values():
+        assert len(have) == len(set(have))

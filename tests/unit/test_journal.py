@@ -1,0 +1,392 @@
+"""The journal: what is kept, in which order, whatever the broker does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_common.errors import LinkLost, UsageError
+from fluffle_common.memory import MemoryBroker, MemoryLink
+from fluffle_common.messages import Event
+from fluffle_common.topology import Topology
+from fluffle_common.transport import Full, Link, Properties, Unroutable
+from fluffle_common.wire import decode, encode
+from fluffle_coordinator.journal import Journal
+from fluffle_coordinator.journal_reading import read_journal
+from fluffle_coordinator.view import _SENTENCES, sentence
+
+TOPOLOGY = Topology("f")
+PATIENCE_S = 20.0
+
+
+class Faulty:
+    """A link on which publishing fails as told: one outcome a publish, then all goes well."""
+
+    def __init__(self, link: Link, outcomes: Sequence[Exception | None]) -> None:
+        self._link, self._outcomes = link, list(outcomes)
+        self.in_flight = self.most_in_flight = 0
+
+    async def publish(
+        self, body: bytes, properties: Properties, *, exchange: str, keys: Sequence[str]
+    ) -> None:
+        outcome = self._outcomes.pop(0) if self._outcomes else None
+        self.in_flight += 1
+        self.most_in_flight = max(self.in_flight, self.most_in_flight)
+        try:
+            if not isinstance(outcome, Full | Unroutable):  # what is lost may be there all the same
+                await self._link.publish(body, properties, exchange=exchange, keys=keys)
+            await asyncio.sleep(0)
+        finally:
+            self.in_flight -= 1
+        if outcome is not None:
+            raise outcome
+
+
+@pytest.fixture
+async def broker() -> MemoryBroker:
+    made = MemoryBroker()
+    link = await made.open()
+    await link.declare(TOPOLOGY.shared())
+    await link.close()
+    return made
+
+
+@contextlib.asynccontextmanager
+async def published(journal: Journal, link: Any) -> AsyncIterator[asyncio.Task[None]]:
+    """Publish what the journal is told, until the end of the block."""
+    task = asyncio.create_task(journal.publish(link))
+    await asyncio.sleep(0)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def drained(journal: Journal) -> None:
+    await journal.drained(PATIENCE_S)
+
+
+def raw(broker: MemoryBroker) -> list[Event]:
+    """Return everything in the stream, with what was sent twice."""
+    found = [decode(stored.body, "f")[0] for stored in broker.queues[TOPOLOGY.journal].ready]
+    assert all(isinstance(event, Event) for event in found)
+    return found  # type: ignore[return-value]
+
+
+async def read(broker: MemoryBroker, **how: Any) -> list[Event]:
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        contextlib.aclosing(read_journal(broker, TOPOLOGY, **how)) as events,
+    ):
+        return [event async for event in events]
+
+
+def names(events: Sequence[Event]) -> list[str]:
+    return [event.event for event in events]
+
+
+# --- publishing --------------------------------------------------------------------------------
+
+
+async def test_what_was_told_before_there_was_a_link_comes_first(broker):
+    journal = Journal(TOPOLOGY)
+    journal.tell("started", {"run": "r1", "folder": "runs/f"})
+    async with published(journal, await broker.open()):
+        journal.tell("connected", {"address": "amqp://host/"})
+        journal.tell("opened", {"round": 1, "asked": ["a", "b"], "needed": 2})
+        await drained(journal)
+    started, connected, opened = await read(broker)
+    assert names([started, connected, opened]) == ["started", "connected", "opened"]
+    assert [event.number for event in (started, connected, opened)] == [1, 2, 3]
+    assert {event.session for event in (started, connected, opened)} == {started.session}
+    assert {event.run for event in (started, connected, opened)} == {"r1"}
+    assert started.moment is not None
+    assert connected.fields == {}  # the address is no news to who reads there
+    assert opened.fields == {"round": 1, "asked": ["a", "b"], "needed": 2}
+
+
+async def test_an_event_shows_in_the_brokers_own_pages(broker):
+    journal = Journal(TOPOLOGY)
+    async with published(journal, await broker.open()):
+        journal.tell("counted", {"round": 3, "worker": "a", "num_examples": 5})
+        await drained(journal)
+    (stored,) = broker.queues[TOPOLOGY.journal].ready
+    (event,) = raw(broker)
+    assert stored.properties.type == "event"
+    assert stored.properties.message_id == f"event/{event.session}/1"
+    assert dict(stored.properties.headers) == {"event": "counted", "round": 3, "worker": "a"}
+    assert stored.properties.durable
+
+
+async def test_two_processes_have_two_sessions(broker):
+    for _ in range(2):
+        journal = Journal(TOPOLOGY)
+        async with published(journal, await broker.open()):
+            journal.tell("started", {"run": "r"})
+            await drained(journal)
+    one, two = await read(broker)
+    assert one.session != two.session
+    assert one.number == two.number == 1
+
+
+async def test_what_was_not_confirmed_is_sent_again_under_the_same_identity(broker):
+    journal = Journal(TOPOLOGY)
+    for number in range(1, 6):
+        journal.tell("opened", {"round": number})
+    first = Faulty(await broker.open(), [None, None, LinkLost("x"), LinkLost("x")])
+    with pytest.raises(LinkLost):
+        await journal.publish(first)  # type: ignore[arg-type]
+    assert first.most_in_flight > 1  # not one after the other
+    async with published(journal, await broker.open()):
+        journal.tell("opened", {"round": 6})
+        await drained(journal)
+    assert len(raw(broker)) > 6
+    events = await read(broker)
+    assert [event.fields["round"] for event in events] == [1, 2, 3, 4, 5, 6]
+    assert [event.number for event in events] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_cancelled_while_events_are_on_their_way_it_loses_none(broker):
+    journal = Journal(TOPOLOGY)
+    gate = asyncio.Event()
+
+    class Held(Faulty):
+        async def publish(self, *args: Any, **kwargs: Any) -> None:
+            await gate.wait()
+
+    async with published(journal, Held(await broker.open(), [])):
+        journal.tell("opened", {"round": 1})
+        journal.tell("opened", {"round": 2})
+        await asyncio.sleep(0)
+    assert raw(broker) == []
+    async with published(journal, await broker.open()):
+        await drained(journal)
+    assert [event.fields["round"] for event in raw(broker)] == [1, 2]
+
+
+async def test_more_than_can_be_kept_drops_the_oldest_and_says_how_many(broker):
+    journal = Journal(TOPOLOGY, capacity=3)
+    for number in range(1, 8):
+        journal.tell("opened", {"round": number})
+    async with published(journal, await broker.open()):
+        await drained(journal)
+        journal.tell("opened", {"round": 8})
+        await drained(journal)
+    events = await read(broker)
+    assert names(events) == ["gap", *["opened"] * 4]
+    assert events[0].fields == {"dropped": 4}
+    assert [event.fields["round"] for event in events[1:]] == [5, 6, 7, 8]
+    assert [event.number for event in events] == [1, 2, 3, 4, 5]
+    assert sentence("gap", events[0].fields).startswith("4 events")
+
+
+@pytest.mark.parametrize("wrong", [Full("no room"), Unroutable("no stream")])
+async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
+    journal = Journal(TOPOLOGY)
+    async with published(journal, Faulty(await broker.open(), [wrong] * 3)) as task:
+        for number in range(1, 4):
+            journal.tell("opened", {"round": number})
+        await drained(journal)
+        assert raw(broker) == []
+        journal.tell("opened", {"round": 4})
+        await drained(journal)
+        assert not task.done()
+    gap, opened = await read(broker)
+    assert (gap.event, gap.fields) == ("gap", {"dropped": 3})
+    assert opened.fields == {"round": 4}
+
+
+async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
+    journal = Journal(TOPOLOGY)
+    journal.tell("finished", {"reason": "2 rounds are done"})
+    await drained(journal)  # no link: nothing to wait for
+    assert raw(broker) == []
+    never = asyncio.Event()
+
+    class Stuck(Faulty):
+        async def publish(self, *args: Any, **kwargs: Any) -> None:
+            await never.wait()
+
+    async with published(journal, Stuck(await broker.open(), [])):
+        await journal.drained(0.01)  # it does not answer: not for ever
+    async with published(journal, await broker.open()):
+        await drained(journal)
+    assert names(raw(broker)) == ["finished"]
+
+
+async def test_a_value_that_cannot_be_packed_is_told_in_words(broker):
+    journal = Journal(TOPOLOGY)
+    async with published(journal, await broker.open()):
+        journal.tell("odd", {"what": object(), "round": 1})
+        journal.tell("opened", {"round": 2})
+        await drained(journal)
+    odd, opened = await read(broker)
+    assert "object" in odd.fields["what"]
+    assert opened.fields == {"round": 2}
+
+
+async def test_what_lasts_is_kept_when_it_changes_and_attempts_are_not_kept(broker):
+    journal = Journal(TOPOLOGY)
+    told = [
+        ("no_broker", {"reason": "refused", "pause_s": 0.2}),
+        ("waiting", {"reason": "round 1: 1 of 2 updates, 590 s to the deadline; w1 training 3/10"}),
+        ("waiting", {"reason": "round 1: 1 of 2 updates, 580 s to the deadline; w1 training 9/10"}),
+        ("waiting", {"reason": "round 1: 1 of 2 updates, 570 s to the deadline; w1 is gone"}),
+        ("waiting", {"reason": "round 1: 1 of 2 updates, 560 s to the deadline; w2 is gone"}),
+        ("standby", {"what": "runs/f"}),
+        ("standby", {"what": "runs/f"}),
+    ]
+    async with published(journal, await broker.open()):
+        for what, fields in told:
+            journal.tell(what, fields)
+        await drained(journal)
+    events = await read(broker)
+    assert names(events) == ["waiting", "waiting", "waiting", "standby"]
+    assert [event.fields["reason"][-10:] for event in events[:3]] == [
+        "ining 3/10",
+        "w1 is gone",
+        "w2 is gone",
+    ]
+
+
+@given(
+    st.lists(st.sampled_from(["tell", "tell", "link", "cut", "run"]), max_size=40),
+    st.integers(1, 6),
+)
+def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped(steps, capacity):
+    async def play() -> None:
+        broker = MemoryBroker()
+        link: MemoryLink | None = None
+        await (await broker.open()).declare(TOPOLOGY.shared())
+        journal = Journal(TOPOLOGY, capacity=capacity)
+        task: asyncio.Task[None] | None = None
+        told = 0
+        for step in [*steps, "link", "tell"]:
+            if step == "tell":
+                told += 1
+                journal.tell("opened", {"round": told})
+            elif step == "cut" and link is not None and task is not None:
+                link.cut()
+                task.cancel()  # as whatever else uses the link would have it
+                await asyncio.gather(task, return_exceptions=True)
+                link = task = None
+            elif step == "link" and task is None:
+                link = await broker.open()
+                task = asyncio.create_task(journal.publish(link))
+            elif step == "run":
+                for _ in range(3):
+                    await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await drained(journal)
+        assert task is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        events = await read(broker)
+        assert [event.number for event in events] == list(range(1, len(events) + 1))
+        rounds = [event.fields["round"] for event in events if event.event == "opened"]
+        assert rounds == sorted(set(rounds))
+        dropped = sum(event.fields.get("dropped", 0) for event in events)
+        assert len(rounds) + dropped == told
+        assert rounds[-1] == told
+
+    asyncio.run(play())
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def entry(number: int, time: datetime, session: str = "s", **fields: Any) -> bytes:
+    event = Event(
+        federation="f",
+        event="opened",
+        time=time.isoformat(timespec="milliseconds"),
+        session=session,
+        number=number,
+        run="r",
+        fields=fields,
+    )
+    return encode(event)
+
+
+async def put(broker: MemoryBroker, *bodies: bytes) -> None:
+    link = await broker.open()
+    for body in bodies:
+        await link.publish(body, Properties(), exchange="", keys=[TOPOLOGY.journal])
+    await link.close()
+
+
+async def test_what_is_no_event_is_passed_over(broker):
+    now = datetime.now(UTC)
+    foreign = entry(2, now).replace(b"\xaafederation\xa1f", b"\xaafederation\xa1g")
+    await put(broker, b"rubbish", foreign, entry(1, now, round=1))
+    assert [event.fields for event in await read(broker)] == [{"round": 1}]
+
+
+async def test_reading_since_a_moment(broker):
+    now = datetime.now(UTC)
+    times = [now - timedelta(minutes=minutes) for minutes in (50, 40, 0)]
+    await put(broker, *(entry(number, time) for number, time in enumerate(times, start=1)))
+    found = await read(broker, since=now - timedelta(minutes=45))
+    assert [event.number for event in found] == [2, 3]
+    assert await read(broker, since=now + timedelta(minutes=5)) == []
+
+
+async def test_an_empty_journal_has_no_events_and_a_missing_one_says_so(broker):
+    assert await read(broker) == []
+    with pytest.raises(UsageError, match="federation f has no journal"):
+        await read(MemoryBroker())
+
+
+async def test_a_live_reader_goes_on_after_an_outage_without_repeating_itself(broker):
+    now = datetime.now(UTC)
+    seen: asyncio.Queue[int] = asyncio.Queue()
+    waited: list[str] = []
+
+    async def follow() -> None:
+        def waiting(why: str, _: float) -> None:
+            waited.append(why)
+
+        async for event in read_journal(broker, TOPOLOGY, live=True, waiting=waiting):
+            seen.put_nowait(event.number)
+
+    task = asyncio.create_task(follow())
+    async with asyncio.timeout(PATIENCE_S):
+        await put(broker, entry(1, now), entry(2, now))
+        assert [await seen.get(), await seen.get()] == [1, 2]
+        for link in list(broker.links):
+            link.cut()
+        await put(broker, entry(2, now), entry(3, now))  # 2 was not confirmed to its sender
+        assert await seen.get() == 3
+        assert waited
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+# --- sentences ---------------------------------------------------------------------------------
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+KEYS = sorted(
+    {"round", "worker", "reason", "num_examples", "loss", "metrics", "silent_s", "pause_s", "asked"}
+)
+
+
+@given(
+    st.sampled_from(sorted(_SENTENCES)) | st.text(max_size=10),
+    st.dictionaries(st.sampled_from(KEYS), anything),
+)
+def test_there_is_a_sentence_for_every_event_whatever_it_carries(what, fields):
+    assert isinstance(sentence(what, fields), str)

@@ -1,0 +1,192 @@
+"""What was refused, over the broker in memory: listed, sent again, thrown away, counted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from fluffle_broker.rejected import destination, dropped, kept, one, purge, requeue
+from fluffle_common.errors import MalformedMessage, UsageError
+from fluffle_common.management import QueueFigures
+from fluffle_common.memory import MemoryBroker, MemoryLink
+from fluffle_common.messages import Update
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import reject
+from fluffle_common.transport import Properties
+from fluffle_common.wire import encode
+
+TOPOLOGY = Topology("f")
+
+
+@pytest.fixture
+async def link() -> AsyncIterator[MemoryLink]:
+    opened = await MemoryBroker().open()
+    await opened.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w1")])
+    yield opened
+    await opened.close()
+
+
+def body(number: int) -> bytes:
+    told = {"run": "r", "round": number, "worker": "w1", "num_examples": 1, "seconds": 0}
+    return encode(Update(federation="f", **told))
+
+
+async def refuse(link: MemoryLink, queue: str, message: bytes, **properties: object) -> None:
+    """Let a message be refused as a coordinator or a worker does it."""
+    sent = Properties(**{"type": "update", "headers": {"worker": "w1"}, **properties})
+    await link.publish(message, sent, exchange="", keys=[queue])
+    wrong = MalformedMessage("it is of run other", "run")
+    await reject(link, await link.get(queue), wrong, TOPOLOGY.rejected)
+
+
+async def refuse_updates(link: MemoryLink, count: int) -> None:
+    for number in range(1, count + 1):
+        await refuse(link, TOPOLOGY.updates, body(number), message_id=f"m{number}")
+
+
+async def ready(link: MemoryLink, queue: str = TOPOLOGY.rejected) -> int:
+    return (await link.counts(queue)).ready
+
+
+async def test_what_was_refused_is_listed_with_why_and_stays(link):
+    await refuse_updates(link, 3)
+    await refuse(link, TOPOLOGY.updates, b"junk", type="", headers={})
+    for _ in range(2):
+        found = await kept(link, TOPOLOGY)
+    assert [(m.number, m.cause, m.reason, m.queue) for m in found] == [
+        (n, "run", "it is of run other", "f.updates") for n in (1, 2, 3, 4)
+    ]
+    assert [(m.reading.kind, m.reading.worker) for m in found[2:]] == [
+        ("update", "w1"),
+        ("unknown", None),
+    ]
+    assert found[0].rejected_at.startswith("20")
+    assert all(message.reading.size_bytes for message in found)
+    assert await ready(link) == 4
+
+
+async def test_one_is_shown_in_full_and_stays(link):
+    await refuse_updates(link, 3)
+    assert (await one(link, TOPOLOGY, 2)).reading.round == 2
+    assert await ready(link) == 3
+    for number in (4, 50):
+        with pytest.raises(UsageError, match=f"no message {number}.*1 to 3"):
+            await one(link, TOPOLOGY, number)
+    assert await ready(link) == 3
+
+
+async def test_one_is_sent_again_as_its_sender_sent_it(link):
+    await refuse_updates(link, 3)
+    (done,) = await requeue(link, TOPOLOGY, {2})
+    assert (done.exchange, done.key, done.left) == ("f.results", "update.w1", None)
+    again = await link.get(TOPOLOGY.updates)
+    assert again.body == body(2)
+    assert (again.properties.type, again.properties.message_id) == ("update", "m2")
+    assert again.properties.headers == {"worker": "w1"}
+    assert [m.reading.round for m in await kept(link, TOPOLOGY)] == [1, 3]
+
+
+async def test_all_are_sent_again_but_what_comes_back_meanwhile(link):
+    await refuse_updates(link, 3)
+    assert [done.left for done in await requeue(link, TOPOLOGY, None)] == [None] * 3
+    assert (await ready(link), await ready(link, TOPOLOGY.updates)) == (0, 3)
+
+
+@pytest.mark.parametrize("numbers", [{0}, {4}, {1, 9}])
+async def test_a_number_that_is_not_there_sends_nothing(link, numbers):
+    await refuse_updates(link, 3)
+    with pytest.raises(UsageError, match="there is no message"):
+        await requeue(link, TOPOLOGY, numbers)
+    assert (await ready(link), await ready(link, TOPOLOGY.updates)) == (3, 0)
+
+
+async def test_what_has_no_way_back_stays_and_says_why(link):
+    await refuse(link, TOPOLOGY.inbox("w1"), b"mail", type="fit")
+    await link.publish(b"?", Properties(), exchange="", keys=[TOPOLOGY.rejected])
+    link._broker.delete(TOPOLOGY.inbox("w1"))
+    await refuse_updates(link, 1)
+    gone, unknown, fine = await requeue(link, TOPOLOGY, None)
+    assert gone.left == "f.inbox.w1 is not there any more"
+    assert unknown.left == "nothing tells where it came from"
+    assert fine.left is None
+    assert [m.number for m in await kept(link, TOPOLOGY)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("headers", "kind", "expected"),
+    [
+        ({"from": "f.updates", "worker": "w1"}, "update", ("f.results", "update.w1")),
+        ({"from": "f.updates", "worker": "w1"}, "fit", ("", "f.updates")),
+        ({"from": "f.updates"}, "", ("", "f.updates")),
+        ({"from": "f.presence", "worker": "w1"}, "hello", ("f.results", "hello.w1")),
+        ({"from": "f.inbox.w.1"}, "fit", ("f.work", "w.1")),
+        ({"from": "f.outbox.w1"}, "part", ("f.results", "part.w1")),
+        ({"from": "other.updates"}, "update", None),
+        ({"x-first-death-queue": "f.updates"}, "", ("", "f.updates")),
+        ({"worker": "w1"}, "update", ("f.results", "update.w1")),
+        ({"worker": "w1"}, "fit", None),
+        ({}, "update", None),
+    ],
+)
+async def test_the_way_back(link, headers, kind, expected):
+    sent = Properties(type=kind, headers=headers)
+    await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
+    (message,) = await kept(link, TOPOLOGY)
+    assert destination(message, TOPOLOGY) == expected
+
+
+async def test_what_rabbitmq_itself_put_there_says_so(link):
+    sent = Properties(headers={"x-first-death-reason": "maxlen"})
+    await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
+    (message,) = await kept(link, TOPOLOGY)
+    assert (message.reason, message.cause) == ("RabbitMQ dropped it (maxlen)", "unknown")
+
+
+async def test_all_are_thrown_away(link):
+    await refuse_updates(link, 3)
+    assert await purge(link, TOPOLOGY) == 3
+    assert await purge(link, TOPOLOGY) == 0
+    assert await ready(link) == 0
+
+
+async def test_a_quorum_queue_is_not_looked_at_but_emptied(link):
+    quorum = Topology("q", "quorum")
+    await link.declare(quorum.shared())
+    sent = Properties(type="update", headers={"worker": "w1", "from": "q.updates"})
+    await link.publish(b"x", sent, exchange="", keys=["q.rejected"])
+    with pytest.raises(UsageError, match="not a classic queue"):
+        await kept(link, Topology("q"))
+    (done,) = await requeue(link, Topology("q"), None)
+    assert done.left is None
+
+
+async def test_a_federation_that_is_not_there(link):
+    with pytest.raises(UsageError, match="nobody of federation g"):
+        await kept(link, Topology("g"))
+
+
+# --- what the bound dropped ----------------------------------------------------------------------
+
+FIGURES = QueueFigures(
+    "f.rejected", "", ready=1000, unacknowledged=0, consumers=0, size_bytes=0,
+    published=10_000, settled=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("figures", "kept_now", "expected"),
+    [
+        (FIGURES, 1000, 9000),
+        (replace(FIGURES, settled=40, ready=960), 960, 9000),
+        (replace(FIGURES, published=1000), 1000, 0),
+        (FIGURES, 990, None),  # they are behind
+        (replace(FIGURES, ready=0), 1000, None),
+        (replace(FIGURES, published=3), 1000, None),  # the broker was started again
+        (replace(FIGURES, published=None, settled=None), 1000, None),
+        (None, 1000, None),
+    ],
+)
+def test_what_was_dropped_is_counted_or_said_not_to_be_known(figures, kept_now, expected):
+    assert dropped(figures, kept_now) == expected

@@ -1,0 +1,352 @@
+"""Updates kept as they came, and the average computed again from them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fluffle_common.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
+from fluffle_common.errors import UsageError
+from fluffle_common.memory import MemoryBroker
+from fluffle_common.messages import Update
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import Route, send_tensors
+from fluffle_common.wire import decode
+from fluffle_coordinator import aggregation as module
+from fluffle_coordinator import kept, replay
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.aggregation import Aggregation, Held
+from fluffle_coordinator.run_cli import replay as replay_command
+from fluffle_coordinator.store import RunStore
+
+RUN = "abc"
+TOPOLOGY = Topology("letters")
+LARGE = 1_200_000  # float32 values: more than one part
+
+
+def base() -> dict[str, np.ndarray]:
+    """Return a small model of every kind of tensor that is averaged in its own way."""
+    numbers = np.random.default_rng(0)
+    return {
+        "w": numbers.normal(size=(5, 3)).astype(np.float32),
+        "d": numbers.normal(size=4),
+        "h": numbers.normal(size=3).astype(np.float16),
+        "n": np.array([3, -7], np.int32),
+        "s": np.array(0.5, np.float32),
+        "none": np.zeros((0, 2), np.float32),
+    }
+
+
+def delta(seed: int, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    numbers = np.random.default_rng(seed)
+    return {
+        name: numbers.integers(-9, 9, one.shape)
+        if one.dtype.kind == "i"
+        else np.asarray(numbers.normal(size=one.shape), one.dtype)
+        for name, one in weights.items()
+    }
+
+
+class Run:
+    """An aggregation at work, fed by hand over the broker in memory."""
+
+    def __init__(self, folder: Path, weights: dict[str, np.ndarray], *, keep: bool = True) -> None:
+        self.store, self.weights = RunStore(folder), weights
+        self.events: asyncio.Queue[rs.Event] = asyncio.Queue()
+        self.told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        self.aggregation = Aggregation(
+            self.store,
+            TOPOLOGY,
+            weights,
+            max_model_bytes=2**30,
+            link=lambda: self.link,
+            metadata=lambda number: {"run": RUN, "round": str(number)},
+            tell=lambda what, fields: self.told.put_nowait((what, fields)),
+            post=self.events.put_nowait,
+            keep_updates=keep,
+        )
+
+    async def begin(self) -> None:
+        self.link = await MemoryBroker().open()
+        await self.link.declare(TOPOLOGY.shared())
+
+    async def fold(self, worker: str, number: int, seed: int, num_examples: int) -> Held:
+        """Send an update and give it to the aggregation, without waiting for it."""
+        await self.link.declare(TOPOLOGY.of_worker(worker))
+        message = Update(
+            federation="letters", run=RUN, round=number, worker=worker,
+            num_examples=num_examples, seconds=1.0,
+        )  # fmt: skip
+        tensors = delta(seed, self.weights)
+        outbox = Route("", [TOPOLOGY.outbox(worker)])
+        await send_tensors(self.link, message, tensors, Route("", [TOPOLOGY.updates]), parts=outbox)
+        delivery = await self.link.get(TOPOLOGY.updates)
+        assert delivery is not None
+        told, payload = decode(delivery.body)
+        assert isinstance(told, Update)
+        held = Held(delivery, told, payload)
+        self.aggregation.fold(held, worker)
+        return held
+
+    async def commit(self, number: int) -> None:
+        await self.aggregation.drained()
+        self.aggregation.commit(number)
+        await self.aggregation.drained()
+        assert self.aggregation.weights is not None
+        self.weights = self.aggregation.weights
+
+
+@contextlib.asynccontextmanager
+async def at_work(run: Run) -> AsyncIterator[Run]:
+    await run.begin()
+    task = asyncio.create_task(run.aggregation.run())
+    try:
+        yield run
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def two_rounds(folder: Path, weights: dict[str, np.ndarray], *, keep: bool = True) -> None:
+    """Commit two rounds of three workers whose sum depends on the order they came in."""
+    run = Run(folder, weights, keep=keep)
+    run.store.load("letters")
+    run.store.save_weights(0, weights, {"run": RUN})
+    async with at_work(run):
+        for number, order in ((1, ("c", "a", "b.x-1")), (2, ("a", "b.x-1", "c"))):
+            for place, worker in enumerate(order):
+                await run.fold(worker, number, 10 * number + place, 3 + 4 * place)
+            await run.commit(number)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Make a run of two rounds whose updates were kept."""
+    asyncio.run(two_rounds(tmp_path / "run", base()))
+    return tmp_path / "run"
+
+
+def files(folder: Path, number: int) -> list[str]:
+    return sorted(path.name for path in kept.round_folder(folder, number).iterdir())
+
+
+# --- keeping -----------------------------------------------------------------------------------
+
+
+def test_updates_are_kept_in_the_order_of_the_sum(folder):
+    assert files(folder, 1) == ["0001-c.msgpack", "0002-a.msgpack", "0003-b.x-1.msgpack"]
+    assert files(folder, 2) == ["0001-a.msgpack", "0002-b.x-1.msgpack", "0003-c.msgpack"]
+
+
+async def test_an_update_is_kept_byte_for_byte(tmp_path):
+    run = Run(tmp_path, base())
+    async with at_work(run):
+        held = await run.fold("a", 1, 1, 5)
+        body = bytes(held.delivery.body)
+        await run.aggregation.drained()
+    assert kept.update_path(tmp_path, 1, 1, "a").read_bytes() == body
+    assert held.delivery.body == b""  # and is let go of in memory
+
+
+async def test_nothing_is_kept_unless_asked_for(tmp_path):
+    await two_rounds(tmp_path, base(), keep=False)
+    assert not (tmp_path / "updates").exists()
+
+
+async def test_what_is_refused_is_not_kept(tmp_path):
+    run = Run(tmp_path, base())
+    async with at_work(run):
+        run.weights = {**run.weights, "w": np.full((5, 3), np.nan, np.float32)}
+        run.weights["more"] = np.zeros(1)
+        await run.fold("a", 1, 1, 5)
+        await run.aggregation.drained()
+        assert isinstance(await run.events.get(), rs.FoldFailed)
+        run.weights = base()
+        await run.fold("b", 1, 2, 5)
+        await run.aggregation.drained()
+    assert files(tmp_path, 1) == ["0001-b.msgpack"]
+
+
+async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_DISK_RETRY_S", 0.0)
+    full, keep_update = [True], kept.keep_update
+
+    def refuses(path: Path, body: bytes, payload: memoryview | None) -> None:
+        if full[0]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        keep_update(path, body, payload)
+
+    monkeypatch.setattr(kept, "keep_update", refuses)
+    run = Run(tmp_path, base())
+    async with at_work(run):
+        await run.fold("a", 1, 1, 5)
+        what, fields = await run.told.get()
+        assert (what, fields["reason"]) == ("disk", "No space left on device")
+        assert run.events.empty()  # it is not counted before it is kept
+        assert files(tmp_path, 1) == []
+        full[0] = False
+        assert isinstance(await run.events.get(), rs.Folded)
+        await run.commit(1)
+    assert files(tmp_path, 1) == ["0001-a.msgpack"]
+
+
+def test_a_half_written_file_never_has_the_name(tmp_path, monkeypatch):
+    path = kept.update_path(tmp_path, 1, 1, "a")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+    with pytest.raises(OSError, match="bad"):
+        kept.keep_update(path, b"body", memoryview(b"payload"))
+    assert files(tmp_path, 1) == []
+
+
+def test_after_a_crash_an_uncommitted_round_is_begun_afresh(folder):
+    body = kept.update_path(folder, 2, 1, "a").read_bytes()
+    kept.keep_update(kept.update_path(folder, 3, 1, "a"), body, None)
+    (kept.round_folder(folder, 3) / "0002-c.msgpack.partial").write_bytes(b"half")
+    RunStore(folder).load("letters")
+    assert not kept.round_folder(folder, 3).exists()
+    assert len(files(folder, 2)) == 3
+
+
+# --- replaying ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_round_is_equal_bit_by_bit(folder, number):
+    found = replay.replay(folder, number)
+    assert found.equal
+    assert [tensor.name for tensor in found.tensors] == sorted(base())
+    assert found.participants[0] == (("c" if number == 1 else "a"), 3)
+    for tensor in found.tensors:
+        assert tensor.replayed == replay.Distance(True, 0, 0.0, 0)
+        assert tensor.second_opinion.ulps <= (8 if tensor.dtype == "float64" else 1)
+
+
+async def test_an_update_in_parts_is_kept_and_replayed(tmp_path):
+    await two_rounds(tmp_path, {"w": np.ones(LARGE, np.float32)})
+    assert len(files(tmp_path, 1)) == 6
+    assert (kept.round_folder(tmp_path, 1) / "0001-c.payload").stat().st_size == 4 * LARGE
+    assert replay.replay(tmp_path, 2).equal
+    (kept.round_folder(tmp_path, 2) / "0001-a.payload").unlink()
+    with pytest.raises(UsageError, match=r"update of a is missing its tensors.*0001-a\.payload"):
+        replay.replay(tmp_path, 2)
+
+
+def test_the_order_is_that_of_the_history(folder):
+    """The same updates in another order are not looked for: their names say their places."""
+    history = folder / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    lines[0]["participants"].reverse()
+    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UsageError, match=r"update of b\.x-1 is missing"):
+        replay.replay(folder, 1)
+
+
+@pytest.mark.parametrize("of", ["update", "checkpoint"])
+def test_one_altered_bit_is_found_and_its_tensor_named(folder, of):
+    if of == "update":
+        path = kept.update_path(folder, 1, 2, "a")
+        message, payload = decode(path.read_bytes())
+        (entry,) = [one for one in message.tensors if one.name == "w"]
+        at = path.stat().st_size - len(payload) + entry.offset + 2  # of the first value's fraction
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    else:
+        path = folder / checkpoint_name(1)
+        weights, metadata = read_checkpoint(path)
+        weights["w"] = weights["w"].copy()
+        weights["w"][0, 0] = np.nextafter(weights["w"][0, 0], np.float32(9))
+        save_checkpoint(path, weights, metadata)
+    found = replay.replay(folder, 1)
+    assert not found.equal
+    assert [tensor.name for tensor in found.tensors if not tensor.replayed.equal] == ["w"]
+    (tensor,) = [tensor for tensor in found.tensors if tensor.name == "w"]
+    assert tensor.replayed.different == 1
+    assert tensor.replayed.largest > 0
+    assert tensor.replayed.ulps >= 1
+    assert not tensor.second_opinion.equal
+    if of == "checkpoint":
+        assert tensor.replayed.ulps == 1
+
+    shown = CliRunner().invoke(replay_command, [str(folder), "--round", "1"])
+    assert shown.exit_code == 1
+    assert "DIFFERENT: 1 of 6 tensors are not what was committed: w\n" in shown.output
+    as_json = CliRunner().invoke(replay_command, [str(folder), "--round", "1", "--json"])
+    assert as_json.exit_code == 1
+    told = json.loads(as_json.output)
+    assert [one["name"] for one in told["tensors"] if not one["replayed"]["equal"]] == ["w"]
+
+
+def test_a_checkpoint_that_is_not_finite_is_different_and_still_json(folder):
+    path = folder / checkpoint_name(1)
+    weights, metadata = read_checkpoint(path)
+    save_checkpoint(path, {**weights, "d": np.full(4, np.nan)}, metadata)
+    told = CliRunner().invoke(replay_command, [str(folder), "--round", "1", "--json"])
+    (wrong,) = [one for one in json.loads(told.output)["tensors"] if not one["replayed"]["equal"]]
+    assert (wrong["name"], wrong["replayed"]["largest"]) == ("d", None)
+
+
+def test_the_equal_case_in_words(folder):
+    shown = CliRunner().invoke(replay_command, [str(folder), "--round", "2"])
+    assert shown.exit_code == 0
+    assert "equal: all 6 tensors are, bit by bit, what was committed" in shown.output
+    assert "a (3), b.x-1 (7), c (11)" in shown.output
+
+
+def test_a_missing_update_is_told_with_its_worker(folder):
+    kept.update_path(folder, 1, 3, "b.x-1").unlink()
+    with pytest.raises(
+        UsageError, match=r"the update of b\.x-1 is missing: .*0003-b\.x-1\.msgpack"
+    ):
+        replay.replay(folder, 1)
+
+
+def test_an_update_of_someone_else_or_none_at_all_is_told(folder):
+    path = kept.update_path(folder, 1, 1, "c")
+    path.write_bytes(kept.update_path(folder, 2, 3, "c").read_bytes())
+    with pytest.raises(UsageError, match="is not the update that was counted: .*'abc', 2, 'c', 11"):
+        replay.replay(folder, 1)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(UsageError, match="is not the update that was counted: not a msgpack array"):
+        replay.replay(folder, 1)
+
+
+def test_a_round_that_is_not_committed_and_a_run_without_updates_are_told(folder, tmp_path):
+    with pytest.raises(UsageError, match="round 3 .* is not committed; the last that is, is 2"):
+        replay.replay(folder, 3)
+    asyncio.run(two_rounds(tmp_path / "other", base(), keep=False))
+    with pytest.raises(UsageError, match="ran without --keep-updates"):
+        replay.replay(tmp_path / "other", 1)
+    (folder / checkpoint_name(0)).unlink()
+    with pytest.raises(UsageError, match=r"there is no model file .*round-0000"):
+        replay.replay(folder, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "one", "other", "ulps"),
+    [
+        (np.float32, 1.0, np.nextafter(np.float32(1), np.float32(0)), 1),
+        (np.float16, -1.0, 1.0, 2 * 0x3C00 + 1),
+        (np.float64, -0.0, 0.0, 1),
+        (np.float64, -np.inf, np.inf, 2 * 0x7FF0000000000000 + 1),
+        (np.int8, -128, 127, 255),
+        (np.uint16, 3, 65535, 65532),
+        (np.int64, -(2**63), 2**63 - 1, 2**64 - 1),
+    ],
+)
+def test_distances_count_the_values_in_between(dtype, one, other, ulps):
+    a, b = np.array([one, 1], dtype), np.array([other, 1], dtype)
+    assert replay.distance(a, b).ulps == replay.distance(b, a).ulps == ulps
+    assert replay.distance(a, b).different == 1
+    assert replay.distance(a, a).equal

@@ -1,0 +1,259 @@
+"""Following the traffic, over the broker in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluffle_broker import tap as tapping
+from fluffle_broker.reading import Reading
+from fluffle_broker.tap import Tap, Wanted, bindings, whom
+from fluffle_broker.tap_cli import Lines
+from fluffle_common.memory import MemoryBroker, MemoryLink
+from fluffle_common.messages import Bye, Evaluation, Fit, Heartbeat, Hello, Plan, Stop, Update
+from fluffle_common.topology import UPDATE_KINDS, Topology
+from fluffle_common.transfer import Route, send, send_tensors
+from fluffle_common.transport import Properties, Unroutable
+from fluffle_common.wire import PART_BYTES
+
+TOPOLOGY = Topology("f")
+UPDATES, PRESENCE = TOPOLOGY.updates, TOPOLOGY.presence
+
+
+def keys(wanted: Wanted, *existing: str) -> set[tuple[str, str]]:
+    bound = bindings(TOPOLOGY, wanted, "tap", existing)
+    assert {binding.queue for binding in bound} <= {"tap"}
+    return {(binding.exchange.removeprefix("f."), binding.key) for binding in bound}
+
+
+EVERYTHING = (UPDATES, PRESENCE, "f.inbox.w1", "f.outbox.w1")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "existing", "expected"),
+    [
+        (Wanted(), (), set()),
+        (Wanted(), (UPDATES,), {("results", f"{kind}.#") for kind in UPDATE_KINDS}),
+        (Wanted(), ("f.inbox.w.1",), {("work", "w.1")}),
+        (Wanted(), ("f.outbox.w1",), set()),
+        (Wanted(parts=True), ("f.outbox.w1",), {("results", "part.w1")}),
+        (
+            Wanted(frozenset({"update"})), EVERYTHING,
+            {("results", "update.#"), ("results", "hello.#"), ("results", "heartbeat.#")},
+        ),
+        (Wanted(frozenset({"update"}), "w1"), EVERYTHING, {("results", "update.w1")}),
+        (
+            Wanted(frozenset({"fit"}), "w1"), (*EVERYTHING, "f.inbox.w2"),
+            {("work", "w1")},
+        ),
+        (
+            Wanted(frozenset({"update"}), "w1", parts=True), EVERYTHING,
+            {("results", "update.w1"), ("results", "part.w1")},
+        ),
+    ],
+)  # fmt: skip
+def test_a_tap_is_bound_to_what_is_wanted_and_leads_somewhere_else_too(wanted, existing, expected):
+    assert keys(wanted, *existing) == expected
+
+
+class Watched:
+    """A tap that runs, on a broker in memory, and what it has shown."""
+
+    def __init__(self, broker: MemoryBroker, link: MemoryLink) -> None:
+        self.broker, self.link = broker, link
+        self.shown: list[Reading] = []
+        self._new = asyncio.Event()
+
+    def take(self, reading: Reading) -> None:
+        self.shown.append(reading)
+        self._new.set()
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                self._new.clear()
+                await self._new.wait()
+
+    @contextlib.asynccontextmanager
+    async def tap(self, wanted: Wanted, *workers: str) -> AsyncIterator[None]:
+        ready = asyncio.Event()
+        running = Tap(await self.broker.open(), TOPOLOGY, wanted, workers, self.take)
+        task = asyncio.create_task(running.run(ready.set))
+        try:
+            await asyncio.wait_for(ready.wait(), 20)
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+async def watched() -> Watched:
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w1"), *TOPOLOGY.of_worker("w2")])
+    return Watched(broker, link)
+
+
+def presence(kind: type[Hello | Heartbeat], worker: str) -> Hello | Heartbeat:
+    told = {"session": "s", "num_examples": 1, "task": "t", "heartbeat_s": 1.0}
+    return kind(federation="f", worker=worker, **told)
+
+
+def evaluation(worker: str) -> Evaluation:
+    return Evaluation(federation="f", run="r", round=1, worker=worker, num_examples=1, loss=0.5)
+
+
+STOP = Stop(federation="f", run="r", round=3, reason="the end")
+
+
+async def say(watched: Watched, message: Any) -> None:
+    await send(watched.link, message, Route(TOPOLOGY.results, [f"{message.kind}.{message.worker}"]))
+
+
+async def test_both_directions_are_shown_and_everyone_gets_their_mail(watched):
+    async with watched.tap(Wanted(), "w1", "w2"):
+        await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1", "w2"]))
+        await say(watched, evaluation("w2"))
+        await watched.until(lambda: len(watched.shown) == 2)
+    assert [(r.kind, whom(r)) for r in watched.shown] == [
+        ("stop", ("w1", "w2")),
+        ("evaluation", ("w2",)),
+    ]
+    for queue in ("f.inbox.w1", "f.inbox.w2", UPDATES):
+        assert (await watched.link.counts(queue)).ready == 1
+
+
+async def test_a_worker_that_comes_is_followed_from_then_on(watched):
+    async with watched.tap(Wanted()):
+        await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1"]))
+        await say(watched, presence(Heartbeat, "w1"))
+        async with asyncio.timeout(20):
+            while not watched.shown:  # from the moment on when it is bound
+                await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1"]))
+                await asyncio.sleep(0)
+        assert (await watched.link.counts("f.inbox.w1")).ready > len(watched.shown)
+    assert {(r.kind, whom(r)) for r in watched.shown} == {("stop", ("w1",))}
+
+
+async def test_only_what_is_wanted_is_shown(watched):
+    async with watched.tap(Wanted(frozenset({"bye", "heartbeat"}), "w1")):
+        for worker in ("w2", "w1"):
+            await say(watched, evaluation(worker))
+            await say(watched, presence(Hello, worker))
+            await say(watched, presence(Heartbeat, worker))
+            await say(watched, Bye(federation="f", worker=worker, session="s", reason="done"))
+        await watched.until(lambda: len(watched.shown) == 2)
+    assert [(r.kind, r.worker) for r in watched.shown] == [("heartbeat", "w1"), ("bye", "w1")]
+
+
+async def test_what_leads_nowhere_is_as_unroutable_as_without_a_tap(watched, monkeypatch):
+    monkeypatch.setattr(tapping, "LOOK_AGAIN_S", 0.0)
+    async with watched.tap(Wanted(parts=True), "w1", "w9"):
+        with pytest.raises(Unroutable):
+            await watched.link.publish(b"x", Properties(), exchange=TOPOLOGY.work, keys=["w9"])
+        for key in ("part.w9", "odd.w1"):
+            await watched.link.publish(b"x", Properties(), exchange=TOPOLOGY.results, keys=[key])
+        assert (await watched.link.counts(TOPOLOGY.unrouted)).ready == 2
+        watched.broker.delete(TOPOLOGY.inbox("w1"))  # as it expires
+
+        async def gone() -> None:
+            while True:
+                await watched.link.publish(b"x", Properties(), exchange=TOPOLOGY.work, keys=["w1"])
+                await asyncio.sleep(0)
+
+        with pytest.raises(Unroutable):
+            await asyncio.wait_for(gone(), 20)
+
+
+async def test_a_federation_that_begins_later_is_followed_from_then_on(monkeypatch):
+    monkeypatch.setattr(tapping, "LOOK_SOON_S", 0.0)
+    broker = MemoryBroker()
+    watched = Watched(broker, await broker.open())
+    async with watched.tap(Wanted()):
+        await watched.link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w1")])
+        async with asyncio.timeout(20):
+            while not watched.shown:
+                await say(watched, presence(Hello, "w1"))
+                await asyncio.sleep(0)
+    assert watched.shown[0].kind == "hello"
+
+
+async def test_a_tap_leaves_nothing_behind(watched):
+    before = (set(watched.broker.queues), set(watched.broker.bindings))
+    async with watched.tap(Wanted(), "w1"):
+        assert len(watched.broker.queues) == len(before[0]) + 1
+    assert (set(watched.broker.queues), watched.broker.bindings) == before
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+
+async def large(watched: Watched) -> None:
+    """Send the work of a round, in two parts."""
+    fit = Fit(federation="f", run="r", round=2, evaluate=True, plan=Plan())
+    weights = {"kernel": np.zeros(PART_BYTES // 4 + 1, np.float32)}
+    await send_tensors(watched.link, fit, weights, Route(TOPOLOGY.work, ["w1", "w2"]))
+
+
+async def lines(watched: Watched, wanted: Wanted, *sending: Awaitable[None], **more: Any) -> list:
+    said: list[str] = []
+    printer = Lines(wanted, clock=lambda: 0.0, say=said.append, **more)
+    expected = len(sending)
+    async with watched.tap(wanted, "w1", "w2"):
+        for each in sending:
+            await each
+        await say(watched, evaluation("w1"))
+        await watched.until(lambda: watched.shown and watched.shown[-1].kind == "evaluation")
+    for reading in watched.shown:
+        printer.take(reading)
+    assert len(said) >= min(expected, 1)
+    return said
+
+
+async def test_parts_are_counted_and_not_listed(watched):
+    said = await lines(watched, Wanted(), large(watched))
+    assert len(said) == 3
+    assert "→ w1,w2" in said[0]
+    assert "round 2, its tensors travel apart, in 2 parts, 4.2 MB" in said[0]
+    assert "all 2 parts  (4.2 MB)" in said[1]
+    assert "← w1" in said[2]
+    assert "round 1, 1 example, loss 0.5" in said[2]
+
+
+async def test_parts_are_listed_where_they_are_asked_for(watched):
+    wanted = Wanted(frozenset({"part", "evaluation"}), parts=True)
+    said = await lines(watched, wanted, large(watched))
+    assert [line.split("  ")[-2].strip().split()[-4:] for line in said[:2]] == [
+        ["part", "1", "of", "2"],
+        ["part", "2", "of", "2"],
+    ]
+
+
+async def test_an_update_in_a_line(watched):
+    message = Update(
+        federation="f", run="r", round=7, worker="w1", num_examples=120, seconds=1,
+        metrics={"loss": 0.3, "accuracy": 0.91},
+    )  # fmt: skip
+    route = Route(TOPOLOGY.results, ["update.w1"])
+    sending = send_tensors(watched.link, message, {"x": np.zeros(3)}, route)
+    said = await lines(watched, Wanted(), sending)
+    assert "← w1           update        round 7, 120 examples, loss 0.3, accuracy 0.91" in said[0]
+
+
+async def test_lines_of_json(watched):
+    (said,) = await lines(watched, Wanted(frozenset({"evaluation"})), as_json=True)
+    told = json.loads(said)
+    assert (told["direction"], told["workers"], told["loss"]) == ("from", ["w1"], 0.5)
+    assert told["time"] == "1970-01-01T00:00:00.000+00:00"
+
+
+async def test_so_many_lines_are_enough(watched):
+    said = await lines(watched, Wanted(), large(watched), most=1)
+    assert len(said) == 1

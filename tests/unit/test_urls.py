@@ -1,0 +1,113 @@
+"""What ``--url`` may say, and which of several brokers is used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.errors import BrokerError, LinkLost, UsageError
+from fluffle_common.memory import MemoryBroker
+from fluffle_common.transport import Link
+from fluffle_common.urls import parse_urls, split_urls
+
+ONE, TWO, THREE = (f"amqp://me:pa,ss@node-{n}:5672/v" for n in (1, 2, 3))
+ALL = ",".join((ONE, TWO, THREE))
+
+
+@pytest.mark.parametrize("between", [",", ", ", " ,\n  "])
+def test_urls_are_separated_by_commas_that_another_url_follows(between):
+    assert split_urls(between.join((ONE, TWO)) + "\n") == [ONE, TWO]
+    assert [url.password for url in parse_urls(f"{ONE}{between}{TWO}")] == ["pa,ss", "pa,ss"]
+
+
+def test_one_url_is_one():
+    assert split_urls(ONE) == [ONE]
+    assert [str(url) for url in parse_urls("amqps://host")] == ["amqps://host"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("", "no scheme"),
+        ("amqp://", "no host"),
+        (f"http://x,{ONE}", "it starts with 'http://'"),
+        (f"{ONE},amqp://node:port/v", "is not the URL"),
+        ("amqp://node-1,node-2/", "a comma in the host"),
+        (f"{ONE},amqp://node-2:5672/other", "the same /vhost"),
+    ],
+)
+def test_what_is_wrong_with_one_of_them_is_told(wrong, told):
+    with pytest.raises(UsageError, match=told):
+        AmqpTransport(wrong, "test")
+
+
+class Cluster:
+    """Stands in for what opens a link: notes who is tried, and fails where it should."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tried: list[str] = []
+        self.fails: dict[str, Exception] = {}
+        self._memory = MemoryBroker()
+        monkeypatch.setattr(AmqpTransport, "_open", lambda _, url: self._open(str(url)))
+        self.transport = AmqpTransport(ALL, "test")
+
+    def down(self, urls: Iterable[str]) -> None:
+        """Let these, and only these, be unreachable."""
+        self.fails = {url: LinkLost("it is down") for url in urls}
+
+    def open(self) -> list[str]:
+        """Open a link; return whom that took."""
+        self.tried.clear()
+        asyncio.run(self.transport.open())
+        return self.tried
+
+    async def _open(self, url: str) -> Link:
+        self.tried.append(url)
+        if url in self.fails:
+            raise self.fails[url]
+        return await self._memory.open()
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+def test_the_first_that_can_be_reached_is_used_and_tried_first_from_then_on(cluster):
+    assert cluster.open() == [ONE]
+    cluster.down([ONE])
+    assert cluster.open() == [ONE, TWO]
+    assert cluster.transport.address == "amqp://node-2:5672/v"
+    cluster.down([])
+    assert cluster.open() == [TWO]
+    cluster.down([ONE, TWO])
+    assert cluster.open() == [TWO, ONE, THREE]
+
+
+def test_none_that_can_be_reached_is_a_lost_link_which_tells_of_each(cluster):
+    cluster.open()
+    cluster.down([ONE, TWO, THREE])
+    with pytest.raises(LinkLost) as caught:
+        cluster.open()
+    assert cluster.tried == [ONE, TWO, THREE]
+    for number in (1, 2, 3):
+        assert f"amqp://node-{number}:5672/v" in str(caught.value)
+        assert f"amqp://node-{number}:5672/v" in cluster.transport.address
+    assert "pa,ss" not in str(caught.value) + cluster.transport.address
+
+
+def test_a_refusal_is_an_error_at_once_not_a_reason_to_try_the_next(cluster):
+    cluster.fails = {ONE: BrokerError("refused")}
+    with pytest.raises(BrokerError, match="refused"):
+        cluster.open()
+    assert cluster.tried == [ONE]
+
+
+def test_of_one_broker_the_cause_alone_is_told(unused_tcp_port):
+    transport = AmqpTransport(f"amqp://127.0.0.1:{unused_tcp_port}/", "test")
+    with pytest.raises(LinkLost) as caught:
+        asyncio.run(transport.open())
+    assert "amqp://" not in str(caught.value)
