@@ -1,0 +1,54 @@
+"""A task that costs nothing, so that what is measured is everything else.
+
+    fluffle worker --task benchmarks.noop:task --data size=10000000,gate=/tmp/x,seed=1
+
+``size`` is in bytes, ``gate`` is the socket of the benchmark (see ``gate``; none: never waits) and
+``seed`` makes a worker's noise its own.
+"""
+
+from __future__ import annotations
+
+from benchmarks.arrays import Perturbation, make_weights
+from benchmarks.gate import Gate
+from fluffle_common.messages import Plan
+from fluffle_common.weights import Weights
+from fluffle_worker.task import EvalResult, Progress, TaskOptions, TrainResult
+
+
+class Noop:
+    """Adds noise to what it receives; has nothing held out.
+
+    Args:
+        size_bytes: of the model.
+        seed: makes the noise this worker's own.
+        gate: whom to ask before each training.
+        keep: see ``Perturbation``.
+    """
+
+    def __init__(
+        self, size_bytes: int, seed: int, gate: Gate | None = None, *, keep: bool = True
+    ) -> None:
+        self.num_examples = 100 + seed
+        self._size_bytes, self._gate = size_bytes, gate
+        self._perturb = Perturbation(seed, keep=keep)
+
+    def init(self, seed: int) -> Weights:
+        """See ``task.Task``."""
+        return make_weights(self._size_bytes, seed)
+
+    def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
+        """See ``task.Task``; the time at the gate is no time of a round that counts."""
+        if self._gate is not None:
+            self._gate.enter()
+        return TrainResult(self._perturb(weights), self.num_examples, {"loss": 1.0})
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """See ``task.Task``."""
+        return None
+
+
+def task(options: TaskOptions) -> Noop:
+    """Make the task that ``--data`` describes."""
+    told = dict(pair.split("=", 1) for pair in options.data.split(","))
+    gate = Gate(told["gate"]) if "gate" in told else None
+    return Noop(int(told["size"]), int(told.get("seed", 0)), gate)

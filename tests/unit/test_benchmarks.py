@@ -1,0 +1,169 @@
+"""What the benchmarks make of their measurements, and what holds the rounds back meanwhile."""
+
+import doctest
+import io
+import threading
+
+import numpy as np
+import pytest
+
+from benchmarks import figures
+from benchmarks.aggregate import axpy
+from benchmarks.arrays import Perturbation, make_weights
+from benchmarks.floor import Spec
+from benchmarks.gate import Gate, Gates
+from benchmarks.processes import Died
+from benchmarks.sides import compare
+from benchmarks.stamped import Stamped, read_events
+
+
+def test_the_examples_do_what_they_say():
+    result = doctest.testmod(figures)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_ratio_is_median_over_median():
+    assert figures.ratio([4.0, 1.0, 100.0], [2.0, 0.1, 2.0]) == 2.0
+
+
+def test_summary_of_a_single_time_has_quartiles_too():
+    assert figures.summary([0.5]) == {
+        "median_s": 0.5,
+        "quartiles_s": [0.5, 0.5],
+        "times_s": [0.5],
+    }
+
+
+@pytest.mark.parametrize(("rounds", "blocks"), [(1, 1), (7, 3), (10, 5), (3, 9)])
+def test_shares_are_even_and_none_is_empty(rounds, blocks):
+    shares = figures.shares(rounds, blocks)
+    assert sum(shares) == rounds
+    assert len(shares) == min(rounds, blocks)
+    assert 0 < min(shares) <= max(shares) <= min(shares) + 1
+
+
+def test_the_order_turns_around_after_every_block():
+    order = [side for side, _ in figures.interleaved(["a", "b", "c"], [1, 1, 1])]
+    assert order == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+
+
+def test_growth_compares_the_ends():
+    assert figures.growth([3, 10, 30], [1.0, 99.0, 20.0]) == 2.0
+
+
+class Scripted:
+    """A side whose rounds take what it was told."""
+
+    def __init__(self, name, seconds):
+        self.name, self.seconds, self.asked = name, seconds, []
+
+    def block(self, rounds):
+        """See ``Side``."""
+        self.asked.append(rounds)
+        return [self.seconds] * rounds
+
+    def pids(self):
+        """See ``Side``."""
+        return {}
+
+    def more(self):
+        """See ``Side``."""
+        return {"told": self.name}
+
+
+def test_every_side_runs_every_block():
+    slow, quick = Scripted("slow", 2.0), Scripted("quick", 1.0)
+    found = compare([slow, quick], [3, 2])
+    assert slow.asked == quick.asked == [3, 2]
+    assert found["slow"].blocks == [[2.0, 2.0, 2.0], [2.0, 2.0]]
+    assert found["quick"].as_dict()["median_s"] == 1.0
+    assert found["quick"].as_dict()["told"] == "quick"
+
+
+@pytest.mark.parametrize("size_bytes", [4, 100_000, 1_359_784, 10_000_000])
+def test_weights_have_the_size_asked_for(size_bytes):
+    weights = make_weights(size_bytes)
+    assert sum(tensor.nbytes for tensor in weights.values()) == size_bytes
+    assert {tensor.dtype for tensor in weights.values()} == {np.dtype(np.float32)}
+
+
+def test_every_perturbation_is_another_one():
+    weights = make_weights(100_000)
+    perturb = Perturbation(1)
+    first = {name: tensor.copy() for name, tensor in perturb(weights).items()}
+    second = perturb(weights)
+    for name, tensor in weights.items():
+        assert np.mean(first[name] == tensor) < 0.01
+        assert np.mean(first[name] == second[name]) < 0.01
+
+
+def test_plain_axpy_adds_up():
+    weights = make_weights(1_000_000)
+    totals = {name: np.zeros(tensor.shape) for name, tensor in weights.items()}
+    axpy(totals, weights, 3)
+    axpy(totals, weights, 4)
+    for name, tensor in weights.items():
+        np.testing.assert_allclose(totals[name], 7.0 * tensor.astype(np.float64), rtol=1e-12)
+
+
+def test_the_floor_sends_as_many_bytes_in_as_many_parts():
+    spec = Spec("amqp://", 3, size_bytes=10, part_bytes=4)
+    bodies = spec.bodies()
+    assert [len(body) for body in bodies] == [4, 4, 2]
+    assert spec.parts == len(bodies)
+
+
+def test_parts_are_transient_and_whole_answers_durable():
+    assert Spec("amqp://", 3, size_bytes=4, part_bytes=4).answer_mode == 2
+    assert Spec("amqp://", 3, size_bytes=5, part_bytes=4).answer_mode == 1
+    assert Spec("amqp://", 3, size_bytes=5, part_bytes=4, durable_parts=True).answer_mode == 2
+
+
+def test_a_gate_lets_through_as_often_as_it_was_told(tmp_path):
+    gates = Gates(tmp_path / "gate", 1, check=lambda: None)
+    entered = []
+
+    def worker():
+        gate = Gate(str(tmp_path / "gate"))
+        with pytest.raises(ConnectionError):
+            while True:
+                gate.enter()
+                entered.append(len(entered))
+        gate.close()
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    gates.wait()
+    assert entered == []
+    gates.release(3)
+    gates.wait()
+    assert entered == [0, 1, 2]
+    gates.close()
+    thread.join()
+
+
+def test_waiting_at_the_gates_ends_when_a_worker_has_died(tmp_path):
+    def check():
+        raise Died("w1 ended")
+
+    gates = Gates(tmp_path / "gate", 1, check)
+    gate = Gate(str(tmp_path / "gate"))
+    with pytest.raises(Died):
+        gates.wait()
+    gate.close()
+    gates.close()
+
+
+def test_lines_are_stamped_once_and_read_back(tmp_path):
+    told = io.StringIO()
+    stream = Stamped(told)
+    print('{"event": "opened"}', file=stream)
+    stream.write('{"event": ')
+    stream.write('"committed"}\n{"eve')
+    log = tmp_path / "log"
+    log.write_text(told.getvalue())
+    events, offset = read_events(log, 0)
+    assert [event["event"] for _, event in events] == ["opened", "committed"]
+    assert events[0][0] <= events[1][0]
+    assert read_events(log, offset) == ([], offset)
