@@ -8,7 +8,9 @@ ICLR 2021, section 2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,24 @@ DTYPES = frozenset(FLOATS + INTEGERS)
 
 class NotFinite(ValueError):
     """A tensor holds NaN or an infinity."""
+
+
+def empty(form: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> dict[str, Array]:
+    """Return uninitialised tensors of these shapes and dtypes, all in one piece of memory.
+
+    One large piece goes back to the system when it is let go of, many middling ones do not.
+    """
+    ends = list(accumulate(_padded(math.prod(s) * d.itemsize) for s, d in form.values()))
+    memory = np.empty(ends[-1] if ends else 0, np.uint8)
+    tensors = {}
+    for (name, (shape, dtype)), start in zip(form.items(), [0, *ends], strict=False):
+        nbytes = math.prod(shape) * dtype.itemsize
+        tensors[name] = memory[start : start + nbytes].view(dtype).reshape(shape)
+    return tensors
+
+
+def _padded(nbytes: int) -> int:
+    return nbytes + -nbytes % 64
 
 
 def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

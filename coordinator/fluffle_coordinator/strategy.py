@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.weights import Array, Weights
+from fluffle_common.weights import Array, Weights, empty
 
 # Elements handled at a time: a block of float64 and the slices it is added to stay in cache.
 _BLOCK = 32 * 1024
@@ -54,7 +54,10 @@ class Strategy:
 
 
 def _init(weights: Weights) -> Sum:
-    return Sum({name: np.zeros(base.shape, np.float64) for name, base in weights.items()})
+    totals = empty({name: (base.shape, np.dtype(np.float64)) for name, base in weights.items()})
+    for total in totals.values():
+        total.fill(0.0)
+    return Sum(totals)
 
 
 def _fold(state: Sum, delta: Weights, num_examples: int) -> Sum:
@@ -77,9 +80,8 @@ def _add_scaled(total: Array, values: Array, factor: float) -> None:
 def _finish(state: Sum, weights: Weights) -> tuple[dict[str, Array], Sum]:
     if state.num_examples <= 0:
         raise ValueError("no examples were folded: there is nothing to average")
-    averaged = {}
+    averaged = empty({name: (base.shape, base.dtype) for name, base in weights.items()})
     for name, base in weights.items():
-        averaged[name] = np.empty(base.shape, base.dtype)
         _average(averaged[name], state.totals[name], base, state.num_examples)
     return averaged, replace(state, num_examples=0)
 

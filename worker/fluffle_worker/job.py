@@ -85,6 +85,7 @@ def do(
         _update(ids, message.round, trained, seconds),
         delta(trained.weights, job.weights),
     )
+    job.weights = {}  # the answer is kept for a while, these need not be
 
 
 def _seeded(message: Fit) -> Plan:
