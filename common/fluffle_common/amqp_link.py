@@ -40,6 +40,7 @@ _SLOWEST_BYTES_PER_S = 50_000
 _TAP_PREFETCH = 16
 # How many entries of a stream are fetched ahead.
 _STREAM_PREFETCH = 500
+_STREAM_ACK_EVERY = 100
 # How long a stream that seems empty is given to show an entry.
 _EMPTY_S = 0.5
 
@@ -65,17 +66,26 @@ class AmqpDelivery:
             user=message.user_id,
         )
         # Not the message itself: whoever is done with ``body`` can let go of it before the ack.
-        self._channel, self._tag = message.channel, message.delivery_tag
+        self._channel, self._tag = message.channel, message.delivery_tag  # None once it is settled
 
-    async def ack(self) -> None:
-        """See ``transport.Delivery``."""
-        with contextlib.suppress(LinkLost), as_ours():
-            await self._channel.basic_ack(self._tag or 0, wait=False)
+    async def ack(self, *, all_before: bool = False) -> None:
+        """See ``transport.Delivery``; ``all_before``: and all that its channel brought before."""
+        tag = self.disown()
+        if tag is not None:
+            with contextlib.suppress(LinkLost), as_ours():
+                await self._channel.basic_ack(tag, multiple=all_before, wait=False)
 
     async def release(self) -> None:
         """See ``transport.Delivery``."""
-        with contextlib.suppress(LinkLost), as_ours():
-            await self._channel.basic_nack(self._tag or 0, requeue=True)
+        tag = self.disown()
+        if tag is not None:
+            with contextlib.suppress(LinkLost), as_ours():
+                await self._channel.basic_nack(tag, requeue=True)
+
+    def disown(self) -> int | None:
+        """Return what it is acknowledged by, once: a second time would break the channel."""
+        tag, self._tag = self._tag, None
+        return tag
 
 
 def _keys(message: AbstractIncomingMessage) -> tuple[str, ...]:
@@ -254,7 +264,7 @@ class AmqpLink(Link):
         queue: str,
         arrived: asyncio.Queue[AbstractIncomingMessage | None],
         channel: AbstractChannel,
-    ) -> AsyncGenerator[Delivery]:
+    ) -> AsyncGenerator[AmqpDelivery]:
         try:
             while True:
                 self._check()
@@ -289,7 +299,7 @@ class AmqpLink(Link):
         """See ``transport.Link``."""
         arguments = {"x-stream-offset": "first" if since is None else since}
         reading = await self._subscribe(stream, _STREAM_PREFETCH, arguments=arguments)
-        return _ours_at_once(self._deliveries(stream, *reading))
+        return _entries(self._deliveries(stream, *reading))
 
     async def newest(self, stream: str) -> Delivery | None:
         """See ``transport.Link``."""
@@ -371,6 +381,19 @@ async def _ours_at_once(deliveries: AsyncGenerator[Delivery]) -> AsyncGenerator[
         async for delivery in deliveries:
             await delivery.ack()
             yield delivery
+
+
+async def _entries(deliveries: AsyncGenerator[AmqpDelivery]) -> AsyncGenerator[Delivery]:
+    """Acknowledge the entries of a stream many at a time, soon enough that more are sent."""
+    count = 0
+    async with contextlib.aclosing(deliveries):
+        async for entry in deliveries:
+            count += 1
+            if count % _STREAM_ACK_EVERY:
+                entry.disown()
+            else:
+                await entry.ack(all_before=True)
+            yield entry
 
 
 async def _cancel_and_close(channel: AbstractChannel, tag: str) -> None:

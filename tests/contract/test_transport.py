@@ -605,6 +605,21 @@ async def test_a_delivery_says_where_it_comes_from_and_when_it_was_sent(bench):
     assert before <= got.sent_at <= time.time()
 
 
+async def test_acknowledging_twice_is_as_good_as_once(bench):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    await put(link, queue, b"once", b"next")
+    deliveries = await link.consume(queue, prefetch=1)
+    (once,) = await take(deliveries, 1)
+    await once.ack()
+    await once.ack()
+    await once.release()
+    (following,) = await take(deliveries, 1)
+    await following.ack()
+    await bench.settled(link)
+    assert await link.get(queue) is None
+
+
 # --- streams -----------------------------------------------------------------------------------
 
 
