@@ -181,9 +181,10 @@ def _commit(state: State, out: Effects) -> State:
 
 def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     rules = state.rules
+    missing = f"missing: {', '.join(state.missing)}" if state.missing else "nobody else is here"
     told = (
         f"round {state.round} has {state.folded} of {state.needed} updates "
-        f"after {rules.deadline_s:.0f} s, missing: {', '.join(state.missing) or 'nobody asked'}"
+        f"after {rules.deadline_s:.0f} s, {missing}"
     )
     if rules.on_deadline == "stop":
         return _end(state, "stopped", told, out)

@@ -182,5 +182,5 @@ def _who(state: State, now: float) -> str:
             told.append(f"{name} has not begun (last heard {heard_s:.0f} s ago)")
     short = state.needed - len(state.asked)
     if short > 0:
-        told.append(f"{short} more workers needed")
+        told.append(f"{short} more worker{'s'[: short > 1]} needed")
     return ", ".join(told) or "all have answered"
