@@ -8,6 +8,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from safetensors.numpy import load_file
 from fluffle_broker import node
 from fluffle_broker.peek import peek
 from fluffle_broker.visit import visiting
+from fluffle_common import management
 from fluffle_common.amqp import AmqpTransport
 from fluffle_common.errors import UsageError
 from fluffle_common.messages import Update
 from fluffle_common.topology import Topology
 from fluffle_common.wire import encode, lay_out
-from tests.e2e.programs import FLUFFLE, Federation, Program
+from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults import harness
 from tests.faults.checker import check
 
 pytestmark = pytest.mark.rabbit
+WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
 
 
 @pytest.fixture
@@ -178,8 +181,14 @@ def test_peeking_at_the_journal_leaves_no_reader_behind(federation, ask, told):
 WORKERS, ROUNDS, PEEKS = 3, 10, 50
 
 
-async def look_while(program: harness.Program, url: str, topology: Topology) -> Counter[str]:
-    """Peek at every queue until a program ends; return how often each was looked at."""
+async def look_while(
+    program: harness.Program, federation: harness.Federation, hold: Path
+) -> Counter[str]:
+    """Peek at every queue until a run ends; return how often each was looked at.
+
+    The run is held in its first round for half of the peeks, and in its middle for the others.
+    """
+    url, topology = federation.url, Topology(federation.name)
     looked: Counter[str] = Counter()
     names = ["updates", "presence", "rejected", "unrouted", "journal"]
     names += [f"{kind}.w{number}" for kind in ("inbox", "outbox") for number in range(WORKERS)]
@@ -195,28 +204,36 @@ async def look_while(program: harness.Program, url: str, topology: Topology) -> 
                         assert re.search("is being read|is not there|like a loss", str(refused))
                     looked[name] += 1
 
-    await asyncio.gather(*(at(name) for name in names))
+    def conduct() -> None:
+        for peeks, then_committed in ((PEEKS // 2, ROUNDS // 2), (PEEKS, 0)):
+            hold.touch()
+            wanted = partial(lambda least: min(looked[name] for name in names) >= least, peeks)
+            harness.wait_until(wanted, "every queue is looked at", timeout_s=120)
+            hold.unlink()
+            federation.wait_committed(then_committed)
+
+    await asyncio.gather(asyncio.to_thread(conduct), *(at(name) for name in names))
     return looked
 
 
-def run_of_ten_rounds(federation: harness.Federation) -> harness.Program:
+def run_of_ten_rounds(federation: harness.Federation, hold: Path) -> harness.Program:
     coordinator = federation.coordinator(
         "--quorum", WORKERS, "--min-workers", WORKERS, "--rounds", ROUNDS,
-        "--config", "train_s=0.7",
+        "--config", "train_s=0.2",
     )  # fmt: skip
     for number in range(WORKERS):
-        federation.worker(number, WORKERS, "--heartbeat", 0.5)
+        federation.worker(number, WORKERS, "--heartbeat", 0.5, FAULTS_HOLD=str(hold))
     return coordinator
 
 
 def test_fifty_peeks_on_every_queue_change_nothing(broker_node: node.NodeInfo, tmp_path: Path):
-    weights = []
+    weights, hold = [], tmp_path / "hold"
     for name in ("undisturbed", "looked-at"):
         ports, url = broker_node.ports, broker_node.url
         with harness.Federation(tmp_path / name, url, ports.management) as federation:
-            coordinator = run_of_ten_rounds(federation)
+            coordinator = run_of_ten_rounds(federation, hold)
             if name == "looked-at":
-                looked = asyncio.run(look_while(coordinator, url, Topology(federation.name)))
+                looked = asyncio.run(look_while(coordinator, federation, hold))
                 assert min(looked.values()) >= PEEKS, looked
                 assert len(looked) == 5 + 2 * WORKERS
             assert [program.end() for program in federation.programs] == [0] * (1 + WORKERS)
@@ -238,13 +255,27 @@ def test_fifty_peeks_on_every_queue_change_nothing(broker_node: node.NodeInfo, t
 # --- tap -----------------------------------------------------------------------------------------
 
 
-def test_tap_follows_a_run_and_keeps_the_messages(federation, ask, tmp_path):
+def tapped(federation: Federation, broker: node.NodeInfo) -> set[str]:
+    """Return the workers whose mail a tap gets copies of."""
+    path = f"/api/exchanges/%2F/{federation.name}.work/bindings/source"
+    bindings = management.ask(broker.management_url.rstrip("/"), path, broker.url)
+    return {one["routing_key"] for one in bindings if ".tap." in one["destination"]}
+
+
+def test_tap_follows_a_run_and_keeps_the_messages(federation, ask, tmp_path, broker_node):
     coordinator = federation.coordinator("--quorum", 2, "--rounds", 2)
     coordinator.wait_for("connected")
     kept = tmp_path / "kept"
     tap = ask("tap", "--json", "--save", kept)
     tap.wait_for("following federation")
-    workers = [federation.worker(f"shard:{number}/2") for number in (0, 1)]
+    gate = tmp_path / "gate"
+    workers = [
+        federation.worker(f"shard:{number}/2", task=WAITING, env={"WAIT_FOR": str(gate)})
+        for number in (0, 1)
+    ]
+    both = {"shard-0-2", "shard-1-2"}
+    harness.wait_until(lambda: tapped(federation, broker_node) == both, "the tap has both")
+    gate.touch()
     assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
     tap.wait_for('"kind": "bye"')
     tap.send(signal.SIGINT)
@@ -253,7 +284,7 @@ def test_tap_follows_a_run_and_keeps_the_messages(federation, ask, tmp_path):
     updates = [(one["workers"], one["round"]) for one in told if one["kind"] == "update"]
     assert sorted(updates) == [([f"shard-{n}-2"], round_) for n in (0, 1) for round_ in (1, 2)]
     fits = [one for one in told if one["kind"] == "fit" and one["round"] == 2]
-    assert {worker for fit in fits for worker in fit["workers"]} == {"shard-0-2", "shard-1-2"}
+    assert {worker for fit in fits for worker in fit["workers"]} == both
     assert {one["direction"] for one in fits} == {"to"}
     assert "heartbeat" not in {one["kind"] for one in told}
     assert len(list(kept.glob("*.msgpack"))) == len(list(kept.glob("*.json"))) == len(told)

@@ -8,6 +8,7 @@ round trained twice gives the same result, and weights that differ in their last
 that differ no more. Every training is written to ``$FAULTS_TRAINED`` as one
 ``.npz`` before fluffle hears of it: the digest of what was received, the delta, the number of
 examples. ``config`` of the plan: ``train_s``, how long it takes; ``slow_s``, the same for shard 0.
+``$FAULTS_HOLD``: a file; while it exists, no training ends.
 ``$FAULTS_KERNEL``: how many elements the one large tensor has.
 """
 
@@ -41,6 +42,7 @@ class FastTask:
         self._worker = options.worker
         self._folder = Path(os.environ["FAULTS_TRAINED"])
         self._trained = 0
+        self._hold = Path(os.environ["FAULTS_HOLD"]) if "FAULTS_HOLD" in os.environ else None
 
     def init(self, seed: int) -> Weights:
         """Make the first weights."""
@@ -68,6 +70,9 @@ class FastTask:
         for step in range(1, steps + 1):
             time.sleep(max(0.0, began + step * seconds / steps - time.monotonic()))
             progress(step, steps, 1.0 / step)
+        while self._hold and self._hold.exists():
+            time.sleep(_STEP_S)
+            progress(steps, steps, 1.0 / steps)
         trained = self._learn(weights, f"{plan.seed}/{self._worker}")
         self._record(received, weights, trained)
         return TrainResult(trained, self.num_examples, {"loss": 1.0 / steps})
