@@ -21,6 +21,7 @@ MAX_TENSORS = 100_000
 # broker cannot be mistaken for another federation's.
 FEDERATION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 WORKER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+COMPRESS_PATTERN = r"^(bf16|f16|int8|topk:0\.[0-9]{0,5}[1-9])$"
 
 Federation = Annotated[str, Field(pattern=FEDERATION_PATTERN)]
 WorkerId = Annotated[str, Field(pattern=WORKER_PATTERN)]
@@ -31,6 +32,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metric = Annotated[float, Field(allow_inf_nan=False)]
 Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], Metric], Field(max_length=64)]
 Text = Annotated[str, Field(max_length=2000)]
+Encoding = Literal["bf16", "f16", "int8", "topk"]
 Classes = Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Strict(False)]
 
 
@@ -59,7 +61,8 @@ class Transfer(_Model):
 class Plan(_Model):
     """How to train in this round; the same for every worker.
 
-    ``deadline_s`` counts from the opening of the round; ``config`` is free for a task's own use.
+    ``deadline_s`` counts from the opening of the round; ``compress`` says how updates are to be
+    encoded (see ``compression``), None that they are not; ``config`` is free for a task's own use.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
@@ -67,6 +70,7 @@ class Plan(_Model):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     deadline_s: Seconds | None = None
+    compress: Annotated[str, Field(pattern=COMPRESS_PATTERN)] | None = None
     config: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
@@ -210,7 +214,7 @@ class FirstWeights(_WithTensors):
 
 
 class Update(_WithTensors):
-    """What a worker learnt in a round: the tensors are trained - received.
+    """What a worker learnt in a round: the tensors are trained - received, perhaps encoded.
 
     (run, round, worker) is its identity: it is counted at most once, however often it is sent.
     """
@@ -222,6 +226,7 @@ class Update(_WithTensors):
     num_examples: NumExamples
     seconds: Seconds
     metrics: Metrics = Field(default_factory=dict)
+    encoding: Encoding | None = None
 
 
 class Evaluation(_Header):

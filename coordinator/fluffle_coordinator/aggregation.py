@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 
 from fluffle_common.checkpoint import checkpoint_name
 from fluffle_common.console import timestamp
-from fluffle_common.errors import Cause, LinkLost, MalformedMessage
+from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import PartsGone, fetch
 from fluffle_common.transport import Delivery, Link
-from fluffle_common.weights import Array, NotFinite, check_all_finite, check_delta, size_bytes
+from fluffle_common.weights import Array, check_all_finite, size_bytes
 from fluffle_common.wire import read_tensors
 from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.received import read_delta
 from fluffle_coordinator.store import RunStore
 from fluffle_coordinator.strategy import Strategy, fedavg
 
@@ -207,7 +208,10 @@ class Aggregation:
         try:
             payload = await self._payload(held)
             began = time.monotonic()
-            await _off_loop(len(payload), self._check_and_fold, message, payload)
+            assert self.weights is not None
+            # However few bytes came, they are folded into all of the model.
+            nbytes = max(len(payload), size_bytes(self.weights))
+            await _off_loop(nbytes, self._check_and_fold, message, payload)
         except (LinkLost, PartsGone) as gone:
             self._post(rs.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
@@ -233,12 +237,7 @@ class Aggregation:
     def _check_and_fold(self, message: Update, payload: memoryview) -> None:
         assert self.weights is not None
         assert self._sum is not None
-        delta = read_tensors(message.tensors, payload)
-        try:
-            check_delta(delta, self.weights)
-        except ValueError as wrong:
-            cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
-            raise MalformedMessage(str(wrong), cause) from None
+        delta = read_delta(message, payload, self.weights)
         self._sum = self._strategy.fold(self._sum, delta, message.num_examples)
 
     async def _keep(self, held: Held, payload: memoryview, worker: str) -> None:

@@ -16,6 +16,8 @@ from fluffle_common.errors import RunError, UsageError
 if TYPE_CHECKING:
     from fluffle_coordinator.run_state import Quorum, Rules
 
+_LEAST_FRACTION, _MOST_FRACTION = 1e-6, 0.5
+
 
 class QuorumType(click.ParamType[Any]):
     """``all``, a number of updates (``2``), or a fraction of those asked (``0.5``, ``50%``)."""
@@ -50,6 +52,32 @@ class QuorumType(click.ParamType[Any]):
             param,
             ctx,
         )
+
+
+class CompressType(click.ParamType[Any]):
+    """``int8``, or ``topk:`` with the fraction of the values that is sent."""
+
+    name = "compress"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Parse it into what a plan says."""
+        text = str(value).strip()
+        kind, _, number = text.partition(":")
+        if text == "int8":
+            return text
+        try:
+            fraction = float(number) if kind == "topk" else 0.0
+        except ValueError:
+            fraction = 0.0
+        # A value and its index take twice the room of a float32: from a half on, nothing is saved.
+        if not _LEAST_FRACTION <= fraction <= _MOST_FRACTION:
+            self.fail(
+                f"'{text}' is no compression; give int8, or topk with the fraction of the values "
+                f"to send, {_LEAST_FRACTION:f} to {_MOST_FRACTION:g}, such as topk:0.01",
+                param,
+                ctx,
+            )
+        return f"topk:{fraction:.6f}".rstrip("0")
 
 
 def run_option(command: Any) -> Any:
@@ -125,6 +153,22 @@ def run_option(command: Any) -> Any:
     multiple=True,
     metavar="KEY=VALUE",
     help="Anything else a task wants to know; may be given several times.",
+)
+@click.option(
+    "--upload-dtype",
+    type=click.Choice(["float32", "bf16", "f16"]),
+    default="float32",
+    help="What floats in updates are rounded to on the wire, half the bytes with bf16 and f16; "
+    "float32 leaves them as they are.",
+)
+@click.option(
+    "--compress",
+    type=CompressType(),
+    metavar="int8|topk:FRACTION",
+    help="Send updates as 8-bit integers with scales, about a quarter of the bytes, or only the "
+    "largest values, such as topk:0.01 for one in a hundred. What is not sent is added to the "
+    "worker's next update.  [default: neither]",
+    show_default=False,
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of everything random.")
 @click.option(
@@ -205,6 +249,8 @@ def coordinator(**options: Any) -> None:
     """
     from fluffle_coordinator.main import run_coordinator
 
+    if options["compress"] and options["upload_dtype"] != "float32":
+        raise UsageError("--upload-dtype and --compress exclude each other; give one of them")
     run_coordinator(rules_of(options), options)
 
 

@@ -55,6 +55,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
             epochs=options["epochs"],
             batch_size=options["batch_size"],
             learning_rate=options["learning_rate"],
+            compress=_compress(options),
             config=parse_config(options["config"]),
         ),
         classes=tuple(options["classes"].split(",")) if options["classes"] else None,
@@ -88,6 +89,14 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
             sys.exit(signalled.exit_code)
     if state.outcome == "stopped":
         raise RunError(f"the run stopped: {state.reason}; the same command goes on from there")
+
+
+def _compress(options: dict[str, Any]) -> str | None:
+    """Return how workers are to encode their updates; None: not at all."""
+    if options["compress"] is not None:
+        return str(options["compress"])
+    dtype: str = options["upload_dtype"]
+    return None if dtype == "float32" else dtype
 
 
 async def _run(

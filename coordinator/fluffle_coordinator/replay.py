@@ -17,9 +17,10 @@ import numpy as np
 from fluffle_common.checkpoint import checkpoint_name, read_checkpoint
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.messages import Update
-from fluffle_common.weights import Array, Weights, check_delta
-from fluffle_common.wire import decode, read_tensors
+from fluffle_common.weights import Array, Weights
+from fluffle_common.wire import decode
 from fluffle_coordinator.kept import read_update, round_folder, update_path
+from fluffle_coordinator.received import read_delta
 from fluffle_coordinator.store import read_history_lines
 from fluffle_coordinator.strategy import fedavg
 
@@ -154,11 +155,9 @@ def _kept_delta(
             raise UsageError(
                 f"the update of {worker} is missing its tensors: there is no {missing}"
             )
-        delta = read_tensors(message.tensors, inside if payload is None else payload)
-        check_delta(delta, base)
-    except (MalformedMessage, ValueError) as wrong:
+        return read_delta(message, inside if payload is None else payload, base)
+    except MalformedMessage as wrong:
         raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
-    return delta
 
 
 def _second_opinion(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from fluffle_common.compression import compress, encoding_of
 from fluffle_common.messages import (
     Evaluate,
     Evaluation,
@@ -17,6 +18,7 @@ from fluffle_common.messages import (
     Update,
 )
 from fluffle_common.weights import Weights, delta
+from fluffle_worker.feedback import Residual
 from fluffle_worker.session import Work
 from fluffle_worker.task import EvalResult, Task, TrainResult
 
@@ -27,7 +29,10 @@ class NotWanted(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """A work with its input, and its answer when there is one."""
+    """A work with its input, and its answer when there is one.
+
+    ``residual`` is what the answer leaves unsent.
+    """
 
     work: Work
     message: Fit | Evaluate | InitRequest
@@ -36,6 +41,7 @@ class Job:
     evaluation: Evaluation | None = None
     evaluation_sent: bool = False
     answer: tuple[Update | FirstWeights, Weights] | None = None
+    residual: Residual = field(default_factory=Residual)
 
 
 def do(
@@ -45,6 +51,7 @@ def do(
     *,
     evaluated: Callable[[], object],
     progress: Callable[[int, int, float | None], object],
+    residual: Callable[[], Residual] = Residual,
 ) -> None:
     """Do a work and put its answer into the job; blocks, and runs the user's code.
 
@@ -54,6 +61,7 @@ def do(
         sender: the fields ``federation`` and ``worker`` of the answer.
         evaluated: called when the evaluation is there and training begins.
         progress: told of each step.
+        residual: what the last update that was sent left unsent; asked for after the training.
 
     Raises:
         NotWanted: where nobody wants the work any more, at its next step.
@@ -81,10 +89,15 @@ def do(
     began = time.monotonic()
     trained = task.train(job.weights, _seeded(message), step)
     seconds = time.monotonic() - began
-    job.answer = (
-        _update(ids, message.round, trained, seconds),
-        delta(trained.weights, job.weights),
-    )
+    update = _update(ids, message.round, trained, seconds)
+    learnt = delta(trained.weights, job.weights)
+    how = message.plan.compress
+    if how is None:
+        job.answer, job.residual = (update, learnt), Residual(job.work)
+    else:
+        tensors, left = compress(learnt, how, residual().before(job.work))
+        update = update.model_copy(update={"encoding": encoding_of(how)})
+        job.answer, job.residual = (update, tensors), Residual(job.work, left)
     job.weights = {}  # the answer is kept for a while, these need not be
 
 

@@ -49,6 +49,7 @@ from fluffle_common.transport import (
 from fluffle_common.weights import Weights, check_all_finite, size_bytes
 from fluffle_common.wire import ALIGNMENT, PART_BYTES, Assembly, decode, read_tensors
 from fluffle_worker import session
+from fluffle_worker.feedback import Residual
 from fluffle_worker.job import Job, NotWanted, do
 from fluffle_worker.session import Work
 from fluffle_worker.task import Task, classes_of, told
@@ -124,6 +125,7 @@ class WorkerService:
             "steps": 0,
         }
         self._loss: float | None = None
+        self._residual = Residual()  # of the last update that was sent
         self._link: Link | None = None
         self._linked = asyncio.Event()
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -394,6 +396,7 @@ class WorkerService:
                     ids,
                     evaluated=functools.partial(loop.call_soon_threadsafe, evaluated),
                     progress=progress,
+                    residual=lambda: self._residual,
                 )
             except NotWanted:
                 done(session.Abandoned(job.work))
@@ -445,6 +448,8 @@ class WorkerService:
         job.evaluation_sent = True
         if not answering:
             return
+        if job.work.kind == "fit":
+            self._residual = job.residual
         self._advance(session.Sent(job.work))
         self._now("idle", job.work.run, job.work.round)
         metrics = answer[0].metrics if answer and isinstance(answer[0], Update) else {}

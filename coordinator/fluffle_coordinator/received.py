@@ -1,0 +1,34 @@
+"""From the bytes of an update to a delta that is fit to be averaged."""
+
+from __future__ import annotations
+
+from fluffle_common.compression import expand
+from fluffle_common.errors import Cause, MalformedMessage
+from fluffle_common.messages import Update
+from fluffle_common.weights import Array, NotFinite, Weights, check_delta
+from fluffle_common.wire import read_tensors
+
+
+def read_delta(message: Update, payload: memoryview, base: Weights) -> dict[str, Array]:
+    """Read an update's tensors, decode them, and check them against the model.
+
+    Args:
+        message: the update, with its table of tensors and their encoding.
+        payload: the bytes of its tensors.
+        base: the weights that it is to be added to.
+
+    Returns:
+        The delta, in the names, shapes and dtypes of ``base``; views into ``payload`` where nothing
+        was encoded.
+
+    Raises:
+        MalformedMessage: of cause ``tensors`` or ``not_finite``, where it is no delta for ``base``.
+    """
+    tensors = read_tensors(message.tensors, payload)
+    try:
+        delta = expand(tensors, message.encoding, base)
+        check_delta(delta, base)
+    except ValueError as wrong:
+        cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
+        raise MalformedMessage(str(wrong), cause) from None
+    return delta
