@@ -41,6 +41,7 @@ SMALLEST = 1024  # a tensor of fewer values is not worth it
 _INT8_MAX = 127
 _LONGEST_NAME = 490  # of the 500 characters that a name may have, a suffix needs some
 _LARGEST = 2**31 - 1  # values that an int32 can count
+_F16_MAX = float(np.finfo(np.float16).max)
 _F32_MAX = float(np.finfo(np.float32).max)
 _BF16_MAX = float(np.array(0x7F7F0000, np.uint32).view(np.float32))
 
@@ -157,7 +158,7 @@ def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> dict[s
 
 
 def _to_bf16(tensor: Array, _: float) -> tuple[Array, ...]:
-    bits = np.clip(tensor, -_BF16_MAX, _BF16_MAX).astype(np.float32).view(np.uint32)
+    bits = _clipped(tensor, _BF16_MAX).astype(np.float32).view(np.uint32)
     odd = (bits >> 16) & 1  # half a step is added, less one bit where that makes a tie even
     return (((bits + (0x7FFF + odd)) >> 16).astype(np.uint16),)
 
@@ -170,8 +171,7 @@ def _from_bf16(name: str, tensors: tuple[Array, ...], like: Array) -> Array:
 
 
 def _to_f16(tensor: Array, _: float) -> tuple[Array, ...]:
-    largest = float(np.finfo(np.float16).max)
-    return (np.clip(tensor, -largest, largest).astype(np.float16),)
+    return (_clipped(tensor, _F16_MAX).astype(np.float16),)
 
 
 def _from_f16(name: str, tensors: tuple[Array, ...], like: Array) -> Array:
@@ -185,7 +185,7 @@ def _from_f16(name: str, tensors: tuple[Array, ...], like: Array) -> Array:
 
 def _to_int8(tensor: Array, _: float) -> tuple[Array, ...]:
     padded = np.zeros(_blocks(tensor.size) * BLOCK, np.float32)
-    padded[: tensor.size] = np.clip(tensor.reshape(-1), -_F32_MAX, _F32_MAX)
+    padded[: tensor.size] = _clipped(tensor.reshape(-1), _F32_MAX)
     blocks = padded.reshape(-1, BLOCK)
     scale = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(_INT8_MAX)
     # A block of zeros has scale 0; and a scale too small to be exact must not lead beyond 127.
@@ -228,7 +228,7 @@ def _to_topk(tensor: Array, fraction: float) -> tuple[Array, ...]:
     flat = tensor.reshape(-1)
     count = math.ceil(fraction * flat.size)
     index = np.sort(np.argpartition(np.abs(flat), flat.size - count)[flat.size - count :])
-    value = np.clip(flat[index], -_F32_MAX, _F32_MAX).astype(np.float32)
+    value = _clipped(flat[index], _F32_MAX).astype(np.float32)
     return index.astype(np.int32), value
 
 
@@ -242,6 +242,13 @@ def _from_topk(name: str, tensors: tuple[Array, ...], like: Array) -> Array:
     decoded = np.zeros(like.shape, like.dtype)
     decoded.reshape(-1)[index] = value
     return decoded
+
+
+def _clipped(tensor: Array, largest: float) -> Array:
+    """Bring what a narrower float cannot hold to the largest that it can."""
+    if float(np.finfo(tensor.dtype).max) <= largest:
+        return tensor
+    return np.clip(tensor, -largest, largest)
 
 
 def _expect(name: str, tensor: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:

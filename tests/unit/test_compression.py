@@ -1,0 +1,342 @@
+"""Encoded deltas: how far off they may be, what is carried over, and what is not believed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fluffle_common.compression import BLOCK, SMALLEST, compress, encoding_of, expand
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.messages import Plan, Update, parse
+from fluffle_common.weights import check_delta, size_bytes
+from fluffle_common.wire import decode, encode, lay_out
+from fluffle_coordinator.received import read_delta
+
+HOWS = ("bf16", "f16", "int8", "topk:0.01", "topk:0.5")
+FED_BACK = ("int8", "topk:0.01", "topk:0.5")
+F16_TINY = float(np.finfo(np.float16).tiny)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, largest: float = 1e30) -> np.ndarray:
+    """Values of many magnitudes, some of them zero, in a shape that is no multiple of a block."""
+    size = draw(st.integers(SMALLEST, SMALLEST + 3 * BLOCK))
+    numbers = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    low, high = sorted(draw(st.tuples(*[st.floats(-30, math.log10(largest) - 1)] * 2)))
+    values = numbers.normal(size=size).clip(-9, 9) * 10 ** numbers.uniform(low, high, size)
+    values[numbers.random(size) < draw(st.sampled_from([0.0, 0.1, 1.0]))] = 0
+    return values.astype(draw(st.sampled_from([np.float32, np.float64])))
+
+
+def sent_of(delta: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
+    encoded, _ = compress(delta, how, {})
+    return expand(encoded, encoding_of(how), delta)
+
+
+def update(encoded: dict[str, np.ndarray], encoding: str | None) -> tuple[Update, memoryview]:
+    """Return an update as the coordinator has it once it came over the wire."""
+    table, pieces = lay_out(encoded)
+    message = Update(
+        federation="f", run="r", round=1, worker="w", num_examples=1, seconds=0.0,
+        tensors=table, encoding=encoding,
+    )  # fmt: skip
+    told, payload = decode(encode(message, pieces))
+    assert isinstance(told, Update)
+    return told, payload
+
+
+# --- round trips -------------------------------------------------------------------------------
+
+
+@given(tensors())
+def test_bf16_is_off_by_at_most_half_a_step(tensor):
+    got = sent_of({"w": tensor}, "bf16")["w"]
+    assert got.dtype == tensor.dtype
+    assert np.all(np.abs(got - tensor) <= 2.0**-8 * np.abs(tensor))
+
+
+@pytest.mark.parametrize(
+    ("bits", "rounded"),
+    [
+        (0x3F808000, 0x3F80),  # halfway, down to the even one
+        (0x3F818000, 0x3F82),  # halfway, up to the even one
+        (0x3F808001, 0x3F81),
+        (0x3F807FFF, 0x3F80),
+        (0xBF818000, 0xBF82),
+        (0x7F7FFFFF, 0x7F7F),  # the largest float32 stays finite
+        (0xFF7FFFFF, 0xFF7F),
+        (0x80000000, 0x8000),
+    ],
+)
+def test_bf16_rounds_to_nearest_and_halves_to_even(bits, rounded):
+    tensor = np.full(SMALLEST, bits, np.uint32).view(np.float32)
+    encoded, _ = compress({"w": tensor}, "bf16", {})
+    assert encoded["w"].dtype == np.uint16
+    assert np.all(encoded["w"] == rounded)
+
+
+@given(tensors(largest=6e4))
+def test_f16_is_off_by_at_most_half_a_step(tensor):
+    got = sent_of({"w": tensor}, "f16")["w"]
+    assert got.dtype == tensor.dtype
+    bound = np.where(np.abs(tensor) >= F16_TINY, 2.0**-11 * np.abs(tensor), 2.0**-25)
+    assert np.all(np.abs(got - tensor) <= bound)
+
+
+def test_what_f16_cannot_hold_is_its_largest():
+    tensor = np.tile(np.array([1e6, -1e6], np.float32), SMALLEST)
+    assert np.all(np.abs(sent_of({"w": tensor}, "f16")["w"]) == 65504)
+
+
+@given(tensors())
+def test_int8_is_off_by_at_most_half_a_scale(tensor):
+    encoded, left = compress({"w": tensor}, "int8", {})
+    q, scale = encoded["w#q"], encoded["w#scale"]
+    assert q.shape == tensor.shape
+    assert scale.shape == (-(-tensor.size // BLOCK),)
+    off = np.abs(expand(encoded, "int8", {"w": tensor})["w"] - tensor)
+    half = np.repeat(scale, BLOCK)[: tensor.size] / 2
+    # The quotient is rounded before it is rounded to a whole number, and scales have an end below.
+    assert np.all(off <= half.astype(np.float64) * (1 + 1e-4) + 1e-42)
+    assert np.array_equal(np.abs(left["w"]), off)
+    assert np.abs(q).max() <= 127
+
+
+@given(tensors(), st.sampled_from(["topk:0.01", "topk:0.3", "topk:0.000001"]))
+def test_topk_keeps_the_largest_and_nothing_else(tensor, how):
+    encoded, left = compress({"w": tensor}, how, {})
+    index, value = encoded["w#index"], encoded["w#value"]
+    kept = math.ceil(float(how.partition(":")[2]) * tensor.size)
+    assert index.shape == value.shape == (kept,)
+    assert np.array_equal(value, tensor[index].astype(np.float32))
+    others = np.delete(np.abs(tensor), index)
+    assert others.max() <= np.abs(tensor[index]).min()
+    got = expand(encoded, "topk", {"w": tensor})["w"]
+    assert np.count_nonzero(got) <= kept
+    assert np.array_equal(np.delete(left["w"], index), np.delete(tensor, index))
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("shape", [(1024,), (33, 40), (1, 5, 300), (2, 0), (), (1023,)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_every_form_of_tensor_comes_back_in_its_own(how, shape, dtype):
+    numbers = np.random.default_rng(1)
+    delta = {
+        "w": np.asarray(numbers.normal(size=shape), dtype),
+        "counts": numbers.integers(-9, 9, 2000),
+    }
+    base = {"w": delta["w"], "counts": delta["counts"].astype(np.int32)}
+    encoded, left = compress(delta, how, {})
+    got = read_delta(*update(encoded, encoding_of(how)), base)
+    check_delta(got, base)
+    assert np.array_equal(got["counts"], delta["counts"])
+    if delta["w"].size < SMALLEST:
+        assert left == {}
+        assert np.array_equal(got["w"], delta["w"])
+    else:
+        np.testing.assert_allclose(
+            got["w"] + left.get("w", 0), delta["w"], rtol=0.005, atol=0.005 if left else 1e-6
+        )
+
+
+def test_a_column_major_tensor_is_encoded_in_c_order():
+    tensor = np.asfortranarray(np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32))
+    for how in HOWS:
+        plain, turned = (sent_of({"w": one}, how)["w"] for one in (tensor.copy("C"), tensor))
+        assert np.array_equal(plain, turned)
+
+
+def test_bytes_on_the_wire():
+    delta = {"w": np.ones(256_000, np.float32)}
+    plain = size_bytes(delta)
+    assert {how: size_bytes(compress(delta, how, {})[0]) / plain for how in HOWS} == {
+        "bf16": 0.5, "f16": 0.5, "int8": 0.25 + 1 / 256, "topk:0.01": 0.02, "topk:0.5": 1.0,
+    }  # fmt: skip
+
+
+# --- what travels as it is ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_as_such_and_not_carried_over(how, value):
+    good = np.ones(2000, np.float32)
+    bad = good.copy()
+    bad[7] = value
+    encoded, left = compress({"w": bad, "v": good}, how, {})
+    assert "w" not in left
+    with pytest.raises(MalformedMessage, match="NaN or infinite") as refused:
+        read_delta(*update(encoded, encoding_of(how)), {"w": good, "v": good})
+    assert refused.value.cause == "not_finite"
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("other", ["w#q", "w#scale", "w#index", "w#value"])
+def test_names_of_the_model_are_never_mistaken_for_encoded_ones(how, other):
+    tensor = np.random.default_rng(0).normal(size=2000).astype(np.float32)
+    delta = {"w": tensor, other: 2 * tensor, "x" * 500: 3 * tensor}
+    encoded, left = compress(delta, how, {})
+    got = read_delta(*update(encoded, encoding_of(how)), delta)
+    for name, learnt in delta.items():
+        np.testing.assert_allclose(got[name] + left.get(name, 0), learnt, rtol=0.01, atol=1e-3)
+
+
+# --- error feedback ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", FED_BACK)
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=10)
+def test_what_was_sent_is_what_was_learnt_less_what_is_left(how, seed):
+    numbers = np.random.default_rng(seed)
+    learnt, sent, left = np.zeros((3, 700)), np.zeros((3, 700)), {}
+    for _ in range(40):
+        delta = {"w": numbers.normal(size=(3, 700)).astype(np.float32)}
+        encoded, left = compress(delta, how, left)
+        learnt += delta["w"]
+        sent += expand(encoded, encoding_of(how), delta)["w"]
+    np.testing.assert_allclose(sent, learnt - left["w"], atol=1e-3)
+
+
+def test_a_value_too_small_to_be_sent_is_sent_in_the_end():
+    delta = {"w": np.full(SMALLEST, 1e-3, np.float32)}
+    delta["w"][::BLOCK] = 1.0  # a scale of 1/127: the others round to 0
+    sent, left = np.zeros(SMALLEST), {}
+    for _ in range(100):
+        encoded, left = compress(delta, "int8", left)
+        sent += expand(encoded, "int8", delta)["w"]
+    assert abs(sent[1] - 0.1) < 1 / 127
+    assert sent_of(delta, "int8")["w"][1] == 0
+
+
+@pytest.mark.parametrize("how", ["bf16", "f16"])
+def test_rounding_alone_leaves_nothing(how):
+    assert compress({"w": np.full(SMALLEST, 1 / 3, np.float32)}, how, {})[1] == {}
+
+
+# --- what is not believed ----------------------------------------------------------------------
+
+BASE = {"w": np.zeros((30, 50), np.float32), "n": np.zeros(3, np.int32)}
+DELTA = {"w": np.random.default_rng(3).normal(size=(30, 50)).astype(np.float32), "n": np.arange(3)}
+F32 = np.float32
+
+
+def spoilt(how: str, **changes: np.ndarray | None) -> tuple[Update, memoryview]:
+    encoded, _ = compress(DELTA, how, {})
+    for suffix, tensor in changes.items():
+        name = f"w#{suffix}" if suffix in ("q", "scale", "index", "value") else suffix
+        encoded[name] = tensor
+    return update({n: t for n, t in encoded.items() if t is not None}, encoding_of(how))
+
+
+def with_one(tensor: np.ndarray, place: int, value: float) -> np.ndarray:
+    tensor = tensor.copy()
+    tensor[place] = value
+    return tensor
+
+
+INDEX = np.array([0, 5, 9], np.int32)
+VALUE = np.ones(3, F32)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "cause"),
+    [
+        (spoilt("bf16", w=DELTA["w"].astype(np.uint32)), "uint32, expected uint16", "tensors"),
+        (spoilt("bf16", w=np.zeros((50, 30), np.uint16)), "has shape (50, 30)", "tensors"),
+        (spoilt("bf16", w=np.full((30, 50), 0x7F80, np.uint16)), "NaN or infinite", "not_finite"),
+        (spoilt("bf16", w=np.full((30, 50), 0x7FA0, np.uint16)), "NaN or infinite", "not_finite"),
+        (spoilt("bf16", n=np.zeros(3, np.uint16)), "'n' is uint16, expected int64", "tensors"),
+        (spoilt("f16", w=np.zeros(1500, np.float16)), "has shape (1500,)", "tensors"),
+        (spoilt("f16", w=np.full((30, 50), np.inf, np.float16)), "NaN or infinite", "not_finite"),
+        (spoilt("int8", q=np.zeros((30, 50), np.uint8)), "uint8, expected int8", "tensors"),
+        (spoilt("int8", q=np.zeros((30, 49), np.int8)), "has shape (30, 49)", "tensors"),
+        (spoilt("int8", scale=np.zeros(5, F32)), "'w#scale' has shape (5,)", "tensors"),
+        (spoilt("int8", scale=np.zeros(6)), "float64, expected float32", "tensors"),
+        (spoilt("int8", scale=np.full(6, -1, F32)), "has negative values", "tensors"),
+        (spoilt("int8", scale=np.full(6, np.nan, F32)), "NaN or infinite", "not_finite"),
+        (spoilt("int8", scale=np.full(6, 3e38, F32)), "NaN or infinite", "not_finite"),
+        (spoilt("int8", scale=None), "unknown w#q", "tensors"),
+        (spoilt("int8", w=DELTA["w"]), "unknown w#q, w#scale", "tensors"),
+        (spoilt("int8", other=VALUE), "unknown other", "tensors"),
+        (spoilt("topk:0.1", index=INDEX), "'w#value' has shape (150,), expected (3,)", "tensors"),
+        (spoilt("topk:0.1", index=INDEX.astype(np.int64), value=VALUE), "is int64", "tensors"),
+        (spoilt("topk:0.1", index=INDEX[None], value=VALUE), "has shape (1, 3)", "tensors"),
+        (spoilt("topk:0.1", index=INDEX[::-1], value=VALUE), "does not increase", "tensors"),
+        (spoilt("topk:0.1", index=INDEX * 0, value=VALUE), "does not increase", "tensors"),
+        (spoilt("topk:0.1", index=INDEX - 1, value=VALUE), "does not increase", "tensors"),
+        (spoilt("topk:0.1", index=INDEX + 1491, value=VALUE), "does not increase", "tensors"),
+        (spoilt("topk:0.1", index=INDEX, value=VALUE * np.inf), "NaN or infinite", "not_finite"),
+        (
+            spoilt("topk:0.1", index=np.arange(1501, dtype=np.int32), value=np.ones(1501, F32)),
+            "'w#index' has shape (1501,), expected (1500,)",
+            "tensors",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_what_it_says_is_refused(message, reason, cause):
+    with pytest.raises(MalformedMessage) as refused:
+        read_delta(*message, BASE)
+    assert reason in str(refused.value)
+    assert refused.value.cause == cause
+
+
+def test_encoded_tensors_without_an_encoding_are_no_delta():
+    encoded, _ = compress(DELTA, "int8", {})
+    with pytest.raises(MalformedMessage, match="tensor names differ"):
+        read_delta(*update(encoded, None), BASE)
+
+
+@pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk"])
+def test_a_plain_update_is_taken_whatever_its_encoding_says(encoding):
+    got = read_delta(*update(DELTA, encoding), BASE)
+    assert all(np.array_equal(got[name], DELTA[name]) for name in BASE)
+
+
+NAMES = ["w", "n", "w#q", "w#scale", "w#index", "w#value", "n#q", "n#scale", "none", "none#index"]
+ANY = hnp.arrays(
+    st.sampled_from(["int8", "int32", "int64", "uint16", "float16", "float32", "float64"]),
+    st.sampled_from([(), (0,), (1,), (2,), (3,), (2, 3), (1, 0)]),
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(NAMES), ANY, max_size=6),
+    st.sampled_from([None, "bf16", "f16", "int8", "topk"]),
+    st.sampled_from(["float16", "float32", "float64"]),
+)
+@settings(max_examples=400)
+def test_whatever_comes_is_a_delta_or_refused(sent, encoding, dtype):
+    base = {"w": np.zeros((2, 3), dtype), "none": np.zeros((0,), dtype), "n": np.zeros(1, np.int8)}
+    base = {name: tensor for name, tensor in base.items() if name == "w" or len(sent) % 2}
+    try:
+        got = read_delta(*update(sent, encoding), base)
+    except MalformedMessage as wrong:
+        assert wrong.cause in ("tensors", "not_finite")
+    else:
+        check_delta(got, base)
+
+
+# --- the messages ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [*HOWS, "topk:0.000001", None])
+def test_a_plan_carries_what_is_wanted(how):
+    assert Plan(compress=how).compress == how
+
+
+@pytest.mark.parametrize("how", ["", "int4", "topk", "topk:", "topk:1", "topk:0.0", "topk:0.10"])
+def test_a_plan_carries_nothing_else(how):
+    with pytest.raises(ValueError, match="compress"):
+        Plan(compress=how)
+
+
+def test_an_unknown_encoding_is_malformed():
+    header = update(DELTA, None)[0].model_dump(exclude={"pad", "transfer"}) | {"encoding": "zip"}
+    with pytest.raises(MalformedMessage, match="encoding"):
+        parse(header)
