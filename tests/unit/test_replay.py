@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from fluffle_common.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
+from fluffle_common.compression import compress, encoding_of
 from fluffle_common.errors import UsageError
 from fluffle_common.memory import MemoryBroker
 from fluffle_common.messages import Update
@@ -80,14 +81,18 @@ class Run:
         self.link = await MemoryBroker().open()
         await self.link.declare(TOPOLOGY.shared())
 
-    async def fold(self, worker: str, number: int, seed: int, num_examples: int) -> Held:
+    async def fold(
+        self, worker: str, number: int, seed: int, num_examples: int, how: str | None = None
+    ) -> Held:
         """Send an update and give it to the aggregation, without waiting for it."""
         await self.link.declare(TOPOLOGY.of_worker(worker))
         message = Update(
             federation="letters", run=RUN, round=number, worker=worker,
-            num_examples=num_examples, seconds=1.0,
+            num_examples=num_examples, seconds=1.0, encoding=how and encoding_of(how),
         )  # fmt: skip
         tensors = delta(seed, self.weights)
+        if how is not None:
+            tensors, _ = compress(tensors, how, {})
         outbox = Route("", [TOPOLOGY.outbox(worker)])
         await send_tensors(self.link, message, tensors, Route("", [TOPOLOGY.updates]), parts=outbox)
         delivery = await self.link.get(TOPOLOGY.updates)
@@ -156,6 +161,25 @@ async def test_an_update_is_kept_byte_for_byte(tmp_path):
         await run.aggregation.drained()
     assert kept.update_path(tmp_path, 1, 1, "a").read_bytes() == body
     assert held.delivery.body == b""  # and is let go of in memory
+
+
+@pytest.mark.parametrize("how", ["bf16", "f16", "int8", "topk:0.1"])
+async def test_an_encoded_round_is_kept_as_it_came_and_replayed(tmp_path, how):
+    weights = {**base(), "large": np.ones((70, 40), np.float32)}
+    run = Run(tmp_path, weights)
+    run.store.load("letters")
+    run.store.save_weights(0, weights, {"run": RUN})
+    async with at_work(run):
+        await run.fold("plain", 1, 1, 5)
+        held = await run.fold("encoded", 1, 2, 7, how)
+        assert {"bf16": "large", "f16": "large", "int8": "large#q"}.get(how, "large#index") in {
+            entry.name for entry in held.message.tensors
+        }
+        await run.commit(1)
+    exact = (5.0 * delta(1, weights)["large"] + 7.0 * delta(2, weights)["large"]) / 12
+    off = np.abs(run.weights["large"] - 1 - exact).max()
+    assert 0 < off < (3 if how.startswith("topk") else 0.02)
+    assert replay.replay(tmp_path, 1).equal
 
 
 async def test_nothing_is_kept_unless_asked_for(tmp_path):

@@ -1,0 +1,193 @@
+"""What encoding the updates saves, and what it costs: the letters, trained once with each encoding.
+
+    python -m benchmarks.compression --seeds 1,2,3
+
+A simulation in one process: the workers' own ``job.do`` with the real task, the wire's layout, the
+coordinator's ``read_delta`` and ``fedavg``; only the broker is left out, which changes no byte.
+Accuracy is that of the last round's model on the letters of a writer whom no worker has seen, bytes
+are those of the tensors of one update. Encoding and decoding are timed on noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import figures
+from benchmarks.processes import scratch
+from fluffle_common.compression import compress, encoding_of, expand
+from fluffle_common.messages import Fit, Plan, Update
+from fluffle_common.weights import Weights, size_bytes
+from fluffle_common.wire import decode, encode, lay_out
+from fluffle_coordinator.received import read_delta
+from fluffle_coordinator.strategy import fedavg
+from fluffle_worker.feedback import Residual
+from fluffle_worker.job import Job, do
+from fluffle_worker.session import Work
+from fluffle_worker.task import Task
+
+PLAIN = "none"
+ENCODINGS = (PLAIN, "bf16", "f16", "int8", "topk:0.1", "topk:0.01")
+
+
+class Federation:
+    """Workers of one process, their residuals, and the average of what they send."""
+
+    def __init__(self, tasks: Sequence[Task], how: str, seed: int) -> None:
+        self.weights = dict(tasks[0].init(seed))
+        self._tasks = tasks
+        self._plan = Plan(seed=seed, compress=None if how == PLAIN else how)
+        self._residuals = [Residual() for _ in tasks]
+
+    def round(self, number: int) -> int:
+        """Train, send and average once; return the bytes of the largest update."""
+        state, largest = fedavg.init(self.weights), 0
+        for place, task in enumerate(self._tasks):
+            message, payload = self._update(place, task, number)
+            state = fedavg.fold(
+                state, read_delta(message, payload, self.weights), message.num_examples
+            )
+            largest = max(largest, len(payload))
+        self.weights, _ = fedavg.finish(state, self.weights)
+        return largest
+
+    def _update(self, place: int, task: Task, number: int) -> tuple[Update, memoryview]:
+        fit = Fit(federation="bench", run="r", round=number, evaluate=False, plan=self._plan)
+        job = Job(Work("fit", "r", number), fit, self.weights)
+        do(
+            job,
+            task,
+            {"federation": "bench", "worker": f"w{place}"},
+            evaluated=lambda: None,
+            progress=lambda *_: None,
+            residual=lambda: self._residuals[place],
+        )
+        self._residuals[place] = job.residual
+        assert job.answer is not None
+        message, tensors = job.answer
+        table, pieces = lay_out(tensors)
+        told, payload = decode(encode(message.model_copy(update={"tensors": table}), pieces))
+        assert isinstance(told, Update)
+        return told, payload
+
+
+def letters(folder: Path, clients: int, per_client: int, seed: int) -> tuple[list[Task], Task]:
+    """Draw letters; return the tasks of the workers, and one of a writer apart to evaluate with."""
+    from fluffle_worker.letters.drawing import draw_letters
+    from fluffle_worker.letters.images import read_images
+    from fluffle_worker.letters.task import letters_task
+
+    draw_letters(folder, clients=clients + 1, per_client=per_client, seed=seed)
+    owners = [read_images(folder / f"client-{number}") for number in range(1, clients + 2)]
+    *shares, unseen = [(images.inputs, images.targets) for images in owners]
+    tasks: list[Task] = [
+        letters_task(owners[0].classes, share, None, place) for place, share in enumerate(shares)
+    ]
+    return tasks, letters_task(owners[0].classes, shares[0], unseen)
+
+
+def one_run(tasks: Sequence[Task], judge: Task, how: str, rounds: int, seed: int) -> dict[str, Any]:
+    """Train with one encoding."""
+    federation = Federation(tasks, how, seed)
+    accuracies, nbytes = [], 0
+    for number in range(1, rounds + 1):
+        nbytes = federation.round(number)
+        found = judge.evaluate(federation.weights)
+        assert found is not None
+        accuracies.append(round(found.metrics["accuracy"], 4))
+    return {
+        "accuracies": accuracies,
+        "loss": round(found.loss, 4),
+        "update_bytes": nbytes,
+        "model_bytes": size_bytes(federation.weights),
+    }
+
+
+def seconds_a_100_mb(how: str, weights: Weights) -> tuple[float, float]:
+    """Return what encoding and decoding 100 MB of the weights take, once both are warm."""
+    scale = 100e6 / size_bytes(weights)
+    tensors, left = compress(weights, how, {})
+    began = time.perf_counter()
+    tensors, left = compress(weights, how, left)
+    encoded = time.perf_counter()
+    expand(tensors, encoding_of(how), weights)
+    return scale * (encoded - began), scale * (time.perf_counter() - encoded)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train with every encoding, for every seed."""
+    from benchmarks.arrays import make_weights
+
+    runs: dict[str, list[dict[str, Any]]] = {how: [] for how in options.encodings}
+    for seed in options.seeds:
+        with scratch() as folder:
+            tasks, judge = letters(folder / "data", options.workers, options.per_client, seed)
+        for how in options.encodings:
+            print(f"seed {seed}, {how}", file=sys.stderr, flush=True)
+            runs[how].append(one_run(tasks, judge, how, options.rounds, seed))
+    weights = make_weights(int(options.size_mb * 1e6))
+    times = {
+        how: [round(seconds, 3) for seconds in seconds_a_100_mb(how, weights)]
+        for how in options.encodings
+        if how != PLAIN
+    }
+    return {
+        "workers": options.workers,
+        "rounds": options.rounds,
+        "seeds": options.seeds,
+        "runs": runs,
+        "encode_decode_s_a_100_mb": times,
+    }
+
+
+def as_text(told: Mapping[str, Any]) -> str:
+    """Lay the findings out for people."""
+    rows = []
+    for how, runs in told["runs"].items():
+        last = [100 * run["accuracies"][-1] for run in runs]
+        nbytes, whole = runs[0]["update_bytes"], runs[0]["model_bytes"]
+        loss = statistics.mean(run["loss"] for run in runs)
+        found = (nbytes, nbytes / whole, statistics.mean(last), min(last), max(last), loss)
+        rows.append([how, *found, *told["encode_decode_s_a_100_mb"].get(how, (None, None))])
+    head = ["encoding", "bytes an update", "of plain", "accuracy %", "least", "most", "loss"]
+    return (
+        f"{told['workers']} workers, {told['rounds']} rounds, seeds {told['seeds']}\n"
+        f"{figures.table([*head, 'encode s/100 MB', 'decode s/100 MB'], rows)}"
+    )
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compression", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--workers", type=int, default=3, help="how many workers (3)")
+    parser.add_argument("--per-client", type=int, default=250, help="letters of each (250)")
+    parser.add_argument("--rounds", type=int, default=6, help="how many rounds (6)")
+    parser.add_argument(
+        "--seeds",
+        type=lambda text: [int(each) for each in text.split(",")],
+        default=[1],
+        help="of data and first weights, such as 1,2,3 (1)",
+    )
+    parser.add_argument(
+        "--encodings",
+        type=lambda text: text.split(","),
+        default=list(ENCODINGS),
+        help=f"which ({','.join(ENCODINGS)})",
+    )
+    parser.add_argument("--size-mb", type=float, default=100.0, help="for the times (100)")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    options = parser.parse_args()
+    told = measure(options)
+    print(json.dumps(told) if options.json else as_text(told))
+
+
+if __name__ == "__main__":
+    main()

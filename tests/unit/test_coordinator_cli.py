@@ -1,0 +1,59 @@
+"""How the coordinator's flags become what a plan says."""
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fluffle_common.errors import UsageError
+from fluffle_common.messages import Plan
+from fluffle_coordinator import main
+from fluffle_coordinator.cli import CompressType, coordinator
+
+
+@pytest.mark.parametrize(
+    ("text", "how"),
+    [
+        ("int8", "int8"),
+        ("topk:0.01", "topk:0.01"),
+        ("topk:.1", "topk:0.1"),
+        ("topk:0.10", "topk:0.1"),
+        ("topk:1e-3", "topk:0.001"),
+        ("topk:0.5", "topk:0.5"),
+        ("topk:0.000001", "topk:0.000001"),
+    ],
+)
+def test_what_may_be_asked_for_is_what_a_plan_can_carry(text, how):
+    assert CompressType().convert(text, None, None) == how
+    assert Plan(compress=how).compress == how
+
+
+@pytest.mark.parametrize(
+    "text", ["", "int4", "bf16", "topk", "topk:", "topk:x", "topk:0", "topk:0.6", "topk:nan"]
+)
+def test_anything_else_is_refused_with_what_to_say_instead(text):
+    with pytest.raises(click.BadParameter, match="no compression; give int8, or topk"):
+        CompressType().convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "compress"),
+    [
+        ([], None),
+        (["--upload-dtype", "float32"], None),
+        (["--upload-dtype", "bf16"], "bf16"),
+        (["--upload-dtype", "f16"], "f16"),
+        (["--compress", "int8"], "int8"),
+        (["--compress", "topk:0.02"], "topk:0.02"),
+    ],
+)
+def test_the_plan_says_what_the_flags_ask_for(monkeypatch, flags, compress):
+    asked = []
+    monkeypatch.setattr(main, "run_coordinator", lambda rules, options: asked.append(options))
+    CliRunner().invoke(coordinator, ["--federation", "f", *flags], catch_exceptions=False)
+    assert main._compress(asked[0]) == compress
+
+
+def test_one_of_them_is_enough():
+    flags = ["--federation", "f", "--upload-dtype", "bf16", "--compress", "int8"]
+    with pytest.raises(UsageError, match="exclude each other"):
+        CliRunner().invoke(coordinator, flags, catch_exceptions=False)
