@@ -61,6 +61,8 @@ def facts(reading: Reading) -> list[str]:
     told = [] if reading.round is None else [f"round {reading.round}"]
     if "num_examples" in said:
         told.append(f"{said['num_examples']} example{'' if said['num_examples'] == 1 else 's'}")
+    if "encoding" in said:
+        told.append(f"encoded as {said['encoding']}")
     if "state" in said:
         step = f" {said['step']}/{said['steps']}" if said.get("steps") else ""
         told.append(f"{said['state']}{step}")

@@ -16,7 +16,7 @@ from fluffle_common.messages import Evaluation, Event, Hello, Update
 from fluffle_common.topology import Queue
 from fluffle_common.transfer import Route, send_tensors
 from fluffle_common.transport import Delivery, Properties
-from fluffle_common.wire import PART_BYTES, encode
+from fluffle_common.wire import PART_BYTES, encode, lay_out
 
 
 def update(**more: object) -> Update:
@@ -60,6 +60,15 @@ async def test_an_update_is_read_with_its_tensors():
     assert (empty.shape, empty.min, empty.nan) == ((0, 3), None, 0)
     assert (odd.nan, odd.inf, odd.mean, odd.norm) == (1, 2, 1.0, 1.0)
     assert facts(reading) == ["round 7", "120 examples", "loss 0.25"]
+
+
+async def test_an_encoded_update_says_so_and_shows_its_tensors_as_they_travel():
+    tensors = {"w#q": np.ones(3, np.int8), "w#scale": np.ones(1, np.float32)}
+    table, pieces = lay_out(tensors)
+    (delivery,) = await through(encode(update(encoding="int8", tensors=table), pieces))
+    reading = read(delivery, "f")
+    assert [tensor.name for tensor in reading.tensors] == ["w#q", "w#scale"]
+    assert facts(reading) == ["round 7", "120 examples", "encoded as int8", "loss 0.25"]
 
 
 async def test_what_has_no_finite_norm_is_still_json():
