@@ -10,11 +10,13 @@ import pytest
 from benchmarks import figures
 from benchmarks.aggregate import axpy
 from benchmarks.arrays import Perturbation, make_weights
+from benchmarks.compression import Federation
 from benchmarks.floor import Spec
 from benchmarks.gate import Gate, Gates
 from benchmarks.processes import Died
 from benchmarks.sides import compare
 from benchmarks.stamped import Stamped, read_events
+from tests.e2e.pull_task import COUNT, Pull, target
 
 
 def test_the_examples_do_what_they_say():
@@ -167,3 +169,12 @@ def test_lines_are_stamped_once_and_read_back(tmp_path):
     assert [event["event"] for _, event in events] == ["opened", "committed"]
     assert events[0][0] <= events[1][0]
     assert read_events(log, offset) == ([], offset)
+
+
+@pytest.mark.parametrize(("how", "part"), [("none", 1), ("bf16", 0.5), ("int8", 0.26)])
+def test_a_simulated_federation_learns_in_as_many_bytes_as_its_encoding_takes(how, part):
+    federation = Federation([Pull(1), Pull(2)], how, seed=0)
+    nbytes = [federation.round(number) for number in range(1, 9)]
+    assert max(nbytes) <= part * 4 * COUNT
+    off = federation.weights["w"] - (target(1) + target(2)) / 2
+    assert np.abs(off).max() < 0.05
