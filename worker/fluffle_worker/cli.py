@@ -20,6 +20,8 @@ _SENTENCES = {
     "occupied": "another worker has this id; waiting up to {pause_s:.0f} s, in case it is a "
     "connection of our own that was cut and lives on in the broker",
     "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
+    "waiting": "no coordinator of this federation has answered for {waited_s:.0f} s; it may be "
+    "started at any time",
     "welcome": "joined run {run}, round {round} of {rounds}",
     "begin": "round {round}: {verb}",
     "abandoned": "round {round}: closed without us; taking the next",

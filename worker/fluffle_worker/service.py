@@ -57,6 +57,7 @@ from fluffle_worker.task import Task, classes_of, told
 Tell = Callable[[str, dict[str, Any]], None]
 _INBOX_PREFETCH = 8
 _FULL_PAUSE_S = 1.0
+_WAITING_EVERY_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,32 @@ class WorkerService:
         worker = self._settings.worker
         inbox = self._topology.inbox(worker)
         await link.declare([*self._topology.shared(), *self._topology.of_worker(worker)])
-        mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
         if first:
-            await link.purge(inbox)  # what was meant for an earlier process
+            await self._drop_old_mail(link, inbox)
+        mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
         self._assembly = None
         self._link = link
         self._linked.set()
         self._tell("connected", {})
-        await together(self._read(link, mail), self._signs_of_life(link), self._until_lost(link))
+        await together(
+            self._read(link, mail),
+            self._signs_of_life(link),
+            self._until_lost(link),
+            self._say_that_we_wait(),
+        )
+
+    async def _drop_old_mail(self, link: Link, inbox: str) -> None:
+        """Drop what was meant for an earlier process, before any of it is delivered to this one."""
+        there = await link.counts(inbox)
+        if there is not None and not there.consumers:  # else it is another worker's mail
+            await link.purge(inbox)
+
+    async def _say_that_we_wait(self) -> None:
+        began = time.monotonic()
+        while self._run is None:
+            await asyncio.sleep(_WAITING_EVERY_S)
+            if self._run is None:
+                self._tell("waiting", {"waited_s": time.monotonic() - began})
 
     async def _until_lost(self, link: Link) -> None:
         await link.lost()
