@@ -111,6 +111,8 @@ class AmqpLink(Link):
         self._readers: dict[asyncio.Queue[AbstractIncomingMessage | None], str] = {}
         self._publish: AbstractChannel
         self._get: AbstractChannel
+        self._counting: AbstractChannel | None = None
+        self._one_counts = asyncio.Lock()
 
     async def start(self) -> AmqpLink:
         """Open the channels."""
@@ -346,16 +348,20 @@ class AmqpLink(Link):
     async def counts(self, queue: str) -> Counts | None:
         """See ``transport.Link``."""
         self._check()
-        with as_ours():
-            # A queue that is not there closes the channel that asks, so that one is not shared.
-            channel = self._connections[1].channel(publisher_confirms=False)
-            await channel.initialize()
-            underlay = await channel.get_underlay_channel()
-            try:
-                told = await underlay.queue_declare(queue, passive=True)
-            except aiormq.exceptions.ChannelNotFoundEntity:
-                return None
-            await channel.close()
+        # A queue that is not there closes the channel that asks, so that one is not shared.
+        async with self._one_counts:
+            with as_ours():
+                if self._counting is None:
+                    self._counting = self._connections[1].channel(publisher_confirms=False)
+                    await self._counting.initialize()
+                underlay = await self._counting.get_underlay_channel()
+                try:
+                    told = await underlay.queue_declare(queue, passive=True)
+                except BaseException as wrong:
+                    self._counting = None
+                    if isinstance(wrong, aiormq.exceptions.ChannelNotFoundEntity):
+                        return None
+                    raise
         return Counts(int(told.message_count or 0), int(told.consumer_count or 0))
 
     async def purge(self, queue: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fluffle_common.console import timestamp
@@ -17,6 +17,7 @@ from fluffle_common.wire import Assembly, decode, describe, encode, pack
 # How many parts may be on their way to the broker, unconfirmed: enough that it never waits for us.
 _WINDOW = 4
 
+_FEW_PARTS = 8
 # How long the next part may take to come, once the broker says that it has all of them.
 _PART_PATIENCE_S = 60.0
 
@@ -164,13 +165,10 @@ async def fetch(
     there = await link.counts(queue)  # all of them, since they were sent before the announcement
     if there is None or there.ready < transfer.parts:
         raise PartsGone(f"{there.ready if there else 0} of {transfer.parts} parts are there")
-    async with contextlib.aclosing(await link.consume(queue, prefetch=2 * _WINDOW)) as deliveries:
-        for _ in range(there.ready):
-            try:
-                async with asyncio.timeout(_PART_PATIENCE_S):
-                    delivery = await anext(deliveries)
-            except TimeoutError:
-                break
+    few = transfer.parts <= _FEW_PARTS
+    parts = _one_by_one(link, queue) if few else _streamed(link, queue, there.ready)
+    async with contextlib.aclosing(parts) as deliveries:
+        async for delivery in deliveries:
             try:
                 message, payload = read_part(delivery.body)
                 assembly.add(message, payload)
@@ -181,3 +179,21 @@ async def fetch(
             if assembly.complete:
                 return assembly.payload()
     raise PartsGone(f"{assembly.done_parts} of {transfer.parts} parts came")
+
+
+async def _one_by_one(link: Link, queue: str) -> AsyncGenerator[Delivery]:
+    """Take what is in a queue; a few messages are taken sooner than a consumer is begun."""
+    while (delivery := await link.get(queue)) is not None:
+        yield delivery
+
+
+async def _streamed(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
+    """Consume so many messages of a queue."""
+    async with contextlib.aclosing(await link.consume(queue, prefetch=2 * _WINDOW)) as deliveries:
+        for _ in range(count):
+            try:
+                async with asyncio.timeout(_PART_PATIENCE_S):
+                    delivery = await anext(deliveries)
+            except TimeoutError:
+                return
+            yield delivery
