@@ -11,15 +11,13 @@ updates, so that sizes can be compared; ``check`` is ``check_delta``, apart.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks import figures
+from benchmarks import command, figures
 from benchmarks.arrays import Array, Perturbation, make_weights
 from fluffle_common.weights import check_delta, delta, size_bytes
 from fluffle_coordinator.strategy import fedavg
@@ -123,16 +121,13 @@ def as_text(told: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.aggregate", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = command.parser("aggregate", __doc__)
     parser.add_argument("--size-mb", type=float, default=100.0, help="size of the model (100)")
     parser.add_argument("--updates", type=int, default=3, help="updates of a round (3)")
     parser.add_argument("--repeats", type=int, default=7, help="how often (7)")
-    parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     told = measure(options.size_mb, options.updates, options.repeats)
-    print(json.dumps(told) if options.json else as_text(told))
+    command.show(told, options, as_text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ are those of the tensors of one update. Encoding and decoding are timed on noise
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import command, figures
 from benchmarks.processes import scratch
 from fluffle_common.compression import compress, encoding_of, expand
 from fluffle_common.messages import Fit, Plan, Update
@@ -164,9 +163,7 @@ def as_text(told: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compression", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = command.parser("compression", __doc__)
     parser.add_argument("--workers", type=int, default=3, help="how many workers (3)")
     parser.add_argument("--per-client", type=int, default=250, help="letters of each (250)")
     parser.add_argument("--rounds", type=int, default=6, help="how many rounds (6)")
@@ -183,10 +180,9 @@ def main() -> None:
         help=f"which ({','.join(ENCODINGS)})",
     )
     parser.add_argument("--size-mb", type=float, default=100.0, help="for the times (100)")
-    parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     told = measure(options)
-    print(json.dumps(told) if options.json else as_text(told))
+    command.show(told, options, as_text)
 
 
 if __name__ == "__main__":

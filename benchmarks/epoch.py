@@ -15,7 +15,6 @@ the first weights in the coordinator, as the coordinator sees them, and what imp
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import command, figures
 from benchmarks.processes import FLUFFLE, Programs, private_broker, scratch
 from benchmarks.stamped import read_events
 
@@ -165,16 +164,13 @@ def as_text(told: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.epoch", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = command.parser("epoch", __doc__)
     parser.add_argument("--data", type=Path, help="a folder <class>/<image> (default: drawn)")
     parser.add_argument("--examples", type=int, default=250, help="letters drawn (250)")
     parser.add_argument("--epochs", type=int, default=1, help="local epochs (1)")
     parser.add_argument("--batch-size", type=int, default=32, help="batch size (32)")
     parser.add_argument("--repeats", type=int, default=9, help="how often (9)")
     parser.add_argument("--start-up", action="store_true", help="time a worker's start as well")
-    parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     with scratch() as folder:
         data = options.data
@@ -186,7 +182,7 @@ def main() -> None:
         told = local_fit(options, data)
         if options.start_up:
             told["start_up"] = start_up(folder, data.resolve(), 3)
-    print(json.dumps(told) if options.json else as_text(told))
+    command.show(told, options, as_text)
 
 
 if __name__ == "__main__":

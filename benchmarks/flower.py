@@ -21,14 +21,13 @@ saved model: the same task code, data and rounds, with evaluation, JAX's cache f
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import command, figures
 from benchmarks.floor import Spec
 from benchmarks.flower_sides import FlowerDirect, FlowerProduction
 from benchmarks.processes import ROOT, Programs, machine, private_broker, scratch
@@ -134,9 +133,7 @@ def _list(of: Any) -> Any:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.flower", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = command.parser("flower", __doc__)
     parser.add_argument("--size-mb", type=_list(float), default=[0.1, 1.36, 10.0, 100.0])
     parser.add_argument("--clients", type=_list(int), default=[3], help="numbers of clients (3)")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of each that count (12)")
@@ -150,7 +147,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="how often, with --letters (3)")
     parser.add_argument("--python", type=Path, default=PYTHON, help="of Flower's environment")
     parser.add_argument("--folder", type=Path, help="where runs are kept meanwhile")
-    parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     if not options.python.exists():
         raise SystemExit(f"there is no {options.python}; 'make bench-flower' installs Flower there")
@@ -159,11 +155,11 @@ def main() -> None:
         from benchmarks.flower_letters import jobs, jobs_as_text
 
         told = {**jobs(options), "machine": before}
-        print(json.dumps(told) if options.json else jobs_as_text(told))
+        command.show(told, options, jobs_as_text)
         return
     found = [rounds(options, mb, n) for mb in options.size_mb for n in options.clients]
     told = {"runs": found, "machine": before}
-    print(json.dumps(told) if options.json else as_text(told))
+    command.show(told, options, as_text)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ an empty one: the first run.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import command, figures
 from benchmarks.processes import FLUFFLE, Died, Programs, machine, private_broker, scratch
 from benchmarks.stamped import read_events
 
@@ -106,19 +105,16 @@ def as_text(told: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.letters_job", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = command.parser("letters_job", __doc__)
     parser.add_argument("--data", type=Path, help="a folder of clients (default: drawn letters)")
     parser.add_argument("--clients", type=int, default=3, help="clients, of drawn letters (3)")
     parser.add_argument("--per-client", type=int, default=250, help="letters of each (250)")
     parser.add_argument("--rounds", type=int, default=6, help="rounds (6)")
     parser.add_argument("--repeats", type=int, default=3, help="how often (3)")
     parser.add_argument("--cache", choices=["kept", "wiped"], default="kept", help="JAX's cache")
-    parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     told = measure(options)
-    print(json.dumps(told) if options.json else as_text(told))
+    command.show(told, options, as_text)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ machine than time does.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import command, figures
 from benchmarks.floor import Spec
 from benchmarks.processes import Programs, machine, private_broker, scratch
 from benchmarks.sides import Floor, Fluffle, Measured, compare
@@ -40,9 +39,7 @@ from benchmarks.sides import Floor, Fluffle, Measured, compare
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.rounds", description=(__doc__ or "").partition("\n")[0]
-    )
+    made = command.parser("rounds", __doc__)
     made.add_argument("--size-mb", type=float, default=10.0, help="size of the model (10)")
     made.add_argument("--workers", type=int, default=3, help="how many workers (3)")
     made.add_argument("--rounds", type=int, default=10, help="rounds of each side that count (10)")
@@ -52,7 +49,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--durable-parts", action="store_true", help="the floor's parts are durable")
     made.add_argument("--dashboard", action="store_true", help="the coordinator shows its page")
     made.add_argument("--folder", type=Path, help="where broker and run are kept meanwhile")
-    made.add_argument("--json", action="store_true", help="print one object")
     return made
 
 
@@ -148,7 +144,7 @@ def main() -> None:
     """Measure, and print."""
     options = parser().parse_args()
     told = measure(options)
-    print(json.dumps(told) if options.json else as_text(told))
+    command.show(told, options, as_text)
 
 
 if __name__ == "__main__":

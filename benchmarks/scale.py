@@ -13,7 +13,6 @@ last: where it is above 1, the exit code is 1 with ``--check``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import command, figures
 from benchmarks.crowd import Crowd
 from benchmarks.processes import (
     FLUFFLE,
@@ -180,9 +179,7 @@ def as_text(told: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scale", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = command.parser("scale", __doc__)
     parser.add_argument(
         "--workers",
         type=lambda text: [int(part) for part in text.split(",")],
@@ -195,10 +192,9 @@ def main() -> None:
     parser.add_argument("--ramp", type=float, default=50.0, help="workers started a second (50)")
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds of a run (900)")
     parser.add_argument("--check", action="store_true", help="fail where growth is above 1")
-    parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     told = measure(options)
-    print(json.dumps(told) if options.json else as_text(told))
+    command.show(told, options, as_text)
     if options.check and told["growth"] > _SLACK:
         raise SystemExit(1)
 

@@ -7,18 +7,14 @@ many messages are ready in the queues whose names are known.
 from __future__ import annotations
 
 import asyncio
-import http.client
 from dataclasses import dataclass
 from typing import Any
 
 from fluffle_broker.visit import visiting
 from fluffle_common.amqp import AmqpTransport
 from fluffle_common.hints import hint
-from fluffle_common.management import QueueFigures, alarms, queue_figures
+from fluffle_common.management import UNTOLD, QueueFigures, alarms, queue_figures
 from fluffle_common.topology import Queue, Topology
-
-# What the management API may raise, whatever is wrong with it.
-UNTOLD = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluffle_broker.looking import looking, management_of, management_option, screen, where
+from fluffle_broker.looking import looking, screen, where
+from fluffle_common.cli import management_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +45,7 @@ def queues(
       fluffle queues --federation letters --json | jq '.[] | select(.hint)'
     """
     from fluffle_broker.inspect import look
+    from fluffle_common.settings import management_of
 
     topology, address = where(federation, url)
     base = management_of(address, management)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from fluffle_common.cli import federation_option, url_option
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fluffle_common.management import QueueFigures
     from fluffle_common.topology import Topology
 
 
@@ -24,17 +26,6 @@ def looking(json_words: str, *, required: bool = True) -> Callable[[Any], Any]:
         return federation_option(url_option(as_json(command)), required=required)
 
     return add
-
-
-def management_option(command: Any) -> Any:
-    """Add ``--management``."""
-    return click.option(
-        "--management",
-        envvar="FLUFFLE_MANAGEMENT_URL",
-        metavar="URL",
-        help="RabbitMQ's management API.  "
-        "[default: that of the broker of --url, on its usual port]",
-    )(command)
 
 
 def where(federation: str, url: str | None) -> tuple[Topology, str]:
@@ -52,12 +43,13 @@ def where(federation: str, url: str | None) -> tuple[Topology, str]:
     return Topology(check_federation(federation)), address
 
 
-def management_of(url: str, given: str | None) -> str:
-    """Return where the management API of the broker should be."""
-    from fluffle_common.management import management_base
-    from fluffle_common.settings import node_record, state_folder
+def figures_if_told(address: str, base: str, topology: Topology) -> dict[str, QueueFigures]:
+    """Return RabbitMQ's figures of the queues by name; empty where they cannot be had."""
+    from fluffle_common.management import UNTOLD, queue_figures
 
-    return management_base(url, given, node_record(state_folder()))
+    with contextlib.suppress(*UNTOLD):
+        return {queue.name: queue for queue in queue_figures(address, base, topology)}
+    return {}
 
 
 def screen() -> Console:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import urllib.parse
 from dataclasses import dataclass
 
 from fluffle_broker.record import NodeInfo
-from fluffle_common.management import ask
+from fluffle_common.management import UNTOLD, ask
 
 
 @dataclass(frozen=True)
@@ -25,5 +24,5 @@ def figures(info: NodeInfo, *, timeout_s: float = 5) -> Figures | None:
     try:
         told = ask(base, f"/api/nodes/{name}", info.url, timeout_s=timeout_s)
         return Figures(uptime_s=told["uptime"] / 1000, memory_bytes=told["mem_used"])
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+    except UNTOLD:
         return None

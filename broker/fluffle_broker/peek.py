@@ -77,9 +77,10 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
             f"{full} is not a classic queue as fluffle has them: to take a message and to give it "
             f"back would count as a failed delivery and change the order; {_instead(topology)}"
         )
-    async with held(link, full, count=count, most_bytes=MOST_BYTES) as deliveries:
-        pass  # given back at once: what they say can be read afterwards
-    return Peeked(full, counts, [read(each, topology.federation) for each in deliveries])
+    async with held(link, full, count=count, most_bytes=MOST_BYTES) as each:
+        deliveries = [delivery async for delivery in each]
+    # Given back at once: what they say is read afterwards.
+    return Peeked(full, counts, [read(one, topology.federation) for one in deliveries])
 
 
 async def _end_of_stream(link: Link, topology: Topology, count: int) -> list[Reading]:

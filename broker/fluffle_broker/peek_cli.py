@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_broker.looking import looking, management_of, management_option, screen, where
+from fluffle_broker.looking import figures_if_told, looking, screen, where
+from fluffle_common.cli import management_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,6 +48,7 @@ def peek(queue: str, count: int, **options: Any) -> None:
       fluffle peek rejected -n 3 --federation letters --json
     """
     from fluffle_broker.peek import full_name
+    from fluffle_common.settings import management_of
 
     topology, address = where(options["federation"], options["url"])
     full_name(topology, queue)
@@ -72,17 +74,11 @@ async def _peek(address: str, topology: Topology, queue: str, count: int) -> Pee
 
 def _held(peeked: Peeked, topology: Topology, address: str, base: str) -> str | None:
     """Say what could not be seen, because the coordinator has it."""
-    from fluffle_broker.inspect import UNTOLD
-    from fluffle_common.management import queue_figures
-
     if peeked.queue != topology.updates or not peeked.counts.consumers:
         return None
     journal = f"'fluffle journal --federation {topology.federation}' tells of them"
-    try:
-        figures = {queue.name: queue for queue in queue_figures(address, base, topology)}
-        held = figures[peeked.queue].unacknowledged
-    except UNTOLD:
-        held = None
+    figures = figures_if_told(address, base, topology).get(peeked.queue)
+    held = figures.unacknowledged if figures else None
     if held is None:
         return (
             "what the coordinator holds until its commit cannot be seen, nor counted without the "
@@ -97,7 +93,7 @@ def _held(peeked: Peeked, topology: Topology, address: str, base: str) -> str | 
 
 
 def _show(peeked: Peeked, now: float) -> None:
-    from fluffle_broker.words import messages
+    from fluffle_common.hints import messages
 
     shown = f", {len(peeked.readings)} shown" if peeked.readings else ""
     kept = "kept" if any(r.delivery.offset is not None for r in peeked.readings) else "ready"

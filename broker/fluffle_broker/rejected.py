@@ -70,19 +70,12 @@ async def kept(link: Link, topology: Topology) -> list[Rejected]:
     """
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
-    found = []
-    taken: list[Delivery] = []
-    try:
-        for number in range(1, count + 1):
-            delivery = await link.get(topology.rejected)
-            if delivery is None:
-                break
-            taken.append(delivery)
-            found.append(Rejected(number, read(delivery, topology.federation, values=False)))
+    found: list[Rejected] = []
+    async with held(link, topology.rejected, count=count) as each:
+        async for delivery in each:
+            reading = read(delivery, topology.federation, values=False)
+            found.append(Rejected(len(found) + 1, reading))
             delivery.body = b""
-    finally:
-        for delivery in taken:
-            await delivery.release()
     return found
 
 
@@ -94,12 +87,14 @@ async def one(link: Link, topology: Topology, number: int) -> Rejected:
     """
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
-    async with held(link, topology.rejected, count=number, most_bytes=2**63) as deliveries:
-        for delivery in deliveries[: number - 1]:
+    at = 0
+    async with held(link, topology.rejected, count=number) as each:
+        async for delivery in each:
+            at += 1
+            if at == number:
+                return Rejected(number, read(delivery, topology.federation))
             delivery.body = b""
-    if len(deliveries) < number:
-        raise _no_such(topology, number, count)
-    return Rejected(number, read(deliveries[-1], topology.federation))
+    raise _no_such(topology, number, count)
 
 
 @dataclass(frozen=True)

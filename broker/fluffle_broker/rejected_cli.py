@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from fluffle_broker.looking import looking, management_of, management_option, screen, where
+from fluffle_broker.looking import figures_if_told, looking, screen, where
+from fluffle_common.cli import management_option
 from fluffle_common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def _visit(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
 
 def _list(at: _Where, most: int, management: str | None) -> None:
     from fluffle_broker.rejected import kept
+    from fluffle_common.settings import management_of
 
     topology, address, as_json = at
     found = _visit(address, lambda link: kept(link, topology))
@@ -105,19 +107,14 @@ def _list(at: _Where, most: int, management: str | None) -> None:
 
 
 def _dropped(topology: Topology, address: str, base: str, kept_now: int) -> int | None:
-    from fluffle_broker.inspect import UNTOLD
     from fluffle_broker.rejected import dropped
-    from fluffle_common.management import queue_figures
 
-    try:
-        figures = {queue.name: queue for queue in queue_figures(address, base, topology)}
-    except UNTOLD:
-        return None
+    figures = figures_if_told(address, base, topology)
     return dropped(figures.get(topology.rejected), kept_now)
 
 
 def _how_many(kept: int, gone: int | None) -> str:
-    from fluffle_broker.words import messages
+    from fluffle_common.hints import messages
 
     if gone is None:
         return (

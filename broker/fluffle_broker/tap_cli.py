@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_broker.looking import looking, management_of, management_option, where
+from fluffle_broker.looking import figures_if_told, looking, where
+from fluffle_common.cli import management_option
 
 if TYPE_CHECKING:
     from fluffle_broker.reading import Reading
@@ -61,7 +62,7 @@ def tap(**options: Any) -> None:
     """
     from fluffle_broker.tap import KINDS, Wanted
     from fluffle_common.errors import UsageError
-    from fluffle_common.settings import check_worker
+    from fluffle_common.settings import check_worker, management_of
 
     topology, address = where(options["federation"], options["url"])
     for kind in options["kinds"]:
@@ -88,14 +89,9 @@ def _folder(path: Path | None) -> Folder | None:
 
 def _known(topology: Topology, address: str, base: str) -> set[str]:
     """Return the workers that have an inbox; the others say who they are within seconds."""
-    from fluffle_broker.inspect import UNTOLD
-    from fluffle_common.management import queue_figures
-
     inbox = topology.inbox("")
-    with contextlib.suppress(*UNTOLD):
-        figures = queue_figures(address, base, topology)
-        return {q.name.removeprefix(inbox) for q in figures if q.name.startswith(inbox)}
-    return set()
+    names = figures_if_told(address, base, topology)
+    return {name.removeprefix(inbox) for name in names if name.startswith(inbox)}
 
 
 def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Queue
@@ -56,9 +57,11 @@ async def is_classic(link: Link, queue: Queue) -> bool:
 
 @contextlib.asynccontextmanager
 async def held(
-    link: Link, queue: str, *, count: int, most_bytes: int
-) -> AsyncGenerator[list[Delivery]]:
+    link: Link, queue: str, *, count: int, most_bytes: float = math.inf
+) -> AsyncGenerator[AsyncIterator[Delivery]]:
     """Take messages from the head of a queue and give them back at the end, each to its place.
+
+    They are taken one by one, as they are asked for; whoever is done with a body may let go of it.
 
     Args:
         link: a link of its own: should we die, its loss gives everything back too.
@@ -67,15 +70,19 @@ async def held(
         most_bytes: no more once they have so many bytes together.
     """
     taken: list[Delivery] = []
-    try:
+
+    async def each() -> AsyncIterator[Delivery]:
         size = 0
         while len(taken) < count and size < most_bytes:
             delivery = await link.get(queue)
             if delivery is None:
-                break
+                return
             taken.append(delivery)
             size += len(delivery.body)
-        yield taken
+            yield delivery
+
+    try:
+        yield each()
     finally:
         for delivery in taken:
             await delivery.release()

@@ -46,15 +46,6 @@ def rate(per_second: float | None) -> str:
     return f"{per_second:.1f}" if 0 < per_second < 10 else f"{per_second:.0f}"
 
 
-def messages(count: int) -> str:
-    """Return a number of messages in words.
-
-    >>> messages(1), messages(2500)
-    ('1 message', '2,500 messages')
-    """
-    return f"{count:,} message{'' if count == 1 else 's'}"
-
-
 def facts(reading: Reading) -> list[str]:
     """Return what matters most of a message, but for its kind and who it is of, in words."""
     said = reading.said()

@@ -83,6 +83,18 @@ def federation_option(command: Any, *, required: bool = True) -> Any:
     )(command)
 
 
+def management_option(command: Any) -> Any:
+    """Add ``--management`` to a command that asks RabbitMQ's management API."""
+    return click.option(
+        "--management",
+        envvar="FLUFFLE_MANAGEMENT_URL",
+        metavar="URL",
+        help="RabbitMQ's management API, for the figures of the queues.  "
+        "[default: that of the broker of --url, on its usual port]",
+        show_default=False,
+    )(command)
+
+
 def queue_type_option(command: Any) -> Any:
     """Add ``--queue-type`` to a command that declares queues."""
     return click.option(

@@ -49,16 +49,16 @@ def _about(queue: QueueFigures, topology: Topology) -> str | None:
         return f"no coordinator is connected{_waiting(queue, 'one')}"
     at = f"--federation {topology.federation}"
     if queue.name == topology.rejected and queue.ready:
-        return f"{_messages(queue.ready)} refused: fluffle rejected {at}"
+        return f"{messages(queue.ready)} refused: fluffle rejected {at}"
     if queue.name == topology.unrouted and queue.ready:
-        return f"{_messages(queue.ready)} had no queue to go to: fluffle peek unrouted {at}"
+        return f"{messages(queue.ready)} had no queue to go to: fluffle peek unrouted {at}"
     return None
 
 
 def _waiting(queue: QueueFigures, whom: str) -> str:
     if not queue.ready:
         return ""
-    return f"; {_messages(queue.ready)} wait{'s' if queue.ready == 1 else ''} for {whom}"
+    return f"; {messages(queue.ready)} wait{'s' if queue.ready == 1 else ''} for {whom}"
 
 
 def _growing(queue: QueueFigures) -> str | None:
@@ -67,5 +67,10 @@ def _growing(queue: QueueFigures) -> str | None:
     return f"growing by {queue.growth_rate:.0f} messages a second"
 
 
-def _messages(count: int) -> str:
+def messages(count: int) -> str:
+    """Return a number of messages in words.
+
+    >>> messages(1), messages(2500)
+    ('1 message', '2,500 messages')
+    """
     return f"{count:,} message{'' if count == 1 else 's'}"

@@ -7,6 +7,7 @@ here may be that old; AMQP itself (``Link.counts``) is exact, and tells less.
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import time
 import urllib.error
@@ -19,6 +20,8 @@ from typing import Any
 from fluffle_common.topology import Topology
 from fluffle_common.urls import split_urls
 
+# What asking may raise, whatever is wrong with what answers.
+UNTOLD = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 
 

@@ -33,6 +33,13 @@ def broker_url(given: str | None) -> str:
     return given or str(node_record(state_folder()).get("url") or DEFAULT_URL)
 
 
+def management_of(url: str, given: str | None) -> str:
+    """Return where the management API of the broker at ``url`` should be; ``given`` wins."""
+    from fluffle_common.management import management_base
+
+    return management_base(url, given, node_record(state_folder()))
+
+
 def check_federation(name: str) -> str:
     """Return the name of a federation.
 

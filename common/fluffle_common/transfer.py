@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fluffle_common.console import timestamp
@@ -49,6 +49,7 @@ async def send_tensors(
     route: Route,
     *,
     parts: Route | None = None,
+    before_parts: Callable[[], Awaitable[None]] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Publish a message that carries tensors, in one piece or, where it is large, in parts.
@@ -59,12 +60,16 @@ async def send_tensors(
         weights: the tensors.
         route: where the message goes.
         parts: where its parts go, ahead of it; None sends them after it, the same way.
+        before_parts: called first, if there are parts at all.
         progress: told how many parts of how many the broker has taken.
     """
     announced, body, pieces = pack(message, weights)
     if announced.transfer is None:
         await _publish(link, announced, body, route)
-    elif parts is not None:
+        return
+    if before_parts is not None:
+        await before_parts()
+    if parts is not None:
         await _send_parts(link, announced.transfer, pieces, parts, progress)
         await _publish(link, announced, body, route)
     else:

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli import federation_option, queue_type_option, url_option
+from fluffle_common.cli import (
+    federation_option,
+    management_option,
+    queue_type_option,
+    url_option,
+)
 from fluffle_common.console import log_format_option
 from fluffle_common.errors import RunError, UsageError
 
@@ -223,14 +228,7 @@ def run_option(command: Any) -> Any:
     help="Show the run on a live page there, such as 127.0.0.1:8080, with /metrics for Prometheus; "
     "port 0 is any free one. It can only be read. Needs 'fluffle[dashboard]'.",
 )
-@click.option(
-    "--management",
-    envvar="FLUFFLE_MANAGEMENT_URL",
-    metavar="URL",
-    help="RabbitMQ's management API, for the queues on that page.  "
-    "[default: that of the broker of --url, on its usual port]",
-    show_default=False,
-)
+@management_option
 @queue_type_option
 @log_format_option
 def coordinator(**options: Any) -> None:

@@ -13,15 +13,8 @@ from fluffle_common.amqp import AmqpTransport
 from fluffle_common.checkpoint import read_checkpoint
 from fluffle_common.console import Console
 from fluffle_common.errors import RunError, UsageError
-from fluffle_common.management import management_base
 from fluffle_common.messages import Plan
-from fluffle_common.settings import (
-    broker_url,
-    check_federation,
-    node_record,
-    parse_config,
-    state_folder,
-)
+from fluffle_common.settings import broker_url, check_federation, management_of, parse_config
 from fluffle_common.signals import Interrupted, run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff
@@ -163,8 +156,7 @@ def _page(options: dict[str, Any], topology: Topology) -> Page | None:
     with needs():
         from fluffle_coordinator.dashboard.page import Page
     url = broker_url(options["url"])
-    base = management_base(url, options["management"], node_record(state_folder()))
-    return Page(options["dashboard"], topology, url, base)
+    return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
 
 
 def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:

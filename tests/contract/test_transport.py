@@ -186,6 +186,14 @@ async def drain(link: Link, queue: str) -> list[bytes]:
     return found
 
 
+async def consume_when_free(link: Link, queue: str) -> AsyncIterator[Delivery]:
+    while True:
+        try:
+            return await link.consume(queue, prefetch=5, exclusive=True)
+        except Occupied:  # the broker tells nobody when it notices that a reader is gone
+            await asyncio.sleep(0.01)
+
+
 def bodies(deliveries: list[Delivery]) -> list[bytes]:
     return [delivery.body for delivery in deliveries]
 
@@ -497,13 +505,7 @@ async def test_an_exclusive_queue_is_free_again_when_the_link_is_lost(bench):
     await put(one, queue, b"x")
     await take(await one.consume(queue, prefetch=5, exclusive=True), 1)
     bench.cut(one)
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                deliveries = await two.consume(queue, prefetch=5, exclusive=True)
-                break
-            except Occupied:  # the broker tells nobody when it notices
-                await asyncio.sleep(0.01)
+    deliveries = await soon(consume_when_free(two, queue))
     (again,) = await take(deliveries, 1)
     assert (again.body, again.redelivered) == (b"x", True)
 
@@ -1097,13 +1099,7 @@ async def test_a_quorum_queue_too_has_one_exclusive_reader_until_its_link_is_los
     with pytest.raises(Occupied):
         await soon(two.consume(queue, prefetch=1, exclusive=True))
     real.cut(one)
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                deliveries = await two.consume(queue, prefetch=1, exclusive=True)
-                break
-            except Occupied:  # the broker tells nobody when it notices
-                await asyncio.sleep(0.01)
+    deliveries = await soon(consume_when_free(two, queue))
     await put(two, queue, b"x")
     assert bodies(await take(deliveries, 1)) == [b"x"]
 

@@ -152,7 +152,7 @@ async def test_no_more_is_held_than_may_be(broker, link):
     for body in (b"a" * 10, b"b" * 10, b"c" * 10):
         await link.publish(body, Properties(), exchange="", keys=["f.updates"])
     async with held(link, "f.updates", count=5, most_bytes=15) as deliveries:
-        assert len(deliveries) == 2
+        assert len([delivery async for delivery in deliveries]) == 2
         assert (await link.counts("f.updates")).ready == 1
     assert (await link.counts("f.updates")).ready == 3
 
@@ -160,7 +160,8 @@ async def test_no_more_is_held_than_may_be(broker, link):
 async def test_what_is_held_comes_back_when_we_fail(broker, link):
     await put_updates(link, 2)
     with pytest.raises(RuntimeError):
-        async with held(link, "f.updates", count=2, most_bytes=100_000):
+        async with held(link, "f.updates", count=2, most_bytes=100_000) as deliveries:
+            assert len([delivery async for delivery in deliveries]) == 2
             raise RuntimeError
     assert (await link.counts("f.updates")).ready == 2
 

@@ -46,8 +46,8 @@ from fluffle_common.transport import (
     links,
     together,
 )
-from fluffle_common.weights import Weights, check_all_finite, size_bytes
-from fluffle_common.wire import ALIGNMENT, PART_BYTES, Assembly, decode, read_tensors
+from fluffle_common.weights import Weights, check_all_finite
+from fluffle_common.wire import Assembly, decode, read_tensors
 from fluffle_worker import session
 from fluffle_worker.feedback import Residual
 from fluffle_worker.job import Job, NotWanted, do
@@ -478,8 +478,6 @@ class WorkerService:
         self, link: Link, message: Update | FirstWeights, weights: Weights
     ) -> None:
         worker = self._settings.worker
-        if size_bytes(weights) + ALIGNMENT * len(weights) > PART_BYTES:
-            await self._clear_outbox(link)
         await send_tensors(
             link,
             message,
@@ -487,6 +485,7 @@ class WorkerService:
             Route(self._topology.results, [f"{message.kind}.{worker}"]),
             # Kept here until there is newer work, and sent again when asked: so not on disk there.
             parts=Route(self._topology.results, [f"part.{worker}"], durable=False),
+            before_parts=lambda: self._clear_outbox(link),
             progress=lambda done, parts: self._bar("sending", done, parts, ""),
         )
 

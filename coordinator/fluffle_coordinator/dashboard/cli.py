@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from fluffle_common.cli import federation_option, url_option
+from fluffle_common.cli import federation_option, management_option, url_option
 
 
 @click.command(context_settings={"show_default": True})
@@ -19,13 +19,7 @@ from fluffle_common.cli import federation_option, url_option
     metavar="HOST:PORT",
     help="Where the page is; port 0 is any free one.",
 )
-@click.option(
-    "--management",
-    envvar="FLUFFLE_MANAGEMENT_URL",
-    metavar="URL",
-    help="RabbitMQ's management API.  [default: that of the broker of --url, on its usual port]",
-    show_default=False,
-)
+@management_option
 def dashboard(federation: str, url: str | None, address: str, management: str | None) -> None:
     """Show a federation on a live page: rounds, workers, queues, what was refused.
 
@@ -42,8 +36,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     """
     from fluffle_common.amqp import AmqpTransport
     from fluffle_common.console import warn
-    from fluffle_common.management import management_base
-    from fluffle_common.settings import broker_url, check_federation, node_record, state_folder
+    from fluffle_common.settings import broker_url, check_federation, management_of
     from fluffle_common.signals import Interrupted, run_until_signalled
     from fluffle_common.topology import Topology
     from fluffle_coordinator.dashboard import needs
@@ -56,8 +49,8 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     topology = Topology(check_federation(federation))
     broker = broker_url(url)
     transport = AmqpTransport(broker, f"fluffle dashboard of {federation}")
-    base = management_base(broker, management, node_record(state_folder()))
-    page = Beside(topology, transport, queue_asker(topology, broker, base))
+    asker = queue_asker(topology, broker, management_of(broker, management))
+    page = Beside(topology, transport, asker)
     with listen(address, "--listen") as listening:
         click.echo(f"the page is at {url_of(listening)}")
         if (exposed := exposure(listening)) is not None:

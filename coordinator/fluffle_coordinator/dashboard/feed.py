@@ -6,7 +6,6 @@ Nothing is computed unless somebody looks, and nothing that goes wrong here reac
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import math
 import time
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fluffle_common.console import warn
-from fluffle_common.management import queue_figures
+from fluffle_common.management import UNTOLD, queue_figures
 from fluffle_common.topology import Topology
 from fluffle_coordinator.dashboard.board import Board, Standing
 
@@ -100,7 +99,7 @@ class Feed:
                 return
             try:
                 figures = list(await asyncio.to_thread(self._ask_queues))
-            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as why:
+            except UNTOLD as why:
                 reason = getattr(why, "reason", None) or why
                 self.board.queues((), f"RabbitMQ's management API does not answer ({reason})")
                 self._ask_again_at = loop.time() + max(max_age_s, _AFTER_A_FAILURE_S)

@@ -1,8 +1,17 @@
-// Before anything is drawn: the theme that was chosen here, if one was.
+// Before anything is drawn: the theme that was chosen here, else the system's, also as that changes.
 "use strict";
-try {
-  const chosen = localStorage.getItem("fluffle-theme");
-  if (chosen) document.documentElement.dataset.theme = chosen;
-} catch {
-  // No storage, no memory: the system's theme it is.
+{
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const chosen = () => {
+    try {
+      return localStorage.getItem("fluffle-theme");
+    } catch {
+      return null; // No storage, no memory: the system's theme it is.
+    }
+  };
+  const apply = () => {
+    document.documentElement.dataset.theme = chosen() ?? (system.matches ? "dark" : "light");
+  };
+  system.addEventListener("change", apply);
+  apply();
 }
