@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +135,24 @@ def test_what_comes_in_anothers_name_is_rejected_where_users_are_verified(
         headers = properties and properties.headers
     assert headers["cause"] == "sender"
     assert (headers["worker"], coordinator.process.poll()) == ("shard-0-2", None)
+
+
+def test_a_new_process_takes_no_mail_of_an_earlier_one_and_rejects_what_is_wrong_with_it(
+    federation: Federation, connection: pika.BlockingConnection
+) -> None:
+    first = federation.worker("shard:0/2", "--wait-id", 60)
+    first.wait_for("connected")
+    first.send(signal.SIGKILL)
+    first.end()
+    stop = {"protocol": 1, "federation": federation.name, "kind": "stop", "run": "an earlier one",
+            "round": 9, "reason": "it is over"}  # fmt: skip
+    bodies = [msgpack.packb([stop, b""]), msgpack.packb([{**stop, "kind": "dance"}, b""])]
+    for body in bodies:
+        connection.channel().basic_publish("", f"{federation.name}.inbox.shard-0-2", body)
+    second = federation.worker("shard:0/2", "--wait-id", 60)
+    second.wait_for("rejected a message: ")
+    coordinator = federation.coordinator("--quorum", 1, "--rounds", 1)
+    assert [program.end() for program in (coordinator, second)] == [0, 0]
+    assert any("joined run" in line for line in second.lines)
+    _, _, kept = connection.channel().basic_get(f"{federation.name}.rejected", auto_ack=True)
+    assert kept == bodies[1]

@@ -180,6 +180,8 @@ class Chaos:
     def _end(self) -> None:
         """Let a last coordinator finish the run in a round or two, as an operator would."""
         self._last_round = self.federation.committed() + 2
+        # After the last fault, two may have been after the run folder: which one has it?
+        wait_until(lambda: any(map(_has_begun, self.coordinators)), "one has the run folder")
         standby, active = self._standby(), self._active()
         standby.wait_for("standby")  # Ctrl-C while Python imports is at times lost in somebody's C
         for program in (standby, active):
@@ -304,13 +306,17 @@ class Chaos:
     def _active(self) -> Program:
         """Return the coordinator that has the run folder, or the one that will have it."""
         for program in self.coordinators:
-            if program.events("started") or program.events("resumed"):
+            if _has_begun(program):
                 return program
         return self.coordinators[0]
 
     def _standby(self) -> Program:
         active = self._active()
         return next(program for program in self.coordinators if program is not active)
+
+
+def _has_begun(coordinator: Program) -> bool:
+    return bool(coordinator.events("started") or coordinator.events("resumed"))
 
 
 def rain(faults: int, seed: int, rounds: int, folder: Path, say: Callable[[str], None]) -> Verdict:

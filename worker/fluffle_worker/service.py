@@ -37,6 +37,7 @@ from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, read_part, reject, send, send_tensors
 from fluffle_common.transport import (
     Backoff,
+    Body,
     Delivery,
     Full,
     Link,
@@ -46,11 +47,12 @@ from fluffle_common.transport import (
     links,
     together,
 )
-from fluffle_common.weights import Weights, check_all_finite
-from fluffle_common.wire import Assembly, decode, read_tensors
+from fluffle_common.weights import Weights
+from fluffle_common.wire import Assembly, decode
 from fluffle_worker import session
 from fluffle_worker.feedback import Residual
 from fluffle_worker.job import Job, NotWanted, do
+from fluffle_worker.mail import check_mail, no_mail, weights_of
 from fluffle_worker.session import Work
 from fluffle_worker.task import Task, classes_of, told
 
@@ -217,7 +219,8 @@ class WorkerService:
         """Drop what was meant for an earlier process, before any of it is delivered to this one."""
         there = await link.counts(inbox)
         if there is not None and not there.consumers:  # else it is another worker's mail
-            await link.purge(inbox)
+            federation = self._settings.federation
+            await self._drain(link, inbox, lambda body: check_mail(body, federation))
 
     async def _say_that_we_wait(self) -> None:
         began = time.monotonic()
@@ -303,8 +306,7 @@ class WorkerService:
             case Refusal() | Stop():
                 pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
-                told = f"a message of kind {message.kind} is no mail for a worker"
-                raise MalformedMessage(told, "kind")
+                raise no_mail(message)
 
     def _part(self, part: Part, payload: memoryview) -> None:
         if self._assembly is None:
@@ -319,11 +321,7 @@ class WorkerService:
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
-        weights = read_tensors(message.tensors, payload)
-        try:
-            check_all_finite(weights)
-        except ValueError as wrong:
-            raise MalformedMessage(str(wrong), "not_finite") from None
+        weights = weights_of(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         self._ask(Work(kind, message.run, message.round), message, weights)  # type: ignore[arg-type]
 
@@ -490,15 +488,20 @@ class WorkerService:
         )
 
     async def _clear_outbox(self, link: Link) -> None:
-        """Drop the parts that nobody will ask for, and reject what is no part of ours."""
+        """Drop the parts that nobody will ask for."""
+        federation = self._settings.federation
         outbox = self._topology.outbox(self._settings.worker)
-        there = await link.counts(outbox)
+        await self._drain(link, outbox, lambda body: read_part(body, federation))
+
+    async def _drain(self, link: Link, queue: str, check: Callable[[Body], object]) -> None:
+        """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
+        there = await link.counts(queue)
         for _ in range(there.ready if there is not None else 0):
-            delivery = await link.get(outbox)
+            delivery = await link.get(queue)
             if delivery is None:
                 return
             try:
-                read_part(delivery.body, self._settings.federation)
+                check(delivery.body)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
                 await reject(link, delivery, wrong, self._topology.rejected)
