@@ -1,9 +1,11 @@
 """What every test can use: a private RabbitMQ, and Hypothesis that repeats itself."""
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import uvloop
 from hypothesis import settings
 
 from fluffle_broker import node
@@ -18,6 +20,11 @@ settings.register_profile(
     "search", deadline=None, max_examples=5000, stateful_step_count=80, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Let tests run on the event loop that the programs run on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import uvloop
+
 T = TypeVar("T")
 
 
@@ -42,6 +44,9 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
             loop.add_signal_handler(each, stop, each)
         return await task
 
-    with contextlib.suppress(asyncio.CancelledError):
-        return asyncio.run(watched())
+    with (
+        contextlib.suppress(asyncio.CancelledError),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(watched())
     raise Interrupted(received[0] if received else signal.SIGTERM)

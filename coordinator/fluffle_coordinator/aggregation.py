@@ -268,29 +268,32 @@ class Aggregation:
         )
         averaged_at = time.monotonic()
         metadata = self._metadata(number)
-        await self._on_disk(lambda: self._store.save_weights(number, weights, metadata))
-        timings = self._clock.timings(closed_at, averaged_at, time.monotonic())
         counts, self.counts = self.counts, Counts()  # from here on, of the next round
-        line = {
+        line: dict[str, Any] = {
             "event": "committed",
             "run": metadata["run"],
             "round": number,
             "asked": sorted(self.asked | self._participants.keys()),
             "participants": list(self._participants.values()),  # in the order of the sum
             "opened_at": self._opened_at,
-            "committed_at": timestamp(),
             "late": counts.late,
             "rejected": counts.rejected,
             "late_updates": counts.late_updates,
             "rejections": counts.rejections,
-            "timings": timings,
             "checkpoint": checkpoint_name(number),
         }
-        await self._on_disk(lambda: self._store.append(line))
+
+        def write() -> None:
+            self._store.save_weights(number, weights, metadata)
+            line["timings"] = self._clock.timings(closed_at, averaged_at, time.monotonic())
+            line["committed_at"] = timestamp()
+            self._store.append(line)
+
+        await self._on_disk(write)
         participants = frozenset(self._participants)
         self.last_committed = {
             "num_examples": sum(one["num_examples"] for one in self._participants.values()),
-            "timings": timings,
+            "timings": line["timings"],
         }
         self._clock = Clock()
         self.weights, self._sum = weights, emptied
