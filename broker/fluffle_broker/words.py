@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from fluffle_broker.reading import Reading, part_of
@@ -61,6 +62,9 @@ def facts(reading: Reading) -> list[str]:
     if "event" in said:
         fields = said.get("fields", {}).items()
         told.append(" ".join([said["event"], *(f"{key}={value}" for key, value in fields)]))
+    if "events" in said:
+        kinds = Counter(one["event"] for one in said["events"])
+        told.append(", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     if "reason" in said:
         told.append(said["reason"])
     part = part_of(reading)

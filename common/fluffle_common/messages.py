@@ -255,25 +255,13 @@ class Part(_Header):
     part: Annotated[int, Field(ge=0)]
 
 
-class Event(_Header):
-    """Something that happened, as the journal keeps it; ``fields`` is what is known of it.
+class Happening(_Model):
+    """Something that happened; ``fields`` is what is known of it."""
 
-    (``session``, ``number``) is its identity: ``number`` counts the events that one process of a
-    coordinator tells, from 1, so that a reader can pass over what was sent twice.
-    """
-
-    kind: Literal["event"] = "event"
     event: Annotated[str, Field(min_length=1, max_length=64)]
     time: Annotated[str, Field(max_length=40)]
-    session: Id
-    number: Annotated[int, Field(ge=1)]
     run: Id | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def identity(self) -> str:
-        """See above."""
-        return f"{self.kind}/{self.session}/{self.number}"
 
     @property
     def moment(self) -> datetime | None:
@@ -285,10 +273,48 @@ class Event(_Header):
         return at if at.tzinfo else None
 
 
+class _Journalled(_Header):
+    """An entry of the journal.
+
+    (``session``, ``number``) is its identity: ``number`` counts the events that one process of a
+    coordinator tells, from 1, so that a reader can pass over what was sent twice.
+    """
+
+    kind: str
+    session: Id
+    number: Annotated[int, Field(ge=1)]
+
+    @property
+    def identity(self) -> str:
+        """See above."""
+        return f"{self.kind}/{self.session}/{self.number}"
+
+
+class Event(_Journalled, Happening):
+    """One event, as the journal keeps it."""
+
+    kind: Literal["event"] = "event"
+
+
+class Events(_Journalled):
+    """Many events that were told at once; the first has ``number``, the others follow."""
+
+    kind: Literal["events"] = "events"
+    events: Annotated[tuple[Happening, ...], Strict(False), Field(min_length=1, max_length=1000)]
+
+    def each(self) -> list[Event]:
+        """Return them one by one."""
+        ids: dict[str, Any] = {"federation": self.federation, "session": self.session}
+        return [
+            Event(**ids, number=number, **dict(one))
+            for number, one in enumerate(self.events, start=self.number)
+        ]
+
+
 WithTensors = Fit | Evaluate | FirstWeights | Update
 ToWorker = Welcome | Refusal | InitRequest | Fit | Evaluate | Stop
 FromWorker = Hello | Heartbeat | Bye | Failure | FirstWeights | Update | Evaluation
-Message = ToWorker | FromWorker | Part | Event
+Message = ToWorker | FromWorker | Part | Event | Events
 
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from datetime import datetime, timedelta
 
 from fluffle_common.errors import LinkLost, MalformedMessage, UsageError
-from fluffle_common.messages import Event
+from fluffle_common.messages import Event, Events
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff, Delivery, Link, Since, Transport, links
 from fluffle_common.wire import decode
@@ -59,12 +59,12 @@ async def read_journal(
                 async with contextlib.aclosing(entries):
                     async for entry in entries:
                         begin = (entry.offset or 0) + 1
-                        event = _event(entry, topology.federation)
-                        if event is None or event.number <= newest_of.get(event.session, 0):
-                            continue
-                        newest_of[event.session] = event.number
-                        if since is None or (event.moment or since) >= since:
-                            yield event
+                        for event in _events(entry, topology.federation):
+                            if event.number <= newest_of.get(event.session, 0):
+                                continue
+                            newest_of[event.session] = event.number
+                            if since is None or (event.moment or since) >= since:
+                                yield event
                 return
             except LinkLost as gone:
                 waiting(str(gone), 0.0)
@@ -109,10 +109,15 @@ def _is_before(entry: Delivery, begin: Since) -> bool:
     return False
 
 
-def _event(entry: Delivery, federation: str) -> Event | None:
-    """Return the event in an entry; None where somebody has put anything else there."""
+def _events(entry: Delivery, federation: str) -> list[Event]:
+    """Return the events in an entry; none where somebody has put anything else there."""
     try:
         message, _ = decode(entry.body, federation)
     except MalformedMessage:
-        return None
-    return message if isinstance(message, Event) else None
+        return []
+    match message:
+        case Event():
+            return [message]
+        case Events():
+            return message.each()
+    return []

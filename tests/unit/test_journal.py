@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import LinkLost, UsageError
 from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Event
+from fluffle_common.messages import Event, Events
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Full, Link, Properties, Unroutable
 from fluffle_common.wire import decode, encode
@@ -76,9 +76,12 @@ async def drained(journal: Journal) -> None:
 
 def raw(broker: MemoryBroker) -> list[Event]:
     """Return everything in the stream, with what was sent twice."""
-    found = [decode(stored.body, "f")[0] for stored in broker.queues[TOPOLOGY.journal].ready]
-    assert all(isinstance(event, Event) for event in found)
-    return found  # type: ignore[return-value]
+    found: list[Event] = []
+    for stored in broker.queues[TOPOLOGY.journal].ready:
+        message, _ = decode(stored.body, "f")
+        assert isinstance(message, Event | Events)
+        found += message.each() if isinstance(message, Events) else [message]
+    return found
 
 
 async def read(broker: MemoryBroker, **how: Any) -> list[Event]:
@@ -124,6 +127,35 @@ async def test_an_event_shows_in_the_brokers_own_pages(broker):
     assert stored.properties.message_id == f"event/{event.session}/1"
     assert dict(stored.properties.headers) == {"event": "counted", "round": 3, "worker": "a"}
     assert stored.properties.durable
+
+
+async def test_many_events_at_once_are_one_message(broker):
+    journal = Journal(TOPOLOGY)
+    for number in range(1, 21):
+        journal.tell("opened", {"round": number, "odd": {1, number}} if number == 7 else {})
+    async with published(journal, await broker.open()):
+        await drained(journal)
+    (stored,) = broker.queues[TOPOLOGY.journal].ready
+    events = await read(broker)
+    assert stored.properties.type == "events"
+    assert stored.properties.message_id == f"events/{events[0].session}/1"
+    assert dict(stored.properties.headers) == {"events": 20}
+    assert [event.number for event in events] == list(range(1, 21))
+    assert events[6].fields == {"round": "7", "odd": "{1, 7}"}  # msgpack has no word for a set
+    assert events[7].fields == {}
+
+
+async def test_events_that_were_refused_together_are_counted_in_the_gap(broker):
+    journal = Journal(TOPOLOGY)
+    for number in range(1, 13):
+        journal.tell("opened", {"round": number})
+    async with published(journal, Faulty(await broker.open(), [Full("x")])):
+        await drained(journal)
+        journal.tell("opened", {"round": 13})
+        await drained(journal)
+    gap, last = await read(broker)
+    assert (gap.event, gap.fields) == ("gap", {"dropped": 12})
+    assert (last.number, last.fields) == (14, {"round": 13})
 
 
 async def test_two_processes_have_two_sessions(broker):

@@ -12,7 +12,7 @@ from fluffle_broker.reading import part_of, read
 from fluffle_broker.saving import Folder
 from fluffle_broker.words import facts
 from fluffle_common.memory import MemoryBroker
-from fluffle_common.messages import Evaluation, Event, Hello, Update
+from fluffle_common.messages import Evaluation, Event, Events, Happening, Hello, Update
 from fluffle_common.topology import Queue
 from fluffle_common.transfer import Route, send_tensors
 from fluffle_common.transport import Delivery, Properties
@@ -130,6 +130,13 @@ async def test_an_event_of_the_journal_in_words():
     event = Event(federation="f", event="opened", time="t", session="s", number=1, fields=fields)
     (delivery,) = await through(encode(event))
     assert facts(read(delivery, "f")) == ["opened round=2 needed=3"]
+
+
+async def test_many_events_of_the_journal_are_counted():
+    told = [Happening(event=event, time="t") for event in ("opened", "counted", "counted")]
+    events = Events(federation="f", session="s", number=1, events=tuple(told))
+    (delivery,) = await through(encode(events))
+    assert facts(read(delivery, "f")) == ["1 x opened, 2 x counted"]
 
 
 async def test_a_kept_message_is_its_body_and_what_is_known_of_it(tmp_path):
