@@ -15,7 +15,7 @@ models are too large for that, and there each is started again for every block o
 fluffle writes every round's model to disk.
 
 ``--letters`` runs the whole letters job on each instead, from the start of the processes to the
-saved model: the same task code, data and rounds, with evaluation, JAX's cache filled beforehand.
+saved model: the same network, images and rounds, with evaluation (see ``flower_letters``).
 """
 
 from __future__ import annotations

@@ -81,6 +81,10 @@ class Letters:
 def make(told: dict[str, Any]) -> Model:
     """Make the model that ``data`` names, else one of ``size`` bytes that learns nothing."""
     if told.get("data"):
+        if told.get("plain"):
+            from benchmarks.flower_side.letters import PlainLetters
+
+            return PlainLetters(told["data"])
         return Letters(told["data"])
     return Noop(int(told["size"]), int(told.get("seed", 0)))
 

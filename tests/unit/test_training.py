@@ -149,6 +149,30 @@ def test_first_weights_are_the_same_for_the_same_seed_whoever_is_asked(shared):
     assert not same(shared.init(4), shared.init(5))
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_first_weights_are_those_that_the_model_is_made_with(shared, seed):
+    made = Net(nnx.Rngs(seed))
+    found = shared.init(seed)
+    np.testing.assert_allclose(found["hidden/kernel"], made.hidden.kernel.get_value(), rtol=1e-6)
+    np.testing.assert_allclose(found["out/kernel"], made.out.kernel.get_value(), rtol=1e-6)
+
+
+def test_a_model_may_look_at_its_values_while_it_is_made():
+    class Looking(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.dense = nnx.Linear(FEATURES, CLASSES, rngs=rngs)
+            self.spread = float(np.asarray(self.dense.kernel.get_value()).std())
+
+        def __call__(self, inputs: jax.Array) -> jax.Array:
+            return self.dense(inputs) / self.spread
+
+    made = net(model=Looking)
+    weights = made.init(5)
+    trained = made.train(weights, PLAN, ignore).weights
+    same_form(trained, weights)
+    assert not same(trained, weights)
+
+
 def test_what_was_received_is_left_as_it_was(shared):
     weights = shared.init(0)
     kept = {name: array.copy() for name, array in weights.items()}

@@ -71,25 +71,30 @@ class FlaxTask:
         keep_compiled()
         self.num_examples = len(train_data[0])
         self.classes = classes
-        self._model, self._loss, self._metrics = model, loss, dict(metrics or {})
+        self._loss, self._metrics = loss, dict(metrics or {})
         self._augment = augment
         self._optimizer, self._learning_rate = optimizer, learning_rate
         # On the device once: a batch is a gather there, not a copy from here.
         self._train = jax.device_put(train_data)
         self._valid = jax.device_put(valid_data) if valid_data and len(valid_data[0]) else None
         self._sample_seed = sample_seed
-        graph, averaged, rest = nnx.split(  # type: ignore[misc]
-            model(nnx.Rngs(0)), _AVERAGED, ...
-        )
-        self._graph, self._rest = graph, rest
-        self._form = averaged
+        # Its form is known without making it; and made, it is in one piece, not operation by
+        # operation, each of which would be compiled by itself.
+        compiled: Callable[[Any], Any] = jax.jit
+        try:
+            like = nnx.eval_shape(lambda: model(nnx.Rngs(0)))
+        except jax.errors.JAXTypeError:  # it looks at its own values while it is made
+            like, compiled = model(nnx.Rngs(0)), lambda make: make
+        self._graph, self._form, _ = _split(like)
+        self._rest = compiled(lambda: _split(model(nnx.Rngs(0)))[2])()
+        self._init = compiled(lambda key: _split(model(nnx.Rngs(key)))[1])
         self._steps: dict[float, tuple[Any, Any]] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
-        return _to_weights(nnx.state(self._model(nnx.Rngs(seed)), _AVERAGED))
+        return _to_weights(self._init(jax.random.key(seed)))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """See ``task.Task``."""
@@ -132,7 +137,8 @@ class FlaxTask:
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError where these are not weights of this model."""
-        same_form(weights, _to_weights(self._form))
+        form = nnx.to_flat_state(self._form)
+        same_form(weights, {_name(path): leaf.get_value() for path, leaf in form})
 
     def outputs(self, weights: Weights, inputs: Array) -> Array:
         """Return the model's outputs for a batch of inputs, shape [batch, …]."""
@@ -209,6 +215,10 @@ class FlaxTask:
 
 flax_task = FlaxTask
 """The name under which a user's task file calls it."""
+
+
+def _split(model: Any) -> Any:
+    return nnx.split(model, _AVERAGED, ...)
 
 
 def _to_weights(state: Any) -> dict[str, Array]:

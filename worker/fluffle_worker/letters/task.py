@@ -33,10 +33,25 @@ class CNN(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return logits, shape [batch, classes], of images, shape [batch, 100, 100, 1]."""
-        hidden = nnx.relu(self.conv1(images))
-        hidden = nnx.max_pool(hidden, (2, 2), strides=(2, 2))
+        hidden = nnx.relu(halved(self.conv1(images)))
         hidden = nnx.relu(self.conv2(hidden))
         return self.dense(hidden.reshape(hidden.shape[0], _FLAT))
+
+
+def halved(images: jax.Array) -> jax.Array:
+    """Return the largest of each 2 by 2 pixels: ``nnx.max_pool`` by 2.
+
+    On a CPU, training with this takes half as long: the gradient of XLA's window reduction is a
+    loop that no compiler makes fast.
+
+    Args:
+        images: shape [batch, height, width, channels], both even.
+
+    Returns:
+        shape [batch, height / 2, width / 2, channels].
+    """
+    rows = jnp.maximum(images[:, 0::2], images[:, 1::2])
+    return jnp.maximum(rows[:, :, 0::2], rows[:, :, 1::2])
 
 
 def shifted(key: jax.Array, images: jax.Array) -> jax.Array:

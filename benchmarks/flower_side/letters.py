@@ -1,0 +1,102 @@
+"""The letters as a client of Flower would train them: by what Flax's own tutorials show.
+
+The same network, images, random shifts, batches and optimizer as fluffle's, without fluffle's local
+epoch: ``nnx.max_pool``, ``nnx.jit``, and JAX as it comes, which keeps nothing it has compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.arrays import Array
+from fluffle_worker.letters.images import read_images, split
+from fluffle_worker.letters.task import CNN, HELD_OUT, LEARNING_RATE, shifted
+
+_BATCH = 32
+
+
+class PlainCNN(CNN):
+    """The same layers, put together in the usual way."""
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """See ``CNN``."""
+        hidden = nnx.max_pool(nnx.relu(self.conv1(images)), (2, 2), strides=(2, 2))
+        hidden = nnx.relu(self.conv2(hidden))
+        return self.dense(hidden.reshape(hidden.shape[0], -1))
+
+
+def _loss(model: PlainCNN, images: Any, targets: Any) -> Any:
+    logits = model(images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), logits
+
+
+@nnx.jit
+def _train_step(model: PlainCNN, optimizer: Any, key: Any, images: Any, targets: Any) -> Any:
+    gradient = nnx.grad(_loss, has_aux=True)
+    grads, _ = gradient(model, shifted(key, images), targets)
+    optimizer.update(model, grads)
+
+
+@nnx.jit
+def _eval_step(model: PlainCNN, images: Any, targets: Any) -> Any:
+    loss, logits = _loss(model, images, targets)
+    return loss, (logits.argmax(axis=1) == targets).mean()
+
+
+class PlainLetters:
+    """See ``model.Model``.
+
+    Args:
+        data: a client's folder ``<class>/<image>``.
+    """
+
+    def __init__(self, data: str) -> None:
+        images = read_images(Path(data))
+        train, held_out = split(len(images.targets), HELD_OUT, 0)
+        self._train = jnp.asarray(images.inputs[train]), jnp.asarray(images.targets[train])
+        self._valid = jnp.asarray(images.inputs[held_out]), jnp.asarray(images.targets[held_out])
+        self._model = PlainCNN(len(images.classes), nnx.Rngs(0))
+        self._rng = np.random.default_rng(0)
+        self.num_examples = len(train)
+
+    def first(self) -> list[Array]:
+        """See ``Model``."""
+        return self._arrays()
+
+    def train(self, arrays: Sequence[Array], number: int) -> list[Array]:
+        """See ``Model``."""
+        self._take(arrays)
+        optimizer = nnx.Optimizer(self._model, optax.adam(LEARNING_RATE), wrt=nnx.Param)
+        images, targets = self._train
+        order = self._rng.permutation(self.num_examples)
+        order = np.resize(order, -(-len(order) // _BATCH) * _BATCH)  # as many steps as fluffle's
+        for step, batch in enumerate(np.split(order, len(order) // _BATCH)):
+            key = jax.random.key(number * 1000 + step)
+            _train_step(self._model, optimizer, key, images[batch], targets[batch])
+        return self._arrays()
+
+    def evaluate(self, arrays: Sequence[Array]) -> tuple[float, int, dict[str, float]]:
+        """See ``Model``."""
+        self._take(arrays)
+        loss, accuracy = _eval_step(self._model, *self._valid)
+        return float(loss), len(self._valid[1]), {"accuracy": float(accuracy)}
+
+    def _arrays(self) -> list[Array]:
+        state = nnx.to_flat_state(nnx.state(self._model, nnx.Param))
+        return [np.asarray(leaf.get_value()) for _, leaf in state]
+
+    def _take(self, arrays: Sequence[Array]) -> None:
+        state = nnx.to_flat_state(nnx.state(self._model, nnx.Param))
+        taken = [
+            (path, leaf.replace(jnp.asarray(array)))
+            for (path, leaf), array in zip(state, arrays, strict=True)
+        ]
+        nnx.update(self._model, nnx.from_flat_state(taken))
