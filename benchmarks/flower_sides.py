@@ -93,11 +93,14 @@ def start_direct(
 ) -> dict[str, int]:
     """Start a server and its clients; return their processes by name."""
     env = environment(programs.folder / "flower-home")
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    port = free_ports(1)[0]
+    address = f"127.0.0.1:{port}"
     module = (python, "-m", "benchmarks.flower_side.direct")
     told = {**told, "address": address}
     server = programs.start("flower-server", *module, "server", json.dumps(told), env=env)
     pids = {"coordinator": server.pid}
+    if "size" in told:  # a large model takes it longer to begin than clients wait for a server
+        _until_listening(programs, port)
     for number, client in enumerate(clients, start=1):
         mine = {**told, "seed": number, **client}
         pids[f"worker {number}"] = programs.start(
