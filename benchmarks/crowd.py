@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.noop import Noop
 from fluffle_common.amqp import AmqpTransport
+from fluffle_common.signals import run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_worker.service import WorkerService, WorkerSettings
 
@@ -72,4 +73,4 @@ async def attend_all(crowd: Crowd) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(attend_all(Crowd(**json.loads(sys.argv[1]))))
+    run_until_signalled(attend_all(Crowd(**json.loads(sys.argv[1]))))
