@@ -44,7 +44,8 @@ class Wanted:
 
     def takes(self, reading: Reading) -> bool:
         """Whether a message is wanted at all: some are fetched only for what they tell."""
-        if self.worker is not None and self.worker not in whom(reading):
+        # Work for others does not get here; and where it is for many, not all of them are named.
+        if self.worker is not None and not is_work(reading) and self.worker not in whom(reading):
             return False
         if reading.kind in self.kinds or (self.parts and reading.kind == "part"):
             return True
@@ -56,7 +57,7 @@ class Wanted:
 
 
 def whom(reading: Reading) -> tuple[str, ...]:
-    """Return the workers that a message is for, or the one it is of."""
+    """Return the workers that a message is for (the first, where they are many), or is of."""
     if is_work(reading):
         return reading.delivery.keys
     return (reading.worker or reading.delivery.keys[0].partition(".")[2],)

@@ -227,8 +227,10 @@ def _in_words(
     from fluffle_broker.tap import is_work, whom
     from fluffle_broker.words import facts, size
 
-    arrow = "→" if is_work(reading) else "←"
+    arrow, who = "→" if is_work(reading) else "←", ",".join(whom(reading))
+    if isinstance(many := reading.delivery.properties.headers.get("recipients"), int):
+        who += f" and {many - 1} more"
     at = time.strftime("%H:%M:%S", time.localtime(now))
     words = told or ", ".join(facts(reading))
     bytes_ = size(reading.size_bytes if size_bytes is None else size_bytes)
-    return f"{at}  {arrow} {','.join(whom(reading)):<12} {reading.kind:<13} {words}  ({bytes_})"
+    return f"{at}  {arrow} {who:<12} {reading.kind:<13} {words}  ({bytes_})"

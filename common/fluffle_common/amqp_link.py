@@ -23,6 +23,7 @@ from fluffle_common.amqp_errors import as_ours, declaring, told
 from fluffle_common.errors import LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue, lock_of
 from fluffle_common.transport import (
+    NAMED,
     Body,
     Counts,
     Delivery,
@@ -174,7 +175,7 @@ class AmqpLink(Link):
         first, *rest = keys
         headers: dict[str, Any] = dict(properties.headers)
         if rest:
-            headers["CC"] = rest
+            headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker drops BCC
         message = aio_pika.Message(
             b"",  # only its properties are used
             content_type="application/msgpack",

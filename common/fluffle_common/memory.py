@@ -20,6 +20,7 @@ from datetime import datetime
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport import (
+    NAMED,
     Body,
     Counts,
     Delivery,
@@ -115,7 +116,8 @@ class MemoryDelivery:
         self.properties = stored.properties
         self.redelivered = stored.redelivered
         self.queue = queue.spec.name
-        self.exchange, self.keys = stored.exchange, stored.keys
+        self.exchange = stored.exchange
+        self.keys = stored.keys if len(stored.keys) <= NAMED else stored.keys[:1]
         self.sent_at: float | None = stored.sent_at
         self.offset = stored.number if queue.is_stream else None
         self.consumer = consumer

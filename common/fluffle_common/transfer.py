@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fluffle_common.console import timestamp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Message, Part, Transfer, WithTensors
-from fluffle_common.transport import Body, Delivery, Link, Properties
+from fluffle_common.transport import NAMED, Body, Delivery, Link, Properties
 from fluffle_common.weights import Weights
 from fluffle_common.wire import Assembly, decode, describe, encode, pack
 
@@ -78,10 +78,13 @@ async def send_tensors(
 
 
 async def _publish(link: Link, message: Message, body: bytes, route: Route) -> None:
+    headers = {**describe(message), "bytes": len(body)}
+    if len(route.keys) > NAMED:
+        headers["recipients"] = len(route.keys)
     properties = Properties(
         type=message.kind,
         message_id=message.identity,
-        headers={**describe(message), "bytes": len(body)},
+        headers=headers,
         durable=route.durable,
     )
     await link.publish(body, properties, exchange=route.exchange, keys=route.keys)

@@ -64,6 +64,11 @@ class Properties:
     user: str | None = None
 
 
+# So many receivers of a message are named to each of them. To write a thousand names into a
+# thousand messages, and to read them, would take longer than all the rest.
+NAMED = 16
+
+
 class Counts(NamedTuple):
     """What AMQP itself tells of a queue; what is unacknowledged it does not tell."""
 
@@ -74,7 +79,8 @@ class Counts(NamedTuple):
 class Delivery(Protocol):
     """One message handed out to us, ours until we acknowledge it.
 
-    ``queue`` is where it was taken from, ``exchange`` and ``keys`` are what it was published to.
+    ``queue`` is where it was taken from, ``exchange`` and ``keys`` are what it was published to; of
+    more than ``NAMED`` keys only the first.
     ``sent_at`` is when, by its sender's clock: seconds since 1970, whole ones; None where the
     sender did not say. ``offset`` is its place in a stream, None elsewhere.
     """

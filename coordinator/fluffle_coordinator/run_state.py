@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -167,7 +168,7 @@ class State:
     outcome: Outcome | None = None
     reason: str = ""
 
-    @property
+    @cached_property
     def expected(self) -> frozenset[str]:
         """Who was asked and has answered, or will: neither gone nor failed."""
         present = self.workers.keys() - self.failed.keys()
@@ -176,9 +177,10 @@ class State:
     @property
     def needed(self) -> int:
         """How many updates close the open round."""
-        return self.rules.quorum.of(len(self.expected))
+        quorum = self.rules.quorum
+        return quorum.of(len(self.expected)) if quorum.number is None else quorum.number
 
-    @property
+    @cached_property
     def folded(self) -> int:
         """How many updates are in the running sum."""
         return sum(update.folded for update in self.received.values())

@@ -188,10 +188,14 @@ class Coordinator:
 
     async def _next_event(self, latest: float) -> rs.Event:
         now = time.monotonic()
-        if not self._events.empty() and now < self._looked_at + _LOOK_EVERY_S:
-            return self._events.get_nowait()  # many at once: time is not looked at for each
-        self._looked_at = now
-        until = min(latest, rounds.wakeup(self.state)) - now
+        look_at = self._looked_at + _LOOK_EVERY_S
+        if now < look_at:  # what time has to bring is not asked for at each of many events
+            if not self._events.empty():
+                return self._events.get_nowait()
+            until = look_at - now
+        else:
+            self._looked_at = now
+            until = min(latest, rounds.wakeup(self.state)) - now
         try:
             async with asyncio.timeout(max(0.0, until)):
                 return await self._events.get()

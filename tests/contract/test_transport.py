@@ -19,6 +19,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.memory import MemoryBroker, MemoryLink
 from fluffle_common.topology import Binding, Exchange, Queue, Topology
 from fluffle_common.transport import (
+    NAMED,
     Backoff,
     Delivery,
     Full,
@@ -278,6 +279,19 @@ async def test_one_publish_with_several_keys_reaches_each_inbox_once(bench):
     await link.publish(b"work", Properties(), exchange=bench.names.work, keys=keys)
     got = {w: await drain(link, bench.names.inbox(w)) for w in ("a", "b.1", "c", "d")}
     assert got == {"a": [b"work"], "b.1": [b"work"], "c": [b"work"], "d": []}
+
+
+async def test_a_message_for_many_names_only_the_first(bench):
+    link = await bench.open()
+    await link.declare(bench.names.shared())
+    workers = [f"w{number}" for number in range(NAMED + 1)]
+    for worker in workers:
+        await link.declare(bench.names.of_worker(worker))
+    for keys in (workers, workers[:-1]):
+        await link.publish(b"work", Properties(), exchange=bench.names.work, keys=keys)
+    last_but_one = [await link.get(bench.names.inbox(workers[-2])) for _ in range(2)]
+    assert [delivery.keys for delivery in last_but_one] == [("w0",), tuple(workers[:-1])]
+    assert await drain(link, bench.names.inbox(workers[-1])) == [b"work"]
 
 
 async def test_two_keys_that_lead_to_one_queue_put_one_message_there(bench):

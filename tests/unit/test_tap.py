@@ -19,7 +19,7 @@ from fluffle_common.memory import MemoryBroker, MemoryLink
 from fluffle_common.messages import Bye, Evaluation, Fit, Heartbeat, Hello, Plan, Stop, Update
 from fluffle_common.topology import UPDATE_KINDS, Topology
 from fluffle_common.transfer import Route, send, send_tensors
-from fluffle_common.transport import Properties, Unroutable
+from fluffle_common.transport import NAMED, Properties, Unroutable
 from fluffle_common.wire import PART_BYTES
 
 TOPOLOGY = Topology("f")
@@ -128,6 +128,18 @@ async def test_both_directions_are_shown_and_everyone_gets_their_mail(watched):
     ]
     for queue in ("f.inbox.w1", "f.inbox.w2", UPDATES):
         assert (await watched.link.counts(queue)).ready == 1
+
+
+async def test_what_is_for_many_is_shown_to_whom_it_concerns(watched):
+    everyone = [f"w{number}" for number in range(1, NAMED + 2)]
+    for worker in everyone:
+        await watched.link.declare(TOPOLOGY.of_worker(worker))
+    async with watched.tap(Wanted(worker="w5"), "w5"):
+        await send(watched.link, STOP, Route(TOPOLOGY.work, everyone))
+        await watched.until(lambda: len(watched.shown) == 1)
+    (shown,) = watched.shown
+    assert whom(shown) == ("w1",)
+    assert shown.delivery.properties.headers["recipients"] == len(everyone)
 
 
 async def test_a_worker_that_comes_is_followed_from_then_on(watched):
