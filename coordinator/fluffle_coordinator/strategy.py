@@ -30,7 +30,10 @@ _BLOCK = 32 * 1024
 
 @dataclass(frozen=True)
 class Sum:
-    """The running sum of a round: sum(n_k * delta_k) in float64, and sum(n_k)."""
+    """The running sum of a round: sum(n_k * delta_k) in float64, and sum(n_k).
+
+    As long as that is 0, ``totals`` are memory for it and nothing else.
+    """
 
     totals: dict[str, Array]
     num_examples: int = 0
@@ -54,16 +57,19 @@ class Strategy:
 
 
 def _init(weights: Weights) -> Sum:
-    totals = empty({name: (base.shape, np.dtype(np.float64)) for name, base in weights.items()})
-    for total in totals.values():
-        total.fill(0.0)
-    return Sum(totals)
+    return Sum(empty({name: (base.shape, np.dtype(np.float64)) for name, base in weights.items()}))
 
 
 def _fold(state: Sum, delta: Weights, num_examples: int) -> Sum:
+    add = _add_scaled if state.num_examples else _set_scaled
     for name, total in state.totals.items():
-        _add_scaled(total.reshape(-1), delta[name].reshape(-1), float(num_examples))
+        add(total.reshape(-1), delta[name].reshape(-1), float(num_examples))
     return replace(state, num_examples=state.num_examples + num_examples)
+
+
+def _set_scaled(total: Array, values: Array, factor: float) -> None:
+    """Write ``factor * values`` into ``total``, in float64; what was there need not be read."""
+    np.multiply(values, factor, out=total, dtype=np.float64)
 
 
 def _add_scaled(total: Array, values: Array, factor: float) -> None:
@@ -87,22 +93,26 @@ def _finish(state: Sum, weights: Weights) -> tuple[dict[str, Array], Sum]:
 
 
 def _average(result: Array, total: Array, base: Array, num_examples: int) -> None:
-    """Write ``base + total / num_examples`` into ``result`` and zeros into ``total``, in blocks.
+    """Write ``base + total / num_examples`` into ``result``, in blocks; uses ``total`` up.
 
     A page that was never touched is slow to touch: so the sum's memory serves all rounds.
     """
     lowest, highest = _limits(base.dtype)
     into, sums, old = result.reshape(-1), total.reshape(-1), base.reshape(-1)
-    with np.errstate(over="ignore"):  # what is beyond the end of float64 is clipped to the end
+    # What is beyond the end of float64 is clipped to its end, as is what the dtype cannot hold.
+    with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, sums.size, _BLOCK):
-            mean = sums[start : start + _BLOCK]
+            mean, part = sums[start : start + _BLOCK], into[start : start + _BLOCK]
             mean /= num_examples
             mean += old[start : start + _BLOCK]
-            if base.dtype.kind in "iu":
+            if base.dtype.kind == "f":
+                part[...] = mean
+                if np.isfinite(part.sum()):  # as nearly always: then nothing is to be clipped
+                    continue
+            else:
                 np.rint(mean, out=mean)
             np.clip(mean, lowest, highest, out=mean)
-            into[start : start + _BLOCK] = mean
-            mean.fill(0.0)
+            part[...] = mean
 
 
 def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
