@@ -1,11 +1,13 @@
-"""What encoding the updates saves, and what it costs: the letters, trained once with each encoding.
+"""What encoding the updates saves, and what it costs: one job, trained once with each encoding.
 
     python -m benchmarks.compression --seeds 1,2,3
+    python -m benchmarks.compression --seeds 1,2,3 --job digits --rounds 8 --epochs 3
 
 A simulation in one process: the workers' own ``job.do`` with the real task, the wire's layout, the
 coordinator's ``read_delta`` and ``fedavg``; only the broker is left out, which changes no byte.
-Accuracy is that of the last round's model on the letters of a writer whom no worker has seen, bytes
-are those of the tensors of one update. Encoding and decoding are timed on noise.
+Accuracy is that of the last round's model on what no worker has seen: another writer's letters, or
+a fifth of scikit-learn's digits. Bytes are those of the tensors of one update. Encoding and
+decoding are timed on noise.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import command, figures
 from benchmarks.processes import scratch
@@ -38,10 +42,9 @@ ENCODINGS = (PLAIN, "bf16", "f16", "int8", "topk:0.1", "topk:0.01")
 class Federation:
     """Workers of one process, their residuals, and the average of what they send."""
 
-    def __init__(self, tasks: Sequence[Task], how: str, seed: int) -> None:
-        self.weights = dict(tasks[0].init(seed))
-        self._tasks = tasks
-        self._plan = Plan(seed=seed, compress=None if how == PLAIN else how)
+    def __init__(self, tasks: Sequence[Task], plan: Plan) -> None:
+        self.weights = dict(tasks[0].init(plan.seed))
+        self._tasks, self._plan = tasks, plan
         self._residuals = [Residual() for _ in tasks]
 
     def round(self, number: int) -> int:
@@ -91,9 +94,39 @@ def letters(folder: Path, clients: int, per_client: int, seed: int) -> tuple[lis
     return tasks, letters_task(owners[0].classes, shares[0], unseen)
 
 
-def one_run(tasks: Sequence[Task], judge: Task, how: str, rounds: int, seed: int) -> dict[str, Any]:
+def digits(clients: int, seed: int) -> tuple[list[Task], Task]:
+    """Return the tasks of workers with a share of the digits each, and one to evaluate with."""
+    import optax
+    from sklearn.datasets import load_digits
+
+    from examples.digits import MLP
+    from fluffle_worker.training import accuracy, flax_task
+
+    found = load_digits()
+    order = np.random.default_rng(seed).permutation(len(found.target))
+    pixels, targets = (found.data / 16).astype(np.float32)[order], found.target[order]
+    apart = len(order) // 5
+    unseen, seen = (pixels[:apart], targets[:apart]), (pixels[apart:], targets[apart:])
+
+    def made(place: int, valid: Any) -> Task:
+        share = tuple(part[place::clients] for part in seen)
+        return flax_task(
+            MLP,
+            optax.softmax_cross_entropy_with_integer_labels,
+            optax.adam,
+            share,
+            valid,
+            learning_rate=3e-3,
+            metrics={"accuracy": accuracy},
+            sample_seed=place,
+        )
+
+    return [made(place, None) for place in range(clients)], made(0, unseen)
+
+
+def one_run(tasks: Sequence[Task], judge: Task, plan: Plan, rounds: int) -> dict[str, Any]:
     """Train with one encoding."""
-    federation = Federation(tasks, how, seed)
+    federation = Federation(tasks, plan)
     accuracies, nbytes = [], 0
     for number in range(1, rounds + 1):
         nbytes = federation.round(number)
@@ -125,11 +158,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     runs: dict[str, list[dict[str, Any]]] = {how: [] for how in options.encodings}
     for seed in options.seeds:
-        with scratch() as folder:
-            tasks, judge = letters(folder / "data", options.workers, options.per_client, seed)
+        if options.job == "digits":
+            tasks, judge = digits(options.workers, seed)
+        else:
+            with scratch() as folder:
+                tasks, judge = letters(folder / "data", options.workers, options.per_client, seed)
         for how in options.encodings:
             print(f"seed {seed}, {how}", file=sys.stderr, flush=True)
-            runs[how].append(one_run(tasks, judge, how, options.rounds, seed))
+            plan = Plan(seed=seed, epochs=options.epochs, compress=None if how == PLAIN else how)
+            runs[how].append(one_run(tasks, judge, plan, options.rounds))
     weights = make_weights(int(options.size_mb * 1e6))
     times = {
         how: [round(seconds, 3) for seconds in seconds_a_100_mb(how, weights)]
@@ -137,6 +174,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if how != PLAIN
     }
     return {
+        "job": options.job,
         "workers": options.workers,
         "rounds": options.rounds,
         "seeds": options.seeds,
@@ -155,8 +193,9 @@ def as_text(told: Mapping[str, Any]) -> str:
         found = (nbytes, nbytes / whole, statistics.mean(last), min(last), max(last), loss)
         rows.append([how, *found, *told["encode_decode_s_a_100_mb"].get(how, (None, None))])
     head = ["encoding", "bytes an update", "of plain", "accuracy %", "least", "most", "loss"]
+    run = f"{told['workers']} workers, {told['rounds']} rounds, seeds {told['seeds']}"
     return (
-        f"{told['workers']} workers, {told['rounds']} rounds, seeds {told['seeds']}\n"
+        f"{told['job']}, {run}\n"
         f"{figures.table([*head, 'encode s/100 MB', 'decode s/100 MB'], rows)}"
     )
 
@@ -164,7 +203,9 @@ def as_text(told: Mapping[str, Any]) -> str:
 def main() -> None:
     """Measure, and print."""
     parser = command.parser("compression", __doc__)
+    parser.add_argument("--job", choices=["letters", "digits"], default="letters", help="(letters)")
     parser.add_argument("--workers", type=int, default=3, help="how many workers (3)")
+    parser.add_argument("--epochs", type=int, default=1, help="local epochs of a round (1)")
     parser.add_argument("--per-client", type=int, default=250, help="letters of each (250)")
     parser.add_argument("--rounds", type=int, default=6, help="how many rounds (6)")
     parser.add_argument(

@@ -16,6 +16,7 @@ from benchmarks.gate import Gate, Gates
 from benchmarks.processes import Died
 from benchmarks.sides import compare
 from benchmarks.stamped import Stamped, read_events
+from fluffle_common.messages import Plan
 from tests.e2e.pull_task import COUNT, Pull, target
 
 
@@ -173,7 +174,8 @@ def test_lines_are_stamped_once_and_read_back(tmp_path):
 
 @pytest.mark.parametrize(("how", "part"), [("none", 1), ("bf16", 0.5), ("int8", 0.26)])
 def test_a_simulated_federation_learns_in_as_many_bytes_as_its_encoding_takes(how, part):
-    federation = Federation([Pull(1), Pull(2)], how, seed=0)
+    plan = Plan(compress=None if how == "none" else how)
+    federation = Federation([Pull(1), Pull(2)], plan)
     nbytes = [federation.round(number) for number in range(1, 9)]
     assert max(nbytes) <= part * 4 * COUNT
     off = federation.weights["w"] - (target(1) + target(2)) / 2
