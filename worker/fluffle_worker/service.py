@@ -12,20 +12,15 @@ import functools
 import queue
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.errors import LinkLost, MalformedMessage, Refused
 from fluffle_common.messages import (
-    Bye,
     Evaluate,
-    Failure,
     FirstWeights,
     Fit,
-    Heartbeat,
-    Hello,
     InitRequest,
     Part,
     Refusal,
@@ -53,8 +48,9 @@ from fluffle_worker import session
 from fluffle_worker.feedback import Residual
 from fluffle_worker.job import Job, NotWanted, do
 from fluffle_worker.mail import check_mail, no_mail, weights_of
+from fluffle_worker.presence import Presence
 from fluffle_worker.session import Work
-from fluffle_worker.task import Task, classes_of, told
+from fluffle_worker.task import Task, told
 
 Tell = Callable[[str, dict[str, Any]], None]
 _INBOX_PREFETCH = 8
@@ -113,21 +109,13 @@ class WorkerService:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
-        self._session = uuid.uuid4().hex[:12]
+        self._presence = Presence(settings, task, topology)
         self._state = session.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._jobs: dict[Work, Job] = {}
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._training: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
-        self._doing: dict[str, Any] = {
-            "state": "idle",
-            "run": None,
-            "round": 0,
-            "step": 0,
-            "steps": 0,
-        }
-        self._loss: float | None = None
         self._residual = Residual()  # of the last update that was sent
         self._link: Link | None = None
         self._linked = asyncio.Event()
@@ -152,10 +140,10 @@ class WorkerService:
                 if task.done():
                     task.result()
             reason = self._ended.result()
-            await self._say_bye(reason)
+            await self._presence.bye(self._link, reason)
             return reason
         except asyncio.CancelledError:
-            await self._say_bye("stopped by its owner")
+            await self._presence.bye(self._link, "stopped by its owner")
             raise
         finally:
             for job in self._jobs.values():
@@ -210,7 +198,7 @@ class WorkerService:
         self._tell("connected", {})
         await together(
             self._read(link, mail),
-            self._signs_of_life(link),
+            self._presence.signs_of_life(link),
             self._until_lost(link),
             self._say_that_we_wait(),
         )
@@ -233,45 +221,6 @@ class WorkerService:
         await link.lost()
         raise LinkLost("the link was lost")
 
-    async def _signs_of_life(self, link: Link) -> None:
-        kind: type[Hello | Heartbeat] = Hello
-        while True:
-            message = kind(
-                federation=self._settings.federation,
-                worker=self._settings.worker,
-                session=self._session,
-                num_examples=self._task.num_examples,
-                task=self._settings.task,
-                classes=classes_of(self._task),
-                heartbeat_s=self._settings.heartbeat_s,
-                loss=self._loss,
-                **self._doing,
-            )
-            await self._say(link, message)
-            kind = Heartbeat
-            await asyncio.sleep(self._settings.heartbeat_s)
-
-    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> None:
-        route = Route(
-            self._topology.results,
-            [f"{message.kind}.{self._settings.worker}"],
-            durable=isinstance(message, Failure),
-        )
-        with contextlib.suppress(Full, Unroutable):
-            await send(link, message, route)
-
-    async def _say_bye(self, reason: str) -> None:
-        if self._link is not None:
-            bye = Bye(
-                federation=self._settings.federation,
-                worker=self._settings.worker,
-                session=self._session,
-                reason=reason[:2000],
-            )
-            with contextlib.suppress(LinkLost, TimeoutError):
-                async with asyncio.timeout(2):
-                    await self._say(self._link, bye)
-
     # --- what comes in -------------------------------------------------------------------------
 
     async def _read(self, link: Link, mail: AsyncIterator[Delivery]) -> None:
@@ -290,13 +239,15 @@ class WorkerService:
             case Welcome(run=run, round=number, rounds=rounds):
                 self._run = run
                 self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
-            case Refusal(session=refused, reason=reason) if refused == self._session:
+            case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise Refused(reason)
             case InitRequest():
                 self._ask(Work("init", message.run, 0), message, {})
             case Fit() | Evaluate() if message.transfer is not None:
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
-                self._now("receiving", message.run, message.round, steps=message.transfer.parts)
+                self._presence.now(
+                    "receiving", message.run, message.round, steps=message.transfer.parts
+                )
             case Fit() | Evaluate():
                 self._work(message, payload)
             case Part():
@@ -313,11 +264,11 @@ class WorkerService:
             return
         message, assembly = self._assembly
         assembly.add(part, payload)
-        self._doing["step"] = assembly.done_parts
+        self._presence.progress(assembly.done_parts)
         self._bar("receiving", assembly.done_parts, assembly.transfer.parts, "")
         if assembly.complete:
             self._assembly = None
-            self._now("idle", message.run, message.round)
+            self._presence.now("idle", message.run, message.round)
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
@@ -346,14 +297,14 @@ class WorkerService:
                     self._jobs[work].wanted = False
                     self._tell("abandoned", {"round": work.round})
                 case session.Send(work):
-                    self._now("sending", work.run, work.round)
+                    self._presence.now("sending", work.run, work.round)
                     self._unsent.put_nowait(self._jobs[work])
                 case session.Drop(work):
                     self._jobs.pop(work).wanted = False
                 case session.Report(work, reason):
                     self._tell("failure", {"round": work.round, "reason": reason})
-                    self._now("idle", work.run, work.round)
-                    self._report(work, reason)
+                    self._presence.now("idle", work.run, work.round)
+                    self._presence.failed(self._link, work, reason)
                 case session.Leave(reason):
                     self._tell("ended", {"reason": reason})
                     if self._settings.stay:
@@ -368,15 +319,6 @@ class WorkerService:
         self._jobs.clear()
         self._state = session.State()
 
-    def _now(self, state: str, run: str, number: int, *, steps: int = 0) -> None:
-        self._doing |= {
-            "state": state,
-            "run": run,
-            "round": number,
-            "step": 0,
-            "steps": steps,
-        }
-
     # --- the training thread -------------------------------------------------------------------
 
     def _train(self) -> None:
@@ -385,11 +327,10 @@ class WorkerService:
 
     def _begin(self, job: Job) -> None:
         loop = asyncio.get_running_loop()
-        self._loss = None
         evaluating = isinstance(job.message, Evaluate) or (
             isinstance(job.message, Fit) and job.message.evaluate
         )
-        self._now("evaluating" if evaluating else "training", job.work.run, job.work.round)
+        self._presence.now("evaluating" if evaluating else "training", job.work.run, job.work.round)
         self._tell("begin", {"round": job.work.round, "kind": job.work.kind})
 
         def done(event: session.Event) -> None:
@@ -398,7 +339,7 @@ class WorkerService:
 
         def evaluated() -> None:
             self._unsent.put_nowait(job)
-            self._now("training", job.work.run, job.work.round)
+            self._presence.now("training", job.work.run, job.work.round)
 
         ids = {"federation": self._settings.federation, "worker": self._settings.worker}
 
@@ -427,8 +368,8 @@ class WorkerService:
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
         if self._state.doing != work:
             return
-        self._now("training", work.run, work.round, steps=steps)
-        self._doing["step"], self._loss = step, loss
+        self._presence.now("training", work.run, work.round, steps=steps)
+        self._presence.progress(step, loss)
         shown = f"round {work.round}" + (f", loss {loss:.4f}" if loss is not None else "")
         self._bar("training", step, steps, shown)
 
@@ -468,7 +409,7 @@ class WorkerService:
         if job.work.kind == "fit":
             self._residual = job.residual
         self._advance(session.Sent(job.work))
-        self._now("idle", job.work.run, job.work.round)
+        self._presence.now("idle", job.work.run, job.work.round)
         metrics = answer[0].metrics if answer and isinstance(answer[0], Update) else {}
         self._tell("sent", {"round": job.work.round, "kind": job.work.kind, **metrics})
 
@@ -507,23 +448,3 @@ class WorkerService:
                 await reject(link, delivery, wrong, self._topology.rejected)
             else:
                 await delivery.ack()
-
-    def _report(self, work: Work, reason: str) -> None:
-        link = self._link
-        if link is None:
-            return  # the coordinator asks again, and the task fails again
-        failure = Failure(
-            federation=self._settings.federation,
-            worker=self._settings.worker,
-            session=self._session,
-            run=work.run,
-            round=work.round,
-            reason=reason[:2000],
-        )
-
-        async def say() -> None:
-            with contextlib.suppress(LinkLost):
-                await self._say(link, failure)
-
-        # The loop itself holds a task only weakly.
-        self._reporting = asyncio.ensure_future(say())

@@ -1,0 +1,105 @@
+"""What a worker says of itself: signs of life, a failure, good-bye."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fluffle_common.errors import LinkLost
+from fluffle_common.messages import Bye, Failure, Heartbeat, Hello
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import Route, send
+from fluffle_common.transport import Full, Link, Unroutable
+from fluffle_worker.session import Work
+from fluffle_worker.task import Task, classes_of
+
+if TYPE_CHECKING:
+    from fluffle_worker.service import WorkerSettings
+
+_BYE_PATIENCE_S = 2.0
+
+
+class Presence:
+    """Who a worker is and what it does at the moment, and the telling of it.
+
+    Args:
+        settings: whose queues to use, and how often to speak up.
+        task: the model and the data.
+        topology: where signs of life go.
+    """
+
+    def __init__(self, settings: WorkerSettings, task: Task, topology: Topology) -> None:
+        self.session = uuid.uuid4().hex[:12]  # new at every process start
+        self._topology, self._heartbeat_s = topology, settings.heartbeat_s
+        self._ids: dict[str, Any] = {
+            "federation": settings.federation,
+            "worker": settings.worker,
+            "session": self.session,
+        }
+        self._about: dict[str, Any] = {
+            "num_examples": task.num_examples,
+            "task": settings.task,
+            "classes": classes_of(task),
+            "heartbeat_s": settings.heartbeat_s,
+        }
+        self._doing: dict[str, Any] = {
+            "state": "idle",
+            "run": None,
+            "round": 0,
+            "step": 0,
+            "steps": 0,
+        }
+        self._loss: float | None = None
+        self._telling: set[asyncio.Task[None]] = set()  # the loop itself holds a task only weakly
+
+    def now(self, state: str, run: str, number: int, *, steps: int = 0) -> None:
+        """Note what it is at from now on, and in how many steps."""
+        if state not in ("sending", "idle"):  # those still tell of the training they follow
+            self._loss = None
+        self._doing = {"state": state, "run": run, "round": number, "step": 0, "steps": steps}
+
+    def progress(self, step: int, loss: float | None = None) -> None:
+        """Note how far it is; the loss it has at that, where it trains."""
+        self._doing["step"], self._loss = step, loss
+
+    async def signs_of_life(self, link: Link) -> None:
+        """Say hello, then be heard every ``heartbeat_s`` seconds, until the link is lost."""
+        kind: type[Hello | Heartbeat] = Hello
+        while True:
+            told = {**self._about, **self._doing, "loss": self._loss}
+            await self._say(link, kind(**self._ids, **told))
+            kind = Heartbeat
+            await asyncio.sleep(self._heartbeat_s)
+
+    async def bye(self, link: Link | None, reason: str) -> None:
+        """Say good-bye, if there is a link and it takes no longer than a moment."""
+        if link is not None:
+            bye = Bye(**self._ids, reason=reason[:2000])
+            with contextlib.suppress(LinkLost, TimeoutError):
+                async with asyncio.timeout(_BYE_PATIENCE_S):
+                    await self._say(link, bye)
+
+    def failed(self, link: Link | None, work: Work, reason: str) -> None:
+        """Begin to say that a work failed; without a link, the coordinator asks again anyway."""
+        if link is None:
+            return
+        failure = Failure(**self._ids, run=work.run, round=work.round, reason=reason[:2000])
+
+        async def say() -> None:
+            with contextlib.suppress(LinkLost):
+                await self._say(link, failure)
+
+        telling = asyncio.ensure_future(say())
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
+    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> None:
+        route = Route(
+            self._topology.results,
+            [f"{message.kind}.{message.worker}"],
+            durable=isinstance(message, Failure),
+        )
+        with contextlib.suppress(Full, Unroutable):
+            await send(link, message, route)
