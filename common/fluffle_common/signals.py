@@ -34,8 +34,7 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
     received: list[int] = []
 
     async def watched() -> T:
-        # What has been imported stays: looking through it again and again took an eighth of the
-        # processor time of a busy coordinator.
+        # What has been imported stays: the garbage collector need not look through it again.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         loop = asyncio.get_running_loop()
