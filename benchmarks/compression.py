@@ -96,32 +96,18 @@ def letters(folder: Path, clients: int, per_client: int, seed: int) -> tuple[lis
 
 def digits(clients: int, seed: int) -> tuple[list[Task], Task]:
     """Return the tasks of workers with a share of the digits each, and one to evaluate with."""
-    import optax
     from sklearn.datasets import load_digits
 
-    from examples.digits import MLP
-    from fluffle_worker.training import accuracy, flax_task
+    from examples.digits import digits_task
 
     found = load_digits()
     order = np.random.default_rng(seed).permutation(len(found.target))
     pixels, targets = (found.data / 16).astype(np.float32)[order], found.target[order]
     apart = len(order) // 5
     unseen, seen = (pixels[:apart], targets[:apart]), (pixels[apart:], targets[apart:])
-
-    def made(place: int, valid: Any) -> Task:
-        share = tuple(part[place::clients] for part in seen)
-        return flax_task(
-            MLP,
-            optax.softmax_cross_entropy_with_integer_labels,
-            optax.adam,
-            share,
-            valid,
-            learning_rate=3e-3,
-            metrics={"accuracy": accuracy},
-            sample_seed=place,
-        )
-
-    return [made(place, None) for place in range(clients)], made(0, unseen)
+    shares = [(seen[0][place::clients], seen[1][place::clients]) for place in range(clients)]
+    tasks = [digits_task(share, None, place) for place, share in enumerate(shares)]
+    return tasks, digits_task(shares[0], unseen, 0)
 
 
 def one_run(tasks: Sequence[Task], judge: Task, plan: Plan, rounds: int) -> dict[str, Any]:

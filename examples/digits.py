@@ -18,7 +18,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from fluffle_worker.task import Task, TaskOptions
-from fluffle_worker.training import accuracy, flax_task
+from fluffle_worker.training import Examples, accuracy, flax_task
 
 
 class MLP(nnx.Module):
@@ -33,6 +33,21 @@ class MLP(nnx.Module):
         return self.out(nnx.relu(self.hidden(pixels)))
 
 
+def digits_task(train: Examples, valid: Examples | None, sample_seed: int) -> Task:
+    """Make the task from arrays: pixels [n, 64] float32 from 0 to 1, targets [n] int32."""
+    return flax_task(
+        MLP,
+        optax.softmax_cross_entropy_with_integer_labels,
+        optax.adam,
+        train,
+        valid,
+        learning_rate=3e-3,
+        metrics={"accuracy": accuracy},
+        classes=tuple(map(str, range(10))),
+        sample_seed=sample_seed,
+    )
+
+
 def task(options: TaskOptions) -> Task:
     """Make the task of one owner; ``--data shard:I/N`` is the I-th of N parts."""
     index, parts = map(int, options.data.removeprefix("shard:").split("/"))
@@ -41,15 +56,5 @@ def task(options: TaskOptions) -> Task:
     digits = load_digits()
     pixels = (digits.data / 16).astype(np.float32)[index::parts]
     targets = digits.target.astype(np.int32)[index::parts]
-    held_out = len(pixels) // 10
-    return flax_task(
-        MLP,
-        optax.softmax_cross_entropy_with_integer_labels,
-        optax.adam,
-        (pixels[held_out:], targets[held_out:]),
-        (pixels[:held_out], targets[:held_out]),
-        learning_rate=3e-3,
-        metrics={"accuracy": accuracy},
-        classes=tuple(map(str, range(10))),
-        sample_seed=index,
-    )
+    cut = len(pixels) // 10
+    return digits_task((pixels[cut:], targets[cut:]), (pixels[:cut], targets[:cut]), index)

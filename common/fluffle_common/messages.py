@@ -306,7 +306,9 @@ class Events(_Journalled):
         """Return them one by one."""
         ids: dict[str, Any] = {"federation": self.federation, "session": self.session}
         return [
-            Event(**ids, number=number, **dict(one))
+            Event(
+                **ids, number=number, event=one.event, time=one.time, run=one.run, fields=one.fields
+            )
             for number, one in enumerate(self.events, start=self.number)
         ]
 

@@ -178,7 +178,9 @@ class State:
     def needed(self) -> int:
         """How many updates close the open round."""
         quorum = self.rules.quorum
-        return quorum.of(len(self.expected)) if quorum.number is None else quorum.number
+        if quorum.number is not None:  # asked at every event: then nobody needs to be counted
+            return quorum.number
+        return quorum.of(len(self.expected))
 
     @cached_property
     def folded(self) -> int:

@@ -85,7 +85,8 @@ class FlaxTask:
             like = nnx.eval_shape(lambda: model(nnx.Rngs(0)))
         except jax.errors.JAXTypeError:  # it looks at its own values while it is made
             like, compiled = model(nnx.Rngs(0)), lambda make: make
-        self._graph, self._form, _ = _split(like)
+        self._graph, averaged, _ = _split(like)
+        self._form = nnx.to_flat_state(averaged)
         self._rest = compiled(lambda: _split(model(nnx.Rngs(0)))[2])()
         self._init = compiled(lambda key: _split(model(nnx.Rngs(key)))[1])
         self._steps: dict[float, tuple[Any, Any]] = {}
@@ -137,8 +138,7 @@ class FlaxTask:
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError where these are not weights of this model."""
-        form = nnx.to_flat_state(self._form)
-        same_form(weights, {_name(path): leaf.get_value() for path, leaf in form})
+        same_form(weights, {_name(path): leaf.get_value() for path, leaf in self._form})
 
     def outputs(self, weights: Weights, inputs: Array) -> Array:
         """Return the model's outputs for a batch of inputs, shape [batch, …]."""
@@ -207,9 +207,8 @@ class FlaxTask:
 
     def _to_state(self, weights: Weights) -> Any:
         self.check(weights)
-        flat = nnx.to_flat_state(self._form)
         return nnx.from_flat_state(
-            [(path, leaf.replace(jnp.asarray(weights[_name(path)]))) for path, leaf in flat]
+            [(path, leaf.replace(jnp.asarray(weights[_name(path)]))) for path, leaf in self._form]
         )
 
 
