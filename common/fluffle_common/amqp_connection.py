@@ -1,78 +1,88 @@
-"""How connections are opened, and how large bodies get past aiormq without being copied by it.
+"""How connections are opened, and how contents get past aiormq without being copied by it.
 
-aiormq copies a body some eight times in either direction. So it never sees a large one: it sends a
-*token* where the body belongs, which is replaced on the way to the socket, and it receives a header
-that says "no body", while the body is put together here and waits for whoever takes the delivery.
-
-Only AMQP's own framing is touched (AMQP 0-9-1, section 4.2), outside of aiormq, at the two ends of
-the sockets that its ``TransportFactory`` lets us open; channels, confirms, flow control and
-heartbeats stay aiormq's.
+Frames that carry a message, or settle one, never reach aiormq: they are parted from the others at
+the socket that its ``TransportFactory`` lets us open, and a body is put together in its last place.
+Handshake, channels, declarations, heartbeats and closing stay aiormq's. Only AMQP's own framing
+(AMQP 0-9-1, section 4.2) is touched, and nothing of aiormq's insides.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import struct
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from typing import Any
 
 import aio_pika
 import numpy as np
-from aio_pika.abc import ConnectionParameter
+from aio_pika.abc import AbstractChannel, ConnectionParameter
 from aiormq.connection import TransportFactory
 from yarl import URL
 
-from fluffle_common.transport import Body
+from fluffle_common import amqp_frames as frames
+from fluffle_common.amqp_contents import Content, Contents
 
-# Smaller ones are as well off with aiormq.
-LARGE_BYTES = 16 * 2**10
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
-
-_METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
-_FRAME = struct.Struct(">BHI")  # type, channel, size; then the payload and one byte that ends it
-_END = b"\xce"
-_KIND, _TAG, _SIZE = struct.Struct(">HH"), struct.Struct(">Q"), struct.Struct(">Q")
-_DELIVER, _GET_OK = (60, 60), (60, 71)
-_TUNE_OK = _KIND.pack(10, 31)
-_CHANNEL_CLOSE, _CHANNEL_CLOSE_OK = (20, 40), (20, 41)
-_SIZE_AT = _FRAME.size + 4  # in the frame of a content's header, after class and weight
-_TOKEN_BYTES = 16
+# Bodies up to here become plain bytes; a larger one is a view of the memory it was received into.
+_SMALL_BYTES = 16 * 2**10
+# aiormq gives a connection up on which it sees no frame for a minute: so often it is shown a
+# heartbeat instead of the frames that it does not see.
+_SHOW_LIFE_S = 5.0
+_KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
-@dataclass(eq=False)
-class _Content:
-    """A large body that is coming in."""
+class _Coming:
+    """A message that is coming in on a channel; ``left`` bytes of its body are still to come."""
 
-    header: bytes  # its frame, saying that there is no body
-    tag: int | None  # of its delivery; None for what was returned to us
-    body: memoryview
-    done: int = 0
+    __slots__ = ("body", "done", "header", "method", "of")
+
+    def __init__(self, of: Contents, method: bytes) -> None:
+        self.of, self.method = of, method
+        self.header = b""
+        self.body = memoryview(b"")
+        self.done = 0
+
+    def begin(self, header: bytes) -> None:
+        self.header = header
+        # Not zeroed: it is filled anyway.
+        self.body = np.empty(frames.body_size(header), np.uint8).data
+
+    @property
+    def complete(self) -> bool:
+        return self.done == len(self.body)
+
+    def content(self) -> Content:
+        small = len(self.body) < _SMALL_BYTES
+        return Content(
+            self.method, self.header, bytes(self.body) if small else self.body.toreadonly()
+        )
 
 
 class Incoming:
-    """Takes the bytes from the socket; passes on all but large bodies, which it keeps.
+    """Parts what comes from the socket: contents to the channels that take them, else to aiormq.
 
     Args:
         feed: given whole frames, in order.
+        clock: seconds, of any monotonic clock.
     """
 
-    def __init__(self, feed: Callable[[bytes], object]) -> None:
-        self._feed = feed
-        self._bodies: dict[tuple[int, int], memoryview] = {}  # by channel and delivery tag
-        self._tags: dict[int, int | None] = {}  # of what each channel is about to deliver
-        self._contents: dict[int, _Content] = {}  # by channel
-        self._frame = bytearray()  # as much of the next one as is there
-        self._into: _Content | None = None  # whose body frame we are in
-        self._left = 0  # bytes of it that are still to come, its end included
+    def __init__(
+        self, feed: Callable[[bytes], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._feed, self._clock = feed, clock
+        self._fed_at = clock()
+        self._contents: dict[int, Contents] = {}  # by channel
+        self._coming: dict[int, _Coming] = {}  # by channel
+        self._rest = b""  # the beginning of a frame that is not whole yet
+        self._into: _Coming | None = None  # whose body frame we are in
+        self._left = 0  # bytes of that frame that are still to come, its end included
         self._foreign = False  # no AMQP 0-9-1 at all: aiormq says what is wrong
 
-    def take(self, channel: int, tag: int) -> memoryview | None:
-        """Return a delivery's body, once; None where aiormq has it."""
-        return self._bodies.pop((channel, tag), None)
+    def hand_to(self, contents: Contents) -> None:
+        """Give the contents of a channel to these from now on."""
+        self._contents[contents.number] = contents
+        self._coming.pop(contents.number, None)
 
     def received(self, data: bytes) -> None:
         """Take what the socket gave, in whatever pieces.
@@ -80,130 +90,83 @@ class Incoming:
         Raises:
             ConnectionError: where a frame does not end where it said it would.
         """
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        at, end, seen = 0, len(data), False
         view = memoryview(data)
-        while view:
-            if self._foreign:
-                self._feed(bytes(view))
+        while True:
+            if self._into is not None:
+                at = self._fill(self._into, view, at)
+            if at < end and (self._foreign or data[at] not in _KINDS):
+                self._foreign = True
+                self._feed(data[at:])
                 return
-            count = self._collect(view) if self._into is None else self._fill(self._into, view)
-            view = view[count:]
+            if end - at < frames.FRAME.size:
+                break
+            kind, channel, size = frames.FRAME.unpack_from(data, at)
+            start, stop = at + frames.FRAME.size, at + frames.FRAME.size + size
+            if kind == frames.BODY and channel in self._coming:
+                self._into, self._left, at = self._coming[channel], size + len(frames.END), start
+                continue
+            if stop + len(frames.END) > end:
+                break
+            _check_end(view[stop : stop + len(frames.END)])
+            if not self._take(kind, channel, data[start:stop]):
+                self._feed(data[at : stop + len(frames.END)])
+                seen = True
+            at = stop + len(frames.END)
+        self._rest = data[at:]
+        self._show_life(seen)
 
-    def _fill(self, content: _Content, view: memoryview) -> int:
-        """Take bytes of a body's frame; return how many."""
-        count = min(self._left - 1, len(view))
-        content.body[content.done : content.done + count] = view[:count]
-        content.done += count
+    def _fill(self, coming: _Coming, view: memoryview, at: int) -> int:
+        """Take bytes of a body's frame; return where they end."""
+        count = min(self._left - len(frames.END), len(view) - at)
+        if coming.done + count > len(coming.body):
+            raise ConnectionError("a body is longer than its header said")
+        coming.body[coming.done : coming.done + count] = view[at : at + count]
+        coming.done += count
         self._left -= count
-        if self._left == 1 and count < len(view):
-            if view[count : count + 1] != _END:
-                raise ConnectionError("a frame does not end where it said it would")
-            count, self._into = count + 1, None
-            if content.done == len(content.body):
-                self._finish(content)
-        return count
+        at += count
+        if self._left == len(frames.END) and at < len(view):
+            _check_end(view[at : at + len(frames.END)])
+            at, self._into = at + len(frames.END), None
+            self._finish(coming)
+        return at
 
-    def _collect(self, view: memoryview) -> int:
-        """Take bytes up to the end of a frame, or of its head; return how many."""
-        frame = self._frame
-        whole = _FRAME.size
-        if len(frame) >= _FRAME.size:
-            whole += _FRAME.unpack_from(frame)[2] + len(_END)
-        count = min(whole - len(frame), len(view))
-        frame += view[:count]
-        if frame[0] not in (_METHOD, _HEADER, _BODY, _HEARTBEAT):
-            self._foreign = True
-            self._pass_on()
-        elif len(frame) == _FRAME.size:
-            kind, channel, size = _FRAME.unpack(frame)
-            if kind == _BODY and channel in self._contents:
-                self._into, self._left = self._contents[channel], size + len(_END)
-                frame.clear()
-        elif len(frame) == whole:
-            self._whole()
-        return count
+    def _take(self, kind: int, channel: int, payload: bytes) -> bool:
+        """Take a whole frame; return False where it is for aiormq."""
+        contents = self._contents.get(channel)
+        if contents is None:
+            return False
+        if kind == frames.METHOD:
+            if frames.kind_of(payload) in (frames.DELIVER, frames.GET_OK, frames.RETURN):
+                self._coming[channel] = _Coming(contents, payload)
+                return True
+            return contents.method(payload)
+        coming = self._coming.get(channel)
+        if kind != frames.HEADER or coming is None:
+            return False
+        coming.begin(payload)
+        self._finish(coming)  # if it has no body
+        return True
 
-    def _whole(self) -> None:
-        kind, channel, _ = _FRAME.unpack_from(self._frame)
-        if kind == _METHOD:
-            self._method(channel)
-        elif kind == _HEADER and _SIZE.unpack_from(self._frame, _SIZE_AT)[0] >= LARGE_BYTES:
-            self._begin(channel)
-            return
-        self._pass_on()
+    def _finish(self, coming: _Coming) -> None:
+        if coming.complete:
+            self._coming.pop(coming.of.number, None)
+            coming.of.content(coming.content())
 
-    def _method(self, channel: int) -> None:
-        method = _KIND.unpack_from(self._frame, _FRAME.size)
-        arguments = _FRAME.size + _KIND.size
-        if method == _DELIVER:  # the consumer's tag is first, a string with its length before it
-            arguments += 1 + self._frame[arguments]
-        if method in (_DELIVER, _GET_OK):
-            (self._tags[channel],) = _TAG.unpack_from(self._frame, arguments)
-        else:
-            self._tags[channel] = None
-        if method in (_CHANNEL_CLOSE, _CHANNEL_CLOSE_OK):  # its number may be used again
-            self._bodies = {key: body for key, body in self._bodies.items() if key[0] != channel}
-
-    def _begin(self, channel: int) -> None:
-        """Begin a large body; its header is passed on when it is there."""
-        header = bytearray(self._frame)
-        self._frame.clear()
-        (size,) = _SIZE.unpack_from(header, _SIZE_AT)
-        _SIZE.pack_into(header, _SIZE_AT, 0)
-        body = np.empty(size, np.uint8).data  # not zeroed: it is filled anyway
-        self._contents[channel] = _Content(bytes(header), self._tags.get(channel), body)
-
-    def _finish(self, content: _Content) -> None:
-        channel = _FRAME.unpack_from(content.header)[1]
-        del self._contents[channel]
-        if content.tag is not None:
-            self._bodies[channel, content.tag] = content.body.toreadonly()
-        self._feed(content.header)
-
-    def _pass_on(self) -> None:
-        self._feed(bytes(self._frame))
-        self._frame.clear()
+    def _show_life(self, seen: bool) -> None:
+        now = self._clock()
+        if not seen and now - self._fed_at > _SHOW_LIFE_S:
+            self._feed(frames.A_HEARTBEAT)
+            seen = True
+        if seen:
+            self._fed_at = now
 
 
-class Outgoing:
-    """Puts bodies where their tokens are."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[bytes, Body] = {}
-        self._frame_max = _DEFAULT_FRAME_MAX
-
-    @contextlib.contextmanager
-    def token(self, body: Body) -> Iterator[bytes]:
-        """Yield what to publish instead of ``body``."""
-        token = uuid.uuid4().bytes
-        self._waiting[token] = body
-        try:
-            yield token
-        finally:
-            self._waiting.pop(token, None)
-
-    def expand(self, data: bytes) -> list[Body]:
-        """Return what to write instead of ``data``, the frames of one method and its content."""
-        method = data[_FRAME.size : _FRAME.size + _KIND.size]
-        if data[0] == _METHOD and method == _TUNE_OK:
-            (most,) = struct.unpack_from(">I", data, _FRAME.size + _KIND.size + 2)
-            self._frame_max = most or _DEFAULT_FRAME_MAX
-        end = len(data) - len(_END)
-        body = self._waiting.pop(data[end - _TOKEN_BYTES : end], None)
-        if body is None:
-            return [data]
-        _, channel, size = _FRAME.unpack_from(data)
-        size_at = _FRAME.size + size + len(_END) + _SIZE_AT
-        head = bytearray(data[: end - _TOKEN_BYTES - _FRAME.size])
-        _SIZE.pack_into(head, size_at, len(body))
-        return [bytes(head), *self._frames(channel, memoryview(body))]
-
-    def _frames(self, channel: int, body: memoryview) -> Iterator[Body]:
-        room = self._frame_max - _FRAME.size - len(_END)
-        for start in range(0, len(body), room):
-            piece = body[start : start + room]
-            yield _FRAME.pack(_BODY, channel, len(piece))
-            yield piece
-            yield _END
+def _check_end(end: memoryview) -> None:
+    if end != frames.END:
+        raise ConnectionError("a frame does not end where it said it would")
 
 
 class _Protocol(asyncio.StreamReaderProtocol):
@@ -215,24 +178,11 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self._incoming.received(data)
 
 
-class _Writer(asyncio.StreamWriter):
-    outgoing: Outgoing
-
-    def write(self, data: Any) -> None:
-        pieces = self.outgoing.expand(data)
-        if len(pieces) == 1:
-            super().write(pieces[0])
-        else:
-            self.writelines(pieces)
-
-
-class BodiesBeside(TransportFactory):
+class ContentsBeside(TransportFactory):
     """Opens the socket of one connection."""
 
     incoming: Incoming
-
-    def __init__(self) -> None:
-        self.outgoing = Outgoing()
+    socket: asyncio.Transport
 
     async def create(
         self, url: URL, **options: Any
@@ -248,16 +198,14 @@ class BodiesBeside(TransportFactory):
         self.incoming = Incoming(reader.feed_data)
         protocol = _Protocol(reader, self.incoming)
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(
+        self.socket, _ = await loop.create_connection(
             lambda: protocol, url.host or "", url.port or 0, ssl=ssl, **options
         )
-        writer = _Writer(transport, protocol, reader, loop)
-        writer.outgoing = self.outgoing
-        return reader, writer
+        return reader, asyncio.StreamWriter(self.socket, protocol, reader, loop)
 
 
 class Connection(aio_pika.Connection):
-    """A connection whose large bodies are beside it."""
+    """A connection whose contents are beside it."""
 
     PARAMETERS = (
         *aio_pika.Connection.PARAMETERS,
@@ -265,8 +213,26 @@ class Connection(aio_pika.Connection):
     )
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.beside = BodiesBeside()
-        super().__init__(*args, **options, transport_factory=self.beside)
+        self._beside = ContentsBeside()
+        super().__init__(*args, **options, transport_factory=self._beside)
+
+    async def contents(
+        self, channel: AbstractChannel, delivered: Callable[[Content], object] | None = None
+    ) -> Contents:
+        """Take the contents of an open channel past aiormq from now on.
+
+        Args:
+            channel: of this connection, on which nothing was published or consumed yet.
+            delivered: given what is delivered there.
+
+        Raises:
+            AMQPError: where the channel is closed.
+        """
+        underlay = await channel.get_underlay_channel()
+        frame_max = underlay.connection.connection_tune.frame_max or _DEFAULT_FRAME_MAX
+        taken = Contents(underlay.number, self._beside.socket, frame_max, delivered)
+        self._beside.incoming.hand_to(taken)
+        return taken
 
 
 async def connect(url: URL, name: str, timeout_s: float) -> Connection:

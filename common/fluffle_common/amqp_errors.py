@@ -11,7 +11,7 @@ import aiormq.exceptions
 import pamqp.exceptions
 
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport import Full, Occupied, Unroutable
+from fluffle_common.transport import Occupied
 
 # They log what they also raise; whoever catches it says it in our own words.
 for _name in ("aio_pika", "aiormq"):
@@ -37,10 +37,6 @@ def as_ours() -> Iterator[None]:
         if cancelled():
             raise
         raise LinkLost("the link was closed") from None
-    except aiormq.exceptions.PublishError as returned:
-        raise Unroutable(f"no queue is bound for it: {returned}") from None
-    except aiormq.exceptions.DeliveryError as refused:
-        raise Full(f"the broker refused it: {refused}") from None
     except (aiormq.exceptions.ChannelAccessRefused, aiormq.exceptions.ChannelLockedResource) as no:
         raise Occupied(told(no)) from None
     except LOST as gone:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
 import aio_pika
 import aiormq.exceptions
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika.abc import AbstractChannel
+from pamqp.commands import Basic
 
-from fluffle_common.amqp_connection import LARGE_BYTES, Connection, Incoming
+from fluffle_common import amqp_frames as frames
+from fluffle_common.amqp_connection import Connection
+from fluffle_common.amqp_contents import Content, Contents
 from fluffle_common.amqp_errors import as_ours, declaring, told
 from fluffle_common.errors import LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue, lock_of
@@ -27,6 +30,7 @@ from fluffle_common.transport import (
     Body,
     Counts,
     Delivery,
+    Full,
     HeaderValue,
     Link,
     Properties,
@@ -47,51 +51,64 @@ _EMPTY_S = 0.5
 
 
 class AmqpDelivery:
-    """See ``transport.Delivery``."""
+    """See ``transport.Delivery``; of its properties, what nobody asks for is not read."""
 
-    def __init__(self, message: AbstractIncomingMessage, queue: str, incoming: Incoming) -> None:
-        beside = incoming.take(message.channel.number, message.delivery_tag or 0)
-        self.body: Body = message.body if beside is None else beside
+    def __init__(self, content: Content, queue: str, contents: Contents) -> None:
+        self.body: Body = content.body
         self.queue = queue
-        self.exchange = message.exchange or ""
-        self.keys = _keys(message)
-        self.sent_at = message.timestamp.timestamp() if message.timestamp else None
-        offset = (message.headers or {}).get("x-stream-offset")
-        self.offset = offset if isinstance(offset, int) else None
-        self.redelivered = bool(message.redelivered)
-        self.properties = Properties(
-            type=message.type or "",
-            message_id=message.message_id or "",
-            headers=_readable(message.headers),
-            durable=message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT,
-            user=message.user_id,
+        tag, self.redelivered, self.exchange, self._key = frames.origin(content.method)
+        self._header, self._contents = content.header, contents
+        self._tag: int | None = tag  # None once it is settled
+
+    @cached_property
+    def _read(self) -> Basic.Properties:
+        return frames.properties(self._header)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """See ``transport.Delivery``."""
+        more = (self._read.headers or {}).get("CC")
+        return (self._key, *map(str, more if isinstance(more, list) else ()))
+
+    @property
+    def sent_at(self) -> float | None:
+        """See ``transport.Delivery``."""
+        return self._read.timestamp.timestamp() if self._read.timestamp else None
+
+    @property
+    def offset(self) -> int | None:
+        """See ``transport.Delivery``."""
+        offset = (self._read.headers or {}).get("x-stream-offset")
+        return offset if isinstance(offset, int) else None
+
+    @cached_property
+    def properties(self) -> Properties:
+        """See ``transport.Delivery``."""
+        read = self._read
+        return Properties(
+            type=read.message_type or "",
+            message_id=read.message_id or "",
+            headers=_readable(read.headers),
+            durable=read.delivery_mode == aio_pika.DeliveryMode.PERSISTENT,
+            user=read.user_id or None,
         )
-        # Not the message itself: whoever is done with ``body`` can let go of it before the ack.
-        self._channel, self._tag = message.channel, message.delivery_tag  # None once it is settled
 
     async def ack(self, *, all_before: bool = False) -> None:
         """See ``transport.Delivery``; ``all_before``: and all that its channel brought before."""
         tag = self.disown()
         if tag is not None:
-            with contextlib.suppress(LinkLost), as_ours():
-                await self._channel.basic_ack(tag, multiple=all_before, wait=False)
+            self._contents.ack(tag, all_before=all_before)
 
     async def release(self) -> None:
         """See ``transport.Delivery``."""
         tag = self.disown()
         if tag is not None:
-            with contextlib.suppress(LinkLost), as_ours():
-                await self._channel.basic_nack(tag, requeue=True)
+            self._contents.requeue(tag)
 
     def disown(self) -> int | None:
         """Return what it is acknowledged by, once: a second time would break the channel."""
         tag, self._tag = self._tag, None
         return tag
-
-
-def _keys(message: AbstractIncomingMessage) -> tuple[str, ...]:
-    more = (message.headers or {}).get("CC")
-    return (message.routing_key or "", *map(str, more if isinstance(more, list) else ()))
 
 
 def _readable(headers: Any) -> dict[str, HeaderValue]:
@@ -103,15 +120,16 @@ class AmqpLink(Link):
 
     def __init__(self, publishing: Connection, consuming: Connection, user: str) -> None:
         self._connections = (publishing, consuming)
-        self._outgoing, self._incoming = publishing.beside.outgoing, consuming.beside.incoming
         self._user = user
         self._gone = asyncio.Event()
         self._why = "the link was closed"
         self._under_way_bytes = 0
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
-        self._readers: dict[asyncio.Queue[AbstractIncomingMessage | None], str] = {}
-        self._publish: AbstractChannel
+        self._readers: dict[asyncio.Queue[Content | None], str] = {}
+        self._contents: set[Contents] = set()  # of the channels that are open
         self._get: AbstractChannel
+        self._publishing: Contents
+        self._getting: Contents
         self._counting: AbstractChannel | None = None
         self._one_counts = asyncio.Lock()
 
@@ -121,11 +139,15 @@ class AmqpLink(Link):
             connection.close_callbacks.add(self._lose)
         publishing, consuming = self._connections
         with as_ours():
-            self._publish = publishing.channel(publisher_confirms=True, on_return_raises=True)
+            publish = publishing.channel(publisher_confirms=True)
             self._get = consuming.channel(publisher_confirms=False)
-            for channel in (self._publish, self._get):
+            for channel in (publish, self._get):
                 await channel.initialize()
                 channel.close_callbacks.add(self._lose)
+            self._publishing = await publishing.contents(publish)
+            self._getting = await consuming.contents(self._get)
+        self._contents |= {self._publishing, self._getting}
+        self._check()
         return self
 
     def _lose(self, _: Any, why: BaseException | None = None) -> None:
@@ -133,14 +155,12 @@ class AmqpLink(Link):
             self._why = told(why) if why else self._why
             self._end()
 
-    def _give_up(self, why: str) -> NoReturn:
-        self._lose(None, LinkLost(why))
-        raise LinkLost(self._why)
-
     def _end(self) -> None:
         self._gone.set()
         for arrived in self._readers:
             arrived.put_nowait(None)  # whoever waits there sees that it is over
+        for contents in self._contents:
+            contents.lose(LinkLost(self._why))
 
     def _check(self) -> None:
         if self._gone.is_set():
@@ -173,62 +193,51 @@ class AmqpLink(Link):
         """See ``transport.Link``."""
         self._check()
         first, *rest = keys
-        headers: dict[str, Any] = dict(properties.headers)
+        headers: dict[str, frames.Value] = dict(properties.headers)
         if rest:
             headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker drops BCC
-        message = aio_pika.Message(
-            b"",  # only its properties are used
-            content_type="application/msgpack",
-            type=properties.type,
-            message_id=properties.message_id or None,
+        head = frames.publish(
+            self._publishing.number,
+            len(body),
+            exchange=exchange,
+            key=first,
+            kind=properties.type,
+            message_id=properties.message_id,
+            user=self._user,
             headers=headers,
-            delivery_mode=aio_pika.DeliveryMode.PERSISTENT
-            if properties.durable
-            else aio_pika.DeliveryMode.NOT_PERSISTENT,
-            timestamp=datetime.now(UTC),
-            user_id=self._user,
+            durable=properties.durable,
         )
-        beside = (
-            self._outgoing.token(body) if len(body) >= LARGE_BYTES else contextlib.nullcontext(body)
-        )
-        with as_ours(), self._confirming(len(body)) as patience_s, beside as sent:
-            channel = await self._publish.get_underlay_channel()
-            async with asyncio.timeout(patience_s):
-                await channel.basic_publish(
-                    bytes(sent),
-                    exchange=exchange,
-                    routing_key=first,
-                    properties=message.properties,
-                    mandatory=True,
-                )
+        confirmed = self._publishing.publish(head, properties.message_id, body)
+        self._under_way_bytes += len(body)
+        patience_s = _CONFIRM_S + self._under_way_bytes / _SLOWEST_BYTES_PER_S
+        alarm = asyncio.get_running_loop().call_later(patience_s, self._unconfirmed, patience_s)
+        try:
+            await confirmed
+        except Full:
+            if not self._quorum:
+                raise
+            why = "the broker refused a message: a queue is full, or changes its leader"
+            self._lose(None, LinkLost(why))  # as in _unconfirmed
+            raise LinkLost(self._why) from None
+        finally:
+            alarm.cancel()
+            self._under_way_bytes -= len(body)
 
-    @contextlib.contextmanager
-    def _confirming(self, size_bytes: int) -> Iterator[float]:
-        """Yield how long a confirmation may take, in seconds; one that never comes ends the link.
+    def _unconfirmed(self, patience_s: float) -> None:
+        """Give the link up.
 
         While a quorum queue changes its leader, a channel can get into a state in which RabbitMQ
         confirms nothing that it sends there any more, or refuses all of it, which looks as if the
         queue were full. Only another channel helps, which another link begins with.
         """
-        self._under_way_bytes += size_bytes
-        patience_s = _CONFIRM_S + self._under_way_bytes / _SLOWEST_BYTES_PER_S
-        try:
-            yield patience_s
-        except TimeoutError:
-            self._give_up(f"the broker did not confirm a message within {patience_s:.0f} s")
-        except aiormq.exceptions.DeliveryError:
-            if not self._quorum:
-                raise
-            self._give_up("the broker refused a message: a queue is full, or changes its leader")
-        finally:
-            self._under_way_bytes -= size_bytes
+        why = f"the broker did not confirm a message within {patience_s:.0f} s"
+        self._lose(None, LinkLost(why))
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
         """See ``transport.Link``."""
-        arrived, channel = await self._subscribe(queue, prefetch, exclusive=exclusive)
-        return self._deliveries(queue, arrived, channel)
+        return self._deliveries(queue, *await self._subscribe(queue, prefetch, exclusive=exclusive))
 
     async def _subscribe(
         self,
@@ -237,10 +246,10 @@ class AmqpLink(Link):
         *,
         exclusive: bool = False,
         arguments: dict[str, Any] | None = None,
-    ) -> tuple[asyncio.Queue[AbstractIncomingMessage | None], AbstractChannel]:
+    ) -> tuple[asyncio.Queue[Content | None], AbstractChannel, Contents]:
         """Begin to consume over a channel of its own."""
         self._check()
-        arrived: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
+        arrived: asyncio.Queue[Content | None] = asyncio.Queue()
         with as_ours():
             channel = self._connections[1].channel(publisher_confirms=False)
             # A refusal closes the channel, which must not take the link with it: so the channel
@@ -255,33 +264,39 @@ class AmqpLink(Link):
                 await underlay.queue_declare(
                     lock_of(queue), exclusive=True, arguments={"x-queue-type": "classic"}
                 )
-            source = await channel.get_queue(queue, ensure=False)
-            tag = await source.consume(arrived.put, exclusive=exclusive, arguments=arguments)
+            contents = await self._connections[1].contents(channel, arrived.put_nowait)
+            begun = await underlay.basic_consume(
+                queue, _nothing, exclusive=exclusive, arguments=arguments
+            )
         channel.close_callbacks.add(self._lose)
         underlay.on_consumer_cancel_callbacks.add(self._cancelled)  # the queue was deleted
-        self._readers[arrived] = tag
-        return arrived, channel
+        self._readers[arrived] = str(begun.consumer_tag)
+        self._contents.add(contents)
+        return arrived, channel, contents
 
     async def _deliveries(
         self,
         queue: str,
-        arrived: asyncio.Queue[AbstractIncomingMessage | None],
+        arrived: asyncio.Queue[Content | None],
         channel: AbstractChannel,
+        contents: Contents,
     ) -> AsyncGenerator[AmqpDelivery]:
         try:
             while True:
                 self._check()
-                message = await arrived.get()
-                if message is not None:
+                content = await arrived.get()
+                if content is not None:
                     self._check()
-                    yield AmqpDelivery(message, queue, self._incoming)
+                    yield AmqpDelivery(content, queue, contents)
         finally:
-            await self._unsubscribe(arrived, channel)
+            await self._unsubscribe(arrived, channel, contents)
 
     async def _unsubscribe(
-        self, arrived: asyncio.Queue[AbstractIncomingMessage | None], channel: AbstractChannel
+        self, arrived: asyncio.Queue[Content | None], channel: AbstractChannel, contents: Contents
     ) -> None:
         tag = self._readers.pop(arrived)
+        self._contents.discard(contents)
+        contents.lose(LinkLost("the reading was ended"))
         if not self._gone.is_set():
             channel.close_callbacks.discard(self._lose)
             with contextlib.suppress(LinkLost, TimeoutError), as_ours():
@@ -293,10 +308,8 @@ class AmqpLink(Link):
     async def get(self, queue: str) -> Delivery | None:
         """See ``transport.Link``."""
         self._check()
-        with as_ours():
-            source = await self._get.get_queue(queue, ensure=False)
-            message = await source.get(fail=False)
-        return AmqpDelivery(message, queue, self._incoming) if message is not None else None
+        content = await self._getting.get(queue)
+        return AmqpDelivery(content, queue, self._getting) if content is not None else None
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         """See ``transport.Link``."""
@@ -307,7 +320,7 @@ class AmqpLink(Link):
     async def newest(self, stream: str) -> Delivery | None:
         """See ``transport.Link``."""
         last = {"x-stream-offset": "last"}  # the last chunk: as many as were written in one go
-        arrived, channel = await self._subscribe(stream, _STREAM_PREFETCH, arguments=last)
+        arrived, channel, contents = await self._subscribe(stream, _STREAM_PREFETCH, arguments=last)
         found: AmqpDelivery | None = None
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + _EMPTY_S
@@ -321,12 +334,12 @@ class AmqpLink(Link):
                         return found
                     await asyncio.sleep(_EMPTY_S / 10)
                 while not arrived.empty():
-                    message = arrived.get_nowait()
-                    if message is not None:
-                        found = AmqpDelivery(message, stream, self._incoming)
+                    content = arrived.get_nowait()
+                    if content is not None:
+                        found = AmqpDelivery(content, stream, contents)
                         await found.ack()
         finally:
-            await self._unsubscribe(arrived, channel)
+            await self._unsubscribe(arrived, channel, contents)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
         """See ``transport.Link``."""
@@ -381,6 +394,10 @@ class AmqpLink(Link):
         self._end()
         # Side by side: each may wait in vain for an answer, and nobody reconnects before that.
         await asyncio.gather(*(close(connection) for connection in self._connections))
+
+
+async def _nothing(_: Any) -> None:
+    """Take what aiormq would deliver, which is nothing: it never sees a content."""
 
 
 async def _ours_at_once(deliveries: AsyncGenerator[Delivery]) -> AsyncGenerator[Delivery]:

@@ -86,13 +86,25 @@ class Delivery(Protocol):
     """
 
     body: Body
-    properties: Properties
     redelivered: bool
     queue: str
     exchange: str
-    keys: tuple[str, ...]
-    sent_at: float | None
-    offset: int | None
+
+    @property
+    def properties(self) -> Properties:
+        """What travels beside the body."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """See above."""
+
+    @property
+    def sent_at(self) -> float | None:
+        """See above."""
+
+    @property
+    def offset(self) -> int | None:
+        """See above."""
 
     async def ack(self) -> None:
         """We are done with it."""

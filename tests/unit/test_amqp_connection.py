@@ -1,6 +1,6 @@
-"""Large bodies past aiormq: what goes in at one end of the framing comes out at the other."""
+"""Contents past aiormq: what goes in at one end of the framing comes out at the other."""
 
-import struct
+import asyncio
 
 import pytest
 from hypothesis import given
@@ -9,41 +9,70 @@ from pamqp import commands, frame, header
 from pamqp.body import ContentBody
 from pamqp.heartbeat import Heartbeat
 
-from fluffle_common import amqp_connection as ac
-from fluffle_common.amqp_connection import LARGE_BYTES, Incoming, Outgoing
+from fluffle_common import amqp_frames as frames
+from fluffle_common.amqp_connection import Incoming
+from fluffle_common.amqp_contents import Content, Contents
+from fluffle_common.errors import LinkLost
+from fluffle_common.transport import Full, Unroutable
 
-SIZES = st.sampled_from([0, 1, LARGE_BYTES - 1, LARGE_BYTES, LARGE_BYTES + 1, 3 * LARGE_BYTES])
+SMALL = 16 * 2**10
+SIZES = st.sampled_from([0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL])
+FRAME_MAX = 131072
 
 
-def framed(channel: int, method: object, body: bytes, room: int = 10_000) -> list[bytes]:
+def framed(
+    channel: int, method: object, body: bytes, room: int = 10_000, **properties: object
+) -> list[bytes]:
     """Return the frames of a method with content, as RabbitMQ sends them."""
     pieces = [body[start : start + room] for start in range(0, len(body), room)]
-    frames = [method, header.ContentHeader(body_size=len(body)), *map(ContentBody, pieces)]
-    return [frame.marshal(one, channel) for one in frames]
+    about = commands.Basic.Properties(**properties)
+    head = header.ContentHeader(body_size=len(body), properties=about)
+    return [frame.marshal(one, channel) for one in [method, head, *map(ContentBody, pieces)]]
 
 
 def deliver(channel: int, tag: int, body: bytes) -> list[bytes]:
     return framed(channel, commands.Basic.Deliver("reader", tag, False, "", "key"), body)
 
 
-class Fed:
-    """What aiormq would get."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.incoming = Incoming(self.data.extend)
-
-    def frames(self) -> list[object]:
-        found, rest = [], bytes(self.data)
-        while rest:
-            count, _, one = frame.unmarshal(rest)
-            found.append(one)
-            rest = rest[count:]
-        return found
+def sent(data: bytes) -> list[object]:
+    """Take frames apart, as pamqp reads them."""
+    found, rest = [], data
+    while rest:
+        count, _, one = frame.unmarshal(rest)
+        found.append(one)
+        rest = rest[count:]
+    return found
 
 
-def content(body: bytes, seed: int) -> bytes:
-    return bytes((seed + index) % 251 for index in range(len(body)))
+def content(size: int, seed: int) -> bytes:
+    return bytes((seed + index) % 251 for index in range(size))
+
+
+class Ends:
+    """Both ends of a connection: what aiormq gets, what is delivered, and what is written."""
+
+    def __init__(self, *channels: int, frame_max: int = FRAME_MAX) -> None:
+        self.fed, self.written = bytearray(), bytearray()
+        self.now = 0.0
+        self.delivered: list[tuple[int, Content]] = []
+        self.incoming = Incoming(self.fed.extend, lambda: self.now)
+        self.contents = {
+            number: Contents(
+                number,
+                self,
+                frame_max,
+                lambda one, number=number: self.delivered.append((number, one)),
+            )
+            for number in channels
+        }
+        for each in self.contents.values():
+            self.incoming.hand_to(each)
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def writelines(self, pieces: list[bytes]) -> None:
+        self.written += b"".join(pieces)
 
 
 @given(
@@ -51,91 +80,217 @@ def content(body: bytes, seed: int) -> bytes:
     cuts=st.lists(st.integers(1, 20_000), min_size=1, max_size=20),
 )
 def test_bodies_come_whole_however_the_socket_cuts_the_bytes(sizes, cuts):
-    bodies = [content(bytes(size), seed) for seed, size in enumerate(sizes)]
-    stream = b"".join(b"".join(deliver(1, tag, body)) for tag, body in enumerate(bodies, 1))
-    fed, at, turn = Fed(), 0, 0
+    bodies = [content(size, seed) for seed, size in enumerate(sizes)]
+    beat = frame.marshal(Heartbeat(), 0)
+    stream = b"".join(b"".join(deliver(1, tag, body)) + beat for tag, body in enumerate(bodies, 1))
+    ends, at, turn = Ends(1), 0, 0
     while at < len(stream):
-        fed.incoming.received(stream[at : at + cuts[turn % len(cuts)]])
+        ends.incoming.received(stream[at : at + cuts[turn % len(cuts)]])
         at += cuts[turn % len(cuts)]
         turn += 1
-    headers = [one for one in fed.frames() if isinstance(one, header.ContentHeader)]
-    assert len(headers) == len(bodies)
-    for tag, body in enumerate(bodies, 1):
-        if len(body) < LARGE_BYTES:
-            assert headers[tag - 1].body_size == len(body)
-            assert fed.incoming.take(1, tag) is None
-        else:
-            assert headers[tag - 1].body_size == 0
-            assert fed.incoming.take(1, tag) == body
-            assert fed.incoming.take(1, tag) is None
-    small = b"".join(one.value for one in fed.frames() if isinstance(one, ContentBody))
-    assert small == b"".join(body for body in bodies if len(body) < LARGE_BYTES)
+    assert [one.body for _, one in ends.delivered] == bodies
+    assert [frames.origin(one.method).tag for _, one in ends.delivered] == [
+        *range(1, len(bodies) + 1)
+    ]
+    assert ends.fed == beat * len(bodies)
 
 
-def test_channels_may_take_turns_and_heartbeats_come_between():
-    one, two = content(bytes(50_000), 1), content(bytes(40_000), 2)
-    first, second = deliver(1, 7, one), framed(2, commands.Basic.GetOk(7, False, "", "k", 0), two)
-    beat = frame.marshal(Heartbeat(), 0)
-    fed = Fed()
-    for pair in zip(first, second + [b""] * (len(first) - len(second)), strict=True):
-        for piece in (*pair, beat):
-            fed.incoming.received(piece)
-    assert fed.incoming.take(1, 7) == one
-    assert fed.incoming.take(2, 7) == two
-    assert sum(isinstance(each, Heartbeat) for each in fed.frames()) == len(first)
+def test_channels_may_take_turns_and_what_is_of_neither_is_aiormqs():
+    one, two, three = content(50_000, 1), content(40_000, 2), content(30_000, 3)
+    streams = [deliver(1, 7, one), deliver(2, 9, two), deliver(3, 1, three)]
+    ends = Ends(1, 2)
+    for turn in range(max(map(len, streams))):
+        for stream in streams:
+            for piece in stream[turn : turn + 1]:
+                ends.incoming.received(piece)
+    assert sorted((number, one.body) for number, one in ends.delivered) == [(1, one), (2, two)]
+    assert ends.fed == b"".join(streams[2])
 
 
-def test_what_was_returned_is_not_kept_and_a_closed_channel_leaves_nothing():
-    fed = Fed()
-    returned = commands.Basic.Return(312, "NO_ROUTE", "", "key")
-    fed.incoming.received(b"".join(framed(1, returned, bytes(LARGE_BYTES))))
-    fed.incoming.received(b"".join(deliver(1, 1, bytes(LARGE_BYTES))))
-    fed.incoming.received(b"".join(deliver(2, 1, bytes(LARGE_BYTES))))
-    fed.incoming.received(frame.marshal(commands.Channel.CloseOk(), 1))
-    assert fed.incoming.take(1, 1) is None
-    assert fed.incoming.take(2, 1) is not None
-    assert [one.body_size for one in fed.frames() if isinstance(one, header.ContentHeader)] == [
-        0
-    ] * 3
+def test_the_rest_of_a_channel_is_aiormqs():
+    ends = Ends(1)
+    rest = [
+        frame.marshal(commands.Basic.ConsumeOk("reader"), 1),
+        frame.marshal(commands.Basic.Cancel("reader", False), 1),
+        frame.marshal(commands.Queue.PurgeOk(3), 1),
+        frame.marshal(commands.Channel.Close(406, "no", 0, 0), 1),
+    ]
+    ends.incoming.received(b"".join(rest))
+    assert ends.fed == b"".join(rest)
+    assert not ends.delivered
+
+
+def test_aiormq_is_shown_life_while_only_contents_come():
+    ends = Ends(1)
+    for second in range(12):
+        ends.now = float(second)
+        ends.incoming.received(b"".join(deliver(1, second + 1, b"x")))
+    assert [type(one) for one in sent(bytes(ends.fed))] == [Heartbeat]
+    ends.now = 13.0
+    ends.incoming.received(frame.marshal(Heartbeat(), 0))
+    ends.now = 17.0
+    ends.incoming.received(b"".join(deliver(1, 99, b"x")))
+    assert len(sent(bytes(ends.fed))) == 2
 
 
 def test_another_protocol_is_passed_on_as_it_is():
-    fed = Fed()
-    fed.incoming.received(b"AMQ")
-    fed.incoming.received(b"P\x00\x00\x09\x01more")
-    assert fed.data == b"AMQP\x00\x00\x09\x01more"
+    ends = Ends()
+    ends.incoming.received(b"AMQ")
+    ends.incoming.received(b"P\x00\x00\x09\x01more")
+    assert ends.fed == b"AMQP\x00\x00\x09\x01more"
 
 
-def test_a_frame_that_does_not_end_breaks_the_connection():
-    head, size, body, *_ = deliver(1, 1, bytes(LARGE_BYTES))
+@pytest.mark.parametrize("size", [1, SMALL])
+def test_a_frame_that_does_not_end_breaks_the_connection(size):
+    method, head, body, *_ = deliver(1, 1, bytes(size))
     with pytest.raises(ConnectionError, match="does not end"):
-        Fed().incoming.received(head + size + body[:-1] + b"\x00")
+        Ends(1).incoming.received(method + head + body[:-1] + b"\x00")
+    with pytest.raises(ConnectionError, match="does not end"):
+        Ends(1).incoming.received(method[:-1] + b"\x00")
 
 
-@given(size=SIZES, most=st.sampled_from([None, 4096, 131072]))
-def test_what_is_sent_for_a_token_is_what_aiormq_would_have_sent(size, most):
-    outgoing, room = Outgoing(), (most or 131072) - 8
-    if most:
-        outgoing.expand(frame.marshal(commands.Connection.TuneOk(0, most, 0), 0))
-    body = content(bytes(size), 3)
-    publish = commands.Basic.Publish(exchange="letters.work", routing_key="w1")
-    with outgoing.token(body) as token:
-        sent = outgoing.expand(b"".join(framed(5, publish, token)))
-    assert b"".join(sent) == b"".join(framed(5, publish, body, room))
+def test_a_body_longer_than_announced_breaks_the_connection():
+    method, head, _ = deliver(1, 1, b"abc")
+    too_much = frame.marshal(ContentBody(b"abcd"), 1)
+    with pytest.raises(ConnectionError, match="longer"):
+        Ends(1).incoming.received(method + head + too_much)
 
 
-def test_what_holds_no_token_is_left_alone_and_a_token_serves_once():
-    outgoing = Outgoing()
-    beat = frame.marshal(Heartbeat(), 0)
-    assert outgoing.expand(beat) == [beat]
-    plain = b"".join(framed(1, commands.Basic.Publish(), b"sixteen bytes !!"))
-    assert outgoing.expand(plain) == [plain]
-    with outgoing.token(b"x" * LARGE_BYTES) as token:
-        pass
-    given_up = b"".join(framed(1, commands.Basic.Publish(), token))
-    assert outgoing.expand(given_up) == [given_up]
+HEADERS = {
+    "worker": "w1",
+    "round": 7,
+    "bytes": 2**40,
+    "loss": 0.25,
+    "last": True,
+    "first": False,
+    "CC": ["inbox.a", "inbox.ü"],
+}
 
 
-def test_the_place_of_the_size_is_where_amqp_has_it():
-    data = frame.marshal(header.ContentHeader(body_size=2**40 + 7), 3)
-    assert struct.unpack_from(">Q", data, ac._SIZE_AT) == (2**40 + 7,)
+@given(size=SIZES, most=st.sampled_from([4096, FRAME_MAX]), durable=st.booleans())
+def test_what_is_published_reads_as_amqp(size, most, durable):
+    async def publish() -> bytes:
+        ends, body = Ends(5, frame_max=most), content(size, 3)
+        head = frames.publish(
+            5,
+            size,
+            exchange="letters.work",
+            key="w1",
+            kind="fit",
+            message_id="fit/1",
+            user="guest",
+            headers=HEADERS,
+            durable=durable,
+        )
+        ends.contents[5].publish(head, "fit/1", body)
+        return bytes(ends.written)
+
+    written = asyncio.run(publish())
+    method, head, *bodies = sent(written)
+    assert isinstance(method, commands.Basic.Publish)
+    assert (method.exchange, method.routing_key) == ("letters.work", "w1")
+    assert (method.mandatory, method.immediate) == (True, False)
+    properties = head.properties
+    assert (head.body_size, properties.headers) == (size, HEADERS)
+    assert (properties.message_type, properties.message_id) == ("fit", "fit/1")
+    assert (properties.user_id, properties.content_type) == ("guest", "application/msgpack")
+    assert properties.delivery_mode == (2 if durable else 1)
+    assert properties.timestamp is not None
+    assert b"".join(one.value for one in bodies) == content(size, 3)
+    assert all(len(one.value) + 8 <= most for one in bodies)
+
+
+def test_a_name_beyond_amqps_bounds_is_refused():
+    fields = {"exchange": "", "kind": "", "message_id": "", "user": "", "headers": {}}
+    with pytest.raises(ValueError, match="range"):
+        frames.publish(1, 0, key="k" * 256, durable=False, **fields)
+
+
+def published(ends: Ends, *ids: str) -> list[asyncio.Future[None]]:
+    return [ends.contents[1].publish(b"", one, b"") for one in ids]
+
+
+def outcomes(futures: list[asyncio.Future[None]]) -> list[object]:
+    return [
+        None if not one.done() else type(one.exception()) if one.exception() else True
+        for one in futures
+    ]
+
+
+async def test_confirmations_settle_one_or_all_before_and_each_its_own():
+    ends = Ends(1)
+    five = published(ends, "a", "b", "c", "d", "e")
+    ends.incoming.received(frame.marshal(commands.Basic.Ack(2), 1))
+    assert outcomes(five) == [None, True, None, None, None]
+    ends.incoming.received(frame.marshal(commands.Basic.Nack(3, multiple=True), 1))
+    assert outcomes(five) == [Full, True, Full, None, None]
+    ends.incoming.received(frame.marshal(commands.Basic.Ack(5, multiple=True), 1))
+    assert outcomes(five) == [Full, True, Full, True, True]
+    assert not ends.fed
+
+
+async def test_what_was_returned_is_unroutable_once_it_is_confirmed():
+    ends = Ends(1)
+    three = published(ends, "a", "b", "a")
+    back = commands.Basic.Return(312, "NO_ROUTE", "letters.work", "w9")
+    for message_id in ("b", "a"):
+        ends.incoming.received(b"".join(framed(1, back, bytes(SMALL), message_id=message_id)))
+    assert outcomes(three) == [None, None, None]
+    ends.incoming.received(frame.marshal(commands.Basic.Ack(3, multiple=True), 1))
+    assert outcomes(three) == [Unroutable, Unroutable, True]
+    assert "NO_ROUTE at exchange 'letters.work' for 'w9'" in str(three[0].exception())
+    assert not ends.delivered
+
+
+async def test_who_has_stopped_waiting_is_passed_over():
+    ends = Ends(1)
+    one, two = published(ends, "a", "b")
+    one.cancel()
+    ends.incoming.received(frame.marshal(commands.Basic.Ack(2, multiple=True), 1))
+    assert two.done()
+    first, second = ends.contents[1].get("q"), ends.contents[1].get("q")
+    first.cancel()
+    ends.written.clear()
+    for tag, body in ((4, b"x"), (5, b"y")):
+        got = commands.Basic.GetOk(tag, True, "e", "k", 0)
+        ends.incoming.received(b"".join(framed(1, got, body)))
+    assert second.result().body == b"y"
+    (back,) = sent(bytes(ends.written))  # what nobody waits for goes back to its queue
+    assert (back.delivery_tag, back.requeue, back.multiple) == (4, True, False)
+
+
+async def test_getting_takes_what_comes_in_order():
+    ends = Ends(1)
+    getting = [ends.contents[1].get("letters.outbox.w1") for _ in range(2)]
+    assert [(one.queue, one.no_ack) for one in sent(bytes(ends.written))] == [
+        ("letters.outbox.w1", False)
+    ] * 2
+    got = commands.Basic.GetOk(8, True, "letters.results", "part.w1", 3)
+    ends.incoming.received(b"".join(framed(1, got, bytes(SMALL))))
+    ends.incoming.received(frame.marshal(commands.Basic.GetEmpty(), 1))
+    there = getting[0].result()
+    assert frames.origin(there.method) == (8, True, "letters.results", "part.w1")
+    assert there.body == bytes(SMALL)
+    assert getting[1].result() is None
+
+
+async def test_a_lost_channel_tells_all_who_wait_and_writes_no_more():
+    ends = Ends(1)
+    waiting = [*published(ends, "a"), ends.contents[1].get("q")]
+    ends.written.clear()
+    ends.contents[1].lose(LinkLost("gone"))
+    ends.contents[1].ack(1)
+    ends.contents[1].requeue(1)
+    assert outcomes(waiting) == [LinkLost, LinkLost]
+    assert not ends.written
+
+
+def test_what_settles_a_delivery_reads_as_amqp():
+    one, all_before, back = sent(
+        frames.ack(2, 7, all_before=False)
+        + frames.ack(2, 8, all_before=True)
+        + frames.requeue(2, 9)
+    )
+    assert (one.delivery_tag, one.multiple) == (7, False)
+    assert (all_before.delivery_tag, all_before.multiple) == (8, True)
+    assert (back.delivery_tag, back.multiple, back.requeue) == (9, False, True)

@@ -1,0 +1,180 @@
+"""The contents of one channel: what is published, confirmed, delivered, got and settled there.
+
+All of it goes past aiormq, straight to and from the socket (see ``amqp_connection``), since aiormq
+copies a body some eight times and runs through five tasks for each; it keeps the channel open, and
+everything else that happens on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fluffle_common import amqp_frames as frames
+from fluffle_common.errors import LinkLost
+from fluffle_common.transport import Body, Full, Unroutable
+
+# Smaller bodies are written in one piece with what is before them.
+_LARGE_BYTES = 16 * 2**10
+
+
+class Socket(Protocol):
+    """What contents are written to: an asyncio transport."""
+
+    def write(self, data: Body) -> None:
+        """Send bytes, at once or later, in order."""
+
+    def writelines(self, pieces: list[Body]) -> None:
+        """Send several pieces, without joining them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A message that has come in: the payloads of its method and of its header, and its body."""
+
+    method: bytes
+    header: bytes
+    body: Body
+
+
+@dataclass(slots=True)
+class _Published:
+    """A message that is not confirmed yet; ``returned`` says why no queue took it."""
+
+    message_id: str
+    confirmed: asyncio.Future[None]
+    returned: str | None = None
+
+
+class Contents:
+    """See above.
+
+    Args:
+        number: the channel's.
+        socket: where to write.
+        frame_max: the most bytes that a frame may have.
+        delivered: given what is delivered to a consumer on this channel.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        socket: Socket,
+        frame_max: int,
+        delivered: Callable[[Content], object] | None = None,
+    ) -> None:
+        self.number = number
+        self._socket, self._frame_max, self._delivered = socket, frame_max, delivered
+        self._published = 0  # how many; the broker counts them too, and confirms by number
+        self._unconfirmed: dict[int, _Published] = {}
+        self._getting: deque[asyncio.Future[Content | None]] = deque()
+        self._over = False
+
+    # --- what goes out -------------------------------------------------------------------------
+
+    def publish(self, head: bytes, message_id: str, body: Body) -> asyncio.Future[None]:
+        """Send a message; the future is done when the broker has taken it.
+
+        Args:
+            head: what ``frames.publish`` returns for it.
+            message_id: the same that is in ``head``.
+            body: its bytes, which must stay as they are until then.
+
+        Returns:
+            A future that raises ``Unroutable``, ``Full``, or what ``lose`` was given.
+        """
+        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._published += 1
+        self._unconfirmed[self._published] = _Published(message_id, confirmed)
+        pieces = [head, *frames.bodies(self.number, body, self._frame_max)]
+        if len(body) < _LARGE_BYTES:
+            self._socket.write(b"".join(pieces))
+        else:
+            self._socket.writelines(pieces)
+        return confirmed
+
+    def get(self, queue: str) -> asyncio.Future[Content | None]:
+        """Ask for one message; the future is done with it, or with None where there is none."""
+        got: asyncio.Future[Content | None] = asyncio.get_running_loop().create_future()
+        self._getting.append(got)
+        self._socket.write(frames.get(self.number, queue))
+        return got
+
+    def ack(self, tag: int, *, all_before: bool = False) -> None:
+        """Acknowledge a delivery; nothing happens where the channel is over."""
+        if not self._over:
+            self._socket.write(frames.ack(self.number, tag, all_before=all_before))
+
+    def requeue(self, tag: int) -> None:
+        """Give a delivery back; nothing happens where the channel is over."""
+        if not self._over:
+            self._socket.write(frames.requeue(self.number, tag))
+
+    def lose(self, why: LinkLost) -> None:
+        """Let go: whoever waits is told why, and nothing more is sent."""
+        self._over = True
+        waiting: list[asyncio.Future[Any]] = [one.confirmed for one in self._unconfirmed.values()]
+        waiting += self._getting
+        self._unconfirmed.clear()
+        self._getting.clear()
+        for future in waiting:
+            if not future.done():
+                future.set_exception(why)
+
+    # --- what comes in -------------------------------------------------------------------------
+
+    def method(self, payload: bytes) -> bool:
+        """Take a method without a content; return whether it is one of ours."""
+        match frames.kind_of(payload):
+            case frames.ACK:
+                self._settle(payload, refused=False)
+            case frames.NACK:
+                self._settle(payload, refused=True)
+            case frames.GET_EMPTY:
+                self._answer(None)
+            case _:
+                return False
+        return True
+
+    def content(self, content: Content) -> None:
+        """Take a message that is complete."""
+        match frames.kind_of(content.method):
+            case frames.DELIVER:
+                if self._delivered is not None:
+                    self._delivered(content)
+            case frames.GET_OK:
+                self._answer(content)
+            case frames.RETURN:  # its confirmation follows
+                message_id = frames.properties(content.header).message_id or ""
+                for one in self._unconfirmed.values():
+                    if one.message_id == message_id and one.returned is None:
+                        one.returned = frames.returned(content.method)
+                        break
+
+    def _settle(self, payload: bytes, *, refused: bool) -> None:
+        tag, all_before = frames.settled(payload)
+        tags = [tag]
+        if all_before:
+            tags = [known for known in self._unconfirmed if not tag or known <= tag]
+        for known in tags:
+            one = self._unconfirmed.pop(known, None)
+            if one is None or one.confirmed.done():
+                continue
+            if refused:
+                one.confirmed.set_exception(Full("the broker refused it"))
+            elif one.returned is not None:
+                one.confirmed.set_exception(Unroutable(f"no queue is bound: {one.returned}"))
+            else:
+                one.confirmed.set_result(None)
+
+    def _answer(self, content: Content | None) -> None:
+        if not self._getting:
+            return
+        got = self._getting.popleft()
+        if not got.done():
+            got.set_result(content)
+        elif content is not None:  # whoever asked has left
+            self.requeue(frames.origin(content.method).tag)
