@@ -39,12 +39,13 @@ class AmqpTransport(Transport):
     def __init__(self, url: str, name: str) -> None:
         self._urls = parse_urls(url)
         self._used: URL | None = None
+        self._shown = ", ".join(map(shown, self._urls))
         self._name = name
 
     @property
     def address(self) -> str:
         """See ``transport.Transport``: of the node in use, or of all while none can be reached."""
-        return ", ".join(map(shown, [self._used] if self._used else self._urls))
+        return self._shown
 
     async def open(self) -> Link:
         """See ``transport.Transport``."""
@@ -55,10 +56,14 @@ class AmqpTransport(Transport):
             except LinkLost as why:
                 missed.append(f"{shown(url)}: {why}" if len(self._urls) > 1 else str(why))
             else:
-                self._used = url
+                self._use(url)
                 return link
-        self._used = None
+        self._use(None)
         raise LinkLost("; ".join(missed))
+
+    def _use(self, url: URL | None) -> None:
+        self._used = url
+        self._shown = ", ".join(map(shown, [url] if url else self._urls))
 
     async def _open(self, url: URL) -> Link:
         opened: list[Connection] = []

@@ -13,6 +13,7 @@ from typing import IO, Any, Literal, Self
 import click
 
 LogFormat = Literal["auto", "plain", "json"]
+_as_json = json.JSONEncoder(default=str).encode
 
 
 class Console:
@@ -71,7 +72,7 @@ class Console:
         """Write one event: ``text`` for people, ``event`` and ``fields`` for programs."""
         if self._json:
             told = {"time": timestamp(), "event": event, **self._always, **(fields or {})}
-            text = json.dumps(told, default=str)
+            text = _as_json(told)
         else:
             text = f"{time.strftime('%H:%M:%S')}  {text}"
         if self._progress is not None:

@@ -39,6 +39,8 @@ MAX_HEADER_BYTES = 32 * 2**20
 # holds more than a few of them at a time.
 PART_BYTES = 4 * 2**20
 
+# How each dtype that travels is called; in this byte order an array needs no conversion.
+_TRAVELS = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
 _HEADER_STEP = 8 * 2**10
 _ARRAY_OF_TWO = b"\x92"
 _BIN = {0xC4: struct.Struct(">B"), 0xC5: struct.Struct(">H"), 0xC6: struct.Struct(">I")}
@@ -141,9 +143,12 @@ def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]
     pieces: list[memoryview] = []
     offset = 0
     for name, tensor in weights.items():
-        if tensor.dtype.name not in DTYPES:
+        dtype = _TRAVELS.get(tensor.dtype) or _TRAVELS.get(tensor.dtype.newbyteorder("<"))
+        if dtype is None:
             raise ValueError(f"tensor '{name}' is {tensor.dtype}, which does not travel")
-        ready = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"), order="C")
+        ready = tensor
+        if not tensor.flags.c_contiguous or tensor.dtype not in _TRAVELS:
+            ready = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"), order="C")
         gap = -offset % ALIGNMENT
         if gap:
             pieces.append(memoryview(bytes(gap)))
@@ -151,7 +156,7 @@ def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]
         table.append(
             TensorEntry(
                 name=name,
-                dtype=tensor.dtype.name,
+                dtype=dtype,
                 shape=tensor.shape,
                 offset=offset,
                 nbytes=ready.nbytes,

@@ -19,7 +19,7 @@ from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import PartsGone, fetch
 from fluffle_common.transport import Delivery, Link
-from fluffle_common.weights import Array, check_all_finite, size_bytes
+from fluffle_common.weights import Array, check_finite, size_bytes
 from fluffle_common.wire import read_tensors
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.received import read_delta
@@ -178,7 +178,7 @@ class Aggregation:
                 weights = read_tensors(message.tensors, payload)
                 if not weights:
                     raise ValueError("there is no tensor")
-                check_all_finite(weights)
+                check_finite(weights)
             except LinkLost:
                 return  # they come again
             except PartsGone:

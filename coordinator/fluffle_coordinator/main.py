@@ -18,7 +18,7 @@ from fluffle_common.settings import broker_url, check_federation, management_of,
 from fluffle_common.signals import Interrupted, run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff
-from fluffle_common.weights import check_all_finite
+from fluffle_common.weights import check_finite
 from fluffle_coordinator.configuration import configuration
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.run_state import Rules, State
@@ -163,7 +163,7 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
     """Take the first weights from a model file, such as another run's last."""
     weights, metadata = read_checkpoint(file)
     try:
-        check_all_finite(weights)
+        check_finite(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} is no model to begin with: {wrong}") from None
     metadata = {

@@ -329,8 +329,10 @@ class Coordinator:
 
     def _check_sender(self, message: Any, delivery: Delivery) -> None:
         """Compare who a message says it is of with who the broker says has sent it."""
+        if not self._settings.verify_users:
+            return
         worker, user = getattr(message, "worker", None), delivery.properties.user
-        if self._settings.verify_users and worker is not None and worker != user:
+        if worker is not None and worker != user:
             raise MalformedMessage(
                 f"it is in the name of {worker}, and was sent by the user {user or 'unknown'}",
                 "sender",

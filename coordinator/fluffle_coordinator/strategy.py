@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,6 +116,7 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
             part[...] = mean
 
 
+@functools.cache
 def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     """Return the ends of a dtype: between them, no value wraps or becomes infinite when cast."""
     limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)

@@ -139,14 +139,14 @@ def test_not_finite_is_exactly_what_is_refused(dtype, data):
     bad = int((~np.isfinite(array)).sum())
     if bad:
         with pytest.raises(ValueError, match=f"'w' has {bad} values"):
-            check_finite("w", array)
+            check_finite({"w": array})
     else:
-        check_finite("w", array)
+        check_finite({"w": array})
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_large_finite_values_whose_sum_overflows_are_finite(dtype):
-    check_finite("w", np.full(100, np.finfo(dtype).max, dtype))
+    check_finite({"w": np.full(100, np.finfo(dtype).max, dtype)})
 
 
 def test_size_counts_all_tensors():

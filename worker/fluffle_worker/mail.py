@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.transport import Body
-from fluffle_common.weights import Weights, check_all_finite
+from fluffle_common.weights import Weights, check_finite
 from fluffle_common.wire import decode, read_tensors
 
 
@@ -35,7 +35,7 @@ def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
     """
     weights = read_tensors(message.tensors, payload)
     try:
-        check_all_finite(weights)
+        check_finite(weights)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "not_finite") from None
     return weights

@@ -402,7 +402,10 @@ class WorkerService:
             works.append(send(link, job.evaluation, Route(self._topology.results, [key])))
         if answer is not None:
             works.append(self._send_answer(link, *answer))
-        await together(*works)  # in this order: before its round closes, the evaluation is there
+        if len(works) == 1:
+            await works[0]
+        else:  # in this order: before its round closes, the evaluation is there
+            await together(*works)
         job.evaluation_sent = True
         if not answering:
             return
