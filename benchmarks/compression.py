@@ -60,8 +60,9 @@ class Federation:
         return largest
 
     def _update(self, place: int, task: Task, number: int) -> tuple[Update, memoryview]:
-        fit = Fit(federation="bench", run="r", round=number, evaluate=False, plan=self._plan)
-        job = Job(Work("fit", "r", number), fit, self.weights)
+        of = {"run": "r", "round": number, "base": f"b{number - 1}"}
+        fit = Fit(federation="bench", **of, evaluate=False, plan=self._plan)
+        job = Job(Work("fit", **of), fit, self.weights)
         do(
             job,
             task,

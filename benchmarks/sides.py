@@ -24,6 +24,7 @@ from benchmarks.processes import FLUFFLE, Died, Programs, cpu_s, peak_bytes, res
 from benchmarks.stamped import read_events
 
 _LATE_S = 10.0
+_MUCH_BYTES = 10**9
 WARM_UP = 2
 
 
@@ -184,9 +185,14 @@ class Fluffle:
         return moments
 
     def _forget_models(self) -> None:
-        """Keep the disk from filling up; the last model stays, and whatever is not whole yet."""
-        for path in sorted(self._run.glob("round-*.safetensors"))[:-1]:
-            path.unlink()
+        """Keep the disk from filling up; the last model stays, and whatever is not whole yet.
+
+        Small ones all stay: after many files were deleted, ext4 takes longer to make new ones.
+        """
+        models = sorted(self._run.glob("round-*.safetensors"))
+        if sum(path.stat().st_size for path in models) > _MUCH_BYTES:
+            for path in models[:-1]:
+                path.unlink()
 
 
 @dataclass

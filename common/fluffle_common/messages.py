@@ -127,11 +127,13 @@ class Fit(_WithTensors):
     """The work of a round: evaluate these weights (if ``evaluate``), then train them.
 
     The tensors are the weights that round ``round - 1`` committed (round 0: the first weights).
+    ``base`` names them: what is learnt from them says so, and is worth nothing elsewhere.
     """
 
     kind: Literal["fit"] = "fit"
     run: Id
     round: Annotated[Round, Field(ge=1)]
+    base: Id
     evaluate: bool
     plan: Plan
 
@@ -142,6 +144,7 @@ class Evaluate(_WithTensors):
     kind: Literal["evaluate"] = "evaluate"
     run: Id
     round: Round
+    base: Id
 
 
 class Stop(_Header):
@@ -157,7 +160,10 @@ class Stop(_Header):
 
 
 class _Presence(_Header):
-    """Who a worker is and what it does: ``round`` of ``run`` is what it works on or did last."""
+    """Who a worker is, and what it does.
+
+    ``round`` of ``run`` is what it works on or did last, beginning with the weights ``base``.
+    """
 
     worker: WorkerId
     session: Id
@@ -168,6 +174,7 @@ class _Presence(_Header):
     state: Literal["idle", "receiving", "evaluating", "training", "sending"] = "idle"
     run: Id | None = None
     round: Round = 0
+    base: Id | None = None
     step: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 0
     loss: Metric | None = None
@@ -216,12 +223,14 @@ class FirstWeights(_WithTensors):
 class Update(_WithTensors):
     """What a worker learnt in a round: the tensors are trained - received, perhaps encoded.
 
-    (run, round, worker) is its identity: it is counted at most once, however often it is sent.
+    (run, round, worker) is its identity: it is counted at most once, however often it is sent, and
+    only where ``base``, which came with the weights it was trained from, is that of the round.
     """
 
     kind: Literal["update"] = "update"
     run: Id
     round: Annotated[Round, Field(ge=1)]
+    base: Id
     worker: WorkerId
     num_examples: NumExamples
     seconds: Seconds
@@ -230,7 +239,7 @@ class Update(_WithTensors):
 
 
 class Evaluation(_Header):
-    """How the weights that ``round`` committed do on a worker's own held-out data.
+    """How the weights that ``round`` committed, ``base``, do on a worker's own held-out data.
 
     ``num_examples`` 0 says that it has none; nobody needs to wait for it then.
     """
@@ -238,6 +247,7 @@ class Evaluation(_Header):
     kind: Literal["evaluation"] = "evaluation"
     run: Id
     round: Round
+    base: Id
     worker: WorkerId
     num_examples: Annotated[int, Field(ge=0, le=MAX_NUM_EXAMPLES)]
     loss: Metric

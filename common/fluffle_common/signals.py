@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import signal
 from collections.abc import Coroutine
@@ -15,6 +16,11 @@ T = TypeVar("T")
 
 # Asyncio makes and drops thousands of small objects a round, few of them in cycles.
 _GC_THRESHOLDS = (10_000, 20, 20)
+# Of glibc's mallopt: pieces of memory up to here, which messages and models of a few megabytes take
+# every round, are kept for the next instead of being given back to the system and asked for again,
+# page by page, which costs about as much as filling them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES, _PIECE_BYTES = 64 * 2**20, 32 * 2**20
 
 
 class Interrupted(Exception):
@@ -37,6 +43,7 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
         # What has been imported stays: the garbage collector need not look through it again.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
+        _keep_memory()
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(main)
 
@@ -57,3 +64,11 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
     ):
         return runner.run(watched())
     raise Interrupted(received[0] if received else signal.SIGTERM)
+
+
+def _keep_memory() -> None:
+    """See ``_KEPT_BYTES``; nothing happens where the C library has no such setting."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _PIECE_BYTES)

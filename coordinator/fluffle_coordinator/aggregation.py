@@ -1,7 +1,9 @@
 """From deliveries to committed rounds: checks, the running sum, checkpoint and history line.
 
-Everything here happens in one task, in the order it was asked for, off the event loop where it
-takes time. So what is in the sum when a round is committed is exactly what was folded before.
+What goes into the sum and out of it happens in one task, in the order it was asked for, off the
+event loop where it takes time. So what is in the sum when a round is averaged is exactly what was
+folded before. What is averaged is written by another, in order too: the disk may take its time
+while the next round has begun.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from operator import sub
 from typing import Any, TypeVar
 
 from fluffle_common.checkpoint import checkpoint_name
@@ -18,12 +21,13 @@ from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import PartsGone, fetch
-from fluffle_common.transport import Delivery, Link
+from fluffle_common.transport import Delivery, Link, together
 from fluffle_common.weights import Array, check_finite, size_bytes
 from fluffle_common.wire import read_tensors
+from fluffle_coordinator import events as ev
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.received import read_delta
-from fluffle_coordinator.store import RunStore
+from fluffle_coordinator.store import RunStore, new_base
 from fluffle_coordinator.strategy import Strategy, fedavg
 
 Tell = Callable[[str, dict[str, Any]], None]
@@ -74,20 +78,30 @@ class Counts:
 class Clock:
     """Where the time of a round goes, in seconds of a monotonic clock."""
 
-    committed_at: float = field(default_factory=time.monotonic)  # the round before
     opened_at: float = field(default_factory=time.monotonic)
+    closed_at: float = 0.0
+    averaged_at: float = 0.0
     fold_s: float = 0.0
 
-    def timings(self, closed_at: float, averaged_at: float, saved_at: float) -> dict[str, float]:
-        """Tell what took how long: before the round, open (folding included), and closing it."""
-        told = {
-            "waiting_s": self.opened_at - self.committed_at,
-            "open_s": closed_at - self.opened_at,
-            "fold_s": self.fold_s,
-            "average_s": averaged_at - closed_at,
-            "checkpoint_s": saved_at - averaged_at,
+    def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
+        """Tell what the time from commit to commit was spent on.
+
+        Before the round, open (folding included), and closing it. What happened while the round
+        before was still being written took no time of this one.
+
+        Args:
+            committed_at: when the round before was on disk.
+            saved_at: when this one was.
+        """
+        moments = [
+            max(moment, committed_at)
+            for moment in (self.opened_at, self.closed_at, self.averaged_at, saved_at)
+        ]
+        names = ("waiting_s", "open_s", "average_s", "checkpoint_s")
+        told = dict(zip(names, map(sub, moments, [committed_at, *moments]), strict=True))
+        return {
+            name: round(seconds, 6) for name, seconds in {**told, "fold_s": self.fold_s}.items()
         }
-        return {name: round(seconds, 6) for name, seconds in told.items()}
 
 
 class Aggregation:
@@ -116,42 +130,37 @@ class Aggregation:
         link: Callable[[], Link | None],
         metadata: Callable[[int], dict[str, str]],
         tell: Tell,
-        post: Callable[[rs.Event], None],
+        post: Callable[[ev.Event], None],
         strategy: Strategy = fedavg,
         keep_updates: bool = False,
     ) -> None:
         self.weights = weights
         self.counts = Counts()
         self.asked: set[str] = set()  # whom the work of the open round was sent to
-        self.last_committed: dict[str, Any] = {}
         self._store, self._topology, self._max_bytes = store, topology, max_model_bytes
         self._link, self._metadata, self._tell, self._post = link, metadata, tell, post
         self._strategy, self._keep_updates = strategy, keep_updates
         self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._lines: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._sum = strategy.init(weights) if weights is not None else None
         self._participants: dict[str, dict[str, Any]] = {}
+        self._in_parts = False  # whether an update in the sum came in parts
         self._closing = False
         self._clock, self._opened_at = Clock(), timestamp()
+        self._committed_at = time.monotonic()  # the last round that is on disk
 
     async def run(self) -> None:
         """Do one job after the other, for ever."""
-        while True:
-            job = await self._jobs.get()
-            await job()
-            self._jobs.task_done()
+        await together(_one_by_one(self._jobs), _one_by_one(self._lines))
 
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""
         await self._jobs.join()
+        await self._lines.join()
 
     def opened(self) -> None:
         """Note that the round is open."""
         self._clock.opened_at, self._opened_at = time.monotonic(), timestamp()
-
-    def counted(self, worker: str) -> dict[str, Any]:
-        """Return what is known of an update in the sum, beyond what the round machine knows."""
-        update = self._participants.get(worker, {})
-        return {"train_s": update.get("seconds"), "bytes": update.get("bytes")}
 
     def take_first(self, held: Held) -> None:
         """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
@@ -162,13 +171,16 @@ class Aggregation:
         self._jobs.put_nowait(lambda: self._fold(held, worker))
 
     def commit(self, number: int) -> None:
-        """Commit the round; reports ``Committed``. What is not being folded yet stays out."""
+        """Commit the round; reports ``Averaged``, where it may, and ``Committed``.
+
+        What is not being folded yet stays out.
+        """
         self._closing = True
         self._jobs.put_nowait(lambda: self._commit(number))
 
     def record_evaluation(self, number: int, evaluations: Mapping[str, rs.Evaluated]) -> None:
         """Write the federated evaluation of a round's model to the history."""
-        self._jobs.put_nowait(lambda: self._record_evaluation(number, evaluations))
+        self._lines.put_nowait(lambda: self._record_evaluation(number, evaluations))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
@@ -182,23 +194,24 @@ class Aggregation:
             except LinkLost:
                 return  # they come again
             except PartsGone:
-                self._post(rs.InitLost(time.monotonic(), message.worker))
+                self._post(ev.InitLost(time.monotonic(), message.worker))
             except (MalformedMessage, ValueError) as wrong:
-                self._post(rs.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
+                self._post(ev.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
                 await self.begin_with(weights)
         await held.delivery.ack()
 
     async def begin_with(self, weights: dict[str, Array]) -> None:
         """Save the first weights as the checkpoint of round 0, and use them."""
-        metadata = self._metadata(0)
+        base = new_base()
+        metadata = {**self._metadata(0), "base": base}
         await self._on_disk(lambda: self._store.save_weights(0, weights, metadata))
         self.weights, self._sum = weights, self._strategy.init(weights)
         self._tell(
             "first_weights",
             {"tensors": len(weights), "parameters": sum(t.size for t in weights.values())},
         )
-        self._post(rs.WeightsReady(time.monotonic()))
+        self._post(ev.WeightsReady(time.monotonic(), base))
 
     async def _fold(self, held: Held, worker: str) -> None:
         if self._closing:
@@ -213,14 +226,15 @@ class Aggregation:
             nbytes = max(len(payload), size_bytes(self.weights))
             await _off_loop(nbytes, self._check_and_fold, message, payload)
         except (LinkLost, PartsGone) as gone:
-            self._post(rs.FoldFailed(time.monotonic(), worker, str(gone), again=True))
+            self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
-            self._post(rs.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
+            self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
             now = time.monotonic()
             self._clock.fold_s += now - began
             if self._keep_updates:
                 await self._keep(held, payload, worker)
+            self._in_parts |= message.transfer is not None
             metrics = dict(message.metrics)
             self._participants[worker] = {
                 "worker": worker,
@@ -231,7 +245,7 @@ class Aggregation:
                 "bytes": len(payload),
                 **({"metrics": metrics} if metrics else {}),
             }
-            self._post(rs.Folded(now, worker))
+            self._post(ev.Folded(now, worker, message.seconds, len(payload)))
             held.forget()  # only now: what is rejected is kept as it came
 
     def _check_and_fold(self, message: Update, payload: memoryview) -> None:
@@ -262,17 +276,20 @@ class Aggregation:
     async def _commit(self, number: int) -> None:
         assert self.weights is not None
         assert self._sum is not None
-        closed_at = time.monotonic()
+        clock = self._clock
+        clock.closed_at = time.monotonic()
         weights, emptied = await _off_loop(
             size_bytes(self.weights), self._strategy.finish, self._sum, self.weights
         )
-        averaged_at = time.monotonic()
-        metadata = self._metadata(number)
+        clock.averaged_at = time.monotonic()
+        base = new_base()
+        metadata = {**self._metadata(number), "base": base}
         counts, self.counts = self.counts, Counts()  # from here on, of the next round
         line: dict[str, Any] = {
             "event": "committed",
             "run": metadata["run"],
             "round": number,
+            "base": base,
             "asked": sorted(self.asked | self._participants.keys()),
             "participants": list(self._participants.values()),  # in the order of the sum
             "opened_at": self._opened_at,
@@ -283,22 +300,27 @@ class Aggregation:
             "checkpoint": checkpoint_name(number),
         }
 
+        done = number, frozenset(self._participants), base
+        num_examples = sum(one["num_examples"] for one in self._participants.values())
+
         def write() -> None:
             self._store.save_weights(number, weights, metadata)
-            line["timings"] = self._clock.timings(closed_at, averaged_at, time.monotonic())
+            line["timings"] = clock.timings(self._committed_at, time.monotonic())
             line["committed_at"] = timestamp()
             self._store.append(line)
 
-        await self._on_disk(write)
-        participants = frozenset(self._participants)
-        self.last_committed = {
-            "num_examples": sum(one["num_examples"] for one in self._participants.values()),
-            "timings": line["timings"],
-        }
-        self._clock = Clock()
-        self.weights, self._sum = weights, emptied
-        self._participants, self.asked, self._closing = {}, set(), False
-        self._post(rs.Committed(time.monotonic(), number, participants))
+        async def save() -> None:
+            await self._on_disk(write)
+            self._committed_at = time.monotonic()
+            about = {"num_examples": num_examples, "timings": line["timings"]}
+            self._post(ev.Committed(self._committed_at, *done, about))
+
+        if not self._in_parts:
+            self._post(ev.Averaged(time.monotonic(), *done))
+        self._lines.put_nowait(save)
+        # From here on, of the next round.
+        self.weights, self._sum, self._clock = weights, emptied, Clock()
+        self._participants, self._in_parts, self.asked, self._closing = {}, False, set(), False
 
     async def _record_evaluation(
         self, number: int, evaluations: Mapping[str, rs.Evaluated]
@@ -333,6 +355,14 @@ class Aggregation:
                 await asyncio.sleep(_DISK_RETRY_S)
             else:
                 return
+
+
+async def _one_by_one(jobs: asyncio.Queue[Callable[[], Awaitable[None]]]) -> None:
+    """Do one job after the other, for ever."""
+    while True:
+        job = await jobs.get()
+        await job()
+        jobs.task_done()
 
 
 async def _off_loop(nbytes: int, work: Callable[..., _T], *on: Any) -> _T:

@@ -236,7 +236,7 @@ def coordinator(**options: Any) -> None:
 
     It waits for workers, sends them the global weights, and as soon as a quorum has answered,
     averages what they learnt by their number of examples and opens the next round. Every round's
-    model is in the run folder before the next one opens.
+    model is kept in the run folder; updates are let go of when it is there.
 
     Stop it with Ctrl-C, or lose it to a crash: the same command goes on after the last round that
     was committed. A second one on the same run folder waits and takes over when the first is gone.

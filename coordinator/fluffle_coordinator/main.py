@@ -23,7 +23,7 @@ from fluffle_coordinator.configuration import configuration
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.run_state import Rules, State
 from fluffle_coordinator.service import Coordinator, CoordinatorSettings
-from fluffle_coordinator.store import RunStore, Saved, read_history
+from fluffle_coordinator.store import RunStore, Saved, new_base, read_history
 from fluffle_coordinator.view import View, Watcher, Watchers
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
         "federation": federation,
         "run": saved.run,
         "round": "0",
+        "base": new_base(),
     }
     store.save_weights(0, weights, metadata)
     return replace(saved, weights=weights, metadata=metadata)

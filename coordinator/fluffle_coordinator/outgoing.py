@@ -24,6 +24,7 @@ from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, reject, send, send_tensors
 from fluffle_common.transport import Delivery, Full, Link, Unroutable
 from fluffle_common.weights import Weights
+from fluffle_coordinator import effects as fx
 from fluffle_coordinator import run_state as rs
 
 if TYPE_CHECKING:
@@ -86,35 +87,38 @@ class Outgoing:
         """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
         self._jobs.put_nowait(lambda link: reject(link, delivery, wrong, self._topology.rejected))
 
-    def perform(self, effect: rs.Effect, state: rs.State, weights: Weights | None) -> None:
+    def perform(self, effect: fx.Effect, state: rs.State, weights: Weights | None) -> None:
         """Send what an effect asks for; ``weights`` are those of this moment."""
         federation, run = self._settings.federation, self._run
         job: Job
         match effect:
-            case rs.Welcome(worker):
+            case fx.Welcome(worker):
                 rounds = state.rules.rounds
                 hello = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
                 job = self._to(hello, [worker])
-            case rs.Refuse(worker, session, reason):
+            case fx.Refuse(worker, session, reason):
                 job = self._to(
                     Refusal(federation=federation, session=session, reason=reason[:2000]), [worker]
                 )
-            case rs.AskInit(worker):
+            case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
-            case rs.SendFit(workers, evaluate):
+            case fx.SendFit(workers, evaluate):
                 fit = Fit(
                     federation=federation,
                     run=run,
                     round=state.round,
+                    base=state.base,
                     evaluate=evaluate,
                     plan=self._plan,
                 )
                 job = self._with_weights(fit, weights, workers)
-            case rs.SendEvaluate(workers):
-                evaluation = Evaluate(federation=federation, run=run, round=state.round - 1)
+            case fx.SendEvaluate(workers):
+                evaluation = Evaluate(
+                    federation=federation, run=run, round=state.round - 1, base=state.base
+                )
                 job = self._with_weights(evaluation, weights, workers)
-            case rs.End(_, reason, workers) if workers:
+            case fx.End(_, reason, workers) if workers:
                 last = state.round - 1
                 stop = Stop(federation=federation, run=run, round=last, reason=reason[:2000])
                 job = self._to(stop, workers)

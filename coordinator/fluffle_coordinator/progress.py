@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from hashlib import sha256
 
-from fluffle_coordinator.run_state import (
+from fluffle_coordinator.effects import (
     AskInit,
     Commit,
     Effect,
     End,
-    Outcome,
-    Phase,
+    Opened,
     RecordEvaluation,
     SendEvaluate,
     SendFit,
-    State,
     Tell,
 )
+from fluffle_coordinator.run_state import Outcome, Phase, State
 
 Effects = list[Effect]
+
+# How many rounds may be averaged and not yet on disk while the next is open: the disk may take as
+# long as two rounds, and what a crash takes back is no more than that.
+AHEAD = 2
 
 
 def progress(state: State, now: float, out: Effects) -> State:
@@ -33,7 +35,7 @@ def progress(state: State, now: float, out: Effects) -> State:
     if not state.link:
         return state
     if now >= state.gate_until:
-        state = replace(state, gate=1, gate_until=math.inf)
+        state = state.but(gate=1, gate_until=math.inf)
     match state.phase:
         case Phase.WAITING:
             past_the_last = state.round > state.rules.rounds
@@ -55,14 +57,15 @@ def wakeup(state: State) -> float:
         return math.inf
     times = [worker.deadline(rules) for worker in state.workers.values()]
     times.append(state.gate_until)
-    if state.phase is Phase.WAITING:
+    if state.quorum_at is not None:
+        if state.phase is Phase.OPEN and len(state.saving) < AHEAD:
+            times.append(state.quorum_at + rules.grace_s)
+    elif state.saving:
+        pass  # nothing ends before what is averaged is on disk
+    elif state.phase is Phase.WAITING:
         times.append(state.waiting_since + rules.wait_s)
     elif state.phase in (Phase.OPEN, Phase.EVALUATING):
-        times.append(
-            state.opened_at + rules.deadline_s
-            if state.quorum_at is None
-            else state.quorum_at + rules.grace_s
-        )
+        times.append(state.opened_at + rules.deadline_s)
     return min(times)
 
 
@@ -94,6 +97,15 @@ def work(state: State, workers: tuple[str, ...]) -> Effect:
     return SendFit(workers, evaluate=state.evaluate_pending)
 
 
+def tell_of_round(state: State, tell: Tell, out: Effects) -> State:
+    """Let people know of the open round: after the commit of the one before, in any case."""
+    if not state.saving:
+        out.append(tell)
+        return state
+    *before, last = state.saving
+    return state.but(saving=(*before, last.then(tell)))
+
+
 # --- before a round ----------------------------------------------------------------------------
 
 
@@ -101,6 +113,8 @@ def _try_to_open(state: State, now: float, out: Effects) -> State:
     present = sorted(state.workers)
     if state.has_weights and len(present) >= state.gate:
         return _open(state, present, now, out)
+    if state.saving:
+        return state
     if now >= state.waiting_since + state.rules.wait_s:
         told = (
             "no first weights came"
@@ -117,7 +131,7 @@ def _try_to_init(state: State, present: list[str], out: Effects) -> State:
     able = [name for name in present if name not in state.failed]
     if able:
         out += [AskInit(able[0]), Tell("init", {"worker": able[0]})]
-        return replace(state, init_asked=able[0])
+        return state.but(init_asked=able[0])
     if present and len(present) >= state.gate:
         return _end(state, "stopped", f"no first weights: {_last(state.failed)}", out)
     return state
@@ -127,8 +141,7 @@ def _open(state: State, present: list[str], now: float, out: Effects) -> State:
     chosen = select(present, state.rules.fraction, state.rules.seed, state.round)
     # Updates that were confirmed to an earlier coordinator may be here already.
     asked = dict.fromkeys(chosen, now) | dict.fromkeys(state.received, -math.inf)
-    state = replace(
-        state,
+    state = state.but(
         phase=Phase.OPEN,
         opened_at=now,
         asked=asked,
@@ -137,33 +150,33 @@ def _open(state: State, present: list[str], now: float, out: Effects) -> State:
         gate=1,
         gate_until=math.inf,
     )
-    out.append(
-        Tell(
-            "opened",
-            {
-                "round": state.round,
-                "asked": sorted(asked),
-                "needed": state.needed,
-                "deadline_s": state.rules.deadline_s,
-            },
-        )
-    )
+    told = {
+        "round": state.round,
+        "asked": sorted(asked),
+        "needed": state.needed,
+        "deadline_s": state.rules.deadline_s,
+    }
+    out.append(Opened())
     waiting = tuple(name for name in chosen if name not in state.received)
     if waiting:
         out.append(work(state, waiting))
-    return _try_to_commit(state, now, out)
+    return _try_to_commit(tell_of_round(state, Tell("opened", told), out), now, out)
 
 
 # --- an open round -----------------------------------------------------------------------------
 
 
 def _try_to_commit(state: State, now: float, out: Effects) -> State:
+    if len(state.saving) >= AHEAD:
+        return state
     if state.quorum_at is None and state.folded >= state.needed:
-        state = replace(state, quorum_at=now)
+        state = state.but(quorum_at=now)
     if state.quorum_at is not None:  # whoever is asked from now on does not undo the quorum
         everyone = all(w in state.received and state.received[w].folded for w in state.expected)
         if everyone or now >= state.quorum_at + state.rules.grace_s:
             return _commit(state, out)
+        return state
+    if state.saving:
         return state
     if state.asked and not state.received and state.asked.keys() <= state.failed.keys():
         told = f"every worker failed in round {state.round}; {_last(state.failed)}"
@@ -176,7 +189,7 @@ def _try_to_commit(state: State, now: float, out: Effects) -> State:
 def _commit(state: State, out: Effects) -> State:
     state = _record_evaluation(state, out, whole=False)
     out.append(Commit(state.round))
-    return replace(state, phase=Phase.COMMITTING)
+    return state.but(phase=Phase.COMMITTING)
 
 
 def _at_the_deadline(state: State, now: float, out: Effects) -> State:
@@ -194,7 +207,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     stuck = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if stuck > rules.max_reopenings:
         return _end(state, "stopped", f"{told}; reopened {rules.max_reopenings} times", out)
-    return _reopen(replace(state, reopenings=stuck, reopened_with=state.folded), told, now, out)
+    return _reopen(state.but(reopenings=stuck, reopened_with=state.folded), told, now, out)
 
 
 def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
@@ -208,7 +221,7 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         if name not in state.received
         and (not state.busy(name) or state.workers[name].state == "receiving")
     )
-    state = replace(state, opened_at=now, asked=asked, failed={}, doubted={})
+    state = state.but(opened_at=now, asked=asked, failed={}, doubted={})
     told = {"round": state.round, "asked": sorted(asked), "needed": state.needed}
     out.append(Tell("reopened", {**told, "deadline_s": rules.deadline_s, "reason": reason}))
     if lacking:
@@ -228,13 +241,13 @@ def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> Sta
     if whole and not (state.expected and state.expected <= heard):
         return state
     out.append(RecordEvaluation(state.round - 1, state.evaluations))
-    return replace(state, evaluate_pending=False)
+    return state.but(evaluate_pending=False)
 
 
 def _evaluate_only(state: State, now: float, out: Effects) -> State:
     """All rounds are done: ask for the evaluation of the last model, where it is wanted."""
     present = sorted(state.workers)
-    state = replace(state, phase=Phase.EVALUATING, opened_at=now, asked=dict.fromkeys(present, now))
+    state = state.but(phase=Phase.EVALUATING, opened_at=now, asked=dict.fromkeys(present, now))
     if state.evaluate_pending and present:
         out.append(work(state, tuple(present)))
     return _try_to_finish(state, now, out)
@@ -252,7 +265,7 @@ def _try_to_finish(state: State, now: float, out: Effects) -> State:
 
 def _end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
     out.append(End(outcome, reason, tuple(sorted(state.met))))
-    return replace(state, phase=Phase.ENDED, outcome=outcome, reason=reason)
+    return state.but(phase=Phase.ENDED, outcome=outcome, reason=reason)
 
 
 def _last(failed: Mapping[str, str]) -> str:

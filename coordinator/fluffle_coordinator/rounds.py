@@ -11,6 +11,10 @@ crashes, redeliveries and deadlines can be tried in tests, thousands a second.
                                   └──deadline: reopen │ close │ stop                   │ after the
     ENDED <──all have evaluated, or deadline── EVALUATING <────────────────────────────┘ last round
 
+A round may open as soon as the one before it is averaged (``Averaged``), while that is still being
+written (``State.saving``), as at most ``progress.AHEAD`` are. Should a crash take an average back,
+what was trained from it is told apart by its ``base`` and refused.
+
 The rules that hold whatever happens, which the tests check under random interleavings:
 
 1. Rounds are committed in order, each once.
@@ -29,34 +33,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from fluffle_coordinator.progress import Effects, progress, wakeup, work
-from fluffle_coordinator.run_state import (
-    Ack,
+from fluffle_coordinator.effects import Ack, Fold, Refuse, Reject, Tell, Welcome
+from fluffle_coordinator.events import (
     Arrived,
+    Averaged,
     Committed,
     Connected,
     Disconnected,
     EvaluationArrived,
     Event,
     Failed,
-    Fold,
     Folded,
     FoldFailed,
     InitLost,
     Left,
-    Phase,
-    Received,
-    Refuse,
-    Reject,
-    Rules,
     Seen,
-    State,
-    Tell,
     Tick,
     WeightsReady,
-    Welcome,
-    Worker,
 )
+from fluffle_coordinator.progress import AHEAD, Effects, progress, tell_of_round, wakeup, work
+from fluffle_coordinator.run_state import Handle, Phase, Received, Rules, Saving, State, Worker
 
 __all__ = ["advance", "start", "wakeup"]
 
@@ -72,6 +68,7 @@ def start(
     participants: Iterable[str] = (),
     evaluated: bool = True,
     has_weights: bool = False,
+    base: str = "",
     classes: tuple[str, ...] | None = None,
 ) -> State:
     """Return the state in which a coordinator starts, or starts again.
@@ -84,6 +81,7 @@ def start(
         participants: who took part in it.
         evaluated: whether its model's evaluation is on disk.
         has_weights: whether there are weights to begin with.
+        base: what they are named.
         classes: the classes that workers must have; None lets the first worker say.
     """
     resumed = has_weights and committed > 0
@@ -93,7 +91,9 @@ def start(
         rules=rules,
         run=run,
         round=committed + 1,
-        counted_before=frozenset(participants),
+        base=base,
+        committed=committed,
+        counted_before={committed: frozenset(participants)},
         evaluate_pending=not evaluated,
         has_weights=has_weights,
         met=frozenset(participants),
@@ -118,7 +118,7 @@ def advance(  # noqa: PLR0912 - one branch an event
             state = _connected(state, event, out)
         case Disconnected():
             if state.link:
-                state = replace(state, link=0, unlinked_since=now)
+                state = state.but(link=0, unlinked_since=now)
         case Seen():
             state = _seen(state, event, out)
         case Left(_, worker, session, reason):
@@ -129,17 +129,19 @@ def advance(  # noqa: PLR0912 - one branch an event
         case Failed():
             state = _failed(state, event, out)
         case InitLost(_, worker) if worker == state.init_asked:
-            state = replace(state, init_asked=None)
-        case WeightsReady():
-            state = replace(state, has_weights=True)
+            state = state.but(init_asked=None)
+        case WeightsReady(_, base):
+            state = state.but(has_weights=True, base=base)
         case Arrived():
             state = _arrived(state, event, out)
-        case Folded(_, worker):
-            state = _folded(state, worker, out)
+        case Folded():
+            state = _folded(state, event, out)
         case FoldFailed():
             state = _fold_failed(state, event, out)
         case EvaluationArrived():
             state = _evaluation(state, event, out)
+        case Averaged():
+            state = _averaged(state, event)
         case Committed():
             state = _committed(state, event, out)
         case Tick():
@@ -159,8 +161,7 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
     # the work again. And every delivery that we hold is void: it will come again.
     for update in state.received.values():
         out.extend(Ack(spare) for spare in update.spares)
-    return replace(
-        state,
+    return state.but(
         link=event.link,
         workers=workers,
         asked=dict.fromkeys(state.asked, -math.inf),
@@ -176,7 +177,7 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
 def _seen(state: State, event: Seen, out: Effects) -> State:
     worker = event.worker
     if state.classes is None and worker.classes:
-        state = replace(state, classes=worker.classes)
+        state = state.but(classes=worker.classes)
         out.append(Tell("classes", {"worker": worker.name, "classes": list(worker.classes)}))
     if state.classes is not None and worker.classes != state.classes:
         reason = (
@@ -194,12 +195,10 @@ def _seen(state: State, event: Seen, out: Effects) -> State:
         out.append(Tell("joined", {"worker": worker.name, "num_examples": worker.num_examples}))
     if restarted or event.hello:
         out.append(Welcome(worker.name))
-        state = replace(state, failed=_minus(state.failed, [worker.name]))
+        state = state.but(failed=_minus(state.failed, [worker.name]))
         if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
-            state = replace(state, init_asked=None)
-    state = replace(
-        state, workers={**state.workers, worker.name: worker}, met=state.met | {worker.name}
-    )
+            state = state.but(init_asked=None)
+    state = state.but(workers={**state.workers, worker.name: worker}, met=state.met | {worker.name})
     state = _settle_doubt(state, worker.name)
     return _offer(state, worker, event, restarted or event.hello, out)
 
@@ -218,12 +217,12 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     broken_off = event.hello and worker.state == "receiving"  # the rest was lost with its link
     if state.busy(name) and not broken_off:
         # An earlier coordinator asked it, or it came back: either way we wait for it.
-        return replace(state, asked={name: event.now, **state.asked})
+        return state.but(asked={name: event.now, **state.asked})
     patience = state.rules.resend_s * (
         4 if state.done(name) else 1
     )  # its update may just be under way
     if sent_at is None or fresh or event.now - sent_at >= patience:
-        state = replace(state, asked={**state.asked, name: event.now})
+        state = state.but(asked={**state.asked, name: event.now})
         out.append(work(state, (name,)))
     return state
 
@@ -235,10 +234,10 @@ def _failed(state: State, event: Failed, out: Effects) -> State:
     if event.run != state.run:
         return state
     if event.worker == state.init_asked and event.round == 0:
-        state = replace(state, init_asked=None)
+        state = state.but(init_asked=None)
     elif event.round != state.at_work_on or event.worker not in state.asked:
         return state
-    return replace(state, failed={**state.failed, event.worker: event.reason})
+    return state.but(failed={**state.failed, event.worker: event.reason})
 
 
 def _arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -249,6 +248,12 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
     if event.round > state.round or (event.round == state.round and not _takes(state)):
         out.append(Reject(handle, f"round {event.round} has not been opened", "round"))
         return state
+    if any(event.round == saving.round for saving in state.saving):
+        return _held_too(state, event)
+    if event.round == state.round and event.base != state.base:
+        told = f"it was trained from the weights {event.base}, round {event.round} began with"
+        out.append(Reject(handle, f"{told} {state.base}", "round"))
+        return state
     held = state.received.get(worker) if event.round == state.round else None
     if held is not None:
         return _again(state, worker, held, event, out)
@@ -256,13 +261,23 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
         update = Received(handle, event.num_examples)
         if state.phase is not Phase.COMMITTING:  # else it is late, once the commit is on disk
             out.append(Fold(handle, worker))
-        return replace(state, received={**state.received, worker: update})
+        return state.but(received={**state.received, worker: update})
     out.append(Ack(handle))
-    if event.round == state.round - 1 and worker in state.counted_before:
+    if worker in state.counted_before.get(event.round, ()):
         out.append(Tell("duplicate", {"worker": worker, "round": event.round}))
     else:
         out.append(_late(worker, event.round, event.num_examples))
     return state
+
+
+def _held_too(state: State, event: Arrived) -> State:
+    """Hold what comes of a round that is being written: only then may it be let go of."""
+    one = (event.handle, event.worker, event.num_examples)
+    saving = tuple(
+        replace(saving, held=(*saving.held, one)) if saving.round == event.round else saving
+        for saving in state.saving
+    )
+    return state.but(saving=saving)
 
 
 def _late(worker: str, number: int, num_examples: int) -> Tell:
@@ -284,11 +299,11 @@ def _again(state: State, worker: str, held: Received, event: Arrived, out: Effec
         out.append(Ack(event.handle))
         return state
     update = replace(held, spares=(*held.spares, event.handle))
-    return replace(state, received={**state.received, worker: update})
+    return state.but(received={**state.received, worker: update})
 
 
-def _folded(state: State, worker: str, out: Effects) -> State:
-    held = state.received[worker]
+def _folded(state: State, event: Folded, out: Effects) -> State:
+    worker, held = event.worker, state.received[event.worker]
     update = replace(held, folded=True)
     if held.handle.link == state.link:
         out.extend(Ack(spare) for spare in held.spares)
@@ -296,26 +311,22 @@ def _folded(state: State, worker: str, out: Effects) -> State:
     asked = state.asked
     if state.phase is Phase.OPEN and worker not in asked:
         asked = {**asked, worker: -math.inf}
-    state = replace(
-        state,
+    state = state.but(
         received={**state.received, worker: update},
         asked=asked,
         failed=_minus(state.failed, [worker]),
         doubted=_minus(state.doubted, [worker]),
     )
-    out.append(
-        Tell(
-            "counted",
-            {
-                "worker": worker,
-                "round": state.round,
-                "num_examples": held.num_examples,
-                "updates": state.folded,
-                "needed": state.needed,
-            },
-        )
-    )
-    return state
+    told = {
+        "worker": worker,
+        "round": state.round,
+        "num_examples": held.num_examples,
+        "updates": state.folded,
+        "needed": state.needed,
+        "train_s": event.train_s,
+        "bytes": event.size_bytes,
+    }
+    return tell_of_round(state, Tell("counted", told), out)
 
 
 def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
@@ -329,11 +340,11 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
         update = replace(held, handle=first, spares=tuple(rest))
         if state.phase is not Phase.COMMITTING:  # then it would get into the next round's sum
             out.append(Fold(first, worker))
-        return replace(state, received={**state.received, worker: update})
-    state = replace(state, received=_minus(state.received, [worker]))
+        return state.but(received={**state.received, worker: update})
+    state = state.but(received=_minus(state.received, [worker]))
     if not event.again:  # asked again, it would send the same again: if it was the worker at all
         doubted = {**state.doubted, worker: event.reason}
-        return _settle_doubt(replace(state, doubted=doubted), worker)
+        return _settle_doubt(state.but(doubted=doubted), worker)
     if worker in state.workers and state.phase is Phase.OPEN:
         out.append(work(state, (worker,)))
     return state
@@ -346,33 +357,64 @@ def _settle_doubt(state: State, worker: str) -> State:
     """
     if worker not in state.doubted or not state.done(worker):
         return state
-    return replace(
-        state,
+    return state.but(
         failed={**state.failed, worker: state.doubted[worker]},
         doubted=_minus(state.doubted, [worker]),
     )
 
 
 def _evaluation(state: State, event: EvaluationArrived, out: Effects) -> State:
-    wanted = (state.run, state.round - 1)
-    if (event.run, event.round) != wanted or not state.evaluate_pending:
+    wanted = (state.run, state.round - 1, state.base)
+    if (event.run, event.round, event.base) != wanted or not state.evaluate_pending:
         return state  # its model's line is written already; late is only late
-    return replace(state, evaluations={**state.evaluations, event.worker: event.evaluated})
+    return state.but(evaluations={**state.evaluations, event.worker: event.evaluated})
+
+
+def _averaged(state: State, event: Averaged) -> State:
+    if event.round >= state.rules.rounds:
+        return state  # there is no next round, and the end waits for the disk
+    saving = Saving(event.round, event.participants, _deliveries(state))
+    return _next_round(state, event).but(saving=(*state.saving, saving))
 
 
 def _committed(state: State, event: Committed, out: Effects) -> State:
-    for worker, update in state.received.items():
-        out += [Ack(handle) for handle in (update.handle, *update.spares)]
+    told: tuple[Tell, ...] = ()
+    if state.saving and state.saving[0].round == event.round:
+        held, told = state.saving[0].held, state.saving[0].told
+        # What could not end before this begins to wait for its end now.
+        state = state.but(saving=state.saving[1:], opened_at=event.now)
+    else:
+        held = _deliveries(state)
+        state = _next_round(state, event)
+    late = {}
+    for handle, worker, num_examples in held:
+        out.append(Ack(handle))
         if worker not in event.participants:
-            out.append(_late(worker, event.round, update.num_examples))
-    out.append(
-        Tell("committed", {"round": event.round, "participants": sorted(event.participants)})
+            late[worker] = _late(worker, event.round, num_examples)
+    out += late.values()
+    of = {"round": event.round, "participants": sorted(event.participants)}
+    out.append(Tell("committed", {**of, **event.about}))
+    out += told
+    recent = {n: who for n, who in state.counted_before.items() if n >= event.round - AHEAD}
+    return state.but(
+        committed=event.round, counted_before={**recent, event.round: event.participants}
     )
-    return replace(
-        state,
+
+
+def _deliveries(state: State) -> tuple[tuple[Handle, str, int], ...]:
+    """Return every delivery of an update of this round that we hold."""
+    return tuple(
+        (handle, worker, update.num_examples)
+        for worker, update in state.received.items()
+        for handle in (update.handle, *update.spares)
+    )
+
+
+def _next_round(state: State, event: Averaged | Committed) -> State:
+    return state.but(
         phase=Phase.WAITING,
         round=event.round + 1,
-        counted_before=event.participants,
+        base=event.base,
         evaluate_pending=True,
         evaluations={},
         received={},
@@ -400,7 +442,7 @@ def _gone(state: State, now: float, out: Effects) -> State:
 def _without(state: State, names: list[str]) -> State:
     """Forget workers that are not there any more."""
     init_asked = None if state.init_asked in names else state.init_asked
-    return replace(state, workers=_minus(state.workers, names), init_asked=init_asked)
+    return state.but(workers=_minus(state.workers, names), init_asked=init_asked)
 
 
 def _minus(mapping: Mapping[str, _V], names: Iterable[str]) -> dict[str, _V]:

@@ -36,11 +36,14 @@ from fluffle_common.messages import (
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff, Delivery, Link, Occupied, Transport, links, together
 from fluffle_common.wire import decode, describe
+from fluffle_coordinator import effects as fx
+from fluffle_coordinator import events as ev
 from fluffle_coordinator import rounds
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.aggregation import Aggregation, Held
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.outgoing import Outgoing
+from fluffle_coordinator.progress import AHEAD
 from fluffle_coordinator.store import RunStore, Saved
 from fluffle_coordinator.view import Watcher, waiting_for
 
@@ -109,7 +112,7 @@ class Coordinator:
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
-        self._events: asyncio.Queue[rs.Event] = asyncio.Queue()
+        self._events: asyncio.Queue[ev.Event] = asyncio.Queue()
         self._deliveries: dict[rs.Handle, Held] = {}
         self._link: Link | None = None
         self._looked_at = 0.0  # when it was last asked what time has to bring
@@ -135,6 +138,7 @@ class Coordinator:
             participants=saved.participants,
             evaluated=saved.evaluated,
             has_weights=saved.weights is not None,
+            base=saved.base,
             classes=settings.classes or (tuple(known) if known else None),
         )
 
@@ -186,7 +190,7 @@ class Coordinator:
         await self._outgoing.drained()
         self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
 
-    async def _next_event(self, latest: float) -> rs.Event:
+    async def _next_event(self, latest: float) -> ev.Event:
         now = time.monotonic()
         look_at = self._looked_at + _LOOK_EVERY_S
         if now < look_at:  # what time has to bring is not asked for at each of many events
@@ -196,47 +200,44 @@ class Coordinator:
         else:
             self._looked_at = now
             until = min(latest, rounds.wakeup(self.state)) - now
+        late = asyncio.get_running_loop().call_later(max(0.0, until), self._tick)
         try:
-            async with asyncio.timeout(max(0.0, until)):
-                return await self._events.get()
-        except TimeoutError:
-            return rs.Tick(time.monotonic())
+            return await self._events.get()
+        finally:
+            late.cancel()
 
-    def _perform(self, effect: rs.Effect) -> None:
+    def _tick(self) -> None:
+        self._events.put_nowait(ev.Tick(time.monotonic()))
+
+    def _perform(self, effect: fx.Effect) -> None:
         match effect:
-            case rs.Tell(what, fields):
-                self._tell(what, {**fields, **self._more(what, fields)})
-            case rs.Fold(handle, worker):
+            case fx.Tell(what, fields):
+                self._tell(what, fields)
+            case fx.Opened():
+                self._aggregation.opened()
+            case fx.Fold(handle, worker):
                 self._aggregation.fold(self._deliveries[handle], worker)
-            case rs.Ack(handle):
+            case fx.Ack(handle):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
                     self._outgoing.settle(held.delivery.ack)
-            case rs.Reject(handle, reason, cause):
+            case fx.Reject(handle, reason, cause):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
                     self._reject(held.delivery, MalformedMessage(reason, cause), held.message)
-            case rs.Commit(number):
+            case fx.Commit(number):
                 self._aggregation.commit(number)
-            case rs.RecordEvaluation(number, evaluations):
+            case fx.RecordEvaluation(number, evaluations):
                 self._aggregation.record_evaluation(number, evaluations)
-            case rs.SendFit(workers):
+            case fx.SendFit(workers):
                 self._aggregation.asked.update(workers)
                 self._outgoing.perform(effect, self.state, self._aggregation.weights)
-            case rs.End():
+            case fx.End():
                 self._outgoing.perform(effect, self.state, None)
             case _:
                 self._outgoing.perform(effect, self.state, self._aggregation.weights)
 
-    def _more(self, what: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the aggregation knows of an event of the round machine."""
-        if what == "opened":
-            self._aggregation.opened()
-        if what == "counted":
-            return self._aggregation.counted(fields["worker"])
-        return self._aggregation.last_committed if what == "committed" else {}
-
-    def _tell(self, what: str, fields: dict[str, Any]) -> None:
+    def _tell(self, what: str, fields: Mapping[str, Any]) -> None:
         self._aggregation.counts.note(what, fields)
         self._watcher.tell(what, {"address": self._transport.address, **fields})
 
@@ -269,16 +270,16 @@ class Coordinator:
                     self._tell("disconnected", {"reason": str(gone)})
                 finally:
                     self._link = None
-                    self._events.put_nowait(rs.Disconnected(time.monotonic()))
+                    self._events.put_nowait(ev.Disconnected(time.monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
         await link.declare(self._topology.shared())
         # Whoever reads the signs of life, alone, is the federation's coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
         self._link = link
-        self._events.put_nowait(rs.Connected(time.monotonic(), number))
+        self._events.put_nowait(ev.Connected(time.monotonic(), number))
         updates = await link.consume(
-            self._topology.updates, prefetch=self._settings.max_workers + 100
+            self._topology.updates, prefetch=(1 + AHEAD) * self._settings.max_workers + 100
         )
         works = [self._read_presence(presence), self._read_updates(updates, number)]
         await together(*works, *([self._journal.publish(link)] if self._journal else []))
@@ -306,11 +307,11 @@ class Coordinator:
                         exclude={"protocol", "federation", "pad", "kind", "worker"}
                     ),
                 )
-                self._events.put_nowait(rs.Seen(now, worker, isinstance(message, Hello)))
+                self._events.put_nowait(ev.Seen(now, worker, isinstance(message, Hello)))
             case Bye(worker=worker_name, session=session, reason=reason):
-                self._events.put_nowait(rs.Left(now, worker_name, session, reason))
+                self._events.put_nowait(ev.Left(now, worker_name, session, reason))
             case Failure(worker=worker_name, run=run, round=number, reason=reason):
-                self._events.put_nowait(rs.Failed(now, worker_name, run, number, reason))
+                self._events.put_nowait(ev.Failed(now, worker_name, run, number, reason))
             case _:
                 raise MalformedMessage(
                     f"a message of kind {message.kind} is no sign of life", "kind"
@@ -346,12 +347,11 @@ class Coordinator:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload)
                 told = (message.run, message.round, message.worker, message.num_examples)
-                self._events.put_nowait(rs.Arrived(now, handle, *told))
+                self._events.put_nowait(ev.Arrived(now, handle, *told, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
-                self._events.put_nowait(
-                    rs.EvaluationArrived(now, message.run, message.round, message.worker, found)
-                )
+                of = (message.run, message.round, message.worker)
+                self._events.put_nowait(ev.EvaluationArrived(now, *of, found, message.base))
                 await delivery.ack()
             case FirstWeights() if message.run == self.state.run:
                 self._aggregation.take_first(Held(delivery, message, payload))

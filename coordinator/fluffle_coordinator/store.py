@@ -40,7 +40,10 @@ from fluffle_coordinator import kept
 
 @dataclass(frozen=True)
 class Saved:
-    """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one."""
+    """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one.
+
+    ``base`` names the weights.
+    """
 
     run: str
     committed: int = 0
@@ -49,6 +52,16 @@ class Saved:
     weights: dict[str, Array] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """What the weights are named; a checkpoint of an earlier version has no name in it."""
+        return self.metadata.get("base", "unnamed")
+
+
+def new_base() -> str:
+    """Name weights that were just made; no other weights have this name."""
+    return uuid.uuid4().hex[:12]
 
 
 class RunStore:

@@ -128,7 +128,7 @@ class View(Watcher):
         """Draw where the run stands."""
         if not self._console.draws:
             return  # this is called at every event: no sentences that nobody sees
-        done = min(state.round - 1, state.rules.rounds)
+        done = min(state.committed, state.rules.rounds)
         self._console.bar("rounds", done, state.rules.rounds)
         if state.phase is Phase.OPEN:
             self._console.bar(

@@ -41,7 +41,7 @@ for method, _, body in channel.consume(f"{F}.inbox.{W}", exclusive=True, inactiv
         continue
     channel.basic_ack(method.delivery_tag)
     header, payload = msgpack.unpackb(body)
-    kind, run, at = header["kind"], {"run": header.get("run")}, header.get("round")
+    kind, ids = header["kind"], {k: header[k] for k in ("run", "round", "base") if k in header}
     if table := header.get("tensors"):
         flat = [np.frombuffer(payload[t["offset"] :][: t["nbytes"]], t["dtype"]) for t in table]
         w = {t["name"]: part.reshape(t["shape"]) for t, part in zip(table, flat, strict=True)}
@@ -49,11 +49,11 @@ for method, _, body in channel.consume(f"{F}.inbox.{W}", exclusive=True, inactiv
     if kind in ("refusal", "stop"):
         break
     if kind == "init_request":
-        send("first_weights", run, {"slopes": np.zeros(3), "intercept": np.zeros(())})
+        send("first_weights", ids, {"slopes": np.zeros(3), "intercept": np.zeros(())})
     if kind == "evaluate" or (kind == "fit" and header["evaluate"]):
         told = {"num_examples": 10, "loss": float(np.mean(error[50:] ** 2))}
-        send("evaluation", {**run, "round": at - (kind == "fit")}, **told)
+        send("evaluation", {**ids, "round": ids["round"] - (kind == "fit")}, **told)
     if kind == "fit":
         delta = {"slopes": -0.1 * x[:50].T @ error[:50] / 50, "intercept": -0.1 * error[:50].mean()}
-        send("update", {**run, "round": at}, delta, num_examples=50, seconds=0.0)
+        send("update", ids, delta, num_examples=50, seconds=0.0)
 send("bye", session=HELLO["session"], reason="the run has ended")

@@ -11,6 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
+from safetensors import safe_open
+
 ROOT = Path(__file__).parents[2]
 FLUFFLE = str(Path(sys.executable).with_name("fluffle"))
 PATIENCE_S = 60.0
@@ -106,6 +108,11 @@ class Federation:
         return self.start(
             FLUFFLE, "worker", *where, "--task", task, "--data", data, *flags, env=env
         )
+
+    def base(self, number: int) -> str:
+        """Return what the weights are named that a round begins with; they must be on disk."""
+        with safe_open(self.run / f"round-{number - 1:04d}.safetensors", "numpy") as model:
+            return str(model.metadata()["base"])
 
     def close(self) -> None:
         """End whatever is left."""

@@ -56,6 +56,7 @@ def publish_nan(federation: Federation, worker: str, number: int) -> None:
         federation=federation.name,
         run=run,
         round=number,
+        base=federation.base(number),
         worker=worker,
         num_examples=5,
         seconds=0.1,

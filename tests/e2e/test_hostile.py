@@ -17,8 +17,8 @@ pytestmark = pytest.mark.rabbit
 WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
 
 
-def hostile(federation: str, run: str) -> dict[str, tuple[bytes, str]]:
-    """Return ten bodies in a genuine worker's name, each with a word of why it is rejected."""
+def hostile(federation: str, run: str, base: str) -> dict[str, tuple[bytes, str]]:
+    """Return a dozen bodies in a genuine worker's name, each with a word of why it is rejected."""
     slopes, intercept = np.zeros(3), np.zeros(())
 
     def body(payload: bytes | None = None, **changes: object) -> bytes:
@@ -28,7 +28,7 @@ def hostile(federation: str, run: str) -> dict[str, tuple[bytes, str]]:
         ]
         header = {
             "protocol": 1, "federation": federation, "kind": "update", "run": run, "round": 1,
-            "worker": "shard-0-2", "num_examples": 5, "seconds": 0.1, "metrics": {},
+            "base": base, "worker": "shard-0-2", "num_examples": 5, "seconds": 0.1, "metrics": {},
             "tensors": tensors, **changes,
         }  # fmt: skip
         plain = slopes.tobytes() + bytes(40) + intercept.tobytes()
@@ -45,6 +45,11 @@ def hostile(federation: str, run: str) -> dict[str, tuple[bytes, str]]:
         "random bytes": (np.random.default_rng(0).bytes(500), "msgpack"),
         "truncated": (body()[:-10], "payload"),
         "wrong run": (body(run="other"), "run other"),
+        "wrong base": (
+            body(base="other"),
+            f"it was trained from the weights other, round 1 began with {base}",
+        ),
+        "no base": (body(base=None), "base"),
         "wrong shape": (body(tensors=table(shape=[1, 3])), "shape"),
         "unknown dtype": (body(tensors=table(dtype="complex64")), "dtype"),
         "NaN": (body(nan), "NaN"),
@@ -68,7 +73,7 @@ def test_what_is_rejected_can_be_looked_at(
     federation.worker("shard:0/2")
     coordinator.wait_for("round 1: opened")
     run = json.loads((federation.run / "run.json").read_text())["run"]
-    body, _ = hostile(federation.name, run)["NaN"]
+    body, _ = hostile(federation.name, run, federation.base(1))["NaN"]
     channel = connection.channel()
     channel.basic_publish(
         "", f"{federation.name}.updates", body.replace(b"shard-0-2", b"mallory-2")
@@ -79,7 +84,7 @@ def test_what_is_rejected_can_be_looked_at(
         break
 
 
-def test_ten_kinds_of_malformed_updates(
+def test_a_dozen_kinds_of_malformed_updates(
     federation: Federation, connection: pika.BlockingConnection, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
@@ -89,7 +94,7 @@ def test_ten_kinds_of_malformed_updates(
     ]
     coordinator.wait_for("round 1: opened")
     run = json.loads((federation.run / "run.json").read_text())["run"]
-    bodies = hostile(federation.name, run)
+    bodies = hostile(federation.name, run, federation.base(1))
     channel = connection.channel()
     channel.confirm_delivery()
     for what, (body, _) in bodies.items():
@@ -100,7 +105,7 @@ def test_ten_kinds_of_malformed_updates(
     gate.touch()
     assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
 
-    reasons = {}
+    reasons, causes = {}, {}
     while True:
         method, properties, _ = channel.basic_get(f"{federation.name}.rejected", auto_ack=True)
         if method is None:
@@ -108,9 +113,11 @@ def test_ten_kinds_of_malformed_updates(
         what = properties.message_id
         assert what not in reasons
         reasons[what] = properties.headers["reason"]
+        causes[what] = properties.headers["cause"]
     assert reasons.keys() == bodies.keys()
     for what, (_, word) in bodies.items():
         assert word in reasons[what], (what, reasons[what])
+    assert (causes["wrong base"], causes["no base"]) == ("round", "malformed")
     committed = [
         line
         for line in map(json.loads, (federation.run / "history.jsonl").read_text().splitlines())

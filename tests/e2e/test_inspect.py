@@ -85,7 +85,7 @@ def declare(federation: Federation, *workers: str) -> Topology:
 def update(federation: str, number: int, worker: str = "w1") -> bytes:
     table, pieces = lay_out({"kernel": np.full((2, 3), number, np.float32)})
     message = Update(
-        federation=federation, run="r", round=number, worker=worker, num_examples=10,
+        federation=federation, run="r", round=number, base="b", worker=worker, num_examples=10,
         seconds=0.5, tensors=table, metrics={"loss": 0.25},
     )  # fmt: skip
     return encode(message, pieces)

@@ -4,11 +4,15 @@
 
 The folder is one of `harness.Federation`. What is checked, each with what it needs of the files:
 
-1.  *Rounds*: the history has every round from 1 to the last, once, in this order, of one run.
+1.  *Rounds*: the history has every round from 1 to the last, once, in this order, of one run. Each
+    line gives the round's model a name of its own, which the model's file has too.
 2.  *Averages*: each committed model is, to 1e-6, base + sum(n * delta) / sum(n) in float64 over
     exactly the updates that its history line names, as they were sent (integers: rounded to the
     nearest), and each such delta was really trained from the base by that worker.
-3.  *Once*: no worker twice in a round, no round twice; whoever is named has sent that update.
+3.  *Once*: no worker twice in a round, no round twice; whoever is named has sent that update, and
+    said that it was trained from the weights that the round begins with, by their name. What was
+    sent for a round names those weights, or such as are in no history: a coordinator died before
+    they were on disk, and they were taken back.
 4.  *None missing*: a round that closed by everybody's quorum has every confirmed update of those
     who were there. Who was there, in the coordinator's eyes, is nothing that the files prove; what
     they do prove is the order. The queue is first in, first out, across redeliveries too, and a
@@ -16,10 +20,13 @@ The folder is one of `harness.Federation`. What is checked, each with what it ne
     r was confirmed at the time t, and round r was committed without it, then no participant of r
     began to send its own first copy after t. In words: an update may be left out only if it came
     after the last one that was counted, which is when its worker was taken for dead and nobody
-    waited for it. All times are of one machine's monotonic clock.
+    waited for it. All times are of one machine's monotonic clock. What was trained from weights
+    that were taken back can be in no round, and is not missing.
 5.  *Accounted for*: every confirmed update was counted, was told to be late or a duplicate, is in
-    the rejected queue with a reason, or is of the round that was open at the very end. What is
-    still in the queue `updates` at the end: nothing.
+    the rejected queue with a reason, or is of the round that was open at the very end. One that
+    was trained from weights that were taken back is never counted; where its worker is counted with
+    a newer one, it may have come so late that nobody said a word. What is still in the queue
+    `updates` at the end: nothing.
 6.  *Garbage*: every hostile message is in the rejected queue with a reason. Except what was put
     into the inbox or outbox of a worker that was started anew after that, which empties both, and
     what a bound dropped.
@@ -39,10 +46,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 Tensors = dict[str, np.ndarray[Any, Any]]
-Identity = tuple[int, str]  # round, worker
+Identity = tuple[int, str, str]  # round, worker, and the name of the weights it was trained from
 
 _TOLERANCE = 1e-6
 _REJECTED_BOUND = 1000
@@ -89,6 +97,7 @@ def check(folder: Path) -> Verdict:
         json.loads(line) for line in (folder / "run/history.jsonl").read_bytes().splitlines()
     ]
     commits = [line for line in history if line["event"] == "committed"]
+    bases = _bases(folder, commits)
     run = json.loads((folder / "run/run.json").read_text())["run"]
     sent = _sent(folder, run)
     said = _said(folder)
@@ -102,11 +111,11 @@ def check(folder: Path) -> Verdict:
         "rejected": len(rejected),
     }
     found.faults += [
-        *_rounds(commits, run),
-        *_averages(folder, commits, sent),
-        *_once(commits, sent),
-        *_none_missing(commits, sent),
-        *_accounted(commits, sent, said, rejected, folder),
+        *_rounds(folder, commits, run),
+        *_averages(folder, commits, bases, sent),
+        *_once(commits, bases, sent),
+        *_none_missing(commits, bases, sent),
+        *_accounted(commits, bases, sent, said, rejected, folder),
         *_garbage(folder, rejected),
         *_nothing_left(folder),
     ]
@@ -116,17 +125,28 @@ def check(folder: Path) -> Verdict:
 # --- the seven rules -----------------------------------------------------------------------------
 
 
-def _rounds(commits: list[dict[str, Any]], run: str) -> Iterator[str]:
+def _rounds(folder: Path, commits: list[dict[str, Any]], run: str) -> Iterator[str]:
     numbers = [line["round"] for line in commits]
     if numbers != list(range(1, len(numbers) + 1)):
         yield f"rounds are not committed once and in order: {numbers}"
     for line in commits:
         if line["run"] != run:
             yield f"round {line['round']} is of run {line['run']}, not {run}"
+        name = _name(folder / "run" / line["checkpoint"])
+        if name != line["base"]:
+            yield f"round {line['round']} made {line['base']}, its model is named {name}"
+    names = Counter([line["base"] for line in commits])
+    names[_name(folder / "run/round-0000.safetensors")] += 1
+    for name, times in names.items():
+        if times > 1:
+            yield f"{times} models are named {name}"
 
 
 def _averages(
-    folder: Path, commits: list[dict[str, Any]], sent: dict[Identity, Sent]
+    folder: Path,
+    commits: list[dict[str, Any]],
+    bases: dict[int, str],
+    sent: dict[Identity, Sent],
 ) -> Iterator[str]:
     trained = _trained(folder)
     base = load_file(folder / "run/round-0000.safetensors")
@@ -136,7 +156,7 @@ def _averages(
         totals = {name: np.zeros(tensor.shape, np.float64) for name, tensor in base.items()}
         examples = 0
         for one in line["participants"]:
-            identity = (number, one["worker"])
+            identity = (number, one["worker"], bases.get(number, ""))
             told = list(_contents(sent[identity])) if identity in sent else []
             if not told:
                 yield f"round {number} counts {one['worker']}, which sent nothing for it"
@@ -163,26 +183,42 @@ def _averages(
         base = model
 
 
-def _once(commits: list[dict[str, Any]], sent: dict[Identity, Sent]) -> Iterator[str]:
+def _once(
+    commits: list[dict[str, Any]], bases: dict[int, str], sent: dict[Identity, Sent]
+) -> Iterator[str]:
     counted = Counter(
         (line["round"], one["worker"]) for line in commits for one in line["participants"]
     )
     for (number, worker), times in counted.items():
         if times > 1:
             yield f"round {number} counts {worker} {times} times"
-        if (number, worker) not in sent:
+        named = sorted(base for at, who, base in sent if (at, who) == (number, worker))
+        if not named:
             yield f"round {number} counts {worker}, which never sent it"
+        elif (begins := bases.get(number)) not in named:
+            yield (
+                f"round {number} counts {worker}, which trained from the weights "
+                f"{', '.join(named)}, and began with {begins}"
+            )
+    rounds = {base: number for number, base in bases.items()}
+    for number, worker, base in sent:
+        if rounds.get(base, number) != number:
+            yield f"{worker} answered round {number} with the weights of {rounds[base]}"
 
 
-def _none_missing(commits: list[dict[str, Any]], sent: dict[Identity, Sent]) -> Iterator[str]:
+def _none_missing(
+    commits: list[dict[str, Any]], bases: dict[int, str], sent: dict[Identity, Sent]
+) -> Iterator[str]:
     there = _participants(commits)
-    for (number, worker), one in sent.items():
+    for (number, worker, base), one in sent.items():
         if number not in there or worker in there[number] or not one.is_confirmed:
+            continue
+        if base != bases.get(number):
             continue
         after = [
             other
             for other in there[number]
-            if (number, other) in sent and sent[number, other].began > one.confirmed
+            if (number, other, base) in sent and sent[number, other, base].began > one.confirmed
         ]
         if after:
             yield (
@@ -193,21 +229,26 @@ def _none_missing(commits: list[dict[str, Any]], sent: dict[Identity, Sent]) -> 
 
 def _accounted(
     commits: list[dict[str, Any]],
+    bases: dict[int, str],
     sent: dict[Identity, Sent],
-    said: dict[str, Counter[Identity]],
+    said: dict[str, Counter[tuple[int, str]]],
     rejected: list[dict[str, Any]],
     folder: Path,
 ) -> Iterator[str]:
     there = _participants(commits)
     open_at_the_end = len(commits) + 1
     refused = {line["sha256"] for line in rejected if line["reason"]}
-    for identity, one in sent.items():
-        number, worker = identity
+    for (number, worker, base), one in sent.items():
+        # Who is there is counted with this one, or with another of the right base: see `_once`.
         if not one.is_confirmed or worker in there.get(number, ()) or number == open_at_the_end:
             continue
-        told = said["late"][identity] + said["duplicate"][identity]
+        told = said["late"][number, worker] + said["duplicate"][number, worker]
         if not told and not refused & {path.stem for path in one.bodies}:
-            yield f"the confirmed update of {worker} in round {number} vanished without a word"
+            taken_back = "" if base in bases.values() else f", from {base}, which was taken back,"
+            yield (
+                f"the confirmed update of {worker} in round {number}{taken_back} "
+                "vanished without a word"
+            )
     updates = json.loads((folder / "evidence/queues.json").read_text()).get("updates")
     if updates != {"ready": 0, "unacked": 0}:
         yield f"the queue updates is not empty at the end: {updates}"
@@ -249,14 +290,18 @@ def _nothing_left(folder: Path) -> Iterator[str]:
 def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
     """Read what the workers published; replays are copies of it, and come after it."""
     sent: dict[Identity, Sent] = defaultdict(Sent)
+    named: dict[Path, str] = {}
     for path in sorted(folder.glob("sent/*/*.jsonl")):
         for line in _lines(path):
             if line["type"] != "update":
                 continue
             kind, of_run, number, worker = line["message_id"].split("/")
             assert (kind, of_run) == ("update", run), line
-            one = sent[int(number), worker]
-            one.bodies.add(path.parent / f"{line['sha256']}.msgpack")
+            body = path.parent / f"{line['sha256']}.msgpack"
+            if body not in named:
+                named[body] = _unpacked(body)[0]["base"]
+            one = sent[int(number), worker, named[body]]
+            one.bodies.add(body)
             if line["event"] == "began":
                 one.began = min(one.began, line["at"])
             elif line["event"] == "confirmed":
@@ -315,9 +360,9 @@ def _trained(folder: Path) -> set[tuple[str, str, str]]:
     return found
 
 
-def _said(folder: Path) -> dict[str, Counter[Identity]]:
-    """Read what the coordinators said of updates that were not counted."""
-    said: dict[str, Counter[Identity]] = defaultdict(Counter)
+def _said(folder: Path) -> dict[str, Counter[tuple[int, str]]]:
+    """Read what the coordinators said of updates that were not counted: round and worker."""
+    said: dict[str, Counter[tuple[int, str]]] = defaultdict(Counter)
     for path in folder.glob("log/*-coordinator.jsonl"):
         for line in path.read_bytes().splitlines():
             if not line.startswith(b"{"):
@@ -329,6 +374,20 @@ def _said(folder: Path) -> dict[str, Counter[Identity]]:
             if told["event"] in ("late", "duplicate"):
                 said[told["event"]][told["round"], told["worker"]] += 1
     return said
+
+
+def _bases(folder: Path, commits: list[dict[str, Any]]) -> dict[int, str]:
+    """Read the name of the weights that each round begins with, which the one before it made.
+
+    The last is of a round that has not been, or was open at the end.
+    """
+    first = _name(folder / "run/round-0000.safetensors")
+    return {1: first} | {line["round"] + 1: line["base"] for line in commits}
+
+
+def _name(model: Path) -> str:
+    with safe_open(model, "numpy") as file:
+        return str((file.metadata() or {}).get("base"))
 
 
 def _participants(commits: list[dict[str, Any]]) -> dict[int, set[str]]:

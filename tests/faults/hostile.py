@@ -131,7 +131,8 @@ class Foe:
         if what == "NaN":
             payload = np.full(256, np.nan, np.float32).tobytes() + payload[1024:]
         if what == "a field is missing":
-            del header[self.rng.choice(("protocol", "federation", "kind"))]
+            needed = [key for key in ("protocol", "federation", "kind", "base") if key in header]
+            del header[self.rng.choice(needed)]
             # A missing protocol means the only one there is.
             header["protocol"] = 7 if "protocol" not in header else header["protocol"]
         return f"{header.get('kind')}: {what}", msgpack.packb([header, payload])
@@ -143,6 +144,9 @@ class Foe:
         yield "a kind that is a number", {"kind": 3}
         yield "an unknown field", {"admin": True}
         yield "a field is missing", {}
+        yield "a base that is a number", {"base": 7}
+        yield "a base without a name", {"base": ""}
+        yield "a long base", {"base": "b" * 65}
         if kind == "updates":
             yield "of another run", {"run": "another"}
             yield "of a round far away", {"round": 10**8}
@@ -189,6 +193,7 @@ class Foe:
                 "kind": "update",
                 "run": self.run,
                 "round": 1,
+                "base": "b",
                 "worker": "mallory",
                 "num_examples": 50,
                 "seconds": 0.5,
@@ -198,6 +203,7 @@ class Foe:
             "kind": "fit",
             "run": "another",
             "round": 1,
+            "base": "b",
             "evaluate": True,
             "plan": {"seed": 1},
             "tensors": _table(),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fluffle_broker import node
@@ -101,9 +104,58 @@ def model_changed(name: str) -> Callable[[Path], None]:
         path = folder / "run/round-0002.safetensors"
         model = load_file(path)
         one = np.array(1e-3 if model[name].dtype.kind == "f" else 1, model[name].dtype)
-        save_file(model | {name: np.asarray(model[name] + one)}, path)
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+        save_file(model | {name: np.asarray(model[name] + one)}, path, metadata)
 
     return change
+
+
+def named_otherwise(lines: list[Line]) -> list[Line]:
+    of_round(lines, 2)["base"] = "another"
+    return lines
+
+
+def named_twice(lines: list[Line]) -> list[Line]:
+    of_round(lines, 3)["base"] = of_round(lines, 2)["base"]
+    return lines
+
+
+def send_from(folder: Path, worker: str, base: str, *, instead: bool = False) -> str:
+    """Let a worker have sent what w1 sent for round 2, as if trained from other weights.
+
+    ``instead``: of what w1 sent. Returns the digest of the body.
+    """
+    (path,) = folder.glob("sent/w1/[0-9]*.jsonl")
+    mine, others = [], []
+    for line in map(json.loads, path.read_text().splitlines()):
+        kind, *_, number, _ = line["message_id"].split("/")
+        (mine if (kind, number) == ("update", "2") else others).append(line)
+    header, payload = msgpack.unpackb((path.parent / f"{mine[0]['sha256']}.msgpack").read_bytes())
+    body = msgpack.packb([header | {"worker": worker, "base": base}, payload])
+    name, run = sha256(body).hexdigest(), header["run"]
+    made = [line | {"sha256": name, "message_id": f"update/{run}/2/{worker}"} for line in mine]
+    (folder / "sent" / worker).mkdir(exist_ok=True)
+    (folder / "sent" / worker / f"{name}.msgpack").write_bytes(body)
+    (folder / "sent" / worker / "more.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in made)
+    )
+    if instead:
+        edit(path, lambda _: others)
+    return name
+
+
+def counted_from_other_weights(folder: Path) -> None:
+    send_from(folder, "w1", "lost", instead=True)
+
+
+def counted_from_the_weights_of_another_round(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "run/history.jsonl").read_text().splitlines()]
+    send_from(folder, "w1", of_round(lines, 3)["base"], instead=True)
+
+
+def taken_back_without_a_word(folder: Path) -> None:
+    send_from(folder, "w2", "lost")
 
 
 def never_sent(folder: Path) -> None:
@@ -150,6 +202,11 @@ def orphan(folder: Path) -> None:
         (model_changed("dense/kernel"), "'dense/kernel' is not the average"),
         (model_changed("scale"), "'scale' is not the average"),
         (model_changed("counts"), "'counts' is not the average"),
+        (history(named_otherwise), "round 2 made another, its model is named"),
+        (history(named_twice), "2 models are named"),
+        (counted_from_other_weights, "counts w1, which trained from the weights lost, and began"),
+        (counted_from_the_weights_of_another_round, "w1 answered round 2 with the weights of 4"),
+        (taken_back_without_a_word, "of w2 in round 2, from lost, which was taken back, vanished"),
         (never_sent, "counts w1, which never sent it"),
         (never_trained, "w1 never trained this delta"),
         (not_rejected, "not found in rejected: noise"),
@@ -168,3 +225,17 @@ def test_what_is_wrong_is_found(
     verdict = check(folder)
     assert not verdict.clean
     assert told in verdict.told()
+
+
+def test_what_was_trained_from_weights_that_were_taken_back_is_no_fault(
+    sound: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "crashed"
+    shutil.copytree(sound, folder)
+    send_from(folder, "w1", "lost")  # and was counted with another
+    digest = send_from(folder, "w2", "lost")
+    line = {"id": None, "reason": "it was trained from the weights lost", "sha256": digest}
+    with (folder / "evidence/rejected.jsonl").open("a") as rejected:
+        rejected.write(json.dumps(line) + "\n")
+    verdict = check(folder)
+    assert verdict.clean, verdict.told()

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from fluffle_coordinator import effects as fx
+from fluffle_coordinator import events as ev
 from fluffle_coordinator import rounds
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.run_state import Handle, Phase, Rules
@@ -25,9 +27,12 @@ Flaw = Literal["", "bad", "torn"]  # sound; its tensors are refused; they do not
 
 
 class Identity(NamedTuple):
+    """An update's (run, round, worker), and the weights that it was trained from."""
+
     run: str
     round: int
     worker: str
+    base: str
 
 
 @dataclass(eq=False)
@@ -46,6 +51,7 @@ class Order(NamedTuple):
     kind: Literal["init", "fit", "evaluate", "stop"]
     run: str
     round: int
+    base: str = ""
     evaluate: bool = False
 
 
@@ -55,7 +61,7 @@ class Broker:
     def __init__(self) -> None:
         self.updates: deque[Message] = deque()
         self.unacked: dict[Handle, Message] = {}
-        self.presence: deque[rs.Event] = deque()
+        self.presence: deque[ev.Event] = deque()
         self.inboxes: dict[str, deque[Order]] = {}
         self.published: list[Message] = []
         self.links = 0  # of coordinators, so far
@@ -87,6 +93,7 @@ class Disk:
     first_weights: bool
     checkpoint: int = 0
     history: list[frozenset[str]] = field(default_factory=list)  # the participants of each round
+    bases: list[str] = field(default_factory=list)  # the names of all weights, the first ones too
     evaluated: set[int] = field(default_factory=set)
 
 
@@ -97,13 +104,17 @@ class CoordinatorModel:
         disk = world.disk
         self.world, self.broker, self.disk = world, world.broker, disk
         self.link = 0
-        self.events: deque[rs.Event] = deque()
-        self.jobs: deque[tuple[Any, ...]] = deque()  # of the aggregation
+        self.events: deque[ev.Event] = deque()
+        self.jobs: deque[tuple[Any, ...]] = deque()  # of the aggregation, into and out of the sum
+        self.lines: deque[tuple[Any, ...]] = deque()  # and onto the disk
         self.out: deque[tuple[Any, ...]] = deque()
         self.deliveries: dict[Handle, Message] = {}
         self.sum: set[str] = set()
         self.closing = False
         last = len(disk.history)
+        self.averaged = last
+        # What each round is trained from, as far as this process knows.
+        self.issued = {last + 1: disk.bases[-1]} if disk.bases else {}
         self.state = world.machine.start(
             world.rules,
             RUN,
@@ -112,6 +123,7 @@ class CoordinatorModel:
             participants=disk.history[-1] if last else (),
             evaluated=not last or last in disk.evaluated,
             has_weights=disk.first_weights,
+            base=disk.bases[-1] if disk.bases else "",
         )
 
     # --- the link ---
@@ -120,13 +132,13 @@ class CoordinatorModel:
         if not self.link:
             self.broker.links += 1
             self.link = self.broker.links
-            self.events.append(rs.Connected(self.world.now, self.link))
+            self.events.append(ev.Connected(self.world.now, self.link))
 
     def lose_link(self) -> None:
         if self.link:
             self.link = 0
             self.broker.take_back()
-            self.events.append(rs.Disconnected(self.world.now))
+            self.events.append(ev.Disconnected(self.world.now))
 
     # --- steps: each returns whether there was anything to do ---
 
@@ -134,14 +146,14 @@ class CoordinatorModel:
         if not self.link or not self.broker.updates:
             return False
         handle, message = self.broker.deliver(self.link)
-        now, (run, number, worker) = self.world.now, message.identity
+        now, (run, number, worker, base) = self.world.now, message.identity
         match message.kind:
             case "update":
                 self.deliveries[handle] = message
-                self.events.append(rs.Arrived(now, handle, run, number, worker, 10))
+                self.events.append(ev.Arrived(now, handle, run, number, worker, 10, base))
             case "evaluation":
                 found = rs.Evaluated(10, 0.5, {})
-                self.events.append(rs.EvaluationArrived(now, run, number, worker, found))
+                self.events.append(ev.EvaluationArrived(now, run, number, worker, found, base))
                 self.broker.settle(handle, "acked")
             case "init":
                 self.jobs.append(("first", handle))
@@ -151,7 +163,7 @@ class CoordinatorModel:
         if not self.link or not self.broker.presence:
             return False
         event = replace(self.broker.presence.popleft(), now=self.world.now)
-        if isinstance(event, rs.Seen):
+        if isinstance(event, ev.Seen):
             event = replace(event, worker=replace(event.worker, last_seen=self.world.now))
         self.events.append(event)
         return True
@@ -163,40 +175,42 @@ class CoordinatorModel:
         return True
 
     def tick(self) -> bool:
-        self._advance(rs.Tick(self.world.now))
+        self._advance(ev.Tick(self.world.now))
         assert self.world.machine.wakeup(self.state) > self.world.now, "the shell would spin"
         return True
 
-    def _advance(self, event: rs.Event) -> None:
+    def _advance(self, event: ev.Event) -> None:
         before = self.state.phase
         self.state, effects = self.world.machine.advance(self.state, event)
         for effect in effects:
             self._perform(effect)
         if before is not Phase.ENDED and self.state.phase is Phase.ENDED:
-            assert sum(isinstance(effect, rs.End) for effect in effects) == 1
+            assert sum(isinstance(effect, fx.End) for effect in effects) == 1
 
-    def _perform(self, effect: rs.Effect) -> None:
+    def _perform(self, effect: fx.Effect) -> None:
         number = self.state.round
         match effect:
-            case rs.Fold(handle):
+            case fx.Fold(handle):
                 self.jobs.append(("fold", self.deliveries[handle]))
-            case rs.Commit(committed):
+            case fx.Commit(committed):
                 self.closing = True
                 self.jobs.append(("commit", committed))
-            case rs.RecordEvaluation(evaluated):
-                self.jobs.append(("evaluated", evaluated))
-            case rs.Ack(handle):
+            case fx.RecordEvaluation(evaluated):
+                self.lines.append(("evaluated", evaluated))
+            case fx.Ack(handle):
                 self.out.append(("settle", handle, "acked"))
-            case rs.Reject(handle, reason, _):
+            case fx.Reject(handle, reason, _):
                 assert reason
                 self.out.append(("settle", handle, "rejected"))
-            case rs.AskInit(worker):
+            case fx.AskInit(worker):
                 self.out.append(("send", (worker,), Order("init", RUN, 0)))
-            case rs.SendFit(workers, evaluate):
-                self.out.append(("send", workers, Order("fit", RUN, number, evaluate)))
-            case rs.SendEvaluate(workers):
-                self.out.append(("send", workers, Order("evaluate", RUN, number - 1)))
-            case rs.End(_, reason, workers):
+            case fx.SendFit(workers, evaluate):
+                order = Order("fit", RUN, number, self.state.base, evaluate)
+                self.out.append(("send", workers, order))
+            case fx.SendEvaluate(workers):
+                order = Order("evaluate", RUN, number - 1, self.state.base)
+                self.out.append(("send", workers, order))
+            case fx.End(_, reason, workers):
                 assert reason
                 self.out.append(("send", workers, Order("stop", RUN, number)))
 
@@ -224,34 +238,52 @@ class CoordinatorModel:
             case "folding", message:
                 self._fold(message)
             case "commit", number:
-                disk.checkpoint = number
-                self.jobs.appendleft(("line", number))
-            case "line", number:
-                self.world.check_commit(number, self.sum)
-                disk.history.append(frozenset(self.sum))
-                self.events.append(rs.Committed(now, number, frozenset(self.sum)))
+                assert number == self.averaged + 1
+                done = number, frozenset(self.sum), self.world.new_base()
+                self.averaged, self.issued[number + 1] = number, done[2]
                 self.sum, self.closing = set(), False
-            case "evaluated", number:
-                assert number not in disk.evaluated, f"round {number} was evaluated twice"
-                disk.evaluated.add(number)
+                if not self.world.in_parts:
+                    self.events.append(ev.Averaged(now, *done))
+                self.lines.append(("checkpoint", *done))
             case "first", handle:
                 if not disk.first_weights:
-                    disk.first_weights = True
-                    self.events.append(rs.WeightsReady(now))
+                    base = self.issued[1] = self.world.new_base()
+                    disk.first_weights, disk.bases = True, [base]
+                    self.events.append(ev.WeightsReady(now, base))
                 self.broker.settle(handle, "acked")
+        return True
+
+    def write_one(self) -> bool:
+        if not self.lines:
+            return False
+        disk = self.disk
+        match self.lines.popleft():
+            case "checkpoint", *done:
+                disk.checkpoint = done[0]
+                self.lines.appendleft(("line", *done))
+            case "line", number, participants, base:
+                self.world.check_commit(number, participants)
+                disk.history.append(participants)
+                disk.bases.append(base)
+                self.events.append(ev.Committed(self.world.now, number, participants, base))
+            case "evaluated", number:
+                assert number not in disk.evaluated, f"round {number} was evaluated twice"
+                assert number <= len(disk.history), f"round {number} is evaluated ahead of its line"
+                disk.evaluated.add(number)
         return True
 
     def _fold(self, message: Message) -> None:
         worker, now = message.identity.worker, self.world.now
         if message.flaw:
             torn = message.flaw == "torn"
-            self.events.append(rs.FoldFailed(now, worker, "it is " + message.flaw, again=torn))
+            self.events.append(ev.FoldFailed(now, worker, "it is " + message.flaw, again=torn))
             return
-        open_round = Identity(RUN, len(self.disk.history) + 1, worker)
+        number = self.averaged + 1
+        open_round = Identity(RUN, number, worker, self.issued[number])
         assert message.identity == open_round, f"{message.identity} folded into {open_round}"
         assert worker not in self.sum, f"{message.identity} folded twice"
         self.sum.add(worker)
-        self.events.append(rs.Folded(now, worker))
+        self.events.append(ev.Folded(now, worker, 1.0, 100))
 
     def break_off_fold(self) -> bool:
         """Lose the link while an update's parts are fetched."""
@@ -260,7 +292,7 @@ class CoordinatorModel:
         _, message = self.jobs.popleft()
         self.lose_link()
         name = message.identity.worker
-        self.events.append(rs.FoldFailed(self.world.now, name, "the link was lost", again=True))
+        self.events.append(ev.FoldFailed(self.world.now, name, "the link was lost", again=True))
         return True
 
     def knows(self, handle: Handle) -> bool:
@@ -268,7 +300,8 @@ class CoordinatorModel:
         held = {
             h for update in self.state.received.values() for h in (update.handle, *update.spares)
         }
-        arriving = {event.handle for event in self.events if isinstance(event, rs.Arrived)}
+        held |= {handle for saving in self.state.saving for handle, *_ in saving.held}
+        arriving = {event.handle for event in self.events if isinstance(event, ev.Arrived)}
         jobs = {job[1] for job in (*self.jobs, *self.out) if isinstance(job[1], Handle)}
         return handle in held | arriving | jobs
 
@@ -308,7 +341,7 @@ class WorkerModel:
     def leave(self) -> None:
         if self.alive:
             if self.linked:
-                gone = rs.Left(0.0, self.name, self._session, "it is late")
+                gone = ev.Left(0.0, self.name, self._session, "it is late")
                 self.broker.presence.append(gone)
             self.alive = False
 
@@ -330,7 +363,7 @@ class WorkerModel:
 
     def _speak(self, *, hello: bool) -> None:
         told = rs.Worker(self.name, self._session, 10, (), HEARTBEAT_S, 0.0, **self.told)
-        self.broker.presence.append(rs.Seen(0.0, told, hello))
+        self.broker.presence.append(ev.Seen(0.0, told, hello))
 
     def read(self) -> bool:
         if not self.alive or not self.linked or not self.inbox:
@@ -339,7 +372,7 @@ class WorkerModel:
         if order.kind == "stop":
             self._advance(self.world.session.Stopped("the run has ended"))
             return True
-        work = self.world.session.Work(order.kind, order.run, order.round)
+        work = self.world.session.Work(order.kind, order.run, order.round, order.base)
         self.evaluates.setdefault(work, order.evaluate or order.kind == "evaluate")
         self._advance(self.world.session.Asked(work))
         state = self.state
@@ -387,12 +420,12 @@ class WorkerModel:
     def _publish(self, work: session.Work, flaw: Flaw, *, confirmed: bool) -> None:
         number = work.round - 1 if work.kind == "fit" else work.round
         if self.evaluates[work]:
-            evaluated = Identity(work.run, number, self.name)
+            evaluated = Identity(work.run, number, self.name, work.base)
             self.broker.publish(Message("evaluation", evaluated))
         if work.kind == "init":
-            self.broker.publish(Message("init", Identity(work.run, 0, self.name)))
+            self.broker.publish(Message("init", Identity(work.run, 0, self.name, "")))
         elif work.kind == "fit":
-            identity = Identity(work.run, work.round, self.name)
+            identity = Identity(work.run, work.round, self.name, work.base)
             self.broker.publish(Message("update", identity, flaw))
             if confirmed and not flaw:
                 self.world.confirmed.add(identity)
@@ -420,7 +453,7 @@ class WorkerModel:
             elif isinstance(effect, module.Report):
                 self._now("idle", work)
                 if self.linked:
-                    failure = rs.Failed(0.0, self.name, work.run, work.round, effect.reason)
+                    failure = ev.Failed(0.0, self.name, work.run, work.round, effect.reason)
                     self.broker.presence.append(failure)
             elif isinstance(effect, module.Leave):
                 self.leave()
@@ -429,7 +462,7 @@ class WorkerModel:
         assert not self.alive or self.evaluates.keys() <= kept, "a work is leaked"
 
     def _now(self, state: str, work: session.Work) -> None:
-        self.told = {"state": state, "run": work.run, "round": work.round}
+        self.told = {"state": state, "run": work.run, "round": work.round, "base": work.base}
 
     def _check_order(self, before: session.State) -> None:
         """Check that nothing under way was replaced by something older of the same run."""
@@ -454,10 +487,16 @@ class World:
         self.rules, self.machine, self.session = rules, machine, worker_machine
         self.now = 100.0
         self.broker = Broker()
-        self.disk = Disk(first_weights)
+        self.bases = 0
+        self.disk = Disk(first_weights, bases=[self.new_base()] if first_weights else [])
+        self.in_parts = False  # whether updates are too large for one message
         self.confirmed: set[Identity] = set()  # updates whose sender knows them to be safe
         self.workers = {name: WorkerModel(self, name) for name in names}
         self.coordinator: CoordinatorModel | None = None
+
+    def new_base(self) -> str:
+        self.bases += 1
+        return f"b{self.bases}"
 
     # --- what can be done to it ---
 
@@ -491,6 +530,7 @@ class World:
                 coordinator.read_update,
                 coordinator.take_event,
                 coordinator.aggregate_one,
+                coordinator.write_one,
                 coordinator.send_one,
             ]
         for worker in self.workers.values():
@@ -535,7 +575,7 @@ class World:
 
     # --- what must hold ---
 
-    def check_commit(self, number: int, participants: set[str]) -> None:
+    def check_commit(self, number: int, participants: frozenset[str]) -> None:
         assert number == len(self.disk.history) + 1, f"round {number} is committed out of order"
         assert self.disk.checkpoint == number
         wanted, strict = self.rules.quorum.number, self.rules.on_deadline != "close"
@@ -558,5 +598,10 @@ class World:
             for message in (*self.broker.updates, *self.broker.unacked.values())
             if message.kind == "update" and not message.flaw
         }
+        valid = {**(coordinator.issued if coordinator is not None else {})}
+        if self.disk.bases:
+            valid[open_round] = self.disk.bases[-1]
         for identity in self.confirmed - safe:
-            assert identity.round < open_round, f"{identity} was confirmed, and is lost"
+            if identity.round >= open_round:  # else it is committed
+                taken_back = identity.base != valid.get(identity.round)
+                assert taken_back, f"{identity} was confirmed, and is lost"

@@ -42,7 +42,7 @@ def update(encoded: dict[str, np.ndarray], encoding: str | None) -> tuple[Update
     """Return an update as the coordinator has it once it came over the wire."""
     table, pieces = lay_out(encoded)
     message = Update(
-        federation="f", run="r", round=1, worker="w", num_examples=1, seconds=0.0,
+        federation="f", run="r", round=1, base="b", worker="w", num_examples=1, seconds=0.0,
         tensors=table, encoding=encoding,
     )  # fmt: skip
     told, payload = decode(encode(message, pieces))

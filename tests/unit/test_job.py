@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.compression import expand
-from fluffle_common.messages import Fit, Plan, Update
+from fluffle_common.messages import Evaluate, Fit, Plan, Update
 from fluffle_worker.feedback import Residual
 from fluffle_worker.job import Job, do
 from fluffle_worker.session import Work
@@ -35,14 +35,30 @@ class Steps:
 
 
 def answered(how: str | None, number: int = 1, residual: Residual | None = None) -> Job:
-    fit = Fit(federation="f", run="r", round=number, evaluate=False, plan=Plan(compress=how))
-    job = Job(Work("fit", "r", number), fit, {"w": np.zeros(COUNT, np.float32)})
+    ids = {"federation": "f", "run": "r", "round": number, "base": "b"}
+    fit = Fit(**ids, evaluate=False, plan=Plan(compress=how))
+    job = Job(Work("fit", "r", number, "b"), fit, {"w": np.zeros(COUNT, np.float32)})
     do(
         job, Steps(), {"federation": "f", "worker": "w"},
         evaluated=lambda: None, progress=lambda *_: None,
         residual=lambda: residual or Residual(),
     )  # fmt: skip
     return job
+
+
+def test_what_comes_of_weights_names_them():
+    ids = {"federation": "f", "run": "r", "round": 3, "base": "b7"}
+    for message in (Fit(**ids, evaluate=True, plan=Plan()), Evaluate(**ids)):
+        job = Job(Work(message.kind, "r", 3, "b7"), message, {"w": np.zeros(COUNT, np.float32)})
+        do(
+            job, Steps(), {"federation": "f", "worker": "w"},
+            evaluated=lambda: None, progress=lambda *_: None,
+        )  # fmt: skip
+        assert job.evaluation is not None
+        assert job.evaluation.base == "b7"
+        if isinstance(message, Fit):
+            assert job.answer is not None
+            assert job.answer[0].base == "b7"
 
 
 def learnt(job: Job) -> np.ndarray:
@@ -57,7 +73,7 @@ def test_a_plan_that_wants_no_encoding_gets_the_delta_and_nothing_is_carried():
     assert job.answer is not None
     assert job.answer[0].encoding is None
     assert np.array_equal(job.answer[1]["w"], Steps().delta)
-    assert job.residual == Residual(Work("fit", "r", 2), {})
+    assert job.residual == Residual(Work("fit", "r", 2, "b"), {})
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ async def link(broker: MemoryBroker) -> AsyncIterator[MemoryLink]:
 async def put_updates(link: MemoryLink, count: int) -> None:
     for number in range(1, count + 1):
         message = Update(
-            federation="f", run="r", round=number, worker="w1", num_examples=1, seconds=0
+            federation="f", run="r", round=number, base="b", worker="w1", num_examples=1, seconds=0
         )
         route = Route(TOPOLOGY.results, ["update.w1"])
         await send_tensors(link, message, {"x": np.ones(2, np.float32)}, route)

@@ -20,8 +20,8 @@ from fluffle_common.wire import PART_BYTES, encode, lay_out
 
 
 def update(**more: object) -> Update:
-    told = {"run": "r", "round": 7, "worker": "w1", "num_examples": 120, "seconds": 0.5, **more}
-    return Update(federation="f", metrics={"loss": 0.25}, **told)
+    told = {"run": "r", "round": 7, "base": "b", "worker": "w1", "num_examples": 120, **more}
+    return Update(federation="f", seconds=0.5, metrics={"loss": 0.25}, **told)
 
 
 async def through(*bodies: bytes, **properties: object) -> list[Delivery]:
@@ -141,7 +141,7 @@ async def test_many_events_of_the_journal_are_counted():
 
 async def test_a_kept_message_is_its_body_and_what_is_known_of_it(tmp_path):
     evaluation = Evaluation(
-        federation="f", run="r", round=4, worker="w.1", num_examples=3, loss=math.pi
+        federation="f", run="r", round=4, base="b", worker="w.1", num_examples=3, loss=math.pi
     )
     bodies = [encode(evaluation), b"junk"]
     first, second = await through(*bodies, type="../../evil", headers={"worker": "../x"})

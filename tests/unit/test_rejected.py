@@ -29,8 +29,8 @@ async def link() -> AsyncIterator[MemoryLink]:
 
 
 def body(number: int) -> bytes:
-    told = {"run": "r", "round": number, "worker": "w1", "num_examples": 1, "seconds": 0}
-    return encode(Update(federation="f", **told))
+    told = {"run": "r", "round": number, "base": "b", "worker": "w1"}
+    return encode(Update(federation="f", num_examples=1, seconds=0, **told))
 
 
 async def refuse(link: MemoryLink, queue: str, message: bytes, **properties: object) -> None:

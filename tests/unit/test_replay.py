@@ -24,8 +24,8 @@ from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, send_tensors
 from fluffle_common.wire import decode
 from fluffle_coordinator import aggregation as module
+from fluffle_coordinator import events as ev
 from fluffle_coordinator import kept, replay
-from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.aggregation import Aggregation, Held
 from fluffle_coordinator.run_cli import replay as replay_command
 from fluffle_coordinator.store import RunStore
@@ -63,7 +63,7 @@ class Run:
 
     def __init__(self, folder: Path, weights: dict[str, np.ndarray], *, keep: bool = True) -> None:
         self.store, self.weights = RunStore(folder), weights
-        self.events: asyncio.Queue[rs.Event] = asyncio.Queue()
+        self.events: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
         self.aggregation = Aggregation(
             self.store,
@@ -87,7 +87,7 @@ class Run:
         """Send an update and give it to the aggregation, without waiting for it."""
         await self.link.declare(TOPOLOGY.of_worker(worker))
         message = Update(
-            federation="letters", run=RUN, round=number, worker=worker,
+            federation="letters", run=RUN, round=number, base="b", worker=worker,
             num_examples=num_examples, seconds=1.0, encoding=how and encoding_of(how),
         )  # fmt: skip
         tensors = delta(seed, self.weights)
@@ -194,7 +194,7 @@ async def test_what_is_refused_is_not_kept(tmp_path):
         run.weights["more"] = np.zeros(1)
         await run.fold("a", 1, 1, 5)
         await run.aggregation.drained()
-        assert isinstance(await run.events.get(), rs.FoldFailed)
+        assert isinstance(await run.events.get(), ev.FoldFailed)
         run.weights = base()
         await run.fold("b", 1, 2, 5)
         await run.aggregation.drained()
@@ -220,7 +220,7 @@ async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch)
         assert run.events.empty()  # it is not counted before it is kept
         assert files(tmp_path, 1) == []
         full[0] = False
-        assert isinstance(await run.events.get(), rs.Folded)
+        assert isinstance(await run.events.get(), ev.Folded)
         await run.commit(1)
     assert files(tmp_path, 1) == ["0001-a.msgpack"]
 

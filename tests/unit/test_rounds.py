@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fluffle_coordinator import effects as fx
+from fluffle_coordinator import events as ev
 from fluffle_coordinator import rounds
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.progress import select
 from fluffle_coordinator.run_state import Handle, Phase, Quorum, Rules
 
-_E = TypeVar("_E", bound=rs.Effect)
+_E = TypeVar("_E", bound=fx.Effect)
 RUN = "run-a"
 ALL = Quorum()
 
@@ -30,72 +32,82 @@ class Run:
         self.now = 100.0
         self.link = 0
         self.deliveries = 0
-        self.log: list[rs.Effect] = []
+        self.log: list[fx.Effect] = []
         rules = rules or Rules(rounds=2, min_workers=2)
-        start = {"has_weights": True, **start}
+        start = {"has_weights": True, "base": "b0", **start}
         self.state = rounds.start(rules, RUN, self.now, **start)
 
-    def on(self, event: rs.Event) -> list[rs.Effect]:
+    def on(self, event: ev.Event) -> list[fx.Effect]:
         self.state, effects = rounds.advance(self.state, event)
         self.log += effects
         return effects
 
-    def connect(self) -> list[rs.Effect]:
+    def connect(self) -> list[fx.Effect]:
         self.link += 1
-        return self.on(rs.Connected(self.now, self.link))
+        return self.on(ev.Connected(self.now, self.link))
 
-    def disconnect(self) -> list[rs.Effect]:
-        return self.on(rs.Disconnected(self.now))
+    def disconnect(self) -> list[fx.Effect]:
+        return self.on(ev.Disconnected(self.now))
 
-    def seen(self, name: str, *, hello: bool = False, **told: Any) -> list[rs.Effect]:
+    def seen(self, name: str, *, hello: bool = False, **told: Any) -> list[fx.Effect]:
         told = {"session": f"{name}-1", "classes": (), "heartbeat_s": 2.0, **told}
         worker = rs.Worker(name=name, num_examples=10, last_seen=self.now, **told)
-        return self.on(rs.Seen(self.now, worker, hello))
+        return self.on(ev.Seen(self.now, worker, hello))
 
-    def at_work(self, name: str, state: str = "training") -> list[rs.Effect]:
+    def at_work(self, name: str, state: str = "training") -> list[fx.Effect]:
         return self.seen(name, state=state, run=RUN, round=self.state.at_work_on)
 
-    def left(self, name: str, session: str | None = None) -> list[rs.Effect]:
-        return self.on(rs.Left(self.now, name, session or f"{name}-1", "it is late"))
+    def left(self, name: str, session: str | None = None) -> list[fx.Effect]:
+        return self.on(ev.Left(self.now, name, session or f"{name}-1", "it is late"))
 
-    def arrived(self, name: str, *, run: str = RUN, round: int | None = None) -> list[rs.Effect]:
+    def arrived(
+        self, name: str, *, run: str = RUN, round: int | None = None, base: str | None = None
+    ) -> list[fx.Effect]:
         self.deliveries += 1
         handle = Handle(self.link, self.deliveries)
         number = self.state.round if round is None else round
-        return self.on(rs.Arrived(self.now, handle, run, number, name, 10))
+        base = self.state.base if base is None else base
+        return self.on(ev.Arrived(self.now, handle, run, number, name, 10, base))
 
     @property
     def last_handle(self) -> Handle:
         return Handle(self.link, self.deliveries)
 
-    def folded(self, name: str) -> list[rs.Effect]:
-        return self.on(rs.Folded(self.now, name))
+    def folded(self, name: str) -> list[fx.Effect]:
+        return self.on(ev.Folded(self.now, name, 1.0, 100))
 
-    def fold_failed(self, name: str, *, again: bool = False) -> list[rs.Effect]:
-        return self.on(rs.FoldFailed(self.now, name, "it has a NaN", "not_finite", again=again))
+    def fold_failed(self, name: str, *, again: bool = False) -> list[fx.Effect]:
+        return self.on(ev.FoldFailed(self.now, name, "it has a NaN", "not_finite", again=again))
 
-    def update(self, name: str) -> list[rs.Effect]:
+    def update(self, name: str) -> list[fx.Effect]:
         return [*self.arrived(name), *self.folded(name)]
 
-    def committed(self, *participants: str) -> list[rs.Effect]:
-        event = rs.Committed(self.now, self.state.round, frozenset(participants))
+    def averaged(self, *participants: str) -> list[fx.Effect]:
+        number = self.state.round
+        return self.on(ev.Averaged(self.now, number, frozenset(participants), f"b{number}"))
+
+    def committed(self, *participants: str) -> list[fx.Effect]:
+        """Commit the first of the rounds that are averaged, else the open one."""
+        number = self.state.saving[0].round if self.state.saving else self.state.round
+        event = ev.Committed(self.now, number, frozenset(participants), f"b{number}")
         return self.on(event)
 
-    def evaluation(self, name: str, round: int) -> list[rs.Effect]:
+    def evaluation(self, name: str, round: int, base: str | None = None) -> list[fx.Effect]:
         found = rs.Evaluated(10, 0.5, {})
-        return self.on(rs.EvaluationArrived(self.now, RUN, round, name, found))
+        base = self.state.base if base is None else base
+        return self.on(ev.EvaluationArrived(self.now, RUN, round, name, found, base))
 
-    def failed(self, name: str, round: int) -> list[rs.Effect]:
-        return self.on(rs.Failed(self.now, name, RUN, round, "out of memory"))
+    def failed(self, name: str, round: int) -> list[fx.Effect]:
+        return self.on(ev.Failed(self.now, name, RUN, round, "out of memory"))
 
-    def tick(self, seconds: float = 0.0) -> list[rs.Effect]:
+    def tick(self, seconds: float = 0.0) -> list[fx.Effect]:
         self.now += seconds
-        return self.on(rs.Tick(self.now))
+        return self.on(ev.Tick(self.now))
 
-    def sleep(self) -> list[rs.Effect]:
+    def sleep(self) -> list[fx.Effect]:
         """Let time pass to when the machine wants to be woken."""
         self.now = max(self.now, rounds.wakeup(self.state))
-        return self.on(rs.Tick(self.now))
+        return self.on(ev.Tick(self.now))
 
 
 def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
@@ -108,20 +120,20 @@ def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
     return run
 
 
-def came_late(worker: str) -> rs.Tell:
-    return rs.Tell("late", {"worker": worker, "round": 1, "num_examples": 10})
+def came_late(worker: str) -> fx.Tell:
+    return fx.Tell("late", {"worker": worker, "round": 1, "num_examples": 10})
 
 
-def only(effects: Iterable[rs.Effect], kind: type[_E]) -> list[_E]:
+def only(effects: Iterable[fx.Effect], kind: type[_E]) -> list[_E]:
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
-def tells(effects: Iterable[rs.Effect]) -> list[str]:
-    return [tell.what for tell in only(effects, rs.Tell)]
+def tells(effects: Iterable[fx.Effect]) -> list[str]:
+    return [tell.what for tell in only(effects, fx.Tell)]
 
 
-def asked(effects: Iterable[rs.Effect]) -> list[str]:
-    sent = [e for e in effects if isinstance(e, rs.SendFit | rs.SendEvaluate)]
+def asked(effects: Iterable[fx.Effect]) -> list[str]:
+    sent = [e for e in effects if isinstance(e, fx.SendFit | fx.SendEvaluate)]
     return [name for effect in sent for name in effect.workers]
 
 
@@ -168,10 +180,10 @@ def test_an_outage_does_not_count_as_waiting_for_workers():
 def test_the_first_weights_are_asked_of_one_worker_at_once():
     run = Run(has_weights=False)
     run.connect()
-    assert only(run.seen("b", hello=True), rs.AskInit) == [rs.AskInit("b")]
-    assert not only(run.seen("a", hello=True), rs.AskInit)
+    assert only(run.seen("b", hello=True), fx.AskInit) == [fx.AskInit("b")]
+    assert not only(run.seen("a", hello=True), fx.AskInit)
     assert run.state.phase is Phase.WAITING
-    assert asked(run.on(rs.WeightsReady(run.now))) == ["a", "b"]
+    assert asked(run.on(ev.WeightsReady(run.now, "b0"))) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -188,14 +200,14 @@ def test_the_first_weights_are_asked_of_another_worker(event):
     run.connect()
     run.seen("b", hello=True)
     run.seen("a", hello=True)
-    assert only(event(run), rs.AskInit) == [rs.AskInit("a")]
+    assert only(event(run), fx.AskInit) == [fx.AskInit("a")]
 
 
 def test_the_first_weights_are_asked_again_of_a_worker_that_began_again():
     run = Run(has_weights=False)
     run.connect()
     run.seen("a", hello=True)
-    assert only(run.seen("a", session="a-2"), rs.AskInit) == [rs.AskInit("a")]
+    assert only(run.seen("a", session="a-2"), fx.AskInit) == [fx.AskInit("a")]
 
 
 def test_no_first_weights_stop_the_run_with_the_reason():
@@ -222,7 +234,7 @@ def test_who_failed_to_make_first_weights_can_still_train():
     run.seen("a", hello=True)
     run.seen("b", hello=True)
     run.failed("a", 0)
-    run.on(rs.WeightsReady(run.now))
+    run.on(ev.WeightsReady(run.now, "b0"))
     run.left("b")
     assert run.state.phase is Phase.OPEN
     run.tick(16)
@@ -240,14 +252,14 @@ def test_who_failed_to_make_first_weights_can_still_train():
 def test_the_quorum_commits(quorum, enough):
     run = opened(*"abcd", rules=Rules(rounds=1, min_workers=4, quorum=quorum))
     for count, name in enumerate("abcd"[:enough], start=1):
-        commits = only(run.update(name), rs.Commit)
-        assert commits == ([rs.Commit(1)] if count == enough else [])
+        commits = only(run.update(name), fx.Commit)
+        assert commits == ([fx.Commit(1)] if count == enough else [])
 
 
 def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
     run = opened("a", "b")
     run.update("a")
-    assert only(run.arrived("b"), rs.Fold) == [rs.Fold(run.last_handle, "b")]
+    assert only(run.arrived("b"), fx.Fold) == [fx.Fold(run.last_handle, "b")]
     assert run.state.phase is Phase.OPEN
     run.folded("b")
     assert run.state.phase is Phase.COMMITTING
@@ -256,17 +268,17 @@ def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
 def test_after_the_quorum_the_others_have_the_grace():
     rules = Rules(rounds=1, min_workers=3, quorum=Quorum(number=1), grace_s=5)
     run = opened(*"abc", rules=rules)
-    assert not only(run.update("a"), rs.Commit)
+    assert not only(run.update("a"), fx.Commit)
     assert rounds.wakeup(run.state) == run.now + 5
     run.tick(4)
     run.update("b")
-    assert only(run.tick(1), rs.Commit)
+    assert only(run.tick(1), fx.Commit)
 
 
 def test_the_grace_ends_when_everyone_has_answered():
     run = opened("a", "b", rules=Rules(rounds=1, quorum=Quorum(number=1), grace_s=5))
     run.update("a")
-    assert only(run.update("b"), rs.Commit)
+    assert only(run.update("b"), fx.Commit)
 
 
 def test_a_late_joiner_does_not_undo_a_quorum():
@@ -276,7 +288,7 @@ def test_a_late_joiner_does_not_undo_a_quorum():
     for name in "cd":
         run.seen(name, hello=True)
     assert run.state.needed == 2
-    assert only(run.tick(5), rs.Commit)
+    assert only(run.tick(5), fx.Commit)
 
 
 def test_the_grace_may_last_longer_than_the_deadline():
@@ -284,18 +296,18 @@ def test_the_grace_may_last_longer_than_the_deadline():
     run = opened("a", "b", rules=rules)
     run.tick(8)
     run.update("a")
-    assert not only(run.tick(10), rs.Commit)
+    assert not only(run.tick(10), fx.Commit)
     assert rounds.wakeup(run.state) == 158.0
-    assert only(run.sleep(), rs.Commit)
+    assert only(run.sleep(), fx.Commit)
 
 
 def test_nothing_is_acknowledged_before_the_commit_is_on_disk():
     run = opened("a", "b")
     for name in "ab":
         run.update(name)
-    assert not only(run.log, rs.Ack)
+    assert not only(run.log, fx.Ack)
     effects = run.committed("a", "b")
-    assert only(effects, rs.Ack) == [rs.Ack(Handle(1, 1)), rs.Ack(Handle(1, 2))]
+    assert only(effects, fx.Ack) == [fx.Ack(Handle(1, 1)), fx.Ack(Handle(1, 2))]
     assert asked(effects) == ["a", "b"]
     assert run.state.round == 2
 
@@ -306,7 +318,7 @@ def test_what_was_not_folded_at_the_commit_is_late():
     run.update("a")
     run.update("b")
     effects = run.committed("a", "b")
-    assert rs.Ack(Handle(1, 1)) in effects
+    assert fx.Ack(Handle(1, 1)) in effects
     assert came_late("c") in effects
 
 
@@ -316,7 +328,7 @@ def test_an_update_that_was_folded_during_the_commit_counts():
         run.arrived(name)
     run.folded("a")
     run.folded("b")
-    assert not only(run.folded("c"), rs.Commit)
+    assert not only(run.folded("c"), fx.Commit)
     assert "late" not in tells(run.committed(*"abc"))
 
 
@@ -341,7 +353,7 @@ def test_the_deadline_stops_with_the_reason():
 
 
 def test_the_deadline_closes_with_what_is_there():
-    assert only(deadline("close").tick(1), rs.Commit)
+    assert only(deadline("close").tick(1), fx.Commit)
 
 
 def test_the_deadline_reopens_where_too_little_is_there():
@@ -359,7 +371,7 @@ def test_the_deadline_reopens_for_those_who_are_there_and_idle():
     assert asked(effects) == ["d"]  # b and c are at it
     assert set(run.state.asked) == set("abcd")
     assert rounds.wakeup(run.state) == run.now + 60
-    assert not only(effects, rs.Ack)  # the update of a is kept
+    assert not only(effects, fx.Ack)  # the update of a is kept
 
 
 def test_the_deadline_asks_again_who_has_been_receiving_for_all_the_time():
@@ -458,7 +470,7 @@ def test_other_classes_are_refused():
     run.connect()
     run.seen("a", hello=True, classes=("cat", "dog"))
     effects = run.seen("b", hello=True, classes=("cat",))
-    (refused,) = only(effects, rs.Refuse)
+    (refused,) = only(effects, fx.Refuse)
     assert refused.reason.startswith("worker b has the classes cat, the federation has cat, dog")
     assert "b" not in run.state.workers
 
@@ -490,7 +502,7 @@ def test_a_late_update_is_acknowledged_and_told():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     run.committed("a")
-    late = [rs.Ack(Handle(1, 2)), came_late("b")]
+    late = [fx.Ack(Handle(1, 2)), came_late("b")]
     assert run.arrived("b", round=1) == late
     assert not run.state.received
 
@@ -499,7 +511,7 @@ def test_what_comes_during_the_commit_is_late_once_that_is_on_disk():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     assert not run.arrived("b")  # a crash may yet open the round again
-    late = [rs.Ack(Handle(1, 2)), came_late("b")]
+    late = [fx.Ack(Handle(1, 2)), came_late("b")]
     effects = run.committed("a")
     assert effects[1:3] == late
     assert not run.state.received
@@ -510,8 +522,8 @@ def test_a_redelivery_after_the_commit_is_a_duplicate():
     run.update("a")
     run.committed("a")
     assert run.arrived("a", round=1) == [
-        rs.Ack(run.last_handle),
-        rs.Tell("duplicate", {"worker": "a", "round": 1}),
+        fx.Ack(run.last_handle),
+        fx.Tell("duplicate", {"worker": "a", "round": 1}),
     ]
 
 
@@ -525,7 +537,7 @@ def test_so_it_is_after_a_resume():
 def test_a_duplicate_of_what_we_hold_is_acknowledged():
     run = opened("a", "b")
     run.update("a")
-    assert run.arrived("a") == [rs.Ack(run.last_handle)]
+    assert run.arrived("a") == [fx.Ack(run.last_handle)]
     assert run.state.folded == 1
 
 
@@ -537,7 +549,7 @@ def test_a_redelivery_is_held_in_place_of_the_void_one():
     assert not run.arrived("a")
     redelivered = run.last_handle
     run.update("b")
-    assert rs.Ack(redelivered) in run.committed("a", "b")
+    assert fx.Ack(redelivered) in run.committed("a", "b")
 
 
 def test_a_copy_that_comes_during_the_fold_is_kept_until_the_first_is_sound():
@@ -545,7 +557,7 @@ def test_a_copy_that_comes_during_the_fold_is_kept_until_the_first_is_sound():
     run.arrived("a")
     assert not run.arrived("a")
     spare = run.last_handle
-    assert only(run.folded("a"), rs.Ack) == [rs.Ack(spare)]
+    assert only(run.folded("a"), fx.Ack) == [fx.Ack(spare)]
 
 
 def test_the_copy_is_used_if_the_first_is_refused():
@@ -555,13 +567,13 @@ def test_the_copy_is_used_if_the_first_is_refused():
     run.arrived("a")
     effects = run.fold_failed("a")
     assert effects == [
-        rs.Reject(first, "it has a NaN", "not_finite"),
-        rs.Fold(run.last_handle, "a"),
+        fx.Reject(first, "it has a NaN", "not_finite"),
+        fx.Fold(run.last_handle, "a"),
     ]
     run.folded("a")
     assert run.state.folded == 1
     run.update("b")
-    assert rs.Ack(run.last_handle) in run.committed("a", "b")
+    assert fx.Ack(run.last_handle) in run.committed("a", "b")
 
 
 def test_a_copy_is_not_folded_while_the_round_is_being_committed():
@@ -573,8 +585,8 @@ def test_a_copy_is_not_folded_while_the_round_is_being_committed():
     run.arrived("c")
     spare = run.last_handle
     effects = run.fold_failed("c")
-    assert effects == [rs.Reject(Handle(1, 1), "it has a NaN", "not_finite")]
-    assert rs.Ack(spare) in run.committed("a", "b")
+    assert effects == [fx.Reject(Handle(1, 1), "it has a NaN", "not_finite")]
+    assert fx.Ack(spare) in run.committed("a", "b")
 
 
 def test_a_redelivery_that_comes_while_the_void_one_is_folded_is_used_if_that_fails():
@@ -584,9 +596,9 @@ def test_a_redelivery_that_comes_while_the_void_one_is_folded_is_used_if_that_fa
     run.connect()
     run.arrived("a")
     effects = run.fold_failed("a", again=True)
-    assert only(effects, rs.Fold) == [rs.Fold(run.last_handle, "a")]
+    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, "a")]
     assert not asked(effects)
-    assert rs.Ack(run.last_handle) not in effects
+    assert fx.Ack(run.last_handle) not in effects
 
 
 def test_copies_are_all_kept_where_the_one_that_was_folded_is_void():
@@ -596,10 +608,10 @@ def test_copies_are_all_kept_where_the_one_that_was_folded_is_void():
     run.connect()
     run.arrived("a")
     run.arrived("a")
-    assert not only(run.folded("a"), rs.Ack)
+    assert not only(run.folded("a"), fx.Ack)
     run.update("b")
-    acked = only(run.committed("a", "b"), rs.Ack)
-    assert {rs.Ack(Handle(2, 2)), rs.Ack(Handle(2, 3))} <= set(acked)
+    acked = only(run.committed("a", "b"), fx.Ack)
+    assert {fx.Ack(Handle(2, 2)), fx.Ack(Handle(2, 3))} <= set(acked)
 
 
 def test_a_void_copy_is_not_used():
@@ -608,10 +620,10 @@ def test_a_void_copy_is_not_used():
     run.arrived("a")
     run.disconnect()
     run.connect()
-    assert not only(run.fold_failed("a"), rs.Fold)
+    assert not only(run.fold_failed("a"), fx.Fold)
 
 
-def done(run: Run, name: str) -> list[rs.Effect]:
+def done(run: Run, name: str) -> list[fx.Effect]:
     return run.seen(name, run=RUN, round=run.state.round)
 
 
@@ -621,8 +633,8 @@ def test_a_worker_whose_update_is_refused_is_waited_for_no_more():
     done(run, "b")
     run.arrived("b")
     effects = run.fold_failed("b")
-    assert only(effects, rs.Reject) == [rs.Reject(run.last_handle, "it has a NaN", "not_finite")]
-    assert only(effects, rs.Commit)
+    assert only(effects, fx.Reject) == [fx.Reject(run.last_handle, "it has a NaN", "not_finite")]
+    assert only(effects, fx.Commit)
 
 
 @pytest.mark.parametrize("state", ["idle", "training", "sending"])
@@ -631,9 +643,9 @@ def test_a_refused_update_fails_its_worker_only_when_that_says_that_it_sent_one(
     run.update("a")
     run.seen("b", state=state, run=RUN, round=1 if state != "idle" else 0)
     run.arrived("b")
-    assert not only(run.fold_failed("b"), rs.Commit)
+    assert not only(run.fold_failed("b"), fx.Commit)
     assert not run.state.failed
-    assert only(done(run, "b"), rs.Commit)
+    assert only(done(run, "b"), fx.Commit)
 
 
 def test_the_workers_own_update_counts_where_another_in_its_name_was_refused():
@@ -643,7 +655,7 @@ def test_the_workers_own_update_counts_where_another_in_its_name_was_refused():
     run.arrived("b")
     run.fold_failed("b")
     effects = run.update("b")
-    assert only(effects, rs.Commit)
+    assert only(effects, fx.Commit)
     assert not run.state.failed
     assert not run.state.doubted
 
@@ -661,19 +673,19 @@ def test_a_sound_update_of_one_that_counted_as_failed_clears_it():
 
 def test_the_end_is_told_to_whoever_was_ever_there():
     run = resumed(Rules(rounds=1, min_workers=1), evaluated=True)
-    assert [end.workers for end in only(run.log, rs.End)] == [("a", "b", "c")]
+    assert [end.workers for end in only(run.log, fx.End)] == [("a", "b", "c")]
     run = all_rounds_done()
     run.left("b")
-    assert [end.workers for end in only(run.evaluation("a", 1), rs.End)] == [("a", "b")]
+    assert [end.workers for end in only(run.evaluation("a", 1), fx.End)] == [("a", "b")]
 
 
 def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
     run = opened("a", "b")
     run.arrived("a")
     effects = run.fold_failed("a", again=True)
-    assert rs.Ack(run.last_handle) in effects
+    assert fx.Ack(run.last_handle) in effects
     assert asked(effects) == ["a"]
-    assert only(run.arrived("a"), rs.Fold)
+    assert only(run.arrived("a"), fx.Fold)
 
 
 @pytest.mark.parametrize(
@@ -685,19 +697,19 @@ def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
 )
 def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason, cause):
     run = opened("a", "b")
-    assert run.arrived("a", **of) == [rs.Reject(run.last_handle, reason, cause)]
+    assert run.arrived("a", **of) == [fx.Reject(run.last_handle, reason, cause)]
 
 
 def test_no_update_can_be_without_weights_or_after_the_last_round():
     run = Run(has_weights=False)
     run.connect()
-    assert only(run.arrived("a"), rs.Reject)
+    assert only(run.arrived("a"), fx.Reject)
     run = opened("a", "b", rules=Rules(rounds=1))
     for name in "ab":
         run.update(name)
     run.committed("a", "b")
     assert run.state.phase is Phase.EVALUATING
-    assert only(run.arrived("a"), rs.Reject)
+    assert only(run.arrived("a"), fx.Reject)
 
 
 # --- workers that leave, are gone, or fail -----------------------------------------------------
@@ -707,8 +719,8 @@ def test_no_update_can_be_without_weights_or_after_the_last_round():
 def test_who_leaves_is_withdrawn_from_a_fraction_but_not_from_a_number(quorum):
     run = opened("a", "b", rules=Rules(rounds=1, quorum=quorum))
     run.update("a")
-    commits = only(run.left("b"), rs.Commit)
-    assert commits == ([rs.Commit(1)] if quorum.number is None else [])
+    commits = only(run.left("b"), fx.Commit)
+    assert commits == ([fx.Commit(1)] if quorum.number is None else [])
 
 
 def test_who_answered_and_left_still_counts():
@@ -716,7 +728,7 @@ def test_who_answered_and_left_still_counts():
     run.update("a")
     run.left("a")
     assert run.state.needed == 2
-    assert only(run.update("b"), rs.Commit)
+    assert only(run.update("b"), fx.Commit)
 
 
 def test_the_bye_of_an_earlier_session_is_ignored():
@@ -729,11 +741,11 @@ def test_a_worker_is_gone_when_its_heartbeats_fail_to_come():
     run = opened("a", "b", rules=Rules(rounds=1, patience=5))
     run.update("a")
     run.tick(9)
-    assert not only(run.seen("a"), rs.Commit)
+    assert not only(run.seen("a"), fx.Commit)
     assert rounds.wakeup(run.state) == run.now + 1
     effects = run.tick(1)
-    assert rs.Tell("gone", {"worker": "b", "silent_s": 10.0}) in effects
-    assert only(effects, rs.Commit)
+    assert fx.Tell("gone", {"worker": "b", "silent_s": 10.0}) in effects
+    assert only(effects, fx.Commit)
 
 
 def test_a_slow_worker_that_still_heartbeats_is_not_gone():
@@ -768,7 +780,7 @@ def test_nobody_is_gone_for_an_outage_of_the_broker():
 
 def test_a_failure_withdraws_a_worker_until_it_says_hello_again():
     run = opened("a", "b", rules=Rules(rounds=1, patience=100))
-    assert run.failed("a", 1)[0] == rs.Tell(
+    assert run.failed("a", 1)[0] == fx.Tell(
         "failure", {"worker": "a", "round": 1, "reason": "out of memory"}
     )
     assert run.state.needed == 1
@@ -790,7 +802,7 @@ def test_one_that_failed_while_the_others_are_away_does_not_stop_the_run():
     run.tick(10)
     assert not run.state.workers
     assert asked(run.seen("b", hello=True)) == ["b"]
-    assert only(run.update("b"), rs.Commit)
+    assert only(run.update("b"), fx.Commit)
 
 
 def test_a_chosen_worker_that_comes_back_is_asked_again():
@@ -803,7 +815,7 @@ def test_a_chosen_worker_that_comes_back_is_asked_again():
 def test_a_failure_at_another_round_or_run_is_only_told():
     run = opened("a", "b")
     run.failed("a", 7)
-    run.on(rs.Failed(run.now, "a", "run-b", 1, "no disk"))
+    run.on(ev.Failed(run.now, "a", "run-b", 1, "no disk"))
     assert not run.state.failed
     assert run.state.needed == 2
 
@@ -827,13 +839,13 @@ def second_round(*workers: str, **rules: Any) -> Run:
     return run
 
 
-def recorded(effects: Iterable[rs.Effect]) -> list[tuple[int, list[str]]]:
-    return [(e.round, sorted(e.evaluations)) for e in only(effects, rs.RecordEvaluation)]
+def recorded(effects: Iterable[fx.Effect]) -> list[tuple[int, list[str]]]:
+    return [(e.round, sorted(e.evaluations)) for e in only(effects, fx.RecordEvaluation)]
 
 
 def test_the_first_work_asks_for_no_evaluation_and_the_second_does():
     run = second_round("a", "b")
-    assert [fit.evaluate for fit in only(run.log, rs.SendFit)] == [False, True]
+    assert [fit.evaluate for fit in only(run.log, fx.SendFit)] == [False, True]
 
 
 def test_an_evaluation_is_recorded_once_all_have_sent_theirs():
@@ -849,13 +861,13 @@ def test_or_with_what_is_there_at_the_commit():
     run.update("a")
     effects = run.update("b")
     assert recorded(effects) == [(1, ["a"])]
-    assert isinstance(effects[-1], rs.Commit)
+    assert isinstance(effects[-1], fx.Commit)
 
 
 def test_an_evaluation_of_another_model_is_not_mixed_in():
     run = second_round("a", "b")
     run.evaluation("a", 0)
-    run.on(rs.EvaluationArrived(run.now, "run-b", 1, "a", rs.Evaluated(10, 0.5, {})))
+    run.on(ev.EvaluationArrived(run.now, "run-b", 1, "a", rs.Evaluated(10, 0.5, {}), "b1"))
     assert not run.state.evaluations
 
 
@@ -863,7 +875,7 @@ def all_rounds_done(**rules: Any) -> Run:
     run = opened("a", "b", rules=Rules(rounds=1, **rules))
     for name in "ab":
         run.update(name)
-    assert only(run.committed("a", "b"), rs.SendEvaluate) == [rs.SendEvaluate(("a", "b"))]
+    assert only(run.committed("a", "b"), fx.SendEvaluate) == [fx.SendEvaluate(("a", "b"))]
     return run
 
 
@@ -872,7 +884,7 @@ def test_after_the_last_round_its_model_is_evaluated_and_the_run_ends():
     run.evaluation("a", 1)
     effects = run.evaluation("b", 1)
     assert recorded(effects) == [(1, ["a", "b"])]
-    assert only(effects, rs.End) == [rs.End("finished", "1 rounds are done", ("a", "b"))]
+    assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b"))]
     assert run.tick(1000) == []
     assert rounds.wakeup(run.state) == math.inf
 
@@ -936,7 +948,7 @@ def test_updates_that_were_confirmed_before_the_resume_count(quorum):
     run = resumed(Rules(rounds=3, min_workers=3, quorum=quorum))
     for name in "bc":  # b has left for good since
         run.update(name)
-    assert not only(run.log, rs.Ack)
+    assert not only(run.log, fx.Ack)
     run.seen("a")
     run.seen("c")
     run.tick(9)
@@ -945,7 +957,7 @@ def test_updates_that_were_confirmed_before_the_resume_count(quorum):
     effects = run.tick(1)
     assert asked(effects) == ["a"]
     assert run.state.needed == 3
-    assert only(run.update("a"), rs.Commit)
+    assert only(run.update("a"), fx.Commit)
 
 
 def test_evaluations_that_come_before_the_resumed_round_opens_are_kept():
@@ -971,16 +983,16 @@ def test_a_numeric_quorum_is_not_lowered_for_a_resumed_run():
     run.tick(9)
     run.seen("a")
     run.tick(1)
-    assert not only(run.update("a"), rs.Commit)
+    assert not only(run.update("a"), fx.Commit)
     assert asked(run.seen("b")) == ["b"]
-    assert only(run.update("b"), rs.Commit)
+    assert only(run.update("b"), fx.Commit)
 
 
 def test_a_run_that_is_resumed_for_its_last_evaluation_listens_for_its_workers():
     run = resumed(Rules(rounds=1, min_workers=3))
     assert run.state.phase is Phase.EVALUATING
     assert asked(run.seen("a")) == ["a"]
-    assert not only(run.evaluation("a", 1), rs.End)
+    assert not only(run.evaluation("a", 1), fx.End)
     assert asked(run.seen("b")) == ["b"]
     assert not run.tick(9)
     run.seen("a")
@@ -988,7 +1000,7 @@ def test_a_run_that_is_resumed_for_its_last_evaluation_listens_for_its_workers()
     run.tick(1)
     effects = run.evaluation("b", 1)
     assert recorded(effects) == [(1, ["a", "b"])]
-    assert only(effects, rs.End) == [rs.End("finished", "1 rounds are done", ("a", "b", "c"))]
+    assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b", "c"))]
 
 
 def test_it_ends_where_nobody_is_there_and_at_once_where_nothing_is_wanted():
@@ -1015,7 +1027,7 @@ def check_wakeup(state: rs.State) -> None:
     """Check that a tick at ``wakeup`` changes something: else the shell would spin."""
     due = rounds.wakeup(state)
     if due < math.inf:
-        after, _ = rounds.advance(state, rs.Tick(due))
+        after, _ = rounds.advance(state, ev.Tick(due))
         assert after != state
         assert rounds.wakeup(after) > due
 

@@ -77,7 +77,15 @@ class Federation(RuleBasedStateMachine):
 
     @rule(
         step=st.sampled_from(
-            ["read_update", "read_presence", "take_event", "aggregate_one", "send_one", "tick"]
+            [
+                "read_update",
+                "read_presence",
+                "take_event",
+                "aggregate_one",
+                "write_one",
+                "send_one",
+                "tick",
+            ]
         ),
         times=st.integers(1, 4),
     )
@@ -97,6 +105,10 @@ class Federation(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 3.0, 9.0, 15.0, 31.0]))
     def the_clock_jumps(self, seconds):
         self.world.now += seconds
+
+    @rule()
+    def the_model_is_of_another_size(self):
+        self.world.in_parts = not self.world.in_parts
 
     # --- who comes and goes ---
 
@@ -154,20 +166,25 @@ class Federation(RuleBasedStateMachine):
     def old_work_comes_again(self, name):
         committed = len(self.world.disk.history)
         if committed:
-            self.world.broker.inboxes[name].append(Order("fit", RUN, committed))
+            order = Order("fit", RUN, committed, self.world.disk.bases[committed - 1])
+            self.world.broker.inboxes[name].append(order)
             self.world.workers[name].read()
 
     @rule(
         name=workers,
         what=st.sampled_from(["copy", "copy", "another round", "another run"]),
         ahead=st.integers(-2, 2),
+        foreign=st.booleans(),
         flaw=flaws,
     )
-    def updates_that_nobody_sent(self, name, what, ahead, flaw):
+    def updates_that_nobody_sent(self, name, what, ahead, foreign, flaw):
         committed = len(self.world.disk.history)
-        identity = Identity(RUN, max(1, committed + 1 + ahead), name)
+        number = max(1, committed + 1 + ahead)
+        bases = self.world.disk.bases
+        base = "elsewhere" if foreign or number > len(bases) else bases[number - 1]
+        identity = Identity(RUN, number, name, base)
         if what == "another run":
-            identity = Identity("run-b", committed + 1, name)
+            identity = Identity("run-b", committed + 1, name, base)
         if what == "copy":
             updates = [m.identity for m in self.world.broker.published if m.kind == "update"]
             if not updates:

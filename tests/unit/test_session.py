@@ -20,6 +20,7 @@ works = st.builds(
     st.sampled_from(["init", "fit", "evaluate"]),
     st.sampled_from(["run-1", "run-2"]),
     st.integers(0, 3),
+    st.sampled_from(["base-1", "base-2"]),
 )
 
 _KINDS = ("init", "fit", "evaluate")
@@ -213,8 +214,8 @@ def run(*events: s.Event) -> tuple[State, list[s.Effect]]:
     return state, effects
 
 
-def fit(number: int, run: str = "r") -> Work:
-    return Work("fit", run, number)
+def fit(number: int, run: str = "r", base: str = "b") -> Work:
+    return Work("fit", run, number, base)
 
 
 def test_work_is_done_and_its_answer_kept():
@@ -272,6 +273,17 @@ def test_a_coordinator_that_fell_back_a_round_is_followed():
     state, effects = run(s.Asked(fit(3)), s.Finished(fit(3)), s.Sent(fit(3)), s.Asked(fit(2)))
     assert effects[2:] == [s.Drop(fit(3)), s.Begin(fit(2))]
     assert state.doing == fit(2)
+
+
+def test_the_same_round_from_other_weights_is_other_work():
+    # A coordinator died before its average was on disk; the next has averaged again.
+    lost, found = fit(2, base="lost"), fit(2, base="found")
+    state, effects = run(s.Asked(lost), s.Asked(found), s.Abandoned(lost))
+    assert effects == [s.Begin(lost), s.Abandon(lost), s.Drop(lost), s.Begin(found)]
+    assert state == State(doing=found)
+    state, effects = run(s.Asked(lost), s.Finished(lost), s.Sent(lost), s.Asked(found))
+    assert effects[2:] == [s.Drop(lost), s.Begin(found)]
+    assert state == State(doing=found)
 
 
 @pytest.mark.parametrize("end", [s.Finished(fit(1)), s.Abandoned(fit(1)), s.Failed(fit(1), "x")])

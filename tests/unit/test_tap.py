@@ -107,7 +107,8 @@ def presence(kind: type[Hello | Heartbeat], worker: str) -> Hello | Heartbeat:
 
 
 def evaluation(worker: str) -> Evaluation:
-    return Evaluation(federation="f", run="r", round=1, worker=worker, num_examples=1, loss=0.5)
+    ids = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": worker}
+    return Evaluation(**ids, num_examples=1, loss=0.5)
 
 
 STOP = Stop(federation="f", run="r", round=3, reason="the end")
@@ -209,7 +210,7 @@ async def test_a_tap_leaves_nothing_behind(watched):
 
 async def large(watched: Watched) -> None:
     """Send the work of a round, in two parts."""
-    fit = Fit(federation="f", run="r", round=2, evaluate=True, plan=Plan())
+    fit = Fit(federation="f", run="r", round=2, base="b", evaluate=True, plan=Plan())
     weights = {"kernel": np.zeros(PART_BYTES // 4 + 1, np.float32)}
     await send_tensors(watched.link, fit, weights, Route(TOPOLOGY.work, ["w1", "w2"]))
 
@@ -250,7 +251,7 @@ async def test_parts_are_listed_where_they_are_asked_for(watched):
 
 async def test_an_update_in_a_line(watched):
     message = Update(
-        federation="f", run="r", round=7, worker="w1", num_examples=120, seconds=1,
+        federation="f", run="r", round=7, base="b", worker="w1", num_examples=120, seconds=1,
         metrics={"loss": 0.3, "accuracy": 0.91},
     )  # fmt: skip
     route = Route(TOPOLOGY.results, ["update.w1"])

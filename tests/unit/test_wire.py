@@ -18,7 +18,17 @@ from hypothesis.extra import numpy as hnp
 
 from fluffle_common import messages, wire
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.messages import Fit, Heartbeat, Part, Plan, Transfer, Update
+from fluffle_common.messages import (
+    Evaluate,
+    Evaluation,
+    Fit,
+    Heartbeat,
+    Hello,
+    Part,
+    Plan,
+    Transfer,
+    Update,
+)
 from fluffle_common.weights import DTYPES, Weights
 from fluffle_common.wire import Assembly, decode, describe, encode, pack, read_tensors
 
@@ -73,6 +83,7 @@ def update(**changes: Any) -> Update:
         "federation": "f",
         "run": "r",
         "round": 3,
+        "base": "b",
         "worker": "w",
         "num_examples": 5,
         "seconds": 1.5,
@@ -461,6 +472,10 @@ def test_a_table_with_as_many_tensors_as_allowed_is_read():
         ({"run": ""}, "run"),
         ({"run": "r" * 65}, "run"),
         ({"run": None}, "run"),
+        ({"base": ""}, "base"),
+        ({"base": "b" * 65}, "base"),
+        ({"base": 7}, "base"),
+        ({"base": None}, "base"),
         ({"tensors": None}, "tensors"),
         ({"transfer": {"id": "t", "parts": 0, "nbytes": 1}}, "transfer"),
         ({"transfer": {"id": "t", "parts": 1, "nbytes": 0}}, "transfer"),
@@ -470,6 +485,39 @@ def test_a_table_with_as_many_tensors_as_allowed_is_read():
 )
 def test_a_field_out_of_its_bounds_is_refused_by_name(changes, told):
     refused(packed(header(**changes)), told)
+
+
+FIT = Fit(federation="f", run="r", round=1, base="b", evaluate=True, plan=Plan())
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        FIT,
+        Evaluate(federation="f", run="r", round=1, base="b"),
+        update(),
+        Evaluation(
+            federation="f", run="r", round=1, base="b", worker="w", num_examples=1, loss=0.5
+        ),
+    ],
+    ids=lambda message: message.kind,
+)
+def test_work_and_its_answers_name_the_weights_they_begin_with(message):
+    told = message.model_dump(exclude_none=True)
+    assert decode(packed(told))[0] == message
+    del told["base"]
+    refused(packed(told), "base: Field required")
+
+
+@pytest.mark.parametrize("kind", [Hello, Heartbeat])
+def test_a_sign_of_life_may_name_the_weights_it_is_at(kind):
+    known = {"federation": "f", "worker": "w", "session": "s", "num_examples": 3, "task": "t"}
+    told = kind(**known, heartbeat_s=1.0).model_dump()
+    for says, base in ((told, None), (told | {"base": "b"}, "b")):
+        assert decode(packed(says))[0].base == base
+        assert decode(encode(decode(packed(says))[0]))[0].base == base
+    assert "base" not in msgpack.unpackb(encode(kind(**known, heartbeat_s=1.0)))[0]
+    refused(packed(told | {"base": ""}), "base")
 
 
 @given(st.binary(max_size=300))
@@ -486,9 +534,7 @@ def mutated(draw: st.DrawFn) -> bytes:
             st.sampled_from(
                 [
                     pack(update(metrics={"loss": 0.5}), weights)[1],
-                    pack(
-                        Fit(federation="f", run="r", round=1, evaluate=True, plan=Plan()), weights
-                    )[1],
+                    pack(FIT, weights)[1],
                     encode(Part(federation="f", transfer="t", part=0), b"payload"),
                     encode(
                         Heartbeat(

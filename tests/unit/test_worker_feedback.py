@@ -50,9 +50,12 @@ class Coordinator:
         await self.link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w")])
         self.updates = await self.link.consume(TOPOLOGY.updates, prefetch=1)
 
-    async def ask(self, number: int, how: str | None = HOW, run: str = "r") -> bytes:
+    async def ask(
+        self, number: int, how: str | None = HOW, run: str = "r", base: str = "b"
+    ) -> bytes:
         """Ask for a round; return the update as it came."""
-        fit = Fit(federation="f", run=run, round=number, evaluate=False, plan=Plan(compress=how))
+        ids = {"federation": "f", "run": run, "round": number, "base": base}
+        fit = Fit(**ids, evaluate=False, plan=Plan(compress=how))
         await send_tensors(self.link, fit, WEIGHTS, Route(TOPOLOGY.work, ["w"]))
         delivery = await anext(self.updates)
         await delivery.ack()
@@ -130,3 +133,13 @@ async def test_a_round_asked_for_again_after_a_later_one_takes_nothing_twice():
         # As a coordinator does that has lost its last checkpoint.
         again = await coordinator.ask(1)
         np.testing.assert_array_equal(learnt(again), learnt(first))
+
+
+async def test_a_round_is_trained_again_where_it_begins_with_other_weights():
+    async with at_work() as (coordinator, sent):
+        first = await coordinator.ask(1, base="lost")
+        assert await sent.get() == 1
+        # As after a coordinator that died before its average was on disk.
+        again = await coordinator.ask(1, base="found")
+    assert [decode(body)[0].base for body in (first, again)] == ["lost", "found"]
+    np.testing.assert_array_equal(learnt(again), learnt(first))

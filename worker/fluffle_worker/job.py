@@ -72,6 +72,7 @@ def do(
     if isinstance(message, InitRequest):
         job.answer = FirstWeights(**ids), task.init(message.seed)
         return
+    ids["base"] = message.base
     if isinstance(message, Evaluate):
         # Where nothing is held out, that is the answer, so that nobody waits for another.
         found = task.evaluate(job.weights) or EvalResult(0.0, 0)

@@ -8,7 +8,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.messages import Bye, Failure, Heartbeat, Hello
+from fluffle_common.messages import Bye, Evaluate, Failure, Fit, Heartbeat, Hello
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, send
 from fluffle_common.transport import Full, Link, Unroutable
@@ -48,17 +48,25 @@ class Presence:
             "state": "idle",
             "run": None,
             "round": 0,
+            "base": None,
             "step": 0,
             "steps": 0,
         }
         self._loss: float | None = None
         self._telling: set[asyncio.Task[None]] = set()  # the loop itself holds a task only weakly
 
-    def now(self, state: str, run: str, number: int, *, steps: int = 0) -> None:
+    def now(self, state: str, work: Work | Fit | Evaluate, *, steps: int = 0) -> None:
         """Note what it is at from now on, and in how many steps."""
         if state not in ("sending", "idle"):  # those still tell of the training they follow
             self._loss = None
-        self._doing = {"state": state, "run": run, "round": number, "step": 0, "steps": steps}
+        self._doing = {
+            "state": state,
+            "run": work.run,
+            "round": work.round,
+            "base": work.base or None,
+            "step": 0,
+            "steps": steps,
+        }
 
     def progress(self, step: int, loss: float | None = None) -> None:
         """Note how far it is; the loss it has at that, where it trains."""

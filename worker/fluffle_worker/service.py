@@ -245,9 +245,7 @@ class WorkerService:
                 self._ask(Work("init", message.run, 0), message, {})
             case Fit() | Evaluate() if message.transfer is not None:
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
-                self._presence.now(
-                    "receiving", message.run, message.round, steps=message.transfer.parts
-                )
+                self._presence.now("receiving", message, steps=message.transfer.parts)
             case Fit() | Evaluate():
                 self._work(message, payload)
             case Part():
@@ -268,13 +266,14 @@ class WorkerService:
         self._bar("receiving", assembly.done_parts, assembly.transfer.parts, "")
         if assembly.complete:
             self._assembly = None
-            self._presence.now("idle", message.run, message.round)
+            self._presence.now("idle", message)
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights = weights_of(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
-        self._ask(Work(kind, message.run, message.round), message, weights)  # type: ignore[arg-type]
+        work = Work(kind, message.run, message.round, message.base)  # type: ignore[arg-type]
+        self._ask(work, message, weights)
 
     def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
         if work not in self._jobs:
@@ -297,13 +296,13 @@ class WorkerService:
                     self._jobs[work].wanted = False
                     self._tell("abandoned", {"round": work.round})
                 case session.Send(work):
-                    self._presence.now("sending", work.run, work.round)
+                    self._presence.now("sending", work)
                     self._unsent.put_nowait(self._jobs[work])
                 case session.Drop(work):
                     self._jobs.pop(work).wanted = False
                 case session.Report(work, reason):
                     self._tell("failure", {"round": work.round, "reason": reason})
-                    self._presence.now("idle", work.run, work.round)
+                    self._presence.now("idle", work)
                     self._presence.failed(self._link, work, reason)
                 case session.Leave(reason):
                     self._tell("ended", {"reason": reason})
@@ -330,7 +329,7 @@ class WorkerService:
         evaluating = isinstance(job.message, Evaluate) or (
             isinstance(job.message, Fit) and job.message.evaluate
         )
-        self._presence.now("evaluating" if evaluating else "training", job.work.run, job.work.round)
+        self._presence.now("evaluating" if evaluating else "training", job.work)
         self._tell("begin", {"round": job.work.round, "kind": job.work.kind})
 
         def done(event: session.Event) -> None:
@@ -339,7 +338,7 @@ class WorkerService:
 
         def evaluated() -> None:
             self._unsent.put_nowait(job)
-            self._presence.now("training", job.work.run, job.work.round)
+            self._presence.now("training", job.work)
 
         ids = {"federation": self._settings.federation, "worker": self._settings.worker}
 
@@ -368,7 +367,7 @@ class WorkerService:
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
         if self._state.doing != work:
             return
-        self._presence.now("training", work.run, work.round, steps=steps)
+        self._presence.now("training", work, steps=steps)
         self._presence.progress(step, loss)
         shown = f"round {work.round}" + (f", loss {loss:.4f}" if loss is not None else "")
         self._bar("training", step, steps, shown)
@@ -412,7 +411,7 @@ class WorkerService:
         if job.work.kind == "fit":
             self._residual = job.residual
         self._advance(session.Sent(job.work))
-        self._presence.now("idle", job.work.run, job.work.round)
+        self._presence.now("idle", job.work)
         metrics = answer[0].metrics if answer and isinstance(answer[0], Update) else {}
         self._tell("sent", {"round": job.work.round, "kind": job.work.kind, **metrics})
 

@@ -21,11 +21,16 @@ from typing import Literal, NamedTuple
 
 
 class Work(NamedTuple):
-    """One thing asked of a worker, known by what it is and for which round of which run."""
+    """One thing asked of a worker, known by what it is, for which round of which run.
+
+    ``base`` names the weights that it begins with; those of a round are others after a coordinator
+    that died has averaged the round before it again.
+    """
 
     kind: Literal["init", "fit", "evaluate"]
     run: str
     round: int
+    base: str = ""
 
 
 @dataclass(frozen=True)
