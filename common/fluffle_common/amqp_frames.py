@@ -187,9 +187,16 @@ def returned(payload: bytes) -> str:
 
 
 def properties(payload: bytes) -> commands.Basic.Properties:
-    """Read the properties in a content's header."""
+    """Read the properties in a content's header; none where they cannot be read.
+
+    They may be anyone's, and none of them is needed: whoever takes the message says what is wrong
+    with it, if anything is.
+    """
     header = ContentHeader()
-    header.unmarshal(payload)
+    try:
+        header.unmarshal(payload)
+    except (ValueError, OverflowError, OSError, RecursionError):
+        return commands.Basic.Properties()
     return header.properties
 
 

@@ -1,6 +1,7 @@
 """Contents past aiormq: what goes in at one end of the framing comes out at the other."""
 
 import asyncio
+import struct
 
 import pytest
 from hypothesis import given
@@ -294,3 +295,27 @@ def test_what_settles_a_delivery_reads_as_amqp():
     assert (one.delivery_tag, one.multiple) == (7, False)
     assert (all_before.delivery_tag, all_before.multiple) == (8, True)
     assert (back.delivery_tag, back.multiple, back.requeue) == (9, False, True)
+
+
+def nested(depth: int) -> bytes:
+    """Return a field array in a field array, and so on."""
+    data = b""
+    for _ in range(depth):
+        data = b"A" + struct.pack(">I", len(data)) + data
+    return data
+
+
+ODD = {
+    "of no known type": (1 << 13, struct.pack(">I", 3) + b"\1x?"),
+    "longer than it is": (1 << 13, struct.pack(">I", 2**31)),
+    "too deep": (1 << 13, struct.pack(">I", 2 + len(nested(3000))) + b"\1x" + nested(3000)),
+    "of no time": (1 << 6, b"\xff" * 8),
+    "not UTF-8": (1 << 7, b"\2\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_properties_that_cannot_be_read_are_none(odd):
+    flags, data = ODD[odd]
+    read = frames.properties(struct.pack(">HHQH", 60, 0, 0, flags) + data)
+    assert (read.headers, read.timestamp, read.message_id) == (None, None, None)

@@ -1,0 +1,84 @@
+"""A message handed out by RabbitMQ: see ``transport.Delivery``."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import aio_pika
+from pamqp.commands import Basic
+
+from fluffle_common import amqp_frames as frames
+from fluffle_common.amqp_contents import Content, Contents
+from fluffle_common.transport import Body, HeaderValue, Properties
+
+
+class AmqpDelivery:
+    """See ``transport.Delivery``; of its properties, what nobody asks for is not read.
+
+    Args:
+        content: what came in.
+        queue: where it was taken from.
+        contents: the channel that it came over.
+    """
+
+    def __init__(self, content: Content, queue: str, contents: Contents) -> None:
+        self.body: Body = content.body
+        self.queue = queue
+        tag, self.redelivered, self.exchange, self._key = frames.origin(content.method)
+        self._header, self._contents = content.header, contents
+        self._tag: int | None = tag  # None once it is settled
+
+    @cached_property
+    def _read(self) -> Basic.Properties:
+        return frames.properties(self._header)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """See ``transport.Delivery``."""
+        more = (self._read.headers or {}).get("CC")
+        return (self._key, *map(str, more if isinstance(more, list) else ()))
+
+    @property
+    def sent_at(self) -> float | None:
+        """See ``transport.Delivery``."""
+        return self._read.timestamp.timestamp() if self._read.timestamp else None
+
+    @property
+    def offset(self) -> int | None:
+        """See ``transport.Delivery``."""
+        offset = (self._read.headers or {}).get("x-stream-offset")
+        return offset if isinstance(offset, int) else None
+
+    @cached_property
+    def properties(self) -> Properties:
+        """See ``transport.Delivery``."""
+        read = self._read
+        return Properties(
+            type=read.message_type or "",
+            message_id=read.message_id or "",
+            headers=_readable(read.headers),
+            durable=read.delivery_mode == aio_pika.DeliveryMode.PERSISTENT,
+            user=read.user_id or None,
+        )
+
+    async def ack(self, *, all_before: bool = False) -> None:
+        """See ``transport.Delivery``; ``all_before``: and all that its channel brought before."""
+        tag = self.disown()
+        if tag is not None:
+            self._contents.ack(tag, all_before=all_before)
+
+    async def release(self) -> None:
+        """See ``transport.Delivery``."""
+        tag = self.disown()
+        if tag is not None:
+            self._contents.requeue(tag)
+
+    def disown(self) -> int | None:
+        """Return what it is acknowledged by, once: a second time would break the channel."""
+        tag, self._tag = self._tag, None
+        return tag
+
+
+def _readable(headers: Any) -> dict[str, HeaderValue]:
+    return {k: v for k, v in (headers or {}).items() if isinstance(v, str | int | float | bool)}
