@@ -20,7 +20,7 @@ _GC_THRESHOLDS = (10_000, 20, 20)
 # every round, are kept for the next instead of being given back to the system and asked for again,
 # page by page, which costs about as much as filling them.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES, _PIECE_BYTES = 64 * 2**20, 32 * 2**20
+_KEPT_BYTES, _PIECE_BYTES = 32 * 2**20, 32 * 2**20
 
 
 class Interrupted(Exception):
