@@ -18,7 +18,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Return the median, the quartiles and all of the times, rounded to the microsecond.
+    """Return the median, the mean, the quartiles and all of the times, rounded to the microsecond.
 
     >>> summary([0.3, 0.1, 0.2])["median_s"]
     0.2
@@ -29,6 +29,7 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     )
     return {
         "median_s": round(statistics.median(seconds), 6),
+        "mean_s": round(statistics.fmean(seconds), 6),
         "quartiles_s": [round(lower, 6), round(upper, 6)],
         "times_s": [round(each, 6) for each in seconds],
     }

@@ -43,7 +43,6 @@ from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.aggregation import Aggregation, Held
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.outgoing import Outgoing
-from fluffle_coordinator.progress import AHEAD
 from fluffle_coordinator.store import RunStore, Saved
 from fluffle_coordinator.view import Watcher, waiting_for
 
@@ -64,7 +63,8 @@ class CoordinatorSettings:
         plan: what workers are told about training; its seed and deadline come from the rules.
         classes: the classes that workers must have; None lets the first worker say.
         init: a checkpoint to begin with; None asks a worker.
-        max_workers: the most updates of a round that may be held unacknowledged.
+        max_workers: the most updates that may be held unacknowledged, give or take a few; where
+            more workers answer, the next round's wait until those of the last are on disk.
         max_model_bytes: the most that a model or an update may have.
         verify_users: reject what a worker sends while logged in to the broker under another name
             than its id.
@@ -279,7 +279,7 @@ class Coordinator:
         self._link = link
         self._events.put_nowait(ev.Connected(time.monotonic(), number))
         updates = await link.consume(
-            self._topology.updates, prefetch=(1 + AHEAD) * self._settings.max_workers + 100
+            self._topology.updates, prefetch=self._settings.max_workers + 100
         )
         works = [self._read_presence(presence), self._read_updates(updates, number)]
         await together(*works, *([self._journal.publish(link)] if self._journal else []))

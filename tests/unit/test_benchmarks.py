@@ -33,6 +33,7 @@ def test_ratio_is_median_over_median():
 def test_summary_of_a_single_time_has_quartiles_too():
     assert figures.summary([0.5]) == {
         "median_s": 0.5,
+        "mean_s": 0.5,
         "quartiles_s": [0.5, 0.5],
         "times_s": [0.5],
     }
