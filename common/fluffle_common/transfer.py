@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fluffle_common.console import timestamp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Message, Part, Transfer, WithTensors
-from fluffle_common.transport import NAMED, Body, Delivery, Link, Properties
+from fluffle_common.transport import NAMED, Body, Delivery, HeaderValue, Link, Properties
 from fluffle_common.weights import Weights
 from fluffle_common.wire import Assembly, decode, describe, encode, pack
 
@@ -20,6 +20,9 @@ _WINDOW = 4
 _FEW_PARTS = 8
 # How long the next part may take to come, once the broker says that it has all of them.
 _PART_PATIENCE_S = 60.0
+
+# Of a rejected message's own headers, so many of so many characters at most are kept.
+_HEADERS, _HEADER_CHARACTERS = 32, 500
 
 Progress = Callable[[int, int], None]
 
@@ -126,7 +129,7 @@ async def _send_parts(
 async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str) -> None:
     """Put a delivery into the queue ``rejected`` with what is wrong, then acknowledge it."""
     headers = {
-        **delivery.properties.headers,
+        **_in_bounds(delivery.properties.headers),
         "reason": str(wrong),
         "cause": wrong.cause,
         "rejected_at": timestamp(),
@@ -139,6 +142,12 @@ async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, reject
     )
     await link.publish(delivery.body, properties, exchange="", keys=[rejected])
     await delivery.ack()
+
+
+def _in_bounds(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
+    """Keep as much of somebody's headers as always fits into AMQP's frame, with ours beside it."""
+    short = [(k, v) for k, v in headers.items() if len(k) + len(str(v)) <= _HEADER_CHARACTERS]
+    return dict(short[:_HEADERS])
 
 
 def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryview]:

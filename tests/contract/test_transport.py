@@ -15,9 +15,10 @@ import aio_pika
 import pytest
 
 from fluffle_common.amqp import AmqpTransport
-from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.memory import MemoryBroker, MemoryLink
 from fluffle_common.topology import Binding, Exchange, Queue, Topology
+from fluffle_common.transfer import reject
 from fluffle_common.transport import (
     NAMED,
     Backoff,
@@ -1170,3 +1171,20 @@ async def test_a_deleted_queue_loses_the_link_of_who_reads_from_it(real):
     await soon(link.lost())
     with pytest.raises(LinkLost, match="deleted"):
         await soon(waiting)
+
+
+@pytest.mark.rabbit
+async def test_what_fills_a_whole_frame_with_headers_is_rejected_without_them(real):
+    # With the reason beside them they would not fit, and the broker would end the connection.
+    link = await real.open()
+    queue, rejected = await real.queue(link), await real.queue(link)
+    async with await aio_pika.connect(real.url) as connection:
+        channel = await connection.channel()
+        huge = aio_pika.Message(b"x", headers={"huge": "y" * 130_900, "round": 3})
+        await channel.default_exchange.publish(huge, queue)
+    delivery = await soon(link.get(queue))
+    await soon(reject(link, delivery, MalformedMessage("it is no message"), rejected))
+    found = await soon(link.get(rejected))
+    assert found.properties.headers["reason"] == "it is no message"
+    assert found.properties.headers["round"] == 3
+    assert "huge" not in found.properties.headers
