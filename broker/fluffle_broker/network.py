@@ -78,6 +78,10 @@ def amqp_version(port: int, *, timeout_s: float = 2) -> str | None:
     return rest[4 : 4 + int.from_bytes(rest[:4])].decode(errors="replace")
 
 
+# RabbitMQ starts epmd by starting, and ending at once, a node of this name and a number.
+_EPMD_STARTER = "epmd-starter-"
+
+
 def epmd_nodes(port: int) -> list[str] | None:
     """List the Erlang nodes an epmd knows, or return None where no epmd answers."""
     reply = _ask_epmd(port, _EPMD_NAMES)
@@ -104,8 +108,10 @@ def stop_epmd(port: int, node: str) -> bool:
             _ask_epmd(port, _EPMD_KILL)
             return epmd_nodes(port) is None
         # It takes epmd a moment to see that a killed node is gone. While it boots, a node is known
-        # by a longer name.
-        return names is None or not any(f"{name}_".startswith(f"{node}_") for name in names)
+        # by a longer name, and before that, whoever has started epmd for it by another.
+        return names is None or not any(
+            f"{name}_".startswith((f"{node}_", _EPMD_STARTER)) for name in names
+        )
 
     processes.wait_until(gone_or_of_others, timeout_s=10)
     return epmd_nodes(port) is None

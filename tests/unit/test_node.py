@@ -186,6 +186,37 @@ def test_what_is_no_epmd_is_left_alone() -> None:
         assert network.epmd_nodes(port) is None
 
 
+class Epmd:
+    """An epmd that knows these nodes, question by question, and the last ones until it is ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: list[str]) -> None:
+        self._names, self.ended = list(names), False
+        monkeypatch.setattr(network, "_ask_epmd", self.ask)
+
+    def ask(self, port: int, request: bytes) -> bytes | None:
+        if self.ended:
+            return None
+        self.ended = request.endswith(b"k")
+        names = self._names[0] if len(self._names) == 1 else self._names.pop(0)
+        told = "".join(f"name {name} at port 1\n" for name in names)
+        return port.to_bytes(4) + told.encode()
+
+
+@pytest.mark.parametrize(
+    "before", [["fluffle"], ["fluffle_prelaunch_7"], ["epmd-starter-935311281"], []]
+)
+def test_an_epmd_is_ended_when_what_came_with_the_node_is_gone(monkeypatch, before) -> None:
+    epmd = Epmd(monkeypatch, before, before, [])
+    assert network.stop_epmd(4369, "fluffle")
+    assert epmd.ended
+
+
+def test_an_epmd_that_serves_others_stays(monkeypatch) -> None:
+    epmd = Epmd(monkeypatch, ["fluffle", "other"], ["other"])
+    assert not network.stop_epmd(4369, "fluffle")
+    assert not epmd.ended
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
