@@ -160,7 +160,11 @@ def test_a_killed_node_comes_back_on_its_ports_with_its_data(
             "properties": {"delivery_mode": 2},
         },
     )
-    # The API has answered, so the message is confirmed, so it is on disk.
+    # The API has answered, so the message is confirmed, so it is on disk. That there is a queue at
+    # all is known to Mnesia, which writes that down a little later, unless it is asked to.
+    subprocess.run(
+        [info.folder / "rabbitmqctl", "eval", "mnesia:sync_log()."], capture_output=True, check=True
+    )
     os.kill(info.pid, signal.SIGKILL)
     said: list[str] = []
     back = start(ports=info.ports, say=said.append)
