@@ -27,11 +27,10 @@ machine than time does.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean as mean
+from statistics import fmean
 from typing import Any
 
 from benchmarks import command, figures
@@ -95,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "queue_type": queue_type,
         "max_message_size": limit,
         "ratio": round(figures.ratio(found["fluffle"].times, found["floor"].times), 3),
-        "mean_ratio": round(mean(found["fluffle"].times) / mean(found["floor"].times), 3),
+        "mean_ratio": round(fmean(found["fluffle"].times) / fmean(found["floor"].times), 3),
         "ratio_by_block": by_block(found),
         "cpu_ratio": round(found["fluffle"].cpu_s_a_round / found["floor"].cpu_s_a_round, 3),
         **{name: side.as_dict() for name, side in found.items()},
@@ -125,7 +124,7 @@ def as_text(told: Mapping[str, Any]) -> str:
         row("  lower quartile", lambda side: told[side]["quartiles_s"][0]),
         row("  upper quartile", lambda side: told[side]["quartiles_s"][1]),
         row("cpu s a round: coordinator", lambda s: told[s]["cpu_s_a_round"]["coordinator"]),
-        row("  workers, mean", lambda s: statistics.mean(workers(s, "cpu_s_a_round") or [0.0])),
+        row("  workers, mean", lambda s: fmean(workers(s, "cpu_s_a_round") or [0.0])),
         row("  broker", lambda side: told[side]["cpu_s_a_round"].get("broker")),
         row("peak MB: coordinator", lambda side: told[side]["peak_rss_mb"]["coordinator"]),
         row("  largest worker", lambda side: max(workers(side, "peak_rss_mb"), default=None)),

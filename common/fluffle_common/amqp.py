@@ -38,9 +38,8 @@ class AmqpTransport(Transport):
 
     def __init__(self, url: str, name: str) -> None:
         self._urls = parse_urls(url)
-        self._used: URL | None = None
-        self._shown = ", ".join(map(shown, self._urls))
         self._name = name
+        self._use(None)
 
     @property
     def address(self) -> str:

@@ -20,12 +20,10 @@ from aiormq.connection import TransportFactory
 from yarl import URL
 
 from fluffle_common import amqp_frames as frames
-from fluffle_common.amqp_contents import Content, Contents
+from fluffle_common.amqp_contents import LARGE_BYTES, Content, Contents
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
-# Bodies up to here become plain bytes; a larger one is a view of the memory it was received into.
-_SMALL_BYTES = 16 * 2**10
 # aiormq gives a connection up on which it sees no frame for a minute: so often it is shown a
 # heartbeat instead of the frames that it does not see.
 _SHOW_LIFE_S = 5.0
@@ -33,7 +31,7 @@ _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT)
 
 
 class _Coming:
-    """A message that is coming in on a channel; ``left`` bytes of its body are still to come."""
+    """A message that is coming in on a channel; ``done`` bytes of its body are there."""
 
     __slots__ = ("body", "done", "header", "method", "of")
 
@@ -53,9 +51,9 @@ class _Coming:
         return self.done == len(self.body)
 
     def content(self) -> Content:
-        small = len(self.body) < _SMALL_BYTES
+        large = len(self.body) >= LARGE_BYTES  # then it stays where it was received
         return Content(
-            self.method, self.header, bytes(self.body) if small else self.body.toreadonly()
+            self.method, self.header, self.body.toreadonly() if large else bytes(self.body)
         )
 
 

@@ -17,8 +17,8 @@ from fluffle_common import amqp_frames as frames
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport import Body, Full, Unroutable
 
-# Smaller bodies are written in one piece with what is before them.
-_LARGE_BYTES = 16 * 2**10
+# Smaller bodies are better copied, into one piece with what is before them, than carried apart.
+LARGE_BYTES = 16 * 2**10
 
 
 class Socket(Protocol):
@@ -90,7 +90,7 @@ class Contents:
         self._published += 1
         self._unconfirmed[self._published] = _Published(message_id, confirmed)
         pieces = [head, *frames.bodies(self.number, body, self._frame_max)]
-        if len(body) < _LARGE_BYTES:
+        if len(body) < LARGE_BYTES:
             self._socket.write(b"".join(pieces))
         else:
             self._socket.writelines(pieces)

@@ -62,7 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: where the disk refuses; ``path`` is as it was.
     """
-    partial = Path(f"{path}.partial")
+    partial = path.with_name(path.name + ".partial")
     try:
         yield partial
         descriptor = os.open(partial, os.O_RDONLY)
@@ -70,11 +70,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(partial, path)
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    folder = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name itself
     finally:

@@ -92,7 +92,6 @@ def start(
         run=run,
         round=committed + 1,
         base=base,
-        committed=committed,
         counted_before={committed: frozenset(participants)},
         evaluate_pending=not evaluated,
         has_weights=has_weights,
@@ -373,7 +372,7 @@ def _evaluation(state: State, event: EvaluationArrived, out: Effects) -> State:
 def _averaged(state: State, event: Averaged) -> State:
     if event.round >= state.rules.rounds:
         return state  # there is no next round, and the end waits for the disk
-    saving = Saving(event.round, event.participants, _deliveries(state))
+    saving = Saving(event.round, _deliveries(state))
     return _next_round(state, event).but(saving=(*state.saving, saving))
 
 
@@ -396,9 +395,7 @@ def _committed(state: State, event: Committed, out: Effects) -> State:
     out.append(Tell("committed", {**of, **event.about}))
     out += told
     recent = {n: who for n, who in state.counted_before.items() if n >= event.round - AHEAD}
-    return state.but(
-        committed=event.round, counted_before={**recent, event.round: event.participants}
-    )
+    return state.but(counted_before={**recent, event.round: event.participants})
 
 
 def _deliveries(state: State) -> tuple[tuple[Handle, str, int], ...]:

@@ -138,14 +138,12 @@ class Saving:
 
     Args:
         round: its number.
-        participants: who is in the average.
         held: every delivery of an update of it, with its worker and number of examples; none is
             acknowledged before the round is on disk.
         told: what is to be told of the next round, once this one is committed.
     """
 
     round: int
-    participants: frozenset[str]
     held: tuple[tuple[Handle, str, int], ...]
     told: tuple[Tell, ...] = ()
 
@@ -171,8 +169,7 @@ class State:
     round: int  # the round that is open or will be; round - 1 is the last averaged
     base: str = ""  # names the weights that this round is trained from
     saving: tuple[Saving, ...] = ()  # the last rounds before, in order, until they are on disk
-    committed: int = 0  # the last round on disk
-    # Who took part in that, and in those before it whose updates may come again.
+    # Who took part in the last round on disk, and in those before it whose updates may come again.
     counted_before: Mapping[int, frozenset[str]] = field(default_factory=empty)
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
@@ -220,6 +217,11 @@ class State:
         return frozenset(self.asked.keys() & (present | self.received.keys()))
 
     @property
+    def committed(self) -> int:
+        """The last round that is on disk."""
+        return max(self.counted_before, default=0)
+
+    @property
     def needed(self) -> int:
         """How many updates close the open round."""
         quorum = self.rules.quorum
@@ -247,19 +249,21 @@ class State:
         known = self.workers.get(worker)
         if known is None or known.state != "idle":
             return False
-        return (known.run, known.round) == (self.run, self.round) and self._same_base(known)
+        return self._is_at(known, self.round)
 
     def busy(self, worker: str) -> bool:
         """Whether a worker says that it is at work on what is asked for."""
         known = self.workers.get(worker)
-        if known is None or (known.run, known.round) != (self.run, self.at_work_on):
-            return False
-        if not self._same_base(known):
+        if known is None or not self._is_at(known, self.at_work_on):
             return False
         # Still training for the last round, it has not taken the order to evaluate its model.
         away = ("idle", "training") if self.phase is Phase.EVALUATING else ("idle",)
         return known.state not in away
 
-    def _same_base(self, worker: Worker) -> bool:
-        """Whether what a worker is at begins with our weights, as far as it says."""
-        return worker.base in (None, self.base)
+    def _is_at(self, worker: Worker, number: int) -> bool:
+        """Whether a worker is at a round of this run, or did it last, from our weights.
+
+        Not all say which weights they began with.
+        """
+        same_round = (worker.run, worker.round) == (self.run, number)
+        return same_round and worker.base in (None, self.base)
