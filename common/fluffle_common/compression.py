@@ -119,7 +119,7 @@ def _worth_it(name: str, tensor: Array, codec: _Codec, delta: Weights) -> bool:
     )
 
 
-def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> dict[str, Array]:
+def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> Weights:
     """Decode what ``compress`` made, or anyone else: nothing is taken on trust.
 
     Nothing is allocated that is larger than a tensor of the model, whatever was sent.
@@ -138,7 +138,7 @@ def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> dict[s
         ValueError: where encoded tensors have the wrong dtype, shape or contents.
     """
     if encoding is None:
-        return dict(tensors)
+        return tensors
     codec = _CODECS[encoding]
     rest = dict(tensors)
     delta: dict[str, Array] = {}

@@ -8,7 +8,7 @@ names here are the names on the wire, in the journal and in the documentation.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
@@ -40,7 +40,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class TensorEntry(_Model):
+class TensorEntry(NamedTuple):
     """Where one tensor lies in the payload: little-endian, C order, ``offset`` a multiple of 64."""
 
     name: Annotated[str, Field(min_length=1, max_length=500)]

@@ -9,40 +9,26 @@ ICLR 2021, section 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Weights = Mapping[str, Array]
+from fluffle_common.layout import (
+    DTYPES,
+    FLOATS,
+    INTEGERS,
+    Array,
+    Form,
+    Tensors,
+    Weights,
+    layout_of_form,
+)
 
-FLOATS = ("float16", "float32", "float64")
-INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-DTYPES = frozenset(FLOATS + INTEGERS)
+__all__ = ["DTYPES", "FLOATS", "INTEGERS", "Array", "Weights"]
 
 
 class NotFinite(ValueError):
     """A tensor holds NaN or an infinity."""
-
-
-def empty(form: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> dict[str, Array]:
-    """Return uninitialised tensors of these shapes and dtypes, all in one piece of memory.
-
-    One large piece goes back to the system when it is let go of, many middling ones do not.
-    """
-    ends = list(accumulate(_padded(math.prod(s) * d.itemsize) for s, d in form.values()))
-    memory = np.empty(ends[-1] if ends else 0, np.uint8)
-    tensors = {}
-    for (name, (shape, dtype)), start in zip(form.items(), [0, *ends], strict=False):
-        nbytes = math.prod(shape) * dtype.itemsize
-        tensors[name] = memory[start : start + nbytes].view(dtype).reshape(shape)
-    return tensors
-
-
-def _padded(nbytes: int) -> int:
-    return nbytes + -nbytes % 64
 
 
 def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -57,7 +43,12 @@ def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.int64) if dtype.kind in "iu" else dtype
 
 
-def delta(trained: Weights, received: Weights) -> dict[str, Array]:
+def delta_form(weights: Weights) -> Form:
+    """Return the names, dtypes and shapes that a delta of these weights has."""
+    return tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in weights.items()])
+
+
+def delta(trained: Weights, received: Weights) -> Tensors:
     """Subtract what was received from what was trained, tensor by tensor.
 
     Args:
@@ -71,10 +62,11 @@ def delta(trained: Weights, received: Weights) -> dict[str, Array]:
         ValueError: where names, shapes or dtypes differ.
     """
     same_form(trained, received)
-    return {
-        name: np.subtract(trained[name], base, dtype=delta_dtype(base.dtype))
-        for name, base in received.items()
-    }
+    found = layout_of_form(delta_form(received)).empty()
+    for name in found:
+        into = found[name]
+        np.subtract(trained[name], received[name], out=into, dtype=into.dtype)
+    return found
 
 
 def same_form(weights: Weights, like: Weights) -> None:
@@ -97,15 +89,27 @@ def check_delta(update: Weights, base: Weights) -> None:
         NotFinite: naming the first tensor that holds NaN or an infinity.
         ValueError: naming the first tensor that differs, and how.
     """
-    _same_names(update, base)
-    for name, expected in base.items():
-        _same_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
+    if not _same_layout(update, base):
+        _same_names(update, base)
+        for name, expected in base.items():
+            _same_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
     check_finite(update)
+
+
+def _same_layout(update: Weights, base: Weights) -> bool:
+    """Whether they are known to be of the same form, floats of one dtype, without a closer look."""
+    if not isinstance(update, Tensors) or not isinstance(base, Tensors):
+        return False
+    flat = base.flat
+    return flat is not None and flat.dtype.kind == "f" and update.layout is base.layout
 
 
 def check_finite(weights: Weights) -> None:
     """Raise ``NotFinite`` where a float tensor of these weights holds NaN or an infinity."""
+    flat = weights.flat if isinstance(weights, Tensors) else None
     with np.errstate(over="ignore", invalid="ignore"):
+        if flat is not None and (flat.dtype.kind != "f" or math.isfinite(np.add.reduce(flat))):
+            return
         for name, tensor in weights.items():
             # A sum is finite only if every term is; it needs no boolean array of the tensor's size.
             # Only where it is not finite (which large finite values can cause too) is the exact

@@ -11,7 +11,6 @@ whatever is wrong with it is a ``MalformedMessage`` that says so.
 
 from __future__ import annotations
 
-import math
 import struct
 import uuid
 from collections.abc import Iterator
@@ -21,6 +20,14 @@ import msgpack
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
+from fluffle_common.layout import (
+    ALIGNMENT,
+    Tensors,
+    Weights,
+    as_maps,
+    layout_for,
+    layout_of,
+)
 from fluffle_common.messages import (
     MAX_TENSORS,
     Message,
@@ -30,17 +37,14 @@ from fluffle_common.messages import (
     WithTensors,
     parse,
 )
-from fluffle_common.weights import DTYPES, Array, Weights
 
-ALIGNMENT = 64
 MAX_HEADER_BYTES = 32 * 2**20
 # A payload up to this size travels inside its message, a larger one in parts of this size: small
 # enough that no broker refuses it (RabbitMQ 4 stops at 16 MiB) and that neither side nor the broker
 # holds more than a few of them at a time.
 PART_BYTES = 4 * 2**20
 
-# How each dtype that travels is called; in this byte order an array needs no conversion.
-_TRAVELS = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
+_APART = {"pad", "tensors"}
 _HEADER_STEP = 8 * 2**10
 _ARRAY_OF_TWO = b"\x92"
 _BIN = {0xC4: struct.Struct(">B"), 0xC5: struct.Struct(">H"), 0xC6: struct.Struct(">I")}
@@ -59,7 +63,9 @@ def encode(message: Message, payload: bytes | memoryview | list[memoryview] = b"
     """
     pieces = payload if isinstance(payload, list) else [payload]
     nbytes = sum(len(piece) for piece in pieces)
-    header = message.model_dump(exclude={"pad"}, exclude_none=True)
+    header = message.model_dump(exclude=_APART, exclude_none=True)
+    if isinstance(message, WithTensors):
+        header["tensors"] = as_maps(message.tensors)
     packed: bytes = msgpack.packb(header)
     if nbytes:
         # "pad" adds its key (4 bytes) and a bin8 head (2 bytes) before its filling.
@@ -133,42 +139,28 @@ def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]
 
     Returns:
         The tensor table, and the pieces (views of the arrays, and padding between them) that
-        joined make the payload. An array that is already little-endian and C-contiguous is not
-        copied.
+        joined make the payload. What is laid out already is one piece, and no array that is
+        little-endian and C-contiguous is copied.
 
     Raises:
         ValueError: for a dtype that does not travel.
     """
-    table: list[TensorEntry] = []
+    layout = layout_for(weights)
+    if isinstance(weights, Tensors) and weights.memory is not None:
+        return layout.table, [weights.memory]
     pieces: list[memoryview] = []
-    offset = 0
-    for name, tensor in weights.items():
-        dtype = _TRAVELS.get(tensor.dtype) or _TRAVELS.get(tensor.dtype.newbyteorder("<"))
-        if dtype is None:
-            raise ValueError(f"tensor '{name}' is {tensor.dtype}, which does not travel")
-        ready = tensor
-        if not tensor.flags.c_contiguous or tensor.dtype not in _TRAVELS:
+    end = 0
+    for entry, tensor in zip(layout.table, weights.values(), strict=True):
+        if entry.offset > end:
+            pieces.append(memoryview(bytes(entry.offset - end)))
+        if entry.nbytes:
             ready = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"), order="C")
-        gap = -offset % ALIGNMENT
-        if gap:
-            pieces.append(memoryview(bytes(gap)))
-        offset += gap
-        table.append(
-            TensorEntry(
-                name=name,
-                dtype=dtype,
-                shape=tensor.shape,
-                offset=offset,
-                nbytes=ready.nbytes,
-            )
-        )
-        if ready.nbytes:
             pieces.append(ready.reshape(-1).data.cast("B"))
-        offset += ready.nbytes
-    return tuple(table), pieces
+        end = entry.offset + entry.nbytes
+    return layout.table, pieces
 
 
-def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str, Array]:
+def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors:
     """Return the tensors of a table as read-only views into the payload.
 
     Raises:
@@ -176,42 +168,9 @@ def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[st
             in the payload behind the entry before it.
     """
     try:
-        return _read_tensors(table, payload)
+        return layout_of(table).over(payload)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
-
-
-def _read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str, Array]:
-    tensors: dict[str, Array] = {}
-    end = 0
-    for entry in table:
-        if entry.dtype not in DTYPES:
-            raise ValueError(f"tensor '{entry.name}' has the unknown dtype '{entry.dtype}'")
-        if entry.name in tensors:
-            raise ValueError(f"tensor '{entry.name}' is there twice")
-        dtype = np.dtype(entry.dtype).newbyteorder("<")
-        if math.prod(entry.shape) * dtype.itemsize != entry.nbytes:
-            raise ValueError(
-                f"tensor '{entry.name}' of shape {entry.shape} and {entry.dtype} "
-                f"cannot have {entry.nbytes} bytes"
-            )
-        if entry.offset < end or entry.offset % ALIGNMENT:
-            raise ValueError(f"tensor '{entry.name}' has the wrong offset {entry.offset}")
-        end = entry.offset + entry.nbytes
-        if end > len(payload):
-            raise ValueError(
-                f"tensor '{entry.name}' ends at byte {end}, the payload has {len(payload)}"
-            )
-        flat = np.frombuffer(payload[entry.offset : end], dtype=dtype)
-        try:
-            tensors[entry.name] = flat.reshape(entry.shape)
-        except (ValueError, OverflowError):  # no bytes, and yet a dimension beyond all bounds
-            raise ValueError(
-                f"tensor '{entry.name}' has the impossible shape {entry.shape}"[:500]
-            ) from None
-    if end != len(payload):
-        raise ValueError(f"{len(payload) - end} bytes of the payload belong to no tensor")
-    return tensors
 
 
 def pack(message: WithTensors, weights: Weights) -> tuple[WithTensors, bytes, Iterator[bytes]]:

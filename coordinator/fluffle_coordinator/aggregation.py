@@ -22,7 +22,7 @@ from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import PartsGone, fetch
 from fluffle_common.transport import Delivery, Link, together
-from fluffle_common.weights import Array, check_finite, size_bytes
+from fluffle_common.weights import Weights, check_finite, size_bytes
 from fluffle_common.wire import read_tensors
 from fluffle_coordinator import events as ev
 from fluffle_coordinator import run_state as rs
@@ -124,7 +124,7 @@ class Aggregation:
         self,
         store: RunStore,
         topology: Topology,
-        weights: dict[str, Array] | None,
+        weights: Weights | None,
         *,
         max_model_bytes: int,
         link: Callable[[], Link | None],
@@ -199,9 +199,9 @@ class Aggregation:
                 self._post(ev.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
                 await self.begin_with(weights)
-        await held.delivery.ack()
+        held.delivery.ack()
 
-    async def begin_with(self, weights: dict[str, Array]) -> None:
+    async def begin_with(self, weights: Weights) -> None:
         """Save the first weights as the checkpoint of round 0, and use them."""
         base = new_base()
         metadata = {**self._metadata(0), "base": base}
@@ -245,8 +245,9 @@ class Aggregation:
                 "bytes": len(payload),
                 **({"metrics": metrics} if metrics else {}),
             }
-            self._post(ev.Folded(now, worker, message.seconds, len(payload)))
+            nbytes = len(payload)
             held.forget()  # only now: what is rejected is kept as it came
+            self._post(ev.Folded(now, worker, message.seconds, nbytes))
 
     def _check_and_fold(self, message: Update, payload: memoryview) -> None:
         assert self.weights is not None
@@ -315,12 +316,13 @@ class Aggregation:
             about = {"num_examples": num_examples, "timings": line["timings"]}
             self._post(ev.Committed(self._committed_at, *done, about))
 
-        if not self._in_parts:
-            self._post(ev.Averaged(time.monotonic(), *done))
         self._lines.put_nowait(save)
+        in_parts = self._in_parts
         # From here on, of the next round.
         self.weights, self._sum, self._clock = weights, emptied, Clock()
         self._participants, self._in_parts, self.asked, self._closing = {}, False, set(), False
+        if not in_parts:
+            self._post(ev.Averaged(time.monotonic(), *done))
 
     async def _record_evaluation(
         self, number: int, evaluations: Mapping[str, rs.Evaluated]

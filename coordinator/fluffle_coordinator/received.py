@@ -5,11 +5,11 @@ from __future__ import annotations
 from fluffle_common.compression import expand
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.messages import Update
-from fluffle_common.weights import Array, NotFinite, Weights, check_delta
+from fluffle_common.weights import NotFinite, Weights, check_delta
 from fluffle_common.wire import read_tensors
 
 
-def read_delta(message: Update, payload: memoryview, base: Weights) -> dict[str, Array]:
+def read_delta(message: Update, payload: memoryview, base: Weights) -> Weights:
     """Read an update's tensors, decode them, and check them against the model.
 
     Args:

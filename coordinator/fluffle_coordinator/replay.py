@@ -131,7 +131,7 @@ def _committed_line(run: Path, number: int) -> dict[str, Any]:
 
 def _kept_delta(
     path: Path, line: Mapping[str, Any], participant: Mapping[str, Any], base: Weights
-) -> dict[str, Array]:
+) -> Weights:
     """Read a kept update as the coordinator read it when it came."""
     worker = participant["worker"]
     try:

@@ -17,13 +17,14 @@ Example:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fluffle_common.weights import Array, Weights, empty
+from fluffle_common.layout import Tensors, layout_for
+from fluffle_common.weights import Array, Weights
 
 # Elements handled at a time: a block of float64 and the slices it is added to stay in cache.
 _BLOCK = 32 * 1024
@@ -36,7 +37,7 @@ class Sum:
     As long as that is 0, ``totals`` are memory for it and nothing else.
     """
 
-    totals: dict[str, Array]
+    totals: Tensors
     num_examples: int = 0
 
 
@@ -54,18 +55,33 @@ class Strategy:
 
     init: Callable[[Weights], Sum]
     fold: Callable[[Sum, Weights, int], Sum]
-    finish: Callable[[Sum, Weights], tuple[dict[str, Array], Sum]]
+    finish: Callable[[Sum, Weights], tuple[Tensors, Sum]]
 
 
 def _init(weights: Weights) -> Sum:
-    return Sum(empty({name: (base.shape, np.dtype(np.float64)) for name, base in weights.items()}))
+    return Sum(layout_for(weights).empty_as(np.dtype(np.float64)))
 
 
 def _fold(state: Sum, delta: Weights, num_examples: int) -> Sum:
     add = _add_scaled if state.num_examples else _set_scaled
-    for name, total in state.totals.items():
-        add(total.reshape(-1), delta[name].reshape(-1), float(num_examples))
-    return replace(state, num_examples=state.num_examples + num_examples)
+    with np.errstate(over="ignore", invalid="ignore"):  # of what lies between the tensors
+        for total, values in _side_by_side(state.totals, delta):
+            add(total, values, float(num_examples))
+    return Sum(state.totals, state.num_examples + num_examples)
+
+
+def _side_by_side(totals: Tensors, *others: Weights) -> Iterator[tuple[Array, ...]]:
+    """Yield what belongs together, as vectors: tensor by tensor, or everything in one piece."""
+    flat = [
+        other.flat
+        for other in (totals, *others)
+        if isinstance(other, Tensors) and other.layout is totals.layout and other.flat is not None
+    ]
+    if len(flat) == 1 + len(others):
+        yield tuple(flat)
+    else:
+        for name, total in totals.items():
+            yield total.reshape(-1), *(other[name].reshape(-1) for other in others)
 
 
 def _set_scaled(total: Array, values: Array, factor: float) -> None:
@@ -84,13 +100,16 @@ def _add_scaled(total: Array, values: Array, factor: float) -> None:
         part += scaled
 
 
-def _finish(state: Sum, weights: Weights) -> tuple[dict[str, Array], Sum]:
+def _finish(state: Sum, weights: Weights) -> tuple[Tensors, Sum]:
     if state.num_examples <= 0:
         raise ValueError("no examples were folded: there is nothing to average")
-    averaged = empty({name: (base.shape, base.dtype) for name, base in weights.items()})
-    for name, base in weights.items():
-        _average(averaged[name], state.totals[name], base, state.num_examples)
-    return averaged, replace(state, num_examples=0)
+    layout = layout_for(weights)
+    averaged = layout.empty()
+    for total, base, result in _side_by_side(state.totals, weights, averaged):
+        _average(result, total, base, state.num_examples)
+    assert averaged.memory is not None
+    layout.clear_gaps(averaged.memory)  # what updates had there goes no further
+    return averaged, Sum(state.totals)
 
 
 def _average(result: Array, total: Array, base: Array, num_examples: int) -> None:
@@ -99,13 +118,12 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
     A page that was never touched is slow to touch: so the sum's memory serves all rounds.
     """
     lowest, highest = _limits(base.dtype)
-    into, sums, old = result.reshape(-1), total.reshape(-1), base.reshape(-1)
     # What is beyond the end of float64 is clipped to its end, as is what the dtype cannot hold.
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, sums.size, _BLOCK):
-            mean, part = sums[start : start + _BLOCK], into[start : start + _BLOCK]
+        for start in range(0, total.size, _BLOCK):
+            mean, part = total[start : start + _BLOCK], result[start : start + _BLOCK]
             mean /= num_examples
-            mean += old[start : start + _BLOCK]
+            mean += base[start : start + _BLOCK]
             if base.dtype.kind == "f":
                 part[...] = mean
                 if np.isfinite(part.sum()):  # as nearly always: then nothing is to be clipped

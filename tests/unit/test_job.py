@@ -16,6 +16,20 @@ COUNT = 2000
 SMALL = {"w": np.full(COUNT, 0.25, np.float32)}
 
 
+class InPlace:
+    """A task that puts what it learnt into the very mapping that it was given."""
+
+    num_examples = 5
+
+    def train(self, weights, plan, progress):
+        weights["w"] = weights["w"] + 1
+        return TrainResult(weights, self.num_examples)
+
+    def evaluate(self, weights):
+        weights.clear()
+        return EvalResult(0.0, 1)
+
+
 class Steps:
     """A task that always learns the same delta."""
 
@@ -59,6 +73,17 @@ def test_what_comes_of_weights_names_them():
         if isinstance(message, Fit):
             assert job.answer is not None
             assert job.answer[0].base == "b7"
+
+
+def test_a_task_may_do_with_the_mapping_what_it_likes():
+    fit = Fit(federation="f", run="r", round=1, base="b", evaluate=True, plan=Plan())
+    job = Job(Work("fit", "r", 1, "b"), fit, {"w": np.zeros(3, np.float32)})
+    do(
+        job, InPlace(), {"federation": "f", "worker": "w"},
+        evaluated=lambda: None, progress=lambda *_: None,
+    )  # fmt: skip
+    assert job.answer is not None
+    assert job.answer[1]["w"].tolist() == [1, 1, 1]
 
 
 def learnt(job: Job) -> np.ndarray:

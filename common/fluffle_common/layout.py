@@ -1,0 +1,229 @@
+"""How named tensors lie in one piece of memory: on the wire, and in the processes at both ends.
+
+They follow each other, little-endian, each at a multiple of 64 bytes. A layout is worked out and
+checked once, and then serves every model and every update of the same form; what lies in one piece,
+and is all of one dtype, is sent, checked and added up as one vector, however many tensors it has.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fluffle_common.messages import TensorEntry
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Weights = Mapping[str, Array]
+
+FLOATS = ("float16", "float32", "float64")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES = frozenset(FLOATS + INTEGERS)
+
+ALIGNMENT = 64
+Form = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
+
+# How each dtype that travels is called; in this byte order an array needs no conversion.
+_TRAVELS = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
+_READ = {name: dtype for dtype, name in _TRAVELS.items()}
+# So many layouts are kept, of tables up to this length: anyone may send any table.
+_KEPT, _KEPT_TENSORS = 8, 5_000
+
+
+class Place(NamedTuple):
+    """Where one tensor lies: ``offset`` in bytes, ``size`` in elements."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class Tensors(Mapping[str, Array]):
+    """Named tensors in one piece of memory; each becomes an array when it is asked for.
+
+    Args:
+        layout: in which places they are.
+        memory: the piece, where it is as it travels.
+        flat: all of them in one vector, together with what is between them, which means nothing;
+            None where they have several dtypes.
+    """
+
+    __slots__ = ("_made", "flat", "layout", "memory")
+
+    def __init__(self, layout: Layout, memory: memoryview | None, flat: Array | None) -> None:
+        self.layout, self.memory, self.flat = layout, memory, flat
+        self._made: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self._made.get(name)
+        if tensor is None:
+            tensor = self._made[name] = self._make(self.layout.places[name])
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.places)
+
+    def __len__(self) -> int:
+        return len(self.layout.places)
+
+    def _make(self, place: Place) -> Array:
+        if self.flat is None:
+            return np.ndarray(place.shape, place.dtype, self.memory, place.offset)
+        start = place.offset // place.dtype.itemsize
+        return self.flat[start : start + place.size].reshape(place.shape)
+
+
+class Layout:
+    """Where the tensors of a table lie; made by ``layout_of`` and ``layout_for``.
+
+    Args:
+        table: the entries, as they are on the wire.
+
+    Raises:
+        ValueError: where an entry is not what it says, or does not lie behind the entry before it.
+    """
+
+    def __init__(self, table: tuple[TensorEntry, ...]) -> None:
+        self.table = table
+        self.places = _checked(table)
+        last = table[-1] if table else None
+        self.nbytes = last.offset + last.nbytes if last else 0
+        dtypes = {place.dtype for place in self.places.values()}
+        self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
+        ends = [entry.offset + entry.nbytes for entry in table]
+        starts = [entry.offset for entry in table[1:]]
+        self._gaps = [(a, b) for a, b in zip(ends, starts, strict=False) if a < b]
+
+    def over(self, memory: bytes | memoryview) -> Tensors:
+        """Return the tensors as views of ``memory``; read-only where that is.
+
+        Raises:
+            ValueError: where it has not ``nbytes`` bytes.
+        """
+        if len(memory) != self.nbytes:
+            raise ValueError(self._misfit(len(memory)))
+        flat = None if self._one_dtype is None else np.frombuffer(memory, self._one_dtype)
+        return Tensors(self, memoryview(memory), flat)
+
+    def _misfit(self, there: int) -> str:
+        for entry in self.table:
+            end = entry.offset + entry.nbytes
+            if end > there:
+                return f"tensor '{entry.name}' ends at byte {end}, the payload has {there}"
+        return f"{there - self.nbytes} bytes of the payload belong to no tensor"
+
+    def empty(self) -> Tensors:
+        """Return tensors with any values; what is between them is 0, since it travels with them."""
+        memory = np.empty(self.nbytes, np.uint8).data
+        self.clear_gaps(memory)
+        return self.over(memory)
+
+    def clear_gaps(self, memory: memoryview) -> None:
+        """Write 0 between the tensors."""
+        for start, end in self._gaps:
+            memory[start:end] = bytes(end - start)
+
+    def empty_as(self, dtype: np.dtype[Any]) -> Tensors:
+        """Return tensors of the same names and shapes in another dtype, with any values.
+
+        Where all of this layout have one dtype, they are of this layout too: each element has the
+        place in ``flat`` that it has here.
+        """
+        if self._one_dtype is None:
+            places = self.places.items()
+            return layout_of_form(tuple([(n, dtype, place.shape) for n, place in places])).empty()
+        return Tensors(self, None, np.empty(self.nbytes // self._one_dtype.itemsize, dtype))
+
+
+def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
+    """Return the layout that a table describes.
+
+    Raises:
+        ValueError: where an entry is not what it says, or does not lie behind the entry before it.
+    """
+    return _layout_of(table) if len(table) <= _KEPT_TENSORS else Layout(table)
+
+
+def layout_for(weights: Weights) -> Layout:
+    """Return the layout in which these weights travel.
+
+    Raises:
+        ValueError: for a dtype that does not travel.
+    """
+    if isinstance(weights, Tensors):
+        return weights.layout
+    form = tuple([(name, tensor.dtype, tensor.shape) for name, tensor in weights.items()])
+    return layout_of_form(form)
+
+
+def layout_of_form(form: Form) -> Layout:
+    """Return the layout in which tensors of these names, dtypes and shapes travel.
+
+    Raises:
+        ValueError: for a dtype that does not travel.
+    """
+    return _layout_of_form(form) if len(form) <= _KEPT_TENSORS else Layout(_table(form))
+
+
+def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
+    """Return a table as it is on the wire."""
+    return _as_maps(table) if len(table) <= _KEPT_TENSORS else [e._asdict() for e in table]
+
+
+@functools.lru_cache(_KEPT)
+def _as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
+    return [entry._asdict() for entry in table]
+
+
+@functools.lru_cache(_KEPT)
+def _layout_of(table: tuple[TensorEntry, ...]) -> Layout:
+    return Layout(table)
+
+
+@functools.lru_cache(_KEPT)
+def _layout_of_form(form: Form) -> Layout:
+    return layout_of(_table(form))
+
+
+def _table(form: Form) -> tuple[TensorEntry, ...]:
+    table, offset = [], 0
+    for name, dtype, shape in form:
+        called = _TRAVELS.get(dtype) or _TRAVELS.get(dtype.newbyteorder("<"))
+        if called is None:
+            raise ValueError(f"tensor '{name}' is {dtype}, which does not travel")
+        offset += -offset % ALIGNMENT
+        nbytes = math.prod(shape) * dtype.itemsize
+        table.append(TensorEntry(name, called, shape, offset, nbytes))
+        offset += nbytes
+    return tuple(table)
+
+
+def _checked(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    end = 0
+    for name, called, shape, offset, nbytes in table:
+        dtype = _READ.get(called)
+        if dtype is None:
+            raise ValueError(f"tensor '{name}' has the unknown dtype '{called}'")
+        if name in places:
+            raise ValueError(f"tensor '{name}' is there twice")
+        size = math.prod(shape)
+        if size * dtype.itemsize != nbytes:
+            raise ValueError(
+                f"tensor '{name}' of shape {shape} and {called} cannot have {nbytes} bytes"
+            )
+        if offset < end or offset % ALIGNMENT:
+            raise ValueError(f"tensor '{name}' has the wrong offset {offset}")
+        if not nbytes:
+            try:
+                np.empty(shape, dtype)
+            except (ValueError, OverflowError):  # no bytes, and yet a dimension beyond all bounds
+                told = f"tensor '{name}' has the impossible shape {shape}"
+                raise ValueError(told[:500]) from None
+        places[name] = Place(dtype, shape, offset, size)
+        end = offset + nbytes
+    return places

@@ -1,0 +1,123 @@
+"""Tensors in one piece of memory: the same as apart, whatever lies between them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fluffle_common.layout import Tensors, as_maps, layout_for, layout_of
+from fluffle_common.messages import TensorEntry
+from fluffle_common.weights import FLOATS, NotFinite, check_delta, check_finite, delta
+from fluffle_common.wire import lay_out
+from fluffle_coordinator.strategy import fedavg
+
+SHAPES = st.lists(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), max_size=5)
+RUBBISH = st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"\x01"])
+
+
+@st.composite
+def models(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    """Weights that are all of one dtype, or not."""
+    dtype = draw(st.sampled_from(FLOATS))
+    odd = draw(st.sampled_from([None, "int32", "float64"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    found = {
+        f"t{number}": rng.standard_normal(shape).astype(dtype)
+        for number, shape in enumerate(draw(SHAPES))
+    }
+    if odd is not None:
+        found["odd"] = rng.standard_normal(3).astype(odd)
+    return found
+
+
+def in_one_piece(weights: dict[str, np.ndarray], between: bytes = b"\0") -> Tensors:
+    """Lay weights out, with ``between`` in the gaps."""
+    layout = layout_for(weights)
+    memory = bytearray(between * layout.nbytes)
+    for entry in layout.table:
+        tensor = weights[entry.name]
+        memory[entry.offset : entry.offset + entry.nbytes] = tensor.tobytes()
+    return layout.over(bytes(memory))
+
+
+def same(one: object, other: object) -> bool:
+    return {n: t.tobytes() for n, t in one.items()} == {n: t.tobytes() for n, t in other.items()}
+
+
+@given(models(), RUBBISH)
+def test_one_piece_holds_what_was_apart(weights, between):
+    whole = in_one_piece(weights, between)
+    assert list(whole) == list(weights)
+    assert len(whole) == len(weights)
+    for name, tensor in weights.items():
+        assert whole[name].dtype == tensor.dtype
+        assert whole[name].shape == tensor.shape
+        assert not whole[name].flags.writeable
+    assert same(whole, weights)
+    with pytest.raises(KeyError):
+        whole["another"]
+
+
+@given(models())
+def test_one_piece_travels_as_what_is_apart_does(weights):
+    whole = in_one_piece(weights)
+    table, pieces = lay_out(whole)
+    assert table == lay_out(weights)[0]
+    assert b"".join(pieces) == b"".join(lay_out(weights)[1])
+    assert as_maps(table) == [entry._asdict() for entry in table]
+
+
+@pytest.mark.filterwarnings("error")
+@given(models(), st.lists(st.tuples(st.integers(1, 100), RUBBISH), min_size=1, max_size=3))
+def test_an_average_is_the_same_in_one_piece_and_apart_bit_by_bit(base, updates):
+    rng = np.random.default_rng(len(base))
+    learnt = [
+        delta(
+            {n: (t + rng.standard_normal(t.shape)).astype(t.dtype) for n, t in base.items()}, base
+        )
+        for _ in updates
+    ]
+    whole, apart = fedavg.init(in_one_piece(base)), fedavg.init(base)
+    for tensors, (count, between) in zip(learnt, updates, strict=True):
+        whole = fedavg.fold(whole, in_one_piece(dict(tensors), between), count)
+        apart = fedavg.fold(apart, dict(tensors), count)
+    averaged, _ = fedavg.finish(whole, in_one_piece(base, updates[0][1]))
+    expected, _ = fedavg.finish(apart, base)
+    assert same(averaged, expected)
+    # Nor does what was between the updates' tensors go on to all the other workers.
+    assert bytes(averaged.memory) == b"".join(lay_out(dict(averaged))[1])
+
+
+@given(models(), RUBBISH)
+def test_what_is_between_tensors_is_not_checked_and_what_is_in_them_is(weights, between):
+    whole = in_one_piece(weights, between)
+    check_finite(whole)
+    check_delta(in_one_piece(dict(delta(weights, weights)), between), whole)
+    floats = [name for name, tensor in weights.items() if tensor.dtype.kind == "f" and tensor.size]
+    for name in floats:
+        spoilt = {**weights, name: np.full_like(weights[name], np.nan)}
+        with pytest.raises(NotFinite, match=name):
+            check_finite(in_one_piece(spoilt, between))
+        if "odd" not in weights or weights["odd"].dtype.kind == "f":  # else its delta has another
+            with pytest.raises(NotFinite, match=name):
+                check_delta(in_one_piece(spoilt, between), in_one_piece(weights))
+
+
+def test_a_delta_has_nothing_of_this_processs_memory_between_its_tensors():
+    base = {"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)}
+    for _ in range(50):
+        np.full(1000, 255, np.uint8)  # what was here before
+        found = delta(base, base)
+        assert bytes(found.memory) == bytes(found.layout.nbytes)
+
+
+def test_a_form_is_worked_out_once_and_a_very_long_one_is_not_kept():
+    def table(length: int) -> tuple[TensorEntry, ...]:
+        return tuple(TensorEntry(f"t{n}", "float32", (1,), 64 * n, 4) for n in range(length))
+
+    assert layout_of(table(3)) is layout_of(table(3))
+    assert layout_for({"t0": np.zeros(1, np.float32)}) is layout_of(table(1))
+    assert layout_of(table(5001)) is not layout_of(table(5001))
