@@ -141,13 +141,13 @@ async def requeue(
             done = await _send_again(link, topology, Rejected(number, reading))
             found.append(done)
             if done.left is None:
-                await delivery.ack()
+                delivery.ack()
             else:
                 back.append(delivery)
             delivery.body = b""
     finally:
         for delivery in back:
-            await delivery.release()
+            delivery.release()
     return found
 
 
@@ -162,7 +162,7 @@ async def purge(link: Link, topology: Topology) -> int:
         delivery = await link.get(topology.rejected)
         if delivery is None:
             break
-        await delivery.ack()
+        delivery.ack()
         gone += 1
     return gone
 

@@ -85,4 +85,4 @@ async def held(
         yield each()
     finally:
         for delivery in taken:
-            await delivery.release()
+            delivery.release()

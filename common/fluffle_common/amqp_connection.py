@@ -20,7 +20,7 @@ from aiormq.connection import TransportFactory
 from yarl import URL
 
 from fluffle_common import amqp_frames as frames
-from fluffle_common.amqp_contents import LARGE_BYTES, Content, Contents
+from fluffle_common.amqp_contents import LARGE_BYTES, Arrived, Content, Contents
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
@@ -215,7 +215,7 @@ class Connection(aio_pika.Connection):
         super().__init__(*args, **options, transport_factory=self._beside)
 
     async def contents(
-        self, channel: AbstractChannel, delivered: Callable[[Content], object] | None = None
+        self, channel: AbstractChannel, delivered: Callable[[Arrived], object] | None = None
     ) -> Contents:
         """Take the contents of an open channel past aiormq from now on.
 

@@ -8,12 +8,14 @@ everything else that happens on it.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fluffle_common import amqp_frames as frames
+from fluffle_common.amqp_frames import Origin
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport import Body, Full, Unroutable
 
@@ -30,12 +32,22 @@ class Socket(Protocol):
     def writelines(self, pieces: list[Body]) -> None:
         """Send several pieces, without joining them."""
 
+    def is_closing(self) -> bool:
+        """Return whether nothing can be sent any more."""
 
-@dataclass(frozen=True, slots=True)
-class Content:
+
+class Content(NamedTuple):
     """A message that has come in: the payloads of its method and of its header, and its body."""
 
     method: bytes
+    header: bytes
+    body: Body
+
+
+class Arrived(NamedTuple):
+    """A message that is ours until we settle it: where from, its header's payload, its body."""
+
+    origin: Origin
     header: bytes
     body: Body
 
@@ -64,13 +76,15 @@ class Contents:
         number: int,
         socket: Socket,
         frame_max: int,
-        delivered: Callable[[Content], object] | None = None,
+        delivered: Callable[[Arrived], object] | None = None,
     ) -> None:
         self.number = number
         self._socket, self._frame_max, self._delivered = socket, frame_max, delivered
         self._published = 0  # how many; the broker counts them too, and confirms by number
         self._unconfirmed: dict[int, _Published] = {}
-        self._getting: deque[asyncio.Future[Content | None]] = deque()
+        self._getting: deque[asyncio.Future[Arrived | None]] = deque()
+        self._owed: set[int] = set()  # the tags of what came and is not settled yet
+        self._acked: list[int] = []  # in this turn of the loop
         self._over = False
 
     # --- what goes out -------------------------------------------------------------------------
@@ -96,25 +110,47 @@ class Contents:
             self._socket.writelines(pieces)
         return confirmed
 
-    def get(self, queue: str) -> asyncio.Future[Content | None]:
+    def get(self, queue: str) -> asyncio.Future[Arrived | None]:
         """Ask for one message; the future is done with it, or with None where there is none."""
-        got: asyncio.Future[Content | None] = asyncio.get_running_loop().create_future()
+        got: asyncio.Future[Arrived | None] = asyncio.get_running_loop().create_future()
         self._getting.append(got)
         self._socket.write(frames.get(self.number, queue))
         return got
 
     def ack(self, tag: int, *, all_before: bool = False) -> None:
-        """Acknowledge a delivery; nothing happens where the channel is over."""
-        if not self._over:
-            self._socket.write(frames.ack(self.number, tag, all_before=all_before))
+        """Acknowledge a delivery; nothing happens where the channel is over.
+
+        What is acknowledged in one turn of the loop leaves together, as few frames.
+        """
+        if self._over:
+            return
+        if not self._acked:
+            asyncio.get_running_loop().call_soon(self._send_acks)
+        self._acked += [one for one in self._owed if one < tag] if all_before else []
+        self._acked.append(tag)
+
+    def _send_acks(self) -> None:
+        if self._over or not self._acked:
+            return
+        self._owed.difference_update(self._acked)
+        still_owed = min(self._owed, default=math.inf)
+        together = max((tag for tag in self._acked if tag < still_owed), default=0)
+        tags = [together] if together else []
+        tags += [tag for tag in self._acked if tag > together]
+        self._acked = []
+        pieces = [frames.ack(self.number, tag, all_before=tag == together) for tag in tags]
+        self._socket.write(b"".join(pieces))
 
     def requeue(self, tag: int) -> None:
         """Give a delivery back; nothing happens where the channel is over."""
         if not self._over:
+            self._owed.discard(tag)
             self._socket.write(frames.requeue(self.number, tag))
 
     def lose(self, why: LinkLost) -> None:
         """Let go: whoever waits is told why, and nothing more is sent."""
+        if not self._socket.is_closing():
+            self._send_acks()
         self._over = True
         waiting: list[asyncio.Future[Any]] = [one.confirmed for one in self._unconfirmed.values()]
         waiting += self._getting
@@ -143,16 +179,22 @@ class Contents:
         """Take a message that is complete."""
         match frames.kind_of(content.method):
             case frames.DELIVER:
+                arrived = self._ours(content)
                 if self._delivered is not None:
-                    self._delivered(content)
+                    self._delivered(arrived)
             case frames.GET_OK:
-                self._answer(content)
+                self._answer(self._ours(content))
             case frames.RETURN:  # its confirmation follows
                 message_id = frames.properties(content.header).message_id or ""
                 for one in self._unconfirmed.values():
                     if one.message_id == message_id and one.returned is None:
                         one.returned = frames.returned(content.method)
                         break
+
+    def _ours(self, content: Content) -> Arrived:
+        origin = frames.origin(content.method)
+        self._owed.add(origin.tag)
+        return Arrived(origin, content.header, content.body)
 
     def _settle(self, payload: bytes, *, refused: bool) -> None:
         tag, all_before = frames.settled(payload)
@@ -170,11 +212,11 @@ class Contents:
             else:
                 one.confirmed.set_result(None)
 
-    def _answer(self, content: Content | None) -> None:
+    def _answer(self, arrived: Arrived | None) -> None:
         if not self._getting:
             return
         got = self._getting.popleft()
         if not got.done():
-            got.set_result(content)
-        elif content is not None:  # whoever asked has left
-            self.requeue(frames.origin(content.method).tag)
+            got.set_result(arrived)
+        elif arrived is not None:  # whoever asked has left
+            self.requeue(arrived.origin.tag)

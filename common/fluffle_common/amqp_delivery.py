@@ -9,7 +9,7 @@ import aio_pika
 from pamqp.commands import Basic
 
 from fluffle_common import amqp_frames as frames
-from fluffle_common.amqp_contents import Content, Contents
+from fluffle_common.amqp_contents import Arrived, Contents
 from fluffle_common.transport import Body, HeaderValue, Properties
 
 
@@ -17,16 +17,16 @@ class AmqpDelivery:
     """See ``transport.Delivery``; of its properties, what nobody asks for is not read.
 
     Args:
-        content: what came in.
+        arrived: what came in.
         queue: where it was taken from.
         contents: the channel that it came over.
     """
 
-    def __init__(self, content: Content, queue: str, contents: Contents) -> None:
-        self.body: Body = content.body
+    def __init__(self, arrived: Arrived, queue: str, contents: Contents) -> None:
+        self.body: Body = arrived.body
         self.queue = queue
-        tag, self.redelivered, self.exchange, self._key = frames.origin(content.method)
-        self._header, self._contents = content.header, contents
+        tag, self.redelivered, self.exchange, self._key = arrived.origin
+        self._header, self._contents = arrived.header, contents
         self._tag: int | None = tag  # None once it is settled
 
     @cached_property
@@ -62,13 +62,13 @@ class AmqpDelivery:
             user=read.user_id or None,
         )
 
-    async def ack(self, *, all_before: bool = False) -> None:
+    def ack(self, *, all_before: bool = False) -> None:
         """See ``transport.Delivery``; ``all_before``: and all that its channel brought before."""
         tag = self.disown()
         if tag is not None:
             self._contents.ack(tag, all_before=all_before)
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """See ``transport.Delivery``."""
         tag = self.disown()
         if tag is not None:

@@ -18,7 +18,7 @@ from aio_pika.abc import AbstractChannel
 
 from fluffle_common import amqp_frames as frames
 from fluffle_common.amqp_connection import Connection
-from fluffle_common.amqp_contents import Content, Contents
+from fluffle_common.amqp_contents import Arrived, Contents
 from fluffle_common.amqp_delivery import AmqpDelivery
 from fluffle_common.amqp_errors import as_ours, declaring, told
 from fluffle_common.errors import LinkLost
@@ -57,7 +57,7 @@ class AmqpLink(Link):
         self._why = "the link was closed"
         self._under_way_bytes = 0
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
-        self._readers: dict[asyncio.Queue[Content | None], str] = {}
+        self._readers: dict[asyncio.Queue[Arrived | None], str] = {}
         self._contents: set[Contents] = set()  # of the channels that are open
         self._get: AbstractChannel
         self._publishing: Contents
@@ -178,10 +178,10 @@ class AmqpLink(Link):
         *,
         exclusive: bool = False,
         arguments: dict[str, Any] | None = None,
-    ) -> tuple[asyncio.Queue[Content | None], AbstractChannel, Contents]:
+    ) -> tuple[asyncio.Queue[Arrived | None], AbstractChannel, Contents]:
         """Begin to consume over a channel of its own."""
         self._check()
-        arrived: asyncio.Queue[Content | None] = asyncio.Queue()
+        arrived: asyncio.Queue[Arrived | None] = asyncio.Queue()
         with as_ours():
             channel = self._connections[1].channel(publisher_confirms=False)
             # A refusal closes the channel, which must not take the link with it: so the channel
@@ -209,7 +209,7 @@ class AmqpLink(Link):
     async def _deliveries(
         self,
         queue: str,
-        arrived: asyncio.Queue[Content | None],
+        arrived: asyncio.Queue[Arrived | None],
         channel: AbstractChannel,
         contents: Contents,
     ) -> AsyncGenerator[AmqpDelivery]:
@@ -224,7 +224,7 @@ class AmqpLink(Link):
             await self._unsubscribe(arrived, channel, contents)
 
     async def _unsubscribe(
-        self, arrived: asyncio.Queue[Content | None], channel: AbstractChannel, contents: Contents
+        self, arrived: asyncio.Queue[Arrived | None], channel: AbstractChannel, contents: Contents
     ) -> None:
         tag = self._readers.pop(arrived)
         self._contents.discard(contents)
@@ -269,7 +269,7 @@ class AmqpLink(Link):
                     content = arrived.get_nowait()
                     if content is not None:
                         found = AmqpDelivery(content, stream, contents)
-                        await found.ack()
+                        found.ack()
         finally:
             await self._unsubscribe(arrived, channel, contents)
 
@@ -335,7 +335,7 @@ async def _nothing(_: Any) -> None:
 async def _ours_at_once(deliveries: AsyncGenerator[Delivery]) -> AsyncGenerator[Delivery]:
     async with contextlib.aclosing(deliveries):
         async for delivery in deliveries:
-            await delivery.ack()
+            delivery.ack()
             yield delivery
 
 
@@ -348,7 +348,7 @@ async def _entries(deliveries: AsyncGenerator[AmqpDelivery]) -> AsyncGenerator[D
             if count % _STREAM_ACK_EVERY:
                 entry.disown()
             else:
-                await entry.ack(all_before=True)
+                entry.ack(all_before=True)
             yield entry
 
 

@@ -124,12 +124,12 @@ class MemoryDelivery:
         self._source, self._stored, self._link = queue, stored, link
         link.held.append(self)
 
-    async def ack(self) -> None:
+    def ack(self) -> None:
         """See ``transport.Delivery``."""
         if self._settle():
             self._source.dispatch()
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """See ``transport.Delivery``."""
         self.give_back()
         self._source.dispatch()
@@ -230,7 +230,7 @@ class MemoryLink(Link):
 
     async def _copy(self, source: _Queue, stored: _Stored) -> Delivery:
         copy = MemoryDelivery(source, stored, self, None)
-        await copy.ack()  # nothing is taken out of a stream, so nothing may be given back to it
+        copy.ack()  # nothing is taken out of a stream, so nothing may be given back to it
         return copy
 
     async def newest(self, stream: str) -> Delivery | None:
@@ -259,7 +259,7 @@ class MemoryLink(Link):
         try:
             async with contextlib.aclosing(deliveries):
                 async for delivery in deliveries:
-                    await delivery.ack()
+                    delivery.ack()
                     yield delivery
         finally:
             self._taps.discard(queue)

@@ -141,7 +141,7 @@ async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, reject
         headers=headers,
     )
     await link.publish(delivery.body, properties, exchange="", keys=[rejected])
-    await delivery.ack()
+    delivery.ack()
 
 
 def _in_bounds(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
@@ -192,7 +192,7 @@ async def fetch(
             except MalformedMessage as wrong:
                 await reject(link, delivery, wrong, rejected)
                 continue
-            await delivery.ack()
+            delivery.ack()
             if assembly.complete:
                 return assembly.payload()
     raise PartsGone(f"{assembly.done_parts} of {transfer.parts} parts came")

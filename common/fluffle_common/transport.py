@@ -106,10 +106,10 @@ class Delivery(Protocol):
     def offset(self) -> int | None:
         """See above."""
 
-    async def ack(self) -> None:
-        """We are done with it."""
+    def ack(self) -> None:
+        """We are done with it; the broker hears of it soon, and before the link is closed."""
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """Give it back: it goes to the queue again."""
 
 

@@ -1,4 +1,4 @@
-"""What leaves the coordinator: publishes and acknowledgements, one after the other, in order.
+"""What the coordinator publishes, one message after the other, in order.
 
 A publish that a lost link interrupts is dropped here: when the link is back, the round machine
 sends again whatever is still wanted.
@@ -78,10 +78,6 @@ class Outgoing:
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""
         await self._jobs.join()
-
-    def settle(self, ack: Callable[[], Awaitable[None]]) -> None:
-        """Acknowledge, after what was asked for before."""
-        self._jobs.put_nowait(lambda _: ack())
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""

@@ -6,8 +6,8 @@ Data flows one way::
                                                           └─> aggregation (fold, commit, in order)
                                                                    └──> events
 
-Only the ``_machine`` task changes the state. Publishing and aggregation have a queue and a
-task each, so that neither a slow broker nor a slow disk keeps signs of life from being heard.
+Only ``_post`` changes the state, one event after the other. Publishing and aggregation have a queue
+and a task each, so that neither a slow broker nor a slow disk keeps signs of life from being heard.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,7 @@ from fluffle_coordinator.view import Watcher, waiting_for
 
 # How long the end of a run may wait for the journal to be on the broker.
 _JOURNAL_DRAIN_S = 2.0
-
-
+# How often, at most, what is due is looked for while much happens.
 _LOOK_EVERY_S = 0.1
 
 
@@ -112,10 +112,14 @@ class Coordinator:
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
-        self._events: asyncio.Queue[ev.Event] = asyncio.Queue()
+        self._events: deque[ev.Event] = deque()
+        self._taking = False
+        self._ended: asyncio.Future[None]
         self._deliveries: dict[rs.Handle, Held] = {}
         self._link: Link | None = None
-        self._looked_at = 0.0  # when it was last asked what time has to bring
+        self._next_look: asyncio.TimerHandle
+        self._look_at = 0.0  # when it is asked next what time has brought
+        self._said_at, self._said = time.monotonic(), ""  # what is waited for
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
         self._aggregation = Aggregation(
@@ -126,7 +130,7 @@ class Coordinator:
             link=lambda: self._link,
             metadata=self._metadata,
             tell=self._tell,
-            post=self._events.put_nowait,
+            post=self._post,
             keep_updates=settings.keep_updates,
         )
         self._outgoing = Outgoing(topology, saved.run, settings, lambda: self._link, self._tell)
@@ -144,15 +148,20 @@ class Coordinator:
 
     async def run(self) -> rs.State:
         """Run to the end; cancel it to stop earlier, which loses nothing that a restart needs."""
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._next_look = loop.call_later(0.0, self._look)
         tasks = [
             asyncio.create_task(work(), name=work.__name__)
             for work in (self._links, self._aggregation.run, self._outgoing.run)
         ]
-        machine = asyncio.create_task(self._machine(), name="machine")
         try:
-            done, _ = await asyncio.wait({machine, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({self._ended, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # the helpers run for ever: one that is done has failed
+            await self._aggregation.drained()
+            await self._outgoing.drained()
+            self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
         except asyncio.CancelledError:
             if self.state.outcome is None:
                 self._tell("interrupted", {"folder": str(self._folder)})
@@ -160,54 +169,65 @@ class Coordinator:
         finally:
             if self._journal is not None:
                 await self._journal.drained(_JOURNAL_DRAIN_S)
-            for task in (machine, *tasks):
+            self._next_look.cancel()
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(machine, *tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         return self.state
 
     # --- the machine ---------------------------------------------------------------------------
 
-    async def _machine(self) -> None:
-        said_at, said = time.monotonic(), ""
-        every = self._settings.waiting_every_s
-        while self.state.phase is not rs.Phase.ENDED:
-            event = await self._next_event(said_at + every)
-            self.state, effects = rounds.advance(self.state, event)
-            for effect in effects:
-                self._perform(effect)
-            now = time.monotonic()
-            self._watcher.show(self.state, now)
-            waiting = self.state.phase is rs.Phase.WAITING
-            in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
-            if now >= said_at + every or in_short != said:
-                told = waiting_for(self.state, now)
-                if told and effects and now < said_at + every:
-                    continue  # what was told just now says more; this, when nothing else happens
-                if told:
-                    self._tell("waiting", {"reason": told})
-                said_at, said = now, in_short
-        await self._aggregation.drained()
-        await self._outgoing.drained()
-        self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
-
-    async def _next_event(self, latest: float) -> ev.Event:
-        now = time.monotonic()
-        look_at = self._looked_at + _LOOK_EVERY_S
-        if now < look_at:  # what time has to bring is not asked for at each of many events
-            if not self._events.empty():
-                return self._events.get_nowait()
-            until = look_at - now
-        else:
-            self._looked_at = now
-            until = min(latest, rounds.wakeup(self.state)) - now
-        late = asyncio.get_running_loop().call_later(max(0.0, until), self._tick)
+    def _post(self, event: ev.Event) -> None:
+        """Take an event and do what follows: now, or right after the event being taken now."""
+        self._events.append(event)
+        if self._taking:
+            return
+        self._taking = True
         try:
-            return await self._events.get()
+            while self._events:
+                self._take(self._events.popleft())
+        except Exception as wrong:  # whoever posts can do nothing about it: it ends the run
+            if not self._ended.done():
+                self._ended.set_exception(wrong)
         finally:
-            late.cancel()
+            self._taking = False
 
-    def _tick(self) -> None:
-        self._events.put_nowait(ev.Tick(time.monotonic()))
+    def _take(self, event: ev.Event) -> None:
+        self.state, effects = rounds.advance(self.state, event)
+        for effect in effects:
+            self._perform(effect)
+        now = time.monotonic()
+        self._watcher.show(self.state, now)
+        self._say_what_is_waited_for(now, just_told=bool(effects))
+        if self.state.phase is rs.Phase.ENDED and not self._ended.done():
+            self._ended.set_result(None)
+        if self._look_at > now + _LOOK_EVERY_S:
+            self._look_in(_LOOK_EVERY_S)
+
+    def _look(self) -> None:
+        """Ask what time has brought; at many events, that is not asked at each of them."""
+        self._post(ev.Tick(time.monotonic()))
+        wakeup = min(self._said_at + self._settings.waiting_every_s, rounds.wakeup(self.state))
+        left_s = wakeup - time.monotonic()
+        self._look_in(left_s if left_s > 0 else _LOOK_EVERY_S)
+
+    def _look_in(self, seconds: float) -> None:
+        self._next_look.cancel()
+        self._look_at = time.monotonic() + seconds
+        self._next_look = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
+        waiting = self.state.phase is rs.Phase.WAITING
+        in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
+        late = now >= self._said_at + self._settings.waiting_every_s
+        if not late and in_short == self._said:
+            return
+        told = waiting_for(self.state, now)
+        if told and just_told and not late:
+            return  # what was told just now says more; this, when nothing else happens
+        if told:
+            self._tell("waiting", {"reason": told})
+        self._said_at, self._said = now, in_short
 
     def _perform(self, effect: fx.Effect) -> None:
         match effect:
@@ -220,7 +240,7 @@ class Coordinator:
             case fx.Ack(handle):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
-                    self._outgoing.settle(held.delivery.ack)
+                    held.delivery.ack()
             case fx.Reject(handle, reason, cause):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
@@ -270,14 +290,14 @@ class Coordinator:
                     self._tell("disconnected", {"reason": str(gone)})
                 finally:
                     self._link = None
-                    self._events.put_nowait(ev.Disconnected(time.monotonic()))
+                    self._post(ev.Disconnected(time.monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
         await link.declare(self._topology.shared())
         # Whoever reads the signs of life, alone, is the federation's coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
         self._link = link
-        self._events.put_nowait(ev.Connected(time.monotonic(), number))
+        self._post(ev.Connected(time.monotonic(), number))
         updates = await link.consume(
             self._topology.updates, prefetch=self._settings.max_workers + 100
         )
@@ -293,7 +313,7 @@ class Coordinator:
             except MalformedMessage as wrong:
                 self._reject(delivery, wrong)
             else:
-                await delivery.ack()
+                delivery.ack()
 
     def _presence(self, message: Any) -> None:
         now = time.monotonic()
@@ -307,11 +327,11 @@ class Coordinator:
                         exclude={"protocol", "federation", "pad", "kind", "worker"}
                     ),
                 )
-                self._events.put_nowait(ev.Seen(now, worker, isinstance(message, Hello)))
+                self._post(ev.Seen(now, worker, isinstance(message, Hello)))
             case Bye(worker=worker_name, session=session, reason=reason):
-                self._events.put_nowait(ev.Left(now, worker_name, session, reason))
+                self._post(ev.Left(now, worker_name, session, reason))
             case Failure(worker=worker_name, run=run, round=number, reason=reason):
-                self._events.put_nowait(ev.Failed(now, worker_name, run, number, reason))
+                self._post(ev.Failed(now, worker_name, run, number, reason))
             case _:
                 raise MalformedMessage(
                     f"a message of kind {message.kind} is no sign of life", "kind"
@@ -347,12 +367,12 @@ class Coordinator:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload)
                 told = (message.run, message.round, message.worker, message.num_examples)
-                self._events.put_nowait(ev.Arrived(now, handle, *told, message.base))
+                self._post(ev.Arrived(now, handle, *told, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
-                self._events.put_nowait(ev.EvaluationArrived(now, *of, found, message.base))
-                await delivery.ack()
+                self._post(ev.EvaluationArrived(now, *of, found, message.base))
+                delivery.ack()
             case FirstWeights() if message.run == self.state.run:
                 self._aggregation.take_first(Held(delivery, message, payload))
             case FirstWeights():

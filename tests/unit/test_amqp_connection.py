@@ -12,7 +12,7 @@ from pamqp.heartbeat import Heartbeat
 
 from fluffle_common import amqp_frames as frames
 from fluffle_common.amqp_connection import Incoming
-from fluffle_common.amqp_contents import Content, Contents
+from fluffle_common.amqp_contents import Arrived, Contents
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport import Full, Unroutable
 
@@ -54,8 +54,8 @@ class Ends:
 
     def __init__(self, *channels: int, frame_max: int = FRAME_MAX) -> None:
         self.fed, self.written = bytearray(), bytearray()
-        self.now = 0.0
-        self.delivered: list[tuple[int, Content]] = []
+        self.now, self.closing = 0.0, False
+        self.delivered: list[tuple[int, Arrived]] = []
         self.incoming = Incoming(self.fed.extend, lambda: self.now)
         self.contents = {
             number: Contents(
@@ -75,6 +75,9 @@ class Ends:
     def writelines(self, pieces: list[bytes]) -> None:
         self.written += b"".join(pieces)
 
+    def is_closing(self) -> bool:
+        return self.closing
+
 
 @given(
     sizes=st.lists(SIZES, min_size=1, max_size=6),
@@ -90,9 +93,7 @@ def test_bodies_come_whole_however_the_socket_cuts_the_bytes(sizes, cuts):
         at += cuts[turn % len(cuts)]
         turn += 1
     assert [one.body for _, one in ends.delivered] == bodies
-    assert [frames.origin(one.method).tag for _, one in ends.delivered] == [
-        *range(1, len(bodies) + 1)
-    ]
+    assert [one.origin.tag for _, one in ends.delivered] == [*range(1, len(bodies) + 1)]
     assert ends.fed == beat * len(bodies)
 
 
@@ -270,7 +271,7 @@ async def test_getting_takes_what_comes_in_order():
     ends.incoming.received(b"".join(framed(1, got, bytes(SMALL))))
     ends.incoming.received(frame.marshal(commands.Basic.GetEmpty(), 1))
     there = getting[0].result()
-    assert frames.origin(there.method) == (8, True, "letters.results", "part.w1")
+    assert there.origin == (8, True, "letters.results", "part.w1")
     assert there.body == bytes(SMALL)
     assert getting[1].result() is None
 
@@ -284,6 +285,47 @@ async def test_a_lost_channel_tells_all_who_wait_and_writes_no_more():
     ends.contents[1].requeue(1)
     assert outcomes(waiting) == [LinkLost, LinkLost]
     assert not ends.written
+
+
+@given(
+    turns=st.lists(
+        st.tuples(st.integers(0, 4), st.lists(st.integers(0, 10**6), max_size=5)), max_size=8
+    ),
+    cut=st.booleans(),
+)
+def test_just_what_was_acknowledged_is_however_few_frames_say_so(turns, cut):
+    async def run() -> None:
+        ends, tag, open_tags, acked = Ends(1), 0, [], set()
+        for arriving, choices in turns:
+            for _ in range(arriving):
+                tag += 1
+                open_tags.append(tag)
+                ends.incoming.received(b"".join(deliver(1, tag, b"x")))
+            for choice in choices[: len(open_tags)]:
+                mine = open_tags.pop(choice % len(open_tags))
+                acked.add(mine)
+                ends.contents[1].ack(mine)
+            before = len(ends.written)
+            await asyncio.sleep(0)
+            if choices and not open_tags:
+                assert len(sent(bytes(ends.written[before:]))) <= 1
+        if open_tags:
+            acked.add(open_tags[0])
+            ends.contents[1].ack(open_tags[0])
+        ends.closing = cut
+        ends.contents[1].lose(LinkLost("the end"))
+        if cut and open_tags:
+            acked.discard(open_tags[0])
+        owed = set(range(1, tag + 1))
+        for one in sent(bytes(ends.written)):
+            settled = {each for each in owed if each <= one.delivery_tag}
+            settled = settled if one.multiple else {one.delivery_tag}
+            assert settled
+            assert settled <= owed  # RabbitMQ closes the channel otherwise
+            owed -= settled
+        assert owed == set(range(1, tag + 1)) - acked
+
+    asyncio.run(run())
 
 
 def test_what_settles_a_delivery_reads_as_amqp():

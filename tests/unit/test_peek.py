@@ -47,7 +47,7 @@ async def drain(link: MemoryLink, queue: str) -> list[bytes]:
     found = []
     while (delivery := await link.get(queue)) is not None:
         found.append(delivery.body)
-        await delivery.ack()
+        delivery.ack()
     return found
 
 
@@ -88,10 +88,10 @@ async def test_peeking_at_what_is_read_waits_for_nobody(broker, link):
     first = await anext(reader)
     peeked = await peek(await broker.open(), TOPOLOGY, "updates", 5)
     assert [reading.round for reading in peeked.readings] == [2, 3]
-    await first.ack()
+    first.ack()
     second = await anext(reader)
     assert second.redelivered
-    await second.ack()
+    second.ack()
     assert not (await anext(reader)).properties.headers.keys() - {
         "round", "worker", "num_examples", "bytes",
     }  # fmt: skip

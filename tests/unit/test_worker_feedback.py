@@ -58,7 +58,7 @@ class Coordinator:
         fit = Fit(**ids, evaluate=False, plan=Plan(compress=how))
         await send_tensors(self.link, fit, WEIGHTS, Route(TOPOLOGY.work, ["w"]))
         delivery = await anext(self.updates)
-        await delivery.ack()
+        delivery.ack()
         return bytes(delivery.body)
 
 

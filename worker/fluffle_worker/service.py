@@ -232,7 +232,7 @@ class WorkerService:
                 self._tell("rejected", {"reason": str(wrong)})
                 await reject(link, delivery, wrong, self._topology.rejected)
             else:
-                await delivery.ack()
+                delivery.ack()
 
     def _receive(self, message: Any, payload: memoryview) -> None:
         match message:
@@ -449,4 +449,4 @@ class WorkerService:
                 self._tell("rejected", {"reason": str(wrong)})
                 await reject(link, delivery, wrong, self._topology.rejected)
             else:
-                await delivery.ack()
+                delivery.ack()
