@@ -27,6 +27,8 @@ _DEFAULT_FRAME_MAX = 131072
 # aiormq gives a connection up on which it sees no frame for a minute: so often it is shown a
 # heartbeat instead of the frames that it does not see.
 _SHOW_LIFE_S = 5.0
+_NO_END = "a frame does not end where it said it would"
+_WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
@@ -92,27 +94,30 @@ class Incoming:
             data, self._rest = self._rest + data, b""
         at, end, seen = 0, len(data), False
         view = memoryview(data)
-        while True:
-            if self._into is not None:
-                at = self._fill(self._into, view, at)
-            if at < end and (self._foreign or data[at] not in _KINDS):
+        if self._into is not None:
+            at = self._fill(self._into, view, at)
+        while at < end:
+            if self._foreign or data[at] not in _KINDS:
                 self._foreign = True
                 self._feed(data[at:])
                 return
-            if end - at < frames.FRAME.size:
+            start = at + frames.FRAME.size
+            if start > end:
                 break
             kind, channel, size = frames.FRAME.unpack_from(data, at)
-            start, stop = at + frames.FRAME.size, at + frames.FRAME.size + size
+            stop = start + size
             if kind == frames.BODY and channel in self._coming:
-                self._into, self._left, at = self._coming[channel], size + len(frames.END), start
+                self._into, self._left = self._coming[channel], size + len(frames.END)
+                at = self._fill(self._into, view, start)
                 continue
-            if stop + len(frames.END) > end:
+            if stop >= end:
                 break
-            _check_end(view[stop : stop + len(frames.END)])
+            if data[stop] != frames.END_BYTE:
+                raise ConnectionError(_NO_END)
             if not self._take(kind, channel, data[start:stop]):
-                self._feed(data[at : stop + len(frames.END)])
+                self._feed(data[at : stop + 1])
                 seen = True
-            at = stop + len(frames.END)
+            at = stop + 1
         self._rest = data[at:]
         self._show_life(seen)
 
@@ -126,7 +131,8 @@ class Incoming:
         self._left -= count
         at += count
         if self._left == len(frames.END) and at < len(view):
-            _check_end(view[at : at + len(frames.END)])
+            if view[at] != frames.END_BYTE:
+                raise ConnectionError(_NO_END)
             at, self._into = at + len(frames.END), None
             self._finish(coming)
         return at
@@ -137,7 +143,7 @@ class Incoming:
         if contents is None:
             return False
         if kind == frames.METHOD:
-            if frames.kind_of(payload) in (frames.DELIVER, frames.GET_OK, frames.RETURN):
+            if frames.kind_of(payload) in _WITH_CONTENT:
                 self._coming[channel] = _Coming(contents, payload)
                 return True
             return contents.method(payload)
@@ -160,11 +166,6 @@ class Incoming:
             seen = True
         if seen:
             self._fed_at = now
-
-
-def _check_end(end: memoryview) -> None:
-    if end != frames.END:
-        raise ConnectionError("a frame does not end where it said it would")
 
 
 class _Protocol(asyncio.StreamReaderProtocol):

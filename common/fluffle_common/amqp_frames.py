@@ -7,6 +7,7 @@ by ``pamqp``, and most are never read.
 
 from __future__ import annotations
 
+import functools
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +20,20 @@ from fluffle_common.transport import Body
 
 METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
 END = b"\xce"
+END_BYTE = END[0]
 FRAME = struct.Struct(">BHI")  # type, channel, size; then the payload and one byte that ends it
 A_HEARTBEAT = FRAME.pack(HEARTBEAT, 0, 0) + END
 
-# What a method's payload begins with: its class and number.
-KIND = struct.Struct(">HH")
-RETURN, DELIVER, GET_OK, GET_EMPTY = (60, 50), (60, 60), (60, 71), (60, 72)
-ACK, NACK = (60, 80), (60, 120)
-_PUBLISH, _GET = (60, 40), (60, 70)
+# What a method's payload begins with: its class, Basic, and number.
+_BASIC = 60
+_PUBLISH, RETURN, DELIVER, _GET, GET_OK, GET_EMPTY, ACK, NACK = (
+    struct.pack(">HH", _BASIC, number) for number in (40, 50, 60, 70, 71, 72, 80, 120)
+)
+_KIND_SIZE = 4
 
-_SIZE_AT = KIND.size  # in the payload of a content's header, after class and weight
+_SIZE_AT = _KIND_SIZE  # in the payload of a content's header, after class and weight
 _SIZE, _TAG = struct.Struct(">Q"), struct.Struct(">Q")
-_SETTLED = struct.Struct(">HHQB")
+_SETTLED = struct.Struct(">4sQB")
 _HEAD = struct.Struct(">HHQH")  # of a content's header: class, weight, size of the body, flags
 _ALL_BEFORE, _REQUEUE = 1, 2
 _MANDATORY = 1
@@ -57,9 +60,9 @@ def frame(kind: int, channel: int, payload: bytes) -> bytes:
     return FRAME.pack(kind, channel, len(payload)) + payload + END
 
 
-def kind_of(payload: bytes) -> tuple[int, int]:
-    """Return a method's class and number."""
-    return KIND.unpack_from(payload)
+def kind_of(payload: bytes) -> bytes:
+    """Return a method's class and number, as they are on the wire."""
+    return payload[:_KIND_SIZE]
 
 
 def body_size(payload: bytes) -> int:
@@ -89,7 +92,7 @@ def publish(
         ValueError: where a name has more than 255 bytes.
     """
     method = b"".join(
-        [KIND.pack(*_PUBLISH), b"\0\0", _short(exchange), _short(key), bytes([_MANDATORY])]
+        [_PUBLISH, b"\0\0", _short(exchange), _short(key), bytes([_MANDATORY])]
     )
     flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _TIMESTAMP | _TYPE | _USER_ID
     properties = [
@@ -103,7 +106,7 @@ def publish(
     ]
     if message_id:
         flags |= _MESSAGE_ID
-    head = b"".join([_HEAD.pack(_PUBLISH[0], 0, size, flags), *properties])
+    head = b"".join([_HEAD.pack(_BASIC, 0, size, flags), *properties])
     return frame(METHOD, channel, method) + frame(HEADER, channel, head)
 
 
@@ -119,19 +122,20 @@ def bodies(channel: int, body: Body, frame_max: int) -> Iterator[Body]:
 
 def ack(channel: int, tag: int, *, all_before: bool) -> bytes:
     """Return the frame that acknowledges a delivery."""
-    return frame(METHOD, channel, _SETTLED.pack(*ACK, tag, _ALL_BEFORE if all_before else 0))
+    return frame(METHOD, channel, _SETTLED.pack(ACK, tag, _ALL_BEFORE if all_before else 0))
 
 
 def requeue(channel: int, tag: int) -> bytes:
     """Return the frame that gives a delivery back."""
-    return frame(METHOD, channel, _SETTLED.pack(*NACK, tag, _REQUEUE))
+    return frame(METHOD, channel, _SETTLED.pack(NACK, tag, _REQUEUE))
 
 
 def get(channel: int, queue: str) -> bytes:
     """Return the frame that asks for one message, to be acknowledged."""
-    return frame(METHOD, channel, KIND.pack(*_GET) + b"\0\0" + _short(queue) + b"\0")
+    return frame(METHOD, channel, _GET + b"\0\0" + _short(queue) + b"\0")
 
 
+@functools.lru_cache(1024)  # most are the same in every message
 def _short(text: str) -> bytes:
     data = text.encode()
     return bytes([len(data)]) + data
@@ -163,13 +167,13 @@ def _value(value: Value) -> bytes:
 
 def settled(payload: bytes) -> tuple[int, bool]:
     """Return what a confirmation confirms, or refuses: a tag, and whether all before it too."""
-    _, _, tag, flags = _SETTLED.unpack_from(payload)
+    _, tag, flags = _SETTLED.unpack_from(payload)
     return tag, bool(flags & _ALL_BEFORE)
 
 
 def origin(payload: bytes) -> Origin:
     """Read the method of a delivery, or of what was got."""
-    at = KIND.size
+    at = _KIND_SIZE
     if kind_of(payload) == DELIVER:
         at += 1 + payload[at]  # the consumer's tag is first
     (tag,) = _TAG.unpack_from(payload, at)
@@ -180,7 +184,7 @@ def origin(payload: bytes) -> Origin:
 
 def returned(payload: bytes) -> str:
     """Say why, and from where, a message was returned."""
-    reason, after = _read_short(payload, KIND.size + 2)
+    reason, after = _read_short(payload, _KIND_SIZE + 2)
     exchange, after = _read_short(payload, after)
     key, _ = _read_short(payload, after)
     return f"{reason} at exchange '{exchange}' for '{key}'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -68,17 +68,20 @@ class Console:
         """Whether there is a terminal to draw bars on."""
         return self._progress is not None
 
-    def line(self, event: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
+    def line(
+        self, event: str, text: Callable[[], str], fields: Mapping[str, Any] | None = None
+    ) -> None:
         """Write one event: ``text`` for people, ``event`` and ``fields`` for programs."""
         if self._json:
             told = {"time": timestamp(), "event": event, **self._always, **(fields or {})}
-            text = _as_json(told)
+            written = _as_json(told)
         else:
-            text = f"{time.strftime('%H:%M:%S')}  {text}"
+            written = f"{time.strftime('%H:%M:%S')}  {text()}"
         if self._progress is not None:
-            self._progress.console.print(text, markup=False)
+            self._progress.console.print(written, markup=False)
         else:
-            print(text, file=self._stream, flush=True)
+            self._stream.write(f"{written}\n")
+            self._stream.flush()
 
     def bar(self, label: str, done: float, total: float, description: str = "") -> None:
         """Draw or move a bar; nothing happens where there is no terminal."""

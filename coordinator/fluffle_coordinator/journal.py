@@ -40,7 +40,7 @@ _WINDOW = 64
 # message, which costs the coordinator and the broker much less.
 _FEW = 8
 # An event is told of the broker itself; the address of it is no news to who reads there.
-_NOT_SAID = frozenset({"address"})
+_NOT_SAID = "address"
 # Told at every attempt; what the journal keeps of an outage is ``disconnected`` and the next link.
 _NOT_KEPT = frozenset({"no_broker"})
 # Told again and again while they last; kept when they change, and only their numbers do not count.
@@ -95,7 +95,8 @@ class Journal(Watcher):
             return
         if len(self._told) == self._told.maxlen:
             self._dropped += 1  # the deque lets go of its oldest
-        kept = {key: value for key, value in fields.items() if key not in _NOT_SAID}
+        kept = {**fields}
+        kept.pop(_NOT_SAID, None)
         self._told.append(_Noted(what, self._now(), self._run, kept))
         if self._linked:
             self._at_rest.clear()

@@ -65,7 +65,8 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         journal = Journal(topology)
         watcher = Watchers(View(console), journal, *([page] if page else []))
         if page:
-            console.line("page", f"the page is at {page.url}", {"url": page.url})
+            url = page.url
+            console.line("page", lambda: f"the page is at {url}", {"url": url})
         run = _run(
             settings,
             transport,

@@ -29,9 +29,9 @@ This file takes the events in; ``progress`` has what follows from the state they
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fluffle_coordinator.effects import Ack, Fold, Refuse, Reject, Tell, Welcome
 from fluffle_coordinator.events import (
@@ -104,48 +104,13 @@ def start(
     )
 
 
-def advance(  # noqa: PLR0912 - one branch an event
-    state: State, event: Event
-) -> tuple[State, Effects]:
+def advance(state: State, event: Event) -> tuple[State, Effects]:
     """Take one event; return the next state and what is to be done, in this order."""
     if state.phase is Phase.ENDED:
         return state, []
     out: Effects = []
-    now = event.now
-    match event:
-        case Connected():
-            state = _connected(state, event, out)
-        case Disconnected():
-            if state.link:
-                state = state.but(link=0, unlinked_since=now)
-        case Seen():
-            state = _seen(state, event, out)
-        case Left(_, worker, session, reason):
-            known = state.workers.get(worker)
-            if known is not None and known.session == session:
-                out.append(Tell("left", {"worker": worker, "reason": reason}))
-                state = _without(state, [worker])
-        case Failed():
-            state = _failed(state, event, out)
-        case InitLost(_, worker) if worker == state.init_asked:
-            state = state.but(init_asked=None)
-        case WeightsReady(_, base):
-            state = state.but(has_weights=True, base=base)
-        case Arrived():
-            state = _arrived(state, event, out)
-        case Folded():
-            state = _folded(state, event, out)
-        case FoldFailed():
-            state = _fold_failed(state, event, out)
-        case EvaluationArrived():
-            state = _evaluation(state, event, out)
-        case Averaged():
-            state = _averaged(state, event)
-        case Committed():
-            state = _committed(state, event, out)
-        case Tick():
-            state = _gone(state, now, out)
-    return progress(state, now, out), out
+    state = _TAKE[type(event)](state, event, out)
+    return progress(state, event.now, out), out
 
 
 # --- one function an event ---------------------------------------------------------------------
@@ -164,13 +129,17 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
         link=event.link,
         workers=workers,
         asked=dict.fromkeys(state.asked, -math.inf),
-        received={w: replace(update, spares=()) for w, update in state.received.items()},
+        received={w: update._replace(spares=()) for w, update in state.received.items()},
         init_asked=None,
         opened_at=state.opened_at + outage_s,
         quorum_at=None if state.quorum_at is None else state.quorum_at + outage_s,
         waiting_since=state.waiting_since + outage_s,
         gate_until=state.gate_until + outage_s,
     )
+
+
+def _disconnected(state: State, event: Disconnected, _: Effects) -> State:
+    return state.but(link=0, unlinked_since=event.now) if state.link else state
 
 
 def _seen(state: State, event: Seen, out: Effects) -> State:
@@ -226,6 +195,22 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     return state
 
 
+def _left(state: State, event: Left, out: Effects) -> State:
+    known = state.workers.get(event.worker)
+    if known is None or known.session != event.session:
+        return state
+    out.append(Tell("left", {"worker": event.worker, "reason": event.reason}))
+    return _without(state, [event.worker])
+
+
+def _init_lost(state: State, event: InitLost, _: Effects) -> State:
+    return state.but(init_asked=None) if event.worker == state.init_asked else state
+
+
+def _weights_ready(state: State, event: WeightsReady, _: Effects) -> State:
+    return state.but(has_weights=True, base=event.base)
+
+
 def _failed(state: State, event: Failed, out: Effects) -> State:
     out.append(
         Tell("failure", {"worker": event.worker, "round": event.round, "reason": event.reason})
@@ -273,7 +258,7 @@ def _held_too(state: State, event: Arrived) -> State:
     """Hold what comes of a round that is being written: only then may it be let go of."""
     one = (event.handle, event.worker, event.num_examples)
     saving = tuple(
-        replace(saving, held=(*saving.held, one)) if saving.round == event.round else saving
+        saving._replace(held=(*saving.held, one)) if saving.round == event.round else saving
         for saving in state.saving
     )
     return state.but(saving=saving)
@@ -297,16 +282,16 @@ def _again(state: State, worker: str, held: Received, event: Arrived, out: Effec
     if held.folded and held.handle.link == event.handle.link:
         out.append(Ack(event.handle))
         return state
-    update = replace(held, spares=(*held.spares, event.handle))
+    update = held._replace(spares=(*held.spares, event.handle))
     return state.but(received={**state.received, worker: update})
 
 
 def _folded(state: State, event: Folded, out: Effects) -> State:
     worker, held = event.worker, state.received[event.worker]
-    update = replace(held, folded=True)
-    if held.handle.link == state.link:
+    update = Received(held.handle, held.num_examples, True, held.spares)
+    if held.spares and held.handle.link == state.link:
         out.extend(Ack(spare) for spare in held.spares)
-        update = replace(update, spares=())
+        update = Received(held.handle, held.num_examples, True)
     asked = state.asked
     if state.phase is Phase.OPEN and worker not in asked:
         asked = {**asked, worker: -math.inf}
@@ -336,7 +321,7 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
         out.append(Reject(held.handle, event.reason, event.cause))
     if held.spares:
         first, *rest = held.spares
-        update = replace(held, handle=first, spares=tuple(rest))
+        update = held._replace(handle=first, spares=tuple(rest))
         if state.phase is not Phase.COMMITTING:  # then it would get into the next round's sum
             out.append(Fold(first, worker))
         return state.but(received={**state.received, worker: update})
@@ -362,14 +347,14 @@ def _settle_doubt(state: State, worker: str) -> State:
     )
 
 
-def _evaluation(state: State, event: EvaluationArrived, out: Effects) -> State:
+def _evaluation(state: State, event: EvaluationArrived, _: Effects) -> State:
     wanted = (state.run, state.round - 1, state.base)
     if (event.run, event.round, event.base) != wanted or not state.evaluate_pending:
         return state  # its model's line is written already; late is only late
     return state.but(evaluations={**state.evaluations, event.worker: event.evaluated})
 
 
-def _averaged(state: State, event: Averaged) -> State:
+def _averaged(state: State, event: Averaged, _: Effects) -> State:
     if event.round >= state.rules.rounds:
         return state  # there is no next round, and the end waits for the disk
     saving = Saving(event.round, _deliveries(state))
@@ -426,9 +411,10 @@ def _next_round(state: State, event: Averaged | Committed) -> State:
     )
 
 
-def _gone(state: State, now: float, out: Effects) -> State:
+def _tick(state: State, event: Tick, out: Effects) -> State:
     if not state.link:
         return state
+    now = event.now
     gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
     for worker in gone:
         silent_s = round(now - worker.last_seen, 1)
@@ -442,6 +428,24 @@ def _without(state: State, names: list[str]) -> State:
     return state.but(workers=_minus(state.workers, names), init_asked=init_asked)
 
 
-def _minus(mapping: Mapping[str, _V], names: Iterable[str]) -> dict[str, _V]:
-    lost = set(names)
-    return {key: value for key, value in mapping.items() if key not in lost}
+def _minus(mapping: Mapping[str, _V], names: Iterable[str]) -> Mapping[str, _V]:
+    lost = mapping.keys() & names
+    return {key: value for key, value in mapping.items() if key not in lost} if lost else mapping
+
+
+_TAKE: Mapping[type[Event], Callable[[State, Any, Effects], State]] = {
+    Connected: _connected,
+    Disconnected: _disconnected,
+    Seen: _seen,
+    Left: _left,
+    Failed: _failed,
+    InitLost: _init_lost,
+    WeightsReady: _weights_ready,
+    Arrived: _arrived,
+    Folded: _folded,
+    FoldFailed: _fold_failed,
+    EvaluationArrived: _evaluation,
+    Averaged: _averaged,
+    Committed: _committed,
+    Tick: _tick,
+}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -113,8 +112,7 @@ class Worker:
         return self.last_seen + rules.patience * self.heartbeat_s
 
 
-@dataclass(frozen=True)
-class Received:
+class Received(NamedTuple):
     """An update that was taken in this round."""
 
     handle: Handle
@@ -132,8 +130,7 @@ class Evaluated:
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Saving:
+class Saving(NamedTuple):
     """A round that is averaged and being written, while later ones have begun already.
 
     Args:
@@ -149,10 +146,10 @@ class Saving:
 
     def then(self, tell: Tell) -> Saving:
         """Return this with one more thing to be told."""
-        return replace(self, told=(*self.told, tell))
+        return self._replace(told=(*self.told, tell))
 
 
-_DERIVED = ("expected", "folded")  # what a state keeps once it is asked for it
+_UNKNOWN = {"_expected": None, "_folded": None}  # what a state keeps once it is asked for it
 
 
 def empty() -> Mapping[Any, Any]:
@@ -205,16 +202,18 @@ class State:
         """
         assert changes.keys() <= self.__dataclass_fields__.keys()
         made = object.__new__(State)
-        made.__dict__.update({**self.__dict__, **changes})
-        for derived in _DERIVED:
-            made.__dict__.pop(derived, None)
+        made.__dict__.update({**self.__dict__, **_UNKNOWN, **changes})
         return made
 
-    @cached_property
+    @property
     def expected(self) -> frozenset[str]:
         """Who was asked and has answered, or will: neither gone nor failed."""
-        present = self.workers.keys() - self.failed.keys()
-        return frozenset(self.asked.keys() & (present | self.received.keys()))
+        found: frozenset[str] | None = self.__dict__.get("_expected")
+        if found is None:
+            present = self.workers.keys() - self.failed.keys()
+            found = frozenset(self.asked.keys() & (present | self.received.keys()))
+            self.__dict__["_expected"] = found
+        return found
 
     @property
     def committed(self) -> int:
@@ -229,10 +228,14 @@ class State:
             return quorum.number
         return quorum.of(len(self.expected))
 
-    @cached_property
+    @property
     def folded(self) -> int:
         """How many updates are in the running sum."""
-        return sum(update.folded for update in self.received.values())
+        found: int | None = self.__dict__.get("_folded")
+        if found is None:
+            found = sum([update.folded for update in self.received.values()])
+            self.__dict__["_folded"] = found
+        return found
 
     @property
     def missing(self) -> tuple[str, ...]:

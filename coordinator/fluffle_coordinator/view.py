@@ -122,7 +122,7 @@ class View(Watcher):
 
     def tell(self, what: str, fields: Mapping[str, Any]) -> None:
         """Write one event."""
-        self._console.line(what, sentence(what, fields), fields)
+        self._console.line(what, lambda: sentence(what, fields), fields)
 
     def show(self, state: State, now: float) -> None:
         """Draw where the run stands."""

@@ -546,10 +546,15 @@ class World:
     def settle(self, *, afresh: bool = False) -> None:
         """Let the faults end and time pass; check that this alone ends the run.
 
-        Where enough workers live, a coordinator that starts ``afresh`` must finish it.
+        Where enough workers live, a coordinator that starts ``afresh`` must finish it; unless an
+        earlier one has declared the end, and its word is still on the way to somebody, or this one
+        is to stop where it asked only some of them, and those do not answer.
         """
         if afresh:
             self.crash_coordinator()
+        ended = any(
+            order.kind == "stop" for worker in self.workers.values() for order in worker.inbox
+        )
         self.start_coordinator()
         assert self.coordinator is not None
         self.coordinator.connect()
@@ -560,6 +565,8 @@ class World:
         living = sum(worker.alive for worker in self.workers.values())
         enough = living >= max(self.rules.min_workers, number or 1)
         enough &= self.rules.fraction == 1.0 or number is None
+        enough &= self.rules.fraction == 1.0 or self.rules.on_deadline != "stop"
+        enough &= not ended
         latest = self.now + 3000
         while self.coordinator.state.phase is not Phase.ENDED:
             self.run()

@@ -39,8 +39,9 @@ MUTANTS = [
     Mutant(
         "acknowledges when folded, not when the commit is on disk",
         rounds,
-        "    update = replace(held, folded=True)\n",
-        "    update = replace(held, folded=True)\n    out.append(Ack(held.handle))\n",
+        "    update = Received(held.handle, held.num_examples, True, held.spares)\n",
+        "    update = Received(held.handle, held.num_examples, True, held.spares)\n"
+        "    out.append(Ack(held.handle))\n",
         "test_nothing_is_acknowledged_before_the_commit_is_on_disk",
     ),
     Mutant(

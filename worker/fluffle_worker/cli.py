@@ -151,12 +151,15 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
 
         def tell(what: str, fields: dict[str, Any]) -> None:
+            console.line(what, lambda: sentence(what, fields), fields)
+
+        def sentence(what: str, fields: dict[str, Any]) -> str:
             words = {"address": transport.address, **fields}
             words["verb"] = _VERBS.get(str(fields.get("kind")), "")
             words["answer"] = _ANSWERS.get(str(fields.get("kind")), "")
             loss = fields.get("loss")
             words["loss"] = "" if loss is None else f", training loss {loss:.4f}"
-            console.line(what, _SENTENCES[what].format(**words), fields)
+            return _SENTENCES[what].format(**words)
 
         async def run() -> str:
             service = WorkerService(
