@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Tensors(Mapping[str, Array]):
-    """Named tensors in one piece of memory; each becomes an array when it is asked for.
+    """Named tensors in one piece of memory; arrays are made of it when they are asked for.
 
     Args:
         layout: in which places they are.
@@ -56,25 +56,36 @@ class Tensors(Mapping[str, Array]):
 
     def __init__(self, layout: Layout, memory: memoryview | None, flat: Array | None) -> None:
         self.layout, self.memory, self.flat = layout, memory, flat
-        self._made: dict[str, Array] = {}
+        self._made: dict[str, Array] | None = None
+
+    @property
+    def apart(self) -> dict[str, Array]:
+        """The tensors one by one, for many to be asked for; not to be changed."""
+        if self._made is None:
+            self._made = self._make(self.layout.places)
+        return self._made
+
+    def _make(self, places: Mapping[str, Place]) -> dict[str, Array]:
+        memory, flat = self.memory, self.flat
+        if memory is not None:
+            return {
+                name: np.ndarray(shape, dtype, memory, offset)
+                for name, (dtype, shape, offset, _) in places.items()
+            }
+        assert flat is not None
+        return {
+            name: flat[offset // dtype.itemsize :][:size].reshape(shape)
+            for name, (dtype, shape, offset, size) in places.items()
+        }
 
     def __getitem__(self, name: str) -> Array:
-        tensor = self._made.get(name)
-        if tensor is None:
-            tensor = self._made[name] = self._make(self.layout.places[name])
-        return tensor
+        return self.apart[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.places)
 
     def __len__(self) -> int:
         return len(self.layout.places)
-
-    def _make(self, place: Place) -> Array:
-        if self.flat is None:
-            return np.ndarray(place.shape, place.dtype, self.memory, place.offset)
-        start = place.offset // place.dtype.itemsize
-        return self.flat[start : start + place.size].reshape(place.shape)
 
 
 class Layout:

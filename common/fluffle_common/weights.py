@@ -61,12 +61,17 @@ def delta(trained: Weights, received: Weights) -> Tensors:
     Raises:
         ValueError: where names, shapes or dtypes differ.
     """
-    same_form(trained, received)
-    found = layout_of_form(delta_form(received)).empty()
-    for name in found:
-        into = found[name]
-        np.subtract(trained[name], received[name], out=into, dtype=into.dtype)
+    base = apart(received)
+    same_form(trained, base)
+    found = layout_of_form(delta_form(base)).empty()
+    for name, into in found.apart.items():
+        np.subtract(trained[name], base[name], out=into, dtype=into.dtype)
     return found
+
+
+def apart(weights: Weights) -> dict[str, Array]:
+    """Return tensors in a mapping that is the caller's own."""
+    return dict(weights.apart if isinstance(weights, Tensors) else weights)
 
 
 def same_form(weights: Weights, like: Weights) -> None:
@@ -123,6 +128,8 @@ def check_finite(weights: Weights) -> None:
 
 def size_bytes(weights: Weights) -> int:
     """Return the number of bytes of all tensors together."""
+    if isinstance(weights, Tensors) and weights.memory is not None:
+        return len(weights.memory)
     return sum(tensor.nbytes for tensor in weights.values())
 
 

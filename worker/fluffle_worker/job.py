@@ -17,7 +17,7 @@ from fluffle_common.messages import (
     Plan,
     Update,
 )
-from fluffle_common.weights import Weights, delta
+from fluffle_common.weights import Weights, apart, delta
 from fluffle_worker.feedback import Residual
 from fluffle_worker.session import Work
 from fluffle_worker.task import EvalResult, Task, TrainResult
@@ -75,10 +75,10 @@ def do(
     ids["base"] = message.base
     if isinstance(message, Evaluate):
         # Where nothing is held out, that is the answer, so that nobody waits for another.
-        found = task.evaluate(dict(job.weights)) or EvalResult(0.0, 0)
+        found = task.evaluate(apart(job.weights)) or EvalResult(0.0, 0)
         job.evaluation = _evaluation(ids, message.round, found)
         return
-    if message.evaluate and (first := task.evaluate(dict(job.weights))) is not None:
+    if message.evaluate and (first := task.evaluate(apart(job.weights))) is not None:
         job.evaluation = _evaluation(ids, message.round - 1, first)
         evaluated()
 
@@ -88,7 +88,7 @@ def do(
         progress(number, steps, loss)
 
     began = time.monotonic()
-    trained = task.train(dict(job.weights), _seeded(message), step)
+    trained = task.train(apart(job.weights), _seeded(message), step)
     seconds = time.monotonic() - began
     update = _update(ids, message.round, trained, seconds)
     learnt = delta(trained.weights, job.weights)
