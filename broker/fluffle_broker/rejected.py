@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fluffle_broker.reading import Reading, read
@@ -221,7 +221,7 @@ async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requ
         if name not in _ADDED and not name.startswith(_BY_BROKER)
     }
     try:
-        again = replace(delivery.properties, headers=headers)
+        again = delivery.properties._replace(headers=headers)
         await link.publish(delivery.body, again, exchange=exchange, keys=[key])
     except Unroutable:
         return Requeued(message, left=f"{message.queue or key} is not there any more")

@@ -27,36 +27,33 @@ _DEFAULT_FRAME_MAX = 131072
 # aiormq gives a connection up on which it sees no frame for a minute: so often it is shown a
 # heartbeat instead of the frames that it does not see.
 _SHOW_LIFE_S = 5.0
+_FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
 _NO_END = "a frame does not end where it said it would"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
 class _Coming:
-    """A message that is coming in on a channel; ``done`` bytes of its body are there."""
+    """A message that is coming in on a channel; ``left`` bytes of its body are yet to come."""
 
-    __slots__ = ("body", "done", "header", "method", "of")
+    __slots__ = ("body", "header", "left", "method", "of")
 
     def __init__(self, of: Contents, method: bytes) -> None:
         self.of, self.method = of, method
         self.header = b""
         self.body = memoryview(b"")
-        self.done = 0
+        self.left = 0
 
     def begin(self, header: bytes) -> None:
         self.header = header
+        self.left = frames.body_size(header)
         # Not zeroed: it is filled anyway.
-        self.body = np.empty(frames.body_size(header), np.uint8).data
-
-    @property
-    def complete(self) -> bool:
-        return self.done == len(self.body)
+        self.body = np.empty(self.left, np.uint8).data
 
     def content(self) -> Content:
         large = len(self.body) >= LARGE_BYTES  # then it stays where it was received
-        return Content(
-            self.method, self.header, self.body.toreadonly() if large else bytes(self.body)
-        )
+        body = self.body.toreadonly() if large else bytes(self.body)
+        return Content(self.method, self.header, body)
 
 
 class Incoming:
@@ -101,13 +98,13 @@ class Incoming:
                 self._foreign = True
                 self._feed(data[at:])
                 return
-            start = at + frames.FRAME.size
+            start = at + _FRAME_HEAD
             if start > end:
                 break
-            kind, channel, size = frames.FRAME.unpack_from(data, at)
+            kind, channel, size = _read_head(data, at)
             stop = start + size
             if kind == frames.BODY and channel in self._coming:
-                self._into, self._left = self._coming[channel], size + len(frames.END)
+                self._into, self._left = self._coming[channel], size + 1
                 at = self._fill(self._into, view, start)
                 continue
             if stop >= end:
@@ -123,17 +120,19 @@ class Incoming:
 
     def _fill(self, coming: _Coming, view: memoryview, at: int) -> int:
         """Take bytes of a body's frame; return where they end."""
-        count = min(self._left - len(frames.END), len(view) - at)
-        if coming.done + count > len(coming.body):
+        count = min(self._left - 1, len(view) - at)  # without the byte that ends the frame
+        left = coming.left
+        if count > left:
             raise ConnectionError("a body is longer than its header said")
-        coming.body[coming.done : coming.done + count] = view[at : at + count]
-        coming.done += count
+        done = len(coming.body) - left
+        coming.body[done : done + count] = view[at : at + count]
+        coming.left = left - count
         self._left -= count
         at += count
-        if self._left == len(frames.END) and at < len(view):
+        if self._left == 1 and at < len(view):
             if view[at] != frames.END_BYTE:
                 raise ConnectionError(_NO_END)
-            at, self._into = at + len(frames.END), None
+            at, self._into = at + 1, None
             self._finish(coming)
         return at
 
@@ -155,7 +154,7 @@ class Incoming:
         return True
 
     def _finish(self, coming: _Coming) -> None:
-        if coming.complete:
+        if not coming.left:
             self._coming.pop(coming.of.number, None)
             coming.of.content(coming.content())
 

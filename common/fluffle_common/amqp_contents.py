@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from fluffle_common import amqp_frames as frames
-from fluffle_common.amqp_frames import Origin
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport import Body, Full, Unroutable
 
@@ -45,11 +44,10 @@ class Content(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """A message that is ours until we settle it: where from, its header's payload, its body."""
+    """A message that is ours until it is settled by its tag."""
 
-    origin: Origin
-    header: bytes
-    body: Body
+    tag: int
+    content: Content
 
 
 @dataclass(slots=True)
@@ -103,7 +101,7 @@ class Contents:
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._published += 1
         self._unconfirmed[self._published] = _Published(message_id, confirmed)
-        pieces = [head, *frames.bodies(self.number, body, self._frame_max)]
+        pieces: list[Body] = [head, *frames.bodies(self.number, body, self._frame_max)]
         if len(body) < LARGE_BYTES:
             self._socket.write(b"".join(pieces))
         else:
@@ -192,9 +190,9 @@ class Contents:
                         break
 
     def _ours(self, content: Content) -> Arrived:
-        origin = frames.origin(content.method)
-        self._owed.add(origin.tag)
-        return Arrived(origin, content.header, content.body)
+        tag = frames.tag(content.method)
+        self._owed.add(tag)
+        return Arrived(tag, content)
 
     def _settle(self, payload: bytes, *, refused: bool) -> None:
         tag, all_before = frames.settled(payload)
@@ -219,4 +217,4 @@ class Contents:
         if not got.done():
             got.set_result(arrived)
         elif arrived is not None:  # whoever asked has left
-            self.requeue(arrived.origin.tag)
+            self.requeue(arrived.tag)

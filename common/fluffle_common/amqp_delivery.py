@@ -10,11 +10,11 @@ from pamqp.commands import Basic
 
 from fluffle_common import amqp_frames as frames
 from fluffle_common.amqp_contents import Arrived, Contents
-from fluffle_common.transport import Body, HeaderValue, Properties
+from fluffle_common.transport import HeaderValue, Properties
 
 
 class AmqpDelivery:
-    """See ``transport.Delivery``; of its properties, what nobody asks for is not read.
+    """See ``transport.Delivery``; what nobody asks for is not read.
 
     Args:
         arrived: what came in.
@@ -23,21 +23,34 @@ class AmqpDelivery:
     """
 
     def __init__(self, arrived: Arrived, queue: str, contents: Contents) -> None:
-        self.body: Body = arrived.body
+        self._tag: int | None = arrived.tag  # None once it is settled
+        self._method, self._header, self.body = arrived.content
         self.queue = queue
-        tag, self.redelivered, self.exchange, self._key = arrived.origin
-        self._header, self._contents = arrived.header, contents
-        self._tag: int | None = tag  # None once it is settled
+        self._contents = contents
+
+    @cached_property
+    def _origin(self) -> frames.Origin:
+        return frames.origin(self._method)
 
     @cached_property
     def _read(self) -> Basic.Properties:
         return frames.properties(self._header)
 
     @property
+    def redelivered(self) -> bool:
+        """See ``transport.Delivery``."""
+        return self._origin.redelivered
+
+    @property
+    def exchange(self) -> str:
+        """See ``transport.Delivery``."""
+        return self._origin.exchange
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """See ``transport.Delivery``."""
         more = (self._read.headers or {}).get("CC")
-        return (self._key, *map(str, more if isinstance(more, list) else ()))
+        return (self._origin.key, *map(str, more if isinstance(more, list) else ()))
 
     @property
     def sent_at(self) -> float | None:

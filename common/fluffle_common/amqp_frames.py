@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pamqp import commands
@@ -41,15 +41,16 @@ _MANDATORY = 1
 # The properties that our messages have, as flags, in the order in which they follow.
 _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE = 1 << 15, 1 << 13, 1 << 12
 _MESSAGE_ID, _TIMESTAMP, _TYPE, _USER_ID = 1 << 7, 1 << 6, 1 << 5, 1 << 4
+_ALWAYS = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _TIMESTAMP | _TYPE | _USER_ID
 _TRANSIENT, _PERSISTENT = b"\x01", b"\x02"
+_LONG, _INTEGER, _FLOAT = struct.Struct(">I"), struct.Struct(">cq"), struct.Struct(">cd")
 
 Value = str | int | float | bool | Sequence[str]
 
 
 class Origin(NamedTuple):
-    """What a delivery's method says: its tag, whether it came before, and where it was sent to."""
+    """What a delivery's method says besides its tag: whether it came before, and where from."""
 
-    tag: int
     redelivered: bool
     exchange: str
     key: str
@@ -91,12 +92,9 @@ def publish(
     Raises:
         ValueError: where a name has more than 255 bytes.
     """
-    method = b"".join(
-        [_PUBLISH, b"\0\0", _short(exchange), _short(key), bytes([_MANDATORY])]
-    )
-    flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _TIMESTAMP | _TYPE | _USER_ID
     properties = [
-        _short("application/msgpack"),
+        b"",  # the fixed part: its flags are known at the end
+        _CONTENT_TYPE_VALUE,
         _table(headers),
         _PERSISTENT if durable else _TRANSIENT,
         _short(message_id) if message_id else b"",
@@ -104,20 +102,25 @@ def publish(
         _short(kind),
         _short(user),
     ]
-    if message_id:
-        flags |= _MESSAGE_ID
-    head = b"".join([_HEAD.pack(_BASIC, 0, size, flags), *properties])
-    return frame(METHOD, channel, method) + frame(HEADER, channel, head)
+    flags = _ALWAYS | _MESSAGE_ID if message_id else _ALWAYS
+    properties[0] = _HEAD.pack(_BASIC, 0, size, flags)
+    return _publish_method(channel, exchange, key) + frame(HEADER, channel, b"".join(properties))
 
 
-def bodies(channel: int, body: Body, frame_max: int) -> Iterator[Body]:
-    """Yield the pieces that make up the frames of a body, which is not copied."""
-    room, view = frame_max - FRAME.size - len(END), memoryview(body)
-    for start in range(0, len(view), room):
-        piece = view[start : start + room]
-        yield FRAME.pack(BODY, channel, len(piece))
-        yield piece
-        yield END
+@functools.lru_cache(1024)
+def _publish_method(channel: int, exchange: str, key: str) -> bytes:
+    method = [_PUBLISH, b"\0\0", _short(exchange), _short(key), bytes([_MANDATORY])]
+    return frame(METHOD, channel, b"".join(method))
+
+
+def bodies(channel: int, body: Body, frame_max: int) -> list[Body]:
+    """Return the pieces that make up the frames of a body, which is not copied."""
+    room = frame_max - FRAME.size - len(END)
+    pieces: list[Body] = []
+    for start in range(0, len(body), room):
+        piece = body if len(body) <= room else memoryview(body)[start : start + room]
+        pieces += (FRAME.pack(BODY, channel, len(piece)), piece, END)
+    return pieces
 
 
 def ack(channel: int, tag: int, *, all_before: bool) -> bytes:
@@ -141,25 +144,35 @@ def _short(text: str) -> bytes:
     return bytes([len(data)]) + data
 
 
+_CONTENT_TYPE_VALUE = _short("application/msgpack")
+
+
+@functools.lru_cache(1024)
+def _string(text: str) -> bytes:
+    return b"S" + _long(text.encode())
+
+
 def _long(data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + data
+    return _LONG.pack(len(data)) + data
 
 
 def _table(values: Mapping[str, Value]) -> bytes:
-    return _long(b"".join([_short(name) + _value(value) for name, value in values.items()]))
+    pieces = []
+    for name, value in values.items():
+        pieces += [_short(name), _value(value)]
+    return _long(b"".join(pieces))
 
 
 def _value(value: Value) -> bytes:
-    match value:
-        case bool():
-            return b"t\1" if value else b"t\0"
-        case int():
-            return b"l" + struct.pack(">q", value)
-        case float():
-            return b"d" + struct.pack(">d", value)
-        case str():
-            return b"S" + _long(value.encode())
-    return b"A" + _long(b"".join(map(_value, value)))
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, bool):
+        return b"t\1" if value else b"t\0"
+    if isinstance(value, int):
+        return _INTEGER.pack(b"l", value)
+    if isinstance(value, float):
+        return _FLOAT.pack(b"d", value)
+    return b"A" + _long(b"".join([_value(one) for one in value]))
 
 
 # --- what is received --------------------------------------------------------------------------
@@ -171,15 +184,24 @@ def settled(payload: bytes) -> tuple[int, bool]:
     return tag, bool(flags & _ALL_BEFORE)
 
 
+def tag(payload: bytes) -> int:
+    """Return what the delivery of this method, or what was got with it, is settled by."""
+    found: int = _TAG.unpack_from(payload, _tag_at(payload))[0]
+    return found
+
+
 def origin(payload: bytes) -> Origin:
-    """Read the method of a delivery, or of what was got."""
-    at = _KIND_SIZE
-    if kind_of(payload) == DELIVER:
-        at += 1 + payload[at]  # the consumer's tag is first
-    (tag,) = _TAG.unpack_from(payload, at)
-    exchange, after = _read_short(payload, at + _TAG.size + 1)
+    """Read the rest of such a method."""
+    at = _tag_at(payload) + _TAG.size
+    exchange, after = _read_short(payload, at + 1)
     key, _ = _read_short(payload, after)
-    return Origin(tag, bool(payload[at + _TAG.size] & 1), exchange, key)
+    return Origin(bool(payload[at] & 1), exchange, key)
+
+
+def _tag_at(payload: bytes) -> int:
+    if kind_of(payload) == DELIVER:
+        return _KIND_SIZE + 1 + payload[_KIND_SIZE]  # the consumer's tag is first
+    return _KIND_SIZE
 
 
 def returned(payload: bytes) -> str:

@@ -36,6 +36,9 @@ Encoding = Literal["bf16", "f16", "int8", "topk"]
 Classes = Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Strict(False)]
 
 
+_IDENTITY = ("kind", "run", "round", "worker")
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -84,8 +87,7 @@ class _Header(_Model):
     @property
     def identity(self) -> str:
         """What makes two messages the same message: the AMQP ``message_id``, kept on a resend."""
-        fields = ("kind", "run", "round", "worker")
-        return "/".join(str(v) for v in (getattr(self, f, None) for f in fields) if v is not None)
+        return "/".join(map(str, told_of(self, _IDENTITY).values()))
 
 
 class _WithTensors(_Header):
@@ -321,6 +323,12 @@ class Events(_Journalled):
             )
             for number, one in enumerate(self.events, start=self.number)
         ]
+
+
+def told_of(message: BaseModel, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Return those of some fields that a message has a value for."""
+    values = message.__dict__
+    return {name: values[name] for name in fields if values.get(name) is not None}
 
 
 WithTensors = Fit | Evaluate | FirstWeights | Update

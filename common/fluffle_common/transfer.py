@@ -66,18 +66,18 @@ async def send_tensors(
         before_parts: called first, if there are parts at all.
         progress: told how many parts of how many the broker has taken.
     """
-    announced, body, pieces = pack(message, weights)
-    if announced.transfer is None:
-        await _publish(link, announced, body, route)
+    transfer, body, pieces = pack(message, weights)
+    if transfer is None:
+        await _publish(link, message, body, route)
         return
     if before_parts is not None:
         await before_parts()
     if parts is not None:
-        await _send_parts(link, announced.transfer, pieces, parts, progress)
-        await _publish(link, announced, body, route)
+        await _send_parts(link, transfer, pieces, parts, progress)
+        await _publish(link, message, body, route)
     else:
-        await _publish(link, announced, body, route)
-        await _send_parts(link, announced.transfer, pieces, route, progress)
+        await _publish(link, message, body, route)
+        await _send_parts(link, transfer, pieces, route, progress)
 
 
 async def _publish(link: Link, message: Message, body: bytes, route: Route) -> None:

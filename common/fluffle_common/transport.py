@@ -26,8 +26,9 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from fluffle_common.errors import BrokerError, LinkLost
@@ -50,8 +51,7 @@ class Occupied(Exception):
     """Another consumer has the queue for itself."""
 
 
-@dataclass(frozen=True)
-class Properties:
+class Properties(NamedTuple):
     """What travels beside a body, readable in RabbitMQ's own pages.
 
     ``user`` is filled in by the broker's own check of the sender, where the sender gave it.
@@ -59,7 +59,7 @@ class Properties:
 
     type: str = ""
     message_id: str = ""
-    headers: Mapping[str, HeaderValue] = field(default_factory=dict)
+    headers: Mapping[str, HeaderValue] = MappingProxyType({})
     durable: bool = True
     user: str | None = None
 
@@ -86,9 +86,15 @@ class Delivery(Protocol):
     """
 
     body: Body
-    redelivered: bool
     queue: str
-    exchange: str
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether it was handed out before."""
+
+    @property
+    def exchange(self) -> str:
+        """See above."""
 
     @property
     def properties(self) -> Properties:

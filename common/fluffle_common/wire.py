@@ -36,6 +36,7 @@ from fluffle_common.messages import (
     Transfer,
     WithTensors,
     parse,
+    told_of,
 )
 
 MAX_HEADER_BYTES = 32 * 2**20
@@ -44,6 +45,7 @@ MAX_HEADER_BYTES = 32 * 2**20
 # holds more than a few of them at a time.
 PART_BYTES = 4 * 2**20
 
+_TOLD = ("round", "worker", "num_examples", "part")
 _APART = {"pad", "tensors"}
 _HEADER_STEP = 8 * 2**10
 _ARRAY_OF_TWO = b"\x92"
@@ -51,26 +53,32 @@ _BIN = {0xC4: struct.Struct(">B"), 0xC5: struct.Struct(">H"), 0xC6: struct.Struc
 _BIN32 = struct.Struct(">BI")
 
 
-def encode(message: Message, payload: bytes | memoryview | list[memoryview] = b"") -> bytes:
+def encode(
+    message: Message,
+    payload: bytes | memoryview | list[memoryview] = b"",
+    table: tuple[TensorEntry, ...] | None = None,
+) -> bytes:
     """Pack a message and its payload into one document.
 
     Args:
         message: the header.
         payload: the bytes behind it, or the pieces that make them up (see ``lay_out``).
+        table: what is in the payload, where the message does not say it itself.
 
     Returns:
         The body, made with a single copy of the payload.
     """
     pieces = payload if isinstance(payload, list) else [payload]
-    nbytes = sum(len(piece) for piece in pieces)
+    nbytes = sum(map(len, pieces))
     header = message.model_dump(exclude=_APART, exclude_none=True)
     if isinstance(message, WithTensors):
-        header["tensors"] = as_maps(message.tensors)
+        header["tensors"] = as_maps(message.tensors if table is None else table)
+    if nbytes:
+        header["pad"] = b""  # the last, so that it can be filled up behind its length
     packed: bytes = msgpack.packb(header)
     if nbytes:
-        # "pad" adds its key (4 bytes) and a bin8 head (2 bytes) before its filling.
-        before = len(_ARRAY_OF_TWO) + len(packed) + 6 + _BIN32.size
-        packed = msgpack.packb({**header, "pad": bytes(-before % ALIGNMENT)})
+        fill = -(len(_ARRAY_OF_TWO) + len(packed) + _BIN32.size) % ALIGNMENT
+        packed = packed[:-1] + bytes([fill]) + bytes(fill)
     return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, nbytes), *pieces])
 
 
@@ -173,21 +181,20 @@ def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors
         raise MalformedMessage(str(wrong), "tensors") from None
 
 
-def pack(message: WithTensors, weights: Weights) -> tuple[WithTensors, bytes, Iterator[bytes]]:
+def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
     """Pack a message that carries tensors.
 
     Returns:
-        The message with its table of tensors, its body, and the bodies of its parts: none where
+        The transfer that it announces, its body, and the bodies of its parts: none of either where
         the payload fits into the message itself. Parts are made one at a time, as asked for.
     """
     table, pieces = lay_out(weights)
-    nbytes = sum(len(piece) for piece in pieces)
+    nbytes = sum(map(len, pieces))
     if nbytes <= PART_BYTES:
-        whole = message.model_copy(update={"tensors": table})
-        return whole, encode(whole, pieces), iter(())
+        return None, encode(message, pieces, table), iter(())
     transfer = Transfer(id=uuid.uuid4().hex, parts=-(-nbytes // PART_BYTES), nbytes=nbytes)
-    announced = message.model_copy(update={"tensors": table, "transfer": transfer})
-    return announced, encode(announced), _parts(message.federation, transfer.id, pieces)
+    announced = message.model_copy(update={"transfer": transfer})
+    return transfer, encode(announced, table=table), _parts(message.federation, transfer.id, pieces)
 
 
 def _parts(federation: str, transfer: str, pieces: list[memoryview]) -> Iterator[bytes]:
@@ -274,6 +281,4 @@ class Assembly:
 
 def describe(message: Message) -> dict[str, Any]:
     """Return the headers that let RabbitMQ's own page tell the story of a message."""
-    fields = ("round", "worker", "num_examples", "part")
-    told = {field: getattr(message, field, None) for field in fields}
-    return {field: value for field, value in told.items() if value is not None}
+    return told_of(message, _TOLD)

@@ -35,7 +35,7 @@ _CAPACITY = 10_000
 # much less than the same ones one by one.
 _GATHER_S = 0.1
 # How many may be on their way to the broker, unconfirmed.
-_WINDOW = 64
+_WINDOW = 500
 # So many go out one by one, as people can read them in the broker's own pages; more go out as one
 # message, which costs the coordinator and the broker much less.
 _FEW = 8

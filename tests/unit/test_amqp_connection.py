@@ -92,8 +92,8 @@ def test_bodies_come_whole_however_the_socket_cuts_the_bytes(sizes, cuts):
         ends.incoming.received(stream[at : at + cuts[turn % len(cuts)]])
         at += cuts[turn % len(cuts)]
         turn += 1
-    assert [one.body for _, one in ends.delivered] == bodies
-    assert [one.origin.tag for _, one in ends.delivered] == [*range(1, len(bodies) + 1)]
+    assert [one.content.body for _, one in ends.delivered] == bodies
+    assert [one.tag for _, one in ends.delivered] == [*range(1, len(bodies) + 1)]
     assert ends.fed == beat * len(bodies)
 
 
@@ -105,7 +105,10 @@ def test_channels_may_take_turns_and_what_is_of_neither_is_aiormqs():
         for stream in streams:
             for piece in stream[turn : turn + 1]:
                 ends.incoming.received(piece)
-    assert sorted((number, one.body) for number, one in ends.delivered) == [(1, one), (2, two)]
+    assert sorted((number, one.content.body) for number, one in ends.delivered) == [
+        (1, one),
+        (2, two),
+    ]
     assert ends.fed == b"".join(streams[2])
 
 
@@ -256,7 +259,7 @@ async def test_who_has_stopped_waiting_is_passed_over():
     for tag, body in ((4, b"x"), (5, b"y")):
         got = commands.Basic.GetOk(tag, True, "e", "k", 0)
         ends.incoming.received(b"".join(framed(1, got, body)))
-    assert second.result().body == b"y"
+    assert second.result().content.body == b"y"
     (back,) = sent(bytes(ends.written))  # what nobody waits for goes back to its queue
     assert (back.delivery_tag, back.requeue, back.multiple) == (4, True, False)
 
@@ -271,8 +274,9 @@ async def test_getting_takes_what_comes_in_order():
     ends.incoming.received(b"".join(framed(1, got, bytes(SMALL))))
     ends.incoming.received(frame.marshal(commands.Basic.GetEmpty(), 1))
     there = getting[0].result()
-    assert there.origin == (8, True, "letters.results", "part.w1")
-    assert there.body == bytes(SMALL)
+    assert frames.origin(there.content.method) == (True, "letters.results", "part.w1")
+    assert there.tag == 8
+    assert there.content.body == bytes(SMALL)
     assert getting[1].result() is None
 
 

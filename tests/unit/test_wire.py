@@ -94,19 +94,21 @@ def update(**changes: Any) -> Update:
 @given(weight_sets, st.text("abc-_", min_size=0, max_size=60))
 def test_weights_come_back_bit_for_bit(weights, tail):
     sent = update(federation=f"f{tail}", metrics={"loss": 0.5})
-    announced, body, parts = pack(sent, weights)
+    transfer, body, parts = pack(sent, weights)
     assert list(parts) == []
-    assert announced.transfer is None
+    assert transfer is None
     got, payload = decode(body)
-    assert got.model_copy(update={"pad": b""}) == announced
+    table, _ = wire.lay_out(weights)
+    assert got.model_copy(update={"pad": b""}) == sent.model_copy(update={"tensors": table})
     assert_same(read_tensors(got.tensors, payload), weights)
 
 
 @given(weight_sets, st.text("abc", max_size=63))
 def test_every_tensor_starts_at_a_multiple_of_64_of_the_body(weights, tail):
-    announced, body, _ = pack(update(federation=f"f{tail}"), weights)
-    start = len(body) - sum(len(piece) for piece in wire.lay_out(weights)[1])
-    for entry in announced.tensors:
+    _, body, _ = pack(update(federation=f"f{tail}"), weights)
+    table, pieces = wire.lay_out(weights)
+    start = len(body) - sum(map(len, pieces))
+    for entry in table:
         assert entry.offset % 64 == 0
         if entry.nbytes:
             at = start + entry.offset
@@ -152,19 +154,19 @@ def test_other_dtypes_do_not_travel(dtype):
 )
 def test_parts_in_any_order_and_more_than_once_make_the_same_weights(weights, size, data):
     with mock.patch.object(wire, "PART_BYTES", size):
-        announced, body, made = pack(update(), weights)
+        transfer, body, made = pack(update(), weights)
         bodies = list(made)
         message, own = decode(body)
         if not bodies:
-            assert announced.transfer is None
+            assert transfer is None
             assert_same(read_tensors(message.tensors, own), weights)
             return
         assert len(own) == 0
-        assert message == announced
-        assert len(bodies) == announced.transfer.parts
+        assert message.transfer == transfer
+        assert len(bodies) == transfer.parts
         order = data.draw(st.permutations(range(len(bodies))))
         again = data.draw(st.lists(st.sampled_from(range(len(bodies))), max_size=10))
-        assembly = Assembly(announced.transfer, announced.transfer.nbytes)
+        assembly = Assembly(transfer, transfer.nbytes)
         seen: set[int] = set()
         for number in [*again, *order]:
             assert assembly.complete == (len(seen) == len(bodies))
@@ -182,21 +184,21 @@ def test_parts_in_any_order_and_more_than_once_make_the_same_weights(weights, si
         assert assembly.complete
         whole = assembly.payload()
         assert whole.readonly
-        assert_same(read_tensors(announced.tensors, whole), weights)
+        assert_same(read_tensors(message.tensors, whole), weights)
 
 
 def test_every_transfer_has_an_id_of_its_own(monkeypatch):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
     weights = {"w": np.zeros(100)}
     one, two = pack(update(), weights)[0], pack(update(), weights)[0]
-    assert one.transfer.id != two.transfer.id
+    assert one.id != two.id
 
 
 def test_a_payload_of_exactly_one_part_travels_in_its_message(monkeypatch):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
-    assert pack(update(), {"w": np.zeros(8)})[0].transfer is None
-    announced, _, parts = pack(update(), {"w": np.zeros(9)})
-    assert announced.transfer == Transfer(id=announced.transfer.id, parts=2, nbytes=72)
+    assert pack(update(), {"w": np.zeros(8)})[0] is None
+    transfer, _, parts = pack(update(), {"w": np.zeros(9)})
+    assert transfer == Transfer(id=transfer.id, parts=2, nbytes=72)
     assert [len(decode(body)[1]) for body in parts] == [64, 8]
 
 

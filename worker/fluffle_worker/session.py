@@ -16,7 +16,7 @@ changes nothing, since whatever was not confirmed is sent again over the next on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 
@@ -33,8 +33,7 @@ class Work(NamedTuple):
     base: str = ""
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """Everything the machine knows."""
 
     doing: Work | None = None  # in the training thread
@@ -148,19 +147,19 @@ def advance(state: State, event: Event) -> tuple[State, list[Effect]]:
             return _asked(state, work)
         case Finished(work) if work == state.doing:
             if state.next is not None:
-                return _begin(replace(state, doing=None), [Drop(work)])
-            return replace(state, doing=None, sending=work), [Send(work)]
+                return _begin(state._replace(doing=None), [Drop(work)])
+            return state._replace(doing=None, sending=work), [Send(work)]
         case Abandoned(work) if work == state.doing:
-            return _begin(replace(state, doing=None), [Drop(work)])
+            return _begin(state._replace(doing=None), [Drop(work)])
         case Failed(work, reason) if work == state.doing:
-            return _begin(replace(state, doing=None), [Drop(work), Report(work, reason)])
+            return _begin(state._replace(doing=None), [Drop(work), Report(work, reason)])
         case Sent(work) if work == state.sending:
-            return replace(state, sending=None, answered=work), []
+            return state._replace(sending=None, answered=work), []
         case Stopped(reason):
             effects: list[Effect] = [Leave(reason)]
             if state.doing is not None:
                 effects.insert(0, Abandon(state.doing))
-            return replace(state, next=None, over=reason), effects
+            return state._replace(next=None, over=reason), effects
     return state, []
 
 
@@ -168,13 +167,13 @@ def _asked(state: State, work: Work) -> tuple[State, list[Effect]]:
     if work in (state.doing, state.next, state.sending):
         return state, []
     if work == state.answered:
-        return replace(state, answered=None, sending=work), [Send(work)]
+        return state._replace(answered=None, sending=work), [Send(work)]
     if any(_newer(known, work) for known in (state.doing, state.next, state.sending)):
         return state, []
     effects: list[Effect] = [
         Drop(old) for old in (state.next, state.sending, state.answered) if old is not None
     ]
-    state = replace(state, next=work, sending=None, answered=None)
+    state = state._replace(next=work, sending=None, answered=None)
     if state.doing is not None:
         return state, [*effects, Abandon(state.doing)]
     return _begin(state, effects)
@@ -184,7 +183,7 @@ def _begin(state: State, effects: list[Effect]) -> tuple[State, list[Effect]]:
     if state.next is None:
         return state, effects
     work = state.next
-    return replace(state, doing=work, next=None), [*effects, Begin(work)]
+    return state._replace(doing=work, next=None), [*effects, Begin(work)]
 
 
 def _newer(known: Work | None, work: Work) -> bool:
