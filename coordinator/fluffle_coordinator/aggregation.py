@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import sub
 from typing import Any, TypeVar
@@ -28,7 +28,8 @@ from fluffle_coordinator import events as ev
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.received import read_delta
 from fluffle_coordinator.store import RunStore, new_base
-from fluffle_coordinator.strategy import Strategy, fedavg
+from fluffle_coordinator.strategy import Strategy, Sum, fedavg
+from fluffle_coordinator.turns import Turns
 
 Tell = Callable[[str, dict[str, Any]], None]
 _T = TypeVar("_T")
@@ -140,8 +141,7 @@ class Aggregation:
         self._store, self._topology, self._max_bytes = store, topology, max_model_bytes
         self._link, self._metadata, self._tell, self._post = link, metadata, tell, post
         self._strategy, self._keep_updates = strategy, keep_updates
-        self._jobs: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
-        self._lines: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._jobs, self._lines = Turns(), Turns()
         self._sum = strategy.init(weights) if weights is not None else None
         self._participants: dict[str, dict[str, Any]] = {}
         self._in_parts = False  # whether an update in the sum came in parts
@@ -150,13 +150,13 @@ class Aggregation:
         self._committed_at = time.monotonic()  # the last round that is on disk
 
     async def run(self) -> None:
-        """Do one job after the other, for ever."""
-        await together(_one_by_one(self._jobs), _one_by_one(self._lines))
+        """Do what is asked for, for ever."""
+        await together(self._jobs.run(), self._lines.run())
 
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""
-        await self._jobs.join()
-        await self._lines.join()
+        await self._jobs.drained()
+        await self._lines.drained()
 
     def opened(self) -> None:
         """Note that the round is open."""
@@ -164,23 +164,42 @@ class Aggregation:
 
     def take_first(self, held: Held) -> None:
         """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
-        self._jobs.put_nowait(lambda: self._take_first(held))
+        self._jobs.put(lambda: self._take_first(held))
 
     def fold(self, held: Held, worker: str) -> None:
         """Check an update and fold it; reports ``Folded`` or ``FoldFailed``."""
-        self._jobs.put_nowait(lambda: self._fold(held, worker))
+        if self._quick and held.message.transfer is None and not self._keep_updates:
+            self._fold_at_once(held, worker)
+        else:
+            self._jobs.put(lambda: self._fold(held, worker))
 
     def commit(self, number: int) -> None:
         """Commit the round; reports ``Averaged``, where it may, and ``Committed``.
 
         What is not being folded yet stays out.
         """
-        self._closing = True
-        self._jobs.put_nowait(lambda: self._commit(number))
+        if self._quick:
+            self._clock.closed_at = time.monotonic()
+            self._commit(number, *self._strategy.finish(*self._so_far))
+        else:
+            self._closing = True
+            self._jobs.put(lambda: self._average_and_commit(number))
+
+    @property
+    def _quick(self) -> bool:
+        """Whether what is over at once may be done at once: nothing that was asked for waits."""
+        return self._jobs.idle and size_bytes(self._so_far[1]) <= _AT_ONCE_BYTES
+
+    @property
+    def _so_far(self) -> tuple[Sum, Weights]:
+        """The running sum, and the weights that it is of."""
+        assert self._sum is not None
+        assert self.weights is not None
+        return self._sum, self.weights
 
     def record_evaluation(self, number: int, evaluations: Mapping[str, rs.Evaluated]) -> None:
         """Write the federated evaluation of a round's model to the history."""
-        self._lines.put_nowait(lambda: self._record_evaluation(number, evaluations))
+        self._lines.put(lambda: self._record_evaluation(number, evaluations))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
@@ -216,44 +235,56 @@ class Aggregation:
     async def _fold(self, held: Held, worker: str) -> None:
         if self._closing:
             return
-        message = held.message
-        assert isinstance(message, Update)
         try:
             payload = await self._payload(held)
             began = time.monotonic()
-            assert self.weights is not None
             # However few bytes came, they are folded into all of the model.
-            nbytes = max(len(payload), size_bytes(self.weights))
-            await _off_loop(nbytes, self._check_and_fold, message, payload)
+            nbytes = max(len(payload), size_bytes(self._so_far[1]))
+            await _off_loop(nbytes, self._check_and_fold, held.message, payload)
         except (LinkLost, PartsGone) as gone:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
-            now = time.monotonic()
-            self._clock.fold_s += now - began
+            self._clock.fold_s += time.monotonic() - began
             if self._keep_updates:
                 await self._keep(held, payload, worker)
-            self._in_parts |= message.transfer is not None
-            metrics = dict(message.metrics)
-            self._participants[worker] = {
-                "worker": worker,
-                "num_examples": message.num_examples,
-                "train_loss": metrics.pop("loss", None),
-                "seconds": message.seconds,
-                "counted_s": round(now - self._clock.opened_at, 6),
-                "bytes": len(payload),
-                **({"metrics": metrics} if metrics else {}),
-            }
-            nbytes = len(payload)
-            held.forget()  # only now: what is rejected is kept as it came
-            self._post(ev.Folded(now, worker, message.seconds, nbytes))
+            self._folded(held, worker, len(payload))
 
-    def _check_and_fold(self, message: Update, payload: memoryview) -> None:
-        assert self.weights is not None
-        assert self._sum is not None
-        delta = read_delta(message, payload, self.weights)
-        self._sum = self._strategy.fold(self._sum, delta, message.num_examples)
+    def _fold_at_once(self, held: Held, worker: str) -> None:
+        began = time.monotonic()
+        try:
+            self._check_and_fold(held.message, held.payload)
+        except MalformedMessage as wrong:
+            self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
+        else:
+            self._clock.fold_s += time.monotonic() - began
+            self._folded(held, worker, len(held.payload))
+
+    def _check_and_fold(self, message: Update | FirstWeights, payload: memoryview) -> None:
+        assert isinstance(message, Update)
+        so_far, weights = self._so_far
+        delta = read_delta(message, payload, weights)
+        self._sum = self._strategy.fold(so_far, delta, message.num_examples)
+
+    def _folded(self, held: Held, worker: str, nbytes: int) -> None:
+        message, now = held.message, time.monotonic()
+        assert isinstance(message, Update)
+        self._in_parts |= message.transfer is not None
+        participant: dict[str, Any] = {
+            "worker": worker,
+            "num_examples": message.num_examples,
+            "train_loss": message.metrics.get("loss"),
+            "seconds": message.seconds,
+            "counted_s": round(now - self._clock.opened_at, 6),
+            "bytes": nbytes,
+        }
+        metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
+        if metrics:
+            participant["metrics"] = metrics
+        self._participants[worker] = participant
+        held.forget()  # only now: what is rejected is kept as it came
+        self._post(ev.Folded(now, worker, message.seconds, nbytes))
 
     async def _keep(self, held: Held, payload: memoryview, worker: str) -> None:
         """Keep an update that was just folded, as it came."""
@@ -274,14 +305,14 @@ class Aggregation:
         outbox = self._topology.outbox(held.message.worker)
         return await fetch(link, outbox, transfer, self._max_bytes, self._topology.rejected)
 
-    async def _commit(self, number: int) -> None:
-        assert self.weights is not None
-        assert self._sum is not None
+    async def _average_and_commit(self, number: int) -> None:
+        self._clock.closed_at = time.monotonic()
+        so_far, weights = self._so_far
+        found = await _off_loop(size_bytes(weights), self._strategy.finish, so_far, weights)
+        self._commit(number, *found)
+
+    def _commit(self, number: int, weights: Weights, emptied: Sum) -> None:
         clock = self._clock
-        clock.closed_at = time.monotonic()
-        weights, emptied = await _off_loop(
-            size_bytes(self.weights), self._strategy.finish, self._sum, self.weights
-        )
         clock.averaged_at = time.monotonic()
         base = new_base()
         metadata = {**self._metadata(number), "base": base}
@@ -316,7 +347,7 @@ class Aggregation:
             about = {"num_examples": num_examples, "timings": line["timings"]}
             self._post(ev.Committed(self._committed_at, *done, about))
 
-        self._lines.put_nowait(save)
+        self._lines.put(save)
         in_parts = self._in_parts
         # From here on, of the next round.
         self.weights, self._sum, self._clock = weights, emptied, Clock()
@@ -357,14 +388,6 @@ class Aggregation:
                 await asyncio.sleep(_DISK_RETRY_S)
             else:
                 return
-
-
-async def _one_by_one(jobs: asyncio.Queue[Callable[[], Awaitable[None]]]) -> None:
-    """Do one job after the other, for ever."""
-    while True:
-        job = await jobs.get()
-        await job()
-        jobs.task_done()
 
 
 async def _off_loop(nbytes: int, work: Callable[..., _T], *on: Any) -> _T:

@@ -26,7 +26,6 @@ from fluffle_common.messages import Event, Events
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Full, HeaderValue, Link, Properties, Unroutable
 from fluffle_common.wire import encode
-from fluffle_coordinator.run_state import State
 from fluffle_coordinator.view import Watcher
 
 # Some hours of a busy federation without a broker, a few megabytes.
@@ -101,9 +100,6 @@ class Journal(Watcher):
         if self._linked:
             self._at_rest.clear()
         self._news.set()
-
-    def show(self, state: State, now: float) -> None:
-        """See ``Watcher``; the journal keeps events only."""
 
     def _is_old_news(self, what: str, fields: Mapping[str, Any]) -> bool:
         if what not in _LASTING:

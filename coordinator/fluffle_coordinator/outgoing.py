@@ -6,7 +6,6 @@ sends again whatever is still wanted.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from fluffle_common.transport import Delivery, Full, Link, Unroutable
 from fluffle_common.weights import Weights
 from fluffle_coordinator import effects as fx
 from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.turns import Turns
 
 if TYPE_CHECKING:
     from fluffle_coordinator.service import CoordinatorSettings
@@ -57,31 +57,27 @@ class Outgoing:
         self._plan = settings.plan.model_copy(
             update={"seed": settings.rules.seed, "deadline_s": settings.rules.deadline_s}
         )
-        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._turns = Turns()
+        self.run, self.drained = self._turns.run, self._turns.drained
 
-    async def run(self) -> None:
-        """Do one job after the other, for ever."""
-        while True:
-            job = await self._jobs.get()
-            link = self._link()
-            try:
-                if link is not None:
-                    await job(link)
-            except LinkLost:
-                pass  # said by whoever watches the link; the machine sends again
-            except Unroutable:
-                pass  # the worker's inbox is gone, and so is the worker; the machine notices
-            except Full as why:
-                self._tell("waiting", {"reason": f"the broker has no room: {why}"})
-            self._jobs.task_done()
+    def _put(self, job: Job) -> None:
+        self._turns.put(lambda: self._do(job))
 
-    async def drained(self) -> None:
-        """Return when everything that was asked for is done."""
-        await self._jobs.join()
+    async def _do(self, job: Job) -> None:
+        link = self._link()
+        try:
+            if link is not None:
+                await job(link)
+        except LinkLost:
+            pass  # said by whoever watches the link; the machine sends again
+        except Unroutable:
+            pass  # the worker's inbox is gone, and so is the worker; the machine notices
+        except Full as why:
+            self._tell("waiting", {"reason": f"the broker has no room: {why}"})
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
-        self._jobs.put_nowait(lambda link: reject(link, delivery, wrong, self._topology.rejected))
+        self._put(lambda link: reject(link, delivery, wrong, self._topology.rejected))
 
     def perform(self, effect: fx.Effect, state: rs.State, weights: Weights | None) -> None:
         """Send what an effect asks for; ``weights`` are those of this moment."""
@@ -120,7 +116,7 @@ class Outgoing:
                 job = self._to(stop, workers)
             case _:
                 return
-        self._jobs.put_nowait(job)
+        self._put(job)
 
     def _to(self, message: Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))

@@ -229,28 +229,33 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
     if event.run != state.run:
         out.append(Reject(handle, f"it is of run {event.run}, this is run {state.run}", "run"))
         return state
-    if event.round > state.round or (event.round == state.round and not _takes(state)):
+    if event.round < state.round:
+        return _of_an_earlier_round(state, event, out)
+    if event.round > state.round or not _takes(state):
         out.append(Reject(handle, f"round {event.round} has not been opened", "round"))
         return state
-    if any(event.round == saving.round for saving in state.saving):
-        return _held_too(state, event)
-    if event.round == state.round and event.base != state.base:
+    if event.base != state.base:
         told = f"it was trained from the weights {event.base}, round {event.round} began with"
         out.append(Reject(handle, f"{told} {state.base}", "round"))
         return state
-    held = state.received.get(worker) if event.round == state.round else None
+    held = state.received.get(worker)
     if held is not None:
         return _again(state, worker, held, event, out)
-    if event.round == state.round:
-        update = Received(handle, event.num_examples)
-        if state.phase is not Phase.COMMITTING:  # else it is late, once the commit is on disk
-            out.append(Fold(handle, worker))
-        return state.but(received={**state.received, worker: update})
-    out.append(Ack(handle))
-    if worker in state.counted_before.get(event.round, ()):
-        out.append(Tell("duplicate", {"worker": worker, "round": event.round}))
+    if state.phase is not Phase.COMMITTING:  # else it is late, once the commit is on disk
+        out.append(Fold(handle, worker))
+    update = Received(handle, event.num_examples)
+    return state.but(received={**state.received, worker: update})
+
+
+def _of_an_earlier_round(state: State, event: Arrived, out: Effects) -> State:
+    worker, number = event.worker, event.round
+    if number in [saving.round for saving in state.saving]:
+        return _held_too(state, event)
+    out.append(Ack(event.handle))
+    if worker in state.counted_before.get(number, ()):
+        out.append(Tell("duplicate", {"worker": worker, "round": number}))
     else:
-        out.append(_late(worker, event.round, event.num_examples))
+        out.append(_late(worker, number, event.num_examples))
     return state
 
 

@@ -119,7 +119,8 @@ class Coordinator:
         self._link: Link | None = None
         self._next_look: asyncio.TimerHandle
         self._look_at = 0.0  # when it is asked next what time has brought
-        self._said_at, self._said = time.monotonic(), ""  # what is waited for
+        # What was last said to be waited for, and when it is said again.
+        self._said, self._say_at = "", time.monotonic() + settings.waiting_every_s
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
         self._aggregation = Aggregation(
@@ -196,10 +197,11 @@ class Coordinator:
         self.state, effects = rounds.advance(self.state, event)
         for effect in effects:
             self._perform(effect)
-        now = time.monotonic()
+        now, phase = event.now, self.state.phase
         self._watcher.show(self.state, now)
-        self._say_what_is_waited_for(now, just_told=bool(effects))
-        if self.state.phase is rs.Phase.ENDED and not self._ended.done():
+        if phase is rs.Phase.WAITING or self._said or now >= self._say_at:
+            self._say_what_is_waited_for(now, just_told=bool(effects))
+        if phase is rs.Phase.ENDED and not self._ended.done():
             self._ended.set_result(None)
         if self._look_at > now + _LOOK_EVERY_S:
             self._look_in(_LOOK_EVERY_S)
@@ -207,8 +209,7 @@ class Coordinator:
     def _look(self) -> None:
         """Ask what time has brought; at many events, that is not asked at each of them."""
         self._post(ev.Tick(time.monotonic()))
-        wakeup = min(self._said_at + self._settings.waiting_every_s, rounds.wakeup(self.state))
-        left_s = wakeup - time.monotonic()
+        left_s = min(self._say_at, rounds.wakeup(self.state)) - time.monotonic()
         self._look_in(left_s if left_s > 0 else _LOOK_EVERY_S)
 
     def _look_in(self, seconds: float) -> None:
@@ -219,15 +220,14 @@ class Coordinator:
     def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
         waiting = self.state.phase is rs.Phase.WAITING
         in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
-        late = now >= self._said_at + self._settings.waiting_every_s
-        if not late and in_short == self._said:
+        if in_short == self._said and now < self._say_at:
             return
         told = waiting_for(self.state, now)
-        if told and just_told and not late:
+        if told and just_told and now < self._say_at:
             return  # what was told just now says more; this, when nothing else happens
         if told:
             self._tell("waiting", {"reason": told})
-        self._said_at, self._said = now, in_short
+        self._say_at, self._said = now + self._settings.waiting_every_s, in_short
 
     def _perform(self, effect: fx.Effect) -> None:
         match effect:

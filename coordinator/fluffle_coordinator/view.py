@@ -94,7 +94,11 @@ class Watcher(Protocol):
         """Take note of one event; ``what`` is its name, ``fields`` is what is known of it."""
 
     def show(self, state: State, now: float) -> None:
-        """Take note of where the run stands; called after every event of the round machine."""
+        """Take note of where the run stands; called after every event of the round machine.
+
+        Who keeps events only need not have it.
+        """
+        return
 
 
 class Watchers(Watcher):
@@ -102,6 +106,7 @@ class Watchers(Watcher):
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
+        self._shown = [one for one in watchers if type(one).show is not Watcher.show]
 
     def tell(self, what: str, fields: Mapping[str, Any]) -> None:
         """See ``Watcher``."""
@@ -110,7 +115,7 @@ class Watchers(Watcher):
 
     def show(self, state: State, now: float) -> None:
         """See ``Watcher``."""
-        for watcher in self._watchers:
+        for watcher in self._shown:
             watcher.show(state, now)
 
 
