@@ -228,7 +228,10 @@ def _checked(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
                 f"tensor '{name}' of shape {shape} and {called} cannot have {nbytes} bytes"
             )
         if offset < end or offset % ALIGNMENT:
-            raise ValueError(f"tensor '{name}' has the wrong offset {offset}")
+            raise ValueError(
+                f"tensor '{name}' has the wrong offset {offset}: "
+                f"a multiple of {ALIGNMENT} is expected, from {end} on"
+            )
         if not nbytes:
             try:
                 np.empty(shape, dtype)
