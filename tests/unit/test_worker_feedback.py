@@ -69,9 +69,11 @@ def learnt(body: bytes) -> np.ndarray:
 
 
 @contextlib.asynccontextmanager
-async def at_work() -> AsyncIterator[tuple[Coordinator, asyncio.Queue[int]]]:
+async def at_work(
+    broker: MemoryBroker | None = None, task: Steps | None = None
+) -> AsyncIterator[tuple[Coordinator, asyncio.Queue[int]]]:
     """Run a worker; yield its coordinator, and the rounds whose answers it knows to be sent."""
-    coordinator = Coordinator(MemoryBroker())
+    coordinator = Coordinator(broker or MemoryBroker())
     await coordinator.connect()
     connected, sent = asyncio.Event(), asyncio.Queue[int]()
 
@@ -82,7 +84,7 @@ async def at_work() -> AsyncIterator[tuple[Coordinator, asyncio.Queue[int]]]:
             sent.put_nowait(fields["round"])
 
     service = WorkerService(
-        WorkerSettings("f", "w", "steps"), Steps(), transport=coordinator.broker,
+        WorkerSettings("f", "w", "steps"), task or Steps(), transport=coordinator.broker,
         topology=TOPOLOGY, tell=tell, bar=lambda *_: None,
     )  # fmt: skip
     running = asyncio.create_task(service.run())
@@ -108,6 +110,39 @@ async def test_what_a_round_left_goes_into_the_next_and_only_there():
     both = np.where(second == 0, 0, LEARNT + left)
     np.testing.assert_array_equal(second, both)
     assert np.count_nonzero((second != 0) & (learnt(first) == 0)) > COUNT // 20
+
+
+async def test_what_a_round_left_is_known_when_its_update_is_confirmed_however_late():
+    loop, confirmed = asyncio.get_running_loop(), asyncio.Event()
+
+    class Confirming(MemoryBroker):
+        """Confirms the first update only when the next training is over."""
+
+        async def open(self):
+            link = await super().open()
+            publish = link.publish
+
+            async def late(body, properties, **where):
+                await publish(body, properties, **where)
+                if properties.type == "update":
+                    await confirmed.wait()
+
+            link.publish = late
+            return link
+
+    class Confirmed(Steps):
+        def train(self, weights, plan, progress):
+            if trained:
+                loop.call_soon_threadsafe(confirmed.set)
+            trained.append(plan)
+            return super().train(weights, plan, progress)
+
+    trained = []
+    async with at_work(Confirming(), Confirmed()) as (coordinator, _):
+        first = learnt(await coordinator.ask(1))
+        second = learnt(await coordinator.ask(2))
+    np.testing.assert_array_equal(second, np.where(second == 0, 0, 2 * LEARNT - first))
+    assert not np.array_equal(second, first)
 
 
 async def test_another_run_and_a_plain_round_carry_nothing_over():

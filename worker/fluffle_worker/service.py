@@ -56,6 +56,8 @@ Tell = Callable[[str, dict[str, Any]], None]
 _INBOX_PREFETCH = 8
 _FULL_PAUSE_S = 1.0
 _WAITING_EVERY_S = 15.0
+# A confirmation comes in this time, or the link is lost (see ``amqp_link``).
+_SETTLE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class WorkerService:
         self._training: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         self._residual = Residual()  # of the last update that was sent
+        self._settled = threading.Event()  # no update is on its way
+        self._settled.set()
         self._link: Link | None = None
         self._linked = asyncio.Event()
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -353,7 +357,7 @@ class WorkerService:
                     ids,
                     evaluated=functools.partial(loop.call_soon_threadsafe, evaluated),
                     progress=progress,
-                    residual=lambda: self._residual,
+                    residual=self._left_unsent,
                 )
             except NotWanted:
                 done(session.Abandoned(job.work))
@@ -363,6 +367,11 @@ class WorkerService:
                 done(session.Finished(job.work))
 
         self._training.put(work)
+
+    def _left_unsent(self) -> Residual:
+        """Return what the last update left, once it is known whether the broker has taken it."""
+        self._settled.wait(_SETTLE_S)
+        return self._residual
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
         if self._state.doing != work:
@@ -401,15 +410,19 @@ class WorkerService:
             works.append(send(link, job.evaluation, Route(self._topology.results, [key])))
         if answer is not None:
             works.append(self._send_answer(link, *answer))
-        if len(works) == 1:
-            await works[0]
-        else:  # in this order: before its round closes, the evaluation is there
-            await together(*works)
+            self._settled.clear()
+        try:
+            if len(works) == 1:
+                await works[0]
+            else:  # in this order: before its round closes, the evaluation is there
+                await together(*works)
+            if answering and job.work.kind == "fit":
+                self._residual = job.residual
+        finally:
+            self._settled.set()
         job.evaluation_sent = True
         if not answering:
             return
-        if job.work.kind == "fit":
-            self._residual = job.residual
         self._advance(session.Sent(job.work))
         self._presence.now("idle", job.work)
         metrics = answer[0].metrics if answer and isinstance(answer[0], Update) else {}
