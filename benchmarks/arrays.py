@@ -13,19 +13,19 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_TENSORS = 8
+TENSORS = 8
 _COLUMNS = 64
 _NOISE = 256 * 1024  # elements; together with a block of the result this stays in the cache
 
 
-def make_weights(size_bytes: int, seed: int = 0) -> dict[str, Array]:
+def make_weights(size_bytes: int, seed: int = 0, tensors: int = TENSORS) -> dict[str, Array]:
     """Make float32 tensors of ``size_bytes`` together: equal matrices, and a vector of the rest."""
     elements = max(1, size_bytes // 4)
-    rows = elements // _TENSORS // _COLUMNS
+    rows = elements // tensors // _COLUMNS
     rng = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {}
     if rows:
-        shapes = {f"layer{n}/kernel": (rows, _COLUMNS) for n in range(1, _TENSORS)}
+        shapes = {f"layer{n}/kernel": (rows, _COLUMNS) for n in range(1, tensors)}
     rest = elements - len(shapes) * rows * _COLUMNS
     return {
         name: rng.standard_normal(shape, dtype=np.float32)

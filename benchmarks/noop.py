@@ -2,13 +2,13 @@
 
     fluffle worker --task benchmarks.noop:task --data size=10000000,gate=/tmp/x,seed=1
 
-``size`` is in bytes, ``gate`` is the socket of the benchmark (see ``gate``; none: never waits) and
-``seed`` makes a worker's noise its own.
+``size`` is in bytes, ``tensors`` says how many it is spread over (8), ``gate`` is the socket of the
+benchmark (see ``gate``; none: never waits) and ``seed`` makes a worker's noise its own.
 """
 
 from __future__ import annotations
 
-from benchmarks.arrays import Perturbation, make_weights
+from benchmarks.arrays import TENSORS, Perturbation, make_weights
 from benchmarks.gate import Gate
 from fluffle_common.messages import Plan
 from fluffle_common.weights import Weights
@@ -22,19 +22,26 @@ class Noop:
         size_bytes: of the model.
         seed: makes the noise this worker's own.
         gate: whom to ask before each training.
+        tensors: how many the model has.
         keep: see ``Perturbation``.
     """
 
     def __init__(
-        self, size_bytes: int, seed: int, gate: Gate | None = None, *, keep: bool = True
+        self,
+        size_bytes: int,
+        seed: int,
+        gate: Gate | None = None,
+        *,
+        tensors: int = TENSORS,
+        keep: bool = True,
     ) -> None:
         self.num_examples = 100 + seed
-        self._size_bytes, self._gate = size_bytes, gate
+        self._size_bytes, self._tensors, self._gate = size_bytes, tensors, gate
         self._perturb = Perturbation(seed, keep=keep)
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
-        return make_weights(self._size_bytes, seed)
+        return make_weights(self._size_bytes, seed, self._tensors)
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """See ``task.Task``; the time at the gate is no time of a round that counts."""
@@ -51,4 +58,5 @@ def task(options: TaskOptions) -> Noop:
     """Make the task that ``--data`` describes."""
     told = dict(pair.split("=", 1) for pair in options.data.split(","))
     gate = Gate(told["gate"]) if "gate" in told else None
-    return Noop(int(told["size"]), int(told.get("seed", 0)), gate)
+    tensors = int(told.get("tensors", TENSORS))
+    return Noop(int(told["size"]), int(told.get("seed", 0)), gate, tensors=tensors)

@@ -123,6 +123,8 @@ def _close(pipe: IO[str] | None) -> None:
 def scratch(within: Path | None = None) -> Iterator[Path]:
     """Make a folder that is gone afterwards, and let SIGTERM end us as cleanly as Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if within is not None:
+        within.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="fluffle-bench-", dir=within))
     try:
         yield folder

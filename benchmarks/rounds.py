@@ -34,6 +34,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import command, figures
+from benchmarks.arrays import TENSORS
 from benchmarks.floor import Spec
 from benchmarks.processes import Programs, machine, private_broker, scratch
 from benchmarks.sides import Floor, Fluffle, Measured, compare
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the options."""
     made = command.parser("rounds", __doc__)
     made.add_argument("--size-mb", type=float, default=10.0, help="size of the model (10)")
+    made.add_argument("--tensors", type=int, default=TENSORS, help="how many it has (8)")
     made.add_argument("--workers", type=int, default=3, help="how many workers (3)")
     made.add_argument("--rounds", type=int, default=10, help="rounds of each side that count (10)")
     made.add_argument("--blocks", type=int, default=5, help="blocks they are run in (5)")
@@ -80,6 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             programs,
             broker.url,
             size_bytes=size_bytes,
+            tensors=options.tensors,
             workers=options.workers,
             queue_type=queue_type,
             options=("--dashboard", "127.0.0.1:0") if options.dashboard else (),
@@ -88,6 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found = compare([floor, fluffle], sizes, broker_pid=broker.pid, said=_say)
     return {
         "size_mb": options.size_mb,
+        "tensors": options.tensors,
         "workers": options.workers,
         "rounds": options.rounds,
         "blocks": len(sizes),

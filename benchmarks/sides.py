@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks import figures
+from benchmarks.arrays import TENSORS
 from benchmarks.floor import Spec
 from benchmarks.gate import Gates
 from benchmarks.processes import FLUFFLE, Died, Programs, cpu_s, peak_bytes, reset_peak
@@ -103,6 +104,7 @@ class Fluffle:
         programs: what starts its processes.
         url: the broker.
         size_bytes: of the model.
+        tensors: how many it has.
         workers: how many.
         queue_type: classic or quorum.
         options: more options of ``fluffle coordinator``.
@@ -117,6 +119,7 @@ class Fluffle:
         *,
         size_bytes: int,
         workers: int,
+        tensors: int = TENSORS,
         queue_type: str = "classic",
         options: Sequence[object] = (),
     ) -> None:
@@ -135,7 +138,7 @@ class Fluffle:
             ).pid
         }  # fmt: skip
         for number in range(1, workers + 1):
-            data = f"size={size_bytes},gate={self._gates.path},seed={number}"
+            data = f"size={size_bytes},tensors={tensors},gate={self._gates.path},seed={number}"
             self._pids[f"worker {number}"] = programs.start(
                 f"fluffle-worker-{number}", *FLUFFLE, "worker", *common, "--id", f"w{number}",
                 "--task", "benchmarks.noop:task", "--data", data,
