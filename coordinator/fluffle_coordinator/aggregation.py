@@ -1,9 +1,9 @@
 """From deliveries to committed rounds: checks, the running sum, checkpoint and history line.
 
-What goes into the sum and out of it happens in one task, in the order it was asked for, off the
-event loop where it takes time. So what is in the sum when a round is averaged is exactly what was
-folded before. What is averaged is written by another, in order too: the disk may take its time
-while the next round has begun.
+What goes into the sum and out of it happens in the order it was asked for: at once where that takes
+no time, else in one task and off the event loop. So what is in the sum when a round is averaged is
+exactly what was folded before. What is averaged is written by another task, in order too: the disk
+may take its time while the next round has begun.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from operator import sub
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fluffle_common.checkpoint import checkpoint_name
@@ -29,13 +28,13 @@ from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.received import read_delta
 from fluffle_coordinator.store import RunStore, new_base
 from fluffle_coordinator.strategy import Strategy, Sum, fedavg
+from fluffle_coordinator.tally import Clock, Counts
 from fluffle_coordinator.turns import Turns
 
 Tell = Callable[[str, dict[str, Any]], None]
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
 _AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
-_TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
 
 
 @dataclass(eq=False)
@@ -50,59 +49,6 @@ class Held:
         """Let go of the bytes; the delivery stays ours."""
         self.payload = memoryview(b"")
         self.delivery.body = b""
-
-
-@dataclass
-class Counts:
-    """What came late and what was refused since the last commit, and of the first of them more."""
-
-    late: int = 0
-    rejected: int = 0
-    late_updates: list[Mapping[str, Any]] = field(default_factory=list)
-    rejections: list[Mapping[str, Any]] = field(default_factory=list)
-
-    def note(self, what: str, fields: Mapping[str, Any]) -> None:
-        """Count an event, if it is one that is counted."""
-        if what == "late":
-            self.late += 1
-            told = self.late_updates
-        elif what == "rejected":
-            self.rejected += 1
-            told = self.rejections
-        else:
-            return
-        if len(told) < _TOLD_OF_EACH:
-            told.append(fields)
-
-
-@dataclass
-class Clock:
-    """Where the time of a round goes, in seconds of a monotonic clock."""
-
-    opened_at: float = field(default_factory=time.monotonic)
-    closed_at: float = 0.0
-    averaged_at: float = 0.0
-    fold_s: float = 0.0
-
-    def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
-        """Tell what the time from commit to commit was spent on.
-
-        Before the round, open (folding included), and closing it. What happened while the round
-        before was still being written took no time of this one.
-
-        Args:
-            committed_at: when the round before was on disk.
-            saved_at: when this one was.
-        """
-        moments = [
-            max(moment, committed_at)
-            for moment in (self.opened_at, self.closed_at, self.averaged_at, saved_at)
-        ]
-        names = ("waiting_s", "open_s", "average_s", "checkpoint_s")
-        told = dict(zip(names, map(sub, moments, [committed_at, *moments]), strict=True))
-        return {
-            name: round(seconds, 6) for name, seconds in {**told, "fold_s": self.fold_s}.items()
-        }
 
 
 class Aggregation:

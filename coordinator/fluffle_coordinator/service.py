@@ -154,15 +154,12 @@ class Coordinator:
         self._next_look = loop.call_later(0.0, self._look)
         tasks = [
             asyncio.create_task(work(), name=work.__name__)
-            for work in (self._links, self._aggregation.run, self._outgoing.run)
+            for work in (self._end, self._links, self._aggregation.run, self._outgoing.run)
         ]
         try:
-            done, _ = await asyncio.wait({self._ended, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()  # the helpers run for ever: one that is done has failed
-            await self._aggregation.drained()
-            await self._outgoing.drained()
-            self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
+                task.result()  # but for the first, they run for ever: one that is done has failed
         except asyncio.CancelledError:
             if self.state.outcome is None:
                 self._tell("interrupted", {"folder": str(self._folder)})
@@ -175,6 +172,13 @@ class Coordinator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return self.state
+
+    async def _end(self) -> None:
+        """Wait for the end, and until all that was asked for is done."""
+        await self._ended
+        await self._aggregation.drained()
+        await self._outgoing.drained()
+        self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
 
     # --- the machine ---------------------------------------------------------------------------
 

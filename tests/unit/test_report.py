@@ -17,7 +17,6 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.messages import Plan
 from fluffle_common.topology import Topology
 from fluffle_coordinator import charts
-from fluffle_coordinator.aggregation import Counts
 from fluffle_coordinator.configuration import configuration
 from fluffle_coordinator.report_numbers import PHASES, Cell, numbers, phases, read_numbers
 from fluffle_coordinator.report_page import page
@@ -25,6 +24,7 @@ from fluffle_coordinator.run_cli import report
 from fluffle_coordinator.run_state import Quorum, Rules
 from fluffle_coordinator.service import CoordinatorSettings
 from fluffle_coordinator.store import RunStore
+from fluffle_coordinator.tally import Counts
 
 TIMINGS = {"waiting_s": 1.0, "open_s": 10.0, "fold_s": 0.5, "average_s": 0.25, "checkpoint_s": 2.0}
 EVIL = "<script>alert('x')</script>\"&"

@@ -1,0 +1,64 @@
+"""What the history tells of a round besides its average: what was not counted, and the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import sub
+from typing import Any
+
+_TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
+
+
+@dataclass
+class Counts:
+    """What came late and what was refused since the last commit, and of the first of them more."""
+
+    late: int = 0
+    rejected: int = 0
+    late_updates: list[Mapping[str, Any]] = field(default_factory=list)
+    rejections: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def note(self, what: str, fields: Mapping[str, Any]) -> None:
+        """Count an event, if it is one that is counted."""
+        if what == "late":
+            self.late += 1
+            told = self.late_updates
+        elif what == "rejected":
+            self.rejected += 1
+            told = self.rejections
+        else:
+            return
+        if len(told) < _TOLD_OF_EACH:
+            told.append(fields)
+
+
+@dataclass
+class Clock:
+    """Where the time of a round goes, in seconds of a monotonic clock."""
+
+    opened_at: float = field(default_factory=time.monotonic)
+    closed_at: float = 0.0
+    averaged_at: float = 0.0
+    fold_s: float = 0.0
+
+    def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
+        """Tell what the time from commit to commit was spent on.
+
+        Before the round, open (folding included), and closing it. What happened while the round
+        before was still being written took no time of this one.
+
+        Args:
+            committed_at: when the round before was on disk.
+            saved_at: when this one was.
+        """
+        moments = [
+            max(moment, committed_at)
+            for moment in (self.opened_at, self.closed_at, self.averaged_at, saved_at)
+        ]
+        names = ("waiting_s", "open_s", "average_s", "checkpoint_s")
+        told = dict(zip(names, map(sub, moments, [committed_at, *moments]), strict=True))
+        return {
+            name: round(seconds, 6) for name, seconds in {**told, "fold_s": self.fold_s}.items()
+        }
