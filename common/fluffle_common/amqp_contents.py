@@ -85,6 +85,14 @@ class Contents:
         self._acked: list[int] = []  # in this turn of the loop
         self._over = False
 
+    @property
+    def _closed(self) -> bool:
+        return self._over or self._socket.is_closing()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise LinkLost("the connection is lost")
+
     # --- what goes out -------------------------------------------------------------------------
 
     def publish(self, head: bytes, message_id: str, body: Body) -> asyncio.Future[None]:
@@ -97,7 +105,11 @@ class Contents:
 
         Returns:
             A future that raises ``Unroutable``, ``Full``, or what ``lose`` was given.
+
+        Raises:
+            LinkLost: where the socket is closed, of which the others will only hear.
         """
+        self._check()
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._published += 1
         self._unconfirmed[self._published] = _Published(message_id, confirmed)
@@ -109,7 +121,12 @@ class Contents:
         return confirmed
 
     def get(self, queue: str) -> asyncio.Future[Arrived | None]:
-        """Ask for one message; the future is done with it, or with None where there is none."""
+        """Ask for one message; the future is done with it, or with None where there is none.
+
+        Raises:
+            LinkLost: as ``publish`` does.
+        """
+        self._check()
         got: asyncio.Future[Arrived | None] = asyncio.get_running_loop().create_future()
         self._getting.append(got)
         self._socket.write(frames.get(self.number, queue))
@@ -120,7 +137,7 @@ class Contents:
 
         What is acknowledged in one turn of the loop leaves together, as few frames.
         """
-        if self._over:
+        if self._closed:
             return
         if not self._acked:
             asyncio.get_running_loop().call_soon(self._send_acks)
@@ -128,7 +145,7 @@ class Contents:
         self._acked.append(tag)
 
     def _send_acks(self) -> None:
-        if self._over or not self._acked:
+        if self._closed or not self._acked:
             return
         self._owed.difference_update(self._acked)
         still_owed = min(self._owed, default=math.inf)
@@ -141,14 +158,13 @@ class Contents:
 
     def requeue(self, tag: int) -> None:
         """Give a delivery back; nothing happens where the channel is over."""
-        if not self._over:
+        if not self._closed:
             self._owed.discard(tag)
             self._socket.write(frames.requeue(self.number, tag))
 
     def lose(self, why: LinkLost) -> None:
         """Let go: whoever waits is told why, and nothing more is sent."""
-        if not self._socket.is_closing():
-            self._send_acks()
+        self._send_acks()
         self._over = True
         waiting: list[asyncio.Future[Any]] = [one.confirmed for one in self._unconfirmed.values()]
         waiting += self._getting

@@ -280,6 +280,22 @@ async def test_getting_takes_what_comes_in_order():
     assert getting[1].result() is None
 
 
+async def test_a_socket_that_is_closed_is_not_written_to():
+    """uvloop raises RuntimeError, and aiormq hears of the end some turns of the loop later."""
+    ends = Ends(1)
+    ends.incoming.received(b"".join(deliver(1, 1, b"x")))
+    ends.contents[1].ack(1)
+    ends.closing = True
+    with pytest.raises(LinkLost, match="lost"):
+        published(ends, "a")
+    with pytest.raises(LinkLost, match="lost"):
+        ends.contents[1].get("q")
+    ends.contents[1].requeue(1)
+    ends.contents[1].ack(1)
+    await asyncio.sleep(0)
+    assert not ends.written
+
+
 async def test_a_lost_channel_tells_all_who_wait_and_writes_no_more():
     ends = Ends(1)
     waiting = [*published(ends, "a"), ends.contents[1].get("q")]
