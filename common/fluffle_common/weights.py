@@ -26,6 +26,9 @@ from fluffle_common.layout import (
 
 __all__ = ["DTYPES", "FLOATS", "INTEGERS", "Array", "Weights"]
 
+# A larger piece of memory goes back to the system, and is slow to touch when it comes again.
+_ONE_PIECE_BYTES = 16 * 2**20
+
 
 class NotFinite(ValueError):
     """A tensor holds NaN or an infinity."""
@@ -48,7 +51,7 @@ def delta_form(weights: Weights) -> Form:
     return tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in weights.items()])
 
 
-def delta(trained: Weights, received: Weights) -> Tensors:
+def delta(trained: Weights, received: Weights) -> Weights:
     """Subtract what was received from what was trained, tensor by tensor.
 
     Args:
@@ -56,14 +59,20 @@ def delta(trained: Weights, received: Weights) -> Tensors:
         received: the global weights of the round.
 
     Returns:
-        trained - received, in ``delta_dtype`` of each tensor.
+        trained - received, in ``delta_dtype`` of each tensor; in one piece, unless that is large.
 
     Raises:
         ValueError: where names, shapes or dtypes differ.
     """
     base = apart(received)
     same_form(trained, base)
-    found = layout_of_form(delta_form(base)).empty()
+    layout = layout_of_form(delta_form(base))
+    if layout.nbytes > _ONE_PIECE_BYTES:
+        return {
+            name: np.subtract(trained[name], old, dtype=delta_dtype(old.dtype))
+            for name, old in base.items()
+        }
+    found = layout.empty()
     for name, into in found.apart.items():
         np.subtract(trained[name], base[name], out=into, dtype=into.dtype)
     return found
