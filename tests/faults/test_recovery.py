@@ -99,7 +99,8 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
             coordinator.wait_for("counted", updates=workers)
             coordinator = again()
     missed = set(range(1, rounds + 1)) - killed_in
-    assert len(missed) <= 2, missed  # where the machine is slow, a kill can come a round too late
+    # A kill can come a round too late: what was under way then is over before the next is planned.
+    assert len(missed) <= rounds // 4, missed
     assert_ended_well(federation, coordinator, *others)
 
     name = f"round-{rounds:04d}.safetensors"
