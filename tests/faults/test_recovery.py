@@ -68,7 +68,7 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
         assert [program.end() for program in (coordinator, *others)] == [0] * 4
 
     rng = random.Random(20)
-    flags = ("--rounds", rounds, "--config", "train_s=0.4")
+    flags = ("--rounds", rounds, "--config", "train_s=0.6")
     coordinator, others = start(federation, workers, *flags)
 
     def opened() -> int:
@@ -99,8 +99,7 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
             coordinator.wait_for("counted", updates=workers)
             coordinator = again()
     missed = set(range(1, rounds + 1)) - killed_in
-    # A kill can come a round too late: what was under way then is over before the next is planned.
-    assert len(missed) <= rounds // 4, missed
+    assert len(missed) <= 2, missed  # where the machine is slow, a kill can come a round too late
     assert_ended_well(federation, coordinator, *others)
 
     name = f"round-{rounds:04d}.safetensors"
