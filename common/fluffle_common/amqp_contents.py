@@ -82,7 +82,7 @@ class Contents:
         self._unconfirmed: dict[int, _Published] = {}
         self._getting: deque[asyncio.Future[Arrived | None]] = deque()
         self._owed: set[int] = set()  # the tags of what came and is not settled yet
-        self._acked: list[int] = []  # in this turn of the loop
+        self._acked: set[int] = set()  # settled in this turn of the loop, and not sent yet
         self._over = False
 
     @property
@@ -141,18 +141,19 @@ class Contents:
             return
         if not self._acked:
             asyncio.get_running_loop().call_soon(self._send_acks)
-        self._acked += [one for one in self._owed if one < tag] if all_before else []
-        self._acked.append(tag)
+        settled = {one for one in self._owed if one < tag} if all_before else set()
+        settled.add(tag)
+        self._owed -= settled
+        self._acked |= settled
 
     def _send_acks(self) -> None:
         if self._closed or not self._acked:
             return
-        self._owed.difference_update(self._acked)
         still_owed = min(self._owed, default=math.inf)
         together = max((tag for tag in self._acked if tag < still_owed), default=0)
         tags = [together] if together else []
-        tags += [tag for tag in self._acked if tag > together]
-        self._acked = []
+        tags += sorted(tag for tag in self._acked if tag > together)
+        self._acked.clear()
         pieces = [frames.ack(self.number, tag, all_before=tag == together) for tag in tags]
         self._socket.write(b"".join(pieces))
 

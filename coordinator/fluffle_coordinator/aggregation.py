@@ -183,7 +183,6 @@ class Aggregation:
             return
         try:
             payload = await self._payload(held)
-            began = time.monotonic()
             # However few bytes came, they are folded into all of the model.
             nbytes = max(len(payload), size_bytes(self._so_far[1]))
             await _off_loop(nbytes, self._check_and_fold, held.message, payload)
@@ -192,26 +191,25 @@ class Aggregation:
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
-            self._clock.fold_s += time.monotonic() - began
             if self._keep_updates:
                 await self._keep(held, payload, worker)
             self._folded(held, worker, len(payload))
 
     def _fold_at_once(self, held: Held, worker: str) -> None:
-        began = time.monotonic()
         try:
             self._check_and_fold(held.message, held.payload)
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
-            self._clock.fold_s += time.monotonic() - began
             self._folded(held, worker, len(held.payload))
 
     def _check_and_fold(self, message: Update | FirstWeights, payload: memoryview) -> None:
         assert isinstance(message, Update)
+        began = time.monotonic()
         so_far, weights = self._so_far
         delta = read_delta(message, payload, weights)
         self._sum = self._strategy.fold(so_far, delta, message.num_examples)
+        self._clock.fold_s += time.monotonic() - began
 
     def _folded(self, held: Held, worker: str, nbytes: int) -> None:
         message, now = held.message, time.monotonic()
