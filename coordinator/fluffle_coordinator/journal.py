@@ -119,16 +119,13 @@ class Journal(Watcher):
             LinkLost: where the link is lost while something is on its way.
         """
         self._linked = True
+        if self._window or self._told:
+            self._at_rest.clear()
         try:
             while True:
-                self._fill_window()
                 if not self._window:
-                    self._at_rest.set()
-                    self._news.clear()
-                    await self._news.wait()
                     await self._gather()
-                    continue
-                self._at_rest.clear()
+                    self._fill_window()
                 # All at once, in order: a publish waits for its confirm, not for the one before.
                 await self._confirmed(link, self._window)
                 self._window = []
@@ -137,15 +134,22 @@ class Journal(Watcher):
             self._at_rest.set()
 
     async def _gather(self) -> None:
-        """Wait for what follows at once, so that it goes out in one go; not at the end of a run."""
+        """Wait for news, and for what follows at once, so that it goes out in one go.
+
+        At the end of a run, nothing is waited for; nor is it where there is enough for one go.
+        """
+        if not self._told:
+            self._at_rest.set()
+            self._news.clear()
+            await self._news.wait()
+        if len(self._told) >= _WINDOW:
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GATHER_S):
                 await self._ending.wait()
 
     def _fill_window(self) -> None:
-        """Take up what is next, unless something is to be sent again first."""
-        if self._window:
-            return
+        """Take up what is next."""
         if self._dropped and self._told:
             first = self._told[0]
             gap = _Noted("gap", first.time, first.run, {"dropped": self._dropped})

@@ -188,16 +188,18 @@ async def test_what_was_not_confirmed_is_sent_again_under_the_same_identity(brok
 
 async def test_cancelled_while_events_are_on_their_way_it_loses_none(broker):
     journal = Journal(TOPOLOGY)
-    gate = asyncio.Event()
+    begun, never = asyncio.Event(), asyncio.Event()
 
     class Held(Faulty):
         async def publish(self, *args: Any, **kwargs: Any) -> None:
-            await gate.wait()
+            begun.set()
+            await never.wait()
 
     async with published(journal, Held(await broker.open(), [])):
         journal.tell("opened", {"round": 1})
         journal.tell("opened", {"round": 2})
-        await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE_S):
+            await begun.wait()
     assert raw(broker) == []
     async with published(journal, await broker.open()):
         await drained(journal)
