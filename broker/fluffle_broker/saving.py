@@ -36,10 +36,10 @@ class Folder:
         """
         began = time.strftime("%Y%m%dT%H%M%S", time.localtime(now))
         body = self._path / f"{began}-{next(self._numbers):06d}-{_name(reading)}.msgpack"
-        with replacing(body) as partial:
-            partial.write_bytes(reading.delivery.body)
-        with replacing(body.with_name(f"{body.stem}.json")) as partial:
-            partial.write_text(json.dumps(reading.as_dict(now), indent=2) + "\n")
+        with replacing(body) as file:
+            file.write(reading.delivery.body)
+        with replacing(body.with_name(f"{body.stem}.json")) as file:
+            file.write(json.dumps(reading.as_dict(now), indent=2).encode() + b"\n")
         return body
 
 

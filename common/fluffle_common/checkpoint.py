@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
+from typing import IO
+
+import numpy as np
 
 from fluffle_common.errors import UsageError
-from fluffle_common.weights import Array, Weights
+from fluffle_common.layout import Layout, Tensors, layout_for
+from fluffle_common.messages import TensorEntry
+from fluffle_common.weights import FLOATS, INTEGERS, Array, Weights
+
+_HEADER_SIZE = struct.Struct("<Q")
+_ALIGNMENT = 8  # of the first tensor
+# How the format calls each dtype: float32 is F32, uint8 is U8.
+_DTYPES = {name: name[0].upper() + name.lstrip(ascii_lowercase) for name in FLOATS + INTEGERS}
+# A small model is written in one go.
+_BUFFER_BYTES = 2**18
 
 
 def checkpoint_name(number: int) -> str:
@@ -17,25 +33,55 @@ def checkpoint_name(number: int) -> str:
 
 
 def save_checkpoint(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint, straight from the memory of the tensors.
+
+    The format is https://github.com/huggingface/safetensors#format; its own writer goes by way of a
+    file with a name of chance, which a crash would leave behind.
 
     Raises:
         OSError: where the disk refuses; an earlier file of that name is as it was.
+        ValueError: for a dtype that does not travel.
     """
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    layout = layout_for(weights)
+    in_order, described = _described(layout)
+    header = f'{{"__metadata__":{json.dumps(metadata)}{described}}}'.encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    with replacing(path) as file:
+        file.write(_HEADER_SIZE.pack(len(header)))
+        file.write(header)
+        for entry in in_order:
+            file.write(_bytes_of(weights, entry))
 
-    # It writes memory as it lies there, whatever the strides say of it.
-    plain = {
-        name: np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
-        for name, tensor in weights.items()
-    }
-    with replacing(path) as partial:
-        try:
-            save_file(plain, partial, metadata=metadata)
-        except SafetensorError as why:  # it wraps what the disk said
-            raise OSError(str(why)) from None
+
+@functools.lru_cache(4)
+def _described(layout: Layout) -> tuple[list[TensorEntry], str]:
+    """Return the tensors in the order of the file, and what its header says of them.
+
+    Those of larger elements come first, so that all are aligned.
+    """
+    in_order = sorted(
+        layout.table, key=lambda entry: (-layout.places[entry.name].dtype.itemsize, entry.name)
+    )
+    told, end = [], 0
+    for entry in in_order:
+        start, end = end, end + entry.nbytes
+        about = {
+            "dtype": _DTYPES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": (start, end),
+        }
+        told.append(f",{json.dumps(entry.name)}:{json.dumps(about)}")
+    return in_order, "".join(told)
+
+
+def _bytes_of(weights: Weights, entry: TensorEntry) -> memoryview | bytes:
+    if isinstance(weights, Tensors) and weights.memory is not None:
+        return weights.memory[entry.offset : entry.offset + entry.nbytes]
+    if not entry.nbytes:
+        return b""
+    tensor = weights[entry.name]
+    plain = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
+    return plain.reshape(-1).data.cast("B")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -56,20 +102,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; on success it becomes ``path``, fsynced, in one step.
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write to; on success it becomes ``path``, fsynced, in one step.
 
     Raises:
         OSError: where the disk refuses; ``path`` is as it was.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        yield partial
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with partial.open("wb", _BUFFER_BYTES) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

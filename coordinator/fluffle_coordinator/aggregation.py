@@ -286,6 +286,7 @@ class Aggregation:
             self._store.append(line)
 
         async def save() -> None:
+            await asyncio.sleep(0)  # first, what follows from the average is sent
             await self._on_disk(write)
             self._committed_at = time.monotonic()
             about = {"num_examples": num_examples, "timings": line["timings"]}

@@ -51,10 +51,10 @@ def keep_update(path: Path, body: Body, payload: memoryview | None) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if payload is not None:  # first: a message is only there when all that it needs is
-        with replacing(path.with_suffix(".payload")) as partial:
-            partial.write_bytes(payload)
-    with replacing(path) as partial:
-        partial.write_bytes(body)
+        with replacing(path.with_suffix(".payload")) as file:
+            file.write(payload)
+    with replacing(path) as file:
+        file.write(body)
 
 
 def read_update(path: Path) -> tuple[bytes, memoryview | None]:

@@ -79,8 +79,8 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
     left.legend(handles=lines, loc="lower right", frameon=False)
     run = rounds[-1].get("run", "")
     left.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")
-    with replacing(out) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    with replacing(out) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
 
 

@@ -116,8 +116,8 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
         return
     out = out or folder / "report.html"
     try:
-        with replacing(out) as partial:
-            partial.write_text(page(numbers), encoding="utf-8")
+        with replacing(out) as file:
+            file.write(page(numbers).encode())
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     click.echo(f"report written to {out}")

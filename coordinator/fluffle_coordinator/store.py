@@ -179,8 +179,8 @@ class RunStore:
             return
         before.append({"from_round": committed + 1, "since": timestamp(), **new})
         try:
-            with replacing(path) as partial:
-                partial.write_text(json.dumps(told, indent=1) + "\n")
+            with replacing(path) as file:
+                file.write(json.dumps(told, indent=1).encode() + b"\n")
         except OSError as why:
             raise RunError(f"cannot write {path} ({why.strerror})") from None
 
@@ -217,8 +217,8 @@ class RunStore:
                 )
             return run
         run = uuid.uuid4().hex[:12]
-        with replacing(path) as partial:
-            partial.write_text(json.dumps({"run": run, "federation": federation}) + "\n")
+        with replacing(path) as file:
+            file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
         return run
 
     def _sound_history(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -259,8 +259,8 @@ class RunStore:
         )
         with (self.folder / "history.removed.jsonl").open("a") as removed:
             removed.write(cut)
-        with replacing(self.history_path) as partial:
-            partial.write_text(kept)
+        with replacing(self.history_path) as file:
+            file.write(kept.encode())
 
 
 def _written(line: dict[str, Any]) -> str:

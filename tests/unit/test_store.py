@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fluffle_common import checkpoint
 from fluffle_common.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.layout import layout_for
 from fluffle_coordinator.store import RunStore, read_history
 
 
@@ -114,6 +116,33 @@ def test_an_array_of_any_memory_layout_is_saved_as_it_reads(tmp_path):
     assert {name: value.tolist() for name, value in got.items()} == {
         name: value.tolist() for name, value in odd.items()
     }
+
+
+def test_safetensors_itself_reads_it_and_finds_all_aligned(tmp_path):
+    """Its own reader refuses tensors that overlap, leave holes, or are not all of the file."""
+    odd = {
+        "bytes": np.arange(3, dtype=np.uint8),
+        'a "name"/ü': np.arange(5, dtype=np.float64),
+        "none": np.empty((0, 4), np.float32),
+        "one": np.float16(1.5).reshape(()),
+        "counts": np.array([[1, -2]], np.int64),
+    }
+    tensors = layout_for(odd).empty()
+    for name, value in odd.items():
+        tensors[name][...] = value
+    for saved in (odd, tensors):  # tensor by tensor, and in one piece
+        save_checkpoint(tmp_path / "m", saved, {"task": "ü"})
+        got = load_file(tmp_path / "m")
+        assert got.keys() == odd.keys()
+        for name, value in odd.items():
+            assert got[name].dtype == value.dtype
+            assert got[name].tolist() == value.tolist()
+        data = (tmp_path / "m").read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        for name, about in json.loads(data[8 : 8 + size]).items():
+            if name != "__metadata__":
+                start = 8 + size + about["data_offsets"][0]
+                assert start % odd[name].dtype.itemsize == 0
 
 
 @pytest.mark.parametrize("value", [1, 2])

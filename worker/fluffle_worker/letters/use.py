@@ -128,6 +128,6 @@ def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Pat
                 shade = "white" if share[row, column] > 0.5 else "#333333"
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
-    with replacing(out) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    with replacing(out) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
