@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Job:
     evaluation_sent: bool = False
     answer: tuple[Update | FirstWeights, Weights] | None = None
     residual: Residual = field(default_factory=Residual)
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def do(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Evaluate, Fit, Message, Part, ToWorker
-from fluffle_common.transport import Body
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import reject
+from fluffle_common.transport import Body, Link
 from fluffle_common.weights import Weights, check_finite
 from fluffle_common.wire import decode, read_tensors
 
@@ -39,3 +44,25 @@ def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "not_finite") from None
     return weights
+
+
+async def drain(
+    link: Link,
+    queue: str,
+    check: Callable[[Body], object],
+    topology: Topology,
+    tell: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
+    there = await link.counts(queue)
+    for _ in range(there.ready if there is not None else 0):
+        delivery = await link.get(queue)
+        if delivery is None:
+            return
+        try:
+            check(delivery.body)
+        except MalformedMessage as wrong:
+            tell("rejected", {"reason": str(wrong)})
+            await reject(link, delivery, wrong, topology.rejected)
+        else:
+            delivery.ack()

@@ -19,7 +19,6 @@ from typing import Any
 from fluffle_common.errors import LinkLost, MalformedMessage, Refused
 from fluffle_common.messages import (
     Evaluate,
-    FirstWeights,
     Fit,
     InitRequest,
     Part,
@@ -29,35 +28,29 @@ from fluffle_common.messages import (
     Welcome,
 )
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, read_part, reject, send, send_tensors
+from fluffle_common.transfer import reject
 from fluffle_common.transport import (
     Backoff,
-    Body,
     Delivery,
-    Full,
     Link,
     Occupied,
     Transport,
-    Unroutable,
     links,
     together,
 )
 from fluffle_common.weights import Weights
 from fluffle_common.wire import Assembly, decode
 from fluffle_worker import session
-from fluffle_worker.feedback import Residual
+from fluffle_worker.answers import Answers
 from fluffle_worker.job import Job, NotWanted, do
-from fluffle_worker.mail import check_mail, no_mail, weights_of
+from fluffle_worker.mail import check_mail, drain, no_mail, weights_of
 from fluffle_worker.presence import Presence
 from fluffle_worker.session import Work
 from fluffle_worker.task import Task, told
 
 Tell = Callable[[str, dict[str, Any]], None]
 _INBOX_PREFETCH = 8
-_FULL_PAUSE_S = 1.0
 _WAITING_EVERY_S = 15.0
-# A confirmation comes in this time, or the link is lost (see ``amqp_link``).
-_SETTLE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -115,12 +108,18 @@ class WorkerService:
         self._state = session.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._jobs: dict[Work, Job] = {}
-        self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._training: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
-        self._residual = Residual()  # of the last update that was sent
-        self._settled = threading.Event()  # no update is on its way
-        self._settled.set()
+        self._answers = Answers(
+            topology,
+            settings.worker,
+            link=self._a_link,
+            wanted=lambda job: self._jobs.get(job.work) is job,
+            due=lambda job: self._state.sending == job.work,
+            taken=self._sent,
+            tell=tell,
+            bar=bar,
+        )
         self._link: Link | None = None
         self._linked = asyncio.Event()
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -136,7 +135,7 @@ class WorkerService:
         threading.Thread(target=self._train, name="training", daemon=True).start()
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._links()),
-            asyncio.ensure_future(self._send_answers()),
+            asyncio.ensure_future(self._answers.run()),
         ]
         try:
             await asyncio.wait({*tasks, self._ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -212,7 +211,9 @@ class WorkerService:
         there = await link.counts(inbox)
         if there is not None and not there.consumers:  # else it is another worker's mail
             federation = self._settings.federation
-            await self._drain(link, inbox, lambda body: check_mail(body, federation))
+            await drain(
+                link, inbox, lambda body: check_mail(body, federation), self._topology, self._tell
+            )
 
     async def _say_that_we_wait(self) -> None:
         began = time.monotonic()
@@ -220,6 +221,11 @@ class WorkerService:
             await asyncio.sleep(_WAITING_EVERY_S)
             if self._run is None:
                 self._tell("waiting", {"waited_s": time.monotonic() - began})
+
+    async def _a_link(self) -> Link:
+        while self._link is None:
+            await self._linked.wait()
+        return self._link
 
     async def _until_lost(self, link: Link) -> None:
         await link.lost()
@@ -301,7 +307,7 @@ class WorkerService:
                     self._tell("abandoned", {"round": work.round})
                 case session.Send(work):
                     self._presence.now("sending", work)
-                    self._unsent.put_nowait(self._jobs[work])
+                    self._answers.put(self._jobs[work])
                 case session.Drop(work):
                     self._jobs.pop(work).wanted = False
                 case session.Report(work, reason):
@@ -341,7 +347,7 @@ class WorkerService:
                 loop.call_soon_threadsafe(self._advance, event)
 
         def evaluated() -> None:
-            self._unsent.put_nowait(job)
+            self._answers.put(job)
             self._presence.now("training", job.work)
 
         ids = {"federation": self._settings.federation, "worker": self._settings.worker}
@@ -357,7 +363,7 @@ class WorkerService:
                     ids,
                     evaluated=functools.partial(loop.call_soon_threadsafe, evaluated),
                     progress=progress,
-                    residual=self._left_unsent,
+                    residual=self._answers.residual,
                 )
             except NotWanted:
                 done(session.Abandoned(job.work))
@@ -367,11 +373,6 @@ class WorkerService:
                 done(session.Finished(job.work))
 
         self._training.put(work)
-
-    def _left_unsent(self) -> Residual:
-        """Return what the last update left, once it is known whether the broker has taken it."""
-        self._settled.wait(_SETTLE_S)
-        return self._residual
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
         if self._state.doing != work:
@@ -383,83 +384,10 @@ class WorkerService:
 
     # --- what goes out -------------------------------------------------------------------------
 
-    async def _send_answers(self) -> None:
-        """Send one answer after the other; each until the broker has taken it, or it is stale."""
-        while True:
-            job = await self._unsent.get()
-            while self._jobs.get(job.work) is job:
-                await self._linked.wait()
-                link = self._link
-                if link is None:
-                    continue
-                try:
-                    await self._send(link, job)
-                except (LinkLost, Full, Unroutable) as why:
-                    # Sent again under the same identity: the coordinator counts it once.
-                    self._tell("unsent", {"round": job.work.round, "reason": str(why)})
-                    await asyncio.sleep(_FULL_PAUSE_S)
-                else:
-                    break
-
-    async def _send(self, link: Link, job: Job) -> None:
-        answering = self._state.sending == job.work  # else only the evaluation is ready
-        answer = job.answer if answering else None
-        works = []
-        if job.evaluation is not None and not job.evaluation_sent:
-            key = f"evaluation.{self._settings.worker}"
-            works.append(send(link, job.evaluation, Route(self._topology.results, [key])))
-        if answer is not None:
-            works.append(self._send_answer(link, *answer))
-            self._settled.clear()
-        try:
-            if len(works) == 1:
-                await works[0]
-            else:  # in this order: before its round closes, the evaluation is there
-                await together(*works)
-            if answering and job.work.kind == "fit":
-                self._residual = job.residual
-        finally:
-            self._settled.set()
-        job.evaluation_sent = True
-        if not answering:
-            return
+    def _sent(self, job: Job) -> None:
         self._advance(session.Sent(job.work))
-        self._presence.now("idle", job.work)
-        metrics = answer[0].metrics if answer and isinstance(answer[0], Update) else {}
+        if self._state.answered == job.work:  # there is no newer work yet
+            self._presence.now("idle", job.work)
+        answer = job.answer[0] if job.answer else None
+        metrics = answer.metrics if isinstance(answer, Update) else {}
         self._tell("sent", {"round": job.work.round, "kind": job.work.kind, **metrics})
-
-    async def _send_answer(
-        self, link: Link, message: Update | FirstWeights, weights: Weights
-    ) -> None:
-        worker = self._settings.worker
-        await send_tensors(
-            link,
-            message,
-            weights,
-            Route(self._topology.results, [f"{message.kind}.{worker}"]),
-            # Kept here until there is newer work, and sent again when asked: so not on disk there.
-            parts=Route(self._topology.results, [f"part.{worker}"], durable=False),
-            before_parts=lambda: self._clear_outbox(link),
-            progress=lambda done, parts: self._bar("sending", done, parts, ""),
-        )
-
-    async def _clear_outbox(self, link: Link) -> None:
-        """Drop the parts that nobody will ask for."""
-        federation = self._settings.federation
-        outbox = self._topology.outbox(self._settings.worker)
-        await self._drain(link, outbox, lambda body: read_part(body, federation))
-
-    async def _drain(self, link: Link, queue: str, check: Callable[[Body], object]) -> None:
-        """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
-        there = await link.counts(queue)
-        for _ in range(there.ready if there is not None else 0):
-            delivery = await link.get(queue)
-            if delivery is None:
-                return
-            try:
-                check(delivery.body)
-            except MalformedMessage as wrong:
-                self._tell("rejected", {"reason": str(wrong)})
-                await reject(link, delivery, wrong, self._topology.rejected)
-            else:
-                delivery.ack()

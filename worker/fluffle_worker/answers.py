@@ -1,0 +1,151 @@
+"""Answers on their way to the broker: each until it has taken it, or nobody wants it any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fluffle_common.errors import LinkLost
+from fluffle_common.messages import FirstWeights, Update
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import Route, read_part, send, send_tensors
+from fluffle_common.transport import Full, Link, Unroutable, together
+from fluffle_common.weights import Weights
+from fluffle_worker.feedback import Residual
+from fluffle_worker.job import Job
+from fluffle_worker.mail import drain
+
+_FULL_PAUSE_S = 1.0
+# A confirmation comes in this time, or the link is lost (see ``amqp_link``).
+_SETTLE_S = 60.0
+
+
+class Answers:
+    """Sends them in the order in which they come.
+
+    The next does not wait until the broker has taken the one before: it may say so only when that
+    one's round is on the coordinator's disk.
+
+    Args:
+        topology: where they go.
+        worker: whose they are.
+        link: returns a link, once there is one.
+        wanted: whether anybody waits for the answer of a job.
+        due: whether a job is done; else only its evaluation is sent.
+        taken: told of a job whose answer the broker has taken.
+        tell: told what happens.
+        bar: told of progress: ``(label, done, total, description)``.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        worker: str,
+        *,
+        link: Callable[[], Awaitable[Link]],
+        wanted: Callable[[Job], bool],
+        due: Callable[[Job], bool],
+        taken: Callable[[Job], object],
+        tell: Callable[[str, dict[str, Any]], None],
+        bar: Callable[[str, float, float, str], None],
+    ) -> None:
+        self._topology, self._worker, self._link = topology, worker, link
+        self._wanted, self._due, self._taken = wanted, due, taken
+        self._tell, self._bar = tell, bar
+        self._unsent: asyncio.Queue[Job] = asyncio.Queue()
+        self._in_parts = asyncio.Lock()  # one answer at a time
+        self._residual = Residual()  # of the last update that was sent
+        self._under_way = 0
+        self._settled = threading.Event()  # none is under way
+        self._settled.set()
+
+    def put(self, job: Job) -> None:
+        """Send what there is of a job's answer."""
+        self._unsent.put_nowait(job)
+
+    def residual(self) -> Residual:
+        """Return what the last update left, once it is known whether the broker has taken it.
+
+        It blocks: it is for the training thread.
+        """
+        self._settled.wait(_SETTLE_S)
+        return self._residual
+
+    async def run(self) -> None:
+        """Send, until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as sending:
+                while True:
+                    job = await self._unsent.get()
+                    sending.create_task(self._send_until_taken(job))
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+
+    async def _send_until_taken(self, job: Job) -> None:
+        async with job.sending:  # its evaluation first
+            while self._wanted(job):
+                link = await self._link()
+                try:
+                    await self._send(link, job)
+                except (LinkLost, Full, Unroutable) as why:
+                    # Sent again under the same identity: the coordinator counts it once.
+                    self._tell("unsent", {"round": job.work.round, "reason": str(why)})
+                    await asyncio.sleep(_FULL_PAUSE_S)
+                else:
+                    break
+
+    async def _send(self, link: Link, job: Job) -> None:
+        due = self._due(job)
+        works = []
+        if job.evaluation is not None and not job.evaluation_sent:
+            key = f"evaluation.{self._worker}"
+            works.append(send(link, job.evaluation, Route(self._topology.results, [key])))
+        if due and job.answer is not None:
+            works.append(self._send_answer(link, *job.answer))
+        self._under_way += 1
+        self._settled.clear()
+        try:
+            if len(works) == 1:
+                await works[0]
+            else:  # in this order: before its round closes, the evaluation is there
+                await together(*works)
+            if due and job.work.kind == "fit":
+                self._residual = job.residual
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._settled.set()
+        job.evaluation_sent = True
+        if due:
+            self._taken(job)
+
+    async def _send_answer(
+        self, link: Link, message: Update | FirstWeights, weights: Weights
+    ) -> None:
+        async with contextlib.AsyncExitStack() as turn:
+
+            async def before_parts() -> None:
+                await turn.enter_async_context(self._in_parts)
+                await self._clear_outbox(link)
+
+            await send_tensors(
+                link,
+                message,
+                weights,
+                Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
+                # Kept here until there is newer work, and sent again when asked: so not on disk
+                # there.
+                parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
+                before_parts=before_parts,
+                progress=lambda done, parts: self._bar("sending", done, parts, ""),
+            )
+
+    async def _clear_outbox(self, link: Link) -> None:
+        """Drop the parts that nobody will ask for."""
+        outbox, federation = self._topology.outbox(self._worker), self._topology.federation
+        await drain(
+            link, outbox, lambda body: read_part(body, federation), self._topology, self._tell
+        )
