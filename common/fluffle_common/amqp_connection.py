@@ -215,20 +215,24 @@ class Connection(aio_pika.Connection):
         super().__init__(*args, **options, transport_factory=self._beside)
 
     async def contents(
-        self, channel: AbstractChannel, delivered: Callable[[Arrived], object] | None = None
+        self,
+        channel: AbstractChannel,
+        delivered: Callable[[Arrived], object] | None = None,
+        prefetch: int = 0,
     ) -> Contents:
         """Take the contents of an open channel past aiormq from now on.
 
         Args:
             channel: of this connection, on which nothing was published or consumed yet.
             delivered: given what is delivered there.
+            prefetch: what the broker was told of it.
 
         Raises:
             AMQPError: where the channel is closed.
         """
         underlay = await channel.get_underlay_channel()
         frame_max = underlay.connection.connection_tune.frame_max or _DEFAULT_FRAME_MAX
-        taken = Contents(underlay.number, self._beside.socket, frame_max, delivered)
+        taken = Contents(underlay.number, self._beside.socket, frame_max, delivered, prefetch)
         self._beside.incoming.hand_to(taken)
         return taken
 

@@ -20,6 +20,9 @@ from fluffle_common.transport import Body, Full, Unroutable
 
 # Smaller bodies are better copied, into one piece with what is before them, than carried apart.
 LARGE_BYTES = 16 * 2**10
+# So long an acknowledgement may wait for others: many that leave together cost the broker, and us,
+# hardly more than one.
+_ACK_WITHIN_S = 0.02
 
 
 class Socket(Protocol):
@@ -67,6 +70,7 @@ class Contents:
         socket: where to write.
         frame_max: the most bytes that a frame may have.
         delivered: given what is delivered to a consumer on this channel.
+        prefetch: how many the broker delivers before some are settled; 0 where it does not count.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Contents:
         socket: Socket,
         frame_max: int,
         delivered: Callable[[Arrived], object] | None = None,
+        prefetch: int = 0,
     ) -> None:
         self.number = number
         self._socket, self._frame_max, self._delivered = socket, frame_max, delivered
@@ -82,7 +87,8 @@ class Contents:
         self._unconfirmed: dict[int, _Published] = {}
         self._getting: deque[asyncio.Future[Arrived | None]] = deque()
         self._owed: set[int] = set()  # the tags of what came and is not settled yet
-        self._acked: set[int] = set()  # settled in this turn of the loop, and not sent yet
+        self._acked: set[int] = set()  # settled, and not sent yet
+        self._enough_acked = max(prefetch // 2, 1)  # so that the broker never waits for us
         self._over = False
 
     @property
@@ -135,16 +141,20 @@ class Contents:
     def ack(self, tag: int, *, all_before: bool = False) -> None:
         """Acknowledge a delivery; nothing happens where the channel is over.
 
-        What is acknowledged in one turn of the loop leaves together, as few frames.
+        What is acknowledged in a moment, at least in one turn of the loop, leaves together, in few
+        frames.
         """
         if self._closed:
             return
-        if not self._acked:
-            asyncio.get_running_loop().call_soon(self._send_acks)
+        before = len(self._acked)
         settled = {one for one in self._owed if one < tag} if all_before else set()
         settled.add(tag)
         self._owed -= settled
         self._acked |= settled
+        if before < self._enough_acked <= len(self._acked):
+            asyncio.get_running_loop().call_soon(self._send_acks)
+        elif not before:
+            asyncio.get_running_loop().call_later(_ACK_WITHIN_S, self._send_acks)
 
     def _send_acks(self) -> None:
         if self._closed or not self._acked:

@@ -196,7 +196,7 @@ class AmqpLink(Link):
                 await underlay.queue_declare(
                     lock_of(queue), exclusive=True, arguments={"x-queue-type": "classic"}
                 )
-            contents = await self._connections[1].contents(channel, arrived.put_nowait)
+            contents = await self._connections[1].contents(channel, arrived.put_nowait, prefetch)
             begun = await underlay.basic_consume(
                 queue, _nothing, exclusive=exclusive, arguments=arguments
             )

@@ -19,6 +19,7 @@ from fluffle_common.transport import Full, Unroutable
 SMALL = 16 * 2**10
 SIZES = st.sampled_from([0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL])
 FRAME_MAX = 131072
+PATIENCE_S = 5.0
 
 
 def framed(
@@ -52,8 +53,9 @@ def content(size: int, seed: int) -> bytes:
 class Ends:
     """Both ends of a connection: what aiormq gets, what is delivered, and what is written."""
 
-    def __init__(self, *channels: int, frame_max: int = FRAME_MAX) -> None:
+    def __init__(self, *channels: int, frame_max: int = FRAME_MAX, prefetch: int = 0) -> None:
         self.fed, self.written = bytearray(), bytearray()
+        self.news = asyncio.Event()
         self.now, self.closing = 0.0, False
         self.delivered: list[tuple[int, Arrived]] = []
         self.incoming = Incoming(self.fed.extend, lambda: self.now)
@@ -63,6 +65,7 @@ class Ends:
                 self,
                 frame_max,
                 lambda one, number=number: self.delivered.append((number, one)),
+                prefetch,
             )
             for number in channels
         }
@@ -71,6 +74,7 @@ class Ends:
 
     def write(self, data: bytes) -> None:
         self.written += data
+        self.news.set()
 
     def writelines(self, pieces: list[bytes]) -> None:
         self.written += b"".join(pieces)
@@ -294,6 +298,25 @@ async def test_a_socket_that_is_closed_is_not_written_to():
     ends.contents[1].ack(1)
     await asyncio.sleep(0)
     assert not ends.written
+
+
+async def test_an_acknowledgement_waits_for_others_until_the_broker_would_wait_for_it():
+    ends = Ends(1, prefetch=6)
+    for tag in range(1, 5):
+        ends.incoming.received(b"".join(deliver(1, tag, b"x")))
+    for tag in (1, 2):
+        ends.contents[1].ack(tag)
+        await asyncio.sleep(0)
+    assert not ends.written
+    ends.contents[1].ack(3)
+    await asyncio.sleep(0)
+    (three,) = sent(bytes(ends.written))
+    assert (three.delivery_tag, three.multiple) == (3, True)
+    ends.news.clear()
+    ends.contents[1].ack(4)
+    async with asyncio.timeout(PATIENCE_S):
+        await ends.news.wait()  # a moment later, it goes alone
+    assert [one.delivery_tag for one in sent(bytes(ends.written))] == [3, 4]
 
 
 async def test_a_lost_channel_tells_all_who_wait_and_writes_no_more():
