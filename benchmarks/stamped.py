@@ -25,10 +25,9 @@ class Stamped:
 
     def write(self, text: str) -> int:
         """Write whole lines, or the last part of one."""
-        if self._at_start and text:
-            self._stream.write(f"{time.monotonic():.6f} ")
+        stamp = f"{time.monotonic():.6f} " if self._at_start and text else ""
         self._at_start = text.endswith("\n")
-        return self._stream.write(text)
+        return self._stream.write(stamp + text) - len(stamp)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -28,6 +28,7 @@ _DEFAULT_FRAME_MAX = 131072
 # heartbeat instead of the frames that it does not see.
 _SHOW_LIFE_S = 5.0
 _FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
+_BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "a frame does not end where it said it would"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
@@ -89,12 +90,11 @@ class Incoming:
         """
         if self._rest:
             data, self._rest = self._rest + data, b""
-        at, end, seen = 0, len(data), False
-        view = memoryview(data)
+        at, end, fed = 0, len(data), False
         if self._into is not None:
-            at = self._fill(self._into, view, at)
+            at = self._fill(self._into, data, at)
         while at < end:
-            if self._foreign or data[at] not in _KINDS:
+            if data[at] not in _KINDS or self._foreign:
                 self._foreign = True
                 self._feed(data[at:])
                 return
@@ -102,39 +102,43 @@ class Incoming:
             if start > end:
                 break
             kind, channel, size = _read_head(data, at)
-            stop = start + size
-            if kind == frames.BODY and channel in self._coming:
+            if kind == _BODY and channel in self._coming:
                 self._into, self._left = self._coming[channel], size + 1
-                at = self._fill(self._into, view, start)
+                at = self._fill(self._into, data, start)
                 continue
+            stop = start + size
             if stop >= end:
                 break
-            if data[stop] != frames.END_BYTE:
+            if data[stop] != _END_BYTE:
                 raise ConnectionError(_NO_END)
             if not self._take(kind, channel, data[start:stop]):
                 self._feed(data[at : stop + 1])
-                seen = True
+                fed = True
             at = stop + 1
         self._rest = data[at:]
-        self._show_life(seen)
+        self._show_life(fed)
 
-    def _fill(self, coming: _Coming, view: memoryview, at: int) -> int:
+    def _fill(self, coming: _Coming, data: bytes, at: int) -> int:
         """Take bytes of a body's frame; return where they end."""
-        count = min(self._left - 1, len(view) - at)  # without the byte that ends the frame
-        left = coming.left
-        if count > left:
+        stop = at + self._left - 1  # without the byte that ends the frame
+        end = len(data)
+        whole = stop < end
+        if not whole:
+            stop = end
+        count = stop - at
+        if count > coming.left:
             raise ConnectionError("a body is longer than its header said")
-        done = len(coming.body) - left
-        coming.body[done : done + count] = view[at : at + count]
-        coming.left = left - count
-        self._left -= count
-        at += count
-        if self._left == 1 and at < len(view):
-            if view[at] != frames.END_BYTE:
-                raise ConnectionError(_NO_END)
-            at, self._into = at + 1, None
-            self._finish(coming)
-        return at
+        done = len(coming.body) - coming.left
+        coming.body[done : done + count] = memoryview(data)[at:stop]
+        coming.left -= count
+        if not whole:
+            self._left -= count
+            return stop
+        if data[stop] != _END_BYTE:
+            raise ConnectionError(_NO_END)
+        self._into = None
+        self._finish(coming)
+        return stop + 1
 
     def _take(self, kind: int, channel: int, payload: bytes) -> bool:
         """Take a whole frame; return False where it is for aiormq."""

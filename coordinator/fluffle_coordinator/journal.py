@@ -89,21 +89,20 @@ class Journal(Watcher):
 
     def tell(self, what: str, fields: Mapping[str, Any]) -> None:
         """See ``Watcher``."""
-        self._run = str(fields.get("run") or self._run or "") or None
-        if what in _NOT_KEPT or self._is_old_news(what, fields):
+        if fields.get("run"):
+            self._run = str(fields["run"])
+        if what in _NOT_KEPT or (what in _LASTING and self._is_old_news(what, fields)):
             return
         if len(self._told) == self._told.maxlen:
             self._dropped += 1  # the deque lets go of its oldest
-        kept = {**fields}
-        kept.pop(_NOT_SAID, None)
-        self._told.append(_Noted(what, self._now(), self._run, kept))
+        if _NOT_SAID in fields:
+            fields = {name: value for name, value in fields.items() if name != _NOT_SAID}
+        self._told.append(_Noted(what, self._now(), self._run, fields))
         if self._linked:
             self._at_rest.clear()
         self._news.set()
 
     def _is_old_news(self, what: str, fields: Mapping[str, Any]) -> bool:
-        if what not in _LASTING:
-            return False
         said = _CHANGING_NUMBERS.sub("", f"{fields.get('reason')} {fields.get('what')}")
         before, self._lasting[what] = self._lasting.get(what), said
         return said == before

@@ -302,6 +302,7 @@ def _folded(state: State, event: Folded, out: Effects) -> State:
         asked = {**asked, worker: -math.inf}
     state = state.but(
         received={**state.received, worker: update},
+        folded=state.folded + 1,
         asked=asked,
         failed=_minus(state.failed, [worker]),
         doubted=_minus(state.doubted, [worker]),
@@ -405,6 +406,7 @@ def _next_round(state: State, event: Averaged | Committed) -> State:
         evaluate_pending=True,
         evaluations={},
         received={},
+        folded=0,
         asked={},
         failed={},
         doubted={},

@@ -149,7 +149,7 @@ class Saving(NamedTuple):
         return self._replace(told=(*self.told, tell))
 
 
-_UNKNOWN = {"_expected": None, "_folded": None}  # what a state keeps once it is asked for it
+_UNKNOWN = {"_expected": None}  # what a state keeps once it is asked for it
 
 
 def empty() -> Mapping[Any, Any]:
@@ -186,6 +186,7 @@ class State:
     doubted: Mapping[str, str] = field(default_factory=empty)
     met: frozenset[str] = frozenset()  # who has been here at all: the end is told to all of them
     received: Mapping[str, Received] = field(default_factory=empty)
+    folded: int = 0  # how many of them are in the running sum
     evaluations: Mapping[str, Evaluated] = field(default_factory=empty)
     opened_at: float = 0.0
     quorum_at: float | None = None
@@ -227,15 +228,6 @@ class State:
         if quorum.number is not None:  # asked at every event: then nobody needs to be counted
             return quorum.number
         return quorum.of(len(self.expected))
-
-    @property
-    def folded(self) -> int:
-        """How many updates are in the running sum."""
-        found: int | None = self.__dict__.get("_folded")
-        if found is None:
-            found = sum([update.folded for update in self.received.values()])
-            self.__dict__["_folded"] = found
-        return found
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -49,6 +49,8 @@ from fluffle_coordinator.view import Watcher, waiting_for
 
 # How long the end of a run may wait for the journal to be on the broker.
 _JOURNAL_DRAIN_S = 2.0
+# Events that say where the broker is.
+_OF_THE_BROKER = frozenset({"connected", "reconnected", "disconnected", "no_broker"})
 # How often, at most, what is due is looked for while much happens.
 _LOOK_EVERY_S = 0.1
 
@@ -187,24 +189,27 @@ class Coordinator:
         self._events.append(event)
         if self._taking:
             return
-        self._taking = True
+        self._taking, effects = True, 0
         try:
             while self._events:
-                self._take(self._events.popleft())
+                event = self._events.popleft()
+                self.state, asked_for = rounds.advance(self.state, event)
+                for effect in asked_for:
+                    self._perform(effect)
+                effects += len(asked_for)
+            self._look_on(event.now, just_told=effects > 0)
         except Exception as wrong:  # whoever posts can do nothing about it: it ends the run
             if not self._ended.done():
                 self._ended.set_exception(wrong)
         finally:
             self._taking = False
 
-    def _take(self, event: ev.Event) -> None:
-        self.state, effects = rounds.advance(self.state, event)
-        for effect in effects:
-            self._perform(effect)
-        now, phase = event.now, self.state.phase
+    def _look_on(self, now: float, *, just_told: bool) -> None:
+        """Show where the run stands, and see to it that time is not forgotten."""
+        phase = self.state.phase
         self._watcher.show(self.state, now)
         if phase is rs.Phase.WAITING or self._said or now >= self._say_at:
-            self._say_what_is_waited_for(now, just_told=bool(effects))
+            self._say_what_is_waited_for(now, just_told=just_told)
         if phase is rs.Phase.ENDED and not self._ended.done():
             self._ended.set_result(None)
         if self._look_at > now + _LOOK_EVERY_S:
@@ -234,17 +239,17 @@ class Coordinator:
         self._say_at, self._said = now + self._settings.waiting_every_s, in_short
 
     def _perform(self, effect: fx.Effect) -> None:
-        match effect:
+        match effect:  # what comes often is first
             case fx.Tell(what, fields):
                 self._tell(what, fields)
-            case fx.Opened():
-                self._aggregation.opened()
             case fx.Fold(handle, worker):
                 self._aggregation.fold(self._deliveries[handle], worker)
             case fx.Ack(handle):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
                     held.delivery.ack()
+            case fx.Opened():
+                self._aggregation.opened()
             case fx.Reject(handle, reason, cause):
                 held = self._deliveries.pop(handle, None)
                 if held is not None:
@@ -263,7 +268,9 @@ class Coordinator:
 
     def _tell(self, what: str, fields: Mapping[str, Any]) -> None:
         self._aggregation.counts.note(what, fields)
-        self._watcher.tell(what, {"address": self._transport.address, **fields})
+        if what in _OF_THE_BROKER:
+            fields = {"address": self._transport.address, **fields}
+        self._watcher.tell(what, fields)
 
     def _metadata(self, number: int) -> dict[str, str]:
         return {

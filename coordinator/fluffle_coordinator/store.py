@@ -191,16 +191,19 @@ class RunStore:
             OSError: where the disk refuses; nothing of the line is left in the file.
         """
         data = _written(line).encode()
-        with self.history_path.open("ab", buffering=0) as history:
-            size = history.tell()
-            try:
-                if history.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(history.fileno())
-            except OSError:
-                with contextlib.suppress(OSError):
-                    history.truncate(size)
-                raise
+        written = 0
+        history = os.open(self.history_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            written = os.write(history, data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(history)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(history, os.fstat(history).st_size - written)
+            raise
+        finally:
+            os.close(history)
 
     def _identity(self, federation: str) -> str:
         path = self.folder / "run.json"

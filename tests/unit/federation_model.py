@@ -593,6 +593,9 @@ class World:
     def check(self) -> None:
         """Check what must hold after every step."""
         coordinator = self.coordinator
+        if coordinator is not None:
+            state = coordinator.state
+            assert state.folded == sum(one.folded for one in state.received.values())
         if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
             for handle, message in self.broker.unacked.items():
                 assert coordinator.knows(handle), f"{message} is forgotten"
