@@ -9,10 +9,14 @@ Flower is the published package, as it comes, in an environment of its own, offl
 engine is ``start_server`` and ``start_client`` (gRPC, deprecated since 1.13, still there in 1.42);
 the **production** engine is ``flower-superlink``, a ``flower-supernode`` for each client and
 ``flwr run``. All train the same no-op on a model of the same bytes, each reply perturbed; all get
-the same number of clients; strategies are plain FedAvg; nobody evaluates. Everyone runs from begin
-to end and takes turns, held at a gate while others run (see ``sides`` and ``flower_sides``); large
-models are too large for that, and there each is started again for every block of its rounds. Only
-fluffle writes every round's model to disk.
+the same number of clients; strategies are plain FedAvg. Nobody evaluates, unless ``--evaluate`` is
+given: then all clients evaluate every round's model, as both systems do by default, which takes no
+time by itself; fluffle's say it with their next update, Flower's in an exchange of its own, for
+which it sends the model once more. (The floor knows nothing of it.)
+
+Everyone runs from begin to end and takes turns, held at a gate while others run (see ``sides`` and
+``flower_sides``); large models are too large for that, and there each is started again for every
+block of its rounds. Only fluffle writes every round's model to disk.
 
 ``--letters`` runs the whole letters job on each instead, from the start of the processes to the
 saved model: the same network, images and rounds, with evaluation (see ``flower_letters``).
@@ -42,14 +46,13 @@ Starts = dict[str, Callable[[Programs], Side]]
 def starts(options: argparse.Namespace, size_mb: float, clients: int, url: str) -> Starts:
     """Return what starts each of them."""
     size_bytes, python = round(size_mb * 1e6), options.python
+    what: dict[str, Any] = {"size_bytes": size_bytes, "evaluates": options.evaluate}
     return {
         "floor": lambda programs: Floor(programs, Spec(url, clients, size_bytes)),
-        "fluffle": lambda programs: Fluffle(programs, url, size_bytes=size_bytes, workers=clients),
-        "flower direct": lambda programs: FlowerDirect(
-            programs, python, size_bytes=size_bytes, clients=clients
-        ),
+        "fluffle": lambda programs: Fluffle(programs, url, workers=clients, **what),
+        "flower direct": lambda programs: FlowerDirect(programs, python, clients=clients, **what),
         "flower production": lambda programs: FlowerProduction(
-            programs, python, size_bytes=size_bytes, clients=clients
+            programs, python, clients=clients, **what
         ),
     }
 
@@ -91,6 +94,7 @@ def rounds(options: argparse.Namespace, size_mb: float, clients: int) -> dict[st
         "size_mb": size_mb,
         "clients": clients,
         "rounds": options.rounds,
+        "evaluates": options.evaluate,
         "started": way.__name__,
         **ratios(found),
         **{name: side.as_dict() for name, side in found.items()},
@@ -138,6 +142,9 @@ def main() -> None:
     parser.add_argument("--clients", type=_list(int), default=[3], help="numbers of clients (3)")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of each that count (12)")
     parser.add_argument("--blocks", type=int, default=4, help="blocks they are run in (4)")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="every client evaluates every round's model"
+    )
     parser.add_argument("--slow-rounds", type=int, default=4, help="of the production engine (4)")
     parser.add_argument("--direct-only", action="store_true", help="leave that engine out")
     parser.add_argument(

@@ -71,13 +71,23 @@ class FlowerDirect(_Gated):
         python: that of Flower's environment.
         size_bytes: of the model.
         clients: how many.
+        evaluates: whether every client evaluates every round's model.
     """
 
     name = "flower direct"
 
-    def __init__(self, programs: Programs, python: Path, *, size_bytes: int, clients: int) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        python: Path,
+        *,
+        size_bytes: int,
+        clients: int,
+        evaluates: bool = False,
+    ) -> None:
         super().__init__(programs, "flower-direct")
         told = {"size": size_bytes, "clients": clients, "rounds": _FOREVER}
+        told["evaluates"] = int(evaluates)
         more = {"gate": str(self._gates.path), "stamps": str(self._stamps)}
         self._pids = start_direct(programs, python, {**told, **more}, [{}] * clients)
         self._gates.wait()
@@ -117,13 +127,23 @@ class FlowerProduction(_Gated):
         python: that of Flower's environment.
         size_bytes: of the model.
         clients: how many.
+        evaluates: see ``FlowerDirect``.
     """
 
     name = "flower production"
 
-    def __init__(self, programs: Programs, python: Path, *, size_bytes: int, clients: int) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        python: Path,
+        *,
+        size_bytes: int,
+        clients: int,
+        evaluates: bool = False,
+    ) -> None:
         super().__init__(programs, "flower-production")
         told = {"size": size_bytes, "clients": clients, "rounds": _FOREVER}
+        told["evaluates"] = int(evaluates)
         more = {"gate": str(self._gates.path), "stamps": str(self._stamps)}
         self._pids = start_production(programs, python, {**told, **more}, [{}] * clients)
         self._gates.wait()

@@ -3,7 +3,8 @@
     fluffle worker --task benchmarks.noop:task --data size=10000000,gate=/tmp/x,seed=1
 
 ``size`` is in bytes, ``tensors`` says how many it is spread over (8), ``gate`` is the socket of the
-benchmark (see ``gate``; none: never waits) and ``seed`` makes a worker's noise its own.
+benchmark (see ``gate``; none: never waits), ``seed`` makes a worker's noise its own, and with
+``evaluates=1`` it says at once how good a model is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fluffle_worker.task import EvalResult, Progress, TaskOptions, TrainResult
 
 
 class Noop:
-    """Adds noise to what it receives; has nothing held out.
+    """Adds noise to what it receives; has nothing held out, unless it is told to.
 
     Args:
         size_bytes: of the model.
@@ -24,6 +25,7 @@ class Noop:
         gate: whom to ask before each training.
         tensors: how many the model has.
         keep: see ``Perturbation``.
+        evaluates: find every model as good as the last.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Noop:
         *,
         tensors: int = TENSORS,
         keep: bool = True,
+        evaluates: bool = False,
     ) -> None:
         self.num_examples = 100 + seed
         self._size_bytes, self._tensors, self._gate = size_bytes, tensors, gate
         self._perturb = Perturbation(seed, keep=keep)
+        self._found = EvalResult(1.0, 1) if evaluates else None
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
@@ -51,7 +55,7 @@ class Noop:
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """See ``task.Task``."""
-        return None
+        return self._found
 
 
 def task(options: TaskOptions) -> Noop:
@@ -59,4 +63,6 @@ def task(options: TaskOptions) -> Noop:
     told = dict(pair.split("=", 1) for pair in options.data.split(","))
     gate = Gate(told["gate"]) if "gate" in told else None
     tensors = int(told.get("tensors", TENSORS))
-    return Noop(int(told["size"]), int(told.get("seed", 0)), gate, tensors=tensors)
+    evaluates = bool(int(told.get("evaluates", 0)))
+    seed = int(told.get("seed", 0))
+    return Noop(int(told["size"]), seed, gate, tensors=tensors, evaluates=evaluates)

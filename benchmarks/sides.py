@@ -107,6 +107,7 @@ class Fluffle:
         tensors: how many it has.
         workers: how many.
         queue_type: classic or quorum.
+        evaluates: whether every worker evaluates every round's model.
         options: more options of ``fluffle coordinator``.
     """
 
@@ -121,6 +122,7 @@ class Fluffle:
         workers: int,
         tensors: int = TENSORS,
         queue_type: str = "classic",
+        evaluates: bool = False,
         options: Sequence[object] = (),
     ) -> None:
         self._gates = Gates(programs.folder / "fluffle.gate", workers, programs.check)
@@ -139,6 +141,7 @@ class Fluffle:
         }  # fmt: skip
         for number in range(1, workers + 1):
             data = f"size={size_bytes},tensors={tensors},gate={self._gates.path},seed={number}"
+            data += ",evaluates=1" if evaluates else ""
             self._pids[f"worker {number}"] = programs.start(
                 f"fluffle-worker-{number}", *FLUFFLE, "worker", *common, "--id", f"w{number}",
                 "--task", "benchmarks.noop:task", "--data", data,

@@ -62,7 +62,8 @@ def serve(told: dict[str, Any]) -> None:
     """Be the server; at the end, save the model where told."""
     from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 
-    clients, evaluates = told["clients"], bool(told.get("data"))
+    clients, learns = told["clients"], bool(told.get("data"))
+    evaluates = learns or told.get("evaluates")
     strategy = Timed(
         Rounds(told.get("gate"), told["stamps"]),
         fraction_fit=1.0,
@@ -72,7 +73,7 @@ def serve(told: dict[str, Any]) -> None:
         min_available_clients=clients,
         on_fit_config_fn=lambda number: {"round": number},
         # As fluffle does: without a file, the first weights are made by a client.
-        initial_parameters=None if evaluates else ndarrays_to_parameters(make(told).first()),
+        initial_parameters=None if learns else ndarrays_to_parameters(make(told).first()),
     )
     flwr.server.start_server(
         server_address=told["address"],

@@ -27,7 +27,7 @@ class Model(Protocol):
 
 
 class Noop:
-    """As fluffle's: adds noise, evaluates nothing."""
+    """As fluffle's: adds noise, and finds every model as good as the last."""
 
     def __init__(self, size_bytes: int, seed: int) -> None:
         self.num_examples = 100 + seed
@@ -43,7 +43,7 @@ class Noop:
 
     def evaluate(self, arrays: Sequence[Array]) -> tuple[float, int, dict[str, float]]:
         """See ``Model``."""
-        return 0.0, 1, {}
+        return 1.0, 1, {}
 
 
 class Letters:

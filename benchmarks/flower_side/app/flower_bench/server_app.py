@@ -42,7 +42,7 @@ class Timed(FedAvg):
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds, and save the model where told."""
     told = dict(context.run_config)
-    clients, evaluates = int(told["clients"]), bool(told["data"])
+    clients, evaluates = int(told["clients"]), bool(told["data"] or told["evaluates"])
     strategy = Timed(
         fraction_train=1.0,
         fraction_evaluate=1.0 if evaluates else 0.0,
