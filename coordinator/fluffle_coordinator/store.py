@@ -20,7 +20,7 @@ import errno
 import fcntl
 import json
 import os
-import uuid
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +36,8 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.transport import Body
 from fluffle_common.weights import Array, Weights
 from fluffle_coordinator import kept
+
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Saved:
 
 def new_base() -> str:
     """Name weights that were just made; no other weights have this name."""
-    return uuid.uuid4().hex[:12]
+    return secrets.token_hex(6)
 
 
 class RunStore:
@@ -219,7 +221,7 @@ class RunStore:
                     f"not {federation}; choose another folder with --run, or --fresh"
                 )
             return run
-        run = uuid.uuid4().hex[:12]
+        run = secrets.token_hex(6)
         with replacing(path) as file:
             file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
         return run
@@ -267,7 +269,7 @@ class RunStore:
 
 
 def _written(line: dict[str, Any]) -> str:
-    return json.dumps(line, separators=(",", ":")) + "\n"
+    return f"{_as_json(line)}\n"
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
