@@ -3,8 +3,9 @@
     fluffle worker --task benchmarks.noop:task --data size=10000000,gate=/tmp/x,seed=1
 
 ``size`` is in bytes, ``tensors`` says how many it is spread over (8), ``gate`` is the socket of the
-benchmark (see ``gate``; none: never waits), ``seed`` makes a worker's noise its own, and with
-``evaluates=1`` it says at once how good a model is.
+benchmark (see ``gate``; none: never waits), and ``seed`` makes a worker's noise its own; with
+``noise=0`` it returns what it was given, and with ``evaluates=1`` it says at once how good a model
+is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Noop:
         gate: whom to ask before each training.
         tensors: how many the model has.
         keep: see ``Perturbation``.
+        noise: whether any is added.
         evaluates: find every model as good as the last.
     """
 
@@ -36,11 +38,12 @@ class Noop:
         *,
         tensors: int = TENSORS,
         keep: bool = True,
+        noise: bool = True,
         evaluates: bool = False,
     ) -> None:
         self.num_examples = 100 + seed
         self._size_bytes, self._tensors, self._gate = size_bytes, tensors, gate
-        self._perturb = Perturbation(seed, keep=keep)
+        self._perturb = Perturbation(seed, keep=keep) if noise else dict
         self._found = EvalResult(1.0, 1) if evaluates else None
 
     def init(self, seed: int) -> Weights:
@@ -63,6 +66,11 @@ def task(options: TaskOptions) -> Noop:
     told = dict(pair.split("=", 1) for pair in options.data.split(","))
     gate = Gate(told["gate"]) if "gate" in told else None
     tensors = int(told.get("tensors", TENSORS))
-    evaluates = bool(int(told.get("evaluates", 0)))
-    seed = int(told.get("seed", 0))
-    return Noop(int(told["size"]), seed, gate, tensors=tensors, evaluates=evaluates)
+    return Noop(
+        int(told["size"]),
+        int(told.get("seed", 0)),
+        gate,
+        tensors=tensors,
+        noise=told.get("noise") != "0",
+        evaluates=told.get("evaluates") == "1",
+    )

@@ -3,9 +3,10 @@
     python -m benchmarks.rounds --size-mb 10 --workers 3 --rounds 10
     python -m benchmarks.rounds --size-mb 100 --max-message-size 16777216 --json
 
-**fluffle** is a real ``fluffle coordinator`` and real ``fluffle worker`` processes. The task adds
-noise to the weights (see ``noop``), which costs about as much as copying them; ``train_s`` says how
-long that took. A round lasts from one commit to the next.
+**fluffle** is a real ``fluffle coordinator`` and real ``fluffle worker`` processes. The task
+returns the weights that it was given, as the floor's workers do; with ``--noise`` it adds noise to
+them, which costs about as much as copying them (see ``noop``). ``train_s`` says how long that took.
+A round lasts from one commit to the next.
 
 **The floor** is what AMQP alone takes for the same bytes (see ``floor``): a coordinator that
 publishes, as many workers that send back, bare aio-pika, one process each.
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quorum", action="store_true", help="quorum queues instead of classic ones")
     made.add_argument("--max-message-size", type=int, help="the broker's; 16777216 is that of 4.x")
     made.add_argument("--durable-parts", action="store_true", help="the floor's parts are durable")
+    made.add_argument("--noise", action="store_true", help="workers add noise to the weights")
     made.add_argument("--dashboard", action="store_true", help="the coordinator shows its page")
     made.add_argument("--folder", type=Path, help="where broker and run are kept meanwhile")
     return made
@@ -85,6 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             tensors=options.tensors,
             workers=options.workers,
             queue_type=queue_type,
+            noise=options.noise,
             options=("--dashboard", "127.0.0.1:0") if options.dashboard else (),
         )
         sizes = figures.shares(options.rounds, options.blocks)
@@ -96,6 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "blocks": len(sizes),
         "queue_type": queue_type,
+        "noise": options.noise,
         "max_message_size": limit,
         "ratio": round(figures.ratio(found["fluffle"].times, found["floor"].times), 3),
         "mean_ratio": round(fmean(found["fluffle"].times) / fmean(found["floor"].times), 3),

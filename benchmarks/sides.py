@@ -107,6 +107,7 @@ class Fluffle:
         tensors: how many it has.
         workers: how many.
         queue_type: classic or quorum.
+        noise: whether workers change what they are given.
         evaluates: whether every worker evaluates every round's model.
         options: more options of ``fluffle coordinator``.
     """
@@ -122,6 +123,7 @@ class Fluffle:
         workers: int,
         tensors: int = TENSORS,
         queue_type: str = "classic",
+        noise: bool = True,
         evaluates: bool = False,
         options: Sequence[object] = (),
     ) -> None:
@@ -141,7 +143,7 @@ class Fluffle:
         }  # fmt: skip
         for number in range(1, workers + 1):
             data = f"size={size_bytes},tensors={tensors},gate={self._gates.path},seed={number}"
-            data += ",evaluates=1" if evaluates else ""
+            data += f",noise={int(noise)},evaluates={int(evaluates)}"
             self._pids[f"worker {number}"] = programs.start(
                 f"fluffle-worker-{number}", *FLUFFLE, "worker", *common, "--id", f"w{number}",
                 "--task", "benchmarks.noop:task", "--data", data,

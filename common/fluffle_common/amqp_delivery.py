@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +13,31 @@ from pamqp.commands import Basic
 from fluffle_common import amqp_frames as frames
 from fluffle_common.amqp_contents import Arrived, Contents
 from fluffle_common.transport import HeaderValue, Properties
+
+
+class Arrivals:
+    """What has come in for one reader, until it takes it; None: nothing comes any more.
+
+    There are some four messages a round and a worker: an ``asyncio.Queue`` takes several times as
+    many steps for each.
+    """
+
+    def __init__(self) -> None:
+        self.there: deque[Arrived | None] = deque()
+        self._wanted: asyncio.Future[None] | None = None
+
+    def put(self, arrived: Arrived | None) -> None:
+        """Add what has just come in."""
+        self.there.append(arrived)
+        wanted, self._wanted = self._wanted, None
+        if wanted is not None and not wanted.done():
+            wanted.set_result(None)
+
+    async def some(self) -> None:
+        """Return when there is something."""
+        while not self.there:
+            self._wanted = asyncio.get_running_loop().create_future()
+            await self._wanted
 
 
 class AmqpDelivery:

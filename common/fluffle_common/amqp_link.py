@@ -18,8 +18,8 @@ from aio_pika.abc import AbstractChannel
 
 from fluffle_common import amqp_frames as frames
 from fluffle_common.amqp_connection import Connection
-from fluffle_common.amqp_contents import Arrived, Contents
-from fluffle_common.amqp_delivery import AmqpDelivery
+from fluffle_common.amqp_contents import Contents
+from fluffle_common.amqp_delivery import AmqpDelivery, Arrivals
 from fluffle_common.amqp_errors import as_ours, declaring, told
 from fluffle_common.errors import LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue, lock_of
@@ -57,7 +57,7 @@ class AmqpLink(Link):
         self._why = "the link was closed"
         self._under_way_bytes = 0
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
-        self._readers: dict[asyncio.Queue[Arrived | None], str] = {}
+        self._readers: dict[Arrivals, str] = {}
         self._contents: set[Contents] = set()  # of the channels that are open
         self._get: AbstractChannel
         self._publishing: Contents
@@ -90,7 +90,7 @@ class AmqpLink(Link):
     def _end(self) -> None:
         self._gone.set()
         for arrived in self._readers:
-            arrived.put_nowait(None)  # whoever waits there sees that it is over
+            arrived.put(None)  # whoever waits there sees that it is over
         for contents in self._contents:
             contents.lose(LinkLost(self._why))
 
@@ -178,10 +178,10 @@ class AmqpLink(Link):
         *,
         exclusive: bool = False,
         arguments: dict[str, Any] | None = None,
-    ) -> tuple[asyncio.Queue[Arrived | None], AbstractChannel, Contents]:
+    ) -> tuple[Arrivals, AbstractChannel, Contents]:
         """Begin to consume over a channel of its own."""
         self._check()
-        arrived: asyncio.Queue[Arrived | None] = asyncio.Queue()
+        arrived = Arrivals()
         with as_ours():
             channel = self._connections[1].channel(publisher_confirms=False)
             # A refusal closes the channel, which must not take the link with it: so the channel
@@ -196,7 +196,7 @@ class AmqpLink(Link):
                 await underlay.queue_declare(
                     lock_of(queue), exclusive=True, arguments={"x-queue-type": "classic"}
                 )
-            contents = await self._connections[1].contents(channel, arrived.put_nowait, prefetch)
+            contents = await self._connections[1].contents(channel, arrived.put, prefetch)
             begun = await underlay.basic_consume(
                 queue, _nothing, exclusive=exclusive, arguments=arguments
             )
@@ -209,14 +209,16 @@ class AmqpLink(Link):
     async def _deliveries(
         self,
         queue: str,
-        arrived: asyncio.Queue[Arrived | None],
+        arrived: Arrivals,
         channel: AbstractChannel,
         contents: Contents,
     ) -> AsyncGenerator[AmqpDelivery]:
         try:
             while True:
                 self._check()
-                content = await arrived.get()
+                if not arrived.there:
+                    await arrived.some()
+                content = arrived.there.popleft()
                 if content is not None:
                     self._check()
                     yield AmqpDelivery(content, queue, contents)
@@ -224,7 +226,7 @@ class AmqpLink(Link):
             await self._unsubscribe(arrived, channel, contents)
 
     async def _unsubscribe(
-        self, arrived: asyncio.Queue[Arrived | None], channel: AbstractChannel, contents: Contents
+        self, arrived: Arrivals, channel: AbstractChannel, contents: Contents
     ) -> None:
         tag = self._readers.pop(arrived)
         self._contents.discard(contents)
@@ -261,12 +263,12 @@ class AmqpLink(Link):
                 with as_ours():  # whatever the broker has sent by now is here before the answer
                     await channel.set_qos(prefetch_count=_STREAM_PREFETCH)
                 self._check()
-                if arrived.empty():
+                if not arrived.there:
                     if found is not None or loop.time() >= gives_up_at:
                         return found
                     await asyncio.sleep(_EMPTY_S / 10)
-                while not arrived.empty():
-                    content = arrived.get_nowait()
+                while arrived.there:
+                    content = arrived.there.popleft()
                     if content is not None:
                         found = AmqpDelivery(content, stream, contents)
                         found.ack()

@@ -129,14 +129,14 @@ def _header(view: memoryview) -> tuple[Any, int]:
 
 
 def _payload(view: memoryview, start: int) -> memoryview:
-    head = view[start : start + 1].tobytes()
-    size = _BIN.get(head[0]) if head else None
+    size = _BIN.get(view[start]) if start < len(view) else None
     if size is None:
         raise MalformedMessage("the payload is missing, or is not a msgpack bin")
-    if len(view) < start + 1 + size.size:
+    begin = start + 1 + size.size
+    if len(view) < begin:
         raise MalformedMessage("the body ends within the payload's length")
     (claimed,) = size.unpack_from(view, start + 1)
-    payload = view[start + 1 + size.size :]
+    payload = view[begin:]
     if claimed != len(payload):
         raise MalformedMessage(f"the payload claims {claimed} bytes, {len(payload)} are there")
     return payload

@@ -355,7 +355,7 @@ class Coordinator:
             try:
                 message, payload = decode(delivery.body, self._settings.federation)
                 self._check_sender(message, delivery)
-                await self._update(message, payload, delivery, rs.Handle(link, number))
+                self._update(message, payload, delivery, rs.Handle(link, number))
             except MalformedMessage as wrong:
                 self._reject(delivery, wrong)
 
@@ -370,7 +370,7 @@ class Coordinator:
                 "sender",
             )
 
-    async def _update(
+    def _update(
         self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
     ) -> None:
         now = time.monotonic()
