@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fluffle_common.messages import TensorEntry
+from fluffle_common.messages import MOST_TENSORS_KEPT, TABLES_KEPT, TensorEntry
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Weights = Mapping[str, Array]
@@ -29,8 +29,6 @@ Form = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
 # How each dtype that travels is called; in this byte order an array needs no conversion.
 _TRAVELS = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
 _READ = {name: dtype for dtype, name in _TRAVELS.items()}
-# So many layouts are kept, of tables up to this length: anyone may send any table.
-_KEPT, _KEPT_TENSORS = 8, 5_000
 
 
 class Place(NamedTuple):
@@ -156,7 +154,7 @@ def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
     Raises:
         ValueError: where an entry is not what it says, or does not lie behind the entry before it.
     """
-    return _layout_of(table) if len(table) <= _KEPT_TENSORS else Layout(table)
+    return _layout_of(table) if len(table) <= MOST_TENSORS_KEPT else Layout(table)
 
 
 def layout_for(weights: Weights) -> Layout:
@@ -177,25 +175,25 @@ def layout_of_form(form: Form) -> Layout:
     Raises:
         ValueError: for a dtype that does not travel.
     """
-    return _layout_of_form(form) if len(form) <= _KEPT_TENSORS else Layout(_table(form))
+    return _layout_of_form(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
 
 
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     """Return a table as it is on the wire."""
-    return _as_maps(table) if len(table) <= _KEPT_TENSORS else [e._asdict() for e in table]
+    return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [e._asdict() for e in table]
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(TABLES_KEPT)
 def _as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     return [entry._asdict() for entry in table]
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(TABLES_KEPT)
 def _layout_of(table: tuple[TensorEntry, ...]) -> Layout:
     return Layout(table)
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(TABLES_KEPT)
 def _layout_of_form(form: Form) -> Layout:
     return layout_of(_table(form))
 

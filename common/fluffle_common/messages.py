@@ -10,12 +10,24 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+import msgpack
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from fluffle_common.errors import MalformedMessage
 
 MAX_NUM_EXAMPLES = 10**12
 MAX_TENSORS = 100_000
+# So many tables of tensors are remembered, of up to this length: anyone may send any table.
+TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
 
 # Names end up in queue names and routing keys. A federation has no dot, so that its names on the
 # broker cannot be mistaken for another federation's.
@@ -51,6 +63,29 @@ class TensorEntry(NamedTuple):
     shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(max_length=32)]
     offset: Annotated[int, Field(ge=0)]
     nbytes: Annotated[int, Field(ge=0)]
+
+
+_TABLES: dict[bytes, tuple[TensorEntry, ...]] = {}
+
+
+def _checked_once(table: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Check a table that has been checked before by looking for it.
+
+    What is packed into the same bytes is of the same types and values throughout.
+    """
+    if not isinstance(table, list) or len(table) > MOST_TENSORS_KEPT:
+        return check(table)
+    try:
+        packed = msgpack.packb(table)
+    except (TypeError, ValueError, OverflowError):
+        return check(table)
+    known = _TABLES.get(packed)
+    if known is None:
+        known = check(table)
+        if len(_TABLES) >= TABLES_KEPT:
+            del _TABLES[next(iter(_TABLES))]  # the oldest
+        _TABLES[packed] = known
+    return known
 
 
 class Transfer(_Model):
@@ -93,7 +128,12 @@ class _Header(_Model):
 class _WithTensors(_Header):
     """A message whose payload is tensors."""
 
-    tensors: Annotated[tuple[TensorEntry, ...], Strict(False), Field(max_length=MAX_TENSORS)] = ()
+    tensors: Annotated[
+        tuple[TensorEntry, ...],
+        Strict(False),
+        Field(max_length=MAX_TENSORS),
+        WrapValidator(_checked_once),
+    ] = ()
     transfer: Transfer | None = None
 
 

@@ -432,6 +432,15 @@ def test_nested_claims_do_not_add_up_without_bound():
         assert used() < 128 * MiB
 
 
+@pytest.mark.parametrize("alike", [{"offset": 0.0}, {"offset": False}, {"nbytes": 8.0}])
+def test_a_table_that_equals_one_that_was_right_is_still_refused_for_its_types(alike):
+    right = entry()
+    read(packed(header(right), bytes(8)))
+    assert {**right, **alike} == right  # for Python
+    refused(packed(header({**right, **alike}), bytes(8)), "tensors.0")
+    read(packed(header(right), bytes(8)))
+
+
 def test_a_table_with_too_many_tensors_is_refused():
     many = [entry(name=f"w{n}", shape=[0], nbytes=0) for n in range(messages.MAX_TENSORS + 1)]
     with pytest.raises(MalformedMessage, match="tensors|array"):
