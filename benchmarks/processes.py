@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 from fluffle_broker import node
 
 ROOT = Path(__file__).parents[1]
-FLUFFLE = [sys.executable, "-m", "benchmarks.stamped"]
+FLUFFLE = [str(Path(sys.executable).with_name("fluffle"))]
 _PATIENCE_S = 10.0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks import command, figures
 from benchmarks.crowd import Crowd
+from benchmarks.logs import read_events
 from benchmarks.processes import (
     FLUFFLE,
     Programs,
@@ -32,7 +33,6 @@ from benchmarks.processes import (
     private_broker,
     scratch,
 )
-from benchmarks.stamped import read_events
 from fluffle_broker.record import NodeInfo
 from fluffle_common.management import ask
 
@@ -106,7 +106,7 @@ def _watch(
 ) -> dict[str, Any]:
     """Follow a run until enough is known of it: its rounds, and what the broker counts."""
     log, offset = programs.log("coordinator"), 0
-    began, latest = time.monotonic(), time.monotonic() + options.limit
+    began, latest = time.time(), time.monotonic() + options.limit
     seen: dict[str, Any] = {"committed": [], "joined_s": 0.0, "connections": 0, "queues": 0}
     seen["trouble"] = []
     enough = options.rounds + WARM_UP

@@ -21,8 +21,8 @@ from benchmarks import figures
 from benchmarks.arrays import TENSORS
 from benchmarks.floor import Spec
 from benchmarks.gate import Gates
+from benchmarks.logs import read_events
 from benchmarks.processes import FLUFFLE, Died, Programs, cpu_s, peak_bytes, reset_peak
-from benchmarks.stamped import read_events
 
 _LATE_S = 10.0
 _MUCH_BYTES = 10**9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import IO, Any, Literal, Self
 import click
 
 LogFormat = Literal["auto", "plain", "json"]
+# So long a line may wait for others, so that they are written in one go.
+_WITHIN_S = 0.02
 _as_json = json.JSONEncoder(default=str).encode
 
 
@@ -31,6 +34,8 @@ class Console:
         self._stream = stream or sys.stdout
         self._json = log_format == "json"
         self._always = dict(always)
+        self._held: list[str] = []  # lines that are not written yet
+        self._wrong: OSError | None = None  # what has become of those before
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
         if log_format == "auto" and self._stream.isatty():
@@ -57,7 +62,8 @@ class Console:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the terminal as it was."""
+        """Write what is to be written, and leave the terminal as it was."""
+        self._flush()
         if self._progress is not None:
             for bar in self._bars.values():
                 self._progress.remove_task(bar)
@@ -73,14 +79,40 @@ class Console:
     ) -> None:
         """Write one event: ``text`` for people, ``event`` and ``fields`` for programs."""
         if self._json:
-            told = {"time": timestamp(), "event": event, **self._always, **(fields or {})}
+            told = {"time": timestamp("microseconds"), "event": event, **self._always}
+            told.update(fields or {})
             written = _as_json(told)
         else:
             written = f"{time.strftime('%H:%M:%S')}  {text()}"
         if self._progress is not None:
             self._progress.console.print(written, markup=False)
         else:
-            self._stream.write(f"{written}\n")
+            self._hold(f"{written}\n")
+
+    def _hold(self, line: str) -> None:
+        """Keep a line for a moment, since several often follow each other, if there is a loop."""
+        if self._wrong is not None:
+            raise self._wrong
+        self._held.append(line)
+        if len(self._held) > 1:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._flush()
+        else:
+            loop.call_later(_WITHIN_S, self._flush_now)
+
+    def _flush_now(self) -> None:
+        try:
+            self._flush()
+        except OSError as why:  # nobody reads it any more, or the disk is full
+            self._wrong = why  # the loop would only make a note of it
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._stream.write("".join(held))
             self._stream.flush()
 
     def bar(self, label: str, done: float, total: float, description: str = "") -> None:
@@ -94,9 +126,9 @@ class Console:
         )
 
 
-def timestamp() -> str:
-    """Return the time now, UTC, as ISO 8601 with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def timestamp(timespec: str = "milliseconds") -> str:
+    """Return the time now, UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec=timespec)
 
 
 def log_format_option(command: Any) -> Any:

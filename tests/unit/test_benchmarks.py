@@ -1,8 +1,8 @@
 """What the benchmarks make of their measurements, and what holds the rounds back meanwhile."""
 
 import doctest
-import io
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,9 +13,10 @@ from benchmarks.arrays import Perturbation, make_weights
 from benchmarks.compression import Federation
 from benchmarks.floor import Spec
 from benchmarks.gate import Gate, Gates
+from benchmarks.logs import read_events
 from benchmarks.processes import Died
 from benchmarks.sides import compare
-from benchmarks.stamped import Stamped, read_events
+from fluffle_common.console import Console
 from fluffle_common.messages import Plan
 from tests.e2e.pull_task import COUNT, Pull, target
 
@@ -159,17 +160,18 @@ def test_waiting_at_the_gates_ends_when_a_worker_has_died(tmp_path):
     gates.close()
 
 
-def test_lines_are_stamped_once_and_read_back(tmp_path):
-    told = io.StringIO()
-    stream = Stamped(told)
-    print('{"event": "opened"}', file=stream)
-    stream.write('{"event": ')
-    stream.write('"committed"}\n{"eve')
+def test_what_a_program_tells_is_read_back_with_its_time(tmp_path):
     log = tmp_path / "log"
-    log.write_text(told.getvalue())
+    before = time.time()
+    with log.open("w") as stream, Console("json", {}, stream) as console:
+        for event in ("opened", "committed"):
+            console.line(event, str)
+    after = time.time()
+    with log.open("a") as stream:
+        stream.write('a warning\n{"eve')  # and the beginning of a line
     events, offset = read_events(log, 0)
-    assert [event["event"] for _, event in events] == ["opened", "committed"]
-    assert events[0][0] <= events[1][0]
+    assert [told["event"] for _, told in events] == ["opened", "committed"]
+    assert before - 1e-6 <= events[0][0] <= events[1][0] <= after
     assert read_events(log, offset) == ([], offset)
 
 
