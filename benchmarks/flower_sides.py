@@ -37,14 +37,51 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class _Gated:
-    """What both engines have in common: a gate at the server, and its file of stamps."""
+    """What both engines have in common: a gate at the server, and its file of stamps.
 
-    def __init__(self, programs: Programs, name: str) -> None:
+    Args:
+        programs: what starts its processes.
+        python: that of Flower's environment.
+        size_bytes: of the model.
+        clients: how many.
+        evaluates: whether every client evaluates every round's model.
+    """
+
+    name: str
+    warm_up: int  # rounds that it runs first
+
+    def __init__(
+        self,
+        programs: Programs,
+        python: Path,
+        *,
+        size_bytes: int,
+        clients: int,
+        evaluates: bool = False,
+    ) -> None:
+        name = self.name.replace(" ", "-")
         self._gates = Gates(programs.folder / f"{name}.gate", 1, programs.check)
         programs.afterwards(self._gates.close)
         self._stamps = programs.folder / f"{name}.stamps"
         self._stamps.touch()
         self._seen = 0
+        told = {
+            "size": size_bytes,
+            "clients": clients,
+            "evaluates": int(evaluates),
+            "rounds": _FOREVER,
+            "gate": str(self._gates.path),
+            "stamps": str(self._stamps),
+        }
+        self._pids = self._start(programs, python, told, [{}] * clients)
+        self._gates.wait()
+        self.block(self.warm_up)
+
+    def _start(
+        self, programs: Programs, python: Path, told: dict[str, Any], clients: list[dict[str, Any]]
+    ) -> dict[str, int]:
+        """Start its processes; return them by name."""
+        raise NotImplementedError
 
     def block(self, rounds: int) -> list[float]:
         """See ``sides.Side``."""
@@ -64,34 +101,13 @@ class _Gated:
 
 
 class FlowerDirect(_Gated):
-    """``start_server`` and ``start_client``: deprecated, and the quicker of the two.
-
-    Args:
-        programs: what starts its processes.
-        python: that of Flower's environment.
-        size_bytes: of the model.
-        clients: how many.
-        evaluates: whether every client evaluates every round's model.
-    """
+    """``start_server`` and ``start_client``: deprecated, and the quicker of the two."""
 
     name = "flower direct"
+    warm_up = WARM_UP
 
-    def __init__(
-        self,
-        programs: Programs,
-        python: Path,
-        *,
-        size_bytes: int,
-        clients: int,
-        evaluates: bool = False,
-    ) -> None:
-        super().__init__(programs, "flower-direct")
-        told = {"size": size_bytes, "clients": clients, "rounds": _FOREVER}
-        told["evaluates"] = int(evaluates)
-        more = {"gate": str(self._gates.path), "stamps": str(self._stamps)}
-        self._pids = start_direct(programs, python, {**told, **more}, [{}] * clients)
-        self._gates.wait()
-        self.block(WARM_UP)
+    def _start(self, *what: Any) -> dict[str, int]:
+        return start_direct(*what)
 
     def pids(self) -> dict[str, int]:
         """See ``sides.Side``."""
@@ -120,34 +136,13 @@ def start_direct(
 
 
 class FlowerProduction(_Gated):
-    """``flower-superlink``, ``flower-supernode`` for each client, and ``flwr run``.
-
-    Args:
-        programs: what starts its processes.
-        python: that of Flower's environment.
-        size_bytes: of the model.
-        clients: how many.
-        evaluates: see ``FlowerDirect``.
-    """
+    """``flower-superlink``, ``flower-supernode`` for each client, and ``flwr run``."""
 
     name = "flower production"
+    warm_up = 1
 
-    def __init__(
-        self,
-        programs: Programs,
-        python: Path,
-        *,
-        size_bytes: int,
-        clients: int,
-        evaluates: bool = False,
-    ) -> None:
-        super().__init__(programs, "flower-production")
-        told = {"size": size_bytes, "clients": clients, "rounds": _FOREVER}
-        told["evaluates"] = int(evaluates)
-        more = {"gate": str(self._gates.path), "stamps": str(self._stamps)}
-        self._pids = start_production(programs, python, {**told, **more}, [{}] * clients)
-        self._gates.wait()
-        self.block(1)
+    def _start(self, *what: Any) -> dict[str, int]:
+        return start_production(*what)
 
     def pids(self) -> dict[str, int]:
         """See ``sides.Side``: those that last; each client app is a process that ends."""

@@ -12,10 +12,8 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import IO
 
-import numpy as np
-
 from fluffle_common.errors import UsageError
-from fluffle_common.layout import Layout, Tensors, layout_for
+from fluffle_common.layout import Layout, Tensors, bytes_of, layout_for
 from fluffle_common.messages import TensorEntry
 from fluffle_common.weights import FLOATS, INTEGERS, Array, Weights
 
@@ -50,7 +48,10 @@ def save_checkpoint(path: Path, weights: Weights, metadata: dict[str, str]) -> N
         file.write(_HEADER_SIZE.pack(len(header)))
         file.write(header)
         for entry in in_order:
-            file.write(_bytes_of(weights, entry))
+            if isinstance(weights, Tensors) and weights.memory is not None:
+                file.write(weights.memory[entry.offset : entry.offset + entry.nbytes])
+            else:
+                file.write(bytes_of(weights[entry.name]))
 
 
 @functools.lru_cache(4)
@@ -72,16 +73,6 @@ def _described(layout: Layout) -> tuple[list[TensorEntry], str]:
         }
         told.append(f",{json.dumps(entry.name)}:{json.dumps(about)}")
     return in_order, "".join(told)
-
-
-def _bytes_of(weights: Weights, entry: TensorEntry) -> memoryview | bytes:
-    if isinstance(weights, Tensors) and weights.memory is not None:
-        return weights.memory[entry.offset : entry.offset + entry.nbytes]
-    if not entry.nbytes:
-        return b""
-    tensor = weights[entry.name]
-    plain = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
-    return plain.reshape(-1).data.cast("B")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

@@ -178,6 +178,14 @@ def layout_of_form(form: Form) -> Layout:
     return _layout_of_form(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
 
 
+def bytes_of(tensor: Array) -> memoryview:
+    """Return a tensor as it travels; one that is little-endian and C-contiguous is not copied."""
+    if not tensor.size:
+        return memoryview(b"")
+    ready = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
+    return ready.reshape(-1).data.cast("B")
+
+
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     """Return a table as it is on the wire."""
     return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [e._asdict() for e in table]

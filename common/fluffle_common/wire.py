@@ -25,6 +25,7 @@ from fluffle_common.layout import (
     Tensors,
     Weights,
     as_maps,
+    bytes_of,
     layout_for,
     layout_of,
 )
@@ -162,8 +163,7 @@ def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]
         if entry.offset > end:
             pieces.append(memoryview(bytes(entry.offset - end)))
         if entry.nbytes:
-            ready = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"), order="C")
-            pieces.append(ready.reshape(-1).data.cast("B"))
+            pieces.append(bytes_of(tensor))
         end = entry.offset + entry.nbytes
     return layout.table, pieces
 

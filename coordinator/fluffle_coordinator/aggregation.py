@@ -317,7 +317,7 @@ class Aggregation:
         told = False
         while True:
             try:
-                await asyncio.get_running_loop().run_in_executor(None, write)
+                await asyncio.to_thread(write)
             except OSError as why:
                 if not told:
                     reason = why.strerror or str(why)

@@ -189,15 +189,15 @@ class Coordinator:
         self._events.append(event)
         if self._taking:
             return
-        self._taking, effects = True, 0
+        self._taking, just_told = True, False
         try:
             while self._events:
                 event = self._events.popleft()
                 self.state, asked_for = rounds.advance(self.state, event)
                 for effect in asked_for:
                     self._perform(effect)
-                effects += len(asked_for)
-            self._look_on(event.now, just_told=effects > 0)
+                just_told |= bool(asked_for)
+            self._look_on(event.now, just_told=just_told)
         except Exception as wrong:  # whoever posts can do nothing about it: it ends the run
             if not self._ended.done():
                 self._ended.set_exception(wrong)

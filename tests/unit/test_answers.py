@@ -147,6 +147,7 @@ async def test_only_one_answer_in_parts_is_under_way(worker):
     await worker.link.until(
         "update 3", "part 0", "part 1", "update 1", "part 0", "part 1", "update 2"
     )
+    assert worker.taken == [1]  # the others are not confirmed
 
 
 async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatch):

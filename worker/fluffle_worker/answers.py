@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.messages import FirstWeights, Update
@@ -16,7 +15,7 @@ from fluffle_common.transport import Full, Link, Unroutable, together
 from fluffle_common.weights import Weights
 from fluffle_worker.feedback import Residual
 from fluffle_worker.job import Job
-from fluffle_worker.mail import drain
+from fluffle_worker.mail import Tell, drain
 
 _FULL_PAUSE_S = 1.0
 # A confirmation comes in this time, or the link is lost (see ``amqp_link``).
@@ -49,7 +48,7 @@ class Answers:
         wanted: Callable[[Job], bool],
         due: Callable[[Job], bool],
         taken: Callable[[Job], object],
-        tell: Callable[[str, dict[str, Any]], None],
+        tell: Tell,
         bar: Callable[[str, float, float, str], None],
     ) -> None:
         self._topology, self._worker, self._link = topology, worker, link

@@ -13,6 +13,8 @@ from fluffle_common.transport import Body, Link
 from fluffle_common.weights import Weights, check_finite
 from fluffle_common.wire import decode, read_tensors
 
+Tell = Callable[[str, dict[str, Any]], None]
+
 
 def check_mail(body: Body, federation: str) -> None:
     """Check a message as thoroughly as if it were taken.
@@ -51,7 +53,7 @@ async def drain(
     queue: str,
     check: Callable[[Body], object],
     topology: Topology,
-    tell: Callable[[str, dict[str, Any]], None],
+    tell: Tell,
 ) -> None:
     """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
     there = await link.counts(queue)

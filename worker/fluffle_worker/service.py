@@ -43,12 +43,11 @@ from fluffle_common.wire import Assembly, decode
 from fluffle_worker import session
 from fluffle_worker.answers import Answers
 from fluffle_worker.job import Job, NotWanted, do
-from fluffle_worker.mail import check_mail, drain, no_mail, weights_of
+from fluffle_worker.mail import Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.presence import Presence
 from fluffle_worker.session import Work
 from fluffle_worker.task import Task, told
 
-Tell = Callable[[str, dict[str, Any]], None]
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
 
