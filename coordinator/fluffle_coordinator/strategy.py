@@ -86,17 +86,23 @@ def _side_by_side(totals: Tensors, *others: Weights) -> Iterator[tuple[Array, ..
 
 def _set_scaled(total: Array, values: Array, factor: float) -> None:
     """Write ``factor * values`` into ``total``, in float64; what was there need not be read."""
-    np.multiply(values, factor, out=total, dtype=np.float64)
+    for start in range(0, total.size, _BLOCK):
+        part = total[start : start + _BLOCK]
+        part[...] = values[start : start + _BLOCK]
+        part *= factor
 
 
 def _add_scaled(total: Array, values: Array, factor: float) -> None:
-    """Add ``factor * values`` to ``total``, in place and in float64, a block at a time."""
-    block = np.empty(min(_BLOCK, max(total.size, 1)), np.float64)
+    """Add ``factor * values`` to ``total``, in place and in float64, a block at a time.
+
+    A block is cast before it is multiplied: one step with both buffers its input, and is slower.
+    """
+    block = np.empty(min(_BLOCK, total.size), np.float64)
     for start in range(0, total.size, _BLOCK):
         part = total[start : start + _BLOCK]
-        scaled = np.multiply(
-            values[start : start + _BLOCK], factor, out=block[: part.size], dtype=np.float64
-        )
+        scaled = block[: part.size]
+        scaled[...] = values[start : start + _BLOCK]
+        scaled *= factor
         part += scaled
 
 
@@ -118,17 +124,20 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
     A page that was never touched is slow to touch: so the sum's memory serves all rounds.
     """
     lowest, highest = _limits(base.dtype)
+    narrow = base.dtype.kind == "f" and base.dtype.itemsize < total.dtype.itemsize
     # What is beyond the end of float64 is clipped to its end, as is what the dtype cannot hold.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="raise" if narrow else "ignore", invalid="ignore"):
         for start in range(0, total.size, _BLOCK):
             mean, part = total[start : start + _BLOCK], result[start : start + _BLOCK]
             mean /= num_examples
             mean += base[start : start + _BLOCK]
-            if base.dtype.kind == "f":
-                part[...] = mean
-                if np.isfinite(part.sum()):  # as nearly always: then nothing is to be clipped
+            if narrow:
+                try:
+                    part[...] = mean
                     continue
-            else:
+                except FloatingPointError:  # the cast met a value that the dtype cannot hold
+                    pass
+            elif base.dtype.kind in "iu":
                 np.rint(mean, out=mean)
             np.clip(mean, lowest, highest, out=mean)
             part[...] = mean

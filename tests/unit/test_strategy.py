@@ -197,6 +197,18 @@ def test_finite_updates_never_make_a_model_that_is_not_finite(dtype):
     assert got.dtype == np.dtype(dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("index", [0, 40_000, 69_999])
+def test_one_value_beyond_the_end_costs_no_other_value_anything(dtype, index):
+    largest = np.finfo(dtype).max
+    base = {"w": np.full(70_000, 2, dtype)}  # more than two blocks
+    update = {"w": np.full(70_000, 0.5, dtype)}
+    base["w"][index] = update["w"][index] = largest
+    got = average(base, [(update, 3)])["w"]
+    assert got[index] == largest
+    assert (np.delete(got, index) == 2.5).all()
+
+
 def test_half_precision_is_summed_in_double():
     # In float16, 2048 + 1 is 2048, and 65504 is the end.
     base = {"w": np.zeros(2, np.float16)}
