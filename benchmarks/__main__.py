@@ -74,7 +74,7 @@ def _scale(told: Told) -> list[list[Any]]:
 
 
 BENCHMARKS = (
-    Benchmark("rounds --size-mb 0.1 --rounds 40", _rounds(1.3)),
+    Benchmark("rounds --size-mb 0.1", _rounds(1.3)),
     Benchmark("rounds --size-mb 1.36 --rounds 40", _rounds(1.25)),
     Benchmark("rounds --size-mb 10 --rounds 20", _rounds(1.25)),
     Benchmark("rounds --size-mb 100 --rounds 6 --blocks 3", _rounds(1.25)),

@@ -22,6 +22,13 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def add_rounds(made: argparse.ArgumentParser) -> None:
+    """Add ``--rounds``; None where it is not given, for ``figures.enough_rounds`` to say."""
+    made.add_argument(
+        "--rounds", type=int, help="rounds of each side that count (12; more of a small model)"
+    )
+
+
 def show(
     told: Mapping[str, Any],
     options: argparse.Namespace,

@@ -35,6 +35,15 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def enough_rounds(size_mb: float) -> int:
+    """Return how many rounds make a median that can be trusted: short ones differ more.
+
+    >>> enough_rounds(0.1), enough_rounds(1.36), enough_rounds(100)
+    (300, 22, 12)
+    """
+    return max(12, round(30 / size_mb))
+
+
 def shares(rounds: int, blocks: int) -> list[int]:
     """Share rounds out to blocks, as evenly as can be; no block is empty.
 

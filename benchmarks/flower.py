@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,13 @@ def starts(options: argparse.Namespace, size_mb: float, clients: int, url: str) 
     }
 
 
-def together(folder: Path, made: Starts, options: argparse.Namespace) -> dict[str, Measured]:
+def together(
+    folder: Path, made: Starts, sizes: Sequence[int], options: argparse.Namespace
+) -> dict[str, Measured]:
     """Start all of them, and let them take turns."""
     with Programs(folder) as programs:
         quick = [made[name](programs) for name in made if name != "flower production"]
-        found = compare(quick, figures.shares(options.rounds, options.blocks), said=_say)
+        found = compare(quick, sizes, said=_say)
         if not options.direct_only:
             # Its rounds take seconds at any size: few of them, again beside the others.
             all_of_them = [*quick, made["flower production"](programs)]
@@ -70,12 +72,13 @@ def together(folder: Path, made: Starts, options: argparse.Namespace) -> dict[st
     return found
 
 
-def apart(folder: Path, made: Starts, options: argparse.Namespace) -> dict[str, Measured]:
+def apart(
+    folder: Path, made: Starts, sizes: Sequence[int], options: argparse.Namespace
+) -> dict[str, Measured]:
     """Start one of them at a time, for a block of rounds, since the memory holds no more."""
     names = [name for name in made if name != "flower production" or not options.direct_only]
     found = {name: Measured() for name in names}
-    blocks = figures.shares(options.rounds, options.blocks)
-    for number, (name, size) in enumerate(figures.interleaved(names, blocks)):
+    for number, (name, size) in enumerate(figures.interleaved(names, sizes)):
         place = folder / f"turn{number}"
         place.mkdir()
         with Programs(place) as programs:
@@ -88,12 +91,14 @@ def apart(folder: Path, made: Starts, options: argparse.Namespace) -> dict[str, 
 def rounds(options: argparse.Namespace, size_mb: float, clients: int) -> dict[str, Any]:
     """Let all of them run rounds in turn."""
     way = apart if options.apart or size_mb * clients > _MOST_TOGETHER_MB else together
+    count = options.rounds or figures.enough_rounds(size_mb)
+    sizes = figures.shares(count, options.blocks)
     with scratch(options.folder) as folder, private_broker(folder / "state") as broker:
-        found = way(folder, starts(options, size_mb, clients, broker.url), options)
+        found = way(folder, starts(options, size_mb, clients, broker.url), sizes, options)
     return {
         "size_mb": size_mb,
         "clients": clients,
-        "rounds": options.rounds,
+        "rounds": count,
         "evaluates": options.evaluate,
         "started": way.__name__,
         **ratios(found),
@@ -140,7 +145,7 @@ def main() -> None:
     parser = command.parser("flower", __doc__)
     parser.add_argument("--size-mb", type=_list(float), default=[0.1, 1.36, 10.0, 100.0])
     parser.add_argument("--clients", type=_list(int), default=[3], help="numbers of clients (3)")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of each that count (12)")
+    command.add_rounds(parser)
     parser.add_argument("--blocks", type=int, default=4, help="blocks they are run in (4)")
     parser.add_argument(
         "--evaluate", action="store_true", help="every client evaluates every round's model"

@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size-mb", type=float, default=10.0, help="size of the model (10)")
     made.add_argument("--tensors", type=int, default=TENSORS, help="how many it has (8)")
     made.add_argument("--workers", type=int, default=3, help="how many workers (3)")
-    made.add_argument("--rounds", type=int, default=10, help="rounds of each side that count (10)")
+    command.add_rounds(made)
     made.add_argument("--blocks", type=int, default=5, help="blocks they are run in (5)")
     made.add_argument("--quorum", action="store_true", help="quorum queues instead of classic ones")
     made.add_argument("--max-message-size", type=int, help="the broker's; 16777216 is that of 4.x")
@@ -90,13 +90,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             noise=options.noise,
             options=("--dashboard", "127.0.0.1:0") if options.dashboard else (),
         )
-        sizes = figures.shares(options.rounds, options.blocks)
+        rounds = options.rounds or figures.enough_rounds(options.size_mb)
+        sizes = figures.shares(rounds, options.blocks)
         found = compare([floor, fluffle], sizes, broker_pid=broker.pid, said=_say)
     return {
         "size_mb": options.size_mb,
         "tensors": options.tensors,
         "workers": options.workers,
-        "rounds": options.rounds,
+        "rounds": rounds,
         "blocks": len(sizes),
         "queue_type": queue_type,
         "noise": options.noise,

@@ -93,15 +93,12 @@ class Incoming:
         at, end, fed = 0, len(data), False
         if self._into is not None:
             at = self._fill(self._into, data, at)
-        while at < end:
-            if data[at] not in _KINDS or self._foreign:
+        while (start := at + _FRAME_HEAD) <= end:
+            kind, channel, size = _read_head(data, at)
+            if kind not in _KINDS or self._foreign:
                 self._foreign = True
                 self._feed(data[at:])
                 return
-            start = at + _FRAME_HEAD
-            if start > end:
-                break
-            kind, channel, size = _read_head(data, at)
             if kind == _BODY and channel in self._coming:
                 self._into, self._left = self._coming[channel], size + 1
                 at = self._fill(self._into, data, start)

@@ -102,6 +102,7 @@ class Layout:
         last = table[-1] if table else None
         self.nbytes = last.offset + last.nbytes if last else 0
         dtypes = {place.dtype for place in self.places.values()}
+        self.floats = all(dtype.kind == "f" for dtype in dtypes)
         self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
         ends = [entry.offset + entry.nbytes for entry in table]
         starts = [entry.offset for entry in table[1:]]

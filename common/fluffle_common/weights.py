@@ -20,6 +20,7 @@ from fluffle_common.layout import (
     Form,
     Tensors,
     Weights,
+    layout_for,
     layout_of_form,
 )
 
@@ -68,8 +69,11 @@ def delta(trained: Weights, received: Weights) -> Weights:
         ValueError: where names, shapes or dtypes differ.
     """
     base = apart(received)
-    same_form(trained, base)
-    layout = layout_of_form(delta_form(base))
+    layout = layout_for(received)
+    if layout_for(trained) is not layout:  # else they are known to be alike
+        same_form(trained, base)
+    if not layout.floats:
+        layout = layout_of_form(delta_form(base))
     if layout.nbytes > _ONE_PIECE_BYTES:
         return {
             name: np.subtract(trained[name], old, dtype=delta_dtype(old.dtype))
@@ -114,11 +118,10 @@ def check_delta(update: Weights, base: Weights) -> None:
 
 
 def _same_layout(update: Weights, base: Weights) -> bool:
-    """Whether they are known to be of the same form, floats of one dtype, without a closer look."""
+    """Whether they are known to be of the same form, all floats, without a closer look."""
     if not isinstance(update, Tensors) or not isinstance(base, Tensors):
         return False
-    flat = base.flat
-    return flat is not None and flat.dtype.kind == "f" and update.layout is base.layout
+    return update.layout is base.layout and base.layout.floats
 
 
 def check_finite(weights: Weights) -> None:
