@@ -44,14 +44,12 @@ def save_checkpoint(path: Path, weights: Weights, metadata: dict[str, str]) -> N
     in_order, described = _described(layout)
     header = f'{{"__metadata__":{json.dumps(metadata)}{described}}}'.encode()
     header += b" " * (-len(header) % _ALIGNMENT)
+    if isinstance(weights, Tensors) and (memory := weights.memory) is not None:
+        pieces = [memory[entry.offset : entry.offset + entry.nbytes] for entry in in_order]
+    else:
+        pieces = [bytes_of(weights[entry.name]) for entry in in_order]
     with replacing(path) as file:
-        file.write(_HEADER_SIZE.pack(len(header)))
-        file.write(header)
-        for entry in in_order:
-            if isinstance(weights, Tensors) and weights.memory is not None:
-                file.write(weights.memory[entry.offset : entry.offset + entry.nbytes])
-            else:
-                file.write(bytes_of(weights[entry.name]))
+        file.writelines([_HEADER_SIZE.pack(len(header)), header, *pieces])
 
 
 @functools.lru_cache(4)
@@ -99,17 +97,18 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: where the disk refuses; ``path`` is as it was.
     """
-    partial = path.with_name(path.name + ".partial")
+    final, partial = str(path), f"{path}.partial"
     try:
-        with partial.open("wb", _BUFFER_BYTES) as file:
+        with open(partial, "wb", _BUFFER_BYTES) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        os.replace(partial, final)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(os.path.dirname(final) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name itself
     finally:

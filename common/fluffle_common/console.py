@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 import click
+from pydantic_core import to_json
 
 LogFormat = Literal["auto", "plain", "json"]
 # So long a line may wait for others, so that they are written in one go.
 _WITHIN_S = 0.02
-_as_json = json.JSONEncoder(default=str).encode
 
 
 class Console:
@@ -81,7 +81,7 @@ class Console:
         if self._json:
             told = {"time": timestamp("microseconds"), "event": event, **self._always}
             told.update(fields or {})
-            written = _as_json(told)
+            written = as_json(told)
         else:
             written = f"{time.strftime('%H:%M:%S')}  {text()}"
         if self._progress is not None:
@@ -124,6 +124,14 @@ class Console:
         self._progress.update(
             self._bars[label], completed=done, total=total, description=description
         )
+
+
+def as_json(told: Mapping[str, Any]) -> str:
+    """Return JSON in one line, in ASCII; what JSON has no word for is said by ``str``."""
+    try:
+        return to_json(told, ensure_ascii=True, fallback=str).decode()
+    except ValueError:  # not every name of a file is text
+        return json.dumps(told, default=str, separators=(",", ":"))
 
 
 def timestamp(timespec: str = "milliseconds") -> str:

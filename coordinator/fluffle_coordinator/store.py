@@ -31,13 +31,11 @@ from fluffle_common.checkpoint import (
     replacing,
     save_checkpoint,
 )
-from fluffle_common.console import timestamp
+from fluffle_common.console import as_json, timestamp
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.transport import Body
 from fluffle_common.weights import Array, Weights
 from fluffle_coordinator import kept
-
-_as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -269,7 +267,7 @@ class RunStore:
 
 
 def _written(line: dict[str, Any]) -> str:
-    return f"{_as_json(line)}\n"
+    return f"{as_json(line)}\n"
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
+from pathlib import Path
 
 import pytest
 
-from fluffle_common.console import Console
+from fluffle_common.console import Console, as_json
 
 PATIENCE_S = 5.0
 
@@ -70,3 +72,31 @@ async def test_where_nobody_reads_any_more_the_next_line_says_so():
             await stream.written.wait()
         with pytest.raises(BrokenPipeError):
             console.line("two", str)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        'Übergröße \n"',
+        0.1,
+        1e300,
+        2**63,
+        True,
+        None,
+        ["a", 1],
+        {"of": {"w1": 3}},
+        "no text: \udcff",
+    ],
+)
+def test_json_says_what_it_was_told_in_one_ascii_line(value):
+    written = as_json({"value": value})
+    assert written.isascii()
+    assert "\n" not in written
+    assert json.loads(written) == {"value": value}
+
+
+def test_json_finds_a_word_for_everything():
+    told = {"path": Path("/a"), "many": ("x", "y"), "none": float("nan"), "why": OSError("gone")}
+    said = json.loads(as_json(told))
+    assert math.isnan(said.pop("none"))
+    assert said == {"path": "/a", "many": ["x", "y"], "why": "gone"}

@@ -163,7 +163,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
         if when == "at fsync":
             monkeypatch.setattr(checkpoint.os, "fsync", no_fsync)
         else:
-            monkeypatch.setattr(Path, "replace", lambda *_: no_fsync(0))
+            monkeypatch.setattr(checkpoint.os, "replace", lambda *_: no_fsync(0))
         with pytest.raises(OSError, match="No space"):
             save_checkpoint(path, weights(9), {})
     assert names(tmp_path) == ({"model"} if before else set())
@@ -180,19 +180,19 @@ def _interrupt(_: int) -> None:
 
 def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     order: list[str] = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, replace = os.fsync, os.replace
 
     def noted_fsync(descriptor: int) -> None:
         what = Path(f"/proc/self/fd/{descriptor}").readlink().name
         order.append(f"fsync {what}")
         fsync(descriptor)
 
-    def noted_replace(self: Path, target: Path) -> Path:
-        order.append(f"rename {self.name} {target.name}")
-        return replace(self, target)
+    def noted_replace(source: str, target: str) -> None:
+        order.append(f"rename {Path(source).name} {Path(target).name}")
+        replace(source, target)
 
     monkeypatch.setattr(checkpoint.os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(checkpoint.os, "replace", noted_replace)
     save_checkpoint(tmp_path / "m", weights(1), {})
     assert order == ["fsync m.partial", "rename m.partial m", f"fsync {tmp_path.name}"]
 
