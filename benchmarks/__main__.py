@@ -81,7 +81,7 @@ BENCHMARKS = (
     Benchmark("aggregate --repeats 5", _aggregate),
     Benchmark("epoch --repeats 7 --start-up", _epoch),
     Benchmark("letters_job --repeats 2", _letters),
-    Benchmark("scale --workers 3,10,30 --rounds 5", _scale),
+    Benchmark("scale --workers 3,10,30 --rounds 20", _scale),
 )
 
 
