@@ -102,6 +102,7 @@ class Layout:
         last = table[-1] if table else None
         self.nbytes = last.offset + last.nbytes if last else 0
         dtypes = {place.dtype for place in self.places.values()}
+        self.form: Form = tuple([(name, p.dtype, p.shape) for name, p in self.places.items()])
         self.floats = all(dtype.kind == "f" for dtype in dtypes)
         self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
         ends = [entry.offset + entry.nbytes for entry in table]
@@ -166,8 +167,12 @@ def layout_for(weights: Weights) -> Layout:
     """
     if isinstance(weights, Tensors):
         return weights.layout
-    form = tuple([(name, tensor.dtype, tensor.shape) for name, tensor in weights.items()])
-    return layout_of_form(form)
+    return layout_of_form(form_of(weights))
+
+
+def form_of(weights: Weights) -> Form:
+    """Return the names, dtypes and shapes of tensors, in their order."""
+    return tuple([(name, tensor.dtype, tensor.shape) for name, tensor in weights.items()])
 
 
 def layout_of_form(form: Form) -> Layout:

@@ -20,6 +20,7 @@ from fluffle_common.layout import (
     Form,
     Tensors,
     Weights,
+    form_of,
     layout_for,
     layout_of_form,
 )
@@ -70,7 +71,7 @@ def delta(trained: Weights, received: Weights) -> Weights:
     """
     base = apart(received)
     layout = layout_for(received)
-    if layout_for(trained) is not layout:  # else they are known to be alike
+    if form_of(trained) != layout.form:  # perhaps only in another order
         same_form(trained, base)
     if not layout.floats:
         layout = layout_of_form(delta_form(base))

@@ -68,6 +68,13 @@ def test_a_delta_of_a_scalar_is_an_array():
     assert (np.shape(got), got.dtype, float(got)) == ((), np.float32, 2.0)
 
 
+def test_a_delta_goes_by_names_in_whatever_order():
+    received = {"a": np.zeros(2, np.float32), "b": np.ones(2, np.float32)}
+    trained = {"b": np.full(2, 3, np.float32), "a": np.full(2, 5, np.float32)}
+    got = delta(trained, received)
+    assert {name: tensor.tolist() for name, tensor in got.items()} == {"a": [5, 5], "b": [2, 2]}
+
+
 def test_only_floats_and_integers_travel_and_deltas_of_them_travel_too():
     assert {np.dtype(name).name for name in DTYPES} == DTYPES
     for name in DTYPES:
@@ -126,6 +133,8 @@ def test_weights_of_another_form_have_no_delta(other):
     for trained, received in ((weights, {"w": other}), ({"w": other}, weights)):
         with pytest.raises(ValueError, match="'w'"):
             delta(trained, received)
+    with pytest.raises(ValueError, match="'w' is complex64, expected float32"):
+        delta({"w": np.zeros(2, np.complex64)}, weights)
     with pytest.raises(ValueError, match="missing w"):
         delta({}, weights)
 
