@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import aiormq.exceptions
 
 from fluffle_common.amqp_connection import Connection, connect
-from fluffle_common.amqp_errors import LOST, cancelled, told
+from fluffle_common.amqp_errors import LOST, told
 from fluffle_common.amqp_link import AmqpLink, close
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport import Link, Transport
+from fluffle_common.transport import Link, Transport, cancelled
 from fluffle_common.urls import parse_urls, shown
 
 if TYPE_CHECKING:

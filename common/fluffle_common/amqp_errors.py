@@ -11,7 +11,7 @@ import aiormq.exceptions
 import pamqp.exceptions
 
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport import Occupied
+from fluffle_common.transport import Occupied, cancelled
 
 # They log what they also raise; whoever catches it says it in our own words.
 for _name in ("aio_pika", "aiormq"):
@@ -34,6 +34,8 @@ def as_ours() -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
+        # Closing a connection of aiormq raises this in whoever waits for something of it, which
+        # taken for the real thing would end a task, or the program, without a word.
         if cancelled():
             raise
         raise LinkLost("the link was closed") from None
@@ -53,16 +55,6 @@ def declaring() -> Iterator[None]:
             f"the broker has it with other settings ({told(no)}); use the same --queue-type "
             "everywhere, or delete the old queue"
         ) from None
-
-
-def cancelled() -> bool:
-    """Whether it is us who are cancelled.
-
-    Closing a connection of aiormq raises ``CancelledError`` in whoever waits for something of it,
-    which taken for the real thing would end a task, or the program, without a word.
-    """
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 def told(wrong: BaseException) -> str:

@@ -234,7 +234,8 @@ class AmqpLink(Link):
         if not self._gone.is_set():
             channel.close_callbacks.discard(self._lose)
             with contextlib.suppress(LinkLost, TimeoutError), as_ours():
-                await asyncio.wait_for(_cancel_and_close(channel, tag), _CLOSE_TIMEOUT_S)
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await _cancel_and_close(channel, tag)
 
     def _cancelled(self, *_: Any) -> None:
         self._lose(None, LinkLost("a queue we read from was deleted"))
@@ -363,4 +364,5 @@ async def _cancel_and_close(channel: AbstractChannel, tag: str) -> None:
 async def close(connection: Connection) -> None:
     """Close a connection; nothing raises, and it takes no longer than a moment."""
     with contextlib.suppress(LinkLost), as_ours():
-        await asyncio.wait_for(connection.close(), _CLOSE_TIMEOUT_S)
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await connection.close()

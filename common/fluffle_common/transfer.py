@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from fluffle_common.console import timestamp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Message, Part, Transfer, WithTensors
-from fluffle_common.transport import NAMED, Body, Delivery, HeaderValue, Link, Properties
+from fluffle_common.transport import (
+    NAMED,
+    Body,
+    Delivery,
+    HeaderValue,
+    Link,
+    Properties,
+    together,
+)
 from fluffle_common.weights import Weights
 from fluffle_common.wire import Assembly, decode, describe, encode, pack
 
@@ -100,30 +108,22 @@ async def _send_parts(
     route: Route,
     progress: Progress | None,
 ) -> None:
-    window = asyncio.Semaphore(_WINDOW)
+    left = enumerate(parts)
 
-    async def one(number: int, body: bytes) -> None:
-        headers = {"part": number, "parts": transfer.parts, "bytes": len(body)}
-        properties = Properties(
-            type="part",
-            message_id=f"{transfer.id}/{number}",
-            headers=headers,
-            durable=route.durable,
-        )
-        try:
+    async def one_after_the_other() -> None:
+        for number, body in left:
+            headers = {"part": number, "parts": transfer.parts, "bytes": len(body)}
+            properties = Properties(
+                type="part",
+                message_id=f"{transfer.id}/{number}",
+                headers=headers,
+                durable=route.durable,
+            )
             await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
-        finally:
-            window.release()
-        if progress is not None:
-            progress(number + 1, transfer.parts)
+            if progress is not None:
+                progress(number + 1, transfer.parts)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for number, body in enumerate(parts):
-                await window.acquire()
-                group.create_task(one(number, body))
-    except BaseExceptionGroup as several:  # they all fail for the link's reason
-        raise several.exceptions[0] from None
+    await together(*(one_after_the_other() for _ in range(_WINDOW)))
 
 
 async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str) -> None:

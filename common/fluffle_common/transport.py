@@ -214,14 +214,28 @@ class Backoff:
     give_up_s: float = 600.0
 
 
+def cancelled() -> bool:
+    """Whether the task that asks has been told to end, whatever was raised since."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 async def together(*works: Coroutine[Any, Any, None]) -> None:
-    """Run works side by side until the first fails, which ends them all; raise what it raised."""
+    """Run works side by side until the first fails, which ends them all; raise what it raised.
+
+    Unlike a ``TaskGroup`` before Python 3.13, it never cancels its caller, and when the caller is
+    cancelled just as a work fails, it is the cancellation that counts.
+    """
+    tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        async with asyncio.TaskGroup() as group:
-            for work in works:
-                group.create_task(work)
-    except BaseExceptionGroup as several:
-        raise several.exceptions[0] from None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def links(
@@ -240,6 +254,8 @@ async def links(
     loop = asyncio.get_running_loop()
     pause, since = backoff.first_s, loop.time()
     while True:
+        if cancelled():  # and the link was lost in the same moment
+            raise asyncio.CancelledError
         try:
             link = await transport.open()
         except LinkLost as why:

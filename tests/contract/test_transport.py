@@ -1062,6 +1062,39 @@ async def test_together_ends_all_when_one_fails_and_says_why():
     assert ended.is_set()
 
 
+async def _fail_when_cancelled() -> None:
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        raise LinkLost("in just that moment") from None
+
+
+async def test_who_is_cancelled_while_the_link_is_lost_ends_all_the_same():
+    task = asyncio.ensure_future(together(_fail_when_cancelled(), _fail_when_cancelled()))
+    await asyncio.sleep(0.01)  # both are at it
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(task)
+
+
+async def test_who_is_cancelled_gets_no_other_link():
+    opened = []
+
+    class Lossy:
+        address = "nowhere"
+
+        async def open(self):
+            opened.append(self)
+            await _fail_when_cancelled()
+
+    task = asyncio.ensure_future(anext(links(Lossy(), Backoff(0.001, 0.002), lambda *_: None)))
+    await asyncio.sleep(0.01)  # it is opening one
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(task)
+    assert len(opened) == 1
+
+
 # --- only on a real RabbitMQ -------------------------------------------------------------------
 
 
