@@ -226,6 +226,8 @@ async def together(*works: Coroutine[Any, Any, None]) -> None:
     Unlike a ``TaskGroup`` before Python 3.13, it never cancels its caller, and when the caller is
     cancelled just as a work fails, it is the cancellation that counts.
     """
+    if not works:
+        return
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

@@ -1062,6 +1062,10 @@ async def test_together_ends_all_when_one_fails_and_says_why():
     assert ended.is_set()
 
 
+async def test_nothing_together_is_done_at_once():
+    await soon(together())
+
+
 async def _fail_when_cancelled() -> None:
     try:
         await asyncio.Event().wait()
