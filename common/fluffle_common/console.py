@@ -81,7 +81,7 @@ class Console:
         if self._json:
             told = {"time": timestamp("microseconds"), "event": event, **self._always}
             told.update(fields or {})
-            written = as_json(told)
+            written = json_line(told)
         else:
             written = f"{time.strftime('%H:%M:%S')}  {text()}"
         if self._progress is not None:
@@ -126,7 +126,7 @@ class Console:
         )
 
 
-def as_json(told: Mapping[str, Any]) -> str:
+def json_line(told: Mapping[str, Any]) -> str:
     """Return JSON in one line, in ASCII; what JSON has no word for is said by ``str``."""
     try:
         return to_json(told, ensure_ascii=True, fallback=str).decode()

@@ -31,7 +31,7 @@ from fluffle_common.checkpoint import (
     replacing,
     save_checkpoint,
 )
-from fluffle_common.console import as_json, timestamp
+from fluffle_common.console import json_line, timestamp
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.transport import Body
 from fluffle_common.weights import Array, Weights
@@ -267,7 +267,7 @@ class RunStore:
 
 
 def _written(line: dict[str, Any]) -> str:
-    return f"{as_json(line)}\n"
+    return f"{json_line(line)}\n"
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

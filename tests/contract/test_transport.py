@@ -1063,10 +1063,13 @@ async def test_together_ends_all_when_one_fails_and_says_why():
 
 
 async def test_nothing_together_is_done_at_once():
-    await soon(together())
+    task = asyncio.ensure_future(together())
+    await soon(task)
+    assert task.exception() is None
 
 
-async def _fail_when_cancelled() -> None:
+async def _fail_when_cancelled(begun: asyncio.Event) -> None:
+    begun.set()
     try:
         await asyncio.Event().wait()
     except asyncio.CancelledError:
@@ -1074,25 +1077,27 @@ async def _fail_when_cancelled() -> None:
 
 
 async def test_who_is_cancelled_while_the_link_is_lost_ends_all_the_same():
-    task = asyncio.ensure_future(together(_fail_when_cancelled(), _fail_when_cancelled()))
-    await asyncio.sleep(0.01)  # both are at it
+    begun = [asyncio.Event(), asyncio.Event()]
+    task = asyncio.ensure_future(together(*map(_fail_when_cancelled, begun)))
+    for each in begun:
+        await soon(each.wait())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await soon(task)
 
 
 async def test_who_is_cancelled_gets_no_other_link():
-    opened = []
+    opened, opening = [], asyncio.Event()
 
     class Lossy:
         address = "nowhere"
 
         async def open(self):
             opened.append(self)
-            await _fail_when_cancelled()
+            await _fail_when_cancelled(opening)
 
     task = asyncio.ensure_future(anext(links(Lossy(), Backoff(0.001, 0.002), lambda *_: None)))
-    await asyncio.sleep(0.01)  # it is opening one
+    await soon(opening.wait())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await soon(task)

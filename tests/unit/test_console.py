@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fluffle_common.console import Console, as_json
+from fluffle_common.console import Console, json_line
 
 PATIENCE_S = 5.0
 
@@ -89,7 +89,7 @@ async def test_where_nobody_reads_any_more_the_next_line_says_so():
     ],
 )
 def test_json_says_what_it_was_told_in_one_ascii_line(value):
-    written = as_json({"value": value})
+    written = json_line({"value": value})
     assert written.isascii()
     assert "\n" not in written
     assert json.loads(written) == {"value": value}
@@ -97,6 +97,6 @@ def test_json_says_what_it_was_told_in_one_ascii_line(value):
 
 def test_json_finds_a_word_for_everything():
     told = {"path": Path("/a"), "many": ("x", "y"), "none": float("nan"), "why": OSError("gone")}
-    said = json.loads(as_json(told))
+    said = json.loads(json_line(told))
     assert math.isnan(said.pop("none"))
     assert said == {"path": "/a", "many": ["x", "y"], "why": "gone"}
