@@ -201,10 +201,21 @@ class Stop(_Header):
 # --- worker to coordinator ---------------------------------------------------------------------
 
 
+class ModelForm(_Model):
+    """What a worker's model is made of: the names, dtypes and shapes of its tensors.
+
+    ``digest`` is the same for the same form; ``summary`` says the form in a few words.
+    """
+
+    digest: Id
+    summary: Annotated[str, Field(max_length=300)]
+
+
 class _Presence(_Header):
     """Who a worker is, and what it does.
 
     ``round`` of ``run`` is what it works on or did last, beginning with the weights ``base``.
+    ``model`` is what its own task would begin with; None where that is not known.
     """
 
     worker: WorkerId
@@ -212,6 +223,7 @@ class _Presence(_Header):
     num_examples: NumExamples
     task: Text
     classes: Classes = ()
+    model: ModelForm | None = None
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
     state: Literal["idle", "receiving", "evaluating", "training", "sending"] = "idle"
     run: Id | None = None

@@ -335,7 +335,7 @@ class Coordinator:
                     name=message.worker,
                     last_seen=now,
                     **message.model_dump(
-                        exclude={"protocol", "federation", "pad", "kind", "worker"}
+                        exclude={"protocol", "federation", "pad", "kind", "worker", "model"}
                     ),
                 )
                 self._post(ev.Seen(now, worker, isinstance(message, Hello)))
