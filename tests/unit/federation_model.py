@@ -23,6 +23,9 @@ from fluffle_worker import session
 
 RUN = "run-a"
 HEARTBEAT_S = 2.0
+NUM_EXAMPLES = 10
+# Nobody is gone that spoke within this time: five heartbeats, less what may be heard late.
+SILENCE_S = 5 * HEARTBEAT_S - Rules(rounds=1).hearing_s
 Flaw = Literal["", "bad", "torn"]  # sound; its tensors are refused; they do not arrive whole
 
 
@@ -53,6 +56,7 @@ class Order(NamedTuple):
     round: int
     base: str = ""
     evaluate: bool = False
+    attempt: int = 0
 
 
 class Broker:
@@ -133,6 +137,12 @@ class CoordinatorModel:
             self.broker.links += 1
             self.link = self.broker.links
             self.events.append(ev.Connected(self.world.now, self.link))
+            self.echo()
+
+    def echo(self) -> None:
+        """Send itself an echo, the way that signs of life come."""
+        if self.link:
+            self.broker.presence.append(ev.Echoed(0.0, self.link))
 
     def lose_link(self) -> None:
         if self.link:
@@ -143,20 +153,21 @@ class CoordinatorModel:
     # --- steps: each returns whether there was anything to do ---
 
     def read_update(self) -> bool:
-        if not self.link or not self.broker.updates:
+        if not self.link or not self.state.caught_up or not self.broker.updates:
             return False
         handle, message = self.broker.deliver(self.link)
         now, (run, number, worker, base) = self.world.now, message.identity
         match message.kind:
             case "update":
                 self.deliveries[handle] = message
-                self.events.append(ev.Arrived(now, handle, run, number, worker, 10, base))
+                self.events.append(ev.Arrived(now, handle, run, number, worker, NUM_EXAMPLES, base))
             case "evaluation":
                 found = rs.Evaluated(10, 0.5, {})
                 self.events.append(ev.EvaluationArrived(now, run, number, worker, found, base))
                 self.broker.settle(handle, "acked")
             case "init":
-                self.jobs.append(("first", handle))
+                asked = worker == self.state.init_asked
+                self.jobs.append(("first" if asked else "unasked", handle))
         return True
 
     def read_presence(self) -> bool:
@@ -165,6 +176,7 @@ class CoordinatorModel:
         event = replace(self.broker.presence.popleft(), now=self.world.now)
         if isinstance(event, ev.Seen):
             event = replace(event, worker=replace(event.worker, last_seen=self.world.now))
+            self.world.workers[event.worker.name].unheard = False
         self.events.append(event)
         return True
 
@@ -190,13 +202,18 @@ class CoordinatorModel:
     def _perform(self, effect: fx.Effect) -> None:
         number = self.state.round
         match effect:
-            case fx.Fold(handle):
+            case fx.Fold(handle, _, weight):
+                assert weight == NUM_EXAMPLES
                 self.jobs.append(("fold", self.deliveries[handle]))
             case fx.Commit(committed):
                 self.closing = True
                 self.jobs.append(("commit", committed))
             case fx.RecordEvaluation(evaluated):
                 self.lines.append(("evaluated", evaluated))
+            case fx.Tell("gone", fields):
+                worker = self.world.workers[fields["worker"]]
+                silent_s = self.world.now - worker.spoke_at
+                assert worker.unheard or silent_s >= SILENCE_S, f"{fields} spoke {silent_s} s ago"
             case fx.Ack(handle):
                 self.out.append(("settle", handle, "acked"))
             case fx.Reject(handle, reason, _):
@@ -204,8 +221,8 @@ class CoordinatorModel:
                 self.out.append(("settle", handle, "rejected"))
             case fx.AskInit(worker):
                 self.out.append(("send", (worker,), Order("init", RUN, 0)))
-            case fx.SendFit(workers, evaluate):
-                order = Order("fit", RUN, number, self.state.base, evaluate)
+            case fx.SendFit(workers, evaluate, attempt):
+                order = Order("fit", RUN, number, self.state.base, evaluate, attempt)
                 self.out.append(("send", workers, order))
             case fx.SendEvaluate(workers):
                 order = Order("evaluate", RUN, number - 1, self.state.base)
@@ -250,6 +267,8 @@ class CoordinatorModel:
                     base = self.issued[1] = self.world.new_base()
                     disk.first_weights, disk.bases = True, [base]
                     self.events.append(ev.WeightsReady(now, base))
+                self.broker.settle(handle, "acked")
+            case "unasked", handle:
                 self.broker.settle(handle, "acked")
         return True
 
@@ -314,6 +333,8 @@ class WorkerModel:
         self.sessions = 0
         self.alive = False
         self.slow = False  # it does not finish by itself
+        self.spoke_at = -math.inf
+        self.unheard = False  # what it said was lost, and it was not heard since
         self.broker.inboxes[name] = deque()
 
     @property
@@ -362,7 +383,8 @@ class WorkerModel:
         return f"{self.name}-{self.sessions}"
 
     def _speak(self, *, hello: bool) -> None:
-        told = rs.Worker(self.name, self._session, 10, (), HEARTBEAT_S, 0.0, **self.told)
+        self.spoke_at = self.world.now
+        told = rs.Worker(self.name, self._session, NUM_EXAMPLES, (), HEARTBEAT_S, 0.0, **self.told)
         self.broker.presence.append(ev.Seen(0.0, told, hello))
 
     def read(self) -> bool:
@@ -372,7 +394,7 @@ class WorkerModel:
         if order.kind == "stop":
             self._advance(self.world.session.Stopped("the run has ended"))
             return True
-        work = self.world.session.Work(order.kind, order.run, order.round, order.base)
+        work = self.world.session.Work(*order[:4], order.attempt)
         self.evaluates.setdefault(work, order.evaluate or order.kind == "evaluate")
         self._advance(self.world.session.Asked(work))
         state = self.state
@@ -542,6 +564,8 @@ class World:
         self.now += HEARTBEAT_S
         for worker in self.workers.values():
             worker.heartbeat()
+        if self.coordinator is not None:
+            self.coordinator.echo()
 
     def settle(self, *, afresh: bool = False) -> None:
         """Let the faults end and time pass; check that this alone ends the run.
@@ -596,6 +620,7 @@ class World:
         if coordinator is not None:
             state = coordinator.state
             assert state.folded == sum(one.folded for one in state.received.values())
+            assert state.tally == state.recounted().tally
         if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
             for handle, message in self.broker.unacked.items():
                 assert coordinator.knows(handle), f"{message} is forgotten"

@@ -100,7 +100,7 @@ class Run:
         told, payload = decode(delivery.body)
         assert isinstance(told, Update)
         held = Held(delivery, told, payload)
-        self.aggregation.fold(held, worker)
+        self.aggregation.fold(held, worker, num_examples)
         return held
 
     async def commit(self, number: int) -> None:

@@ -281,7 +281,8 @@ class WorkerService:
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights = weights_of(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
-        work = Work(kind, message.run, message.round, message.base)  # type: ignore[arg-type]
+        attempt = message.attempt if isinstance(message, Fit) else 0
+        work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
         self._ask(work, message, weights)
 
     def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
