@@ -246,6 +246,7 @@ class WorkerService:
         match message:
             case Welcome(run=run, round=number, rounds=rounds):
                 self._run = run
+                self._presence.speak_up()
                 self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise Refused(reason)
