@@ -13,7 +13,7 @@ from flax import nnx
 
 from fluffle_common.console import warn
 from fluffle_common.weights import Array, Weights
-from fluffle_worker.letters.images import SIDE, read_images, split
+from fluffle_worker.letters.images import SIDE, Images, read_images, split
 from fluffle_worker.task import EvalResult, TaskOptions
 from fluffle_worker.training import Examples, FlaxTask, accuracy
 
@@ -128,16 +128,21 @@ def letters_task(
     )
 
 
+def held_out_split(images: Images, seed: int) -> tuple[Array, Array]:
+    """Return the indices that a worker with this seed trains on, and those that it holds out."""
+    return split(len(images.targets), HELD_OUT, seed)
+
+
 def task(options: TaskOptions) -> LettersTask:
     """Make the task of a folder ``<class>/<image>``; 10 % of it are held out, by ``--seed``.
 
     Raises:
-        TaskError: where the folder has nothing to learn from.
+        TaskError: if the folder has nothing to learn from.
     """
     images = read_images(Path(options.data), options.classes)
-    for reason in images.skipped:
-        warn(f"skipped: {reason}")
-    train, held_out = split(len(images.targets), HELD_OUT, options.seed)
+    for note in images.notes:
+        warn(note)
+    train, held_out = held_out_split(images, options.seed)
     valid = (images.inputs[held_out], images.targets[held_out]) if len(held_out) else None
     own = int.from_bytes(options.worker.encode()[-6:], "big")
     return letters_task(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fluffle_common.checkpoint import read_checkpoint, replacing
 from fluffle_common.errors import UsageError
 from fluffle_common.weights import Array
-from fluffle_worker.letters.images import SIDE
+from fluffle_worker.letters.images import SIDE, Images
 from fluffle_worker.letters.task import letters_task
 
 _BATCH = 256
@@ -34,11 +37,28 @@ class Prediction:
         return self.scores[self.label]
 
 
+@dataclass(frozen=True)
+class Score:
+    """How often a model named letters of class i (row) as class j (column)."""
+
+    counts: Array
+
+    @property
+    def total(self) -> int:
+        """The number of letters."""
+        return int(self.counts.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """The percentage that was named rightly; 0 of nothing."""
+        return 100 * float(self.counts.trace()) / max(self.total, 1)
+
+
 class LettersModel:
     """A model file of the letters task, ready to name images.
 
     Raises:
-        UsageError: where the file is no model of this task.
+        UsageError: if the file is no model of this task.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +76,9 @@ class LettersModel:
         nothing = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
         self._task = letters_task(self.classes, nothing, None)
         self._weights = weights
-        self.temperature = temperature_of(path, metadata)
+        history = _read_history(path.parent / "history.jsonl")
+        self.temperature = temperature_of(history, metadata.get("round"))
+        self.participants = participants_of(history)
         try:
             self._task.check(weights)
         except ValueError as why:
@@ -78,25 +100,56 @@ class LettersModel:
         total: Array = raised / raised.sum(axis=1, keepdims=True)
         return total
 
+    def score(self, images: Images, which: Array | None = None) -> Score:
+        """Count how the model names the images with these indices, or all."""
+        indices = np.arange(len(images.targets)) if which is None else which
+        classes = len(self.classes)
+        if not len(indices):
+            return Score(np.zeros((classes, classes), np.int64))
+        named = self.probabilities(images.inputs[indices]).argmax(axis=1)
+        return Score(confusion_counts(images.targets[indices], named, classes))
+
     def predict(self, image: Array) -> Prediction:
         """Name one image, float32 [100, 100, 1]."""
         found = self.probabilities(image[None])[0]
         return Prediction(dict(zip(self.classes, map(float, found), strict=True)))
 
 
-def temperature_of(path: Path, metadata: dict[str, str]) -> float:
-    """Return the temperature that the workers found for this model, 1 where none is known.
+def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> float:
+    """Return the temperature that the workers found for a round's model, 1 if none is known.
 
     It is found after the model is saved, so it stands in the history beside the model's file.
+
+    Args:
+        history: the lines of the run's history.
+        number: the round, as the model's file has it.
     """
-    try:
-        lines = (path.parent / "history.jsonl").read_text().splitlines()
-        for line in map(json.loads, reversed(lines)):
-            if line["event"] == "evaluated" and str(line["round"]) == metadata.get("round"):
-                return float(line["temperature"])
-    except (OSError, ValueError, KeyError):
-        pass
+    for line in reversed(history):
+        if line.get("event") == "evaluated" and str(line.get("round")) == number:
+            found = line.get("temperature")
+            if isinstance(found, int | float) and math.isfinite(found) and found > 0:
+                return float(found)
     return 1.0
+
+
+def participants_of(history: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the workers whose updates were counted in any round of a run's history."""
+    return frozenset(
+        str(participant["worker"])
+        for line in history
+        if line.get("event") == "committed"
+        for participant in line.get("participants", ())
+    )
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a history, up to where it is damaged; a model may also stand alone."""
+    lines: list[dict[str, Any]] = []
+    try:
+        lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    except (OSError, ValueError):
+        pass
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def confusion_counts(targets: Array, named: Array, classes: int) -> Array:
