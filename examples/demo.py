@@ -69,7 +69,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._holding = False
-        self._first: int | None = None
+        self._kept: int | None = None
 
     def listen(self) -> None:
         """Begin to listen."""
@@ -89,14 +89,15 @@ class Signals:
             yield
         finally:
             self._holding = False
-        if self._first is not None:
-            raise Ended(self._first)
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            raise Ended(kept)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
-        self.ignore()
-        self._first = number
+        self.ignore()  # a second one would only disturb what the first one causes
         if not self._holding:
             raise Ended(number)
+        self._kept = number
 
 
 SIGNALS = Signals()
@@ -129,7 +130,7 @@ class Program:
         code = self.process.poll()
         if code:
             self._reader.join(1)  # its last words come first
-            raise Failed(f"{self.name} ended with exit code {code}: see {self.log}", code)
+            raise Failed(f"{self.name} ended with {reason(code)}: see {self.log}", code)
         return code is not None
 
 
@@ -150,13 +151,13 @@ def main() -> int:
         show(data)
         code = 0
     except Failed as why:
-        say(f"\n{bold('The demo failed:')} {why}")
+        explain(f"The demo failed: {why}.")
         code = why.code
     except Ended as why:
         say(f"\n{why}: stopping everything …")
         code = why.code
     except OSError as why:
-        say(f"\n{bold('The demo failed:')} {why}")
+        explain(f"The demo failed: {why}.")
         code = 1
     finally:
         SIGNALS.ignore()
@@ -242,7 +243,7 @@ def run(*words: object, check: bool = True) -> None:
         raise
     if check and code:
         more = f", and the logs in {STATE}/broker/log/" if words[0] == "broker" else ""
-        raise Failed(f"'{shown(words)[2:]}' ended with exit code {code}: see above{more}", code)
+        raise Failed(f"'{shown(words)[2:]}' ended with {reason(code)}: see above{more}", code)
 
 
 def start(words: Sequence[object], **options: Any) -> subprocess.Popen[str]:
@@ -265,6 +266,11 @@ def stop(processes: Sequence[subprocess.Popen[str]]) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def reason(code: int) -> str:
+    """Say how a process ended."""
+    return f"exit code {code}" if code > 0 else signal.Signals(-code).name
 
 
 def shown(words: Sequence[object]) -> str:
@@ -291,7 +297,8 @@ def labelled(name: str, line: str) -> str:
 
 def explain(text: str) -> None:
     """Print a few sentences, no wider than the terminal."""
-    say(f"\n{textwrap.fill(text, min(100, shutil.get_terminal_size().columns))}")
+    width = min(100, shutil.get_terminal_size().columns)
+    say(f"\n{textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)}")
 
 
 def say(text: str) -> None:

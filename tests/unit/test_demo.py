@@ -20,6 +20,7 @@ case "$*" in *client-*) for name; do :; done; name=${name##*/};; esac
 echo "$name $*" >> calls
 echo "$$" >> pids
 case $name in
+    broker) mkdir -p "$FLUFFLE_STATE";;
     letters) mkdir -p "$2/client-1/a" "$2/client-2/a" "$2/client-3/a" "$2/writer-4/a"
              touch "$2/writer-4/a/0000.png";;
     coordinator) mkdir -p runs/demo; : > runs/demo/round-0001.safetensors;;
@@ -97,16 +98,20 @@ def test_other_things_in_the_folder_of_the_letters_are_no_dead_end(stub):
     assert sum(line.startswith("letters ") for line in _calls(stub)) == 1
 
 
-def test_a_part_that_fails_ends_it_with_its_code_and_names_the_log(stub):
+@pytest.mark.parametrize(
+    ("ending", "code", "reason"), [("exit 5", 5, "exit code 5"), ("kill -9 $$", 1, "SIGKILL")]
+)
+def test_a_part_that_fails_ends_it_with_its_code_and_names_the_log(stub, ending, code, reason):
     for name in ("coordinator", "client-1", "client-3"):
         (stub.parent / name).write_text("exec sleep 60")
-    (stub.parent / "client-2").write_text("echo no such data; exit 5")
+    (stub.parent / "client-2").write_text(f"echo no such data; {ending}")
     began = time.monotonic()
     demo = _start(stub)
     told, _ = demo.communicate(timeout=30)
     assert time.monotonic() - began < 20
-    assert demo.returncode == 5
-    assert "client-2 ended with exit code 5: see runs/demo-logs/client-2.log" in told
+    assert demo.returncode == code
+    said = " ".join(told.split())
+    assert f"client-2 ended with {reason}: see runs/demo-logs/client-2.log" in said
     assert "no such data" in (stub.parent / "runs/demo-logs/client-2.log").read_text()
     assert "Traceback" not in told
     _assert_nothing_is_left(stub)
@@ -145,6 +150,7 @@ def test_a_signal_ends_everything(stub, number, where):
     told, _ = demo.communicate(timeout=30)
     assert demo.returncode == 128 + number
     assert "stopping everything" in told
+    assert _calls(stub)[-1] == "broker broker down"
     assert "Traceback" not in told
     _assert_nothing_is_left(stub)
 
