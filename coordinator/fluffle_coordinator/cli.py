@@ -321,7 +321,12 @@ def rules_of(options: dict[str, Any]) -> Rules:
 @run_option
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one a round.")
 def history(folder: Path, as_json: bool) -> None:
-    """Show what is known of every round of a run, one row a round."""
+    """Show what is known of every round of a run, one row a round.
+
+    Loss and metrics are those of the round's model on what the workers hold out. The metric
+    temperature, of the letters task, is what 'fluffle predict' divides the model's outputs by so
+    that the model is right as often as it is sure; 1 changes nothing.
+    """
     from fluffle_coordinator.report import history_table
     from fluffle_coordinator.store import read_history
 

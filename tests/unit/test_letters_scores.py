@@ -105,6 +105,14 @@ def test_what_is_held_out_is_what_the_task_itself_holds_out(folder):
     assert told.startswith("accuracy 100.00 % of 2 ")  # others than those that are wrong
 
 
+def test_a_worker_says_what_is_odd_about_its_folder(folder, capsys):
+    (folder / "client-1/a/1.heic").touch()
+    task(TaskOptions(data=str(folder / "client-1"), worker="client-1"))
+    assert capsys.readouterr().err == (
+        "fluffle: ignored 1 file: .heic 1 (convert HEIC to PNG or JPEG)\n"
+    )
+
+
 def test_all_tells_held_out_and_training_apart(folder):
     told = _confusion(folder, "--all").stdout.splitlines()
     assert told[0] == "accuracy 0.00 % of 2 held-out letters, 100.00 % of 18 training letters"
@@ -212,3 +220,9 @@ def test_what_a_killed_drawing_left_behind_is_no_dead_end(tmp_path):
     (tmp_path / ".unfinished/client-1/a").mkdir(parents=True)
     _call(letters, tmp_path, "--clients", 1, "--per-client", 10, "--unseen", 0)
     assert [path.name for path in tmp_path.iterdir()] == ["client-1"]
+
+
+def test_any_name_of_a_class_can_be_drawn(tmp_path):
+    names = ("$x_{", "字", "a\\b")
+    use.draw_confusion(np.eye(3, dtype=np.int64), names, "100 % of $HOME/$x", tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000

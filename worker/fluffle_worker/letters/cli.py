@@ -79,10 +79,11 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     """
     try:
         from fluffle_worker.letters.images import inverted_note, read_picture
-        from fluffle_worker.letters.use import LettersModel
+        from fluffle_worker.letters.use import LettersModel, shown_names
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     loaded = LettersModel(model)
+    shown = shown_names(loaded.classes)
     found, pictures, unreadable = [], [], []
     for path in (*images, *more):
         try:
@@ -103,7 +104,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
             }
         )
         if not as_json:
-            click.echo(f"{path}: {named.label.upper()}  {100 * named.confidence:.1f} %")
+            click.echo(f"{path}: {shown[named.label]}  {100 * named.confidence:.1f} %")
     if as_json:
         click.echo(json.dumps(found, indent=2))
     for note in inverted_note(pictures):
@@ -157,7 +158,7 @@ def confusion(**options: Any) -> None:
         warn(note)
     _warn_of_participant(data, loaded.participants, options["unseen"])
     score, of_what, lines = _scored(loaded, images, options)
-    title = f"{model.stem} on {data}: {score.accuracy:.2f} %\nof {of_what}"
+    title = f"{model.stem} on {data.name}: {score.accuracy:.2f} %\nof {of_what}"
     try:
         draw_confusion(score.counts, loaded.classes, title, out)
     except ImportError:

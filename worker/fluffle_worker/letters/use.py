@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,18 @@ def _read_history(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
+def shown_names(classes: Sequence[str]) -> dict[str, str]:
+    """Return each class in upper case, as the letters are drawn, unless two would look alike.
+
+    Example:
+        >>> shown_names("ab"), shown_names("aA")
+        ({'a': 'A', 'b': 'B'}, {'a': 'a', 'A': 'A'})
+    """
+    upper = [name.upper() for name in classes]
+    alike = len(set(upper)) < len(upper)
+    return dict(zip(classes, classes if alike else upper, strict=True))
+
+
 def confusion_counts(targets: Array, named: Array, classes: int) -> Array:
     """Count how often class i (row) was named j (column); int64 [classes, classes]."""
     counts = np.zeros((classes, classes), np.int64)
@@ -169,18 +182,22 @@ def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Pat
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(6, 5.6), layout="constrained")
     drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    names = [name.upper() if len(name) == 1 else name for name in classes]
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(names)), names)
+    upper = shown_names(classes)
+    names = [upper[name] if len(name) == 1 else name for name in classes]
+    axes.set_xticks(range(len(names)), names, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel("named")
     axes.set_ylabel("is")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     for row in range(len(names)):
         for column in range(len(names)):
             if counts[row, column]:
                 shade = "white" if share[row, column] > 0.5 else "#333333"
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
-    with replacing(out) as file:
+    with replacing(out) as file, warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # the font lacks a letter: a box is drawn
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
