@@ -199,7 +199,7 @@ def test_the_first_of_several_frames_is_read_and_said(tmp_path, suffix):
     Image.fromarray(LETTER).save(path, save_all=True, append_images=others, **more)
     _assert_letter(path)
     assert read_picture(path).frames == 3
-    assert "images with several frames: 1; the first frame of each is read" in (
+    assert "images with several frames: 1; only the first frame of each is read" in (
         read_images(tmp_path).notes
     )
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_used(tmp_path)
     assert [path.name for path in images.paths] == ["good.png", "good.png"]
     assert images.targets.tolist() == [0, 1]
     assert len(images.skipped) == 7
-    assert "left out 7 of 9 images, which cannot be read:" in images.notes
+    assert "left out 7 of 9 images that cannot be read:" in images.notes
     said = "\n".join(images.notes)
     for name in ("cut.png", "empty.png", "gone.png", "loop.png", "pipe.png"):
         assert str(tmp_path / "a" / name) in said
@@ -299,7 +299,7 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
     images = read_images(tmp_path)
     assert images.classes == ("z", composed)
     assert images.targets.tolist() == [0, 1, 1]
-    assert images.notes == ("2 folders spell 'é' in Unicode's different ways: one class",)
+    assert images.notes == ("2 folders are 'é' in different Unicode forms; read as one class",)
     # Whoever asks for the class may spell it either way.
     for asked in (composed, decomposed):
         assert read_images(tmp_path, ["z", asked]).classes == ("z", composed)
@@ -313,7 +313,7 @@ def test_one_spelling_alone_is_the_composed_class(tmp_path):
 
 def test_a_class_asked_for_twice_is_refused(tmp_path):
     _save(tmp_path, "é/1.png")
-    with pytest.raises(UsageError, match="listed twice: é"):
+    with pytest.raises(UsageError, match="lists a class twice: é"):
         read_images(tmp_path, ["é", unicodedata.normalize("NFD", "é")])
 
 
@@ -321,7 +321,7 @@ def test_classes_that_differ_in_case_are_two_and_it_is_said_once(tmp_path):
     _save(tmp_path, "A/1.png", "a/1.png", "b/1.png")
     images = read_images(tmp_path)
     assert images.classes == ("A", "a", "b")
-    assert images.notes == ("classes that differ in case only are different classes: A and a",)
+    assert images.notes == ("names that differ only in case are separate classes: A and a",)
 
 
 def test_numbers_are_in_order_of_value_and_before_names(tmp_path):
@@ -342,9 +342,10 @@ def test_links_that_go_round_in_circles_are_no_trouble(tmp_path):
 def test_a_folder_without_images_is_no_class_and_is_said(tmp_path):
     _save(tmp_path, "a/1.png")
     (tmp_path / "b").mkdir()
+    (tmp_path / "A").mkdir()
     images = read_images(tmp_path)
     assert images.classes == ("a",)
-    assert images.notes == ("no images in b: not a class here",)
+    assert images.notes == ("folders without images: A, b",)
     assert read_images(tmp_path, ["a", "b"]).classes == ("a", "b")
 
 

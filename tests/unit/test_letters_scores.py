@@ -92,7 +92,7 @@ def _confusion(folder: Path, *words: object, data: str = "client-1") -> Result:
 def test_of_a_workers_folder_only_what_it_holds_out_is_scored(folder):
     told = _confusion(folder).stdout.splitlines()
     assert told[0] == "accuracy 0.00 % of 2 held-out letters"
-    assert told[1].startswith("not counted: the 18 letters that a worker with --seed 0 trains on")
+    assert told[1].startswith("not scored: the 18 letters that a worker with --seed 0 trains on")
     assert _confusion(folder).stderr == ""
 
 
@@ -128,7 +128,7 @@ def test_an_unseen_writer_is_scored_whole(folder):
 def test_a_folder_that_seems_to_be_called_wrongly_is_said(folder):
     assert "client-1 took part in this run" in _confusion(folder, "--unseen").stderr
     (folder / "client-1").rename(folder / "writer-2")
-    assert "--unseen counts all of it" in _confusion(folder, data="writer-2").stderr
+    assert "--unseen scores all of it" in _confusion(folder, data="writer-2").stderr
 
 
 def test_all_and_unseen_exclude_each_other(folder):

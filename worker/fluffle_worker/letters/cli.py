@@ -1,4 +1,4 @@
-"""``fluffle letters``, ``predict`` and ``confusion``: draw letters, name them, score a model."""
+"""``fluffle letters``, ``predict`` and ``confusion``: draw letters, classify, score a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
     "--unseen",
     type=click.IntRange(0),
     default=1,
-    help="Number of further writers, who are no clients: no worker should train on them.",
+    help="Number of additional writers for scoring, on whom no worker should train.",
 )
 @click.option("--seed", type=click.IntRange(0), default=1, help="The same seed, the same letters.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
@@ -36,7 +36,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 
     Every client is a writer with a hand of their own: slant, size, pen, tremor, and which of
     several shapes of a letter they prefer. OUT/writer-N/<letter>/ has the letters of writers who
-    are no clients, to score a model on: 'fluffle confusion --unseen'.
+    are not clients, to score a model on with 'fluffle confusion --unseen'.
     """
     try:
         from fluffle_worker.letters.drawing import draw_letters
@@ -126,23 +126,21 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 )
 @click.option("--out", type=_FILE, required=True, metavar="PNG", help="Where to draw the matrix.")
 @click.option(
-    "--all", "everything", is_flag=True, help="Score held-out and training letters, and tell both."
+    "--all", "everything", is_flag=True, help="Score held-out and training letters, and show both."
 )
-@click.option(
-    "--unseen", is_flag=True, help="Score all letters: no worker has trained on any of them."
-)
+@click.option("--unseen", is_flag=True, help="Score all letters: no worker trained on any of them.")
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
-    help="The --seed of the worker with this folder: it decides what is held out.",
+    help="The --seed of the worker with this folder; it decides what is held out.",
 )
 def confusion(**options: Any) -> None:
-    """Count which letters of a folder a model takes for which, and draw the matrix.
+    """Count how often a model confuses the letters of a folder, and draw the matrix.
 
-    A model knows the letters that it was trained on better than any others. So of a worker's folder
-    only those count that the worker holds out, as long as the folder is as it was in training. For
-    a writer that no worker trained on, --unseen counts all.
+    A model recognises the letters that it was trained on better than others. So by default, only
+    the letters that the folder's worker holds out are scored. This requires that the folder has not
+    changed since the training. For a folder that no worker trained on, use --unseen.
     """
     try:
         from fluffle_worker.letters.images import read_images
@@ -173,7 +171,7 @@ def confusion(**options: Any) -> None:
 def _scored(
     model: LettersModel, images: Images, options: Mapping[str, Any]
 ) -> tuple[Score, str, list[str]]:
-    """Score the letters that are asked for: the score, what they are, and what to say."""
+    """Score the selected letters; return the score, a description of them, and lines to print."""
     from fluffle_worker.letters.task import held_out_split
 
     if options["unseen"]:
@@ -200,21 +198,21 @@ def _scored(
         of_what,
         [
             f"accuracy {score.accuracy:.2f} % of {of_what}",
-            f"not counted: the {len(train)} letters that a worker with --seed {options['seed']} "
-            "trains on (--all tells both)",
+            f"not scored: the {len(train)} letters that a worker with --seed {options['seed']} "
+            "trains on (--all shows both)",
         ],
     )
 
 
 def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool) -> None:
-    """Say so if a folder seems to be a participant's although it is called unseen, or reversely."""
+    """Warn if --unseen seems to be set, or to be missing, by mistake."""
     from fluffle_worker.cli import id_from
 
     trained = id_from(str(data)) in participants
     if unseen and trained:
-        warn(f"{data.name} took part in this run: if with this folder, --unseen is wrong")
+        warn(f"{data.name} took part in this run; if it trained on {data}, leave --unseen out")
     elif participants and not (unseen or trained):
         warn(
             f"no participant of this run is named {data.name}; if no worker trained on {data}, "
-            "--unseen counts all of it"
+            "--unseen scores all of it"
         )

@@ -162,12 +162,11 @@ def draw_letters(
         UsageError: ``out`` holds something already or is no folder, or a number is out of range.
         OSError: the disk is full, or may not be written to.
     """
-    if clients < 1 or seed < 0 or unseen < 0:
-        raise UsageError(
-            "cannot draw: ask for at least 1 client, and for 0 or more unseen writers and seed"
-        )
-    if per_client < len(LETTERS):
-        raise UsageError(f"cannot draw: ask for at least {len(LETTERS)} images per client")
+    least = {"clients": 1, "per_client": len(LETTERS), "unseen": 0, "seed": 0}
+    given = {"clients": clients, "per_client": per_client, "unseen": unseen, "seed": seed}
+    for name, value in given.items():
+        if value < least[name]:
+            raise UsageError(f"cannot draw: {name} is {value}, but must be at least {least[name]}")
     # Inside `out`, not beside it: moving stays on one file system even if `out` is a mount point.
     unfinished = out / ".unfinished"
     if out.exists() and not (out.is_dir() and set(out.iterdir()) <= {unfinished}):

@@ -1,4 +1,4 @@
-"""Folders of images: which of them are classes, and what in them is no image."""
+"""Class folders: which folders are classes, which files are images, and what is ignored."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fluffle_common.errors import TaskError
 SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
-"""The suffixes of images, in lower case; those of files may be in any."""
+"""Suffixes of image files, in lower case; matching ignores case."""
 
-_NAMED = 5  # so many names are spelt out, the rest is counted
+_NAMED = 5  # names listed before the rest is only counted
 _JUNK = frozenset(
     {
         "#recycle",
@@ -35,11 +35,11 @@ _TO_CONVERT = {".heic": "HEIC", ".heif": "HEIF", ".avif": "AVIF", ".svg": "SVG",
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """What a folder ``<class>/<image>`` holds.
+    """The contents of a folder ``<class>/<image>``.
 
     Args:
-        files: the image files of each class that has some, classes in the order of `class_order`.
-        notes: what a reader of the folder should know, a line each.
+        files: the image files of each class that has any, sorted by `class_order`.
+        notes: lines to show to the user.
     """
 
     files: dict[str, tuple[Path, ...]]
@@ -49,8 +49,8 @@ class ClassFolders:
 def find_classes(folder: Path) -> ClassFolders:
     """List the classes of a folder and their image files.
 
-    Names are compared in Unicode's composed form (NFC), so that a folder from macOS and one from
-    Linux are the same class. What operating systems and tools leave behind is no class.
+    Names are normalised to Unicode's composed form (NFC), so that a folder from macOS and one from
+    Linux are the same class. Files and folders that `is_junk` are skipped.
 
     Raises:
         TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.
@@ -76,20 +76,21 @@ def find_classes(folder: Path) -> ClassFolders:
                 else:
                     ignored[_kind(file)] += 1
         files[name] = tuple(images)
-    notes = [*_spelling_notes(spellings), *_case_notes(files)]
+    classes = {name: images for name, images in files.items() if images}
+    notes = [*_spelling_notes(spellings), *_case_notes(classes)]
     if ignored:
         notes.append(_ignored_note(ignored))
-    empty = [name for name, images in files.items() if not images]
-    if empty and len(empty) < len(files):
-        notes.append(f"no images in {some(empty)}: not a class here")
-    return ClassFolders({name: images for name, images in files.items() if images}, tuple(notes))
+    empty = files.keys() - classes.keys()
+    if empty and classes:
+        notes.append(f"folders without images: {some(sorted(empty, key=class_order))}")
+    return ClassFolders(classes, tuple(notes))
 
 
 def class_name(name: str) -> str:
     """Return the name of a class in Unicode's composed form.
 
     Raises:
-        TaskError: if it is not text that can be sent to others.
+        TaskError: if it is not valid UTF-8.
 
     Example:
         >>> len("e\u0301"), len(class_name("e\u0301"))
@@ -114,7 +115,7 @@ def class_order(name: str) -> tuple[bool, int, str]:
 
 
 def is_junk(name: str) -> bool:
-    """Tell whether a name is of what systems and tools leave behind, not of anybody's data.
+    """Return whether a file or folder was left behind by an operating system or a tool.
 
     Example:
         >>> [is_junk(name) for name in (".ipynb_checkpoints", "__MACOSX", "Thumbs.db", "a")]
@@ -124,7 +125,7 @@ def is_junk(name: str) -> bool:
 
 
 def some(names: Collection[str]) -> str:
-    """List the first few of many names, and count the others.
+    """List the first few names, and count the rest.
 
     Example:
         >>> some("abcdefg")
@@ -135,7 +136,7 @@ def some(names: Collection[str]) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what is in a folder, without junk, in the order of the names."""
+    """Return the entries of a folder, without junk, sorted by name."""
     try:
         return sorted(path for path in folder.iterdir() if not is_junk(path.name))
     except OSError as why:
@@ -149,7 +150,7 @@ def _kind(path: Path) -> str:
 def _spelling_notes(spellings: dict[str, list[Path]]) -> Iterable[str]:
     for name, paths in spellings.items():
         if len(paths) > 1:
-            yield f"{len(paths)} folders spell '{name}' in Unicode's different ways: one class"
+            yield f"{len(paths)} folders are '{name}' in different Unicode forms; read as one class"
 
 
 def _case_notes(names: Iterable[str]) -> Iterable[str]:
@@ -158,7 +159,7 @@ def _case_notes(names: Iterable[str]) -> Iterable[str]:
         alike[name.casefold()].append(name)
     pairs = [" and ".join(names) for names in alike.values() if len(names) > 1]
     if pairs:
-        yield f"classes that differ in case only are different classes: {some(pairs)}"
+        yield f"names that differ only in case are separate classes: {some(pairs)}"
 
 
 def _ignored_note(ignored: Counter[str]) -> str:

@@ -1,7 +1,7 @@
-"""Images of letters on disk: a folder a class, of any size and mode, read as grey 100 by 100.
+"""Folders of letter images, one folder per class, read as grey arrays of 100 by 100 pixels.
 
-The letters are white on black. `find_classes` says what is a class, `read_picture` what an image
-looks like; training, ``predict`` and ``confusion`` all read through here.
+The letters are white on black. `find_classes` decides what is a class, `read_picture` decodes an
+image; training, ``predict`` and ``confusion`` all read images through this module.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "split",
 ]
 
-_EACH = 5  # so many unreadable images get a line of their own
+_EACH = 5  # unreadable images that get a line of their own
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Images:
         classes: the names of the classes.
         paths: the file of each image.
         skipped: images that could not be read, each with the reason.
-        notes: what to tell the user about the folder, a line each; ``skipped`` in short included.
+        notes: lines to show to the user, among them a summary of ``skipped``.
     """
 
     inputs: Array
@@ -78,7 +78,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
         raise TaskError(
             "; ".join(
                 [
-                    f"{folder} has no images; they belong into {folder}/<class>/<image>.png",
+                    f"{folder} has no images; put them into {folder}/<class>/<image>.png",
                     *found.notes,
                 ]
             )
@@ -86,7 +86,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     names = tuple(map(class_name, found.files if classes is None else classes))
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UsageError(f"a class is listed twice: {some(twice)}")
+        raise UsageError(f"--classes lists a class twice: {some(twice)}")
     strange = [name for name in found.files if name not in names]
     if strange:
         raise TaskError(
@@ -108,7 +108,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     notes = [*found.notes, *_skipped_notes(skipped, len(pictures))]
     layered = sum(picture.frames > 1 for picture in pictures)
     if layered:
-        notes.append(f"images with several frames: {layered}; the first frame of each is read")
+        notes.append(f"images with several frames: {layered}; only the first frame of each is read")
     notes += inverted_note(pictures)
     return Images(
         np.stack([picture.pixels for picture in pictures]),
@@ -131,7 +131,7 @@ def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
 
 
 def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
-    """Split indices 0…count-1 into those to train on and those to hold out, the same for a seed.
+    """Split indices 0…count-1 into a training and a held-out part; a seed always gives the same.
 
     Example:
         >>> train, held_out = split(10, 0.1, seed=0)
@@ -146,7 +146,7 @@ def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
 def _skipped_notes(skipped: Sequence[str], read: int) -> Iterable[str]:
     """Name the first few images that cannot be read, and count them all."""
     if skipped:
-        yield f"left out {len(skipped)} of {len(skipped) + read} images, which cannot be read:"
+        yield f"left out {len(skipped)} of {len(skipped) + read} images that cannot be read:"
         yield from (f"  {reason}" for reason in skipped[:_EACH])
         if len(skipped) > _EACH:
             yield f"  and {len(skipped) - _EACH} more"

@@ -1,4 +1,4 @@
-"""One image file as grey pixels, whatever its mode, depth, orientation or number of frames."""
+"""Decode one image file to grey pixels, for any mode, depth, orientation and number of frames."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 SIDE = 100
 
-# What Pillow may take a file for, whatever its name says. Others of its formats start programs.
+# Formats that Pillow may detect, whatever the suffix. Some of its others run external programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
-# White in images deeper than 8 bits: of floats, and of 8, 10, 12, 14 and 16 bits.
+# The value of white in images deeper than 8 bits: floats, and 8, 10, 12, 14 and 16 bits.
 _WHITES = (1, 255, 1023, 4095, 16383, 65535)
-_OVERSHOOT = 0.05  # resampled floats leave their range by a little
-_DIMMEST = 1 / 8  # of white: values that do not even reach this are on a scale of their own
-_FAINT = 64  # of 255: a picture with less contrast than this shows no letter
+_OVERSHOOT = 0.05  # resampling takes floats slightly out of their range
+_DIMMEST = 1 / 8  # of white; if no value reaches this, the image has a scale of its own
+_FAINT = 64  # of 255; with less contrast than this, no letter is visible
 _ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 262, 339  # tags of EXIF and TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, (1,)
 _BRIGHT = 0.5
@@ -32,11 +32,11 @@ _BRIGHT = 0.5
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file as it was read.
+    """A decoded image file.
 
     Args:
         pixels: float32, shape [100, 100, 1], 0 (black) to 1 (white).
-        frames: the number of frames in the file; the first of them was read.
+        frames: the number of frames in the file; ``pixels`` is the first.
     """
 
     pixels: Array
@@ -51,9 +51,9 @@ class Picture:
 
 
 def read_picture(path: Path) -> Picture:
-    """Read one image as people see it, in grey, resized to 100 by 100.
+    """Read one image as a viewer shows it, in grey, resized to 100 by 100 pixels.
 
-    - The orientation that a camera noted is applied.
+    - The EXIF orientation is applied.
     - Images deeper than 8 bits keep their contrast: white is the smallest of 1, 255, 1023, 4095,
       16383 and 65535 that no pixel exceeds. If that does not fit (negative values, larger ones, or
       none that reaches an eighth of white), the darkest pixel is black and the brightest white.
@@ -66,7 +66,7 @@ def read_picture(path: Path) -> Picture:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may block for ever
             raise UsageError(f"{path} is not a regular file")
         if path.stat().st_size == 0:
             raise UsageError(f"{path} cannot be read as an image (the file is empty)")
@@ -89,7 +89,7 @@ def read_picture(path: Path) -> Picture:
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as why:
         raise UsageError(f"{path} is too large to be a letter ({why}); scale it down") from None
-    except Exception as why:  # bytes from anywhere make Pillow raise almost anything
+    except Exception as why:  # untrusted bytes make Pillow raise almost anything
         reason = (isinstance(why, OSError) and why.strerror) or str(why) or type(why).__name__
         raise UsageError(f"{path} cannot be read as an image ({reason})") from None
     pixels = np.asarray(grey, np.float32)[..., None] / np.float32(255)
@@ -97,7 +97,7 @@ def read_picture(path: Path) -> Picture:
 
 
 def _grey(opened: Image.Image) -> Image.Image:
-    """Return an open image upright, with 8 bits of grey on black."""
+    """Return an open image in 8-bit grey, upright, on black."""
     opened.load()
     if opened.mode.startswith(("I", "F")):
         grey = _eight_bits(opened)
@@ -111,7 +111,7 @@ def _grey(opened: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return a deep image in 8 bits; Pillow's own conversion makes everything above 255 white."""
+    """Scale a deep image to 8 bits; Pillow's own conversion makes everything above 255 white."""
     from PIL import Image
 
     values = np.asarray(image)
@@ -140,7 +140,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _on_black(image: Image.Image) -> Image.Image:
-    """Lay a transparent image on black; return its opacity if nothing can be seen there."""
+    """Put a transparent image on black, or return its opacity if the ink is too dark for that."""
     from PIL import Image
 
     rgba = image.convert("RGBA")
@@ -156,7 +156,7 @@ def _contrast(grey: Image.Image) -> int:
 
 
 def _upright(grey: Image.Image, opened: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF data asks, unless these are damaged."""
+    """Apply the EXIF orientation; damaged EXIF data is ignored."""
     from PIL import Image
 
     turns = Image.Transpose
@@ -170,18 +170,18 @@ def _upright(grey: Image.Image, opened: Image.Image) -> Image.Image:
         8: turns.ROTATE_90,
     }
     try:
-        # Asked after loading: Pillow turns TIFF files by itself, and PNG may say it at the end.
+        # Only valid after loading: Pillow rotates TIFF files itself; PNG may have EXIF at its end.
         turn = needed.get(opened.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged notes about an image do not spoil the image
+    except Exception:  # damaged metadata does not make the pixels unusable
         turn = None
     return grey if turn is None else grey.transpose(turn)
 
 
 def _frames(opened: Image.Image) -> int:
-    """Count the frames; the pictures that a phone keeps beside a photograph are none."""
+    """Count the frames; the previews that a phone adds to a photo (MPO) do not count."""
     if opened.format == "MPO":
         return 1
     try:
         return int(getattr(opened, "n_frames", 1))
-    except Exception:  # damage behind the first frame does not matter
+    except Exception:  # damage after the first frame does not matter
         return 1

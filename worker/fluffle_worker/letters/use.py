@@ -1,4 +1,4 @@
-"""Using a letters model: naming images, and counting what is named how."""
+"""Apply a letters model: classify images, and count its confusions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model makes of one image: a probability for each class."""
+    """A model's probability of each class for one image."""
 
     scores: dict[str, float]
 
     @property
     def label(self) -> str:
-        """The likeliest class."""
+        """The most probable class."""
         return max(self.scores, key=self.scores.__getitem__)
 
     @property
@@ -40,7 +40,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """How often a model named letters of class i (row) as class j (column)."""
+    """A confusion matrix: how often class i (row) was predicted as class j (column)."""
 
     counts: Array
 
@@ -51,12 +51,12 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """The percentage that was named rightly; 0 of nothing."""
+        """The percentage of correct predictions; 0 if there are no letters."""
         return 100 * float(self.counts.trace()) / max(self.total, 1)
 
 
 class LettersModel:
-    """A model file of the letters task, ready to name images.
+    """A model file of the letters task, ready to classify images.
 
     Raises:
         UsageError: if the file is no model of this task.
@@ -102,7 +102,7 @@ class LettersModel:
         return total
 
     def score(self, images: Images, which: Array | None = None) -> Score:
-        """Count how the model names the images with these indices, or all."""
+        """Classify the images with these indices (default: all), and count the outcomes."""
         indices = np.arange(len(images.targets)) if which is None else which
         classes = len(self.classes)
         if not len(indices):
@@ -111,19 +111,19 @@ class LettersModel:
         return Score(confusion_counts(images.targets[indices], named, classes))
 
     def predict(self, image: Array) -> Prediction:
-        """Name one image, float32 [100, 100, 1]."""
+        """Classify one image, float32 [100, 100, 1]."""
         found = self.probabilities(image[None])[0]
         return Prediction(dict(zip(self.classes, map(float, found), strict=True)))
 
 
 def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> float:
-    """Return the temperature that the workers found for a round's model, 1 if none is known.
+    """Return the temperature that the workers fitted for a round's model, 1 if unknown.
 
-    It is found after the model is saved, so it stands in the history beside the model's file.
+    It is fitted after the model is saved, so it is in the history beside the model's file.
 
     Args:
         history: the lines of the run's history.
-        number: the round, as the model's file has it.
+        number: the round, as given in the model's file.
     """
     for line in reversed(history):
         if line.get("event") == "evaluated" and str(line.get("round")) == number:
@@ -144,7 +144,7 @@ def participants_of(history: Sequence[Mapping[str, Any]]) -> frozenset[str]:
 
 
 def _read_history(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a history, up to where it is damaged; a model may also stand alone."""
+    """Read the lines of a history up to the first damaged one; none if there is no history."""
     lines: list[dict[str, Any]] = []
     try:
         lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
@@ -166,14 +166,14 @@ def shown_names(classes: Sequence[str]) -> dict[str, str]:
 
 
 def confusion_counts(targets: Array, named: Array, classes: int) -> Array:
-    """Count how often class i (row) was named j (column); int64 [classes, classes]."""
+    """Count how often class i (row) was predicted as j (column); int64 [classes, classes]."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (targets, named), 1)
     return counts
 
 
 def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Path) -> None:
-    """Draw a confusion matrix into a PNG, each row shaded by its share."""
+    """Draw a confusion matrix to a PNG, each cell shaded by its share of the row."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -186,8 +186,8 @@ def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Pat
     names = [upper[name] if len(name) == 1 else name for name in classes]
     axes.set_xticks(range(len(names)), names, parse_math=False)
     axes.set_yticks(range(len(names)), names, parse_math=False)
-    axes.set_xlabel("named")
-    axes.set_ylabel("is")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("actual")
     axes.set_title(title, parse_math=False)
     for row in range(len(names)):
         for column in range(len(names)):
@@ -196,8 +196,6 @@ def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Pat
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
     with replacing(out) as file, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # the font lacks a letter: a box is drawn
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks one: it draws a box
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
