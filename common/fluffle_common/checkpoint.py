@@ -19,8 +19,9 @@ from fluffle_common.weights import FLOATS, INTEGERS, Array, Weights
 
 _HEADER_SIZE = struct.Struct("<Q")
 _ALIGNMENT = 8  # of the first tensor
-# How the format calls each dtype: float32 is F32, uint8 is U8.
+# How the format calls each dtype: float32 is F32, uint8 is U8; and one by another rule.
 _DTYPES = {name: name[0].upper() + name.lstrip(ascii_lowercase) for name in FLOATS + INTEGERS}
+_DTYPES["bfloat16"] = "BF16"
 # A small model is written in one go.
 _BUFFER_BYTES = 2**18
 

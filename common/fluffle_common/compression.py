@@ -34,16 +34,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluffle_common.messages import Encoding
-from fluffle_common.weights import Array, NotFinite, Weights, delta_dtype
+from fluffle_common.weights import (
+    BFLOAT16,
+    FLOATS,
+    Array,
+    NotFinite,
+    Weights,
+    delta_dtype,
+    is_float,
+    largest,
+)
 
 BLOCK = 256  # values that share a scale
 SMALLEST = 1024  # a tensor of fewer values is not worth it
 _INT8_MAX = 127
 _LONGEST_NAME = 490  # of the 500 characters that a name may have, a suffix needs some
 _LARGEST = 2**31 - 1  # values that an int32 can count
-_F16_MAX = float(np.finfo(np.float16).max)
-_F32_MAX = float(np.finfo(np.float32).max)
-_BF16_MAX = float(np.array(0x7F7F0000, np.uint32).view(np.float32))
+_WIDE_BYTES = 4
+_F16_MAX = largest(np.dtype(np.float16))
+_F32_MAX = largest(np.dtype(np.float32))
+_BF16_MAX = largest(BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class _Codec:
     suffixes: tuple[str, ...]
     encode: Callable[[Array, float], tuple[Array, ...]]
     decode: Callable[[str, tuple[Array, ...], Array], Array]
-    dtypes: tuple[str, ...] = ("float16", "float32", "float64")
+    dtypes: tuple[str, ...] = FLOATS
     feeds_back: bool = True
 
     def names(self, name: str) -> tuple[str, ...]:
@@ -91,21 +101,29 @@ def compress(
         residual: what was left of the delta before, in the same shapes; empty where there is none.
 
     Returns:
-        The tensors to send, and what is left for the next delta: ``delta + residual - sent``.
+        The tensors to send, and what is left for the next delta: ``delta + residual - sent``, in
+        float32 at least: in fewer bits, what is small would be lost where it is added up.
     """
     codec, fraction = _CODECS[encoding_of(how)], how.partition(":")[2]
     tensors: dict[str, Array] = {}
     left: dict[str, Array] = {}
     for name, learnt in delta.items():
-        wanted = learnt + residual[name] if name in residual else learnt
+        wanted = _with(learnt, residual.get(name), codec)
         if not _worth_it(name, wanted, codec, delta):
-            tensors[name] = wanted
+            tensors[name] = wanted.astype(learnt.dtype, copy=False)
             continue
         encoded = codec.encode(wanted, float(fraction or 1))
         tensors.update(zip(codec.names(name), encoded, strict=True))
         if codec.feeds_back:
-            left[name] = wanted - codec.decode(name, encoded, wanted)
+            left[name] = wanted - codec.decode(name, encoded, learnt)
     return tensors, left
+
+
+def _with(learnt: Array, left: Array | None, codec: _Codec) -> Array:
+    """Add what was left before."""
+    if codec.feeds_back and is_float(learnt.dtype) and learnt.dtype.itemsize < _WIDE_BYTES:
+        learnt = learnt.astype(np.float32)
+    return learnt if left is None else learnt + left
 
 
 def _worth_it(name: str, tensor: Array, codec: _Codec, delta: Weights) -> bool:
@@ -146,7 +164,7 @@ def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> Weight
         names = codec.names(name)
         if name in rest and rest[name].dtype == delta_dtype(base.dtype):
             delta[name] = rest.pop(name)
-        elif base.dtype.kind == "f" and all(one in rest for one in names):
+        elif is_float(base.dtype) and all(one in rest for one in names):
             encoded = tuple(rest.pop(one) for one in names)
             # Of numbers that nobody sends who means well; what comes of them is not finite.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -244,11 +262,11 @@ def _from_topk(name: str, tensors: tuple[Array, ...], like: Array) -> Array:
     return decoded
 
 
-def _clipped(tensor: Array, largest: float) -> Array:
+def _clipped(tensor: Array, end: float) -> Array:
     """Bring what a narrower float cannot hold to the largest that it can."""
-    if float(np.finfo(tensor.dtype).max) <= largest:
+    if largest(tensor.dtype) <= end:
         return tensor
-    return np.clip(tensor, -largest, largest)
+    return np.clip(tensor, -end, end)
 
 
 def _expect(name: str, tensor: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:

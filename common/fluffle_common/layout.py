@@ -12,16 +12,25 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from fluffle_common.messages import MOST_TENSORS_KEPT, TABLES_KEPT, TensorEntry
+from fluffle_common.messages import (
+    MAX_DIMENSIONS,
+    MAX_TENSOR_NAME,
+    MAX_TENSORS,
+    MOST_TENSORS_KEPT,
+    TABLES_KEPT,
+    TensorEntry,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Weights = Mapping[str, Array]
 
-FLOATS = ("float16", "float32", "float64")
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES = frozenset(FLOATS + INTEGERS)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # for NumPy it is of kind "V", not of "f"
 
 ALIGNMENT = 64
 Form = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
@@ -29,6 +38,16 @@ Form = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
 # How each dtype that travels is called; in this byte order an array needs no conversion.
 _TRAVELS = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
 _READ = {name: dtype for dtype, name in _TRAVELS.items()}
+_REMEDIES = {
+    "bool": "keep it out of the weights or use uint8",
+    "complex": "split it into its real and imaginary parts",
+    "float8": "use bfloat16",
+    "float": "use float64",  # longer ones, whatever this machine calls them
+    "longdouble": "use float64",
+    "int": "use int8",  # of 2 or 4 bits
+    "uint": "use uint8",
+}
+_KEEP_OUT = "keep it out of the weights"
 
 
 class Place(NamedTuple):
@@ -103,7 +122,7 @@ class Layout:
         self.nbytes = last.offset + last.nbytes if last else 0
         dtypes = {place.dtype for place in self.places.values()}
         self.form: Form = tuple([(name, p.dtype, p.shape) for name, p in self.places.items()])
-        self.floats = all(dtype.kind == "f" for dtype in dtypes)
+        self.floats = all(map(is_float, dtypes))
         self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
         ends = [entry.offset + entry.nbytes for entry in table]
         starts = [entry.offset for entry in table[1:]]
@@ -170,6 +189,37 @@ def layout_for(weights: Weights) -> Layout:
     return layout_of_form(form_of(weights))
 
 
+def check_form(weights: Weights) -> None:
+    """Check that these can be the weights of a model: that every tensor travels.
+
+    Raises:
+        ValueError: naming the first tensor that does not, and the remedy.
+    """
+    if not weights:
+        raise ValueError("there is no tensor in the weights")
+    for name, tensor in weights.items():
+        if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
+            made_by = "np.asarray makes one of numbers"
+            raise ValueError(
+                f"{_told(name)} is of type {type(tensor).__name__}, not an array; {made_by}"
+            )
+    layout_for(weights)
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype that travels is a float."""
+    return dtype.kind == "f" or dtype == BFLOAT16
+
+
+def largest(dtype: np.dtype[Any]) -> float:
+    """Return the largest finite value of a float dtype.
+
+    >>> largest(np.dtype("float16"))
+    65504.0
+    """
+    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+
+
 def form_of(weights: Weights) -> Form:
     """Return the names, dtypes and shapes of tensors, in their order."""
     return tuple([(name, tensor.dtype, tensor.shape) for name, tensor in weights.items()])
@@ -189,7 +239,7 @@ def bytes_of(tensor: Array) -> memoryview:
     if not tensor.size:
         return memoryview(b"")
     ready = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
-    return ready.reshape(-1).data.cast("B")
+    return ready.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer of its own
 
 
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
@@ -213,16 +263,52 @@ def _layout_of_form(form: Form) -> Layout:
 
 
 def _table(form: Form) -> tuple[TensorEntry, ...]:
+    if len(form) > MAX_TENSORS:
+        raise ValueError(f"there are {len(form)} tensors, at most {MAX_TENSORS} travel")
     table, offset = [], 0
     for name, dtype, shape in form:
+        _check_name(name)
         called = _TRAVELS.get(dtype) or _TRAVELS.get(dtype.newbyteorder("<"))
         if called is None:
-            raise ValueError(f"tensor '{name}' is {dtype}, which does not travel")
+            raise ValueError(
+                f"{_told(name)} is {str(dtype)[:60]}, which does not travel; {_remedy(dtype.name)}"
+            )
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(
+                f"{_told(name)} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} travel; "
+                "reshape it"
+            )
         offset += -offset % ALIGNMENT
         nbytes = math.prod(shape) * dtype.itemsize
         table.append(TensorEntry(name, called, shape, offset, nbytes))
         offset += nbytes
     return tuple(table)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"{_told(name)} is named by a {type(name).__name__}; name it by a string")
+    if not name:
+        raise ValueError("a tensor has the empty name ''; give it one")
+    if len(name) > MAX_TENSOR_NAME:
+        raise ValueError(
+            f"{_told(name)} has a name of {len(name)} characters, "
+            f"at most {MAX_TENSOR_NAME} travel; shorten it"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{_told(ascii(name))} has a name that is no Unicode text") from None
+
+
+def _remedy(dtype: str) -> str:
+    return next((r for start, r in _REMEDIES.items() if dtype.startswith(start)), _KEEP_OUT)
+
+
+def _told(name: object) -> str:
+    """Name a tensor in an error, however long its name is."""
+    told = str(name)
+    return f"tensor '{told[:60]}…'" if len(told) > MAX_TENSOR_NAME else f"tensor '{told}'"
 
 
 def _checked(table: tuple[TensorEntry, ...]) -> dict[str, Place]:

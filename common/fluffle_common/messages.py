@@ -26,6 +26,7 @@ from fluffle_common.errors import MalformedMessage
 
 MAX_NUM_EXAMPLES = 10**12
 MAX_TENSORS = 100_000
+MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
 # So many tables of tensors are remembered, of up to this length: anyone may send any table.
 TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
 
@@ -58,9 +59,11 @@ class _Model(BaseModel):
 class TensorEntry(NamedTuple):
     """Where one tensor lies in the payload: little-endian, C order, ``offset`` a multiple of 64."""
 
-    name: Annotated[str, Field(min_length=1, max_length=500)]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)]
     dtype: Annotated[str, Field(max_length=16)]
-    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(max_length=32)]
+    shape: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(max_length=MAX_DIMENSIONS)
+    ]
     offset: Annotated[int, Field(ge=0)]
     nbytes: Annotated[int, Field(ge=0)]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.layout import (
+    BFLOAT16,
     DTYPES,
     FLOATS,
     INTEGERS,
@@ -20,12 +21,25 @@ from fluffle_common.layout import (
     Form,
     Tensors,
     Weights,
+    check_form,
     form_of,
+    is_float,
+    largest,
     layout_for,
     layout_of_form,
 )
 
-__all__ = ["DTYPES", "FLOATS", "INTEGERS", "Array", "Weights"]
+__all__ = [
+    "BFLOAT16",
+    "DTYPES",
+    "FLOATS",
+    "INTEGERS",
+    "Array",
+    "Weights",
+    "check_form",
+    "is_float",
+    "largest",
+]
 
 # A larger piece of memory goes back to the system, and is slow to touch when it comes again.
 _ONE_PIECE_BYTES = 16 * 2**20
@@ -137,7 +151,7 @@ def check_finite(weights: Weights) -> None:
 
 def _infinite(values: Array) -> int:
     """Count what is NaN or infinite, a block at a time."""
-    if values.dtype.kind != "f":
+    if not is_float(values.dtype):
         return 0
     found = 0
     for start in range(0, values.size, _BLOCK):
@@ -170,5 +184,5 @@ def _same_names(weights: Weights, like: Weights) -> None:
 def _same_tensor(name: str, tensor: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"tensor '{name}' has shape {tensor.shape}, the model has {shape}")
-    if tensor.dtype != dtype:
+    if tensor.dtype != dtype and tensor.dtype.newbyteorder("=") != dtype:
         raise ValueError(f"tensor '{name}' is {tensor.dtype}, expected {dtype}")

@@ -31,5 +31,5 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
 
 def versions() -> dict[str, str]:
     """Return the versions that bear on what comes out, by name."""
-    names = ("fluffle", "numpy", "aio-pika", "msgpack", "pydantic", "safetensors")
+    names = ("fluffle", "numpy", "ml-dtypes", "aio-pika", "msgpack", "pydantic", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -13,13 +13,12 @@ from fluffle_common.amqp import AmqpTransport
 from fluffle_common.checkpoint import read_checkpoint
 from fluffle_common.console import Console
 from fluffle_common.errors import RunError, UsageError
-from fluffle_common.layout import layout_for
 from fluffle_common.messages import Plan
 from fluffle_common.settings import broker_url, check_federation, management_of, parse_config
 from fluffle_common.signals import Interrupted, run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff
-from fluffle_common.weights import check_finite
+from fluffle_common.weights import check_finite, check_form
 from fluffle_coordinator.configuration import configuration
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.run_state import Rules, State
@@ -165,7 +164,7 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
     """Take the first weights from a model file, such as another run's last."""
     weights, metadata = read_checkpoint(file)
     try:
-        layout_for(weights)  # it travels
+        check_form(weights)
         check_finite(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} is no model to begin with: {wrong}") from None

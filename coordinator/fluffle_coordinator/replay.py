@@ -17,7 +17,7 @@ import numpy as np
 from fluffle_common.checkpoint import checkpoint_name, read_checkpoint
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.messages import Update
-from fluffle_common.weights import Array, Weights
+from fluffle_common.weights import Array, Weights, is_float
 from fluffle_common.wire import decode
 from fluffle_coordinator.kept import read_update, round_folder, update_path
 from fluffle_coordinator.received import read_delta
@@ -223,7 +223,7 @@ def _ordered(tensor: Array) -> Array:
     top = unsigned.dtype.type(1 << (8 * tensor.dtype.itemsize - 1))
     if tensor.dtype.kind == "i":
         ordered = unsigned ^ top
-    elif tensor.dtype.kind == "f":
+    elif is_float(tensor.dtype):
         # A sign and a magnitude: the negative ones run backwards, and -0 is just below 0.
         ordered = np.where(unsigned & top, ~unsigned, unsigned | top)
     return ordered

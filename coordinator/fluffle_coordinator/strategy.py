@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.layout import Tensors, layout_for
-from fluffle_common.weights import Array, Weights
+from fluffle_common.weights import BFLOAT16, Array, Weights, is_float, largest
 
 # Elements handled at a time: a block of float64 and the slices it is added to stay in cache.
 _BLOCK = 32 * 1024
@@ -124,7 +124,7 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
     A page that was never touched is slow to touch: so the sum's memory serves all rounds.
     """
     lowest, highest = _limits(base.dtype)
-    narrow = base.dtype.kind == "f" and base.dtype.itemsize < total.dtype.itemsize
+    narrow = is_float(base.dtype) and base.dtype.itemsize < total.dtype.itemsize
     # What is beyond the end of float64 is clipped to its end, as is what the dtype cannot hold.
     with np.errstate(over="raise" if narrow else "ignore", invalid="ignore"):
         for start in range(0, total.size, _BLOCK):
@@ -133,7 +133,7 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
             mean += base[start : start + _BLOCK]
             if narrow:
                 try:
-                    part[...] = mean
+                    part[...] = mean if base.dtype != BFLOAT16 else _for_bfloat16(mean)
                     continue
                 except FloatingPointError:  # the cast met a value that the dtype cannot hold
                     pass
@@ -143,10 +143,28 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
             part[...] = mean
 
 
+def _for_bfloat16(values: Array) -> Array:
+    """Round float64 so that rounding once more, to bfloat16, gives the nearest.
+
+    The cast goes by way of float32: what lands there in the middle between two of bfloat16, and was
+    not in the middle, would then go to the even one.
+    """
+    rounded = values.astype(np.float32)
+    bits = rounded.view(np.uint32)
+    (middle,) = np.nonzero((bits & 0xFFFF) == 0x8000)
+    if middle.size:
+        exact, there = values[middle], rounded[middle]
+        towards = np.where(exact > there, np.float32(np.inf), np.float32(-np.inf))
+        rounded[middle] = np.where(exact == there, there, np.nextafter(there, towards))
+    return rounded
+
+
 @functools.cache
 def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     """Return the ends of a dtype: between them, no value wraps or becomes infinite when cast."""
-    limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
+    if is_float(dtype):
+        return -largest(dtype), largest(dtype)
+    limits = np.iinfo(dtype)
     lowest, highest = float(limits.min), float(limits.max)
     if highest > limits.max:  # 2**63 - 1 as a float is 2**63
         highest = float(np.nextafter(highest, 0))

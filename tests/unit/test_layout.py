@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fluffle_common.layout import Tensors, as_maps, layout_for, layout_of
+from fluffle_common.layout import Tensors, as_maps, check_form, layout_for, layout_of
 from fluffle_common.messages import TensorEntry
-from fluffle_common.weights import FLOATS, NotFinite, check_delta, check_finite, delta
+from fluffle_common.weights import (
+    BFLOAT16,
+    DTYPES,
+    FLOATS,
+    NotFinite,
+    check_delta,
+    check_finite,
+    delta,
+    is_float,
+)
 from fluffle_common.wire import lay_out
 from fluffle_coordinator.strategy import fedavg
 
@@ -96,7 +106,7 @@ def test_what_is_between_tensors_is_not_checked_and_what_is_in_them_is(weights, 
     whole = in_one_piece(weights, between)
     check_finite(whole)
     check_delta(in_one_piece(dict(delta(weights, weights)), between), whole)
-    floats = [name for name, tensor in weights.items() if tensor.dtype.kind == "f" and tensor.size]
+    floats = [name for name, tensor in weights.items() if is_float(tensor.dtype) and tensor.size]
     for name in floats:
         spoilt = {**weights, name: np.full_like(weights[name], np.nan)}
         with pytest.raises(NotFinite, match=name):
@@ -121,3 +131,77 @@ def test_a_form_is_worked_out_once_and_a_very_long_one_is_not_kept():
     assert layout_of(table(3)) is layout_of(table(3))
     assert layout_for({"t0": np.zeros(1, np.float32)}) is layout_of(table(1))
     assert layout_of(table(5001)) is not layout_of(table(5001))
+
+
+# --- what travels, and what does not -----------------------------------------------------------
+
+
+def test_bfloat16_is_one_vector_as_every_float_is():
+    base = {"w": np.arange(6).reshape(2, 3).astype(BFLOAT16), "b": np.ones(3, BFLOAT16)}
+    whole = in_one_piece(base, b"\xff")
+    assert whole.flat is not None
+    assert whole.layout.floats
+    assert [entry.dtype for entry in whole.layout.table] == ["bfloat16"] * 2
+    learnt = delta({name: tensor + BFLOAT16.type(1) for name, tensor in base.items()}, whole)
+    assert learnt.layout is whole.layout
+    check_delta(learnt, whole)
+    assert learnt["w"].tolist() == [[1.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (np.ones(2, bool), "'w' is bool, .* keep it out of the weights or use uint8$"),
+        (np.ones(2, ml_dtypes.float8_e4m3fn), "'w' is float8_e4m3fn, .*; use bfloat16$"),
+        (np.ones(2, ml_dtypes.float8_e5m2), "'w' is float8_e5m2, .*; use bfloat16$"),
+        (np.ones(2, ml_dtypes.int4), "'w' is int4, .*; use int8$"),
+        (np.ones(2, np.complex64), "'w' is complex64, .*; split it into its real and"),
+        (np.ones(2, np.longdouble), r"'w' is (float|longdouble)\d*, .*; use float64$"),
+        (np.array(["a"]), "'w' is <U1, .*; keep it out of the weights$"),
+        (np.array([None]), "'w' is object, .*; keep it out of the weights$"),
+        (np.array(["2026-01-01"], "M8[D]"), "'w' is datetime64.*; keep it out of the weights$"),
+        (np.zeros(2, [("a", "f4")]), "'w' is .*; keep it out of the weights$"),
+        ([1.0], "'w' is of type list, not an array"),
+        (None, "'w' is of type NoneType, not an array"),
+        (np.ones((1,) * 33), "'w' has 33 dimensions, at most 32 travel; reshape it"),
+    ],
+)
+def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
+    with pytest.raises(ValueError, match=why) as refused:
+        check_form({"good": np.ones(3, np.float32), "w": tensor})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "the empty name ''"),
+        ("x" * 501, "^tensor 'x{60}…' has a name of 501 characters, at most 500 travel; shorten"),
+        (("conv", "kernel"), "is named by a tuple; name it by a string"),
+        ("a\ud800", "no Unicode text"),
+    ],
+)
+def test_a_name_that_does_not_travel_is_told_with_its_remedy(name, why):
+    with pytest.raises(ValueError, match=why) as refused:
+        check_form({name: np.ones(3, np.float32)})
+    refused.value.args[0].encode()
+    assert len(str(refused.value)) < 700
+
+
+def test_no_weights_and_too_many_are_told():
+    with pytest.raises(ValueError, match="there is no tensor"):
+        check_form({})
+    with pytest.raises(ValueError, match="there are 100001 tensors, at most 100000 travel"):
+        check_form(dict.fromkeys(map(str, range(100_001)), np.float32(1)))
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_every_memory_layout_and_byte_order_travels(dtype):
+    array = np.arange(12).reshape(3, 4).astype(dtype)
+    for odd in (array.T, array[:, ::-1], array[::2], array.astype(array.dtype.newbyteorder(">"))):
+        check_form({"w": odd})
+        table, pieces = lay_out({"w": odd})
+        assert layout_of(table).over(b"".join(pieces))["w"].tolist() == odd.astype(dtype).tolist()
+        learnt = delta({"w": odd}, {"w": np.zeros(odd.shape, dtype)})
+        check_delta(learnt, {"w": np.zeros(odd.shape, dtype)})
+        assert learnt["w"].tolist() == odd.astype(dtype).tolist()

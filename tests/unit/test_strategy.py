@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -124,7 +125,7 @@ def test_scalars_stay_scalars(dtype):
     got = average_of(base, [({"s": np.array(1, dtype)}, 1), ({"s": np.array(3, dtype)}, 2)])["s"]
     assert isinstance(got, np.ndarray)
     assert (got.shape, got.dtype) == ((), np.dtype(dtype))
-    assert float(got) == pytest.approx(7 / 3, rel=float(np.finfo(dtype).eps))
+    assert float(got) == pytest.approx(7 / 3, rel=float(ml_dtypes.finfo(dtype).eps))
 
 
 def test_equal_updates_average_to_themselves():
@@ -189,7 +190,7 @@ def test_integers_beyond_the_end_stay_at_the_end(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_finite_updates_never_make_a_model_that_is_not_finite(dtype):
-    largest = np.finfo(dtype).max
+    largest = np.dtype(dtype).type(ml_dtypes.finfo(dtype).max)
     base = {"w": np.array([largest, -largest, 1], dtype)}
     half = np.array([largest / 2, -largest / 2, 1], dtype)
     got = average(base, [({"w": half}, 1), ({"w": half}, 1)])["w"]
@@ -200,7 +201,7 @@ def test_finite_updates_never_make_a_model_that_is_not_finite(dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("index", [0, 40_000, 69_999])
 def test_one_value_beyond_the_end_costs_no_other_value_anything(dtype, index):
-    largest = np.finfo(dtype).max
+    largest = np.dtype(dtype).type(ml_dtypes.finfo(dtype).max)
     base = {"w": np.full(70_000, 2, dtype)}  # more than two blocks
     update = {"w": np.full(70_000, 0.5, dtype)}
     base["w"][index] = update["w"][index] = largest

@@ -1,0 +1,227 @@
+"""bfloat16, which NumPy does not know by itself, all the way: checked, encoded, averaged, kept."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from fluffle_broker.reading import read
+from fluffle_common.checkpoint import read_checkpoint, save_checkpoint
+from fluffle_common.compression import SMALLEST, compress, encoding_of, expand
+from fluffle_common.errors import MalformedMessage, UsageError
+from fluffle_common.memory import MemoryBroker
+from fluffle_common.messages import Update
+from fluffle_common.topology import Queue
+from fluffle_common.transfer import Route, send_tensors
+from fluffle_common.weights import BFLOAT16, check_delta, check_finite, size_bytes
+from fluffle_common.wire import lay_out
+from fluffle_coordinator.main import _begin_with
+from fluffle_coordinator.received import read_delta
+from fluffle_coordinator.replay import distance
+from fluffle_coordinator.store import RunStore
+from fluffle_coordinator.strategy import fedavg
+
+HOWS = ("bf16", "f16", "int8", "topk:0.05")
+
+
+def update(tensors: dict[str, np.ndarray], encoding: str | None) -> tuple[Update, memoryview]:
+    table, pieces = lay_out(tensors)
+    message = Update(
+        federation="f", run="r", round=1, base="b", worker="w", num_examples=1, seconds=0.0,
+        tensors=table, encoding=encoding,
+    )  # fmt: skip
+    return message, memoryview(b"".join(pieces))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_found(value):
+    bad = np.ones(2000, BFLOAT16)
+    bad[1234] = value
+    with pytest.raises(ValueError, match="'w' has 1 values that are NaN or infinite"):
+        check_finite({"w": bad})
+    check_finite({"w": np.full(2000, ml_dtypes.finfo(BFLOAT16).max, BFLOAT16)})
+
+
+# --- encodings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_model_of_bfloat16_is_encoded_and_comes_back(how):
+    numbers = np.random.default_rng(0)
+    delta = {"w": numbers.normal(size=(60, 50)).astype(BFLOAT16)}
+    encoded, left = compress(delta, how, {})
+    got = read_delta(*update(encoded, encoding_of(how)), delta)
+    check_delta(got, delta)
+    assert size_bytes(encoded) < 0.55 * size_bytes(delta) or how in ("bf16", "f16")
+    total = got["w"].astype(np.float32) + left.get("w", 0)
+    if how.startswith("topk"):
+        np.testing.assert_array_equal(total, delta["w"].astype(np.float32))
+    else:
+        np.testing.assert_allclose(total, delta["w"].astype(np.float32), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("how", ["int8", "topk:0.01"])
+def test_what_is_too_small_to_be_sent_adds_up_in_spite_of_few_bits(how, dtype):
+    """In 8 bits 1 + 0.003 is 1: what is left over is added up in more."""
+    delta = {"w": np.full(SMALLEST, 0.003, dtype)}
+    delta["w"][::100] = 1.0
+    sent, left = np.zeros(SMALLEST), {}
+    for _ in range(3000):
+        encoded, left = compress(delta, how, left)
+        sent += expand(encoded, encoding_of(how), delta)["w"].astype(np.float64)
+    expected = 3000 * float(delta["w"][1])
+    assert abs(sent[1] + float(left["w"][1]) - expected) < 0.02 * expected
+    assert abs(float(left["w"][1])) < 0.3 * expected
+
+
+def test_someone_without_the_dtype_sends_its_upper_halves():
+    base = {"w": np.ones((2, 3), BFLOAT16)}
+    halves = {"w": base["w"].view(np.uint16)}
+    got = read_delta(*update(halves, "bf16"), base)
+    assert (got["w"].dtype, got["w"].tolist()) == (BFLOAT16, base["w"].tolist())
+    with pytest.raises(MalformedMessage, match="'w' is uint16, expected bfloat16"):
+        read_delta(*update(halves, None), base)
+
+
+# --- averages ----------------------------------------------------------------------------------
+
+
+def nearest(exact: Fraction) -> float:
+    """Round to bfloat16, to the nearest, halves to even, by going through the neighbours."""
+    close = np.array([float(exact)]).astype(BFLOAT16).view(np.uint16)[0]
+    around = np.array([close - 1, close, close + 1], np.uint16)
+    found = around.view(BFLOAT16).astype(np.float64)
+    return min(
+        zip(found, around, strict=True),
+        key=lambda one: (abs(Fraction(float(one[0])) - exact), int(one[1]) & 1),
+    )[0]
+
+
+values = st.integers(0x3E80, 0x4080).map(
+    lambda bits: float(np.array([bits], np.uint16).view(BFLOAT16)[0])
+)
+
+
+@given(values, st.lists(st.tuples(values, st.integers(1, 10**6)), min_size=1, max_size=5))
+def test_the_average_is_the_nearest_to_the_exact_one(base, updates):
+    weights = {"w": np.array([base], BFLOAT16)}
+    state = fedavg.init(weights)
+    for value, count in updates:
+        state = fedavg.fold(state, {"w": np.array([value], BFLOAT16)}, count)
+    got, _ = fedavg.finish(state, weights)
+    total = sum(count for _, count in updates)
+    exact = Fraction(base) + sum(Fraction(value) * count for value, count in updates) / total
+    assert got["w"].dtype == BFLOAT16
+    rounded = nearest(exact)
+    if rounded != float(got["w"][0]):  # float64 itself may stand on the other side of the middle
+        middle = (Fraction(rounded) + Fraction(float(got["w"][0]))) / 2
+        assert abs(exact - middle) < Fraction(1, 10**14)
+
+
+def test_what_is_just_above_the_middle_is_rounded_up():
+    base = {"w": np.ones(3, BFLOAT16)}
+    half = 2.0**-8  # half a step above 1
+    updates = [([half] * 3, 2**20 - 1), ([half, 1.0, -1.0], 1)]
+    state = fedavg.init(base)
+    for learnt, count in updates:
+        state = fedavg.fold(state, {"w": np.array(learnt, BFLOAT16)}, count)
+    got, _ = fedavg.finish(state, base)
+    assert got["w"].tolist() == [1.0, 1.0 + 2.0**-7, 1.0]
+
+
+def test_four_thousand_updates_are_not_added_up_in_eight_bits():
+    base = {"w": np.zeros(2, BFLOAT16)}
+    state = fedavg.init(base)
+    for _ in range(4000):
+        state = fedavg.fold(state, {"w": np.array([1, 3e38], BFLOAT16)}, 1)
+    got, _ = fedavg.finish(state, base)
+    assert got["w"].tolist() == np.array([1, 3e38], BFLOAT16).tolist()
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def model() -> dict[str, np.ndarray]:
+    numbers = np.random.default_rng(1)
+    return {
+        "w": numbers.normal(size=(3, 5)).astype(BFLOAT16),
+        "one": np.array(2.5, BFLOAT16),
+        "none": np.zeros((0, 2), BFLOAT16),
+        "f": numbers.normal(size=3).astype(np.float32),
+    }
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert other[name].dtype == tensor.dtype
+        assert other[name].shape == tensor.shape
+        assert other[name].tobytes() == tensor.tobytes()
+
+
+def test_a_checkpoint_is_read_here_and_by_safetensors(tmp_path):
+    save_checkpoint(tmp_path / "m", model(), {"round": "3"})
+    assert_same(read_checkpoint(tmp_path / "m")[0], model())
+    assert_same(dict(load_file(tmp_path / "m")), model())
+    assert b'"BF16"' in (tmp_path / "m").read_bytes()
+
+
+def begin(file: Path, folder: Path) -> dict[str, np.ndarray]:
+    store = RunStore(folder)
+    saved = _begin_with(file, store, store.load("letters"), "letters")
+    assert saved.weights is not None
+    return saved.weights
+
+
+def test_a_run_begins_with_a_file_of_bfloat16(tmp_path):
+    save_file(model(), tmp_path / "first")
+    assert_same(begin(tmp_path / "first", tmp_path / "run"), model())
+    assert_same(RunStore(tmp_path / "run").load("letters").weights, model())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({"mask": np.ones(3, bool)}, "'mask' is bool, .* use uint8"),
+        ({"x" * 501: np.ones(3)}, "a name of 501 characters"),
+        ({"c": np.ones(3, np.complex64)}, "'c' is complex64, .* its real and"),
+        ({"w": np.array([1, np.nan], BFLOAT16)}, "'w' has 1 values that are NaN"),
+        ({}, "there is no tensor"),
+    ],
+)
+def test_a_run_does_not_begin_with_what_does_not_travel(tmp_path, tensors, why):
+    save_file(tensors, tmp_path / "first")
+    with pytest.raises(UsageError, match=why) as refused:
+        begin(tmp_path / "first", tmp_path / "run")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run" / "round-0000.safetensors").exists()
+
+
+# --- looking at it -----------------------------------------------------------------------------
+
+
+async def test_a_message_is_read_with_what_its_tensors_say():
+    link = await MemoryBroker().open()
+    await link.declare([Queue("q", "of a test")])
+    message, _ = update({}, None)
+    tensors = {"w": np.array([3, -4, np.nan, np.inf], BFLOAT16)}
+    await send_tensors(link, message, tensors, Route("", ["q"]))
+    delivery = await link.get("q")
+    assert delivery is not None
+    (told,) = read(delivery, "f").tensors
+    assert (told.dtype, told.norm, told.min, told.max) == ("bfloat16", 5.0, -4.0, 3.0)
+    assert (told.nan, told.inf) == (1, 1)
+
+
+def test_neighbours_are_one_apart():
+    a, b = np.array([1.0, -0.0], BFLOAT16), np.array([1.0 + 2.0**-7, 0.0], BFLOAT16)
+    found = distance(a, b)
+    assert (found.different, found.ulps) == (2, 1)
