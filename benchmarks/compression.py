@@ -52,9 +52,8 @@ class Federation:
         state, largest = fedavg.init(self.weights), 0
         for place, task in enumerate(self._tasks):
             message, payload = self._update(place, task, number)
-            state = fedavg.fold(
-                state, read_delta(message, payload, self.weights), message.num_examples
-            )
+            delta, _ = read_delta(message, payload, self.weights)
+            state = fedavg.fold(state, delta, message.num_examples)
             largest = max(largest, len(payload))
         self.weights, _ = fedavg.finish(state, self.weights)
         return largest

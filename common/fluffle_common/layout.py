@@ -127,6 +127,7 @@ class Layout:
         ends = [entry.offset + entry.nbytes for entry in table]
         starts = [entry.offset for entry in table[1:]]
         self._gaps = [(a, b) for a, b in zip(ends, starts, strict=False) if a < b]
+        self._between: Array | None = None  # the same in elements, once it was asked for
 
     def over(self, memory: bytes | memoryview) -> Tensors:
         """Return the tensors as views of ``memory``; read-only where that is.
@@ -156,6 +157,14 @@ class Layout:
         """Write 0 between the tensors."""
         for start, end in self._gaps:
             memory[start:end] = bytes(end - start)
+
+    def zero_between(self, flat: Array) -> bool:
+        """Whether ``flat``, of this layout, holds 0 wherever no tensor is."""
+        if self._between is None:
+            size = flat.dtype.itemsize
+            gaps = [np.arange(start // size, end // size) for start, end in self._gaps]
+            self._between = np.concatenate(gaps) if gaps else np.empty(0, np.intp)
+        return not flat[self._between].any()
 
     def empty_as(self, dtype: np.dtype[Any]) -> Tensors:
         """Return tensors of the same names and shapes in another dtype, with any values.

@@ -189,7 +189,7 @@ class Aggregation:
             payload = await self._payload(held)
             # However few bytes came, they are folded into all of the model.
             nbytes = max(len(payload), size_bytes(self._so_far[1]))
-            await _off_loop(nbytes, self._check_and_fold, held, payload)
+            norm = await _off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone) as gone:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
@@ -197,26 +197,34 @@ class Aggregation:
         else:
             if self._keep_updates:
                 await self._keep(held, payload, worker)
-            self._folded(held, worker, len(payload))
+            self._folded(held, worker, len(payload), norm)
 
     def _fold_at_once(self, held: Held, worker: str) -> None:
         try:
-            self._check_and_fold(held, held.payload)
+            norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
-            self._folded(held, worker, len(held.payload))
+            self._folded(held, worker, len(held.payload), norm)
 
-    def _check_and_fold(self, held: Held, payload: memoryview) -> None:
+    def _check_and_fold(self, held: Held, payload: memoryview) -> float:
+        """Take an update into the sum; return the norm of its delta."""
         message = held.message
         assert isinstance(message, Update)
         began = time.monotonic()
         so_far, weights = self._so_far
-        delta = read_delta(message, payload, weights)
+        delta, norm = read_delta(message, payload, weights)
+        if norm > held.max_norm:
+            raise MalformedMessage(
+                f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
+                "(--max-norm-ratio)",
+                "norm",
+            )
         self._sum = self._strategy.fold(so_far, delta, held.num_examples)
         self._clock.fold_s += time.monotonic() - began
+        return norm
 
-    def _folded(self, held: Held, worker: str, nbytes: int) -> None:
+    def _folded(self, held: Held, worker: str, nbytes: int, norm: float) -> None:
         message, now = held.message, time.monotonic()
         assert isinstance(message, Update)
         self._in_parts |= message.transfer is not None
@@ -227,13 +235,14 @@ class Aggregation:
             "seconds": message.seconds,
             "counted_s": round(now - self._clock.opened_at, 6),
             "bytes": nbytes,
+            "norm": norm,
         }
         metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
         self._participants[worker] = participant
         held.forget()  # only now: what is rejected is kept as it came
-        self._post(ev.Folded(now, worker, message.seconds, nbytes))
+        self._post(ev.Folded(now, worker, message.seconds, nbytes, norm))
 
     async def _keep(self, held: Held, payload: memoryview, worker: str) -> None:
         """Keep an update that was just folded, as it came."""

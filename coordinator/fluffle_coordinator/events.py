@@ -101,7 +101,8 @@ class Arrived(Event):
 class Folded(Event):
     """An update's tensors were checked and are in the running sum.
 
-    Training took ``train_s``; its tensors came in ``size_bytes``, their L2 norm is ``norm``.
+    Training took ``train_s``; its tensors came in ``size_bytes``, and its delta has the Euclidean
+    norm ``norm``.
     """
 
     worker: str

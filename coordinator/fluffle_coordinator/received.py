@@ -9,7 +9,7 @@ from fluffle_common.weights import NotFinite, Weights, check_delta
 from fluffle_common.wire import read_tensors
 
 
-def read_delta(message: Update, payload: memoryview, base: Weights) -> Weights:
+def read_delta(message: Update, payload: memoryview, base: Weights) -> tuple[Weights, float]:
     """Read an update's tensors, decode them, and check them against the model.
 
     Args:
@@ -19,7 +19,7 @@ def read_delta(message: Update, payload: memoryview, base: Weights) -> Weights:
 
     Returns:
         The delta, in the names, shapes and dtypes of ``base``; views into ``payload`` where nothing
-        was encoded.
+        was encoded. And its norm: see ``check_finite``.
 
     Raises:
         MalformedMessage: of cause ``tensors`` or ``not_finite``, where it is no delta for ``base``.
@@ -27,8 +27,8 @@ def read_delta(message: Update, payload: memoryview, base: Weights) -> Weights:
     tensors = read_tensors(message.tensors, payload)
     try:
         delta = expand(tensors, message.encoding, base)
-        check_delta(delta, base)
+        norm = check_delta(delta, base)
     except ValueError as wrong:
         cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
         raise MalformedMessage(str(wrong), cause) from None
-    return delta
+    return delta, norm

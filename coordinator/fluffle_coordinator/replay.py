@@ -157,9 +157,10 @@ def _kept_delta(
             raise UsageError(
                 f"the update of {worker} is missing its tensors: there is no {missing}"
             )
-        return read_delta(message, inside if payload is None else payload, base)
+        delta, _ = read_delta(message, inside if payload is None else payload, base)
     except MalformedMessage as wrong:
         raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
+    return delta
 
 
 def _second_opinion(

@@ -132,7 +132,7 @@ def test_every_form_of_tensor_comes_back_in_its_own(how, shape, dtype):
     }
     base = {"w": delta["w"], "counts": delta["counts"].astype(np.int32)}
     encoded, left = compress(delta, how, {})
-    got = read_delta(*update(encoded, encoding_of(how)), base)
+    got, _ = read_delta(*update(encoded, encoding_of(how)), base)
     check_delta(got, base)
     assert np.array_equal(got["counts"], delta["counts"])
     if delta["w"].size < SMALLEST:
@@ -181,7 +181,7 @@ def test_names_of_the_model_are_never_mistaken_for_encoded_ones(how, other):
     tensor = np.random.default_rng(0).normal(size=2000).astype(np.float32)
     delta = {"w": tensor, other: 2 * tensor, "x" * 500: 3 * tensor}
     encoded, left = compress(delta, how, {})
-    got = read_delta(*update(encoded, encoding_of(how)), delta)
+    got, _ = read_delta(*update(encoded, encoding_of(how)), delta)
     for name, learnt in delta.items():
         np.testing.assert_allclose(got[name] + left.get(name, 0), learnt, rtol=0.01, atol=1e-3)
 
@@ -294,7 +294,7 @@ def test_encoded_tensors_without_an_encoding_are_no_delta():
 
 @pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk"])
 def test_a_plain_update_is_taken_whatever_its_encoding_says(encoding):
-    got = read_delta(*update(DELTA, encoding), BASE)
+    got, _ = read_delta(*update(DELTA, encoding), BASE)
     assert all(np.array_equal(got[name], DELTA[name]) for name in BASE)
 
 
@@ -315,7 +315,7 @@ def test_whatever_comes_is_a_delta_or_refused(sent, encoding, dtype):
     base = {"w": np.zeros((2, 3), dtype), "none": np.zeros((0,), dtype), "n": np.zeros(1, np.int8)}
     base = {name: tensor for name, tensor in base.items() if name == "w" or len(sent) % 2}
     try:
-        got = read_delta(*update(sent, encoding), base)
+        got, _ = read_delta(*update(sent, encoding), base)
     except MalformedMessage as wrong:
         assert wrong.cause in ("tensors", "not_finite")
     else:

@@ -205,3 +205,10 @@ def test_every_memory_layout_and_byte_order_travels(dtype):
         learnt = delta({"w": odd}, {"w": np.zeros(odd.shape, dtype)})
         check_delta(learnt, {"w": np.zeros(odd.shape, dtype)})
         assert learnt["w"].tolist() == odd.astype(dtype).tolist()
+
+
+@pytest.mark.parametrize("between", [b"\0", b"\x7f", b"\xff", b"\x01"])
+def test_the_norm_is_of_the_tensors_whatever_lies_between_them(between):
+    weights = {"a": np.full(3, 2, np.float32), "b": np.full((2, 2), -1, np.float32)}
+    assert check_finite(in_one_piece(weights, between)) == 4.0
+    assert check_delta(in_one_piece(weights, between), in_one_piece(weights)) == 4.0

@@ -28,7 +28,7 @@ from fluffle_coordinator import events as ev
 from fluffle_coordinator import kept, replay
 from fluffle_coordinator.aggregation import Aggregation, Held
 from fluffle_coordinator.run_cli import replay as replay_command
-from fluffle_coordinator.store import RunStore
+from fluffle_coordinator.store import RunStore, read_history_lines
 
 RUN = "abc"
 TOPOLOGY = Topology("letters")
@@ -241,6 +241,22 @@ def test_after_a_crash_an_uncommitted_round_is_begun_afresh(folder):
     RunStore(folder).load("letters")
     assert not kept.round_folder(folder, 3).exists()
     assert len(files(folder, 2)) == 3
+
+
+async def test_the_norm_of_an_update_is_told_and_is_in_the_history(tmp_path):
+    weights = {"w": np.zeros((3, 2), np.float32), "n": np.array(5)}
+    run = Run(tmp_path / "run", weights)
+    run.store.load("letters")
+    run.store.save_weights(0, weights, {"run": RUN})
+    async with at_work(run):
+        await run.fold("a", 1, 1, 3)
+        await run.commit(1)
+    expected = np.sqrt(sum((t.astype(float) ** 2).sum() for t in delta(1, weights).values()))
+    folded = await run.events.get()
+    assert isinstance(folded, ev.Folded)
+    assert folded.norm == pytest.approx(expected, rel=1e-6)
+    (line,) = read_history_lines(tmp_path / "run")
+    assert line["participants"][0]["norm"] == folded.norm
 
 
 # --- replaying ---------------------------------------------------------------------------------

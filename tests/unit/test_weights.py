@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +16,7 @@ from fluffle_common.weights import (
     DTYPES,
     FLOATS,
     INTEGERS,
+    NotFinite,
     check_delta,
     check_finite,
     delta,
@@ -162,3 +167,64 @@ def test_large_finite_values_whose_sum_overflows_are_finite(dtype):
 def test_size_counts_all_tensors():
     assert size_bytes({"a": np.zeros((2, 3), np.float32), "b": np.zeros((), np.int64)}) == 32
     assert size_bytes({}) == 0
+
+
+# --- norms -------------------------------------------------------------------------------------
+
+
+def exact_norm(weights: dict[str, np.ndarray]) -> float:
+    """Compute the norm by fractions, of which none is too large or too small."""
+    values = [
+        Fraction(int(v)) if tensor.dtype.kind in "iu" else Fraction(float(v))
+        for tensor in weights.values()
+        for v in tensor.flat
+    ]
+    square = sum((value * value for value in values), Fraction(0))
+    if not square:
+        return 0.0
+    shift = (square.numerator.bit_length() - square.denominator.bit_length()) // 2
+    root = math.sqrt(square / Fraction(4) ** shift)
+    try:
+        return math.ldexp(root, shift)
+    except OverflowError:
+        return sys.float_info.max
+
+
+@given(st.sampled_from(sorted(DTYPES)), st.data())
+def test_the_walk_that_checks_tells_the_norm_too(dtype, data):
+    if dtype in INTEGERS:
+        limits = np.iinfo(dtype)
+        elements = st.integers(int(limits.min), int(limits.max))
+    else:
+        wide = "float32" if dtype == "bfloat16" else dtype
+        most = largest(np.dtype(dtype)) if dtype != "bfloat16" else float(2.0**127)
+        elements = st.floats(-most, most, width=8 * np.dtype(wide).itemsize)
+    array = np.asarray(data.draw(st.lists(elements, max_size=6)), dtype)
+    weights = {"w": array, "again": array[:1], "none": np.zeros((2, 0), np.float32)}
+    assert check_finite(weights) == pytest.approx(exact_norm(weights), rel=1e-6, abs=5e-324)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", ["tiny", "one", "huge"])
+def test_the_norm_of_much_is_good_to_a_millionth(dtype, scale):
+    end = min(largest(np.dtype(dtype)), 1e305)
+    by = {"tiny": 0.01 if dtype == "float16" else 1e-30, "one": 1.0, "huge": end / 8}[scale]
+    normal = np.random.default_rng(0).standard_normal(70_001).clip(-4, 4)
+    tensor = (normal * by).astype(dtype)
+    expected = np.linalg.norm(tensor.astype(np.float64) / by) * by
+    got = check_delta({"w": tensor}, {"w": np.zeros_like(tensor)})
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_norm_beyond_float64_is_its_largest_and_json_can_say_it():
+    assert check_finite({"w": np.full(3, 1.7e308)}) == sys.float_info.max
+
+
+@pytest.mark.parametrize("where", [0, 8191, 8192, 19_999])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("others", [0.0, 1.0, 3e38, 1e-30])
+def test_one_value_in_many_is_found(where, value, others):
+    tensor = np.full(20_000, others, np.float32)
+    tensor[where] = value
+    with pytest.raises(NotFinite, match="'w' has 1 values"):
+        check_finite({"w": tensor})
