@@ -87,7 +87,8 @@ def delta(trained: Weights, received: Weights) -> Weights:
         trained - received, in ``delta_dtype`` of each tensor; in one piece, unless that is large.
 
     Raises:
-        ValueError: where names, shapes or dtypes differ.
+        ValueError: where names, shapes or dtypes differ, or a difference of 64-bit integers does
+            not fit into 64 bits.
     """
     base = apart(received)
     layout = layout_for(received)
@@ -96,13 +97,24 @@ def delta(trained: Weights, received: Weights) -> Weights:
     if not layout.floats:
         layout = layout_of_form(delta_form(base))
     if layout.nbytes > _ONE_PIECE_BYTES:
-        return {
-            name: np.subtract(trained[name], old, dtype=delta_dtype(old.dtype))
-            for name, old in base.items()
-        }
+        return {name: _subtract(name, trained[name], old) for name, old in base.items()}
     found = layout.empty()
     for name, into in found.apart.items():
-        np.subtract(trained[name], base[name], out=into, dtype=into.dtype)
+        _subtract(name, trained[name], base[name], into)
+    return found
+
+
+def _subtract(name: str, new: Array, old: Array, into: Array | None = None) -> Array:
+    dtype = delta_dtype(old.dtype)
+    found: Array = np.subtract(new, old, out=into, dtype=dtype)
+    # Of 64-bit integers at opposite ends the difference wraps, and has the other sign.
+    if is_float(dtype) or old.dtype.itemsize < dtype.itemsize:
+        return found
+    if ((new >= old) != (found >= 0)).any():
+        raise ValueError(
+            f"tensor '{name}' changed by more than an int64 can hold; "
+            "keep it out of the weights, or use integers of 32 bits"
+        )
     return found
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +168,34 @@ def _kept_delta(
 def _second_opinion(
     base: Weights, deltas: Sequence[Weights], examples: Sequence[int]
 ) -> Callable[[str], Array]:
-    """Return what gives the average of one tensor, in float64, by other means than ``fedavg``."""
+    """Return what gives the average of one tensor, by other means than ``fedavg``."""
 
     def average(name: str) -> Array:
-        several = [delta[name].astype(np.float64) for delta in deltas]
-        mean = base[name] + np.average(several, axis=0, weights=examples)
-        whole = np.rint(mean) if base[name].dtype.kind in "iu" else mean
+        dtype = base[name].dtype
+        if dtype.kind in "iu":
+            return _exactly(base[name], [delta[name] for delta in deltas], examples)
+        # Halved so often that no sum is beyond the end of float64.
+        several = [np.ldexp(delta[name].astype(np.float64), -64) for delta in deltas]
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the ends of the dtype
-            return np.asarray(whole).astype(base[name].dtype)
+            mean = np.ldexp(np.average(several, axis=0, weights=examples), 64)
+            return np.asarray(base[name] + mean).astype(dtype)
 
     return average
+
+
+def _exactly(base: Array, deltas: Sequence[Array], examples: Sequence[int]) -> Array:
+    """Average integers as Python does, in as many digits as it takes."""
+    limits, count = np.iinfo(base.dtype), sum(examples)
+    averaged = [
+        min(
+            max(round(Fraction(sum(map(mul, examples, learnt)), count) + old), limits.min),
+            limits.max,
+        )
+        for old, *learnt in zip(
+            base.ravel().tolist(), *(d.ravel().tolist() for d in deltas), strict=True
+        )
+    ]
+    return np.array(averaged, base.dtype).reshape(base.shape)
 
 
 def _compared(

@@ -16,25 +16,30 @@ Example:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from fluffle_common.layout import Tensors, layout_for
+from fluffle_common.layout import Tensors, layout_for, layout_of_form
 from fluffle_common.weights import BFLOAT16, Array, Weights, is_float, largest
+from fluffle_coordinator import integer_sum
 
 # Elements handled at a time: a block of float64 and the slices it is added to stay in cache.
 _BLOCK = 32 * 1024
+# Sums are kept smaller by this, which costs no bit: two updates of 1e308 have no sum in float64,
+# and they have an average. Only what is below 1e-288 is rounded by it, to a multiple of 1e-304.
+_SCALE = 2.0**-64
+_FLOAT, _INTEGER = np.dtype(np.float64), np.dtype(np.int64)
 
 
 @dataclass(frozen=True)
 class Sum:
-    """The running sum of a round: sum(n_k * delta_k) in float64, and sum(n_k).
+    """The running sum of a round: sum(n_k * delta_k), and sum(n_k).
 
-    As long as that is 0, ``totals`` are memory for it and nothing else.
+    As long as that is 0, ``totals`` are memory for it and nothing else. Of floats they are the sums
+    in float64, times ``_SCALE``; of integers the upper halves of the sums, and behind them the
+    lower halves (see ``integer_sum``).
     """
 
     totals: Tensors
@@ -48,7 +53,8 @@ class Strategy:
     Args:
         init: ``(weights) -> state``, at the opening of a round.
         fold: ``(state, delta, num_examples) -> state``; may reuse the old state's memory. The delta
-            has been checked against the weights (``weights.check_delta``).
+            has been checked against the weights (``weights.check_delta``). Raises ``ValueError``
+            for more than 2**63 - 1 examples in all.
         finish: ``(state, weights) -> (weights, state)``: the next round's weights, in the dtypes of
             the old, and the state to begin that round with, which may be the old state's memory.
     """
@@ -59,15 +65,28 @@ class Strategy:
 
 
 def _init(weights: Weights) -> Sum:
-    return Sum(layout_for(weights).empty_as(np.dtype(np.float64)))
+    layout = layout_for(weights)
+    if layout.floats:
+        return Sum(layout.empty_as(_FLOAT))
+    form = [
+        (name, _FLOAT, place.shape) if is_float(place.dtype) else (name, _INTEGER, (2, place.size))
+        for name, place in layout.places.items()
+    ]
+    return Sum(layout_of_form(tuple(form)).empty())
 
 
 def _fold(state: Sum, delta: Weights, num_examples: int) -> Sum:
-    add = _add_scaled if state.num_examples else _set_scaled
+    num_so_far = state.num_examples
+    if num_so_far + num_examples > integer_sum.MOST:
+        raise ValueError(f"{num_so_far} and {num_examples} examples are more than can be counted")
+    add = _add_scaled if num_so_far else _set_scaled
     with np.errstate(over="ignore", invalid="ignore"):  # of what lies between the tensors
         for total, values in _side_by_side(state.totals, delta):
-            add(total, values, float(num_examples))
-    return Sum(state.totals, state.num_examples + num_examples)
+            if total.dtype == _INTEGER:
+                _add_integers(total, values, num_examples, anew=not num_so_far)
+            else:
+                add(total, values, num_examples * _SCALE)
+    return Sum(state.totals, num_so_far + num_examples)
 
 
 def _side_by_side(totals: Tensors, *others: Weights) -> Iterator[tuple[Array, ...]]:
@@ -106,13 +125,28 @@ def _add_scaled(total: Array, values: Array, factor: float) -> None:
         part += scaled
 
 
+def _add_integers(total: Array, values: Array, factor: int, *, anew: bool) -> None:
+    """Add ``factor * values`` to the sums of a tensor of integers, in place."""
+    if anew:
+        total[:] = 0
+    high, low = _halves(total)
+    for start in range(0, values.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        integer_sum.add_scaled(high[block], low[block], values[block], factor)
+
+
+def _halves(total: Array) -> tuple[Array, Array]:
+    return total[: total.size // 2], total[total.size // 2 :].view(np.uint64)
+
+
 def _finish(state: Sum, weights: Weights) -> tuple[Tensors, Sum]:
     if state.num_examples <= 0:
         raise ValueError("no examples were folded: there is nothing to average")
     layout = layout_for(weights)
     averaged = layout.empty()
     for total, base, result in _side_by_side(state.totals, weights, averaged):
-        _average(result, total, base, state.num_examples)
+        average = _average if is_float(base.dtype) else _average_integers
+        average(result, total, base, state.num_examples)
     assert averaged.memory is not None
     layout.clear_gaps(averaged.memory)  # what updates had there goes no further
     return averaged, Sum(state.totals)
@@ -123,13 +157,15 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
 
     A page that was never touched is slow to touch: so the sum's memory serves all rounds.
     """
-    lowest, highest = _limits(base.dtype)
-    narrow = is_float(base.dtype) and base.dtype.itemsize < total.dtype.itemsize
+    end, count = largest(base.dtype), num_examples * _SCALE
+    narrow = base.dtype.itemsize < total.dtype.itemsize
     # What is beyond the end of float64 is clipped to its end, as is what the dtype cannot hold.
     with np.errstate(over="raise" if narrow else "ignore", invalid="ignore"):
         for start in range(0, total.size, _BLOCK):
             mean, part = total[start : start + _BLOCK], result[start : start + _BLOCK]
-            mean /= num_examples
+            mean /= count
+            if not narrow:
+                np.clip(mean, -end, end, out=mean)  # it may be beyond by a rounding
             mean += base[start : start + _BLOCK]
             if narrow:
                 try:
@@ -137,9 +173,7 @@ def _average(result: Array, total: Array, base: Array, num_examples: int) -> Non
                     continue
                 except FloatingPointError:  # the cast met a value that the dtype cannot hold
                     pass
-            elif base.dtype.kind in "iu":
-                np.rint(mean, out=mean)
-            np.clip(mean, lowest, highest, out=mean)
+            np.clip(mean, -end, end, out=mean)
             part[...] = mean
 
 
@@ -159,16 +193,12 @@ def _for_bfloat16(values: Array) -> Array:
     return rounded
 
 
-@functools.cache
-def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Return the ends of a dtype: between them, no value wraps or becomes infinite when cast."""
-    if is_float(dtype):
-        return -largest(dtype), largest(dtype)
-    limits = np.iinfo(dtype)
-    lowest, highest = float(limits.min), float(limits.max)
-    if highest > limits.max:  # 2**63 - 1 as a float is 2**63
-        highest = float(np.nextafter(highest, 0))
-    return lowest, highest
+def _average_integers(result: Array, total: Array, base: Array, num_examples: int) -> None:
+    """Write ``base + total / num_examples`` into ``result``, rounded once, in blocks."""
+    high, low = _halves(total)
+    for start in range(0, base.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        result[block] = integer_sum.rounded_mean(high[block], low[block], num_examples, base[block])
 
 
 fedavg = Strategy(_init, _fold, _finish)
@@ -176,5 +206,6 @@ fedavg = Strategy(_init, _fold, _finish)
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 AISTATS 2017, algorithm 1, on deltas: w + sum(n_k * (w_k - w)) / sum(n_k). Integer tensors are
-averaged likewise and rounded to the nearest (half to even).
+averaged exactly and rounded to the nearest (half to even). Finite updates make a finite model: what
+is beyond the end of a dtype is its end.
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -182,10 +184,7 @@ def test_integers_beyond_the_end_stay_at_the_end(dtype):
     beyond = {"n": np.int64([2**61, -(2**61), 0, 0])}
     got = average(base, [(beyond, 3)])["n"]
     assert got.dtype == np.dtype(dtype)
-    # float64 knows 64-bit integers to 53 bits.
-    slack = 0 if limits.bits < 64 else 2**11
-    for value, end in zip(got.tolist(), base["n"].tolist(), strict=True):
-        assert abs(value - end) <= slack
+    assert got.tolist() == base["n"].tolist()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -291,3 +290,125 @@ def test_the_state_does_not_grow_with_the_number_of_updates():
         state = fedavg.fold(state, {"w": np.ones(1000, np.float32)}, 5)
     assert state.num_examples == 100
     assert sum(total.nbytes for total in state.totals.values()) == 8000
+
+
+# --- against fractions ---------------------------------------------------------------------------
+
+
+def exact(base: object, updates: Sequence[tuple[object, int]]) -> Fraction:
+    total = sum(n for _, n in updates)
+    return Fraction(base) + sum((Fraction(value) * n for value, n in updates), Fraction(0)) / total
+
+
+ANY_COUNT = st.integers(1, 10**12) | st.sampled_from([1, 2, 10**12])
+
+
+@given(st.sampled_from(INTEGERS), st.data())
+def test_integers_of_any_size_are_averaged_exactly(dtype, data):
+    limits, small = np.iinfo(dtype), st.integers(-3, 3)
+    near = st.sampled_from([0, 2**53, -(2**53), 2**62, 2**63 - 1, -(2**63)])
+    values = st.integers(-(2**63), 2**63 - 1) | st.tuples(near, small).map(sum)
+    values = values.map(lambda value: min(max(value, -(2**63)), 2**63 - 1))
+    bases = st.integers(int(limits.min), int(limits.max)) | st.sampled_from(
+        [int(limits.min), int(limits.max)]
+    )
+    size = data.draw(st.integers(1, 4))
+    base = np.array(data.draw(st.lists(bases, min_size=size, max_size=size)), dtype)
+    vectors = st.lists(values, min_size=size, max_size=size).map(np.int64)
+    updates = data.draw(st.lists(st.tuples(vectors, ANY_COUNT), min_size=1, max_size=6))
+    got = average({"n": base}, [({"n": update}, n) for update, n in updates])["n"]
+    assert got.dtype == np.dtype(dtype)
+    for place in range(size):
+        mean = exact(int(base[place]), [(int(update[place]), n) for update, n in updates])
+        assert int(got[place]) == min(max(round(mean), int(limits.min)), int(limits.max))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained", "expected"),
+    [
+        ("int64", [2**53 + 1, 2**53 + 1], 2**53 + 1),
+        ("int64", [2**62 + 1, 2**62 + 3], 2**62 + 2),
+        ("int64", [-(2**63), -(2**63) + 1], -(2**63)),  # a half, to the even one
+        ("int64", [2**63 - 1, 2**63 - 2], 2**63 - 2),
+        ("uint64", [2**64 - 1, 2**64 - 1], 2**64 - 1),
+        ("uint64", [2**64 - 1, 2**64 - 3], 2**64 - 2),
+    ],
+)
+def test_integers_above_2_to_the_53_keep_their_last_digit(dtype, trained, expected):
+    start = 2**63 if dtype == "uint64" else 0
+    base = {"n": np.full(3, start, dtype)}
+    got = average_of(base, [({"n": np.full(3, value, dtype)}, 10**12) for value in trained])["n"]
+    assert got.tolist() == [expected] * 3
+
+
+def test_many_tensors_of_integers_beside_floats_are_each_their_own():
+    base = {
+        "n": np.arange(70_000).reshape(7, 10_000),
+        "w": np.ones(3, np.float32),
+        "b": np.array(5, np.uint8),
+        "none": np.zeros((0, 3), np.int16),
+    }
+    learnt = {
+        "n": np.arange(70_000)[::-1].reshape(7, 10_000),
+        "w": np.full(3, 0.5, np.float32),
+        "b": np.array(-7),
+        "none": np.zeros((0, 3), np.int64),
+    }
+    for _ in range(2):
+        state = fedavg.fold(fedavg.init(base), learnt, 3)
+        got, state = fedavg.finish(fedavg.fold(state, learnt, 4), base)
+        assert (got["n"] == 69_999).all()
+        assert (got["w"].tolist(), got["b"].tolist(), got["none"].shape) == ([1.5] * 3, 0, (0, 3))
+
+
+MOST = sys.float_info.max
+WIDE = st.floats(-MOST, MOST) | st.sampled_from([MOST, -MOST, 1e308, -1e308, 5e-324, 0.0])
+
+
+@given(WIDE, st.lists(st.tuples(WIDE, ANY_COUNT), min_size=1, max_size=6))
+def test_float64_of_any_size_is_averaged_to_the_last_digits(base, updates):
+    got = average({"w": np.array([base])}, [({"w": np.array([v])}, n) for v, n in updates])["w"]
+    mean = exact(base, updates)
+    expected = min(max(mean, Fraction(-MOST)), Fraction(MOST))
+    largest = max(abs(Fraction(value)) for value in (base, *(v for v, _ in updates)))
+    off = abs(Fraction(float(got[0])) - expected)
+    assert off <= largest * Fraction(len(updates) + 3, 2**52) + Fraction(1, 10**300)
+
+
+@pytest.mark.parametrize(
+    ("updates", "expected"),
+    [
+        ([(1e308, 1), (1e308, 1)], 1e308),
+        ([(1e308, 10**12), (1e308, 10**12)], 1e308),
+        ([(1e308, 7), (-1e308, 7)], 0.0),  # was NaN: infinity less infinity
+        ([(MOST, 10**12), (MOST, 3)], MOST),
+        ([(-MOST, 10**12), (MOST, 10**12), (1.0, 1)], 0.0),
+    ],
+)
+def test_a_sum_beyond_float64_has_an_average(updates, expected):
+    for order in (updates, updates[::-1]):
+        got = average({"w": np.zeros(3)}, [({"w": np.full(3, v)}, n) for v, n in order])["w"]
+        assert got.tolist() == pytest.approx([expected] * 3, rel=1e-15, abs=1e300)
+        assert np.isfinite(got).all()
+
+
+def test_scaling_costs_no_bit():
+    numbers = np.random.default_rng(0)
+    values = [numbers.normal(size=1000) * 10.0 ** numbers.integers(-200, 200) for _ in range(5)]
+    base = {"w": np.zeros(1000)}
+    got = average(base, [({"w": one}, 1 + 10**n) for n, one in enumerate(values)])["w"]
+    plain = sum(((1 + 10**n) * one for n, one in enumerate(values[1:], 1)), 2 * values[0])
+    assert got.tobytes() == (plain / sum(1 + 10**n for n in range(5))).tobytes()
+
+
+def test_very_many_examples_are_counted_exactly_and_not_beyond():
+    base = {"w": np.zeros(1, np.float32), "n": np.zeros(1, np.int64)}
+    learnt = {"w": np.ones(1, np.float32), "n": np.array([2**62])}
+    state = fedavg.init(base)
+    for _ in range(1000):
+        state = fedavg.fold(state, learnt, 10**12 + 1)
+    assert state.num_examples == 1000 * (10**12 + 1)
+    got, _ = fedavg.finish(state, base)
+    assert (got["w"].tolist(), got["n"].tolist()) == ([1.0], [2**62])
+    with pytest.raises(ValueError, match="more than can be counted"):
+        fedavg.fold(state, learnt, 2**63)

@@ -51,6 +51,23 @@ def test_a_delta_of_integers_is_exact_and_signed(pair):
     check_delta({"n": got}, {"n": received})
 
 
+@pytest.mark.parametrize(
+    ("dtype", "old", "new"),
+    [("int64", -(2**63), 0), ("int64", 2**62, -(2**62) - 1), ("uint64", 0, 2**63)],
+)
+def test_a_difference_beyond_64_bits_does_not_wrap(dtype, old, new):
+    received, trained = ({"k": np.array([3, value], dtype)} for value in (old, new))
+    with pytest.raises(ValueError, match="'k' changed by more than an int64 can hold; keep it"):
+        delta(trained, received)
+
+
+def test_a_difference_of_just_64_bits_is_exact():
+    received, trained = (
+        {"k": np.array(values, np.uint64)} for values in ([2**63, 5], [0, 2**63 + 4])
+    )
+    assert delta(trained, received)["k"].tolist() == [-(2**63), 2**63 - 1]
+
+
 def test_a_delta_of_small_unsigned_integers_does_not_wrap():
     got = delta({"n": np.array([0, 255], np.uint8)}, {"n": np.array([255, 0], np.uint8)})
     assert got["n"].tolist() == [-255, 255]
