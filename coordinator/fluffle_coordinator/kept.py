@@ -18,7 +18,7 @@ import mmap
 import shutil
 from pathlib import Path
 
-from fluffle_common.checkpoint import replacing
+from fluffle_common.checkpoint import make_folder, replacing
 from fluffle_common.transport import Body
 
 _UPDATES = "updates"
@@ -49,7 +49,7 @@ def keep_update(path: Path, body: Body, payload: memoryview | None) -> None:
     Raises:
         OSError: where the disk refuses; call again for another try.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if payload is not None:  # first: a message is only there when all that it needs is
         with replacing(path.with_suffix(".payload")) as file:
             file.write(payload)

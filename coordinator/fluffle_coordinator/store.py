@@ -27,9 +27,11 @@ from typing import IO, Any
 
 from fluffle_common.checkpoint import (
     checkpoint_name,
+    make_folder,
     read_checkpoint,
     replacing,
     save_checkpoint,
+    sync_folder,
 )
 from fluffle_common.console import json_line, timestamp
 from fluffle_common.errors import RunError, UsageError
@@ -79,7 +81,7 @@ class RunStore:
         self.history_path = folder / "history.jsonl"
         self._lock: IO[str] | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as why:
             raise RunError(
                 f"cannot make the run folder {folder} ({why.strerror}); choose another with --run"
@@ -107,6 +109,8 @@ class RunStore:
         aside.mkdir()
         for path in kept:
             path.rename(aside / path.name)
+        for folder in (aside, aside.parent, self.folder):
+            sync_folder(folder)
         return aside
 
     def load(self, federation: str) -> Saved:
@@ -118,6 +122,7 @@ class RunStore:
         for leftover in self.folder.glob("*.partial"):
             leftover.unlink()
         identity = self._identity(federation)
+        sync_folder(self.folder)  # of which a crash may have left names that are not on disk
         lines, repairs = self._sound_history()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
         last, sound = self._last_sound(max(committed, default=0))
@@ -194,10 +199,13 @@ class RunStore:
         written = 0
         history = os.open(self.history_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            is_new = not os.fstat(history).st_size
             written = os.write(history, data)
             if written != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(history)
+            if is_new:
+                sync_folder(self.folder)
         except OSError:
             with contextlib.suppress(OSError):
                 os.truncate(history, os.fstat(history).st_size - written)
@@ -225,11 +233,20 @@ class RunStore:
         return run
 
     def _sound_history(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Read the history; a torn last line, left by a crash, is cut off."""
+        """Read the history; a torn last line, left by a crash, is cut off.
+
+        Where the power failed, blocks of it may be missing in the middle, or be zeros.
+        """
         if not self.history_path.exists():
             return [], []
         data = self.history_path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        if whole == data:
+            start = data[:-1].rfind(b"\n") + 1
+            try:
+                read_lines(data[start:])
+            except ValueError:
+                whole = data[:start]
         try:
             lines = read_lines(whole)
         except ValueError as why:
@@ -238,6 +255,7 @@ class RunStore:
             ) from None
         if whole == data:
             return lines, []
+        self._put_aside(data[len(whole) :])
         with self.history_path.open("r+b") as history:
             history.truncate(len(whole))
             os.fsync(history.fileno())
@@ -260,10 +278,17 @@ class RunStore:
                 [line for line in lines if line["round"] > last],
             )
         )
-        with (self.folder / "history.removed.jsonl").open("a") as removed:
-            removed.write(cut)
+        self._put_aside(cut.encode())
         with replacing(self.history_path) as file:
             file.write(kept.encode())
+
+    def _put_aside(self, cut: bytes) -> None:
+        """Keep what is about to be cut off the history."""
+        with (self.folder / "history.removed.jsonl").open("ab") as removed:
+            removed.write(cut if cut.endswith(b"\n") else cut + b"\n")
+            removed.flush()
+            os.fsync(removed.fileno())
+        sync_folder(self.folder)
 
 
 def _written(line: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from fluffle_common import checkpoint
 from fluffle_common.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
@@ -197,6 +199,78 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert order == ["fsync m.partial", "rename m.partial m", f"fsync {tmp_path.name}"]
 
 
+LARGE = {"a": np.arange(400_000, dtype=np.float32), "b": np.ones(3)}
+
+
+@pytest.mark.parametrize("tensors", [weights(3), LARGE, {}])
+def test_a_checkpoint_carries_the_digest_of_its_file(tmp_path, tensors):
+    path = tmp_path / "m"
+    save_checkpoint(path, tensors, {"round": "3", "classes": '["a"]'})
+    data = path.read_bytes()
+    with safe_open(path, "numpy") as file:
+        digest = file.metadata()["fluffle_sha256"]
+    without = data.replace(digest.encode(), b"0" * 64)
+    assert hashlib.sha256(without).hexdigest() == digest
+    got, metadata = read_checkpoint(path)
+    assert metadata == {"round": "3", "classes": '["a"]'}
+    assert {name: t.tobytes() for name, t in got.items()} == {
+        name: t.tobytes() for name, t in tensors.items()
+    }
+
+
+def bits(size: int) -> list[int]:
+    """Return a hundred bits of a file, at both of its ends and in between."""
+    return [*range(8 * 8, 8 * 90, 97), *range(8 * 150, 8 * size, 8 * size // 90), 8 * size - 1]
+
+
+@pytest.mark.parametrize("tensors", [weights(3), LARGE], ids=["small", "large"])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
+    path = tmp_path / "m"
+    save_checkpoint(path, tensors, {"round": "3", "base": "0123456789ab"})
+    whole = path.read_bytes()
+    start = whole.index(b'"round"')  # what is before tells that there is a digest
+    flips = [at for at in bits(len(whole)) if at >= 8 * start]
+    flips += range(8 * start, 8 * start + 400)
+    flips += range(8 * whole.index(b"256") + 48, 8 * start - 32, 5)  # the digest itself
+    for at in flips:
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="not a whole model file|does not travel"):
+            read_checkpoint(path)
+    path.write_bytes(whole)
+    read_checkpoint(path)
+
+
+def test_a_checkpoint_of_an_earlier_version_or_another_program_needs_no_digest(tmp_path):
+    save_file({"w": np.ones(3)}, tmp_path / "m", {"round": "3"})
+    assert read_checkpoint(tmp_path / "m")[1] == {"round": "3"}
+    save_file({"w": np.ones(3)}, tmp_path / "m")
+    assert read_checkpoint(tmp_path / "m")[1] == {}
+
+
+def test_the_digest_of_a_large_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced: list[bytes] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        if (tmp_path / "m.partial").exists():
+            synced.append((tmp_path / "m.partial").read_bytes())
+
+    monkeypatch.setattr(checkpoint.os, "fsync", noted)
+    save_checkpoint(tmp_path / "m", LARGE, {})
+    assert synced[-1] == (tmp_path / "m").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
+def test_a_model_file_of_what_numpy_cannot_hold_is_told_in_one_line(tmp_path, dtype):
+    header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UsageError, match=f"tensor 'w' of .* is {dtype}, which does not travel"):
+        read_checkpoint(tmp_path / "m")
+
+
 def test_a_missing_or_damaged_model_file_is_told_in_one_line(tmp_path):
     path = tmp_path / "m"
     with pytest.raises(UsageError, match="there is no model file"):
@@ -292,7 +366,7 @@ def test_a_history_that_is_nothing_but_a_torn_line_is_a_run_that_has_not_begun(s
     assert store.history_path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "zeros"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "zeros", "one bit"])
 @pytest.mark.parametrize("bad", [{3}, {2, 3}, {1, 2, 3}])
 def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad):
     three.append(evaluated(3, loss=0.5))
@@ -308,6 +382,10 @@ def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad)
                 path.unlink()
             case "zeros":
                 path.write_bytes(bytes(size))
+            case "one bit":
+                data = bytearray(path.read_bytes())
+                data[-1] ^= 1
+                path.write_bytes(data)
     before = three.history_path.read_text()
     last = min(bad) - 1
     saved = three.load("letters")
@@ -374,6 +452,98 @@ def test_a_damaged_line_in_the_middle_of_the_history_is_told_in_one_line(three, 
     assert three.history_path.read_bytes() == before
 
 
+@pytest.mark.parametrize("length", [1, 10, None])
+def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
+    """What a power failure leaves of a line of several blocks: its end without its beginning."""
+    before = three.history_path.read_bytes()
+    three.append(committed(4, *(f"worker-{n}" for n in range(500))))
+    lines = three.history_path.read_bytes()
+    last = lines[len(before) :]
+    hole = len(last) - 1 if length is None else length
+    damaged = before + bytes(hole) + last[hole:]
+    three.history_path.write_bytes(damaged)
+    saved = three.load("letters")
+    assert (saved.committed, saved.repairs) == (3, ("cut off a torn last line of history.jsonl",))
+    assert three.history_path.read_bytes() == before
+    assert (three.folder / "history.removed.jsonl").read_bytes() == damaged[len(before) :]
+    assert three.load("letters").repairs == ()
+
+
+# --- what is on disk when the power fails --------------------------------------------------------
+
+
+@pytest.fixture
+def synced(monkeypatch) -> list[Path]:
+    """Collect what is synced, in order."""
+    found: list[Path] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return found
+
+
+def test_a_new_run_folder_is_on_disk_under_every_name(tmp_path, synced):
+    folder = tmp_path / "runs" / "of" / "letters"
+    RunStore(folder)
+    assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "of"]
+    del synced[:]
+    RunStore(folder)
+    assert synced == []
+
+
+def test_the_first_line_of_a_history_is_on_disk_with_its_name(store, synced):
+    store.load("letters")
+    del synced[:]
+    store.append(committed(1, "a"))
+    assert synced == [store.history_path, store.folder]
+    store.append(committed(2, "a"))
+    assert synced[2:] == [store.history_path]
+
+
+def test_a_first_line_that_was_refused_is_no_reason_to_forget_the_name(store, monkeypatch):
+    store.load("letters")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_fsync)
+        with pytest.raises(OSError, match="No space"):
+            store.append(committed(1, "a"))
+    order: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    store.append(committed(1, "a"))
+    assert order == [str(store.history_path), str(store.folder)]
+
+
+def test_what_is_cut_off_is_on_disk_before_the_history_is_without_it(three, synced):
+    (three.folder / checkpoint_name(3)).write_bytes(b"")
+    three.load("letters")
+    removed = synced.index(three.folder / "history.removed.jsonl")
+    assert removed < synced.index(three.folder / "history.jsonl.partial")
+
+
+def test_kept_updates_are_on_disk_under_every_name(store, synced):
+    store.load("letters")
+    del synced[:]
+    store.keep_update(1, 1, "a", b"body", None)
+    round_1 = store.folder / "updates" / "round-0001"
+    assert synced == [
+        store.folder, store.folder / "updates", round_1 / "0001-a.msgpack.partial", round_1,
+    ]  # fmt: skip
+
+
+def test_an_earlier_run_that_was_moved_aside_is_on_disk_there(three, synced):
+    aside = three.start_afresh()
+    assert synced == [aside, three.folder.parent, three.folder]
+
+
 def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make the run folder.*--run"):
@@ -393,7 +563,7 @@ def test_a_line_is_on_disk_when_append_returns(store, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noted)
     store.append({"event": "committed", "round": 1, "name": "w-ä\n"})
-    assert synced == [store.history_path.read_bytes()]
+    assert synced == [store.history_path.read_bytes()] * 2  # the file, and its folder
     assert synced[0].count(b"\n") == 1
     assert json.loads(synced[0]) == {"event": "committed", "round": 1, "name": "w-ä\n"}
 
