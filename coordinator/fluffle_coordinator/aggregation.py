@@ -30,6 +30,7 @@ from fluffle_coordinator.received import read_delta
 from fluffle_coordinator.store import RunStore, new_base
 from fluffle_coordinator.strategy import Strategy, Sum, fedavg
 from fluffle_coordinator.tally import Clock, Counts
+from fluffle_coordinator.tally import weighted_mean as mean
 from fluffle_coordinator.turns import Turns
 
 Tell = Callable[[str, dict[str, Any]], None]
@@ -364,10 +365,6 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
         >>> federated({"a": a, "b": b})["loss"], federated({"a": a, "b": b})["accuracy"]
         (1.75, 0.75)
     """
-
-    def mean(values: list[tuple[int, float]]) -> float:
-        return sum(n * value for n, value in values) / sum(n for n, _ in values)
-
     everyone = evaluations.values()
     names = sorted({name for one in everyone for name in one.metrics})
     return {

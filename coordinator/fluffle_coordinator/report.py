@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO, Any
 
+from fluffle_coordinator.report_numbers import train_loss
+
 _BLUE, _RUST = "#1f5fa8", "#c1502e"
 _KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
 
@@ -34,7 +36,7 @@ def history_table(rounds: list[dict[str, Any]], stream: IO[str]) -> None:
             str(one["round"]),
             ", ".join(sorted(p["worker"] for p in there)),
             str(sum(p["num_examples"] for p in there)),
-            _number(_train_loss(there)),
+            _number(train_loss(there)),
             *(_number(one.get(name)) for name in ("loss", *metrics)),
             str(one.get("late", "")),
             str(one.get("rejected", "")),
@@ -82,12 +84,6 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
     with replacing(out) as file:
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
-
-
-def _train_loss(participants: list[dict[str, Any]]) -> float | None:
-    told = [p for p in participants if p.get("train_loss") is not None]
-    total = sum(p["num_examples"] for p in told)
-    return sum(p["num_examples"] * p["train_loss"] for p in told) / total if total else None
 
 
 def _number(value: float | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.store import read_history_lines
+from fluffle_coordinator.tally import weighted_mean
 
 Line = Mapping[str, Any]
 Answer = Literal["counted", "late", "no answer", "absent"]
@@ -172,8 +173,7 @@ def train_loss(participants: Sequence[Line]) -> float | None:
     1.75
     """
     told = [one for one in participants if one.get("train_loss") is not None]
-    total = sum(one["num_examples"] for one in told)
-    return sum(one["num_examples"] * one["train_loss"] for one in told) / total if total else None
+    return weighted_mean((one["num_examples"], one["train_loss"]) for one in told)
 
 
 def phases(line: Line) -> dict[str, float] | None:

@@ -19,8 +19,10 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -292,7 +294,19 @@ class RunStore:
 
 
 def _written(line: dict[str, Any]) -> str:
-    return f"{json_line(line)}\n"
+    text = json_line(line)
+    if "NaN" in text or "Infinity" in text:  # which many readers of JSON do not know
+        text = json_line(_without_nan(line))
+    return f"{text}\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """Put None, at any depth, where a number is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

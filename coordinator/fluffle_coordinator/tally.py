@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from operator import sub
 from typing import Any
 
 _TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
+
+
+def weighted_mean(values: Iterable[tuple[int, float]]) -> float | None:
+    """Average ``(num_examples, value)`` pairs; None where there are no examples.
+
+    What is averaged is finite, and so is the average, even of values whose sum is not.
+
+    >>> weighted_mean([(1, 1.0), (3, 2.0)])
+    1.75
+    >>> weighted_mean([(10, 1.7e308), (10, 1.7e308)])
+    1.7e+308
+    """
+    pairs = list(values)
+    total = sum(n for n, _ in pairs)
+    if not total:
+        return None
+    found = sum(n * value for n, value in pairs) / total
+    return found if math.isfinite(found) else float(sum(n * Fraction(v) for n, v in pairs) / total)
 
 
 @dataclass

@@ -230,8 +230,9 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
     whole = path.read_bytes()
     start = whole.index(b'"round"')  # what is before tells that there is a digest
     flips = [at for at in bits(len(whole)) if at >= 8 * start]
-    flips += range(8 * start, 8 * start + 400)
-    flips += range(8 * whole.index(b"256") + 48, 8 * start - 32, 5)  # the digest itself
+    if tensors is not LARGE:
+        flips += range(8 * start, 8 * start + 400)
+    flips += range(8 * whole.index(b"256") + 48, 8 * start - 32, 11)  # the digest itself
     for at in flips:
         damaged = bytearray(whole)
         damaged[at // 8] ^= 1 << at % 8
@@ -597,6 +598,21 @@ def test_history_is_one_row_a_round_in_order_with_everything_known(store):
     assert (rows[0]["loss"], rows[0]["accuracy"], rows[0]["seconds"]) == (0.75, 0.8, 2.0)
     assert (rows[1]["loss"], len(rows[1]["participants"])) == (0.25, 2)
     assert "event" not in rows[0]
+
+
+def test_a_line_is_json_that_any_reader_knows(store):
+    nan, inf = float("nan"), float("inf")
+    told = [{"worker": "a", "train_loss": nan, "metrics": {"auc": -inf, "ok": 1.5}}]
+    store.append({"event": "committed", "round": 1, "name": "NaN", "participants": told})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json.loads(store.history_path.read_text(), parse_constant=refuse)
+    assert line["participants"] == [
+        {"worker": "a", "train_loss": None, "metrics": {"auc": None, "ok": 1.5}}
+    ]
+    assert line["name"] == "NaN"
 
 
 def test_history_can_be_read_while_a_line_is_being_written(three):
