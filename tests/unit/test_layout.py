@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -205,6 +207,22 @@ def test_every_memory_layout_and_byte_order_travels(dtype):
         learnt = delta({"w": odd}, {"w": np.zeros(odd.shape, dtype)})
         check_delta(learnt, {"w": np.zeros(odd.shape, dtype)})
         assert learnt["w"].tolist() == odd.astype(dtype).tolist()
+
+
+def test_a_gap_as_large_as_a_model_takes_no_memory():
+    gap = 2**24
+    table = (
+        TensorEntry("a", "float32", (1,), 0, 4),
+        TensorEntry("b", "float32", (1,), gap, 4),
+    )
+    weights = layout_of(table).over(bytes(gap + 4))
+    tracemalloc.start()
+    try:
+        assert check_finite(weights) == 0.0
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < gap // 16
 
 
 @pytest.mark.parametrize("between", [b"\0", b"\x7f", b"\xff", b"\x01"])
