@@ -135,18 +135,20 @@ def advance(state: State, event: Event) -> tuple[State, Effects]:
     if isinstance(event, _HEARD):
         state = heard(state, event.now)
     before, state = state, _TAKE[type(event)](state, event, out)
-    _tell_of_the_quorum(before, state, event, out)
+    state = _tell_of_the_quorum(before, state, event, out)
     return progress(state, event.now, out), out
 
 
-def _tell_of_the_quorum(before: State, after: State, event: Event, out: Effects) -> None:
+def _tell_of_the_quorum(before: State, after: State, event: Event, out: Effects) -> State:
     """Let people know when the quorum of an open round shrinks, and for whom."""
     if after.phase is not Phase.OPEN or (before.phase, before.round) != (after.phase, after.round):
-        return
+        return after
     was, needed = before.needed, after.needed
-    if needed < was:
-        told = {"round": after.round, "needed": needed, "was": was}
-        out.append(Tell("quorum", {**told, "reason": _why_fewer(before, after, event)}))
+    if needed >= was:
+        return after
+    told = {"round": after.round, "needed": needed, "was": was}
+    tell = Tell("quorum", {**told, "reason": _why_fewer(before, after, event)})
+    return tell_of_round(after, tell, out)
 
 
 def _why_fewer(before: State, after: State, event: Event) -> str:

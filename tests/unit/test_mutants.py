@@ -17,9 +17,10 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from fluffle_coordinator import progress, rounds
+import fluffle_coordinator
+from fluffle_coordinator import agreement, hearing, members, progress, rounds
 from fluffle_worker import session
-from tests.unit import test_rounds, test_rounds_ahead, test_rounds_machine
+from tests.unit import test_rounds, test_rounds_ahead, test_rounds_in_use, test_rounds_machine
 from tests.unit.test_rounds_machine import Federation
 
 
@@ -47,8 +48,8 @@ MUTANTS = [
     Mutant(
         "acknowledges when folded, not when the commit is on disk",
         rounds,
-        "    update = Received(held.handle, held.num_examples, True, held.spares)\n",
-        "    update = Received(held.handle, held.num_examples, True, held.spares)\n"
+        "    update = Received(held.handle, held.num_examples, True, held.spares, event.norm)\n",
+        "    update = Received(held.handle, held.num_examples, True, held.spares, event.norm)\n"
         "    out.append(Ack(held.handle))\n",
         "test_nothing_is_acknowledged_before_the_commit_is_on_disk",
     ),
@@ -160,8 +161,8 @@ MUTANTS = [
     Mutant(
         "ends at a deadline while the round before is being written",
         progress,
-        "    if state.saving:\n        return state\n    if state.asked",
-        "    if state.asked",
+        "    if state.saving:\n        return state\n    if len(state.failed)",
+        "    if len(state.failed)",
         "test_no_deadline_ends_a_round_before_the_one_before_is_on_disk",
         random=False,
     ),
@@ -175,7 +176,7 @@ MUTANTS = [
     ),
     Mutant(
         "waits for first weights from a worker that began again",
-        rounds,
+        members,
         "        if state.init_asked == worker.name:",
         "        if False:",
         "test_the_first_weights_are_asked_again_of_a_worker_that_began_again",
@@ -211,6 +212,76 @@ MUTANTS = [
         "test_a_resumed_run_stays_quiet_while_nobody_comes",
     ),
     Mutant(
+        "takes a stop of its own for everybody's silence",
+        members,
+        "    now = clock(state, event.now)\n",
+        "    now = event.now\n",
+        "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
+    ),
+    Mutant(
+        "counts the time in which it heard nobody",
+        hearing,
+        "    if missed_s > 0:\n",
+        "    if False:\n",
+        "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
+    ),
+    Mutant(
+        "believes signs of life from before its link",
+        members,
+        "    if not state.caught_up:\n",
+        "    if False:\n",
+        "test_signs_of_life_from_before_do_not_count",
+        random=False,
+    ),
+    Mutant(
+        "commits with less than was written",
+        progress,
+        "state.folded >= state.needed",
+        "state.folded >= state.rules.quorum.of(state.tally.expected)",
+        "test_no_round_commits_with_less_than_was_written",
+        random=False,
+    ),
+    Mutant(
+        "believes any weight",
+        rounds,
+        "    return min(said, limit)\n",
+        "    return said\n",
+        "test_an_update_weighs_no_more_than_its_worker_announced",
+        random=False,
+    ),
+    Mutant(
+        "ends a long round though its workers advance",
+        progress,
+        "    if any(state.advancing(name) for name in state.missing):\n",
+        "    if False:\n",
+        "test_a_long_round_is_no_dead_one",
+        random=False,
+    ),
+    Mutant(
+        "asks the hung ones again",
+        progress,
+        "draw=state.draws, last=state.asked\n",
+        "draw=0\n",
+        "test_a_reopened_round_asks_others",
+        random=False,
+    ),
+    Mutant(
+        "asks for the same update again after a rejection",
+        rounds,
+        "state.attempts.get(worker, 0) + 1),\n",
+        "state.attempts.get(worker, 0)),\n",
+        "test_a_round_asked_again_after_a_rejection_is_another_attempt",
+        random=False,
+    ),
+    Mutant(
+        "lets whoever came first decide",
+        agreement,
+        "        classes, _ = votes.most_common(1)[0]\n",
+        "        classes = next(iter(votes))\n",
+        "test_the_majority_decides_on_the_classes",
+        random=False,
+    ),
+    Mutant(
         "does a work again that it has answered",
         session,
         "    if work == state.answered:",
@@ -235,6 +306,8 @@ MUTANTS = [
         "(state.sending, state.answered) if",
     ),
 ]
+# The parts of the coordinator's machine, each after those that it imports.
+PARTS = [hearing, agreement, progress, members, rounds]
 UNCHANGED = Mutant("nothing is broken", rounds, "", "")
 
 
@@ -257,9 +330,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mutant], tuple[ModuleType
         changed = _executed(mutant.module, source)
         if mutant.module is session:
             return rounds, changed
-        if mutant.module is progress:
-            monkeypatch.setitem(sys.modules, progress.__name__, changed)
-            changed = _executed(rounds, inspect.getsource(rounds))
+        # Whatever imports it is to import the changed one.
+        for module in PARTS[PARTS.index(mutant.module) + 1 :]:
+            name = changed.__name__
+            monkeypatch.setitem(sys.modules, name, changed)
+            monkeypatch.setattr(fluffle_coordinator, name.rpartition(".")[2], changed)
+            changed = _executed(module, inspect.getsource(module))
         return changed, session
 
     return load
@@ -275,7 +351,8 @@ def _fails(check: Callable[[], object]) -> bool:
 
 def _rule(name: str) -> Callable[[], object]:
     """Return one test of the rules with all its parameters, as a function without any."""
-    test = getattr(test_rounds, name, None) or getattr(test_rounds_ahead, name)
+    modules = (test_rounds, test_rounds_ahead, test_rounds_in_use)
+    test = next(found for module in modules if (found := getattr(module, name, None)))
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
     if not marks:
         return test
