@@ -22,73 +22,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import msgpack
 
 from fluffle_broker import node
+from tests.faults.alarm import memory_alarm
 from tests.faults.checker import Verdict, check
-from tests.faults.harness import Federation, Program, marked, wait_until
+from tests.faults.harness import Federation, Program, marked, now, wait_until
 from tests.faults.hostile import Foe, Hostile
-from tests.faults.proxy import Proxy, Side
+from tests.faults.proxy import Proxy
+from tests.faults.schedule import WORKERS, Fault, schedule
 
-WORKERS = 4
-# How often each kind comes among a hundred; each comes at least once among the first nine.
-KINDS = {
-    "coordinator": 14,
-    "worker": 17,
-    "both": 8,
-    "broker": 6,
-    "cut": 15,
-    "stall": 10,
-    "half-close": 10,
-    "replay": 10,
-    "garbage": 10,
-}
-_SIDES: tuple[Side, ...] = ("client", "broker")
 _TRAIN_S, _SLOW_S = 0.4, 0.9  # one worker is slower, so that rounds are open with updates in them
 _HEARTBEAT_S = 1.0
+_STOP_S = 15.0  # three times as long as a worker may be silent
+_QUIET_S = 2.0  # after a stop or an alarm, so that what the coordinator makes of it is seen
+_SLOW_BYTES_S = 500e3
+_KERNEL = 2**15  # elements: a model of 131 kB, a quarter of a second on such a line
 _STALLED_FOR_S = 60.0  # without a single round, the run counts as hanging
 _END_S = 90.0
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing to do, ``after_s`` seconds after the one before it was done."""
-
-    kind: str
-    after_s: float
-    who: int  # which worker, or (coordinator) whether the standby
-    share: float  # of the connections
-    for_s: float
-    side: Side
-    seed: int  # decides the rest
-
-
-def schedule(seed: int, faults: int) -> list[Fault]:
-    """Return what happens, which follows from the seed alone.
-
-    Example:
-        >>> schedule(7, 100) == schedule(7, 100), schedule(7, 100) == schedule(8, 100)
-        (True, False)
-    """
-    rng = random.Random(seed)
-    first = rng.sample(list(KINDS), len(KINDS))
-    rest = rng.choices(list(KINDS), list(KINDS.values()), k=faults)
-    return [
-        Fault(
-            kind=kind,
-            after_s=round(rng.uniform(0.2, 2.5), 2),
-            who=rng.randrange(WORKERS),
-            share=rng.choice((0.1, 0.3, 0.6, 1.0)),
-            for_s=round(rng.uniform(0.5, 6.0), 1),
-            side=rng.choice(_SIDES),
-            seed=rng.randrange(2**32),
-        )
-        for kind in (first + rest)[:faults]
-    ]
 
 
 class Chaos:
@@ -124,9 +78,10 @@ class Chaos:
         self.federation.wait_committed(1)
         for number, fault in enumerate(faults, start=1):
             self._wait(fault.after_s)
+            began = now()
             told = self._do(fault)
-            line = {"fault": number, "kind": fault.kind, "what": told}
-            self.federation.note("faults", line)
+            line = {"fault": number, "kind": fault.kind, "what": told, "began": began}
+            self.federation.note("faults", {**line, "lasts_s": fault.lasts_s})
             at = time.monotonic() - self._began
             self._say(
                 f"fault {number:3}/{len(faults)}  at {at:6.1f} s, "
@@ -206,8 +161,11 @@ class Chaos:
             "cut": self._cut,
             "stall": self._stall,
             "half-close": self._half_close,
+            "slow": self._slow,
             "replay": self._replay,
             "garbage": self._garbage,
+            "stop": self._stop,
+            "alarm": self._alarm,
         }
         return act[fault.kind](fault, random.Random(fault.seed))
 
@@ -269,6 +227,26 @@ class Chaos:
         count = self.proxy.half_close(fault.share, fault.side, fault.for_s, rng)
         return f"{count} connections ended towards the {fault.side} only, for {fault.for_s} s"
 
+    def _slow(self, fault: Fault, rng: random.Random) -> str:
+        count = self.proxy.slow_some(fault.share, _SLOW_BYTES_S, fault.for_s, rng)
+        return f"{count} connections share {_SLOW_BYTES_S / 1e3:.0f} kB/s for {fault.for_s} s"
+
+    def _stop(self, _: Fault, __: random.Random) -> str:
+        """Stop the coordinator for longer than any worker may be silent, then let it go on."""
+        wait_until(lambda: any(map(_has_begun, self.coordinators)), "one has the run folder")
+        victim = self._active()
+        with self.federation.stopped(victim):
+            self._pause.wait(_STOP_S)
+        self._pause.wait(_QUIET_S)
+        return f"stopped the active one (pid {victim.pid}) for {_STOP_S:.0f} s"
+
+    def _alarm(self, fault: Fault, _: random.Random) -> str:
+        """Let the broker hold all publishers; nothing of ours is published before it is over."""
+        with self.federation.unheard("alarm"), memory_alarm(self._broker):
+            self._pause.wait(fault.for_s)
+        self._pause.wait(_QUIET_S)
+        return f"a memory alarm for {fault.for_s} s"
+
     def _replay(self, fault: Fault, rng: random.Random) -> str:
         """Send again what was sent: the newest update twice more, and three old ones."""
         bodies = self.federation.bodies("update")
@@ -301,7 +279,9 @@ class Chaos:
         )  # fmt: skip
 
     def _worker(self, number: int) -> Program:
-        return self.federation.worker(number, WORKERS, "--heartbeat", _HEARTBEAT_S)
+        return self.federation.worker(
+            number, WORKERS, "--heartbeat", _HEARTBEAT_S, FAULTS_KERNEL=str(_KERNEL)
+        )
 
     def _active(self) -> Program:
         """Return the coordinator that has the run folder, or the one that will have it."""

@@ -31,6 +31,12 @@ The folder is one of `harness.Federation`. What is checked, each with what it ne
     into the inbox or outbox of a worker that was started anew after that, which empties both, and
     what a bound dropped.
 7.  *Nothing left*: no process, no queue but the declared ones.
+8.  *Quorum*: no round has fewer updates than the coordinator that committed it said it needed
+    (``opened``, ``reopened``), less what an event ``quorum`` took off; no quorum shrinks without
+    one; and none has fewer than ``--quorum`` of ``--min-workers``. See `fairness`.
+9.  *Silence*: while a coordinator is stopped, or a memory alarm holds every publisher, nobody can
+    be heard. No worker that lives all along is said to be gone over that, each is asked in the
+    next round, and no standby takes the run of a coordinator that is only stopped.
 """
 
 from __future__ import annotations
@@ -48,6 +54,9 @@ import msgpack
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
+
+from tests.faults import fairness
+from tests.faults.harness import whole_lines
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 Identity = tuple[int, str, str]  # round, worker, and the name of the weights it was trained from
@@ -100,8 +109,9 @@ def check(folder: Path) -> Verdict:
     bases = _bases(folder, commits)
     run = json.loads((folder / "run/run.json").read_text())["run"]
     sent = _sent(folder, run)
-    said = _said(folder)
-    rejected = _lines(folder / "evidence/rejected.jsonl")
+    logs = fairness.coordinator_logs(folder)
+    said = _said(logs)
+    rejected = whole_lines(folder / "evidence/rejected.jsonl")
     found.figures = {
         "rounds": len(commits),
         "updates counted": sum(len(line["participants"]) for line in commits),
@@ -109,6 +119,7 @@ def check(folder: Path) -> Verdict:
         "late": sum(said["late"].values()),
         "duplicates": sum(said["duplicate"].values()),
         "rejected": len(rejected),
+        "quorums known": fairness.judged(logs),
     }
     found.faults += [
         *_rounds(folder, commits, run),
@@ -118,11 +129,13 @@ def check(folder: Path) -> Verdict:
         *_accounted(commits, bases, sent, said, rejected, folder),
         *_garbage(folder, rejected),
         *_nothing_left(folder),
+        *fairness.quorums(folder, logs, commits),
+        *fairness.silences(folder, logs),
     ]
     return found
 
 
-# --- the seven rules -----------------------------------------------------------------------------
+# --- the rules; `fairness` has the last two -------------------------------------------------------
 
 
 def _rounds(folder: Path, commits: list[dict[str, Any]], run: str) -> Iterator[str]:
@@ -257,9 +270,9 @@ def _accounted(
 def _garbage(folder: Path, rejected: list[dict[str, Any]]) -> Iterator[str]:
     by_id = {line["id"]: line for line in rejected}
     starts = defaultdict(list)
-    for line in _lines(folder / "evidence/processes.jsonl"):
+    for line in whole_lines(folder / "evidence/processes.jsonl"):
         starts[line["started"]].append(line["at"])
-    for one in _lines(folder / "evidence/injected.jsonl"):
+    for one in whole_lines(folder / "evidence/injected.jsonl"):
         if not one["rejected"]:
             continue
         kind, _, worker = one["queue"].partition(".")
@@ -274,7 +287,7 @@ def _garbage(folder: Path, rejected: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _nothing_left(folder: Path) -> Iterator[str]:
-    workers = {line["started"] for line in _lines(folder / "evidence/processes.jsonl")}
+    workers = {line["started"] for line in whole_lines(folder / "evidence/processes.jsonl")}
     workers.discard("coordinator")
     declared = _SHARED | {f"{kind}.{w}" for w in workers for kind in ("inbox", "outbox")}
     queues = set(json.loads((folder / "evidence/queues.json").read_text()))
@@ -292,7 +305,7 @@ def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
     sent: dict[Identity, Sent] = defaultdict(Sent)
     named: dict[Path, str] = {}
     for path in sorted(folder.glob("sent/*/*.jsonl")):
-        for line in _lines(path):
+        for line in whole_lines(path):
             if line["type"] != "update":
                 continue
             kind, of_run, number, worker = line["message_id"].split("/")
@@ -330,7 +343,7 @@ def _parts(folder: Path, transfer: dict[str, Any]) -> Iterator[bytes]:
     named = {
         line["message_id"]: folder / f"{line['sha256']}.msgpack"
         for path in folder.glob("*.jsonl")
-        for line in _lines(path)
+        for line in whole_lines(path)
         if line["type"] == "part"
     }
     for number in range(transfer["parts"]):
@@ -360,17 +373,11 @@ def _trained(folder: Path) -> set[tuple[str, str, str]]:
     return found
 
 
-def _said(folder: Path) -> dict[str, Counter[tuple[int, str]]]:
+def _said(logs: fairness.Logs) -> dict[str, Counter[tuple[int, str]]]:
     """Read what the coordinators said of updates that were not counted: round and worker."""
     said: dict[str, Counter[tuple[int, str]]] = defaultdict(Counter)
-    for path in folder.glob("log/*-coordinator.jsonl"):
-        for line in path.read_bytes().splitlines():
-            if not line.startswith(b"{"):
-                continue  # a line that a kill cut off, or of a crash
-            try:
-                told = json.loads(line)
-            except ValueError:
-                continue
+    for log in logs.values():
+        for told in log:
             if told["event"] in ("late", "duplicate"):
                 said[told["event"]][told["round"], told["worker"]] += 1
     return said
@@ -392,11 +399,6 @@ def _name(model: Path) -> str:
 
 def _participants(commits: list[dict[str, Any]]) -> dict[int, set[str]]:
     return {line["round"]: {one["worker"] for one in line["participants"]} for line in commits}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    data = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
 def _same(one: Tensors, other: Tensors) -> bool:

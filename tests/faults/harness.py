@@ -26,6 +26,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,7 +42,9 @@ LOGGED_WORKER = (sys.executable, str(ROOT / "tests/faults/logged_worker.py"))
 TASK = f"{ROOT / 'tests/faults/fast_task.py'}:task"
 PATIENCE_S = 60.0
 _MARK = "FLUFFLE_FAULTS"
+_PYTHONPATH = os.environ.get("PYTHONPATH")  # of what is tested, where it is not installed
 _LOOK_S = 0.05
+_SETTLED_S = 8.0  # a process that lives for so long has said hello
 
 
 def wait_until(
@@ -92,7 +95,11 @@ class Program:
 
     def interrupt(self) -> None:
         """Ask it to end."""
-        self._popen.send_signal(signal.SIGINT)
+        self.send(signal.SIGINT)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._popen.send_signal(number)
 
     def end(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for its end; return its exit code."""
@@ -107,13 +114,8 @@ class Program:
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Return what it told, as JSON objects; those of one kind, or all."""
-        found = []
-        for line in self.log.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                told = json.loads(line)
-                if event is None or told.get("event") == event:
-                    found.append(told)
-        return found
+        told = whole_lines(self.log, strict=False)
+        return [line for line in told if event is None or line.get("event") == event]
 
     def wait_for(self, event: str, timeout_s: float = PATIENCE_S, **fields: Any) -> dict[str, Any]:
         """Wait until it tells an event with these fields; return the first such."""
@@ -192,7 +194,7 @@ class Federation:
             {
                 _MARK: str(self.folder),
                 "FAULTS_TRAINED": str(self.folder / "trained"),
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), _PYTHONPATH))),
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",
                 **env,
@@ -203,9 +205,30 @@ class Federation:
         return program
 
     def note(self, what: str, line: dict[str, Any]) -> None:
-        """Add a line to the evidence."""
+        """Add a line to the evidence, with the time of the harness and that of the logs."""
         with (self.folder / "evidence" / f"{what}.jsonl").open("a") as file:
-            file.write(json.dumps({"at": time.monotonic(), **line}) + "\n")
+            file.write(json.dumps({"at": time.monotonic(), "time": now(), **line}) + "\n")
+
+    @contextlib.contextmanager
+    def unheard(self, why: str, **fields: object) -> Iterator[None]:
+        """Note in the evidence from when to when nobody could be heard, and who lived all along."""
+        began = now()
+        try:
+            yield
+        finally:
+            settled = time.monotonic() - _SETTLED_S
+            living = [one.name for one in self.programs if one.alive() and one.began < settled]
+            self.note("unheard", {"why": why, "began": began, "living": living, **fields})
+
+    @contextlib.contextmanager
+    def stopped(self, program: Program) -> Iterator[None]:
+        """Let a coordinator stand still meanwhile, as one whose machine is swapped or suspended."""
+        with self.unheard("stop", log=program.log.name):
+            program.send(signal.SIGSTOP)
+            try:
+                yield
+            finally:
+                program.send(signal.SIGCONT)
 
     # --- what the run has come to --------------------------------------------------------------
 
@@ -344,10 +367,27 @@ class Federation:
         (self.folder / "evidence/orphans.json").write_text(json.dumps(self.orphans()))
 
 
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a last one that a kill cut off is left out."""
+def now() -> str:
+    """Return the time as the logs have it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def whole_lines(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
+    """Read JSON lines; a last one that a kill cut off is left out.
+
+    Unless ``strict``, so is every line that is no object, such as one of a traceback.
+    """
     data = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    if strict:
+        return [json.loads(line) for line in lines]
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            told = json.loads(line)
+            if isinstance(told, dict):
+                found.append(told)
+    return found
 
 
 def _processes(mark: str) -> Iterator[psutil.Process]:

@@ -78,6 +78,14 @@ class Proxy:
 
         self._call(self._do(change))
 
+    def slow_some(self, share: float, rate: float, seconds: float, rng: random.Random) -> int:
+        """Let a share of the connections have a slow line to themselves for a while.
+
+        Returns how many share it.
+        """
+        lines: dict[Side, _Line] = {"client": _Line(rate), "broker": _Line(rate)}
+        return self._each(share, rng, lambda one: one.detour(lines, seconds))
+
     def cut(self, share: float, rng: random.Random) -> int:
         """Reset a share of the connections, both sides of each; return how many."""
         return self._each(share, rng, lambda one: one.reset())
@@ -150,7 +158,7 @@ class Proxy:
 
 
 class _Line:
-    """One direction of a line that all connections share."""
+    """One direction of a line that connections share."""
 
     def __init__(self, rate: float | None) -> None:
         self.rate = rate
@@ -179,7 +187,7 @@ class _Connection:
         broker: asyncio.StreamWriter,
         lines: dict[Side, _Line],
     ) -> None:
-        self._lines = lines
+        self._lines = self._usual_lines = lines
         self._writers: dict[Side, asyncio.StreamWriter] = {"client": client, "broker": broker}
         self._flows = asyncio.Event()
         self._flows.set()
@@ -213,6 +221,15 @@ class _Connection:
     def stall(self, seconds: float) -> None:
         self._flows.clear()
         asyncio.get_running_loop().call_later(seconds, self._flows.set)
+
+    def detour(self, lines: dict[Side, _Line], seconds: float) -> None:
+        self._lines = lines
+
+        def back() -> None:
+            if self._lines is lines:  # another one may have begun since
+                self._lines = self._usual_lines
+
+        asyncio.get_running_loop().call_later(seconds, back)
 
     def half_close(self, side: Side, seconds: float) -> None:
         if self._ended is not None:

@@ -49,6 +49,7 @@ def test_a_sound_federation_is_clean(sound: Path) -> None:
     assert verdict.figures["rounds"] == ROUNDS
     assert verdict.figures["updates counted"] == verdict.figures["updates confirmed"] == 2 * ROUNDS
     assert verdict.figures["rejected"] == 1
+    assert verdict.figures["quorums known"] == ROUNDS
 
 
 Line = dict[str, Any]
@@ -190,6 +191,21 @@ def orphan(folder: Path) -> None:
     (folder / "evidence/orphans.json").write_text('["beam.smp (pid 1)"]')
 
 
+def wanted_more(folder: Path) -> None:
+    (log,) = folder.glob("log/*-coordinator.jsonl")
+    edit(log, lambda lines: [x | {"needed": 3} if x["event"] == "opened" else x for x in lines])
+
+
+def unheard(folder: Path) -> None:
+    """Let the coordinator have been stopped for the whole run, and say that somebody is gone."""
+    (log,) = folder.glob("log/*-coordinator.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    first, last = lines[0], lines[-1]
+    edit(log, lambda lines: [*lines, last | {"event": "gone", "worker": "w0"}])
+    stop = {"began": first["time"], "time": last["time"], "log": log.name, "living": ["w0"]}
+    (folder / "evidence/unheard.jsonl").write_text(json.dumps(stop) + "\n")
+
+
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
@@ -214,6 +230,8 @@ def orphan(folder: Path) -> None:
         (queue("updates", 1), "updates is not empty"),
         (queue("leaked", 0), "['leaked']"),
         (orphan, "left running: beam.smp"),
+        (wanted_more, "the quorum of round 2 fell from 3 to 2, and no event 'quorum' says why"),
+        (unheard, "and w0, which lived, was said to be gone"),
     ],
 )
 def test_what_is_wrong_is_found(

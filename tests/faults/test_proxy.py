@@ -85,6 +85,18 @@ def test_stall_holds_everything_back_for_a_while(pair: Pair) -> None:
     assert pair.passes()
 
 
+def test_some_connections_have_a_slow_line_to_themselves_for_a_while(pair: Pair) -> None:
+    assert pair.passes()
+    assert pair.proxy.slow_some(1.0, 100_000, 0.4, random.Random(0)) == 1
+    began = time.monotonic()
+    pair.client.sendall(bytes(1_000_000))  # ten seconds, at this rate
+    left = 1_000_000
+    while left:
+        left -= len(pair.server.recv(left))
+    assert 0.35 < time.monotonic() - began < PATIENCE_S
+    assert pair.passes()
+
+
 @pytest.mark.parametrize("side", ["client", "broker"])
 def test_half_close_ends_one_side_and_leaves_the_other_in_the_dark(pair: Pair, side: Side) -> None:
     assert pair.passes()

@@ -1,0 +1,212 @@
+"""What the coordinators' own logs prove: quorums that were kept, and silence judged fairly.
+
+A part of `checker`, as independent of fluffle's code: it reads JSON lines and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from tests.faults.harness import whole_lines
+
+Line = dict[str, Any]
+Logs = dict[str, list[Line]]
+
+_QUORUM_EVENTS = frozenset({"opened", "reopened", "quorum", "counted", "closed", "committed"})
+# For so long after a time in which nobody could be heard, nobody may be taken for gone.
+_JUDGED_FOR = timedelta(seconds=15)
+# So long after the end of a fault on the lines everybody is heard again.
+_SETTLED_AFTER = timedelta(seconds=8)
+# The faults after which a worker may not be heard of for a while; who was started anew is known.
+_ON_THE_LINE = frozenset({"broker", "cut", "stall", "half-close"})
+
+
+def coordinator_logs(folder: Path) -> Logs:
+    """Read the events that each coordinator logged, by the name of its log, in their order.
+
+    A line that a kill cut off is left out, and so is whatever is no JSON, as of a crash.
+    """
+    return {
+        path.name: [line for line in whole_lines(path, strict=False) if "event" in line]
+        for path in sorted(folder.glob("log/*-coordinator.jsonl"))
+    }
+
+
+# --- quorums -------------------------------------------------------------------------------------
+
+
+def quorums(folder: Path, logs: Logs, commits: list[Line]) -> Iterator[str]:
+    """Find the rounds that were closed with less than their quorum, and quorums that shrank mutely.
+
+    What counts is what the coordinator that committed the round had said of it. If it was killed
+    before it could log the commit, it may have said more than its log has; only the floor holds.
+    """
+    have = {line["round"]: len(line["participants"]) for line in commits}
+    for log in logs.values():
+        yield from _kept(log, have)
+    told = json.loads((folder / "run/run.json").read_text())
+    configurations = told.get("configurations", [])
+    closed = {line["round"] for log in logs.values() for line in log if line["event"] == "closed"}
+    for line in commits:
+        number = line["round"]
+        floor, words = _floor(configurations, number)
+        if number not in closed and have[number] < floor:
+            yield (
+                f"round {number} was closed with {_updates(have[number])}; {words} never takes "
+                f"fewer than {floor}"
+            )
+
+
+def judged(logs: Logs) -> int:
+    """Count the rounds of which one log tells both the quorum and the commit."""
+    found: set[int] = set()
+    for log in logs.values():
+        opened = {line["round"] for line in log if line["event"] == "opened"}
+        found |= {line["round"] for line in log if line["event"] == "committed"} & opened
+    return len(found)
+
+
+def _kept(log: list[Line], have: Mapping[int, int]) -> Iterator[str]:
+    """Follow what one coordinator said of each round's quorum."""
+    needed: dict[int, int] = {}
+    reached: set[int] = set()
+    for line in log:
+        if line["event"] not in _QUORUM_EVENTS:
+            continue
+        number = line["round"]
+        said = needed.get(number, 0)
+        match line["event"]:
+            case "opened" | "reopened":
+                needed[number] = line["needed"]
+            case "quorum":
+                if line["was"] < said:
+                    yield _mutely(number, said, line["was"])
+                needed[number] = line["needed"]
+            case "counted" if number not in reached:  # who joins then does not undo the quorum
+                if line["needed"] < said:
+                    yield _mutely(number, said, line["needed"])
+                needed[number] = line["needed"]
+                if line["updates"] >= line["needed"]:
+                    reached.add(number)
+            case "closed":
+                needed[number] = 0
+            case "committed" if have.get(number, 0) < said:
+                yield (
+                    f"round {number} was closed with {_updates(have.get(number, 0))}, "
+                    f"its quorum was {said}"
+                )
+
+
+def _mutely(number: int, was: int, now: int) -> str:
+    return f"the quorum of round {number} fell from {was} to {now}, and no event 'quorum' says why"
+
+
+def _floor(configurations: list[Line], number: int) -> tuple[int, str]:
+    """Return the fewest updates that the operator allows a round to have, and in which words."""
+    holding = [one["rules"] for one in configurations if one["from_round"] <= number]
+    if not holding:
+        return 1, "a round"
+    quorum, workers = holding[-1]["quorum"], holding[-1]["min_workers"]
+    if quorum["number"] is not None:
+        return quorum["number"], f"--quorum {quorum['number']}"
+    asked = _share(holding[-1]["fraction"], workers)
+    words = "all" if quorum["fraction"] == 1 else f"{quorum['fraction']:.0%}"
+    return _share(quorum["fraction"], asked), f"--quorum {words} of --min-workers {workers}"
+
+
+def _share(fraction: float, number: int) -> int:
+    return max(1, math.ceil(fraction * number - 1e-9))
+
+
+def _updates(number: int) -> str:
+    return "1 update" if number == 1 else f"{number} updates"
+
+
+# --- silence -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """A time in which no coordinator could hear anybody.
+
+    Args:
+        words: what happened.
+        began: when it began.
+        ended: when it was over.
+        living: the workers that lived all along.
+        log: of the coordinator that was stopped; None if it was something else.
+    """
+
+    words: str
+    began: datetime
+    ended: datetime
+    living: frozenset[str]
+    log: str | None
+
+
+def silences(folder: Path, logs: Logs) -> Iterator[str]:
+    """Find workers that lived, and were taken for gone since nobody could be heard for a while."""
+    faults = whole_lines(folder / "evidence/faults.jsonl")
+    for one in _unheard(folder):
+        if _disturbed(faults, one):
+            continue
+        until = _until(faults, one)
+        for name, log in logs.items():
+            then = [line for line in log if one.began <= _time(line) <= until]
+            for line in then:
+                if line["event"] == "gone" and line["worker"] in one.living:
+                    yield f"{one.words}, and {line['worker']}, which lived, was said to be gone"
+                if line["event"] == "resumed" and one.log not in (None, name):
+                    yield f"{one.words}, and another one ({name}) took its run"
+            if name == one.log:
+                yield from _left_out(one, log, then)
+
+
+def _left_out(one: Unheard, log: list[Line], then: list[Line]) -> Iterator[str]:
+    """Compare whom a coordinator asked before it was stopped and afterwards."""
+    here: set[str] = set()
+    for line in log:
+        if _time(line) >= one.began:
+            break
+        if line["event"] == "opened":
+            here = set(line["asked"]) & one.living
+        elif line["event"] in ("gone", "left"):
+            here.discard(line["worker"])
+    opened = [line for line in then if line["event"] == "opened" and _time(line) > one.ended]
+    for line in opened[:1]:
+        if lacks := sorted(here - set(line["asked"])):
+            yield f"{one.words}, and round {line['round']} did not ask {', '.join(lacks)}"
+
+
+def _unheard(folder: Path) -> Iterator[Unheard]:
+    for line in whole_lines(folder / "evidence/unheard.jsonl"):
+        began, ended, log = datetime.fromisoformat(line["began"]), _time(line), line.get("log")
+        what = f"a coordinator ({log}) was stopped for" if log else "a memory alarm took"
+        words = f"{what} {(ended - began).total_seconds():.1f} s"
+        yield Unheard(words, began, ended, frozenset(line["living"]), log)
+
+
+def _until(faults: list[Line], one: Unheard) -> datetime:
+    """Return until when what a coordinator says is judged: the next fault may be a reason."""
+    begins = [datetime.fromisoformat(line["began"]) for line in faults]
+    return min([one.ended + _JUDGED_FOR, *(began for began in begins if began > one.ended)])
+
+
+def _disturbed(faults: list[Line], one: Unheard) -> bool:
+    """Whether a fault before it lasted so long that somebody could not be heard afterwards."""
+    return any(
+        line["kind"] in _ON_THE_LINE
+        and _time(line) < one.began
+        and _time(line) + timedelta(seconds=line["lasts_s"]) + _SETTLED_AFTER > one.ended
+        for line in faults
+    )
+
+
+def _time(line: Line) -> datetime:
+    return datetime.fromisoformat(line["time"])

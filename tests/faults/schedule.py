@@ -1,0 +1,72 @@
+"""What happens in a rain of faults, and when: it follows from a seed alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tests.faults.proxy import Side
+
+WORKERS = 4
+# How often each kind comes among a hundred; each comes at least once among the first twelve. A stop
+# and an alarm take much time, and are fewer for that.
+KINDS = {
+    "coordinator": 13,
+    "worker": 15,
+    "both": 8,
+    "broker": 6,
+    "cut": 12,
+    "stall": 8,
+    "half-close": 8,
+    "slow": 8,
+    "replay": 7,
+    "garbage": 7,
+    "stop": 4,
+    "alarm": 4,
+}
+_FOR_S = {"alarm": (2.0, 19.0), "slow": (5.0, 30.0)}
+_USUALLY_FOR_S = (0.5, 6.0)
+_GO_ON = frozenset({"stall", "half-close", "slow"})
+_SIDES: tuple[Side, ...] = ("client", "broker")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing to do, ``after_s`` seconds after the one before it was done."""
+
+    kind: str
+    after_s: float
+    who: int  # which worker, or (coordinator) whether the standby
+    share: float  # of the connections
+    for_s: float
+    side: Side
+    seed: int  # decides the rest
+
+    @property
+    def lasts_s(self) -> float:
+        """How long it goes on while others come already."""
+        return self.for_s if self.kind in _GO_ON else 0.0
+
+
+def schedule(seed: int, faults: int) -> list[Fault]:
+    """Return what happens, which follows from the seed alone.
+
+    Example:
+        >>> schedule(7, 100) == schedule(7, 100), schedule(7, 100) == schedule(8, 100)
+        (True, False)
+    """
+    rng = random.Random(seed)
+    first = rng.sample(list(KINDS), len(KINDS))
+    rest = rng.choices(list(KINDS), list(KINDS.values()), k=faults)
+    return [
+        Fault(
+            kind=kind,
+            after_s=round(rng.uniform(0.2, 2.5), 2),
+            who=rng.randrange(WORKERS),
+            share=rng.choice((0.1, 0.3, 0.6, 1.0)),
+            for_s=round(rng.uniform(*_FOR_S.get(kind, _USUALLY_FOR_S)), 1),
+            side=rng.choice(_SIDES),
+            seed=rng.randrange(2**32),
+        )
+        for kind in (first + rest)[:faults]
+    ]
