@@ -46,13 +46,7 @@ class FastTask:
 
     def init(self, seed: int) -> Weights:
         """Make the first weights."""
-        rng = np.random.default_rng(seed)
-        size = int(os.environ.get("FAULTS_KERNEL", "256"))
-        return {
-            "dense/kernel": rng.normal(size=(size // 16, 16)).astype(np.float32),
-            "scale": np.array(rng.normal(), np.float32),
-            "counts": rng.integers(-1000, 1000, size=4, dtype=np.int32),
-        }
+        return first_weights(seed)
 
     def train(
         self,
@@ -118,6 +112,17 @@ class FastTask:
 def task(options: TaskOptions) -> FastTask:
     """Make the task; ``--data shard:I/N``."""
     return FastTask(options)
+
+
+def first_weights(seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Make the first weights."""
+    rng = np.random.default_rng(seed)
+    size = int(os.environ.get("FAULTS_KERNEL", "256"))
+    return {
+        "dense/kernel": rng.normal(size=(size // 16, 16)).astype(np.float32),
+        "scale": np.array(rng.normal(), np.float32),
+        "counts": rng.integers(-1000, 1000, size=4, dtype=np.int32),
+    }
 
 
 def digest(weights: Weights) -> str:
