@@ -85,6 +85,8 @@ def _kept(log: list[Line], have: Mapping[int, int]) -> Iterator[str]:
             case "opened" | "reopened":
                 needed[number] = line["needed"]
             case "quorum":
+                if number not in needed:
+                    yield f"the event 'quorum' of round {number} comes before its event 'opened'"
                 if line["was"] < said:
                     yield _mutely(number, said, line["was"])
                 needed[number] = line["needed"]

@@ -87,6 +87,8 @@ MUTE = "the quorum of round 1 fell from 3 to 1, and no event 'quorum' says why"
         (1, [opened(1, 3), shrank(1, 2, 3), COMMITTED],
          ["round 1 was closed with 1 update, its quorum was 2"]),
         (1, [opened(1, 3), shrank(1, 0, 1), COMMITTED], [MUTE]),
+        (2, [shrank(1, 2, 3), opened(1, 2), COMMITTED],
+         ["the event 'quorum' of round 1 comes before its event 'opened'"]),
         (2, [opened(1, 2), shrank(1, 2, 3), COMMITTED], []),  # a third one came and went
         (3, [opened(1, 2), counted(1, 2, 2), counted(1, 3, 4), COMMITTED], []),  # within the grace
         (1, [opened(1, 3), said("closed", round=1), COMMITTED], []),
