@@ -3,7 +3,7 @@
 A coordinator that was stopped, a machine that swapped, a broker that blocks all publishers: from
 the inside, each looks as if every worker had fallen silent at once. So the coordinator sends itself
 an echo, the way that signs of life come, and the clock runs on only while anything is heard. When
-nothing is, for longer than ``Rules.hearing_s``, the clock stops; once something is heard again,
+nothing is, for longer than ``State.hearing_s``, the clock stops; once something is heard again,
 everything that waits for time is put off by what was missed. So whatever came in the meantime is
 read before the clock is asked.
 """
@@ -17,12 +17,12 @@ from fluffle_coordinator.run_state import State, Table
 
 def clock(state: State, now: float) -> float:
     """Return the time that counts, which is not past the last that was heard by much."""
-    return min(now, state.heard_at + state.rules.hearing_s)
+    return min(now, state.heard_at + state.hearing_s)
 
 
 def heard(state: State, now: float) -> State:
     """Note that something was heard; put off by what was missed, if it was silent for too long."""
-    missed_s = now - state.heard_at - state.rules.hearing_s
+    missed_s = now - state.heard_at - state.hearing_s
     if missed_s > 0:
         state = put_off(state, missed_s)
     return state.but(heard_at=now)

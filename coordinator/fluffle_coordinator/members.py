@@ -20,7 +20,10 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     """Take a sign of life."""
     worker = event.worker
     if state.announced.get(worker.name) != worker.num_examples:
-        state = state.but(announced=state.announced.insert(worker.name, worker.num_examples))
+        state = state.but(
+            announced=state.announced.insert(worker.name, worker.num_examples),
+            quickest_s=min(state.quickest_s, worker.heartbeat_s),
+        )
     if not state.caught_up:
         return _greet(state, worker.name, out)
     if why := unfit(state, worker):

@@ -61,7 +61,7 @@ def wakeup(state: State) -> float:
     if not state.link or state.phase is Phase.ENDED:
         return math.inf
     due = _due(state)
-    return due if due <= state.heard_at + state.rules.hearing_s else math.inf
+    return due if due <= state.heard_at + state.hearing_s else math.inf
 
 
 def _due(state: State) -> float:

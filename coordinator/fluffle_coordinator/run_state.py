@@ -91,7 +91,8 @@ class Rules:
         wait_s: how long to wait for enough workers before the run stops.
         resend_s: how long a worker may be idle after work was sent to it before it is sent again.
         hearing_s: how long nobody may be heard, not even the coordinator's own echo, before time
-            stops to count (see ``hearing``).
+            stops to count (see ``hearing``); less where workers speak so often that they would be
+            gone by then. Infinity lets all time count.
     """
 
     rounds: int
@@ -240,6 +241,7 @@ class State:
     caught_up: bool = False  # everything that waited in the broker before this link is read
     unlinked_since: float = 0.0  # meant where there is none
     heard_at: float = 0.0  # when anybody was last heard, the coordinator's own echo included
+    quickest_s: float = math.inf  # the shortest time between the heartbeats of any worker
     has_weights: bool = False
     init_asked: str | None = None
     init_asked_at: float = 0.0
@@ -314,6 +316,14 @@ class State:
             return True, not update.folded, False
         expected = worker in self.workers and worker not in self.failed
         return expected, expected, expected and worker not in self.evaluations
+
+    @property
+    def hearing_s(self) -> float:
+        """How long nobody may be heard before time stops to count."""
+        longest_s = self.rules.hearing_s
+        if math.isinf(longest_s):
+            return longest_s
+        return min(longest_s, self.rules.patience * self.quickest_s / 2)
 
     @property
     def committed(self) -> int:

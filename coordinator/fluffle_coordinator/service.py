@@ -363,7 +363,7 @@ class Coordinator:
         while True:
             with contextlib.suppress(Full):
                 await send(link, echo, route)
-            await asyncio.sleep(_ECHO_EVERY_S)
+            await asyncio.sleep(min(_ECHO_EVERY_S, self.state.hearing_s / 2))
 
     async def _consume_updates(self, link: Link, number: int) -> None:
         # First, who is here is heard: what an update may weigh depends on it.

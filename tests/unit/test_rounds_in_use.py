@@ -117,6 +117,16 @@ def test_signs_of_life_from_before_do_not_count():
     assert run.state.phase is Phase.WAITING
 
 
+def test_time_stops_before_who_speaks_often_would_be_gone():
+    run = Run(Rules(rounds=1), hearing=True)
+    run.connect()
+    for name in "ab":
+        run.seen(name, hello=True, heartbeat_s=0.2)  # five of them are a second
+    run.now += 9
+    effects = [*run.tick(), *run.seen("a", heartbeat_s=0.2), *run.tick(), *run.echo(), *run.tick()]
+    assert "gone" not in tells(effects)
+
+
 # --- weights -----------------------------------------------------------------------------------
 
 
