@@ -27,6 +27,8 @@ from fluffle_common.errors import MalformedMessage
 MAX_NUM_EXAMPLES = 10**12
 MAX_TENSORS = 100_000
 MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
+MAX_METRICS = MAX_METRIC_NAME = 64
+MAX_CLASS_NAME = 100
 # So many tables of tensors are remembered, of up to this length: anyone may send any table.
 TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
 
@@ -43,10 +45,12 @@ Round = Annotated[int, Field(ge=0, le=10**9)]
 NumExamples = Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metric = Annotated[float, Field(allow_inf_nan=False)]
-Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], Metric], Field(max_length=64)]
+Metrics = Annotated[
+    dict[Annotated[str, Field(max_length=MAX_METRIC_NAME)], Metric], Field(max_length=MAX_METRICS)
+]
 Text = Annotated[str, Field(max_length=2000)]
 Encoding = Literal["bf16", "f16", "int8", "topk"]
-Classes = Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Strict(False)]
+Classes = Annotated[tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...], Strict(False)]
 
 
 _IDENTITY = ("kind", "run", "round", "worker")
@@ -196,11 +200,15 @@ class Evaluate(_WithTensors):
 
 
 class Stop(_Header):
-    """The run has ended; there is no more work in it."""
+    """The run has ended; there is no more work in it.
+
+    ``outcome``: all its rounds are done, or it stopped before its end.
+    """
 
     kind: Literal["stop"] = "stop"
     run: Id
     round: Round
+    outcome: Literal["finished", "stopped"] = "finished"
     reason: Text
 
 

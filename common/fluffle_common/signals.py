@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gc
+import os
 import signal
+import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import uvloop
 
 T = TypeVar("T")
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 # Asyncio makes and drops thousands of small objects a round, few of them in cycles.
 _GC_THRESHOLDS = (10_000, 20, 20)
@@ -38,6 +43,7 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
         Interrupted: after a signal, when the coroutine has cleaned up.
     """
     received: list[int] = []
+    _leave_children_alone()
 
     async def watched() -> T:
         # What has been imported stays: the garbage collector need not look through it again.
@@ -50,11 +56,11 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
         def stop(number: int) -> None:
             received.append(number)
             task.cancel()
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in _ENDING:
                 loop.remove_signal_handler(each)
                 signal.signal(each, signal.SIG_DFL)
 
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in _ENDING:
             loop.add_signal_handler(each, stop, each)
         return await task
 
@@ -64,6 +70,31 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
     ):
         return runner.run(watched())
     raise Interrupted(received[0] if received else signal.SIGTERM)
+
+
+@functools.cache
+def _leave_children_alone() -> None:
+    """See to it that a signal to a forked child is the child's own affair; once is enough.
+
+    What a task forks inherits our handlers and the socket through which they wake our loop: the
+    SIGTERM by which a pool ends its processes would end us. No signal comes in between, before the
+    child has let go of both.
+    """
+    before = threading.local()
+
+    def hold() -> None:
+        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+
+    def go_on() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before.mask)
+
+    def let_go() -> None:
+        signal.set_wakeup_fd(-1)
+        for each in _ENDING:
+            signal.signal(each, signal.SIG_DFL)
+        go_on()
+
+    os.register_at_fork(before=hold, after_in_parent=go_on, after_in_child=let_go)
 
 
 def _keep_memory() -> None:

@@ -19,6 +19,7 @@ from fluffle_common.checkpoint import checkpoint_name
 from fluffle_common.console import timestamp
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.messages import FirstWeights, Update
+from fluffle_common.metric_names import beside
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import PartsGone, fetch
 from fluffle_common.transport import Delivery, Link, together
@@ -37,6 +38,13 @@ Tell = Callable[[str, dict[str, Any]], None]
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
 _AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
+# What else a round's lines in the history, and the event that tells of its evaluation, may say:
+# whoever reads them puts them together. No metric is called like one of these.
+_FIELDS = frozenset(
+    "asked base bytes checkpoint committed_at evaluated_at evaluators event federation late "
+    "late_updates loss metrics num_examples opened_at participants rejected rejections round "
+    "rounds run time timings train_loss".split()
+)
 
 
 @dataclass(eq=False)
@@ -367,14 +375,15 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     """
     everyone = evaluations.values()
     names = sorted({name for one in everyone for name in one.metrics})
+    metrics = {
+        name: mean(
+            [(one.num_examples, one.metrics[name]) for one in everyone if name in one.metrics]
+        )
+        for name in names
+    }
     return {
         "num_examples": sum(one.num_examples for one in everyone),
         "loss": mean([(one.num_examples, one.loss) for one in everyone]),
-        **{
-            name: mean(
-                [(one.num_examples, one.metrics[name]) for one in everyone if name in one.metrics]
-            )
-            for name in names
-        },
+        **beside(metrics, _FIELDS),
         "evaluators": sorted(evaluations),
     }

@@ -118,9 +118,14 @@ class Outgoing:
                     federation=federation, run=run, round=state.round - 1, base=state.base
                 )
                 job = self._with_weights(evaluation, weights, workers)
-            case fx.End(_, reason, workers) if workers:
-                last = state.round - 1
-                stop = Stop(federation=federation, run=run, round=last, reason=reason[:2000])
+            case fx.End(outcome, reason, workers) if workers:
+                stop = Stop(
+                    federation=federation,
+                    run=run,
+                    round=state.round - 1,
+                    outcome=outcome,
+                    reason=reason[:2000],
+                )
                 self._turns.put(lambda: self._until_sent(self._to(stop, workers)))
                 return
             case _:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluffle_common.cli import federation_option, queue_type_option, url_option
 from fluffle_common.console import log_format_option
 from fluffle_worker.task import DEFAULT_TASK
+
+if TYPE_CHECKING:
+    from fluffle_common.console import Console
+    from fluffle_worker.mail import Tell
+    from fluffle_worker.service import WorkerService
 
 _SENTENCES = {
     "loaded": "task {task}: {num_examples} examples{classes}",
@@ -27,6 +35,7 @@ _SENTENCES = {
     "abandoned": "round {round}: closed without us; taking the next",
     "sent": "round {round}: {answer} sent{loss}",
     "unsent": "round {round}: not sent yet ({reason}); trying again",
+    "unfit": "the task: {reason}",
     "failure": "round {round}: the task failed: {reason}",
     "rejected": "rejected a message: {reason}",
     "ended": "the run has ended: {reason}",
@@ -122,11 +131,13 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.amqp import AmqpTransport
     from fluffle_common.console import Console
     from fluffle_common.settings import broker_url
-    from fluffle_common.signals import Interrupted, run_until_signalled
     from fluffle_common.topology import Topology
     from fluffle_common.transport import Backoff
+    from fluffle_worker.form import form_of_task
+    from fluffle_worker.leaving import leave
     from fluffle_worker.service import WorkerService, WorkerSettings
-    from fluffle_worker.task import TaskOptions, classes_of, load_task
+    from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
+    from fluffle_worker.task_loading import load_task
 
     transport = AmqpTransport(broker_url(options["url"]), f"fluffle worker {name} of {federation}")
     classes = options["classes"]
@@ -139,6 +150,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
             classes=tuple(classes.split(",")) if classes else None,
         ),
     )
+    form = form_of_task(task)
     settings = WorkerSettings(
         federation=federation,
         worker=name,
@@ -149,34 +161,80 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
+        tell = _teller(console, options["log_format"], transport.address)
 
-        def tell(what: str, fields: dict[str, Any]) -> None:
-            console.line(what, lambda: sentence(what, fields), fields)
-
-        def sentence(what: str, fields: dict[str, Any]) -> str:
-            words = {"address": transport.address, **fields}
-            words["verb"] = _VERBS.get(str(fields.get("kind")), "")
-            words["answer"] = _ANSWERS.get(str(fields.get("kind")), "")
-            loss = fields.get("loss")
-            words["loss"] = "" if loss is None else f", training loss {loss:.4f}"
-            return _SENTENCES[what].format(**words)
-
-        async def run() -> str:
-            service = WorkerService(
+        def service() -> WorkerService:
+            return WorkerService(
                 settings,
                 task,
                 transport=transport,
                 topology=Topology(federation, options["queue_type"]),
                 tell=tell,
                 bar=console.bar,
+                form=form,
             )
-            return await service.run()
 
         found = classes_of(task)
         told = f", classes {', '.join(found)}" if found else ""
-        tell("loaded", {"task": settings.task, "num_examples": task.num_examples, "classes": told})
-        try:
-            run_until_signalled(run())
-        except Interrupted as signalled:
-            tell("interrupted", {})
-            sys.exit(signalled.exit_code)
+        num_examples = num_examples_of(task)
+        tell("loaded", {"task": settings.task, "num_examples": num_examples, "classes": told})
+        code, at_work = _until_the_end(service, tell)
+    if at_work:
+        leave(code)
+    sys.exit(code)
+
+
+def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[int, bool]:
+    """Run a worker; return the exit code, and whether the task's code is still at something."""
+    from fluffle_common.console import warn
+    from fluffle_common.errors import FluffleError
+    from fluffle_common.signals import Interrupted, run_until_signalled
+
+    made: list[WorkerService] = []
+
+    async def run() -> None:
+        made.append(service())
+        await made[0].run()
+
+    def at_work() -> bool:
+        return bool(made) and made[0].at_work
+
+    try:
+        run_until_signalled(run())
+        wrong = made[0].verdict()
+    except Interrupted as signalled:
+        tell("interrupted", {})
+        return signalled.exit_code, at_work()
+    except FluffleError as why:
+        wrong = why
+    except Exception:
+        if not at_work():
+            raise
+        traceback.print_exc()
+        return 1, True
+    if wrong is not None:
+        warn(str(wrong))
+        return wrong.exit_code, at_work()
+    return 0, at_work()
+
+
+def _teller(console: Console, log_format: str, address: str) -> Tell:
+    """Return what tells of events: in lines for people, or for programs."""
+
+    def tell(what: str, fields: dict[str, Any]) -> None:
+        if what == "traceback" and log_format != "json":
+            # It is for whoever wrote the task, at once and as it is.
+            with contextlib.suppress(OSError, ValueError):
+                click.echo(fields["text"], err=True)
+        else:
+            console.line(what, lambda: sentence(what, fields), fields)
+
+    def sentence(what: str, fields: dict[str, Any]) -> str:
+        words = {"address": address, **fields}
+        words["verb"] = _VERBS.get(str(fields.get("kind")), "")
+        words["answer"] = _ANSWERS.get(str(fields.get("kind")), "")
+        loss = fields.get("loss")
+        words["loss"] = "" if loss is None else f", training loss {loss:.4f}"
+        return _SENTENCES[what].format(**words)
+
+    return tell

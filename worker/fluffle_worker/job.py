@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.compression import compress, encoding_of
+from fluffle_common.errors import TaskError
+from fluffle_common.layout import Form, form_of, layout_for
 from fluffle_common.messages import (
     Evaluate,
     Evaluation,
@@ -18,8 +20,10 @@ from fluffle_common.messages import (
     Plan,
     Update,
 )
-from fluffle_common.weights import Weights, apart, delta
+from fluffle_common.weights import Weights, delta
 from fluffle_worker.feedback import Residual
+from fluffle_worker.form import UNKNOWN, check_form, difference
+from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.session import Work
 from fluffle_worker.task import EvalResult, Task, TrainResult
 
@@ -54,6 +58,8 @@ def do(
     evaluated: Callable[[], object],
     progress: Callable[[int, int, float | None], object],
     residual: Callable[[], Residual] = Residual,
+    results: Results | None = None,
+    form: Form = UNKNOWN,
 ) -> None:
     """Do a work and put its answer into the job; blocks, and runs the user's code.
 
@@ -64,36 +70,48 @@ def do(
         evaluated: called when the evaluation is there and training begins.
         progress: told of each step.
         residual: what the last update that was sent left unsent; asked for after the training.
+        results: takes what the task returns.
+        form: what the task's own model is made of.
 
     Raises:
         NotWanted: where nobody wants the work any more, at its next step.
-        Exception: whatever the task raises.
+        TaskError: where what the task returns is of no use, or the model is not the task's.
+        BaseException: whatever the task raises.
     """
+    results = results or Results()
     message = job.message
     ids: dict[str, Any] = {**sender, "run": job.work.run}
     if isinstance(message, InitRequest):
-        job.answer = FirstWeights(**ids), task.init(message.seed)
+        job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
         return
+    differs = difference(layout_for(job.weights).form, form)
+    if differs:
+        raise TaskError(differs)
     ids["base"] = message.base
+    found = None
+    if isinstance(message, Evaluate) or message.evaluate:
+        found = results.evaluated(lambda: task.evaluate(lent(job.weights, task)))
     if isinstance(message, Evaluate):
         # Where nothing is held out, that is the answer, so that nobody waits for another.
-        found = task.evaluate(apart(job.weights)) or EvalResult(0.0, 0)
-        job.evaluation = _evaluation(ids, message.round, found)
+        job.evaluation = _evaluation(ids, message.round, found or EvalResult(0.0, 0))
         return
-    if message.evaluate and (first := task.evaluate(apart(job.weights))) is not None:
-        job.evaluation = _evaluation(ids, message.round - 1, first)
+    if found is not None:
+        job.evaluation = _evaluation(ids, message.round - 1, found)
         evaluated()
 
     def step(number: int, steps: int, loss: float | None = None) -> None:
         if not job.wanted:
             raise NotWanted
-        progress(number, steps, loss)
+        progress(*results.step(number, steps, loss))
 
     began = time.monotonic()
-    trained = task.train(apart(job.weights), _seeded(message), step)
+    trained = results.trained(task.train(lent(job.weights, task), _seeded(message), step))
     seconds = time.monotonic() - began
     update = _update(ids, message.round, trained, seconds)
-    learnt = delta(trained.weights, job.weights)
+    try:
+        learnt = delta(trained.weights, job.weights)
+    except ValueError as wrong:
+        raise TaskError(f"train() returned other weights than it was given: {wrong}") from None
     how = message.plan.compress
     if how is None:
         job.answer, job.residual = (update, learnt), Residual(job.work)
@@ -104,10 +122,21 @@ def do(
     job.weights = {}  # the answer is kept for a while, these need not be
 
 
+def _first_weights(task: Task, seed: int) -> Weights:
+    """Make the first weights; they are kept for a while, so the task is to hold none of them."""
+    made = arrays(task.init(seed), "init()")
+    check_form(form_of(made))
+    return made if getattr(task, "only_reads", False) else copied(made)
+
+
 def _seeded(message: Fit) -> Plan:
-    """Give each round a seed of its own, the same whenever the round is trained again."""
+    """Give each round a seed of its own, the same whenever the round is trained again.
+
+    The task may do with the plan's ``config`` what it likes.
+    """
     seed = (message.plan.seed * 1_000_003 + message.round) % 2**63
-    return message.plan.model_copy(update={"seed": seed})
+    own = {"seed": seed, "config": dict(message.plan.config)}
+    return message.plan.model_copy(update=own)
 
 
 def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:
@@ -115,8 +144,8 @@ def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluati
         **ids,
         round=number,
         num_examples=found.num_examples,
-        loss=float(found.loss),
-        metrics={name: float(value) for name, value in found.metrics.items()},
+        loss=found.loss,
+        metrics=dict(found.metrics),
     )
 
 
@@ -126,5 +155,5 @@ def _update(ids: dict[str, Any], number: int, trained: TrainResult, seconds: flo
         round=number,
         num_examples=trained.num_examples,
         seconds=seconds,
-        metrics={name: float(value) for name, value in trained.metrics.items()},
+        metrics=dict(trained.metrics),
     )

@@ -8,12 +8,15 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost
+from fluffle_common.layout import Form
 from fluffle_common.messages import Bye, Evaluate, Failure, Fit, Heartbeat, Hello
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, send
 from fluffle_common.transport import Full, Link, Unroutable
+from fluffle_worker.form import UNKNOWN, described
 from fluffle_worker.session import Work
-from fluffle_worker.task import Task, classes_of
+from fluffle_worker.task import Task, classes_of, num_examples_of
+from fluffle_worker.user_code import sendable
 
 if TYPE_CHECKING:
     from fluffle_worker.service import WorkerSettings
@@ -28,9 +31,12 @@ class Presence:
         settings: whose queues to use, and how often to speak up.
         task: the model and the data.
         topology: where signs of life go.
+        form: what the task's model is made of.
     """
 
-    def __init__(self, settings: WorkerSettings, task: Task, topology: Topology) -> None:
+    def __init__(
+        self, settings: WorkerSettings, task: Task, topology: Topology, form: Form = UNKNOWN
+    ) -> None:
         self.session = uuid.uuid4().hex[:12]  # new at every process start
         self._topology, self._heartbeat_s = topology, settings.heartbeat_s
         self._ids: dict[str, Any] = {
@@ -39,9 +45,10 @@ class Presence:
             "session": self.session,
         }
         self._about: dict[str, Any] = {
-            "num_examples": task.num_examples,
-            "task": settings.task,
+            "num_examples": num_examples_of(task),
+            "task": sendable(settings.task, 2000),
             "classes": classes_of(task),
+            "model": described(form),
             "heartbeat_s": settings.heartbeat_s,
         }
         self._doing: dict[str, Any] = {
@@ -92,7 +99,7 @@ class Presence:
     async def bye(self, link: Link | None, reason: str) -> None:
         """Say good-bye, if there is a link and it takes no longer than a moment."""
         if link is not None:
-            bye = Bye(**self._ids, reason=reason[:2000])
+            bye = Bye(**self._ids, reason=sendable(reason, 2000))
             with contextlib.suppress(LinkLost, TimeoutError):
                 async with asyncio.timeout(_BYE_PATIENCE_S):
                     await self._say(link, bye)
@@ -101,7 +108,9 @@ class Presence:
         """Begin to say that a work failed; without a link, the coordinator asks again anyway."""
         if link is None:
             return
-        failure = Failure(**self._ids, run=work.run, round=work.round, reason=reason[:2000])
+        failure = Failure(
+            **self._ids, run=work.run, round=work.round, reason=sendable(reason, 2000)
+        )
 
         async def say() -> None:
             with contextlib.suppress(LinkLost):

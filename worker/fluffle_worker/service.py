@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluffle_common.errors import LinkLost, MalformedMessage, Refused
+from fluffle_common.errors import (
+    FluffleError,
+    LinkLost,
+    MalformedMessage,
+    Refused,
+    RunError,
+    TaskError,
+)
+from fluffle_common.layout import Form
 from fluffle_common.messages import (
     Evaluate,
     Fit,
@@ -25,6 +32,7 @@ from fluffle_common.messages import (
     Update,
     Welcome,
 )
+from fluffle_common.metric_names import beside
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import reject
 from fluffle_common.transport import (
@@ -40,15 +48,18 @@ from fluffle_common.weights import Weights
 from fluffle_common.wire import Assembly, decode
 from fluffle_worker import session
 from fluffle_worker.answers import Answers
-from fluffle_worker.job import Job, NotWanted, do
+from fluffle_worker.job import Job
 from fluffle_worker.mail import Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.presence import Presence
 from fluffle_worker.session import Work
-from fluffle_worker.task import Task, told
-from fluffle_worker.thread import Training, TrainingThread
+from fluffle_worker.task import Task
+from fluffle_worker.thread import Training
+from fluffle_worker.trainer import Trainer
 
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
+# What a line that tells of an update says besides its metrics.
+_FIELDS = frozenset({"event", "federation", "kind", "round", "time", "worker"})
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class WorkerService:
         tell: told what happens.
         bar: told of progress: ``(label, done, total, description)``.
         training: where the task's code runs; a thread of its own unless told.
+        form: what the task's model is made of; None: it is found out here.
     """
 
     def __init__(
@@ -100,15 +112,17 @@ class WorkerService:
         tell: Tell,
         bar: Callable[[str, float, float, str], None],
         training: Training | None = None,
+        form: Form | None = None,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
-        self._presence = Presence(settings, task, topology)
         self._state = session.State()
         self._run: str | None = None  # the one that we are in, or were last
+        self._outcome = "finished"  # of the run that has ended
+        self._failed_with: str | None = None  # the last failure of the task in this run
+        self._trained = False  # whether it has trained any round of this run
         self._jobs: dict[Work, Job] = {}
-        self._training: Training = training or TrainingThread()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         self._answers = Answers(
             topology,
@@ -120,6 +134,17 @@ class WorkerService:
             tell=tell,
             bar=bar,
         )
+        self._trainer = Trainer(
+            task,
+            {"federation": settings.federation, "worker": settings.worker},
+            residual=self._answers.residual,
+            progress=self._progress,
+            done=self._done,
+            tell=tell,
+            training=training,
+            form=form,
+        )
+        self._presence = Presence(settings, task, topology, self._trainer.form)
         self._link: Link | None = None
         self._linked = asyncio.Event()
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -152,6 +177,25 @@ class WorkerService:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def verdict(self) -> FluffleError | None:
+        """Return why a run that has ended is not one that went well, for the exit code."""
+        if self._failed_with and not self._trained:
+            return TaskError(
+                f"the task failed in every round that it was asked in: {self._failed_with}"
+            )
+        if self._outcome == "stopped":
+            reason = self._ended.result() if self._ended.done() else "unknown"
+            return RunError(
+                f"the run stopped before its end: {reason}; once the coordinator is started again, "
+                "the same command joins again"
+            )
+        return None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the task's code may be at something; only the end of the process ends that."""
+        return self._trainer.at_work
 
     # --- the broker ----------------------------------------------------------------------------
 
@@ -245,6 +289,8 @@ class WorkerService:
     def _receive(self, message: Any, payload: memoryview) -> None:
         match message:
             case Welcome(run=run, round=number, rounds=rounds):
+                if run != self._run:
+                    self._failed_with, self._trained = None, False
                 self._run = run
                 self._presence.speak_up()
                 self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
@@ -260,6 +306,7 @@ class WorkerService:
             case Part():
                 self._part(message, payload)
             case Stop(run=run, reason=reason) if self._run in (None, run):
+                self._outcome = message.outcome
                 self._advance(session.Stopped(reason))
             case Refusal() | Stop():
                 pass  # it was for an earlier process of this worker, or of an earlier run
@@ -311,6 +358,7 @@ class WorkerService:
                 case session.Drop(work):
                     self._jobs.pop(work).wanted = False
                 case session.Report(work, reason):
+                    self._failed_with = reason
                     self._tell("failure", {"round": work.round, "reason": reason})
                     self._presence.now("idle", work)
                     self._presence.failed(self._link, work, reason)
@@ -331,44 +379,21 @@ class WorkerService:
     # --- the training thread -------------------------------------------------------------------
 
     def _begin(self, job: Job) -> None:
-        loop = asyncio.get_running_loop()
         evaluating = isinstance(job.message, Evaluate) or (
             isinstance(job.message, Fit) and job.message.evaluate
         )
         self._presence.now("evaluating" if evaluating else "training", job.work)
         self._tell("begin", {"round": job.work.round, "kind": job.work.kind})
 
-        def done(event: session.Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and so is whoever asked
-                loop.call_soon_threadsafe(self._advance, event)
-
         def evaluated() -> None:
             self._answers.put(job)
             self._presence.now("training", job.work)
 
-        ids = {"federation": self._settings.federation, "worker": self._settings.worker}
+        self._trainer.begin(job, evaluated)
 
-        def progress(step: int, steps: int, loss: float | None) -> None:
-            loop.call_soon_threadsafe(self._progress, job.work, step, steps, loss)
-
-        def work() -> None:
-            try:
-                do(
-                    job,
-                    self._task,
-                    ids,
-                    evaluated=functools.partial(loop.call_soon_threadsafe, evaluated),
-                    progress=progress,
-                    residual=self._answers.residual,
-                )
-            except NotWanted:
-                done(session.Abandoned(job.work))
-            except Exception as why:  # whatever a user's task raises is reported, not swallowed
-                done(session.Failed(job.work, told(why)))
-            else:
-                done(session.Finished(job.work))
-
-        self._training.put(work)
+    def _done(self, event: session.Event) -> None:
+        self._trained |= isinstance(event, session.Finished) and event.work.kind == "fit"
+        self._advance(event)
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
         if self._state.doing != work:
@@ -386,4 +411,5 @@ class WorkerService:
             self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None
         metrics = answer.metrics if isinstance(answer, Update) else {}
-        self._tell("sent", {"round": job.work.round, "kind": job.work.kind, **metrics})
+        told = {"round": job.work.round, "kind": job.work.kind, **beside(metrics, _FIELDS)}
+        self._tell("sent", told)

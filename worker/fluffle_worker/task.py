@@ -1,4 +1,4 @@
-"""What a worker trains: the ``Task`` protocol, and how one is found.
+"""What a worker trains: the ``Task`` protocol.
 
 A task owns the data and the model of one data owner. It gets the global weights and a plan, and
 returns what it learnt; it knows nothing of rounds, brokers or other workers. Any class with these
@@ -7,17 +7,15 @@ three methods is one: plain NumPy, PyTorch, or a Flax model by way of ``flax_tas
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.messages import Plan
+from fluffle_common.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
 from fluffle_common.weights import Weights
+from fluffle_worker.user_code import sendable
 
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: call it once a step; it raises when the work is not wanted."""
@@ -50,7 +48,16 @@ class EvalResult:
 
 
 class Task(Protocol):
-    """One data owner's model and data."""
+    """One data owner's model and data.
+
+    The arrays that ``train`` and ``evaluate`` get are the task's own to change. Two attributes are
+    optional, and make things cheaper:
+
+    - ``only_reads = True``: it never writes to them, and so gets views instead of copies;
+    - ``model_form()``: the names of its tensors, with anything that has their ``dtype`` and
+      ``shape``, such as ``jax.eval_shape`` returns. Otherwise ``init(0)`` is called for that when
+      the worker starts.
+    """
 
     num_examples: int
     """How many examples there are to train on."""
@@ -87,69 +94,42 @@ TaskFactory = Callable[[TaskOptions], Task]
 
 def classes_of(task: Task) -> tuple[str, ...]:
     """Return the classes of a task that has some, in the order of its model's outputs."""
-    return tuple(getattr(task, "classes", ()))
+    given = getattr(task, "classes", None)
+    return () if given is None else tuple(sendable(str(name)) for name in given)
 
 
-def load_task(name: str, options: TaskOptions) -> Task:
-    """Make the task that ``module:name`` or ``path.py:name`` names.
+def num_examples_of(task: Task) -> int:
+    """Return how many examples a task trains on, as an int whatever integer it is."""
+    return operator.index(task.num_examples)
+
+
+def check_task(name: str, task: Any) -> Task:
+    """Check what a task is by its methods and attributes; return it.
 
     Raises:
-        UsageError: where there is no such thing.
-        TaskError: where it fails to make a task of these options, such as for want of data.
+        UsageError: where it is none.
+        TaskError: where it says something of itself that cannot be.
     """
-    where, colon, attribute = name.rpartition(":")
-    if not colon or not where or not attribute:
-        raise UsageError(f"--task wants module:name or path.py:name, not '{name}'")
-    module = _module(where)
-    factory: TaskFactory | None = getattr(module, attribute, None)
-    if not callable(factory):
-        raise UsageError(f"{where} has no function '{attribute}' that makes a task (--task)")
-    try:
-        task = factory(options)
-    except (TaskError, UsageError):
-        raise
-    except Exception as why:
-        raise TaskError(f"the task {name} cannot start: {told(why)}") from why
     for method in ("init", "train", "evaluate"):
         if not callable(getattr(task, method, None)):
             raise UsageError(f"what {name} makes is no task: it has no method '{method}'")
-    if not isinstance(getattr(task, "num_examples", None), int) or task.num_examples < 1:
-        raise TaskError(f"the task {name} has no examples to train on; look at --data")
-    return task
-
-
-def told(why: BaseException) -> str:
-    """Say an error of somebody else's code in one line."""
-    text = " ".join(str(why).split())
-    return f"{type(why).__name__}: {text}"[:500] if text else type(why).__name__
-
-
-def _module(where: str) -> object:
     try:
-        if not where.endswith(".py"):
-            sys.path.insert(0, "")  # a module beside the user, as `python -m` finds it
-            try:
-                return importlib.import_module(where)
-            finally:
-                sys.path.remove("")
-        path = Path(where)
-        if not path.is_file():
-            raise UsageError(f"there is no file {where} (--task)")
-        spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as why:
-        if why.name and (where == why.name or where.startswith(f"{why.name}.")):
-            raise UsageError(f"there is no module {where} (--task)") from None
-        raise UsageError(
-            f"the task {where} needs the package '{why.name}', which is not installed; "
-            "pip install 'fluffle[worker]' brings JAX and Flax"
+        num_examples = operator.index(getattr(task, "num_examples", None))  # type: ignore[arg-type]
+    except TypeError:
+        raise TaskError(
+            f"the task {name} has num_examples {getattr(task, 'num_examples', None)!r:.60}; a "
+            "whole number is expected"
         ) from None
-    except UsageError:
-        raise
-    except Exception as why:
-        raise TaskError(f"the task's file {where} fails to load: {told(why)}") from why
-    return module
+    if num_examples < 1:
+        raise TaskError(f"the task {name} has no examples to train on; look at --data")
+    if num_examples > MAX_NUM_EXAMPLES:
+        raise TaskError(
+            f"the task {name} has {num_examples} examples; at most {MAX_NUM_EXAMPLES} are expected"
+        )
+    for called in classes_of(task):
+        if len(called) > MAX_CLASS_NAME:
+            raise TaskError(
+                f"the class '{called[:40]}…' of the task {name} has a name of {len(called)} "
+                f"characters, at most {MAX_CLASS_NAME} travel; give it a shorter one"
+            )
+    return task  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ generators, such as dropout's, never travels.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from fluffle_common.errors import TaskError
 from fluffle_common.messages import Plan
 from fluffle_common.weights import Array, Weights, same_form
 from fluffle_worker.task import EvalResult, Progress, TrainResult
@@ -37,6 +39,8 @@ def accuracy(outputs: Any, targets: Any) -> Any:
 class FlaxTask:
     """A task from a plain Flax model.
 
+    JAX never writes to the arrays that it is given: the task gets views of the weights.
+
     The optimizer's state is fresh in every round: a worker keeps nothing between rounds, so that
     one that was restarted, or joined late, does exactly what it would have done otherwise.
 
@@ -53,6 +57,8 @@ class FlaxTask:
         classes: the names of the outputs, for a classifier.
         sample_seed: makes this worker's batches its own.
     """
+
+    only_reads = True
 
     def __init__(
         self,
@@ -87,11 +93,16 @@ class FlaxTask:
             like, compiled = model(nnx.Rngs(0)), lambda make: make
         self._graph, averaged, _ = _split(like)
         self._form = nnx.to_flat_state(averaged)
+        _check_names([_name(path) for path, _ in self._form])
         self._rest = compiled(lambda: _split(model(nnx.Rngs(0)))[2])()
         self._init = compiled(lambda key: _split(model(nnx.Rngs(key)))[1])
         self._steps: dict[float, tuple[Any, Any]] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
+
+    def model_form(self) -> dict[str, Any]:
+        """See ``task.Task``."""
+        return {_name(path): leaf.get_value() for path, leaf in self._form}
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
@@ -138,7 +149,7 @@ class FlaxTask:
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError where these are not weights of this model."""
-        same_form(weights, {_name(path): leaf.get_value() for path, leaf in self._form})
+        same_form(weights, self.model_form())
 
     def outputs(self, weights: Weights, inputs: Array) -> Array:
         """Return the model's outputs for a batch of inputs, shape [batch, …]."""
@@ -227,6 +238,20 @@ def _to_weights(state: Any) -> dict[str, Array]:
 
 def _name(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
+
+
+def _check_names(names: list[str]) -> None:
+    """Check that each tensor has a name of its own.
+
+    Raises:
+        TaskError: naming the first that has not.
+    """
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise TaskError(
+            f"two tensors of the model are called '{twice[0]}', such as one whose own name has a "
+            "'/' in it and one inside another module; rename one of them"
+        )
 
 
 def keep_compiled() -> None:

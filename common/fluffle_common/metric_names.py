@@ -1,0 +1,23 @@
+"""The names of metrics where they stand beside other fields, as in a line of the history."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+_PREFIX = "metric/"
+
+
+def beside(metrics: Mapping[str, float], fields: Collection[str]) -> dict[str, float]:
+    """Return metrics under names that none of these fields has.
+
+    A task may call its metrics what it likes. One called as a field is written with a prefix, and
+    so is one that has the prefix already: no two metrics come to have one name.
+
+    Example:
+        >>> beside({"accuracy": 0.5, "round": 1.0, "metric/round": 2.0}, {"round"})
+        {'accuracy': 0.5, 'metric/round': 1.0, 'metric/metric/round': 2.0}
+    """
+    return {
+        f"{_PREFIX}{name}" if name in fields or name.startswith(_PREFIX) else name: value
+        for name, value in metrics.items()
+    }

@@ -1,0 +1,115 @@
+"""The task's side of a worker: its code runs in the training thread and can end nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from fluffle_common.layout import Form
+from fluffle_worker import session
+from fluffle_worker.feedback import Residual
+from fluffle_worker.form import form_of_task
+from fluffle_worker.job import Job, NotWanted, do
+from fluffle_worker.mail import Tell
+from fluffle_worker.results import Results
+from fluffle_worker.session import Work
+from fluffle_worker.task import Task
+from fluffle_worker.thread import Training, TrainingThread
+from fluffle_worker.user_code import one_line
+
+
+class Trainer:
+    """Does one job after the other, and tells the event loop what becomes of each.
+
+    Args:
+        task: the model and the data.
+        sender: the fields ``federation`` and ``worker`` of every answer.
+        residual: what the last update that was sent left unsent.
+        progress: told of each step: ``(work, step, steps, loss)``.
+        done: told what has become of a job.
+        tell: told, once each, what of the task's is not fit for use, and of its tracebacks.
+        training: where the task's code runs; a thread of its own unless told.
+        form: what the task's model is made of; None: it is found out here.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        sender: dict[str, str],
+        *,
+        residual: Callable[[], Residual],
+        progress: Callable[[Work, int, int, float | None], object],
+        done: Callable[[session.Event], object],
+        tell: Tell,
+        training: Training | None = None,
+        form: Form | None = None,
+    ) -> None:
+        self.form = form_of_task(task) if form is None else form
+        self._task, self._sender = task, sender
+        self._residual, self._progress, self._done = residual, progress, done
+        self._training: Training = training or TrainingThread()
+        self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+        self._results = Results(
+            say=lambda reason: self._to_loop(tell, "unfit", {"reason": reason}),
+            trace=lambda text: self._to_loop(tell, "traceback", {"text": text}),
+        )
+        self._under_way = 0
+        self._cut_short = False
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the task's code may be at something; only the end of the process ends that.
+
+        A job that was cut short may have begun what goes on by itself, as steps of JAX do.
+        """
+        return self._under_way > 0 or self._cut_short
+
+    def begin(self, job: Job, evaluated: Callable[[], object]) -> None:
+        """Do a job when those before it are done; ``evaluated``: its evaluation is there."""
+        self._under_way += 1
+        self._training.put(lambda: self._work(job, functools.partial(self._to_loop, evaluated)))
+
+    def _work(self, job: Job, evaluated: Callable[[], object]) -> None:
+        event = self._do(job, evaluated)
+        if os.getpid() != self._pid:  # the task forked, and its child has come back to here
+            os._exit(0 if isinstance(event, session.Finished) else 1)
+        self._to_loop(self._over, event)
+
+    def _do(self, job: Job, evaluated: Callable[[], object]) -> session.Event:
+        try:
+            do(
+                job,
+                self._task,
+                self._sender,
+                evaluated=evaluated,
+                progress=functools.partial(self._to_loop, self._progress, job.work),
+                residual=self._residual,
+                results=self._results,
+                form=self.form,
+            )
+        except NotWanted:
+            return session.Abandoned(job.work)
+        except BaseException as why:  # whatever a user's task raises is reported, not swallowed
+            if not job.wanted:  # it may be what the task makes of being told so
+                return session.Abandoned(job.work)
+            self._results.failed(why)
+            return session.Failed(job.work, one_line(why))
+        return session.Finished(job.work)
+
+    def _over(self, event: session.Event) -> None:
+        self._under_way -= 1
+        self._cut_short = isinstance(event, session.Abandoned)
+        self._done(event)
+
+    def _to_loop(self, what: Callable[..., object], *on: Any) -> None:
+        """Let the loop do something; nothing where it is gone, and so is whoever asked.
+
+        Nothing in a process either that the task has forked: what happens there is its own.
+        """
+        if os.getpid() == self._pid:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(what, *on)
