@@ -13,7 +13,10 @@ from fluffle_common.errors import TaskError
 
 _HERE = Path(__file__).parent
 # What calls a user's code: no part of its story.
-_CALLERS = {str(_HERE / name) for name in ("form.py", "job.py", "service.py", "task.py")}
+_CALLERS = {
+    str(_HERE / name)
+    for name in ("form.py", "job.py", "results.py", "task_loading.py", "trainer.py")
+}
 _LONGEST = 500
 
 

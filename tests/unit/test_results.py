@@ -1,0 +1,375 @@
+"""What a task returns, however oddly, and what goes on the wire of it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluffle_common.errors import TaskError
+from fluffle_common.layout import layout_for
+from fluffle_common.messages import Evaluate, Fit, InitRequest, Plan
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.aggregation import federated
+from fluffle_worker.form import form_of_task
+from fluffle_worker.job import Job, NotWanted, do
+from fluffle_worker.results import Results
+from fluffle_worker.session import Work
+from fluffle_worker.task import EvalResult, TrainResult
+
+NAN, INF = float("nan"), float("inf")
+IDS: dict[str, Any] = {"federation": "f", "run": "r", "base": "b"}
+SENDER = {"federation": "f", "worker": "w"}
+
+
+def received() -> Any:
+    """Return weights as they come from the wire: views of bytes that nobody may write to."""
+    weights = {"w": np.zeros(4, np.float32), "b": np.zeros((), np.float32)}
+    layout = layout_for(weights)
+    return layout.over(bytes(layout.nbytes))
+
+
+class Odd:
+    """A task that returns what it is told to."""
+
+    num_examples = 5
+
+    def __init__(self, *, metrics: Any = None, count: Any = 5, loss: Any = 1.0, **more: Any):
+        self.metrics, self.count, self.loss = metrics, count, loss
+        self.step, self.more = more.pop("step", None), more
+
+    def init(self, seed):
+        return {"w": np.zeros(4, np.float32), "b": np.zeros((), np.float32)}
+
+    def train(self, weights, plan, progress):
+        if self.step is not None:
+            progress(*self.step)
+        if "trained" in self.more:
+            return self.more["trained"]
+        new = {name: tensor + tensor.dtype.type(1) for name, tensor in weights.items()}
+        return TrainResult(self.more.get("new", new), self.count, self.metrics)
+
+    def evaluate(self, weights):
+        if "raises" in self.more:
+            raise self.more["raises"]
+        if "evaluated" in self.more:
+            return self.more["evaluated"]
+        return EvalResult(self.loss, self.count, self.metrics)
+
+
+class Seen:
+    """A work done, and all that was said meanwhile."""
+
+    def __init__(self, task: Any, message: Any = None, *, results: Results | None = None) -> None:
+        self.said: list[str] = []
+        self.traces: list[str] = []
+        self.steps: list[tuple[int, int, float | None]] = []
+        message = message or Fit(**IDS, round=3, evaluate=True, plan=Plan())
+        self.job = Job(Work("fit", "r", 3, "b"), message, received())
+        do(
+            self.job, task, SENDER, evaluated=lambda: None,
+            progress=lambda *told: self.steps.append(told),
+            results=results or Results(self.said.append, self.traces.append),
+        )  # fmt: skip
+
+    @property
+    def evaluation(self) -> Any:
+        return self.job.evaluation
+
+    @property
+    def update(self) -> Any:
+        assert self.job.answer is not None
+        return self.job.answer[0]
+
+    @property
+    def delta(self) -> list[float]:
+        assert self.job.answer is not None
+        return self.job.answer[1]["w"].tolist()
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number",
+    [np.float32(0.5), np.array(0.5), np.array([0.5]), jnp.asarray(0.5), 0.5],
+    ids=["scalar", "array", "of-one", "jax", "float"],
+)
+def test_numbers_of_any_framework_are_metrics(number):
+    seen = Seen(Odd(metrics={"loss": number, "whole": np.int64(3)}, loss=number))
+    assert seen.update.metrics == {"loss": 0.5, "whole": 3.0}
+    assert seen.evaluation.loss == 0.5
+    assert seen.said == []
+
+
+@pytest.mark.parametrize("count", [np.int64(7), np.array(7), jnp.asarray(7), 7.0])
+def test_counts_of_any_framework_are_counts(count):
+    seen = Seen(Odd(count=count))
+    assert (seen.update.num_examples, seen.evaluation.num_examples) == (7, 7)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, None, "0.5", [1, 2], np.zeros(3), 1j, 10**400])
+def test_a_metric_that_is_no_number_is_left_out_and_named_once(value):
+    said: list[str] = []
+    results = Results(said.append)
+    for _ in range(3):
+        seen = Seen(Odd(metrics={"auc": value, "accuracy": 0.5}), results=results)
+        assert seen.update.metrics == seen.evaluation.metrics == {"accuracy": 0.5}
+        assert seen.delta == [1, 1, 1, 1]
+    assert [one[:16] for one in said] == ["the metric 'auc'"] * 2  # of evaluate, and of train
+    assert "evaluate()" in said[0]
+    assert "train()" in said[1]
+
+
+def test_of_too_many_metrics_the_first_stay_loss_and_accuracy_among_them():
+    many = {f"class_{number:03}": 0.1 for number in range(100)} | {"accuracy": 0.5, "loss": 1.0}
+    seen = Seen(Odd(metrics=many))
+    names = ["loss", "accuracy", *(f"class_{number:03}" for number in range(62))]
+    assert list(seen.update.metrics) == names
+    assert "102 metrics, and 64 travel; the last 38 are left out" in seen.said[0]
+
+
+def test_names_of_metrics_that_are_too_long_stay_apart():
+    long = {"x" * 70 + "a": 1.0, "x" * 70 + "b": 2.0, "\udc80": 3.0, 7: 4.0}
+    metrics = Seen(Odd(metrics=long)).update.metrics
+    assert list(metrics.values()) == [1.0, 2.0, 3.0, 4.0]
+    assert all(len(name) <= 64 for name in metrics)
+    assert "7" in metrics
+
+
+@pytest.mark.parametrize("metrics", [None, 3, [1.0], "loss"])
+def test_metrics_that_are_no_mapping_are_none(metrics):
+    assert Seen(Odd(metrics=metrics)).update.metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("step", "shown"),
+    [
+        ((np.int64(2), np.int64(5), NAN), (2, 5, None)),
+        ((jnp.asarray(2), 5, jnp.asarray(0.5)), (2, 5, 0.5)),
+        ((2, None, "high"), (2, 0, None)),
+        ((-1, 5), (0, 5, None)),
+    ],
+)
+def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
+    (told,) = Seen(Odd(step=step)).steps
+    assert told == shown
+    assert all(type(one) in (int, float, type(None)) for one in told)
+
+
+# --- what an update needs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("returned", "named"),
+    [
+        ({"count": 0}, "num_examples 0; from 1"),
+        ({"count": -3}, "num_examples -3; from 1"),
+        ({"count": None}, "num_examples that is None, a whole number is expected"),
+        ({"count": 2.5}, "num_examples that is 2.5, a whole number"),
+        ({"count": 10**13}, "num_examples 10000000000000; from 1 to 1000000000000"),
+        ({"trained": None}, "train() returned None; it must return TrainResult"),
+        ({"trained": ({}, 5)}, "train() returned ({}, 5); it must"),
+        ({"new": None}, "train() returned the weights None"),
+        ({"new": {"w": np.zeros(4, np.float32)}}, "missing b"),
+        ({"new": {"w": np.zeros(4), "b": np.zeros(())}}, "is float64, expected float32"),
+    ],
+)
+def test_a_training_without_an_update_fails_with_its_reason(returned, named):
+    with pytest.raises(TaskError) as failed:
+        Seen(Odd(**returned))
+    assert named in str(failed.value)
+    assert "\n" not in str(failed.value)
+
+
+def test_arrays_of_another_framework_are_arrays():
+    new = {"w": jnp.ones(4, jnp.float32), "b": 1.5}
+    assert Seen(Odd(new={**new, "b": np.float32(1.5)})).delta == [1, 1, 1, 1]
+
+
+# --- the evaluation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raised", [ValueError("only one class"), SystemExit(1), MemoryError()])
+def test_an_evaluation_that_fails_costs_no_training_and_is_said_once(raised):
+    said: list[str] = []
+    traces: list[str] = []
+    results = Results(said.append, traces.append)
+    for _ in range(3):
+        seen = Seen(Odd(raises=raised), results=results)
+        assert seen.delta == [1, 1, 1, 1]
+        assert (seen.evaluation.num_examples, seen.evaluation.round) == (0, 2)
+    (one,), (trace,) = said, traces
+    assert one.startswith("evaluate() fails, and this worker trains without it: ")
+    assert "(test_results.py:" in one
+    assert "raise self.more" in trace
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [{"loss": NAN}, {"loss": None}, {"evaluated": 0.5}, {"evaluated": EvalResult(1.0, None)}],
+)
+def test_an_evaluation_without_a_loss_is_none(returned):
+    seen = Seen(Odd(**returned))
+    assert (seen.evaluation.num_examples, seen.evaluation.loss) == (0, 0.0)
+    assert seen.delta == [1, 1, 1, 1]
+    assert len(seen.said) == 1
+
+
+def test_the_last_evaluation_is_answered_even_where_it_fails():
+    seen = Seen(Odd(raises=ValueError("no")), Evaluate(**IDS, round=3))
+    assert (seen.evaluation.num_examples, seen.evaluation.round) == (0, 3)
+
+
+def test_a_worker_without_held_out_data_says_nothing_before_it_trains():
+    assert Seen(Odd(evaluated=None)).evaluation is None
+
+
+# --- whose the arrays are ----------------------------------------------------------------------
+
+
+def through_the_pointer(weights):
+    """As ``torch.from_numpy`` does, which takes no notice of a read-only flag."""
+    tensor = weights["w"]
+    into = (ctypes.c_float * tensor.size).from_address(tensor.ctypes.data)
+    own = np.ctypeslib.as_array(into)
+    own += 1
+    return {**weights, "w": own}
+
+
+def in_place(weights):
+    weights["w"] += 1
+    weights["b"][...] = 1
+    return weights
+
+
+class Writes(Odd):
+    """A task that writes to what it is given, also when it evaluates."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self._write = write
+
+    def train(self, weights, plan, progress):
+        return TrainResult(self._write(weights), 5)
+
+    def evaluate(self, weights):
+        self._write(weights)
+        return EvalResult(0.0, 1)
+
+
+@pytest.mark.parametrize("write", [through_the_pointer, in_place])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_task_that_writes_to_what_it_got_learns_what_it_learnt(write, plain):
+    fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
+    weights = received()
+    job = Job(Work("fit", "r", 1, "b"), fit, dict(weights) if plain else weights)
+    do(job, Writes(write), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+    assert job.answer is not None
+    assert job.answer[1]["w"].tolist() == [1, 1, 1, 1]
+    assert weights["w"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_task_that_only_reads_gets_views():
+    got = []
+
+    class Reads(Odd):
+        only_reads = True
+
+        def train(self, weights, plan, progress):
+            got.append(weights["w"])
+            return super().train(weights, plan, progress)
+
+    seen = Seen(Reads())
+    assert not got[0].flags.writeable
+    assert seen.delta == [1, 1, 1, 1]
+
+
+def test_first_weights_are_not_those_that_the_task_goes_on_with():
+    kept = {"w": np.zeros(4, np.float32)}
+
+    class Keeps(Odd):
+        def init(self, seed):
+            return kept
+
+    ask = InitRequest(federation="f", run="r", seed=1)
+    job = Job(Work("init", "r", 0), ask, {})
+    do(job, Keeps(), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+    kept["w"] += 1
+    assert job.answer is not None
+    assert job.answer[1]["w"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_task_may_change_the_configuration_that_it_is_given():
+    class Pops(Odd):
+        def train(self, weights, plan, progress):
+            plan.config.pop("rate")
+            return super().train(weights, plan, progress)
+
+    fit = Fit(**IDS, round=1, evaluate=False, plan=Plan(config={"rate": 1}))
+    for _ in range(2):  # as when it is asked again
+        Seen(Pops(), fit)
+    assert fit.plan.config == {"rate": 1}
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+class Wide(Odd):
+    def init(self, seed):
+        return {"w": np.zeros(4), "b": np.zeros(())}
+
+    def train(self, weights, plan, progress):
+        raise AssertionError("it is not to be trained")
+
+    evaluate = train
+
+
+def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_it():
+    fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
+    job = Job(Work("fit", "r", 1, "b"), fit, received())
+    with pytest.raises(TaskError) as failed:
+        do(
+            job, Wide(), SENDER, evaluated=lambda: None, progress=lambda *_: None,
+            form=form_of_task(Wide()),
+        )  # fmt: skip
+    assert str(failed.value) == (
+        "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,) "
+        "there, float64 of shape (4,) here; with JAX, set JAX_ENABLE_X64 for all workers or for "
+        "none"
+    )
+
+
+def test_work_that_nobody_wants_ends_at_its_next_step():
+    fit = Fit(**IDS, round=1, evaluate=False, plan=Plan())
+    job = Job(Work("fit", "r", 1, "b"), fit, received(), wanted=False)
+    with pytest.raises(NotWanted):
+        do(job, Odd(step=(1, 2)), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+
+
+# --- the history -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["round", "event", "late", "num_examples", "loss", "evaluators", "run", "time"]
+)
+def test_no_metric_takes_the_place_of_a_field_of_the_history(name):
+    one = rs.Evaluated(2, 1.0, {name: 9.0, f"metric/{name}": 8.0, "accuracy": 0.5})
+    line = {"event": "evaluated", "round": 1, "run": "r", **federated({"a": one})}
+    assert (line["event"], line["round"], line["run"]) == ("evaluated", 1, "r")
+    assert (line["num_examples"], line["loss"], line["evaluators"]) == (2, 1.0, ["a"])
+    assert line["accuracy"] == 0.5
+    assert (line[f"metric/{name}"], line[f"metric/metric/{name}"]) == (9.0, 8.0)
+    json.dumps(line)
+
+
+def test_a_result_of_the_right_attributes_will_do():
+    trained = SimpleNamespace(
+        weights={"w": np.ones(4, np.float32), "b": np.float32(1)}, num_examples=3
+    )
+    assert Seen(Odd(trained=trained)).update.num_examples == 3

@@ -1,0 +1,323 @@
+"""Tasks as users write them: found, imported, checked when loaded, and told of where they fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.layout import DTYPES
+from fluffle_worker.form import UNKNOWN, described, difference, form_of_task
+from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
+from fluffle_worker.task_loading import load_task
+from fluffle_worker.training import flax_task
+from fluffle_worker.user_code import full_trace, one_line
+
+OPTIONS = TaskOptions("data", "w")
+TASK = """
+class Task:
+    num_examples = 3
+    def init(self, seed): return {}
+    def train(self, weights, plan, progress): return None
+    def evaluate(self, weights): return None
+
+def task(options):
+    return Task()
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Yield a folder for files of tasks; what they import is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+# --- finding -----------------------------------------------------------------------------------
+
+
+def test_a_task_file_s_neighbour_is_found_also_later(here):
+    (here / "sub").mkdir()
+    write(here / "sub", "near_by.py", "VALUE = 3\n")
+    write(here / "sub", "near_too.py", "VALUE = 4\n")
+    late = TASK.replace("return Task()", "import near_too; return Task()")
+    assert load_task(f"{write(here / 'sub', 'stream.py', 'import near_by' + late)}:task", OPTIONS)
+
+
+def test_a_module_s_neighbour_is_found_also_later(here):
+    write(here, "near_three.py", "")
+    write(here, "a_task.py", TASK.replace("return Task()", "import near_three; return Task()"))
+    assert load_task("a_task:task", OPTIONS)
+
+
+def test_a_task_file_replaces_no_module_of_its_name(here):
+    import queue
+
+    task = load_task(f"{write(here, 'queue.py', TASK)}:task", OPTIONS)
+    assert sys.modules["queue"] is queue
+    assert type(task).__module__ in sys.modules  # so that it can be pickled
+
+
+@pytest.mark.parametrize(
+    ("module", "remedy"),
+    [
+        ("cnn_of_mine", "pip install cnn_of_mine, or put cnn_of_mine.py beside"),
+        ("skimage.io", "pip install scikit-image"),
+        ("optax.nothing", "fluffle[worker]"),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module, remedy, late):
+    for name in [one for one in sys.modules if one.split(".")[0] == "skimage"]:
+        monkeypatch.delitem(sys.modules, name)
+    text = TASK.replace("return Task()", f"import {module}") if late else f"import {module}\n{TASK}"
+    with pytest.raises(UsageError) as wrong:
+        load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+    assert remedy in str(wrong.value)
+    assert ("fluffle[worker]" in str(wrong.value)) == ("optax" in module)
+    assert f"(stream.py:{9 if late else 1})" in str(wrong.value)
+    assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize("broken", ["raise KeyError('x')", "import sys; sys.exit(3)"])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, broken, late):
+    text = TASK.replace("return Task()", broken) if late else f"{broken}\n"
+    with pytest.raises(TaskError) as wrong:
+        load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+    assert f"(stream.py:{9 if late else 1})" in str(wrong.value)
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert broken in told
+    assert "task_loading.py" not in told
+
+
+# --- errors of a user's code -------------------------------------------------------------------
+
+
+def failed(make: Any) -> BaseException:
+    try:
+        make()
+    except BaseException as why:
+        return why
+    raise AssertionError("it does not fail")
+
+
+def test_an_error_deep_in_a_library_names_the_user_s_own_line():
+    why = failed(lambda: np.linalg.inv(np.zeros((2, 2))))
+    assert one_line(why).startswith("LinAlgError: Singular matrix (test_task_loading.py:")
+    assert "linalg" in full_trace(why)
+
+
+def test_an_error_that_cannot_be_told_is_told_by_its_type():
+    class Untold(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def fail():
+        raise Untold
+
+    assert one_line(failed(fail)).startswith("Untold (test_task_loading.py:")
+
+
+def test_a_reason_can_always_be_sent():
+    def fail():
+        raise OSError("no file \udc80\n" + "x" * 1000)
+
+    told = one_line(failed(fail))
+    told.encode()
+    assert len(told) <= 500
+    assert "\n" not in told
+    assert told.endswith(")")
+
+
+# --- what a task says of itself ----------------------------------------------------------------
+
+
+def own(**fields: Any) -> Any:
+    nothing = {"init": len, "train": len, "evaluate": len, "num_examples": 3}
+    return SimpleNamespace(**(nothing | fields))
+
+
+def test_counts_and_classes_of_any_kind_will_do():
+    task = check_task("t", own(num_examples=np.int64(7), classes=np.array(["a", "b"])))
+    assert (num_examples_of(task), type(num_examples_of(task))) == (7, int)
+    assert classes_of(task) == ("a", "b")
+    assert classes_of(own(classes=range(2))) == ("0", "1")
+    assert classes_of(own(classes=None)) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_examples": 0}, "no examples"),
+        ({"num_examples": None}, "num_examples None"),
+        ({"num_examples": 10**13}, "at most 1000000000000"),
+        ({"classes": ("x" * 101,)}, "101 characters"),
+    ],
+)
+def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
+    with pytest.raises(TaskError, match=named):
+        check_task("t", own(**fields))
+
+
+# --- the form of a model -----------------------------------------------------------------------
+
+
+def making(**tensors: Any) -> Any:
+    return own(init=lambda seed: tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        (np.zeros(2, bool), "'x' is bool, which does not travel; .* uint8"),
+        (np.zeros(2, complex), "'x' is complex128, .* two tensors"),
+        (np.array([None]), "'x' is object, .* keep it out"),
+        (np.array(["a"]), "'x' is str32, .* keep it out"),
+        (np.zeros(2, ml_dtypes.float8_e4m3fn), "'x' is float8_e4m3fn, .* make it"),
+        (np.zeros(2, ml_dtypes.int4), "'x' is int4, .* int8"),
+        (np.zeros(2, np.longdouble), "'x' is .*float64"),
+        (np.zeros((1,) * 33), "'x' has 33 dimensions, at most 32"),
+    ],
+)
+def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
+    with pytest.raises(TaskError, match=named):
+        form_of_task(making(w=np.zeros(2), x=tensor))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"x" * 501: np.zeros(1)}, "has 501 characters, at most 500"),
+        ({"": np.zeros(1)}, "called ''"),
+        ({3: np.zeros(1)}, "called 3"),
+        ({"\udc80": np.zeros(1)}, "not valid text"),
+        ({}, "0 tensors"),
+    ],
+)
+def test_names_that_cannot_travel_are_refused(tensors, named):
+    with pytest.raises(TaskError, match=named):
+        form_of_task(own(init=lambda seed: tensors))
+
+
+def test_a_form_is_told_in_short_and_its_digest_knows_no_order():
+    w, n = np.zeros((300, 4), np.float32), np.zeros((), np.int64)
+    told, other = (described(form_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
+    assert told is not None
+    assert other is not None
+    assert told.summary == "2 tensors, 1,201 parameters: float32 1, int64 1"
+    assert told.digest == other.digest == "c7a99ca8e815d968"
+    for changed in (making(w=w.T, n=n), making(v=w, n=n), making(w=w.astype(float), n=n)):
+        assert described(form_of_task(changed)).digest != told.digest
+    assert described(UNKNOWN) is None
+
+
+def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
+    def init(seed):
+        raise NotImplementedError
+
+    assert form_of_task(own(init=init)) == UNKNOWN
+    assert (
+        "can make no first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
+    )
+    assert difference(form_of_task(making(w=np.zeros(1))), UNKNOWN) is None
+
+
+def test_a_task_that_can_say_its_form_makes_no_weights():
+    def model_form():
+        return jax.eval_shape(lambda: {"w": jax.numpy.zeros((2, 3))})
+
+    (entry,) = form_of_task(own(init=None, model_form=model_form))
+    assert entry == ("w", np.dtype("float32"), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ({"b": np.zeros(2), "a": np.zeros(1)}, None),
+        ({"a": np.zeros(1)}, "tensor 'b' is in this task's model only"),
+        (
+            {"a": np.zeros(1), "b": np.zeros(2), "d": np.zeros(1), "c": np.zeros(1)},
+            "tensor 'c', and 1 more is not in this task's model",
+        ),
+        (
+            {"a": np.zeros(1), "b": np.zeros(3)},
+            "tensor 'b' is float64 of shape (3,) there, float64 of shape (2,) here",
+        ),
+        (
+            {"a": np.zeros(1, np.float32), "b": np.zeros(2, np.int32)},
+            "tensor 'a' is float32 of shape (1,) there, float64 of shape (1,) here",
+        ),
+        (
+            {"a": np.zeros(1), "b": np.zeros(2, np.float32)},
+            "tensor 'b' is float32 of shape (2,) there, float64 of shape (2,) here; with JAX, set "
+            "JAX_ENABLE_X64 for all workers or for none",
+        ),
+    ],
+)
+def test_a_difference_names_the_first_tensor(theirs, told):
+    ours = form_of_task(making(a=np.zeros(1), b=np.zeros(2)))
+    found = difference(form_of_task(making(**theirs)), ours)
+    assert found == (told and f"the federation's model differs from this task's: {told}")
+
+
+class Net(nnx.Module):
+    """A layer in half precision, and perhaps a name that collides."""
+
+    dtype: Any = jax.numpy.bfloat16
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dense = nnx.Linear(2, 1, rngs=rngs, param_dtype=self.dtype)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.dense(inputs)
+
+
+class Colliding(Net):
+    dtype = jax.numpy.float32
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(rngs)
+        setattr(self, "dense/kernel", nnx.Param(jax.numpy.zeros(3)))
+
+
+def flax(model: Any) -> Any:
+    data = np.zeros((4, 2), np.float32), np.zeros(4, np.float32)
+    return flax_task(model, lambda o, t: (o[:, 0] - t) ** 2, optax.sgd, data, data)
+
+
+def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
+    task = flax(Colliding.__base__)
+    monkeypatch.setattr(task, "init", None)
+    if "bfloat16" in DTYPES:
+        told = described(form_of_task(task))
+        assert told is not None
+        assert told.summary == "2 tensors, 3 parameters: bfloat16 2"
+    else:
+        with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which does not travel"):
+            form_of_task(task)
+
+
+def test_two_tensors_of_one_name_are_refused():
+    with pytest.raises(TaskError, match="two tensors of the model are called 'dense/kernel'"):
+        flax(Colliding)
