@@ -62,6 +62,7 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
 
         for each in _ENDING:
             loop.add_signal_handler(each, stop, each)
+            _once(each)
         return await task
 
     with (
@@ -70,6 +71,19 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
     ):
         return runner.run(watched())
     raise Interrupted(received[0] if received else signal.SIGTERM)
+
+
+def _once(number: int) -> None:
+    """Let the handler of a signal take it once; the kernel itself ends the process at the next.
+
+    Whoever holds the GIL, such as a regular expression at its worst, keeps our handler from being
+    called, and must not keep a second Ctrl-C from being heard. Nothing happens where the C library
+    knows no such handlers.
+    """
+    install = getattr(ctypes.CDLL(None), "sysv_signal", None)
+    if install is not None:
+        install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        install(number, install(number, None))
 
 
 @functools.cache
