@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
+T = TypeVar("T")
 _PREFIX = "metric/"
 
 
-def beside(metrics: Mapping[str, float], fields: Collection[str]) -> dict[str, float]:
+def beside(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str, T]:
     """Return metrics under names that none of these fields has.
 
     A task may call its metrics what it likes. One called as a field is written with a prefix, and

@@ -189,6 +189,7 @@ class Federation:
             tell=lambda what, fields: log.lines.append((time.monotonic(), what, fields)),
             bar=lambda *_: None,
             training=training,
+            form=getattr(task, "form", None),
         )
         process.running = asyncio.ensure_future(process.service.run())
         self.processes.append(process)

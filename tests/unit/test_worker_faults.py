@@ -238,7 +238,7 @@ async def test_the_first_sign_of_life_says_what_the_model_is_made_of():
     running = asyncio.ensure_future(made.service.run())
     hello = await made.sign(Hello)
     assert hello.model is not None
-    assert hello.model.summary == "1 tensors, 4 parameters: float32 1"
+    assert hello.model.summary == "1 tensor, 4 parameters: float32 1"
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +9,9 @@ import numpy as np
 
 from fluffle_common.console import warn
 from fluffle_common.errors import TaskError
-from fluffle_common.layout import DTYPES, Form, form_of
-from fluffle_common.messages import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS, ModelForm
+from fluffle_common.layout import Form, form_of, layout_of_form
+from fluffle_common.messages import ModelForm
+from fluffle_common.model_form import form_from
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
 from fluffle_worker.user_code import full_trace, one_line
@@ -54,40 +51,19 @@ def check_form(form: Form) -> None:
     Raises:
         TaskError: naming the first that cannot, what is wrong with it, and the remedy.
     """
-    if not 1 <= len(form) <= MAX_TENSORS:
-        raise TaskError(f"the model has {len(form)} tensors; from 1 to {MAX_TENSORS} are expected")
-    for name, dtype, shape in form:
-        if not isinstance(name, str) or not name:
-            raise TaskError(f"a tensor of the model is called {name!r}; its name must be text")
-        if len(name) > MAX_TENSOR_NAME:
-            raise TaskError(
-                f"the name of tensor '{name[:60]}…' has {len(name)} characters, at most "
-                f"{MAX_TENSOR_NAME} travel; give it a shorter one"
-            )
-        if not name.isprintable() and "\ud800" <= max(name) <= "\udfff":
-            raise TaskError(f"the name of tensor {name!a} is not valid text; give it another")
-        if dtype.name not in DTYPES:
-            raise TaskError(f"tensor '{name}' is {dtype.name}, which does not travel; {_do(dtype)}")
-        if len(shape) > MAX_DIMENSIONS:
-            raise TaskError(
-                f"tensor '{name}' has {len(shape)} dimensions, at most {MAX_DIMENSIONS} travel; "
-                "reshape it in the task"
-            )
+    if not form:
+        raise TaskError("the model has no tensors")
+    try:
+        layout_of_form(form)
+    except ValueError as wrong:
+        raise TaskError(str(wrong)) from None
 
 
 def described(form: Form) -> ModelForm | None:
     """Return a form in short; None where it is not known."""
     if form == UNKNOWN:
         return None
-    entries = sorted([name, dtype.name, list(shape)] for name, dtype, shape in form)
-    packed = json.dumps(entries, separators=(",", ":"))
-    size = sum(math.prod(shape) for _, _, shape in form)
-    dtypes = Counter(dtype.name for _, dtype, _ in form)
-    told = ", ".join(f"{name} {number}" for name, number in dtypes.most_common())
-    return ModelForm(
-        digest=hashlib.sha256(packed.encode()).hexdigest()[:16],
-        summary=f"{len(form)} tensors, {size:,} parameters: {told}"[:300],
-    )
+    return form_from((name, dtype.name, shape) for name, dtype, shape in form)
 
 
 def difference(federation: Form, own: Form) -> str | None:
@@ -125,18 +101,3 @@ def _by_name(form: Form) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
 
 def _form(given: Mapping[str, Any]) -> Form:
     return tuple([(n, np.dtype(one.dtype), tuple(one.shape)) for n, one in given.items()])
-
-
-def _do(dtype: np.dtype[Any]) -> str:
-    """Return the remedy for a dtype that does not travel."""
-    if dtype.kind == "b":
-        return "keep it out of the weights, or make it uint8 in init() and train()"
-    if dtype.kind == "c":
-        return "make two tensors of it, the real and the imaginary part"
-    if dtype.kind in "OSUMm" or dtype.names:
-        return "keep it out of the weights, which are numbers"
-    if dtype.kind == "f":
-        return "make it float64 in init() and train()"
-    if "int" in dtype.name:
-        return "make it int8 in init() and train()"
-    return f"make it {'bfloat16' if 'bfloat16' in DTYPES else 'float32'} in init() and train()"
