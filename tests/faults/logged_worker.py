@@ -66,14 +66,21 @@ def wrap(record: Record) -> None:
     publish = AmqpLink.publish
 
     async def recorded(
-        self: AmqpLink, body: bytes, properties: Properties, *, exchange: str, keys: Sequence[str]
+        self: AmqpLink,
+        body: bytes,
+        properties: Properties,
+        *,
+        exchange: str,
+        keys: Sequence[str],
+        urgent: bool = False,
     ) -> None:
+        where: dict[str, Any] = {"exchange": exchange, "keys": keys, "urgent": urgent}
         if properties.type in _SIGNS_OF_LIFE:
-            await publish(self, body, properties, exchange=exchange, keys=keys)
+            await publish(self, body, properties, **where)
             return
         attempt = record.begin(body, properties)
         try:
-            await publish(self, body, properties, exchange=exchange, keys=keys)
+            await publish(self, body, properties, **where)
         except BaseException:
             record.note("unknown", attempt)
             raise

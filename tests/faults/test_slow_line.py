@@ -1,0 +1,86 @@
+"""Whoever is behind a slow line is heard, and what it sends arrives, however long that takes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluffle_broker import node
+from fluffle_common import amqp_confirms, wire
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.messages import Update
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import Route, send_tensors
+from fluffle_common.transport import Properties
+from tests.faults.harness import Federation
+from tests.faults.proxy import Proxy
+
+pytestmark = pytest.mark.rabbit
+
+
+def slow_url(broker_node: node.NodeInfo, proxy: Proxy) -> str:
+    return broker_node.url.replace(f":{broker_node.ports.amqp}", f":{proxy.port}")
+
+
+def test_a_worker_behind_a_slow_line_is_counted_in_every_round(
+    federation: Federation, broker_node: node.NodeInfo
+) -> None:
+    """Its update takes 6 s, and after 2 s without a sign of life it would be gone."""
+    kernel = {"FAULTS_KERNEL": str(30 * 1024)}  # 120 kB
+    coordinator = federation.coordinator("--min-workers", 3, "--rounds", 2)
+    with Proxy(broker_node.ports.amqp, rate=20_000) as proxy:
+        fast = [federation.worker(n, 3, "--heartbeat", 0.4, **kernel) for n in (1, 2)]
+        federation.url = slow_url(broker_node, proxy)
+        slow = federation.worker(0, 3, "--heartbeat", 0.4, **kernel)
+        assert [program.end() for program in (coordinator, slow, *fast)] == [0] * 4
+    assert coordinator.events("gone") == []
+    for line in federation.history("committed"):
+        assert [one["worker"] for one in line["participants"]].count("w0") == 1
+        assert len(line["participants"]) == 3
+
+
+async def test_an_upload_ends_while_its_bytes_move_and_signs_of_life_go_past_it(
+    broker_node: node.NodeInfo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What takes 8 s at this speed ends although nothing may stand still for longer than 3 s."""
+    monkeypatch.setattr(amqp_confirms, "_CONFIRM_S", 3.0)
+    monkeypatch.setattr(wire, "PART_BYTES", 2**16)
+    names = Topology(f"t{uuid.uuid4().hex[:8]}")
+    with Proxy(broker_node.ports.amqp, rate=50_000) as proxy:
+        link = await AmqpTransport(slow_url(broker_node, proxy), "slow line test").open()
+        await link.declare([*names.shared(), *names.of_worker("w")])
+        update = Update(
+            federation=names.federation, run="r", round=1, base="b", worker="w", num_examples=1,
+            seconds=0.0,
+        )  # fmt: skip
+        to_updates = Route(names.results, ["update.w"])
+        upload = asyncio.create_task(
+            send_tensors(
+                link,
+                update,
+                {"w": np.zeros(100_000, np.float32)},
+                to_updates,
+                parts=replace(to_updates, keys=["part.w"]),
+            )
+        )
+        while not upload.done():
+            began = time.monotonic()
+            await link.publish(
+                b"x", Properties(), exchange=names.results, keys=["heartbeat.w"], urgent=True
+            )
+            assert time.monotonic() - began < 2.0
+            await asyncio.wait([upload], timeout=0.5)
+        await upload
+        counts = await link.counts(names.outbox("w"))
+        assert counts is not None
+        assert counts.ready == 7
+        # And what comes in as slowly is no silence either.
+        for _ in range(counts.ready):
+            assert await link.get(names.outbox("w")) is not None
+        await link.close()
