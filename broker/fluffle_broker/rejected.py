@@ -11,6 +11,7 @@ from fluffle_broker.visit import held, is_classic
 from fluffle_common.errors import UsageError
 from fluffle_common.management import QueueFigures
 from fluffle_common.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
+from fluffle_common.transfer import CUT
 from fluffle_common.transport import Delivery, Full, Link, Unroutable
 
 # What rejecting adds, and what RabbitMQ adds to what it dead-letters.
@@ -215,6 +216,8 @@ async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requ
         return Requeued(message, left="nothing tells where it came from")
     exchange, key = goes_to
     delivery = message.reading.delivery
+    if CUT in delivery.properties.headers:
+        return Requeued(message, left=f"only the first {len(delivery.body)} bytes of it were kept")
     headers = {
         name: value
         for name, value in delivery.properties.headers.items()

@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,8 @@ from fluffle_common.weights import (
     is_float,
     largest,
 )
+
+Shape = tuple[int, ...]
 
 BLOCK = 256  # values that share a scale
 SMALLEST = 1024  # a tensor of fewer values is not worth it
@@ -65,6 +68,8 @@ class _Codec:
         encode: ``(tensor, fraction) -> tensors``, one for each suffix, of a finite float tensor.
         decode: ``(name, tensors, like) -> tensor`` in the shape and dtype of ``like``; raises
             ``ValueError`` where they are anything else than what ``encode`` may return.
+        forms: ``(shape, size) -> dtypes and shapes`` of those tensors for one of this shape; where
+            ``fewer``, they may have fewer values, but as many as each other.
         dtypes: of the tensors that it makes smaller.
         feeds_back: whether what it does not send goes into the next delta.
     """
@@ -72,8 +77,10 @@ class _Codec:
     suffixes: tuple[str, ...]
     encode: Callable[[Array, float], tuple[Array, ...]]
     decode: Callable[[str, tuple[Array, ...], Array], Array]
+    forms: Callable[[Shape, int], tuple[tuple[str, Shape], ...]]
     dtypes: tuple[str, ...] = FLOATS
     feeds_back: bool = True
+    fewer: bool = False
 
     def names(self, name: str) -> tuple[str, ...]:
         """Return the names under which a tensor of this name travels."""
@@ -170,6 +177,55 @@ def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> Weight
             with np.errstate(over="ignore", invalid="ignore"):
                 delta[name] = codec.decode(name, encoded, base)
     return delta | rest
+
+
+def check_announced_form(
+    announced: Mapping[str, tuple[np.dtype[Any], Shape]], encoding: Encoding | None, like: Weights
+) -> None:
+    """Check that tensors of these dtypes and shapes may be a delta for ``like``, as encoded.
+
+    It is for what is announced and not there yet; ``expand`` and ``check_delta`` look at the rest.
+
+    Raises:
+        ValueError: naming what differs from the model, and how.
+    """
+    codec = None if encoding is None else _CODECS[encoding]
+    rest, missing = dict(announced), []
+    for name, base in like.items():
+        plain = rest.get(name)
+        if plain is not None and (codec is None or plain[0] == delta_dtype(base.dtype)):
+            del rest[name]
+            if plain != (delta_dtype(base.dtype), base.shape):
+                raise ValueError(
+                    f"tensor '{name}' is {plain[0]} {plain[1]}, "
+                    f"expected {delta_dtype(base.dtype)} {base.shape}"
+                )
+        elif codec and is_float(base.dtype) and all(one in rest for one in codec.names(name)):
+            _check_encoded(codec, name, [rest.pop(one) for one in codec.names(name)], base)
+        else:
+            missing.append(name)
+    for what, names in (("missing", missing), ("unknown", sorted(rest))):
+        if names:
+            more = " …" if len(names) > 3 else ""
+            told = f"{what} {', '.join(names[:3])}{more}"
+            raise ValueError(f"tensor names differ from the model's: {told}"[:500])
+
+
+def _check_encoded(
+    codec: _Codec, name: str, found: list[tuple[np.dtype[Any], Shape]], base: Array
+) -> None:
+    for number, ((dtype, shape), (expected, most)) in enumerate(
+        zip(found, codec.forms(base.shape, base.size), strict=True)
+    ):
+        called = codec.names(name)[number]
+        fits = shape == most
+        if codec.fewer:
+            fits = len(shape) == 1 and shape == found[0][1] and shape[0] <= most[0]
+        if dtype != np.dtype(expected) or not fits:
+            bound = "at most " if codec.fewer else ""
+            raise ValueError(
+                f"tensor '{called}' is {dtype} {shape}, expected {bound}{expected} {most}"
+            )
 
 
 # --- narrower floats ---------------------------------------------------------------------------
@@ -278,8 +334,33 @@ def _expect(name: str, tensor: Array, dtype: type[np.generic], shape: tuple[int,
 
 _WIDE = ("float32", "float64")
 _CODECS: Mapping[Encoding, _Codec] = {
-    "bf16": _Codec(("",), _to_bf16, _from_bf16, _WIDE, feeds_back=False),
-    "f16": _Codec(("",), _to_f16, _from_f16, _WIDE, feeds_back=False),
-    "int8": _Codec(("#q", "#scale"), _to_int8, _from_int8),
-    "topk": _Codec(("#index", "#value"), _to_topk, _from_topk),
+    "bf16": _Codec(
+        ("",),
+        _to_bf16,
+        _from_bf16,
+        lambda shape, _: (("uint16", shape),),
+        _WIDE,
+        feeds_back=False,
+    ),
+    "f16": _Codec(
+        ("",),
+        _to_f16,
+        _from_f16,
+        lambda shape, _: (("float16", shape),),
+        _WIDE,
+        feeds_back=False,
+    ),
+    "int8": _Codec(
+        ("#q", "#scale"),
+        _to_int8,
+        _from_int8,
+        lambda shape, size: (("int8", shape), ("float32", (_blocks(size),))),
+    ),
+    "topk": _Codec(
+        ("#index", "#value"),
+        _to_topk,
+        _from_topk,
+        lambda _, size: (("int32", (size,)), ("float32", (size,))),
+        fewer=True,
+    ),
 }

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgpack
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +30,9 @@ MAX_TENSORS = 100_000
 MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
 MAX_METRICS = MAX_METRIC_NAME = 64
 MAX_CLASS_NAME = 100
+# A worker says these of itself every few seconds, and the coordinator keeps them of each.
+MAX_TASK_CHARACTERS = 200
+MAX_CLASSES, MAX_CLASSES_BYTES = 5_000, 32 * 2**10
 # So many tables of tensors are remembered, of up to this length: anyone may send any table.
 TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
 
@@ -50,8 +54,27 @@ Metrics = Annotated[
 ]
 Text = Annotated[str, Field(max_length=2000)]
 Encoding = Literal["bf16", "f16", "int8", "topk"]
-Classes = Annotated[tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...], Strict(False)]
+TaskName = Annotated[str, Field(max_length=MAX_TASK_CHARACTERS)]
 
+
+def _not_too_long(classes: tuple[str, ...]) -> tuple[str, ...]:
+    size_bytes = sum(len(name.encode()) for name in classes)
+    if size_bytes > MAX_CLASSES_BYTES:
+        raise ValueError(
+            f"the names of {len(classes)} classes have {size_bytes} bytes, "
+            f"at most {MAX_CLASSES_BYTES} are taken"
+        )
+    return classes
+
+
+Classes = Annotated[
+    tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
+    Strict(False),
+    Field(max_length=MAX_CLASSES),
+    AfterValidator(_not_too_long),
+]
+Value = bool | int | float | Annotated[str, Field(max_length=2000)]
+Config = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max_length=100)]
 
 _IDENTITY = ("kind", "run", "round", "worker")
 
@@ -96,11 +119,16 @@ def _checked_once(table: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 class Transfer(_Model):
-    """A payload that travels apart from its message, cut into ``part`` messages."""
+    """A payload that travels apart from its message, cut into ``part`` messages.
+
+    ``digest`` is SHA-256, in hexadecimal, of the parts' own SHA-256 one after the other: so each
+    part can be hashed as it comes, in any order, and none can be another than was announced.
+    """
 
     id: Id
     parts: Annotated[int, Field(ge=1, le=10**6)]
     nbytes: Annotated[int, Field(ge=1)]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Plan(_Model):
@@ -116,7 +144,7 @@ class Plan(_Model):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     deadline_s: Seconds | None = None
     compress: Annotated[str, Field(pattern=COMPRESS_PATTERN)] | None = None
-    config: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    config: Config = Field(default_factory=dict)
 
 
 class _Header(_Model):
@@ -235,7 +263,7 @@ class _Presence(_Header):
     worker: WorkerId
     session: Id
     num_examples: NumExamples
-    task: Text
+    task: TaskName
     classes: Classes = ()
     model: ModelForm | None = None
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fluffle_common.console import timestamp
@@ -20,7 +20,14 @@ from fluffle_common.transport import (
     together,
 )
 from fluffle_common.weights import Weights
-from fluffle_common.wire import Assembly, decode, describe, encode, pack
+from fluffle_common.wire import (
+    SMALL_HEADER_BYTES,
+    Assembly,
+    Packing,
+    decode,
+    describe,
+    encode,
+)
 
 # How many parts may be on their way to the broker, unconfirmed: enough that it never waits for us.
 _WINDOW = 4
@@ -29,8 +36,14 @@ _FEW_PARTS = 8
 # How long the next part may take to come, once the broker says that it has all of them.
 _PART_PATIENCE_S = 60.0
 
+# Of what is no message at all, so much is kept: many of these must not push out what was rejected
+# before. What is a message, if not a welcome one, is kept whole, to be looked at or sent again.
+_KEPT_BYTES = 64 * 2**10
 # Of a rejected message's own headers, so many of so many characters at most are kept.
 _HEADERS, _HEADER_CHARACTERS = 32, 500
+
+# The header of a rejected message that says how long it was, where only its beginning is kept.
+CUT = "cut_from_bytes"
 
 Progress = Callable[[int, int], None]
 
@@ -63,6 +76,7 @@ async def send_tensors(
     parts: Route | None = None,
     before_parts: Callable[[], Awaitable[None]] | None = None,
     progress: Progress | None = None,
+    digest: Awaitable[str] | None = None,
 ) -> None:
     """Publish a message that carries tensors, in one piece or, where it is large, in parts.
 
@@ -74,19 +88,23 @@ async def send_tensors(
         parts: where its parts go, ahead of it; None sends them after it, the same way.
         before_parts: called first, if there are parts at all.
         progress: told how many parts of how many the broker has taken.
+        digest: what ``wire.digest_of`` returns for the weights, where somebody works it out
+            already.
     """
-    transfer, body, pieces = pack(message, weights)
-    if transfer is None:
-        await _publish(link, message, body, route)
+    packing = Packing(message, weights)
+    if not packing.parts:
+        await _publish(link, message, packing.body(), route)
         return
     if before_parts is not None:
         await before_parts()
+    hashing = digest if digest is not None else asyncio.to_thread(packing.digest)
     if parts is not None:
-        await _send_parts(link, transfer, pieces, parts, progress)
-        await _publish(link, message, body, route)
+        finding = asyncio.ensure_future(hashing)  # meanwhile
+        await _send_parts(link, packing, parts, progress)
+        await _publish(link, message, packing.body(await finding), route)
     else:
-        await _publish(link, message, body, route)
-        await _send_parts(link, transfer, pieces, route, progress)
+        await _publish(link, message, packing.body(await hashing), route)
+        await _send_parts(link, packing, route, progress)
 
 
 async def _publish(link: Link, message: Message, body: bytes, route: Route) -> None:
@@ -105,45 +123,45 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
 
 
 async def _send_parts(
-    link: Link,
-    transfer: Transfer,
-    parts: Iterator[bytes],
-    route: Route,
-    progress: Progress | None,
+    link: Link, packing: Packing, route: Route, progress: Progress | None
 ) -> None:
-    left = enumerate(parts)
+    left = enumerate(packing.bodies())
 
     async def one_after_the_other() -> None:
         for number, body in left:
-            headers = {"part": number, "parts": transfer.parts, "bytes": len(body)}
+            headers = {"part": number, "parts": packing.parts, "bytes": len(body)}
             properties = Properties(
                 type="part",
-                message_id=f"{transfer.id}/{number}",
+                message_id=f"{packing.id}/{number}",
                 headers=headers,
                 durable=route.durable,
             )
             await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
             if progress is not None:
-                progress(number + 1, transfer.parts)
+                progress(number + 1, packing.parts)
 
     await together(*(one_after_the_other() for _ in range(_WINDOW)))
 
 
 async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str) -> None:
     """Put a delivery into the queue ``rejected`` with what is wrong, then acknowledge it."""
-    headers = {
+    headers: dict[str, HeaderValue] = {
         **_in_bounds(delivery.properties.headers),
         "reason": str(wrong),
         "cause": wrong.cause,
         "rejected_at": timestamp(),
         "from": delivery.queue,
     }
+    body = delivery.body
+    if wrong.cause == "malformed" and len(body) > _KEPT_BYTES:
+        headers[CUT] = len(body)
+        body = bytes(body[:_KEPT_BYTES])
     properties = Properties(
         type=delivery.properties.type,
         message_id=delivery.properties.message_id,
         headers=headers,
     )
-    await link.publish(delivery.body, properties, exchange="", keys=[rejected])
+    await link.publish(body, properties, exchange="", keys=[rejected])
     delivery.ack()
 
 
@@ -159,27 +177,35 @@ def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryvi
     Raises:
         MalformedMessage: where it is anything else.
     """
-    message, payload = decode(body, federation)
+    message, payload = decode(body, federation, max_header=SMALL_HEADER_BYTES)
     if not isinstance(message, Part):
         raise MalformedMessage(f"a message of kind {message.kind} is no part", "kind")
     return message, payload
 
 
 async def fetch(
-    link: Link, queue: str, transfer: Transfer, max_bytes: int, rejected: str
+    link: Link,
+    queue: str,
+    transfer: Transfer,
+    max_bytes: int,
+    rejected: str,
+    *,
+    user: str | None = None,
 ) -> memoryview:
     """Pull the parts of a transfer out of a queue.
 
     They are acknowledged as they come: their sender has them still, and sends them again when it is
     asked. So are the parts of other transfers, which nobody will ask for; what is no part at all
-    goes to the queue ``rejected``.
+    goes to the queue ``rejected``, and so does what another than ``user`` has sent, where that is
+    given.
 
     Returns:
         The payload.
 
     Raises:
         PartsGone: where some are missing.
-        MalformedMessage: where the announcement contradicts itself.
+        MalformedMessage: where the announcement contradicts itself, or the parts are not those
+            that it announced.
     """
     assembly = Assembly(transfer, max_bytes)
     there = await link.counts(queue)  # all of them, since they were sent before the announcement
@@ -190,6 +216,7 @@ async def fetch(
     async with contextlib.aclosing(parts) as deliveries:
         async for delivery in deliveries:
             try:
+                check_user(user, delivery)
                 message, payload = read_part(delivery.body)
                 assembly.add(message, payload)
             except MalformedMessage as wrong:
@@ -197,8 +224,24 @@ async def fetch(
                 continue
             delivery.ack()
             if assembly.complete:
-                return assembly.payload()
+                return await asyncio.to_thread(assembly.payload)
     raise PartsGone(f"{assembly.done_parts} of {transfer.parts} parts came")
+
+
+def check_user(user: str | None, delivery: Delivery) -> None:
+    """Compare whom a message has to be from with who the broker says has sent it.
+
+    Raises:
+        MalformedMessage: of cause ``sender``, where that is somebody else, or not known; ``user``
+            None takes anyone.
+    """
+    if user is None:
+        return
+    sender = delivery.properties.user
+    if sender != user:
+        raise MalformedMessage(
+            f"it is in the name of {user}, and was sent by the user {sender or 'unknown'}", "sender"
+        )
 
 
 async def _one_by_one(link: Link, queue: str) -> AsyncGenerator[Delivery]:

@@ -11,9 +11,11 @@ whatever is wrong with it is a ``MalformedMessage`` that says so.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -22,6 +24,7 @@ import numpy as np
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.layout import (
     ALIGNMENT,
+    Layout,
     Tensors,
     Weights,
     as_maps,
@@ -40,7 +43,12 @@ from fluffle_common.messages import (
     told_of,
 )
 
-MAX_HEADER_BYTES = 32 * 2**20
+# Of any message; enough for as many tensors as there may be, with names of an ordinary length.
+MAX_HEADER_BYTES = 16 * 2**20
+# Of a message without a table of tensors.
+SMALL_HEADER_BYTES = 64 * 2**10
+# Between two tensors may lie as much as aligns the second one to a page.
+_MOST_PADDING_BYTES = 4096
 # A payload up to this size travels inside its message, a larger one in parts of this size: small
 # enough that no broker refuses it (RabbitMQ 4 stops at 16 MiB) and that neither side nor the broker
 # holds more than a few of them at a time.
@@ -49,6 +57,8 @@ PART_BYTES = 4 * 2**20
 _TOLD = ("round", "worker", "num_examples", "part")
 _APART = {"pad", "tensors"}
 _HEADER_STEP = 8 * 2**10
+# What an entry of a table takes besides its name and its shape: the keys, and three numbers.
+_ENTRY_BYTES = 100
 _ARRAY_OF_TWO = b"\x92"
 _BIN = {0xC4: struct.Struct(">B"), 0xC5: struct.Struct(">H"), 0xC6: struct.Struct(">I")}
 _BIN32 = struct.Struct(">BI")
@@ -83,12 +93,15 @@ def encode(
     return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, nbytes), *pieces])
 
 
-def decode(body: bytes | memoryview, federation: str | None = None) -> tuple[Message, memoryview]:
+def decode(
+    body: bytes | memoryview, federation: str | None = None, *, max_header: int = MAX_HEADER_BYTES
+) -> tuple[Message, memoryview]:
     """Unpack a body into its message and its payload, a view into ``body``.
 
     Args:
         body: what was received.
         federation: the only one that the message may be of; None takes any.
+        max_header: the most bytes that the header may have; no more of it are looked at.
 
     Raises:
         MalformedMessage: where the body is anything else than one whole, valid document.
@@ -96,7 +109,7 @@ def decode(body: bytes | memoryview, federation: str | None = None) -> tuple[Mes
     if body[:1] != _ARRAY_OF_TWO:
         raise MalformedMessage("not a msgpack array of [header, payload]")
     view = memoryview(body)
-    header, end = _header(view[1 : 1 + MAX_HEADER_BYTES])
+    header, end = _header(view[1:], max_header)
     if not isinstance(header, dict):
         raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
     message = parse(header)
@@ -105,10 +118,20 @@ def decode(body: bytes | memoryview, federation: str | None = None) -> tuple[Mes
     return message, _payload(view, 1 + end)
 
 
-def _header(view: memoryview) -> tuple[Any, int]:
-    """Unpack what ``view`` begins with; return it, and where it ends."""
+def header_room(tensors: Iterable[tuple[str, Sequence[int]]]) -> int:
+    """Return how long the header of a message may be whose tensors have these names and shapes.
+
+    Twice what its table needs, since an encoding makes two tensors of one.
+    """
+    table = sum(_ENTRY_BYTES + len(name.encode()) + 9 * len(shape) for name, shape in tensors)
+    return min(SMALL_HEADER_BYTES + 2 * table, MAX_HEADER_BYTES)
+
+
+def _header(whole: memoryview, most: int) -> tuple[Any, int]:
+    """Unpack what ``whole`` begins with, up to ``most`` bytes; return it, and where it ends."""
+    view = whole[:most]
     unpacker = msgpack.Unpacker(
-        max_buffer_size=MAX_HEADER_BYTES,
+        max_buffer_size=max(most, 1),
         max_array_len=MAX_TENSORS,  # what it claims, a msgpack before 1.2 allocates
         max_map_len=MAX_TENSORS,
         max_ext_len=0,
@@ -120,11 +143,13 @@ def _header(view: memoryview) -> tuple[Any, int]:
         try:
             # What is fed is copied: so in steps, or the payload behind the header would be too.
             unpacker.feed(view[fed : fed + step])
-            fed, step = fed + step, 2 * step
+            fed, step = min(fed + step, len(view)), 2 * step
             return unpacker.unpack(), unpacker.tell()
         except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as wrong:
             if isinstance(wrong, msgpack.OutOfData) and fed < len(view):
                 continue
+            if isinstance(wrong, msgpack.OutOfData) and len(whole) > most:
+                raise MalformedMessage(f"the header has more than {most} bytes") from None
             told = str(wrong) or type(wrong).__name__
             raise MalformedMessage(f"the header is not valid msgpack: {told}"[:500]) from None
 
@@ -181,6 +206,45 @@ def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors
         raise MalformedMessage(str(wrong), "tensors") from None
 
 
+class Packing:
+    """A message that carries tensors, and its payload: in one piece or, where large, in parts.
+
+    Args:
+        message: the header, yet without its table of tensors.
+        weights: the tensors.
+
+    Raises:
+        ValueError: for a dtype that does not travel.
+    """
+
+    def __init__(self, message: WithTensors, weights: Weights) -> None:
+        self.id = uuid.uuid4().hex
+        self._message = message
+        self._table, self._pieces = lay_out(weights)
+        self.nbytes = sum(map(len, self._pieces))
+        fits = self.nbytes <= PART_BYTES
+        self.parts = 0 if fits else -(-self.nbytes // PART_BYTES)
+
+    def body(self, digest: str | None = None) -> bytes:
+        """Return the message's body; one whose payload is in parts announces their ``digest``."""
+        if not self.parts:
+            return encode(self._message, self._pieces, self._table)
+        assert digest is not None
+        transfer = Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
+        return encode(self._message.model_copy(update={"transfer": transfer}), table=self._table)
+
+    def bodies(self) -> Iterator[bytes]:
+        """Make the bodies of the parts, one at a time, as asked for."""
+        if self.parts:
+            for number, cut in enumerate(_cuts(self._pieces)):
+                part = Part(federation=self._message.federation, transfer=self.id, part=number)
+                yield encode(part, cut)
+
+    def digest(self) -> str:
+        """Return the digest of the parts; it takes its time, and does not hold up other threads."""
+        return _digest([_sha256(cut) for cut in _cuts(self._pieces)])
+
+
 def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
     """Pack a message that carries tensors.
 
@@ -188,17 +252,23 @@ def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes
         The transfer that it announces, its body, and the bodies of its parts: none of either where
         the payload fits into the message itself. Parts are made one at a time, as asked for.
     """
-    table, pieces = lay_out(weights)
-    nbytes = sum(map(len, pieces))
-    if nbytes <= PART_BYTES:
-        return None, encode(message, pieces, table), iter(())
-    transfer = Transfer(id=uuid.uuid4().hex, parts=-(-nbytes // PART_BYTES), nbytes=nbytes)
-    announced = message.model_copy(update={"transfer": transfer})
-    return transfer, encode(announced, table=table), _parts(message.federation, transfer.id, pieces)
+    packing = Packing(message, weights)
+    if not packing.parts:
+        return None, packing.body(), iter(())
+    body = packing.body(packing.digest())
+    announced, _ = decode(body)
+    assert isinstance(announced, WithTensors)
+    return announced.transfer, body, packing.bodies()
 
 
-def _parts(federation: str, transfer: str, pieces: list[memoryview]) -> Iterator[bytes]:
-    number, room, cut = 0, PART_BYTES, []
+def digest_of(weights: Weights) -> str:
+    """Return the digest with which weights travel, where they travel in parts."""
+    return _digest([_sha256(cut) for cut in _cuts(lay_out(weights)[1])])
+
+
+def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Cut a payload into parts, none of which is copied."""
+    room, cut = PART_BYTES, []
     for piece in pieces:
         rest = piece
         while len(rest):
@@ -206,14 +276,51 @@ def _parts(federation: str, transfer: str, pieces: list[memoryview]) -> Iterator
             rest = rest[room:]
             room -= len(cut[-1])
             if not room:
-                yield _part(federation, transfer, number, cut)
-                number, room, cut = number + 1, PART_BYTES, []
+                yield cut
+                room, cut = PART_BYTES, []
     if cut:
-        yield _part(federation, transfer, number, cut)
+        yield cut
 
 
-def _part(federation: str, transfer: str, number: int, cut: list[memoryview]) -> bytes:
-    return encode(Part(federation=federation, transfer=transfer, part=number), cut)
+def _sha256(pieces: list[memoryview]) -> bytes:
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.digest()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+# Parts are hashed here while the next are on their way.
+_HASHING = ThreadPoolExecutor(2, thread_name_prefix="digest")
+
+
+def announced(message: WithTensors) -> Layout:
+    """Return how the tensors lie in a payload that is announced, before anything of it is fetched.
+
+    Raises:
+        MalformedMessage: of cause ``tensors``, where the table and the transfer do not go together.
+    """
+    assert message.transfer is not None
+    nbytes = message.transfer.nbytes
+    try:
+        layout = layout_of(message.tensors)
+    except ValueError as wrong:
+        raise MalformedMessage(str(wrong), "tensors") from None
+    if layout.nbytes != nbytes:
+        raise MalformedMessage(
+            f"its tensors end at byte {layout.nbytes}, a transfer of {nbytes} bytes is announced",
+            "tensors",
+        )
+    needed = sum(entry.nbytes + _MOST_PADDING_BYTES for entry in message.tensors)
+    if nbytes > needed:
+        raise MalformedMessage(
+            f"a transfer of {nbytes} bytes is announced, its tensors need no more than {needed}",
+            "tensors",
+        )
+    return layout
 
 
 class Assembly:
@@ -239,6 +346,7 @@ class Assembly:
             )
         self.transfer = transfer
         self._missing = set(range(transfer.parts))
+        self._hashed: dict[int, Future[bytes]] = {}
         try:
             # Untouched pages cost nothing: an announcement alone takes addresses, no memory.
             self._whole = np.empty(transfer.nbytes, np.uint8)
@@ -270,12 +378,25 @@ class Assembly:
                 f"part {part.part} has {len(payload)} bytes, {expected} were announced"
             )
         start = part.part * PART_BYTES
-        self._whole[start : start + expected] = np.frombuffer(payload, np.uint8)
+        place = self._whole[start : start + expected]
+        place[:] = np.frombuffer(payload, np.uint8)
+        self._hashed[part.part] = _HASHING.submit(_sha256, [place.data])
         self._missing.discard(part.part)
 
     def payload(self) -> memoryview:
-        """Return the payload, read-only, once it is complete."""
+        """Return the payload, read-only, once it is complete; the last parts are hashed meanwhile.
+
+        Raises:
+            MalformedMessage: of cause ``tensors``, where it is not what was announced.
+        """
         assert self.complete
+        found = _digest([self._hashed[part].result() for part in range(self.transfer.parts)])
+        if found != self.transfer.digest:
+            raise MalformedMessage(
+                f"the parts have the digest {found}, {self.transfer.digest} was announced: "
+                "some were replaced or damaged on their way",
+                "tensors",
+            )
         return self._whole.data.toreadonly()
 
 

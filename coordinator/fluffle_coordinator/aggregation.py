@@ -12,22 +12,22 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fluffle_common.checkpoint import checkpoint_name
 from fluffle_common.console import timestamp
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.messages import FirstWeights, Update
+from fluffle_common.messages import Update
 from fluffle_common.metric_names import beside
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import PartsGone, fetch
-from fluffle_common.transport import Delivery, Link, together
+from fluffle_common.transport import Link, together
 from fluffle_common.weights import Weights, check_finite, size_bytes
-from fluffle_common.wire import read_tensors
+from fluffle_common.wire import MAX_HEADER_BYTES, header_room, read_tensors
 from fluffle_coordinator import events as ev
 from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.received import read_delta
+from fluffle_coordinator.holding import Held
+from fluffle_coordinator.received import check_announced, read_delta
 from fluffle_coordinator.store import RunStore, new_base
 from fluffle_coordinator.strategy import Strategy, Sum, fedavg
 from fluffle_coordinator.tally import Clock, Counts
@@ -47,22 +47,6 @@ _FIELDS = frozenset(
 )
 
 
-@dataclass(eq=False)
-class Held:
-    """A delivery that carries tensors, with what is needed to use it and then let go of it."""
-
-    delivery: Delivery
-    message: Update | FirstWeights
-    payload: memoryview
-    num_examples: int = 0  # the weight that it has in the average
-    max_norm: float = math.inf
-
-    def forget(self) -> None:
-        """Let go of the bytes; the delivery stays ours."""
-        self.payload = memoryview(b"")
-        self.delivery.body = b""
-
-
 class Aggregation:
     """The weights of a run, the running sum of its open round, and its store.
 
@@ -77,6 +61,8 @@ class Aggregation:
         post: given the events for the round machine.
         strategy: how a round is averaged.
         keep_updates: whether the store keeps what is folded.
+        verify_users: whether the parts of an update have to come from its worker's own user.
+        averaged: given new weights, which will be sent once they are on disk.
     """
 
     def __init__(
@@ -92,6 +78,8 @@ class Aggregation:
         post: Callable[[ev.Event], None],
         strategy: Strategy = fedavg,
         keep_updates: bool = False,
+        verify_users: bool = False,
+        averaged: Callable[[Weights], object] = lambda _: None,
     ) -> None:
         self.weights = weights
         self.counts = Counts()
@@ -99,11 +87,13 @@ class Aggregation:
         self._store, self._topology, self._max_bytes = store, topology, max_model_bytes
         self._link, self._metadata, self._tell, self._post = link, metadata, tell, post
         self._strategy, self._keep_updates = strategy, keep_updates
+        self._verify_users, self._averaged = verify_users, averaged
         self._jobs, self._lines = Turns(), Turns()
         self._sum = strategy.init(weights) if weights is not None else None
         self._participants: dict[str, dict[str, Any]] = {}
         self._in_parts = False  # whether an update in the sum came in parts
         self._closing = False
+        self._max_header: int | None = None
         self._clock, self._opened_at = Clock(), timestamp()
         self._committed_at = time.monotonic()  # the last round that is on disk
 
@@ -145,6 +135,14 @@ class Aggregation:
             self._jobs.put(lambda: self._average_and_commit(number))
 
     @property
+    def max_header(self) -> int:
+        """How long the header of an update may be, or of the first weights."""
+        if self._max_header is None and self.weights is not None:  # it stays as it is, in a run
+            shapes = [(name, tensor.shape) for name, tensor in self.weights.items()]
+            self._max_header = header_room(shapes)
+        return MAX_HEADER_BYTES if self._max_header is None else self._max_header
+
+    @property
     def _quick(self) -> bool:
         """Whether what is over at once may be done at once: nothing that was asked for waits."""
         return self._jobs.idle and size_bytes(self._so_far[1]) <= _AT_ONCE_BYTES
@@ -170,6 +168,7 @@ class Aggregation:
                     raise ValueError("there is no tensor")
                 check_finite(weights)
             except LinkLost:
+                held.free()
                 return  # they come again
             except PartsGone:
                 self._post(ev.InitLost(time.monotonic(), message.worker))
@@ -178,6 +177,7 @@ class Aggregation:
             else:
                 await self.begin_with(weights)
         held.delivery.ack()
+        held.free()
 
     async def begin_with(self, weights: Weights) -> None:
         """Save the first weights as the checkpoint of round 0, and use them."""
@@ -266,11 +266,19 @@ class Aggregation:
         transfer = held.message.transfer
         if transfer is None:
             return held.payload
+        check_announced(held.message, self.weights)
         link = self._link()
         if link is None:
             raise LinkLost("the link was lost")
-        outbox = self._topology.outbox(held.message.worker)
-        return await fetch(link, outbox, transfer, self._max_bytes, self._topology.rejected)
+        worker = held.message.worker
+        return await fetch(
+            link,
+            self._topology.outbox(worker),
+            transfer,
+            self._max_bytes,
+            self._topology.rejected,
+            user=worker if self._verify_users else None,
+        )
 
     async def _average_and_commit(self, number: int) -> None:
         self._clock.closed_at = time.monotonic()
@@ -315,6 +323,7 @@ class Aggregation:
             about = {"num_examples": num_examples, "timings": line["timings"]}
             self._post(ev.Committed(self._committed_at, *done, about))
 
+        self._averaged(weights)
         self._lines.put(save)
         in_parts = self._in_parts
         # From here on, of the next round.

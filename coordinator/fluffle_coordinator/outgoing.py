@@ -23,7 +23,8 @@ from fluffle_common.messages import (
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, reject, send, send_tensors
 from fluffle_common.transport import Delivery, Full, Link, Unroutable
-from fluffle_common.weights import Weights
+from fluffle_common.weights import Weights, size_bytes
+from fluffle_common.wire import PART_BYTES, digest_of
 from fluffle_coordinator import effects as fx
 from fluffle_coordinator import run_state as rs
 from fluffle_coordinator.turns import Turns
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # How long the end of a run may wait for a broker that is away, so that the workers hear of it.
 _STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
+_REASON_CHARACTERS = 1000
+_REFUSED_KEPT = 10_000
 
 Job = Callable[[Link], Awaitable[None]]
 
@@ -64,6 +67,8 @@ class Outgoing:
         self._plan = settings.plan.model_copy(
             update={"seed": settings.rules.seed, "deadline_s": settings.rules.deadline_s}
         )
+        self._digest: tuple[Weights, asyncio.Future[str]] | None = None
+        self._refused: dict[tuple[str, str], None] = {}  # worker and session, told once
         self._turns = Turns()
         self.run, self.drained = self._turns.run, self._turns.drained
 
@@ -86,6 +91,17 @@ class Outgoing:
         """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
         self._put(lambda link: reject(link, delivery, wrong, self._topology.rejected))
 
+    def prepare(self, weights: Weights) -> asyncio.Future[str] | None:
+        """Begin to work out the digest of weights: once, for all whom they are sent to.
+
+        None where they travel in one piece.
+        """
+        if size_bytes(weights) <= PART_BYTES:
+            self._digest = None
+        elif self._digest is None or self._digest[0] is not weights:
+            self._digest = weights, asyncio.ensure_future(asyncio.to_thread(digest_of, weights))
+        return self._digest and self._digest[1]
+
     def perform(self, effect: fx.Effect, state: rs.State, weights: Weights | None) -> None:
         """Send what an effect asks for; ``weights`` are those of this moment."""
         federation, run = self._settings.federation, self._run
@@ -96,9 +112,12 @@ class Outgoing:
                 hello = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
                 job = self._to(hello, [worker])
             case fx.Refuse(worker, session, reason):
-                job = self._to(
-                    Refusal(federation=federation, session=session, reason=reason[:2000]), [worker]
+                if (worker, session) in self._refused:
+                    return  # it was told
+                refusal = Refusal(
+                    federation=federation, session=session, reason=reason[:_REASON_CHARACTERS]
                 )
+                job = self._refuse(refusal, worker)
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
@@ -151,10 +170,25 @@ class Outgoing:
     def _to(self, message: Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))
 
+    def _refuse(self, refusal: Refusal, worker: str) -> Job:
+        tell = self._to(refusal, [worker])
+
+        async def once(link: Link) -> None:
+            who = worker, refusal.session
+            if who not in self._refused:
+                await tell(link)
+                self._refused[who] = None
+                if len(self._refused) > _REFUSED_KEPT:
+                    del self._refused[next(iter(self._refused))]
+
+        return once
+
     def _with_weights(
         self, message: Fit | Evaluate, weights: Weights | None, workers: Sequence[str]
     ) -> Job:
         """Send weights to all of them in one publish; the checkpoint is their durable copy."""
         assert weights is not None
         route = Route(self._topology.work, workers, durable=False)
-        return lambda link: send_tensors(link, message, weights, route)
+        return lambda link: send_tensors(
+            link, message, weights, route, digest=self.prepare(weights)
+        )

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from fluffle_common.compression import expand
+from fluffle_common.compression import check_announced_form, expand
 from fluffle_common.errors import Cause, MalformedMessage
-from fluffle_common.messages import Update
+from fluffle_common.messages import FirstWeights, Update
 from fluffle_common.weights import NotFinite, Weights, check_delta
-from fluffle_common.wire import read_tensors
+from fluffle_common.wire import announced, read_tensors
+
+
+def check_announced(message: Update | FirstWeights, base: Weights | None) -> None:
+    """Look at what an update in parts announces, before any of it is fetched.
+
+    Args:
+        message: the announcement.
+        base: the model's weights; None for the first ones.
+
+    Raises:
+        MalformedMessage: of cause ``tensors``, where that cannot be what it says, or is no delta
+            for ``base``.
+    """
+    layout = announced(message)
+    if base is None or not isinstance(message, Update):
+        return
+    form = {name: (place.dtype, place.shape) for name, place in layout.places.items()}
+    try:
+        check_announced_form(form, message.encoding, base)
+    except ValueError as wrong:
+        raise MalformedMessage(str(wrong), "tensors") from None
 
 
 def read_delta(message: Update, payload: memoryview, base: Weights) -> tuple[Weights, float]:

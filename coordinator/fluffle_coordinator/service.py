@@ -38,7 +38,7 @@ from fluffle_common.messages import (
 )
 from fluffle_common.model_form import model_form
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send
+from fluffle_common.transfer import Route, check_user, send
 from fluffle_common.transport import (
     Backoff,
     Delivery,
@@ -49,12 +49,14 @@ from fluffle_common.transport import (
     links,
     together,
 )
-from fluffle_common.wire import decode, describe
+from fluffle_common.wire import SMALL_HEADER_BYTES, decode, describe
 from fluffle_coordinator import effects as fx
 from fluffle_coordinator import events as ev
 from fluffle_coordinator import rounds
 from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.aggregation import Aggregation, Held
+from fluffle_coordinator.aggregation import Aggregation
+from fluffle_coordinator.greetings import Greetings
+from fluffle_coordinator.holding import Held, Room
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.outgoing import Outgoing
 from fluffle_coordinator.store import RunStore, Saved
@@ -82,6 +84,7 @@ class CoordinatorSettings:
         init: a checkpoint to begin with; None asks a worker.
         max_workers: the most updates that may be held unacknowledged, give or take a few; where
             more workers answer, the next round's wait until those of the last are on disk.
+        max_held_bytes: how much of the updates may wait to be folded; see ``holding``.
         max_model_bytes: the most that a model or an update may have.
         verify_users: reject what a worker sends while logged in to the broker under another name
             than its id.
@@ -96,6 +99,7 @@ class CoordinatorSettings:
     classes: tuple[str, ...] | None = None
     init: Path | None = None
     max_workers: int = 1024
+    max_held_bytes: int = 2**30
     max_model_bytes: int = 8 * 2**30
     verify_users: bool = False
     keep_updates: bool = False
@@ -133,6 +137,7 @@ class Coordinator:
         self._taking = False
         self._ended: asyncio.Future[None]
         self._deliveries: dict[rs.Handle, Held] = {}
+        self._room, self._greetings = Room(settings.max_held_bytes), Greetings()
         self._link: Link | None = None
         self._linked = asyncio.Event()
         self._caught_up = asyncio.Event()
@@ -144,6 +149,14 @@ class Coordinator:
         self._waiting_since: tuple[object, ...] = ()
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
+        self._outgoing = Outgoing(
+            topology,
+            saved.run,
+            settings,
+            link=lambda: self._link,
+            a_link=self._a_link,
+            tell=self._tell,
+        )
         self._aggregation = Aggregation(
             store,
             topology,
@@ -154,14 +167,8 @@ class Coordinator:
             tell=self._tell,
             post=self._post,
             keep_updates=settings.keep_updates,
-        )
-        self._outgoing = Outgoing(
-            topology,
-            saved.run,
-            settings,
-            link=lambda: self._link,
-            a_link=self._a_link,
-            tell=self._tell,
+            verify_users=settings.verify_users,
+            averaged=self._outgoing.prepare,
         )
         self.state = rounds.start(
             settings.rules,
@@ -280,12 +287,14 @@ class Coordinator:
                 done = self._deliveries.pop(handle, None)
                 if done is not None:
                     done.delivery.ack()
+                    done.free()
             case fx.Opened():
                 self._aggregation.opened()
             case fx.Reject(handle, reason, cause):
                 done = self._deliveries.pop(handle, None)
                 if done is not None:
                     self._reject(done.delivery, MalformedMessage(reason, cause), done.message)
+                    done.free()
             case fx.Commit(number):
                 self._aggregation.commit(number)
             case fx.RecordEvaluation(number, evaluations):
@@ -334,6 +343,7 @@ class Coordinator:
                 finally:
                     self._link = None
                     self._linked.clear()
+                    self._room.link_lost()
                     self._post(ev.Disconnected(time.monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
@@ -373,11 +383,17 @@ class Coordinator:
         await self._read_updates(updates, number)
 
     async def _read_presence(self, deliveries: Any) -> None:
+        message: Message | None
         async for delivery in deliveries:
             try:
-                message, _ = decode(delivery.body, self._settings.federation)
+                message, _ = decode(
+                    delivery.body, self._settings.federation, max_header=SMALL_HEADER_BYTES
+                )
                 self._check_sender(message, delivery)
-                self._presence(message)
+                if isinstance(message, Hello | Heartbeat):
+                    message = self._greetings.admit(message, time.monotonic())
+                if message is not None:
+                    self._presence(message)
             except MalformedMessage as wrong:
                 self._reject(delivery, wrong)
             else:
@@ -415,8 +431,14 @@ class Coordinator:
         number = 0
         async for delivery in deliveries:
             number += 1
+            if self._room.park(delivery):
+                continue
             try:
-                message, payload = decode(delivery.body, self._settings.federation)
+                message, payload = decode(
+                    delivery.body,
+                    self._settings.federation,
+                    max_header=self._aggregation.max_header,
+                )
                 self._check_sender(message, delivery)
                 self._update(message, payload, delivery, rs.Handle(link, number))
             except MalformedMessage as wrong:
@@ -424,14 +446,9 @@ class Coordinator:
 
     def _check_sender(self, message: Any, delivery: Delivery) -> None:
         """Compare who a message says it is of with who the broker says has sent it."""
-        if not self._settings.verify_users:
-            return
-        worker, user = getattr(message, "worker", None), delivery.properties.user
-        if worker is not None and worker != user:
-            raise MalformedMessage(
-                f"it is in the name of {worker}, and was sent by the user {user or 'unknown'}",
-                "sender",
-            )
+        worker = getattr(message, "worker", None)
+        if self._settings.verify_users and worker is not None:
+            check_user(worker, delivery)
 
     def _update(
         self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
@@ -439,7 +456,7 @@ class Coordinator:
         now = time.monotonic()
         match message:
             case Update():
-                self._deliveries[handle] = Held(delivery, message, payload)
+                self._deliveries[handle] = Held(delivery, message, payload, self._room)
                 told = (message.run, message.round, message.worker, message.num_examples)
                 self._post(ev.Arrived(now, handle, *told, message.base))
             case Evaluation():
@@ -448,7 +465,7 @@ class Coordinator:
                 self._post(ev.EvaluationArrived(now, *of, found, message.base))
                 delivery.ack()
             case FirstWeights() if message.run == self.state.run:
-                self._first_weights(Held(delivery, message, payload), message.worker)
+                self._first_weights(Held(delivery, message, payload, self._room), message.worker)
             case FirstWeights():
                 raise MalformedMessage(
                     f"it is of run {message.run}, this is run {self.state.run}", "run"

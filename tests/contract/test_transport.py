@@ -12,13 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aio_pika
+import numpy as np
 import pytest
 
 from fluffle_common.amqp import AmqpTransport
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.memory import MemoryBroker, MemoryLink
+from fluffle_common.messages import Update
 from fluffle_common.topology import Binding, Exchange, Queue, Topology
-from fluffle_common.transfer import reject
+from fluffle_common.transfer import PartsGone, Route, fetch, reject, send_tensors
 from fluffle_common.transport import (
     NAMED,
     Backoff,
@@ -32,6 +34,7 @@ from fluffle_common.transport import (
     links,
     together,
 )
+from fluffle_common.wire import decode
 
 # How long anything may take before a test counts as hanging.
 PATIENCE_S = 20.0
@@ -1189,6 +1192,32 @@ async def test_what_is_urgent_arrives_and_is_unroutable_as_anything_else_is(benc
     with pytest.raises(Unroutable):
         await soon(link.publish(b"x", about, exchange="", keys=["nobody"], urgent=True))
     assert await drain(link, queue) == [b"x"]
+
+
+@pytest.mark.rabbit
+@pytest.mark.parametrize("parts", [2, 20], ids=["one by one", "streamed"])
+async def test_parts_are_taken_from_the_user_who_may_send_them_and_no_other(
+    real, monkeypatch, parts
+):
+    monkeypatch.setattr("fluffle_common.wire.PART_BYTES", 64)
+    link = await real.open()
+    outbox, updates, rejected = [await real.queue(link, name) for name in ("o", "u", "r")]
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
+    update = Update(**of, num_examples=1, seconds=0.0)
+    weights = {"w": np.arange(8.0 * parts)}
+    to_outbox = Route("", [outbox])
+    for user, taken in (("guest", True), ("mallory", False)):
+        await soon(send_tensors(link, update, weights, Route("", [updates]), parts=to_outbox))
+        announced, _ = decode((await soon(link.get(updates))).body)
+        fetching = fetch(link, outbox, announced.transfer, 10_000, rejected, user=user)
+        if taken:
+            assert await soon(fetching) == weights["w"].tobytes()
+        else:
+            with pytest.raises(PartsGone):
+                await soon(fetching)
+    assert (await link.counts(rejected)).ready == parts
+    reason = (await soon(link.get(rejected))).properties.headers["reason"]
+    assert reason == "it is in the name of mallory, and was sent by the user guest"
 
 
 @pytest.mark.rabbit

@@ -31,13 +31,13 @@ def slow_url(broker_node: node.NodeInfo, proxy: Proxy) -> str:
 def test_a_worker_behind_a_slow_line_is_counted_in_every_round(
     federation: Federation, broker_node: node.NodeInfo
 ) -> None:
-    """Its update takes 6 s, and after 2 s without a sign of life it would be gone."""
-    kernel = {"FAULTS_KERNEL": str(30 * 1024)}  # 120 kB
+    """Its update takes 3.3 s, and after 1.5 s without a sign of life it would be gone."""
+    kernel = {"FAULTS_KERNEL": str(16 * 1024)}  # 65 kB
     coordinator = federation.coordinator("--min-workers", 3, "--rounds", 2)
     with Proxy(broker_node.ports.amqp, rate=20_000) as proxy:
-        fast = [federation.worker(n, 3, "--heartbeat", 0.4, **kernel) for n in (1, 2)]
+        fast = [federation.worker(n, 3, "--heartbeat", 0.3, **kernel) for n in (1, 2)]
         federation.url = slow_url(broker_node, proxy)
-        slow = federation.worker(0, 3, "--heartbeat", 0.4, **kernel)
+        slow = federation.worker(0, 3, "--heartbeat", 0.3, **kernel)
         assert [program.end() for program in (coordinator, slow, *fast)] == [0] * 4
     assert coordinator.events("gone") == []
     for line in federation.history("committed"):

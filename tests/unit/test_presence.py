@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from fluffle_common.errors import TaskError
 from fluffle_common.memory import MemoryBroker
 from fluffle_common.messages import Fit, Heartbeat, Hello, Plan
 from fluffle_common.topology import Topology
@@ -63,6 +64,21 @@ async def test_it_names_no_weights_where_it_was_asked_for_the_first():
     presence.now("idle", Work("init", "r", 0))
     (hello,) = await said(presence, 1)
     assert (hello.run, hello.round, hello.base) == ("r", 0, None)
+
+
+def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_task():
+    task = Nothing()
+    task.classes = ("c" * 90,) * 1000
+    with pytest.raises(TaskError, match=r"'t' cannot introduce itself: classes: .*90000 bytes"):
+        Presence(WorkerSettings("f", "w", "t"), task, TOPOLOGY)
+
+
+async def test_of_a_long_task_name_the_end_is_said():
+    (hello,) = await said(
+        Presence(WorkerSettings("f", "w", "/long" * 50 + "/task.py:task"), Nothing(), TOPOLOGY), 1
+    )
+    assert len(hello.task) == 200
+    assert hello.task.endswith("/task.py:task")
 
 
 async def test_it_says_how_much_of_its_answer_has_arrived():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,7 @@ from fluffle_common.messages import (
 from fluffle_common.weights import BFLOAT16, DTYPES, Weights
 from fluffle_common.wire import Assembly, decode, describe, encode, pack, read_tensors
 
+DIGEST = "0" * 64
 MiB = 2**20
 
 
@@ -201,7 +203,11 @@ def test_a_payload_of_exactly_one_part_travels_in_its_message(monkeypatch):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
     assert pack(update(), {"w": np.zeros(8)})[0] is None
     transfer, _, parts = pack(update(), {"w": np.zeros(9)})
-    assert transfer == Transfer(id=transfer.id, parts=2, nbytes=72)
+    payload = np.zeros(9).tobytes()
+    hashes = [sha256(payload[:64]).digest(), sha256(payload[64:]).digest()]
+    digest = sha256(b"".join(hashes)).hexdigest()
+    assert transfer == Transfer(id=transfer.id, parts=2, nbytes=72, digest=digest)
+    assert wire.digest_of({"w": np.zeros(9)}) == digest
     assert [len(decode(body)[1]) for body in parts] == [64, 8]
 
 
@@ -220,13 +226,14 @@ def test_a_payload_of_exactly_one_part_travels_in_its_message(monkeypatch):
 )
 def test_an_announcement_that_does_not_add_up_is_refused(parts, nbytes, most, told):
     with pytest.raises(MalformedMessage, match=told):
-        Assembly(Transfer(id="t", parts=parts, nbytes=nbytes), most)
+        Assembly(Transfer(id="t", parts=parts, nbytes=nbytes, digest=DIGEST), most)
 
 
 def test_an_announcement_alone_takes_next_to_no_memory():
     process = psutil.Process()
     before = process.memory_info().rss
-    assembly = Assembly(Transfer(id="t", parts=250, nbytes=1000 * MiB), 1000 * MiB)
+    transfer = Transfer(id="t", parts=250, nbytes=1000 * MiB, digest=DIGEST)
+    assembly = Assembly(transfer, 1000 * MiB)
     assert process.memory_info().rss - before < 10 * MiB
     assert not assembly.complete
 
@@ -237,13 +244,15 @@ def test_an_announcement_that_no_memory_can_hold_is_refused(monkeypatch):
 
     monkeypatch.setattr(wire.np, "empty", full)
     with pytest.raises(MalformedMessage, match="no room for 1000 bytes"):
-        Assembly(Transfer(id="t", parts=1, nbytes=1000), 1000)
+        Assembly(Transfer(id="t", parts=1, nbytes=1000, digest=DIGEST), 1000)
 
 
 @pytest.mark.parametrize(("number", "size"), [(0, 63), (0, 65), (0, 0), (1, 64), (1, 7), (1, 9)])
 def test_a_part_of_the_wrong_size_is_refused_and_leaves_its_place_free(monkeypatch, number, size):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
-    assembly = Assembly(Transfer(id="t", parts=2, nbytes=72), 100)
+    hashes = sha256(b"a" * 64).digest() + sha256(b"b" * 8).digest()
+    transfer = Transfer(id="t", parts=2, nbytes=72, digest=sha256(hashes).hexdigest())
+    assembly = Assembly(transfer, 100)
     wrong = Part(federation="f", transfer="t", part=number)
     with pytest.raises(MalformedMessage, match=f"part {number} has {size} bytes"):
         assembly.add(wrong, memoryview(bytes(size)))
@@ -251,6 +260,25 @@ def test_a_part_of_the_wrong_size_is_refused_and_leaves_its_place_free(monkeypat
     for part, right in enumerate((b"a" * 64, b"b" * 8)):
         assembly.add(Part(federation="f", transfer="t", part=part), memoryview(right))
     assert assembly.payload() == b"a" * 64 + b"b" * 8
+
+
+@pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, "g" * 64, None])
+def test_a_transfer_without_a_digest_is_malformed(digest):
+    transfer = {"id": "t", "parts": 2, "nbytes": 5 * MiB, "digest": digest}
+    told = {key: value for key, value in transfer.items() if value is not None}
+    refused(packed(header(transfer=told)), "transfer.digest")
+
+
+def test_parts_that_were_replaced_are_found_out(monkeypatch):
+    monkeypatch.setattr(wire, "PART_BYTES", 64)
+    transfer, _, bodies = pack(update(), {"w": np.arange(20.0)})
+    assembly = Assembly(transfer, transfer.nbytes)
+    for number, body in enumerate(bodies):
+        part, payload = decode(body)
+        assembly.add(part, memoryview(bytes(len(payload))) if number == 1 else payload)
+    with pytest.raises(MalformedMessage, match="replaced or damaged") as caught:
+        assembly.payload()
+    assert caught.value.cause == "tensors"
 
 
 # --- hostile bytes -----------------------------------------------------------------------------

@@ -7,9 +7,19 @@ import contextlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from fluffle_common.errors import LinkLost
+from pydantic import ValidationError
+
+from fluffle_common.errors import LinkLost, TaskError
 from fluffle_common.layout import Form
-from fluffle_common.messages import Bye, Evaluate, Failure, Fit, Heartbeat, Hello
+from fluffle_common.messages import (
+    MAX_TASK_CHARACTERS,
+    Bye,
+    Evaluate,
+    Failure,
+    Fit,
+    Heartbeat,
+    Hello,
+)
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, send
 from fluffle_common.transport import Full, Link, Unroutable
@@ -32,6 +42,9 @@ class Presence:
         task: the model and the data.
         topology: where signs of life go.
         form: what the task's model is made of.
+
+    Raises:
+        TaskError: where what the task says of itself is more than may be sent.
     """
 
     def __init__(
@@ -46,11 +59,21 @@ class Presence:
         }
         self._about: dict[str, Any] = {
             "num_examples": num_examples_of(task),
-            "task": sendable(settings.task, 2000),
+            # The end of a path says more than its beginning.
+            "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
             "model": described(form),
             "heartbeat_s": settings.heartbeat_s,
         }
+        try:
+            Hello(**self._ids, **self._about)
+        except ValidationError as wrong:
+            first = wrong.errors(include_url=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise TaskError(
+                f"task '{settings.task}' cannot introduce itself: {where}: {first['msg']}; "
+                "let the task give other values"
+            ) from None
         self._doing: dict[str, Any] = {
             "state": "idle",
             "run": None,

@@ -45,7 +45,7 @@ from fluffle_common.transport import (
     together,
 )
 from fluffle_common.weights import Weights
-from fluffle_common.wire import Assembly, decode
+from fluffle_common.wire import Assembly, announced, decode
 from fluffle_worker import session
 from fluffle_worker.answers import Answers
 from fluffle_worker.job import Job
@@ -299,6 +299,7 @@ class WorkerService:
             case InitRequest():
                 self._ask(Work("init", message.run, 0), message, {})
             case Fit() | Evaluate() if message.transfer is not None:
+                announced(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
                 self._presence.now("receiving", message, steps=message.transfer.parts)
             case Fit() | Evaluate():

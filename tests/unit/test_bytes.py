@@ -1,0 +1,415 @@
+"""How many bytes a peer can make the coordinator hold, fetch or send: bounded, checked first."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluffle_broker.rejected import requeue
+from fluffle_common import wire
+from fluffle_common.compression import compress
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.memory import MemoryBroker, MemoryLink
+from fluffle_common.messages import FirstWeights, Heartbeat, Hello, TensorEntry, Transfer, Update
+from fluffle_common.topology import Topology
+from fluffle_common.transfer import PartsGone, Route, fetch, reject, send_tensors
+from fluffle_common.transport import Properties
+from fluffle_common.weights import delta
+from fluffle_common.wire import decode, pack
+from fluffle_coordinator import effects as fx
+from fluffle_coordinator import events as ev
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.aggregation import Aggregation
+from fluffle_coordinator.greetings import Greetings
+from fluffle_coordinator.holding import Held, Room
+from fluffle_coordinator.outgoing import Outgoing
+from fluffle_coordinator.received import check_announced
+from fluffle_coordinator.service import CoordinatorSettings
+from fluffle_coordinator.store import RunStore
+
+TOPOLOGY = Topology("f")
+MODEL = {
+    "kernel": np.linspace(-1, 1, 2048, dtype=np.float32).reshape(32, 64),
+    "bias": np.zeros(7, np.float32),
+    "counts": np.zeros(3, np.int32),
+}
+
+
+def update(**changes: Any) -> Update:
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
+    return Update(**of, num_examples=1, seconds=0.0, **changes)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PART_BYTES", 64)
+
+
+# --- what is announced ---------------------------------------------------------------------------
+
+
+def announcement(weights: Any, encoding: Any = None) -> Update:
+    message, _ = decode(pack(update(encoding=encoding), weights)[1])
+    assert isinstance(message, Update)
+    return message
+
+
+@pytest.mark.parametrize("how", [None, "bf16", "f16", "int8", "topk:0.1", "topk:0.9"])
+@pytest.mark.usefixtures("small_parts")
+def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
+    learnt = delta(MODEL, MODEL)
+    if how is None:
+        check_announced(announcement(learnt), MODEL)
+    else:
+        tensors, _ = compress(learnt, how, {})
+        check_announced(announcement(tensors, how.partition(":")[0]), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "change", "told"),
+    [
+        (None, {"kernel": np.zeros((64, 32), np.float32)}, "'kernel' is float32 (64, 32)"),
+        (None, {"kernel": np.zeros((32, 64), np.float64)}, "'kernel' is float64"),
+        (None, {"counts": np.zeros(3, np.int32)}, "'counts' is int32"),
+        (None, {"more": np.zeros(10**6)}, "unknown more"),
+        (None, {"kernel": None}, "missing kernel"),
+        ("bf16", {"kernel": np.zeros(10**5, np.uint16)}, "'kernel' is uint16"),
+        ("int8", {"bias": None, "bias#q": np.zeros(7, np.int8)}, "missing bias"),
+        (
+            "int8",
+            {"bias": None, "bias#q": np.zeros(7, np.int8), "bias#scale": np.zeros(9, np.float32)},
+            "'bias#scale' is float32 (9,), expected float32 (1,)",
+        ),
+        (
+            "topk",
+            {
+                "bias": None,
+                "bias#index": np.zeros(8, np.int32),
+                "bias#value": np.zeros(8, np.float32),
+            },
+            "expected at most int32 (7,)",
+        ),
+        (
+            "topk",
+            {
+                "bias": None,
+                "bias#index": np.zeros(2, np.int32),
+                "bias#value": np.zeros(3, np.float32),
+            },
+            "'bias#value' is float32 (3,)",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("small_parts")
+def test_what_cannot_be_of_the_model_is_refused_when_it_is_announced(encoding, change, told):
+    learnt = {**delta(MODEL, MODEL), **change}
+    tensors = {name: tensor for name, tensor in learnt.items() if tensor is not None}
+    with pytest.raises(MalformedMessage) as caught:
+        check_announced(announcement(tensors, encoding), MODEL)
+    assert told in str(caught.value)
+    assert caught.value.cause == "tensors"
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes", "told"),
+    [
+        (0, 8 * 2**30, "end at byte 8, a transfer of 8589934592 bytes is announced"),
+        (2**32, 2**32 + 8, "its tensors need no more than"),
+        (4, 12, "wrong offset"),
+    ],
+)
+def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, told):
+    table = (TensorEntry("w", "float32", (2,), offset, 8),)
+    transfer = Transfer(id="t", parts=1, nbytes=nbytes, digest="0" * 64)
+    message = update(tensors=table, transfer=transfer)
+    with pytest.raises(MalformedMessage, match=told):
+        check_announced(message, None)
+
+
+class Untouched:
+    """A link that nobody may use."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the link was used: {name}")
+
+
+@pytest.mark.parametrize("first", [False, True])
+async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
+    told: list[ev.Event] = []
+    aggregation = Aggregation(
+        RunStore(tmp_path / "run"),
+        TOPOLOGY,
+        None if first else MODEL,
+        max_model_bytes=2**33,
+        link=Untouched,  # type: ignore[arg-type]
+        metadata=lambda _: {},
+        tell=lambda *_: None,
+        post=told.append,
+    )
+    table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)
+    transfer = Transfer(id="t", parts=2048 if first else 1024, nbytes=2**33 if first else 2**32,
+                        digest="0" * 64)  # fmt: skip
+    if first:
+        of = {"federation": "f", "run": "r", "worker": "w"}
+        message = FirstWeights(**of, tensors=table, transfer=transfer)
+        aggregation.take_first(Held(Delivered(1), message, memoryview(b"")))
+    else:
+        held = Held(Delivered(1), update(tensors=table, transfer=transfer), memoryview(b""))
+        aggregation.fold(held, "w", 10)
+    running = asyncio.ensure_future(aggregation.run())
+    await aggregation.drained()
+    running.cancel()
+    (event,) = told
+    if first:
+        assert isinstance(event, ev.Failed)
+        assert "a transfer of 8589934592 bytes is announced" in event.reason
+    else:
+        assert isinstance(event, ev.FoldFailed)
+        assert (event.cause, event.again) == ("tensors", False)
+        assert "missing kernel, bias, counts" in event.reason
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def link() -> MemoryLink:
+    opened = await MemoryBroker().open()
+    await opened.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w")])
+    return opened
+
+
+class As:
+    """A link over which everything is sent as somebody's user."""
+
+    def __init__(self, link: MemoryLink, user: str) -> None:
+        self._link, self._user = link, user
+
+    async def publish(self, body: Any, properties: Properties, **where: Any) -> None:
+        await self._link.publish(body, properties._replace(user=self._user), **where)
+
+
+async def send_as(link: MemoryLink, user: str) -> Update:
+    """Send an update in parts, and return its announcement."""
+    to = TOPOLOGY.results
+    weights = {"w": np.arange(40.0)}
+    await send_tensors(
+        As(link, user), update(), weights, Route(to, ["update.w"]), parts=Route(to, ["part.w"])
+    )
+    message, _ = decode((await link.get(TOPOLOGY.updates)).body)
+    assert isinstance(message, Update)
+    return message
+
+
+@pytest.mark.usefixtures("small_parts")
+async def test_parts_of_another_user_never_get_into_an_update(link):
+    transfer = (await send_as(link, "w")).transfer
+    payload = np.arange(40.0).tobytes()
+    mine = [await link.get(TOPOLOGY.outbox("w")) for _ in range(transfer.parts)]
+    about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
+    for number, delivery in enumerate(mine):  # a foreign part before each of ours
+        false = wire.Part(federation="f", transfer=transfer.id, part=number)
+        body = wire.encode(false, bytes(len(decode(delivery.body)[1])))
+        await link.publish(body, Properties(user="mallory"), **about)
+        await link.publish(delivery.body, delivery.properties, **about)
+        delivery.ack()
+    outbox = TOPOLOGY.outbox("w")
+    got = await fetch(link, outbox, transfer, 1000, TOPOLOGY.rejected, user="w")
+    assert got == payload
+    for _ in range(transfer.parts):
+        rejected = await link.get(TOPOLOGY.rejected)
+        assert rejected.properties.headers["cause"] == "sender"
+        assert "sent by the user mallory" in rejected.properties.headers["reason"]
+
+
+@pytest.mark.usefixtures("small_parts")
+async def test_where_users_are_not_verified_replaced_parts_are_found_out(link):
+    transfer = (await send_as(link, "w")).transfer
+    first = await link.get(TOPOLOGY.outbox("w"))
+    false = wire.Part(federation="f", transfer=transfer.id, part=0)
+    about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
+    await link.publish(wire.encode(false, bytes(64)), Properties(), **about)
+    first.ack()
+    with pytest.raises(MalformedMessage, match="replaced or damaged") as caught:
+        await fetch(link, TOPOLOGY.outbox("w"), transfer, 1000, TOPOLOGY.rejected)
+    assert caught.value.cause == "tensors"
+
+
+@pytest.mark.usefixtures("small_parts")
+async def test_only_foreign_parts_are_as_good_as_none(link):
+    transfer = (await send_as(link, "mallory")).transfer
+    with pytest.raises(PartsGone):
+        await fetch(link, TOPOLOGY.outbox("w"), transfer, 1000, TOPOLOGY.rejected, user="w")
+    assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
+
+
+# --- what is rejected ----------------------------------------------------------------------------
+
+
+async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again(link):
+    garbage = b"\x92" + bytes(10**6)
+    await link.publish(garbage, Properties(), exchange="", keys=[TOPOLOGY.updates])
+    wrong = MalformedMessage("the header is a int, not a map")
+    await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
+    (told,) = await requeue(link, TOPOLOGY, [1])
+    assert told.left == "only the first 65536 bytes of it were kept"
+    kept = await link.get(TOPOLOGY.rejected)
+    assert kept.body == garbage[: 2**16]
+    assert kept.properties.headers["cut_from_bytes"] == len(garbage)
+
+
+async def test_a_message_that_is_one_is_kept_whole(link):
+    body = wire.encode(update(), bytes(10**6))
+    await link.publish(body, Properties(), exchange="", keys=[TOPOLOGY.updates])
+    wrong = MalformedMessage("it is of run other", "run")
+    await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
+    assert (await link.get(TOPOLOGY.rejected)).body == body
+
+
+# --- what waits to be folded ---------------------------------------------------------------------
+
+
+class Delivered:
+    """A delivery of so many bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.body, self.released = bytes(size_bytes), False
+
+    def release(self) -> None:
+        self.released = True
+
+    def ack(self) -> None:
+        pass
+
+
+def test_what_there_is_no_room_for_is_given_back_when_there_is():
+    room, of = Room(100), update()
+    held = []
+    for size_bytes in (60, 40):
+        delivery = Delivered(size_bytes)
+        assert not room.park(delivery)
+        held.append(Held(delivery, of, memoryview(delivery.body), room))
+    waiting = [Delivered(30), Delivered(50), Delivered(10)]
+    assert all(room.park(delivery) for delivery in waiting)
+    assert [len(delivery.body) for delivery in waiting] == [0, 0, 0]
+    held[1].forget()  # 40 are free
+    assert [delivery.released for delivery in waiting] == [True, False, False]
+    held[1].free()  # twice is as good as once
+    assert room.used_bytes == 60
+    held[0].forget()
+    assert all(delivery.released for delivery in waiting)
+
+
+def test_one_larger_than_all_the_room_is_taken_alone():
+    room = Room(100)
+    delivery = Delivered(500)
+    assert not room.park(delivery)
+    held = Held(delivery, update(), memoryview(delivery.body), room)
+    large = Delivered(400)
+    assert room.park(large)
+    held.free()
+    assert large.released
+
+
+def test_what_is_parked_on_a_link_that_is_lost_comes_over_another():
+    room = Room(100)
+    held = Held(Delivered(90), update(), memoryview(b""), room)
+    parked = Delivered(90)
+    assert room.park(parked)
+    room.link_lost()
+    held.free()
+    assert not parked.released
+
+
+# --- signs of life, and what they are answered ---------------------------------------------------
+
+ABOUT = {"federation": "f", "worker": "w", "num_examples": 1, "heartbeat_s": 2.0, "task": "t"}
+
+
+def hello(session: str = "s", **changes: Any) -> Hello:
+    return Hello(**{**ABOUT, "session": session, **changes})
+
+
+def test_a_worker_that_greets_without_end_is_heard_and_answered_a_few_times():
+    greetings = Greetings()
+    taken = [greetings.admit(hello(), 0.0).kind for _ in range(60)]
+    assert taken == ["hello"] * 4 + ["heartbeat"] * 56
+    assert greetings.admit(hello(), 6.0).kind == "hello"
+
+
+def test_so_is_one_that_seems_to_start_again_without_end():
+    greetings = Greetings()
+    taken = [greetings.admit(hello(str(number)), 0.0) for number in range(60)]
+    assert [one is None for one in taken] == [False] * 4 + [True] * 56
+    beat = Heartbeat(**{**ABOUT, "session": "new"})
+    assert greetings.admit(beat, 1.0) is None  # it would be answered as a greeting is
+    assert greetings.admit(beat, 6.0) is beat
+    assert greetings.admit(hello("other", worker="v"), 0.0) is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("task", "t" * 201),
+        ("classes", ["c" * 100] * 400),
+        ("classes", [""] * 5001),
+        ("classes", ["é" * 90] * 200),
+    ],
+)
+def test_what_a_worker_says_of_itself_is_bounded(field, value):
+    header = {"protocol": 1, "kind": "hello", **ABOUT, "session": "s", field: value}
+    with pytest.raises(MalformedMessage, match=field):
+        decode(b"\x92" + wire.msgpack.packb(header) + b"\xc4\x00")
+
+
+async def test_a_refusal_is_sent_once_a_session_and_again_where_it_was_not(link):
+    links = [None, link]
+    settings = CoordinatorSettings("f", rs.Rules(rounds=1))
+
+    async def a_link() -> MemoryLink:
+        return links[0]
+
+    outgoing = Outgoing(
+        TOPOLOGY, "r", settings, link=lambda: links[0], a_link=a_link, tell=lambda *_: None
+    )
+    running = asyncio.ensure_future(outgoing.run())
+    state: Any = SimpleNamespace()
+    for session in ("s", "s"):
+        outgoing.perform(fx.Refuse("w", session, "x" * 5000), state, None)
+    await outgoing.drained()
+    links[0] = link
+    for session in ("s", "s", "s", "t"):
+        outgoing.perform(fx.Refuse("w", session, "x" * 5000), state, None)
+    await outgoing.drained()
+    running.cancel()
+    sent = [decode((await link.get(TOPOLOGY.inbox("w"))).body)[0] for _ in range(2)]
+    assert [one.session for one in sent] == ["s", "t"]
+    assert all(len(one.reason) == 1000 for one in sent)
+    assert await link.get(TOPOLOGY.inbox("w")) is None
+
+
+# --- headers -------------------------------------------------------------------------------------
+
+
+def test_no_more_of_a_header_is_looked_at_than_it_may_have():
+    huge = b"\x92" + wire.msgpack.packb({"kind": "hello", "x": b"y" * 30_000_000}) + b"\xc4\x00"
+    for most in (wire.SMALL_HEADER_BYTES, wire.MAX_HEADER_BYTES):
+        with pytest.raises(MalformedMessage, match=f"more than {most} bytes"):
+            decode(huge, max_header=most)
+
+
+@pytest.mark.parametrize("encoding", [None, "int8"])
+def test_the_header_of_any_update_of_a_model_has_room(encoding):
+    names = [f"block_{number}/{'x' * 300}/kernel" for number in range(300)]
+    model = {name: np.zeros((1024, 1), np.float32) for name in names}
+    room = wire.header_room((name, tensor.shape) for name, tensor in model.items())
+    tensors = compress(model, encoding, {})[0] if encoding else model
+    metrics = {f"{'é' * 60}{number}": 0.1 for number in range(64)}
+    sent = update(encoding=encoding, metrics=metrics)
+    body = wire.encode(sent, table=wire.lay_out(tensors)[0])
+    assert len(body) < room < 2**19
+    decode(body, max_header=room)
