@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_broker.looking import figures_if_told, looking, where
+from fluffle_common.cli import count as counts
 from fluffle_common.cli import management_option
+from fluffle_common.printing import echo, visible_json
 
 if TYPE_CHECKING:
     from fluffle_broker.reading import Reading
@@ -38,7 +40,7 @@ _MOST_TRANSFERS = 256
     help="Keep each message there: its body in .msgpack, what is known of it in .json.",
 )  # fmt: skip
 @click.option(
-    "-n", "--count", type=click.IntRange(1), help="End after so many lines.  [default: Ctrl-C ends]"
+    "-n", "--count", type=counts(), help="End after so many lines.  [default: Ctrl-C ends]"
 )
 @looking("Print an object a line.")
 @management_option
@@ -156,7 +158,7 @@ class Lines:
         folder: Folder | None = None,
         *,
         clock: Callable[[], float] = time.time,
-        say: Callable[[str], None] = click.echo,
+        say: Callable[[str], None] = echo,
     ) -> None:
         self.wanted = wanted
         self.enough = asyncio.Event()
@@ -177,7 +179,8 @@ class Lines:
             self._keep(self._folder, reading, now)
         if self._as_json and self.wanted.lists(reading):
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
-            self._line(json.dumps({"time": arrived, **_directed(reading), **reading.as_dict(now)}))
+            said = {"time": arrived, **_directed(reading), **reading.as_dict(now)}
+            self._line(visible_json(json.dumps(said)))
         elif self.wanted.lists(reading):
             self._line(_in_words(reading, now))
         elif not self._as_json:
@@ -193,7 +196,6 @@ class Lines:
 
     def _line(self, text: str) -> None:
         self._say(text)
-        sys.stdout.flush()
         if self._left is not None:
             self._left -= 1
             if not self._left:

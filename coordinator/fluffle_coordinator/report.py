@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
+
+from fluffle_common.printing import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _BLUE, _RUST = "#1f5fa8", "#c1502e"
 _KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
 
 
-def history_table(rounds: list[dict[str, Any]], stream: IO[str]) -> None:
-    """Print one row a round."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+def history_table(rounds: list[dict[str, Any]]) -> Table:
+    """Return one row a round."""
     metrics = sorted(
         {
             name
@@ -23,14 +24,14 @@ def history_table(rounds: list[dict[str, Any]], stream: IO[str]) -> None:
             if name not in _KNOWN and isinstance(value, float)
         }
     )
-    table = Table(box=box.SIMPLE_HEAD)
+    rows = table()
     for name in ("round", "participants", "examples"):
-        table.add_column(name, justify="left" if name == "participants" else "right")
+        rows.add_column(name, justify="left" if name == "participants" else "right")
     for name in ("train loss", "loss", *metrics, "late", "rejected"):
-        table.add_column(name, justify="right")
+        rows.add_column(name, justify="right")
     for one in rounds:
         there = one.get("participants", [])
-        table.add_row(
+        rows.add_row(
             str(one["round"]),
             ", ".join(sorted(p["worker"] for p in there)),
             str(sum(p["num_examples"] for p in there)),
@@ -39,8 +40,7 @@ def history_table(rounds: list[dict[str, Any]], stream: IO[str]) -> None:
             str(one.get("late", "")),
             str(one.get("rejected", "")),
         )
-    console = Console(file=stream, width=None if stream.isatty() else 120, highlight=False)
-    console.print(table)
+    return rows
 
 
 def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from fluffle_common.cli import SEED, count
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.printing import echo, echo_json
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]'"
@@ -15,9 +16,9 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--clients", type=click.IntRange(1), default=3, help="How many writers.")
-@click.option("--per-client", type=click.IntRange(10), default=250, help="Letters of each.")
-@click.option("--seed", type=click.IntRange(0), default=1, help="The same seed, the same letters.")
+@click.option("--clients", type=count(), default=3, help="How many writers.")
+@click.option("--per-client", type=count(10), default=250, help="Letters of each.")
+@click.option("--seed", type=SEED, default=1, help="The same seed, the same letters.")
 def letters(out: Path, clients: int, per_client: int, seed: int) -> None:
     """Draw handwritten letters A to J into OUT/client-N/<letter>/, as different people would.
 
@@ -36,7 +37,7 @@ def letters(out: Path, clients: int, per_client: int, seed: int) -> None:
             seed=seed,
             progress=lambda done, _: bar.update(done - bar.pos),
         )
-    click.echo(f"{clients} clients with {per_client} letters each in {out}")
+    echo(f"{clients} clients with {per_client} letters each in {out}")
 
 
 @click.command()
@@ -76,9 +77,9 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
             }
         )
         if not as_json:
-            click.echo(f"{path}: {found.label.upper()}  {100 * found.confidence:.1f} %")
+            echo(f"{path}: {found.label.upper()}  {100 * found.confidence:.1f} %")
     if as_json:
-        click.echo(json.dumps(told, indent=2))
+        echo_json(told)
 
 
 @click.command()
@@ -101,7 +102,7 @@ def confusion(model: Path, data: Path, out: Path) -> None:
     loaded = LettersModel(model)
     images = read_images(data, loaded.classes)
     for reason in images.skipped:
-        click.echo(f"fluffle: skipped: {reason}", err=True)
+        echo(f"fluffle: skipped: {reason}", err=True)
     named = loaded.probabilities(images.inputs).argmax(axis=1)
     counts = confusion_counts(images.targets, named, len(loaded.classes))
     accuracy = 100 * counts.trace() / counts.sum()
@@ -112,5 +113,5 @@ def confusion(model: Path, data: Path, out: Path) -> None:
         raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
     except OSError as why:
         raise TaskError(f"cannot write {out} ({why.strerror})") from None
-    click.echo(f"accuracy {accuracy:.2f} %")
-    click.echo(f"matrix of {counts.sum()} letters written to {out}")
+    echo(f"accuracy {accuracy:.2f} %")
+    echo(f"matrix of {counts.sum()} letters written to {out}")
