@@ -12,7 +12,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
@@ -66,6 +68,16 @@ def echo(*lines: str, err: bool = False) -> None:
         OutputError: when they cannot be written for another reason, such as a full disk.
     """
     _write("".join(f"{printable(line)}\n" for line in lines or ("",)), err=err)
+
+
+def echo_sentences(*lines: str) -> None:
+    """Print sentences as ``echo`` does; on a terminal, wrap them between words."""
+    if is_terminal(sys.stdout):
+        width = shutil.get_terminal_size().columns
+        lines = tuple(textwrap.fill(printable(line), width) for line in lines)
+        _write("".join(f"{line}\n" for line in lines))
+    else:
+        echo(*lines)
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:

@@ -261,8 +261,10 @@ def _closing(told: Round) -> Iterator[str]:
 
 def _longest(told: Round) -> Iterator[str]:
     wait = longest_wait(told)
-    if wait is None or wait.seconds < _WORTH_SAYING_S or told.coordinated is False:
+    if wait is None or wait.seconds < _WORTH_SAYING_S:
         return
+    if told.waits and told.coordinated is False:
+        return  # nobody waits
     lasted = duration(wait.seconds)
     since = f"after the update of {wait.after}" if wait.after else "after the opening"
     if wait.until == "commit":

@@ -14,7 +14,7 @@ import click
 from fluffle_common.cli import count, federation_option, url_option
 from fluffle_common.console import warn
 from fluffle_common.errors import UsageError
-from fluffle_common.printing import echo, echo_json
+from fluffle_common.printing import echo, echo_json, echo_sentences
 
 if TYPE_CHECKING:
     from fluffle_common.messages import Event
@@ -136,7 +136,7 @@ def explain(
     if as_json:
         echo_json(as_dict(told))
     else:
-        echo(*sentences(told))
+        echo_sentences(*sentences(told))
 
 
 def _which(events: Iterable[Event], run: str | None, number: int | None) -> tuple[str, int]:

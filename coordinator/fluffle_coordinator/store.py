@@ -93,6 +93,9 @@ class RunStore:
         except BlockingIOError:
             lock.close()
             return False
+        except OSError:  # a file system without locks
+            lock.close()
+            raise
         self._lock = lock
         return True
 
