@@ -196,6 +196,8 @@ def requeue(
     found = _visit(address, lambda link: refused.requeue(link, topology, chosen))
     if as_json:
         echo_json([_became(each) for each in found])
+    elif not found:
+        echo(f"nothing to send again: {topology.rejected} is empty")
     else:
         for each in found:
             _say_became(each)

@@ -133,7 +133,11 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
     try:
         run_until_signalled(follow())
     except Occupied as no:
-        raise BrokerError(f"the broker does not let this user tap: {no}") from None
+        raise BrokerError(
+            f"the broker does not let this user tap: {no}; it needs the rights to configure, write "
+            f"and read {topology.federation}.tap.*, and to read the exchanges {topology.work} and "
+            f"{topology.results}"
+        ) from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 

@@ -86,6 +86,25 @@ def check_worker(name: str) -> str:
     return name
 
 
+def parse_classes(text: str | None) -> tuple[str, ...] | None:
+    """Parse ``A,B,…``; None, or nothing at all, stays None.
+
+    >>> parse_classes("a,b"), parse_classes(None)
+    (('a', 'b'), None)
+
+    Raises:
+        UsageError: where a class has no name, or is named twice.
+    """
+    if not text:
+        return None
+    classes = tuple(text.split(","))
+    if "" in classes or len(set(classes)) < len(classes):
+        raise UsageError(
+            f"--classes wants different names with a comma between, such as a,b,c, not '{text}'"
+        )
+    return classes
+
+
 def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
     """Parse ``KEY=VALUE`` pairs; a value that is a number, true or false becomes one.
 

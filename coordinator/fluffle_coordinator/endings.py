@@ -43,8 +43,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     Workers that fail, or whose updates are refused, may have another model than the run: that run
     cannot be continued with it, whatever command is given.
     """
-    where = f"after round {state.committed}" if state.committed else "from its beginning"
-    same = f"the same command (without --fresh) goes on {where}"
+    same = f"the same command (without --fresh) goes on with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
             f"if the model or the classes have changed since this run began, --fresh begins a new "

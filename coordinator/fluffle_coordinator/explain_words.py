@@ -55,7 +55,7 @@ def _last_said_of(told: Round, worker: str) -> str:
         return ""
     for part in told.waits_for.rpartition("; ")[2].split(", "):
         name, _, doing = part.partition(" ")
-        if name == worker and doing:
+        if name == worker and doing and not doing.startswith(("idle", "is ")):
             return f"{doing} at {clock(told.said_at)}"
     return ""
 
@@ -213,7 +213,10 @@ def _standing(told: Round) -> Iterator[str]:
             "is back does not count."
         )
     yield _deadline(told)
-    if told.waits_for and told.said_at is not None:
+    # Who is missing and what they do is said above.
+    if told.said_at is not None and (
+        "needed" in told.waits_for or not told.waits_for.startswith(f"round {told.number}:")
+    ):
         yield f"At {clock(told.said_at)} the coordinator said: {told.waits_for}."
 
 

@@ -17,7 +17,13 @@ from fluffle_common.console import Console
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.layout import layout_for
 from fluffle_common.messages import Plan
-from fluffle_common.settings import broker_url, check_federation, management_of, parse_config
+from fluffle_common.settings import (
+    broker_url,
+    check_federation,
+    management_of,
+    parse_classes,
+    parse_config,
+)
 from fluffle_common.signals import Interrupted, run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff
@@ -55,7 +61,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
             compress=_compress(options),
             config=parse_config(options["config"]),
         ),
-        classes=tuple(options["classes"].split(",")) if options["classes"] else None,
+        classes=parse_classes(options["classes"]),
         init=options["init"],
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],

@@ -294,6 +294,8 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / "history.jsonl"
     if not path.exists():
+        if (folder / "run.json").exists():
+            raise UsageError(f"the run in {folder} has committed no round yet")
         raise UsageError(f"there is no history in {folder}; a run's folder is such as runs/NAME")
     data = path.read_bytes()
     try:

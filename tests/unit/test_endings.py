@@ -60,14 +60,14 @@ def test_a_stop_names_the_command_that_really_goes_on():
     state = State(Rules(6), "r", 4, counted_before={3: frozenset("a")})
     said = endings.after_a_stop(state, FOLDER)
     assert said == (
-        "once that is put right, the same command (without --fresh) goes on after round 3"
+        "once that is put right, the same command (without --fresh) goes on with round 4"
     )
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
         said = endings.after_a_stop(state.but(**other), FOLDER)
         assert "if the model or the classes have changed" in said
         assert "--fresh begins a new run" in said
-        assert said.endswith("the same command (without --fresh) goes on after round 3")
-    assert "from its beginning" in endings.after_a_stop(State(Rules(6), "r", 1), FOLDER)
+        assert said.endswith("the same command (without --fresh) goes on with round 4")
+    assert endings.after_a_stop(State(Rules(6), "r", 1), FOLDER).endswith("with round 1")
 
 
 @pytest.fixture

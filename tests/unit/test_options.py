@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from fluffle_common.cli import fluffle
 from fluffle_common.errors import UsageError
 from fluffle_common.messages import Plan
-from fluffle_common.settings import cache_folder, parse_config
+from fluffle_common.settings import cache_folder, parse_classes, parse_config
 
 WRONG = ["nan", "NaN", "-nan", "inf", "-inf", "1e999", "-1"]
 
@@ -88,6 +88,12 @@ def test_a_config_is_what_a_plan_can_carry():
     assert Plan(config=told).config == told
     with pytest.raises(UsageError, match="more than once"):
         parse_config(["a=1", "a=2"])
+
+
+@pytest.mark.parametrize("text", [",", "a,", "a,,b", "a,a"])
+def test_classes_have_names_that_differ(text):
+    with pytest.raises(UsageError, match="--classes wants"):
+        parse_classes(text)
 
 
 def test_a_user_without_a_home_is_told_what_to_name(monkeypatch):
