@@ -43,6 +43,7 @@ class Console:
         self._json = log_format == "json"
         self._always = dict(always)
         self._held: list[str] = []  # lines that are not written yet
+        self._prompt = True  # so far, the output has taken every line in time
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
         if log_format == "auto" and self._stream.isatty():
@@ -99,7 +100,8 @@ class Console:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self._flush()
-            self._stream.settle(_SETTLE_S)
+            if self._prompt:  # once it is slow, nobody waits for it again
+                self._prompt = self._stream.settle(_SETTLE_S)
         else:
             loop.call_later(_WITHIN_S, self._flush)
 

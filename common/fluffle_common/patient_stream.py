@@ -88,11 +88,12 @@ class PatientStream(io.TextIOBase):
     def flush(self) -> None:
         """Do nothing: what was taken is written as soon as possible."""
 
-    def settle(self, within_s: float) -> None:
-        """Wait until everything that was taken is written or dropped, or the time is up."""
+    def settle(self, within_s: float) -> bool:
+        """Wait until everything that was taken is written or dropped; return whether it is."""
         with self._changed:
-            if self._thread is not None:
-                self._changed.wait_for(lambda: not self._pending and not self._writing, within_s)
+            return self._thread is None or self._changed.wait_for(
+                lambda: not self._pending and not self._writing, within_s
+            )
 
     def _run(self) -> None:
         while True:

@@ -131,6 +131,20 @@ async def test_a_reader_that_takes_nothing_slows_nobody():
     assert "lines could not be written here" in stream.getvalue() or stream.writes
 
 
+def test_without_a_loop_a_reader_that_takes_nothing_is_waited_for_once(monkeypatch):
+    monkeypatch.setattr("fluffle_common.console._SETTLE_S", 0.05)
+    stream = Stream()
+    stream.reads.clear()
+    waits = []
+    with Console("plain", {}, stream) as console:
+        settle = console._stream.settle
+        monkeypatch.setattr(console._stream, "settle", lambda s: (waits.append(s), settle(s))[1])
+        for _ in range(3):
+            console.line("one", lambda: "text")
+        assert len(waits) == 1
+        stream.reads.set()
+
+
 def test_a_process_without_stdout_writes_nowhere(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     with Console("auto", {}) as console:
