@@ -70,7 +70,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
             data = folder / "data"
             draw_letters(data, clients=options.clients, per_client=options.per_client, seed=1)
-        clients = sorted(path.resolve() for path in data.iterdir() if path.is_dir())
+        # `fluffle letters` also draws writers who are no clients.
+        clients = sorted(
+            path.resolve()
+            for path in data.iterdir()
+            if path.is_dir() and not path.name.startswith(("writer-", "."))
+        )
         kept = options.cache == "kept"
         for number in range(options.repeats + kept):
             cache = folder / ("cache" if kept else f"cache{number}")

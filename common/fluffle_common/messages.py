@@ -170,6 +170,8 @@ class Fit(_WithTensors):
 
     The tensors are the weights that round ``round - 1`` committed (round 0: the first weights).
     ``base`` names them: what is learnt from them says so, and is worth nothing elsewhere.
+    ``attempt`` counts how often this worker's update of the round was rejected: at another attempt,
+    the same update is no answer, and the weights are trained anew.
     """
 
     kind: Literal["fit"] = "fit"
@@ -177,6 +179,7 @@ class Fit(_WithTensors):
     round: Annotated[Round, Field(ge=1)]
     base: Id
     evaluate: bool
+    attempt: Annotated[int, Field(ge=0, le=10**6)] = 0
     plan: Plan
 
 
@@ -308,6 +311,20 @@ class Evaluation(_Header):
     metrics: Metrics = Field(default_factory=dict)
 
 
+# --- the coordinator to itself -----------------------------------------------------------------
+
+
+class Echo(_Header):
+    """Sent by a coordinator to itself, the way that signs of life come.
+
+    Once it is back, everything that was in that queue before it has been read.
+    """
+
+    kind: Literal["echo"] = "echo"
+    session: Id
+    number: Annotated[int, Field(ge=1)]
+
+
 # --- both ways ---------------------------------------------------------------------------------
 
 
@@ -386,7 +403,7 @@ def told_of(message: BaseModel, fields: tuple[str, ...]) -> dict[str, Any]:
 WithTensors = Fit | Evaluate | FirstWeights | Update
 ToWorker = Welcome | Refusal | InitRequest | Fit | Evaluate | Stop
 FromWorker = Hello | Heartbeat | Bye | Failure | FirstWeights | Update | Evaluation
-Message = ToWorker | FromWorker | Part | Event | Events
+Message = ToWorker | FromWorker | Echo | Part | Event | Events
 
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 

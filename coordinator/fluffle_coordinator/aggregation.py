@@ -9,6 +9,7 @@ may take its time while the next round has begun.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Held:
     delivery: Delivery
     message: Update | FirstWeights
     payload: memoryview
+    num_examples: int = 0  # the weight that it has in the average
+    max_norm: float = math.inf
 
     def forget(self) -> None:
         """Let go of the bytes; the delivery stays ours."""
@@ -112,8 +115,9 @@ class Aggregation:
         """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
         self._jobs.put(lambda: self._take_first(held))
 
-    def fold(self, held: Held, worker: str) -> None:
-        """Check an update and fold it; reports ``Folded`` or ``FoldFailed``."""
+    def fold(self, held: Held, worker: str, num_examples: int, max_norm: float = math.inf) -> None:
+        """Check an update and fold it, with this weight; reports ``Folded`` or ``FoldFailed``."""
+        held.num_examples, held.max_norm = num_examples, max_norm
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held, worker)
         else:
@@ -185,7 +189,7 @@ class Aggregation:
             payload = await self._payload(held)
             # However few bytes came, they are folded into all of the model.
             nbytes = max(len(payload), size_bytes(self._so_far[1]))
-            await _off_loop(nbytes, self._check_and_fold, held.message, payload)
+            await _off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone) as gone:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
@@ -197,18 +201,19 @@ class Aggregation:
 
     def _fold_at_once(self, held: Held, worker: str) -> None:
         try:
-            self._check_and_fold(held.message, held.payload)
+            self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
             self._folded(held, worker, len(held.payload))
 
-    def _check_and_fold(self, message: Update | FirstWeights, payload: memoryview) -> None:
+    def _check_and_fold(self, held: Held, payload: memoryview) -> None:
+        message = held.message
         assert isinstance(message, Update)
         began = time.monotonic()
         so_far, weights = self._so_far
         delta = read_delta(message, payload, weights)
-        self._sum = self._strategy.fold(so_far, delta, message.num_examples)
+        self._sum = self._strategy.fold(so_far, delta, held.num_examples)
         self._clock.fold_s += time.monotonic() - began
 
     def _folded(self, held: Held, worker: str, nbytes: int) -> None:
@@ -217,7 +222,7 @@ class Aggregation:
         self._in_parts |= message.transfer is not None
         participant: dict[str, Any] = {
             "worker": worker,
-            "num_examples": message.num_examples,
+            "num_examples": held.num_examples,
             "train_loss": message.metrics.get("loss"),
             "seconds": message.seconds,
             "counted_s": round(now - self._clock.opened_at, 6),

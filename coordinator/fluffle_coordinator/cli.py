@@ -108,8 +108,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--min-workers",
     type=count(),
-    help="Workers that must be present before the first round.  "
-    "[default: the quorum if that is a number, else 2]",
+    help="Workers that must be present before the first round. No round then commits with fewer "
+    "updates than the quorum of so many.  [default: the quorum if that is a number, else 2]",
     show_default=False,
 )
 @click.option(
@@ -184,7 +184,7 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Classes that workers must have.  [default: those of the first worker]",
+    help="Classes that workers must have.  [default: those of most of the workers waiting]",
     show_default=False,
 )
 @click.option(
@@ -200,6 +200,38 @@ def run_option(command: Any) -> Any:
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Where the run is kept.  [default: runs/FEDERATION]",
+    show_default=False,
+)
+@click.option(
+    "--max-round",
+    type=seconds(min_open=True),
+    default=86400.0,
+    metavar="SECONDS",
+    help="How long a round may be open in all. Until then, workers that advance keep it alive at "
+    "its deadlines.",
+)
+@click.option(
+    "--stall-timeout",
+    type=seconds(min_open=True),
+    metavar="SECONDS",
+    help="A training that does not advance for so long counts as failed.  [default: only reported, "
+    "after 2 minutes]",
+    show_default=False,
+)
+@click.option(
+    "--max-examples",
+    type=count(),
+    metavar="N",
+    help="The largest weight that an update may have in the average.  [default: the number of "
+    "examples that its worker announced]",
+    show_default=False,
+)
+@click.option(
+    "--max-norm-ratio",
+    type=FiniteFloat(1),
+    metavar="R",
+    help="Refuse an update whose norm is more than R times the median of the last round's.  "
+    "[default: only reported, from 10 on]",
     show_default=False,
 )
 @click.option("--fresh", is_flag=True, help="Start anew; an earlier run is moved aside.")
@@ -260,17 +292,31 @@ def coordinator(**options: Any) -> None:
 def rules_of(options: dict[str, Any]) -> Rules:
     """Turn options into the rules of a run."""
     from fluffle_coordinator.run_state import Rules
+    from fluffle_coordinator.selection import sample_size
 
     quorum: Quorum = options["quorum"]
+    fraction: float = options["fraction"]
+    written = options["min_workers"]
+    least = quorum.of(sample_size(fraction, written)) if written else quorum.number or 1
+    if quorum.number is not None and options["min_updates"] > quorum.number:
+        raise UsageError(
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}: a "
+            "round that has its quorum commits; lower one of them"
+        )
     return Rules(
         rounds=options["rounds"],
-        min_workers=options["min_workers"] or quorum.number or 2,
+        min_workers=written or quorum.number or 2,
+        least=least,
         quorum=quorum,
         grace_s=options["grace"],
         deadline_s=options["deadline"],
         on_deadline=options["on_deadline"],
         min_updates=options["min_updates"],
-        fraction=options["fraction"],
+        fraction=fraction,
+        max_examples=options["max_examples"],
+        max_norm_ratio=options["max_norm_ratio"],
+        max_round_s=options["max_round"],
+        stall_timeout_s=options["stall_timeout"],
         seed=options["seed"],
         wait_s=options["wait_workers"],
     )
@@ -280,7 +326,12 @@ def rules_of(options: dict[str, Any]) -> Rules:
 @run_option
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one a round.")
 def history(folder: Path, as_json: bool) -> None:
-    """Show what is known of every round of a run, one row a round."""
+    """Show what is known of every round of a run, one row a round.
+
+    Loss and metrics are those of the round's model on what the workers hold out. The metric
+    temperature, of the letters task, is what 'fluffle predict' divides the model's outputs by so
+    that the model is right as often as it is sure; 1 changes nothing.
+    """
     from fluffle_coordinator.report import history_table
     from fluffle_coordinator.store import read_history
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,10 +54,15 @@ class Opened(Effect):
 
 @dataclass(frozen=True)
 class SendFit(Effect):
-    """Send the open round's work to these workers, in one publish."""
+    """Send the open round's work to these workers, in one publish.
+
+    ``attempt`` counts how often their update of this round was rejected: after that, the same one
+    is no answer.
+    """
 
     workers: tuple[str, ...]
     evaluate: bool
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,16 @@ class SendEvaluate(Effect):
 
 @dataclass(frozen=True)
 class Fold(Effect):
-    """Check an update's tensors and add them to the running sum."""
+    """Check an update's tensors and add them to the running sum.
+
+    ``num_examples`` is the weight that it has there. One whose norm is above ``max_norm`` is not
+    added.
+    """
 
     handle: Handle
     worker: str
+    num_examples: int
+    max_norm: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -112,3 +124,6 @@ class End(Effect):
     outcome: Outcome
     reason: str
     workers: tuple[str, ...]
+
+
+Effects = list[Effect]

@@ -35,6 +35,16 @@ class Disconnected(Event):
 
 
 @dataclass(frozen=True)
+class Echoed(Event):
+    """What the coordinator sent itself over a link came back, the way that signs of life come.
+
+    So everything that was in that queue before it has been read.
+    """
+
+    link: int
+
+
+@dataclass(frozen=True)
 class Seen(Event):
     """A sign of life; ``hello`` where the worker has (re)connected."""
 
@@ -91,12 +101,13 @@ class Arrived(Event):
 class Folded(Event):
     """An update's tensors were checked and are in the running sum.
 
-    Training took ``train_s``; its tensors came in ``size_bytes``.
+    Training took ``train_s``; its tensors came in ``size_bytes``, their L2 norm is ``norm``.
     """
 
     worker: str
     train_s: float
     size_bytes: int
+    norm: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ sends again whatever is still wanted.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ from fluffle_coordinator.turns import Turns
 if TYPE_CHECKING:
     from fluffle_coordinator.service import CoordinatorSettings
 
+# How long the end of a run may wait for a broker that is away, so that the workers hear of it.
+_STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
+
 Job = Callable[[Link], Awaitable[None]]
 
 
@@ -41,6 +45,7 @@ class Outgoing:
         run: the run's id.
         settings: the plan that goes with the work, among others.
         link: the link of the moment, None where there is none.
+        a_link: returns a link, once there is one.
         tell: told what could not be sent.
     """
 
@@ -49,11 +54,13 @@ class Outgoing:
         topology: Topology,
         run: str,
         settings: CoordinatorSettings,
+        *,
         link: Callable[[], Link | None],
+        a_link: Callable[[], Awaitable[Link]],
         tell: Callable[[str, dict[str, Any]], None],
     ) -> None:
         self._topology, self._run, self._settings = topology, run, settings
-        self._link, self._tell = link, tell
+        self._link, self._a_link, self._tell = link, a_link, tell
         self._plan = settings.plan.model_copy(
             update={"seed": settings.rules.seed, "deadline_s": settings.rules.deadline_s}
         )
@@ -95,13 +102,14 @@ class Outgoing:
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
-            case fx.SendFit(workers, evaluate):
+            case fx.SendFit(workers, evaluate, attempt):
                 fit = Fit(
                     federation=federation,
                     run=run,
                     round=state.round,
                     base=state.base,
                     evaluate=evaluate,
+                    attempt=attempt,
                     plan=self._plan,
                 )
                 job = self._with_weights(fit, weights, workers)
@@ -113,10 +121,27 @@ class Outgoing:
             case fx.End(_, reason, workers) if workers:
                 last = state.round - 1
                 stop = Stop(federation=federation, run=run, round=last, reason=reason[:2000])
-                job = self._to(stop, workers)
+                self._turns.put(lambda: self._until_sent(self._to(stop, workers)))
+                return
             case _:
                 return
         self._put(job)
+
+    async def _until_sent(self, job: Job) -> None:
+        """Send what nobody would ask for again: over the next link, if this one is lost."""
+        try:
+            async with asyncio.timeout(_STOP_PATIENCE_S):
+                while True:
+                    try:
+                        await job(await self._a_link())
+                    except LinkLost:
+                        await asyncio.sleep(_STOP_PAUSE_S)  # the loss is noticed meanwhile
+                    else:
+                        return
+        except (TimeoutError, Full):
+            self._tell("untold", {"waited_s": _STOP_PATIENCE_S})
+        except Unroutable:
+            pass  # all of their inboxes are gone
 
     def _to(self, message: Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))

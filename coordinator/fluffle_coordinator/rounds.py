@@ -31,15 +31,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from statistics import median
+from typing import Any
 
-from fluffle_coordinator.effects import Ack, Fold, Refuse, Reject, Tell, Welcome
+from fluffle_common.messages import ModelForm
+from fluffle_coordinator import members
+from fluffle_coordinator.effects import Ack, Effects, Fold, Reject, Tell
 from fluffle_coordinator.events import (
     Arrived,
     Averaged,
     Committed,
     Connected,
     Disconnected,
+    Echoed,
     EvaluationArrived,
     Event,
     Failed,
@@ -51,12 +55,23 @@ from fluffle_coordinator.events import (
     Tick,
     WeightsReady,
 )
-from fluffle_coordinator.progress import AHEAD, Effects, progress, tell_of_round, wakeup, work
-from fluffle_coordinator.run_state import Handle, Phase, Received, Rules, Saving, State, Worker
+from fluffle_coordinator.hearing import heard
+from fluffle_coordinator.progress import AHEAD, progress, tell_of_round, wakeup, work
+from fluffle_coordinator.run_state import (
+    Handle,
+    Phase,
+    Received,
+    Rules,
+    Saving,
+    State,
+    Table,
+    Tally,
+)
 
 __all__ = ["advance", "start", "wakeup"]
 
-_V = TypeVar("_V")
+# What comes the way that signs of life come.
+_HEARD = (Seen, Left, Failed, Echoed)
 
 
 def start(
@@ -65,11 +80,13 @@ def start(
     now: float,
     *,
     committed: int = 0,
-    participants: Iterable[str] = (),
+    participants: Mapping[str, int] | Iterable[str] = (),
     evaluated: bool = True,
     has_weights: bool = False,
     base: str = "",
     classes: tuple[str, ...] | None = None,
+    model: ModelForm | None = None,
+    decided_by: str = "",
 ) -> State:
     """Return the state in which a coordinator starts, or starts again.
 
@@ -78,11 +95,13 @@ def start(
         run: the run's id.
         now: the time.
         committed: the last round on disk; 0 for a new run.
-        participants: who took part in it.
+        participants: who took part in it, and with how many examples where that is known.
         evaluated: whether its model's evaluation is on disk.
         has_weights: whether there are weights to begin with.
         base: what they are named.
-        classes: the classes that workers must have; None lets the first worker say.
+        classes: the classes that workers must have; None lets the workers say.
+        model: what the weights are made of; None lets the workers say.
+        decided_by: who set those two, for people.
     """
     resumed = has_weights and committed > 0
     # Every living worker speaks up in this time, if it keeps the default of a heartbeat in 2 s.
@@ -95,12 +114,16 @@ def start(
         counted_before={committed: frozenset(participants)},
         evaluate_pending=not evaluated,
         has_weights=has_weights,
-        met=frozenset(participants),
+        met=Table(dict.fromkeys(participants)),
+        announced=Table(participants if isinstance(participants, Mapping) else {}),
         classes=classes,
+        model=model,
+        decided_by=decided_by,
         gate=rules.min_workers,
         gate_until=now + slowest if resumed else math.inf,
         waiting_since=now,
         unlinked_since=now,
+        heard_at=now,
     )
 
 
@@ -109,8 +132,29 @@ def advance(state: State, event: Event) -> tuple[State, Effects]:
     if state.phase is Phase.ENDED:
         return state, []
     out: Effects = []
-    state = _TAKE[type(event)](state, event, out)
+    if isinstance(event, _HEARD):
+        state = heard(state, event.now)
+    before, state = state, _TAKE[type(event)](state, event, out)
+    _tell_of_the_quorum(before, state, event, out)
     return progress(state, event.now, out), out
+
+
+def _tell_of_the_quorum(before: State, after: State, event: Event, out: Effects) -> None:
+    """Let people know when the quorum of an open round shrinks, and for whom."""
+    if after.phase is not Phase.OPEN or (before.phase, before.round) != (after.phase, after.round):
+        return
+    was, needed = before.needed, after.needed
+    if needed < was:
+        told = {"round": after.round, "needed": needed, "was": was}
+        out.append(Tell("quorum", {**told, "reason": _why_fewer(before, after, event)}))
+
+
+def _why_fewer(before: State, after: State, event: Event) -> str:
+    gone = [n for n in before.asked if n in before.workers and n not in after.workers]
+    if gone:
+        return f"{', '.join(sorted(gone))} {'left' if isinstance(event, Left) else 'is gone'}"
+    failed = [name for name in after.failed if name not in before.failed]
+    return f"{', '.join(sorted(failed)) or 'a worker'} failed"
 
 
 # --- one function an event ---------------------------------------------------------------------
@@ -121,17 +165,22 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
     # The outage counts for nothing: nobody could be heard of, and updates wait in the broker.
     outage_s = event.now - state.unlinked_since if state.link == 0 else 0.0
     workers = {n: replace(w, last_seen=event.now) for n, w in state.workers.items()}
+    received = {w: update._replace(spares=()) for w, update in state.received.items()}
     # What was being sent has an unknown outcome: whoever is idle at its next sign of life is sent
     # the work again. And every delivery that we hold is void: it will come again.
     for update in state.received.values():
         out.extend(Ack(spare) for spare in update.spares)
     return state.but(
         link=event.link,
-        workers=workers,
-        asked=dict.fromkeys(state.asked, -math.inf),
-        received={w: update._replace(spares=()) for w, update in state.received.items()},
+        caught_up=False,
+        greeted=frozenset(),
+        heard_at=event.now,
+        workers=Table(workers),
+        asked=Table(dict.fromkeys(state.asked, -math.inf)),
+        received=Table(received),
         init_asked=None,
         opened_at=state.opened_at + outage_s,
+        began_at=state.began_at + outage_s,
         quorum_at=None if state.quorum_at is None else state.quorum_at + outage_s,
         waiting_since=state.waiting_since + outage_s,
         gate_until=state.gate_until + outage_s,
@@ -142,65 +191,8 @@ def _disconnected(state: State, event: Disconnected, _: Effects) -> State:
     return state.but(link=0, unlinked_since=event.now) if state.link else state
 
 
-def _seen(state: State, event: Seen, out: Effects) -> State:
-    worker = event.worker
-    if state.classes is None and worker.classes:
-        state = state.but(classes=worker.classes)
-        out.append(Tell("classes", {"worker": worker.name, "classes": list(worker.classes)}))
-    if state.classes is not None and worker.classes != state.classes:
-        reason = (
-            f"worker {worker.name} has the classes {', '.join(worker.classes) or 'none'}, "
-            f"the federation has {', '.join(state.classes)}; give --classes, or other data"
-        )
-        out += [
-            Refuse(worker.name, worker.session, reason),
-            Tell("refused", {"worker": worker.name, "reason": reason}),
-        ]
-        return state
-    known = state.workers.get(worker.name)
-    restarted = known is None or known.session != worker.session
-    if restarted:
-        out.append(Tell("joined", {"worker": worker.name, "num_examples": worker.num_examples}))
-    if restarted or event.hello:
-        out.append(Welcome(worker.name))
-        state = state.but(failed=_minus(state.failed, [worker.name]))
-        if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
-            state = state.but(init_asked=None)
-    state = state.but(workers={**state.workers, worker.name: worker}, met=state.met | {worker.name})
-    state = _settle_doubt(state, worker.name)
-    return _offer(state, worker, event, restarted or event.hello, out)
-
-
-def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects) -> State:
-    """Send the open work to a worker that lacks it: it is new, or came back, or it was lost."""
-    name = worker.name
-    answered = state.received if state.phase is Phase.OPEN else state.evaluations
-    if state.phase not in (Phase.OPEN, Phase.EVALUATING) or name in answered:
-        return state
-    if name in state.failed:
-        return state
-    sent_at = state.asked.get(name)
-    if sent_at is None and state.rules.fraction < 1 and state.phase is Phase.OPEN:
-        return state  # not chosen for this round
-    broken_off = event.hello and worker.state == "receiving"  # the rest was lost with its link
-    if state.busy(name) and not broken_off:
-        # An earlier coordinator asked it, or it came back: either way we wait for it.
-        return state.but(asked={name: event.now, **state.asked})
-    patience = state.rules.resend_s * (
-        4 if state.done(name) else 1
-    )  # its update may just be under way
-    if sent_at is None or fresh or event.now - sent_at >= patience:
-        state = state.but(asked={**state.asked, name: event.now})
-        out.append(work(state, (name,)))
-    return state
-
-
-def _left(state: State, event: Left, out: Effects) -> State:
-    known = state.workers.get(event.worker)
-    if known is None or known.session != event.session:
-        return state
-    out.append(Tell("left", {"worker": event.worker, "reason": event.reason}))
-    return _without(state, [event.worker])
+def _echoed(state: State, event: Echoed, _: Effects) -> State:
+    return state.but(caught_up=True) if event.link == state.link else state
 
 
 def _init_lost(state: State, event: InitLost, _: Effects) -> State:
@@ -209,19 +201,6 @@ def _init_lost(state: State, event: InitLost, _: Effects) -> State:
 
 def _weights_ready(state: State, event: WeightsReady, _: Effects) -> State:
     return state.but(has_weights=True, base=event.base)
-
-
-def _failed(state: State, event: Failed, out: Effects) -> State:
-    out.append(
-        Tell("failure", {"worker": event.worker, "round": event.round, "reason": event.reason})
-    )
-    if event.run != state.run:
-        return state
-    if event.worker == state.init_asked and event.round == 0:
-        state = state.but(init_asked=None)
-    elif event.round != state.at_work_on or event.worker not in state.asked:
-        return state
-    return state.but(failed={**state.failed, event.worker: event.reason})
 
 
 def _arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -241,10 +220,36 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
     held = state.received.get(worker)
     if held is not None:
         return _again(state, worker, held, event, out)
+    weight = _weight(state, event, out)
     if state.phase is not Phase.COMMITTING:  # else it is late, once the commit is on disk
-        out.append(Fold(handle, worker))
-    update = Received(handle, event.num_examples)
-    return state.but(received={**state.received, worker: update})
+        out.append(Fold(handle, worker, weight, _max_norm(state)))
+    return state.of(worker, received=state.received.insert(worker, Received(handle, weight)))
+
+
+def _weight(state: State, event: Arrived, out: Effects) -> int:
+    """Return the weight of an update: what it says, within what its worker announced."""
+    said = event.num_examples
+    limit = state.announced.get(event.worker)
+    if limit is None:  # it is gone, and we never heard it
+        limit = max(state.announced.values(), default=said)
+    if state.rules.max_examples is not None:
+        limit = min(limit, state.rules.max_examples)
+    if said > limit:
+        told = {"worker": event.worker, "round": event.round, "num_examples": said, "limit": limit}
+        out.append(Tell("overweight", told))
+    return min(said, limit)
+
+
+def _max_norm(state: State) -> float:
+    """Return the largest norm that an update may have to be counted."""
+    ratio = state.rules.max_norm_ratio
+    if ratio is None:
+        return math.inf
+    middle = state.median_norm
+    if not middle:  # the first round has only itself
+        norms = [update.norm for update in state.received.values() if update.folded]
+        middle = median(norms) if len(norms) >= 2 else math.inf
+    return ratio * middle
 
 
 def _of_an_earlier_round(state: State, event: Arrived, out: Effects) -> State:
@@ -288,24 +293,25 @@ def _again(state: State, worker: str, held: Received, event: Arrived, out: Effec
         out.append(Ack(event.handle))
         return state
     update = held._replace(spares=(*held.spares, event.handle))
-    return state.but(received={**state.received, worker: update})
+    return state.of(worker, received=state.received.insert(worker, update))
 
 
 def _folded(state: State, event: Folded, out: Effects) -> State:
     worker, held = event.worker, state.received[event.worker]
-    update = Received(held.handle, held.num_examples, True, held.spares)
+    update = Received(held.handle, held.num_examples, True, held.spares, event.norm)
     if held.spares and held.handle.link == state.link:
         out.extend(Ack(spare) for spare in held.spares)
-        update = Received(held.handle, held.num_examples, True)
+        update = Received(held.handle, held.num_examples, True, (), event.norm)
     asked = state.asked
     if state.phase is Phase.OPEN and worker not in asked:
-        asked = {**asked, worker: -math.inf}
-    state = state.but(
-        received={**state.received, worker: update},
+        asked = asked.insert(worker, -math.inf)
+    state = state.of(
+        worker,
+        received=state.received.insert(worker, update),
         folded=state.folded + 1,
         asked=asked,
-        failed=_minus(state.failed, [worker]),
-        doubted=_minus(state.doubted, [worker]),
+        failed=state.failed.discard(worker),
+        doubted=state.doubted.discard(worker),
     )
     told = {
         "worker": worker,
@@ -329,35 +335,27 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
         first, *rest = held.spares
         update = held._replace(handle=first, spares=tuple(rest))
         if state.phase is not Phase.COMMITTING:  # then it would get into the next round's sum
-            out.append(Fold(first, worker))
-        return state.but(received={**state.received, worker: update})
-    state = state.but(received=_minus(state.received, [worker]))
+            out.append(Fold(first, worker, held.num_examples, _max_norm(state)))
+        return state.of(worker, received=state.received.insert(worker, update))
+    state = state.of(worker, received=state.received.discard(worker))
     if not event.again:  # asked again, it would send the same again: if it was the worker at all
-        doubted = {**state.doubted, worker: event.reason}
-        return _settle_doubt(state.but(doubted=doubted), worker)
+        state = state.but(
+            doubted=state.doubted.insert(worker, event.reason),
+            # So when it is asked again, that is another attempt.
+            attempts=state.attempts.insert(worker, state.attempts.get(worker, 0) + 1),
+        )
+        return members.settle_doubt(state, worker)
     if worker in state.workers and state.phase is Phase.OPEN:
-        out.append(work(state, (worker,)))
+        out += work(state, (worker,))
     return state
-
-
-def _settle_doubt(state: State, worker: str) -> State:
-    """Count a worker as failed where it says that it sent what was found unsound.
-
-    While it is still at work, somebody else sent that in its name, and its own update is to come.
-    """
-    if worker not in state.doubted or not state.done(worker):
-        return state
-    return state.but(
-        failed={**state.failed, worker: state.doubted[worker]},
-        doubted=_minus(state.doubted, [worker]),
-    )
 
 
 def _evaluation(state: State, event: EvaluationArrived, _: Effects) -> State:
     wanted = (state.run, state.round - 1, state.base)
     if (event.run, event.round, event.base) != wanted or not state.evaluate_pending:
         return state  # its model's line is written already; late is only late
-    return state.but(evaluations={**state.evaluations, event.worker: event.evaluated})
+    evaluations = state.evaluations.insert(event.worker, event.evaluated)
+    return state.of(event.worker, evaluations=evaluations)
 
 
 def _averaged(state: State, event: Averaged, _: Effects) -> State:
@@ -392,9 +390,11 @@ def _committed(state: State, event: Committed, out: Effects) -> State:
 def _deliveries(state: State) -> tuple[tuple[Handle, str, int], ...]:
     """Return every delivery of an update of this round that we hold."""
     return tuple(
-        (handle, worker, update.num_examples)
-        for worker, update in state.received.items()
-        for handle in (update.handle, *update.spares)
+        sorted(
+            (handle, worker, update.num_examples)
+            for worker, update in state.received.items()
+            for handle in (update.handle, *update.spares)
+        )
     )
 
 
@@ -404,12 +404,14 @@ def _next_round(state: State, event: Averaged | Committed) -> State:
         round=event.round + 1,
         base=event.base,
         evaluate_pending=True,
-        evaluations={},
-        received={},
+        evaluations=Table(),
+        received=Table(),
         folded=0,
-        asked={},
-        failed={},
-        doubted={},
+        asked=Table(),
+        attempts=Table(),
+        failed=Table(),
+        doubted=Table(),
+        tally=Tally(),
         quorum_at=None,
         reopenings=0,
         reopened_with=0,
@@ -418,34 +420,13 @@ def _next_round(state: State, event: Averaged | Committed) -> State:
     )
 
 
-def _tick(state: State, event: Tick, out: Effects) -> State:
-    if not state.link:
-        return state
-    now = event.now
-    gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
-    for worker in gone:
-        silent_s = round(now - worker.last_seen, 1)
-        out.append(Tell("gone", {"worker": worker.name, "silent_s": silent_s}))
-    return _without(state, [worker.name for worker in gone])
-
-
-def _without(state: State, names: list[str]) -> State:
-    """Forget workers that are not there any more."""
-    init_asked = None if state.init_asked in names else state.init_asked
-    return state.but(workers=_minus(state.workers, names), init_asked=init_asked)
-
-
-def _minus(mapping: Mapping[str, _V], names: Iterable[str]) -> Mapping[str, _V]:
-    lost = mapping.keys() & names
-    return {key: value for key, value in mapping.items() if key not in lost} if lost else mapping
-
-
 _TAKE: Mapping[type[Event], Callable[[State, Any, Effects], State]] = {
     Connected: _connected,
     Disconnected: _disconnected,
-    Seen: _seen,
-    Left: _left,
-    Failed: _failed,
+    Echoed: _echoed,
+    Seen: members.seen,
+    Left: members.left,
+    Failed: members.failed,
     InitLost: _init_lost,
     WeightsReady: _weights_ready,
     Arrived: _arrived,
@@ -454,5 +435,5 @@ _TAKE: Mapping[type[Event], Callable[[State, Any, Effects], State]] = {
     EvaluationArrived: _evaluation,
     Averaged: _averaged,
     Committed: _committed,
-    Tick: _tick,
+    Tick: members.tick,
 }

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import time
+import uuid
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.messages import (
     Bye,
+    Echo,
     Evaluation,
     Failure,
     FirstWeights,
@@ -34,8 +36,19 @@ from fluffle_common.messages import (
     Plan,
     Update,
 )
+from fluffle_common.model_form import model_form
 from fluffle_common.topology import Topology
-from fluffle_common.transport import Backoff, Delivery, Link, Occupied, Transport, links, together
+from fluffle_common.transfer import Route, send
+from fluffle_common.transport import (
+    Backoff,
+    Delivery,
+    Full,
+    Link,
+    Occupied,
+    Transport,
+    links,
+    together,
+)
 from fluffle_common.wire import decode, describe
 from fluffle_coordinator import effects as fx
 from fluffle_coordinator import events as ev
@@ -49,6 +62,8 @@ from fluffle_coordinator.view import Watcher, waiting_for
 
 # How long the end of a run may wait for the journal to be on the broker.
 _JOURNAL_DRAIN_S = 2.0
+# How often the coordinator sends itself an echo: so it knows that it would hear a worker.
+_ECHO_EVERY_S = 1.0
 # Events that say where the broker is.
 _OF_THE_BROKER = frozenset({"connected", "reconnected", "disconnected", "no_broker"})
 # How often, at most, what is due is looked for while much happens.
@@ -119,10 +134,14 @@ class Coordinator:
         self._ended: asyncio.Future[None]
         self._deliveries: dict[rs.Handle, Held] = {}
         self._link: Link | None = None
+        self._linked = asyncio.Event()
+        self._caught_up = asyncio.Event()
+        self._session = uuid.uuid4().hex[:12]
         self._next_look: asyncio.TimerHandle
         self._look_at = 0.0  # when it is asked next what time has brought
         # What was last said to be waited for, and when it is said again.
         self._said, self._say_at = "", time.monotonic() + settings.waiting_every_s
+        self._waiting_since: tuple[object, ...] = ()
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
         self._aggregation = Aggregation(
@@ -136,7 +155,14 @@ class Coordinator:
             post=self._post,
             keep_updates=settings.keep_updates,
         )
-        self._outgoing = Outgoing(topology, saved.run, settings, lambda: self._link, self._tell)
+        self._outgoing = Outgoing(
+            topology,
+            saved.run,
+            settings,
+            link=lambda: self._link,
+            a_link=self._a_link,
+            tell=self._tell,
+        )
         self.state = rounds.start(
             settings.rules,
             saved.run,
@@ -147,6 +173,8 @@ class Coordinator:
             has_weights=saved.weights is not None,
             base=saved.base,
             classes=settings.classes or (tuple(known) if known else None),
+            model=None if saved.weights is None else model_form(saved.weights),
+            decided_by="--classes" if settings.classes else "this run's first weights",
         )
 
     async def run(self) -> rs.State:
@@ -208,7 +236,10 @@ class Coordinator:
         """Show where the run stands, and see to it that time is not forgotten."""
         phase = self.state.phase
         self._watcher.show(self.state, now)
-        if phase is rs.Phase.WAITING or self._said or now >= self._say_at:
+        state = self.state
+        waits_for = (phase is rs.Phase.WAITING, len(state.workers), state.init_asked, state.round)
+        if waits_for != self._waiting_since or now >= self._say_at:
+            self._waiting_since = waits_for
             self._say_what_is_waited_for(now, just_told=just_told)
         if phase is rs.Phase.ENDED and not self._ended.done():
             self._ended.set_result(None)
@@ -242,18 +273,19 @@ class Coordinator:
         match effect:  # what comes often is first
             case fx.Tell(what, fields):
                 self._tell(what, fields)
-            case fx.Fold(handle, worker):
-                self._aggregation.fold(self._deliveries[handle], worker)
+            case fx.Fold(handle, worker, num_examples, max_norm):
+                held = self._deliveries[handle]
+                self._aggregation.fold(held, worker, num_examples, max_norm)
             case fx.Ack(handle):
-                held = self._deliveries.pop(handle, None)
-                if held is not None:
-                    held.delivery.ack()
+                done = self._deliveries.pop(handle, None)
+                if done is not None:
+                    done.delivery.ack()
             case fx.Opened():
                 self._aggregation.opened()
             case fx.Reject(handle, reason, cause):
-                held = self._deliveries.pop(handle, None)
-                if held is not None:
-                    self._reject(held.delivery, MalformedMessage(reason, cause), held.message)
+                done = self._deliveries.pop(handle, None)
+                if done is not None:
+                    self._reject(done.delivery, MalformedMessage(reason, cause), done.message)
             case fx.Commit(number):
                 self._aggregation.commit(number)
             case fx.RecordEvaluation(number, evaluations):
@@ -301,6 +333,7 @@ class Coordinator:
                     self._tell("disconnected", {"reason": str(gone)})
                 finally:
                     self._link = None
+                    self._linked.clear()
                     self._post(ev.Disconnected(time.monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
@@ -308,12 +341,36 @@ class Coordinator:
         # Whoever reads the signs of life, alone, is the federation's coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
         self._link = link
+        self._linked.set()
+        self._caught_up.clear()
         self._post(ev.Connected(time.monotonic(), number))
-        updates = await link.consume(
-            self._topology.updates, prefetch=self._settings.max_workers + 100
-        )
-        works = [self._read_presence(presence), self._read_updates(updates, number)]
+        works = [
+            self._read_presence(presence),
+            self._send_echoes(link, number),
+            self._consume_updates(link, number),
+        ]
         await together(*works, *([self._journal.publish(link)] if self._journal else []))
+
+    async def _a_link(self) -> Link:
+        while self._link is None:
+            await self._linked.wait()
+        return self._link
+
+    async def _send_echoes(self, link: Link, number: int) -> None:
+        """Send echoes to ourselves, the way that signs of life come; see ``hearing``."""
+        echo = Echo(federation=self._settings.federation, session=self._session, number=number)
+        route = Route("", [self._topology.presence], durable=False)
+        while True:
+            with contextlib.suppress(Full):
+                await send(link, echo, route)
+            await asyncio.sleep(_ECHO_EVERY_S)
+
+    async def _consume_updates(self, link: Link, number: int) -> None:
+        # First, who is here is heard: what an update may weigh depends on it.
+        await self._caught_up.wait()
+        prefetch = self._settings.max_workers + 100
+        updates = await link.consume(self._topology.updates, prefetch=prefetch)
+        await self._read_updates(updates, number)
 
     async def _read_presence(self, deliveries: Any) -> None:
         async for delivery in deliveries:
@@ -334,11 +391,17 @@ class Coordinator:
                 worker = rs.Worker(
                     name=message.worker,
                     last_seen=now,
+                    model=message.model,
                     **message.model_dump(
                         exclude={"protocol", "federation", "pad", "kind", "worker", "model"}
                     ),
                 )
                 self._post(ev.Seen(now, worker, isinstance(message, Hello)))
+            case Echo(session=session, number=link):
+                if session == self._session:  # else of one that had this queue before
+                    self._post(ev.Echoed(now, link))
+                    if link == self.state.link:
+                        self._caught_up.set()
             case Bye(worker=worker_name, session=session, reason=reason):
                 self._post(ev.Left(now, worker_name, session, reason))
             case Failure(worker=worker_name, run=run, round=number, reason=reason):
@@ -385,13 +448,24 @@ class Coordinator:
                 self._post(ev.EvaluationArrived(now, *of, found, message.base))
                 delivery.ack()
             case FirstWeights() if message.run == self.state.run:
-                self._aggregation.take_first(Held(delivery, message, payload))
+                self._first_weights(Held(delivery, message, payload), message.worker)
             case FirstWeights():
                 raise MalformedMessage(
                     f"it is of run {message.run}, this is run {self.state.run}", "run"
                 )
             case _:
                 raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
+
+    def _first_weights(self, held: Held, worker: str) -> None:
+        """Take the first weights from the worker that was asked, and from no other."""
+        if self.state.has_weights or self.state.init_asked is None:
+            held.delivery.ack()  # nobody is asked now; whoever will be sends them again
+        elif worker == self.state.init_asked:
+            self._aggregation.take_first(held)
+        else:
+            raise MalformedMessage(
+                f"first weights were asked of {self.state.init_asked}, not of {worker}", "sender"
+            )
 
     def _reject(
         self, delivery: Delivery, wrong: MalformedMessage, message: Message | None = None

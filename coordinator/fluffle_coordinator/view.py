@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from fluffle_common.console import Console, warn
+from fluffle_coordinator.progress import wanted
 from fluffle_coordinator.run_state import Phase, State
 
 _SENTENCES = {
@@ -39,6 +40,15 @@ _SENTENCES = {
     "evaluated": "round {round}: loss {loss:.4f}{more} on {num_examples} held-out examples",
     "disk": "cannot write to {folder} ({reason}); trying again every {pause_s:.0f} s",
     "waiting": "{reason}",
+    "quorum": "round {round}: {needed} updates are needed now, not {was}: {reason}",
+    "overweight": "round {round}: the update of {worker} says {num_examples} examples and counts "
+    "with {limit}, as {worker} announced or --max-examples allows",
+    "outlier": "round {round}: the norm of the update of {worker} is {norm:.3g}, the median of the "
+    "round {median:.3g}: look at its data, or refuse such updates (--max-norm-ratio)",
+    "stalled": "round {round}: {worker} has been {state} at step {step} of {steps} for "
+    "{still_s:.0f} s without advancing; its heartbeats arrive (--stall-timeout)",
+    "untold": "could not tell the workers that the run has ended: no broker for {waited_s:.0f} s; "
+    "stop them by hand",
     "gap": "{dropped} events from before this one are lost: they could not be sent for too long",
     "finished": "finished: {reason}",
     "stopped": "stopped: {reason}",
@@ -168,10 +178,11 @@ def waiting_for(state: State, now: float) -> str | None:
         return None
     if state.phase is Phase.WAITING:
         present = ", ".join(sorted(state.workers)) or "nobody"
-        if len(state.workers) < state.gate:
-            missing = state.gate - len(state.workers)
+        gate = wanted(state)
+        if len(state.workers) < gate:
+            missing = gate - len(state.workers)
             return (
-                f"waiting for workers: {len(state.workers)} of {state.gate} are here ({present}), "
+                f"waiting for workers: {len(state.workers)} of {gate} are here ({present}), "
                 f"{missing} missing"
             )
         return None if state.has_weights else f"waiting for first weights from {state.init_asked}"
@@ -182,7 +193,7 @@ def waiting_for(state: State, now: float) -> str | None:
             f"{left_s:.0f} s to the deadline; {_who(state, now)}"
         )
     if state.phase is Phase.EVALUATING:
-        missing_names = sorted(state.asked.keys() - state.evaluations.keys())
+        missing_names = sorted(n for n in state.asked if n not in state.evaluations)
         told = ", ".join(missing_names) or "workers: nobody is here"
         return f"waiting for the evaluation by {told}"
     return None

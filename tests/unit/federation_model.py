@@ -23,6 +23,9 @@ from fluffle_worker import session
 
 RUN = "run-a"
 HEARTBEAT_S = 2.0
+NUM_EXAMPLES = 10
+# Nobody is gone that spoke within this time: five heartbeats, less what may be heard late.
+SILENCE_S = 5 * HEARTBEAT_S - Rules(rounds=1).hearing_s
 Flaw = Literal["", "bad", "torn"]  # sound; its tensors are refused; they do not arrive whole
 
 
@@ -53,6 +56,7 @@ class Order(NamedTuple):
     round: int
     base: str = ""
     evaluate: bool = False
+    attempt: int = 0
 
 
 class Broker:
@@ -104,6 +108,7 @@ class CoordinatorModel:
         disk = world.disk
         self.world, self.broker, self.disk = world, world.broker, disk
         self.link = 0
+        self.read_until = 0.0  # when what was read last of the signs of life was sent
         self.events: deque[ev.Event] = deque()
         self.jobs: deque[tuple[Any, ...]] = deque()  # of the aggregation, into and out of the sum
         self.lines: deque[tuple[Any, ...]] = deque()  # and onto the disk
@@ -133,6 +138,12 @@ class CoordinatorModel:
             self.broker.links += 1
             self.link = self.broker.links
             self.events.append(ev.Connected(self.world.now, self.link))
+            self.echo()
+
+    def echo(self) -> None:
+        """Send itself an echo, the way that signs of life come."""
+        if self.link:
+            self.broker.presence.append(ev.Echoed(self.world.now, self.link))
 
     def lose_link(self) -> None:
         if self.link:
@@ -143,28 +154,32 @@ class CoordinatorModel:
     # --- steps: each returns whether there was anything to do ---
 
     def read_update(self) -> bool:
-        if not self.link or not self.broker.updates:
+        if not self.link or not self.state.caught_up or not self.broker.updates:
             return False
         handle, message = self.broker.deliver(self.link)
         now, (run, number, worker, base) = self.world.now, message.identity
         match message.kind:
             case "update":
                 self.deliveries[handle] = message
-                self.events.append(ev.Arrived(now, handle, run, number, worker, 10, base))
+                self.events.append(ev.Arrived(now, handle, run, number, worker, NUM_EXAMPLES, base))
             case "evaluation":
                 found = rs.Evaluated(10, 0.5, {})
                 self.events.append(ev.EvaluationArrived(now, run, number, worker, found, base))
                 self.broker.settle(handle, "acked")
             case "init":
-                self.jobs.append(("first", handle))
+                asked = worker == self.state.init_asked
+                self.jobs.append(("first" if asked else "unasked", handle))
         return True
 
     def read_presence(self) -> bool:
         if not self.link or not self.broker.presence:
             return False
-        event = replace(self.broker.presence.popleft(), now=self.world.now)
+        event = self.broker.presence.popleft()
+        self.read_until = event.now
+        event = replace(event, now=self.world.now)
         if isinstance(event, ev.Seen):
             event = replace(event, worker=replace(event.worker, last_seen=self.world.now))
+            self.world.workers[event.worker.name].unheard = False
         self.events.append(event)
         return True
 
@@ -190,13 +205,18 @@ class CoordinatorModel:
     def _perform(self, effect: fx.Effect) -> None:
         number = self.state.round
         match effect:
-            case fx.Fold(handle):
+            case fx.Fold(handle, _, weight):
+                assert weight == NUM_EXAMPLES
                 self.jobs.append(("fold", self.deliveries[handle]))
             case fx.Commit(committed):
                 self.closing = True
                 self.jobs.append(("commit", committed))
             case fx.RecordEvaluation(evaluated):
                 self.lines.append(("evaluated", evaluated))
+            case fx.Tell("gone", fields):
+                worker = self.world.workers[fields["worker"]]
+                recent = [at for at in worker.spoke if 0 <= self.read_until - at < SILENCE_S]
+                assert worker.unheard or not recent, f"{fields}, and it spoke at {recent}"
             case fx.Ack(handle):
                 self.out.append(("settle", handle, "acked"))
             case fx.Reject(handle, reason, _):
@@ -204,8 +224,8 @@ class CoordinatorModel:
                 self.out.append(("settle", handle, "rejected"))
             case fx.AskInit(worker):
                 self.out.append(("send", (worker,), Order("init", RUN, 0)))
-            case fx.SendFit(workers, evaluate):
-                order = Order("fit", RUN, number, self.state.base, evaluate)
+            case fx.SendFit(workers, evaluate, attempt):
+                order = Order("fit", RUN, number, self.state.base, evaluate, attempt)
                 self.out.append(("send", workers, order))
             case fx.SendEvaluate(workers):
                 order = Order("evaluate", RUN, number - 1, self.state.base)
@@ -250,6 +270,8 @@ class CoordinatorModel:
                     base = self.issued[1] = self.world.new_base()
                     disk.first_weights, disk.bases = True, [base]
                     self.events.append(ev.WeightsReady(now, base))
+                self.broker.settle(handle, "acked")
+            case "unasked", handle:
                 self.broker.settle(handle, "acked")
         return True
 
@@ -314,6 +336,8 @@ class WorkerModel:
         self.sessions = 0
         self.alive = False
         self.slow = False  # it does not finish by itself
+        self.spoke: list[float] = []  # when
+        self.unheard = False  # what it said was lost, and it was not heard since
         self.broker.inboxes[name] = deque()
 
     @property
@@ -341,7 +365,7 @@ class WorkerModel:
     def leave(self) -> None:
         if self.alive:
             if self.linked:
-                gone = ev.Left(0.0, self.name, self._session, "it is late")
+                gone = ev.Left(self.world.now, self.name, self._session, "it is late")
                 self.broker.presence.append(gone)
             self.alive = False
 
@@ -362,8 +386,9 @@ class WorkerModel:
         return f"{self.name}-{self.sessions}"
 
     def _speak(self, *, hello: bool) -> None:
-        told = rs.Worker(self.name, self._session, 10, (), HEARTBEAT_S, 0.0, **self.told)
-        self.broker.presence.append(ev.Seen(0.0, told, hello))
+        self.spoke.append(self.world.now)
+        told = rs.Worker(self.name, self._session, NUM_EXAMPLES, (), HEARTBEAT_S, 0.0, **self.told)
+        self.broker.presence.append(ev.Seen(self.world.now, told, hello))
 
     def read(self) -> bool:
         if not self.alive or not self.linked or not self.inbox:
@@ -372,7 +397,7 @@ class WorkerModel:
         if order.kind == "stop":
             self._advance(self.world.session.Stopped("the run has ended"))
             return True
-        work = self.world.session.Work(order.kind, order.run, order.round, order.base)
+        work = self.world.session.Work(*order[:4], order.attempt)
         self.evaluates.setdefault(work, order.evaluate or order.kind == "evaluate")
         self._advance(self.world.session.Asked(work))
         state = self.state
@@ -453,7 +478,8 @@ class WorkerModel:
             elif isinstance(effect, module.Report):
                 self._now("idle", work)
                 if self.linked:
-                    failure = ev.Failed(0.0, self.name, work.run, work.round, effect.reason)
+                    now, reason = self.world.now, effect.reason
+                    failure = ev.Failed(now, self.name, work.run, work.round, reason)
                     self.broker.presence.append(failure)
             elif isinstance(effect, module.Leave):
                 self.leave()
@@ -542,6 +568,8 @@ class World:
         self.now += HEARTBEAT_S
         for worker in self.workers.values():
             worker.heartbeat()
+        if self.coordinator is not None:
+            self.coordinator.echo()
 
     def settle(self, *, afresh: bool = False) -> None:
         """Let the faults end and time pass; check that this alone ends the run.
@@ -563,7 +591,8 @@ class World:
             worker.slow = False
         number = self.rules.quorum.number
         living = sum(worker.alive for worker in self.workers.values())
-        enough = living >= max(self.rules.min_workers, number or 1)
+        enough = living >= max(self.rules.min_workers, self.rules.least, number or 1)
+        enough &= self.rules.enough(living)
         enough &= self.rules.fraction == 1.0 or number is None
         enough &= self.rules.fraction == 1.0 or self.rules.on_deadline != "stop"
         enough &= not ended
@@ -596,6 +625,7 @@ class World:
         if coordinator is not None:
             state = coordinator.state
             assert state.folded == sum(one.folded for one in state.received.values())
+            assert state.tally == state.recounted().tally
         if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
             for handle, message in self.broker.unacked.items():
                 assert coordinator.knows(handle), f"{message} is forgotten"

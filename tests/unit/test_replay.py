@@ -100,7 +100,7 @@ class Run:
         told, payload = decode(delivery.body)
         assert isinstance(told, Update)
         held = Held(delivery, told, payload)
-        self.aggregation.fold(held, worker)
+        self.aggregation.fold(held, worker, num_examples)
         return held
 
     async def commit(self, number: int) -> None:
@@ -339,7 +339,7 @@ def test_a_missing_update_is_told_with_its_worker(folder):
 def test_an_update_of_someone_else_or_none_at_all_is_told(folder):
     path = kept.update_path(folder, 1, 1, "c")
     path.write_bytes(kept.update_path(folder, 2, 3, "c").read_bytes())
-    with pytest.raises(UsageError, match="is not the update that was counted: .*'abc', 2, 'c', 11"):
+    with pytest.raises(UsageError, match="is not the update that was counted: .*'abc', 2, 'c', 3"):
         replay.replay(folder, 1)
     path.write_bytes(b"rubbish")
     with pytest.raises(UsageError, match="is not the update that was counted: not a msgpack array"):

@@ -23,6 +23,7 @@ flaws = st.sampled_from(["", "", "", "bad", "torn"])
 rules = st.builds(
     Rules,
     rounds=st.integers(1, 5),
+    least=st.sampled_from([1, 1, 2]),
     min_workers=st.integers(1, 3),
     quorum=st.sampled_from([Quorum(), Quorum(fraction=0.5), Quorum(number=1), Quorum(number=2)]),
     grace_s=st.sampled_from([0.0, 0.0, 3.0]),
@@ -110,6 +111,14 @@ class Federation(RuleBasedStateMachine):
     def the_model_is_of_another_size(self):
         self.world.in_parts = not self.world.in_parts
 
+    @rule(beats=st.integers(1, 10), first=st.sampled_from(["tick", "read_presence", "read_update"]))
+    def the_coordinator_is_stopped(self, beats, first):
+        """Time passes and signs of life pile up, and then it does one thing first."""
+        for _ in range(beats):
+            self.world.beat()
+        if self.coordinator is not None:
+            getattr(self.coordinator, first)()
+
     # --- who comes and goes ---
 
     @rule(again=st.sampled_from(["at once", "at once", "without a link", "later"]))
@@ -161,6 +170,8 @@ class Federation(RuleBasedStateMachine):
             inbox.extend(kept)
         else:
             self.world.broker.presence.clear()
+            for worker in self.world.workers.values():
+                worker.unheard = True
 
     @rule(name=workers)
     def old_work_comes_again(self, name):

@@ -53,6 +53,7 @@ class Presence:
             "steps": 0,
         }
         self._loss: float | None = None
+        self._asked = asyncio.Event()
         self._telling: set[asyncio.Task[None]] = set()  # the loop itself holds a task only weakly
 
     def now(self, state: str, work: Work | Fit | Evaluate, *, steps: int = 0) -> None:
@@ -79,7 +80,14 @@ class Presence:
             told = {**self._about, **self._doing, "loss": self._loss}
             await self._say(link, kind(**self._ids, **told))
             kind = Heartbeat
-            await asyncio.sleep(self._heartbeat_s)
+            self._asked.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._asked.wait()
+
+    def speak_up(self) -> None:
+        """Give the next sign of life now: a coordinator that has just begun wants to know."""
+        self._asked.set()
 
     async def bye(self, link: Link | None, reason: str) -> None:
         """Say good-bye, if there is a link and it takes no longer than a moment."""

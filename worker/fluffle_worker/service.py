@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -47,6 +45,7 @@ from fluffle_worker.mail import Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.presence import Presence
 from fluffle_worker.session import Work
 from fluffle_worker.task import Task, told
+from fluffle_worker.thread import Training, TrainingThread
 
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
@@ -88,6 +87,7 @@ class WorkerService:
         topology: the names on it.
         tell: told what happens.
         bar: told of progress: ``(label, done, total, description)``.
+        training: where the task's code runs; a thread of its own unless told.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class WorkerService:
         topology: Topology,
         tell: Tell,
         bar: Callable[[str, float, float, str], None],
+        training: Training | None = None,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
@@ -107,7 +108,7 @@ class WorkerService:
         self._state = session.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._jobs: dict[Work, Job] = {}
-        self._training: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._training: Training = training or TrainingThread()
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         self._answers = Answers(
             topology,
@@ -130,8 +131,6 @@ class WorkerService:
             Refused: where the coordinator, or the broker, will not have this worker.
             BrokerError: where there has been no broker for too long.
         """
-        # A daemon: a step that never ends must not keep the process from ending.
-        threading.Thread(target=self._train, name="training", daemon=True).start()
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._links()),
             asyncio.ensure_future(self._answers.run()),
@@ -247,6 +246,7 @@ class WorkerService:
         match message:
             case Welcome(run=run, round=number, rounds=rounds):
                 self._run = run
+                self._presence.speak_up()
                 self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise Refused(reason)
@@ -281,7 +281,8 @@ class WorkerService:
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights = weights_of(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
-        work = Work(kind, message.run, message.round, message.base)  # type: ignore[arg-type]
+        attempt = message.attempt if isinstance(message, Fit) else 0
+        work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
         self._ask(work, message, weights)
 
     def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
@@ -328,10 +329,6 @@ class WorkerService:
         self._state = session.State()
 
     # --- the training thread -------------------------------------------------------------------
-
-    def _train(self) -> None:
-        while True:
-            self._training.get()()
 
     def _begin(self, job: Job) -> None:
         loop = asyncio.get_running_loop()

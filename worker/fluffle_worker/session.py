@@ -24,13 +24,15 @@ class Work(NamedTuple):
     """One thing asked of a worker, known by what it is, for which round of which run.
 
     ``base`` names the weights that it begins with; those of a round are others after a coordinator
-    that died has averaged the round before it again.
+    that died has averaged the round before it again. ``attempt`` counts how often the answer was
+    rejected: after that, the work is done anew.
     """
 
     kind: Literal["init", "fit", "evaluate"]
     run: str
     round: int
     base: str = ""
+    attempt: int = 0
 
 
 class State(NamedTuple):
@@ -196,5 +198,5 @@ def _newer(known: Work | None, work: Work) -> bool:
     return _order(known) > _order(work)
 
 
-def _order(work: Work) -> tuple[int, int]:
-    return work.round, ("init", "fit", "evaluate").index(work.kind)
+def _order(work: Work) -> tuple[int, int, int]:
+    return work.round, ("init", "fit", "evaluate").index(work.kind), work.attempt

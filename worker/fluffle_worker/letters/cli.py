@@ -1,14 +1,21 @@
-"""``fluffle letters``, ``predict`` and ``confusion``: letters, and what a model makes of them."""
+"""``fluffle letters``, ``predict`` and ``confusion``: draw letters, classify, score a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluffle_common.cli import SEED, count
+from fluffle_common.console import warn
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.printing import echo, echo_json
+
+if TYPE_CHECKING:
+    from fluffle_worker.letters.images import Images
+    from fluffle_worker.letters.use import LettersModel, Score
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]'"
@@ -16,28 +23,37 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--clients", type=count(), default=3, help="How many writers.")
-@click.option("--per-client", type=count(10), default=250, help="Letters of each.")
+@click.option("--clients", type=count(), default=3, help="Number of clients.")
+@click.option("--per-client", type=count(10), default=250, help="Letters of each writer.")
+@click.option(
+    "--unseen",
+    type=count(0),
+    default=1,
+    help="Number of additional writers for scoring, on whom no worker should train.",
+)
 @click.option("--seed", type=SEED, default=1, help="The same seed, the same letters.")
-def letters(out: Path, clients: int, per_client: int, seed: int) -> None:
+def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw handwritten letters A to J into OUT/client-N/<letter>/, as different people would.
 
-    Every client is a writer of its own: slant, size, pen, tremor, and which of several shapes of a
-    letter it prefers.
+    Every client is a writer with a hand of their own: slant, size, pen, tremor, and which of
+    several shapes of a letter they prefer. OUT/writer-N/<letter>/ has the letters of writers who
+    are not clients, to score a model on with 'fluffle confusion --unseen'.
     """
     try:
         from fluffle_worker.letters.drawing import draw_letters
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
-    with click.progressbar(length=clients * per_client, label="drawing") as bar:
+    with click.progressbar(length=(clients + unseen) * per_client, label="drawing") as bar:
         draw_letters(
             out,
             clients=clients,
             per_client=per_client,
+            unseen=unseen,
             seed=seed,
             progress=lambda done, _: bar.update(done - bar.pos),
         )
-    echo(f"{clients} clients with {per_client} letters each in {out}")
+    more = f" and {unseen} more writer{'s' if unseen > 1 else ''}" if unseen else ""
+    echo(f"{clients} clients{more} with {per_client} letters each in {out}")
 
 
 @click.command()
@@ -49,40 +65,58 @@ def letters(out: Path, clients: int, per_client: int, seed: int) -> None:
     required=True,
     multiple=True,
     metavar="PNG",
-    help="An image; may be given several times.",
+    help="An image of any size and mode, white on black; may be given several times.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
-    """Name the letter in an image.
+    """Name the letter in an image, and how sure the model is.
+
+    The percentage is calibrated: the model's outputs are divided by its temperature, a number that
+    the workers fit on held-out letters so that the model is right as often as it is sure.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png b.png
     """
     try:
-        from fluffle_worker.letters.images import read_image
-        from fluffle_worker.letters.use import LettersModel
+        from fluffle_worker.letters.images import inverted_note, read_picture
+        from fluffle_worker.letters.use import LettersModel, shown_names
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     loaded = LettersModel(model)
-    told = []
+    shown = shown_names(loaded.classes)
+    found, pictures, unreadable = [], [], []
     for path in (*images, *more):
-        found = loaded.predict(read_image(path))
-        told.append(
+        try:
+            picture = read_picture(path)
+        except UsageError as why:
+            unreadable.append(str(why))
+            continue
+        if picture.frames > 1:
+            warn(f"{path} has {picture.frames} frames; the first is read")
+        pictures.append(picture)
+        named = loaded.predict(picture.pixels)
+        found.append(
             {
                 "image": str(path),
-                "letter": found.label,
-                "confidence": found.confidence,
-                "scores": found.scores,
+                "letter": named.label,
+                "confidence": named.confidence,
+                "scores": named.scores,
             }
         )
         if not as_json:
-            echo(f"{path}: {found.label.upper()}  {100 * found.confidence:.1f} %")
+            echo(f"{path}: {shown[named.label]}  {100 * named.confidence:.1f} %")
     if as_json:
-        echo_json(told)
+        echo_json(found)
+    for note in inverted_note(pictures):
+        warn(note)
+    if unreadable:
+        for reason in unreadable[:-1]:
+            warn(reason)
+        raise UsageError(unreadable[-1])
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option("--model", type=_FILE, required=True, metavar="FILE", help="A round's model file.")
 @click.option(
     "--data",
@@ -92,26 +126,94 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     help="A folder <class>/<image>.",
 )
 @click.option("--out", type=_FILE, required=True, metavar="PNG", help="Where to draw the matrix.")
-def confusion(model: Path, data: Path, out: Path) -> None:
-    """Count which letters of a folder a model takes for which, and draw the matrix."""
+@click.option(
+    "--all", "everything", is_flag=True, help="Score held-out and training letters, and show both."
+)
+@click.option("--unseen", is_flag=True, help="Score all letters: no worker trained on any of them.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    help="The --seed of the worker with this folder; it decides what is held out.",
+)
+def confusion(**options: Any) -> None:
+    """Count how often a model confuses the letters of a folder, and draw the matrix.
+
+    A model recognises the letters that it was trained on better than others. So by default, only
+    the letters that the folder's worker holds out are scored. This requires that the folder has not
+    changed since the training. For a folder that no worker trained on, use --unseen.
+    """
     try:
         from fluffle_worker.letters.images import read_images
-        from fluffle_worker.letters.use import LettersModel, confusion_counts, draw_confusion
+        from fluffle_worker.letters.use import LettersModel, draw_confusion
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
+    if options["everything"] and options["unseen"]:
+        raise UsageError("--all and --unseen exclude each other; give one of them")
+    model, data, out = options["model"], options["data"], options["out"]
     loaded = LettersModel(model)
     images = read_images(data, loaded.classes)
-    for reason in images.skipped:
-        echo(f"fluffle: skipped: {reason}", err=True)
-    named = loaded.probabilities(images.inputs).argmax(axis=1)
-    counts = confusion_counts(images.targets, named, len(loaded.classes))
-    accuracy = 100 * counts.trace() / counts.sum()
-    title = f"{model.stem} on {data}: {accuracy:.2f} % of {counts.sum()} letters"
+    for note in images.notes:
+        warn(note)
+    _warn_of_participant(data, loaded.participants, options["unseen"])
+    score, of_what, lines = _scored(loaded, images, options)
+    title = f"{model.stem} on {data.name}: {score.accuracy:.2f} %\nof {of_what}"
     try:
-        draw_confusion(counts, loaded.classes, title, out)
+        draw_confusion(score.counts, loaded.classes, title, out)
     except ImportError:
         raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
     except OSError as why:
         raise TaskError(f"cannot write {out} ({why.strerror})") from None
-    echo(f"accuracy {accuracy:.2f} %")
-    echo(f"matrix of {counts.sum()} letters written to {out}")
+    for line in lines:
+        echo(line)
+    echo(f"matrix written to {out}")
+
+
+def _scored(
+    model: LettersModel, images: Images, options: Mapping[str, Any]
+) -> tuple[Score, str, list[str]]:
+    """Score the selected letters; return the score, a description of them, and lines to print."""
+    from fluffle_worker.letters.task import held_out_split
+
+    if options["unseen"]:
+        score = model.score(images)
+        of_what = f"{score.total} letters that no worker trained on"
+        return score, of_what, [f"accuracy {score.accuracy:.2f} % of {of_what}"]
+    train, held_out = held_out_split(images, options["seed"])
+    if options["everything"]:
+        score = model.score(images)
+        of_what = f"all {score.total} letters, {len(train)} of them trained on"
+        parts = {"held-out": model.score(images, held_out), "training": model.score(images, train)}
+        figures = [
+            f"{part.accuracy:.2f} % of {part.total} {name} letters"
+            for name, part in parts.items()
+            if part.total
+        ]
+        return score, of_what, [f"accuracy {', '.join(figures)}"]
+    if not len(held_out):
+        raise TaskError(f"{options['data']} has one letter, so none is held out; --all scores it")
+    score = model.score(images, held_out)
+    of_what = f"{score.total} held-out letters"
+    return (
+        score,
+        of_what,
+        [
+            f"accuracy {score.accuracy:.2f} % of {of_what}",
+            f"not scored: the {len(train)} letters that a worker with --seed {options['seed']} "
+            "trains on (--all shows both)",
+        ],
+    )
+
+
+def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool) -> None:
+    """Warn if --unseen seems to be set, or to be missing, by mistake."""
+    from fluffle_worker.cli import id_from
+
+    trained = id_from(str(data)) in participants
+    if unseen and trained:
+        warn(f"{data.name} took part in this run; if it trained on {data}, leave --unseen out")
+    elif participants and not (unseen or trained):
+        warn(
+            f"no participant of this run is named {data.name}; if no worker trained on {data}, "
+            "--unseen scores all of it"
+        )

@@ -7,7 +7,7 @@ is then one attempt of that writer, and no two attempts are alike::
     allograph ──> knots moved ──> pen's path ──> size, slant, turn ──> hand and mouse ──> pixels
     (strokes.py)  (_attempt)      (_trace)       (_posed)              (_unsteady)        (_ink)
 
-All chance comes from generators seeded with ``(seed, client)``: the same seed draws the same bytes,
+All chance comes from generators seeded with ``(seed, writer)``: the same seed draws the same bytes,
 and a client's letters do not depend on how many clients there are.
 """
 
@@ -142,17 +142,19 @@ def draw_letters(
     *,
     clients: int = 3,
     per_client: int = 250,
+    unseen: int = 0,
     seed: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Draw a data set: ``out/client-<N>/<letter>/<nnnn>.png``, 8-bit grey, ``N`` from 1.
 
-    The clients' folders appear once all letters are drawn; a run that fails before leaves none.
+    The writers' folders appear once all letters are drawn; a run that fails before leaves none.
 
     Args:
         out: the folder to fill; made if need be, with its parents.
         clients: how many writers.
         per_client: images of each writer, all letters together.
+        unseen: how many more writers, in ``out/writer-<N>``; ``N`` goes on from the clients'.
         seed: equal seeds draw equal bytes.
         progress: called after every image with the number of images drawn and of all.
 
@@ -160,37 +162,40 @@ def draw_letters(
         UsageError: ``out`` holds something already or is no folder, or a number is out of range.
         OSError: the disk is full, or may not be written to.
     """
-    if clients < 1 or seed < 0:
-        raise UsageError("cannot draw: ask for at least 1 client and a seed of 0 or more")
-    if per_client < len(LETTERS):
-        raise UsageError(f"cannot draw: ask for at least {len(LETTERS)} images per client")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"{out} is not an empty folder: choose a new one, or remove it first")
-
+    least = {"clients": 1, "per_client": len(LETTERS), "unseen": 0, "seed": 0}
+    given = {"clients": clients, "per_client": per_client, "unseen": unseen, "seed": seed}
+    for name, value in given.items():
+        if value < least[name]:
+            raise UsageError(f"cannot draw: {name} is {value}, but must be at least {least[name]}")
     # Inside `out`, not beside it: moving stays on one file system even if `out` is a mount point.
     unfinished = out / ".unfinished"
+    if out.exists() and not (out.is_dir() and set(out.iterdir()) <= {unfinished}):
+        raise UsageError(f"{out} is not an empty folder: choose a new one, or remove it first")
+
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir(parents=True)
     try:
-        done = 0
-        for client in range(1, clients + 1):
-            for name, image in _letters_of(client, per_client, seed):
-                path = unfinished / f"client-{client}" / name
+        done, writers = 0, clients + unseen
+        for writer in range(1, writers + 1):
+            owner = f"client-{writer}" if writer <= clients else f"writer-{writer}"
+            for name, image in _letters_of(writer, per_client, seed):
+                path = unfinished / owner / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(path)
                 done += 1
                 if progress is not None:
-                    progress(done, clients * per_client)
+                    progress(done, writers * per_client)
         for folder in sorted(unfinished.iterdir()):
             folder.rename(out / folder.name)
     finally:
         shutil.rmtree(unfinished)
 
 
-def _letters_of(client: int, per_client: int, seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+def _letters_of(writer: int, per_client: int, seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Yield all letters of one writer, each with its path inside the writer's folder."""
-    rng = np.random.default_rng([seed, client])
+    rng = np.random.default_rng([seed, writer])
     # Favourite pens go round: even three writers differ in what a glance sees first.
-    style = writer_style(rng, favourite_pen=client % len(PENS_PX))
+    style = writer_style(rng, favourite_pen=writer % len(PENS_PX))
     for letter, count in zip(LETTERS, _class_counts(per_client, rng), strict=True):
         for number in range(count):
             yield f"{letter}/{number:04d}.png", draw_letter(letter, style, rng)

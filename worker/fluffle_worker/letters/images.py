@@ -1,8 +1,13 @@
-"""Images of letters on disk: a folder a class, of any size and mode, read as grey 100 by 100."""
+"""Folders of letter images, one folder per class, read as grey arrays of 100 by 100 pixels.
+
+The letters are white on black. `find_classes` decides what is a class, `read_picture` decodes an
+image; training, ``predict`` and ``confusion`` all read images through this module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +15,20 @@ import numpy as np
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.weights import Array
+from fluffle_worker.letters.folders import class_name, find_classes, some
+from fluffle_worker.letters.pixels import SIDE, Picture, read_picture
 
-SIDE = 100
-_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+__all__ = [
+    "SIDE",
+    "Images",
+    "inverted_note",
+    "read_image",
+    "read_images",
+    "read_picture",
+    "split",
+]
+
+_EACH = 5  # unreadable images that get a line of their own
 
 
 @dataclass(frozen=True)
@@ -23,8 +39,9 @@ class Images:
         inputs: float32, shape [n, 100, 100, 1], 0 (black) to 1 (white).
         targets: int32, shape [n], indices into ``classes``.
         classes: the names of the classes.
-        paths: where each image came from.
+        paths: the file of each image.
         skipped: images that could not be read, each with the reason.
+        notes: lines to show to the user, among them a summary of ``skipped``.
     """
 
     inputs: Array
@@ -32,71 +49,89 @@ class Images:
     classes: tuple[str, ...]
     paths: tuple[Path, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_image(path: Path) -> Array:
-    """Read one image as float32, shape [100, 100, 1], 0 to 1; transparency is black.
+    """Read one image as float32, shape [100, 100, 1], 0 to 1; see `read_picture`.
 
     Raises:
-        UsageError: where there is none, or it cannot be read.
+        UsageError: if there is no such image, or it cannot be read.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            # Pillow says what it dislikes in many ways; all of them mean the same to us.
-            rgba = opened.convert("RGBA")
-            black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-            grey = Image.alpha_composite(black, rgba).convert("L")
-            if grey.size != (SIDE, SIDE):
-                grey = grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    except FileNotFoundError:
-        raise UsageError(f"there is no image {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
-        raise UsageError(f"{path} cannot be read as an image ({why})") from None
-    return np.asarray(grey, np.float32)[..., None] / np.float32(255)
+    return read_picture(path).pixels
 
 
 def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
-    """Read a folder ``<class>/<image>``, in the order of the names.
+    """Read a folder ``<class>/<image>``: class by class, the images in the order of their names.
 
     Args:
-        folder: where the classes' folders are.
-        classes: the classes, in the order of the model's outputs; None takes those that are there.
+        folder: the parent of the class folders.
+        classes: the classes, in the order of the model's outputs; None takes those that are there,
+            numbers by value, then the others by code point.
 
     Raises:
-        TaskError: where there is no such folder, no image in it, or a class that is not asked for.
+        TaskError: if there is no such folder, no readable image in it, or a class not asked for.
+        UsageError: if a class is asked for twice.
     """
-    if not folder.is_dir():
-        raise TaskError(f"there is no folder {folder}; --data names one with <class>/<image> in it")
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir() and _files(path))
-    if not there:
-        raise TaskError(f"{folder} has no images; they belong into {folder}/<class>/<image>.png")
-    names = tuple(classes) if classes is not None else tuple(there)
-    strange = sorted(set(there) - set(names))
+    found = find_classes(folder)
+    if not found.files:
+        raise TaskError(
+            "; ".join(
+                [
+                    f"{folder} has no images; put them into {folder}/<class>/<image>.png",
+                    *found.notes,
+                ]
+            )
+        )
+    names = tuple(map(class_name, found.files if classes is None else classes))
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"--classes lists a class twice: {some(twice)}")
+    strange = [name for name in found.files if name not in names]
     if strange:
         raise TaskError(
             f"{folder} has the classes {', '.join(strange)}, which are not among {', '.join(names)}"
         )
-    inputs, targets, paths, skipped = [], [], [], []
+    pictures: list[Picture] = []
+    targets, paths, skipped = [], [], []
     for index, name in enumerate(names):
-        for path in _files(folder / name):
+        for path in found.files.get(name, ()):
             try:
-                inputs.append(read_image(path))
+                pictures.append(read_picture(path))
             except UsageError as why:
                 skipped.append(str(why))
                 continue
             targets.append(index)
             paths.append(path)
-    if not inputs:
+    if not pictures:
         raise TaskError(f"none of the images in {folder} can be read: {skipped[0]}")
+    notes = [*found.notes, *_skipped_notes(skipped, len(pictures))]
+    layered = sum(picture.frames > 1 for picture in pictures)
+    if layered:
+        notes.append(f"images with several frames: {layered}; only the first frame of each is read")
+    notes += inverted_note(pictures)
     return Images(
-        np.stack(inputs), np.asarray(targets, np.int32), names, tuple(paths), tuple(skipped)
+        np.stack([picture.pixels for picture in pictures]),
+        np.asarray(targets, np.int32),
+        names,
+        tuple(paths),
+        tuple(skipped),
+        tuple(notes),
     )
 
 
+def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
+    """Yield a warning if most pictures look like black ink on white paper."""
+    bright = sum(picture.bright_border for picture in pictures)
+    if bright > len(pictures) / 2:
+        yield (
+            f"{bright} of {len(pictures)} images have a bright border: these look like black on "
+            "white, but letters are read as white on black; invert them"
+        )
+
+
 def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
-    """Split indices 0…count-1 into those to train on and those to hold out, the same for a seed.
+    """Split indices 0…count-1 into a training and a held-out part; a seed always gives the same.
 
     Example:
         >>> train, held_out = split(10, 0.1, seed=0)
@@ -108,7 +143,10 @@ def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
+def _skipped_notes(skipped: Sequence[str], read: int) -> Iterable[str]:
+    """Name the first few images that cannot be read, and count them all."""
+    if skipped:
+        yield f"left out {len(skipped)} of {len(skipped) + read} images that cannot be read:"
+        yield from (f"  {reason}" for reason in skipped[:_EACH])
+        if len(skipped) > _EACH:
+            yield f"  and {len(skipped) - _EACH} more"

@@ -1,0 +1,277 @@
+"""Whole federations in this process: the real coordinator, real workers, a broker in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluffle_common.checkpoint import read_checkpoint
+from fluffle_common.memory import MemoryBroker
+from fluffle_common.topology import Topology
+from fluffle_common.transport import Backoff
+from fluffle_common.weights import Weights
+from fluffle_coordinator.journal import Journal
+from fluffle_coordinator.run_state import Quorum, Rules, State
+from fluffle_coordinator.service import Coordinator, CoordinatorSettings
+from fluffle_coordinator.store import RunStore
+from fluffle_coordinator.view import Watcher, Watchers, sentence
+from fluffle_worker.service import WorkerService, WorkerSettings
+from fluffle_worker.task import EvalResult, TrainResult
+from tests.federation.clock import Training, VirtualLoop
+from tests.federation.line import Line
+
+NAME = "letters"
+
+
+@dataclass
+class Adder:
+    """A task that adds ``value`` to every weight, in steps that take their time.
+
+    Args:
+        loop: whose time it takes.
+        value: what it adds.
+        num_examples: what its update weighs.
+        steps: how many steps a training has.
+        step_s: how long each takes.
+        size: how many weights there are.
+        odd: what it does at a step, besides.
+    """
+
+    loop: VirtualLoop
+    value: float = 1.0
+    num_examples: int = 10
+    steps: int = 4
+    step_s: float = 0.25
+    size: int = 4
+    dtype: str = "float32"
+    classes: tuple[str, ...] = ()
+    odd: Callable[[int], object] | None = None
+    says: int | None = None  # how many examples its update claims; as many as it has
+    inits: int = 0
+    trained: list[int] = field(default_factory=list)  # the seed of each training that ended
+
+    def init(self, seed: int) -> Weights:
+        self.inits += 1
+        return {"w": np.zeros(self.size, self.dtype)}
+
+    def evaluate(self, weights: Weights) -> EvalResult:
+        return EvalResult(float(np.abs(weights["w"]).max()), 5, {"accuracy": 0.5})
+
+    def train(self, weights: Weights, plan: Any, progress: Any) -> TrainResult:
+        for step in range(1, self.steps + 1):
+            progress(step, self.steps, 1.0)
+            if self.odd is not None:
+                self.odd(step)
+            self.loop.sleep(self.step_s)
+        self.trained.append(plan.seed)
+        new = {name: old + old.dtype.type(self.value) for name, old in weights.items()}
+        return TrainResult(new, self.says or self.num_examples, {"loss": 0.5})
+
+
+class Log(Watcher):
+    """Keeps what a process says, with the time, and lets tests wait for it."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[float, str, Mapping[str, Any]]] = []
+        self._news = asyncio.Event()
+
+    def tell(self, what: str, fields: Mapping[str, Any]) -> None:
+        self.lines.append((time.monotonic(), what, dict(fields)))
+        sentence(what, fields)
+        self._news.set()
+
+    def of(self, what: str) -> list[Mapping[str, Any]]:
+        return [fields for _, name, fields in self.lines if name == what]
+
+    async def until(self, what: str, count: int = 1, within_s: float = 3600.0) -> Mapping[str, Any]:
+        """Return the fields of an event once it has been told so many times."""
+        async with asyncio.timeout(within_s):
+            while len(self.of(what)) < count:
+                self._news.clear()
+                await self._news.wait()
+        return self.of(what)[count - 1]
+
+
+@dataclass(eq=False)
+class Process:
+    """One of the processes: its line, its log, and the task that stands for it."""
+
+    name: str
+    line: Line
+    log: Log
+    running: asyncio.Task[Any]
+    service: Any = None
+    training: Training | None = None
+
+    async def end(self, within_s: float = 36000.0) -> Any:
+        """Wait until it ends by itself; return what it returns."""
+        async with asyncio.timeout(within_s):
+            return await asyncio.shield(self.running)
+
+    async def kill(self) -> None:
+        """End it as ``kill -9`` does: not another word reaches the broker."""
+        self.line.down()
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """End it as Ctrl-C does."""
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+
+
+class Federation:
+    """Everything there is of one federation; ``rules`` are those of its coordinators."""
+
+    def __init__(self, folder: Path, loop: VirtualLoop) -> None:
+        self.folder, self.loop = folder / "run", loop
+        self.broker = MemoryBroker()
+        self.topology = Topology(NAME)
+        self.processes: list[Process] = []
+
+    def coordinator(self, rounds: int = 3, **options: Any) -> Process:
+        """Start a coordinator."""
+        of_settings = {"classes", "init", "verify_users", "max_workers", "max_model_bytes", "plan"}
+        given = {name: options.pop(name) for name in of_settings & options.keys()}
+        number = options.pop("number", None)
+        quorum = Quorum(number=number) if number else options.pop("quorum", Quorum())
+        rules = Rules(rounds=rounds, quorum=quorum, **options)
+        backoff = Backoff(first_s=0.2, most_s=1.0, give_up_s=3600.0)
+        settings = CoordinatorSettings(NAME, rules, backoff=backoff, **given)
+        line, log = Line(self.broker), Log()
+        process = Process("coordinator", line, log, None)  # type: ignore[arg-type]
+
+        async def run() -> State:
+            store = RunStore(self.folder)
+            while not store.try_lock():  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
+            try:
+                journal = Journal(self.topology)
+                process.service = Coordinator(
+                    settings,
+                    transport=line,
+                    topology=self.topology,
+                    store=store,
+                    saved=store.load(NAME),
+                    watcher=Watchers(log, journal),
+                    journal=journal,
+                )
+                state: State = await process.service.run()
+                return state
+            finally:
+                if store._lock is not None:  # as the end of a process does
+                    store._lock.close()
+
+        process.running = asyncio.ensure_future(run())
+        self.processes.append(process)
+        return process
+
+    def worker(self, name: str, task: Any = None, **options: Any) -> Process:
+        """Start a worker; its task adds 1 unless told otherwise."""
+        backoff = Backoff(first_s=0.2, most_s=1.0, give_up_s=36000.0)
+        settings = WorkerSettings(NAME, name, "adder", backoff=backoff, **options)
+        line, log, training = Line(self.broker), Log(), Training(self.loop)
+        process = Process(name, line, log, None, training=training)  # type: ignore[arg-type]
+        process.service = WorkerService(
+            settings,
+            task if task is not None else Adder(self.loop),
+            transport=line,
+            topology=self.topology,
+            tell=lambda what, fields: log.lines.append((time.monotonic(), what, fields)),
+            bar=lambda *_: None,
+            training=training,
+        )
+        process.running = asyncio.ensure_future(process.service.run())
+        self.processes.append(process)
+        return process
+
+    def workers(self, count: int, **options: Any) -> list[Process]:
+        """Start workers a, b, c, …"""
+        return [self.worker("abcdefghij"[number], **options) for number in range(count)]
+
+    async def block(self, seconds: float) -> None:
+        """Let the broker take nothing from anybody for a while, as in a memory alarm."""
+        for process in self.processes:
+            process.line.hold(outgoing=True)
+        await asyncio.sleep(seconds)
+        for process in self.processes:
+            process.line.release()
+
+    async def freeze(self, coordinator: Process, seconds: float) -> None:
+        """Stop the coordinator, as SIGSTOP does, and let it look at the clock first thereafter."""
+        service = coordinator.service
+        service._next_look.cancel()
+        coordinator.line.hold(incoming=True, outgoing=True)
+        await asyncio.sleep(seconds)
+        service._look()
+        coordinator.line.release()
+
+    def history(self, event: str = "committed") -> list[dict[str, Any]]:
+        """Return the lines of the history of one kind."""
+        path = self.folder / "history.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in map(json.loads, lines) if line["event"] == event]
+
+    def participants(self) -> list[list[str]]:
+        """Return who took part in each round."""
+        return [sorted(one["worker"] for one in line["participants"]) for line in self.history()]
+
+    def weights(self, number: int) -> Weights:
+        """Return the model after a round."""
+        found, _ = read_checkpoint(self.folder / f"round-{number:04}.safetensors")
+        return found
+
+    def check_averages(self, values: Mapping[str, float]) -> None:
+        """Check every model against an average of our own: worker x adds ``values[x]``."""
+        expected = 0.0
+        for line in self.history():
+            parts = [(one["num_examples"], values[one["worker"]]) for one in line["participants"]]
+            total = math.fsum(n for n, _ in parts)
+            expected += math.fsum(n * value for n, value in parts) / total
+            np.testing.assert_allclose(self.weights(line["round"])["w"], expected, rtol=1e-6)
+
+    async def close(self) -> None:
+        """End whatever still runs."""
+        self.loop.over = True
+        for process in self.processes:
+            process.line.release()
+            process.running.cancel()
+        await asyncio.gather(*(p.running for p in self.processes), return_exceptions=True)
+
+
+Scenario = Callable[[Federation], Awaitable[None]]
+
+
+def play(scenario: Scenario, folder: Path, patch: Callable[[Callable[[], float]], object]) -> None:
+    """Let a scenario happen in a federation, in time of its own."""
+    loop = VirtualLoop()
+    patch(loop.time)
+    federation: list[Federation] = []
+
+    async def main() -> None:
+        federation.append(Federation(folder, loop))
+        try:
+            await scenario(federation[0])
+        finally:
+            await federation[0].close()
+
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(main())
+    finally:
+        for process in federation[0].processes if federation else []:
+            if process.training is not None:
+                process.training.end()
+        with contextlib.suppress(RuntimeError):
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
+        loop.close()

@@ -1,0 +1,122 @@
+"""What is between one process and the broker: a line that tests cut, stop, block and slow down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import Any
+
+from fluffle_common.errors import LinkLost
+from fluffle_common.memory import MemoryBroker, MemoryLink
+from fluffle_common.topology import Entity
+from fluffle_common.transport import Body, Delivery, Link, Properties, Transport
+
+
+class Line(Transport):
+    """The way of one process to the broker."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+        self.links: list[MemoryLink] = []
+        self.up = True
+        self.bytes_per_s = 0.0  # 0: no bound
+        self._passes = asyncio.Event()  # what comes in
+        self._accepts = asyncio.Event()  # what goes out
+        self._passes.set()
+        self._accepts.set()
+        self._sending = asyncio.Lock()
+        self.lose_next: set[str] = set()  # kinds of messages: lost with the link that sends one
+
+    @property
+    def address(self) -> str:
+        return "memory"
+
+    async def open(self) -> Link:
+        if not self.up:
+            raise LinkLost("the line is down")
+        link = await self._broker.open()
+        self.links.append(link)
+        return _Slow(link, self)
+
+    def cut(self) -> None:
+        """Lose every link."""
+        for link in self.links:
+            link.cut()
+        self.links.clear()
+
+    def down(self) -> None:
+        """Lose every link and open none."""
+        self.up = False
+        self.cut()
+
+    def hold(self, *, incoming: bool = False, outgoing: bool = False) -> None:
+        """Let nothing pass until ``release``."""
+        if incoming:
+            self._passes.clear()
+        if outgoing:
+            self._accepts.clear()
+
+    def release(self) -> None:
+        """Let everything pass again."""
+        self._passes.set()
+        self._accepts.set()
+
+    async def passes(self) -> None:
+        """Return when what comes in may pass."""
+        await self._passes.wait()
+
+    async def send(self, body: Body, *, urgent: bool) -> None:
+        """Return when these bytes are through, one message after the other unless urgent."""
+        await self._accepts.wait()
+        if self.bytes_per_s and not urgent:
+            async with self._sending:
+                await asyncio.sleep(len(body) / self.bytes_per_s)
+
+
+class _Slow(Link):
+    """One link over a line; what is not about messages goes straight through."""
+
+    def __init__(self, link: MemoryLink, line: Line) -> None:
+        self._link, self._line = link, line
+
+    def __getattribute__(self, name: str) -> Any:
+        ours = ("_link", "_line", "publish", "consume", "get", "_deliveries", "declare")
+        if name in ours or name.startswith("__"):
+            return super().__getattribute__(name)
+        return getattr(self._link, name)
+
+    async def declare(self, entities: Iterable[Entity]) -> None:
+        await self._link.declare(entities)
+
+    async def publish(
+        self,
+        body: Body,
+        properties: Properties,
+        *,
+        exchange: str,
+        keys: Sequence[str],
+        **options: Any,
+    ) -> None:
+        await self._line.send(body, urgent=bool(options.get("urgent")))
+        if properties.type in self._line.lose_next:
+            self._line.lose_next.discard(properties.type)
+            self._line.cut()
+        await self._link.publish(body, properties, exchange=exchange, keys=keys, **options)
+
+    async def consume(
+        self, queue: str, *, prefetch: int, exclusive: bool = False
+    ) -> AsyncGenerator[Delivery]:
+        return self._deliveries(
+            await self._link.consume(queue, prefetch=prefetch, exclusive=exclusive)
+        )
+
+    async def _deliveries(self, source: AsyncGenerator[Delivery]) -> AsyncGenerator[Delivery]:
+        async with contextlib.aclosing(source):
+            async for delivery in source:
+                await self._line.passes()
+                yield delivery
+
+    async def get(self, queue: str) -> Delivery | None:
+        await self._line.passes()
+        return await self._link.get(queue)

@@ -1,0 +1,153 @@
+"""Processes killed and lines cut at any moment: nothing is lost, and nothing counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from tests.federation.harness import Adder
+
+VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
+
+
+def start(federation, name, **options):
+    value = VALUES[name]
+    return federation.worker(name, Adder(federation.loop, value, int(10 * value), **options))
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.4, 0.9, 1.0, 1.001, 1.3, 2.1, 2.6])
+def test_a_coordinator_killed_at_any_moment_goes_on(federated, after_s):
+    async def scenario(federation):
+        for name in VALUES:
+            start(federation, name)
+        first = federation.coordinator(rounds=4, min_workers=3)
+        await first.log.until("opened")
+        await asyncio.sleep(after_s)
+        await first.kill()
+        second = federation.coordinator(rounds=4, min_workers=3)
+        assert (await second.end()).outcome == "finished"
+        assert [line["round"] for line in federation.history()] == [1, 2, 3, 4]
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.5, 1.0, 1.5, 2.2, 3.0])
+def test_a_worker_killed_at_any_moment_comes_back(federated, after_s):
+    async def scenario(federation):
+        workers = [start(federation, name) for name in VALUES]
+        coordinator = federation.coordinator(rounds=5, min_workers=3)
+        await coordinator.log.until("opened")
+        await asyncio.sleep(after_s)
+        await workers[1].kill()
+        await asyncio.sleep(1.0)
+        start(federation, "b")
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants()[-1] == ["a", "b", "c"]
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+KINDS = ["hello", "heartbeat", "update", "evaluation", "first_weights"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_line_of_a_worker_cut_at_any_message_loses_nothing(federated, kind):
+    async def scenario(federation):
+        workers = [start(federation, name) for name in VALUES]
+        for worker in workers:
+            worker.line.lose_next = {kind}
+        coordinator = federation.coordinator(rounds=3, min_workers=3, least=3)
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b", "c"]] * 3
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("kind", ["welcome", "init_request", "fit", "echo", "evaluate", "event"])
+def test_the_line_of_the_coordinator_cut_at_any_message_loses_nothing(federated, kind):
+    async def scenario(federation):
+        for name in VALUES:
+            start(federation, name)
+        coordinator = federation.coordinator(rounds=3, min_workers=3, least=3)
+        coordinator.line.lose_next = {kind}
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b", "c"]] * 3
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_a_broker_that_dies_and_comes_back_loses_nothing(federated):
+    async def scenario(federation):
+        for name in VALUES:
+            start(federation, name)
+        coordinator = federation.coordinator(rounds=4, min_workers=3, least=3)
+        for number in (1, 2):
+            await coordinator.log.until("counted", 2 * number)
+            federation.broker.stop()
+            await asyncio.sleep(5)
+            federation.broker.start()
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b", "c"]] * 4
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_a_standby_takes_over(federated):
+    async def scenario(federation):
+        for name in VALUES:
+            start(federation, name)
+        first = federation.coordinator(rounds=4, min_workers=3)
+        await first.log.until("opened")
+        second = federation.coordinator(rounds=4, min_workers=3)
+        await first.log.until("committed", 2)
+        await first.kill()
+        assert (await second.end()).outcome == "finished"
+        assert second.log.of("opened")
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_rain_of_faults(federated, seed):
+    """Kill, cut, block and stop at random; then the run finishes, and every average is right."""
+
+    async def scenario(federation):
+        rng = random.Random(seed)
+        workers = {name: start(federation, name) for name in VALUES}
+        given = {"rounds": 12, "min_workers": 3, "least": 2, "deadline_s": 60.0}
+        coordinator = federation.coordinator(**given)
+        await coordinator.log.until("opened")
+        for _ in range(8):
+            await asyncio.sleep(rng.uniform(0.0, 3.0))
+            if coordinator.running.done():
+                break
+            name = rng.choice("abc")
+            match rng.choice(["coordinator", "worker", "cut", "cut", "block", "freeze"]):
+                case "coordinator":
+                    await coordinator.kill()
+                    coordinator = federation.coordinator(**given)
+                case "worker":
+                    await workers[name].kill()
+                    await asyncio.sleep(rng.uniform(0.0, 15.0))
+                    workers[name] = start(federation, name)
+                case "cut":
+                    rng.choice([coordinator, workers[name]]).line.cut()
+                case "block":
+                    await federation.block(rng.uniform(1.0, 20.0))
+                case "freeze":
+                    await coordinator.log.until("connected")
+                    await federation.freeze(coordinator, rng.uniform(5.0, 30.0))
+        assert (await coordinator.end()).outcome == "finished"
+        assert [line["round"] for line in federation.history()] == list(range(1, 13))
+        assert all(len(who) >= 2 for who in federation.participants())
+        federation.check_averages(VALUES)
+
+    federated(scenario)

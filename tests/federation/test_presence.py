@@ -1,0 +1,150 @@
+"""Who counts as present and who as gone, and what a round may close with."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.federation.harness import Adder
+
+VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
+
+
+def three(federation, **options):
+    for name, value in VALUES.items():
+        federation.worker(name, Adder(federation.loop, value, int(10 * value), **options))
+
+
+def test_a_federation_runs(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=3, min_workers=3)
+        three(federation)
+        state = await coordinator.end()
+        assert (state.outcome, state.reason) == ("finished", "3 rounds are done")
+        assert federation.participants() == [["a", "b", "c"]] * 3
+        federation.check_averages(VALUES)
+        assert len(federation.history("evaluated")) == 3
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("after_s", [0.3, 1.1, 1.9])
+def test_a_coordinator_that_was_stopped_takes_nobody_for_gone(federated, after_s):
+    async def scenario(federation):
+        three(federation, step_s=2.0)
+        coordinator = federation.coordinator(rounds=3, min_workers=3)
+        await coordinator.log.until("opened")
+        await coordinator.log.until("counted")
+        await asyncio.sleep(after_s)
+        await federation.freeze(coordinator, 15.0)
+        await coordinator.end()
+        assert not coordinator.log.of("gone")
+        assert not coordinator.log.of("quorum")
+        assert federation.participants() == [["a", "b", "c"]] * 3
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_a_broker_that_takes_nothing_for_a_while_makes_nobody_gone(federated):
+    async def scenario(federation):
+        three(federation, step_s=2.0)
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
+        await coordinator.log.until("opened")
+        await federation.block(19.0)
+        await coordinator.end()
+        assert not coordinator.log.of("gone")
+        assert federation.participants() == [["a", "b", "c"]] * 2
+
+    federated(scenario)
+
+
+def test_who_is_lost_is_gone_and_counts_again_when_it_is_back(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=3, min_workers=2)
+        three(federation, step_s=3.0)
+        await coordinator.log.until("opened")
+        await federation.processes[3].kill()
+        told = await coordinator.log.until("quorum")
+        assert told == {"round": 1, "needed": 2, "was": 3, "reason": "c is gone"}
+        await coordinator.log.until("opened", 2)
+        federation.worker("c", Adder(federation.loop, VALUES["c"], 50))
+        await coordinator.end()
+        assert federation.participants()[0] == ["a", "b"]
+        assert federation.participants()[-1] == ["a", "b", "c"]
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("silent_s", [1.0, 30.0, 55.0])
+def test_signs_of_life_of_the_dead_open_no_round(federated, silent_s):
+    async def scenario(federation):
+        first = federation.coordinator(rounds=1, min_workers=9)
+        three(federation)
+        await first.log.until("joined", 3)
+        await first.kill()
+        await asyncio.sleep(10)  # their signs of life pile up
+        for process in federation.processes[2:]:
+            await process.kill()
+        await asyncio.sleep(silent_s)
+        coordinator = federation.coordinator(rounds=1, min_workers=3, least=3)
+        await asyncio.sleep(120)
+        assert [told["worker"] for told in coordinator.log.of("joined")] == ["a"]
+        assert not coordinator.log.of("opened")
+        for name in "bc":
+            federation.worker(name, Adder(federation.loop, VALUES[name], int(10 * VALUES[name])))
+        await coordinator.end()
+        assert federation.participants() == [["a", "b", "c"]]
+
+    federated(scenario)
+
+
+def test_no_round_commits_with_less_than_was_written(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=3, least=3)
+        three(federation, step_s=3.0)
+        await coordinator.log.until("opened")
+        await federation.processes[2].kill()
+        await federation.processes[3].stop()
+        await asyncio.sleep(300)
+        assert not coordinator.log.of("committed")
+        for name in "bc":
+            federation.worker(name, Adder(federation.loop, VALUES[name], int(10 * VALUES[name])))
+        await coordinator.end()
+        assert federation.participants() == [["a", "b", "c"]] * 2
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_who_joins_late_is_asked_and_who_leaves_is_not_waited_for(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=4, min_workers=2)
+        a, b = federation.workers(2, task=None)
+        await coordinator.log.until("opened")
+        federation.worker("c", Adder(federation.loop))
+        await coordinator.log.until("committed", 2)
+        await b.stop()
+        state = await coordinator.end()
+        assert state.outcome == "finished"
+        assert "c" in federation.participants()[1]
+        assert federation.participants()[-1] == ["a", "c"]
+        assert [told["worker"] for told in coordinator.log.of("left")][:1] == ["b"]
+        await a.end()
+
+    federated(scenario)
+
+
+def test_workers_and_coordinator_start_in_any_order(federated):
+    async def scenario(federation):
+        three(federation)
+        await asyncio.sleep(40)
+        coordinator = federation.coordinator(rounds=1, min_workers=3)
+        began = federation.loop.time()
+        await coordinator.log.until("opened")
+        assert federation.loop.time() - began < 2.0  # whoever is here is asked to speak at once
+        await coordinator.end()
+
+    federated(scenario)

@@ -1,0 +1,173 @@
+"""What a round asks for and takes: work that is lost, long, hung, rejected, overweight or odd."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from fluffle_worker.task import TrainResult
+from tests.federation.harness import Adder, Quorum
+
+LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
+
+
+def test_a_stop_that_is_lost_is_sent_again(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1)
+        workers = federation.workers(2)
+        coordinator.line.lose_next = {"stop"}
+        assert (await coordinator.end()).outcome == "finished"
+        for worker in workers:
+            await worker.end(60)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("kind", ["fit", "part"])
+def test_a_model_in_parts_goes_on_after_the_coordinators_outage(federated, kind):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, deadline_s=600)
+        for name in "ab":
+            federation.worker(name, Adder(federation.loop, size=LARGE))
+        await coordinator.log.until("joined", 2)
+        coordinator.line.lose_next = {kind}
+        await coordinator.log.until("reconnected")
+        await coordinator.log.until("committed", within_s=60)
+        await coordinator.end()
+        federation.check_averages({"a": 1.0, "b": 1.0})
+
+    federated(scenario)
+
+
+def test_a_long_round_is_waited_for_while_its_workers_advance(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, deadline_s=60, max_reopenings=1)
+        federation.worker("a", Adder(federation.loop))
+        federation.worker("b", Adder(federation.loop, steps=100, step_s=20.0))
+        state = await coordinator.end()
+        assert state.outcome == "finished"
+        assert federation.participants() == [["a", "b"]]
+        assert len(coordinator.log.of("reopened")) > 20
+
+    federated(scenario)
+
+
+def test_a_training_that_stands_still_is_told_and_by_option_not_waited_for(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, deadline_s=6000, stall_timeout_s=300)
+        hangs = Adder(federation.loop, odd=lambda step: step == 3 and federation.loop.sleep(1e9))
+        for name in "ab":
+            federation.worker(name, Adder(federation.loop))
+        federation.worker("c", hangs)
+        told = await coordinator.log.until("stalled")
+        assert (told["worker"], told["step"], told["steps"]) == ("c", 3, 4)
+        await coordinator.log.until("committed", within_s=600)
+        assert federation.participants() == [["a", "b"]]
+
+    federated(scenario)
+
+
+class Bad(Adder):
+    """Its first update is not finite; the ones after it are sound."""
+
+    def train(self, weights, plan, progress):
+        result = super().train(weights, plan, progress)
+        if len(self.trained) > 1:
+            return result
+        return TrainResult({"w": np.full(self.size, np.nan, np.float32)}, 10, {})
+
+
+def test_a_rejected_update_is_not_sent_again_byte_for_byte(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, number=2, deadline_s=60)
+        bad = Bad(federation.loop)
+        federation.worker("a", Adder(federation.loop))
+        federation.worker("b", bad)
+        state = await coordinator.end()
+        assert state.outcome == "finished"
+        assert len(coordinator.log.of("rejected")) == 1
+        assert len(bad.trained) == 2
+        federation.check_averages({"a": 1.0, "b": 1.0})
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("says", [10**9, 10**12])
+def test_an_update_weighs_what_its_worker_announced(federated, says):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2)
+        federation.worker("a", Adder(federation.loop, 1.0))
+        federation.worker("b", Adder(federation.loop, 3.0, says=says))
+        await coordinator.end()
+        federation.check_averages({"a": 1.0, "b": 3.0})
+        np.testing.assert_allclose(federation.weights(2)["w"], 4.0)
+        assert {told["worker"] for told in coordinator.log.of("overweight")} == {"b"}
+
+    federated(scenario)
+
+
+def test_first_weights_are_taken_from_another_worker_if_the_first_hangs(federated):
+    class Hangs(Adder):
+        def init(self, seed):
+            self.loop.sleep(1e9)
+            raise AssertionError
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, min_workers=3, deadline_s=60)
+        federation.worker("a", Hangs(federation.loop))
+        for name in "bc":
+            federation.worker(name, Adder(federation.loop))
+        await coordinator.log.until("first_weights", within_s=120)
+        assert [told["worker"] for told in coordinator.log.of("init")] == ["a", "b"]
+
+    federated(scenario)
+
+
+def test_a_reopened_round_asks_those_who_were_idle(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(
+            rounds=1, min_workers=4, fraction=0.5, deadline_s=60, seed=3
+        )
+        hang = lambda _: federation.loop.sleep(1e9)  # noqa: E731
+        workers = federation.workers(4)
+        asked = (await coordinator.log.until("opened"))["asked"]
+        for worker in workers:
+            if worker.name in asked:
+                worker.service._task.odd = hang
+        state = await coordinator.end()
+        assert state.outcome == "finished"
+        (participants,) = federation.participants()
+        assert set(participants) == set("abcd") - set(asked)
+
+    federated(scenario)
+
+
+def test_a_sample_that_cannot_reach_the_quorum_is_waited_for_not_opened(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(
+            rounds=1, min_workers=3, fraction=0.5, quorum=Quorum(number=3)
+        )
+        federation.workers(4)
+        await asyncio.sleep(60)
+        told = coordinator.log.of("waiting")[-1]
+        assert "4 of 5" in told["reason"]
+        federation.worker("e")
+        assert (await coordinator.end()).outcome == "finished"
+
+    federated(scenario)
+
+
+def test_the_majority_decides_on_classes_and_the_odd_one_leaves(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, min_workers=3)
+        odd = federation.worker("a", Adder(federation.loop, classes=("x", "y")))
+        for name in "bcd":
+            federation.worker(name, Adder(federation.loop, classes=("x", "z")))
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["b", "c", "d"]]
+        with pytest.raises(Exception, match=r"has the classes y, .*lacks the classes z \(set by"):
+            await odd.end()
+
+    federated(scenario)

@@ -1,0 +1,163 @@
+"""The demo around its commands: what ends it, what it leaves behind, where it sends people."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Stands for every command: notes that it was called, and does what the test's file `NAME` says.
+STUB = """\
+#!/bin/sh
+name=$1
+case "$*" in *client-*) for name; do :; done; name=${name##*/};; esac
+echo "$name $*" >> calls
+echo "$$" >> pids
+case $name in
+    broker) mkdir -p "$FLUFFLE_STATE";;
+    letters) mkdir -p "$2/client-1/a" "$2/client-2/a" "$2/client-3/a" "$2/writer-4/a"
+             touch "$2/writer-4/a/0000.png";;
+    coordinator) mkdir -p runs/demo; : > runs/demo/round-0001.safetensors;;
+esac
+test -f "$name" && . "./$name"
+echo "done with $name"
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    path = tmp_path / "fluffle"
+    path.write_text(STUB)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def _start(stub: Path, **env: str) -> subprocess.Popen[str]:
+    code = f"import examples.demo as demo, sys; demo.FLUFFLE = {str(stub)!r}; sys.exit(demo.main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=stub.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _calls(stub: Path) -> list[str]:
+    return (stub.parent / "calls").read_text().splitlines()
+
+
+def _assert_nothing_is_left(stub: Path) -> None:
+    for pid in (stub.parent / "pids").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_it_says_what_was_measured_on_what_and_scores_a_writer_that_no_client_has(stub):
+    demo = _start(stub, FLUFFLE_URL="amqp://elsewhere", FLUFFLE_STATE="mine")
+    told, _ = demo.communicate(timeout=30)
+    assert demo.returncode == 0, told
+    calls = [line.split(" ", 1)[1] for line in _calls(stub)]
+    assert sorted(line for line in calls if line.startswith("worker")) == [
+        f"worker --federation demo --data data/client-{number}" for number in (1, 2, 3)
+    ]
+    (scored,) = [line for line in calls if line.startswith("confusion")]
+    assert "--data data/writer-4 --unseen" in scored
+    (named,) = [line for line in calls if line.startswith("predict")]
+    assert "data/writer-4/a/0000.png" in named
+    assert "held out a tenth" in " ".join(told.split())
+    assert "how well it reads a stranger" in " ".join(told.split())
+    assert "The temperature is what" in told
+    assert "Traceback" not in told
+    assert (stub.parent / "runs/demo-logs/client-2.log").read_text() == "done with client-2\n"
+
+
+def test_a_second_time_uses_the_letters_of_the_first(stub):
+    for _ in range(2):
+        demo = _start(stub)
+        told, _ = demo.communicate(timeout=30)
+        assert demo.returncode == 0, told
+    assert sum(line.startswith("letters ") for line in _calls(stub)) == 1
+
+
+def test_other_things_in_the_folder_of_the_letters_are_no_dead_end(stub):
+    (stub.parent / "data/client-1").mkdir(parents=True)
+    for _ in range(2):
+        demo = _start(stub)
+        told, _ = demo.communicate(timeout=30)
+        assert demo.returncode == 0, told
+        assert "data holds something else: the letters go into runs/demo-data/" in told
+    assert any("--data runs/demo-data/client-1" in line for line in _calls(stub))
+    assert sum(line.startswith("letters ") for line in _calls(stub)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "reason"), [("exit 5", 5, "exit code 5"), ("kill -9 $$", 1, "SIGKILL")]
+)
+def test_a_part_that_fails_ends_it_with_its_code_and_names_the_log(stub, ending, code, reason):
+    for name in ("coordinator", "client-1", "client-3"):
+        (stub.parent / name).write_text("exec sleep 60")
+    (stub.parent / "client-2").write_text(f"echo no such data; {ending}")
+    began = time.monotonic()
+    demo = _start(stub)
+    told, _ = demo.communicate(timeout=30)
+    assert time.monotonic() - began < 20
+    assert demo.returncode == code
+    said = " ".join(told.split())
+    assert f"client-2 ended with {reason}: see runs/demo-logs/client-2.log" in said
+    assert "no such data" in (stub.parent / "runs/demo-logs/client-2.log").read_text()
+    assert "Traceback" not in told
+    _assert_nothing_is_left(stub)
+
+
+def test_a_command_that_fails_ends_it_with_its_code(stub):
+    (stub.parent / "broker").write_text("echo no RabbitMQ here; exit 3")
+    demo = _start(stub)
+    told, _ = demo.communicate(timeout=30)
+    assert demo.returncode == 3
+    assert "'fluffle broker up --port 0' ended with exit code 3: see above" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [
+        (signal.SIGINT, "client-2"),
+        (signal.SIGINT, "letters"),
+        (signal.SIGTERM, "client-2"),
+        (signal.SIGHUP, "client-2"),
+    ],
+)
+def test_a_signal_ends_everything(stub, number, where):
+    for name in {"coordinator", "client-1", where}:
+        (stub.parent / name).write_text("touch there; exec sleep 60")
+    demo = _start(stub)
+    assert demo.stdout is not None
+    until = time.monotonic() + 20
+    while not (stub.parent / "calls").exists() or not any(
+        line.startswith(f"{where} ") for line in _calls(stub)
+    ):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    demo.send_signal(number)
+    told, _ = demo.communicate(timeout=30)
+    assert demo.returncode == 128 + number
+    assert "stopping everything" in told
+    assert _calls(stub)[-1] == "broker broker down"
+    assert "Traceback" not in told
+    _assert_nothing_is_left(stub)
+
+
+def test_nobody_who_reads_is_no_reason_to_end(stub):
+    demo = _start(stub)
+    assert demo.stdout is not None
+    demo.stdout.close()
+    assert demo.wait(30) == 0
+    assert any(line.startswith("confusion ") for line in _calls(stub))

@@ -1,0 +1,378 @@
+"""Images and folders as people have them: every mode, depth and orientation; what is no class."""
+
+import os
+import struct
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, TiffImagePlugin
+
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_worker.letters.folders import class_order, find_classes
+from fluffle_worker.letters.images import read_image, read_images
+from fluffle_worker.letters.pixels import read_picture
+
+
+def _letter(size: int = 100) -> np.ndarray:
+    """Return an L, uint8, white on black: a shape that no turn leaves as it is."""
+    grey = np.zeros((size, size), np.uint8)
+    edge = size // 10
+    grey[2 * edge : 8 * edge, 3 * edge : 4 * edge] = 255
+    grey[7 * edge : 8 * edge, 3 * edge : 7 * edge] = 200
+    return grey
+
+
+LETTER = _letter()
+WANTED = (LETTER / 255).astype(np.float32)[..., None]
+
+
+def _assert_letter(path: Path, atol: float = 1 / 255) -> None:
+    found = read_image(path)
+    assert (found.shape, found.dtype) == ((100, 100, 1), np.float32)
+    np.testing.assert_allclose(found, WANTED, atol=atol)
+
+
+def _save(folder: Path, *names: str, letter: np.ndarray = LETTER) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(letter).save(path, "PNG")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_the_orientation_that_a_camera_noted_is_applied(tmp_path, orientation, suffix):
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    image = Image.fromarray(LETTER)
+    if orientation > 1:
+        image = image.transpose(undo[orientation])
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / f"a{suffix}", exif=exif, quality=100)
+    _assert_letter(tmp_path / f"a{suffix}", atol=0.1)
+
+
+def test_damaged_notes_do_not_spoil_an_image(tmp_path):
+    Image.fromarray(LETTER).save(
+        tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=99
+    )
+    _assert_letter(tmp_path / "a.jpg", atol=0.1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("white", [255, 1023, 4095, 65535])
+def test_sixteen_bits_keep_their_contrast(tmp_path, white, suffix):
+    deep = np.round(LETTER / 255 * white).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / f"a{suffix}")
+    with Image.open(tmp_path / f"a{suffix}") as opened:
+        assert opened.mode == "I;16"
+    _assert_letter(tmp_path / f"a{suffix}")
+
+
+def test_a_dim_image_is_as_dim_in_sixteen_bits_as_in_eight(tmp_path):
+    dim = (LETTER // 2).astype(np.uint8)
+    Image.fromarray(dim).save(tmp_path / "8.png")
+    Image.fromarray(dim.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    np.testing.assert_allclose(
+        read_image(tmp_path / "16.png"), read_image(tmp_path / "8.png"), atol=1 / 255
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        LETTER.astype(np.int32),
+        LETTER.astype(np.int32) * 257,
+        LETTER.astype(np.int32) * 2**22,
+        LETTER.astype(np.int32) - 1000,
+        (LETTER / 255).astype(np.float32),
+        LETTER.astype(np.float32),
+        (LETTER / 255 * 1.03 - 0.02).astype(np.float32),
+        (LETTER / 255 * 4 - 1.5).astype(np.float32),
+        (LETTER / 255 * 3).astype(np.float32),
+        (LETTER * 1e30).astype(np.float32),
+    ],
+    ids=[
+        "i8",
+        "i16",
+        "i31",
+        "negative",
+        "unit",
+        "f8",
+        "overshoot",
+        "standardised",
+        "three",
+        "huge",
+    ],
+)
+def test_thirty_two_bits_keep_their_contrast(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    _assert_letter(tmp_path / "a.tif", atol=0.03)
+
+
+def test_unsigned_thirty_two_bits_do_not_wrap(tmp_path):
+    values = (LETTER.astype(np.uint32) * 2**24).view(np.int32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, kind) for kind in (2, 1))
+    written = (tmp_path / "a.tif").read_bytes()
+    assert written.count(signed) == 1
+    (tmp_path / "a.tif").write_bytes(written.replace(signed, unsigned))
+    _assert_letter(tmp_path / "a.tif", atol=0.01)
+
+
+def test_a_deep_image_whose_white_is_zero_is_not_inverted(tmp_path):
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[262] = 0
+    Image.fromarray(65535 - LETTER.astype(np.uint16) * 257).save(tmp_path / "a.tif", tiffinfo=info)
+    with Image.open(tmp_path / "a.tif") as opened:
+        assert (opened.mode, opened.tag_v2[262]) == ("I;16", 0)
+    _assert_letter(tmp_path / "a.tif")
+
+
+def test_pixels_that_are_no_numbers_are_black_and_infinite_ones_white(tmp_path):
+    values = (LETTER / 255).astype(np.float32)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    found = read_image(tmp_path / "a.tif")
+    assert (found[0, 0, 0], found[0, 1, 0]) == (0, 1)
+    np.testing.assert_allclose(found[1:], WANTED[1:], atol=1 / 255)
+    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(UsageError, match="no finite pixel"):
+        read_image(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"])
+def test_every_mode_is_read_alike(tmp_path, mode):
+    two = np.where(LETTER > 0, 255, 0).astype(np.uint8)
+    suffix = ".tif" if mode in {"CMYK", "YCbCr", "PA"} else ".png"
+    image = Image.fromarray(two)
+    image = image.convert("P" if mode == "PA" else mode)
+    if mode == "PA":
+        image = image.convert("RGBA").convert("LA").convert("PA")
+    image.save(tmp_path / f"a{suffix}")
+    np.testing.assert_allclose(read_image(tmp_path / f"a{suffix}")[..., 0], two / 255, atol=0.02)
+
+
+def _transparent(ink: int) -> Image.Image:
+    """Return the letter as ink of one grey on nothing."""
+    return Image.merge("LA", [Image.new("L", (100, 100), ink), Image.fromarray(LETTER)])
+
+
+@pytest.mark.parametrize("ink", [0, 40, 128, 255])
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_ink_on_nothing_can_be_seen_whatever_its_grey(tmp_path, ink, mode):
+    _transparent(ink).convert(mode).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png")[..., 0]
+    assert found[0, 0] == 0
+    assert found[50, 35] == (ink / 255 if ink > 100 else 1)
+
+
+def test_a_transparent_palette_colour_is_black(tmp_path):
+    image = Image.fromarray(LETTER).convert("P")
+    image.save(tmp_path / "a.gif", transparency=image.getpixel((0, 0)))
+    _assert_letter(tmp_path / "a.gif")
+    deep = LETTER.astype(np.uint16) * 257
+    deep[deep == 0] = 65535
+    deep[20:80, 30:40] = 60000
+    Image.fromarray(deep).save(tmp_path / "b.png", transparency=65535)
+    found = read_image(tmp_path / "b.png")[..., 0]
+    assert found[0, 0] == 0
+    assert found[50, 35] == pytest.approx(60000 / 65535, abs=1 / 255)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp", ".png"])
+def test_the_first_of_several_frames_is_read_and_said(tmp_path, suffix):
+    others = [Image.fromarray(LETTER.T.copy()), Image.fromarray(255 - LETTER)]
+    path = tmp_path / f"a/1{suffix}"
+    path.parent.mkdir()
+    more = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(LETTER).save(path, save_all=True, append_images=others, **more)
+    _assert_letter(path)
+    assert read_picture(path).frames == 3
+    assert "images with several frames: 1; only the first frame of each is read" in (
+        read_images(tmp_path).notes
+    )
+
+
+def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_used(tmp_path):
+    _save(tmp_path, "a/good.png", "a/cut.png", "b/good.png")
+    whole = (tmp_path / "a/cut.png").read_bytes()
+    (tmp_path / "a/cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "a/empty.png").touch()
+    (tmp_path / "a/text.jpg").write_text("no image")
+    (tmp_path / "a/gone.png").symlink_to("nowhere.png")
+    (tmp_path / "a/loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "a/pipe.png")
+    (tmp_path / "b/program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    images = read_images(tmp_path)
+    assert [path.name for path in images.paths] == ["good.png", "good.png"]
+    assert images.targets.tolist() == [0, 1]
+    assert len(images.skipped) == 7
+    assert "left out 7 of 9 images that cannot be read:" in images.notes
+    said = "\n".join(images.notes)
+    for name in ("cut.png", "empty.png", "gone.png", "loop.png", "pipe.png"):
+        assert str(tmp_path / "a" / name) in said
+    assert "  and 2 more" in images.notes
+
+
+def test_every_way_of_cutting_an_image_ends_in_a_reason(tmp_path):
+    for suffix in (".png", ".jpg", ".gif", ".tif", ".webp", ".bmp", ".pgm"):
+        path = tmp_path / f"a{suffix}"
+        Image.fromarray(LETTER).save(path)
+        whole = path.read_bytes()
+        for length in range(0, min(len(whole), 120), 3):
+            path.write_bytes(whole[:length])
+            with pytest.raises(UsageError, match="cannot be read as an image"):
+                read_image(path)
+
+
+@pytest.mark.parametrize("limit", [5_000, 9_000])  # an error of Pillow's, and a mere warning
+def test_a_decompression_bomb_is_refused_with_its_size(tmp_path, monkeypatch, limit):
+    _save(tmp_path, "a/1.png", "a/2.png")
+    Image.fromarray(_letter(150)).save(tmp_path / "a/2.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * limit)
+    images = read_images(tmp_path)
+    assert len(images.paths) == 1
+    assert "too large" in images.skipped[0]
+    assert "22500 pixels" in images.skipped[0]
+
+
+JUNK = [
+    ".ipynb_checkpoints",
+    ".git",
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "~$a",
+]
+
+
+def test_what_systems_and_tools_leave_behind_is_no_class_and_no_image(tmp_path):
+    _save(tmp_path, "a/1.png", "b/2.PNG", *(f"{name}/1.png" for name in JUNK))
+    _save(tmp_path, "a/._1.png", "a/.hidden.png", "a/~$1.png", "a/@eaDir/1.png")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "a/.DS_Store", "a/Thumbs.db"):
+        (tmp_path / name).touch()
+    images = read_images(tmp_path)
+    assert images.classes == ("a", "b")
+    assert [path.name for path in images.paths] == ["1.png", "2.PNG"]
+    assert images.notes == ()
+
+
+def test_files_that_are_ignored_are_counted_by_suffix(tmp_path):
+    _save(tmp_path, "a/1.png", "stray.png", "a/deeper/2.png")
+    for number in range(11):
+        (tmp_path / f"a/{number}.HEIC").touch()
+    (tmp_path / "a/notes.txt").touch()
+    (tmp_path / "a/README").touch()
+    images = read_images(tmp_path)
+    (note,) = images.notes
+    assert note.startswith("ignored 15 files: .heic 11, ")
+    assert note.endswith(" (convert HEIC to PNG or JPEG)")
+    for one in ("folder inside a class folder", ".txt", "no suffix", ".png outside a class folder"):
+        assert f", {one} 1" in note
+
+
+def test_only_files_that_are_ignored_are_the_reason_for_no_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.heic").touch()
+    with pytest.raises(TaskError, match=r"has no images.*\.heic 1 \(convert HEIC"):
+        read_images(tmp_path)
+
+
+def test_composed_and_decomposed_names_are_one_class(tmp_path):
+    composed, decomposed = "é", unicodedata.normalize("NFD", "é")
+    assert composed != decomposed
+    _save(tmp_path, f"{decomposed}/1.png", f"{composed}/2.png", "z/3.png")
+    images = read_images(tmp_path)
+    assert images.classes == ("z", composed)
+    assert images.targets.tolist() == [0, 1, 1]
+    assert images.notes == ("2 folders are 'é' in different Unicode forms; read as one class",)
+    # Whoever asks for the class may spell it either way.
+    for asked in (composed, decomposed):
+        assert read_images(tmp_path, ["z", asked]).classes == ("z", composed)
+
+
+def test_one_spelling_alone_is_the_composed_class(tmp_path):
+    _save(tmp_path, f"{unicodedata.normalize('NFD', 'ö')}/1.png")
+    images = read_images(tmp_path)
+    assert (images.classes, images.notes) == (("ö",), ())
+
+
+def test_a_class_asked_for_twice_is_refused(tmp_path):
+    _save(tmp_path, "é/1.png")
+    with pytest.raises(UsageError, match="lists a class twice: é"):
+        read_images(tmp_path, ["é", unicodedata.normalize("NFD", "é")])
+
+
+def test_classes_that_differ_in_case_are_two_and_it_is_said_once(tmp_path):
+    _save(tmp_path, "A/1.png", "a/1.png", "b/1.png")
+    images = read_images(tmp_path)
+    assert images.classes == ("A", "a", "b")
+    assert images.notes == ("names that differ only in case are separate classes: A and a",)
+
+
+def test_numbers_are_in_order_of_value_and_before_names(tmp_path):
+    _save(tmp_path, *(f"{name}/1.png" for name in ("10", "9", "b", "0", "09", "B")))
+    assert read_images(tmp_path).classes == ("0", "09", "9", "10", "B", "b")
+    assert sorted(["²", "1", "1" * 5000, "²"], key=class_order)[0] == "1"
+
+
+def test_links_that_go_round_in_circles_are_no_trouble(tmp_path):
+    _save(tmp_path, "a/1.png")
+    (tmp_path / "a/up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "self").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "loop").symlink_to("loop")
+    images = read_images(tmp_path)
+    assert (images.classes, len(images.paths)) == (("a",), 1)
+
+
+def test_a_folder_without_images_is_no_class_and_is_said(tmp_path):
+    _save(tmp_path, "a/1.png")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "A").mkdir()
+    images = read_images(tmp_path)
+    assert images.classes == ("a",)
+    assert images.notes == ("folders without images: A, b",)
+    assert read_images(tmp_path, ["a", "b"]).classes == ("a", "b")
+
+
+def test_names_that_are_no_text_and_folders_that_cannot_be_read_end_in_one_line(
+    tmp_path, monkeypatch
+):
+    _save(tmp_path, "a/1.png")
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(TaskError, match="not UTF-8; rename it"):
+        read_images(tmp_path)
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(TaskError, match=r"cannot be read \(Permission denied\)"):
+        find_classes(tmp_path)
+
+
+def test_black_on_white_is_noticed_once_and_left_as_it_is(tmp_path):
+    _save(tmp_path, "a/1.png", "a/2.png", letter=255 - LETTER)
+    _save(tmp_path, "a/3.png")
+    images = read_images(tmp_path)
+    assert [note for note in images.notes if "invert them" in note] == [
+        "2 of 3 images have a bright border: these look like black on white, but letters are read "
+        "as white on black; invert them"
+    ]
+    np.testing.assert_allclose(images.inputs[0], 1 - WANTED, atol=1e-6)
+    _save(tmp_path, "a/4.png")
+    assert read_images(tmp_path).notes == ()

@@ -1,0 +1,379 @@
+"""Rules of the round machine that came from using it: fair silence, weights, samples, votes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from fluffle_common.messages import ModelForm
+from fluffle_coordinator import effects as fx
+from fluffle_coordinator import events as ev
+from fluffle_coordinator import rounds
+from fluffle_coordinator import run_state as rs
+from fluffle_coordinator.run_state import Handle, Phase, Quorum, Rules
+from tests.unit.test_rounds import RUN, Run, asked, let_pass, only, tells
+
+FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
+FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 8")
+
+
+def heard(*workers: str, rules: Rules | None = None) -> Run:
+    """Return a run with an open round in which only time counts in which anybody is heard."""
+    run = Run(rules or Rules(rounds=2), hearing=True)
+    run.connect()
+    for name in workers:
+        run.seen(name, hello=True)
+    assert run.state.phase is Phase.OPEN
+    return run
+
+
+# --- silence and presence ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped_s", [12.0, 15.0, 3600.0])
+def test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped(stopped_s):
+    run = heard("a", "b", "c")
+    run.update("a")
+    run.now += stopped_s
+    effects = run.tick()  # the clock is asked before anything is read
+    for name in "abc":  # then what has come meanwhile is read, one after the other
+        effects += [*run.seen(name), *run.tick()]
+    effects += [*run.echo(), *run.tick()]
+    assert "gone" not in tells(effects)
+    assert not only(effects, fx.Commit)
+    assert len(run.state.workers) == 3
+
+
+def test_the_deadline_does_not_pass_while_the_coordinator_is_stopped():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, on_deadline="stop"))
+    let_pass(run, 50, "ab")
+    run.now += 1000
+    run.tick()
+    let_pass(run, 4, "ab")
+    assert run.state.phase is Phase.OPEN
+    let_pass(run, 8, "ab")
+    assert run.state.outcome == "stopped"
+
+
+def test_who_is_silent_while_others_are_heard_is_gone_and_the_quorum_shrinks_aloud():
+    run = heard("a", "b", "c")
+    run.update("a")
+    effects = let_pass(run, 12, "ab")
+    assert only(effects, fx.Tell)[:2] == [
+        fx.Tell("gone", {"worker": "c", "silent_s": 10.0}),
+        fx.Tell("quorum", {"round": 1, "needed": 2, "was": 3, "reason": "c is gone"}),
+    ]
+    assert only(run.update("b"), fx.Commit)
+
+
+def test_the_echo_alone_makes_time_count():
+    run = heard("a", "b")
+    effects = let_pass(run, 12)
+    assert [t.fields["worker"] for t in only(effects, fx.Tell) if t.what == "gone"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (lambda run: run.left("c"), "c left"),
+        (lambda run: run.failed("c", 1), "c failed"),
+    ],
+)
+def test_a_quorum_of_all_shrinks_aloud_for_who_leaves_or_fails(event, reason):
+    run = heard("a", "b", "c")
+    told = [tell for tell in only(event(run), fx.Tell) if tell.what == "quorum"]
+    assert told == [fx.Tell("quorum", {"round": 1, "needed": 2, "was": 3, "reason": reason})]
+
+
+def test_a_number_does_not_shrink():
+    run = heard("a", "b", "c", rules=Rules(rounds=1, quorum=Quorum(number=3)))
+    assert "quorum" not in tells(run.left("c"))
+    assert run.state.needed == 3
+
+
+def test_no_round_commits_with_less_than_was_written():
+    run = heard("a", "b", "c", rules=Rules(rounds=1, min_workers=3, least=3))
+    run.update("a")
+    assert not only([*run.left("b"), *run.left("c")], fx.Commit)
+    assert run.state.needed == 3
+    run.seen("b", session="b-2", hello=True)
+    run.seen("c", session="c-2", hello=True)
+    assert only([*run.update("b"), *run.update("c")], fx.Commit)
+
+
+def test_signs_of_life_from_before_do_not_count():
+    run = Run(Rules(rounds=1, min_workers=3), hearing=True)
+    run.link = 1
+    run.on(ev.Connected(run.now, 1))
+    effects = [e for name in "abc" for e in run.seen(name)]  # what waited in the broker
+    assert effects == [fx.Welcome(name) for name in "abc"]  # whoever is alive answers
+    assert not run.state.workers
+    assert not [e for name in "abc" for e in run.seen(name)]  # once is enough
+    run.echo()
+    assert run.seen("c")
+    assert set(run.state.workers) == {"c"}
+    assert run.state.phase is Phase.WAITING
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def says(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
+    run.deliveries += 1
+    handle = Handle(run.link, run.deliveries)
+    return run.on(ev.Arrived(run.now, handle, RUN, 1, name, num_examples, run.state.base))
+
+
+def test_an_update_weighs_no_more_than_its_worker_announced():
+    run = heard("a", "b")
+    effects = says(run, "a", 10**12)
+    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, "a", 10)]
+    told = {"worker": "a", "round": 1, "num_examples": 10**12, "limit": 10}
+    assert only(effects, fx.Tell) == [fx.Tell("overweight", told)]
+    assert run.state.received["a"].num_examples == 10
+
+
+def test_an_update_weighs_no_more_than_the_operator_allows():
+    run = heard("a", "b", rules=Rules(rounds=1, max_examples=7))
+    assert only(says(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, "a", 7)]
+    assert only(says(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, "b", 5)]
+
+
+def test_who_was_never_heard_weighs_no_more_than_anybody_else():
+    run = heard("a", "b")
+    assert only(says(run, "stranger", 10**9), fx.Fold)[0].num_examples == 10
+
+
+def folded(run: Run, name: str, norm: float) -> list[fx.Effect]:
+    effects = says(run, name, 10) if name not in run.state.received else []
+    return [*effects, *run.on(ev.Folded(run.now, name, 1.0, 100, norm))]
+
+
+def test_an_update_far_outside_its_round_is_told():
+    run = heard("a", "b", "c")
+    effects = [*folded(run, "a", 1.0), *folded(run, "b", 1.2), *folded(run, "c", 3e4)]
+    told = {"round": 1, "worker": "c", "norm": 3e4, "median": 1.2}
+    assert [t for t in only(effects, fx.Tell) if t.what == "outlier"] == [fx.Tell("outlier", told)]
+    assert only(effects, fx.Commit)
+
+
+def test_an_update_far_outside_is_refused_by_option():
+    run = heard("a", "b", "c", rules=Rules(rounds=2, max_norm_ratio=5.0))
+    assert only(says(run, "a", 10), fx.Fold)[0].max_norm == math.inf
+    folded(run, "a", 1.0)
+    folded(run, "b", 3.0)
+    assert only(says(run, "c", 10), fx.Fold)[0].max_norm == 10.0  # 5 times the median of 1 and 3
+
+
+# --- work that stands still, and work that is long ----------------------------------------------
+
+
+def training(run: Run, name: str, step: int) -> list[fx.Effect]:
+    return run.seen(name, state="training", run=RUN, round=1, base="b0", step=step, steps=100)
+
+
+def goes_on(run: Run, seconds: float, moving: str, still: str = "") -> list[fx.Effect]:
+    effects: list[fx.Effect] = []
+    for _ in range(0, int(seconds), 2):
+        run.now += 2
+        effects += run.echo()
+        for name in moving:
+            effects += training(run, name, int(run.now) % 10**6)
+        for name in still:
+            effects += training(run, name, 3)
+        effects += run.tick()
+        if run.state.outcome:
+            break
+    return effects
+
+
+def test_a_training_that_stands_still_is_told_once():
+    run = heard("a", "b", rules=Rules(rounds=1, stall_s=120))
+    run.update("a")
+    effects = goes_on(run, 300, "", "b")
+    stalls = [tell for tell in only(effects, fx.Tell) if tell.what == "stalled"]
+    told = {"worker": "b", "round": 1, "state": "training", "step": 3, "steps": 100}
+    assert stalls == [fx.Tell("stalled", {**told, "still_s": 120.0})]
+    assert run.state.phase is Phase.OPEN
+
+
+def test_a_training_that_stands_still_counts_as_failed_by_option():
+    run = heard("a", "b", rules=Rules(rounds=1, stall_timeout_s=60))
+    run.update("a")
+    effects = goes_on(run, 62, "", "b")
+    assert {"failure", "quorum"} <= set(tells(effects))
+    assert only(effects, fx.Commit)
+
+
+def test_a_long_round_is_no_dead_one():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_reopenings=3))
+    run.update("a")
+    effects = goes_on(run, 60 * 10, "b")
+    assert tells(effects).count("reopened") >= 9
+    assert not asked(effects)  # it is at work on it
+    assert run.state.phase is Phase.OPEN
+    assert only(run.update("b"), fx.Commit)
+
+
+def test_a_long_round_ends_at_the_cap_of_the_operator_which_is_named():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_round_s=200))
+    run.update("a")
+    goes_on(run, 400, "b")
+    assert run.state.outcome == "stopped"
+    assert "--max-round" in run.state.reason
+    assert "missing: b" in run.state.reason
+
+
+def test_after_our_own_outage_a_model_in_parts_is_sent_again():
+    run = heard("a", "b")
+
+    def receiving() -> list[fx.Effect]:
+        told = {"state": "receiving", "run": RUN, "round": 1, "base": "b0", "step": 1, "steps": 10}
+        return run.seen("b", **told)
+
+    receiving()
+    run.disconnect()
+    run.now += 5
+    run.connect()
+    assert asked(receiving()) == ["b"]
+    assert not asked(receiving())  # once: it is under way
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def test_a_reopened_round_asks_others():
+    names = "abcdefgh"
+    rules = Rules(rounds=1, min_workers=8, fraction=0.5, deadline_s=60)
+    run = heard(*names, rules=rules)
+    first = set(run.state.asked)
+    assert len(first) == 4
+    answered, busy, *hung = sorted(first)
+    run.update(answered)
+    effects = let_pass(run, 58, names.replace(busy, ""))
+    run.now += 1
+    training(run, busy, 7)
+    effects = let_pass(run, 2, "")
+    assert "reopened" in tells(effects)
+    # Who has answered and who is at it stay; the silent make room for those who were idle.
+    again = set(run.state.asked)
+    assert {answered, busy} <= again
+    assert len(again) == 4
+    assert not again & set(hung)
+
+
+def test_a_sample_below_the_quorum_waits_for_more_workers():
+    rules = Rules(rounds=1, min_workers=3, quorum=Quorum(number=3), fraction=0.5)
+    run = Run(rules, hearing=True)
+    run.connect()
+    for name in "abcd":
+        run.seen(name, hello=True)
+    assert run.state.phase is Phase.WAITING  # it could never close
+    run.seen("e", hello=True)
+    assert run.state.phase is Phase.OPEN
+    assert len(run.state.asked) == 3
+
+
+# --- rejected updates --------------------------------------------------------------------------
+
+
+def test_a_round_asked_again_after_a_rejection_is_another_attempt():
+    run = heard("a", "b", rules=Rules(rounds=1, quorum=Quorum(number=2), deadline_s=60))
+    run.update("a")
+    run.arrived("b")
+    run.fold_failed("b")
+    effects = let_pass(run, 62, "ab")
+    assert fx.SendFit(("b",), evaluate=False, attempt=1) in effects
+    run.arrived("b")
+    run.fold_failed("b")
+    assert fx.SendFit(("b",), evaluate=False, attempt=2) in let_pass(run, 62, "ab")
+
+
+# --- whose classes, whose model ----------------------------------------------------------------
+
+
+def gathered(*workers: tuple[str, dict[str, object]], **rules: object) -> tuple[Run, list]:
+    run = Run(Rules(rounds=1, min_workers=len(workers), **rules), hearing=True, has_weights=False)
+    effects = run.connect()
+    for name, told in workers:
+        effects += run.seen(name, hello=True, **told)
+    return run, effects
+
+
+def test_the_majority_decides_on_the_classes():
+    odd, even = {"classes": ("x", "y")}, {"classes": ("a", "b")}
+    run, effects = gathered(("odd", odd), ("p", even), ("q", even))
+    assert run.state.classes == ("a", "b")
+    (refused,) = only(effects, fx.Refuse)
+    assert refused.worker == "odd"
+    assert "has the classes x, y" in refused.reason
+    assert "lacks the classes a, b" in refused.reason
+    assert "set by p, q" in refused.reason
+    assert "--classes" in refused.reason
+
+
+def test_the_operator_decides_on_the_classes():
+    run = Run(Rules(rounds=1), has_weights=False, classes=("a", "b"), decided_by="--classes")
+    run.connect()
+    effects = run.seen("w", hello=True, classes=("a", "b", "c"))
+    (refused,) = only(effects, fx.Refuse)
+    assert "has the classes c, which the federation lacks" in refused.reason
+    assert "set by --classes" in refused.reason
+
+
+def test_the_majority_decides_on_the_form_of_the_model():
+    odd, even = {"model": FLOAT64}, {"model": FLOAT32}
+    _, effects = gathered(("a", odd), ("b", even), ("c", even))
+    assert only(effects, fx.AskInit) == [] or only(effects, fx.AskInit)[0].worker != "a"
+    (refused,) = only(effects, fx.Refuse)
+    assert refused.worker == "a"
+    assert "float64 8" in refused.reason
+    assert "float32 8" in refused.reason
+    assert "set by b, c" in refused.reason
+
+
+def test_who_comes_later_with_another_model_is_refused_at_once():
+    run, _ = gathered(("b", {"model": FLOAT32}), ("c", {"model": FLOAT32}))
+    run.on(ev.WeightsReady(run.now, "b0"))
+    (refused,) = only(run.seen("a", hello=True, model=FLOAT64), fx.Refuse)
+    assert refused.worker == "a"
+    assert set(run.state.asked) == {"b", "c"}
+
+
+def test_a_refusal_is_sent_once_a_session_and_for_every_hello():
+    run = Run(Rules(rounds=1), has_weights=False, classes=("a",))
+    run.connect()
+    assert only(run.seen("w", hello=True, classes=("b",)), fx.Refuse)
+    assert not run.seen("w", classes=("b",))
+    assert only(run.seen("w", hello=True, classes=("b",)), fx.Refuse)
+    assert only(run.seen("w", session="w-2", classes=("b",)), fx.Refuse)
+
+
+# --- many workers ------------------------------------------------------------------------------
+
+
+def test_the_work_of_a_round_grows_with_its_workers_not_with_their_square():
+    # Counted in changes of shared state, not in seconds: no mapping is copied for one worker.
+    run = heard(*(f"w{number}" for number in range(200)), rules=Rules(rounds=1, min_workers=200))
+    tables = [name for name, value in vars(run.state).items() if isinstance(value, rs.Table)]
+    assert {"workers", "asked", "received", "evaluations", "announced"} <= set(tables)
+    grows = (dict, set, frozenset, list)
+    copied = {name for name, value in vars(run.state).items() if isinstance(value, grows)}
+    assert copied <= {"counted_before", "greeted"}  # changed once a round, once a link
+
+
+def test_the_tally_is_what_counting_anew_would_give():
+    run = heard("a", "b", "c", "d")
+    run.update("a")
+    run.left("b")
+    run.failed("c", 1)
+    run.evaluation("d", 0)
+    assert run.state.recounted().tally == run.state.tally
+    assert run.state.tally == rs.Tally(expected=2, unfolded=1, unevaluated=1)
+
+
+def test_wakeup_waits_to_hear_something_when_the_clock_stops():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60))
+    assert rounds.wakeup(replace(run.state, heard_at=run.now - 10)) == math.inf

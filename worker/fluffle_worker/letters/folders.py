@@ -1,0 +1,170 @@
+"""Class folders: which folders are classes, which files are images, and what is ignored."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluffle_common.errors import TaskError
+
+SUFFIXES = frozenset(
+    ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
+"""Suffixes of image files, in lower case; matching ignores case."""
+
+_NAMED = 5  # names listed before the rest is only counted
+_JUNK = frozenset(
+    {
+        "#recycle",
+        "$recycle.bin",
+        "@eadir",
+        "desktop.ini",
+        "ehthumbs.db",
+        "icon\r",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+    }
+)
+_TO_CONVERT = {".heic": "HEIC", ".heif": "HEIF", ".avif": "AVIF", ".svg": "SVG", ".pdf": "PDF"}
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The contents of a folder ``<class>/<image>``.
+
+    Args:
+        files: the image files of each class that has any, sorted by `class_order`.
+        notes: lines to show to the user.
+    """
+
+    files: dict[str, tuple[Path, ...]]
+    notes: tuple[str, ...]
+
+
+def find_classes(folder: Path) -> ClassFolders:
+    """List the classes of a folder and their image files.
+
+    Names are normalised to Unicode's composed form (NFC), so that a folder from macOS and one from
+    Linux are the same class. Files and folders that `is_junk` are skipped.
+
+    Raises:
+        TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.
+    """
+    if not folder.is_dir():
+        raise TaskError(f"there is no folder {folder}; --data names one with <class>/<image> in it")
+    spellings: dict[str, list[Path]] = defaultdict(list)
+    ignored: Counter[str] = Counter()
+    for path in _entries(folder):
+        if path.is_dir():
+            spellings[class_name(path.name)].append(path)
+        else:
+            ignored[f"{_kind(path)} outside a class folder"] += 1
+    files = {}
+    for name in sorted(spellings, key=class_order):
+        images = []
+        for path in spellings[name]:
+            for file in _entries(path):
+                if file.is_dir():
+                    ignored["folder inside a class folder"] += 1
+                elif file.suffix.lower() in SUFFIXES:
+                    images.append(file)
+                else:
+                    ignored[_kind(file)] += 1
+        files[name] = tuple(images)
+    classes = {name: images for name, images in files.items() if images}
+    notes = [*_spelling_notes(spellings), *_case_notes(classes)]
+    if ignored:
+        notes.append(_ignored_note(ignored))
+    empty = files.keys() - classes.keys()
+    if empty and classes:
+        notes.append(f"folders without images: {some(sorted(empty, key=class_order))}")
+    return ClassFolders(classes, tuple(notes))
+
+
+def class_name(name: str) -> str:
+    """Return the name of a class in Unicode's composed form.
+
+    Raises:
+        TaskError: if it is not valid UTF-8.
+
+    Example:
+        >>> len("e\u0301"), len(class_name("e\u0301"))
+        (2, 1)
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise TaskError(f"the name of the class {name!r} is not UTF-8; rename it") from None
+    return unicodedata.normalize("NFC", name)
+
+
+def class_order(name: str) -> tuple[bool, int, str]:
+    """Return the sort key of a class: whole numbers by value, then the others by code point.
+
+    Example:
+        >>> sorted(["b", "10", "9", "B", "a"], key=class_order)
+        ['9', '10', 'B', 'a', 'b']
+    """
+    number = re.fullmatch(r"[0-9]{1,18}", name)
+    return not number, int(name) if number else 0, name
+
+
+def is_junk(name: str) -> bool:
+    """Return whether a file or folder was left behind by an operating system or a tool.
+
+    Example:
+        >>> [is_junk(name) for name in (".ipynb_checkpoints", "__MACOSX", "Thumbs.db", "a")]
+        [True, True, True, False]
+    """
+    return name.startswith((".", "__", "~$")) or name.lower() in _JUNK
+
+
+def some(names: Collection[str]) -> str:
+    """List the first few names, and count the rest.
+
+    Example:
+        >>> some("abcdefg")
+        'a, b, c, d, e and 2 more'
+    """
+    listed = ", ".join(list(names)[:_NAMED])
+    return f"{listed} and {len(names) - _NAMED} more" if len(names) > _NAMED else listed
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder, without junk, sorted by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if not is_junk(path.name))
+    except OSError as why:
+        raise TaskError(f"the folder {folder} cannot be read ({why.strerror})") from None
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower() or "no suffix"
+
+
+def _spelling_notes(spellings: dict[str, list[Path]]) -> Iterable[str]:
+    for name, paths in spellings.items():
+        if len(paths) > 1:
+            yield f"{len(paths)} folders are '{name}' in different Unicode forms; read as one class"
+
+
+def _case_notes(names: Iterable[str]) -> Iterable[str]:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[name.casefold()].append(name)
+    pairs = [" and ".join(names) for names in alike.values() if len(names) > 1]
+    if pairs:
+        yield f"names that differ only in case are separate classes: {some(pairs)}"
+
+
+def _ignored_note(ignored: Counter[str]) -> str:
+    listed = some([f"{kind} {count}" for kind, count in ignored.most_common()])
+    hints = [_TO_CONVERT[kind] for kind in sorted(ignored) if kind in _TO_CONVERT]
+    hint = f" (convert {', '.join(hints)} to PNG or JPEG)" if hints else ""
+    total = ignored.total()
+    return f"ignored {total} file{'s' if total > 1 else ''}: {listed}{hint}"
