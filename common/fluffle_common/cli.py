@@ -209,6 +209,11 @@ def unexpected(wrong: BaseException) -> str:
         return f"cannot use {os.fsdecode(wrong.filename)} ({wrong.strerror})"
     if isinstance(wrong, OSError) and wrong.errno in _NO_ROOM:
         return f"cannot write ({wrong.strerror})"
+    if isinstance(wrong, ModuleNotFoundError) and not (wrong.name or "").startswith("fluffle"):
+        return (
+            f"the installation lacks the package '{wrong.name}': 'make install' in a clone, else "
+            "pip install 'fluffle[all]', installs what is missing"
+        )
     frames = traceback.extract_tb(wrong.__traceback__)
     ours = [frame for frame in frames if "fluffle_" in frame.filename] or list(frames)
     where = f", at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""

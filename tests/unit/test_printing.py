@@ -182,6 +182,8 @@ def test_with_debug_it_has_its_traceback(raising, capsys, monkeypatch):
     [
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write (No space left on"),
+        (ModuleNotFoundError("No module", name="rpds"), "lacks the package 'rpds'"),
         (ExceptionGroup("g", [ValueError("inner")]), "ValueError: inner"),
     ],
 )
