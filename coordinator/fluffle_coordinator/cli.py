@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LEAST_FRACTION, _MOST_FRACTION = 1e-6, 0.5
 _MOST_COUNT = 2**31 - 1
+_UNBOUNDED = 10_000
 
 
 class QuorumType(click.ParamType[Any]):
@@ -339,7 +340,9 @@ def history(folder: Path, as_json: bool) -> None:
     if as_json:
         echo_json(rounds)
     else:
-        screen(width_in_a_pipe=120).print(history_table(rounds))
+        shown = screen(width_in_a_pipe=120)
+        # A pipe has no width of its own, and whoever reads it looks for names.
+        shown.print(history_table(rounds, shown.width if shown.is_terminal else _UNBOUNDED))
 
 
 @click.command()

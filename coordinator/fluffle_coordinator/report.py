@@ -14,8 +14,20 @@ _BLUE, _RUST = "#1f5fa8", "#c1502e"
 _KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
 
 
-def history_table(rounds: list[dict[str, Any]]) -> Table:
-    """Return one row a round."""
+def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
+    """Return one row a round, within ``width`` columns where that is possible.
+
+    When names do not fit, participants are counted, and columns that are 0 throughout are left out.
+    """
+    from rich.console import Console
+
+    whole = _history_table(rounds)
+    if Console(width=10_000).measure(whole).maximum <= width:
+        return whole
+    return _history_table(rounds, short=True)
+
+
+def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Table:
     metrics = sorted(
         {
             name
@@ -24,21 +36,25 @@ def history_table(rounds: list[dict[str, Any]]) -> Table:
             if name not in _KNOWN and isinstance(value, float)
         }
     )
-    rows = table()
-    for name in ("round", "participants", "examples"):
-        rows.add_column(name, justify="left" if name == "participants" else "right")
-    for name in ("train loss", "loss", *metrics, "late", "rejected"):
-        rows.add_column(name, justify="right")
+    counts = [
+        name for name in ("late", "rejected") if not short or any(one.get(name) for one in rounds)
+    ]
+    who = "workers" if short else "participants"
+    rows = table(padding=(0, 1), pad_edge=not short)
+    for name in ("round", who, "examples", "train loss", "loss", *metrics, *counts):
+        rows.add_column(
+            name, justify="left" if name == "participants" else "right", overflow="fold"
+        )
     for one in rounds:
         there = one.get("participants", [])
+        names = ", ".join(sorted(p["worker"] for p in there))
         rows.add_row(
             str(one["round"]),
-            ", ".join(sorted(p["worker"] for p in there)),
+            str(len(there)) if short else names,
             str(sum(p["num_examples"] for p in there)),
             _number(_train_loss(there)),
             *(_number(one.get(name)) for name in ("loss", *metrics)),
-            str(one.get("late", "")),
-            str(one.get("rejected", "")),
+            *(str(one.get(name, "")) for name in counts),
         )
     return rows
 
