@@ -1,9 +1,12 @@
 # Two commands do everything: `make demo` runs the main job, `make test` passes the tests.
 # Both install what they need into .venv; the demo and the tests bring their own RabbitMQ.
+# The first installation takes a minute or two, mostly downloads: pip shows them on a terminal.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Progress where a terminal shows it, nothing but errors elsewhere.
+PIP_FLAGS := --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
 .PHONY: install demo test check browser bench bench-flower chaos format lock clean
 
@@ -14,10 +17,13 @@ $(STAMP): requirements.lock pyproject.toml
 		{ echo "fluffle needs Python 3.11 or newer: make install PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
 		echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	@echo "installing the $$(grep -c == requirements.lock) packages of requirements.lock" \
+		"into .venv: one or two minutes the first time ..."
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --editable .
 	@touch $(STAMP)
+	@echo "installed; 'make demo' and 'make test' start at once from now on"
 
 demo: install
 	$(BIN)/python examples/demo.py
@@ -50,8 +56,9 @@ FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.installed
 
 $(FLOWER_STAMP): requirements.lock
-	test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
-	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check flwr==1.42.0 \
+	@echo "installing Flower into $(FLOWER): one or two minutes ..."
+	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	@$(FLOWER)/bin/python -m pip install $(PIP_FLAGS) flwr==1.42.0 \
 		$(shell grep -E '^(flax|jax|jaxlib|msgpack|numpy|optax|pillow|pydantic|safetensors)==' \
 		requirements.lock)
 	@touch $(FLOWER_STAMP)
@@ -67,7 +74,8 @@ format: install
 
 # The exact versions come from this machine's package index, whose name stays out of the file.
 lock: install
-	$(BIN)/python -m pip install --quiet --dry-run --upgrade --ignore-installed \
+	@echo "asking the package index for the newest versions: about a minute ..."
+	@$(BIN)/python -m pip install --quiet --dry-run --upgrade --ignore-installed \
 		--report .venv/lock.json '.[all]' --group dev hatchling editables
 	$(BIN)/python -c "import json; \
 		told = json.load(open('.venv/lock.json'))['install']; \

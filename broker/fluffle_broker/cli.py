@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fluffle_common.printing import echo, echo_json, is_terminal, printable
+
 if TYPE_CHECKING:
     from fluffle_broker.record import NodeInfo, Ports
 
@@ -88,15 +90,15 @@ def up(
 
     running = node.running_node(state)
     if running is not None:
-        click.echo(f"RabbitMQ {running.version} is up already")
+        echo(f"RabbitMQ {running.version} is up already")
         if port not in (None, 0, running.ports.amqp):
-            click.echo(f"  to move it to port {port}, run 'fluffle broker down' first")
+            echo(f"  to move it to port {port}, run 'fluffle broker down' first")
         _show(running, state)
         return
     ports = chosen_ports(port, management_port, prometheus_port)
     with _progress() as say:
         info = node.up(state, ports=ports, node_name=node_name, say=say)
-    click.echo(f"RabbitMQ {info.version} is up")
+    echo(f"RabbitMQ {info.version} is up")
     _show(info, state)
 
 
@@ -108,7 +110,7 @@ def down(state: Path) -> None:
 
     with _progress() as say:
         stopped = node.down(state, say=say)
-    click.echo("RabbitMQ is stopped" if stopped else f"no broker of {state} is running")
+    echo("RabbitMQ is stopped" if stopped else f"no broker of {state} is running")
 
 
 @broker.command()
@@ -122,14 +124,14 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     info = node.running_node(state)
     figures = management.figures(info) if info else None
     if as_json:
-        click.echo(_as_json(info, figures))
+        echo_json(_as_dict(info, figures))
     elif info is None:
-        click.echo(f"no broker of {state} is running; 'fluffle broker up' starts one")
+        echo(f"no broker of {state} is running; 'fluffle broker up' starts one")
     else:
-        click.echo(f"RabbitMQ {info.version} is up")
+        echo(f"RabbitMQ {info.version} is up")
         if figures is not None:
-            click.echo(f"  uptime      {_duration(figures.uptime_s)}")
-            click.echo(f"  memory      {figures.memory_bytes / 1e6:.0f} MB")
+            echo(f"  uptime      {_duration(figures.uptime_s)}")
+            echo(f"  memory      {figures.memory_bytes / 1e6:.0f} MB")
         _show(info, state)
     if info is None:
         ctx.exit(_NOT_RUNNING)
@@ -160,12 +162,11 @@ def _show(info: NodeInfo, state: Path) -> None:
         "stop it": f"fluffle broker down{option}",
     }
     for name, value in rows.items():
-        click.echo(f"  {name:<12}{value}")
+        echo(f"  {name:<12}{value}")
 
 
-def _as_json(info: NodeInfo | None, figures: Any) -> str:
+def _as_dict(info: NodeInfo | None, figures: Any) -> dict[str, Any]:
     import dataclasses
-    import json
 
     shown: dict[str, Any] = {"running": info is not None}
     if info is not None:
@@ -173,7 +174,7 @@ def _as_json(info: NodeInfo | None, figures: Any) -> str:
         shown |= {"uptime_s": None, "memory_bytes": None}
     if figures is not None:
         shown |= dataclasses.asdict(figures)
-    return json.dumps(shown, indent=2)
+    return shown
 
 
 def _duration(seconds: float) -> str:
@@ -188,11 +189,11 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Show what is being done on stderr: in place on a terminal, else a line each."""
-    if not sys.stderr.isatty():
-        yield lambda text: click.echo(f"{text} …", err=True)
+    if not is_terminal(sys.stderr):
+        yield lambda text: echo(f"{text} …", err=True)
         return
     from rich.console import Console
     from rich.markup import escape
 
     with Console(stderr=True).status("looking for RabbitMQ") as shown:
-        yield lambda text: shown.update(escape(text))
+        yield lambda text: shown.update(escape(printable(text)))

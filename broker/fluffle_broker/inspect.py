@@ -31,8 +31,30 @@ class Look:
     note: str | None = None
 
     def hint(self, queue: QueueFigures) -> str | None:
-        """Say what is off with a queue."""
+        """Say what is off with a queue; that nobody is connected at all is no fault of a queue."""
+        if self.at_rest and not queue.ready and queue.known:
+            return None
         return hint(queue, self.topology, self.alarms)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nobody is connected and no work is left, as before a run and after its end."""
+        inbox = self.topology.inbox("")
+        read = [
+            queue
+            for queue in self.queues
+            if queue.name in (self.topology.updates, self.topology.presence)
+            or queue.name.startswith(inbox)
+        ]
+        if self.note is not None:  # the workers' queues are unknown
+            return False
+        return not any(queue.consumers for queue in read) and not any(
+            queue.ready for queue in read if queue.name != self.topology.presence
+        )
+
+    def short_name(self, queue: QueueFigures) -> str:
+        """Return a queue's name without the federation's."""
+        return queue.name.removeprefix(f"{self.topology.federation}.")
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return the queues for JSON."""
@@ -51,7 +73,8 @@ def look(url: str, base: str, topology: Topology) -> Look:
         reason = getattr(why, "reason", None) or why
         note = (
             f"the management API at {base} does not answer ({reason}): unacknowledged messages, "
-            "bytes, rates, ages and workers' queues cannot be told; --management URL names another"
+            "bytes, rates, ages and the workers' queues are unknown; name the right address with "
+            "--management"
         )
     return Look(topology, asyncio.run(_by_amqp(url, topology)), [], note)
 

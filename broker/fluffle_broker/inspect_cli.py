@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluffle_broker.looking import looking, screen, where
+from fluffle_broker.looking import looking, where
 from fluffle_common.cli import management_option
+from fluffle_common.console import warn
+from fluffle_common.printing import echo, echo_json, is_terminal, screen
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fluffle_broker.inspect import Look
 
 _EVERY_S = 2.0
@@ -28,7 +27,7 @@ _EVERY_S = 2.0
 def queues(
     federation: str, url: str | None, management: str | None, as_json: bool, watch: bool
 ) -> None:
-    """Show a federation's queues, what each is for and what is off with it; changes nothing.
+    """Show a federation's queues and what is off with them; changes nothing.
 
     \b
     ready      waiting to be delivered
@@ -37,7 +36,11 @@ def queues(
     in/s out/s messages that came in, and were handed out, per second
     oldest     age of the message at the head, by its sender's clock
 
-    The figures are RabbitMQ's statistics, which are up to 5 seconds old. Where the management
+    Below the table, each line with "!" says what is off and what to do about it. Several empty
+    queues of one kind share a row, and a wide terminal also shows what each queue is for; --json
+    has every queue with everything.
+
+    The figures are RabbitMQ's statistics, which are up to 5 seconds old. When the management
     API cannot be reached, AMQP still tells what is ready in the shared queues.
 
     \b
@@ -58,33 +61,48 @@ def queues(
         return
     found = once()
     if as_json:
-        click.echo(json.dumps(found.as_dicts(), indent=2))
+        echo_json(found.as_dicts())
     elif found.queues:
-        screen().print(_table(found))
+        _show(found)
     else:
-        click.echo(f"federation {federation} has no queues on this broker yet")
+        echo(f"federation {federation} has no queues on this broker yet")
     _notes(found)
+
+
+def _show(found: Look) -> None:
+    from fluffle_broker.inspect_table import drawn, hints
+
+    shown = screen()
+    shown.print(drawn(found, shown.width))
+    for line in hints(found):
+        # In a pipe, a hint is one line, so that it can be searched for.
+        shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)
+    if found.at_rest:
+        at = f"--federation {found.topology.federation}"
+        shown.print(f"nobody is connected; 'fluffle explain {at}' says how the last run went")
 
 
 def _notes(found: Look) -> None:
     if found.alarms:
-        click.echo(
-            f"fluffle: the broker has run out of {' and '.join(found.alarms)}: "
-            "it takes no messages from anybody until there is room again",
-            err=True,
+        warn(
+            f"the broker has run out of {' and '.join(found.alarms)}: "
+            "it takes no messages from anybody until there is room again"
         )
     if found.note:
-        click.echo(f"fluffle: {found.note}", err=True)
+        warn(found.note)
 
 
 def _watch(once: Callable[[], Look], as_json: bool) -> None:
     """Look again and again: redrawn on a terminal, a block a look elsewhere."""
+    from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
+    from fluffle_broker.inspect_table import drawn, hints
     from fluffle_common.errors import BrokerError
 
     live = None
-    if sys.stdout.isatty() and not as_json:
+    if is_terminal(sys.stdout) and not as_json:
         live = Live(console=screen(), auto_refresh=False, screen=False)
         live.start()
     try:
@@ -92,52 +110,20 @@ def _watch(once: Callable[[], Look], as_json: bool) -> None:
             try:
                 found = once()
             except BrokerError as why:  # it may be starting again
-                click.echo(f"fluffle: {why}", err=True)
+                warn(str(why))
             else:
                 if as_json:
-                    click.echo(json.dumps(found.as_dicts()))
+                    echo_json(found.as_dicts(), indent=None)
                 elif live is not None:
-                    # What does not fit on the screen is cut off at its end.
-                    found.queues.sort(key=lambda queue: found.hint(queue) is None)
-                    live.update(_table(found), refresh=True)
+                    # What does not fit on the screen is cut off at its end: hints come first.
+                    lines = [*hints(found), *([found.note] if found.note else [])]
+                    told = [Text(f"! {line}", style="bold yellow") for line in lines]
+                    live.update(Group(*told, drawn(found, live.console.width)), refresh=True)
                 else:
-                    click.echo(time.strftime("%H:%M:%S"))
-                    screen().print(_table(found))
+                    echo(time.strftime("%H:%M:%S"))
+                    _show(found)
                     _notes(found)
-            sys.stdout.flush()
             time.sleep(_EVERY_S)
     finally:
         if live is not None:
             live.stop()
-
-
-def _table(found: Look) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from fluffle_broker.words import age, rate, size
-
-    caption = "; ".join(filter(None, [found.note, *(f"out of {what}" for what in found.alarms)]))
-    table = Table(box=box.SIMPLE_HEAD, caption=caption or None, caption_justify="left")
-    table.add_column("queue", no_wrap=True)
-    for name in ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("what it is for, and what is off")
-    for queue in found.queues:
-        words = Text(queue.purpose, style="dim")
-        hint = found.hint(queue)
-        if hint:
-            words.append(f"\n! {hint}", style="not dim bold yellow")
-        table.add_row(
-            queue.name,
-            f"{queue.ready:,}",
-            "?" if queue.unacknowledged is None else f"{queue.unacknowledged:,}",
-            str(queue.consumers),
-            "?" if queue.size_bytes is None else size(queue.size_bytes),
-            rate(queue.in_rate),
-            rate(queue.out_rate),
-            age(queue.oldest_s) if queue.ready else "",
-            words,
-        )
-    return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,6 @@ import click
 from fluffle_common.cli import federation_option, url_option
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fluffle_common.management import QueueFigures
     from fluffle_common.topology import Topology
 
@@ -50,10 +47,3 @@ def figures_if_told(address: str, base: str, topology: Topology) -> dict[str, Qu
     with contextlib.suppress(*UNTOLD):
         return {queue.name: queue for queue in queue_figures(address, base, topology)}
     return {}
-
-
-def screen() -> Console:
-    """Return where tables are drawn: as wide as the terminal, and wide enough in a pipe."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)

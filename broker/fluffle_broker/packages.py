@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from fluffle_common.errors import BrokerError
+from fluffle_common.settings import cache_folder
 
 _SYSTEM_LIB = Path("/usr/lib/rabbitmq/lib")
 _SERVER = "rabbitmq-server"
@@ -220,15 +221,13 @@ def _rewrite_erl(root: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
     # Packages of one release may not run on the next one, and a home may be shared by machines.
     try:
         release = platform.freedesktop_os_release()
     except OSError:
         release = {}
     system = "-".join((release.get("ID", "unknown"), release.get("VERSION_ID", "0")))
-    cache = Path(base) if base else Path.home() / ".cache"
-    return cache.absolute() / "fluffle" / "rabbitmq" / f"{system}-{platform.machine()}"
+    return cache_folder().absolute() / "fluffle" / "rabbitmq" / f"{system}-{platform.machine()}"
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_broker.looking import figures_if_told, looking, screen, where
+from fluffle_broker.looking import figures_if_told, looking, where
+from fluffle_common.cli import count as counts
 from fluffle_common.cli import management_option
+from fluffle_common.console import warn
+from fluffle_common.printing import echo, echo_json, screen, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +27,7 @@ MOST_ROWS = 12
 @click.command()
 @click.argument("queue")
 @click.option(
-    "-n", "--count", default=5, show_default=True, type=click.IntRange(1, 10_000),
+    "-n", "--count", default=5, show_default=True, type=counts(1, 10_000),
     help="How many messages at most, from the head of the queue; of the journal, from its end.",
 )  # fmt: skip
 @looking("Print a list of objects, with every tensor.")
@@ -55,12 +57,12 @@ def peek(queue: str, count: int, **options: Any) -> None:
     peeked = asyncio.run(_peek(address, topology, queue, count))
     now = time.time()
     if options["as_json"]:
-        click.echo(json.dumps([reading.as_dict(now) for reading in peeked.readings], indent=2))
+        echo_json([reading.as_dict(now) for reading in peeked.readings])
     else:
         _show(peeked, now)
     held = _held(peeked, topology, address, management_of(address, options["management"]))
     if held:
-        click.echo(f"fluffle: {held}", err=True)
+        warn(held)
 
 
 async def _peek(address: str, topology: Topology, queue: str, count: int) -> Peeked:
@@ -97,9 +99,9 @@ def _show(peeked: Peeked, now: float) -> None:
 
     shown = f", {len(peeked.readings)} shown" if peeked.readings else ""
     kept = "kept" if any(r.delivery.offset is not None for r in peeked.readings) else "ready"
-    click.echo(f"{peeked.queue}: {messages(peeked.counts.ready)} {kept}{shown}")
+    echo(f"{peeked.queue}: {messages(peeked.counts.ready)} {kept}{shown}")
     for number, reading in enumerate(peeked.readings, 1):
-        click.echo("")
+        echo("")
         show_reading(reading, now, f"{number}  ")
 
 
@@ -109,7 +111,7 @@ def show_reading(reading: Reading, now: float, before: str = "") -> None:
 
     whom = f" of {reading.worker}" if reading.worker else ""
     headline = ", ".join([f"{reading.kind}{whom}", *facts(reading)])
-    click.echo(f"{before}{headline}")
+    echo(f"{before}{headline}")
     properties = reading.delivery.properties
     told = [
         size(reading.size_bytes),
@@ -118,40 +120,35 @@ def show_reading(reading: Reading, now: float, before: str = "") -> None:
         f"message_id {properties.message_id or 'none'}",
         "redelivered" if reading.delivery.redelivered else "",
     ]
-    click.echo("   " + ", ".join(filter(None, told)))
+    echo("   " + ", ".join(filter(None, told)))
     said = reading.said()
     rest = {key: said[key] for key in ("run", "seconds", "session", "task", "plan") if key in said}
     if rest:
-        click.echo("   " + ", ".join(f"{key} {value}" for key, value in rest.items()))
+        echo("   " + ", ".join(f"{key} {value}" for key, value in rest.items()))
     if reading.header("reason") is not None:
         cause = reading.header("cause") or "unknown"
-        click.echo(f"   refused ({cause}): {reading.header('reason')}")
+        echo(f"   refused ({cause}): {reading.header('reason')}")
     if reading.message is None:
-        click.echo(f"   begins with {reading.first_bytes.hex(' ')}")
+        echo(f"   begins with {reading.first_bytes.hex(' ')}")
     if reading.tensors:
         screen().print(_tensors(reading))
 
 
 def _tensors(reading: Reading) -> Table:
-    from rich import box
-    from rich.table import Table
-
     shown = reading.tensors[:MOST_ROWS]
     left = len(reading.tensors) - len(shown)
     more = f"   … and {left} more tensors; --json has them all" if left else None
-    table = Table(
-        box=box.SIMPLE_HEAD, caption=more, caption_justify="left", pad_edge=False, padding=(0, 1)
-    )
-    table.add_column("   tensor", no_wrap=True)
+    rows = table(caption=more, pad_edge=False, padding=(0, 1))
+    rows.add_column("   tensor", overflow="fold")
     for name in ("dtype", "shape", "norm", "min", "mean", "max", "NaN", "inf"):
-        table.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     for tensor in shown:
         numbers = (tensor.norm, tensor.min, tensor.mean, tensor.max)
-        table.add_row(
+        rows.add_row(
             f"   {tensor.name}",
             tensor.dtype,
             "x".join(map(str, tensor.shape)) or "scalar",
             *("-" if number is None else f"{number:.4g}" for number in numbers),
             *("-" if count is None else str(count) for count in (tensor.nan, tensor.inf)),
         )
-    return table
+    return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from collections import Counter
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from fluffle_broker.looking import figures_if_told, looking, screen, where
+from fluffle_broker.looking import figures_if_told, looking, where
+from fluffle_common.cli import count as counts
 from fluffle_common.cli import management_option
 from fluffle_common.errors import UsageError
+from fluffle_common.printing import echo, echo_json, screen, table
 
 if TYPE_CHECKING:
     from fluffle_broker.rejected import Rejected, Requeued
@@ -30,7 +31,7 @@ _anywhere = looking("Print JSON instead.", required=False)
 @_anywhere
 @management_option
 @click.option(
-    "-n", "--count", default=20, show_default=True, type=click.IntRange(1), metavar="N",
+    "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
     help="List the latest N.",
 )  # fmt: skip
 @click.pass_context
@@ -97,12 +98,12 @@ def _list(at: _Where, most: int, management: str | None) -> None:
     now = time.time()
     if as_json:
         told = {"kept": len(found), "dropped": gone, "messages": [m.as_dict(now) for m in found]}
-        click.echo(json.dumps(told, indent=2))
+        echo_json(told)
         return
-    click.echo(f"{topology.rejected}: {_how_many(len(found), gone)}")
+    echo(f"{topology.rejected}: {_how_many(len(found), gone)}")
     if found:
         causes = Counter(message.cause for message in found).most_common()
-        click.echo("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
+        echo("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
         _table(found[-most:], now)
 
 
@@ -131,18 +132,15 @@ def _how_many(kept: int, gone: int | None) -> str:
 
 
 def _table(found: list[Rejected], now: float) -> None:
-    from rich import box
-    from rich.table import Table
-
     from fluffle_broker.words import size
 
-    table = Table(box=box.SIMPLE_HEAD)
+    rows = table()
     for name in ("#", "when", "kind", "worker", "round", "size", "cause"):
-        table.add_column(name, no_wrap=True, justify="right" if name in ("#", "size") else "left")
-    table.add_column("reason")
+        rows.add_column(name, no_wrap=True, justify="right" if name in ("#", "size") else "left")
+    rows.add_column("reason")
     for message in found:
         reading = message.reading
-        table.add_row(
+        rows.add_row(
             str(message.number),
             (message.rejected_at or "?")[:19].replace("T", " "),
             reading.kind,
@@ -152,11 +150,11 @@ def _table(found: list[Rejected], now: float) -> None:
             message.cause,
             message.reason,
         )
-    screen().print(table)
+    screen().print(rows)
 
 
 @rejected.command()
-@click.argument("number", type=click.IntRange(1))
+@click.argument("number", type=counts())
 @_anywhere
 @click.pass_obj
 def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
@@ -168,14 +166,14 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
     found = _visit(address, lambda link: one(link, topology, number))
     now = time.time()
     if as_json:
-        click.echo(json.dumps(found.as_dict(now), indent=2))
+        echo_json(found.as_dict(now))
         return
     show_reading(found.reading, now, f"{number}  ")
-    click.echo(f"   refused at {found.rejected_at or '?'} from {found.queue or 'an unknown queue'}")
+    echo(f"   refused at {found.rejected_at or '?'} from {found.queue or 'an unknown queue'}")
 
 
 @rejected.command()
-@click.argument("numbers", nargs=-1, type=click.IntRange(1), metavar="[NUMBER]...")
+@click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
 @click.option("--all", "everything", is_flag=True, help="All that are kept now.")
 @_anywhere
 @click.pass_obj
@@ -197,7 +195,9 @@ def requeue(
     chosen = None if everything else set(numbers)
     found = _visit(address, lambda link: refused.requeue(link, topology, chosen))
     if as_json:
-        click.echo(json.dumps([_became(each) for each in found], indent=2))
+        echo_json([_became(each) for each in found])
+    elif not found:
+        echo(f"nothing to send again: {topology.rejected} is empty")
     else:
         for each in found:
             _say_became(each)
@@ -219,7 +219,7 @@ def _say_became(each: Requeued) -> None:
     whom = f" of {reading.worker}" if reading.worker else ""
     sent_to = f"{each.exchange} as {each.key}" if each.exchange else each.key
     became = f"stays: {each.left}" if each.left else f"sent again to {sent_to}"
-    click.echo(f"{each.message.number}  {reading.kind}{whom}: {became}")
+    echo(f"{each.message.number}  {reading.kind}{whom}: {became}")
 
 
 @rejected.command()
@@ -234,4 +234,7 @@ def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
     if not yes:
         click.confirm(f"throw away what is in {topology.rejected}, for good?", abort=True, err=True)
     gone = _visit(address, lambda link: refused.purge(link, topology))
-    click.echo(json.dumps({"purged": gone}) if as_json else f"{gone:,} thrown away")
+    if as_json:
+        echo_json({"purged": gone}, indent=None)
+    else:
+        echo(f"{gone:,} thrown away")

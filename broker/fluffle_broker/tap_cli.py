@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_broker.looking import figures_if_told, looking, where
+from fluffle_common.cli import count as counts
 from fluffle_common.cli import management_option
+from fluffle_common.printing import echo, visible_json
 
 if TYPE_CHECKING:
     from fluffle_broker.reading import Reading
@@ -38,7 +40,7 @@ _MOST_TRANSFERS = 256
     help="Keep each message there: its body in .msgpack, what is known of it in .json.",
 )  # fmt: skip
 @click.option(
-    "-n", "--count", type=click.IntRange(1), help="End after so many lines.  [default: Ctrl-C ends]"
+    "-n", "--count", type=counts(), help="End after so many lines.  [default: Ctrl-C ends]"
 )
 @looking("Print an object a line.")
 @management_option
@@ -131,7 +133,11 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
     try:
         run_until_signalled(follow())
     except Occupied as no:
-        raise BrokerError(f"the broker does not let this user tap: {no}") from None
+        raise BrokerError(
+            f"the broker does not let this user tap: {no}; it needs the rights to configure, write "
+            f"and read {topology.federation}.tap.*, and to read the exchanges {topology.work} and "
+            f"{topology.results}"
+        ) from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 
@@ -156,7 +162,7 @@ class Lines:
         folder: Folder | None = None,
         *,
         clock: Callable[[], float] = time.time,
-        say: Callable[[str], None] = click.echo,
+        say: Callable[[str], None] = echo,
     ) -> None:
         self.wanted = wanted
         self.enough = asyncio.Event()
@@ -177,7 +183,8 @@ class Lines:
             self._keep(self._folder, reading, now)
         if self._as_json and self.wanted.lists(reading):
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
-            self._line(json.dumps({"time": arrived, **_directed(reading), **reading.as_dict(now)}))
+            said = {"time": arrived, **_directed(reading), **reading.as_dict(now)}
+            self._line(visible_json(json.dumps(said)))
         elif self.wanted.lists(reading):
             self._line(_in_words(reading, now))
         elif not self._as_json:
@@ -193,7 +200,6 @@ class Lines:
 
     def _line(self, text: str) -> None:
         self._say(text)
-        sys.stdout.flush()
         if self._left is not None:
             self._left -= 1
             if not self._left:

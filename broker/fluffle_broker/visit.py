@@ -32,7 +32,10 @@ async def visiting(transport: Transport) -> AsyncGenerator[Link]:
             f"the connection to the broker at {transport.address} was lost ({gone}); try again"
         ) from None
     except Occupied as no:
-        raise BrokerError(f"the broker does not let this user do that: {no}") from None
+        raise BrokerError(
+            f"the broker does not let this user do that: {no}; give the user that right, or name "
+            "another user in --url"
+        ) from None
     finally:
         await link.close()
 

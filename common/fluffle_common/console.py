@@ -14,41 +14,42 @@ from typing import IO, Any, Literal, Self
 import click
 from pydantic_core import to_json
 
+from fluffle_common.patient_stream import PatientStream, warn_once
+from fluffle_common.printing import echo, printable, visible_json
+
 LogFormat = Literal["auto", "plain", "json"]
 # So long a line may wait for others, so that they are written in one go.
 _WITHIN_S = 0.02
+# How long the end may wait for a slow terminal or pipe to take the last lines.
+_SETTLE_S = 2.0
 
 
 class Console:
-    """Writes events as lines, and progress as bars where a terminal is there to see them.
+    """Writes events as lines, and progress as bars when the output is a terminal.
+
+    It never raises and never waits for its output: what is observed goes on, whatever becomes of
+    the terminal, the pipe or the disk behind (see ``patient_stream``).
 
     Args:
         log_format: ``auto`` draws bars on a terminal and writes plain lines elsewhere.
         always: fields that every JSON line carries, such as the federation.
-        stream: where to write; stdout unless told.
+        stream: where to write; stdout by default.
     """
 
     def __init__(
         self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
     ) -> None:
-        self._stream = stream or sys.stdout
+        self._stream = PatientStream(stream or sys.stdout, warn_once("the log"))
         self._json = log_format == "json"
         self._always = dict(always)
         self._held: list[str] = []  # lines that are not written yet
-        self._wrong: OSError | None = None  # what has become of those before
+        self._prompt = True  # so far, the output has taken every line in time
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
         if log_format == "auto" and self._stream.isatty():
-            from rich.console import Console as RichConsole
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from fluffle_common.bars import progress_on
 
-            self._progress = Progress(
-                TextColumn("{task.fields[label]:<9}", style="bold"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                console=RichConsole(file=self._stream, highlight=False),
-            )
+            self._progress = progress_on(self._stream)
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -62,12 +63,13 @@ class Console:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write what is to be written, and leave the terminal as it was."""
+        """Write what is held, and leave the terminal as it was."""
         self._flush()
         if self._progress is not None:
             for bar in self._bars.values():
                 self._progress.remove_task(bar)
             self._progress.stop()
+        self._stream.settle(_SETTLE_S)
 
     @property
     def draws(self) -> bool:
@@ -83,7 +85,7 @@ class Console:
             told.update(fields or {})
             written = json_line(told)
         else:
-            written = f"{time.strftime('%H:%M:%S')}  {text()}"
+            written = f"{time.strftime('%H:%M:%S')}  {printable(text())}"
         if self._progress is not None:
             self._progress.console.print(written, markup=False)
         else:
@@ -91,8 +93,6 @@ class Console:
 
     def _hold(self, line: str) -> None:
         """Keep a line for a moment, since several often follow each other, if there is a loop."""
-        if self._wrong is not None:
-            raise self._wrong
         self._held.append(line)
         if len(self._held) > 1:
             return
@@ -100,25 +100,21 @@ class Console:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self._flush()
+            if self._prompt:  # once it is slow, nobody waits for it again
+                self._prompt = self._stream.settle(_SETTLE_S)
         else:
-            loop.call_later(_WITHIN_S, self._flush_now)
-
-    def _flush_now(self) -> None:
-        try:
-            self._flush()
-        except OSError as why:  # nobody reads it any more, or the disk is full
-            self._wrong = why  # the loop would only make a note of it
+            loop.call_later(_WITHIN_S, self._flush)
 
     def _flush(self) -> None:
         held, self._held = self._held, []
         if held:
             self._stream.write("".join(held))
-            self._stream.flush()
 
     def bar(self, label: str, done: float, total: float, description: str = "") -> None:
         """Draw or move a bar; nothing happens where there is no terminal."""
         if self._progress is None:
             return
+        description = printable(description)
         if label not in self._bars:
             self._bars[label] = self._progress.add_task("", label=label, total=total)
         self._progress.update(
@@ -129,9 +125,9 @@ class Console:
 def json_line(told: Mapping[str, Any]) -> str:
     """Return JSON in one line, in ASCII; what JSON has no word for is said by ``str``."""
     try:
-        return to_json(told, ensure_ascii=True, fallback=str).decode()
+        return visible_json(to_json(told, ensure_ascii=True, fallback=str).decode())
     except ValueError:  # not every name of a file is text
-        return json.dumps(told, default=str, separators=(",", ":"))
+        return visible_json(json.dumps(told, default=str, separators=(",", ":")))
 
 
 def timestamp(timespec: str = "milliseconds") -> str:
@@ -152,4 +148,4 @@ def log_format_option(command: Any) -> Any:
 
 def warn(text: str) -> None:
     """Write a line of warning to stderr."""
-    click.echo(f"fluffle: {text}", err=True)
+    echo(f"fluffle: {text}", err=True)

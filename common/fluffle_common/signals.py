@@ -17,7 +17,7 @@ import uvloop
 
 T = TypeVar("T")
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Asyncio makes and drops thousands of small objects a round, few of them in cycles.
 _GC_THRESHOLDS = (10_000, 20, 20)
@@ -37,7 +37,9 @@ class Interrupted(Exception):
 
 
 def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine; SIGINT and SIGTERM cancel it, a second one ends the process at once.
+    """Run a coroutine; SIGINT, SIGTERM and SIGHUP cancel it, a second one ends the process at once.
+
+    SIGHUP, of a terminal that was closed, stays ignored under ``nohup``.
 
     Raises:
         Interrupted: after a signal, when the coroutine has cleaned up.
@@ -52,15 +54,18 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
         _keep_memory()
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(main)
+        ending = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            ending.append(signal.SIGHUP)
 
         def stop(number: int) -> None:
             received.append(number)
             task.cancel()
-            for each in _ENDING:
+            for each in ending:
                 loop.remove_signal_handler(each)
                 signal.signal(each, signal.SIG_DFL)
 
-        for each in _ENDING:
+        for each in ending:
             loop.add_signal_handler(each, stop, each)
             _once(each)
         return await task

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluffle_common.cli import (
+    SEED,
+    FiniteFloat,
+    count,
     federation_option,
     management_option,
     queue_type_option,
+    seconds,
     url_option,
 )
 from fluffle_common.console import log_format_option
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.printing import echo, echo_json, screen
 
 if TYPE_CHECKING:
     from fluffle_coordinator.run_state import Quorum, Rules
 
 _LEAST_FRACTION, _MOST_FRACTION = 1e-6, 0.5
+_MOST_COUNT = 2**31 - 1
+_UNBOUNDED = 10_000
 
 
 class QuorumType(click.ParamType[Any]):
@@ -43,7 +48,7 @@ class QuorumType(click.ParamType[Any]):
         try:
             if text.endswith("%"):
                 fraction = float(text[:-1]) / 100
-            elif text.isdigit() and int(text) > 0:
+            elif text.isdecimal() and 0 < int(text[:11]) <= _MOST_COUNT:
                 return Quorum(number=int(text))
             else:
                 fraction = float(text)
@@ -100,10 +105,10 @@ def run_option(command: Any) -> Any:
 @click.command(context_settings={"show_default": True})
 @federation_option
 @url_option
-@click.option("--rounds", type=click.IntRange(1), default=6, help="How many rounds to run.")
+@click.option("--rounds", type=count(), default=6, help="How many rounds to run.")
 @click.option(
     "--min-workers",
-    type=click.IntRange(1),
+    type=count(),
     help="Workers that must be present before the first round. No round then commits with fewer "
     "updates than the quorum of so many.  [default: the quorum if that is a number, else 2]",
     show_default=False,
@@ -117,13 +122,13 @@ def run_option(command: Any) -> Any:
 )
 @click.option(
     "--grace",
-    type=click.FloatRange(0),
+    type=seconds(),
     default=0.0,
     help="Seconds to wait for the others after the quorum.",
 )
 @click.option(
     "--deadline",
-    type=click.FloatRange(0, min_open=True),
+    type=seconds(min_open=True),
     default=600.0,
     help="Seconds that a round may stay open without a quorum.",
 )
@@ -131,25 +136,26 @@ def run_option(command: Any) -> Any:
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help="What then happens: ask whoever is there now; commit with at least --min-updates; stop.",
+    help="When the deadline passes: reopen the round with the workers present, close it with what "
+    "has arrived if that is --min-updates, or stop the run.",
 )
 @click.option(
     "--min-updates",
-    type=click.IntRange(1),
+    type=count(),
     default=1,
     help="Fewest updates that '--on-deadline close' commits with.",
 )
 @click.option(
     "--fraction",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteFloat(0, 1, min_open=True),
     default=1.0,
     help="Part of the workers present that is asked in a round.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=1, help="Local epochs a round.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, help="Local batch size.")
+@click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
+@click.option("--batch-size", type=count(), default=32, help="Local batch size.")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     help="Local learning rate.  [default: the task's own]",
     show_default=False,
 )
@@ -175,7 +181,7 @@ def run_option(command: Any) -> Any:
     "worker's next update.  [default: neither]",
     show_default=False,
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of everything random.")
+@click.option("--seed", type=SEED, default=0, help="Seed of everything random.")
 @click.option(
     "--classes",
     metavar="A,B,…",
@@ -199,7 +205,7 @@ def run_option(command: Any) -> Any:
 )
 @click.option(
     "--max-round",
-    type=click.FloatRange(0, min_open=True),
+    type=seconds(min_open=True),
     default=86400.0,
     metavar="SECONDS",
     help="How long a round may be open in all. Until then, workers that advance keep it alive at "
@@ -207,7 +213,7 @@ def run_option(command: Any) -> Any:
 )
 @click.option(
     "--stall-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=seconds(min_open=True),
     metavar="SECONDS",
     help="A training that does not advance for so long counts as failed.  [default: only reported, "
     "after 2 minutes]",
@@ -215,7 +221,7 @@ def run_option(command: Any) -> Any:
 )
 @click.option(
     "--max-examples",
-    type=click.IntRange(1),
+    type=count(),
     metavar="N",
     help="The largest weight that an update may have in the average.  [default: the number of "
     "examples that its worker announced]",
@@ -223,7 +229,7 @@ def run_option(command: Any) -> Any:
 )
 @click.option(
     "--max-norm-ratio",
-    type=click.FloatRange(1),
+    type=FiniteFloat(1),
     metavar="R",
     help="Refuse an update whose norm is more than R times the median of the last round's.  "
     "[default: only reported, from 10 on]",
@@ -232,13 +238,13 @@ def run_option(command: Any) -> Any:
 @click.option("--fresh", is_flag=True, help="Start anew; an earlier run is moved aside.")
 @click.option(
     "--wait-workers",
-    type=click.FloatRange(0, min_open=True),
+    type=seconds(min_open=True),
     default=86400.0,
     help="Seconds to wait for enough workers before giving up.",
 )
 @click.option(
     "--wait-broker",
-    type=click.FloatRange(0, min_open=True),
+    type=seconds(min_open=True),
     default=600.0,
     help="Seconds to wait for a broker that cannot be reached before giving up.",
 )
@@ -268,7 +274,7 @@ def coordinator(**options: Any) -> None:
 
     It waits for workers, sends them the global weights, and as soon as a quorum has answered,
     averages what they learnt by their number of examples and opens the next round. Every round's
-    model is kept in the run folder; updates are let go of when it is there.
+    model is kept in the run folder; updates are acknowledged once it is on disk.
 
     Stop it with Ctrl-C, or lose it to a crash: the same command goes on after the last round that
     was committed. A second one on the same run folder waits and takes over when the first is gone.
@@ -332,9 +338,11 @@ def history(folder: Path, as_json: bool) -> None:
 
     rounds = read_history(folder)
     if as_json:
-        click.echo(json.dumps(rounds, indent=2))
+        echo_json(rounds)
     else:
-        history_table(rounds, sys.stdout)
+        shown = screen(width_in_a_pipe=120)
+        # A pipe has no width of its own, and whoever reads it looks for names.
+        shown.print(history_table(rounds, shown.width if shown.is_terminal else _UNBOUNDED))
 
 
 @click.command()
@@ -360,4 +368,4 @@ def plot(folder: Path, out: Path) -> None:
         raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
-    click.echo(f"chart written to {out}")
+    echo(f"chart written to {out}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import pairwise
 from typing import Any
 
 from fluffle_common.messages import Event
@@ -38,11 +37,17 @@ class Note:
 
 @dataclass(frozen=True)
 class Wait:
-    """The longest time in which nothing was counted: it ended with ``until``, or goes on."""
+    """What the round waited for longest.
+
+    ``until`` is the worker that answered last, since everyone else's answer was there before it;
+    ``commit`` when closing the round took longer; "" while the wait goes on. ``seconds`` are those
+    since the opening, for a commit since the last answer, and for a wait that goes on since
+    ``after``.
+    """
 
     seconds: float
-    until: str  # a worker, "commit", or "" while it goes on
-    after: str = ""  # the worker whose update came before; "" where it began with the round
+    until: str
+    after: str = ""  # the worker whose update came before; "" where there is none
 
 
 @dataclass
@@ -77,6 +82,8 @@ class Round:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluated_on: float | None = None
     ended: tuple[str, str] | None = None  # finished, stopped or interrupted, and why
+    ended_at: datetime | None = None
+    coordinated: bool | None = None  # whether a coordinator is connected now; None: unknown
     unlinked_since: datetime | None = None
     waits_for: str = ""  # as the coordinator last said it
     said_at: datetime | None = None
@@ -85,6 +92,11 @@ class Round:
     def is_open(self) -> bool:
         """Whether updates are still waited for."""
         return self.opened_at is not None and self.committed_at is None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the round is open and a coordinator may still close it."""
+        return self.is_open and self.ended is None
 
     @property
     def missing(self) -> list[str]:
@@ -114,16 +126,24 @@ def runs_of(events: Iterable[Event]) -> dict[str, list[int]]:
     return {run: list(rounds) for run, rounds in runs.items()}
 
 
-def explain(events: Iterable[Event], run: str, number: int, now: datetime) -> Round:
+def explain(
+    events: Iterable[Event],
+    run: str,
+    number: int,
+    now: datetime,
+    *,
+    coordinated: bool | None = None,
+) -> Round:
     """Work out what happened in a round.
 
     Args:
         events: the journal, from as early as possible, in its order.
         run: the run's id.
-        number: the round.
+        number: the round; 0 for what was before the first.
         now: the time, with its zone.
+        coordinated: whether a coordinator is connected now; None when that is unknown.
     """
-    told = Round(run, number, now)
+    told = Round(run, number, now, coordinated=coordinated)
     for event in events:
         at = event.moment
         if at is None or event.run not in (run, None):
@@ -133,25 +153,27 @@ def explain(events: Iterable[Event], run: str, number: int, now: datetime) -> Ro
                 known[event.event](told, event.fields, at)
         if _whole(event.fields, "round") == number and event.event in _OF_THE_ROUND:
             _OF_THE_ROUND[event.event](told, event.fields, at)
-        elif told.is_open and event.event in _OF_ITS_TIME:
+        elif (told.is_open or not number) and event.event in _OF_ITS_TIME:
             _note(event.event)(told, event.fields, at)
     return told
 
 
 def longest_wait(told: Round) -> Wait | None:
-    """Return the longest time that the round spent waiting; None where it never opened."""
+    """Return what the round waited for longest; None where it never opened."""
     if told.opened_at is None:
         return None
-    end = told.committed_at or told.now
+    end = told.committed_at or told.ended_at or told.now
     counted = [one for one in told.answers.values() if told.opened_at <= one.at <= end]
     counted.sort(key=lambda one: one.at)
-    points = [("", told.opened_at), *((one.worker, one.at) for one in counted)]
-    points.append(("commit" if told.committed_at else "", max(end, points[-1][1])))
-    waits = [
-        Wait((until_at - after_at).total_seconds(), until, after)
-        for (after, after_at), (until, until_at) in pairwise(points)
-    ]
-    return max(waits, key=lambda wait: wait.seconds)
+    names = ["", *(one.worker for one in counted)]
+    last_at = counted[-1].at if counted else told.opened_at
+    since_last_s = max(0.0, (end - last_at).total_seconds())
+    if told.committed_at is None:
+        return Wait(since_last_s, "", names[-1])
+    to_last_s = (last_at - told.opened_at).total_seconds()
+    if not counted or since_last_s > to_last_s:
+        return Wait(since_last_s, "commit", names[-1])
+    return Wait(to_last_s, names[-1], names[-2])
 
 
 # --- who is here -------------------------------------------------------------------------------
@@ -168,8 +190,8 @@ def _joined(told: Round, fields: Mapping[str, Any], at: datetime) -> None:
 
 def _gone(told: Round, fields: Mapping[str, Any], at: datetime) -> None:
     silent_s = number_in(fields, "silent_s")
-    heard = "" if silent_s is None else f": nothing was heard of it for {silent_s:.0f} s"
-    _away(told, _text(fields, "worker"), f"is gone since {clock(at)}{heard}")
+    heard = "" if silent_s is None else f" (no heartbeat for {silent_s:.0f} s)"
+    _away(told, _text(fields, "worker"), f"has been gone since {clock(at)}{heard}")
 
 
 def _left(told: Round, fields: Mapping[str, Any], at: datetime) -> None:
@@ -196,7 +218,8 @@ def _started(told: Round, _: Mapping[str, Any], at: datetime) -> None:
         told.restarted_at, told.deadline_at = at, None
     told.present.clear()
     told.absent.clear()
-    told.ended = None
+    told.ended = told.ended_at = None
+    told.waits_for, told.said_at = "", None
     told.unlinked_since = None
 
 
@@ -212,13 +235,17 @@ def _disconnected(told: Round, _: Mapping[str, Any], at: datetime) -> None:
 
 
 def _waiting(told: Round, fields: Mapping[str, Any], at: datetime) -> None:
-    if told.is_open:
-        told.waits_for, told.said_at = _text(fields, "reason"), at
+    told.waits_for, told.said_at = _text(fields, "reason"), at
+
+
+def _waits_no_more(told: Round, _: Mapping[str, Any], __: datetime) -> None:
+    told.waits_for, told.said_at = "", None
 
 
 def _ended(outcome: str) -> _Take:
-    def take(told: Round, fields: Mapping[str, Any], _: datetime) -> None:
-        told.ended = (outcome, _text(fields, "reason"))
+    def take(told: Round, fields: Mapping[str, Any], at: datetime) -> None:
+        told.ended, told.ended_at = (outcome, _text(fields, "reason")), at
+        told.waits_for, told.said_at = "", None
 
     return take
 
@@ -230,6 +257,8 @@ _OF_THE_RUN: dict[str, _Take] = {
     "reconnected": _connected,
     "disconnected": _disconnected,
     "waiting": _waiting,
+    "opened": _waits_no_more,
+    "committed": _waits_no_more,
     "finished": _ended("finished"),
     "stopped": _ended("stopped"),
     "interrupted": _ended("interrupted"),

@@ -12,7 +12,7 @@ from fluffle_coordinator.say import duration
 _ENDED = {
     "finished": "The run has finished: {}.",
     "stopped": "The run has stopped: {}.",
-    "interrupted": "The coordinator was told to stop; started again, it opens this round again.",
+    "interrupted": "The coordinator was told to stop; the same command {}.",
 }
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
 # A wait that is shorter is not worth a sentence.
@@ -21,6 +21,8 @@ _WORTH_SAYING_S = 0.001
 
 def sentences(told: Round) -> list[str]:
     """Say what happened in a round, and what it waits for; one sentence a line."""
+    if not told.number:
+        return _before_the_first(told)
     if told.opened_at is None and told.committed_at is None:
         return [f"The opening of round {told.number} is not in the journal.", *_afterwards(told)]
     return [
@@ -40,9 +42,38 @@ def why_missing(told: Round, worker: str) -> str:
         return f"it failed: {told.failures[worker]}"
     if worker in told.absent:
         return f"it {told.absent[worker]}"
-    if worker in told.joined:
-        return f"it joined at {clock(told.joined[worker])} and is at work, as far as is known"
-    return "it is here and at work, as far as is known"
+    joined = f", joined at {clock(told.joined[worker])}" if worker in told.joined else ""
+    if not told.waits:
+        return f"it was connected{joined}"
+    doing = _last_said_of(told, worker)
+    return f"connected{joined}{f', {doing}' if doing else ', no update yet'}"
+
+
+def _last_said_of(told: Round, worker: str) -> str:
+    """Return what the coordinator last said that a worker does."""
+    if told.said_at is None or told.coordinated is False:
+        return ""
+    for part in told.waits_for.rpartition("; ")[2].split(", "):
+        name, _, doing = part.partition(" ")
+        if name == worker and doing and not doing.startswith(("idle", "is ")):
+            return f"{doing} at {clock(told.said_at)}"
+    return ""
+
+
+def _before_the_first(told: Round) -> list[str]:
+    """Say what a run that has opened no round waits for."""
+    here = sorted(told.present)
+    lines = [f"Run {told.run} has opened no round yet."]
+    if here:
+        are = "is" if len(here) == 1 else "are"
+        lines.append(f"Connected {are} {_names(here)}.")
+    lines += [f"{worker} {why}." for worker, why in told.absent.items()]
+    lines += _notes(told)
+    if told.coordinated is False:
+        lines += _no_coordinator(told)
+    elif told.waits_for and told.said_at is not None:
+        lines.append(f"At {clock(told.said_at)} the coordinator said: {told.waits_for}.")
+    return [*lines, *_afterwards(told)]
 
 
 def as_dict(told: Round) -> dict[str, Any]:
@@ -122,14 +153,14 @@ def _answer(told: Round, one: Answer) -> str:
 
 
 def _missing(told: Round) -> Iterator[str]:
-    word = "is missing" if told.is_open else "did not answer"
     for worker in told.missing:
-        if told.is_open:
-            yield f"{worker} {word}: {why_missing(told, worker)}."
-        elif worker in told.failures:
-            yield f"{worker} {word}: it failed: {told.failures[worker]}."
+        why = why_missing(told, worker)
+        if told.waits:
+            yield f"Still waiting for {worker}: {why}."
+        elif worker in told.failures or worker in told.absent:
+            yield f"{worker} did not answer: {why}."
         elif not any(note.worker == worker and note.event == "late" for note in told.notes):
-            yield f"{worker} {word}."
+            yield f"{worker} did not answer."
 
 
 def _notes(told: Round) -> Iterator[str]:
@@ -163,6 +194,9 @@ def _standing(told: Round) -> Iterator[str]:
     """Say where an open round stands."""
     if told.ended is not None:
         return  # said at the end
+    if told.coordinated is False:
+        yield from _no_coordinator(told)
+        return
     if told.restarted_at is not None:
         yield (
             f"A coordinator was started at {clock(told.restarted_at)} and opens it again as soon "
@@ -179,8 +213,19 @@ def _standing(told: Round) -> Iterator[str]:
             "is back does not count."
         )
     yield _deadline(told)
-    if told.waits_for and told.said_at is not None:
+    # Who is missing and what they do is said above.
+    if told.said_at is not None and (
+        "needed" in told.waits_for or not told.waits_for.startswith(f"round {told.number}:")
+    ):
         yield f"At {clock(told.said_at)} the coordinator said: {told.waits_for}."
+
+
+def _no_coordinator(told: Round) -> Iterator[str]:
+    goes_on = "and opens the round again" if told.is_open else "and opens the next round"
+    yield (
+        "No coordinator is connected to the broker now: the same command that started it "
+        f"(without --fresh) goes on with this run, {goes_on}."
+    )
 
 
 def _deadline(told: Round) -> str:
@@ -189,8 +234,8 @@ def _deadline(told: Round) -> str:
     if told.left_s > 0:
         return f"{duration(told.left_s)} left until the deadline, at {clock(told.deadline_at)}."
     return (
-        f"The deadline passed at {clock(told.deadline_at)} and nothing was said of it: the "
-        "coordinator is not running, or cannot reach the broker."
+        f"The deadline passed at {clock(told.deadline_at)} and the journal has nothing after it: "
+        "the coordinator is not running, or cannot reach the broker."
     )
 
 
@@ -221,24 +266,43 @@ def _longest(told: Round) -> Iterator[str]:
     wait = longest_wait(told)
     if wait is None or wait.seconds < _WORTH_SAYING_S:
         return
+    if told.waits and told.coordinated is False:
+        return  # nobody waits
+    lasted = duration(wait.seconds)
     since = f"after the update of {wait.after}" if wait.after else "after the opening"
-    yield f"It waited longest {_for(told, wait)}: {duration(wait.seconds)} {since}."
-
-
-def _for(told: Round, wait: Wait) -> str:
     if wait.until == "commit":
-        return "to be closed, with all that was counted in"
-    if wait.until:
-        trained_s = told.answers[wait.until].train_s
-        training = "" if trained_s is None else f", which trained for {duration(trained_s)}"
-        return f"for {wait.until}{training}"
-    return f"for {_names(told.missing)}, and still does" if told.missing else "until now"
+        yield f"Closing it took longest: {lasted} {since}."
+    elif wait.until:
+        yield _waited_for(told, wait)
+    elif told.missing:
+        still = ", and still does" if told.waits else ""
+        yield f"It waited longest for {_names(told.missing)}{still}: {lasted} {since}."
+
+
+def _waited_for(told: Round, wait: Wait) -> str:
+    """Say who answered last; everyone else's update was there before."""
+    last = told.answers[wait.until]
+    trained = "" if last.train_s is None else f" (it trained for {duration(last.train_s)})"
+    if not wait.after:
+        return f"It waited for {wait.until}{trained}: {duration(wait.seconds)} after the opening."
+    later_s = (last.at - told.answers[wait.after].at).total_seconds()
+    return (
+        f"It waited longest for {wait.until}{trained}, the last to answer: "
+        f"{duration(wait.seconds)} after the opening, {duration(later_s)} after {wait.after}."
+    )
 
 
 def _afterwards(told: Round) -> Iterator[str]:
-    if told.ended is not None and told.committed_at is None:
+    if told.ended is not None:
         outcome, reason = told.ended
-        yield _ENDED[outcome].format(reason or "no reason is given")
+        again = "opens this round again" if told.is_open else "goes on from there"
+        yield _ENDED[outcome].format(
+            again if outcome == "interrupted" else reason or "no reason is given"
+        )
+    elif told.committed_at is not None and told.coordinated is False:
+        yield from _no_coordinator(told)
+    elif told.committed_at is not None and told.waits_for and told.said_at is not None:
+        yield f"At {clock(told.said_at)} the coordinator said: {told.waits_for}."
 
 
 def _names(names: tuple[str, ...] | list[str]) -> str:

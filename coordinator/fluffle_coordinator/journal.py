@@ -21,10 +21,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fluffle_common.console import timestamp
+from fluffle_common.console import timestamp, warn
+from fluffle_common.errors import FluffleError
 from fluffle_common.messages import Event, Events
 from fluffle_common.topology import Topology
-from fluffle_common.transport import Full, HeaderValue, Link, Properties, Unroutable
+from fluffle_common.transport import Full, HeaderValue, Link, Occupied, Properties, Unroutable
 from fluffle_common.wire import encode
 from fluffle_coordinator.view import Watcher
 
@@ -84,6 +85,7 @@ class Journal(Watcher):
         self._at_rest.set()
         self._ending = asyncio.Event()
         self._linked = False
+        self._broken = False
 
     # --- what is told --------------------------------------------------------------------------
 
@@ -91,7 +93,11 @@ class Journal(Watcher):
         """See ``Watcher``."""
         if fields.get("run"):
             self._run = str(fields["run"])
-        if what in _NOT_KEPT or (what in _LASTING and self._is_old_news(what, fields)):
+        if (
+            self._broken
+            or what in _NOT_KEPT
+            or (what in _LASTING and self._is_old_news(what, fields))
+        ):
             return
         if len(self._told) == self._told.maxlen:
             self._dropped += 1  # the deque lets go of its oldest
@@ -112,11 +118,29 @@ class Journal(Watcher):
     async def publish(self, link: Link) -> None:
         """Send over this link what was told and is told, until cancelled.
 
-        What was not confirmed by then is sent again over the next link.
+        What was not confirmed by then is sent again over the next link. An error that is about the
+        journal and not about the link ends the journal, never the run that it tells of.
 
         Raises:
             LinkLost: where the link is lost while something is on its way.
         """
+        if self._broken:
+            return await _for_ever()
+        try:
+            await self._publish(link)
+        except (
+            FluffleError,
+            Occupied,
+        ):  # of the link, or the broker's refusal: whoever has the link decides
+            raise
+        except Exception as wrong:
+            self._broken = True
+            self._told.clear()
+            self._window = []
+            warn(f"the journal cannot be published ({wrong!r}); the run goes on without it")
+            await _for_ever()
+
+    async def _publish(self, link: Link) -> None:
         self._linked = True
         if self._window or self._told:
             self._at_rest.clear()
@@ -204,6 +228,11 @@ class Journal(Watcher):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._at_rest.wait()
+
+
+async def _for_ever() -> None:
+    """Wait until cancelled."""
+    await asyncio.Event().wait()
 
 
 def _packed(batch: list[Event]) -> tuple[bytes, Event | Events]:

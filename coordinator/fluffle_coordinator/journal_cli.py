@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -12,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli import federation_option, url_option
+from fluffle_common.cli import count, federation_option, url_option
 from fluffle_common.console import warn
 from fluffle_common.errors import UsageError
+from fluffle_common.printing import echo, echo_json, echo_sentences
 
 if TYPE_CHECKING:
     from fluffle_common.messages import Event
+    from fluffle_common.topology import Topology
+    from fluffle_common.transport import Transport
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -58,7 +60,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
     metavar="WHEN",
     help="Only from then on: 90s, 10m, 2h or 3d ago, or a date and time such as 2026-03-01T12:00.",
 )
-@click.option("--round", "number", type=click.IntRange(0), metavar="N", help="Only of this round.")
+@click.option("--round", "number", type=count(0), metavar="N", help="Only of this round.")
 @click.option("--worker", metavar="ID", help="Only what concerns this worker.")
 @click.option(
     "--kind",
@@ -108,7 +110,7 @@ def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
 @click.command()
 @federation_option
 @url_option
-@click.argument("number", metavar="[ROUND]", type=click.IntRange(1), required=False)
+@click.argument("number", metavar="[ROUND]", type=count(), required=False)
 @_run_id_option
 @click.option("--json", "as_json", is_flag=True, help="Print one object.")
 def explain(
@@ -116,9 +118,9 @@ def explain(
 ) -> None:
     """Say in sentences what happened in a round, and what it waits for.
 
-    It is worked out from the journal alone, so that anyone can ask, while the round is open or long
+    It is worked out from the journal, so that anyone can ask, while the round is open or long
     after: who was asked and who answered when, who is missing and why, what was late or refused,
-    how much time is left, and what took longest. Without ROUND, it is the newest round of the
+    how much time is left, and who answered last. Without ROUND, it is the newest round of the
     newest run.
 
     \b
@@ -128,17 +130,17 @@ def explain(
     from fluffle_coordinator.explain import explain as work_out
     from fluffle_coordinator.explain_words import as_dict, sentences
 
-    events = asyncio.run(_read(federation, url))
+    events, coordinated = asyncio.run(_read(federation, url))
     run, number = _which(events, run_id, number)
-    told = work_out(events, run, number, datetime.now(UTC))
+    told = work_out(events, run, number, datetime.now(UTC), coordinated=coordinated)
     if as_json:
-        click.echo(json.dumps(as_dict(told), indent=2))
+        echo_json(as_dict(told))
     else:
-        click.echo("\n".join(sentences(told)))
+        echo_sentences(*sentences(told))
 
 
 def _which(events: Iterable[Event], run: str | None, number: int | None) -> tuple[str, int]:
-    """Return the run and the round that are meant.
+    """Return the run and the round that are meant; round 0 while there is none.
 
     Raises:
         UsageError: where they are not in the journal, saying which are.
@@ -152,9 +154,12 @@ def _which(events: Iterable[Event], run: str | None, number: int | None) -> tupl
         raise UsageError(f"run {run} is not in the journal; there are {', '.join(runs)}")
     run = run or list(runs)[-1]
     rounds = runs[run]
+    if not rounds and number is None:
+        return run, 0
     if not rounds:
         raise UsageError(
-            f"run {run} has opened no round yet; 'fluffle journal' shows what it waits for"
+            f"run {run} has opened no round yet; 'fluffle explain' without a round says what it "
+            "waits for"
         )
     if number is not None and number not in rounds:
         others = "; ".join(f"{other} has {_spans(have)}" for other, have in runs.items() if have)
@@ -177,22 +182,40 @@ def _spans(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-async def _read(federation: str, url: str | None) -> list[Event]:
+async def _read(federation: str, url: str | None) -> tuple[list[Event], bool | None]:
+    """Return the journal, and whether a coordinator is connected: None when that is unknown."""
+    from fluffle_common.errors import BrokerError, LinkLost
+    from fluffle_common.transport import Occupied
+
     async with contextlib.aclosing(_events(federation, url)) as events:
-        return [event async for event in events]
+        found = [event async for event in events]
+    transport, topology = _where(federation, url)
+    with contextlib.suppress(LinkLost, BrokerError, Occupied):
+        link = await transport.open()
+        try:
+            counts = await link.counts(topology.presence)
+        finally:
+            await link.close()
+        return found, counts is not None and counts.consumers > 0
+    return found, None
+
+
+def _where(federation: str, url: str | None) -> tuple[Transport, Topology]:
+    from fluffle_common.amqp import AmqpTransport
+    from fluffle_common.settings import broker_url, check_federation
+    from fluffle_common.topology import Topology
+
+    topology = Topology(check_federation(federation))
+    return AmqpTransport(broker_url(url), f"fluffle journal of {federation}"), topology
 
 
 def _events(
     federation: str, url: str | None, since: datetime | None = None, *, live: bool = False
 ) -> AsyncGenerator[Event]:
-    from fluffle_common.amqp import AmqpTransport
-    from fluffle_common.settings import broker_url, check_federation
-    from fluffle_common.topology import Topology
     from fluffle_common.transport import Backoff
     from fluffle_coordinator.journal_reading import read_journal
 
-    topology = Topology(check_federation(federation))
-    transport = AmqpTransport(broker_url(url), f"fluffle journal of {federation}")
+    transport, topology = _where(federation, url)
 
     def waiting(why: str, pause_s: float) -> None:
         warn(f"no journal for the moment ({why}); trying again in {pause_s:.1f} s")
@@ -213,7 +236,7 @@ def _concerns(event: Event, worker: str) -> bool:
 
 def _as_json(event: Event) -> None:
     told = event.model_dump(exclude={"protocol", "kind", "pad"})
-    click.echo(json.dumps(told, default=str))
+    echo_json(told, indent=None)
 
 
 class _Lines:
@@ -229,6 +252,6 @@ class _Lines:
         day, clock = at.astimezone().strftime("%Y-%m-%d %H:%M:%S").split() if at else ("?", "?")
         heading = f"{day}, run {event.run}" if event.run else day
         if heading != self._heading:
-            click.echo(f"--- {heading}")
+            echo(f"--- {heading}")
             self._heading = heading
-        click.echo(f"{clock}  {sentence(event.event, event.fields)}")
+        echo(f"{clock}  {sentence(event.event, event.fields)}")

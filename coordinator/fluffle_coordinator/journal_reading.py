@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from datetime import datetime, timedelta
 
-from fluffle_common.errors import LinkLost, MalformedMessage, UsageError
+from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
 from fluffle_common.messages import Event, Events
 from fluffle_common.topology import Topology
-from fluffle_common.transport import Backoff, Delivery, Link, Since, Transport, links
+from fluffle_common.transport import Backoff, Delivery, Link, Occupied, Since, Transport, links
 from fluffle_common.wire import decode
 
 # The broker begins at a time by its own clock, events have the coordinator's; and an event is told
@@ -68,6 +68,11 @@ async def read_journal(
                 return
             except LinkLost as gone:
                 waiting(str(gone), 0.0)
+            except Occupied as no:
+                raise BrokerError(
+                    f"the broker does not let this user read the journal: {no}; it needs the right "
+                    f"to read {topology.journal}"
+                ) from None
 
 
 async def _entries(

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluffle_common.amqp import AmqpTransport
-from fluffle_common.checkpoint import read_checkpoint
+from fluffle_common.checkpoint import checkpoint_name, read_checkpoint
 from fluffle_common.console import Console
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.messages import Plan
-from fluffle_common.settings import broker_url, check_federation, management_of, parse_config
+from fluffle_common.settings import (
+    broker_url,
+    check_federation,
+    management_of,
+    parse_classes,
+    parse_config,
+)
 from fluffle_common.signals import Interrupted, run_until_signalled
 from fluffle_common.topology import Topology
 from fluffle_common.transport import Backoff
 from fluffle_common.weights import check_finite, check_form
+from fluffle_coordinator import endings
 from fluffle_coordinator.configuration import configuration
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.run_state import Rules, State
@@ -51,7 +60,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
             compress=_compress(options),
             config=parse_config(options["config"]),
         ),
-        classes=tuple(options["classes"].split(",")) if options["classes"] else None,
+        classes=parse_classes(options["classes"]),
         init=options["init"],
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
@@ -82,7 +91,8 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         except Interrupted as signalled:
             sys.exit(signalled.exit_code)
     if state.outcome == "stopped":
-        raise RunError(f"the run stopped: {state.reason}; the same command goes on from there")
+        how = endings.after_a_stop(state, store.folder)
+        raise RunError(f"the run stopped: {state.reason}; {how}")
 
 
 def _compress(options: dict[str, Any]) -> str | None:
@@ -104,13 +114,15 @@ async def _run(
     page: Page | None,
     fresh: bool,
 ) -> State:
-    await _locked(store, watcher)
-    if fresh:
-        aside = store.start_afresh()
-        if aside is not None:
-            watcher.tell("repaired", {"what": f"the earlier run is in {aside} now"})
-    saved = store.load(settings.federation)
-    store.note_configuration(configuration(settings, topology), saved.committed)
+    with _usable(store.folder):
+        await _locked(store, watcher)
+        if fresh:
+            aside = store.start_afresh()
+            if aside is not None:
+                watcher.tell("repaired", {"what": f"the earlier run is in {aside} now"})
+        saved = store.load(settings.federation)
+        _check_beginning(settings.init, store, saved, watcher)
+        store.note_configuration(configuration(settings, topology), saved.committed)
     for repair in saved.repairs:
         watcher.tell("repaired", {"what": repair})
     told = {"run": saved.run, "rounds": settings.rules.rounds}
@@ -120,8 +132,12 @@ async def _run(
         watcher.tell("resumed", {**told, "round": saved.committed})
     else:
         watcher.tell("started", {**told, "folder": str(store.folder)})
+    if saved.committed >= settings.rules.rounds:
+        done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
+        watcher.tell("note", {"what": done})
     if saved.weights is None and settings.init is not None:
-        saved = _begin_with(settings.init, store, saved, settings.federation)
+        with _usable(store.folder):
+            saved = _begin_with(settings.init, store, saved, settings.federation)
     coordinator = Coordinator(
         settings,
         transport=transport,
@@ -131,7 +147,42 @@ async def _run(
         watcher=watcher,
         journal=journal,
     )
-    return await coordinator.run()
+    state = await coordinator.run()
+    if state.outcome == "finished" and saved.committed < settings.rules.rounds:
+        how = endings.after_the_end(store.folder, settings.rules.rounds)
+        watcher.tell("note", {"what": how})
+    return state
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Say in one line why a run folder cannot be used: its rights, its disk, or its file system."""
+    try:
+        yield
+    except OSError as why:
+        what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
+        raise RunError(
+            f"cannot use the run folder {folder} ({what}); it must be on a file system with locks "
+            "and writable for this user: choose another with --run"
+        ) from None
+
+
+def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: Watcher) -> None:
+    """Compare the model file of ``--init`` with what a run that exists began with.
+
+    Raises:
+        UsageError: where it is another.
+    """
+    first = store.folder / checkpoint_name(0)
+    if init is None or saved.weights is None or not first.exists():
+        return
+    try:
+        other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
+    except UsageError as why:  # the run has its own copy
+        watcher.tell("note", {"what": f"--init is not needed any more, and not used: {why}"})
+        return
+    if other:
+        raise UsageError(other)
 
 
 async def _locked(store: RunStore, watcher: Watcher) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
+
+from fluffle_common.printing import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 from fluffle_coordinator.report_numbers import train_loss
 
@@ -11,12 +16,20 @@ _BLUE, _RUST = "#1f5fa8", "#c1502e"
 _KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
 
 
-def history_table(rounds: list[dict[str, Any]], stream: IO[str]) -> None:
-    """Print one row a round."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
+    """Return one row a round, within ``width`` columns where that is possible.
 
+    When names do not fit, participants are counted, and columns that are 0 throughout are left out.
+    """
+    from rich.console import Console
+
+    whole = _history_table(rounds)
+    if Console(width=10_000).measure(whole).maximum <= width:
+        return whole
+    return _history_table(rounds, short=True)
+
+
+def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Table:
     metrics = sorted(
         {
             name
@@ -25,24 +38,27 @@ def history_table(rounds: list[dict[str, Any]], stream: IO[str]) -> None:
             if name not in _KNOWN and isinstance(value, float)
         }
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("round", "participants", "examples"):
-        table.add_column(name, justify="left" if name == "participants" else "right")
-    for name in ("train loss", "loss", *metrics, "late", "rejected"):
-        table.add_column(name, justify="right")
+    counts = [
+        name for name in ("late", "rejected") if not short or any(one.get(name) for one in rounds)
+    ]
+    who = "workers" if short else "participants"
+    rows = table(padding=(0, 1), pad_edge=not short)
+    for name in ("round", who, "examples", "train loss", "loss", *metrics, *counts):
+        rows.add_column(
+            name, justify="left" if name == "participants" else "right", overflow="fold"
+        )
     for one in rounds:
         there = one.get("participants", [])
-        table.add_row(
+        names = ", ".join(sorted(p["worker"] for p in there))
+        rows.add_row(
             str(one["round"]),
-            ", ".join(sorted(p["worker"] for p in there)),
+            str(len(there)) if short else names,
             str(sum(p["num_examples"] for p in there)),
             _number(train_loss(there)),
             *(_number(one.get(name)) for name in ("loss", *metrics)),
-            str(one.get("late", "")),
-            str(one.get("rejected", "")),
+            *(str(one.get(name, "")) for name in counts),
         )
-    console = Console(file=stream, width=None if stream.isatty() else 120, highlight=False)
-    console.print(table)
+    return rows
 
 
 def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from fluffle_common.cli import count
 from fluffle_common.errors import RunError
+from fluffle_common.printing import echo, echo_json, screen, table
 
 if TYPE_CHECKING:
     from fluffle_coordinator.replay import Distance, Replay
@@ -23,7 +24,7 @@ _run_argument = click.argument(
 
 @click.command()
 @_run_argument
-@click.option("--round", "number", type=click.IntRange(1), required=True, help="Which round.")
+@click.option("--round", "number", type=count(), required=True, help="Which round.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object with every tensor.")
 def replay(folder: Path, number: int, as_json: bool) -> None:
     """Compute a round's average again from the kept updates, and compare it bit by bit.
@@ -44,7 +45,7 @@ def replay(folder: Path, number: int, as_json: bool) -> None:
 
     found = compute_again(folder, number)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2, allow_nan=False))
+        echo_json(found.as_json())
     else:
         _print(found)
     if not found.equal:
@@ -52,29 +53,24 @@ def replay(folder: Path, number: int, as_json: bool) -> None:
 
 
 def _print(found: Replay) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
+    rows = table()
     for name in ("tensor", "dtype", "shape", f"against {found.checkpoint}", "plain NumPy average"):
-        table.add_column(name, overflow="fold")
+        rows.add_column(name, overflow="fold")
     for tensor in found.tensors:
         shape = " x ".join(map(str, tensor.shape)) or "()"
         verdicts = (_words(tensor.replayed), _words(tensor.second_opinion))
-        table.add_row(tensor.name, tensor.dtype, shape, *verdicts)
-    width = None if sys.stdout.isatty() else 140
-    Console(file=sys.stdout, width=width, highlight=False, markup=False).print(table)
+        rows.add_row(tensor.name, tensor.dtype, shape, *verdicts)
+    screen().print(rows)
     who = ", ".join(f"{worker} ({examples})" for worker, examples in found.participants)
-    click.echo(f"round {found.round} of run {found.run}, from the kept updates of {who}")
+    echo(f"round {found.round} of run {found.run}, from the kept updates of {who}")
     wrong = [tensor.name for tensor in found.tensors if not tensor.replayed.equal]
     if wrong:
-        click.echo(
+        echo(
             f"DIFFERENT: {len(wrong)} of {len(found.tensors)} tensors are not what was committed: "
             + ", ".join(wrong)
         )
     else:
-        click.echo(f"equal: all {len(found.tensors)} tensors are, bit by bit, what was committed")
+        echo(f"equal: all {len(found.tensors)} tensors are, bit by bit, what was committed")
 
 
 def _words(distance: Distance) -> str:
@@ -112,7 +108,7 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
 
     numbers = read_numbers(folder)
     if as_json:
-        click.echo(json.dumps(numbers.as_json(), indent=2))
+        echo_json(numbers.as_json())
         return
     out = out or folder / "report.html"
     try:
@@ -120,4 +116,4 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
             file.write(page(numbers).encode())
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
-    click.echo(f"report written to {out}")
+    echo(f"report written to {out}")

@@ -97,6 +97,9 @@ class RunStore:
         except BlockingIOError:
             lock.close()
             return False
+        except OSError:  # a file system without locks
+            lock.close()
+            raise
         self._lock = lock
         return True
 
@@ -330,6 +333,8 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / "history.jsonl"
     if not path.exists():
+        if (folder / "run.json").exists():
+            raise UsageError(f"the run in {folder} has committed no round yet")
         raise UsageError(f"there is no history in {folder}; a run's folder is such as runs/NAME")
     data = path.read_bytes()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from fluffle_common.console import Console
+from fluffle_common.console import Console, warn
 from fluffle_coordinator.progress import wanted
 from fluffle_coordinator.run_state import Phase, State
 
@@ -15,6 +15,7 @@ _SENTENCES = {
     "disconnected": "lost the broker ({reason}); connecting again",
     "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
     "standby": "another coordinator has {what}; waiting as a standby",
+    "note": "{what}",
     "repaired": "{what}",
     "resumed": "going on with run {run} after round {round}",
     "started": "run {run} in {folder}",
@@ -23,7 +24,7 @@ _SENTENCES = {
     "classes": "the classes are {classes}, as {worker} has them",
     "joined": "{worker} joined with {num_examples} examples",
     "left": "{worker} left ({reason})",
-    "gone": "{worker} is gone: nothing heard for {silent_s:.0f} s",
+    "gone": "{worker} is gone: no heartbeat for {silent_s:.0f} s",
     "refused": "refused: {reason}",
     "failure": "round {round}: the task of {worker} failed: {reason}",
     "opened": "round {round}: opened for {asked}, {needed} updates needed",
@@ -51,7 +52,8 @@ _SENTENCES = {
     "gap": "{dropped} events from before this one are lost: they could not be sent for too long",
     "finished": "finished: {reason}",
     "stopped": "stopped: {reason}",
-    "interrupted": "stopped; {folder} has everything, the same command goes on from there",
+    "interrupted": "stopped; everything is in {folder}; the same command (without --fresh) goes "
+    "on from there",
 }
 
 
@@ -112,21 +114,37 @@ class Watcher(Protocol):
 
 
 class Watchers(Watcher):
-    """Tells several watchers the same, in the order in which they were given."""
+    """Tells several watchers the same, in the order in which they were given.
+
+    A watcher that raises is a bug, which is reported once on stderr; the run and the other
+    watchers go on, and that watcher is told the next event as before.
+    """
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
         self._shown = [one for one in watchers if type(one).show is not Watcher.show]
+        self._reported: set[Watcher] = set()
 
     def tell(self, what: str, fields: Mapping[str, Any]) -> None:
         """See ``Watcher``."""
         for watcher in self._watchers:
-            watcher.tell(what, fields)
+            try:
+                watcher.tell(what, fields)
+            except Exception as wrong:
+                self._report(watcher, f"the event '{what}'", wrong)
 
     def show(self, state: State, now: float) -> None:
         """See ``Watcher``."""
         for watcher in self._shown:
-            watcher.show(state, now)
+            try:
+                watcher.show(state, now)
+            except Exception as wrong:
+                self._report(watcher, "where the run stands", wrong)
+
+    def _report(self, watcher: Watcher, what: str, wrong: Exception) -> None:
+        if watcher not in self._reported:
+            self._reported.add(watcher)
+            warn(f"{type(watcher).__name__} cannot show {what} ({wrong!r}); the run goes on")
 
 
 class View(Watcher):
@@ -193,9 +211,11 @@ def _who(state: State, now: float) -> str:
         elif state.busy(name):
             steps = f" {worker.step}/{worker.steps}" if worker.steps else ""
             told.append(f"{name} {worker.state}{steps}")
+        elif worker.state != "idle":  # still at an earlier round, or at a message of this one
+            told.append(f"{name} {worker.state} for round {worker.round}")
         else:
             heard_s = max(0.0, now - worker.last_seen)
-            told.append(f"{name} has not begun (last heard {heard_s:.0f} s ago)")
+            told.append(f"{name} idle {heard_s:.0f} s ago")
     short = state.needed - len(state.asked)
     if short > 0:
         told.append(f"{short} more worker{'s'[: short > 1]} needed")

@@ -375,10 +375,10 @@ def test_queues_hint_at_a_worker_that_died(federation, told):
 
 
 def test_watching_queues_ends_with_ctrl_c(federation, ask):
-    topology = declare(federation)
+    declare(federation)
     program = ask("queues", "--watch")
     for _ in range(2):
-        program.wait_for(topology.updates)
+        program.wait_for("updates")
     program.wait_for("no coordinator is connected")
     program.send(signal.SIGINT)
     assert program.end() == 130

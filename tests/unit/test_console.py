@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import math
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
+from rich.text import Text
 
-from fluffle_common.console import Console, json_line
+from fluffle_common.console import _WITHIN_S, Console, json_line
 
 PATIENCE_S = 5.0
 
@@ -20,15 +25,27 @@ class Stream(io.StringIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self.writes, self.closed_there = 0, False
-        self.written = asyncio.Event()
+        self.writes, self.wrong = 0, None
+        self.reads = threading.Event()  # whoever reads; clear: nobody takes anything
+        self.reads.set()
 
     def write(self, text: str) -> int:
-        self.written.set()
+        self.reads.wait(PATIENCE_S)
         self.writes += 1
-        if self.closed_there:
-            raise BrokenPipeError
+        if self.wrong is not None:
+            raise self.wrong
         return super().write(text)
+
+
+class Terminal(Stream):
+    def isatty(self) -> bool:
+        return True
+
+
+async def written(console: Console) -> None:
+    """Wait until the lines that are held have been handed on and written."""
+    await asyncio.sleep(2 * _WITHIN_S)
+    console._stream.settle(PATIENCE_S)
 
 
 def events(stream: Stream) -> list[str]:
@@ -50,8 +67,7 @@ async def test_lines_that_follow_each_other_are_written_in_one_go_a_moment_later
         console.line("one", str)
         console.line("two", str)
         assert not stream.writes
-        async with asyncio.timeout(PATIENCE_S):
-            await stream.written.wait()
+        await written(console)
         assert (events(stream), stream.writes) == (["one", "two"], 1)
 
 
@@ -63,15 +79,117 @@ async def test_what_is_held_is_written_at_the_end():
     assert stream.getvalue().endswith("the last words\n")
 
 
-async def test_where_nobody_reads_any_more_the_next_line_says_so():
+GONE = [
+    BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.EBADF, "Bad file descriptor"),
+    ValueError("I/O operation on closed file."),
+]
+
+
+@pytest.mark.parametrize("kind", [Stream, Terminal])
+@pytest.mark.parametrize("wrong", GONE, ids=str)
+async def test_no_output_ends_what_writes_to_it(kind, wrong, capsys):
+    stream = kind()
+    with Console("auto", {}, stream) as console:
+        stream.wrong = wrong
+        for _ in range(3):
+            console.line("one", lambda: "lost")
+            console.bar("rounds", 1, 3, "going on")
+            await written(console)
+    said = capsys.readouterr().err
+    assert said.count("cannot write the log") == 1
+    assert "going on without it" in said
+
+
+async def test_when_the_disk_has_room_again_lines_go_on_and_say_what_is_missing():
     stream = Stream()
-    with Console("json", {}, stream) as console:
-        stream.closed_there = True
-        console.line("one", str)
-        async with asyncio.timeout(PATIENCE_S):
-            await stream.written.wait()
-        with pytest.raises(BrokenPipeError):
-            console.line("two", str)
+    with Console("plain", {}, stream) as console:
+        stream.wrong = OSError(errno.ENOSPC, "No space left on device")
+        for text in ("lost 1", "lost 2"):
+            console.line("one", lambda text=text: text)
+            await written(console)
+        stream.wrong = None
+        console.line("two", lambda: "here again")
+        await written(console)
+    first, second = stream.getvalue().splitlines()
+    assert first == "… 2 lines could not be written here"
+    assert second.endswith("here again")
+
+
+async def test_a_reader_that_takes_nothing_slows_nobody():
+    stream = Stream()
+    stream.reads.clear()
+    with Console("plain", {}, stream) as console:
+        began = time.monotonic()
+        for _ in range(300):
+            console.line("one", lambda: "x" * 10_000)  # more than may wait
+            console._flush()
+        assert time.monotonic() - began < 1.0
+        stream.reads.set()
+    assert "lines could not be written here" in stream.getvalue() or stream.writes
+
+
+def test_without_a_loop_a_reader_that_takes_nothing_is_waited_for_once(monkeypatch):
+    monkeypatch.setattr("fluffle_common.console._SETTLE_S", 0.05)
+    stream = Stream()
+    stream.reads.clear()
+    waits = []
+    with Console("plain", {}, stream) as console:
+        settle = console._stream.settle
+        monkeypatch.setattr(console._stream, "settle", lambda s: (waits.append(s), settle(s))[1])
+        for _ in range(3):
+            console.line("one", lambda: "text")
+        assert len(waits) == 1
+        stream.reads.set()
+
+
+def test_a_process_without_stdout_writes_nowhere(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with Console("auto", {}) as console:
+        console.line("one", lambda: "text")
+        assert not console.draws
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_character_that_the_encoding_lacks_is_escaped(tmp_path, encoding):
+    path = tmp_path / "log"
+    with path.open("w", encoding=encoding) as file, Console("plain", {}, file) as console:
+        console.line("one", lambda: "metric Ödem 字")
+    text = path.read_text(encoding)
+    assert text.rstrip("\n").endswith(
+        {
+            "ascii": r"metric \xd6dem \u5b57",
+            "latin-1": r"metric Ödem \u5b57",
+            "utf-8": "metric Ödem 字",
+        }[encoding]
+    )
+
+
+def test_a_line_of_other_peoples_text_is_one_line_that_can_be_seen():
+    stream = Stream()
+    with Console("plain", {}, stream) as console:
+        console.line("one", lambda: "reason\n12:00:00  committed \x1b[2J\u202eevil")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(r"reason\n12:00:00  committed \x1b[2J\u202eevil")
+
+
+def test_bars_keep_their_width_and_text_gives_way(monkeypatch):
+    for columns, width in ((60, 12), (80, 24), (120, 24)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        stream = Terminal()
+        with Console("auto", {}, stream) as console:
+            text = "round 2: " + ", ".join(f"client-{n} training {n}/40" for n in range(1, 9))
+            console.bar("rounds", 6, 6, "")
+            console.bar("updates", 3, 3, text)
+            console._progress.refresh()
+            console._stream.settle(PATIENCE_S)
+            drawn = Text.from_ansi(stream.getvalue()).plain
+        lines = [line for line in drawn.splitlines() if line.startswith("updates")]
+        assert lines[-1].startswith("updates   " + "━" * width + " 3/3"), lines
+        assert cell_len(lines[-1]) <= columns
+        assert any(line.startswith("rounds    ") for line in drawn.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -86,12 +204,13 @@ async def test_where_nobody_reads_any_more_the_next_line_says_so():
         ["a", 1],
         {"of": {"w1": 3}},
         "no text: \udcff",
+        "a delete: \x7f",
     ],
 )
 def test_json_says_what_it_was_told_in_one_ascii_line(value):
     written = json_line({"value": value})
     assert written.isascii()
-    assert "\n" not in written
+    assert written.isprintable()
     assert json.loads(written) == {"value": value}
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import UsageError
 from fluffle_common.messages import Event
-from fluffle_coordinator.explain import Round, clock, explain, longest_wait, runs_of
+from fluffle_coordinator.explain import Round, Wait, clock, explain, longest_wait, runs_of
 from fluffle_coordinator.explain_words import as_dict, sentences
 from fluffle_coordinator.journal_cli import _spans, _which
 
@@ -76,9 +76,8 @@ def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
     assert "for a, b, c, 3 updates needed" in text
     assert "a answered at" in text
     assert "3.0 s after the opening: 80 examples, 1.5 s of training" in text
-    assert (
-        f"c is missing: it is gone since {clock(at(40))}: nothing was heard of it for 5 s." in text
-    )
+    gone = f"it has been gone since {clock(at(40))} (no heartbeat for 5 s)"
+    assert f"Still waiting for c: {gone}." in text
     assert f"8 min 30 s left until the deadline, at {clock(at(610))}" in text
     assert "2 updates of 3: 1 more needed" in text
     assert "It waited longest for c, and still does: 1 min 25 s after the update of b." in text
@@ -96,13 +95,13 @@ def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
         (
             "joined",
             {"worker": "c", "num_examples": 80},
-            "it is here and at work, as far as is known",
+            "connected, no update yet",
         ),
     ],
 )
 def test_what_is_known_of_a_missing_worker(event, fields, said):
     _, text = begun().add(20, event, **fields).explained(now=30)
-    (line,) = [line for line in text.splitlines() if line.startswith("c is missing")]
+    (line,) = [line for line in text.splitlines() if line.startswith("Still waiting for c")]
     assert said in line
 
 
@@ -110,14 +109,14 @@ def test_a_worker_that_came_back_is_no_longer_gone():
     story = begun().add(20, "gone", worker="c", silent_s=5.0)
     story.add(30, "joined", worker="c", num_examples=80)
     told, text = story.explained(now=40)
-    assert "c is missing: it is here" in text
+    assert "Still waiting for c: connected, no update yet." in text
     assert told.present == {"a", "b", "c"}
 
 
 def test_a_worker_that_joined_late_is_waited_for_too():
     told, text = begun().add(20, "joined", worker="d", num_examples=5).explained(now=30)
     assert told.missing == ["a", "b", "c", "d"]
-    assert f"d is missing: it joined at {clock(at(20))}" in text
+    assert f"Still waiting for d: connected, joined at {clock(at(20))}" in text
 
 
 def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_is():
@@ -136,7 +135,10 @@ def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_
     assert "loss 0.5000, accuracy 0.9000 on 60 held-out examples" in text
     assert "the update of b came late and was discarded" in text
     assert "b did not answer" not in text
-    assert "for c, which trained for 19 s: 20 s after the update of a" in text
+    assert (
+        "It waited longest for c (it trained for 19 s), the last to answer: 23 s after the "
+        "opening, 20 s after a." in text
+    )
     assert "deadline" not in text
 
 
@@ -205,13 +207,88 @@ def test_a_round_that_was_open_when_the_coordinator_was_lost():
     [
         ("finished", "The run has finished: enough."),
         ("stopped", "The run has stopped: enough."),
-        ("interrupted", "The coordinator was told to stop"),
+        (
+            "interrupted",
+            "The coordinator was told to stop; the same command opens this round again.",
+        ),
     ],
 )
 def test_a_run_that_ended_with_the_round_open(event, said):
     _, text = begun().add(20, event, reason="enough").explained(now=9999)
     assert said in text
     assert "deadline" not in text
+    assert "Still waiting" not in text
+    assert "still does" not in text
+    assert "a did not answer." in text
+    assert "It waited longest for a, b, c: 10 s after the opening." in text  # up to the end
+
+
+def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
+    story = begun().counted(19, "a", 1).counted(20, "b", 2).counted(21, "c", 3, train_s=10.5)
+    story.add(21.5, "committed", round=7, participants=["a", "b", "c"], num_examples=240)
+    told, text = story.explained(now=30)
+    assert longest_wait(told) == Wait(11.0, "c", "b")
+    assert (
+        "waited longest for c (it trained for 10.5 s), the last to answer: 11 s after the opening, "
+        "1.0 s after b." in text
+    )
+
+
+def test_a_round_that_took_long_to_close_says_so():
+    story = begun().counted(11, "a", 1)
+    story.add(41, "committed", round=7, participants=["a"], num_examples=80)
+    assert "Closing it took longest: 30 s after the update of a." in story.explained(now=50)[1]
+
+
+def test_a_finished_run_says_that_it_is_finished_and_waits_for_nobody():
+    story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
+    story.add(15, "waiting", reason="waiting for the evaluation by a").add(
+        16, "finished", reason="7 rounds are done"
+    )
+    for worker in ("a", "b", "c"):
+        story.add(17, "left", worker=worker, reason="the run has ended")
+    _, text = story.explained(now=90)
+    assert text.endswith("The run has finished: 7 rounds are done.")
+    assert "Still waiting" not in text
+    assert "coordinator said" not in text
+
+
+def test_what_a_worker_does_is_what_the_coordinator_said_last():
+    said = "round 7: 1 of 3 updates, 580 s to the deadline; b training 3/40, c receiving"
+    _, text = begun().counted(13, "a", 1).add(30, "waiting", reason=said).explained(now=31)
+    assert f"Still waiting for b: connected, training 3/40 at {clock(at(30))}." in text
+    assert f"Still waiting for c: connected, receiving at {clock(at(30))}." in text
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_without_a_coordinator_it_says_so_and_names_the_command(committed):
+    story = begun().counted(13, "a", 1)
+    if committed:
+        story.add(14, "committed", round=7, participants=["a"])
+    told = explain(story.events, "r", 7, at(50), coordinated=False)
+    text = "\n".join(sentences(told))
+    assert "No coordinator is connected to the broker now: the same command" in text
+    assert "left until the deadline" not in text
+
+
+def test_between_two_rounds_it_says_what_the_run_waits_for():
+    story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
+    story.add(20, "waiting", reason="waiting for workers: 0 of 2 are here (nobody), 2 missing")
+    assert story.explained(now=25)[1].endswith("0 of 2 are here (nobody), 2 missing.")
+    assert "0 of 2" not in story.opened(30, number=8).explained(now=35)[1]
+
+
+def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
+    story = Story().add(0, "started", folder="runs/f").add(1, "connected")
+    story.add(2, "joined", worker="a", num_examples=80)
+    story.add(3, "refused", worker="b", reason="it has other classes")
+    story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a), 1 missing")
+    told = explain(story.events, *_which(story.events, None, None), at(10))
+    text = "\n".join(sentences(told))
+    assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")
+    assert f"At {clock(at(3))} b was refused: it has other classes." in text
+    assert "waiting for workers: 1 of 2" in text
+    assert as_dict(told)["round"] == 0
 
 
 def test_other_runs_are_left_out():
@@ -247,7 +324,8 @@ def test_which_round_is_meant():
     with pytest.raises(UsageError, match="no run yet"):
         _which([], None, None)
     with pytest.raises(UsageError, match="opened no round yet"):
-        _which(Story().add(0, "started").events, None, None)
+        _which(Story().add(0, "started").events, None, 1)
+    assert _which(Story().add(0, "started").events, None, None) == ("r", 0)
     assert _spans([3, 1, 2, 9]) == "1-3, 9"
 
 
@@ -315,7 +393,7 @@ _event = st.builds(
 )
 
 
-@given(st.lists(_event, max_size=30), st.integers(1, 2), st.floats(-100, 1e6))
+@given(st.lists(_event, max_size=30), st.integers(0, 2), st.floats(-100, 1e6))
 def test_no_journal_is_too_strange_to_be_explained(events, number, now):
     told = explain(events, "r", number, at(now))
     assert all(isinstance(line, str) for line in sentences(told))

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_common.errors import LinkLost, UsageError
+from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.memory import MemoryBroker, MemoryLink
 from fluffle_common.messages import Event, Events
 from fluffle_common.topology import Topology
-from fluffle_common.transport import Full, Link, Properties, Unroutable
+from fluffle_common.transport import Full, Link, Occupied, Properties, Unroutable
 from fluffle_common.wire import decode, encode
 from fluffle_coordinator.journal import Journal
 from fluffle_coordinator.journal_reading import read_journal
@@ -424,3 +424,32 @@ KEYS = sorted(
 )
 def test_there_is_a_sentence_for_every_event_whatever_it_carries(what, fields):
     assert isinstance(sentence(what, fields), str)
+
+
+async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(broker, capsys):
+    link = Faulty(await broker.open(), [ValueError("what nobody thought of")])
+    journal = Journal(TOPOLOGY)
+    async with published(journal, link) as task:
+        for _ in range(3):
+            journal.tell("counted", {"round": 1})
+            await drained(journal)
+            await asyncio.sleep(0)
+        assert not task.done()
+    async with published(journal, link) as task:  # over the next link, too
+        journal.tell("counted", {"round": 2})
+        await drained(journal)
+        assert not task.done()
+    said = capsys.readouterr().err
+    assert said.count("the journal cannot be published") == 1
+    assert "the run goes on without it" in said
+
+
+async def test_who_may_not_read_the_journal_is_told_which_right_is_missing(broker, monkeypatch):
+    async def refused(*_: object, **__: object) -> None:
+        raise Occupied("ACCESS_REFUSED")
+
+    monkeypatch.setattr(MemoryLink, "newest", refused)
+    events = read_journal(broker, TOPOLOGY)
+    with pytest.raises(BrokerError, match=r"ACCESS_REFUSED; it needs the right to read f\.journal"):
+        async for _ in events:
+            pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -12,12 +13,14 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.messages import Plan
 from fluffle_common.topology import Topology
 from fluffle_coordinator import charts
 from fluffle_coordinator.configuration import configuration
+from fluffle_coordinator.report import history_table
 from fluffle_coordinator.report_numbers import PHASES, Cell, numbers, phases, read_numbers
 from fluffle_coordinator.report_page import page
 from fluffle_coordinator.run_cli import report
@@ -360,3 +363,31 @@ def test_counts_remember_the_first_of_each_and_count_all():
     assert (counts.late, counts.rejected) == (200, 200)
     assert len(counts.late_updates) == len(counts.rejections) == 50
     assert counts.late_updates[0]["worker"] == "w0"
+
+
+@pytest.mark.parametrize(("width", "names"), [(80, False), (120, True)])
+def test_the_history_fits_the_terminal_and_no_cell_is_cut(width, names):
+    rounds = [
+        {
+            "round": number,
+            "participants": [
+                {"worker": f"client-{n}", "num_examples": 225, "train_loss": 1.5} for n in (1, 2, 3)
+            ],
+            "loss": 1.25,
+            "accuracy": 0.75,
+            "temperature": 0.5,
+            "late": 0,
+            "rejected": 0,
+        }
+        for number in range(1, 7)
+    ]
+    out = io.StringIO()
+    Console(file=out, width=width).print(history_table(rounds, width))
+    lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+    assert len(lines) == 2 + 6
+    assert max(map(len, lines)) <= width
+    assert "…" not in out.getvalue()
+    assert "temperature" in lines[0]
+    assert ("client-1, client-2, client-3" in lines[2]) == names
+    rounds[0]["late"] = 1
+    assert [c.header for c in history_table(rounds, 80).columns][-1] == "late"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
 import traceback
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli import federation_option, queue_type_option, url_option
+from fluffle_common.cli import SEED, federation_option, queue_type_option, seconds, url_option
 from fluffle_common.console import log_format_option
+from fluffle_common.printing import echo
 from fluffle_worker.task import DEFAULT_TASK
 
 if TYPE_CHECKING:
@@ -74,16 +74,16 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
     "[default: those of the data]",
     show_default=False,
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the split of the data.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the split of the data.")
 @click.option(
     "--heartbeat",
-    type=click.FloatRange(0, 60, min_open=True),
+    type=seconds(0, 60, min_open=True),
     default=2.0,
     help="Seconds between signs of life.",
 )
 @click.option(
     "--wait-id",
-    type=click.FloatRange(0),
+    type=seconds(),
     default=45.0,
     help="Seconds to wait while another worker has this id: a connection that was cut lives on in "
     "the broker for a while.",
@@ -91,7 +91,7 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
 @click.option("--stay", is_flag=True, help="Wait for another run when one has ended.")
 @click.option(
     "--wait-broker",
-    type=click.FloatRange(0, min_open=True),
+    type=seconds(min_open=True),
     default=600.0,
     help="Seconds to wait for a broker that cannot be reached before giving up.",
 )
@@ -224,8 +224,7 @@ def _teller(console: Console, log_format: str, address: str) -> Tell:
     def tell(what: str, fields: dict[str, Any]) -> None:
         if what == "traceback" and log_format != "json":
             # It is for whoever wrote the task, at once and as it is.
-            with contextlib.suppress(OSError, ValueError):
-                click.echo(fields["text"], err=True)
+            echo(*str(fields["text"]).splitlines(), err=True)
         else:
             console.line(what, lambda: sentence(what, fields), fields)
 

@@ -7,10 +7,8 @@ generators, such as dropout's, never travels.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +17,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.messages import Plan
+from fluffle_common.settings import cache_folder
 from fluffle_common.weights import Array, Weights, same_form
 from fluffle_worker.task import EvalResult, Progress, TrainResult
 
@@ -256,7 +255,10 @@ def _check_names(names: list[str]) -> None:
 
 def keep_compiled() -> None:
     """Keep what JAX compiles on disk, so that the next process on this machine need not."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = cache_folder()
+    except UsageError:
+        return  # it only takes longer
     config: Any = jax.config
     if not config.jax_compilation_cache_dir:
         config.update("jax_compilation_cache_dir", str(cache / "fluffle" / "jax"))

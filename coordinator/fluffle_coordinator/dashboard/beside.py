@@ -14,10 +14,10 @@ import time
 import uuid
 from collections.abc import Callable
 
-from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.messages import Bye, Heartbeat, Hello
 from fluffle_common.topology import Binding, Topology
-from fluffle_common.transport import Backoff, Delivery, Link, Transport, links, together
+from fluffle_common.transport import Backoff, Delivery, Link, Occupied, Transport, links, together
 from fluffle_common.wire import decode
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed, Figures
@@ -74,6 +74,12 @@ class Beside:
                     await self._tap(link)
                 except LinkLost as gone:
                     self._linked(False, f"lost the broker ({gone}); connecting again")
+                except Occupied as no:
+                    raise BrokerError(
+                        f"the broker does not let this user show the page: {no}; it needs the "
+                        f"rights to configure, write and read {self._topology.federation}.tap.* "
+                        f"and to read {self._topology.results}"
+                    ) from None
 
     def _no_broker(self, reason: str, _: float) -> None:
         self._linked(False, f"no broker at {self._transport.address} ({reason}); trying again")

@@ -280,7 +280,7 @@ class Board:
     _on_stopped = _on_finished
 
     def _on_interrupted(self, _: float, __: Mapping[str, Any]) -> None:
-        self._told = "the same command goes on from there"
+        self._told = "the same command (without --fresh) goes on from there"
 
     def _note(self, time: float, what: str, fields: Mapping[str, Any]) -> None:
         self._numbered += 1

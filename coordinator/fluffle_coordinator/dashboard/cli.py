@@ -36,6 +36,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     """
     from fluffle_common.amqp import AmqpTransport
     from fluffle_common.console import warn
+    from fluffle_common.printing import echo
     from fluffle_common.settings import broker_url, check_federation, management_of
     from fluffle_common.signals import Interrupted, run_until_signalled
     from fluffle_common.topology import Topology
@@ -52,7 +53,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     asker = queue_asker(topology, broker, management_of(broker, management))
     page = Beside(topology, transport, asker)
     with listen(address, "--listen") as listening:
-        click.echo(f"the page is at {url_of(listening)}")
+        echo(f"the page is at {url_of(listening)}")
         if (exposed := exposure(listening)) is not None:
             warn(exposed)
         try:

@@ -126,7 +126,7 @@ class Roster:
                 f" ({row.why})" if row.why else ""
             )
         if row.state == "idle":
-            return "idle" if row.round == current else "has not begun"
+            return "idle" if row.round == current else "idle at its last heartbeat"
         steps = f" {row.step}/{row.steps}" if row.steps else ""
         behind = f" of round {row.round}" if row.round and row.round != current else ""
         return f"{row.state}{steps}{behind}"

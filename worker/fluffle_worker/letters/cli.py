@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fluffle_common.cli import SEED, count
 from fluffle_common.console import warn
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from fluffle_worker.letters.images import Images
@@ -22,15 +23,15 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--clients", type=click.IntRange(1), default=3, help="Number of clients.")
-@click.option("--per-client", type=click.IntRange(10), default=250, help="Letters of each writer.")
+@click.option("--clients", type=count(), default=3, help="Number of clients.")
+@click.option("--per-client", type=count(10), default=250, help="Letters of each writer.")
 @click.option(
     "--unseen",
-    type=click.IntRange(0),
+    type=count(0),
     default=1,
     help="Number of additional writers for scoring, on whom no worker should train.",
 )
-@click.option("--seed", type=click.IntRange(0), default=1, help="The same seed, the same letters.")
+@click.option("--seed", type=SEED, default=1, help="The same seed, the same letters.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw handwritten letters A to J into OUT/client-N/<letter>/, as different people would.
 
@@ -52,7 +53,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
             progress=lambda done, _: bar.update(done - bar.pos),
         )
     more = f" and {unseen} more writer{'s' if unseen > 1 else ''}" if unseen else ""
-    click.echo(f"{clients} clients{more} with {per_client} letters each in {out}")
+    echo(f"{clients} clients{more} with {per_client} letters each in {out}")
 
 
 @click.command()
@@ -104,9 +105,9 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
             }
         )
         if not as_json:
-            click.echo(f"{path}: {shown[named.label]}  {100 * named.confidence:.1f} %")
+            echo(f"{path}: {shown[named.label]}  {100 * named.confidence:.1f} %")
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo_json(found)
     for note in inverted_note(pictures):
         warn(note)
     if unreadable:
@@ -131,7 +132,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 @click.option("--unseen", is_flag=True, help="Score all letters: no worker trained on any of them.")
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=SEED,
     default=0,
     help="The --seed of the worker with this folder; it decides what is held out.",
 )
@@ -164,8 +165,8 @@ def confusion(**options: Any) -> None:
     except OSError as why:
         raise TaskError(f"cannot write {out} ({why.strerror})") from None
     for line in lines:
-        click.echo(line)
-    click.echo(f"matrix written to {out}")
+        echo(line)
+    echo(f"matrix written to {out}")
 
 
 def _scored(

@@ -8,6 +8,9 @@ const STEPS = ["waiting", "open", "fold", "average", "checkpoint"];
 const QUEUES = ["updates", "presence", "journal", "rejected", "unrouted", "inbox", "outbox"];
 const ABSENT = new Set(["left", "gone", "refused"]);
 
+/** Whether the run has ended: then silence, and queues that nobody reads, are as they should be. */
+const over = (board) => board.run?.phase === "ended";
+
 /** Show either a panel's content or the words for having none. */
 function either(id, there) {
   mark($(`${id}-empty`), "hidden", there ? "" : null);
@@ -196,7 +199,8 @@ function seen(board, now) {
     const cell = row.lastElementChild;
     const age = worker.last_seen === null ? null : Math.max(0, now - worker.last_seen);
     say(cell, age === null ? "–" : ago(age));
-    const silent = age !== null && age > 3 * (worker.heartbeat_s ?? 10) && !ABSENT.has(worker.state);
+    const silent =
+      !over(board) && age !== null && age > 3 * (worker.heartbeat_s ?? 10) && !ABSENT.has(worker.state);
     mark(cell, "data-tone", silent ? "bad" : null);
   }
 }
@@ -271,7 +275,7 @@ function queues(board) {
       say(consumers, whole(queue.consumers));
       say(bytes, size(queue.size_bytes));
       mark(row, "data-still", !queue.ready && !queue.unacknowledged ? "" : null);
-      const unread = /^(inbox\.|updates|presence)/.test(name.textContent) && queue.consumers === 0;
+      const unread = !over(board) && /^(inbox\.|updates|presence)/.test(name.textContent) && queue.consumers === 0;
       mark(consumers, "data-tone", unread ? "bad" : null);
       mark(consumers, "title", unread ? "nobody reads this queue" : null);
     },

@@ -1,0 +1,159 @@
+"""What is said at an end, and that observers never cause one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fluffle_common.checkpoint import checkpoint_name, save_checkpoint
+from fluffle_common.errors import RunError, UsageError
+from fluffle_coordinator import endings, main
+from fluffle_coordinator.run_state import Phase, Rules, State, Worker
+from fluffle_coordinator.store import RunStore
+from fluffle_coordinator.view import Watcher, Watchers, waiting_for
+
+FOLDER = Path("runs/f")
+
+
+class Told(Watcher):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict]] = []
+        self.shown = 0
+
+    def tell(self, what, fields):
+        self.events.append((what, dict(fields)))
+
+    def show(self, state, now):
+        self.shown += 1
+
+
+class Broken(Told):
+    def tell(self, what, fields):
+        raise UnicodeEncodeError("ascii", "Ö", 0, 1, "ordinal not in range")
+
+    def show(self, state, now):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
+    before, after = Told(), Told()
+    watchers = Watchers(before, Broken(), after)
+    for _ in range(3):
+        watchers.tell("committed", {"round": 1})
+        watchers.show(State(Rules(1), "r", 1), 0.0)
+    assert len(before.events) == len(after.events) == after.shown == 3
+    said = capsys.readouterr().err
+    assert said.count("fluffle: Broken cannot show the event 'committed'") == 1
+    assert "the run goes on" in said
+    assert len(said.splitlines()) == 1
+
+
+# --- the command that goes on --------------------------------------------------------------------
+
+
+def test_a_stop_names_the_command_that_really_goes_on():
+    state = State(Rules(6), "r", 4, counted_before={3: frozenset("a")})
+    said = endings.after_a_stop(state, FOLDER)
+    assert said == (
+        "once that is put right, the same command (without --fresh) goes on with round 4"
+    )
+    for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
+        said = endings.after_a_stop(state.but(**other), FOLDER)
+        assert "if the model or the classes have changed" in said
+        assert "--fresh begins a new run" in said
+        assert said.endswith("the same command (without --fresh) goes on with round 4")
+    assert endings.after_a_stop(State(Rules(6), "r", 1), FOLDER).endswith("with round 1")
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = RunStore(tmp_path / "run")
+    store.load("f")
+    return store
+
+
+def begun(store: RunStore, weights: dict[str, np.ndarray]):
+    store.save_weights(0, weights, {"base": "b", "classes": "[]"})
+    return store.load("f")
+
+
+def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(store, tmp_path):
+    weights = {"w": np.array([0.0, np.nan], np.float32), "n": np.array(3, np.int64)}
+    same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    save_checkpoint(same, weights, {})
+    save_checkpoint(other, {**weights, "n": np.array(4, np.int64)}, {})
+    saved, told = begun(store, weights), Told()
+    main._check_beginning(same, store, saved, told)
+    main._check_beginning(None, store, saved, told)
+    assert not told.events
+    with pytest.raises(UsageError, match=r"other\.safetensors holds other weights .* --fresh"):
+        main._check_beginning(other, store, saved, told)
+    for differs in ({"w": weights["w"]}, {**weights, "w": weights["w"].astype(np.float64)}):
+        assert endings.other_beginning(other, weights, differs)
+
+
+def test_an_init_that_is_gone_is_said_and_the_run_goes_on(store, tmp_path):
+    saved, told = begun(store, {"w": np.zeros(2, np.float32)}), Told()
+    main._check_beginning(tmp_path / "gone.safetensors", store, saved, told)
+    ((what, fields),) = told.events
+    assert what == "note"
+    assert "--init is not needed any more" in fields["what"]
+    assert (store.folder / checkpoint_name(0)).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EACCES, errno.EROFS])
+async def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(
+    monkeypatch, tmp_path, number
+):
+    def refuse(*_: object) -> None:
+        raise OSError(number, "refused by the system")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = RunStore(tmp_path / "run")
+    settings = SimpleNamespace(federation="f")
+    with pytest.raises(RunError, match=r"cannot use the run folder .* --run") as caught:
+        await main._run(
+            settings, None, None, store, Told(), journal=None, page=None, fresh=False  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
+async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_path):
+    store = RunStore(tmp_path / "run")
+
+    def denied(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(RunError, match="lock: Permission denied"):
+        await main._run(
+            SimpleNamespace(federation="f"), None, None, store, Told(),
+            journal=None, page=None, fresh=False,
+        )  # fmt: skip
+
+
+# --- what a worker does --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "number", "said"),
+    [
+        ("training", 4, "a training 3/8"),
+        ("training", 3, "a training for round 3"),
+        ("receiving", 3, "a receiving for round 3"),
+        ("idle", 3, "a idle 2 s ago"),
+    ],
+)
+def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, said):
+    worker = Worker(
+        "a", "s", 5, (), 2.0, last_seen=8.0, state=state, run="r", round=number, step=3, steps=8
+    )
+    run = State(Rules(6), "r", 4, phase=Phase.OPEN, link=1, workers={"a": worker}, asked={"a": 1.0})
+    told = waiting_for(run, 10.0)
+    assert told is not None
+    assert told.endswith(f"; {said}")

@@ -1,0 +1,110 @@
+"""Numbers on the command line: every one is finite and within what the wire can carry."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fluffle_common.cli import fluffle
+from fluffle_common.errors import UsageError
+from fluffle_common.messages import Plan
+from fluffle_common.settings import cache_folder, parse_classes, parse_config
+
+WRONG = ["nan", "NaN", "-nan", "inf", "-inf", "1e999", "-1"]
+
+
+def numeric_options() -> list[tuple[list[str], str, click.ParamType]]:
+    """Return every numeric option of every command, with the words before it."""
+    context = click.Context(fluffle)
+    found = []
+
+    def look(command: click.Command, words: list[str]) -> None:
+        if isinstance(command, click.Group):
+            for name in command.list_commands(context):
+                look(command.get_command(context, name), [*words, name])
+        found.extend(
+            (words, option.opts[0], option.type)
+            for option in command.params
+            if isinstance(option.type, click.types.FloatParamType | click.types.IntParamType)
+        )
+
+    look(fluffle, [])
+    return found
+
+
+OPTIONS = numeric_options()
+
+
+def test_all_of_them_are_looked_at():
+    flags = {flag for _, flag, _ in OPTIONS}
+    assert {"--deadline", "--grace", "--fraction", "--learning-rate", "--heartbeat"} <= flags
+    assert {"--wait-broker", "--wait-id", "--wait-workers", "--seed", "--port"} <= flags
+
+
+@pytest.mark.parametrize(("words", "flag", "kind"), OPTIONS)
+def test_no_number_is_infinite_negative_or_too_large(words, flag, kind):
+    for text in WRONG:
+        with pytest.raises(click.BadParameter):
+            kind.convert(text, None, None)
+    with pytest.raises(click.BadParameter):
+        kind.convert(str(2**63) if kind.max is not None else "1e999", None, None)
+    # A rate and a ratio have no bound that is right for everyone.
+    assert kind.max is not None or flag in ("--learning-rate", "--max-norm-ratio")
+
+
+def test_the_command_says_it_in_one_line():
+    for flags in (["--deadline", "nan"], ["--seed", str(2**63)], ["--fraction", "nan"]):
+        found = CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *flags])
+        assert found.exit_code == 2
+        assert flags[0] in found.output
+
+
+def test_a_number_of_the_environment_is_checked_too(monkeypatch):
+    monkeypatch.setenv("FLUFFLE_QUEUE_TYPE", "nan")
+    found = CliRunner().invoke(fluffle, ["coordinator", "--federation", "f"])
+    assert found.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("x=NaN", "not a finite number"),
+        ("x=-Infinity", "not a finite number"),
+        ("x=1e999", "not a finite number"),
+        (f"x={2**63}", "64 bits"),
+        (f"x={-(2**63) - 1}", "64 bits"),
+        ("x", "KEY=VALUE"),
+        ("=1", "KEY=VALUE"),
+    ],
+)
+def test_a_config_value_that_no_task_can_be_told_is_refused(pair, said):
+    with pytest.raises(UsageError, match=said):
+        parse_config([pair])
+
+
+def test_a_config_is_what_a_plan_can_carry():
+    told = parse_config(["a=1", "b=0.5", "c=true", "d=text", "e=[1]", f"f={2**63 - 1}"])
+    assert told == {"a": 1, "b": 0.5, "c": True, "d": "text", "e": "[1]", "f": 2**63 - 1}
+    assert Plan(config=told).config == told
+    with pytest.raises(UsageError, match="more than once"):
+        parse_config(["a=1", "a=2"])
+
+
+@pytest.mark.parametrize("text", [",", "a,", "a,,b", "a,a"])
+def test_classes_have_names_that_differ(text):
+    with pytest.raises(UsageError, match="--classes wants"):
+        parse_classes(text)
+
+
+def test_a_user_without_a_home_is_told_what_to_name(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    with pytest.raises(UsageError, match="XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert str(cache_folder()) == "/cache"

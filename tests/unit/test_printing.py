@@ -1,0 +1,236 @@
+"""What is printed for people: nothing of other people's text acts on a terminal."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_common import cli, printing
+from fluffle_common.errors import FluffleError, RunError
+from fluffle_common.printing import (
+    OutputError,
+    ReaderGone,
+    echo,
+    echo_json,
+    one_line,
+    printable,
+    table,
+)
+from fluffle_coordinator.view import _SENTENCES, sentence
+
+ROOT = Path(__file__).resolve().parents[2]
+ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+JOINERS = {"\u200c", "\u200d"}
+HOSTILE = "a\x1b[2J\r\n12:00:00  finished\x9b31m\u202e\u2066\u2028\x07\udcffz"
+
+
+def acts(text: str) -> list[str]:
+    return [c for c in text if unicodedata.category(c) in ACTING and c not in JOINERS]
+
+
+def test_every_character_that_acts_or_cannot_be_seen_is_escaped():
+    for number in range(sys.maxunicode + 1):
+        character = chr(number)
+        category = unicodedata.category(character)
+        if category in ACTING and character not in JOINERS:
+            assert printable(character).startswith("\\"), hex(number)
+            assert printable(character).isascii()
+        elif category != "Cn":  # not assigned yet
+            assert printable(character) == character
+
+
+@given(st.text(st.characters(), max_size=50))
+def test_what_is_printable_stays_and_is_one_line(text):
+    shown = printable(text)
+    assert not acts(shown)
+    assert len(shown.splitlines()) <= 1
+    assert printable(shown) == shown
+
+
+_odd = st.sampled_from([HOSTILE, "\x1b]0;title\x07"]) | st.text(st.characters(), max_size=10)
+_value = _odd | st.integers() | st.floats() | st.none() | st.lists(_odd, max_size=2)
+_fields = {name for text in _SENTENCES.values() for name in re.findall(r"{(\w+)", text)}
+
+
+@given(
+    st.sampled_from([*_SENTENCES, "unheard of"]),
+    st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(_fields, _value) | {"metrics": st.dictionaries(_odd, _value)}
+    ),
+)
+def test_every_sentence_of_an_event_is_printed_in_one_visible_line(what, fields):
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        echo(sentence(what, fields))
+    assert not acts(out.getvalue().removesuffix("\n"))
+    assert out.getvalue().count("\n") == 1
+
+
+def test_cells_headers_and_captions_of_tables_are_escaped(capsys):
+    rows = table(caption=HOSTILE)
+    rows.add_column(HOSTILE)
+    rows.add_row(HOSTILE)
+    printing.screen().print(rows)
+    shown = capsys.readouterr().out
+    assert not acts(shown.replace("\n", ""))
+    assert shown.count(r"\x1b[2J") == 3
+
+
+def test_json_is_ascii_without_control_characters(capsys):
+    echo_json({"name": HOSTILE + "\x7f"}, indent=None)
+    shown = capsys.readouterr().out
+    assert shown.removesuffix("\n").isprintable()
+    assert json.loads(shown) == {"name": HOSTILE + "\x7f"}
+
+
+def test_nothing_else_prints():
+    """Every other way to a terminal would be a way around the escaping."""
+    around = re.compile(
+        r"click\.(?:secho|echo)\b|\bprint\(|rich\.print|std(?:out|err)\.write|"
+        r"from rich\.(?:console|table) import (?:Console|Table)\b"
+    )
+    allowed = {"printing.py", "patient_stream.py", "bars.py"}
+    found = [
+        f"{path.name}: {line.strip()}"
+        for side in ("broker", "common", "coordinator", "worker")
+        for path in (ROOT / side).rglob("*.py")
+        if path.name not in allowed
+        for line in path.read_text().splitlines()
+        if around.search(line) and not re.search(r"(screen\(.*\)|shown|console)\.print\(", line)
+    ]
+    # Names of types, and a spinner that shows what we say ourselves.
+    types = {line for line in found if line.endswith(("import Table", "import Console"))}
+    assert set(found) - types == set()
+
+
+@pytest.mark.parametrize(
+    "wrong", [OSError(errno.ENOSPC, "No space left on device"), ValueError("closed file")], ids=str
+)
+def test_output_that_cannot_be_written_is_an_error_in_one_line(monkeypatch, wrong):
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise wrong
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OutputError, match="cannot write the output"):
+        echo("text")
+    with pytest.raises(OutputError, match="cannot write the output"):
+        printing.screen().print("text")
+    monkeypatch.setattr(sys, "stderr", Full())
+    echo("text", err=True)  # there is nowhere to say it
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(ReaderGone):
+        echo("text")
+    with pytest.raises(ReaderGone):
+        printing.screen().print("text")
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """Let the command raise, and return its exit code."""
+
+    def run(wrong: BaseException) -> int:
+        def fail(**_: object) -> None:
+            raise wrong
+
+        monkeypatch.setattr(cli.fluffle, "main", fail)
+        return cli._exit_code()
+
+    monkeypatch.delenv("FLUFFLE_DEBUG", raising=False)
+    return run
+
+
+def test_an_unexpected_error_is_one_line_that_names_the_place_and_debug(raising, capsys):
+    assert raising(KeyError("x\x1b[2J\ny")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fluffle: unexpected error, a bug of fluffle's (KeyError: ")
+    assert re.search(r", at cli\.py:\d+\)", said)
+    assert "FLUFFLE_DEBUG=1" in said
+    assert len(said.splitlines()) == 1
+    assert "\x1b" not in said
+
+
+def test_with_debug_it_has_its_traceback(raising, capsys, monkeypatch):
+    monkeypatch.setenv("FLUFFLE_DEBUG", "1")
+    assert raising(KeyError("x")) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
+        (MemoryError(), "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write (No space left on"),
+        (ModuleNotFoundError("No module", name="rpds"), "lacks the package 'rpds'"),
+        (ExceptionGroup("g", [ValueError("inner")]), "ValueError: inner"),
+    ],
+)
+def test_what_the_system_refuses_is_no_bug_of_ours(raising, capsys, wrong, said):
+    assert raising(wrong) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_escaped_and_keeps_its_code(raising, capsys):
+    assert raising(RunError("tensor 'a\x1b[2J\nforged'")) == 4
+    assert capsys.readouterr().err == "fluffle: tensor 'a\\x1b[2J forged'\n"
+    assert isinstance(OutputError("x"), FluffleError)
+    assert one_line("a\n\tb\x1b") == "a b\\x1b"
+
+
+RUN_HISTORY = "".join(
+    f'{{"event": "committed", "round": {number}, "participants": []}}\n'
+    for number in range(1, 3000)
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "redirection", "code"),
+    [
+        ("", ">&- 2>&-", 0),
+        ("", ">/dev/full", 1),
+        ("--json", ">/dev/full", 1),
+        ("", "| head -1", 0),
+        ("--json", "| head -1", 0),
+    ],
+)
+def test_a_command_without_a_usable_stdout_ends_without_a_traceback(
+    tmp_path, redirection, code, flags
+):
+    (tmp_path / "history.jsonl").write_text(RUN_HISTORY)
+    script = f"{sys.executable} -c 'from fluffle_common.cli import main; main()'"
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"set -o pipefail; {script} history --run {tmp_path} {flags} {redirection}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
+        check=False,
+    )
+    assert len(done.stderr.splitlines()) == (redirection == ">/dev/full")
+    assert done.returncode == code

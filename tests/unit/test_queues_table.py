@@ -1,0 +1,115 @@
+"""What ``fluffle queues`` shows: within 80 columns, short, and with every hint."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from fluffle_broker.inspect import Look
+from fluffle_broker.inspect_table import drawn, hints, together
+from fluffle_common.management import QueueFigures
+from fluffle_common.topology import Topology
+
+TOPOLOGY = Topology("letters")
+SHARED = ("journal", "presence", "rejected", "unrouted", "updates")
+
+
+def queue(name: str, ready: int = 0, consumers: int = 0, **more: object) -> QueueFigures:
+    told = {"size_bytes": 7, "in_rate": 0.5, "out_rate": None, **more}
+    full = f"letters.{name}"
+    purpose = TOPOLOGY.purpose(full) or "?"
+    return QueueFigures(full, purpose, ready, 0, consumers, **told)  # type: ignore[arg-type]
+
+
+def federation(workers: int, absent: int = 0, **more: object) -> Look:
+    queues = [queue(name, consumers=int(name in ("updates", "presence"))) for name in SHARED]
+    for number in range(workers):
+        queues.append(queue(f"inbox.client-{number}", consumers=int(number >= absent)))
+        queues.append(queue(f"outbox.client-{number}"))
+    return Look(TOPOLOGY, queues, [], **more)  # type: ignore[arg-type]
+
+
+def text(found: Look, width: int) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=width).print(drawn(found, width))
+    return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("workers", [3, 30, 300])
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_it_is_short_and_within_the_width(workers, width):
+    lines = text(federation(workers), width)
+    assert len(lines) <= 13
+    assert max(map(cell_len, lines)) <= width
+    assert all(name in "\n".join(lines) for name in SHARED)
+    assert ("what it is for" in lines[0]) == (width >= 110)
+
+
+def test_empty_queues_of_a_kind_share_a_row_and_others_do_not():
+    found = federation(30)
+    found.queues.append(queue("inbox.busy", ready=3, consumers=1))
+    shown = {one.name: one for one in together(found)}
+    assert shown["inbox.* (30 empty)"].consumers == 30
+    assert shown["inbox.* (30 empty)"].in_rate == pytest.approx(15)
+    assert shown["inbox.* (30 empty)"].out_rate is None
+    assert shown["inbox.busy"].ready == 3
+    assert {"outbox.* (30 empty)", *SHARED} < shown.keys()
+
+
+def test_hints_are_lines_of_their_own_and_absent_workers_are_one():
+    found = federation(30, absent=12)
+    found.queues.append(queue("inbox.far", ready=2))
+    found.queues.append(queue("rejected", ready=1))
+    lines = hints(found)
+    assert "inbox.far: worker far is not connected; 2 messages wait for it" in lines
+    assert "rejected: 1 message refused: fluffle rejected --federation letters" in lines
+    names = ", ".join(f"client-{number}" for number in range(8))
+    assert f"12 workers are not connected: {names} and 4 more" in lines
+    assert len(lines) == 3
+
+
+def test_hints_are_escaped():
+    found = federation(1)
+    found.queues.append(QueueFigures("letters.a\x1b[2J", "?", 1, 0, 0, 0, known=False))
+    assert [line for line in hints(found) if r"a\x1b[2J: foreign" in line]
+    assert "\x1b[2J" not in "\n".join(text(found, 80))
+
+
+def test_after_the_end_of_a_run_nothing_is_off():
+    over = Look(TOPOLOGY, [queue(name) for name in (*SHARED, "inbox.w1", "outbox.w1")], [])
+    assert over.at_rest
+    assert not hints(over)
+    waiting = Look(TOPOLOGY, [*over.queues, queue("inbox.w2", ready=1)], [])
+    assert not waiting.at_rest
+    assert len(hints(waiting)) == 4  # nobody reads updates and presence; w1; w2 and its message
+    unknown = Look(TOPOLOGY, over.queues, [], note="the management API does not answer")
+    assert not unknown.at_rest
+
+
+def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, capsys):
+    from fluffle_broker.inspect_cli import _show
+
+    found = federation(0)
+    found.queues.append(queue("inbox.far", ready=2))
+    found.queues[0] = queue("unrouted", ready=1)
+    _show(found)
+    remedy = "fluffle peek unrouted --federation letters"
+    line = f"! unrouted: 1 message had no queue to go to: {remedy}"
+    assert line in capsys.readouterr().out.splitlines()
+    main, terminal = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "80")
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        _show(found)
+        stream.flush()
+        shown = os.read(main, 65536).decode()
+    os.close(main)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert max(cell_len(line) for line in plain.splitlines()) <= 80
+    assert "--federation" in plain
