@@ -9,6 +9,7 @@ Handshake, channels, declarations, heartbeats and closing stay aiormq's. Only AM
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,8 @@ _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "a frame does not end where it said it would"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
+_TLS_ALERT = b"\x15\x03"
+_TLS_PROBE_S = 5.0
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
@@ -82,6 +85,9 @@ class Incoming:
         self._into: _Coming | None = None  # whose body frame we are in
         self._left = 0  # bytes of that frame that are still to come, its end included
         self._foreign = False  # no AMQP 0-9-1 at all: aiormq says what is wrong
+        self.heard = False  # anything at all
+        self.tls_alert = False  # what came first was TLS
+        self.closed: tuple[int, str] | None = None  # code and text, once the broker closes it
 
     def hand_to(self, contents: Contents) -> None:
         """Give the contents of a channel to these from now on."""
@@ -94,6 +100,8 @@ class Incoming:
         Raises:
             ConnectionError: where a frame does not end where it said it would.
         """
+        if not self.heard:
+            self.heard, self.tls_alert = True, data.startswith(_TLS_ALERT)
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, end, fed = 0, len(data), False
@@ -147,8 +155,8 @@ class Incoming:
         """Take a whole frame; return False where it is for aiormq."""
         contents = self._contents.get(channel)
         if contents is None:
-            if not channel and kind == frames.METHOD and frames.kind_of(payload) in _BLOCKING:
-                self._blocked(frames.blocked(payload))
+            if not channel and kind == frames.METHOD:
+                self._of_connection(payload)
             return False
         if kind == frames.METHOD:
             if frames.kind_of(payload) in _WITH_CONTENT:
@@ -161,6 +169,14 @@ class Incoming:
         coming.begin(payload)
         self._finish(coming)  # if it has no body
         return True
+
+    def _of_connection(self, payload: bytes) -> None:
+        """Note what the broker says of the connection itself; aiormq hears of it too."""
+        method = frames.kind_of(payload)
+        if method in _BLOCKING:
+            self._blocked(frames.blocked(payload))
+        elif method == frames.CLOSE:
+            self.closed = frames.closed(payload)
 
     def _finish(self, coming: _Coming) -> None:
         if not coming.left:
@@ -188,11 +204,11 @@ class _Protocol(asyncio.StreamReaderProtocol):
 class ContentsBeside(TransportFactory):
     """Opens the socket of one connection."""
 
-    incoming: Incoming
     socket: asyncio.Transport
 
     def __init__(self) -> None:
         self.blocking = Blocking()
+        self.incoming = Incoming(lambda _: None)  # until there is a socket
 
     async def create(
         self, url: URL, **options: Any
@@ -203,13 +219,13 @@ class ContentsBeside(TransportFactory):
             OSError: where nothing answers.
         """
         provider = options.pop("ssl_context_provider", None)
-        ssl = await provider.get_context() if url.scheme == "amqps" else None
+        context = await provider.get_context() if url.scheme == "amqps" else None
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
         self.incoming = Incoming(reader.feed_data, blocked=self.blocking.set)
         protocol = _Protocol(reader, self.incoming)
         loop = asyncio.get_running_loop()
         self.socket, _ = await loop.create_connection(
-            lambda: protocol, url.host or "", url.port or 0, ssl=ssl, **options
+            lambda: protocol, url.host or "", url.port or 0, ssl=context, **options
         )
         return reader, asyncio.StreamWriter(self.socket, protocol, reader, loop)
 
@@ -226,6 +242,33 @@ class Connection(aio_pika.Connection):
         self._beside = ContentsBeside()
         self.blocking = self._beside.blocking
         super().__init__(*args, **options, transport_factory=self._beside)
+
+    @property
+    def closed_by_broker(self) -> tuple[int, str] | None:
+        """Code and text with which the broker closed it; None where it did not."""
+        return self._beside.incoming.closed
+
+    async def wants_tls(self) -> bool:
+        """Whether the broker closed a connection without TLS because it only takes TLS."""
+        incoming = self._beside.incoming
+        if incoming.tls_alert:
+            return True
+        if incoming.heard or self.url.scheme == "amqps":
+            return False
+        # Many say nothing at all. A port that is there and begins a handshake says enough.
+        asking = ssl.create_default_context()
+        asking.check_hostname, asking.verify_mode = False, ssl.CERT_NONE
+        try:
+            async with asyncio.timeout(_TLS_PROBE_S):
+                _, writer = await asyncio.open_connection(
+                    self.url.host, self.url.port or 5672, ssl=asking
+                )
+        except ssl.SSLError as wrong:
+            return "ALERT" in (wrong.reason or "")  # such as: it wants a certificate of ours
+        except (OSError, EOFError, TimeoutError):
+            return False
+        writer.close()
+        return True
 
     async def contents(
         self,
@@ -250,6 +293,17 @@ class Connection(aio_pika.Connection):
         return taken
 
 
+def prepared(url: URL, name: str, context: ssl.SSLContext | None = None) -> Connection:
+    """Return a connection that is still to be opened with ``connect(timeout)``.
+
+    Args:
+        url: of the broker.
+        name: what it shows as in RabbitMQ's own pages.
+        context: how TLS is checked; see ``urls.tls_context``.
+    """
+    return Connection(url, client_properties={"connection_name": name}, ssl_context=context)
+
+
 async def connect(url: URL, name: str, timeout_s: float) -> Connection:
     """Open a connection that shows as ``name`` in RabbitMQ's own pages.
 
@@ -257,9 +311,6 @@ async def connect(url: URL, name: str, timeout_s: float) -> Connection:
         AMQPError: where the broker refuses us.
         OSError: where nothing answers.
     """
-    return await aio_pika.connect(
-        url,
-        client_properties={"connection_name": name},
-        timeout=timeout_s,
-        connection_class=Connection,
-    )
+    connection = prepared(url, name)
+    await connection.connect(timeout_s)
+    return connection

@@ -51,6 +51,14 @@ class Occupied(Exception):
     """Another consumer has the queue for itself."""
 
 
+class OtherArguments(BrokerError):
+    """What is declared is there already, with other arguments."""
+
+
+class UnknownQueueType(BrokerError):
+    """The broker has no queues of this type, such as streams; the link may be lost with it."""
+
+
 class Properties(NamedTuple):
     """What travels beside a body, readable in RabbitMQ's own pages.
 
@@ -155,7 +163,11 @@ class Blocking:
 
 
 class Link(Protocol):
-    """One connection's life."""
+    """One connection's life.
+
+    Any call may raise a ``BrokerError`` instead of ``LinkLost``: what was asked is refused, and
+    would be again, as for want of a right; the error says which.
+    """
 
     @property
     def blocked(self) -> str | None:
@@ -165,7 +177,22 @@ class Link(Protocol):
         """Yield ``blocked`` whenever it has changed, for ever; the first time if it is not None."""
 
     async def declare(self, entities: Iterable[Entity]) -> None:
-        """Make sure that these exist."""
+        """Make sure that these exist.
+
+        Raises:
+            OtherArguments: where one exists with other arguments.
+            UnknownQueueType: where the broker has no queues of a type.
+        """
+
+    async def exists(self, exchange: str) -> bool:
+        """Return whether there is an exchange of this name; that takes no right to it."""
+
+    async def bind(self, bindings: Iterable[Binding]) -> bool:
+        """Bind what is there already; nothing happens where it is bound.
+
+        Returns:
+            False where a queue or an exchange is missing; unlike with ``declare``, the link lives.
+        """
 
     async def publish(
         self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
@@ -225,7 +252,11 @@ class Link(Protocol):
         """Drop what is ready in a queue; return how many messages that were."""
 
     async def lost(self) -> None:
-        """Return when the link is lost."""
+        """Return when the link is lost.
+
+        Raises:
+            BrokerError: where another link would be lost in the same way: see ``Link``.
+        """
 
     async def close(self) -> None:
         """Lose the link on purpose; nothing raises."""
