@@ -21,6 +21,7 @@ from yarl import URL
 
 from fluffle_common import amqp_frames as frames
 from fluffle_common.amqp_contents import LARGE_BYTES, Arrived, Content, Contents
+from fluffle_common.transport import Blocking
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
@@ -31,6 +32,7 @@ _FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
 _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "a frame does not end where it said it would"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
+_BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
@@ -63,12 +65,16 @@ class Incoming:
     Args:
         feed: given whole frames, in order.
         clock: seconds, of any monotonic clock.
+        blocked: told why the broker takes nothing that is published, and None when it does again.
     """
 
     def __init__(
-        self, feed: Callable[[bytes], object], clock: Callable[[], float] = time.monotonic
+        self,
+        feed: Callable[[bytes], object],
+        clock: Callable[[], float] = time.monotonic,
+        blocked: Callable[[str | None], object] = lambda _: None,
     ) -> None:
-        self._feed, self._clock = feed, clock
+        self._feed, self._clock, self._blocked = feed, clock, blocked
         self._fed_at = clock()
         self._contents: dict[int, Contents] = {}  # by channel
         self._coming: dict[int, _Coming] = {}  # by channel
@@ -141,6 +147,8 @@ class Incoming:
         """Take a whole frame; return False where it is for aiormq."""
         contents = self._contents.get(channel)
         if contents is None:
+            if not channel and kind == frames.METHOD and frames.kind_of(payload) in _BLOCKING:
+                self._blocked(frames.blocked(payload))
             return False
         if kind == frames.METHOD:
             if frames.kind_of(payload) in _WITH_CONTENT:
@@ -183,6 +191,9 @@ class ContentsBeside(TransportFactory):
     incoming: Incoming
     socket: asyncio.Transport
 
+    def __init__(self) -> None:
+        self.blocking = Blocking()
+
     async def create(
         self, url: URL, **options: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -194,7 +205,7 @@ class ContentsBeside(TransportFactory):
         provider = options.pop("ssl_context_provider", None)
         ssl = await provider.get_context() if url.scheme == "amqps" else None
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
-        self.incoming = Incoming(reader.feed_data)
+        self.incoming = Incoming(reader.feed_data, blocked=self.blocking.set)
         protocol = _Protocol(reader, self.incoming)
         loop = asyncio.get_running_loop()
         self.socket, _ = await loop.create_connection(
@@ -213,6 +224,7 @@ class Connection(aio_pika.Connection):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._beside = ContentsBeside()
+        self.blocking = self._beside.blocking
         super().__init__(*args, **options, transport_factory=self._beside)
 
     async def contents(

@@ -30,6 +30,8 @@ _PUBLISH, RETURN, DELIVER, _GET, GET_OK, GET_EMPTY, ACK, NACK = (
     struct.pack(">HH", _BASIC, number) for number in (40, 50, 60, 70, 71, 72, 80, 120)
 )
 _KIND_SIZE = 4
+# Of the class Connection, on channel 0: the broker takes nothing that is published, or does again.
+BLOCKED, UNBLOCKED = (struct.pack(">HH", 10, number) for number in (60, 61))
 
 _SIZE_AT = _KIND_SIZE  # in the payload of a content's header, after class and weight
 _SIZE, _TAG = struct.Struct(">Q"), struct.Struct(">Q")
@@ -210,6 +212,13 @@ def returned(payload: bytes) -> str:
     exchange, after = _read_short(payload, after)
     key, _ = _read_short(payload, after)
     return f"{reason} at exchange '{exchange}' for '{key}'"
+
+
+def blocked(payload: bytes) -> str | None:
+    """Return why the broker takes nothing, from ``BLOCKED``; None from ``UNBLOCKED``."""
+    if kind_of(payload) == UNBLOCKED:
+        return None
+    return _read_short(payload, _KIND_SIZE)[0] or "it does not say why"
 
 
 def properties(payload: bytes) -> commands.Basic.Properties:

@@ -98,6 +98,15 @@ class AmqpLink(Link):
         if self._gone.is_set():
             raise LinkLost(self._why)
 
+    @property
+    def blocked(self) -> str | None:
+        """See ``transport.Link``: of the publishing connection."""
+        return self._connections[0].blocking.reason
+
+    def blocking(self) -> AsyncGenerator[str | None]:
+        """See ``transport.Link``."""
+        return self._connections[0].blocking.changes()
+
     async def declare(self, entities: Iterable[Entity]) -> None:
         """See ``transport.Link``."""
         self._check()

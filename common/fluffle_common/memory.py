@@ -21,6 +21,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport import (
     NAMED,
+    Blocking,
     Body,
     Counts,
     Delivery,
@@ -158,6 +159,15 @@ class MemoryLink(Link):
         self.held: list[MemoryDelivery] = []
         self._taps: set[str] = set()
 
+    @property
+    def blocked(self) -> str | None:
+        """See ``transport.Link``."""
+        return self._broker.blocking.reason
+
+    def blocking(self) -> AsyncGenerator[str | None]:
+        """See ``transport.Link``."""
+        return self._broker.blocking.changes()
+
     async def declare(self, entities: Iterable[Entity]) -> None:
         """See ``transport.Link``."""
         self._check()
@@ -168,7 +178,7 @@ class MemoryLink(Link):
         self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
     ) -> None:
         """See ``transport.Link``."""
-        self._check()
+        await self._unblocked()
         stored = _Stored(body, properties, exchange, tuple(keys), float(int(time.time())))
         self._broker.route(stored, exchange, keys)
 
@@ -309,6 +319,21 @@ class MemoryLink(Link):
         for queue in self._broker.queues.values():
             queue.dispatch()
 
+    async def _unblocked(self) -> None:
+        """Wait until the broker takes what is published."""
+        self._check()
+        if self.blocked is None:
+            return
+        either = [
+            asyncio.ensure_future(one.wait()) for one in (self._broker.blocking.free, self._gone)
+        ]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in either:
+                one.cancel()
+        self._check()
+
     def _find(self, queue: str, *, reads: bool = False) -> _Queue:
         found = self._broker.queues.get(queue)
         if found is None:  # as RabbitMQ closes the channel
@@ -332,6 +357,7 @@ class MemoryBroker(Transport):
         self.queues: dict[str, _Queue] = {}
         self.bindings: set[Binding] = set()
         self.links: set[MemoryLink] = set()
+        self.blocking = Blocking()
         self.up = True
 
     @property
@@ -354,6 +380,10 @@ class MemoryBroker(Transport):
             link.cut()
         for queue in self.queues.values():
             queue.ready = deque(s for s in queue.ready if s.properties.durable)
+
+    def block(self, reason: str | None) -> None:
+        """Take nothing that is published, as RabbitMQ without memory; None: take it again."""
+        self.blocking.set(reason)
 
     def start(self) -> None:
         """Come up again, with what was durable."""

@@ -119,8 +119,50 @@ class Delivery(Protocol):
         """Give it back: it goes to the queue again."""
 
 
+class Blocking:
+    """Why a broker takes nothing that is published, if it does not, and who waits for news of it.
+
+    RabbitMQ does that when it runs out of memory or disk; everything else goes on.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.free = asyncio.Event()  # set while there is no reason
+        self.free.set()
+        self._changed = asyncio.Event()
+
+    def set(self, reason: str | None) -> None:
+        """Note it; None: it takes what is published again."""
+        if reason != self.reason:
+            self.reason = reason
+            if reason is None:
+                self.free.set()
+            else:
+                self.free.clear()
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def changes(self) -> AsyncGenerator[str | None]:
+        """Yield the reason of now, if there is one, and then what it is after each change."""
+        known: str | None = None
+        while True:
+            changed = self._changed
+            if self.reason != known:
+                known = self.reason
+                yield known
+            else:
+                await changed.wait()
+
+
 class Link(Protocol):
     """One connection's life."""
+
+    @property
+    def blocked(self) -> str | None:
+        """Why the broker takes nothing from us at the moment, in its words; None: it does."""
+
+    def blocking(self) -> AsyncGenerator[str | None]:
+        """Yield ``blocked`` whenever it has changed, for ever; the first time if it is not None."""
 
     async def declare(self, entities: Iterable[Entity]) -> None:
         """Make sure that these exist."""

@@ -404,3 +404,17 @@ def test_properties_that_cannot_be_read_are_none(odd):
     flags, data = ODD[odd]
     read = frames.properties(struct.pack(">HHQH", 60, 0, 0, flags) + data)
     assert (read.headers, read.timestamp, read.message_id) == (None, None, None)
+
+
+def test_that_the_broker_takes_nothing_for_now_is_heard_and_so_is_its_end():
+    heard: list[str | None] = []
+    fed = bytearray()
+    incoming = Incoming(fed.extend, blocked=heard.append)
+    stream = [
+        frame.marshal(one, 0)
+        for one in (commands.Connection.Blocked("low on memory"), commands.Connection.Unblocked())
+    ]
+    for piece in stream:
+        incoming.received(piece)
+    assert heard == ["low on memory", None]
+    assert fed == b"".join(stream), "aiormq hears of it too"
