@@ -175,7 +175,13 @@ class MemoryLink(Link):
             self._broker.declare(entity)
 
     async def publish(
-        self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
+        self,
+        body: Body,
+        properties: Properties,
+        *,
+        exchange: str,
+        keys: Sequence[str],
+        urgent: bool = False,
     ) -> None:
         """See ``transport.Link``."""
         await self._unblocked()
