@@ -21,6 +21,7 @@ from aiormq.connection import TransportFactory
 from yarl import URL
 
 from fluffle_common import amqp_frames as frames
+from fluffle_common.amqp_confirms import acked_bytes
 from fluffle_common.amqp_contents import LARGE_BYTES, Arrived, Content, Contents
 from fluffle_common.transport import Blocking
 
@@ -84,6 +85,7 @@ class Incoming:
         self._rest = b""  # the beginning of a frame that is not whole yet
         self._into: _Coming | None = None  # whose body frame we are in
         self._left = 0  # bytes of that frame that are still to come, its end included
+        self.come_bytes = 0  # of bodies
         self._foreign = False  # no AMQP 0-9-1 at all: aiormq says what is wrong
         self.heard = False  # anything at all
         self.tls_alert = False  # what came first was TLS
@@ -142,6 +144,7 @@ class Incoming:
         done = len(coming.body) - coming.left
         coming.body[done : done + count] = memoryview(data)[at:stop]
         coming.left -= count
+        self.come_bytes += count
         if not whole:
             self._left -= count
             return stop
@@ -269,6 +272,18 @@ class Connection(aio_pika.Connection):
             return False
         writer.close()
         return True
+
+    def left_bytes(self) -> int | None:
+        """See ``amqp_confirms.Flow``."""
+        return acked_bytes(self._beside.socket.get_extra_info("socket"))
+
+    def waiting_bytes(self) -> int:
+        """See ``amqp_confirms.Flow``."""
+        return self._beside.socket.get_write_buffer_size()
+
+    def come_bytes(self) -> int:
+        """See ``amqp_confirms.Flow``."""
+        return self._beside.incoming.come_bytes
 
     async def contents(
         self,

@@ -158,10 +158,15 @@ def _forbidden(text: str, who: str, right: Right | None) -> str:
         )
     if found := _ACCESS.search(text):
         name, what = found["name"], found["what"]
-        bind = "write" if what == "queue" else "read"  # so it takes these two to bind
-        asked = found["right"] or (bind if right == "bind" else right)
+        # To bind takes write on the queue and read on the exchange. Where nobody knows what was
+        # asked for, it was to get or to publish.
+        usual = ("write", "read") if right == "bind" else ("read", "write")
+        usual_right = usual[0] if what == "queue" else usual[1]
+        asked = found["right"] or (
+            right if right in ("configure", "read", "write") else usual_right
+        )
         vhost = f" in vhost '{found['vhost']}'" if found["vhost"] is not None else ""
-        return f"the broker does not let {who} {asked or 'use'} {what} '{name}'{vhost}"
+        return f"the broker does not let {who} {asked} {what} '{name}'{vhost}"
     return f"the broker refuses {who} ({text})"
 
 

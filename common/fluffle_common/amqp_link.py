@@ -1,9 +1,12 @@
 """One connection's life on RabbitMQ: see ``transport.Link``.
 
 A link is two connections, one to publish and one to consume, because a large message under way in
-one direction delays acknowledgements and heartbeats behind it. aio_pika's ``connect_robust`` is not
-used: what it repairs by itself (consumers, prefetch, queues) it repairs without a word to the
-layers above, and those have to know, since everything unacknowledged comes again.
+one direction delays acknowledgements and heartbeats behind it. What is urgent is published over the
+other one while much is under way, so that no upload is taken for death.
+
+aio_pika's ``connect_robust`` is not used: what it repairs by itself (consumers, prefetch, queues)
+it repairs without a word to the layers above, and those have to know, since everything
+unacknowledged comes again.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
 
 from fluffle_common import amqp_frames as frames
+from fluffle_common.amqp_confirms import ConfirmWatch
 from fluffle_common.amqp_connection import Connection
 from fluffle_common.amqp_contents import Contents
 from fluffle_common.amqp_delivery import AmqpDelivery, Arrivals
@@ -37,9 +41,8 @@ from fluffle_common.transport import (
 )
 
 _CLOSE_TIMEOUT_S = 2.0
-# A message is confirmed within this time, and what it takes to get there on the slowest network.
-_CONFIRM_S = 20.0
-_SLOWEST_BYTES_PER_S = 50_000
+# What is urgent does not wait behind more than this.
+_LITTLE_BYTES = 16 * 2**10
 # How many copies of the traffic a tap fetches ahead: they may be parts of 4 MiB.
 _TAP_PREFETCH = 16
 # How many entries of a stream are fetched ahead.
@@ -60,13 +63,14 @@ class AmqpLink(Link):
         self._user = user
         self._gone = asyncio.Event()
         self._why: LinkLost | BrokerError = LinkLost("the link was closed")
-        self._under_way_bytes = 0
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._readers: dict[Arrivals, str] = {}
         self._contents: set[Contents] = set()  # of the channels that are open
         self._get: AbstractChannel
         self._publishing: Contents
-        self._getting: Contents
+        self._getting: Contents  # what is urgent may be published there too
+        # Over what was published on each of the two.
+        self._watch, self._urgent_watch = map(self._watch_over, self._connections)
         self._trying: AbstractChannel | None = None
         self._one_tries = asyncio.Lock()
 
@@ -77,26 +81,23 @@ class AmqpLink(Link):
         publishing, consuming = self._connections
         with as_ours(self._user):
             publish = publishing.channel(publisher_confirms=True)
-            self._get = consuming.channel(publisher_confirms=False)
-            rights: tuple[Right, ...] = ("write", "read")
-            for channel, right in zip((publish, self._get), rights, strict=True):
+            self._get = consuming.channel(publisher_confirms=True)
+            for channel in (publish, self._get):
                 await channel.initialize()
-                channel.close_callbacks.add(functools.partial(self._lose, right=right))
+                channel.close_callbacks.add(self._lose)
             self._publishing = await publishing.contents(publish)
             self._getting = await consuming.contents(self._get)
         self._contents |= {self._publishing, self._getting}
         self._check()
         return self
 
-    def _lose(
-        self, _: Any, why: BaseException | None = None, *, right: Right | None = None
-    ) -> None:
+    def _lose(self, _: Any, why: BaseException | None = None) -> None:
         if self._gone.is_set():
             return
         if isinstance(why, LinkLost):
             self._why = why
         elif why is not None:
-            meant = meaning(told(why), self._user, right)
+            meant = meaning(told(why), self._user)
             self._why = meant if isinstance(meant, BrokerError) else LinkLost(told(why))
         self._end()
 
@@ -106,6 +107,8 @@ class AmqpLink(Link):
 
     def _end(self) -> None:
         self._gone.set()
+        for watch in (self._watch, self._urgent_watch):
+            watch.close()
         for arrived in self._readers:
             arrived.put(None)  # whoever waits there sees that it is over
         for contents in self._contents:
@@ -195,7 +198,13 @@ class AmqpLink(Link):
                     raise
 
     async def publish(
-        self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
+        self,
+        body: Body,
+        properties: Properties,
+        *,
+        exchange: str,
+        keys: Sequence[str],
+        urgent: bool = False,
     ) -> None:
         """See ``transport.Link``."""
         self._check()
@@ -203,8 +212,9 @@ class AmqpLink(Link):
         headers: dict[str, frames.Value] = dict(properties.headers)
         if rest:
             headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker drops BCC
+        contents, watch = self._lane(urgent=urgent)
         head = frames.publish(
-            self._publishing.number,
+            contents.number,
             len(body),
             exchange=exchange,
             key=first,
@@ -214,30 +224,40 @@ class AmqpLink(Link):
             headers=headers,
             durable=properties.durable,
         )
-        confirmed = self._publishing.publish(head, properties.message_id, body)
-        self._under_way_bytes += len(body)
-        patience_s = _CONFIRM_S + self._under_way_bytes / _SLOWEST_BYTES_PER_S
-        alarm = asyncio.get_running_loop().call_later(patience_s, self._unconfirmed, patience_s)
+        sending = watch.sending(len(head) + len(body))
         try:
-            await confirmed
+            await contents.publish(head, properties.message_id, body)
         except Full:
             if not self._quorum:
                 raise
             why = "the broker refused a message: a queue is full, or changes its leader"
             self._lose(None, LinkLost(why))  # as in _unconfirmed
-            raise LinkLost(self._why) from None
+            raise self._error() from None
         finally:
-            alarm.cancel()
-            self._under_way_bytes -= len(body)
+            watch.settled(sending)
 
-    def _unconfirmed(self, patience_s: float) -> None:
+    def _lane(self, *, urgent: bool) -> tuple[Contents, ConfirmWatch]:
+        """Choose the connection to publish over.
+
+        A broker that takes nothing would take nothing over the other connection either, from then
+        on, not even the acknowledgements there.
+        """
+        blocked = any(connection.blocking.reason for connection in self._connections)
+        if urgent and not blocked and self._watch.under_way_bytes > _LITTLE_BYTES:
+            return self._getting, self._urgent_watch
+        return self._publishing, self._watch
+
+    def _watch_over(self, connection: Connection) -> ConfirmWatch:
+        blocking = connection.blocking
+        return ConfirmWatch(connection, self._unconfirmed, lambda: blocking.reason is not None)
+
+    def _unconfirmed(self, why: str) -> None:
         """Give the link up.
 
         While a quorum queue changes its leader, a channel can get into a state in which RabbitMQ
         confirms nothing that it sends there any more, or refuses all of it, which looks as if the
         queue were full. Only another channel helps, which another link begins with.
         """
-        why = f"the broker did not confirm a message within {patience_s:.0f} s"
         self._lose(None, LinkLost(why))
 
     async def consume(

@@ -191,7 +191,13 @@ class MemoryLink(Link):
         return all(self._broker.bind(binding) for binding in bindings)
 
     async def publish(
-        self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
+        self,
+        body: Body,
+        properties: Properties,
+        *,
+        exchange: str,
+        keys: Sequence[str],
+        urgent: bool = False,
     ) -> None:
         """See ``transport.Link``."""
         await self._unblocked()

@@ -41,11 +41,12 @@ class PartsGone(Exception):
 
 @dataclass(frozen=True)
 class Route:
-    """Where a message goes, and whether it outlives the broker."""
+    """Where a message goes, whether it outlives the broker, and whether it goes ahead of others."""
 
     exchange: str
     keys: Sequence[str]
     durable: bool = True
+    urgent: bool = False
 
 
 async def send(link: Link, message: Message, route: Route) -> None:
@@ -98,7 +99,9 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
         headers=headers,
         durable=route.durable,
     )
-    await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
+    await link.publish(
+        body, properties, exchange=route.exchange, keys=route.keys, urgent=route.urgent
+    )
 
 
 async def _send_parts(

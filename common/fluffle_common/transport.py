@@ -195,9 +195,18 @@ class Link(Protocol):
         """
 
     async def publish(
-        self, body: Body, properties: Properties, *, exchange: str, keys: Sequence[str]
+        self,
+        body: Body,
+        properties: Properties,
+        *,
+        exchange: str,
+        keys: Sequence[str],
+        urgent: bool = False,
     ) -> None:
         """Send one message to every queue bound to ``exchange`` under one of ``keys``.
+
+        However long it takes to get there, it may while some of it moves. What is ``urgent`` does
+        not wait for large messages that were published before it.
 
         Raises:
             Unroutable: where none is.

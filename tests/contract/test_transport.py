@@ -44,16 +44,17 @@ class Proxy:
         self._target = (host, port)
         self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._flows = asyncio.Event()
-        self._flows.set()
+        self._flows: list[asyncio.Event] = []  # of each connection
 
     async def start(self) -> int:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         return int(self._server.sockets[0].getsockname()[1])
 
-    def hold(self) -> None:
-        """Pass nothing on any more, in either direction."""
-        self._flows.clear()
+    def hold(self, *connections: int) -> None:
+        """Pass nothing on any more, in either direction; of all connections, or of some."""
+        for number, flows in enumerate(self._flows):
+            if not connections or number in connections:
+                flows.clear()
 
     def cut(self) -> None:
         self._server.close()
@@ -70,15 +71,20 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(*self._target)
         self._writers += [writer, back]
+        flows = asyncio.Event()
+        flows.set()
+        self._flows.append(flows)
         for source, sink in ((reader, back), (there, writer)):
-            task = asyncio.create_task(self._pump(source, sink))
+            task = asyncio.create_task(self._pump(source, sink, flows))
             self._tasks.add(task)
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, flows: asyncio.Event
+    ) -> None:
         try:
             with contextlib.suppress(ConnectionError):
                 while data := await source.read(2**16):
-                    await self._flows.wait()
+                    await flows.wait()
                     sink.write(data)
                     await sink.drain()
         finally:
@@ -1175,9 +1181,40 @@ async def test_a_publish_whose_fate_is_unknown_is_a_lost_link(real):
         await soon(getting)
 
 
+async def test_what_is_urgent_arrives_and_is_unroutable_as_anything_else_is(bench):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    about = Properties(type="heartbeat", message_id="m")
+    await soon(link.publish(b"x", about, exchange="", keys=[queue], urgent=True))
+    with pytest.raises(Unroutable):
+        await soon(link.publish(b"x", about, exchange="", keys=["nobody"], urgent=True))
+    assert await drain(link, queue) == [b"x"]
+
+
+@pytest.mark.rabbit
+async def test_what_is_urgent_does_not_wait_behind_an_upload(real):
+    link = await real.open()
+    queue = await real.queue(link)
+    signs = Properties(type="heartbeat", message_id="m")
+    real.proxy(link).hold(0)  # the one to publish, which is opened first
+    upload = asyncio.ensure_future(
+        link.publish(bytes(10**6), Properties(), exchange="", keys=[queue])
+    )
+    await asyncio.sleep(0)
+    await soon(link.publish(b"life", signs, exchange="", keys=[queue], urgent=True))
+    with pytest.raises(Unroutable):
+        await soon(link.publish(b"x", signs, exchange="", keys=["nobody"], urgent=True))
+    assert not upload.done()
+    assert (await soon(link.get(queue))).body == b"life"
+    real.cut(link)
+    with pytest.raises(LinkLost):
+        await soon(upload)
+
+
 @pytest.mark.rabbit
 async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch):
-    monkeypatch.setattr("fluffle_common.amqp_link._CONFIRM_S", 0.2)
+    monkeypatch.setattr("fluffle_common.amqp_confirms._CONFIRM_S", 0.2)
+    monkeypatch.setattr("fluffle_common.amqp_confirms._LOOK_S", 0.1)
     link = await real.open()
     queue = await real.queue(link)
     real.proxy(link).hold()

@@ -24,6 +24,8 @@ Side = Literal["client", "broker"]
 T = TypeVar("T")
 
 _CHUNK_BYTES = 2**16
+# Over a slow line, pieces are small, so that connections take turns, and little lies in buffers.
+_SLOW_CHUNK_BYTES, _SLOW_BUFFER_BYTES = 2**12, 2**15
 _PATIENCE_S = 10.0
 
 
@@ -32,10 +34,13 @@ class Proxy:
 
     Args:
         target: the broker's port; where nothing listens, a client's connection is reset.
+        rate: bytes per second that pass in each direction, over all connections together; None does
+            not slow them down.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, rate: float | None = None) -> None:
         self._target = target
+        self._lines: dict[Side, _Line] = {"client": _Line(rate), "broker": _Line(rate)}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._connections: list[_Connection] = []
@@ -63,6 +68,15 @@ class Proxy:
     def aim(self, target: int) -> None:
         """Forward what connects from now on to another port; what is open stays as it is."""
         self._target = target
+
+    def slow(self, rate: float | None) -> None:
+        """Let only so many bytes per second pass in each direction from now on; None lets all."""
+
+        def change() -> None:
+            for line in self._lines.values():
+                line.rate = rate
+
+        self._call(self._do(change))
 
     def cut(self, share: float, rng: random.Random) -> int:
         """Reset a share of the connections, both sides of each; return how many."""
@@ -97,7 +111,12 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE_S)
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        listening = socket.create_server(("127.0.0.1", 0))
+        if self._lines["broker"].rate is not None:  # what is accepted inherits it
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BUFFER_BYTES)
+        self._server = await asyncio.start_server(
+            self._accept, sock=listening, limit=_SLOW_BUFFER_BYTES // 2
+        )
         self.port = int(self._server.sockets[0].getsockname()[1])
 
     async def _close(self) -> None:
@@ -113,11 +132,13 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            broker_reader, broker_writer = await asyncio.open_connection(
+                "127.0.0.1", self._target, limit=_SLOW_BUFFER_BYTES // 2
+            )
         except OSError:
             _abort(writer)
             return
-        one = _Connection(writer, broker_writer)
+        one = _Connection(writer, broker_writer, self._lines)
         self._connections.append(one)
         try:
             async with asyncio.TaskGroup() as group:
@@ -128,10 +149,37 @@ class Proxy:
             one.reset()
 
 
+class _Line:
+    """One direction of a line that all connections share."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.rate = rate
+        self._free_at = 0.0
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How much is to be sent at a time."""
+        return _CHUNK_BYTES if self.rate is None else _SLOW_CHUNK_BYTES
+
+    async def carry(self, nbytes: int) -> None:
+        """Return when so many bytes are through."""
+        if self.rate is None:
+            return
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(now, self._free_at) + nbytes / self.rate
+        await asyncio.sleep(self._free_at - now)
+
+
 class _Connection:
     """One client's connection and the broker's that goes with it."""
 
-    def __init__(self, client: asyncio.StreamWriter, broker: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        client: asyncio.StreamWriter,
+        broker: asyncio.StreamWriter,
+        lines: dict[Side, _Line],
+    ) -> None:
+        self._lines = lines
         self._writers: dict[Side, asyncio.StreamWriter] = {"client": client, "broker": broker}
         self._flows = asyncio.Event()
         self._flows.set()
@@ -141,7 +189,8 @@ class _Connection:
     async def pump(self, source: asyncio.StreamReader, to: Side) -> None:
         """Forward until the source ends, then end the other side too."""
         with contextlib.suppress(ConnectionError):
-            while data := await source.read(_CHUNK_BYTES):
+            while data := await source.read(self._lines[to].chunk_bytes):
+                await self._lines[to].carry(len(data))
                 await self._flows.wait()
                 if self._ended is None:
                     self._writers[to].write(data)

@@ -7,6 +7,7 @@ import contextlib
 import random
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -97,6 +98,26 @@ def test_half_close_ends_one_side_and_leaves_the_other_in_the_dark(pair: Pair, s
         dark.recv(1)
     dark.settimeout(PATIENCE_S)
     assert gone(dark)
+
+
+def test_a_slow_line_lets_so_many_bytes_pass_over_all_its_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE_S)
+        with Proxy(server.getsockname()[1], rate=100_000) as proxy:
+            pairs = [Pair(proxy, server) for _ in range(2)]
+            began = time.monotonic()
+            for pair in pairs:
+                pair.client.sendall(bytes(20_000))
+            for pair in pairs:
+                left = 20_000
+                while left:
+                    left -= len(pair.server.recv(left))
+            assert 0.35 < time.monotonic() - began < 2.0
+            proxy.slow(None)
+            assert all(pair.passes() for pair in pairs)
+            for pair in pairs:
+                pair.client.close()
+                pair.server.close()
 
 
 def test_where_nobody_listens_the_client_is_reset(pair: Pair) -> None:

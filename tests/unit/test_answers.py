@@ -61,6 +61,7 @@ class Worker:
         self.unwanted: set[int] = set()
         self.taken: list[int] = []
         self.told: list[str] = []
+        self.parts: list[tuple[int, int]] = []
         self.training: set[int] = set()
         self.answers = Answers(
             Topology("f"),
@@ -70,7 +71,7 @@ class Worker:
             due=lambda job: job.work.round not in self.training,
             taken=lambda job: self.taken.append(job.work.round),
             tell=lambda what, _: self.told.append(what),
-            bar=lambda *_: None,
+            sent=lambda done, parts: self.parts.append((done, parts)),
         )
 
     async def _link(self) -> Any:
@@ -148,6 +149,21 @@ async def test_only_one_answer_in_parts_is_under_way(worker):
         "update 3", "part 0", "part 1", "update 1", "part 0", "part 1", "update 2"
     )
     assert worker.taken == [1]  # the others are not confirmed
+
+
+async def test_parts_that_have_arrived_are_told_and_no_more_are_sent_of_what_nobody_wants(worker):
+    worker.answers.put(job(1, 6 * PART_BYTES // 4))
+    await worker.link.until(*(f"part {number}" for number in range(4)))
+    worker.link.confirmation("part 0").set_result(None)
+    await worker.link.until(*(f"part {number}" for number in range(5)))
+    assert worker.parts == [(1, 6)]
+    worker.unwanted.add(1)  # there is newer work
+    worker.link.confirmation("part 1").set_result(None)
+    worker.answers.put(job(2))
+    await worker.link.until(*(f"part {number}" for number in range(5)), "update 2")
+    worker.link.confirmation("update 2").set_result(None)
+    await asyncio.to_thread(worker.answers.residual)
+    assert (worker.taken, worker.told) == ([2], [])
 
 
 async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatch):

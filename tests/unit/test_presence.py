@@ -9,6 +9,7 @@ import pytest
 from fluffle_common.memory import MemoryBroker
 from fluffle_common.messages import Fit, Heartbeat, Hello, Plan
 from fluffle_common.topology import Topology
+from fluffle_common.transport import Properties
 from fluffle_common.wire import decode
 from fluffle_worker.presence import Presence
 from fluffle_worker.service import WorkerSettings
@@ -62,3 +63,47 @@ async def test_it_names_no_weights_where_it_was_asked_for_the_first():
     presence.now("idle", Work("init", "r", 0))
     (hello,) = await said(presence, 1)
     assert (hello.run, hello.round, hello.base) == ("r", 0, None)
+
+
+async def test_it_says_how_much_of_its_answer_has_arrived():
+    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    presence.now("training", FIT, steps=9)
+    presence.sent(1, 4)  # of the answer before
+    (sign,) = await said(presence, 1)
+    assert (sign.state, sign.step, sign.steps) == ("training", 0, 9)
+    presence.now("sending", FIT)
+    presence.sent(3, 4)
+    (sign,) = await said(presence, 1)
+    assert (sign.state, sign.step, sign.steps) == ("sending", 3, 4)
+
+
+class Slow:
+    """A link that confirms no heartbeat."""
+
+    def __init__(self) -> None:
+        self.blocked: str | None = None
+        self.published: list[tuple[str, bool]] = []
+        self.enough = asyncio.Event()
+
+    async def publish(self, body: bytes, properties: Properties, *, urgent: bool, **_: object):
+        self.published.append((properties.type, urgent))
+        if len(self.published) == 4:
+            self.enough.set()
+        if properties.type == "heartbeat":
+            await asyncio.Event().wait()
+
+
+async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirmation():
+    presence = Presence(WorkerSettings("f", "w", "t", heartbeat_s=0.01), Nothing(), TOPOLOGY)
+    link = Slow()
+    speaking = asyncio.ensure_future(presence.signs_of_life(link))
+    async with asyncio.timeout(5):
+        await link.enough.wait()
+    link.blocked = "low on memory"  # one is under way, and more would only be old
+    count = len(link.published)
+    await asyncio.sleep(0.05)
+    speaking.cancel()
+    assert len(link.published) == count
+    assert link.published[:3] == [("hello", True), ("heartbeat", True), ("heartbeat", True)]
+    for telling in presence._telling:
+        telling.cancel()

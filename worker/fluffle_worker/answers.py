@@ -18,8 +18,13 @@ from fluffle_worker.job import Job
 from fluffle_worker.mail import Tell, drain
 
 _FULL_PAUSE_S = 1.0
-# A confirmation comes in this time, or the link is lost (see ``amqp_link``).
+# So long a training waits to know whether the broker has taken the update before. On a slow line
+# that may take longer; then it begins with what the last update left that was taken.
 _SETTLE_S = 60.0
+
+
+class _NotWanted(Exception):
+    """There is newer work: nobody wants the rest of an answer."""
 
 
 class Answers:
@@ -36,7 +41,7 @@ class Answers:
         due: whether a job is done; else only its evaluation is sent.
         taken: told of a job whose answer the broker has taken.
         tell: told what happens.
-        bar: told of progress: ``(label, done, total, description)``.
+        sent: told how many parts of how many of an answer have arrived.
     """
 
     def __init__(
@@ -49,11 +54,11 @@ class Answers:
         due: Callable[[Job], bool],
         taken: Callable[[Job], object],
         tell: Tell,
-        bar: Callable[[str, float, float, str], None],
+        sent: Callable[[int, int], None],
     ) -> None:
         self._topology, self._worker, self._link = topology, worker, link
         self._wanted, self._due, self._taken = wanted, due, taken
-        self._tell, self._bar = tell, bar
+        self._tell, self._parts_sent = tell, sent
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
         self._residual = Residual()  # of the last update that was sent
@@ -93,6 +98,8 @@ class Answers:
                     # Sent again under the same identity: the coordinator counts it once.
                     self._tell("unsent", {"round": job.work.round, "reason": str(why)})
                     await asyncio.sleep(_FULL_PAUSE_S)
+                except _NotWanted:
+                    break
                 else:
                     break
 
@@ -103,7 +110,7 @@ class Answers:
             key = f"evaluation.{self._worker}"
             works.append(send(link, job.evaluation, Route(self._topology.results, [key])))
         if due and job.answer is not None:
-            works.append(self._send_answer(link, *job.answer))
+            works.append(self._send_answer(link, job, *job.answer))
         self._under_way += 1
         self._settled.clear()
         try:
@@ -122,8 +129,13 @@ class Answers:
             self._taken(job)
 
     async def _send_answer(
-        self, link: Link, message: Update | FirstWeights, weights: Weights
+        self, link: Link, job: Job, message: Update | FirstWeights, weights: Weights
     ) -> None:
+        def progress(done: int, parts: int) -> None:
+            if not self._wanted(job):
+                raise _NotWanted
+            self._parts_sent(done, parts)
+
         async with contextlib.AsyncExitStack() as turn:
 
             async def before_parts() -> None:
@@ -139,7 +151,7 @@ class Answers:
                 # there.
                 parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
                 before_parts=before_parts,
-                progress=lambda done, parts: self._bar("sending", done, parts, ""),
+                progress=progress,
             )
 
     async def _clear_outbox(self, link: Link) -> None:

@@ -72,14 +72,22 @@ class Presence:
         """Note how far it is; the loss it has at that, where it trains."""
         self._doing["step"], self._loss = step, loss
 
+    def sent(self, done: int, parts: int) -> None:
+        """Note how many parts of its answer have arrived, if that is what it is at."""
+        if self._doing["state"] == "sending":
+            self._doing |= {"step": done, "steps": parts}
+
     async def signs_of_life(self, link: Link) -> None:
         """Say hello, then be heard every ``heartbeat_s`` seconds, until the link is lost."""
-        kind: type[Hello | Heartbeat] = Hello
+        told = {**self._about, **self._doing, "loss": self._loss}
+        await self._say(link, Hello(**self._ids, **told))
         while True:
-            told = {**self._about, **self._doing, "loss": self._loss}
-            await self._say(link, kind(**self._ids, **told))
-            kind = Heartbeat
             await asyncio.sleep(self._heartbeat_s)
+            if link.blocked and self._telling:
+                continue  # one waits already until the broker takes messages again
+            # A confirmation may be long in coming, behind a large message: nobody waits for it.
+            told = {**self._about, **self._doing, "loss": self._loss}
+            self._begin_to_say(link, Heartbeat(**self._ids, **told))
 
     async def bye(self, link: Link | None, reason: str) -> None:
         """Say good-bye, if there is a link and it takes no longer than a moment."""
@@ -94,10 +102,12 @@ class Presence:
         if link is None:
             return
         failure = Failure(**self._ids, run=work.run, round=work.round, reason=reason[:2000])
+        self._begin_to_say(link, failure)
 
+    def _begin_to_say(self, link: Link, message: Heartbeat | Failure) -> None:
         async def say() -> None:
-            with contextlib.suppress(LinkLost):
-                await self._say(link, failure)
+            with contextlib.suppress(LinkLost):  # whoever watches the link knows it, too
+                await self._say(link, message)
 
         telling = asyncio.ensure_future(say())
         self._telling.add(telling)
@@ -108,6 +118,7 @@ class Presence:
             self._topology.results,
             [f"{message.kind}.{message.worker}"],
             durable=isinstance(message, Failure),
+            urgent=True,
         )
         with contextlib.suppress(Full, Unroutable):
             await send(link, message, route)

@@ -117,7 +117,7 @@ class WorkerService:
             due=lambda job: self._state.sending == job.work,
             taken=self._sent,
             tell=tell,
-            bar=bar,
+            sent=self._sent_parts,
         )
         self._link: Link | None = None
         self._linked = asyncio.Event()
@@ -382,6 +382,10 @@ class WorkerService:
         self._bar("training", step, steps, shown)
 
     # --- what goes out -------------------------------------------------------------------------
+
+    def _sent_parts(self, done: int, parts: int) -> None:
+        self._presence.sent(done, parts)
+        self._bar("sending", done, parts, "")
 
     def _sent(self, job: Job) -> None:
         self._advance(session.Sent(job.work))
