@@ -34,8 +34,18 @@ from fluffle_common.messages import (
     Plan,
     Update,
 )
-from fluffle_common.topology import Topology
-from fluffle_common.transport import Backoff, Delivery, Link, Occupied, Transport, links, together
+from fluffle_common.topology import Queue, Topology
+from fluffle_common.transport import (
+    Backoff,
+    Delivery,
+    Link,
+    Occupied,
+    Transport,
+    UnknownQueueType,
+    links,
+    tell_of_blocking,
+    together,
+)
 from fluffle_common.wire import decode, describe
 from fluffle_coordinator import effects as fx
 from fluffle_coordinator import events as ev
@@ -304,7 +314,9 @@ class Coordinator:
                     self._post(ev.Disconnected(time.monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
-        await link.declare(self._topology.shared())
+        journal = self._topology.journal_stream()
+        await link.declare([one for one in self._topology.shared() if one != journal])
+        await self._declare(journal, link)
         # Whoever reads the signs of life, alone, is the federation's coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
         self._link = link
@@ -312,8 +324,21 @@ class Coordinator:
         updates = await link.consume(
             self._topology.updates, prefetch=self._settings.max_workers + 100
         )
-        works = [self._read_presence(presence), self._read_updates(updates, number)]
+        works = [
+            self._read_presence(presence),
+            self._read_updates(updates, number),
+            tell_of_blocking(link, self._tell),
+        ]
         await together(*works, *([self._journal.publish(link)] if self._journal else []))
+
+    async def _declare(self, journal: Queue, link: Link) -> None:
+        """Make sure that there is a journal; without one, the run goes on all the same."""
+        if self._journal is not None:
+            try:
+                await link.declare([journal])
+            except UnknownQueueType as no:
+                self._journal = None
+                self._tell("no_journal", {"reason": str(no)})
 
     async def _read_presence(self, deliveries: Any) -> None:
         async for delivery in deliveries:
@@ -330,6 +355,9 @@ class Coordinator:
         now = time.monotonic()
         match message:
             case Hello() | Heartbeat():
+                self._outgoing.bind(
+                    message.worker, message.session, again=isinstance(message, Hello)
+                )
                 self._task = self._task or message.task
                 worker = rs.Worker(
                     name=message.worker,

@@ -158,5 +158,10 @@ class Answers:
         """Drop the parts that nobody will ask for."""
         outbox, federation = self._topology.outbox(self._worker), self._topology.federation
         await drain(
-            link, outbox, lambda body: read_part(body, federation), self._topology, self._tell
+            link,
+            outbox,
+            lambda body: read_part(body, federation),
+            self._topology,
+            worker=self._worker,
+            tell=self._tell,
         )

@@ -8,8 +8,8 @@ from typing import Any
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import reject
-from fluffle_common.transport import Body, Link
+from fluffle_common.transfer import Route, reject
+from fluffle_common.transport import Body, Delivery, Full, Link, Unroutable
 from fluffle_common.weights import Weights, check_finite
 from fluffle_common.wire import decode, read_tensors
 
@@ -48,11 +48,29 @@ def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
     return weights
 
 
+async def refuse(
+    link: Link, delivery: Delivery, wrong: MalformedMessage, topology: Topology, worker: str
+) -> None:
+    """Put what is no mail where it is kept with the reason, or drop it while that is not there.
+
+    A worker has no right to the queue itself: it sends under a key of its own, as all its results.
+    """
+    route = Route(topology.results, [topology.rejecting(worker)])
+    try:
+        if await link.exists(topology.results):
+            await reject(link, delivery, wrong, route)
+    except (Full, Unroutable):
+        pass
+    delivery.ack()
+
+
 async def drain(
     link: Link,
     queue: str,
     check: Callable[[Body], object],
     topology: Topology,
+    *,
+    worker: str,
     tell: Tell,
 ) -> None:
     """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
@@ -65,6 +83,6 @@ async def drain(
             check(delivery.body)
         except MalformedMessage as wrong:
             tell("rejected", {"reason": str(wrong)})
-            await reject(link, delivery, wrong, topology.rejected)
+            await refuse(link, delivery, wrong, topology, worker)
         else:
             delivery.ack()

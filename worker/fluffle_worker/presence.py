@@ -7,7 +7,7 @@ import contextlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from fluffle_common.errors import LinkLost
+from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.messages import Bye, Evaluate, Failure, Fit, Heartbeat, Hello
 from fluffle_common.topology import Topology
 from fluffle_common.transfer import Route, send
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fluffle_worker.service import WorkerSettings
 
 _BYE_PATIENCE_S = 2.0
+# How long until a hello that no queue was bound for is said again.
+_HELLO_AGAIN_S = 0.5
 
 
 class Presence:
@@ -80,7 +82,10 @@ class Presence:
     async def signs_of_life(self, link: Link) -> None:
         """Say hello, then be heard every ``heartbeat_s`` seconds, until the link is lost."""
         told = {**self._about, **self._doing, "loss": self._loss}
-        await self._say(link, Hello(**self._ids, **told))
+        while True:
+            if await self._say(link, Hello(**self._ids, **told)):
+                break
+            await asyncio.sleep(min(self._heartbeat_s, _HELLO_AGAIN_S))
         while True:
             await asyncio.sleep(self._heartbeat_s)
             if link.blocked and self._telling:
@@ -93,7 +98,7 @@ class Presence:
         """Say good-bye, if there is a link and it takes no longer than a moment."""
         if link is not None:
             bye = Bye(**self._ids, reason=reason[:2000])
-            with contextlib.suppress(LinkLost, TimeoutError):
+            with contextlib.suppress(LinkLost, BrokerError, TimeoutError):
                 async with asyncio.timeout(_BYE_PATIENCE_S):
                     await self._say(link, bye)
 
@@ -106,19 +111,24 @@ class Presence:
 
     def _begin_to_say(self, link: Link, message: Heartbeat | Failure) -> None:
         async def say() -> None:
-            with contextlib.suppress(LinkLost):  # whoever watches the link knows it, too
+            # Whoever watches the link knows it, too.
+            with contextlib.suppress(LinkLost, BrokerError):
                 await self._say(link, message)
 
         telling = asyncio.ensure_future(say())
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 
-    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> None:
+    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> bool:
+        """Say it; return whether a queue has taken it."""
         route = Route(
             self._topology.results,
             [f"{message.kind}.{message.worker}"],
             durable=isinstance(message, Failure),
             urgent=True,
         )
-        with contextlib.suppress(Full, Unroutable):
+        try:
             await send(link, message, route)
+        except (Full, Unroutable):
+            return False
+        return True
