@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fluffle_common.amqp_connection import Connection, prepared
 from fluffle_common.amqp_errors import is_lost, told
 from fluffle_common.amqp_link import AmqpLink, close
-from fluffle_common.amqp_refusals import WrongNode, not_let_in, tls_refusal
+from fluffle_common.amqp_refusals import WrongNode, not_let_in, silent_refusal, tls_refusal
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport import Link, Transport, cancelled
 from fluffle_common.urls import parse_urls, shown, tls_context
@@ -85,7 +85,8 @@ class AmqpTransport(Transport):
 async def _connect(url: URL, name: str, *, again: bool) -> Connection:
     """Open a connection; ``again``: this process has had one, whose remains may still count."""
     with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
-    connection = prepared(with_heartbeat, name, tls_context(str(url)))
+    context = tls_context(str(url))
+    connection = prepared(with_heartbeat, name, context)
     try:
         await connection.connect(_CONNECT_TIMEOUT_S)
     except asyncio.CancelledError:
@@ -101,9 +102,9 @@ async def _connect(url: URL, name: str, *, again: bool) -> Connection:
             raise insecure from None
         if not is_lost(failed):
             raise
-        if await connection.wants_tls():
-            raise WrongNode(
-                f"the broker at {shown(url)} takes TLS only; write amqps://… into --url"
-            ) from None
+        if connection.tls_alert or not connection.heard:
+            refusal = await asyncio.to_thread(silent_refusal, url, context)
+            if refusal is not None:
+                raise refusal from None
         raise LinkLost(told(failed)) from None
     return connection

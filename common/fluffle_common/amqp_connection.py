@@ -36,7 +36,6 @@ _NO_END = "a frame does not end where it said it would"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
 _TLS_ALERT = b"\x15\x03"
-_TLS_PROBE_S = 5.0
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
@@ -251,27 +250,15 @@ class Connection(aio_pika.Connection):
         """Code and text with which the broker closed it; None where it did not."""
         return self._beside.incoming.closed
 
-    async def wants_tls(self) -> bool:
-        """Whether the broker closed a connection without TLS because it only takes TLS."""
-        incoming = self._beside.incoming
-        if incoming.tls_alert:
-            return True
-        if incoming.heard or self.url.scheme == "amqps":
-            return False
-        # Many say nothing at all. A port that is there and begins a handshake says enough.
-        asking = ssl.create_default_context()
-        asking.check_hostname, asking.verify_mode = False, ssl.CERT_NONE
-        try:
-            async with asyncio.timeout(_TLS_PROBE_S):
-                _, writer = await asyncio.open_connection(
-                    self.url.host, self.url.port or 5672, ssl=asking
-                )
-        except ssl.SSLError as wrong:
-            return "ALERT" in (wrong.reason or "")  # such as: it wants a certificate of ours
-        except (OSError, EOFError, TimeoutError):
-            return False
-        writer.close()
-        return True
+    @property
+    def heard(self) -> bool:
+        """Whether anything has come from the other side."""
+        return self._beside.incoming.heard
+
+    @property
+    def tls_alert(self) -> bool:
+        """Whether what came, without TLS, was TLS."""
+        return self._beside.incoming.tls_alert
 
     def left_bytes(self) -> int | None:
         """See ``amqp_confirms.Flow``."""

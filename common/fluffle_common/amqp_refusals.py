@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
 _LIMIT = "limit"
+_AMQP = b"AMQP\x00\x00\x09\x01"
+_ASK_S = 3.0
 
 # What the other side says of ours, as ssl names it.
 _OURS = ("CERTIFICATE_REQUIRED", "UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED",
@@ -102,10 +105,46 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
     return None
 
 
+def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None:
+    """Find out why a broker closed a connection without a word of AMQP; None where TLS is not why.
+
+    The event loop does not tell what TLS said after the handshake; a plain socket does. Blocks for
+    some seconds at most.
+
+    Args:
+        url: of the broker.
+        context: how TLS is checked; None: without TLS, and the question is whether there must be.
+    """
+    asking = context
+    if asking is None:
+        asking = ssl.create_default_context()
+        asking.check_hostname, asking.verify_mode = False, ssl.CERT_NONE
+    host, port = url.host or "", url.port or (5671 if url.scheme == "amqps" else 5672)
+    only_tls = WrongNode(f"the broker at {shown(url)} takes TLS only; write amqps://… into --url")
+    try:
+        with (
+            socket.create_connection((host, port), _ASK_S) as plain,
+            asking.wrap_socket(plain, server_hostname=host) as secure,
+        ):
+            if context is None:
+                return only_tls
+            secure.sendall(_AMQP)
+            secure.recv(1)
+    except ssl.SSLError as wrong:
+        if context is not None:
+            return tls_refusal(wrong, url)
+        return only_tls if "ALERT" in (wrong.reason or "") else None
+    except OSError:
+        return None
+    return None
+
+
 def _ssl_error(failed: BaseException | None) -> ssl.SSLError | None:
     """Find what TLS said, also where aiormq has wrapped it."""
-    while failed is not None:
+    seen: set[int] = set()  # aiormq's errors can be each other's cause
+    while failed is not None and id(failed) not in seen:
         if isinstance(failed, ssl.SSLError):
             return failed
+        seen.add(id(failed))
         failed = failed.__cause__ or failed.__context__
     return None
