@@ -50,7 +50,9 @@ _TOO_LARGE = re.compile(r"message size (?P<size>\d+) is larger than (?:configure
 _OTHER_USER = re.compile(
     r"user_id property set to '[^']*' but authenticated user was '(?P<user>[^']*)'"
 )
-_QUEUE_TYPE = re.compile(r"invalid arg 'x-queue-type'|unsupported.queue.type|NOT_IMPLEMENTED")
+_QUEUE_TYPE = re.compile(
+    r"invalid arg 'x-queue-type'|queue.type|of type 'rabbit_\w+_queue'|NOT_IMPLEMENTED"
+)
 
 RIGHTS_REMEDY = (
     "'fluffle broker permissions' prints the rights that a worker or a coordinator needs"

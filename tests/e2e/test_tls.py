@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,68 +55,61 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
-@contextlib.asynccontextmanager
-async def tls_before(
+@contextlib.contextmanager
+def tls_before(
     port: int, certificate: tuple[Path, Path], *, asks_for: Path | None = None
-) -> AsyncIterator[int]:
-    """Yield a port that takes TLS and hands on to another one, in the clear."""
+) -> Iterator[int]:
+    """Yield a port that takes TLS and hands on to another one, in the clear.
+
+    In threads, over plain sockets: an event loop's server does not tell a client why it refuses it.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     if asks_for is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(asks_for)
-    pumps: set[asyncio.Task[None]] = set()
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(2**16):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", port)
-        for ends in ((reader, back), (there, writer)):
-            pumps.add(asyncio.create_task(pump(*ends)))
-
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # of failed handshakes
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for one in pumps:
-            one.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-@contextlib.contextmanager
-def refusing(certificate: tuple[Path, Path], asks_for: Path) -> Iterator[int]:
-    """Yield a port that asks for a certificate and says so, as asyncio's own server does not."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(asks_for)
     listening = socket.create_server(("127.0.0.1", 0))
+    threads: list[threading.Thread] = []
 
-    def serve() -> None:
-        while True:
-            try:
-                plain, _ = listening.accept()
-            except OSError:
-                return  # closed
-            with plain, contextlib.suppress(OSError):
-                plain.settimeout(PATIENCE_S)
-                context.wrap_socket(plain, server_side=True)
+    def begin(work: Callable[..., None], *arguments: socket.socket) -> None:
+        threads.append(threading.Thread(target=work, args=arguments, daemon=True))
+        threads[-1].start()
 
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                begin(serve, listening.accept()[0])
+
+    def serve(plain: socket.socket) -> None:
+        plain.settimeout(PATIENCE_S)
+        with (
+            plain,
+            contextlib.suppress(OSError),
+            context.wrap_socket(plain, server_side=True) as secure,
+            socket.create_connection(("127.0.0.1", port), PATIENCE_S) as back,
+        ):
+            pass_on(secure, back)
+
+    begin(accept)
     try:
         yield listening.getsockname()[1]
     finally:
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
-        thread.join(PATIENCE_S)
+        for thread in threads:
+            thread.join(PATIENCE_S)
+
+
+def pass_on(secure: ssl.SSLSocket, back: socket.socket) -> None:
+    """Pass bytes between two sockets until one of them ends."""
+    while True:
+        ready = [secure] if secure.pending() else select.select([secure, back], [], [])[0]
+        for source, sink in ((secure, back), (back, secure)):
+            if source in ready:
+                data = source.recv(2**16)
+                if not data:
+                    return
+                sink.sendall(data)
 
 
 async def opened(url: str) -> None:
@@ -133,7 +127,7 @@ async def refused(url: str) -> str:
 
 async def test_a_ca_of_our_own_is_trusted_where_the_url_names_it(broker_node, certificates):
     good = certificates.signed("good", "IP:127.0.0.1")
-    async with tls_before(broker_node.ports.amqp, good) as port:
+    with tls_before(broker_node.ports.amqp, good) as port:
         url = f"amqps://guest:guest@127.0.0.1:{port}/"
         await opened(f"{url}?cafile={certificates.ca}")
         await opened(f"{url}?no_verify_ssl=1")
@@ -144,7 +138,7 @@ async def test_a_ca_of_our_own_is_trusted_where_the_url_names_it(broker_node, ce
 
 async def test_the_management_api_is_trusted_as_amqp_is(broker_node, certificates):
     good = certificates.signed("management", "IP:127.0.0.1")
-    async with tls_before(broker_node.ports.management, good) as port:
+    with tls_before(broker_node.ports.management, good) as port:
         base, url = f"https://127.0.0.1:{port}", "amqps://guest:guest@127.0.0.1/"
         found = await asyncio.to_thread(
             ask, base, "/api/overview", f"{url}?cafile={certificates.ca}"
@@ -156,14 +150,14 @@ async def test_the_management_api_is_trusted_as_amqp_is(broker_node, certificate
 
 async def test_a_certificate_for_another_host_is_refused_by_name(broker_node, certificates):
     other = certificates.signed("other", "DNS:other.example")
-    async with tls_before(broker_node.ports.amqp, other) as port:
+    with tls_before(broker_node.ports.amqp, other) as port:
         url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
         assert "is not made out for '127.0.0.1'" in await refused(url)
 
 
 async def test_an_expired_certificate_is_refused(broker_node, certificates):
     old = certificates.signed("old", "IP:127.0.0.1", "-days", "-1")
-    async with tls_before(broker_node.ports.amqp, old) as port:
+    with tls_before(broker_node.ports.amqp, old) as port:
         url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
         said = await refused(url)
     assert "has expired" in said
@@ -172,10 +166,9 @@ async def test_an_expired_certificate_is_refused(broker_node, certificates):
 
 async def test_a_broker_that_asks_for_a_certificate_gets_ours(broker_node, certificates):
     good, ours = (certificates.signed(name, "IP:127.0.0.1") for name in ("asks", "ours"))
-    async with tls_before(broker_node.ports.amqp, good, asks_for=certificates.ca) as port:
+    with tls_before(broker_node.ports.amqp, good, asks_for=certificates.ca) as port:
         url = f"amqps://guest:guest@127.0.0.1:{port}/?cafile={certificates.ca}"
         await opened(f"{url}&certfile={ours[0]}&keyfile={ours[1]}")
-    with refusing(good, certificates.ca) as port:
         url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
         assert "?certfile=" in await refused(url)
 
@@ -188,7 +181,7 @@ async def test_tls_where_there_is_none_is_refused(broker_node):
 
 async def test_no_tls_where_there_must_be_is_refused(broker_node, certificates):
     good = certificates.signed("must", "IP:127.0.0.1")
-    async with tls_before(broker_node.ports.amqp, good) as port:
+    with tls_before(broker_node.ports.amqp, good) as port:
         said = await refused(f"amqp://w:open-sesame@127.0.0.1:{port}/")
     assert "takes TLS only" in said
     assert "amqps://" in said
@@ -198,7 +191,7 @@ async def test_one_node_with_a_bad_certificate_does_not_stop_who_can_reach_anoth
     broker_node, certificates, unused_tcp_port
 ):
     old = certificates.signed("old-node", "IP:127.0.0.1", "-days", "-1")
-    async with tls_before(broker_node.ports.amqp, old) as port:
+    with tls_before(broker_node.ports.amqp, old) as port:
         bad = f"amqps://guest:guest@127.0.0.1:{port}/?cafile={certificates.ca}"
         await opened(f"{bad},{broker_node.url}")
         with pytest.raises(LinkLost, match="has expired"):  # the other may be back soon

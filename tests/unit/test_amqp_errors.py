@@ -114,12 +114,20 @@ def test_what_may_pass_by_itself_is_a_lost_link(text):
     ("text", "error"),
     [
         ("PRECONDITION_FAILED - inequivalent arg 'x-expires' for queue 'q'", OtherArguments),
-        ("PRECONDITION_FAILED - invalid arg 'x-queue-type' for queue 'q' in vhost '/': "
-         "\"unsupported queue type 'stream'\"", UnknownQueueType),
+        (
+            "PRECONDITION_FAILED - invalid arg 'x-queue-type' for queue 'q' in vhost '/': "
+            "\"unsupported queue type 'stream'\"",
+            UnknownQueueType,
+        ),
         ("NOT_IMPLEMENTED - queue type stream", UnknownQueueType),
+        (
+            "INTERNAL_ERROR - Cannot declare a queue 'queue 's' in vhost '/'' of type "
+            "'rabbit_stream_queue' on node 'n@h': the corresponding feature flag is disabled",
+            UnknownQueueType,
+        ),
         ("INTERNAL_ERROR", LinkLost),
     ],
-)  # fmt: skip
+)
 def test_while_declaring_arguments_and_types_are_told_apart(text, error):
     with pytest.raises(error), declaring(), as_ours("w", "configure"):
         raise aiormq.exceptions.ChannelClosed(0, text)
