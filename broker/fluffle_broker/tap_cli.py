@@ -131,7 +131,7 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
     try:
         run_until_signalled(follow())
     except Occupied as no:
-        raise BrokerError(f"the broker does not let this user tap: {no}") from None
+        raise BrokerError(f"somebody else has the tap's queue: {no}; try again") from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 
