@@ -15,6 +15,8 @@ from fluffle_common.wire import decode, read_tensors
 
 Tell = Callable[[str, dict[str, Any]], None]
 
+_MOST_WAITING = 100
+
 
 def check_mail(body: Body, federation: str) -> None:
     """Check a message as thoroughly as if it were taken.
@@ -48,29 +50,50 @@ def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
     return weights
 
 
-async def refuse(
-    link: Link, delivery: Delivery, wrong: MalformedMessage, topology: Topology, worker: str
-) -> None:
-    """Put what is no mail where it is kept with the reason, or drop it while that is not there.
+class Refusals:
+    """What a worker refuses, on its way to where it is kept with the reason.
 
-    A worker has no right to the queue itself: it sends under a key of its own, as all its results.
+    A worker has no right to that queue itself: it sends under a key of its own, as all its results.
+    While nobody has made what it sends to, refused mail waits here, unacknowledged.
+
+    Args:
+        topology: where it goes.
+        worker: who refuses.
     """
-    route = Route(topology.results, [topology.rejecting(worker)])
-    try:
-        if await link.exists(topology.results):
-            await reject(link, delivery, wrong, route)
-    except (Full, Unroutable):
-        pass
-    delivery.ack()
+
+    def __init__(self, topology: Topology, worker: str) -> None:
+        self._results = topology.results
+        self._route = Route(topology.results, [topology.rejecting(worker)])
+        self._waiting: list[tuple[Delivery, MalformedMessage]] = []
+
+    async def refuse(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
+        """Send it, or let it wait; of too many, the rest are dropped."""
+        if await link.exists(self._results):
+            try:
+                await reject(link, delivery, wrong, self._route)
+            except (Full, Unroutable):
+                delivery.ack()
+        elif len(self._waiting) < _MOST_WAITING:
+            self._waiting.append((delivery, wrong))
+        else:
+            delivery.ack()
+
+    async def send_waiting(self, link: Link) -> None:
+        """Send what has waited."""
+        waiting, self._waiting = self._waiting, []
+        for delivery, wrong in waiting:
+            await self.refuse(link, delivery, wrong)
+
+    def forget(self) -> None:
+        """Let go of what waits: it came over a link that is lost, and comes again."""
+        self._waiting.clear()
 
 
 async def drain(
     link: Link,
     queue: str,
     check: Callable[[Body], object],
-    topology: Topology,
-    *,
-    worker: str,
+    refusals: Refusals,
     tell: Tell,
 ) -> None:
     """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
@@ -83,6 +106,6 @@ async def drain(
             check(delivery.body)
         except MalformedMessage as wrong:
             tell("rejected", {"reason": str(wrong)})
-            await refuse(link, delivery, wrong, topology, worker)
+            await refusals.refuse(link, delivery, wrong)
         else:
             delivery.ack()

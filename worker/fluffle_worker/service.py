@@ -43,7 +43,7 @@ from fluffle_common.wire import Assembly, decode
 from fluffle_worker import session
 from fluffle_worker.answers import Answers
 from fluffle_worker.job import Job, NotWanted, do
-from fluffle_worker.mail import Tell, check_mail, drain, no_mail, refuse, weights_of
+from fluffle_worker.mail import Refusals, Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.presence import Presence
 from fluffle_worker.session import Work
 from fluffle_worker.task import Task, told
@@ -106,6 +106,7 @@ class WorkerService:
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
         self._presence = Presence(settings, task, topology)
+        self._refusals = Refusals(topology, settings.worker)
         self._state = session.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._jobs: dict[Work, Job] = {}
@@ -192,6 +193,7 @@ class WorkerService:
     async def _serve(self, link: Link, *, first: bool) -> None:
         worker = self._settings.worker
         inbox = self._topology.inbox(worker)
+        self._refusals.forget()
         await link.declare(self._topology.queues_of(worker))
         if first:
             await self._drop_old_mail(link, inbox)
@@ -217,9 +219,8 @@ class WorkerService:
                 link,
                 inbox,
                 lambda body: check_mail(body, federation),
-                self._topology,
-                worker=self._settings.worker,
-                tell=self._tell,
+                self._refusals,
+                self._tell,
             )
 
     async def _be_heard(self, link: Link) -> None:
@@ -230,6 +231,7 @@ class WorkerService:
                 self._tell("alone", {"federation": self._settings.federation})
             told = True
             await asyncio.sleep(_LOOK_AGAIN_S)
+        await self._refusals.send_waiting(link)
         await self._presence.signs_of_life(link)
 
     async def _say_that_we_wait(self) -> None:
@@ -257,7 +259,7 @@ class WorkerService:
                 self._receive(message, payload)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
-                await refuse(link, delivery, wrong, self._topology, self._settings.worker)
+                await self._refusals.refuse(link, delivery, wrong)
             else:
                 delivery.ack()
 
