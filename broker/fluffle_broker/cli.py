@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fluffle_common.cli import federation_option, queue_type_option
 from fluffle_common.printing import echo, echo_json, is_terminal, printable
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def broker() -> None:
       fluffle broker up            start it, or say where it runs already
       fluffle broker status        is it up, since when, how much memory
       fluffle broker down          stop it; its data stays for the next 'up'
+      fluffle broker permissions   the least that a worker's user needs
     """
 
 
@@ -137,6 +139,84 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
         ctx.exit(_NOT_RUNNING)
 
 
+@broker.command()
+@federation_option
+@click.option(
+    "--worker",
+    "workers",
+    multiple=True,
+    metavar="NAME",
+    help="A worker's id, which is also the name of its user; may be given several times.",
+)
+@click.option("--coordinator", is_flag=True, help="The coordinator's rights.")
+@click.option(
+    "--coordinator-user",
+    metavar="NAME",
+    help="Name of the coordinator's user.  [default: FEDERATION-coordinator]",
+)
+@click.option("--vhost", default="/", show_default=True, metavar="NAME", help="Where.")
+@queue_type_option
+@click.option(
+    "--apply",
+    "applies",
+    is_flag=True,
+    help="Grant them on the private broker of this folder. A user that is not there is made, with "
+    "a password that is shown once, on standard output.",
+)
+@click.option("--ask-password", is_flag=True, help="With --apply: ask for each user's password.")
+@_state_option
+def permissions(**options: Any) -> None:
+    """Print the least that RabbitMQ must allow a worker's or the coordinator's user.
+
+    As rabbitmqctl lines, for any broker; with --apply they are granted on the private one. They
+    replace what the user may do in the vhost. Let the coordinator run with --verify-users, so that
+    a worker is who it logs in as. docs/rights.md says what each right is for.
+
+    \b
+      fluffle broker permissions --federation letters --coordinator --worker alice --worker bob
+      fluffle broker permissions --federation letters --worker alice --apply
+    """
+    from fluffle_broker import rights
+    from fluffle_common.errors import UsageError
+    from fluffle_common.settings import check_federation, check_worker
+    from fluffle_common.topology import Topology
+
+    topology = Topology(check_federation(options["federation"]), options["queue_type"])
+    wanted = [rights.worker_rights(topology, check_worker(one)) for one in options["workers"]]
+    name = options["coordinator_user"] or f"{topology.federation}-coordinator"
+    if options["coordinator"] or options["coordinator_user"]:
+        wanted.insert(0, rights.coordinator_rights(topology, name))
+    if not wanted:
+        raise UsageError("whose rights? give --worker NAME, --coordinator, or both")
+    run = rights.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None
+    for each in wanted:
+        if run is None:
+            echo(*rights.shell_lines(each, options["vhost"]))
+            continue
+        password = None
+        if options["ask_password"]:
+            password = click.prompt(f"password of {each.user}", hide_input=True, err=True)
+        made_up = rights.apply(each, options["vhost"], run, password)
+        shown = f"; made with the password {made_up}" if made_up else ""
+        echo(f"user {each.user} has its rights in vhost {options['vhost']}{shown}")
+
+
+def _rabbitmqctl(state: Path) -> str:
+    """Return what talks to the node of a folder."""
+    from fluffle_broker import node
+    from fluffle_common.errors import BrokerError
+
+    info = node.running_node(state)
+    if info is None:
+        raise BrokerError(f"no broker of {state} is running; 'fluffle broker up' starts one")
+    if info.started_as == "docker":
+        raise BrokerError(
+            "the broker runs in a container; without --apply, this prints the lines to run there, "
+            "with 'docker exec'"
+        )
+    return str(info.folder / "rabbitmqctl")
+
+
 def chosen_ports(amqp: int | None, management: int | None, prometheus: int | None) -> Ports:
     """Complete the ports of the command line: ``--port 0`` alone means free ones for all."""
     from fluffle_broker.record import Ports
@@ -152,9 +232,11 @@ def chosen_ports(amqp: int | None, management: int | None, prometheus: int | Non
 def _show(info: NodeInfo, state: Path) -> None:
     import shlex
 
+    from fluffle_common.urls import without_credentials
+
     option = "" if state == Path(".fluffle") else f" --state {shlex.quote(str(state))}"
     rows = {
-        "AMQP": info.url,
+        "AMQP": without_credentials(info.url),  # guest is the user where none is named
         "management": f"{info.management_url}  (guest / guest)",
         "metrics": info.prometheus_url,
         "process": f"{info.pid} ({info.started_as})" if info.pid else info.started_as,
@@ -168,9 +250,12 @@ def _show(info: NodeInfo, state: Path) -> None:
 def _as_dict(info: NodeInfo | None, figures: Any) -> dict[str, Any]:
     import dataclasses
 
+    from fluffle_common.urls import without_credentials
+
     shown: dict[str, Any] = {"running": info is not None}
     if info is not None:
         shown |= {**dataclasses.asdict(info), "folder": str(info.folder), "logs": str(info.logs)}
+        shown["url"] = without_credentials(info.url)
         shown |= {"uptime_s": None, "memory_bytes": None}
     if figures is not None:
         shown |= dataclasses.asdict(figures)

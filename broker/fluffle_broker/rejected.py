@@ -176,6 +176,9 @@ def destination(message: Rejected, topology: Topology) -> tuple[str, str] | None
     """
     reading = message.reading
     queue, kind, worker = message.queue, reading.kind, reading.worker
+    sender = _refused_by(reading.delivery, topology)
+    if sender is not None and queue not in (topology.inbox(sender), topology.outbox(sender)):
+        return None  # a worker refuses its own mail only: this may lead anywhere
     by_key = {topology.updates: UPDATE_KINDS, topology.presence: PRESENCE_KINDS}
     if queue is None:
         known = worker is not None and kind in (*UPDATE_KINDS, *PRESENCE_KINDS)
@@ -208,6 +211,13 @@ def dropped(figures: QueueFigures | None, kept_now: int) -> int | None:
         return None
     left = figures.published - figures.settled - kept_now
     return left if left >= 0 else None
+
+
+def _refused_by(delivery: Delivery, topology: Topology) -> str | None:
+    """Return the worker that sent a message to where refused ones are kept; None: none did."""
+    if delivery.exchange != topology.results:
+        return None
+    return delivery.keys[0].partition(".")[2]
 
 
 async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requeued:

@@ -133,11 +133,7 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
     try:
         run_until_signalled(follow())
     except Occupied as no:
-        raise BrokerError(
-            f"the broker does not let this user tap: {no}; it needs the rights to configure, write "
-            f"and read {topology.federation}.tap.*, and to read the exchanges {topology.work} and "
-            f"{topology.results}"
-        ) from None
+        raise BrokerError(f"somebody else has the tap's queue: {no}; try again") from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Queue
-from fluffle_common.transport import Delivery, Link, Occupied, Transport
+from fluffle_common.transport import Delivery, Link, Occupied, OtherArguments, Transport
 
 
 @contextlib.asynccontextmanager
@@ -32,10 +32,7 @@ async def visiting(transport: Transport) -> AsyncGenerator[Link]:
             f"the connection to the broker at {transport.address} was lost ({gone}); try again"
         ) from None
     except Occupied as no:
-        raise BrokerError(
-            f"the broker does not let this user do that: {no}; give the user that right, or name "
-            "another user in --url"
-        ) from None
+        raise BrokerError(f"somebody else has it for themselves: {no}; try again later") from None
     finally:
         await link.close()
 
@@ -49,11 +46,11 @@ async def is_classic(link: Link, queue: Queue) -> bool:
     otherwise the link is lost.
 
     Raises:
-        Occupied: where this user may not declare, that is, configure, the queue.
+        BrokerError: where this user may not declare, that is, configure, the queue.
     """
     try:
         await link.declare([queue])
-    except BrokerError:
+    except OtherArguments:
         return False
     return True
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import aiormq.exceptions
-
-from fluffle_common.amqp_connection import Connection, connect
-from fluffle_common.amqp_errors import LOST, told
+from fluffle_common.amqp_connection import Connection, prepared
+from fluffle_common.amqp_errors import is_lost, told
 from fluffle_common.amqp_link import AmqpLink, close
+from fluffle_common.amqp_refusals import WrongNode, not_let_in, silent_refusal, tls_refusal
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport import Link, Transport, cancelled
-from fluffle_common.urls import parse_urls, shown
+from fluffle_common.urls import parse_urls, shown, tls_context
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -39,6 +38,7 @@ class AmqpTransport(Transport):
     def __init__(self, url: str, name: str) -> None:
         self._urls = parse_urls(url)
         self._name = name
+        self._was_in = False
         self._use(None)
 
     @property
@@ -48,17 +48,22 @@ class AmqpTransport(Transport):
 
     async def open(self) -> Link:
         """See ``transport.Transport``."""
-        missed = []
+        missed, wrong = [], []
         for url in sorted(self._urls, key=lambda url: url != self._used):
             try:
                 link = await self._open(url)
             except LinkLost as why:
                 missed.append(f"{shown(url)}: {why}" if len(self._urls) > 1 else str(why))
+            except WrongNode as why:
+                wrong.append(str(why))
             else:
                 self._use(url)
+                self._was_in = True
                 return link
         self._use(None)
-        raise LinkLost("; ".join(missed))
+        if not missed:
+            raise BrokerError("; ".join(wrong))
+        raise LinkLost("; ".join(missed + wrong))
 
     def _use(self, url: URL | None) -> None:
         self._used = url
@@ -68,7 +73,8 @@ class AmqpTransport(Transport):
         opened: list[Connection] = []
         try:
             for use in ("publish", "consume"):
-                opened.append(await _connect(url, f"{self._name} ({use})"))
+                name = f"{self._name} ({use})"
+                opened.append(await _connect(url, name, again=self._was_in))
             return await AmqpLink(opened[0], opened[1], url.user or "guest").start()
         except BaseException:
             for connection in opened:
@@ -76,36 +82,29 @@ class AmqpTransport(Transport):
             raise
 
 
-async def _connect(url: URL, name: str) -> Connection:
+async def _connect(url: URL, name: str, *, again: bool) -> Connection:
+    """Open a connection; ``again``: this process has had one, whose remains may still count."""
+    with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
+    context = tls_context(str(url))
+    connection = prepared(with_heartbeat, name, context)
     try:
-        heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
-        return await connect(heartbeat, name, _CONNECT_TIMEOUT_S)
-    except (
-        aiormq.exceptions.AuthenticationError,
-        aiormq.exceptions.ProbableAuthenticationError,
-    ):
-        raise BrokerError(
-            f"the broker at {shown(url)} refuses user '{url.user}' or the password; "
-            "put the right ones into --url amqp://user:password@host"
-        ) from None
-    except aiormq.exceptions.ConnectionNotAllowed as no:
-        raise BrokerError(
-            f"the broker at {shown(url)} does not let us in ({told(no)}); "
-            "check the vhost in --url and the user's permissions"
-        ) from None
-    except aiormq.exceptions.InvalidFrameError as no:
-        # What aiormq makes of a broker that closes the connection instead of opening the vhost.
-        if "Connection.Close" not in told(no):
-            raise LinkLost(told(no)) from None
-        raise BrokerError(
-            f"the broker at {shown(url)} does not let user '{url.user}' into this "
-            "vhost, or has none of that name; check the vhost in --url and the permissions"
-        ) from None
+        await connection.connect(_CONNECT_TIMEOUT_S)
     except asyncio.CancelledError:
         if cancelled():
             raise
         raise LinkLost("the connection was closed while it was opened") from None
     except TimeoutError:
         raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
-    except LOST as gone:
-        raise LinkLost(told(gone)) from None
+    except Exception as failed:
+        if connection.closed_by_broker is not None:
+            raise not_let_in(*connection.closed_by_broker, url, again=again) from None
+        if (insecure := tls_refusal(failed, url)) is not None:
+            raise insecure from None
+        if not is_lost(failed):
+            raise
+        if connection.tls_alert or not connection.heard:
+            refusal = await asyncio.to_thread(silent_refusal, url, context)
+            if refusal is not None:
+                raise refusal from None
+        raise LinkLost(told(failed)) from None
+    return connection

@@ -9,6 +9,7 @@ Handshake, channels, declarations, heartbeats and closing stay aiormq's. Only AM
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "a frame does not end where it said it would"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
+_TLS_ALERT = b"\x15\x03"
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
@@ -84,6 +86,9 @@ class Incoming:
         self._left = 0  # bytes of that frame that are still to come, its end included
         self.come_bytes = 0  # of bodies
         self._foreign = False  # no AMQP 0-9-1 at all: aiormq says what is wrong
+        self.heard = False  # anything at all
+        self.tls_alert = False  # what came first was TLS
+        self.closed: tuple[int, str] | None = None  # code and text, once the broker closes it
 
     def hand_to(self, contents: Contents) -> None:
         """Give the contents of a channel to these from now on."""
@@ -96,6 +101,8 @@ class Incoming:
         Raises:
             ConnectionError: where a frame does not end where it said it would.
         """
+        if not self.heard:
+            self.heard, self.tls_alert = True, data.startswith(_TLS_ALERT)
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, end, fed = 0, len(data), False
@@ -150,8 +157,8 @@ class Incoming:
         """Take a whole frame; return False where it is for aiormq."""
         contents = self._contents.get(channel)
         if contents is None:
-            if not channel and kind == frames.METHOD and frames.kind_of(payload) in _BLOCKING:
-                self._blocked(frames.blocked(payload))
+            if not channel and kind == frames.METHOD:
+                self._of_connection(payload)
             return False
         if kind == frames.METHOD:
             if frames.kind_of(payload) in _WITH_CONTENT:
@@ -164,6 +171,14 @@ class Incoming:
         coming.begin(payload)
         self._finish(coming)  # if it has no body
         return True
+
+    def _of_connection(self, payload: bytes) -> None:
+        """Note what the broker says of the connection itself; aiormq hears of it too."""
+        method = frames.kind_of(payload)
+        if method in _BLOCKING:
+            self._blocked(frames.blocked(payload))
+        elif method == frames.CLOSE:
+            self.closed = frames.closed(payload)
 
     def _finish(self, coming: _Coming) -> None:
         if not coming.left:
@@ -191,11 +206,11 @@ class _Protocol(asyncio.StreamReaderProtocol):
 class ContentsBeside(TransportFactory):
     """Opens the socket of one connection."""
 
-    incoming: Incoming
     socket: asyncio.Transport
 
     def __init__(self) -> None:
         self.blocking = Blocking()
+        self.incoming = Incoming(lambda _: None)  # until there is a socket
 
     async def create(
         self, url: URL, **options: Any
@@ -206,13 +221,13 @@ class ContentsBeside(TransportFactory):
             OSError: where nothing answers.
         """
         provider = options.pop("ssl_context_provider", None)
-        ssl = await provider.get_context() if url.scheme == "amqps" else None
+        context = await provider.get_context() if url.scheme == "amqps" else None
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
         self.incoming = Incoming(reader.feed_data, blocked=self.blocking.set)
         protocol = _Protocol(reader, self.incoming)
         loop = asyncio.get_running_loop()
         self.socket, _ = await loop.create_connection(
-            lambda: protocol, url.host or "", url.port or 0, ssl=ssl, **options
+            lambda: protocol, url.host or "", url.port or 0, ssl=context, **options
         )
         return reader, asyncio.StreamWriter(self.socket, protocol, reader, loop)
 
@@ -229,6 +244,21 @@ class Connection(aio_pika.Connection):
         self._beside = ContentsBeside()
         self.blocking = self._beside.blocking
         super().__init__(*args, **options, transport_factory=self._beside)
+
+    @property
+    def closed_by_broker(self) -> tuple[int, str] | None:
+        """Code and text with which the broker closed it; None where it did not."""
+        return self._beside.incoming.closed
+
+    @property
+    def heard(self) -> bool:
+        """Whether anything has come from the other side."""
+        return self._beside.incoming.heard
+
+    @property
+    def tls_alert(self) -> bool:
+        """Whether what came, without TLS, was TLS."""
+        return self._beside.incoming.tls_alert
 
     def left_bytes(self) -> int | None:
         """See ``amqp_confirms.Flow``."""
@@ -265,6 +295,17 @@ class Connection(aio_pika.Connection):
         return taken
 
 
+def prepared(url: URL, name: str, context: ssl.SSLContext | None = None) -> Connection:
+    """Return a connection that is still to be opened with ``connect(timeout)``.
+
+    Args:
+        url: of the broker.
+        name: what it shows as in RabbitMQ's own pages.
+        context: how TLS is checked; see ``urls.tls_context``.
+    """
+    return Connection(url, client_properties={"connection_name": name}, ssl_context=context)
+
+
 async def connect(url: URL, name: str, timeout_s: float) -> Connection:
     """Open a connection that shows as ``name`` in RabbitMQ's own pages.
 
@@ -272,9 +313,6 @@ async def connect(url: URL, name: str, timeout_s: float) -> Connection:
         AMQPError: where the broker refuses us.
         OSError: where nothing answers.
     """
-    return await aio_pika.connect(
-        url,
-        client_properties={"connection_name": name},
-        timeout=timeout_s,
-        connection_class=Connection,
-    )
+    connection = prepared(url, name)
+    await connection.connect(timeout_s)
+    return connection

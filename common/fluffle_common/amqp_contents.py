@@ -173,7 +173,7 @@ class Contents:
             self._owed.discard(tag)
             self._socket.write(frames.requeue(self.number, tag))
 
-    def lose(self, why: LinkLost) -> None:
+    def lose(self, why: Exception) -> None:
         """Let go: whoever waits is told why, and nothing more is sent."""
         self._send_acks()
         self._over = True

@@ -31,7 +31,7 @@ _PUBLISH, RETURN, DELIVER, _GET, GET_OK, GET_EMPTY, ACK, NACK = (
 )
 _KIND_SIZE = 4
 # Of the class Connection, on channel 0: the broker takes nothing that is published, or does again.
-BLOCKED, UNBLOCKED = (struct.pack(">HH", 10, number) for number in (60, 61))
+CLOSE, BLOCKED, UNBLOCKED = (struct.pack(">HH", 10, number) for number in (50, 60, 61))
 
 _SIZE_AT = _KIND_SIZE  # in the payload of a content's header, after class and weight
 _SIZE, _TAG = struct.Struct(">Q"), struct.Struct(">Q")
@@ -212,6 +212,12 @@ def returned(payload: bytes) -> str:
     exchange, after = _read_short(payload, after)
     key, _ = _read_short(payload, after)
     return f"{reason} at exchange '{exchange}' for '{key}'"
+
+
+def closed(payload: bytes) -> tuple[int, str]:
+    """Return the code and the text with which a connection is closed, from ``CLOSE``."""
+    code = int.from_bytes(payload[_KIND_SIZE : _KIND_SIZE + 2], "big")
+    return code, _read_short(payload, _KIND_SIZE + 2)[0]
 
 
 def blocked(payload: bytes) -> str | None:

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from typing import Any
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
+from aiormq.abc import AbstractChannel as UnderlayChannel
 
 from fluffle_common import amqp_frames as frames
 from fluffle_common.amqp_confirms import ConfirmWatch
 from fluffle_common.amqp_connection import Connection
 from fluffle_common.amqp_contents import Contents
 from fluffle_common.amqp_delivery import AmqpDelivery, Arrivals
-from fluffle_common.amqp_errors import as_ours, declaring, told
-from fluffle_common.errors import LinkLost
+from fluffle_common.amqp_errors import Right, as_ours, declaring, meaning, told
+from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue, lock_of
 from fluffle_common.transport import (
     NAMED,
@@ -50,6 +52,9 @@ _STREAM_ACK_EVERY = 100
 _EMPTY_S = 0.5
 
 
+_T = TypeVar("_T")
+
+
 class AmqpLink(Link):
     """See ``transport.Link``."""
 
@@ -57,7 +62,7 @@ class AmqpLink(Link):
         self._connections = (publishing, consuming)
         self._user = user
         self._gone = asyncio.Event()
-        self._why = "the link was closed"
+        self._why: LinkLost | BrokerError = LinkLost("the link was closed")
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._readers: dict[Arrivals, str] = {}
         self._contents: set[Contents] = set()  # of the channels that are open
@@ -66,15 +71,15 @@ class AmqpLink(Link):
         self._getting: Contents  # what is urgent may be published there too
         # Over what was published on each of the two.
         self._watch, self._urgent_watch = map(self._watch_over, self._connections)
-        self._counting: AbstractChannel | None = None
-        self._one_counts = asyncio.Lock()
+        self._trying: AbstractChannel | None = None
+        self._one_tries = asyncio.Lock()
 
     async def start(self) -> AmqpLink:
         """Open the channels."""
         for connection in self._connections:
             connection.close_callbacks.add(self._lose)
         publishing, consuming = self._connections
-        with as_ours():
+        with as_ours(self._user):
             publish = publishing.channel(publisher_confirms=True)
             self._get = consuming.channel(publisher_confirms=True)
             for channel in (publish, self._get):
@@ -87,9 +92,18 @@ class AmqpLink(Link):
         return self
 
     def _lose(self, _: Any, why: BaseException | None = None) -> None:
-        if not self._gone.is_set():
-            self._why = told(why) if why else self._why
-            self._end()
+        if self._gone.is_set():
+            return
+        if isinstance(why, LinkLost):
+            self._why = why
+        elif why is not None:
+            meant = meaning(told(why), self._user)
+            self._why = meant if isinstance(meant, BrokerError) else LinkLost(told(why))
+        self._end()
+
+    def _error(self) -> LinkLost | BrokerError:
+        """Return why the link is lost; a new error for each who asks."""
+        return type(self._why)(str(self._why))
 
     def _end(self) -> None:
         self._gone.set()
@@ -98,11 +112,24 @@ class AmqpLink(Link):
         for arrived in self._readers:
             arrived.put(None)  # whoever waits there sees that it is over
         for contents in self._contents:
-            contents.lose(LinkLost(self._why))
+            contents.lose(self._error())
 
     def _check(self) -> None:
         if self._gone.is_set():
-            raise LinkLost(self._why)
+            raise self._error()
+
+    @contextlib.contextmanager
+    def _asking(self, right: Right | None = None) -> Iterator[None]:
+        """Map what is raised while the broker is asked for something that takes a right."""
+        self._check()
+        try:
+            with as_ours(self._user, right):
+                yield
+        except LinkLost:
+            closed = self._connections[1].closed_by_broker
+            if closed is not None:  # which says more than what aiormq raises of it
+                raise meaning(closed[1], self._user, right) from None
+            raise
 
     @property
     def blocked(self) -> str | None:
@@ -116,9 +143,10 @@ class AmqpLink(Link):
     async def declare(self, entities: Iterable[Entity]) -> None:
         """See ``transport.Link``."""
         self._check()
-        with as_ours(), declaring():
-            channel = await self._get.get_underlay_channel()
-            for entity in entities:
+        for entity in entities:
+            right: Right = "bind" if isinstance(entity, Binding) else "configure"
+            with declaring(), self._asking(right):
+                channel = await self._get.get_underlay_channel()
                 match entity:
                     case Exchange(name, kind, alternate):
                         await channel.exchange_declare(
@@ -133,6 +161,41 @@ class AmqpLink(Link):
                             self._quorum.add(name)
                     case Binding(queue, exchange, key):
                         await channel.queue_bind(queue, exchange, key)
+
+    async def exists(self, exchange: str) -> bool:
+        """See ``transport.Link``."""
+        return (await self._try(lambda on: on.exchange_declare(exchange, passive=True))) is not None
+
+    async def bind(self, bindings: Iterable[Binding]) -> bool:
+        """See ``transport.Link``."""
+        for each in bindings:
+            if await self._try(functools.partial(_bind, each), "bind") is None:
+                return False
+        return True
+
+    async def _try(
+        self,
+        ask: Callable[[UnderlayChannel], Awaitable[_T]],
+        right: Right | None = None,
+    ) -> _T | None:
+        """Ask for something; return None where what it is about is not there.
+
+        That closes the channel over which it was asked, so that one is for nothing else.
+        """
+        self._check()
+        async with self._one_tries:
+            with self._asking(right):
+                if self._trying is None:
+                    self._trying = self._connections[1].channel(publisher_confirms=False)
+                    await self._trying.initialize()
+                underlay = await self._trying.get_underlay_channel()
+                try:
+                    return await ask(underlay)
+                except BaseException as wrong:
+                    self._trying = None
+                    if isinstance(wrong, aiormq.exceptions.ChannelNotFoundEntity):
+                        return None
+                    raise
 
     async def publish(
         self,
@@ -169,7 +232,7 @@ class AmqpLink(Link):
                 raise
             why = "the broker refused a message: a queue is full, or changes its leader"
             self._lose(None, LinkLost(why))  # as in _unconfirmed
-            raise LinkLost(self._why) from None
+            raise self._error() from None
         finally:
             watch.settled(sending)
 
@@ -212,9 +275,8 @@ class AmqpLink(Link):
         arguments: dict[str, Any] | None = None,
     ) -> tuple[Arrivals, AbstractChannel, Contents]:
         """Begin to consume over a channel of its own."""
-        self._check()
         arrived = Arrivals()
-        with as_ours():
+        with self._asking("read"):
             channel = self._connections[1].channel(publisher_confirms=False)
             # A refusal closes the channel, which must not take the link with it: so the channel
             # counts as part of the link only from here on.
@@ -225,9 +287,10 @@ class AmqpLink(Link):
                 # Quorum queues let in any number of exclusive consumers. A queue that only the
                 # connection which declared it may use is a lock, gone with that connection or its
                 # node.
-                await underlay.queue_declare(
-                    lock_of(queue), exclusive=True, arguments={"x-queue-type": "classic"}
-                )
+                with as_ours(self._user, "configure"):
+                    await underlay.queue_declare(
+                        lock_of(queue), exclusive=True, arguments={"x-queue-type": "classic"}
+                    )
             contents = await self._connections[1].contents(channel, arrived.put, prefetch)
             begun = await underlay.basic_consume(
                 queue, _nothing, exclusive=exclusive, arguments=arguments
@@ -310,8 +373,7 @@ class AmqpLink(Link):
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
         """See ``transport.Link``."""
-        self._check()
-        with as_ours():
+        with self._asking("configure"):
             channel = await self._get.get_underlay_channel()
             await channel.queue_declare(
                 queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
@@ -321,46 +383,38 @@ class AmqpLink(Link):
 
     async def unbind(self, binding: Binding) -> None:
         """See ``transport.Link``."""
-        self._check()
-        with as_ours():
+        with self._asking("bind"):
             channel = await self._get.get_underlay_channel()
             await channel.queue_unbind(binding.queue, binding.exchange, binding.key)
 
     async def counts(self, queue: str) -> Counts | None:
         """See ``transport.Link``."""
-        self._check()
-        # A queue that is not there closes the channel that asks, so that one is not shared.
-        async with self._one_counts:
-            with as_ours():
-                if self._counting is None:
-                    self._counting = self._connections[1].channel(publisher_confirms=False)
-                    await self._counting.initialize()
-                underlay = await self._counting.get_underlay_channel()
-                try:
-                    told = await underlay.queue_declare(queue, passive=True)
-                except BaseException as wrong:
-                    self._counting = None
-                    if isinstance(wrong, aiormq.exceptions.ChannelNotFoundEntity):
-                        return None
-                    raise
+        told = await self._try(lambda on: on.queue_declare(queue, passive=True))
+        if told is None:
+            return None
         return Counts(int(told.message_count or 0), int(told.consumer_count or 0))
 
     async def purge(self, queue: str) -> int:
         """See ``transport.Link``."""
-        self._check()
-        with as_ours():
+        with self._asking("read"):
             channel = await self._get.get_underlay_channel()
             return int((await channel.queue_purge(queue)).message_count or 0)
 
     async def lost(self) -> None:
         """See ``transport.Link``."""
         await self._gone.wait()
+        if isinstance(self._why, BrokerError):
+            raise self._error()
 
     async def close(self) -> None:
         """See ``transport.Link``."""
         self._end()
         # Side by side: each may wait in vain for an answer, and nobody reconnects before that.
         await asyncio.gather(*(close(connection) for connection in self._connections))
+
+
+async def _bind(binding: Binding, on: UnderlayChannel) -> Any:
+    return await on.queue_bind(binding.queue, binding.exchange, binding.key)
 
 
 async def _nothing(_: Any) -> None:

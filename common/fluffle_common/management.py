@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fluffle_common.topology import Topology
-from fluffle_common.urls import split_urls
+from fluffle_common.urls import split_urls, tls_context, without_credentials
 
 # What asking may raise, whatever is wrong with what answers.
 UNTOLD = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
@@ -63,7 +63,8 @@ def ask(base: str, path: str, url: str, *, timeout_s: float = 5) -> Any:
     Args:
         base: where the API is, without a slash at the end.
         path: what is asked, from ``/api/`` on.
-        url: the broker's AMQP URL, for the user and the password in it; of several, the first.
+        url: the broker's AMQP URL, for the user, the password and the options of TLS in it; of
+            several, the first.
         timeout_s: how long to wait for the answer.
 
     Raises:
@@ -76,8 +77,13 @@ def ask(base: str, path: str, url: str, *, timeout_s: float = 5) -> Any:
     login = base64.b64encode(f"{user}:{password}".encode()).decode()
     headers = {"Authorization": f"Basic {login}"}
     request = urllib.request.Request(base + path, headers=headers)  # noqa: S310 - http(s)
-    # Never by way of a proxy: it is the broker's own host, which AMQP reaches directly too.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # Never by way of a proxy: it is the broker's own host, which AMQP reaches directly too; and
+    # trusted as the URL says.
+    context = tls_context(split_urls(url)[0])
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),
+        *([urllib.request.HTTPSHandler(context=context)] if context else []),
+    )
     with direct.open(request, timeout=timeout_s) as answer:
         return json.load(answer)
 
@@ -92,11 +98,13 @@ def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> s
     """
     if given:
         return given.rstrip("/")
-    if record.get("url") == url and record.get("management_url"):
+    own = without_credentials(str(record.get("url"))) == without_credentials(url)
+    if own and record.get("management_url"):
         return str(record["management_url"]).rstrip("/")
     split = urllib.parse.urlsplit(split_urls(url)[0])
     scheme, port = ("https", 15671) if split.scheme == "amqps" else ("http", 15672)
-    return f"{scheme}://{split.hostname}:{port}"
+    host = split.hostname or ""
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def queue_figures(url: str, base: str, topology: Topology) -> list[QueueFigures]:

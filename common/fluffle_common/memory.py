@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.errors import LinkLost
 from fluffle_common.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport import (
     NAMED,
@@ -28,6 +28,7 @@ from fluffle_common.transport import (
     Full,
     Link,
     Occupied,
+    OtherArguments,
     Properties,
     Since,
     Transport,
@@ -172,7 +173,22 @@ class MemoryLink(Link):
         """See ``transport.Link``."""
         self._check()
         for entity in entities:
-            self._broker.declare(entity)
+            if isinstance(entity, Binding):
+                if not self._broker.bind(entity):  # as RabbitMQ closes the channel
+                    self.cut()
+                    raise LinkLost(f"no '{entity.queue}' or no '{entity.exchange}' to bind")
+            else:
+                self._broker.declare(entity)
+
+    async def exists(self, exchange: str) -> bool:
+        """See ``transport.Link``."""
+        self._check()
+        return exchange in self._broker.exchanges
+
+    async def bind(self, bindings: Iterable[Binding]) -> bool:
+        """See ``transport.Link``."""
+        self._check()
+        return all(self._broker.bind(binding) for binding in bindings)
 
     async def publish(
         self,
@@ -186,6 +202,9 @@ class MemoryLink(Link):
         """See ``transport.Link``."""
         await self._unblocked()
         stored = _Stored(body, properties, exchange, tuple(keys), float(int(time.time())))
+        if exchange and exchange not in self._broker.exchanges:  # as RabbitMQ closes the channel
+            self.cut()
+            raise LinkLost(f"there is no exchange '{exchange}'")
         self._broker.route(stored, exchange, keys)
 
     async def consume(
@@ -395,19 +414,24 @@ class MemoryBroker(Transport):
         """Come up again, with what was durable."""
         self.up = True
 
-    def declare(self, entity: Entity) -> None:
+    def bind(self, binding: Binding) -> bool:
+        """Bind what is there; return whether it is."""
+        there = binding.queue in self.queues and binding.exchange in self.exchanges
+        if there:
+            self.bindings.add(binding)
+        return there
+
+    def declare(self, entity: Exchange | Queue) -> None:
         """Make sure that an entity exists."""
         if isinstance(entity, Exchange):
             self.exchanges.setdefault(entity.name, entity)
         elif isinstance(entity, Queue):
             known = self.queues.setdefault(entity.name, _Queue(entity)).spec
             if known.arguments != entity.arguments:
-                raise BrokerError(
+                raise OtherArguments(
                     f"the broker has '{entity.name}' with other settings; use the same "
                     "--queue-type everywhere, or delete the old queue"
                 )
-        else:
-            self.bindings.add(entity)
 
     def delete(self, queue: str) -> None:
         """Delete a queue and what is bound to it."""

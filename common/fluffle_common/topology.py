@@ -1,11 +1,13 @@
 """Every exchange and queue name, and every queue's arguments, in this one place.
 
-Whoever comes first declares; declaring again with the same arguments changes nothing. So all
-arguments live here: the same name with other arguments is an error for whoever comes second.
+The coordinator declares what is shared, and binds. A worker declares its own two queues and needs
+no right to anything else. Declaring again with the same arguments changes nothing, with others it
+is an error: so all arguments live here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,8 +113,16 @@ class Topology:
         """Queue of the parts of a worker's update that is too large for one message."""
         return f"{self.federation}.outbox.{worker}"
 
+    def rejecting(self, worker: str) -> str:
+        """Routing key under which a worker sends what it refuses to ``results``."""
+        return f"{_REJECTING}.{worker}"
+
     def shared(self) -> list[Entity]:
-        """Everything that both sides need."""
+        """Everything that is no worker's own, as the coordinator declares it.
+
+        ``unrouted`` is bound last: until all of it is there, a result is unroutable, which its
+        sender is told, and not lost there.
+        """
         return [
             Exchange(self.work, "direct"),
             Exchange(self.unrouted, "fanout"),
@@ -153,23 +163,39 @@ class Topology:
                     "x-overflow": "drop-head",
                 },
             ),
-            Queue(
-                self.journal,
-                "every event of the federation, to be read again at any time; nothing is taken out",
-                {
-                    "x-queue-type": "stream",
-                    "x-max-length-bytes": _JOURNAL_BYTES,
-                    "x-max-age": _JOURNAL_AGE,
-                    "x-stream-max-segment-size-bytes": _JOURNAL_BYTES // 16,
-                },
-            ),
-            Binding(self.unrouted, self.unrouted, ""),
+            self.journal_stream(),
             *(Binding(self.updates, self.results, f"{kind}.#") for kind in UPDATE_KINDS),
             *(Binding(self.presence, self.results, f"{kind}.#") for kind in PRESENCE_KINDS),
+            Binding(self.rejected, self.results, f"{_REJECTING}.#"),
+            Binding(self.unrouted, self.unrouted, ""),
         ]
 
+    def journal_stream(self) -> Queue:
+        """The journal; it is in ``shared``, and not every broker can have it."""
+        return Queue(
+            self.journal,
+            "every event of the federation, to be read again at any time; nothing is taken out",
+            {
+                "x-queue-type": "stream",
+                "x-max-length-bytes": _JOURNAL_BYTES,
+                "x-max-age": _JOURNAL_AGE,
+                "x-stream-max-segment-size-bytes": _JOURNAL_BYTES // 16,
+            },
+        )
+
     def of_worker(self, worker: str) -> list[Entity]:
-        """What one worker needs besides ``shared``."""
+        """What there is for one worker besides ``shared``."""
+        return [*self.queues_of(worker), *self.bindings_of(worker)]
+
+    def bindings_of(self, worker: str) -> list[Binding]:
+        """How a worker's own queues are bound; the coordinator does it when it hears of them."""
+        return [
+            Binding(self.inbox(worker), self.work, worker),
+            Binding(self.outbox(worker), self.results, f"part.{worker}"),
+        ]
+
+    def queues_of(self, worker: str) -> list[Queue]:
+        """A worker's own queues, which it declares itself."""
         return [
             self._queue(
                 self.inbox(worker),
@@ -189,8 +215,6 @@ class Topology:
                     "x-overflow": "reject-publish",
                 },
             ),
-            Binding(self.inbox(worker), self.work, worker),
-            Binding(self.outbox(worker), self.results, f"part.{worker}"),
         ]
 
     def tap(self, unique: str) -> Queue:
@@ -217,11 +241,11 @@ class Topology:
 
     def find(self, queue: str) -> Queue | None:
         """Return a queue of the federation that holds messages, as it is declared; None else."""
-        entities = self.shared()
+        entities: Iterable[Entity] = self.shared()
         for kind in ("inbox", "outbox"):
             prefix = f"{self.federation}.{kind}."
             if queue.startswith(prefix):
-                entities = self.of_worker(queue.removeprefix(prefix))
+                entities = self.queues_of(queue.removeprefix(prefix))
         return next((e for e in entities if isinstance(e, Queue) and e.name == queue), None)
 
     def _queue(self, name: str, purpose: str, arguments: dict[str, ArgumentValue]) -> Queue:
@@ -242,3 +266,4 @@ _LOCK_PURPOSE = "always empty; held by the one who alone reads the queue it is n
 _TAP_PURPOSE = "copies of the traffic for someone who looks ('fluffle tap'); goes with them"
 UPDATE_KINDS = ("update", "evaluation", "first_weights")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")
+_REJECTING = "rejected"

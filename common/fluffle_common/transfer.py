@@ -143,8 +143,17 @@ async def _send_parts(
     await together(*(one_after_the_other() for _ in range(_WINDOW)))
 
 
-async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str) -> None:
-    """Put a delivery into the queue ``rejected`` with what is wrong, then acknowledge it."""
+async def reject(
+    link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str | Route
+) -> None:
+    """Put a delivery into a queue ``rejected`` with what is wrong, then acknowledge it.
+
+    Args:
+        link: the way to the broker.
+        delivery: what is refused.
+        wrong: why.
+        rejected: the queue, or the way there for who may not publish to a queue by its name.
+    """
     headers: dict[str, HeaderValue] = {
         **_in_bounds(delivery.properties.headers),
         "reason": str(wrong),
@@ -161,7 +170,8 @@ async def reject(link: Link, delivery: Delivery, wrong: MalformedMessage, reject
         message_id=delivery.properties.message_id,
         headers=headers,
     )
-    await link.publish(body, properties, exchange="", keys=[rejected])
+    route = Route("", [rejected]) if isinstance(rejected, str) else rejected
+    await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
     delivery.ack()
 
 

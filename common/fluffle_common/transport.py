@@ -18,6 +18,8 @@ The contract, which ``tests/contract`` holds both implementations to:
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 from collections.abc import (
     AsyncGenerator,
     Callable,
@@ -49,6 +51,14 @@ class Unroutable(Exception):
 
 class Occupied(Exception):
     """Another consumer has the queue for itself."""
+
+
+class OtherArguments(BrokerError):
+    """What is declared is there already, with other arguments."""
+
+
+class UnknownQueueType(BrokerError):
+    """The broker has no queues of this type, such as streams; the link may be lost with it."""
 
 
 class Properties(NamedTuple):
@@ -155,7 +165,11 @@ class Blocking:
 
 
 class Link(Protocol):
-    """One connection's life."""
+    """One connection's life.
+
+    Any call may raise a ``BrokerError`` instead of ``LinkLost``: what was asked is refused, and
+    would be again, as for want of a right; the error says which.
+    """
 
     @property
     def blocked(self) -> str | None:
@@ -165,7 +179,22 @@ class Link(Protocol):
         """Yield ``blocked`` whenever it has changed, for ever; the first time if it is not None."""
 
     async def declare(self, entities: Iterable[Entity]) -> None:
-        """Make sure that these exist."""
+        """Make sure that these exist.
+
+        Raises:
+            OtherArguments: where one exists with other arguments.
+            UnknownQueueType: where the broker has no queues of a type.
+        """
+
+    async def exists(self, exchange: str) -> bool:
+        """Return whether there is an exchange of this name; that takes no right to it."""
+
+    async def bind(self, bindings: Iterable[Binding]) -> bool:
+        """Bind what is there already; nothing happens where it is bound.
+
+        Returns:
+            False where a queue or an exchange is missing; unlike with ``declare``, the link lives.
+        """
 
     async def publish(
         self,
@@ -234,7 +263,11 @@ class Link(Protocol):
         """Drop what is ready in a queue; return how many messages that were."""
 
     async def lost(self) -> None:
-        """Return when the link is lost."""
+        """Return when the link is lost.
+
+        Raises:
+            BrokerError: where another link would be lost in the same way: see ``Link``.
+        """
 
     async def close(self) -> None:
         """Lose the link on purpose; nothing raises."""
@@ -291,8 +324,21 @@ async def together(*works: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def tell_of_blocking(link: Link, tell: Callable[[str, dict[str, Any]], object]) -> None:
+    """Tell, for ever, when the broker begins to take nothing from us, and when that ends."""
+    async with contextlib.aclosing(link.blocking()) as news:
+        async for reason in news:
+            if reason is not None:
+                tell("blocked", {"reason": reason})
+            else:
+                tell("unblocked", {})
+
+
 async def links(
-    transport: Transport, backoff: Backoff, waiting: Callable[[str, float], None]
+    transport: Transport,
+    backoff: Backoff,
+    waiting: Callable[[str, float], None],
+    chance: Callable[[], float] = random.random,
 ) -> AsyncGenerator[Link, None]:
     """Yield one link after another, each when the one before it is done with.
 
@@ -300,6 +346,8 @@ async def links(
         transport: where links come from.
         backoff: how long to wait between attempts, and when to give up.
         waiting: told why there is no link and in how many seconds the next attempt is made.
+        chance: a number from 0 to 1, by which a pause is between half of what it may be and all of
+            it: those who lost the same broker do not come back all at once.
 
     Raises:
         BrokerError: when no link could be opened for ``backoff.give_up_s`` seconds.
@@ -317,8 +365,9 @@ async def links(
                     f"no broker at {transport.address} for {backoff.give_up_s:.0f} s ({why}); "
                     "start one with 'fluffle broker up' or name one with --url"
                 ) from None
-            waiting(str(why), pause)
-            await asyncio.sleep(pause)
+            pause_s = pause * (1 + chance()) / 2
+            waiting(str(why), pause_s)
+            await asyncio.sleep(pause_s)
             pause = min(2 * pause, backoff.most_s)
             continue
         opened = loop.time()
@@ -329,4 +378,4 @@ async def links(
         # A link that broke at once is no reason to hammer the broker.
         pause = backoff.first_s if loop.time() - opened > pause else min(2 * pause, backoff.most_s)
         since = loop.time()
-        await asyncio.sleep(pause)
+        await asyncio.sleep(pause * (1 + chance()) / 2)

@@ -1,10 +1,15 @@
-"""The URL of a broker, or of several brokers of one cluster: what ``--url`` may say."""
+"""The URL of a broker, or of several brokers of one cluster: what ``--url`` may say.
+
+Nothing here ever says what is before the last ``@`` of a URL, whatever is wrong with it: no error
+of ``urlsplit`` or ``yarl`` gets through, as they quote what they could not read.
+"""
 
 from __future__ import annotations
 
 import re
+import ssl
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from fluffle_common.errors import UsageError
 
@@ -13,6 +18,15 @@ if TYPE_CHECKING:
 
 # A password or a vhost may hold a comma too; it separates only where another URL begins.
 _BETWEEN = re.compile(r"\s*,\s*(?=amqps?://)")
+_CREDENTIALS = re.compile(r"(\b[a-z]+://)\S*@", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_AUTHORITY_END = re.compile(r"[/?#]")
+_TLS_OPTIONS = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
+_QUOTED = "#/?@:%[] "
+_QUOTE = "in the user, the password and the vhost, write " + ", ".join(
+    f"'{char}' as %{ord(char):02X}" for char in _QUOTED
+)
+_FORM = "write amqp://user:password@host:port/vhost or amqps://…"
 
 
 def split_urls(text: str) -> list[str]:
@@ -41,24 +55,120 @@ def parse_urls(text: str) -> list[URL]:
 
 def shown(url: URL) -> str:
     """Return a URL for messages to people, without user and password."""
-    return str(url.with_password(None).with_user(None).with_query(None))
+    return str(url.with_password(None).with_user(None).with_query(None).with_fragment(None))
+
+
+def without_credentials(text: str) -> str:
+    """Return a text of any kind without the user and the password of the URLs in it.
+
+    >>> without_credentials("<Connection: 'amqp://me:p@ss@host/v'> closed")
+    "<Connection: 'amqp://host/v'> closed"
+    """
+    return _CREDENTIALS.sub(r"\1", text)
+
+
+def tls_context(url: str) -> ssl.SSLContext | None:
+    """Return how the certificate of a broker is checked and which one it is shown; None: no TLS.
+
+    The options of the URL are those of aio_pika: ``cafile``, ``capath`` or ``cadata`` with who may
+    have signed the broker's certificate, ``certfile`` and ``keyfile`` with our own, and
+    ``no_verify_ssl=1``, which checks nothing.
+
+    Raises:
+        UsageError: where a file of them cannot be used.
+    """
+    split = urlsplit(url)
+    if split.scheme != "amqps":
+        return None
+    options = {name: values[-1] for name, values in parse_qs(split.query).items()}
+    file = ""
+    try:
+        file = options.get("cafile") or options.get("capath") or ""
+        context = ssl.create_default_context(
+            cafile=options.get("cafile"),
+            capath=options.get("capath"),
+            cadata=_decoded(options.get("cadata")),
+        )
+        if certificate := options.get("certfile"):
+            file = certificate
+            context.load_cert_chain(certificate, options.get("keyfile"), password=_no_password)
+    except (OSError, ValueError) as wrong:  # ssl.SSLError is an OSError
+        reason = getattr(wrong, "strerror", None) or str(wrong)
+        raise UsageError(
+            f"the certificate, key or CA file '{file}' of --url cannot be used ({reason}); "
+            "give a PEM file that this user can read (?cafile=, ?certfile=, ?keyfile=)"
+        ) from None
+    if options.get("no_verify_ssl", "0") != "0":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _decoded(cadata: str | None) -> bytes | None:
+    import base64
+
+    return base64.b64decode(cadata) if cadata else None
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a passphrase; take it off, nobody is there to type it")
 
 
 def _parse(url: str) -> URL:
     from yarl import URL
 
+    wrong = _what_is_wrong(url)
+    parsed = None
+    if wrong is None:
+        try:
+            parsed = URL(url)
+            _ = parsed.port, parsed.password, parsed.path, shown(parsed)
+        except (ValueError, TypeError):
+            wrong = f"it cannot be read: {_QUOTE}"
+    if parsed is None:
+        raise UsageError(f"{_named(url)} is not the URL of a broker: {wrong}; {_FORM}")
+    return parsed
+
+
+def _named(url: str) -> str:
+    """Name a URL that may not be one by what is safe to show of it."""
+    before, at, after = url.rpartition("@")
+    scheme = re.match(r"[a-z]{1,10}://", before, re.IGNORECASE)
+    if not at or _CONTROL.search(after):
+        return "what --url says"
+    return f"'{scheme[0] if scheme else ''}…@{after.partition('?')[0]}'"
+
+
+def _what_is_wrong(url: str) -> str | None:
+    scheme, colon, rest = url.partition("://")
+    if not colon or scheme not in ("amqp", "amqps"):
+        known = re.fullmatch(r"[a-z]{1,10}", scheme) and colon
+        return f"it starts with '{scheme}://'" if known else "no scheme"
+    if _CONTROL.search(url):
+        return f"a control character in it; {_QUOTE}"
+    end = _AUTHORITY_END.search(rest)
+    if end and "@" in rest[end.start() :]:
+        return f"'{end[0]}' before an '@': {_QUOTE}"
+    if "#" in rest:
+        return f"'#' in it: {_QUOTE}"
     try:
         split = urlsplit(url)
-        if split.scheme not in ("amqp", "amqps"):
-            raise ValueError(f"it starts with '{split.scheme}://'" if split.scheme else "no scheme")
-        if not split.hostname:
-            raise ValueError("no host")
-        if "," in split.hostname:
-            raise ValueError("a comma in the host; of several brokers, write each as a whole URL")
-        _ = split.port  # raises where it is not a number
-        return URL(url)
-    except ValueError as wrong:
-        raise UsageError(
-            f"'{url}' is not the URL of a broker ({wrong}); "
-            "write amqp://user:password@host:port/vhost or amqps://…"
-        ) from None
+        hostname = split.hostname
+    except ValueError:
+        return f"its host cannot be read: {_QUOTE}"
+    if not hostname:
+        return "no host"
+    if "," in hostname:
+        return "a comma in the host; of several brokers, write each as a whole URL"
+    try:
+        _ = split.port
+    except ValueError:
+        return f"its port is not a number up to 65535; if that was a password, {_QUOTE}"
+    return _wrong_option(split)
+
+
+def _wrong_option(split: SplitResult) -> str | None:
+    given = [name for name in parse_qs(split.query, keep_blank_values=True) if name in _TLS_OPTIONS]
+    if split.scheme == "amqp" and given:
+        return f"?{given[0]}= is for amqps://, and this is amqp://, without TLS"
+    return None

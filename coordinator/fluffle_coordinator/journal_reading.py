@@ -83,7 +83,8 @@ async def _entries(
         if not live:
             raise UsageError(
                 f"federation {topology.federation} has no journal on this broker; "
-                "is --federation right, and has its coordinator ever been connected here?"
+                "is --federation right, has its coordinator ever been connected here, and does the "
+                "broker have streams?"
             )
         await asyncio.sleep(_POLL_S)
     last: int | None = None

@@ -69,6 +69,9 @@ class Outgoing:
         )
         self._digest: tuple[Weights, asyncio.Future[str]] | None = None
         self._refused: dict[tuple[str, str], None] = {}  # worker and session, told once
+        # The session of each worker whose queues were bound, over the link of the moment.
+        self._bound: dict[str, str] = {}
+        self._bound_over: Link | None = None
         self._turns = Turns()
         self.run, self.drained = self._turns.run, self._turns.drained
 
@@ -101,6 +104,22 @@ class Outgoing:
         elif self._digest is None or self._digest[0] is not weights:
             self._digest = weights, asyncio.ensure_future(asyncio.to_thread(digest_of, weights))
         return self._digest and self._digest[1]
+
+    def bind(self, worker: str, session: str, *, again: bool) -> None:
+        """Bind a worker's own queues, before anything is sent to it.
+
+        It has no right to do it itself. ``again``: it may have made them anew.
+        """
+        link = self._link()
+        if link is not self._bound_over:
+            self._bound, self._bound_over = {}, link
+        if again or self._bound.get(worker) != session:
+            self._put(lambda over: self._bind(over, worker, session))
+
+    async def _bind(self, link: Link, worker: str, session: str) -> None:
+        there = await link.bind(self._topology.bindings_of(worker))
+        if there and link is self._bound_over:  # else its next sign of life asks for it again
+            self._bound[worker] = session
 
     def perform(self, effect: fx.Effect, state: rs.State, weights: Weights | None) -> None:
         """Send what an effect asks for; ``weights`` are those of this moment."""

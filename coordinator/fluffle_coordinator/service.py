@@ -37,7 +37,7 @@ from fluffle_common.messages import (
     Update,
 )
 from fluffle_common.model_form import model_form
-from fluffle_common.topology import Topology
+from fluffle_common.topology import Queue, Topology
 from fluffle_common.transfer import Route, check_user, send
 from fluffle_common.transport import (
     Backoff,
@@ -46,7 +46,9 @@ from fluffle_common.transport import (
     Link,
     Occupied,
     Transport,
+    UnknownQueueType,
     links,
+    tell_of_blocking,
     together,
 )
 from fluffle_common.wire import SMALL_HEADER_BYTES, decode, describe
@@ -347,7 +349,9 @@ class Coordinator:
                     self._post(ev.Disconnected(time.monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
-        await link.declare(self._topology.shared())
+        journal = self._topology.journal_stream()
+        await link.declare([one for one in self._topology.shared() if one != journal])
+        await self._declare(journal, link)
         # Whoever reads the signs of life, alone, is the federation's coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
         self._link = link
@@ -358,8 +362,18 @@ class Coordinator:
             self._read_presence(presence),
             self._send_echoes(link, number),
             self._consume_updates(link, number),
+            tell_of_blocking(link, self._tell),
         ]
         await together(*works, *([self._journal.publish(link)] if self._journal else []))
+
+    async def _declare(self, journal: Queue, link: Link) -> None:
+        """Make sure that there is a journal; without one, the run goes on all the same."""
+        if self._journal is not None:
+            try:
+                await link.declare([journal])
+            except UnknownQueueType as no:
+                self._journal = None
+                self._tell("no_journal", {"reason": str(no)})
 
     async def _a_link(self) -> Link:
         while self._link is None:
@@ -403,6 +417,9 @@ class Coordinator:
         now = time.monotonic()
         match message:
             case Hello() | Heartbeat():
+                self._outgoing.bind(
+                    message.worker, message.session, again=isinstance(message, Hello)
+                )
                 self._task = self._task or message.task
                 worker = rs.Worker(
                     name=message.worker,

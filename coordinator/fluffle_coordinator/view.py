@@ -16,6 +16,10 @@ _SENTENCES = {
     "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
     "standby": "another coordinator has {what}; waiting as a standby",
     "note": "{what}",
+    "blocked": "the broker takes no messages for now ({reason}); what there is to send waits",
+    "unblocked": "the broker takes messages again",
+    "no_journal": "this run has no journal: {reason}; 'fluffle explain' and 'fluffle journal' have "
+    "nothing to tell of it, all else is as ever",
     "repaired": "{what}",
     "resumed": "going on with run {run} after round {round}",
     "started": "run {run} in {folder}",

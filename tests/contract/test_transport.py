@@ -1009,7 +1009,7 @@ async def test_links_are_opened_again_with_backoff():
 
     backoff = Backoff(first_s=0.001, most_s=0.004, give_up_s=1000)
     seen: list[Link] = []
-    async with contextlib.aclosing(links(broker, backoff, waiting)) as opened:
+    async with contextlib.aclosing(links(broker, backoff, waiting, lambda: 1.0)) as opened:
         async for link in opened:
             assert broker.links == {link}  # the one before it is closed
             seen.append(link)
@@ -1044,7 +1044,9 @@ async def test_links_give_up_with_one_line_that_says_what_to_do():
     pauses: list[float] = []
     backoff = Backoff(first_s=0.001, most_s=0.002, give_up_s=0.02)
     with pytest.raises(BrokerError, match=r"fluffle broker up.*--url"):
-        await soon(anext(links(broker, backoff, lambda _, pause: pauses.append(pause))))
+        await soon(
+            anext(links(broker, backoff, lambda _, pause: pauses.append(pause), lambda: 1.0))
+        )
     assert pauses
     assert pauses == [0.001, *[0.002] * (len(pauses) - 1)]
 

@@ -16,9 +16,7 @@ channel.confirm_delivery()
 outbox = {"x-queue-type": "classic", "x-expires": 1800000}
 inbox = {**outbox, "x-max-length-bytes": 8589934592, "x-overflow": "drop-head"}
 channel.queue_declare(f"{F}.inbox.{W}", durable=True, arguments=inbox)
-channel.queue_bind(f"{F}.inbox.{W}", f"{F}.work", W)
 channel.queue_declare(f"{F}.outbox.{W}", durable=True, arguments=outbox)
-channel.queue_bind(f"{F}.outbox.{W}", f"{F}.results", f"part.{W}")
 
 
 def send(kind, ids=(), tensors=(), **fields):

@@ -19,6 +19,11 @@ PATIENCE_S = 60.0
 REGRESSION = f"{ROOT / 'examples/numpy_regression.py'}:task"
 
 
+def _import_path() -> str:
+    """Let programs find the tests' tasks, and whatever our own process was told to import."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 class Program:
     """One running command whose output is read as it comes."""
 
@@ -32,7 +37,7 @@ class Program:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            env={**os.environ, "PYTHONPATH": _import_path(), **(env or {})},
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()

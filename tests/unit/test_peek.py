@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluffle_broker.peek import full_name, peek
-from fluffle_broker.visit import held, visiting
+from fluffle_broker.visit import held, is_classic, visiting
 from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.memory import MemoryBroker, MemoryLink
 from fluffle_common.messages import Event, Update
@@ -177,3 +177,14 @@ async def test_a_broker_that_is_away_is_one_line_that_says_what_to_do():
         async with visiting(broker) as link:
             broker.stop()
             await link.get("q")
+
+
+async def test_who_may_not_look_is_told_so_and_not_that_the_queue_is_of_another_type(monkeypatch):
+    link = await MemoryBroker().open()
+
+    async def refuse(_: object) -> None:
+        raise BrokerError("the broker does not let user 'w' configure queue 'f.rejected'")
+
+    monkeypatch.setattr(link, "declare", refuse)
+    with pytest.raises(BrokerError, match="does not let user 'w'"):
+        await is_classic(link, TOPOLOGY.find(TOPOLOGY.rejected))

@@ -9,7 +9,7 @@ import pytest
 from fluffle_common.errors import TaskError
 from fluffle_common.memory import MemoryBroker
 from fluffle_common.messages import Fit, Heartbeat, Hello, Plan
-from fluffle_common.topology import Topology
+from fluffle_common.topology import Binding, Topology
 from fluffle_common.transport import Properties
 from fluffle_common.wire import decode
 from fluffle_worker.presence import Presence
@@ -123,3 +123,19 @@ async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirma
     assert link.published[:3] == [("hello", True), ("heartbeat", True), ("heartbeat", True)]
     for telling in presence._telling:
         telling.cancel()
+
+
+async def test_a_hello_that_no_queue_is_bound_for_is_said_again(monkeypatch):
+    monkeypatch.setattr("fluffle_worker.presence._HELLO_AGAIN_S", 0.001)
+    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    link = await MemoryBroker().open()
+    shared = TOPOLOGY.shared()
+    await link.declare([one for one in shared if not isinstance(one, Binding)])
+    speaking = asyncio.ensure_future(presence.signs_of_life(link))
+    await asyncio.sleep(0.01)
+    assert (await link.counts(TOPOLOGY.unrouted)).ready == 0
+    await link.declare(shared)
+    spoken = await link.consume(TOPOLOGY.presence, prefetch=1)
+    assert decode((await anext(spoken)).body)[0].kind == "hello"
+    speaking.cancel()
+    await link.close()

@@ -190,3 +190,16 @@ FIGURES = QueueFigures(
 )
 def test_what_was_dropped_is_counted_or_said_not_to_be_known(figures, kept_now, expected):
     assert dropped(figures, kept_now) == expected
+
+
+@pytest.mark.parametrize(("source", "stays"), [("f.inbox.w1", False), ("f.inbox.w2", True)])
+async def test_what_a_worker_refused_goes_back_to_its_own_queues_only(source, stays):
+    link = await MemoryBroker().open()
+    for worker in ("w1", "w2"):
+        await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker(worker)])
+    sent = Properties(headers={"reason": "no mail", "from": source})
+    key = TOPOLOGY.rejecting("w1")
+    await link.publish(b"x", sent, exchange=TOPOLOGY.results, keys=[key])
+    (done,) = await requeue(link, TOPOLOGY, None)
+    assert (done.left is not None) == stays
+    assert await ready(link, source) == (0 if stays else 1)

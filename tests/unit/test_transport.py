@@ -8,8 +8,8 @@ import pytest
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.memory import MemoryBroker
-from fluffle_common.topology import Queue
-from fluffle_common.transport import Blocking, Properties
+from fluffle_common.topology import Queue, Topology
+from fluffle_common.transport import Backoff, Blocking, Properties, links, tell_of_blocking
 
 
 async def test_news_of_a_blocked_broker_begins_with_what_is_so_now():
@@ -51,3 +51,50 @@ async def test_who_waits_for_a_blocked_broker_is_told_of_a_lost_link():
     link.cut()
     with pytest.raises(LinkLost):
         await publishing
+
+
+async def test_pauses_between_attempts_are_spread_and_said_as_they_are(monkeypatch):
+    broker = MemoryBroker()
+    broker.up = False
+    slept: list[float] = []
+    said: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        broker.up = len(slept) == 3
+
+    monkeypatch.setattr("fluffle_common.transport.asyncio.sleep", sleep)
+    chances = iter([0.0, 0.5, 1.0])
+    backoff = Backoff(first_s=0.2, most_s=0.4)
+    opened = links(broker, backoff, lambda _, pause_s: said.append(pause_s), lambda: next(chances))
+    await anext(opened)
+    await opened.aclose()
+    assert said == slept == [0.1, pytest.approx(0.3), 0.4]
+
+
+async def test_what_is_not_there_can_neither_be_bound_nor_published_to():
+    broker = MemoryBroker()
+    names = Topology("f")
+    link = await broker.open()
+    await link.declare(names.shared())
+    assert await link.exists(names.results)
+    assert not await link.exists("g.results")
+    assert not await link.bind(names.bindings_of("w"))
+    await link.declare(names.queues_of("w"))
+    assert await link.bind(names.bindings_of("w"))
+    with pytest.raises(LinkLost, match="no exchange"):
+        await link.publish(b"x", Properties(), exchange="g.results", keys=["hello.w"])
+    await link.lost()
+
+
+async def test_the_blocking_of_a_broker_is_told_and_its_end():
+    broker = MemoryBroker()
+    link = await broker.open()
+    told: asyncio.Queue[tuple[str, dict[str, object]]] = asyncio.Queue()
+    telling = asyncio.ensure_future(tell_of_blocking(link, lambda *what: told.put_nowait(what)))
+    await asyncio.sleep(0)
+    broker.block("low on memory")
+    assert await told.get() == ("blocked", {"reason": "low on memory"})
+    broker.block(None)
+    assert await told.get() == ("unblocked", {})
+    telling.cancel()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Iterable
+from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fluffle_common.amqp import AmqpTransport
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.memory import MemoryBroker
 from fluffle_common.transport import Link
-from fluffle_common.urls import parse_urls, split_urls
+from fluffle_common.urls import parse_urls, split_urls, without_credentials
 
 ONE, TWO, THREE = (f"amqp://me:pa,ss@node-{n}:5672/v" for n in (1, 2, 3))
 ALL = ",".join((ONE, TWO, THREE))
@@ -42,6 +46,51 @@ def test_one_url_is_one():
 def test_what_is_wrong_with_one_of_them_is_told(wrong, told):
     with pytest.raises(UsageError, match=told):
         AmqpTransport(wrong, "test")
+
+
+# What people's passwords are made of, and what a URL gives a meaning to.
+ODD = st.text(
+    st.sampled_from("aZ09#/?@:%[]\\\\ +&=,;!\"'\u00e9\u2100\u4e2d"), min_size=0, max_size=12
+)
+PASSWORDS = ODD.map(lambda odd: f"s3s{odd}ame")
+
+
+@given(password=PASSWORDS, user=st.sampled_from(["me", "me@home", ""]), port=st.integers(0, 99999))
+def test_no_password_is_in_what_is_said_of_a_url(password, user, port):
+    given_url = f"amqp://{user}:{password}@host.example:{port}/v"
+    for text in (given_url, f"{ONE},{given_url}", given_url.replace("amqp://", "http://")):
+        try:
+            transport = AmqpTransport(text, "test")
+        except UsageError as wrong:
+            said = "".join(traceback.format_exception(wrong))
+        else:
+            said = transport.address
+        assert password not in said
+        assert "s3s" not in said
+        assert "ame@" not in said
+
+
+@given(password=PASSWORDS)
+def test_a_password_that_is_quoted_is_read_as_it_was(password):
+    (url,) = parse_urls(f"amqp://me:{quote(password, safe='')}@host/v")
+    assert url.password == password
+
+
+@pytest.mark.parametrize("char", "#/?[")
+def test_what_must_be_quoted_is_named(char):
+    with pytest.raises(UsageError, match="percent|write '#' as %23") as wrong:
+        parse_urls(f"amqp://me:open{char}sesame@host/v")
+    assert "…@host/v" in str(wrong.value)
+
+
+def test_options_of_tls_without_tls_are_no_secret_loss_of_it():
+    with pytest.raises(UsageError, match="cafile.*amqps"):
+        parse_urls("amqp://me:open-sesame@host/?cafile=/ca.pem")
+
+
+def test_a_url_is_taken_out_of_any_text():
+    text = "at amqps://me:op@en@host/v and amqp://a:b@two/ it failed"
+    assert without_credentials(text) == "at amqps://host/v and amqp://two/ it failed"
 
 
 class Cluster:

@@ -15,7 +15,7 @@ from fluffle_common.transport import Full, Link, Unroutable, together
 from fluffle_common.weights import Weights
 from fluffle_worker.feedback import Residual
 from fluffle_worker.job import Job
-from fluffle_worker.mail import Tell, drain
+from fluffle_worker.mail import Refusals, Tell, drain
 
 _FULL_PAUSE_S = 1.0
 # So long a training waits to know whether the broker has taken the update before. On a slow line
@@ -158,5 +158,9 @@ class Answers:
         """Drop the parts that nobody will ask for."""
         outbox, federation = self._topology.outbox(self._worker), self._topology.federation
         await drain(
-            link, outbox, lambda body: read_part(body, federation), self._topology, self._tell
+            link,
+            outbox,
+            lambda body: read_part(body, federation),
+            Refusals(self._topology, self._worker),
+            self._tell,
         )

@@ -25,6 +25,9 @@ _SENTENCES = {
     "loaded": "task {task}: {num_examples} examples{classes}",
     "connected": "connected to the broker at {address}",
     "disconnected": "lost the broker ({reason}); connecting again",
+    "alone": "nobody has made the queues of federation {federation} yet; waiting for a coordinator",
+    "blocked": "the broker takes no messages for now ({reason}); what there is to send waits",
+    "unblocked": "the broker takes messages again",
     "occupied": "another worker has this id; waiting up to {pause_s:.0f} s, in case it is a "
     "connection of our own that was cut and lives on in the broker",
     "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",

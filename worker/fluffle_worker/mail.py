@@ -8,12 +8,14 @@ from typing import Any
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import reject
-from fluffle_common.transport import Body, Link
+from fluffle_common.transfer import Route, reject
+from fluffle_common.transport import Body, Delivery, Full, Link, Unroutable
 from fluffle_common.weights import Weights, check_finite
 from fluffle_common.wire import decode, read_tensors
 
 Tell = Callable[[str, dict[str, Any]], None]
+
+_MOST_WAITING = 100
 
 
 def check_mail(body: Body, federation: str) -> None:
@@ -48,11 +50,50 @@ def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
     return weights
 
 
+class Refusals:
+    """What a worker refuses, on its way to where it is kept with the reason.
+
+    A worker has no right to that queue itself: it sends under a key of its own, as all its results.
+    While nobody has made what it sends to, refused mail waits here, unacknowledged.
+
+    Args:
+        topology: where it goes.
+        worker: who refuses.
+    """
+
+    def __init__(self, topology: Topology, worker: str) -> None:
+        self._results = topology.results
+        self._route = Route(topology.results, [topology.rejecting(worker)])
+        self._waiting: list[tuple[Delivery, MalformedMessage]] = []
+
+    async def refuse(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
+        """Send it, or let it wait; of too many, the rest are dropped."""
+        if await link.exists(self._results):
+            try:
+                await reject(link, delivery, wrong, self._route)
+            except (Full, Unroutable):
+                delivery.ack()
+        elif len(self._waiting) < _MOST_WAITING:
+            self._waiting.append((delivery, wrong))
+        else:
+            delivery.ack()
+
+    async def send_waiting(self, link: Link) -> None:
+        """Send what has waited."""
+        waiting, self._waiting = self._waiting, []
+        for delivery, wrong in waiting:
+            await self.refuse(link, delivery, wrong)
+
+    def forget(self) -> None:
+        """Let go of what waits: it came over a link that is lost, and comes again."""
+        self._waiting.clear()
+
+
 async def drain(
     link: Link,
     queue: str,
     check: Callable[[Body], object],
-    topology: Topology,
+    refusals: Refusals,
     tell: Tell,
 ) -> None:
     """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
@@ -65,6 +106,6 @@ async def drain(
             check(delivery.body)
         except MalformedMessage as wrong:
             tell("rejected", {"reason": str(wrong)})
-            await reject(link, delivery, wrong, topology.rejected)
+            await refusals.refuse(link, delivery, wrong)
         else:
             delivery.ack()

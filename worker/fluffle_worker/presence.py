@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from fluffle_common.errors import LinkLost, TaskError
+from fluffle_common.errors import BrokerError, LinkLost, TaskError
 from fluffle_common.layout import Form
 from fluffle_common.messages import (
     MAX_TASK_CHARACTERS,
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fluffle_worker.service import WorkerSettings
 
 _BYE_PATIENCE_S = 2.0
+# How long until a hello that no queue was bound for is said again.
+_HELLO_AGAIN_S = 0.5
 
 
 class Presence:
@@ -111,7 +113,10 @@ class Presence:
     async def signs_of_life(self, link: Link) -> None:
         """Say hello, then be heard every ``heartbeat_s`` seconds, until the link is lost."""
         told = {**self._about, **self._doing, "loss": self._loss}
-        await self._say(link, Hello(**self._ids, **told))
+        while True:
+            if await self._say(link, Hello(**self._ids, **told)):
+                break
+            await asyncio.sleep(min(self._heartbeat_s, _HELLO_AGAIN_S))
         while True:
             self._asked.clear()
             with contextlib.suppress(TimeoutError):
@@ -131,7 +136,7 @@ class Presence:
         """Say good-bye, if there is a link and it takes no longer than a moment."""
         if link is not None:
             bye = Bye(**self._ids, reason=sendable(reason, 2000))
-            with contextlib.suppress(LinkLost, TimeoutError):
+            with contextlib.suppress(LinkLost, BrokerError, TimeoutError):
                 async with asyncio.timeout(_BYE_PATIENCE_S):
                     await self._say(link, bye)
 
@@ -152,12 +157,16 @@ class Presence:
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 
-    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> None:
+    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> bool:
+        """Say it; return whether a queue has taken it."""
         route = Route(
             self._topology.results,
             [f"{message.kind}.{message.worker}"],
             durable=isinstance(message, Failure),
             urgent=True,
         )
-        with contextlib.suppress(Full, Unroutable):
+        try:
             await send(link, message, route)
+        except (Full, Unroutable):
+            return False
+        return True

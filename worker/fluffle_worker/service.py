@@ -34,7 +34,6 @@ from fluffle_common.messages import (
 )
 from fluffle_common.metric_names import beside
 from fluffle_common.topology import Topology
-from fluffle_common.transfer import reject
 from fluffle_common.transport import (
     Backoff,
     Delivery,
@@ -42,6 +41,7 @@ from fluffle_common.transport import (
     Occupied,
     Transport,
     links,
+    tell_of_blocking,
     together,
 )
 from fluffle_common.weights import Weights
@@ -49,7 +49,7 @@ from fluffle_common.wire import Assembly, announced, decode
 from fluffle_worker import session
 from fluffle_worker.answers import Answers
 from fluffle_worker.job import Job
-from fluffle_worker.mail import Tell, check_mail, drain, no_mail, weights_of
+from fluffle_worker.mail import Refusals, Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.presence import Presence
 from fluffle_worker.session import Work
 from fluffle_worker.task import Task
@@ -60,6 +60,8 @@ _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
 # What a line that tells of an update says besides its metrics.
 _FIELDS = frozenset({"event", "federation", "kind", "round", "time", "worker"})
+# How often a worker that was here first looks whether a coordinator has come.
+_LOOK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class WorkerService:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
+        self._refusals = Refusals(topology, settings.worker)
         self._state = session.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._outcome = "finished"  # of the run that has ended
@@ -233,7 +236,8 @@ class WorkerService:
     async def _serve(self, link: Link, *, first: bool) -> None:
         worker = self._settings.worker
         inbox = self._topology.inbox(worker)
-        await link.declare([*self._topology.shared(), *self._topology.of_worker(worker)])
+        self._refusals.forget()
+        await link.declare(self._topology.queues_of(worker))
         if first:
             await self._drop_old_mail(link, inbox)
         mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
@@ -243,9 +247,10 @@ class WorkerService:
         self._tell("connected", {})
         await together(
             self._read(link, mail),
-            self._presence.signs_of_life(link),
+            self._be_heard(link),
             self._until_lost(link),
             self._say_that_we_wait(),
+            tell_of_blocking(link, self._tell),
         )
 
     async def _drop_old_mail(self, link: Link, inbox: str) -> None:
@@ -254,8 +259,23 @@ class WorkerService:
         if there is not None and not there.consumers:  # else it is another worker's mail
             federation = self._settings.federation
             await drain(
-                link, inbox, lambda body: check_mail(body, federation), self._topology, self._tell
+                link,
+                inbox,
+                lambda body: check_mail(body, federation),
+                self._refusals,
+                self._tell,
             )
+
+    async def _be_heard(self, link: Link) -> None:
+        """Give signs of life, once there is where they go: it is the coordinator that makes it."""
+        told = False
+        while not await link.exists(self._topology.results):
+            if not told:
+                self._tell("alone", {"federation": self._settings.federation})
+            told = True
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        await self._refusals.send_waiting(link)
+        await self._presence.signs_of_life(link)
 
     async def _say_that_we_wait(self) -> None:
         began = time.monotonic()
@@ -282,7 +302,7 @@ class WorkerService:
                 self._receive(message, payload)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
-                await reject(link, delivery, wrong, self._topology.rejected)
+                await self._refusals.refuse(link, delivery, wrong)
             else:
                 delivery.ack()
 

@@ -1,0 +1,63 @@
+"""A vhost of its own in which every user has just the rights that its part takes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterable
+
+from fluffle_broker.node import NodeInfo
+from fluffle_broker.rights import NOTHING, Rights, coordinator_rights, worker_rights
+from fluffle_common.topology import Topology
+
+PASSWORD = "open-sesame"
+COORDINATOR = "chief"
+
+
+class Narrow:
+    """The vhost, over RabbitMQ's management API, which takes less time than rabbitmqctl."""
+
+    def __init__(self, info: NodeInfo, workers: Iterable[str]) -> None:
+        self._info = info
+        self.topology = Topology("f")
+        self.vhost = f"narrow-{uuid.uuid4().hex[:8]}"
+        self._put(f"vhosts/{self.vhost}", {})
+        self._grant("guest", Rights("guest", ".*", ".*", ".*"))
+        self.grant(coordinator_rights(self.topology, COORDINATOR))
+        for worker in workers:
+            self.grant(worker_rights(self.topology, worker))
+
+    def grant(self, rights: Rights) -> None:
+        """Make a user and give it these rights."""
+        self._put(f"users/{rights.user}", {"password": PASSWORD, "tags": ""})
+        self._grant(rights.user, rights)
+
+    def url(self, user: str) -> str:
+        """Return the URL by which a user logs in."""
+        password = "guest" if user == "guest" else PASSWORD
+        return f"amqp://{user}:{password}@127.0.0.1:{self._info.ports.amqp}/{self.vhost}"
+
+    def close(self) -> None:
+        """Drop the vhost, and what is in it."""
+        self._ask("DELETE", f"vhosts/{self.vhost}")
+
+    def _grant(self, user: str, rights: Rights) -> None:
+        allowed = {name: getattr(rights, name) for name in ("configure", "write", "read")}
+        self._put(f"permissions/{self.vhost}/{user}", allowed)
+        for exchange, keys in rights.topics.items():
+            topic = {"exchange": exchange, "write": keys, "read": NOTHING}
+            self._put(f"topic-permissions/{self.vhost}/{user}", topic)
+
+    def _put(self, path: str, what: object) -> None:
+        self._ask("PUT", path, json.dumps(what).encode())
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> None:
+        login = base64.b64encode(b"guest:guest").decode()
+        base = self._info.management_url.rstrip("/")
+        headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+        url = f"{base}/api/{urllib.parse.quote(path)}"
+        request = urllib.request.Request(url, body, headers, method=method)
+        urllib.request.urlopen(request, timeout=20).close()

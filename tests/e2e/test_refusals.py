@@ -1,0 +1,112 @@
+"""A broker that lacks streams, takes small messages only, and runs out of memory when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fluffle_broker import node, record
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.errors import BrokerError
+from fluffle_common.topology import Queue
+from fluffle_common.transport import Properties, UnknownQueueType
+from tests.e2e.programs import Federation
+
+pytestmark = pytest.mark.rabbit
+PATIENCE_S = 30.0
+MOST_BYTES = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def picky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[node.NodeInfo]:
+    state = tmp_path_factory.mktemp("picky")
+    etc = record.broker_folder(state) / "etc"
+    etc.mkdir(parents=True)
+    (etc / "advanced.config").write_text(
+        "[{rabbit, [{forced_feature_flags_on_init, [quorum_queue]}]}].\n"
+    )
+    ports = node.Ports(0, 0, 0, 0, 0)
+    try:
+        info = node.up(state, ports=ports, extra_conf=f"max_message_size = {MOST_BYTES}")
+    except BrokerError as why:
+        pytest.skip(f"NOT TESTED on a broker that refuses much, none can be started: {why}")
+    try:
+        yield info
+    finally:
+        node.down(state, grace_s=0)
+
+
+@pytest.fixture
+def ctl(picky: node.NodeInfo) -> Callable[..., None]:
+    def run(*words: str) -> None:
+        command = [str(picky.folder / "rabbitmqctl"), *words]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+    return run
+
+
+async def test_streams_are_told_from_other_arguments(picky):
+    link = await AmqpTransport(picky.url, "test").open()
+    with pytest.raises(UnknownQueueType):
+        await link.declare([Queue("s", "of a test", {"x-queue-type": "stream"})])
+    await link.close()
+
+
+def test_without_streams_a_run_has_no_journal_and_goes_on(picky, tmp_path: Path):
+    federation = Federation("f", picky.url, tmp_path)
+    try:
+        coordinator = federation.coordinator("--quorum", 2, "--rounds", 2)
+        workers = [federation.worker(f"shard:{n}/2") for n in (0, 1)]
+        coordinator.wait_for("this run has no journal")
+        assert [one.end() for one in (coordinator, *workers)] == [0, 0, 0]
+    finally:
+        federation.close()
+    assert sum("has no journal" in line for line in coordinator.lines) == 1
+
+
+async def test_a_message_above_the_brokers_limit_says_which_limit(picky):
+    link = await AmqpTransport(picky.url, "test").open()
+    await link.declare([Queue("q", "of a test")])
+    with pytest.raises(BrokerError, match=r"2,000,000 .*1,000,000 \(max_message_size\)"):
+        await asyncio.wait_for(
+            link.publish(bytes(2_000_000), Properties(), exchange="", keys=["q"]), PATIENCE_S
+        )
+    with pytest.raises(BrokerError, match="max_message_size"):  # so that nobody opens another
+        await link.lost()
+    await link.close()
+
+
+async def test_limits_of_a_vhost_are_named(picky, ctl):
+    ctl("add_vhost", "narrow")
+    ctl("set_permissions", "-p", "narrow", "guest", ".*", ".*", ".*")
+    ctl("set_vhost_limits", "-p", "narrow", '{"max-queues": 0}')
+    link = await AmqpTransport(f"{picky.url}narrow", "test").open()
+    with pytest.raises(BrokerError, match=r"queue limit in vhost 'narrow' \(0\).*set_vhost_limits"):
+        await link.declare([Queue("q", "of a test")])
+    await link.close()
+    ctl("set_vhost_limits", "-p", "narrow", '{"max-connections": 0}')
+    with pytest.raises(BrokerError, match=r"connection limit \(0\).*set_vhost_limits"):
+        await AmqpTransport(f"{picky.url}narrow", "test").open()
+
+
+async def test_a_broker_without_memory_says_so_and_takes_messages_again(picky, ctl):
+    link = await AmqpTransport(picky.url, "test").open()
+    await link.declare([Queue("blocked", "of a test")])
+    news = link.blocking()
+    await asyncio.to_thread(ctl, "set_vm_memory_high_watermark", "0")
+    try:
+        publishing = asyncio.ensure_future(
+            link.publish(b"x", Properties(), exchange="", keys=["blocked"])
+        )
+        assert await asyncio.wait_for(anext(news), PATIENCE_S) == "low on memory"
+        assert link.blocked == "low on memory"
+    finally:
+        await asyncio.to_thread(ctl, "set_vm_memory_high_watermark", "0.4")
+    assert await asyncio.wait_for(anext(news), PATIENCE_S) is None
+    await asyncio.wait_for(publishing, PATIENCE_S)
+    await news.aclose()
+    await link.close()

@@ -1,0 +1,257 @@
+"""Whole federations whose users may do no more than their parts take."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pika
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import ChannelClosedByBroker
+
+from fluffle_broker.node import NodeInfo
+from fluffle_broker.rights import worker_rights
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.topology import Topology
+from tests.e2e.programs import Federation, Program
+from tests.e2e.rights import COORDINATOR, PASSWORD, Narrow
+
+pytestmark = pytest.mark.rabbit
+
+ME, VICTIM = "mallory", "a.lice"
+F = "f"
+INBOX, OUTBOX = f"{F}.inbox.", f"{F}.outbox."
+
+
+class Run(Federation):
+    """A federation whose programs log in as the users that they are."""
+
+    def __init__(self, narrow: Narrow, folder: Path) -> None:
+        super().__init__(F, "", folder)
+        self._narrow = narrow
+
+    def chief(self, *flags: object) -> Program:
+        """Start a coordinator."""
+        self.url = self._narrow.url(COORDINATOR)
+        return self.coordinator("--verify-users", "--queue-type", "classic", *flags)
+
+    def site(self, name: str, shard: int) -> Program:
+        """Start a worker."""
+        self.url = self._narrow.url(name)
+        return self.worker(f"shard:{shard}/2", "--id", name)
+
+
+@pytest.fixture
+def narrow(broker_node: NodeInfo) -> Iterator[Narrow]:
+    made = Narrow(broker_node, ["a.lice", "bob"])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(narrow: Narrow, tmp_path: Path) -> Iterator[Run]:
+    made = Run(narrow, tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def committed(run: Run) -> list[list[str]]:
+    lines = map(json.loads, (run.run / "history.jsonl").read_text().splitlines())
+    return [
+        sorted(one["worker"] for one in line["participants"])
+        for line in lines
+        if line["event"] == "committed"
+    ]
+
+
+@pytest.mark.parametrize("order", ["chief a.lice bob", "a.lice bob chief", "bob chief a.lice"])
+def test_a_federation_with_narrow_rights_starts_in_any_order(run: Run, order: str) -> None:
+    programs = []
+    for shard, name in enumerate(order.split()):
+        if name == "chief":
+            programs.append(run.chief("--quorum", 2, "--rounds", 3))
+            programs[-1].wait_for("connected to the broker")
+        else:
+            programs.append(run.site(name, shard % 2))
+            alone = order.startswith(name) or "chief" in order.split()[shard:]
+            programs[-1].wait_for("waiting for a coordinator" if alone else "joined run")
+    assert [program.end() for program in programs] == [0, 0, 0]
+    assert committed(run) == [["a.lice", "bob"]] * 3
+
+
+def test_with_narrow_rights_whoever_is_killed_comes_back(run: Run) -> None:
+    rounds = ("--quorum", 2, "--rounds", 40, "--grace", 0.1)
+    chief = run.chief(*rounds)
+    alice, bob = run.site("a.lice", 0), run.site("bob", 1)
+    chief.wait_for("round 2: committed")
+    alice.send(signal.SIGKILL)
+    assert alice.end() == -signal.SIGKILL
+    again = run.site("a.lice", 0)
+    again.wait_for("update sent")
+    chief.send(signal.SIGKILL)
+    assert chief.end() == -signal.SIGKILL
+    second = run.chief(*rounds)
+    second.wait_for("going on with run")
+    assert [program.end() for program in (second, again, bob)] == [0, 0, 0]
+    assert committed(run) == [["a.lice", "bob"]] * 40
+
+
+# --- what a user may not do --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def besieged(broker_node: NodeInfo) -> Iterator[Narrow]:
+    """Yield the vhost of a federation, with one of its workers' users in the wrong hands."""
+    made = Narrow(broker_node, [ME, VICTIM])
+
+    async def settle() -> None:
+        topology = made.topology
+        for worker in (ME, VICTIM):
+            link = await AmqpTransport(made.url(worker), "test").open()
+            await link.declare(topology.queues_of(worker))
+            await link.close()
+        link = await AmqpTransport(made.url(COORDINATOR), "test").open()
+        await link.declare(topology.shared())
+        for worker in (ME, VICTIM):
+            assert await link.bind(topology.bindings_of(worker))
+        await link.close()
+
+    asyncio.run(settle())
+    yield made
+    made.close()
+
+
+@contextlib.contextmanager
+def channel(narrow: Narrow, user: str = ME) -> Iterator[BlockingChannel]:
+    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(narrow.url(user)))) as one:
+        opened = one.channel()
+        opened.confirm_delivery()
+        yield opened
+
+
+def publish(exchange: str, key: str, **properties: object) -> Callable[[BlockingChannel], object]:
+    told = pika.BasicProperties(**properties)
+    return lambda on: on.basic_publish(exchange, key, b"x", told, mandatory=True)
+
+
+def consume(queue: str, **options: object) -> Callable[[BlockingChannel], object]:
+    def attempt(on: BlockingChannel) -> None:
+        on.basic_qos(prefetch_count=1)
+        on.basic_consume(queue, lambda *_: None, **options)
+
+    return attempt
+
+
+def bind(queue: str, exchange: str, key: str) -> Callable[[BlockingChannel], object]:
+    return lambda on: on.queue_bind(queue, exchange, key)
+
+
+ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
+    # of another worker's
+    "get its mail": lambda on: on.basic_get(INBOX + VICTIM),
+    "consume its mail alone": consume(INBOX + VICTIM, exclusive=True),
+    "purge its mail": lambda on: on.queue_purge(INBOX + VICTIM),
+    "delete its inbox": lambda on: on.queue_delete(INBOX + VICTIM),
+    "declare its inbox": lambda on: on.queue_declare(INBOX + VICTIM, durable=True),
+    "bind its inbox elsewhere": bind(INBOX + VICTIM, f"{F}.results", "#"),
+    "get its parts": lambda on: on.basic_get(OUTBOX + VICTIM),
+    "a name that its dot would match": lambda on: on.queue_declare(INBOX + "axlice", durable=True),
+    # copies of what is for others
+    "copies of its mail": bind(INBOX + ME, f"{F}.work", VICTIM),
+    "copies of all updates": bind(OUTBOX + ME, f"{F}.results", "update.#"),
+    "copies of all signs of life": bind(OUTBOX + ME, f"{F}.results", "heartbeat.#"),
+    # in the name of others
+    "work for another": publish(f"{F}.work", VICTIM),
+    "mail for another": publish("", INBOX + VICTIM),
+    "an event in the journal": publish("", f"{F}.journal"),
+    "something rejected, by the queue's name": publish("", f"{F}.rejected"),
+    "an update under another's key": publish(f"{F}.results", f"update.{VICTIM}"),
+    "an update as another user": publish(f"{F}.results", f"update.{ME}", user_id=VICTIM),
+    "parts under another's key": publish(f"{F}.results", f"part.{VICTIM}"),
+    "what its queue gives up, to others": lambda on: (
+        on.queue_delete(INBOX + ME),
+        on.queue_declare(
+            INBOX + ME, durable=True, arguments={"x-dead-letter-exchange": f"{F}.work"}
+        ),
+    ),
+    # of what is shared
+    "get updates": lambda on: on.basic_get(f"{F}.updates"),
+    "consume updates": consume(f"{F}.updates"),
+    "purge updates": lambda on: on.queue_purge(f"{F}.updates"),
+    "read the journal": consume(f"{F}.journal", arguments={"x-stream-offset": "first"}),
+    "get what was rejected": lambda on: on.basic_get(f"{F}.rejected"),
+    "be the coordinator": consume(f"{F}.presence", exclusive=True),
+    "unbind updates": lambda on: on.queue_unbind(f"{F}.updates", f"{F}.results", "update.#"),
+    "unbind signs of life": lambda on: on.queue_unbind(f"{F}.presence", f"{F}.results", "hello.#"),
+    "delete updates": lambda on: on.queue_delete(f"{F}.updates"),
+    "delete the way out": lambda on: on.exchange_delete(f"{F}.work"),
+    "delete the way in": lambda on: on.exchange_delete(f"{F}.results"),
+    "declare the way in": lambda on: on.exchange_declare(f"{F}.results", "topic", durable=True),
+    # anything else
+    "a queue of another name": lambda on: on.queue_declare("evil", durable=True),
+    "a queue of no name": lambda on: on.queue_declare("", exclusive=True),
+    "an exchange": lambda on: on.exchange_declare("evil", durable=True),
+    "the lock of a quorum queue": lambda on: on.queue_declare(f"{F}.lock.presence", exclusive=True),
+}
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_a_workers_user_is_refused_what_is_not_its_own(besieged: Narrow, attempt: str) -> None:
+    with channel(besieged) as on, pytest.raises(ChannelClosedByBroker) as refused:
+        ATTEMPTS[attempt](on)
+    assert refused.value.reply_code in (403, 406)
+    assert "ACCESS_REFUSED" in refused.value.reply_text or "user_id" in refused.value.reply_text
+
+
+def test_before_anybody_else_a_workers_user_can_make_nothing_that_is_shared(
+    broker_node: NodeInfo,
+) -> None:
+    made = Narrow(broker_node, [ME])
+    try:
+        for name in ("journal", "updates", "presence", "rejected"):
+            with channel(made) as on, pytest.raises(ChannelClosedByBroker, match="ACCESS_REFUSED"):
+                on.queue_declare(f"{F}.{name}", durable=True)
+    finally:
+        made.close()
+
+
+def test_of_anothers_queue_a_workers_user_can_only_see_how_much_is_there(besieged: Narrow) -> None:
+    # RabbitMQ asks for no right to look whether a queue is there, which also counts.
+    with channel(besieged) as on:
+        found = on.queue_declare(INBOX + VICTIM, passive=True).method
+    assert (found.message_count, found.consumer_count) == (0, 0)
+
+
+def test_a_workers_user_can_do_what_its_part_takes(besieged: Narrow) -> None:
+    topology = besieged.topology
+    with channel(besieged) as on:
+        for queue in topology.queues_of(ME):
+            on.queue_declare(queue.name, durable=True, arguments=dict(queue.arguments))
+        for key in (f"hello.{ME}", f"update.{ME}", f"part.{ME}", topology.rejecting(ME)):
+            publish(topology.results, key, user_id=ME)(on)
+        assert on.basic_get(topology.outbox(ME), auto_ack=True)[2] == b"x"
+        consume(topology.inbox(ME), exclusive=True)(on)
+    with channel(besieged, COORDINATOR) as on:
+        assert on.basic_get(topology.rejected, auto_ack=True)[2] == b"x"
+
+
+def test_a_user_that_may_do_nothing_is_told_what_it_lacks(besieged: Narrow, tmp_path: Path) -> None:
+    besieged.grant(worker_rights(Topology("other"), "eve"))
+    run = Run(besieged, tmp_path)
+    try:
+        worker = run.site("eve", 0)
+        assert worker.end() == 3
+    finally:
+        run.close()
+    said = worker.lines[-1]
+    assert "user 'eve' configure queue 'f.inbox.eve'" in said
+    assert "fluffle broker permissions" in said
+    assert PASSWORD not in "\n".join(worker.lines)
+    assert not any("another worker" in line for line in worker.lines)

@@ -1,0 +1,214 @@
+"""TLS to the broker: what is trusted, what is refused, and what is said of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fluffle_common.amqp import AmqpTransport
+from fluffle_common.errors import BrokerError, LinkLost, UsageError
+from fluffle_common.management import ask
+
+pytestmark = pytest.mark.rabbit
+PATIENCE_S = 20.0
+
+
+class Certificates:
+    """Made with openssl: a CA, and what it signs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._openssl("req", "-x509", *self._new("ca"), "-days", "2", "-subj", "/CN=test CA")
+        self.ca = folder / "ca.pem"
+
+    def signed(self, name: str, alternative: str, *validity: str) -> tuple[Path, Path]:
+        """Return a certificate and its key."""
+        request = self._folder / f"{name}.csr"
+        subject = ("-subj", f"/CN={name}", "-addext", f"subjectAltName={alternative}")
+        self._openssl("req", *self._new(name, request), *subject)
+        made = self._folder / f"{name}.pem"
+        signer = ("-CA", self.ca, "-CAkey", self._folder / "ca.key", "-CAcreateserial")
+        self._openssl("x509", "-req", "-in", request, *signer, "-copy_extensions", "copy",
+                      "-out", made, *(validity or ("-days", "2")))  # fmt: skip
+        return made, self._folder / f"{name}.key"
+
+    def _new(self, name: str, out: Path | None = None) -> list[object]:
+        key = self._folder / f"{name}.key"
+        return ["-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+                out or self._folder / f"{name}.pem"]  # fmt: skip
+
+    def _openssl(self, *words: object) -> None:
+        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@contextlib.contextmanager
+def tls_before(
+    port: int, certificate: tuple[Path, Path], *, asks_for: Path | None = None
+) -> Iterator[int]:
+    """Yield a port that takes TLS and hands on to another one, in the clear.
+
+    In threads, over plain sockets: an event loop's server does not tell a client why it refuses it.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    if asks_for is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(asks_for)
+    listening = socket.create_server(("127.0.0.1", 0))
+    threads: list[threading.Thread] = []
+
+    def begin(work: Callable[..., None], *arguments: socket.socket) -> None:
+        threads.append(threading.Thread(target=work, args=arguments, daemon=True))
+        threads[-1].start()
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                begin(serve, listening.accept()[0])
+
+    def serve(plain: socket.socket) -> None:
+        plain.settimeout(PATIENCE_S)
+        with (
+            plain,
+            contextlib.suppress(OSError),
+            context.wrap_socket(plain, server_side=True) as secure,
+            socket.create_connection(("127.0.0.1", port), PATIENCE_S) as back,
+        ):
+            pass_on(secure, back)
+
+    begin(accept)
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+
+
+def pass_on(secure: ssl.SSLSocket, back: socket.socket) -> None:
+    """Pass bytes between two sockets until one of them ends."""
+    while True:
+        ready = [secure] if secure.pending() else select.select([secure, back], [], [])[0]
+        for source, sink in ((secure, back), (back, secure)):
+            if source in ready:
+                data = source.recv(2**16)
+                if not data:
+                    return
+                sink.sendall(data)
+
+
+async def opened(url: str) -> None:
+    transport = AmqpTransport(url, "test")
+    link = await asyncio.wait_for(transport.open(), PATIENCE_S)
+    await link.close()
+
+
+async def refused(url: str) -> str:
+    with pytest.raises(BrokerError) as error:
+        await opened(url)
+    assert "open-sesame" not in str(error.value)
+    return str(error.value)
+
+
+async def test_a_ca_of_our_own_is_trusted_where_the_url_names_it(broker_node, certificates):
+    good = certificates.signed("good", "IP:127.0.0.1")
+    with tls_before(broker_node.ports.amqp, good) as port:
+        url = f"amqps://guest:guest@127.0.0.1:{port}/"
+        await opened(f"{url}?cafile={certificates.ca}")
+        await opened(f"{url}?no_verify_ssl=1")
+        said = await refused(f"amqps://w:open-sesame@127.0.0.1:{port}/")
+    assert "not signed by anyone trusted" in said
+    assert "?cafile=" in said
+
+
+async def test_the_management_api_is_trusted_as_amqp_is(broker_node, certificates):
+    good = certificates.signed("management", "IP:127.0.0.1")
+    with tls_before(broker_node.ports.management, good) as port:
+        base, url = f"https://127.0.0.1:{port}", "amqps://guest:guest@127.0.0.1/"
+        found = await asyncio.to_thread(
+            ask, base, "/api/overview", f"{url}?cafile={certificates.ca}"
+        )
+        assert found["rabbitmq_version"] == broker_node.version
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            await asyncio.to_thread(ask, base, "/api/overview", url)
+
+
+async def test_a_certificate_for_another_host_is_refused_by_name(broker_node, certificates):
+    other = certificates.signed("other", "DNS:other.example")
+    with tls_before(broker_node.ports.amqp, other) as port:
+        url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
+        assert "is not made out for '127.0.0.1'" in await refused(url)
+
+
+async def test_an_expired_certificate_is_refused(broker_node, certificates):
+    old = certificates.signed("old", "IP:127.0.0.1", "-days", "-1")
+    with tls_before(broker_node.ports.amqp, old) as port:
+        url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
+        said = await refused(url)
+    assert "has expired" in said
+    assert "renew" in said
+
+
+async def test_a_broker_that_asks_for_a_certificate_gets_ours(broker_node, certificates):
+    good, ours = (certificates.signed(name, "IP:127.0.0.1") for name in ("asks", "ours"))
+    with tls_before(broker_node.ports.amqp, good, asks_for=certificates.ca) as port:
+        url = f"amqps://guest:guest@127.0.0.1:{port}/?cafile={certificates.ca}"
+        await opened(f"{url}&certfile={ours[0]}&keyfile={ours[1]}")
+        url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
+        assert "?certfile=" in await refused(url)
+
+
+async def test_tls_where_there_is_none_is_refused(broker_node):
+    said = await refused(f"amqps://w:open-sesame@127.0.0.1:{broker_node.ports.amqp}/")
+    assert "there is no TLS" in said
+    assert "amqp://" in said
+
+
+async def test_no_tls_where_there_must_be_is_refused(broker_node, certificates):
+    good = certificates.signed("must", "IP:127.0.0.1")
+    with tls_before(broker_node.ports.amqp, good) as port:
+        said = await refused(f"amqp://w:open-sesame@127.0.0.1:{port}/")
+    assert "takes TLS only" in said
+    assert "amqps://" in said
+
+
+async def test_one_node_with_a_bad_certificate_does_not_stop_who_can_reach_another(
+    broker_node, certificates, unused_tcp_port
+):
+    old = certificates.signed("old-node", "IP:127.0.0.1", "-days", "-1")
+    with tls_before(broker_node.ports.amqp, old) as port:
+        bad = f"amqps://guest:guest@127.0.0.1:{port}/?cafile={certificates.ca}"
+        await opened(f"{bad},{broker_node.url}")
+        with pytest.raises(LinkLost, match="has expired"):  # the other may be back soon
+            await opened(f"{bad},amqp://127.0.0.1:{unused_tcp_port}/")
+
+
+async def test_a_file_that_cannot_be_read_is_named():
+    with pytest.raises(UsageError, match="'/nowhere/ca.pem'.*No such file"):
+        await opened("amqps://w:open-sesame@127.0.0.1:1/?cafile=/nowhere/ca.pem")
+
+
+async def test_a_server_that_closes_without_a_word_is_tried_again():
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(LinkLost):
+        await opened(f"amqp://127.0.0.1:{port}/")
+    server.close()
