@@ -383,7 +383,7 @@ class Coordinator:
     async def _send_echoes(self, link: Link, number: int) -> None:
         """Send echoes to ourselves, the way that signs of life come; see ``hearing``."""
         echo = Echo(federation=self._settings.federation, session=self._session, number=number)
-        route = Route("", [self._topology.presence], durable=False)
+        route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
             with contextlib.suppress(Full):
                 await send(link, echo, route)
