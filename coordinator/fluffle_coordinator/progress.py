@@ -159,15 +159,22 @@ def _try_to_init(state: State, now: float, out: Effects) -> State:
         name, reason = state.init_asked, f"no first weights within {limit_s:.0f} s (--deadline)"
         out.append(Tell("failure", {"worker": name, "round": 0, "reason": reason}))
         state = state.but(init_asked=None, failed=state.failed.insert(name, reason))
-    if not _has_enough(state):  # who decides on the model is yet to come
-        return state
     able = [name for name in sorted(state.workers) if name not in state.failed]
+    if not _has_enough(state):
+        # Who decides on the model is yet to come; but whoever says nothing of it cannot differ.
+        able = [name for name in able if _says_nothing(state.workers[name])]
+        if not able:
+            return state
     if able:
         # Whoever says what its model is made of was compared with the others.
         first = next((name for name in able if state.workers[name].model is not None), able[0])
         out += [AskInit(first), Tell("init", {"worker": first})]
         return state.but(init_asked=first, init_asked_at=now)
     return _end(state, "stopped", f"no first weights: {_last(state.failed)}", out)
+
+
+def _says_nothing(worker: Worker) -> bool:
+    return worker.model is None and not worker.classes
 
 
 def _open(state: State, now: float, out: Effects) -> State:

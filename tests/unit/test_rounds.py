@@ -199,32 +199,39 @@ def test_an_outage_does_not_count_as_waiting_for_workers():
     assert asked(run.connect()) == ["a", "b"]
 
 
-def test_the_first_weights_are_asked_of_one_worker_once_enough_are_there():
+def test_the_first_weights_are_asked_of_one_worker_at_once():
     run = Run(has_weights=False)
     run.connect()
-    assert not only(run.seen("b", hello=True), fx.AskInit)
-    assert only(run.seen("a", hello=True), fx.AskInit) == [fx.AskInit("a")]
-    assert not only(run.seen("c", hello=True), fx.AskInit)
+    assert only(run.seen("b", hello=True), fx.AskInit) == [fx.AskInit("b")]
+    assert not only(run.seen("a", hello=True), fx.AskInit)
     assert run.state.phase is Phase.WAITING
-    assert asked(run.on(ev.WeightsReady(run.now, "b0"))) == ["a", "b", "c"]
+    assert asked(run.on(ev.WeightsReady(run.now, "b0"))) == ["a", "b"]
+
+
+def test_the_first_weights_wait_for_those_who_have_a_say_about_their_form():
+    run = Run(has_weights=False)
+    run.connect()
+    assert not only(run.seen("b", hello=True, classes=("x", "y")), fx.AskInit)
+    asked = only(run.seen("a", hello=True, classes=("x", "y")), fx.AskInit)
+    assert asked == [fx.AskInit("a")]
 
 
 @pytest.mark.parametrize(
     "event",
     [
-        lambda run: run.left("a"),
-        lambda run: run.failed("a", 0),
-        lambda run: (run.tick(8), run.seen("b"), run.seen("c"), run.tick(2))[-1],
-        lambda run: let_pass(run, 60.0, "abc"),
+        lambda run: run.left("b"),
+        lambda run: run.failed("b", 0),
+        lambda run: (run.tick(8), run.seen("a"), run.tick(2))[-1],
+        lambda run: let_pass(run, 60.0, "ab"),
     ],
     ids=["left", "failed", "gone", "takes too long"],
 )
 def test_the_first_weights_are_asked_of_another_worker(event):
     run = Run(Rules(rounds=2, deadline_s=60), has_weights=False)
     run.connect()
-    for name in "abc":
-        run.seen(name, hello=True)
-    assert only(event(run), fx.AskInit) == [fx.AskInit("b")]
+    run.seen("b", hello=True)
+    run.seen("a", hello=True)
+    assert only(event(run), fx.AskInit) == [fx.AskInit("a")]
 
 
 def test_the_first_weights_are_asked_again_of_a_worker_that_began_again():
