@@ -19,7 +19,8 @@ from fluffle_coordinator.run_state import Phase, State, Worker
 def seen(state: State, event: Seen, out: Effects) -> State:
     """Take a sign of life."""
     worker = event.worker
-    if state.announced.get(worker.name) != worker.num_examples:
+    if worker.num_examples > state.announced.get(worker.name, 0):
+        # The most it ever said: somebody else's hello in its name must not make it weigh less.
         state = state.but(
             announced=state.announced.insert(worker.name, worker.num_examples),
             quickest_s=min(state.quickest_s, worker.heartbeat_s),

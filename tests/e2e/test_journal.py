@@ -108,7 +108,7 @@ def test_a_killed_worker_is_named_by_explain_while_the_round_is_stuck(
     coordinator.wait_for(r"counted, 90 examples \(2/3\)")
 
     told = "\n".join(lines(federation, "explain"))
-    assert "shard-2-3 is missing: it is here and at work, as far as is known." in told
+    assert "till waiting for shard-2-3: connected" in told
 
     victim.send(signal.SIGKILL)
     assert victim.end() == -signal.SIGKILL
@@ -117,18 +117,18 @@ def test_a_killed_worker_is_named_by_explain_while_the_round_is_stuck(
     assert (data["round"], data["open"], data["needed"]) == (1, True, 3)
     (missing,) = data["missing"]
     assert missing["worker"] == "shard-2-3"
-    assert "is gone since" in missing["why"]
+    assert "has been gone since" in missing["why"]
     assert 0 < data["left_s"] <= 300
     assert data["longest_wait"]["until"] == ""
     told = "\n".join(lines(federation, "explain", 1))
-    assert "shard-2-3 is missing: it is gone since" in told
+    assert "shard-2-3: it has been gone since" in told
     assert re.search(r"left until the deadline, at \d\d:\d\d:\d\d", told)
 
     again = federation.worker("shard:2/3")
     assert [program.end() for program in (coordinator, *workers, again)] == [0, 0, 0, 0]
     told = "\n".join(lines(federation, "explain"))
     assert "is committed" in told
-    assert "for shard-2-3, which trained for" in told
+    assert re.search(r"shard-2-3 .*the last to answer", told)
 
 
 def test_a_coordinator_that_was_killed_or_stopped_appears_as_resumed(
@@ -149,7 +149,7 @@ def test_a_coordinator_that_was_killed_or_stopped_appears_as_resumed(
     follower.wait_for("round 2: opened")
     second.send(signal.SIGINT)
     assert second.end() == 128 + signal.SIGINT
-    follower.wait_for("stopped; .* the same command goes on from there")
+    follower.wait_for("stopped; .* the same command .* goes on")
     told = "\n".join(lines(federation, "explain"))
     assert "The coordinator was told to stop" in told
     assert "opened it again" in told

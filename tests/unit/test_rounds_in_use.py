@@ -145,6 +145,13 @@ def test_an_update_weighs_no_more_than_its_worker_announced():
     assert run.state.received["a"].num_examples == 10
 
 
+def test_nobody_elses_hello_makes_an_update_weigh_less():
+    run = heard("a", "b")
+    impostor = rs.Worker("a", "another", 1, (), 2.0, run.now)
+    run.on(ev.Seen(run.now, impostor, hello=True))
+    assert only(says(run, "a", 10), fx.Fold) == [fx.Fold(run.last_handle, "a", 10)]
+
+
 def test_an_update_weighs_no_more_than_the_operator_allows():
     run = heard("a", "b", rules=Rules(rounds=1, max_examples=7))
     assert only(says(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, "a", 7)]
