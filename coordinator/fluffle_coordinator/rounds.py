@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from fluffle_common.messages import ModelForm
@@ -80,7 +81,8 @@ def start(
     now: float,
     *,
     committed: int = 0,
-    participants: Mapping[str, int] | Iterable[str] = (),
+    participants: Iterable[str] = (),
+    announced: Mapping[str, int] = MappingProxyType({}),
     evaluated: bool = True,
     has_weights: bool = False,
     base: str = "",
@@ -95,7 +97,8 @@ def start(
         run: the run's id.
         now: the time.
         committed: the last round on disk; 0 for a new run.
-        participants: who took part in it, and with how many examples where that is known.
+        participants: who took part in it.
+        announced: how many examples those who took part in any round had.
         evaluated: whether its model's evaluation is on disk.
         has_weights: whether there are weights to begin with.
         base: what they are named.
@@ -115,7 +118,7 @@ def start(
         evaluate_pending=not evaluated,
         has_weights=has_weights,
         met=Table(dict.fromkeys(participants)),
-        announced=Table(participants if isinstance(participants, Mapping) else {}),
+        announced=Table(announced),
         classes=classes,
         model=model,
         decided_by=decided_by,

@@ -178,6 +178,7 @@ class Coordinator:
             time.monotonic(),
             committed=saved.committed,
             participants=saved.participants,
+            announced=saved.announced,
             evaluated=saved.evaluated,
             has_weights=saved.weights is not None,
             base=saved.base,

@@ -22,7 +22,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -46,12 +46,13 @@ from fluffle_coordinator import kept
 class Saved:
     """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one.
 
-    ``base`` names the weights.
+    ``base`` names the weights; ``announced`` is how many examples each worker counted with at most.
     """
 
     run: str
     committed: int = 0
     participants: frozenset[str] = frozenset()
+    announced: Mapping[str, int] = field(default_factory=dict)
     evaluated: bool = True
     weights: dict[str, Array] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -66,6 +67,13 @@ class Saved:
 def new_base() -> str:
     """Name weights that were just made; no other weights have this name."""
     return secrets.token_hex(6)
+
+
+def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
+    most: dict[str, int] = {}
+    for one in (one for line in lines for one in line["participants"]):
+        most[one["worker"]] = max(one["num_examples"], most.get(one["worker"], 0))
+    return most
 
 
 class RunStore:
@@ -144,6 +152,7 @@ class RunStore:
             run=identity,
             committed=last,
             participants=frozenset(p["worker"] for p in line.get("participants", ())),
+            announced=_most_examples(x for x in lines if x["event"] == "committed"),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=weights,

@@ -151,3 +151,21 @@ def test_a_rain_of_faults(federated, seed):
         federation.check_averages(VALUES)
 
     federated(scenario)
+
+
+def test_an_update_of_who_died_with_the_coordinator_weighs_what_it_did(federated):
+    async def scenario(federation):
+        slow, quick = start(federation, "a", step_s=3.0), start(federation, "c")
+        first = federation.coordinator(rounds=3)
+        await first.log.until("counted", 3)  # both in the first round, c in the second
+        await quick.kill()
+        await first.kill()
+        second = federation.coordinator(rounds=3, min_workers=1)
+        await second.log.until("committed")
+        assert federation.participants()[1] == ["a", "c"]
+        assert not second.log.of("overweight")
+        await second.end()
+        await slow.end()
+        federation.check_averages(VALUES)
+
+    federated(scenario)
