@@ -30,6 +30,8 @@ class Noop:
         evaluates: find every model as good as the last.
     """
 
+    only_reads = True  # as what `flax_task` makes
+
     def __init__(
         self,
         size_bytes: int,

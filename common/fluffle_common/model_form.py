@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -25,11 +26,9 @@ def model_form(weights: Weights) -> ModelForm:
 def form_from(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> ModelForm:
     """Return the form of tensors of these names, dtypes and shapes, in any order."""
     entries = sorted(tensors)
-    digest = sha256()
-    for name, dtype, shape in entries:
-        digest.update(f"{name}\0{dtype}\0{list(shape)}\n".encode())
+    packed = json.dumps(entries, separators=(",", ":"))
     count, size = len(entries), sum(math.prod(shape) for *_, shape in entries)
     dtypes = Counter(dtype for _, dtype, _ in entries)
     told = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
     summary = f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {told}"
-    return ModelForm(digest=digest.hexdigest()[:16], summary=summary[:300])
+    return ModelForm(digest=sha256(packed.encode()).hexdigest()[:16], summary=summary[:300])
