@@ -145,7 +145,7 @@ def acked_bytes(sock: Any) -> int | None:
         return None
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + _ACKED.size)
-    except OSError:
+    except (OSError, ValueError):  # it was closed; uvloop's has the file descriptor -1 then
         return None
     if len(info) < _ACKED_AT + _ACKED.size:  # Linux before 4.1
         return None

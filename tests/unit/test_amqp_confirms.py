@@ -7,6 +7,7 @@ import socket
 import sys
 
 import pytest
+from uvloop.loop import PseudoSocket
 
 from fluffle_common import amqp_confirms
 from fluffle_common.amqp_confirms import ConfirmWatch, acked_bytes
@@ -144,3 +145,8 @@ def test_the_system_tells_what_the_other_end_has():
             here.recv(1)
             assert acked_bytes(here) - before == 1000
     assert acked_bytes(None) is None
+
+
+def test_a_socket_that_was_closed_meanwhile_tells_nothing():
+    closed = PseudoSocket(socket.AF_INET, socket.SOCK_STREAM, 0, -1)
+    assert acked_bytes(closed) is None
