@@ -219,7 +219,7 @@ def _who(state: State, now: float) -> str:
             told.append(f"{name} {worker.state} for round {worker.round}")
         else:
             heard_s = max(0.0, now - worker.last_seen)
-            told.append(f"{name} idle {heard_s:.0f} s ago")
+            told.append(f"{name} idle (heard {heard_s:.0f} s ago)")
     short = state.needed - len(state.asked)
     if short > 0:
         told.append(f"{short} more worker{'s'[: short > 1]} needed")
