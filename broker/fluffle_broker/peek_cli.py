@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fluffle_common.topology import Topology
 
 MOST_ROWS = 12
+_WIDE = 100  # columns
 
 
 @click.command()
@@ -131,19 +132,22 @@ def show_reading(reading: Reading, now: float, before: str = "") -> None:
     if reading.message is None:
         echo(f"   begins with {reading.first_bytes.hex(' ')}")
     if reading.tensors:
-        screen().print(_tensors(reading))
+        terminal = screen()
+        terminal.print(_tensors(reading, wide=terminal.width >= _WIDE))
 
 
-def _tensors(reading: Reading) -> Table:
+def _tensors(reading: Reading, *, wide: bool) -> Table:
+    """Draw a row a tensor; a narrow terminal has no room for the least, mean and largest value."""
     shown = reading.tensors[:MOST_ROWS]
     left = len(reading.tensors) - len(shown)
     more = f"   … and {left} more tensors; --json has them all" if left else None
     rows = table(caption=more, pad_edge=False, padding=(0, 1))
-    rows.add_column("   tensor", overflow="fold")
-    for name in ("dtype", "shape", "norm", "min", "mean", "max", "NaN", "inf"):
+    rows.add_column("   tensor", overflow="fold", min_width=12)
+    values = ("norm", "min", "mean", "max") if wide else ("norm",)
+    for name in ("dtype", "shape", *values, "NaN", "inf"):
         rows.add_column(name, justify="right", no_wrap=True)
     for tensor in shown:
-        numbers = (tensor.norm, tensor.min, tensor.mean, tensor.max)
+        numbers = [getattr(tensor, name) for name in values]
         rows.add_row(
             f"   {tensor.name}",
             tensor.dtype,

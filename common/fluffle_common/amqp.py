@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fluffle_common.amqp_connection import Connection, prepared
@@ -28,15 +29,17 @@ class AmqpTransport(Transport):
     Args:
         url: ``amqp://user:password@host:port/vhost`` or ``amqps://…``; of a cluster as many of
             these as there are nodes, comma-separated. The first that can be reached is used, and
-            after that the one in use before the others.
+            after that the one in use before the others. Or what returns that: it is asked again
+            before every attempt, since a broker that is yet to be started has no address yet.
         name: how the connections show in RabbitMQ's own pages.
 
     Raises:
         UsageError: where the URL is not one.
     """
 
-    def __init__(self, url: str, name: str) -> None:
-        self._urls = parse_urls(url)
+    def __init__(self, url: str | Callable[[], str], name: str) -> None:
+        self._find = url if callable(url) else lambda: url
+        self._urls = parse_urls(self._find())
         self._name = name
         self._was_in = False
         self._use(None)
@@ -49,6 +52,7 @@ class AmqpTransport(Transport):
     async def open(self) -> Link:
         """See ``transport.Transport``."""
         missed, wrong = [], []
+        self._urls = parse_urls(self._find())
         for url in sorted(self._urls, key=lambda url: url != self._used):
             try:
                 link = await self._open(url)

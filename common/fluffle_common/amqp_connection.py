@@ -260,6 +260,9 @@ class Connection(aio_pika.Connection):
         """Whether what came, without TLS, was TLS."""
         return self._beside.incoming.tls_alert
 
+    def __del__(self) -> None:
+        """Do nothing: it is we who close it, and aio_pika's way warns where no loop runs."""
+
     def left_bytes(self) -> int | None:
         """See ``amqp_confirms.Flow``."""
         return acked_bytes(self._beside.socket.get_extra_info("socket"))

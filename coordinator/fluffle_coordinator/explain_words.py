@@ -160,7 +160,8 @@ def _missing(told: Round) -> Iterator[str]:
         elif worker in told.failures or worker in told.absent:
             yield f"{worker} did not answer: {why}."
         elif not any(note.worker == worker and note.event == "late" for note in told.notes):
-            yield f"{worker} did not answer."
+            # What it sent since waits in the broker, for the coordinator that goes on.
+            yield f"{worker} did not answer{' by then' if told.is_open else ''}."
 
 
 def _notes(told: Round) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -66,7 +67,9 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         keep_updates=options["keep_updates"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
-    transport = AmqpTransport(broker_url(options["url"]), f"fluffle coordinator of {federation}")
+    # Asked for again and again: our own node may be started later, and elsewhere.
+    find = functools.partial(broker_url, options["url"])
+    transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])
     page = _page(options, topology)

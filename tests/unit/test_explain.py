@@ -219,7 +219,7 @@ def test_a_run_that_ended_with_the_round_open(event, said):
     assert "deadline" not in text
     assert "Still waiting" not in text
     assert "still does" not in text
-    assert "a did not answer." in text
+    assert "a did not answer by then." in text
     assert "It waited longest for a, b, c: 10 s after the opening." in text  # up to the end
 
 

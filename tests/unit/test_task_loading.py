@@ -106,6 +106,8 @@ def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, 
         load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
     assert f"(stream.py:{9 if late else 1})" in str(wrong.value)
     told = capsys.readouterr().err
+    assert "\\n" not in told  # a line a line
+    assert len(told.splitlines()) > 3
     assert "Traceback" in told
     assert broken in told
     assert "task_loading.py" not in told

@@ -160,3 +160,15 @@ def test_of_one_broker_the_cause_alone_is_told(unused_tcp_port):
     with pytest.raises(LinkLost) as caught:
         asyncio.run(transport.open())
     assert "amqp://" not in str(caught.value)
+
+
+async def test_where_the_broker_is_is_asked_again_before_every_attempt(unused_tcp_port):
+    nowhere = f"amqp://127.0.0.1:{unused_tcp_port}/"
+    found = [nowhere]
+    transport = AmqpTransport(lambda: found[-1], "test")
+    with pytest.raises(LinkLost):
+        await transport.open()
+    found.append("amqp://127.0.0.1:1/")
+    with pytest.raises(LinkLost):
+        await transport.open()
+    assert transport.address == "amqp://127.0.0.1:1/"

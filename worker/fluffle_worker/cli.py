@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import traceback
@@ -142,7 +143,9 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
     from fluffle_worker.task_loading import load_task
 
-    transport = AmqpTransport(broker_url(options["url"]), f"fluffle worker {name} of {federation}")
+    # Asked for again and again: our own node may be started later, and elsewhere.
+    find = functools.partial(broker_url, options["url"])
+    transport = AmqpTransport(find, f"fluffle worker {name} of {federation}")
     classes = options["classes"]
     task = load_task(
         options["task"],

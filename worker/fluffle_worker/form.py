@@ -14,7 +14,7 @@ from fluffle_common.messages import ModelForm
 from fluffle_common.model_form import form_from
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import full_trace, one_line
+from fluffle_worker.user_code import one_line, warn_in_full
 
 UNKNOWN: Form = ()
 """The form of a task that cannot say it; no model is without tensors."""
@@ -36,10 +36,8 @@ def form_of_task(task: Task) -> Form:
     except TaskError:
         raise
     except (Exception, SystemExit) as why:
-        warn(
-            f"the task's init() fails, so this worker can make no first weights: {one_line(why)}\n"
-            f"{full_trace(why)}"
-        )
+        warn(f"the task's init() fails, so this worker can make no first weights: {one_line(why)}")
+        warn_in_full(why)
         return UNKNOWN
     check_form(form)
     return form

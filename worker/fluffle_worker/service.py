@@ -122,6 +122,7 @@ class WorkerService:
         self._refusals = Refusals(topology, settings.worker)
         self._state = session.State()
         self._run: str | None = None  # the one that we are in, or were last
+        self._welcomed: tuple[str, int, int] | None = None
         self._outcome = "finished"  # of the run that has ended
         self._failed_with: str | None = None  # the last failure of the task in this run
         self._trained = False  # whether it has trained any round of this run
@@ -241,7 +242,7 @@ class WorkerService:
         if first:
             await self._drop_old_mail(link, inbox)
         mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
-        self._assembly = None
+        self._assembly = self._welcomed = None
         self._link = link
         self._linked.set()
         self._tell("connected", {})
@@ -313,7 +314,9 @@ class WorkerService:
                     self._failed_with, self._trained = None, False
                 self._run = run
                 self._presence.speak_up()
-                self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
+                if self._welcomed != (run, number, rounds):  # else said already
+                    self._welcomed = (run, number, rounds)
+                    self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise Refused(reason)
             case InitRequest():

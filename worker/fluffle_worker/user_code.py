@@ -10,6 +10,7 @@ from types import TracebackType
 
 from fluffle_common.console import warn
 from fluffle_common.errors import TaskError
+from fluffle_common.printing import echo
 
 _HERE = Path(__file__).parent
 # What calls a user's code: no part of its story.
@@ -47,7 +48,8 @@ def full_trace(why: BaseException) -> str:
 
 def warn_in_full(why: BaseException) -> None:
     """Write the whole traceback of an error to stderr."""
-    warn(f"the error in the task's code:\n{full_trace(why)}")
+    warn("the error in the task's code:")
+    echo(*full_trace(why).splitlines(), err=True)
 
 
 def sendable(text: str, longest: int | None = None) -> str:
