@@ -19,6 +19,7 @@ from fluffle_worker.task import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from fluffle_common.console import Console
+    from fluffle_common.transport import Transport
     from fluffle_worker.mail import Tell
     from fluffle_worker.service import WorkerService
 
@@ -167,7 +168,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
-        tell = _teller(console, options["log_format"], transport.address)
+        tell = _teller(console, options["log_format"], transport)
 
         def service() -> WorkerService:
             return WorkerService(
@@ -224,7 +225,7 @@ def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[in
     return 0, at_work()
 
 
-def _teller(console: Console, log_format: str, address: str) -> Tell:
+def _teller(console: Console, log_format: str, transport: Transport) -> Tell:
     """Return what tells of events: in lines for people, or for programs."""
 
     def tell(what: str, fields: dict[str, Any]) -> None:
@@ -235,7 +236,7 @@ def _teller(console: Console, log_format: str, address: str) -> Tell:
             console.line(what, lambda: sentence(what, fields), fields)
 
     def sentence(what: str, fields: dict[str, Any]) -> str:
-        words = {"address": address, **fields}
+        words = {"address": transport.address, **fields}
         words["verb"] = _VERBS.get(str(fields.get("kind")), "")
         words["answer"] = _ANSWERS.get(str(fields.get("kind")), "")
         loss = fields.get("loss")
