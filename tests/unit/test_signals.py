@@ -16,6 +16,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.fixture(autouse=True)
 def _as_before():
     before = {each: signal.getsignal(each) for each in ENDING}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     yield
     for each, handler in before.items():
         signal.signal(each, handler)
