@@ -132,8 +132,7 @@ def show_reading(reading: Reading, now: float, before: str = "") -> None:
     if reading.message is None:
         echo(f"   begins with {reading.first_bytes.hex(' ')}")
     if reading.tensors:
-        terminal = screen()
-        terminal.print(_tensors(reading, wide=terminal.width >= _WIDE))
+        screen().print(_tensors(reading, wide=screen().width >= _WIDE))
 
 
 def _tensors(reading: Reading, *, wide: bool) -> Table:
