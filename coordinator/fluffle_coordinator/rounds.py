@@ -144,7 +144,9 @@ def advance(state: State, event: Event) -> tuple[State, Effects]:
 
 def _tell_of_the_quorum(before: State, after: State, event: Event, out: Effects) -> State:
     """Let people know when the quorum of an open round shrinks, and for whom."""
-    if after.phase is not Phase.OPEN or (before.phase, before.round) != (after.phase, after.round):
+    if after.tally.expected >= before.tally.expected or after.phase is not Phase.OPEN:
+        return after
+    if (before.phase, before.round) != (after.phase, after.round):
         return after
     was, needed = before.needed, after.needed
     if needed >= was:
