@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import math
+import os
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from fluffle_common.console import _WITHIN_S, Console, json_line
+from fluffle_common.patient_stream import PatientStream
 
 PATIENCE_S = 5.0
 
@@ -219,3 +221,22 @@ def test_json_finds_a_word_for_everything():
     said = json.loads(json_line(told))
     assert math.isnan(said.pop("none"))
     assert said == {"path": "/a", "many": ["x", "y"], "why": "gone"}
+
+
+def test_what_is_sure_not_to_wait_is_written_without_a_thread(tmp_path):
+    with (tmp_path / "log").open("w") as file:
+        stream = PatientStream(file)
+        stream.write("ä line\n")
+        assert (tmp_path / "log").read_text() == "ä line\n"
+        assert stream._thread is None
+
+
+def test_what_a_full_pipe_does_not_take_at_once_follows_when_it_has_room():
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe, os.fdopen(reader, "rb") as lines:
+        stream = PatientStream(pipe)
+        text = "0123456789abcde\n" * 2**13  # twice what the pipe holds
+        stream.write(text)
+        assert stream._thread is not None
+        assert lines.read(len(text)) == text.encode()
+        assert stream.settle(10)
