@@ -56,7 +56,7 @@ from fluffle_coordinator.events import (
     Tick,
     WeightsReady,
 )
-from fluffle_coordinator.hearing import heard
+from fluffle_coordinator.hearing import heard, put_off
 from fluffle_coordinator.progress import AHEAD, progress, tell_of_round, wakeup, work
 from fluffle_coordinator.run_state import (
     Handle,
@@ -170,7 +170,8 @@ def _why_fewer(before: State, after: State, event: Event) -> str:
 def _connected(state: State, event: Connected, out: Effects) -> State:
     out.append(Tell("connected" if state.link == 0 and not state.workers else "reconnected"))
     # The outage counts for nothing: nobody could be heard of, and updates wait in the broker.
-    outage_s = event.now - state.unlinked_since if state.link == 0 else 0.0
+    if state.link == 0:
+        state = put_off(state, event.now - state.unlinked_since)
     workers = {n: replace(w, last_seen=event.now) for n, w in state.workers.items()}
     received = {w: update._replace(spares=()) for w, update in state.received.items()}
     # What was being sent has an unknown outcome: whoever is idle at its next sign of life is sent
@@ -186,11 +187,6 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
         asked=Table(dict.fromkeys(state.asked, -math.inf)),
         received=Table(received),
         init_asked=None,
-        opened_at=state.opened_at + outage_s,
-        began_at=state.began_at + outage_s,
-        quorum_at=None if state.quorum_at is None else state.quorum_at + outage_s,
-        waiting_since=state.waiting_since + outage_s,
-        gate_until=state.gate_until + outage_s,
     )
 
 

@@ -167,11 +167,19 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
-        "takes an outage of the broker for silence",
+        "gives nobody the time to come back after an outage",
         rounds,
         "last_seen=event.now",
         "last_seen=w.last_seen",
-        "test_nobody_is_gone_for_an_outage_of_the_broker",
+        "test_after_our_own_outage_everybody_has_all_the_time_to_be_heard",
+        random=False,
+    ),
+    Mutant(
+        "lets time pass in an outage of the broker",
+        rounds,
+        "        state = put_off(state, event.now - state.unlinked_since)\n",
+        "        pass\n",
+        "test_our_own_outage_does_not_count_as_standing_still",
         random=False,
     ),
     Mutant(

@@ -258,6 +258,27 @@ def test_after_our_own_outage_a_model_in_parts_is_sent_again():
     assert not asked(receiving())  # once: it is under way
 
 
+def test_our_own_outage_does_not_count_as_standing_still():
+    run = heard("a", "b", rules=Rules(rounds=1, stall_s=120))
+    goes_on(run, 30, "a", "b")
+    assert run.state.advancing("a")
+    run.disconnect()
+    run.now += 300
+    run.connect()
+    assert run.state.advancing("a")
+    assert "stalled" not in tells(goes_on(run, 60, "a", "b"))
+
+
+def test_after_our_own_outage_everybody_has_all_the_time_to_be_heard():
+    run = heard("a", "b")
+    let_pass(run, 8, "a")  # b was nearly gone
+    run.disconnect()
+    run.now += 60
+    run.connect()
+    assert "gone" not in tells(let_pass(run, 8, "a"))
+    assert "gone" in tells(let_pass(run, 4, "a"))
+
+
 # --- samples -----------------------------------------------------------------------------------
 
 
