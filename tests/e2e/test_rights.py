@@ -87,7 +87,7 @@ def test_a_federation_with_narrow_rights_starts_in_any_order(run: Run, order: st
 
 
 def test_with_narrow_rights_whoever_is_killed_comes_back(run: Run) -> None:
-    rounds = ("--quorum", 2, "--rounds", 40, "--grace", 0.1)
+    rounds = ("--quorum", 2, "--rounds", 200, "--grace", 0.1)
     chief = run.chief(*rounds)
     alice, bob = run.site("a.lice", 0), run.site("bob", 1)
     chief.wait_for("round 2: committed")
@@ -100,7 +100,7 @@ def test_with_narrow_rights_whoever_is_killed_comes_back(run: Run) -> None:
     second = run.chief(*rounds)
     second.wait_for("going on with run")
     assert [program.end() for program in (second, again, bob)] == [0, 0, 0]
-    assert committed(run) == [["a.lice", "bob"]] * 40
+    assert committed(run) == [["a.lice", "bob"]] * 200
 
 
 # --- what a user may not do --------------------------------------------------------------------
