@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,8 @@ _ONE_PIECE_BYTES = 16 * 2**20
 # than 10,000, BLAS wakes up threads of its own.
 _ROW = 4 * 1024
 _BLOCK = 64 * _ROW
-# Squares beyond these may have lost what was too small for a float32, or have a sum too large.
-_SURE = 1e-25, 1e300
+# A smaller sum of squares may have lost what was too small to be squared as a float32.
+_SURE = 1e-20
 
 
 class NotFinite(ValueError):
@@ -195,24 +196,28 @@ def check_finite(weights: Weights) -> float:
 
 def _measure(values: Array) -> tuple[float, int]:
     """Return the norm of the finite values of a vector, and how many are not finite."""
-    wide = _wide(values.dtype)
-    norm, bad = 0.0, 0
-    lowest, highest = _SURE
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        for start in range(0, values.size, _BLOCK):
-            block = values[start : start + _BLOCK].astype(wide, copy=False)
-            whole = block.size - block.size % _ROW
-            for rows in (block[:whole].reshape(-1, _ROW), block[whole:].reshape(1, -1)):
-                if not rows.size:
-                    continue
-                squares = np.vecdot(rows, rows)
-                if lowest < squares.min() and squares.max() < highest:  # so all are finite
-                    norm = math.hypot(norm, math.sqrt(squares.sum(dtype=np.float64)))
-                    continue
-                for row in rows if rows.any() else ():
-                    part, infinite = _measure_closely(row)
-                    norm, bad = math.hypot(norm, part), bad + infinite
+        squares = sum(float(np.vecdot(rows, rows).sum(dtype=np.float64)) for rows in _rows(values))
+        if _SURE < squares < math.inf:  # so all are finite
+            return math.sqrt(squares), 0
+        norm, bad = 0.0, 0
+        for rows in _rows(values):
+            for row in rows if rows.any() else ():
+                part, infinite = _measure_closely(row)
+                norm, bad = math.hypot(norm, part), bad + infinite
     return norm, bad
+
+
+def _rows(values: Array) -> Iterator[Array]:
+    """Yield the values of a vector in rows of which each can be squared and added up by itself."""
+    wide = _wide(values.dtype)
+    for start in range(0, values.size, _BLOCK):
+        block = values[start : start + _BLOCK].astype(wide, copy=False)
+        whole = block.size - block.size % _ROW
+        if whole:
+            yield block[:whole].reshape(-1, _ROW)
+        if whole < block.size:
+            yield block[whole:].reshape(1, -1)
 
 
 def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -9,8 +9,9 @@
         updates/round-0001/       with --keep-updates: what was averaged (see ``kept``)
         lock                      held by the coordinator that writes here
 
-A file is written beside its final name, fsynced, and then renamed, so that a name always stands for
-a whole file. A round is committed when its history line is on disk, which is after its checkpoint.
+A file is written beside its final name and then renamed, so that a name stands for a whole file;
+only if the power fails, a checkpoint that no history line names may be in part. A round is
+committed when its history line is on disk, which is after its checkpoint.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ class RunStore:
             OSError: where the disk refuses; an earlier file of that name is as it was.
         """
         path = self.folder / checkpoint_name(number)
-        save_checkpoint(path, weights, metadata)
+        # What a power failure may leave of a later one is passed over: no history line names it.
+        save_checkpoint(path, weights, metadata, named_first=number > 0)
         return path
 
     def keep_update(
