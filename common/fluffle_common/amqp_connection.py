@@ -21,7 +21,7 @@ from aiormq.connection import TransportFactory
 from yarl import URL
 
 from fluffle_common import amqp_frames as frames
-from fluffle_common.amqp_confirms import acked_bytes
+from fluffle_common.amqp_confirms import queued_bytes
 from fluffle_common.amqp_contents import LARGE_BYTES, Arrived, Content, Contents
 from fluffle_common.transport import Blocking
 
@@ -263,13 +263,14 @@ class Connection(aio_pika.Connection):
     def __del__(self) -> None:
         """Do nothing: it is we who close it, and aio_pika's way warns where no loop runs."""
 
-    def left_bytes(self) -> int | None:
-        """See ``amqp_confirms.Flow``."""
-        return acked_bytes(self._beside.socket.get_extra_info("socket"))
-
     def waiting_bytes(self) -> int:
         """See ``amqp_confirms.Flow``."""
         return self._beside.socket.get_write_buffer_size()
+
+    def queued_bytes(self) -> int | None:
+        """See ``amqp_confirms.Flow``."""
+        connected = self._beside.socket.get_extra_info("socket")
+        return None if connected is None else queued_bytes(connected.fileno())
 
     def come_bytes(self) -> int:
         """See ``amqp_confirms.Flow``."""
