@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.store import read_history_lines
-from fluffle_coordinator.tally import weighted_mean
+from fluffle_coordinator.tally import weighted_mean, with_later
 
 Line = Mapping[str, Any]
 Answer = Literal["counted", "late", "no answer", "absent"]
@@ -128,6 +128,9 @@ def numbers(lines: Sequence[Line], identity: Line, checkpoints: Sequence[Checkpo
         checkpoints: the model files.
     """
     committed = {line["round"]: line for line in lines if line["event"] == "committed"}
+    for line in lines:
+        if line["event"] == "ended" and line["round"] in committed:
+            committed[line["round"]] = with_later(committed[line["round"]], line)
     evaluated = {line["round"]: line for line in lines if line["event"] == "evaluated"}
     in_order = [committed[number] for number in sorted(committed)]
     return Numbers(

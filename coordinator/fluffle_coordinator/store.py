@@ -4,7 +4,8 @@
 
     runs/letters/
         run.json                  the run's id, and how it was started, each time that changed
-        history.jsonl             a line when a round is committed, another when it is evaluated
+        history.jsonl             a line when a round is committed, when it is evaluated, and when
+                                  the run ends
         round-0000.safetensors    the first weights, then one file a round
         updates/round-0001/       with --keep-updates: what was averaged (see ``kept``)
         lock                      held by the coordinator that writes here
@@ -41,6 +42,7 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.transport import Body
 from fluffle_common.weights import Array, Weights
 from fluffle_coordinator import kept
+from fluffle_coordinator.tally import with_later
 
 
 @dataclass(frozen=True)
@@ -331,8 +333,11 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """
     rounds: dict[int, dict[str, Any]] = {}
     for line in read_history_lines(folder):
-        told = {key: value for key, value in line.items() if key != "event"}
-        rounds.setdefault(line["round"], {}).update(told)
+        row = rounds.setdefault(line["round"], {})
+        if line["event"] == "ended":
+            row.update(with_later(row, line))
+        else:
+            row.update((key, value) for key, value in line.items() if key != "event")
     return [rounds[number] for number in sorted(rounds)]
 
 

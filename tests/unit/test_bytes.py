@@ -23,7 +23,8 @@ from fluffle_common.wire import decode, pack
 from fluffle_coordinator import effects as fx
 from fluffle_coordinator import events as ev
 from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.aggregation import Aggregation
+from fluffle_coordinator.aggregation import Aggregator
+from fluffle_coordinator.committer import Committer
 from fluffle_coordinator.greetings import Greetings
 from fluffle_coordinator.holding import Held, Room
 from fluffle_coordinator.outgoing import Outgoing
@@ -140,14 +141,15 @@ class Untouched:
 @pytest.mark.parametrize("first", [False, True])
 async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
     told: list[ev.Event] = []
-    aggregation = Aggregation(
-        RunStore(tmp_path / "run"),
+    committer = Committer(
+        RunStore(tmp_path / "run"), metadata=lambda _: {}, tell=lambda *_: None, post=told.append
+    )
+    aggregator = Aggregator(
         TOPOLOGY,
         None if first else MODEL,
+        committer,
         max_model_bytes=2**33,
         link=Untouched,  # type: ignore[arg-type]
-        metadata=lambda _: {},
-        tell=lambda *_: None,
         post=told.append,
     )
     table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)
@@ -156,12 +158,12 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
     if first:
         of = {"federation": "f", "run": "r", "worker": "w"}
         message = FirstWeights(**of, tensors=table, transfer=transfer)
-        aggregation.take_first(Held(Delivered(1), message, memoryview(b"")))
+        aggregator.take_first(Held(Delivered(1), message, memoryview(b"")))
     else:
         held = Held(Delivered(1), update(tensors=table, transfer=transfer), memoryview(b""))
-        aggregation.fold(held, "w", 10)
-    running = asyncio.ensure_future(aggregation.run())
-    await aggregation.drained()
+        aggregator.fold(held, 10)
+    running = asyncio.ensure_future(aggregator.run())
+    await aggregator.drained()
     running.cancel()
     (event,) = told
     if first:

@@ -27,7 +27,7 @@ MODULES = _with_examples()
 def test_the_modules_with_examples_are_found():
     assert {
         "fluffle_common.weights",
-        "fluffle_coordinator.aggregation",
+        "fluffle_coordinator.committer",
         "fluffle_coordinator.run_state",
         "fluffle_coordinator.strategy",
         "fluffle_worker.cli",

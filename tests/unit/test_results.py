@@ -15,7 +15,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.layout import layout_for
 from fluffle_common.messages import Evaluate, Fit, InitRequest, Plan
 from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.aggregation import federated
+from fluffle_coordinator.committer import federated
 from fluffle_worker.form import form_of_task
 from fluffle_worker.job import Job, NotWanted, do
 from fluffle_worker.results import Results

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_coordinator.aggregation import federated
+from fluffle_coordinator.committer import federated
 from fluffle_coordinator.report_numbers import train_loss
 from fluffle_coordinator.run_state import Evaluated
 from fluffle_coordinator.tally import weighted_mean
