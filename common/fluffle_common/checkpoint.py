@@ -1,6 +1,6 @@
 """Checkpoints: weights in a safetensors file, which any framework opens, whole or not at all.
 
-A checkpoint carries a digest of itself in its metadata, under ``DIGEST``: the SHA-256 of the whole
+A checkpoint carries a digest of itself in its metadata, under ``DIGEST``: the BLAKE3 of the whole
 file as it is with 64 zeros in the place of the digest. What bits a disk has flipped is found when
 it is read.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -19,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import ascii_lowercase
 from typing import IO
+
+from blake3 import blake3
 
 from fluffle_common.errors import UsageError
 from fluffle_common.layout import Layout, Tensors, bytes_of, layout_for
@@ -34,11 +35,11 @@ _READABLE = {*_DTYPES.values(), "BOOL", "C64"}  # of which the last two do not t
 # A small model is written in one go.
 _BUFFER_BYTES = 2**18
 
-DIGEST = "fluffle_sha256"
+DIGEST = "fluffle_blake3"
 _BEFORE_DIGEST = f'{{"__metadata__":{{"{DIGEST}": "'.encode()
 _DIGEST_AT = _HEADER_SIZE.size + len(_BEFORE_DIGEST)
 _NO_DIGEST = "0" * 64
-_AT_ONCE_BYTES = 2**20  # the digest of so much takes a millisecond
+_AT_ONCE_BYTES = 2**22  # the digest of so much takes a millisecond
 _READ_BYTES = 2**20
 
 
@@ -92,7 +93,7 @@ def save_checkpoint(
 
 
 def _digest(pieces: Iterable[bytes | bytearray | memoryview]) -> str:
-    found = hashlib.sha256()
+    found = blake3()
     for piece in pieces:
         found.update(piece)
     return found.hexdigest()
