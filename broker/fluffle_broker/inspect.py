@@ -7,7 +7,7 @@ many messages are ready in the queues whose names are known.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fluffle_broker.visit import visiting
@@ -15,6 +15,7 @@ from fluffle_common.amqp import AmqpTransport
 from fluffle_common.hints import hint
 from fluffle_common.management import UNTOLD, QueueFigures, alarms, queue_figures
 from fluffle_common.topology import Queue, Topology
+from fluffle_common.transport import Counts
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def look(url: str, base: str, topology: Topology) -> Look:
         BrokerError: where the broker cannot be reached at all.
     """
     try:
-        return Look(topology, queue_figures(url, base, topology), alarms(url, base))
+        found = queue_figures(url, base, topology)
+        return Look(topology, _with_counts(found, url), alarms(url, base))
     except UNTOLD as why:
         reason = getattr(why, "reason", None) or why
         note = (
@@ -77,6 +79,26 @@ def look(url: str, base: str, topology: Topology) -> Look:
             "--management"
         )
     return Look(topology, asyncio.run(_by_amqp(url, topology)), [], note)
+
+
+def _with_counts(found: list[QueueFigures], url: str) -> list[QueueFigures]:
+    """Count what is in queues, and who reads them, where RabbitMQ has no statistics of them yet.
+
+    It gathers those every five seconds; a queue that is newer looks empty and deserted.
+    """
+    new = [queue.name for queue in found if queue.known and queue.published is None]
+    counted = asyncio.run(_counts(new, url)) if new else {}
+    return [
+        replace(queue, ready=counts.ready, consumers=counts.consumers)
+        if (counts := counted.get(queue.name)) is not None
+        else queue
+        for queue in found
+    ]
+
+
+async def _counts(names: list[str], url: str) -> dict[str, Counts | None]:
+    async with visiting(AmqpTransport(url, "fluffle queues")) as link:
+        return {name: await link.counts(name) for name in names}
 
 
 async def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:

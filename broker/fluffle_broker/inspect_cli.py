@@ -65,7 +65,10 @@ def queues(
     elif found.queues:
         _show(found)
     else:
-        echo(f"federation {federation} has no queues on this broker yet")
+        echo(
+            f"federation {federation} has no queues on this broker yet: they are made when its "
+            "coordinator or one of its workers starts"
+        )
     _notes(found)
 
 
@@ -74,6 +77,8 @@ def _show(found: Look) -> None:
 
     shown = screen()
     shown.print(drawn(found, shown.width))
+    if any(None in (one.in_rate, one.size_bytes) for one in found.queues):
+        shown.print("?  RabbitMQ does not say, or not yet", style="dim")
     for line in hints(found):
         # In a pipe, a hint is one line, so that it can be searched for.
         shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)

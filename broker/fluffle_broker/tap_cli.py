@@ -17,7 +17,7 @@ import click
 from fluffle_broker.looking import figures_if_told, looking, where
 from fluffle_common.cli import count as counts
 from fluffle_common.cli import management_option
-from fluffle_common.printing import echo, visible_json
+from fluffle_common.printing import echo, echo_sentences, visible_json
 
 if TYPE_CHECKING:
     from fluffle_broker.reading import Reading
@@ -147,7 +147,7 @@ class Lines:
         most: after so many lines it is ``enough``; None for no end.
         folder: where to keep the messages, if anywhere.
         clock: the time, in seconds since 1970.
-        say: where a line goes.
+        say: where a line goes; stdout unless told.
     """
 
     def __init__(
@@ -158,12 +158,13 @@ class Lines:
         folder: Folder | None = None,
         *,
         clock: Callable[[], float] = time.time,
-        say: Callable[[str], None] = echo,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.wanted = wanted
         self.enough = asyncio.Event()
         self._as_json, self._left, self._folder = as_json, most, folder
-        self._clock, self._say = clock, say
+        self._clock = clock
+        self._say = say or (echo if as_json else echo_sentences)
         self._parts: dict[str, tuple[int, int]] = {}
 
     def take(self, reading: Reading) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fluffle_common.printing import is_terminal
 
-_BAR_WIDTH, _NARROW_BAR_WIDTH, _NARROW = 24, 12, 70
+_BAR_WIDTH, _NARROW_BAR_WIDTH, _NARROW = 24, 12, 100
 _LABEL_WIDTH = 9
 
 

@@ -169,7 +169,8 @@ def read_queue(told: Mapping[str, Any], topology: Topology, now: float) -> Queue
         ready=told.get("messages_ready", 0),
         unacknowledged=told.get("messages_unacknowledged", 0),
         consumers=told.get("consumers", 0),
-        size_bytes=told.get("message_bytes", 0),
+        # Of a stream RabbitMQ does not say it.
+        size_bytes=told.get("message_bytes") or (None if told.get("type") == "stream" else 0),
         type=told.get("type", "classic"),
         known=purpose is not None,
         in_rate=_rate(stats, "publish"),

@@ -71,10 +71,11 @@ def echo(*lines: str, err: bool = False) -> None:
 
 
 def echo_sentences(*lines: str) -> None:
-    """Print sentences as ``echo`` does; on a terminal, wrap them between words."""
+    """Print sentences as ``echo`` does; on a terminal, wrap them between words, indented."""
     if is_terminal(sys.stdout):
         width = shutil.get_terminal_size().columns
-        lines = tuple(textwrap.fill(printable(line), width) for line in lines)
+        wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False)
+        lines = tuple(wrap.fill(printable(line)) for line in lines)
         _write("".join(f"{line}\n" for line in lines))
     else:
         echo(*lines)

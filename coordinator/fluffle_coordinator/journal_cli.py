@@ -254,4 +254,4 @@ class _Lines:
         if heading != self._heading:
             echo(f"--- {heading}")
             self._heading = heading
-        echo(f"{clock}  {sentence(event.event, event.fields)}")
+        echo_sentences(f"{clock}  {sentence(event.event, event.fields)}")

@@ -13,7 +13,8 @@ _SENTENCES = {
     "connected": "connected to the broker{where}",
     "reconnected": "connected to the broker again",
     "disconnected": "lost the broker ({reason}); connecting again",
-    "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
+    "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s "
+    "('fluffle broker up' starts one here)",
     "standby": "another coordinator has {what}; waiting as a standby",
     "note": "{what}",
     "blocked": "the broker takes no messages for now ({reason}); what there is to send waits",

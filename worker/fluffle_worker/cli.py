@@ -32,7 +32,8 @@ _SENTENCES = {
     "unblocked": "the broker takes messages again",
     "occupied": "another worker has this id; waiting up to {pause_s:.0f} s, in case it is a "
     "connection of our own that was cut and lives on in the broker",
-    "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s",
+    "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s "
+    "('fluffle broker up' starts one here)",
     "waiting": "no coordinator of this federation has answered for {waited_s:.0f} s; it may be "
     "started at any time",
     "welcome": "joined run {run}, round {round} of {rounds}",
