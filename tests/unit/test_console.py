@@ -178,7 +178,7 @@ def test_a_line_of_other_peoples_text_is_one_line_that_can_be_seen():
 
 
 def test_bars_keep_their_width_and_text_gives_way(monkeypatch):
-    for columns, width in ((60, 12), (80, 24), (120, 24)):
+    for columns, width in ((60, 12), (80, 12), (120, 24)):
         monkeypatch.setenv("COLUMNS", str(columns))
         stream = Terminal()
         with Console("auto", {}, stream) as console:
