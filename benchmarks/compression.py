@@ -24,15 +24,15 @@ import numpy as np
 
 from benchmarks import command, figures
 from benchmarks.processes import scratch
-from fluffle_common.compression import compress, encoding_of, expand
-from fluffle_common.messages import Fit, Plan, Update
-from fluffle_common.weights import Weights, size_bytes
-from fluffle_common.wire import decode, encode, lay_out
-from fluffle_coordinator.received import read_delta
-from fluffle_coordinator.strategy import fedavg
-from fluffle_worker.feedback import Residual
+from fluffle_common.protocol.codec import decode, encode, lay_out
+from fluffle_common.protocol.messages import Fit, Plan, Update
+from fluffle_common.tensors.compression import compress, encoding_of, expand
+from fluffle_common.tensors.weights import Weights, size_bytes
+from fluffle_coordinator.strategy.contribution import read_delta
+from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, do
-from fluffle_worker.session import Work
+from fluffle_worker.machine import Work
 from fluffle_worker.task import Task
 
 PLAIN = "none"
@@ -81,7 +81,7 @@ class Federation:
 
 def letters(folder: Path, clients: int, per_client: int, seed: int) -> tuple[list[Task], Task]:
     """Draw letters; return the tasks of the workers, and one of a writer apart to evaluate with."""
-    from fluffle_worker.letters.drawing import draw_letters
+    from fluffle_worker.letters.handwriting.drawing import draw_letters
     from fluffle_worker.letters.images import read_images
     from fluffle_worker.letters.task import letters_task
 

@@ -15,13 +15,11 @@ import aio_pika
 import numpy as np
 import pytest
 
-from fluffle_common.amqp import AmqpTransport
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Update
-from fluffle_common.topology import Binding, Exchange, Queue, Topology
-from fluffle_common.transfer import PartsGone, Route, fetch, reject, send_tensors
-from fluffle_common.transport import (
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
+from fluffle_common.transport.base import (
     NAMED,
     Backoff,
     Delivery,
@@ -34,7 +32,9 @@ from fluffle_common.transport import (
     links,
     together,
 )
-from fluffle_common.wire import decode
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import PartsGone, Route, fetch, reject, send_tensors
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
 # How long anything may take before a test counts as hanging.
 PATIENCE_S = 20.0
@@ -1201,7 +1201,7 @@ async def test_what_is_urgent_arrives_and_is_unroutable_as_anything_else_is(benc
 async def test_parts_are_taken_from_the_user_who_may_send_them_and_no_other(
     real, monkeypatch, parts
 ):
-    monkeypatch.setattr("fluffle_common.wire.PART_BYTES", 64)
+    monkeypatch.setattr("fluffle_common.protocol.codec.PART_BYTES", 64)
     link = await real.open()
     outbox, updates, rejected = [await real.queue(link, name) for name in ("o", "u", "r")]
     of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
@@ -1244,8 +1244,8 @@ async def test_what_is_urgent_does_not_wait_behind_an_upload(real):
 
 @pytest.mark.rabbit
 async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch):
-    monkeypatch.setattr("fluffle_common.amqp_confirms._CONFIRM_S", 0.2)
-    monkeypatch.setattr("fluffle_common.amqp_confirms._LOOK_S", 0.1)
+    monkeypatch.setattr("fluffle_common.transport.rabbitmq.confirms._CONFIRM_S", 0.2)
+    monkeypatch.setattr("fluffle_common.transport.rabbitmq.confirms._LOOK_S", 0.1)
     link = await real.open()
     queue = await real.queue(link)
     real.proxy(link).hold()

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from fluffle_common.layout import form_of
+from fluffle_common.tensors.layout import form_of
 from fluffle_worker.task import TrainResult
 from tests.federation.harness import Adder, Quorum
 

@@ -12,21 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from fluffle_broker.reading import read
-from fluffle_common.checkpoint import read_checkpoint, save_checkpoint
-from fluffle_common.compression import SMALLEST, compress, encoding_of, expand
+from fluffle_broker.inspect.decode import read
 from fluffle_common.errors import MalformedMessage, UsageError
-from fluffle_common.memory import MemoryBroker
-from fluffle_common.messages import Update
-from fluffle_common.topology import Queue
-from fluffle_common.transfer import Route, send_tensors
-from fluffle_common.weights import BFLOAT16, check_delta, check_finite, size_bytes
-from fluffle_common.wire import lay_out
-from fluffle_coordinator.main import _begin_with
-from fluffle_coordinator.received import read_delta
-from fluffle_coordinator.replay import distance
-from fluffle_coordinator.store import RunStore
-from fluffle_coordinator.strategy import fedavg
+from fluffle_common.protocol.codec import lay_out
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Queue
+from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
+from fluffle_common.tensors.compression import SMALLEST, compress, encoding_of, expand
+from fluffle_common.tensors.weights import BFLOAT16, check_delta, check_finite, size_bytes
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.messaging import Route, send_tensors
+from fluffle_coordinator.service.app import _begin_with
+from fluffle_coordinator.storage.replay import distance
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.strategy.contribution import read_delta
+from fluffle_coordinator.strategy.fedavg import fedavg
 
 HOWS = ("bf16", "f16", "int8", "topk:0.05")
 

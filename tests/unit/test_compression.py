@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fluffle_common.compression import BLOCK, SMALLEST, compress, encoding_of, expand
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.messages import Plan, Update, parse
-from fluffle_common.weights import check_delta, size_bytes
-from fluffle_common.wire import decode, encode, lay_out
-from fluffle_coordinator.received import read_delta
+from fluffle_common.protocol.codec import decode, encode, lay_out
+from fluffle_common.protocol.messages import Plan, Update, parse
+from fluffle_common.tensors.compression import BLOCK, SMALLEST, compress, encoding_of, expand
+from fluffle_common.tensors.weights import check_delta, size_bytes
+from fluffle_coordinator.strategy.contribution import read_delta
 
 HOWS = ("bf16", "f16", "int8", "topk:0.01", "topk:0.5")
 FED_BACK = ("int8", "topk:0.01", "topk:0.5")

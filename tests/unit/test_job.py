@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluffle_common.compression import expand
-from fluffle_common.messages import Evaluate, Fit, Plan, Update
-from fluffle_worker.feedback import Residual
+from fluffle_common.protocol.messages import Evaluate, Fit, Plan, Update
+from fluffle_common.tensors.compression import expand
+from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, do
-from fluffle_worker.session import Work
+from fluffle_worker.machine import Work
 from fluffle_worker.task import EvalResult, TrainResult
 
 COUNT = 2000

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Event, Events
-from fluffle_common.topology import Topology
-from fluffle_common.transport import Full, Link, Occupied, Properties, Unroutable
-from fluffle_common.wire import decode, encode
-from fluffle_coordinator.journal import Journal
-from fluffle_coordinator.journal_reading import read_journal
-from fluffle_coordinator.view import _SENTENCES, sentence
+from fluffle_common.protocol.codec import decode, encode
+from fluffle_common.protocol.messages import Event, Events
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Full, Link, Occupied, Properties, Unroutable
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_coordinator.observe.journal_reader import read_journal
+from fluffle_coordinator.observe.journal_writer import Journal
+from fluffle_coordinator.observe.watchers import _SENTENCES, sentence
 
 TOPOLOGY = Topology("f")
 PATIENCE_S = 20.0

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fluffle_common.layout import Tensors, as_maps, check_form, layout_for, layout_of
-from fluffle_common.messages import TensorEntry
-from fluffle_common.weights import (
+from fluffle_common.protocol.codec import lay_out
+from fluffle_common.protocol.messages import TensorEntry
+from fluffle_common.tensors.layout import Tensors, as_maps, check_form, layout_for, layout_of
+from fluffle_common.tensors.weights import (
     BFLOAT16,
     DTYPES,
     FLOATS,
@@ -23,8 +24,7 @@ from fluffle_common.weights import (
     delta,
     is_float,
 )
-from fluffle_common.wire import lay_out
-from fluffle_coordinator.strategy import fedavg
+from fluffle_coordinator.strategy.fedavg import fedavg
 
 SHAPES = st.lists(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), max_size=5)
 RUBBISH = st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"\x01"])

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from fluffle_broker.peek import full_name, peek
-from fluffle_broker.visit import held, is_classic, visiting
+from fluffle_broker.inspect.connect import held, is_classic, visiting
+from fluffle_broker.inspect.peek import full_name, peek
 from fluffle_common.errors import BrokerError, UsageError
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Event, Update
-from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send, send_tensors
-from fluffle_common.transport import Properties
+from fluffle_common.protocol.messages import Event, Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import Route, send, send_tensors
 
 TOPOLOGY = Topology("f")
 

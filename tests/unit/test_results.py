@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import TaskError
-from fluffle_common.layout import layout_for
-from fluffle_common.messages import Evaluate, Fit, InitRequest, Plan
-from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.aggregation import federated
-from fluffle_worker.form import form_of_task
+from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
+from fluffle_common.tensors.layout import layout_for
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.aggregator import federated
 from fluffle_worker.job import Job, NotWanted, do
+from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.session import Work
+from fluffle_worker.signature import form_of_task
 from fluffle_worker.task import EvalResult, TrainResult
 
 NAN, INF = float("nan"), float("inf")

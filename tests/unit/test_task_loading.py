@@ -16,11 +16,11 @@ import pytest
 from flax import nnx
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.layout import DTYPES
-from fluffle_worker.form import UNKNOWN, described, difference, form_of_task
+from fluffle_common.tensors.layout import DTYPES
+from fluffle_worker.signature import UNKNOWN, described, difference, form_of_task
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
 from fluffle_worker.task_loading import load_task
-from fluffle_worker.training import flax_task
+from fluffle_worker.tasks.flax import flax_task
 from fluffle_worker.user_code import full_trace, one_line
 
 OPTIONS = TaskOptions("data", "w")

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluffle_common.compression import compress, encoding_of
 from fluffle_common.errors import TaskError
-from fluffle_common.layout import Form, form_of, layout_for
-from fluffle_common.messages import (
+from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
     FirstWeights,
@@ -20,11 +18,13 @@ from fluffle_common.messages import (
     Plan,
     Update,
 )
-from fluffle_common.weights import Weights, delta
-from fluffle_worker.feedback import Residual
-from fluffle_worker.form import UNKNOWN, check_form, difference
+from fluffle_common.tensors.compression import compress, encoding_of
+from fluffle_common.tensors.layout import Form, form_of, layout_for
+from fluffle_common.tensors.weights import Weights, delta
+from fluffle_worker.error_feedback import Residual
+from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
-from fluffle_worker.session import Work
+from fluffle_worker.signature import UNKNOWN, check_form, difference
 from fluffle_worker.task import EvalResult, Task, TrainResult
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.errors import TaskError
-from fluffle_common.layout import Tensors
-from fluffle_common.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
-from fluffle_common.weights import Array, Weights, apart
+from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
+from fluffle_common.tensors.layout import Tensors
+from fluffle_common.tensors.weights import Array, Weights, apart
 from fluffle_worker.task import EvalResult, Task, TrainResult
 from fluffle_worker.user_code import full_trace, one_line, sendable
 

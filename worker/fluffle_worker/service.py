@@ -1,4 +1,4 @@
-"""The worker: the asyncio shell around the session machine and the training thread.
+"""The worker: the asyncio shell around the worker's machine and the training thread.
 
 Training runs in a thread of its own, so that signs of life keep going out; the model is
 acknowledged when it has been received, so that the broker never waits for training.
@@ -21,8 +21,8 @@ from fluffle_common.errors import (
     RunError,
     TaskError,
 )
-from fluffle_common.layout import Form
-from fluffle_common.messages import (
+from fluffle_common.protocol.codec import Assembly, announced, decode
+from fluffle_common.protocol.messages import (
     Evaluate,
     Fit,
     InitRequest,
@@ -32,9 +32,11 @@ from fluffle_common.messages import (
     Update,
     Welcome,
 )
-from fluffle_common.metric_names import beside
-from fluffle_common.topology import Topology
-from fluffle_common.transport import (
+from fluffle_common.protocol.metric_names import beside
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.layout import Form
+from fluffle_common.tensors.weights import Weights
+from fluffle_common.transport.base import (
     Backoff,
     Delivery,
     Link,
@@ -44,17 +46,15 @@ from fluffle_common.transport import (
     tell_of_blocking,
     together,
 )
-from fluffle_common.weights import Weights
-from fluffle_common.wire import Assembly, announced, decode
-from fluffle_worker import session
-from fluffle_worker.answers import Answers
+from fluffle_worker import machine
+from fluffle_worker.heartbeat import Presence
+from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.job import Job
-from fluffle_worker.mail import Refusals, Tell, check_mail, drain, no_mail, weights_of
-from fluffle_worker.presence import Presence
-from fluffle_worker.session import Work
+from fluffle_worker.machine import Work
 from fluffle_worker.task import Task
-from fluffle_worker.thread import Training
 from fluffle_worker.trainer import Trainer
+from fluffle_worker.training_thread import Training
+from fluffle_worker.uploader import Answers
 
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
@@ -120,7 +120,7 @@ class WorkerService:
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
         self._refusals = Refusals(topology, settings.worker)
-        self._state = session.State()
+        self._state = machine.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._welcomed: tuple[str, int, int] | None = None
         self._outcome = "finished"  # of the run that has ended
@@ -331,7 +331,7 @@ class WorkerService:
                 self._part(message, payload)
             case Stop(run=run, reason=reason) if self._run in (None, run):
                 self._outcome = message.outcome
-                self._advance(session.Stopped(reason))
+                self._advance(machine.Stopped(reason))
             case Refusal() | Stop():
                 pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
@@ -360,33 +360,33 @@ class WorkerService:
         if work not in self._jobs:
             self._jobs[work] = Job(work, message, weights)
         self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
-        self._advance(session.Asked(work))
+        self._advance(machine.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
         if work not in known:
             del self._jobs[work]  # older than what we have
 
     # --- the machine ---------------------------------------------------------------------------
 
-    def _advance(self, event: session.Event) -> None:
-        self._state, effects = session.advance(self._state, event)
+    def _advance(self, event: machine.Event) -> None:
+        self._state, effects = machine.advance(self._state, event)
         for effect in effects:
             match effect:
-                case session.Begin(work):
+                case machine.Begin(work):
                     self._begin(self._jobs[work])
-                case session.Abandon(work):
+                case machine.Abandon(work):
                     self._jobs[work].wanted = False
                     self._tell("abandoned", {"round": work.round})
-                case session.Send(work):
+                case machine.Send(work):
                     self._presence.now("sending", work)
                     self._answers.put(self._jobs[work])
-                case session.Drop(work):
+                case machine.Drop(work):
                     self._jobs.pop(work).wanted = False
-                case session.Report(work, reason):
+                case machine.Report(work, reason):
                     self._failed_with = reason
                     self._tell("failure", {"round": work.round, "reason": reason})
                     self._presence.now("idle", work)
                     self._presence.failed(self._link, work, reason)
-                case session.Leave(reason):
+                case machine.Leave(reason):
                     self._tell("ended", {"reason": reason})
                     if self._settings.stay:
                         self._forget()
@@ -398,7 +398,7 @@ class WorkerService:
         for job in self._jobs.values():
             job.wanted = False
         self._jobs.clear()
-        self._state = session.State()
+        self._state = machine.State()
 
     # --- the training thread -------------------------------------------------------------------
 
@@ -415,8 +415,8 @@ class WorkerService:
 
         self._trainer.begin(job, evaluated)
 
-    def _done(self, event: session.Event) -> None:
-        self._trained |= isinstance(event, session.Finished) and event.work.kind == "fit"
+    def _done(self, event: machine.Event) -> None:
+        self._trained |= isinstance(event, machine.Finished) and event.work.kind == "fit"
         self._advance(event)
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
@@ -434,7 +434,7 @@ class WorkerService:
         self._bar("sending", done, parts, "")
 
     def _sent(self, job: Job) -> None:
-        self._advance(session.Sent(job.work))
+        self._advance(machine.Sent(job.work))
         if self._state.answered == job.work:  # there is no newer work yet
             self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None
