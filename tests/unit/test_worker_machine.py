@@ -21,6 +21,7 @@ works = st.builds(
     st.sampled_from(["run-1", "run-2"]),
     st.integers(0, 3),
     st.sampled_from(["base-1", "base-2"]),
+    st.integers(0, 2),
 )
 
 _KINDS = ("init", "fit", "evaluate")
@@ -28,10 +29,11 @@ _KINDS = ("init", "fit", "evaluate")
 
 def later(one: Work, other: Work) -> bool:
     """Whether one is the same run's, and comes after the other."""
-    return one.run == other.run and (one.round, _KINDS.index(one.kind)) > (
-        other.round,
-        _KINDS.index(other.kind),
-    )
+    return one.run == other.run and _place(one) > _place(other)
+
+
+def _place(work: Work) -> tuple[int, int, int]:
+    return work.round, _KINDS.index(work.kind), work.attempt
 
 
 class Worker(RuleBasedStateMachine):
