@@ -15,13 +15,13 @@ import aio_pika
 import numpy as np
 import pytest
 
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
 from fluffle_common.transport.base import (
     NAMED,
-    Backoff,
     Delivery,
     Full,
     Link,
@@ -29,12 +29,11 @@ from fluffle_common.transport.base import (
     Properties,
     Transport,
     Unroutable,
-    links,
-    together,
 )
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import PartsGone, Route, fetch, reject, send_tensors
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 # How long anything may take before a test counts as hanging.
 PATIENCE_S = 20.0
@@ -1009,7 +1008,7 @@ async def test_links_are_opened_again_with_backoff():
 
     backoff = Backoff(first_s=0.001, most_s=0.004, give_up_s=1000)
     seen: list[Link] = []
-    async with contextlib.aclosing(links(broker, backoff, waiting, lambda: 1.0)) as opened:
+    async with contextlib.aclosing(reconnecting(broker, backoff, waiting, lambda: 1.0)) as opened:
         async for link in opened:
             assert broker.links == {link}  # the one before it is closed
             seen.append(link)
@@ -1029,7 +1028,7 @@ async def test_links_are_closed_when_what_used_them_fails():
     broker = MemoryBroker()
 
     async def use() -> None:
-        async with contextlib.aclosing(links(broker, Backoff(), lambda *_: None)) as opened:
+        async with contextlib.aclosing(reconnecting(broker, Backoff(), lambda *_: None)) as opened:
             async for _ in opened:
                 raise KeyError("a mistake of ours")
 
@@ -1045,7 +1044,7 @@ async def test_links_give_up_with_one_line_that_says_what_to_do():
     backoff = Backoff(first_s=0.001, most_s=0.002, give_up_s=0.02)
     with pytest.raises(BrokerError, match=r"fluffle broker up.*--url"):
         await soon(
-            anext(links(broker, backoff, lambda _, pause: pauses.append(pause), lambda: 1.0))
+            anext(reconnecting(broker, backoff, lambda _, pause: pauses.append(pause), lambda: 1.0))
         )
     assert pauses
     assert pauses == [0.001, *[0.002] * (len(pauses) - 1)]
@@ -1053,7 +1052,7 @@ async def test_links_give_up_with_one_line_that_says_what_to_do():
 
 async def test_links_do_not_try_again_where_that_is_no_use():
     with pytest.raises(BrokerError, match="wrong password"):
-        await anext(links(Refusing(), Backoff(), lambda *_: pytest.fail("waited")))
+        await anext(reconnecting(Refusing(), Backoff(), lambda *_: pytest.fail("waited")))
 
 
 async def test_together_ends_all_when_one_fails_and_says_why():
@@ -1069,12 +1068,12 @@ async def test_together_ends_all_when_one_fails_and_says_why():
         raise LinkLost("gone")
 
     with pytest.raises(LinkLost, match="gone"):
-        await soon(together(forever(), fail()))
+        await soon(run_all(forever(), fail()))
     assert ended.is_set()
 
 
 async def test_nothing_together_is_done_at_once():
-    task = asyncio.ensure_future(together())
+    task = asyncio.ensure_future(run_all())
     await soon(task)
     assert task.exception() is None
 
@@ -1089,7 +1088,7 @@ async def _fail_when_cancelled(begun: asyncio.Event) -> None:
 
 async def test_who_is_cancelled_while_the_link_is_lost_ends_all_the_same():
     begun = [asyncio.Event(), asyncio.Event()]
-    task = asyncio.ensure_future(together(*map(_fail_when_cancelled, begun)))
+    task = asyncio.ensure_future(run_all(*map(_fail_when_cancelled, begun)))
     for each in begun:
         await soon(each.wait())
     task.cancel()
@@ -1107,7 +1106,9 @@ async def test_who_is_cancelled_gets_no_other_link():
             opened.append(self)
             await _fail_when_cancelled(opening)
 
-    task = asyncio.ensure_future(anext(links(Lossy(), Backoff(0.001, 0.002), lambda *_: None)))
+    task = asyncio.ensure_future(
+        anext(reconnecting(Lossy(), Backoff(0.001, 0.002), lambda *_: None))
+    )
     await soon(opening.wait())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

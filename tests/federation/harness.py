@@ -17,8 +17,8 @@ import numpy as np
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Backoff
 from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import Watcher, Watchers, sentence

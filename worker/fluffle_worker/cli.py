@@ -136,8 +136,8 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.settings import broker_url
     from fluffle_common.protocol.topology import Topology
-    from fluffle_common.transport.base import Backoff
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+    from fluffle_common.transport.reconnect import Backoff
     from fluffle_worker.leaving import leave
     from fluffle_worker.service import WorkerService, WorkerSettings
     from fluffle_worker.signature import form_of_task

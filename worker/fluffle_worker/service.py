@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import (
     FluffleError,
     LinkLost,
@@ -36,16 +37,8 @@ from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Form
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import (
-    Backoff,
-    Delivery,
-    Link,
-    Occupied,
-    Transport,
-    links,
-    tell_of_blocking,
-    together,
-)
+from fluffle_common.transport.base import Delivery, Link, Occupied, Transport, tell_of_blocking
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 from fluffle_worker import machine
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, weights_of
@@ -209,7 +202,7 @@ class WorkerService:
 
         first, occupied_since = True, 0.0
         async with contextlib.aclosing(
-            links(self._transport, self._settings.backoff, no_broker)
+            reconnecting(self._transport, self._settings.backoff, no_broker)
         ) as opened:
             async for link in opened:
                 try:
@@ -246,7 +239,7 @@ class WorkerService:
         self._link = link
         self._linked.set()
         self._tell("connected", {})
-        await together(
+        await run_all(
             self._read(link, mail),
             self._be_heard(link),
             self._until_lost(link),

@@ -7,11 +7,12 @@ import contextlib
 import threading
 from collections.abc import Awaitable, Callable
 
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Full, Link, Unroutable, together
+from fluffle_common.transport.base import Full, Link, Unroutable
 from fluffle_common.transport.messaging import Route, read_part, send, send_tensors
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Refusals, Tell, drain
@@ -117,7 +118,7 @@ class Answers:
             if len(works) == 1:
                 await works[0]
             else:  # in this order: before its round closes, the evaluation is there
-                await together(*works)
+                await run_all(*works)
             if due and job.work.kind == "fit":
                 self._residual = job.residual
         finally:

@@ -101,8 +101,9 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.errors import BrokerError, LinkLost
-    from fluffle_common.transport.base import Backoff, Occupied, links
+    from fluffle_common.transport.base import Occupied
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+    from fluffle_common.transport.reconnect import Backoff, reconnecting
 
     transport = AmqpTransport(address, "fluffle tap")
 
@@ -113,7 +114,7 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
         warn(f"no broker ({reason}); trying again in {pause_s:.1f} s")
 
     async def follow() -> None:
-        async with contextlib.aclosing(links(transport, Backoff(), no_broker)) as opened:
+        async with contextlib.aclosing(reconnecting(transport, Backoff(), no_broker)) as opened:
             async for link in opened:
                 tapping = Tap(link, topology, lines.wanted, workers, lines.take)
                 run = asyncio.ensure_future(tapping.run(ready))

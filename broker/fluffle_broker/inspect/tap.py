@@ -16,9 +16,10 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 
 from fluffle_broker.inspect.decode import Reading, read
+from fluffle_common.concurrency import run_all
 from fluffle_common.protocol.messages import Heartbeat, Hello
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Binding, Topology
-from fluffle_common.transport.base import Delivery, Link, together
+from fluffle_common.transport.base import Delivery, Link
 
 LOOK_AGAIN_S = 10.0
 # While there is nothing to be bound to: nobody has come to this federation yet.
@@ -142,7 +143,7 @@ class Tap:
         async with contextlib.aclosing(await self._link.tap(self._queue, [])) as copies:
             await self._bind()
             ready()
-            await together(self._read(copies), self._keep_bound())
+            await run_all(self._read(copies), self._keep_bound())
 
     async def _read(self, copies: AsyncGenerator[Delivery]) -> None:
         async for copy in copies:

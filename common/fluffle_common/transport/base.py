@@ -3,8 +3,8 @@
 A ``Transport`` opens a ``Link``, one connection's life. A link never repairs itself: when anything
 of it breaks, all of it is lost, every waiting call raises ``LinkLost``, and what was delivered over
 it and not acknowledged will be delivered again over another link. Repairing is opening a new link,
-which ``links`` does with backoff; so every layer above sees one plain event instead of a connection
-in an unknown state.
+which ``reconnecting`` does with backoff; so every layer above sees one plain event instead of a
+connection in an unknown state.
 
 The contract, which ``tests/contract`` holds both implementations to:
 
@@ -19,21 +19,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from collections.abc import (
     AsyncGenerator,
     Callable,
-    Coroutine,
     Iterable,
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Binding, Entity, Queue
 
 HeaderValue = str | int | float | bool
@@ -289,41 +286,6 @@ class Transport(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Backoff:
-    """How long to wait between attempts: doubling up to ``most_s``, ``give_up_s`` in all."""
-
-    first_s: float = 0.2
-    most_s: float = 5.0
-    give_up_s: float = 600.0
-
-
-def cancelled() -> bool:
-    """Whether the task that asks has been told to end, whatever was raised since."""
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
-
-
-async def together(*works: Coroutine[Any, Any, None]) -> None:
-    """Run works side by side until the first fails, which ends them all; raise what it raised.
-
-    Unlike a ``TaskGroup`` before Python 3.13, it never cancels its caller, and when the caller is
-    cancelled just as a work fails, it is the cancellation that counts.
-    """
-    if not works:
-        return
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            if task.done() and not task.cancelled():
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def tell_of_blocking(link: Link, tell: Callable[[str, dict[str, Any]], object]) -> None:
     """Tell, for ever, when the broker begins to take nothing from us, and when that ends."""
     async with contextlib.aclosing(link.blocking()) as news:
@@ -332,50 +294,3 @@ async def tell_of_blocking(link: Link, tell: Callable[[str, dict[str, Any]], obj
                 tell("blocked", {"reason": reason})
             else:
                 tell("unblocked", {})
-
-
-async def links(
-    transport: Transport,
-    backoff: Backoff,
-    waiting: Callable[[str, float], None],
-    chance: Callable[[], float] = random.random,
-) -> AsyncGenerator[Link, None]:
-    """Yield one link after another, each when the one before it is done with.
-
-    Args:
-        transport: where links come from.
-        backoff: how long to wait between attempts, and when to give up.
-        waiting: told why there is no link and in how many seconds the next attempt is made.
-        chance: a number from 0 to 1, by which a pause is between half of what it may be and all of
-            it: those who lost the same broker do not come back all at once.
-
-    Raises:
-        BrokerError: when no link could be opened for ``backoff.give_up_s`` seconds.
-    """
-    loop = asyncio.get_running_loop()
-    pause, since = backoff.first_s, loop.time()
-    while True:
-        if cancelled():  # and the link was lost in the same moment
-            raise asyncio.CancelledError
-        try:
-            link = await transport.open()
-        except LinkLost as why:
-            if loop.time() - since + pause > backoff.give_up_s:
-                raise BrokerError(
-                    f"no broker at {transport.address} for {backoff.give_up_s:.0f} s ({why}); "
-                    "start one with 'fluffle broker up' or name one with --url"
-                ) from None
-            pause_s = pause * (1 + chance()) / 2
-            waiting(str(why), pause_s)
-            await asyncio.sleep(pause_s)
-            pause = min(2 * pause, backoff.most_s)
-            continue
-        opened = loop.time()
-        try:
-            yield link
-        finally:
-            await link.close()
-        # A link that broke at once is no reason to hammer the broker.
-        pause = backoff.first_s if loop.time() - opened > pause else min(2 * pause, backoff.most_s)
-        since = loop.time()
-        await asyncio.sleep(pause * (1 + chance()) / 2)

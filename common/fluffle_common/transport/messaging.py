@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 
 from fluffle_common.cli.console import timestamp
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import (
     SMALL_HEADER_BYTES,
@@ -19,15 +20,7 @@ from fluffle_common.protocol.codec import (
 )
 from fluffle_common.protocol.messages import Message, Part, Transfer, WithTensors
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import (
-    NAMED,
-    Body,
-    Delivery,
-    HeaderValue,
-    Link,
-    Properties,
-    together,
-)
+from fluffle_common.transport.base import NAMED, Body, Delivery, HeaderValue, Link, Properties
 
 # How many parts may be on their way to the broker, unconfirmed: enough that it never waits for us.
 _WINDOW = 4
@@ -140,7 +133,7 @@ async def _send_parts(
             if progress is not None:
                 progress(number + 1, packing.parts)
 
-    await together(*(one_after_the_other() for _ in range(_WINDOW)))
+    await run_all(*(one_after_the_other() for _ in range(_WINDOW)))
 
 
 async def reject(

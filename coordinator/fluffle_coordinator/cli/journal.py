@@ -212,7 +212,7 @@ def _where(federation: str, url: str | None) -> tuple[Transport, Topology]:
 def _events(
     federation: str, url: str | None, since: datetime | None = None, *, live: bool = False
 ) -> AsyncGenerator[Event]:
-    from fluffle_common.transport.base import Backoff
+    from fluffle_common.transport.reconnect import Backoff
     from fluffle_coordinator.observe.journal_reader import read_journal
 
     transport, topology = _where(federation, url)

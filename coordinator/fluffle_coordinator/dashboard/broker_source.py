@@ -14,19 +14,13 @@ import time
 import uuid
 from collections.abc import Callable
 
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello
 from fluffle_common.protocol.topology import Binding, Topology
-from fluffle_common.transport.base import (
-    Backoff,
-    Delivery,
-    Link,
-    Occupied,
-    Transport,
-    links,
-    together,
-)
+from fluffle_common.transport.base import Delivery, Link, Occupied, Transport
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed, Figures
 from fluffle_coordinator.dashboard.server import served
@@ -64,7 +58,7 @@ class Beside:
 
     async def follow(self) -> None:
         """Keep the board until cancelled."""
-        await together(self._journal(), self._signs_of_life())
+        await run_all(self._journal(), self._signs_of_life())
 
     async def _journal(self) -> None:
         events = read_journal(self._transport, self._topology, live=True, backoff=_FOREVER)
@@ -75,7 +69,7 @@ class Beside:
                     self.feed.tell(at, event.event, event.fields, event.run)
 
     async def _signs_of_life(self) -> None:
-        opened = links(self._transport, _FOREVER, self._no_broker)
+        opened = reconnecting(self._transport, _FOREVER, self._no_broker)
         async with contextlib.aclosing(opened):
             async for link in opened:
                 try:

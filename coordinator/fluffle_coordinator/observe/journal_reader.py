@@ -11,7 +11,8 @@ from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, Usage
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.base import Backoff, Delivery, Link, Occupied, Since, Transport, links
+from fluffle_common.transport.base import Delivery, Link, Occupied, Since, Transport
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 # The broker begins at a time by its own clock, events have the coordinator's; and an event is told
 # before it is on the broker, never after.
@@ -51,7 +52,7 @@ async def read_journal(
     """
     newest_of: dict[str, int] = {}  # of each session: its events come in the order of their numbers
     begin: Since = since - _CLOCKS_APART if since else None
-    opened = links(transport, backoff or Backoff(), waiting)
+    opened = reconnecting(transport, backoff or Backoff(), waiting)
     async with contextlib.aclosing(opened):
         async for link in opened:
             entries = _entries(link, topology, begin, live=live)

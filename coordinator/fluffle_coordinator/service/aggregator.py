@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from fluffle_common.cli.console import timestamp
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
 from fluffle_common.protocol.messages import Update
@@ -22,7 +23,7 @@ from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import checkpoint_name
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
-from fluffle_common.transport.base import Link, together
+from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone, fetch
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -99,7 +100,7 @@ class Aggregation:
 
     async def run(self) -> None:
         """Do what is asked for, for ever."""
-        await together(self._jobs.run(), self._lines.run())
+        await run_all(self._jobs.run(), self._lines.run())
 
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""

@@ -26,8 +26,8 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint
 from fluffle_common.tensors.weights import check_finite, check_form
-from fluffle_common.transport.base import Backoff
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine.state import Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers

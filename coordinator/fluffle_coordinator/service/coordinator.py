@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe
 from fluffle_common.protocol.messages import (
@@ -40,18 +41,16 @@ from fluffle_common.protocol.messages import (
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import (
-    Backoff,
     Delivery,
     Full,
     Link,
     Occupied,
     Transport,
     UnknownQueueType,
-    links,
     tell_of_blocking,
-    together,
 )
 from fluffle_common.transport.messaging import Route, check_user, send
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine
@@ -331,7 +330,7 @@ class Coordinator:
         def no_broker(reason: str, pause_s: float) -> None:
             self._tell("no_broker", {"reason": reason, "pause_s": pause_s})
 
-        opened = links(self._transport, self._settings.backoff, no_broker)
+        opened = reconnecting(self._transport, self._settings.backoff, no_broker)
         number = 0
         async with contextlib.aclosing(opened):
             async for link in opened:
@@ -365,7 +364,7 @@ class Coordinator:
             self._consume_updates(link, number),
             tell_of_blocking(link, self._tell),
         ]
-        await together(*works, *([self._journal.publish(link)] if self._journal else []))
+        await run_all(*works, *([self._journal.publish(link)] if self._journal else []))
 
     async def _declare(self, journal: Queue, link: Link) -> None:
         """Make sure that there is a journal; without one, the run goes on all the same."""

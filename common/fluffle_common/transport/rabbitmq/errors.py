@@ -17,8 +17,9 @@ from typing import Literal
 import aiormq.exceptions
 import pamqp.exceptions
 
+from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport.base import Occupied, OtherArguments, UnknownQueueType, cancelled
+from fluffle_common.transport.base import Occupied, OtherArguments, UnknownQueueType
 from fluffle_common.transport.rabbitmq.urls import without_credentials
 
 # They log what they also raise; whoever catches it says it in our own words.

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport.base import Link, Transport, cancelled
+from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connection import Connection, prepared
 from fluffle_common.transport.rabbitmq.errors import is_lost, told
 from fluffle_common.transport.rabbitmq.link import AmqpLink, close
