@@ -13,16 +13,10 @@ from fluffle_broker.inspect.rejected import requeue
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol.codec import decode, pack
-from fluffle_common.protocol.messages import (
-    FirstWeights,
-    Heartbeat,
-    Hello,
-    TensorEntry,
-    Transfer,
-    Update,
-)
+from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Transfer, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.compression import compress
+from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import delta
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink

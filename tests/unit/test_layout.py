@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fluffle_common.protocol.codec import lay_out
-from fluffle_common.protocol.messages import TensorEntry
 from fluffle_common.tensors.layout import Tensors, as_maps, check_form, layout_for, layout_of
+from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import (
     BFLOAT16,
     DTYPES,

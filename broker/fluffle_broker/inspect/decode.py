@@ -10,7 +10,8 @@ import numpy as np
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import decode, read_tensors
-from fluffle_common.protocol.messages import Message, Part, TensorEntry, Transfer
+from fluffle_common.protocol.messages import Message, Part, Transfer
+from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import Array
 from fluffle_common.transport.base import Delivery
 

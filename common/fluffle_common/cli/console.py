@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
@@ -16,6 +15,7 @@ from pydantic_core import to_json
 
 from fluffle_common.cli.patient_stream import PatientStream, warn_once
 from fluffle_common.cli.printing import echo, printable, visible_json
+from fluffle_common.clock import timestamp
 
 LogFormat = Literal["auto", "plain", "json"]
 # So long a line may wait for others, so that they are written in one go.
@@ -128,11 +128,6 @@ def json_line(told: Mapping[str, Any]) -> str:
         return visible_json(to_json(told, ensure_ascii=True, fallback=str).decode())
     except ValueError:  # not every name of a file is text
         return visible_json(json.dumps(told, default=str, separators=(",", ":")))
-
-
-def timestamp(timespec: str = "milliseconds") -> str:
-    """Return the time now, UTC, as ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec=timespec)
 
 
 def log_format_option(command: Any) -> Any:

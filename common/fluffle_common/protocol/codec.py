@@ -22,16 +22,7 @@ import numpy as np
 from blake3 import blake3
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.messages import (
-    MAX_TENSORS,
-    Message,
-    Part,
-    TensorEntry,
-    Transfer,
-    WithTensors,
-    parse,
-    told_of,
-)
+from fluffle_common.protocol.messages import Message, Part, Transfer, WithTensors, parse, told_of
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -42,6 +33,7 @@ from fluffle_common.tensors.layout import (
     layout_for,
     layout_of,
 )
+from fluffle_common.tensors.table import MAX_TENSORS, TensorEntry
 
 # Of any message; enough for as many tensors as there may be, with names of an ordinary length.
 MAX_HEADER_BYTES = 16 * 2**20

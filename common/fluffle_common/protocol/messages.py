@@ -8,7 +8,7 @@ names here are the names on the wire, in the journal and in the documentation.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgpack
 from pydantic import (
@@ -24,17 +24,20 @@ from pydantic import (
 )
 
 from fluffle_common.errors import MalformedMessage
+from fluffle_common.tensors.table import (
+    MAX_TENSORS,
+    MOST_TENSORS_KEPT,
+    TABLES_KEPT,
+    Encoding,
+    TensorEntry,
+)
 
 MAX_NUM_EXAMPLES = 10**12
-MAX_TENSORS = 100_000
-MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
 MAX_METRICS = MAX_METRIC_NAME = 64
 MAX_CLASS_NAME = 100
 # A worker says these of itself every few seconds, and the coordinator keeps them of each.
 MAX_TASK_CHARACTERS = 200
 MAX_CLASSES, MAX_CLASSES_BYTES = 5_000, 32 * 2**10
-# So many tables of tensors are remembered, of up to this length: anyone may send any table.
-TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
 
 # Names end up in queue names and routing keys. A federation has no dot, so that its names on the
 # broker cannot be mistaken for another federation's.
@@ -53,7 +56,6 @@ Metrics = Annotated[
     dict[Annotated[str, Field(max_length=MAX_METRIC_NAME)], Metric], Field(max_length=MAX_METRICS)
 ]
 Text = Annotated[str, Field(max_length=2000)]
-Encoding = Literal["bf16", "f16", "int8", "topk"]
 TaskName = Annotated[str, Field(max_length=MAX_TASK_CHARACTERS)]
 
 
@@ -81,18 +83,6 @@ _IDENTITY = ("kind", "run", "round", "worker")
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-class TensorEntry(NamedTuple):
-    """Where one tensor lies in the payload: little-endian, C order, ``offset`` a multiple of 64."""
-
-    name: Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)]
-    dtype: Annotated[str, Field(max_length=16)]
-    shape: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(max_length=MAX_DIMENSIONS)
-    ]
-    offset: Annotated[int, Field(ge=0)]
-    nbytes: Annotated[int, Field(ge=0)]
 
 
 _TABLES: dict[bytes, tuple[TensorEntry, ...]] = {}

@@ -21,8 +21,8 @@ from string import ascii_lowercase
 from typing import IO
 
 from fluffle_common.errors import UsageError
-from fluffle_common.protocol.messages import TensorEntry
 from fluffle_common.tensors.layout import Layout, Tensors, bytes_of, layout_for
+from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import FLOATS, INTEGERS, Array, Weights
 
 _HEADER_SIZE = struct.Struct("<Q")

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.protocol.messages import Encoding
+from fluffle_common.tensors.table import Encoding
 from fluffle_common.tensors.weights import (
     BFLOAT16,
     FLOATS,

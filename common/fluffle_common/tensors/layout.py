@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from fluffle_common.protocol.messages import (
+from fluffle_common.tensors.table import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,

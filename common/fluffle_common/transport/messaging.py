@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fluffle_common.cli.console import timestamp
+from fluffle_common.clock import timestamp
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import (

@@ -9,7 +9,7 @@ from importlib.resources import files
 from itertools import pairwise
 from string import Template
 
-from fluffle_common.cli.console import timestamp
+from fluffle_common.clock import timestamp
 from fluffle_coordinator.dashboard.charts import Series, Square, line_chart, matrix, stacked_bars
 from fluffle_coordinator.dashboard.report_numbers import PHASES, Cell, Numbers, RoundRow, WorkerRow
 from fluffle_coordinator.observe import formatting

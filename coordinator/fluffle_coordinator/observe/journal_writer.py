@@ -21,7 +21,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fluffle_common.cli.console import timestamp, warn
+from fluffle_common.cli.console import warn
+from fluffle_common.clock import timestamp
 from fluffle_common.errors import FluffleError
 from fluffle_common.protocol.codec import encode
 from fluffle_common.protocol.messages import Event, Events

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fluffle_common.cli.console import timestamp
+from fluffle_common.clock import timestamp
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors

@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fluffle_common.cli.console import json_line, timestamp
+from fluffle_common.cli.console import json_line
+from fluffle_common.clock import timestamp
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
     checkpoint_name,
