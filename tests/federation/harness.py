@@ -22,9 +22,11 @@ from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import Watcher, Watchers, sentence
-from fluffle_coordinator.service.coordinator import Coordinator, CoordinatorSettings
+from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_worker.service import WorkerService, WorkerSettings
+from fluffle_worker.service import WorkerService
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import EvalResult, TrainResult
 from tests.federation.clock import Training, VirtualLoop
 from tests.federation.line import Line

@@ -25,10 +25,10 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.aggregator import Aggregation
-from fluffle_coordinator.service.coordinator import CoordinatorSettings
 from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.outbox import Outgoing
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.contribution import check_announced
 

@@ -14,7 +14,8 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.compression import expand
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
-from fluffle_worker.service import WorkerService, WorkerSettings
+from fluffle_worker.service import WorkerService
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import TrainResult
 
 COUNT = 2000

@@ -14,7 +14,7 @@ from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.machine import Work
-from fluffle_worker.service import WorkerSettings
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import EvalResult, TrainResult
 
 TOPOLOGY = Topology("f")

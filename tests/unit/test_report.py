@@ -25,7 +25,7 @@ from fluffle_coordinator.dashboard.report_numbers import PHASES, Cell, numbers, 
 from fluffle_coordinator.dashboard.report_page import page
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service.configuration import configuration
-from fluffle_coordinator.service.coordinator import CoordinatorSettings
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Counts
 from fluffle_coordinator.storage.run_store import RunStore
 

@@ -27,7 +27,8 @@ from fluffle_common.protocol.messages import (
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send, send_tensors
-from fluffle_worker.service import WorkerService, WorkerSettings
+from fluffle_worker.service import WorkerService
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import TrainResult
 from fluffle_worker.training_thread import TrainingThread
 

@@ -139,7 +139,8 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
     from fluffle_worker.leaving import leave
-    from fluffle_worker.service import WorkerService, WorkerSettings
+    from fluffle_worker.service import WorkerService
+    from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import form_of_task
     from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
     from fluffle_worker.task_loading import load_task

@@ -29,7 +29,7 @@ from fluffle_worker.task import Task, classes_of, num_examples_of
 from fluffle_worker.user_code import sendable
 
 if TYPE_CHECKING:
-    from fluffle_worker.service import WorkerSettings
+    from fluffle_worker.settings import WorkerSettings
 
 _BYE_PATIENCE_S = 2.0
 # How long until a hello that no queue was bound for is said again.

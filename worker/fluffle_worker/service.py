@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.concurrency import run_all
@@ -38,12 +37,13 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Form
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Delivery, Link, Occupied, Transport, tell_of_blocking
-from fluffle_common.transport.reconnect import Backoff, reconnecting
+from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker import machine
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.job import Job
 from fluffle_worker.machine import Work
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import Task
 from fluffle_worker.trainer import Trainer
 from fluffle_worker.training_thread import Training
@@ -55,32 +55,6 @@ _WAITING_EVERY_S = 15.0
 _FIELDS = frozenset({"event", "federation", "kind", "round", "time", "worker"})
 # How often a worker that was here first looks whether a coordinator has come.
 _LOOK_AGAIN_S = 0.5
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """What the data owner decided.
-
-    Args:
-        federation: whose queues to use.
-        worker: this worker's id, unique in the federation.
-        task: what the task is called, for people.
-        heartbeat_s: seconds between signs of life.
-        occupied_s: seconds to wait, at the start, while another worker has this id: a connection
-            that was cut lives on in the broker for up to two of its heartbeats.
-        stay: wait for another run when one has ended.
-        max_model_bytes: the largest model taken.
-        backoff: how to wait for a broker that is away.
-    """
-
-    federation: str
-    worker: str
-    task: str
-    heartbeat_s: float = 2.0
-    occupied_s: float = 45.0
-    stay: bool = False
-    max_model_bytes: int = 8 * 2**30
-    backoff: Backoff = field(default_factory=Backoff)
 
 
 class WorkerService:

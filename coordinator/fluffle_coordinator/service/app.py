@@ -33,7 +33,8 @@ from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
-from fluffle_coordinator.service.coordinator import Coordinator, CoordinatorSettings
+from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
-    from fluffle_coordinator.service.coordinator import CoordinatorSettings
+    from fluffle_coordinator.service.settings import CoordinatorSettings
 
 
 def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Data flows one way::
 
-    link ──deliveries──> events ──> advance() ──> effects ─┬─> outgoing   (publishes, in order)
-                                                          └─> aggregation (fold, commit, in order)
+    link ──deliveries──> events ──> advance() ──> effects ─┬─> outbox     (publishes, in order)
+                                                          └─> aggregator (fold, commit, in order)
                                                                    └──> events
 
 Only ``_post`` changes the state, one event after the other. Publishing and aggregation have a queue
@@ -19,8 +19,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fluffle_common.concurrency import run_all
@@ -35,7 +33,6 @@ from fluffle_common.protocol.messages import (
     Heartbeat,
     Hello,
     Message,
-    Plan,
     Update,
 )
 from fluffle_common.protocol.model_form import model_form
@@ -50,7 +47,7 @@ from fluffle_common.transport.base import (
     tell_of_blocking,
 )
 from fluffle_common.transport.messaging import Route, check_user, send
-from fluffle_common.transport.reconnect import Backoff, reconnecting
+from fluffle_common.transport.reconnect import reconnecting
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine
@@ -61,6 +58,7 @@ from fluffle_coordinator.service.aggregator import Aggregation
 from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.outbox import Outgoing
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 # How long the end of a run may wait for the journal to be on the broker.
@@ -71,41 +69,6 @@ _ECHO_EVERY_S = 1.0
 _OF_THE_BROKER = frozenset({"connected", "reconnected", "disconnected", "no_broker"})
 # How often, at most, what is due is looked for while much happens.
 _LOOK_EVERY_S = 0.1
-
-
-@dataclass(frozen=True)
-class CoordinatorSettings:
-    """What the operator decided, besides the rules of the rounds.
-
-    Args:
-        federation: whose queues to use.
-        rules: the rules of the rounds.
-        plan: what workers are told about training; its seed and deadline come from the rules.
-        classes: the classes that workers must have; None lets the first worker say.
-        init: a checkpoint to begin with; None asks a worker.
-        max_workers: the most updates that may be held unacknowledged, give or take a few; where
-            more workers answer, the next round's wait until those of the last are on disk.
-        max_held_bytes: how much of the updates may wait to be folded; see ``held_updates``.
-        max_model_bytes: the most that a model or an update may have.
-        verify_users: reject what a worker sends while logged in to the broker under another name
-            than its id.
-        keep_updates: keep every update that is counted, as it came.
-        backoff: how to wait for a broker that is away.
-        waiting_every_s: how often to say what is waited for.
-    """
-
-    federation: str
-    rules: rs.Rules
-    plan: Plan = field(default_factory=Plan)
-    classes: tuple[str, ...] | None = None
-    init: Path | None = None
-    max_workers: int = 1024
-    max_held_bytes: int = 2**30
-    max_model_bytes: int = 8 * 2**30
-    verify_users: bool = False
-    keep_updates: bool = False
-    backoff: Backoff = field(default_factory=Backoff)
-    waiting_every_s: float = 10.0
 
 
 class Coordinator:

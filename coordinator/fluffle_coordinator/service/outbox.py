@@ -30,7 +30,7 @@ from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.serial_queue import Turns
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.service.coordinator import CoordinatorSettings
+    from fluffle_coordinator.service.settings import CoordinatorSettings
 
 # How long the end of a run may wait for a broker that is away, so that the workers hear of it.
 _STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
