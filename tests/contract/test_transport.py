@@ -23,10 +23,10 @@ from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
 from fluffle_common.transport.base import (
     NAMED,
     Delivery,
-    Full,
     Link,
-    Occupied,
     Properties,
+    QueueFull,
+    QueueInUse,
     Transport,
     Unroutable,
 )
@@ -200,7 +200,7 @@ async def consume_when_free(link: Link, queue: str) -> AsyncIterator[Delivery]:
     while True:
         try:
             return await link.consume(queue, prefetch=5, exclusive=True)
-        except Occupied:  # the broker tells nobody when it notices that a reader is gone
+        except QueueInUse:  # the broker tells nobody when it notices that a reader is gone
             await asyncio.sleep(0.01)
 
 
@@ -365,7 +365,7 @@ async def test_a_full_queue_refuses_and_loses_nothing(bench, bound):
     queue = await bench.queue(link, "q", x_overflow="reject-publish", **bound)
     await put(link, queue, b"m0", b"m1")
     for _ in range(2):
-        with pytest.raises(Full):
+        with pytest.raises(QueueFull):
             await put(link, queue, b"m2")
     first = await soon(link.get(queue))
     assert first.body == b"m0"
@@ -386,7 +386,7 @@ async def test_a_full_queue_costs_the_others_nothing(bench):
     await link.declare([Binding(name, exchange, "") for name in (*full, roomy)])
     for name in full:
         await put(link, name, b"in the way")
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         await link.publish(b"x", Properties(), exchange=exchange, keys=[""])
     assert await drain(link, roomy) == [b"x"]
     for name in full:
@@ -512,7 +512,7 @@ async def test_an_exclusive_consumer_and_another_exclude_each_other(bench, first
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     deliveries = await one.consume(queue, prefetch=5, exclusive=first)
-    with pytest.raises(Occupied):
+    with pytest.raises(QueueInUse):
         await two.consume(queue, prefetch=5, exclusive=second)
     # Both links are as good as before, and the first still has the queue.
     await put(two, queue, b"x")
@@ -837,7 +837,7 @@ async def test_a_tap_goes_with_its_iterator_or_its_link(bench, how):
 async def test_nobody_but_its_link_can_read_a_tap(bench):
     link = await bench.open()
     _, queue, _ = await tapped(bench)
-    with pytest.raises(Occupied):
+    with pytest.raises(QueueInUse):
         await soon(link.consume(queue.name, prefetch=1))
 
 
@@ -1164,7 +1164,7 @@ async def test_a_quorum_queue_too_has_one_exclusive_reader_until_its_link_is_los
     queue = await real.queue(one, x_queue_type="quorum")
     await real.queue(two, x_queue_type="quorum")
     await one.consume(queue, prefetch=1, exclusive=True)
-    with pytest.raises(Occupied):
+    with pytest.raises(QueueInUse):
         await soon(two.consume(queue, prefetch=1, exclusive=True))
     real.cut(one)
     deliveries = await soon(consume_when_free(two, queue))

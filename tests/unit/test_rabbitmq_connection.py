@@ -11,7 +11,7 @@ from pamqp.body import ContentBody
 from pamqp.heartbeat import Heartbeat
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.transport.base import Full, Unroutable
+from fluffle_common.transport.base import QueueFull, Unroutable
 from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import Arrived, Contents
 from fluffle_common.transport.rabbitmq.connection import Incoming
@@ -232,9 +232,9 @@ async def test_confirmations_settle_one_or_all_before_and_each_its_own():
     ends.incoming.received(frame.marshal(commands.Basic.Ack(2), 1))
     assert outcomes(five) == [None, True, None, None, None]
     ends.incoming.received(frame.marshal(commands.Basic.Nack(3, multiple=True), 1))
-    assert outcomes(five) == [Full, True, Full, None, None]
+    assert outcomes(five) == [QueueFull, True, QueueFull, None, None]
     ends.incoming.received(frame.marshal(commands.Basic.Ack(5, multiple=True), 1))
-    assert outcomes(five) == [Full, True, Full, True, True]
+    assert outcomes(five) == [QueueFull, True, QueueFull, True, True]
     assert not ends.fed
 
 

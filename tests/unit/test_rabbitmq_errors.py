@@ -9,7 +9,7 @@ import pytest
 from yarl import URL
 
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport.base import Occupied, OtherArguments, UnknownQueueType
+from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.errors import as_ours, declaring, meaning, told
 from fluffle_common.transport.rabbitmq.refusals import WrongNode, not_let_in, tls_refusal
 
@@ -25,7 +25,7 @@ NODE = URL("amqps://w:open-sesame@node.example:5671/v")
     ],
 )
 def test_only_what_another_reader_has_is_occupied(text):
-    assert isinstance(meaning(text, "w", "read"), Occupied)
+    assert isinstance(meaning(text, "w", "read"), QueueInUse)
 
 
 @pytest.mark.parametrize(

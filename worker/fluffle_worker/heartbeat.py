@@ -21,7 +21,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Form
-from fluffle_common.transport.base import Full, Link, Unroutable
+from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
 from fluffle_worker.machine import Work
 from fluffle_worker.signature import UNKNOWN, described
@@ -167,6 +167,6 @@ class Presence:
         )
         try:
             await send(link, message, route)
-        except (Full, Unroutable):
+        except (QueueFull, Unroutable):
             return False
         return True

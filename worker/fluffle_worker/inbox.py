@@ -10,7 +10,7 @@ from fluffle_common.protocol.codec import decode, read_tensors
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights, check_finite
-from fluffle_common.transport.base import Body, Delivery, Full, Link, Unroutable
+from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject
 
 Tell = Callable[[str, dict[str, Any]], None]
@@ -71,7 +71,7 @@ class Refusals:
         if await link.exists(self._results):
             try:
                 await reject(link, delivery, wrong, self._route)
-            except (Full, Unroutable):
+            except (QueueFull, Unroutable):
                 delivery.ack()
         elif len(self._waiting) < _MOST_WAITING:
             self._waiting.append((delivery, wrong))

@@ -17,7 +17,7 @@ from fluffle_common.errors import (
     FluffleError,
     LinkLost,
     MalformedMessage,
-    Refused,
+    RefusedError,
     RunError,
     TaskError,
 )
@@ -36,7 +36,7 @@ from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Form
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Delivery, Link, Occupied, Transport, tell_of_blocking
+from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker import machine
 from fluffle_worker.heartbeat import Presence
@@ -124,7 +124,7 @@ class WorkerService:
         """Work until the run has ended; return why. Cancel it to leave earlier.
 
         Raises:
-            Refused: where the coordinator, or the broker, will not have this worker.
+            RefusedError: where the coordinator, or the broker, will not have this worker.
             BrokerError: where there has been no broker for too long.
         """
         tasks: list[asyncio.Future[Any]] = [
@@ -181,7 +181,7 @@ class WorkerService:
             async for link in opened:
                 try:
                     await self._serve(link, first=first)
-                except Occupied:
+                except QueueInUse:
                     now = time.monotonic()
                     patience = {"pause_s": self._settings.occupied_s}
                     if first and not occupied_since:
@@ -189,7 +189,7 @@ class WorkerService:
                     occupied_since = occupied_since or now
                     # One who was in takes it for its own old connection, however long that lives.
                     if first and now - occupied_since >= self._settings.occupied_s:
-                        raise Refused(
+                        raise RefusedError(
                             f"another worker with the id '{self._settings.worker}' is connected to "
                             f"federation {self._settings.federation}; give this one another --id"
                         ) from None
@@ -285,7 +285,7 @@ class WorkerService:
                     self._welcomed = (run, number, rounds)
                     self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
-                raise Refused(reason)
+                raise RefusedError(reason)
             case InitRequest():
                 self._ask(Work("init", message.run, 0), message, {})
             case Fit() | Evaluate() if message.transfer is not None:

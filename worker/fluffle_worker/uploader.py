@@ -12,7 +12,7 @@ from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Full, Link, Unroutable
+from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, read_part, send, send_tensors
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Refusals, Tell, drain
@@ -95,7 +95,7 @@ class Answers:
                 link = await self._link()
                 try:
                     await self._send(link, job)
-                except (LinkLost, Full, Unroutable) as why:
+                except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
                     self._tell("unsent", {"round": job.work.round, "reason": str(why)})
                     await asyncio.sleep(_FULL_PAUSE_S)

@@ -101,7 +101,7 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.errors import BrokerError, LinkLost
-    from fluffle_common.transport.base import Occupied
+    from fluffle_common.transport.base import QueueInUse
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff, reconnecting
 
@@ -133,7 +133,7 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
 
     try:
         run_until_signalled(follow())
-    except Occupied as no:
+    except QueueInUse as no:
         raise BrokerError(f"somebody else has the tap's queue: {no}; try again") from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)

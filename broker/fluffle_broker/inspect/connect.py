@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.protocol.topology import Queue
-from fluffle_common.transport.base import Delivery, Link, Occupied, OtherArguments, Transport
+from fluffle_common.transport.base import Delivery, Link, OtherArguments, QueueInUse, Transport
 
 
 @contextlib.asynccontextmanager
@@ -31,7 +31,7 @@ async def visiting(transport: Transport) -> AsyncGenerator[Link]:
         raise BrokerError(
             f"the connection to the broker at {transport.address} was lost ({gone}); try again"
         ) from None
-    except Occupied as no:
+    except QueueInUse as no:
         raise BrokerError(f"somebody else has it for themselves: {no}; try again later") from None
     finally:
         await link.close()

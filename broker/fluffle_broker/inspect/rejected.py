@@ -10,7 +10,7 @@ from fluffle_broker.inspect.connect import held, is_classic
 from fluffle_broker.inspect.decode import Reading, read
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
-from fluffle_common.transport.base import Delivery, Full, Link, Unroutable
+from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import CUT
 from fluffle_common.transport.rabbitmq.management import QueueFigures
 
@@ -238,7 +238,7 @@ async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requ
         await link.publish(delivery.body, again, exchange=exchange, keys=[key])
     except Unroutable:
         return Requeued(message, left=f"{message.queue or key} is not there any more")
-    except Full:
+    except QueueFull:
         return Requeued(message, left=f"{message.queue or key} is full")
     return Requeued(message, exchange, key)
 

@@ -38,7 +38,7 @@ Body = bytes | memoryview
 Since = datetime | int | None
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue has no room; nothing was lost, the sender tries again later."""
 
 
@@ -46,7 +46,7 @@ class Unroutable(Exception):
     """No queue is bound for this message; it was not taken."""
 
 
-class Occupied(Exception):
+class QueueInUse(Exception):
     """Another consumer has the queue for itself."""
 
 
@@ -209,7 +209,7 @@ class Link(Protocol):
 
         Raises:
             Unroutable: where none is.
-            Full: where a queue refused it for want of room.
+            QueueFull: where a queue refused it for want of room.
             LinkLost: where the outcome is unknown.
         """
 
@@ -221,7 +221,8 @@ class Link(Protocol):
         Closing the iterator ends it earlier: what was not acknowledged goes back to the queue.
 
         Raises:
-            Occupied: where ``exclusive`` is asked and another consumer is there, or the other way.
+            QueueInUse: where ``exclusive`` is asked and another consumer is there, or the other
+                way.
         """
 
     async def get(self, queue: str) -> Delivery | None:

@@ -25,11 +25,11 @@ from fluffle_common.transport.base import (
     Body,
     Counts,
     Delivery,
-    Full,
     Link,
-    Occupied,
     OtherArguments,
     Properties,
+    QueueFull,
+    QueueInUse,
     Since,
     Transport,
     Unroutable,
@@ -84,7 +84,7 @@ class _Queue:
         if arguments.get("x-overflow") == "reject-publish" and over(
             len(self.ready) + 1, self.ready_bytes + len(stored.body)
         ):
-            raise Full(f"queue '{self.spec.name}' is full")
+            raise QueueFull(f"queue '{self.spec.name}' is full")
         stored.number = next(self.numbers)
         self.ready.append(stored)
         while self.ready and over(len(self.ready), self.ready_bytes):
@@ -214,7 +214,7 @@ class MemoryLink(Link):
         self._check()
         source = self._find(queue)
         if source.consumers and (exclusive or source.consumers[0].exclusive):
-            raise Occupied(f"queue '{queue}' has another consumer")
+            raise QueueInUse(f"queue '{queue}' has another consumer")
         consumer = _Consumer(self, prefetch, exclusive)
         source.consumers.append(consumer)
         source.dispatch()
@@ -443,11 +443,11 @@ class MemoryBroker(Transport):
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
             raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
-        refused: Full | None = None
+        refused: QueueFull | None = None
         for name in sorted(targets):
             try:
                 self.queues[name].put(replace(stored))
-            except Full as full:  # the others have it nevertheless
+            except QueueFull as full:  # the others have it nevertheless
                 refused = full
         if refused is not None:
             raise refused

@@ -185,12 +185,12 @@ def _spans(numbers: Iterable[int]) -> str:
 async def _read(federation: str, url: str | None) -> tuple[list[Event], bool | None]:
     """Return the journal, and whether a coordinator is connected: None when that is unknown."""
     from fluffle_common.errors import BrokerError, LinkLost
-    from fluffle_common.transport.base import Occupied
+    from fluffle_common.transport.base import QueueInUse
 
     async with contextlib.aclosing(_events(federation, url)) as events:
         found = [event async for event in events]
     transport, topology = _where(federation, url)
-    with contextlib.suppress(LinkLost, BrokerError, Occupied):
+    with contextlib.suppress(LinkLost, BrokerError, QueueInUse):
         link = await transport.open()
         try:
             counts = await link.counts(topology.presence)

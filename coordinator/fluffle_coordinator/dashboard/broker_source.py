@@ -19,7 +19,7 @@ from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello
 from fluffle_common.protocol.topology import Binding, Topology
-from fluffle_common.transport.base import Delivery, Link, Occupied, Transport
+from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed, Figures
@@ -76,7 +76,7 @@ class Beside:
                     await self._tap(link)
                 except LinkLost as gone:
                     self._linked(False, f"lost the broker ({gone}); connecting again")
-                except Occupied as no:
+                except QueueInUse as no:
                     raise BrokerError(
                         f"the broker does not let this user show the page: {no}; it needs the "
                         f"rights to configure, write and read {self._topology.federation}.tap.* "

@@ -11,7 +11,7 @@ from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, Usage
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.base import Delivery, Link, Occupied, Since, Transport
+from fluffle_common.transport.base import Delivery, Link, QueueInUse, Since, Transport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 # The broker begins at a time by its own clock, events have the coordinator's; and an event is told
@@ -69,7 +69,7 @@ async def read_journal(
                 return
             except LinkLost as gone:
                 waiting(str(gone), 0.0)
-            except Occupied as no:
+            except QueueInUse as no:
                 raise BrokerError(
                     f"the broker does not let this user read the journal: {no}; it needs the right "
                     f"to read {topology.journal}"

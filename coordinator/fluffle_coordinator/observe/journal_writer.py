@@ -27,7 +27,14 @@ from fluffle_common.errors import FluffleError
 from fluffle_common.protocol.codec import encode
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.base import Full, HeaderValue, Link, Occupied, Properties, Unroutable
+from fluffle_common.transport.base import (
+    HeaderValue,
+    Link,
+    Properties,
+    QueueFull,
+    QueueInUse,
+    Unroutable,
+)
 from fluffle_coordinator.observe.watchers import Watcher
 
 # Some hours of a busy federation without a broker, a few megabytes.
@@ -131,7 +138,7 @@ class Journal(Watcher):
             await self._publish(link)
         except (
             FluffleError,
-            Occupied,
+            QueueInUse,
         ):  # of the link, or the broker's refusal: whoever has the link decides
             raise
         except Exception as wrong:
@@ -200,7 +207,7 @@ class Journal(Watcher):
             *(self._send(link, batch) for batch in batches), return_exceptions=True
         )
         for batch, outcome in zip(batches, outcomes, strict=True):
-            if isinstance(outcome, Full | Unroutable):  # the run goes on without its journal
+            if isinstance(outcome, QueueFull | Unroutable):  # the run goes on without its journal
                 self._dropped += sum(
                     event.fields["dropped"] if event.event == "gap" else 1 for event in batch
                 )

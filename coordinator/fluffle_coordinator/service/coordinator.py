@@ -39,9 +39,9 @@ from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import (
     Delivery,
-    Full,
     Link,
-    Occupied,
+    QueueFull,
+    QueueInUse,
     Transport,
     UnknownQueueType,
     tell_of_blocking,
@@ -300,7 +300,7 @@ class Coordinator:
                 number += 1
                 try:
                     await self._serve(link, number)
-                except Occupied:
+                except QueueInUse:
                     what = f"federation {self._settings.federation} on this broker"
                     self._tell("standby", {"what": what})
                 except LinkLost as gone:
@@ -348,7 +348,7 @@ class Coordinator:
         echo = Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
-            with contextlib.suppress(Full):
+            with contextlib.suppress(QueueFull):
                 await send(link, echo, route)
             await asyncio.sleep(min(_ECHO_EVERY_S, self.state.hearing_s / 2))
 

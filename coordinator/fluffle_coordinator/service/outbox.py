@@ -23,7 +23,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights, size_bytes
-from fluffle_common.transport.base import Delivery, Full, Link, Unroutable
+from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject, send, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
@@ -87,7 +87,7 @@ class Outgoing:
             pass  # said by whoever watches the link; the machine sends again
         except Unroutable:
             pass  # the worker's inbox is gone, and so is the worker; the machine notices
-        except Full as why:
+        except QueueFull as why:
             self._tell("waiting", {"reason": f"the broker has no room: {why}"})
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
@@ -181,7 +181,7 @@ class Outgoing:
                         await asyncio.sleep(_STOP_PAUSE_S)  # the loss is noticed meanwhile
                     else:
                         return
-        except (TimeoutError, Full):
+        except (TimeoutError, QueueFull):
             self._tell("untold", {"waited_s": _STOP_PATIENCE_S})
         except Unroutable:
             pass  # all of their inboxes are gone

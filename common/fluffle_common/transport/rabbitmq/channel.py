@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.transport.base import Body, Full, Unroutable
+from fluffle_common.transport.base import Body, QueueFull, Unroutable
 from fluffle_common.transport.rabbitmq import frames
 
 # Smaller bodies are better copied, into one piece with what is before them, than carried apart.
@@ -110,7 +110,7 @@ class Contents:
             body: its bytes, which must stay as they are until then.
 
         Returns:
-            A future that raises ``Unroutable``, ``Full``, or what ``lose`` was given.
+            A future that raises ``Unroutable``, ``QueueFull``, or what ``lose`` was given.
 
         Raises:
             LinkLost: where the socket is closed, of which the others will only hear.
@@ -231,7 +231,7 @@ class Contents:
             if one is None or one.confirmed.done():
                 continue
             if refused:
-                one.confirmed.set_exception(Full("the broker refused it"))
+                one.confirmed.set_exception(QueueFull("the broker refused it"))
             elif one.returned is not None:
                 one.confirmed.set_exception(Unroutable(f"no queue is bound: {one.returned}"))
             else:

@@ -19,7 +19,7 @@ import pamqp.exceptions
 
 from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport.base import Occupied, OtherArguments, UnknownQueueType
+from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.urls import without_credentials
 
 # They log what they also raise; whoever catches it says it in our own words.
@@ -27,7 +27,7 @@ for _name in ("aio_pika", "aiormq"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 Right = Literal["configure", "read", "write", "bind"]
-Error = LinkLost | BrokerError | Occupied
+Error = LinkLost | BrokerError | QueueInUse
 
 # Besides a bare RuntimeError (see `is_lost`), what aio_pika and aiormq raise when a connection or a
 # channel is no longer usable.
@@ -124,14 +124,14 @@ def meaning(text: str, user: str = "", right: Right | None = None) -> Error:
     """Return the error that a text of the broker's stands for.
 
     >>> meaning("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
-    Occupied("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
+    QueueInUse("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
     >>> str(meaning("ACCESS_REFUSED - access to queue 'f.updates' in vhost '/' refused for user "
     ...     "'w'", "w", "configure")).partition(";")[0]
     "the broker does not let user 'w' configure queue 'f.updates' in vhost '/'"
     """
     who = f"user '{user}'" if user else "this user"
     if _IN_USE.search(text):
-        return Occupied(text)
+        return QueueInUse(text)
     if "ACCESS_REFUSED" in text:
         return BrokerError(f"{_forbidden(text, who, right)}; {RIGHTS_REMEDY}")
     if found := _TOO_LARGE.search(text):

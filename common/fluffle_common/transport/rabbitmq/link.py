@@ -28,9 +28,9 @@ from fluffle_common.transport.base import (
     Body,
     Counts,
     Delivery,
-    Full,
     Link,
     Properties,
+    QueueFull,
     Since,
 )
 from fluffle_common.transport.rabbitmq import frames
@@ -227,7 +227,7 @@ class AmqpLink(Link):
         sending = watch.sending(len(head) + len(body))
         try:
             await contents.publish(head, properties.message_id, body)
-        except Full:
+        except QueueFull:
             if not self._quorum:
                 raise
             why = "the broker refused a message: a queue is full, or changes its leader"
