@@ -26,7 +26,7 @@ from benchmarks import command, figures
 from benchmarks.processes import scratch
 from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Fit, Plan, Update
-from fluffle_common.tensors.compression import compress, encoding_of, expand
+from fluffle_common.tensors.compression import compress, decompress, encoding_of
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_coordinator.strategy.contribution import read_delta
 from fluffle_coordinator.strategy.fedavg import fedavg
@@ -134,7 +134,7 @@ def seconds_a_100_mb(how: str, weights: Weights) -> tuple[float, float]:
     began = time.perf_counter()
     tensors, left = compress(weights, how, left)
     encoded = time.perf_counter()
-    expand(tensors, encoding_of(how), weights)
+    decompress(tensors, encoding_of(how), weights)
     return scale * (encoded - began), scale * (time.perf_counter() - encoded)
 
 

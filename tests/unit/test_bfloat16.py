@@ -18,7 +18,7 @@ from fluffle_common.protocol.codec import lay_out
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
-from fluffle_common.tensors.compression import SMALLEST, compress, encoding_of, expand
+from fluffle_common.tensors.compression import SMALLEST, compress, decompress, encoding_of
 from fluffle_common.tensors.weights import BFLOAT16, check_delta, check_finite, size_bytes
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
@@ -76,7 +76,7 @@ def test_what_is_too_small_to_be_sent_adds_up_in_spite_of_few_bits(how, dtype):
     sent, left = np.zeros(SMALLEST), {}
     for _ in range(3000):
         encoded, left = compress(delta, how, left)
-        sent += expand(encoded, encoding_of(how), delta)["w"].astype(np.float64)
+        sent += decompress(encoded, encoding_of(how), delta)["w"].astype(np.float64)
     expected = 3000 * float(delta["w"][1])
     assert abs(sent[1] + float(left["w"][1]) - expected) < 0.02 * expected
     assert abs(float(left["w"][1])) < 0.3 * expected

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Plan, Update, parse
-from fluffle_common.tensors.compression import BLOCK, SMALLEST, compress, encoding_of, expand
+from fluffle_common.tensors.compression import BLOCK, SMALLEST, compress, decompress, encoding_of
 from fluffle_common.tensors.weights import check_delta, size_bytes
 from fluffle_coordinator.strategy.contribution import read_delta
 
@@ -35,7 +35,7 @@ def tensors(draw: st.DrawFn, largest: float = 1e30) -> np.ndarray:
 
 def sent_of(delta: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
     encoded, _ = compress(delta, how, {})
-    return expand(encoded, encoding_of(how), delta)
+    return decompress(encoded, encoding_of(how), delta)
 
 
 def update(encoded: dict[str, np.ndarray], encoding: str | None) -> tuple[Update, memoryview]:
@@ -99,7 +99,7 @@ def test_int8_is_off_by_at_most_half_a_scale(tensor):
     q, scale = encoded["w#q"], encoded["w#scale"]
     assert q.shape == tensor.shape
     assert scale.shape == (-(-tensor.size // BLOCK),)
-    off = np.abs(expand(encoded, "int8", {"w": tensor})["w"] - tensor)
+    off = np.abs(decompress(encoded, "int8", {"w": tensor})["w"] - tensor)
     half = np.repeat(scale, BLOCK)[: tensor.size] / 2
     # The quotient is rounded before it is rounded to a whole number, and scales have an end below.
     assert np.all(off <= half.astype(np.float64) * (1 + 1e-4) + 1e-42)
@@ -116,7 +116,7 @@ def test_topk_keeps_the_largest_and_nothing_else(tensor, how):
     assert np.array_equal(value, tensor[index].astype(np.float32))
     others = np.delete(np.abs(tensor), index)
     assert others.max() <= np.abs(tensor[index]).min()
-    got = expand(encoded, "topk", {"w": tensor})["w"]
+    got = decompress(encoded, "topk", {"w": tensor})["w"]
     assert np.count_nonzero(got) <= kept
     assert np.array_equal(np.delete(left["w"], index), np.delete(tensor, index))
 
@@ -199,7 +199,7 @@ def test_what_was_sent_is_what_was_learnt_less_what_is_left(how, seed):
         delta = {"w": numbers.normal(size=(3, 700)).astype(np.float32)}
         encoded, left = compress(delta, how, left)
         learnt += delta["w"]
-        sent += expand(encoded, encoding_of(how), delta)["w"]
+        sent += decompress(encoded, encoding_of(how), delta)["w"]
     np.testing.assert_allclose(sent, learnt - left["w"], atol=1e-3)
 
 
@@ -209,7 +209,7 @@ def test_a_value_too_small_to_be_sent_is_sent_in_the_end():
     sent, left = np.zeros(SMALLEST), {}
     for _ in range(100):
         encoded, left = compress(delta, "int8", left)
-        sent += expand(encoded, "int8", delta)["w"]
+        sent += decompress(encoded, "int8", delta)["w"]
     assert abs(sent[1] - 0.1) < 1 / 127
     assert sent_of(delta, "int8")["w"][1] == 0
 

@@ -11,7 +11,7 @@ import numpy as np
 from fluffle_common.protocol.codec import decode, read_tensors
 from fluffle_common.protocol.messages import Fit, Plan, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.compression import expand
+from fluffle_common.tensors.compression import decompress
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_worker.service import WorkerService
@@ -66,7 +66,7 @@ class Coordinator:
 def learnt(body: bytes) -> np.ndarray:
     message, payload = decode(body)
     assert isinstance(message, Update)
-    return expand(read_tensors(message.tensors, payload), message.encoding, WEIGHTS)["w"]
+    return decompress(read_tensors(message.tensors, payload), message.encoding, WEIGHTS)["w"]
 
 
 @contextlib.asynccontextmanager

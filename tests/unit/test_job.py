@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.protocol.messages import Evaluate, Fit, Plan, Update
-from fluffle_common.tensors.compression import expand
+from fluffle_common.tensors.compression import decompress
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, do
 from fluffle_worker.machine import Work
@@ -90,7 +90,7 @@ def learnt(job: Job) -> np.ndarray:
     assert job.answer is not None
     message, tensors = job.answer
     assert isinstance(message, Update)
-    return expand(tensors, message.encoding, SMALL)["w"]
+    return decompress(tensors, message.encoding, SMALL)["w"]
 
 
 def test_a_plan_that_wants_no_encoding_gets_the_delta_and_nothing_is_carried():

@@ -19,7 +19,7 @@ from fluffle_coordinator.service.aggregator import federated
 from fluffle_worker.job import Job, NotWanted, do
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.signature import form_of_task
+from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import EvalResult, TrainResult
 
 NAN, INF = float("nan"), float("inf")
@@ -336,7 +336,7 @@ def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_
     with pytest.raises(TaskError) as failed:
         do(
             job, Wide(), SENDER, evaluated=lambda: None, progress=lambda *_: None,
-            form=form_of_task(Wide()),
+            form=signature_of_task(Wide()),
         )  # fmt: skip
     assert str(failed.value) == (
         "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,) "

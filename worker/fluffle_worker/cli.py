@@ -141,7 +141,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_worker.leaving import leave
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
-    from fluffle_worker.signature import form_of_task
+    from fluffle_worker.signature import signature_of_task
     from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
     from fluffle_worker.task_loading import load_task
 
@@ -158,7 +158,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
             classes=tuple(classes.split(",")) if classes else None,
         ),
     )
-    form = form_of_task(task)
+    form = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,
         worker=name,

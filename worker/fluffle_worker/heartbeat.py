@@ -20,7 +20,7 @@ from fluffle_common.protocol.messages import (
     Hello,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.layout import Form
+from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
 from fluffle_worker.machine import Work
@@ -50,7 +50,7 @@ class Presence:
     """
 
     def __init__(
-        self, settings: WorkerSettings, task: Task, topology: Topology, form: Form = UNKNOWN
+        self, settings: WorkerSettings, task: Task, topology: Topology, form: Signature = UNKNOWN
     ) -> None:
         self.session = uuid.uuid4().hex[:12]  # new at every process start
         self._topology, self._heartbeat_s = topology, settings.heartbeat_s

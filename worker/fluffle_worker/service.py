@@ -34,7 +34,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.layout import Form
+from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
 from fluffle_common.transport.reconnect import reconnecting
@@ -81,7 +81,7 @@ class WorkerService:
         tell: Tell,
         bar: Callable[[str, float, float, str], None],
         training: Training | None = None,
-        form: Form | None = None,
+        form: Signature | None = None,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology

@@ -11,17 +11,17 @@ from fluffle_common.cli.console import warn
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
-from fluffle_common.tensors.layout import Form, form_of, layout_of_form
+from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
 from fluffle_worker.user_code import one_line, warn_in_full
 
-UNKNOWN: Form = ()
+UNKNOWN: Signature = ()
 """The form of a task that cannot say it; no model is without tensors."""
 _DIFFERS = "the federation's model differs from this task's"
 
 
-def form_of_task(task: Task) -> Form:
+def signature_of_task(task: Task) -> Signature:
     """Return what a task's model is made of, checked; ``UNKNOWN`` where its ``init`` fails.
 
     A task that has a method ``model_form`` is asked for it; of any other, first weights are made
@@ -32,18 +32,18 @@ def form_of_task(task: Task) -> Form:
     """
     try:
         ask = getattr(task, "model_form", None)
-        form = _form(ask()) if callable(ask) else form_of(arrays(task.init(0), "init()"))
+        form = _form(ask()) if callable(ask) else signature_of(arrays(task.init(0), "init()"))
     except TaskError:
         raise
     except (Exception, SystemExit) as why:
         warn(f"the task's init() fails, so this worker can make no first weights: {one_line(why)}")
         warn_in_full(why)
         return UNKNOWN
-    check_form(form)
+    check_signature(form)
     return form
 
 
-def check_form(form: Form) -> None:
+def check_signature(form: Signature) -> None:
     """Check that tensors of these names, dtypes and shapes can travel.
 
     Raises:
@@ -52,19 +52,19 @@ def check_form(form: Form) -> None:
     if not form:
         raise TaskError("the model has no tensors")
     try:
-        layout_of_form(form)
+        layout_of_signature(form)
     except ValueError as wrong:
         raise TaskError(str(wrong)) from None
 
 
-def described(form: Form) -> ModelForm | None:
+def described(form: Signature) -> ModelForm | None:
     """Return a form in short; None where it is not known."""
     if form == UNKNOWN:
         return None
     return form_from((name, dtype.name, shape) for name, dtype, shape in form)
 
 
-def difference(federation: Form, own: Form) -> str | None:
+def difference(federation: Signature, own: Signature) -> str | None:
     """Say in what the federation's model and a task's own differ first; None where they do not."""
     if own in (UNKNOWN, federation):
         return None
@@ -93,9 +93,9 @@ def difference(federation: Form, own: Form) -> str | None:
     return told
 
 
-def _by_name(form: Form) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+def _by_name(form: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     return {name: (dtype.newbyteorder("="), shape) for name, dtype, shape in form}
 
 
-def _form(given: Mapping[str, Any]) -> Form:
+def _form(given: Mapping[str, Any]) -> Signature:
     return tuple([(n, np.dtype(one.dtype), tuple(one.shape)) for n, one in given.items()])

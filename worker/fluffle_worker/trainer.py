@@ -9,14 +9,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fluffle_common.tensors.layout import Form
+from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Tell
 from fluffle_worker.job import Job, NotWanted, do
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.signature import form_of_task
+from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task
 from fluffle_worker.training_thread import Training, TrainingThread
 from fluffle_worker.user_code import one_line
@@ -46,9 +46,9 @@ class Trainer:
         done: Callable[[machine.Event], object],
         tell: Tell,
         training: Training | None = None,
-        form: Form | None = None,
+        form: Signature | None = None,
     ) -> None:
-        self.form = form_of_task(task) if form is None else form
+        self.form = signature_of_task(task) if form is None else form
         self._task, self._sender = task, sender
         self._residual, self._progress, self._done = residual, progress, done
         self._training: Training = training or TrainingThread()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 
 from fluffle_common.protocol.messages import ModelForm
-from fluffle_common.tensors.layout import Weights, form_of
+from fluffle_common.tensors.layout import Weights, signature_of
 
 
 def model_form(weights: Weights) -> ModelForm:
@@ -20,7 +20,7 @@ def model_form(weights: Weights) -> ModelForm:
         >>> model_form({"w": np.zeros((2, 3), np.float32)}).summary
         '1 tensor, 6 parameters: float32 1'
     """
-    return form_from((name, str(dtype), shape) for name, dtype, shape in form_of(weights))
+    return form_from((name, str(dtype), shape) for name, dtype, shape in signature_of(weights))
 
 
 def form_from(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> ModelForm:

@@ -20,7 +20,7 @@ Example:
     >>> tensors, residual = compress(delta, "int8", {})
     >>> {name: (tensor.dtype.name, tensor.shape) for name, tensor in tensors.items()}
     {'w#q': ('int8', (1024,)), 'w#scale': ('float32', (4,))}
-    >>> sent = expand(tensors, "int8", delta)
+    >>> sent = decompress(tensors, "int8", delta)
     >>> bool(np.all(sent["w"] + residual["w"] == delta["w"]))
     True
 """
@@ -144,7 +144,7 @@ def _worth_it(name: str, tensor: Array, codec: _Codec, delta: Weights) -> bool:
     )
 
 
-def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> Weights:
+def decompress(tensors: Weights, encoding: Encoding | None, like: Weights) -> Weights:
     """Decode what ``compress`` made, or anyone else: nothing is taken on trust.
 
     Nothing is allocated that is larger than a tensor of the model, whatever was sent.
@@ -179,12 +179,13 @@ def expand(tensors: Weights, encoding: Encoding | None, like: Weights) -> Weight
     return delta | rest
 
 
-def check_announced_form(
+def check_announced_signature(
     announced: Mapping[str, tuple[np.dtype[Any], Shape]], encoding: Encoding | None, like: Weights
 ) -> None:
     """Check that tensors of these dtypes and shapes may be a delta for ``like``, as encoded.
 
-    It is for what is announced and not there yet; ``expand`` and ``check_delta`` look at the rest.
+    It is for what is announced and not there yet; ``decompress`` and ``check_delta`` look at the
+    rest.
 
     Raises:
         ValueError: naming what differs from the model, and how.

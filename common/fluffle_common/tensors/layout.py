@@ -33,7 +33,7 @@ DTYPES = frozenset(FLOATS + INTEGERS)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # for NumPy it is of kind "V", not of "f"
 
 ALIGNMENT = 64
-Form = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
+Signature = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
 
 # How each dtype that travels is called; in this byte order an array needs no conversion.
 _TRAVELS = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
@@ -76,7 +76,7 @@ class Tensors(Mapping[str, Array]):
         self._made: dict[str, Array] | None = None
 
     @property
-    def apart(self) -> dict[str, Array]:
+    def as_dict(self) -> dict[str, Array]:
         """The tensors one by one, for many to be asked for; not to be changed."""
         if self._made is None:
             self._made = self._make(self.layout.places)
@@ -96,7 +96,7 @@ class Tensors(Mapping[str, Array]):
         }
 
     def __getitem__(self, name: str) -> Array:
-        return self.apart[name]
+        return self.as_dict[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.places)
@@ -121,7 +121,9 @@ class Layout:
         last = table[-1] if table else None
         self.nbytes = last.offset + last.nbytes if last else 0
         dtypes = {place.dtype for place in self.places.values()}
-        self.form: Form = tuple([(name, p.dtype, p.shape) for name, p in self.places.items()])
+        self.signature: Signature = tuple(
+            [(name, p.dtype, p.shape) for name, p in self.places.items()]
+        )
         self.floats = all(map(is_float, dtypes))
         self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
         ends = [entry.offset + entry.nbytes for entry in table]
@@ -180,7 +182,9 @@ class Layout:
         """
         if self._one_dtype is None:
             places = self.places.items()
-            return layout_of_form(tuple([(n, dtype, place.shape) for n, place in places])).empty()
+            return layout_of_signature(
+                tuple([(n, dtype, place.shape) for n, place in places])
+            ).empty()
         return Tensors(self, None, np.empty(self.nbytes // self._one_dtype.itemsize, dtype))
 
 
@@ -201,10 +205,10 @@ def layout_for(weights: Weights) -> Layout:
     """
     if isinstance(weights, Tensors):
         return weights.layout
-    return layout_of_form(form_of(weights))
+    return layout_of_signature(signature_of(weights))
 
 
-def check_form(weights: Weights) -> None:
+def check_signature(weights: Weights) -> None:
     """Check that these can be the weights of a model: that every tensor travels.
 
     Raises:
@@ -235,18 +239,18 @@ def largest(dtype: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
-def form_of(weights: Weights) -> Form:
+def signature_of(weights: Weights) -> Signature:
     """Return the names, dtypes and shapes of tensors, in their order."""
     return tuple([(name, tensor.dtype, tensor.shape) for name, tensor in weights.items()])
 
 
-def layout_of_form(form: Form) -> Layout:
+def layout_of_signature(form: Signature) -> Layout:
     """Return the layout in which tensors of these names, dtypes and shapes travel.
 
     Raises:
         ValueError: for a dtype that does not travel.
     """
-    return _layout_of_form(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
+    return _layout_of_signature(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
 
 
 def bytes_of(tensor: Array) -> memoryview:
@@ -273,11 +277,11 @@ def _layout_of(table: tuple[TensorEntry, ...]) -> Layout:
 
 
 @functools.lru_cache(TABLES_KEPT)
-def _layout_of_form(form: Form) -> Layout:
+def _layout_of_signature(form: Signature) -> Layout:
     return layout_of(_table(form))
 
 
-def _table(form: Form) -> tuple[TensorEntry, ...]:
+def _table(form: Signature) -> tuple[TensorEntry, ...]:
     if len(form) > MAX_TENSORS:
         raise ValueError(f"there are {len(form)} tensors, at most {MAX_TENSORS} travel")
     table, offset = [], 0

@@ -20,15 +20,15 @@ from fluffle_common.tensors.layout import (
     FLOATS,
     INTEGERS,
     Array,
-    Form,
+    Signature,
     Tensors,
     Weights,
-    check_form,
-    form_of,
+    check_signature,
     is_float,
     largest,
     layout_for,
-    layout_of_form,
+    layout_of_signature,
+    signature_of,
 )
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "INTEGERS",
     "Array",
     "Weights",
-    "check_form",
+    "check_signature",
     "is_float",
     "largest",
 ]
@@ -71,7 +71,7 @@ def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.int64) if dtype.kind in "iu" else dtype
 
 
-def delta_form(weights: Weights) -> Form:
+def delta_signature(weights: Weights) -> Signature:
     """Return the names, dtypes and shapes that a delta of these weights has."""
     return tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in weights.items()])
 
@@ -90,16 +90,16 @@ def delta(trained: Weights, received: Weights) -> Weights:
         ValueError: where names, shapes or dtypes differ, or a difference of 64-bit integers does
             not fit into 64 bits.
     """
-    base = apart(received)
+    base = as_dict(received)
     layout = layout_for(received)
-    if form_of(trained) != layout.form:  # perhaps only in another order
+    if signature_of(trained) != layout.signature:  # perhaps only in another order
         same_form(trained, base)
     if not layout.floats:
-        layout = layout_of_form(delta_form(base))
+        layout = layout_of_signature(delta_signature(base))
     if layout.nbytes > _ONE_PIECE_BYTES:
         return {name: _subtract(name, trained[name], old) for name, old in base.items()}
     found = layout.empty()
-    for name, into in found.apart.items():
+    for name, into in found.as_dict.items():
         _subtract(name, trained[name], base[name], into)
     return found
 
@@ -118,9 +118,9 @@ def _subtract(name: str, new: Array, old: Array, into: Array | None = None) -> A
     return found
 
 
-def apart(weights: Weights) -> dict[str, Array]:
+def as_dict(weights: Weights) -> dict[str, Array]:
     """Return tensors in a mapping that is the caller's own."""
-    return dict(weights.apart if isinstance(weights, Tensors) else weights)
+    return dict(weights.as_dict if isinstance(weights, Tensors) else weights)
 
 
 def same_form(weights: Weights, like: Weights) -> None:

@@ -25,7 +25,7 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint
-from fluffle_common.tensors.weights import check_finite, check_form
+from fluffle_common.tensors.weights import check_finite, check_signature
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine.state import Rules, State
@@ -219,7 +219,7 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
     """Take the first weights from a model file, such as another run's last."""
     weights, metadata = read_checkpoint(file)
     try:
-        check_form(weights)
+        check_signature(weights)
         check_finite(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} is no model to begin with: {wrong}") from None

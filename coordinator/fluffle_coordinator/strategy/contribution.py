@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol.codec import announced, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Update
-from fluffle_common.tensors.compression import check_announced_form, expand
+from fluffle_common.tensors.compression import check_announced_signature, decompress
 from fluffle_common.tensors.weights import NotFinite, Weights, check_delta
 
 
@@ -25,7 +25,7 @@ def check_announced(message: Update | FirstWeights, base: Weights | None) -> Non
         return
     form = {name: (place.dtype, place.shape) for name, place in layout.places.items()}
     try:
-        check_announced_form(form, message.encoding, base)
+        check_announced_signature(form, message.encoding, base)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
 
@@ -47,7 +47,7 @@ def read_delta(message: Update, payload: memoryview, base: Weights) -> tuple[Wei
     """
     tensors = read_tensors(message.tensors, payload)
     try:
-        delta = expand(tensors, message.encoding, base)
+        delta = decompress(tensors, message.encoding, base)
         norm = check_delta(delta, base)
     except ValueError as wrong:
         cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluffle_common.tensors.layout import Tensors, layout_for, layout_of_form
+from fluffle_common.tensors.layout import Tensors, layout_for, layout_of_signature
 from fluffle_common.tensors.weights import BFLOAT16, Array, Weights, is_float, largest
 from fluffle_coordinator.strategy import integer_sum
 
@@ -72,7 +72,7 @@ def _init(weights: Weights) -> Sum:
         (name, _FLOAT, place.shape) if is_float(place.dtype) else (name, _INTEGER, (2, place.size))
         for name, place in layout.places.items()
     ]
-    return Sum(layout_of_form(tuple(form)).empty())
+    return Sum(layout_of_signature(tuple(form)).empty())
 
 
 def _fold(state: Sum, delta: Weights, num_examples: int) -> Sum:
