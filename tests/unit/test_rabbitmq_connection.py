@@ -13,7 +13,7 @@ from pamqp.heartbeat import Heartbeat
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import QueueFull, Unroutable
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import Arrived, Contents
+from fluffle_common.transport.rabbitmq.channel import Arrived, ContentChannel
 from fluffle_common.transport.rabbitmq.connection import Incoming
 
 SMALL = 16 * 2**10
@@ -60,7 +60,7 @@ class Ends:
         self.delivered: list[tuple[int, Arrived]] = []
         self.incoming = Incoming(self.fed.extend, lambda: self.now)
         self.contents = {
-            number: Contents(
+            number: ContentChannel(
                 number,
                 self,
                 frame_max,

@@ -62,7 +62,7 @@ class _Published:
     returned: str | None = None
 
 
-class Contents:
+class ContentChannel:
     """See above.
 
     Args:

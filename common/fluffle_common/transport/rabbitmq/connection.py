@@ -22,7 +22,7 @@ from yarl import URL
 
 from fluffle_common.transport.base import Blocking
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import LARGE_BYTES, Arrived, Content, Contents
+from fluffle_common.transport.rabbitmq.channel import LARGE_BYTES, Arrived, Content, ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import acked_bytes
 
 _READ_AHEAD_BYTES = 2**20
@@ -44,7 +44,7 @@ class _Coming:
 
     __slots__ = ("body", "header", "left", "method", "of")
 
-    def __init__(self, of: Contents, method: bytes) -> None:
+    def __init__(self, of: ContentChannel, method: bytes) -> None:
         self.of, self.method = of, method
         self.header = b""
         self.body = memoryview(b"")
@@ -79,7 +79,7 @@ class Incoming:
     ) -> None:
         self._feed, self._clock, self._blocked = feed, clock, blocked
         self._fed_at = clock()
-        self._contents: dict[int, Contents] = {}  # by channel
+        self._contents: dict[int, ContentChannel] = {}  # by channel
         self._coming: dict[int, _Coming] = {}  # by channel
         self._rest = b""  # the beginning of a frame that is not whole yet
         self._into: _Coming | None = None  # whose body frame we are in
@@ -90,7 +90,7 @@ class Incoming:
         self.tls_alert = False  # what came first was TLS
         self.closed: tuple[int, str] | None = None  # code and text, once the broker closes it
 
-    def hand_to(self, contents: Contents) -> None:
+    def hand_to(self, contents: ContentChannel) -> None:
         """Give the contents of a channel to these from now on."""
         self._contents[contents.number] = contents
         self._coming.pop(contents.number, None)
@@ -280,7 +280,7 @@ class Connection(aio_pika.Connection):
         channel: AbstractChannel,
         delivered: Callable[[Arrived], object] | None = None,
         prefetch: int = 0,
-    ) -> Contents:
+    ) -> ContentChannel:
         """Take the contents of an open channel past aiormq from now on.
 
         Args:
@@ -293,7 +293,7 @@ class Connection(aio_pika.Connection):
         """
         underlay = await channel.get_underlay_channel()
         frame_max = underlay.connection.connection_tune.frame_max or _DEFAULT_FRAME_MAX
-        taken = Contents(underlay.number, self._beside.socket, frame_max, delivered, prefetch)
+        taken = ContentChannel(underlay.number, self._beside.socket, frame_max, delivered, prefetch)
         self._beside.incoming.hand_to(taken)
         return taken
 

@@ -12,7 +12,7 @@ from pamqp.commands import Basic
 
 from fluffle_common.transport.base import HeaderValue, Properties
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import Arrived, Contents
+from fluffle_common.transport.rabbitmq.channel import Arrived, ContentChannel
 
 
 class Arrivals:
@@ -49,7 +49,7 @@ class AmqpDelivery:
         contents: the channel that it came over.
     """
 
-    def __init__(self, arrived: Arrived, queue: str, contents: Contents) -> None:
+    def __init__(self, arrived: Arrived, queue: str, contents: ContentChannel) -> None:
         self._tag: int | None = arrived.tag  # None once it is settled
         self._method, self._header, self.body = arrived.content
         self.queue = queue

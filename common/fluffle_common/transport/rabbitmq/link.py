@@ -34,7 +34,7 @@ from fluffle_common.transport.base import (
     Since,
 )
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import Contents
+from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery, Arrivals
@@ -65,10 +65,10 @@ class AmqpLink(Link):
         self._why: LinkLost | BrokerError = LinkLost("the link was closed")
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._readers: dict[Arrivals, str] = {}
-        self._contents: set[Contents] = set()  # of the channels that are open
+        self._contents: set[ContentChannel] = set()  # of the channels that are open
         self._get: AbstractChannel
-        self._publishing: Contents
-        self._getting: Contents  # what is urgent may be published there too
+        self._publishing: ContentChannel
+        self._getting: ContentChannel  # what is urgent may be published there too
         # Over what was published on each of the two.
         self._watch, self._urgent_watch = map(self._watch_over, self._connections)
         self._trying: AbstractChannel | None = None
@@ -236,7 +236,7 @@ class AmqpLink(Link):
         finally:
             watch.settled(sending)
 
-    def _lane(self, *, urgent: bool) -> tuple[Contents, ConfirmWatch]:
+    def _lane(self, *, urgent: bool) -> tuple[ContentChannel, ConfirmWatch]:
         """Choose the connection to publish over.
 
         A broker that takes nothing would take nothing over the other connection either, from then
@@ -273,7 +273,7 @@ class AmqpLink(Link):
         *,
         exclusive: bool = False,
         arguments: dict[str, Any] | None = None,
-    ) -> tuple[Arrivals, AbstractChannel, Contents]:
+    ) -> tuple[Arrivals, AbstractChannel, ContentChannel]:
         """Begin to consume over a channel of its own."""
         arrived = Arrivals()
         with self._asking("read"):
@@ -306,7 +306,7 @@ class AmqpLink(Link):
         queue: str,
         arrived: Arrivals,
         channel: AbstractChannel,
-        contents: Contents,
+        contents: ContentChannel,
     ) -> AsyncGenerator[AmqpDelivery]:
         try:
             while True:
@@ -321,7 +321,7 @@ class AmqpLink(Link):
             await self._unsubscribe(arrived, channel, contents)
 
     async def _unsubscribe(
-        self, arrived: Arrivals, channel: AbstractChannel, contents: Contents
+        self, arrived: Arrivals, channel: AbstractChannel, contents: ContentChannel
     ) -> None:
         tag = self._readers.pop(arrived)
         self._contents.discard(contents)
