@@ -3,8 +3,9 @@
     python -m benchmarks.compression --seeds 1,2,3
     python -m benchmarks.compression --seeds 1,2,3 --job digits --rounds 8 --epochs 3
 
-A simulation in one process: the workers' own ``job.do`` with the real task, the wire's layout, the
-coordinator's ``read_delta`` and ``fedavg``; only the broker is left out, which changes no byte.
+A simulation in one process: the workers' own ``job.execute`` with the real task, the wire's layout,
+the coordinator's ``decode_contribution`` and ``fedavg``; only the broker is left out, which changes
+no byte.
 Accuracy is that of the last round's model on what no worker has seen: another writer's letters, or
 a fifth of scikit-learn's digits. Bytes are those of the tensors of one update. Encoding and
 decoding are timed on noise.
@@ -28,7 +29,7 @@ from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Fit, Plan, Update
 from fluffle_common.tensors.compression import compress, decompress, encoding_of
 from fluffle_common.tensors.weights import Weights, size_bytes
-from fluffle_coordinator.strategy.contribution import read_delta
+from fluffle_coordinator.strategy.contribution import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, do
@@ -52,7 +53,7 @@ class Federation:
         state, largest = fedavg.init(self.weights), 0
         for place, task in enumerate(self._tasks):
             message, payload = self._update(place, task, number)
-            delta, _ = read_delta(message, payload, self.weights)
+            delta, _ = decode_contribution(message, payload, self.weights)
             state = fedavg.fold(state, delta, message.num_examples)
             largest = max(largest, len(payload))
         self.weights, _ = fedavg.finish(state, self.weights)

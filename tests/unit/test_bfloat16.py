@@ -25,7 +25,7 @@ from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.strategy.contribution import read_delta
+from fluffle_coordinator.strategy.contribution import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 
 HOWS = ("bf16", "f16", "int8", "topk:0.05")
@@ -57,7 +57,7 @@ def test_a_model_of_bfloat16_is_encoded_and_comes_back(how):
     numbers = np.random.default_rng(0)
     delta = {"w": numbers.normal(size=(60, 50)).astype(BFLOAT16)}
     encoded, left = compress(delta, how, {})
-    got, _ = read_delta(*update(encoded, encoding_of(how)), delta)
+    got, _ = decode_contribution(*update(encoded, encoding_of(how)), delta)
     check_delta(got, delta)
     assert size_bytes(encoded) < 0.55 * size_bytes(delta) or how in ("bf16", "f16")
     total = got["w"].astype(np.float32) + left.get("w", 0)
@@ -85,10 +85,10 @@ def test_what_is_too_small_to_be_sent_adds_up_in_spite_of_few_bits(how, dtype):
 def test_someone_without_the_dtype_sends_its_upper_halves():
     base = {"w": np.ones((2, 3), BFLOAT16)}
     halves = {"w": base["w"].view(np.uint16)}
-    got, _ = read_delta(*update(halves, "bf16"), base)
+    got, _ = decode_contribution(*update(halves, "bf16"), base)
     assert (got["w"].dtype, got["w"].tolist()) == (BFLOAT16, base["w"].tolist())
     with pytest.raises(MalformedMessage, match="'w' is uint16, expected bfloat16"):
-        read_delta(*update(halves, None), base)
+        decode_contribution(*update(halves, None), base)
 
 
 # --- averages ----------------------------------------------------------------------------------

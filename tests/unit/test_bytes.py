@@ -24,10 +24,10 @@ from fluffle_common.transport.messaging import PartsGone, Route, fetch, reject, 
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service.aggregator import Aggregation
+from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
-from fluffle_coordinator.service.outbox import Outgoing
+from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.contribution import check_announced
@@ -141,7 +141,7 @@ class Untouched:
 @pytest.mark.parametrize("first", [False, True])
 async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
     told: list[ev.Event] = []
-    aggregation = Aggregation(
+    aggregation = Aggregator(
         RunStore(tmp_path / "run"),
         TOPOLOGY,
         None if first else MODEL,
@@ -374,7 +374,7 @@ async def test_a_refusal_is_sent_once_a_session_and_again_where_it_was_not(link)
     async def a_link() -> MemoryLink:
         return links[0]
 
-    outgoing = Outgoing(
+    outgoing = Outbox(
         TOPOLOGY, "r", settings, link=lambda: links[0], a_link=a_link, tell=lambda *_: None
     )
     running = asyncio.ensure_future(outgoing.run())

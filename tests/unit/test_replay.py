@@ -26,7 +26,7 @@ from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.cli.run_folder import replay as replay_command
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.service import aggregator as module
-from fluffle_coordinator.service.aggregator import Aggregation, Held
+from fluffle_coordinator.service.aggregator import Aggregator, Held
 from fluffle_coordinator.storage import replay
 from fluffle_coordinator.storage import update_archive as kept
 from fluffle_coordinator.storage.run_store import RunStore, read_history_lines
@@ -67,7 +67,7 @@ class Run:
         self.store, self.weights = RunStore(folder), weights
         self.events: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
-        self.aggregation = Aggregation(
+        self.aggregation = Aggregator(
             self.store,
             TOPOLOGY,
             weights,

@@ -28,11 +28,11 @@ from fluffle_common.transport.messaging import PartsGone, fetch
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
-from fluffle_coordinator.service.serial_queue import Turns
+from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock, Counts
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
 from fluffle_coordinator.storage.run_store import RunStore, new_base
-from fluffle_coordinator.strategy.contribution import check_announced, read_delta
+from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
 from fluffle_coordinator.strategy.fedavg import Strategy, Sum, fedavg
 
 Tell = Callable[[str, dict[str, Any]], None]
@@ -48,7 +48,7 @@ _FIELDS = frozenset(
 )
 
 
-class Aggregation:
+class Aggregator:
     """The weights of a run, the running sum of its open round, and its store.
 
     Args:
@@ -89,7 +89,7 @@ class Aggregation:
         self._link, self._metadata, self._tell, self._post = link, metadata, tell, post
         self._strategy, self._keep_updates = strategy, keep_updates
         self._verify_users, self._averaged = verify_users, averaged
-        self._jobs, self._lines = Turns(), Turns()
+        self._jobs, self._lines = SerialQueue(), SerialQueue()
         self._sum = strategy.init(weights) if weights is not None else None
         self._participants: dict[str, dict[str, Any]] = {}
         self._in_parts = False  # whether an update in the sum came in parts
@@ -223,7 +223,7 @@ class Aggregation:
         assert isinstance(message, Update)
         began = time.monotonic()
         so_far, weights = self._so_far
-        delta, norm = read_delta(message, payload, weights)
+        delta, norm = decode_contribution(message, payload, weights)
         if norm > held.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "

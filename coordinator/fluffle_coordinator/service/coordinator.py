@@ -54,10 +54,10 @@ from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import Watcher, waiting_for
-from fluffle_coordinator.service.aggregator import Aggregation
+from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
-from fluffle_coordinator.service.outbox import Outgoing
+from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
@@ -113,7 +113,7 @@ class Coordinator:
         self._waiting_since: tuple[object, ...] = ()
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
-        self._outgoing = Outgoing(
+        self._outgoing = Outbox(
             topology,
             saved.run,
             settings,
@@ -121,7 +121,7 @@ class Coordinator:
             a_link=self._a_link,
             tell=self._tell,
         )
-        self._aggregation = Aggregation(
+        self._aggregation = Aggregator(
             store,
             topology,
             saved.weights,

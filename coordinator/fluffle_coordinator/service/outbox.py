@@ -27,7 +27,7 @@ from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject, send, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service.serial_queue import Turns
+from fluffle_coordinator.service.serial_queue import SerialQueue
 
 if TYPE_CHECKING:
     from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -40,7 +40,7 @@ _REFUSED_KEPT = 10_000
 Job = Callable[[Link], Awaitable[None]]
 
 
-class Outgoing:
+class Outbox:
     """The one way out.
 
     Args:
@@ -72,7 +72,7 @@ class Outgoing:
         # The session of each worker whose queues were bound, over the link of the moment.
         self._bound: dict[str, str] = {}
         self._bound_over: Link | None = None
-        self._turns = Turns()
+        self._turns = SerialQueue()
         self.run, self.drained = self._turns.run, self._turns.drained
 
     def _put(self, job: Job) -> None:

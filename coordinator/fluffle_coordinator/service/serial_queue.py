@@ -1,4 +1,4 @@
-"""Doing things one after the other, in the order in which they were asked for."""
+"""A FIFO queue of jobs with one consumer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 Job = Callable[[], Awaitable[None]]
 
 
-class Turns:
+class SerialQueue:
     """A queue of jobs and the one who does them."""
 
     def __init__(self) -> None:

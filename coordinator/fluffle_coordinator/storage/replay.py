@@ -23,7 +23,7 @@ from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.run_store import read_history_lines
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
-from fluffle_coordinator.strategy.contribution import read_delta
+from fluffle_coordinator.strategy.contribution import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 
 
@@ -159,7 +159,7 @@ def _kept_delta(
             raise UsageError(
                 f"the update of {worker} is missing its tensors: there is no {missing}"
             )
-        delta, _ = read_delta(message, inside if payload is None else payload, base)
+        delta, _ = decode_contribution(message, inside if payload is None else payload, base)
     except MalformedMessage as wrong:
         raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
     return delta

@@ -30,7 +30,9 @@ def check_announced(message: Update | FirstWeights, base: Weights | None) -> Non
         raise MalformedMessage(str(wrong), "tensors") from None
 
 
-def read_delta(message: Update, payload: memoryview, base: Weights) -> tuple[Weights, float]:
+def decode_contribution(
+    message: Update, payload: memoryview, base: Weights
+) -> tuple[Weights, float]:
     """Read an update's tensors, decode them, and check them against the model.
 
     Args:
