@@ -32,7 +32,7 @@ from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_coordinator.strategy.contribution import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.job import Job, do
+from fluffle_worker.job import Job, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.task import Task
 
@@ -63,7 +63,7 @@ class Federation:
         of = {"run": "r", "round": number, "base": f"b{number - 1}"}
         fit = Fit(federation="bench", **of, evaluate=False, plan=self._plan)
         job = Job(Work("fit", **of), fit, self.weights)
-        do(
+        execute(
             job,
             task,
             {"federation": "bench", "worker": f"w{place}"},

@@ -19,7 +19,7 @@ from fluffle_worker import uploader as answers
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job
 from fluffle_worker.machine import Work
-from fluffle_worker.uploader import Answers
+from fluffle_worker.uploader import Uploader
 
 IDS: dict[str, Any] = {"federation": "f", "run": "r", "base": "b"}
 PATIENCE_S = 5.0
@@ -63,7 +63,7 @@ class Worker:
         self.told: list[str] = []
         self.parts: list[tuple[int, int]] = []
         self.training: set[int] = set()
-        self.answers = Answers(
+        self.answers = Uploader(
             Topology("f"),
             "w",
             link=self._link,

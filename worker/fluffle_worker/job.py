@@ -50,7 +50,7 @@ class Job:
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def do(
+def execute(
     job: Job,
     task: Task,
     sender: Mapping[str, str],

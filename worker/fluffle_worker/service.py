@@ -47,7 +47,7 @@ from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import Task
 from fluffle_worker.trainer import Trainer
 from fluffle_worker.training_thread import Training
-from fluffle_worker.uploader import Answers
+from fluffle_worker.uploader import Uploader
 
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
@@ -95,7 +95,7 @@ class WorkerService:
         self._trained = False  # whether it has trained any round of this run
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
-        self._answers = Answers(
+        self._answers = Uploader(
             topology,
             settings.worker,
             link=self._a_link,

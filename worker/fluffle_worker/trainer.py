@@ -13,7 +13,7 @@ from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Tell
-from fluffle_worker.job import Job, NotWanted, do
+from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
 from fluffle_worker.signature import signature_of_task
@@ -81,7 +81,7 @@ class Trainer:
 
     def _do(self, job: Job, evaluated: Callable[[], object]) -> machine.Event:
         try:
-            do(
+            execute(
                 job,
                 self._task,
                 self._sender,

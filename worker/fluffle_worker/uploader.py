@@ -28,7 +28,7 @@ class _NotWanted(Exception):
     """There is newer work: nobody wants the rest of an answer."""
 
 
-class Answers:
+class Uploader:
     """Sends them in the order in which they come.
 
     The next does not wait until the broker has taken the one before: it may say so only when that
