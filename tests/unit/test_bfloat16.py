@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from fluffle_broker.inspect.decode import read
+from fluffle_broker.inspect.decode import decode_message
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.codec import lay_out
 from fluffle_common.protocol.messages import Update
@@ -216,7 +216,7 @@ async def test_a_message_is_read_with_what_its_tensors_say():
     await send_tensors(link, message, tensors, Route("", ["q"]))
     delivery = await link.get("q")
     assert delivery is not None
-    (told,) = read(delivery, "f").tensors
+    (told,) = decode_message(delivery, "f").tensors
     assert (told.dtype, told.norm, told.min, told.max) == ("bfloat16", 5.0, -4.0, 3.0)
     assert (told.nan, told.inf) == (1, 1)
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from fluffle_broker.inspect.archive import Folder
-from fluffle_broker.inspect.decode import part_of, read
+from fluffle_broker.inspect.archive import MessageArchive
+from fluffle_broker.inspect.decode import decode_message, part_of
 from fluffle_broker.inspect.formatting import facts
 from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
 from fluffle_common.protocol.messages import Evaluation, Event, Events, Happening, Hello, Update
@@ -51,7 +51,7 @@ async def test_an_update_is_read_with_its_tensors():
         "odd": np.array([1.0, np.nan, np.inf, -np.inf], np.float64),
     }
     (delivery,) = await sent(weights)
-    reading = read(delivery, "f")
+    reading = decode_message(delivery, "f")
     kernel, count, empty, odd = reading.tensors
     assert (reading.kind, reading.worker, reading.round, reading.wrong) == ("update", "w1", 7, None)
     assert (kernel.shape, kernel.dtype, kernel.norm) == ((2, 2), "float32", 5.0)
@@ -66,14 +66,14 @@ async def test_an_encoded_update_says_so_and_shows_its_tensors_as_they_travel():
     tensors = {"w#q": np.ones(3, np.int8), "w#scale": np.ones(1, np.float32)}
     table, pieces = lay_out(tensors)
     (delivery,) = await through(encode(update(encoding="int8", tensors=table), pieces))
-    reading = read(delivery, "f")
+    reading = decode_message(delivery, "f")
     assert [tensor.name for tensor in reading.tensors] == ["w#q", "w#scale"]
     assert facts(reading) == ["round 7", "120 examples", "encoded as int8", "loss 0.25"]
 
 
 async def test_what_has_no_finite_norm_is_still_json():
     (delivery,) = await sent({"huge": np.array([1e300, 1e300])})
-    reading = read(delivery, "f")
+    reading = decode_message(delivery, "f")
     assert reading.tensors[0].norm is None
     assert reading.tensors[0].max == 1e300
     told = json.loads(json.dumps(reading.as_dict(0.0), allow_nan=False))
@@ -82,13 +82,13 @@ async def test_what_has_no_finite_norm_is_still_json():
 
 async def test_tensors_that_travel_apart_have_no_values_here():
     announced, *parts = await sent({"kernel": np.zeros(PART_BYTES // 4 + 1, np.float32)})
-    reading = read(announced, "f")
+    reading = decode_message(announced, "f")
     assert reading.tensors[0].shape == (PART_BYTES // 4 + 1,)
     assert reading.tensors[0].norm is None
     assert reading.transfer.parts == len(parts) == 2
     assert "its tensors travel apart, in 2 parts, 4.2 MB" in facts(reading)
-    assert [part_of(read(part, "f")) for part in parts] == [(1, 2), (2, 2)]
-    assert facts(read(parts[1], "f")) == ["part 2 of 2"]
+    assert [part_of(decode_message(part, "f")) for part in parts] == [(1, 2), (2, 2)]
+    assert facts(decode_message(parts[1], "f")) == ["part 2 of 2"]
     assert part_of(reading) is None
 
 
@@ -105,7 +105,7 @@ async def test_tensors_that_travel_apart_have_no_values_here():
 )
 async def test_what_cannot_be_read_says_why_and_how_it_begins(body, word):
     (delivery,) = await through(body, type="update", headers={"worker": "w9", "round": 3})
-    reading = read(delivery, "f")
+    reading = decode_message(delivery, "f")
     assert word in reading.wrong
     told = reading.as_dict(0.0)
     assert told["first_bytes"] == body[:48].hex(" ")
@@ -121,7 +121,7 @@ async def test_the_sign_of_life_of_a_training_worker_in_words():
         state="training", run="r", round=2, step=3, steps=8, loss=1.5,
     )  # fmt: skip
     (delivery,) = await through(encode(hello))
-    told = facts(read(delivery, "f"))
+    told = facts(decode_message(delivery, "f"))
     assert told == ["round 2", "5 examples", "training 3/8", "loss 1.5"]
 
 
@@ -129,14 +129,14 @@ async def test_an_event_of_the_journal_in_words():
     fields = {"round": 2, "needed": 3}
     event = Event(federation="f", event="opened", time="t", session="s", number=1, fields=fields)
     (delivery,) = await through(encode(event))
-    assert facts(read(delivery, "f")) == ["opened round=2 needed=3"]
+    assert facts(decode_message(delivery, "f")) == ["opened round=2 needed=3"]
 
 
 async def test_many_events_of_the_journal_are_counted():
     told = [Happening(event=event, time="t") for event in ("opened", "counted", "counted")]
     events = Events(federation="f", session="s", number=1, events=tuple(told))
     (delivery,) = await through(encode(events))
-    assert facts(read(delivery, "f")) == ["1 x opened, 2 x counted"]
+    assert facts(decode_message(delivery, "f")) == ["1 x opened, 2 x counted"]
 
 
 async def test_a_kept_message_is_its_body_and_what_is_known_of_it(tmp_path):
@@ -145,8 +145,8 @@ async def test_a_kept_message_is_its_body_and_what_is_known_of_it(tmp_path):
     )
     bodies = [encode(evaluation), b"junk"]
     first, second = await through(*bodies, type="../../evil", headers={"worker": "../x"})
-    folder = Folder(tmp_path / "kept")
-    names = [folder.keep(read(each, "f"), now=0.0) for each in (first, second)]
+    folder = MessageArchive(tmp_path / "kept")
+    names = [folder.keep(decode_message(each, "f"), now=0.0) for each in (first, second)]
     assert [name.read_bytes() for name in names] == bodies
     assert [name.name.split("-", 1)[1] for name in names] == [
         "000001-evaluation-w.1-round-4.msgpack",

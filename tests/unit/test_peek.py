@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from fluffle_broker.inspect.connect import held, is_classic, visiting
+from fluffle_broker.inspect.connect import held, is_classic, open_once
 from fluffle_broker.inspect.peek import full_name, peek
 from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol.messages import Event, Update
@@ -170,11 +170,11 @@ async def test_a_broker_that_is_away_is_one_line_that_says_what_to_do():
     broker = MemoryBroker()
     broker.stop()
     with pytest.raises(BrokerError, match="no broker at memory.*fluffle broker up"):
-        async with visiting(broker):
+        async with open_once(broker):
             pass
     broker.start()
     with pytest.raises(BrokerError, match="was lost"):
-        async with visiting(broker) as link:
+        async with open_once(broker) as link:
             broker.stop()
             await link.get("q")
 

@@ -13,7 +13,7 @@ import pytest
 
 from fluffle_broker.cli.tap import Lines
 from fluffle_broker.inspect import tap as tapping
-from fluffle_broker.inspect.decode import Reading
+from fluffle_broker.inspect.decode import DecodedMessage
 from fluffle_broker.inspect.tap import Tap, Wanted, bindings, whom
 from fluffle_common.protocol.codec import PART_BYTES
 from fluffle_common.protocol.messages import (
@@ -76,10 +76,10 @@ class Watched:
 
     def __init__(self, broker: MemoryBroker, link: MemoryLink) -> None:
         self.broker, self.link = broker, link
-        self.shown: list[Reading] = []
+        self.shown: list[DecodedMessage] = []
         self._new = asyncio.Event()
 
-    def take(self, reading: Reading) -> None:
+    def take(self, reading: DecodedMessage) -> None:
         self.shown.append(reading)
         self._new.set()
 

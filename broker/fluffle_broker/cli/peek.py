@@ -17,7 +17,7 @@ from fluffle_common.cli.printing import echo, echo_json, screen, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fluffle_broker.inspect.decode import Reading
+    from fluffle_broker.inspect.decode import DecodedMessage
     from fluffle_broker.inspect.peek import Peeked
     from fluffle_common.protocol.topology import Topology
 
@@ -68,10 +68,10 @@ def peek(queue: str, count: int, **options: Any) -> None:
 
 async def _peek(address: str, topology: Topology, queue: str, count: int) -> Peeked:
     from fluffle_broker.inspect import peek as peeking
-    from fluffle_broker.inspect.connect import visiting
+    from fluffle_broker.inspect.connect import open_once
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
-    async with visiting(AmqpTransport(address, "fluffle peek")) as link:
+    async with open_once(AmqpTransport(address, "fluffle peek")) as link:
         return await peeking.peek(link, topology, queue, count)
 
 
@@ -106,7 +106,7 @@ def _show(peeked: Peeked, now: float) -> None:
         show_reading(reading, now, f"{number}  ")
 
 
-def show_reading(reading: Reading, now: float, before: str = "") -> None:
+def show_reading(reading: DecodedMessage, now: float, before: str = "") -> None:
     """Print one message in full, but for tensors beyond ``MOST_ROWS``."""
     from fluffle_broker.inspect.formatting import age, facts, size
 
@@ -135,7 +135,7 @@ def show_reading(reading: Reading, now: float, before: str = "") -> None:
         screen().print(_tensors(reading, wide=screen().width >= _WIDE))
 
 
-def _tensors(reading: Reading, *, wide: bool) -> Table:
+def _tensors(reading: DecodedMessage, *, wide: bool) -> Table:
     """Draw a row a tensor; a narrow terminal has no room for the least, mean and largest value."""
     shown = reading.tensors[:MOST_ROWS]
     left = len(reading.tensors) - len(shown)

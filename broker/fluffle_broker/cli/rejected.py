@@ -78,11 +78,11 @@ def _where(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) -
 
 
 def _visit(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
-    from fluffle_broker.inspect.connect import visiting
+    from fluffle_broker.inspect.connect import open_once
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
     async def visit() -> T:
-        async with visiting(AmqpTransport(address, "fluffle rejected")) as link:
+        async with open_once(AmqpTransport(address, "fluffle rejected")) as link:
             return await work(link)
 
     return asyncio.run(visit())

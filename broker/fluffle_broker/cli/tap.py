@@ -20,8 +20,8 @@ from fluffle_common.cli.app import management_option
 from fluffle_common.cli.printing import echo, visible_json
 
 if TYPE_CHECKING:
-    from fluffle_broker.inspect.archive import Folder
-    from fluffle_broker.inspect.decode import Reading
+    from fluffle_broker.inspect.archive import MessageArchive
+    from fluffle_broker.inspect.decode import DecodedMessage
     from fluffle_broker.inspect.tap import Wanted
     from fluffle_common.protocol.topology import Topology
 
@@ -79,12 +79,12 @@ def tap(**options: Any) -> None:
     _run(topology, address, lines, workers)
 
 
-def _folder(path: Path | None) -> Folder | None:
-    from fluffle_broker.inspect.archive import Folder
+def _folder(path: Path | None) -> MessageArchive | None:
+    from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_common.errors import UsageError
 
     try:
-        return Folder(path) if path else None
+        return MessageArchive(path) if path else None
     except OSError as no:
         raise UsageError(f"{path} cannot be a folder for messages ({no})") from None
 
@@ -156,7 +156,7 @@ class Lines:
         wanted: Wanted,
         as_json: bool = False,
         most: int | None = None,
-        folder: Folder | None = None,
+        folder: MessageArchive | None = None,
         *,
         clock: Callable[[], float] = time.time,
         say: Callable[[str], None] = echo,
@@ -167,7 +167,7 @@ class Lines:
         self._clock, self._say = clock, say
         self._parts: dict[str, tuple[int, int]] = {}
 
-    def take(self, reading: Reading) -> None:
+    def take(self, reading: DecodedMessage) -> None:
         """Take in one message that is wanted.
 
         Raises:
@@ -187,7 +187,7 @@ class Lines:
         elif not self._as_json:
             self._count_part(reading, now)
 
-    def _keep(self, folder: Folder, reading: Reading, now: float) -> None:
+    def _keep(self, folder: MessageArchive, reading: DecodedMessage, now: float) -> None:
         from fluffle_common.errors import UsageError
 
         try:
@@ -202,7 +202,7 @@ class Lines:
             if not self._left:
                 self.enough.set()
 
-    def _count_part(self, reading: Reading, now: float) -> None:
+    def _count_part(self, reading: DecodedMessage, now: float) -> None:
         """Tell of the parts of one transfer in one line, when all have passed."""
         from fluffle_broker.inspect.decode import part_of
 
@@ -218,14 +218,14 @@ class Lines:
             del self._parts[next(iter(self._parts))]
 
 
-def _directed(reading: Reading) -> dict[str, Any]:
+def _directed(reading: DecodedMessage) -> dict[str, Any]:
     from fluffle_broker.inspect.tap import is_work, whom
 
     return {"direction": "to" if is_work(reading) else "from", "workers": list(whom(reading))}
 
 
 def _in_words(
-    reading: Reading, now: float, told: str | None = None, size_bytes: int | None = None
+    reading: DecodedMessage, now: float, told: str | None = None, size_bytes: int | None = None
 ) -> str:
     from fluffle_broker.inspect.formatting import facts, size
     from fluffle_broker.inspect.tap import is_work, whom

@@ -7,11 +7,11 @@ import json
 import time
 from pathlib import Path
 
-from fluffle_broker.inspect.decode import Reading, part_of
+from fluffle_broker.inspect.decode import DecodedMessage, part_of
 from fluffle_common.tensors.checkpoint import replacing
 
 
-class Folder:
+class MessageArchive:
     """A folder of messages, named so that sorting by name is sorting by arrival.
 
     ``20260131T120000-000012-update-w1-round-7.msgpack`` and the same with ``.json``.
@@ -28,7 +28,7 @@ class Folder:
         self._path = path
         self._numbers = itertools.count(1)
 
-    def keep(self, reading: Reading, now: float) -> Path:
+    def keep(self, reading: DecodedMessage, now: float) -> Path:
         """Write one message, each of its files whole or not at all; return where its body is.
 
         Raises:
@@ -43,7 +43,7 @@ class Folder:
         return body
 
 
-def _name(reading: Reading) -> str:
+def _name(reading: DecodedMessage) -> str:
     """Name a message by what it says; of one that cannot be read nothing can be trusted."""
     message = reading.message
     if message is None:

@@ -12,7 +12,7 @@ from fluffle_common.transport.base import Delivery, Link, OtherArguments, QueueI
 
 
 @contextlib.asynccontextmanager
-async def visiting(transport: Transport) -> AsyncGenerator[Link]:
+async def open_once(transport: Transport) -> AsyncGenerator[Link]:
     """Open a link and close it again.
 
     Raises:

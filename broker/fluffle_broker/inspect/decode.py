@@ -41,7 +41,7 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DecodedMessage:
     """A message, read.
 
     Args:
@@ -130,7 +130,7 @@ class Reading:
         return told
 
 
-def read(delivery: Delivery, federation: str, *, values: bool = True) -> Reading:
+def decode_message(delivery: Delivery, federation: str, *, values: bool = True) -> DecodedMessage:
     """Read a delivery; whatever is wrong with it is told, never raised.
 
     Args:
@@ -152,12 +152,12 @@ def read(delivery: Delivery, federation: str, *, values: bool = True) -> Reading
     except MalformedMessage as why:
         wrong = str(why)
         tensors = _facts(getattr(message, "tensors", ()), None)
-    return Reading(
+    return DecodedMessage(
         delivery, len(delivery.body), message, wrong, tensors, bytes(delivery.body[:_FIRST_BYTES])
     )
 
 
-def part_of(reading: Reading) -> tuple[int, int | None] | None:
+def part_of(reading: DecodedMessage) -> tuple[int, int | None] | None:
     """Return which part it is, from 1, and of how many, where its sender says; None for no part."""
     if not isinstance(reading.message, Part):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from fluffle_broker.inspect.decode import Reading, part_of
+from fluffle_broker.inspect.decode import DecodedMessage, part_of
 
 
 def size(count: float) -> str:
@@ -47,7 +47,7 @@ def rate(per_second: float | None) -> str:
     return f"{per_second:.1f}" if 0 < per_second < 10 else f"{per_second:.0f}"
 
 
-def facts(reading: Reading) -> list[str]:
+def facts(reading: DecodedMessage) -> list[str]:
     """Return what matters most of a message, but for its kind and who it is of, in words."""
     said = reading.said()
     told = [] if reading.round is None else [f"round {reading.round}"]

@@ -12,7 +12,7 @@ import contextlib
 from dataclasses import dataclass
 
 from fluffle_broker.inspect.connect import held, is_classic
-from fluffle_broker.inspect.decode import Reading, read
+from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Counts, Link
@@ -27,7 +27,7 @@ class Peeked:
 
     queue: str
     counts: Counts
-    readings: list[Reading]
+    readings: list[DecodedMessage]
 
 
 def full_name(topology: Topology, name: str) -> str:
@@ -80,18 +80,18 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     async with held(link, full, count=count, most_bytes=MOST_BYTES) as each:
         deliveries = [delivery async for delivery in each]
     # Given back at once: what they say is read afterwards.
-    return Peeked(full, counts, [read(one, topology.federation) for one in deliveries])
+    return Peeked(full, counts, [decode_message(one, topology.federation) for one in deliveries])
 
 
-async def _end_of_stream(link: Link, topology: Topology, count: int) -> list[Reading]:
+async def _end_of_stream(link: Link, topology: Topology, count: int) -> list[DecodedMessage]:
     newest = await link.newest(topology.journal)
     if newest is None or newest.offset is None:
         return []
-    found: list[Reading] = []
+    found: list[DecodedMessage] = []
     since = max(0, newest.offset - count + 1)
     async with contextlib.aclosing(await link.follow(topology.journal, since=since)) as entries:
         async for entry in entries:
-            found.append(read(entry, topology.federation))
+            found.append(decode_message(entry, topology.federation))
             if entry.offset is None or entry.offset >= newest.offset:
                 break
     return found[-count:]

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_broker.inspect.connect import visiting
+from fluffle_broker.inspect.connect import open_once
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.rabbitmq.management import UNTOLD, QueueFigures, alarms, queue_figures
 from fluffle_common.transport.rabbitmq.queue_health import hint
@@ -81,7 +81,7 @@ def look(url: str, base: str, topology: Topology) -> Look:
 
 async def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:
     found = []
-    async with visiting(AmqpTransport(url, "fluffle queues")) as link:
+    async with open_once(AmqpTransport(url, "fluffle queues")) as link:
         for entity in topology.shared():
             if isinstance(entity, Queue) and (counts := await link.counts(entity.name)) is not None:
                 found.append(

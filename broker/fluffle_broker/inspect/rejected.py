@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluffle_broker.inspect.connect import held, is_classic
-from fluffle_broker.inspect.decode import Reading, read
+from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
@@ -24,7 +24,7 @@ class Rejected:
     """A refused message; ``number`` counts from 1, the oldest that is kept."""
 
     number: int
-    reading: Reading
+    reading: DecodedMessage
 
     @property
     def reason(self) -> str:
@@ -74,7 +74,7 @@ async def kept(link: Link, topology: Topology) -> list[Rejected]:
     found: list[Rejected] = []
     async with held(link, topology.rejected, count=count) as each:
         async for delivery in each:
-            reading = read(delivery, topology.federation, values=False)
+            reading = decode_message(delivery, topology.federation, values=False)
             found.append(Rejected(len(found) + 1, reading))
             delivery.body = b""
     return found
@@ -93,7 +93,7 @@ async def one(link: Link, topology: Topology, number: int) -> Rejected:
         async for delivery in each:
             at += 1
             if at == number:
-                return Rejected(number, read(delivery, topology.federation))
+                return Rejected(number, decode_message(delivery, topology.federation))
             delivery.body = b""
     raise _no_such(topology, number, count)
 
@@ -138,7 +138,7 @@ async def requeue(
             if numbers is not None and number not in numbers:
                 back.append(delivery)
                 continue
-            reading = read(delivery, topology.federation, values=False)
+            reading = decode_message(delivery, topology.federation, values=False)
             done = await _send_again(link, topology, Rejected(number, reading))
             found.append(done)
             if done.left is None:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 
-from fluffle_broker.inspect.decode import Reading, read
+from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.concurrency import run_all
 from fluffle_common.protocol.messages import Heartbeat, Hello
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Binding, Topology
@@ -43,7 +43,7 @@ class Wanted:
     worker: str | None = None
     parts: bool = False
 
-    def takes(self, reading: Reading) -> bool:
+    def takes(self, reading: DecodedMessage) -> bool:
         """Whether a message is wanted at all: some are fetched only for what they tell."""
         # Work for others does not get here; and where it is for many, not all of them are named.
         if self.worker is not None and not is_work(reading) and self.worker not in whom(reading):
@@ -52,19 +52,19 @@ class Wanted:
             return True
         return not self.kinds and reading.kind != "heartbeat"
 
-    def lists(self, reading: Reading) -> bool:
+    def lists(self, reading: DecodedMessage) -> bool:
         """Whether a message that is wanted gets a line of its own."""
         return reading.kind != "part" or "part" in self.kinds
 
 
-def whom(reading: Reading) -> tuple[str, ...]:
+def whom(reading: DecodedMessage) -> tuple[str, ...]:
     """Return the workers that a message is for (the first, where they are many), or is of."""
     if is_work(reading):
         return reading.delivery.keys
     return (reading.worker or reading.delivery.keys[0].partition(".")[2],)
 
 
-def is_work(reading: Reading) -> bool:
+def is_work(reading: DecodedMessage) -> bool:
     """Whether it goes from the coordinator to workers."""
     return reading.delivery.exchange.endswith(".work")
 
@@ -122,7 +122,7 @@ class Tap:
         topology: Topology,
         wanted: Wanted,
         workers: Iterable[str],
-        show: Callable[[Reading], None],
+        show: Callable[[DecodedMessage], None],
     ) -> None:
         self._link, self._topology, self._wanted = link, topology, wanted
         self._workers = set(workers) if wanted.worker is None else {wanted.worker}
@@ -147,7 +147,7 @@ class Tap:
 
     async def _read(self, copies: AsyncGenerator[Delivery]) -> None:
         async for copy in copies:
-            reading = read(copy, self._topology.federation, values=False)
+            reading = decode_message(copy, self._topology.federation, values=False)
             if isinstance(reading.message, Hello | Heartbeat) and self._wanted.worker is None:
                 self._learn(reading.message.worker)
             if self._wanted.takes(reading):
