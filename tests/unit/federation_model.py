@@ -262,8 +262,6 @@ class CoordinatorModel:
                 done = number, frozenset(self.sum), self.world.new_base()
                 self.averaged, self.issued[number + 1] = number, done[2]
                 self.sum, self.closing = set(), False
-                if not self.world.in_parts:
-                    self.events.append(ev.Averaged(now, *done))
                 self.lines.append(("checkpoint", *done))
             case "first", handle:
                 if not disk.first_weights:
@@ -287,7 +285,7 @@ class CoordinatorModel:
                 self.world.check_commit(number, participants)
                 disk.history.append(participants)
                 disk.bases.append(base)
-                self.events.append(ev.Committed(self.world.now, number, participants, base))
+                self.events.append(ev.Committed(self.world.now, number, base))
             case "evaluated", number:
                 assert number not in disk.evaluated, f"round {number} was evaluated twice"
                 assert number <= len(disk.history), f"round {number} is evaluated ahead of its line"
@@ -322,7 +320,6 @@ class CoordinatorModel:
         held = {
             h for update in self.state.received.values() for h in (update.handle, *update.spares)
         }
-        held |= {handle for saving in self.state.saving for handle, *_ in saving.held}
         arriving = {event.handle for event in self.events if isinstance(event, ev.Arrived)}
         jobs = {job[1] for job in (*self.jobs, *self.out) if isinstance(job[1], Handle)}
         return handle in held | arriving | jobs

@@ -25,6 +25,7 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.outbox import Outbox
@@ -141,14 +142,15 @@ class Untouched:
 @pytest.mark.parametrize("first", [False, True])
 async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
     told: list[ev.Event] = []
-    aggregation = Aggregator(
-        RunStore(tmp_path / "run"),
+    committer = Committer(
+        RunStore(tmp_path / "run"), metadata=lambda _: {}, tell=lambda *_: None, post=told.append
+    )
+    aggregator = Aggregator(
         TOPOLOGY,
         None if first else MODEL,
+        committer,
         max_model_bytes=2**33,
         link=Untouched,  # type: ignore[arg-type]
-        metadata=lambda _: {},
-        tell=lambda *_: None,
         post=told.append,
     )
     table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)
@@ -157,12 +159,12 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
     if first:
         of = {"federation": "f", "run": "r", "worker": "w"}
         message = FirstWeights(**of, tensors=table, transfer=transfer)
-        aggregation.take_first(Held(Delivered(1), message, memoryview(b"")))
+        aggregator.take_first(Held(Delivered(1), message, memoryview(b"")))
     else:
         held = Held(Delivered(1), update(tensors=table, transfer=transfer), memoryview(b""))
-        aggregation.fold(held, "w", 10)
-    running = asyncio.ensure_future(aggregation.run())
-    await aggregation.drained()
+        aggregator.fold(held, 10)
+    running = asyncio.ensure_future(aggregator.run())
+    await aggregator.drained()
     running.cancel()
     (event,) = told
     if first:

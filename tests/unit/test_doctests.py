@@ -27,7 +27,7 @@ MODULES = _with_examples()
 def test_the_modules_with_examples_are_found():
     assert {
         "fluffle_common.tensors.weights",
-        "fluffle_coordinator.service.aggregator",
+        "fluffle_coordinator.service.committer",
         "fluffle_coordinator.machine.state",
         "fluffle_coordinator.strategy.fedavg",
         "fluffle_worker.cli",

@@ -1,7 +1,7 @@
 """Machines with one rule broken: every one of them must be found out by the tests of the rules.
 
 A mutant is a machine whose source has one line replaced. ``rule`` names the test of
-``test_rounds`` or ``test_rounds_ahead`` that must fail on it; ``random`` says that
+``test_rounds`` or ``test_rounds_commit`` that must fail on it; ``random`` says that
 ``test_rounds_machine`` must.
 """
 
@@ -23,7 +23,7 @@ from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import membership as members
 from fluffle_coordinator.machine import transitions as progress
 from fluffle_worker import machine as session
-from tests.unit import test_rounds, test_rounds_ahead, test_rounds_in_use, test_rounds_machine
+from tests.unit import test_rounds, test_rounds_commit, test_rounds_in_use, test_rounds_machine
 from tests.unit.test_rounds_machine import Federation
 
 
@@ -138,35 +138,26 @@ MUTANTS = [
         "test_what_was_trained_from_other_weights_is_refused",
     ),
     Mutant(
-        "lets go of what was averaged before it is on disk",
+        "counts as a participant whose update is not in the sum",
         rounds,
-        "    if number in [saving.round for saving in state.saving]:\n",
-        "    if False:\n",
-        "test_a_redelivery_while_the_round_is_being_written_is_held_too",
-        random=False,  # a rare meeting: a link lost between two steps of one commit
-    ),
-    Mutant(
-        "ends before what was averaged is on disk",
-        rounds,
-        "    if event.round >= state.rules.rounds:\n",
-        "    if False:\n",
-        "test_the_end_waits_for_the_disk",
+        "frozenset(n for n, one in state.received.items() if one.folded)",
+        "frozenset(state.received)",
+        "test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk",
         random=False,
     ),
     Mutant(
-        "runs ahead of the disk without end",
-        progress,
-        "    if len(state.saving) >= AHEAD:\n",
-        "    if False:\n",
-        "test_two_rounds_may_be_unwritten_and_the_third_waits",
-        random=False,  # nothing that holds is broken: a crash takes more back
+        "puts into the next sum what comes while a round is being written",
+        rounds,
+        "state.phase is not Phase.COMMITTING:  # else",
+        "True:  # else",
+        "test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk",
     ),
     Mutant(
-        "ends at a deadline while the round before is being written",
+        "forgets who was asked before the sample was drawn again",
         progress,
-        "    if state.saving:\n        return state\n    if len(state.failed)",
-        "    if len(state.failed)",
-        "test_no_deadline_ends_a_round_before_the_one_before_is_on_disk",
+        "{*state.asked, *state.asked_before}",
+        "{*state.asked}",
+        "test_a_commit_says_who_was_asked_also_before_the_sample_was_drawn_again",
         random=False,
     ),
     Mutant(
@@ -362,7 +353,7 @@ def _fails(check: Callable[[], object]) -> bool:
 
 def _rule(name: str) -> Callable[[], object]:
     """Return one test of the rules with all its parameters, as a function without any."""
-    modules = (test_rounds, test_rounds_ahead, test_rounds_in_use)
+    modules = (test_rounds, test_rounds_commit, test_rounds_in_use)
     test = next(found for module in modules if (found := getattr(module, name, None)))
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
     if not marks:

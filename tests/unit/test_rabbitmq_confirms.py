@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from uvloop.loop import PseudoSocket
 
 from fluffle_common.transport.rabbitmq import confirms as amqp_confirms
-from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch, acked_bytes
+from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch, queued_bytes
 
 
 class Line:
@@ -23,11 +24,11 @@ class Line:
         self.is_blocked = False
         self.watch = ConfirmWatch(self, self.why.append, lambda: self.is_blocked)
 
-    def left_bytes(self) -> int | None:
-        return 1_000_000 + self.left if self.told else None
-
     def waiting_bytes(self) -> int:
-        return self.written - self.left
+        return (self.written - self.left) // 2 if self.told else self.written - self.left
+
+    def queued_bytes(self) -> int | None:
+        return self.written - self.left - self.waiting_bytes() if self.told else None
 
     def come_bytes(self) -> int:
         return self.come
@@ -130,23 +131,31 @@ async def test_nobody_looks_while_nothing_is_awaited(line):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_the_system_tells_what_the_other_end_has():
-    here, there = socket.socketpair()
-    with here, there:
-        assert acked_bytes(here) is None  # no TCP
+def test_the_system_tells_what_the_other_end_has_not():
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon it takes no more
         here = socket.create_connection(server.getsockname())
         there, _ = server.accept()
         with here, there:
-            before = acked_bytes(here)
-            here.sendall(b"x" * 1000)
-            there.recv(1000, socket.MSG_WAITALL)
+            assert queued_bytes(here.fileno()) == 0
+            here.setblocking(False)
+            sent = 0
+            with pytest.raises(BlockingIOError):
+                while True:
+                    sent += here.send(bytes(2**16))
+            queued = queued_bytes(here.fileno())
+            assert 0 < queued < sent  # the other end's system has taken the rest
+            with there.makefile("rb") as taken:
+                assert len(taken.read(sent)) == sent
             there.sendall(b"y")
+            here.setblocking(True)
             here.recv(1)
-            assert acked_bytes(here) - before == 1000
-    assert acked_bytes(None) is None
+            assert queued_bytes(here.fileno()) == 0
 
 
 def test_a_socket_that_was_closed_meanwhile_tells_nothing():
     closed = PseudoSocket(socket.AF_INET, socket.SOCK_STREAM, 0, -1)
-    assert acked_bytes(closed) is None
+    assert queued_bytes(closed.fileno()) is None
+    once_open = os.open(os.devnull, os.O_RDONLY)
+    os.close(once_open)
+    assert queued_bytes(once_open) is None

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
@@ -25,8 +26,10 @@ from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.cli.run_folder import replay as replay_command
 from fluffle_coordinator.machine import events as ev
-from fluffle_coordinator.service import aggregator as module
-from fluffle_coordinator.service.aggregator import Aggregator, Held
+from fluffle_coordinator.service import committer as module
+from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.storage import replay
 from fluffle_coordinator.storage import update_archive as kept
 from fluffle_coordinator.storage.run_store import RunStore, read_history_lines
@@ -61,20 +64,24 @@ def delta(seed: int, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Run:
-    """An aggregation at work, fed by hand over the broker in memory."""
+    """The sum and the disk at work, fed by hand over the broker in memory."""
 
     def __init__(self, folder: Path, weights: dict[str, np.ndarray], *, keep: bool = True) -> None:
         self.store, self.weights = RunStore(folder), weights
         self.events: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
-        self.aggregation = Aggregator(
+        self.committer = Committer(
             self.store,
-            TOPOLOGY,
-            weights,
-            max_model_bytes=2**30,
-            link=lambda: self.link,
             metadata=lambda number: {"run": RUN, "round": str(number)},
             tell=lambda what, fields: self.told.put_nowait((what, fields)),
+            post=self.events.put_nowait,
+        )
+        self.aggregator = Aggregator(
+            TOPOLOGY,
+            weights,
+            self.committer,
+            max_model_bytes=2**30,
+            link=lambda: self.link,
             post=self.events.put_nowait,
             keep_updates=keep,
         )
@@ -86,7 +93,7 @@ class Run:
     async def fold(
         self, worker: str, number: int, seed: int, num_examples: int, how: str | None = None
     ) -> Held:
-        """Send an update and give it to the aggregation, without waiting for it."""
+        """Send an update and give it to the aggregator, without waiting for it."""
         await self.link.declare(TOPOLOGY.of_worker(worker))
         message = Update(
             federation="letters", run=RUN, round=number, base="b", worker=worker,
@@ -102,21 +109,22 @@ class Run:
         told, payload = decode(delivery.body)
         assert isinstance(told, Update)
         held = Held(delivery, told, payload)
-        self.aggregation.fold(held, worker, num_examples)
+        self.aggregator.fold(held, num_examples)
         return held
 
     async def commit(self, number: int) -> None:
-        await self.aggregation.drained()
-        self.aggregation.commit(number)
-        await self.aggregation.drained()
-        assert self.aggregation.weights is not None
-        self.weights = self.aggregation.weights
+        await self.aggregator.drained()
+        self.aggregator.commit(number, ())
+        await self.aggregator.drained()
+        await self.committer.drained()
+        assert self.aggregator.weights is not None
+        self.weights = self.aggregator.weights
 
 
 @contextlib.asynccontextmanager
 async def at_work(run: Run) -> AsyncIterator[Run]:
     await run.begin()
-    task = asyncio.create_task(run.aggregation.run())
+    task = asyncio.ensure_future(run_all(run.aggregator.run(), run.committer.run()))
     try:
         yield run
     finally:
@@ -160,7 +168,7 @@ async def test_an_update_is_kept_byte_for_byte(tmp_path):
     async with at_work(run):
         held = await run.fold("a", 1, 1, 5)
         body = bytes(held.delivery.body)
-        await run.aggregation.drained()
+        await run.aggregator.drained()
     assert kept.update_path(tmp_path, 1, 1, "a").read_bytes() == body
     assert held.delivery.body == b""  # and is let go of in memory
 
@@ -195,11 +203,11 @@ async def test_what_is_refused_is_not_kept(tmp_path):
         run.weights = {**run.weights, "w": np.full((5, 3), np.nan, np.float32)}
         run.weights["more"] = np.zeros(1)
         await run.fold("a", 1, 1, 5)
-        await run.aggregation.drained()
+        await run.aggregator.drained()
         assert isinstance(await run.events.get(), ev.FoldFailed)
         run.weights = base()
         await run.fold("b", 1, 2, 5)
-        await run.aggregation.drained()
+        await run.aggregator.drained()
     assert files(tmp_path, 1) == ["0001-b.msgpack"]
 
 

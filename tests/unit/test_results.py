@@ -15,7 +15,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service.aggregator import federated
+from fluffle_coordinator.service.committer import federated
 from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results

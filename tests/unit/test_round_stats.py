@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fluffle_coordinator.dashboard.report_numbers import train_loss
 from fluffle_coordinator.machine.state import Evaluated
-from fluffle_coordinator.service.aggregator import federated
+from fluffle_coordinator.service.committer import federated
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
 MOST = sys.float_info.max

@@ -88,15 +88,12 @@ class Run:
     def update(self, name: str) -> list[fx.Effect]:
         return [*self.arrived(name), *self.folded(name)]
 
-    def averaged(self, *participants: str) -> list[fx.Effect]:
-        number = self.state.round
-        return self.on(ev.Averaged(self.now, number, frozenset(participants), f"b{number}"))
-
     def committed(self, *participants: str) -> list[fx.Effect]:
-        """Commit the first of the rounds that are averaged, else the open one."""
-        number = self.state.saving[0].round if self.state.saving else self.state.round
-        event = ev.Committed(self.now, number, frozenset(participants), f"b{number}")
-        return self.on(event)
+        """Commit the round, of which these are the participants."""
+        number = self.state.round
+        effects = self.on(ev.Committed(self.now, number, f"b{number}"))
+        assert self.state.counted_before[number] == {*participants}
+        return effects
 
     def evaluation(self, name: str, round: int, base: str | None = None) -> list[fx.Effect]:
         found = rs.Evaluated(10, 0.5, {})
@@ -285,7 +282,7 @@ def test_the_quorum_commits(quorum, enough):
     run = opened(*"abcd", rules=Rules(rounds=1, min_workers=4, quorum=quorum))
     for count, name in enumerate("abcd"[:enough], start=1):
         commits = only(run.update(name), fx.Commit)
-        assert commits == ([fx.Commit(1)] if count == enough else [])
+        assert [one.round for one in commits] == ([1] if count == enough else [])
 
 
 def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
@@ -760,7 +757,7 @@ def test_who_leaves_is_withdrawn_from_a_fraction_but_not_from_a_number(quorum):
     run = opened("a", "b", rules=Rules(rounds=1, quorum=quorum))
     run.update("a")
     commits = only(run.left("b"), fx.Commit)
-    assert commits == ([fx.Commit(1)] if quorum.number is None else [])
+    assert [one.round for one in commits] == ([1] if quorum.number is None else [])
 
 
 def test_who_answered_and_left_still_counts():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -148,31 +148,34 @@ def test_safetensors_itself_reads_it_and_finds_all_aligned(tmp_path):
 
 
 @pytest.mark.parametrize("value", [1, 2])
+@pytest.mark.parametrize("named_first", [False, True])
 @pytest.mark.parametrize("when", ["while writing", "at fsync", "at rename", "interrupted"])
-def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, when, value):
+def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(
+    tmp_path, monkeypatch, when, value, named_first
+):
     path = tmp_path / "model"
     if value == 2:
         save_checkpoint(path, weights(1), {})
     before = path.read_bytes() if path.exists() else None
     if when == "while writing":
         with room(100), pytest.raises(OSError, match="(?i)too large|space"):
-            save_checkpoint(path, weights(9), {})
+            save_checkpoint(path, weights(9), {}, named_first=named_first)
     elif when == "interrupted":
         monkeypatch.setattr(checkpoint.os, "fsync", _interrupt)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(path, weights(9), {})
+            save_checkpoint(path, weights(9), {}, named_first=named_first)
     else:
         if when == "at fsync":
             monkeypatch.setattr(checkpoint.os, "fsync", no_fsync)
         else:
             monkeypatch.setattr(checkpoint.os, "replace", lambda *_: no_fsync(0))
         with pytest.raises(OSError, match="No space"):
-            save_checkpoint(path, weights(9), {})
+            save_checkpoint(path, weights(9), {}, named_first=named_first)
     assert names(tmp_path) == ({"model"} if before else set())
     if before:
         assert path.read_bytes() == before
     monkeypatch.undo()
-    save_checkpoint(path, weights(9), {})
+    save_checkpoint(path, weights(9), {}, named_first=named_first)
     assert_weights(read_checkpoint(path)[0], 9)
 
 
@@ -180,7 +183,17 @@ def _interrupt(_: int) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "order_of_it"),
+    [
+        (0, ["fsync {}.partial", "rename {}.partial {}", "fsync folder"]),
+        (1, ["rename {}.partial {}", "fsync {}", "fsync folder"]),
+    ],
+)
+def test_a_checkpoint_and_its_name_are_on_disk_when_it_is_saved(
+    tmp_path, monkeypatch, number, order_of_it
+):
+    store = RunStore(tmp_path / "folder")
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -195,11 +208,28 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.os, "fsync", noted_fsync)
     monkeypatch.setattr(checkpoint.os, "replace", noted_replace)
-    save_checkpoint(tmp_path / "m", weights(1), {})
-    assert order == ["fsync m.partial", "rename m.partial m", f"fsync {tmp_path.name}"]
+    path = store.save_weights(number, weights(1), {})
+    assert order == [one.format(path.name, path.name) for one in order_of_it]
+    order.clear()
+    store.save_weights(number, weights(2), {})  # whole at any time, the one or the other
+    assert order[:2] == [f"fsync {path.name}.partial", f"rename {path.name}.partial {path.name}"]
 
 
-LARGE = {"a": np.arange(400_000, dtype=np.float32), "b": np.ones(3)}
+@pytest.mark.parametrize("left", [0, 1, 100])
+def test_a_part_of_a_checkpoint_that_no_line_names_is_passed_over(tmp_path, left):
+    store = RunStore(tmp_path)
+    identity = store.load("f").run
+    store.save_weights(0, weights(1), {"base": "zero"})
+    commit(store, 1)
+    path = store.save_weights(2, weights(3), {"base": "two"})
+    path.write_bytes(path.read_bytes()[:left])
+    saved = RunStore(tmp_path).load("f")
+    assert (saved.run, saved.committed, saved.repairs) == (identity, 1, ())
+    store.save_weights(2, weights(3), {"base": "two"})
+    assert_weights(read_checkpoint(path)[0], 3)
+
+
+LARGE = {"a": np.arange(1_100_000, dtype=np.float32), "b": np.ones(3)}
 
 
 @pytest.mark.parametrize("tensors", [weights(3), LARGE, {}])
@@ -208,9 +238,9 @@ def test_a_checkpoint_carries_the_digest_of_its_file(tmp_path, tensors):
     save_checkpoint(path, tensors, {"round": "3", "classes": '["a"]'})
     data = path.read_bytes()
     with safe_open(path, "numpy") as file:
-        digest = file.metadata()["fluffle_sha256"]
+        digest = file.metadata()["fluffle_blake3"]
     without = data.replace(digest.encode(), b"0" * 64)
-    assert hashlib.sha256(without).hexdigest() == digest
+    assert blake3(without).hexdigest() == digest
     got, metadata = read_checkpoint(path)
     assert metadata == {"round": "3", "classes": '["a"]'}
     assert {name: t.tobytes() for name, t in got.items()} == {
@@ -232,7 +262,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
     flips = [at for at in bits(len(whole)) if at >= 8 * start]
     if tensors is not LARGE:
         flips += range(8 * start, 8 * start + 400)
-    flips += range(8 * whole.index(b"256") + 48, 8 * start - 32, 11)  # the digest itself
+    flips += range(8 * whole.index(b"blake3") + 51, 8 * start - 32, 11)  # the digest itself
     for at in flips:
         damaged = bytearray(whole)
         damaged[at // 8] ^= 1 << at % 8

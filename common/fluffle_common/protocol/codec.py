@@ -210,12 +210,12 @@ class Packing:
     """
 
     def __init__(self, message: WithTensors, weights: Weights) -> None:
-        self.id = uuid.uuid4().hex
         self._message = message
         self._table, self._pieces = lay_out(weights)
         self.nbytes = sum(map(len, self._pieces))
         fits = self.nbytes <= PART_BYTES
         self.parts = 0 if fits else -(-self.nbytes // PART_BYTES)
+        self.id = uuid.uuid4().hex if self.parts else ""
 
     def body(self, digest: str | None = None) -> bytes:
         """Return the message's body; one whose payload is in parts announces their ``digest``."""

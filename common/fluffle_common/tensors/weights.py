@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,8 @@ _ONE_PIECE_BYTES = 16 * 2**20
 # than 10,000, BLAS wakes up threads of its own.
 _ROW = 4 * 1024
 _BLOCK = 64 * _ROW
-# Squares beyond these may have lost what was too small for a float32, or have a sum too large.
-_SURE = 1e-25, 1e300
+# A smaller sum of squares may have lost what was too small to be squared as a float32.
+_SURE = 1e-20
 
 
 class NotFinite(ValueError):
@@ -140,7 +141,7 @@ def check_delta(update: Weights, base: Weights) -> float:
     Nothing is broadcast: a shape of (1,) is not a shape of ().
 
     Returns:
-        Its norm, as ``check_finite`` does.
+        Its norm, as ``finite_norm`` does.
 
     Raises:
         NotFinite: naming the first tensor that holds NaN or an infinity.
@@ -150,7 +151,7 @@ def check_delta(update: Weights, base: Weights) -> float:
         _same_names(update, base)
         for name, expected in base.items():
             _same_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
-    return check_finite(update)
+    return finite_norm(update)
 
 
 def _same_layout(update: Weights, base: Weights) -> bool:
@@ -160,18 +161,30 @@ def _same_layout(update: Weights, base: Weights) -> bool:
     return update.layout is base.layout and base.layout.floats
 
 
-def check_finite(weights: Weights) -> float:
+def check_finite(weights: Weights) -> None:
     """Check that no value is NaN or infinite.
 
-    Returns:
-        The Euclidean norm of all values, integers too: the same walk over them tells both. It is
-        good to a millionth, and the largest float64 where it is beyond that.
+    Raises:
+        NotFinite: naming the first tensor that holds NaN or an infinity.
+    """
+    flat = weights.flat if isinstance(weights, Tensors) else None
+    if flat is not None and not _infinite(flat):  # what lies between tensors may be anything
+        return
+    for name, tensor in weights.items():
+        if bad := _infinite(tensor.reshape(-1)):
+            raise _not_finite(name, bad)
+
+
+def finite_norm(weights: Weights) -> float:
+    """Return the Euclidean norm of all values, integers too, which must be finite.
+
+    It is good to a millionth, and the largest float64 where it is beyond that.
 
     Raises:
         NotFinite: naming the first tensor that holds NaN or an infinity.
 
     Example:
-        >>> check_finite({"w": np.array([3.0, 0.0]), "n": np.array(-4)})
+        >>> finite_norm({"w": np.array([3.0, 0.0]), "n": np.array(-4)})
         5.0
     """
     if (
@@ -188,31 +201,51 @@ def check_finite(weights: Weights) -> float:
     for name, tensor in weights.items():
         part, bad = _measure(tensor.reshape(-1))
         if bad:
-            raise NotFinite(f"tensor '{name}' has {bad} values that are NaN or infinite")
+            raise _not_finite(name, bad)
         norm = math.hypot(norm, part)
     return min(norm, sys.float_info.max)
 
 
+def _not_finite(name: str, bad: int) -> NotFinite:
+    return NotFinite(f"tensor '{name}' has {bad} values that are NaN or infinite")
+
+
+def _infinite(values: Array) -> int:
+    """Count what is NaN or infinite, a block at a time."""
+    if not is_float(values.dtype):
+        return 0
+    found = 0
+    for start in range(0, values.size, _BLOCK):
+        finite = np.isfinite(values[start : start + _BLOCK])
+        if not np.logical_and.reduce(finite):
+            found += int(finite.size - np.count_nonzero(finite))
+    return found
+
+
 def _measure(values: Array) -> tuple[float, int]:
     """Return the norm of the finite values of a vector, and how many are not finite."""
-    wide = _wide(values.dtype)
-    norm, bad = 0.0, 0
-    lowest, highest = _SURE
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        for start in range(0, values.size, _BLOCK):
-            block = values[start : start + _BLOCK].astype(wide, copy=False)
-            whole = block.size - block.size % _ROW
-            for rows in (block[:whole].reshape(-1, _ROW), block[whole:].reshape(1, -1)):
-                if not rows.size:
-                    continue
-                squares = np.vecdot(rows, rows)
-                if lowest < squares.min() and squares.max() < highest:  # so all are finite
-                    norm = math.hypot(norm, math.sqrt(squares.sum(dtype=np.float64)))
-                    continue
-                for row in rows if rows.any() else ():
-                    part, infinite = _measure_closely(row)
-                    norm, bad = math.hypot(norm, part), bad + infinite
+        squares = sum(float(np.vecdot(rows, rows).sum(dtype=np.float64)) for rows in _rows(values))
+        if _SURE < squares < math.inf:  # so all are finite
+            return math.sqrt(squares), 0
+        norm, bad = 0.0, 0
+        for rows in _rows(values):
+            for row in rows if rows.any() else ():
+                part, infinite = _measure_closely(row)
+                norm, bad = math.hypot(norm, part), bad + infinite
     return norm, bad
+
+
+def _rows(values: Array) -> Iterator[Array]:
+    """Yield the values of a vector in rows of which each can be squared and added up by itself."""
+    wide = _wide(values.dtype)
+    for start in range(0, values.size, _BLOCK):
+        block = values[start : start + _BLOCK].astype(wide, copy=False)
+        whole = block.size - block.size % _ROW
+        if whole:
+            yield block[:whole].reshape(-1, _ROW)
+        if whole < block.size:
+            yield block[whole:].reshape(1, -1)
 
 
 def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.storage.round_stats import weighted_mean
+from fluffle_coordinator.storage.round_stats import weighted_mean, with_later
 from fluffle_coordinator.storage.run_store import read_history_lines
 
 Line = Mapping[str, Any]
@@ -128,6 +128,9 @@ def numbers(lines: Sequence[Line], identity: Line, checkpoints: Sequence[Checkpo
         checkpoints: the model files.
     """
     committed = {line["round"]: line for line in lines if line["event"] == "committed"}
+    for line in lines:
+        if line["event"] == "ended" and line["round"] in committed:
+            committed[line["round"]] = with_later(committed[line["round"]], line)
     evaluated = {line["round"]: line for line in lines if line["event"] == "evaluated"}
     in_order = [committed[number] for number in sorted(committed)]
     return Numbers(

@@ -104,9 +104,13 @@ class Reject(Effect):
 
 @dataclass(frozen=True)
 class Commit(Effect):
-    """Average, write the checkpoint and the history line, fsync both; then report ``Committed``."""
+    """Average, write the checkpoint and the history line, fsync both; then report ``Committed``.
+
+    ``asked`` is whom the round was asked of, for the history.
+    """
 
     round: int
+    asked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

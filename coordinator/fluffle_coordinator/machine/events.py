@@ -133,26 +133,12 @@ class EvaluationArrived(Event):
 
 
 @dataclass(frozen=True)
-class Averaged(Event):
-    """The round's weights are known, as ``base``, and are being written; ``Committed`` follows.
-
-    Reported only where every update of the round is whole and durable on the broker: should the
-    coordinator die before the commit, the round can be averaged again without asking anybody.
-    """
-
-    round: int
-    participants: frozenset[str]
-    base: str
-
-
-@dataclass(frozen=True)
 class Committed(Event):
-    """The round's weights and history line are on disk; ``participants`` are in the average.
+    """The round's weights, named ``base``, and its history line are on disk.
 
     ``about`` is what else is to be told of it.
     """
 
     round: int
-    participants: frozenset[str]
     base: str
     about: Mapping[str, Any] = field(default_factory=empty)

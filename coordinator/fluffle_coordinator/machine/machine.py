@@ -11,9 +11,8 @@ leaves, crashes, redeliveries and deadlines can be tried in tests, thousands a s
                                   └──deadline: reopen │ close │ stop                   │ after the
     ENDED <──all have evaluated, or deadline── EVALUATING <────────────────────────────┘ last round
 
-A round may open as soon as the one before it is averaged (``Averaged``), while that is still being
-written (``State.saving``), as at most ``transitions.AHEAD`` are. Should a crash take an average
-back, what was trained from it is told apart by its ``base`` and refused.
+A round opens when the one before it is on disk: what a worker is sent is always a checkpoint. Where
+a damaged one takes a run back, what was trained from it is told apart by its ``base`` and refused.
 
 The rules that hold whatever happens, which the tests check under random interleavings:
 
@@ -40,7 +39,6 @@ from fluffle_coordinator.machine import membership
 from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Reject, Tell
 from fluffle_coordinator.machine.events import (
     Arrived,
-    Averaged,
     Committed,
     Connected,
     Disconnected,
@@ -62,15 +60,16 @@ from fluffle_coordinator.machine.state import (
     Phase,
     Received,
     Rules,
-    Saving,
     State,
     Table,
     Tally,
 )
-from fluffle_coordinator.machine.transitions import AHEAD, progress, tell_of_round, wakeup, work
+from fluffle_coordinator.machine.transitions import progress, wakeup, work
 
 __all__ = ["advance", "start", "wakeup"]
 
+# Of so many rounds it is remembered who took part.
+_REMEMBERED = 3
 # What comes the way that signs of life come.
 _HEARD = (Seen, Left, Failed, Echoed)
 
@@ -138,22 +137,21 @@ def advance(state: State, event: Event) -> tuple[State, Effects]:
     if isinstance(event, _HEARD):
         state = heard(state, event.now)
     before, state = state, _TAKE[type(event)](state, event, out)
-    state = _tell_of_the_quorum(before, state, event, out)
+    _tell_of_the_quorum(before, state, event, out)
     return progress(state, event.now, out), out
 
 
-def _tell_of_the_quorum(before: State, after: State, event: Event, out: Effects) -> State:
+def _tell_of_the_quorum(before: State, after: State, event: Event, out: Effects) -> None:
     """Let people know when the quorum of an open round shrinks, and for whom."""
     if after.tally.expected >= before.tally.expected or after.phase is not Phase.OPEN:
-        return after
+        return
     if (before.phase, before.round) != (after.phase, after.round):
-        return after
+        return
     was, needed = before.needed, after.needed
     if needed >= was:
-        return after
+        return
     told = {"round": after.round, "needed": needed, "was": was}
-    tell = Tell("quorum", {**told, "reason": _why_fewer(before, after, event)})
-    return tell_of_round(after, tell, out)
+    out.append(Tell("quorum", {**told, "reason": _why_fewer(before, after, event)}))
 
 
 def _why_fewer(before: State, after: State, event: Event) -> str:
@@ -257,24 +255,12 @@ def _max_norm(state: State) -> float:
 
 def _of_an_earlier_round(state: State, event: Arrived, out: Effects) -> State:
     worker, number = event.worker, event.round
-    if number in [saving.round for saving in state.saving]:
-        return _held_too(state, event)
     out.append(Ack(event.handle))
     if worker in state.counted_before.get(number, ()):
         out.append(Tell("duplicate", {"worker": worker, "round": number}))
     else:
         out.append(_late(worker, number, event.num_examples))
     return state
-
-
-def _held_too(state: State, event: Arrived) -> State:
-    """Hold what comes of a round that is being written: only then may it be let go of."""
-    one = (event.handle, event.worker, event.num_examples)
-    saving = tuple(
-        saving._replace(held=(*saving.held, one)) if saving.round == event.round else saving
-        for saving in state.saving
-    )
-    return state.but(saving=saving)
 
 
 def _late(worker: str, number: int, num_examples: int) -> Tell:
@@ -325,7 +311,8 @@ def _folded(state: State, event: Folded, out: Effects) -> State:
         "train_s": event.train_s,
         "bytes": event.size_bytes,
     }
-    return tell_of_round(state, Tell("counted", told), out)
+    out.append(Tell("counted", told))
+    return state
 
 
 def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
@@ -361,33 +348,17 @@ def _evaluation(state: State, event: EvaluationArrived, _: Effects) -> State:
     return state.of(event.worker, evaluations=evaluations)
 
 
-def _averaged(state: State, event: Averaged, _: Effects) -> State:
-    if event.round >= state.rules.rounds:
-        return state  # there is no next round, and the end waits for the disk
-    saving = Saving(event.round, _deliveries(state))
-    return _next_round(state, event).but(saving=(*state.saving, saving))
-
-
 def _committed(state: State, event: Committed, out: Effects) -> State:
-    told: tuple[Tell, ...] = ()
-    if state.saving and state.saving[0].round == event.round:
-        held, told = state.saving[0].held, state.saving[0].told
-        # What could not end before this begins to wait for its end now.
-        state = state.but(saving=state.saving[1:], opened_at=event.now)
-    else:
-        held = _deliveries(state)
-        state = _next_round(state, event)
-    late = {}
-    for handle, worker, num_examples in held:
+    late, participants = {}, frozenset(n for n, one in state.received.items() if one.folded)
+    for handle, worker, num_examples in _deliveries(state):
         out.append(Ack(handle))
-        if worker not in event.participants:
+        if worker not in participants:
             late[worker] = _late(worker, event.round, num_examples)
     out += late.values()
-    of = {"round": event.round, "participants": sorted(event.participants)}
+    of = {"round": event.round, "participants": sorted(participants)}
     out.append(Tell("committed", {**of, **event.about}))
-    out += told
-    recent = {n: who for n, who in state.counted_before.items() if n >= event.round - AHEAD}
-    return state.but(counted_before={**recent, event.round: event.participants})
+    recent = {n: who for n, who in state.counted_before.items() if n > event.round - _REMEMBERED}
+    return _next_round(state, event, {**recent, event.round: participants})
 
 
 def _deliveries(state: State) -> tuple[tuple[Handle, str, int], ...]:
@@ -401,8 +372,11 @@ def _deliveries(state: State) -> tuple[tuple[Handle, str, int], ...]:
     )
 
 
-def _next_round(state: State, event: Averaged | Committed) -> State:
+def _next_round(
+    state: State, event: Committed, counted_before: Mapping[int, frozenset[str]]
+) -> State:
     return state.but(
+        counted_before=counted_before,
         phase=Phase.WAITING,
         round=event.round + 1,
         base=event.base,
@@ -411,6 +385,7 @@ def _next_round(state: State, event: Averaged | Committed) -> State:
         received=Table(),
         folded=0,
         asked=Table(),
+        asked_before=frozenset(),
         attempts=Table(),
         failed=Table(),
         doubted=Table(),
@@ -436,7 +411,6 @@ _TAKE: Mapping[type[Event], Callable[[State, Any, Effects], State]] = {
     Folded: _folded,
     FoldFailed: _fold_failed,
     EvaluationArrived: _evaluation,
-    Averaged: _averaged,
     Committed: _committed,
     Tick: membership.tick,
 }

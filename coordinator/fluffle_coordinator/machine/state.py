@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rpds import HashTrieMap
 
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine.selection import sample_size
-
-if TYPE_CHECKING:
-    from fluffle_coordinator.machine.effects import Tell
 
 # A mapping that shares what it has with the one it was made from, so that a change takes the same
 # time with four workers and with four thousand.
@@ -180,25 +177,6 @@ class Evaluated:
     metrics: Mapping[str, float]
 
 
-class Saving(NamedTuple):
-    """A round that is averaged and being written, while later ones have begun already.
-
-    Args:
-        round: its number.
-        held: every delivery of an update of it, with its worker and number of examples; none is
-            acknowledged before the round is on disk.
-        told: what is to be told of the next round, once this one is committed.
-    """
-
-    round: int
-    held: tuple[tuple[Handle, str, int], ...]
-    told: tuple[Tell, ...] = ()
-
-    def then(self, tell: Tell) -> Saving:
-        """Return this with one more thing to be told."""
-        return self._replace(told=(*self.told, tell))
-
-
 class Tally(NamedTuple):
     """How many of those asked are expected, and how many of these have not got so far.
 
@@ -230,10 +208,9 @@ class State:
 
     rules: Rules
     run: str
-    round: int  # the round that is open or will be; round - 1 is the last averaged
+    round: int  # the round that is open or will be; round - 1 is the last committed
     base: str = ""  # names the weights that this round is trained from
-    saving: tuple[Saving, ...] = ()  # the last rounds before, in order, until they are on disk
-    # Who took part in the last round on disk, and in those before it whose updates may come again.
+    # Who took part in the last rounds: an acknowledgement that was lost lets an update come again.
     counted_before: Mapping[int, frozenset[str]] = field(default_factory=empty)
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
@@ -274,6 +251,7 @@ class State:
     reopenings: int = 0
     reopened_with: int = 0  # updates that were there at the last reopening
     draws: int = 0  # how often this round's sample was drawn
+    asked_before: frozenset[str] = frozenset()  # who was asked before the last draw of this round
     outcome: Outcome | None = None
     reason: str = ""
 
@@ -328,7 +306,7 @@ class State:
     @property
     def committed(self) -> int:
         """The last round that is on disk."""
-        return max(self.counted_before, default=0)
+        return self.round - 1
 
     @property
     def needed(self) -> int:

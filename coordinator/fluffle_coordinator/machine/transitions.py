@@ -27,10 +27,6 @@ from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.selection import sample_size, select
 from fluffle_coordinator.machine.state import Outcome, Phase, State, Table, Worker
 
-# How many rounds may be averaged and not yet on disk while the next is open: the disk may take as
-# long as two rounds, and what a crash takes back is no more than that.
-AHEAD = 2
-
 
 def progress(state: State, now: float, out: Effects) -> State:
     """Take the steps that the state and the time allow; none where there is no link."""
@@ -70,10 +66,8 @@ def _due(state: State) -> float:
     times += [at for worker in state.workers.values() for at in stall_times(state, worker)]
     times.append(state.gate_until)
     if state.quorum_at is not None:
-        if state.phase is Phase.OPEN and len(state.saving) < AHEAD:
+        if state.phase is Phase.OPEN:
             times.append(state.quorum_at + rules.grace_s)
-    elif state.saving:
-        pass  # nothing ends before what is averaged is on disk
     elif state.phase is Phase.WAITING:
         times.append(state.waiting_since + rules.wait_s)
         if state.init_asked is not None and not state.has_weights:
@@ -108,15 +102,6 @@ def work(state: State, workers: tuple[str, ...]) -> list[Effect]:
     ]
 
 
-def tell_of_round(state: State, tell: Tell, out: Effects) -> State:
-    """Let people know of the open round: after the commit of the one before, in any case."""
-    if not state.saving:
-        out.append(tell)
-        return state
-    *before, last = state.saving
-    return state.but(saving=(*before, last.then(tell)))
-
-
 # --- before a round ----------------------------------------------------------------------------
 
 
@@ -125,8 +110,6 @@ def _try_to_open(state: State, now: float, out: Effects) -> State:
         state = decide(state, out)  # which may refuse some
     if _has_enough(state) and state.has_weights:
         return _open(state, now, out)
-    if state.saving:
-        return state
     rules = state.rules
     if now >= state.waiting_since + rules.wait_s:
         told = (
@@ -205,22 +188,19 @@ def _open(state: State, now: float, out: Effects) -> State:
     waiting = tuple(name for name in chosen if name not in state.received)
     if waiting:
         out += work(state, waiting)
-    return _try_to_commit(tell_of_round(state, Tell("opened", told), out), now, out)
+    out.append(Tell("opened", told))
+    return _try_to_commit(state, now, out)
 
 
 # --- an open round -----------------------------------------------------------------------------
 
 
 def _try_to_commit(state: State, now: float, out: Effects) -> State:
-    if len(state.saving) >= AHEAD:
-        return state
     if state.quorum_at is None and state.folded >= state.needed:
         state = state.but(quorum_at=now)
     if state.quorum_at is not None:  # whoever is asked from now on does not undo the quorum
         if not state.tally.unfolded or now >= state.quorum_at + state.rules.grace_s:
             return _commit(state, out)
-        return state
-    if state.saving:
         return state
     if len(state.failed) >= len(state.asked) > 0 and _all_failed(state):
         told = f"every worker failed in round {state.round}; {_last(state.failed)}"
@@ -254,7 +234,7 @@ def _standing(state: State, seconds: float) -> str:
 def _commit(state: State, out: Effects) -> State:
     state = _record_evaluation(state, out, whole=False)
     state = _tell_of_outliers(state, out)
-    out.append(Commit(state.round))
+    out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before}))))
     return state.but(phase=Phase.COMMITTING)
 
 
@@ -269,7 +249,7 @@ def _tell_of_outliers(state: State, out: Effects) -> State:
     for name, norm in sorted(norms.items()):
         if norm > ratio * middle:
             told = {"round": state.round, "worker": name, "norm": norm, "median": middle}
-            state = tell_of_round(state, Tell("outlier", told), out)
+            out.append(Tell("outlier", told))
     return state.but(median_norm=middle)
 
 
@@ -298,7 +278,12 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
     asked = Table({**dict.fromkeys(state.received, -math.inf), **dict.fromkeys(chosen, now)})
     lacking = tuple(n for n in chosen if n not in state.received and not state.busy(n))
     state = state.recounted(
-        opened_at=now, asked=asked, failed=Table(), doubted=Table(), draws=state.draws + 1
+        opened_at=now,
+        asked=asked,
+        asked_before=state.asked_before.union(state.asked),
+        failed=Table(),
+        doubted=Table(),
+        draws=state.draws + 1,
     )
     told = {"round": state.round, "asked": sorted(asked), "needed": state.needed}
     out.append(Tell("reopened", {**told, "deadline_s": state.rules.deadline_s, "reason": reason}))

@@ -3,11 +3,12 @@
 Data flows one way::
 
     link ──deliveries──> events ──> advance() ──> effects ─┬─> outbox     (publishes, in order)
-                                                          └─> aggregator (fold, commit, in order)
-                                                                   └──> events
+                           ^                              └─> aggregator (the sum, in order)
+                           └───────────────────────────────────── committer (the disk, in order)
 
-Only ``_post`` changes the state, one event after the other. Publishing and aggregation have a queue
-and a task each, so that neither a slow broker nor a slow disk keeps signs of life from being heard.
+Only ``_post`` changes the state, one event after the other. Publishing, the sum and the disk have a
+queue and a task each, so that neither a slow broker nor a slow disk keeps signs of life from being
+heard.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import Watcher, waiting_for
 from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.outbox import Outbox
@@ -121,14 +123,15 @@ class Coordinator:
             a_link=self._a_link,
             tell=self._tell,
         )
-        self._aggregation = Aggregator(
-            store,
+        self._committer = Committer(
+            store, metadata=self._metadata, tell=self._tell, post=self._post
+        )
+        self._aggregator = Aggregator(
             topology,
             saved.weights,
+            self._committer,
             max_model_bytes=settings.max_model_bytes,
             link=lambda: self._link,
-            metadata=self._metadata,
-            tell=self._tell,
             post=self._post,
             keep_updates=settings.keep_updates,
             verify_users=settings.verify_users,
@@ -156,7 +159,13 @@ class Coordinator:
         self._next_look = loop.call_later(0.0, self._look)
         tasks = [
             asyncio.create_task(work(), name=work.__name__)
-            for work in (self._end, self._links, self._aggregation.run, self._outgoing.run)
+            for work in (
+                self._end,
+                self._links,
+                self._aggregator.run,
+                self._committer.run,
+                self._outgoing.run,
+            )
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -178,7 +187,8 @@ class Coordinator:
     async def _end(self) -> None:
         """Wait for the end, and until all that was asked for is done."""
         await self._ended
-        await self._aggregation.drained()
+        await self._aggregator.drained()
+        await self._committer.drained()
         await self._outgoing.drained()
         self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
 
@@ -245,35 +255,33 @@ class Coordinator:
         match effect:  # what comes often is first
             case fx.Tell(what, fields):
                 self._tell(what, fields)
-            case fx.Fold(handle, worker, num_examples, max_norm):
+            case fx.Fold(handle, _, num_examples, max_norm):
                 held = self._deliveries[handle]
-                self._aggregation.fold(held, worker, num_examples, max_norm)
+                self._aggregator.fold(held, num_examples, max_norm)
             case fx.Ack(handle):
                 done = self._deliveries.pop(handle, None)
                 if done is not None:
                     done.delivery.ack()
                     done.free()
             case fx.Opened():
-                self._aggregation.opened()
+                self._aggregator.opened()
             case fx.Reject(handle, reason, cause):
                 done = self._deliveries.pop(handle, None)
                 if done is not None:
                     self._reject(done.delivery, MalformedMessage(reason, cause), done.message)
                     done.free()
-            case fx.Commit(number):
-                self._aggregation.commit(number)
+            case fx.Commit(number, asked):
+                self._aggregator.commit(number, asked)
             case fx.RecordEvaluation(number, evaluations):
-                self._aggregation.record_evaluation(number, evaluations)
-            case fx.SendFit(workers):
-                self._aggregation.asked.update(workers)
-                self._outgoing.perform(effect, self.state, self._aggregation.weights)
-            case fx.End():
+                self._committer.record_evaluation(number, evaluations)
+            case fx.End(outcome, reason):
+                self._committer.record_end(self.state.committed, outcome, reason)
                 self._outgoing.perform(effect, self.state, None)
             case _:
-                self._outgoing.perform(effect, self.state, self._aggregation.weights)
+                self._outgoing.perform(effect, self.state, self._aggregator.weights)
 
     def _tell(self, what: str, fields: Mapping[str, Any]) -> None:
-        self._aggregation.counts.note(what, fields)
+        self._committer.counts.note(what, fields)
         if what in _OF_THE_BROKER:
             fields = {"address": self._transport.address, **fields}
         self._watcher.tell(what, fields)
@@ -417,7 +425,7 @@ class Coordinator:
                 message, payload = decode(
                     delivery.body,
                     self._settings.federation,
-                    max_header=self._aggregation.max_header,
+                    max_header=self._aggregator.max_header,
                 )
                 self._check_sender(message, delivery)
                 self._update(message, payload, delivery, rs.Handle(link, number))
@@ -458,7 +466,7 @@ class Coordinator:
         if self.state.has_weights or self.state.init_asked is None:
             held.delivery.ack()  # nobody is asked now; whoever will be sends them again
         elif worker == self.state.init_asked:
-            self._aggregation.take_first(held)
+            self._aggregator.take_first(held)
         else:
             raise MalformedMessage(
                 f"first weights were asked of {self.state.init_asked}, not of {worker}", "sender"

@@ -10,6 +10,8 @@ from fractions import Fraction
 from operator import sub
 from typing import Any
 
+from fluffle_common.clock import timestamp
+
 _TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
 
 
@@ -54,29 +56,49 @@ class Counts:
             told.append(fields)
 
 
+def with_later(line: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a round's line with what a later one says was not counted either."""
+    return {**line, **{name: line.get(name, none) + later[name] for name, none in _NONE.items()}}
+
+
+_NONE: dict[str, Any] = vars(Counts())
+
+
 @dataclass
 class Clock:
-    """Where the time of a round goes, in seconds of a monotonic clock."""
+    """Where the time of a round goes, in seconds of a monotonic clock.
+
+    ``opened`` is the time of the opening for people.
+    """
 
     opened_at: float = field(default_factory=time.monotonic)
+    opened: str = ""
     closed_at: float = 0.0
     averaged_at: float = 0.0
     fold_s: float = 0.0
 
+    def open(self) -> None:
+        """Note that the round is open."""
+        self.opened_at, self.opened = time.monotonic(), timestamp()
+
+    def close(self) -> None:
+        """Note that nothing more is folded."""
+        self.closed_at = time.monotonic()
+
+    def average(self) -> None:
+        """Note that the average is known."""
+        self.averaged_at = time.monotonic()
+
     def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
         """Tell what the time from commit to commit was spent on.
 
-        Before the round, open (folding included), and closing it. What happened while the round
-        before was still being written took no time of this one.
+        Before the round, open (folding included), and closing it.
 
         Args:
             committed_at: when the round before was on disk.
             saved_at: when this one was.
         """
-        moments = [
-            max(moment, committed_at)
-            for moment in (self.opened_at, self.closed_at, self.averaged_at, saved_at)
-        ]
+        moments = [self.opened_at, self.closed_at, self.averaged_at, saved_at]
         names = ("waiting_s", "open_s", "average_s", "checkpoint_s")
         told = dict(zip(names, map(sub, moments, [committed_at, *moments]), strict=True))
         return {

@@ -4,13 +4,15 @@
 
     runs/letters/
         run.json                  the run's id, and how it was started, each time that changed
-        history.jsonl             a line when a round is committed, another when it is evaluated
+        history.jsonl             a line when a round is committed, when it is evaluated, and when
+                                  the run ends
         round-0000.safetensors    the first weights, then one file a round
         updates/round-0001/       with --keep-updates: what was averaged (see ``update_archive``)
         lock                      held by the coordinator that writes here
 
-A file is written beside its final name, fsynced, and then renamed, so that a name always stands for
-a whole file. A round is committed when its history line is on disk, which is after its checkpoint.
+A file is written beside its final name and then renamed, so that a name stands for a whole file;
+only if the power fails, a checkpoint that no history line names may be in part. A round is
+committed when its history line is on disk, which is after its checkpoint.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from fluffle_common.tensors.checkpoint import (
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
 from fluffle_coordinator.storage import update_archive
+from fluffle_coordinator.storage.round_stats import with_later
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ class RunStore:
             OSError: where the disk refuses; an earlier file of that name is as it was.
         """
         path = self.folder / checkpoint_name(number)
-        save_checkpoint(path, weights, metadata)
+        # What a power failure may leave of a later one is passed over: no history line names it.
+        save_checkpoint(path, weights, metadata, named_first=number > 0)
         return path
 
     def keep_update(
@@ -332,8 +336,11 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """
     rounds: dict[int, dict[str, Any]] = {}
     for line in read_history_lines(folder):
-        told = {key: value for key, value in line.items() if key != "event"}
-        rounds.setdefault(line["round"], {}).update(told)
+        row = rounds.setdefault(line["round"], {})
+        if line["event"] == "ended":
+            row.update(with_later(row, line))
+        else:
+            row.update((key, value) for key, value in line.items() if key != "event")
     return [rounds[number] for number in sorted(rounds)]
 
 

@@ -42,7 +42,7 @@ def decode_contribution(
 
     Returns:
         The delta, in the names, shapes and dtypes of ``base``; views into ``payload`` where nothing
-        was encoded. And its norm: see ``check_finite``.
+        was encoded. And its norm: see ``finite_norm``.
 
     Raises:
         MalformedMessage: of cause ``tensors`` or ``not_finite``, where it is no delta for ``base``.

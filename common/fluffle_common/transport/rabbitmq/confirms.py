@@ -7,12 +7,13 @@ has left, or nothing leaves any more, its confirmation is late after a constant 
 from __future__ import annotations
 
 import asyncio
-import socket
+import fcntl
 import struct
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 # So long nothing may move.
 _CONFIRM_S = 20.0
@@ -20,21 +21,26 @@ _LOOK_S = 1.0
 # Where the system does not tell what the other end has, what it buffers needs time too.
 _SLOWEST_BYTES_PER_S = 10_000
 
-# In Linux' struct tcp_info: how many bytes the other end's TCP has acknowledged.
-_ACKED_AT, _ACKED = 120, struct.Struct("=Q")
+_QUEUED = struct.Struct("@i")
 
 
 class Flow(Protocol):
-    """What moves on one connection; each number only grows."""
-
-    def left_bytes(self) -> int | None:
-        """Return how many bytes the other end has; None where the system does not tell."""
+    """What moves on one connection."""
 
     def waiting_bytes(self) -> int:
         """Return how many bytes the system has not taken from this process yet."""
 
+    def queued_bytes(self) -> int | None:
+        """Return how many bytes that the system has taken the other end has not acknowledged.
+
+        None where the system does not tell.
+        """
+
     def come_bytes(self) -> int:
-        """Return how many bytes of messages have come in, which a confirmation may be behind."""
+        """Return how many bytes of messages have come in, which a confirmation may be behind.
+
+        The number only grows.
+        """
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +76,6 @@ class ConfirmWatch:
         self._flow, self._late, self._blocked = flow, late, blocked
         self._awaited: dict[Awaited, None] = {}
         self._sent = 0  # bytes, since nothing was awaited
-        self._from = 0  # what had left by then
         self._left, self._come = 0, 0  # at the last look
         self._moved_at = 0.0
         # Time in which this process did not run counts for nothing.
@@ -80,9 +85,7 @@ class ConfirmWatch:
     def sending(self, nbytes: int) -> Awaited:
         """Note that so many bytes are sent now; to be called before they are."""
         if not self._awaited:
-            self._sent = 0
-            self._from = self._flow.left_bytes() or 0
-            self._left = 0
+            self._sent = self._left = 0
         self._sent += nbytes
         self.under_way_bytes += nbytes
         one = Awaited(nbytes, self._sent, self._clock_s)
@@ -113,12 +116,12 @@ class ConfirmWatch:
         if not self._blocked():
             passed_s = asyncio.get_running_loop().time() - self._looked_at
             self._clock_s += min(passed_s, 2 * _LOOK_S)
-        left_bytes, come = self._flow.left_bytes(), self._flow.come_bytes()
-        left = self._left_of(left_bytes)
+        queued, come = self._flow.queued_bytes(), self._flow.come_bytes()
+        left = self._sent - self._flow.waiting_bytes() - (queued or 0)
         moved, heard = left != self._left, come != self._come
         self._left, self._come = left, come
         patience_s = _CONFIRM_S
-        if left_bytes is None:
+        if queued is None:
             patience_s += self.under_way_bytes / _SLOWEST_BYTES_PER_S
         for one in self._awaited:
             if heard or (not one.left and moved):
@@ -132,22 +135,17 @@ class ConfirmWatch:
                 return
         self._look_later()
 
-    def _left_of(self, left_bytes: int | None) -> int:
-        """Return how many of the bytes that were sent since nothing was awaited have left."""
-        if left_bytes is None:
-            return self._sent - self._flow.waiting_bytes()
-        return left_bytes - self._from
 
+def queued_bytes(descriptor: int) -> int | None:
+    """Return how many bytes of a socket the other end's TCP has yet to acknowledge.
 
-def acked_bytes(sock: Any) -> int | None:
-    """Return how many bytes the other end's TCP has taken; None where the system does not tell."""
-    if sys.platform != "linux" or sock is None:
+    None where the system does not tell.
+    """
+    if sys.platform != "linux":
         return None
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + _ACKED.size)
-    except (OSError, ValueError):  # it was closed; uvloop's has the file descriptor -1 then
+        told = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
+    except (OSError, ValueError):  # it was closed
         return None
-    if len(info) < _ACKED_AT + _ACKED.size:  # Linux before 4.1
-        return None
-    found: int = _ACKED.unpack_from(info, _ACKED_AT)[0]
+    found: int = _QUEUED.unpack(told)[0]
     return found

@@ -23,7 +23,7 @@ from yarl import URL
 from fluffle_common.transport.base import Blocking
 from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import LARGE_BYTES, Arrived, Content, ContentChannel
-from fluffle_common.transport.rabbitmq.confirms import acked_bytes
+from fluffle_common.transport.rabbitmq.confirms import queued_bytes
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
@@ -263,13 +263,14 @@ class Connection(aio_pika.Connection):
     def __del__(self) -> None:
         """Do nothing: it is we who close it, and aio_pika's way warns where no loop runs."""
 
-    def left_bytes(self) -> int | None:
-        """See ``confirms.Flow``."""
-        return acked_bytes(self._beside.socket.get_extra_info("socket"))
-
     def waiting_bytes(self) -> int:
         """See ``confirms.Flow``."""
         return self._beside.socket.get_write_buffer_size()
+
+    def queued_bytes(self) -> int | None:
+        """See ``confirms.Flow``."""
+        connected = self._beside.socket.get_extra_info("socket")
+        return None if connected is None else queued_bytes(connected.fileno())
 
     def come_bytes(self) -> int:
         """See ``confirms.Flow``."""

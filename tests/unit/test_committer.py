@@ -1,0 +1,92 @@
+"""What the committer writes, besides what the whole federations show."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluffle_coordinator.dashboard.report_numbers import read_numbers
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.storage.round_stats import Clock
+from fluffle_coordinator.storage.run_store import RunStore, read_history, read_history_lines
+
+LATE = {"worker": "b", "round": 1, "num_examples": 10}
+
+
+class Run:
+    """A committer at work in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.posted: list[ev.Event] = []
+        store = RunStore(folder)
+        self.identity = store.load("f").run
+        self.committer = Committer(
+            store,
+            metadata=lambda number: {"run": self.identity, "round": str(number)},
+            tell=lambda *_: None,
+            post=self.posted.append,
+        )
+
+    async def commit(self, number: int) -> None:
+        participant: dict[str, Any] = {"worker": "a", "num_examples": 10, "train_loss": None}
+        participant |= {"seconds": 1.0, "counted_s": 1.0, "bytes": 4, "norm": 1.0}
+        clock = Clock()
+        clock.open()
+        clock.close()
+        clock.average()
+        weights = {"w": np.full(1, number, np.float32)}
+        self.committer.commit(Average(number, weights, ("a", "b"), [participant], clock))
+        await self.committer.drained()
+
+
+@pytest.fixture
+async def run(tmp_path):
+    made = Run(tmp_path)
+    task = asyncio.create_task(made.committer.run())
+    yield made
+    task.cancel()
+
+
+async def test_a_round_is_committed_when_checkpoint_and_line_are_on_disk(run):
+    await run.commit(1)
+    (event,) = run.posted
+    (line,) = read_history_lines(run.folder)
+    assert isinstance(event, ev.Committed)
+    assert (event.round, event.base) == (1, line["base"])
+    assert event.about == {"num_examples": 10, "timings": line["timings"]}
+    assert line["asked"] == ["a", "b"]
+    assert RunStore(run.folder).load("f").base == event.base
+
+
+async def test_what_came_too_late_for_a_round_is_in_the_line_after_it(run):
+    await run.commit(1)
+    run.committer.counts.note("late", LATE)
+    await run.commit(2)
+    assert [line["late"] for line in read_history_lines(run.folder)] == [0, 1]
+
+
+async def test_what_came_too_late_for_the_last_round_is_in_the_history_too(run):
+    run.committer.counts.note("rejected", {"reason": "it has a NaN"})
+    await run.commit(1)
+    run.committer.counts.note("late", LATE)
+    run.committer.record_end(1, "finished", "1 rounds are done")
+    await run.committer.drained()
+    ended = read_history_lines(run.folder)[-1]
+    assert (ended["event"], ended["outcome"], ended["late"]) == ("ended", "finished", 1)
+    (row,) = read_history(run.folder)
+    assert (row["late"], row["late_updates"]) == (1, [LATE])
+    assert (row["rejected"], row["rejections"]) == (1, [{"reason": "it has a NaN"}])
+    (shown,) = read_numbers(run.folder).rounds
+    assert (shown.late, shown.rejected) == (1, 1)
+
+
+async def test_a_run_that_ended_before_its_first_round_has_no_line_of_it(run):
+    run.committer.record_end(0, "stopped", "nobody came")
+    await run.committer.drained()
+    assert not (run.folder / "history.jsonl").exists()

@@ -1,0 +1,112 @@
+"""The rules of a commit, one by one: what waits for it, and what comes meanwhile."""
+
+from __future__ import annotations
+
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
+from tests.unit import test_rounds
+from tests.unit.test_rounds import Run, asked, came_late, only, opened, tells
+
+
+def committing(*workers: str, **rules: object) -> Run:
+    """Return a run whose round 1 is being written, with the updates of these workers."""
+    run = opened(*(workers or "ab"), rules=Rules(rounds=9, **rules))
+    for name in workers or "ab":
+        run.update(name)
+    assert (run.state.phase, run.state.round) == (Phase.COMMITTING, 1)
+    return run
+
+
+def test_a_commit_says_who_was_asked_also_before_the_sample_was_drawn_again():
+    rules = Rules(rounds=1, min_workers=4, fraction=0.5, deadline_s=10, patience=1000)
+    run = opened(*"abcd", rules=rules)
+    first = set(run.state.asked)
+    run.tick(10)
+    second = set(run.state.asked)
+    assert first != second
+    effects = [effect for name in sorted(second) for effect in run.update(name)]
+    assert only(effects, fx.Commit) == [fx.Commit(1, tuple(sorted(first | second)))]
+
+
+def test_nobody_is_sent_anything_or_let_go_of_before_the_average_is_on_disk():
+    run = committing("a", "b")
+    assert tells(run.seen("c")) == ["joined"]
+    assert not asked(run.seen("c"))
+    assert run.tick(1) == []
+    effects = run.committed("a", "b")
+    assert only(effects, fx.Ack) == [fx.Ack(Handle(1, 1)), fx.Ack(Handle(1, 2))]
+    assert asked(effects) == ["a", "b", "c"]
+    assert run.state.base == "b1"
+    assert tells(effects) == ["committed", "opened"]
+
+
+def test_the_end_waits_for_the_disk():
+    run = opened("a", "b", rules=Rules(rounds=1))
+    run.update("a")
+    run.update("b")
+    assert run.tick(1) == []
+    assert run.state.phase is Phase.COMMITTING
+    assert only(run.committed("a", "b"), fx.SendEvaluate)
+
+
+def test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk():
+    run = opened(*"abc", rules=Rules(rounds=9, min_workers=3, quorum=Quorum(number=2)))
+    run.update("a")
+    run.update("b")
+    assert run.arrived("c") == []
+    late = run.last_handle
+    effects = run.committed("a", "b")
+    assert fx.Ack(late) in effects
+    assert [tell for tell in only(effects, fx.Tell) if tell.what == "late"] == [came_late("c")]
+
+
+def test_a_redelivery_while_the_round_is_being_written_is_held_too():
+    run = committing("a", "b")
+    run.disconnect()
+    run.connect()
+    assert run.arrived("a") == []
+    again = run.last_handle
+    assert fx.Ack(again) in run.committed("a", "b")
+    assert tells(run.arrived("a", round=1, base="b0")) == ["duplicate"]
+
+
+def test_what_was_trained_from_other_weights_is_refused():
+    run = opened("a", "b")
+    effects = run.arrived("a", base="elsewhere")
+    told = "it was trained from the weights elsewhere, round 1 began with b0"
+    assert effects == [fx.Reject(run.last_handle, told, "round")]
+    assert not run.state.received
+    assert only(run.update("a"), fx.Fold)
+
+
+def test_an_evaluation_of_other_weights_is_passed_over():
+    run = committing("a", "b")
+    run.committed("a", "b")
+    run.evaluation("a", 1, base="elsewhere")
+    assert not run.state.evaluations
+    run.evaluation("a", 1)
+    assert run.state.evaluations.keys() == {"a"}
+
+
+def test_a_worker_at_work_on_weights_that_were_taken_back_is_sent_the_work():
+    run = opened("a", "b")
+    at_that = {"state": "training", "run": test_rounds.RUN, "round": 1}
+    assert not asked(run.seen("c", **at_that, base="b0"))
+    assert asked(run.seen("d", **at_that, base="elsewhere")) == ["d"]
+
+
+def test_without_a_link_the_next_round_opens_when_there_is_one():
+    run = committing("a", "b")
+    run.disconnect()
+    assert tells(run.committed("a", "b")) == ["committed"]
+    assert asked(run.connect()) == ["a", "b"]
+
+
+def test_what_comes_again_of_the_rounds_before_is_a_duplicate():
+    run = committing("a", "b")
+    run.committed("a", "b")
+    for name in "ab":
+        run.update(name)
+    run.committed("a", "b")
+    assert tells(run.arrived("a", round=1, base="b0")) == ["duplicate"]
+    assert tells(run.arrived("a", round=2, base="b1")) == ["duplicate"]
