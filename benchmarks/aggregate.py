@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks import command, figures
 from benchmarks.arrays import Array, Perturbation, make_weights
-from fluffle_common.weights import check_delta, delta, size_bytes
-from fluffle_coordinator.strategy import fedavg
+from fluffle_common.tensors.weights import check_delta, delta, size_bytes
+from fluffle_coordinator.strategy.fedavg import fedavg
 
 _BLOCK = 32 * 1024
 _COUNTS = (100, 150, 225)

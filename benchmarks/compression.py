@@ -3,8 +3,9 @@
     python -m benchmarks.compression --seeds 1,2,3
     python -m benchmarks.compression --seeds 1,2,3 --job digits --rounds 8 --epochs 3
 
-A simulation in one process: the workers' own ``job.do`` with the real task, the wire's layout, the
-coordinator's ``read_delta`` and ``fedavg``; only the broker is left out, which changes no byte.
+A simulation in one process: the workers' own ``job.execute`` with the real task, the wire's layout,
+the coordinator's ``decode_contribution`` and ``fedavg``; only the broker is left out, which changes
+no byte.
 Accuracy is that of the last round's model on what no worker has seen: another writer's letters, or
 a fifth of scikit-learn's digits. Bytes are those of the tensors of one update. Encoding and
 decoding are timed on noise.
@@ -24,15 +25,15 @@ import numpy as np
 
 from benchmarks import command, figures
 from benchmarks.processes import scratch
-from fluffle_common.compression import compress, encoding_of, expand
-from fluffle_common.messages import Fit, Plan, Update
-from fluffle_common.weights import Weights, size_bytes
-from fluffle_common.wire import decode, encode, lay_out
-from fluffle_coordinator.received import read_delta
-from fluffle_coordinator.strategy import fedavg
-from fluffle_worker.feedback import Residual
-from fluffle_worker.job import Job, do
-from fluffle_worker.session import Work
+from fluffle_common.protocol.codec import decode, encode, lay_out
+from fluffle_common.protocol.messages import Fit, Plan, Update
+from fluffle_common.tensors.compression import compress, decompress, encoding_of
+from fluffle_common.tensors.weights import Weights, size_bytes
+from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_worker.error_feedback import Residual
+from fluffle_worker.job import Job, execute
+from fluffle_worker.machine import Work
 from fluffle_worker.task import Task
 
 PLAIN = "none"
@@ -52,7 +53,7 @@ class Federation:
         state, largest = fedavg.init(self.weights), 0
         for place, task in enumerate(self._tasks):
             message, payload = self._update(place, task, number)
-            delta, _ = read_delta(message, payload, self.weights)
+            delta, _ = decode_contribution(message, payload, self.weights)
             state = fedavg.fold(state, delta, message.num_examples)
             largest = max(largest, len(payload))
         self.weights, _ = fedavg.finish(state, self.weights)
@@ -62,7 +63,7 @@ class Federation:
         of = {"run": "r", "round": number, "base": f"b{number - 1}"}
         fit = Fit(federation="bench", **of, evaluate=False, plan=self._plan)
         job = Job(Work("fit", **of), fit, self.weights)
-        do(
+        execute(
             job,
             task,
             {"federation": "bench", "worker": f"w{place}"},
@@ -81,7 +82,7 @@ class Federation:
 
 def letters(folder: Path, clients: int, per_client: int, seed: int) -> tuple[list[Task], Task]:
     """Draw letters; return the tasks of the workers, and one of a writer apart to evaluate with."""
-    from fluffle_worker.letters.drawing import draw_letters
+    from fluffle_worker.letters.handwriting.drawing import draw_letters
     from fluffle_worker.letters.images import read_images
     from fluffle_worker.letters.task import letters_task
 
@@ -134,7 +135,7 @@ def seconds_a_100_mb(how: str, weights: Weights) -> tuple[float, float]:
     began = time.perf_counter()
     tensors, left = compress(weights, how, left)
     encoded = time.perf_counter()
-    expand(tensors, encoding_of(how), weights)
+    decompress(tensors, encoding_of(how), weights)
     return scale * (encoded - began), scale * (time.perf_counter() - encoded)
 
 

@@ -11,10 +11,11 @@ import sys
 from dataclasses import asdict, dataclass
 
 from benchmarks.noop import Noop
-from fluffle_common.amqp import AmqpTransport
-from fluffle_common.signals import run_until_signalled
-from fluffle_common.topology import Topology
-from fluffle_worker.service import WorkerService, WorkerSettings
+from fluffle_common.cli.runtime import run_until_signalled
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from fluffle_worker.service import WorkerService
+from fluffle_worker.settings import WorkerSettings
 
 
 @dataclass(frozen=True)

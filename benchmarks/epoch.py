@@ -76,7 +76,7 @@ def bare_loop(task: Any, plan: Any) -> Callable[[Mapping[str, Any]], float]:
 
 def local_fit(options: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Train both ways in turn; the first time of each, which compiles, is told apart."""
-    from fluffle_common.messages import Plan
+    from fluffle_common.protocol.messages import Plan
     from fluffle_worker.letters.task import task as make
     from fluffle_worker.task import TaskOptions
 
@@ -115,7 +115,11 @@ def start_up(folder: Path, data: Path, repeats: int) -> dict[str, Any]:
                     found[name].append(seconds)
     imports = {
         module: round(statistics.median(_import_s(module) for _ in range(repeats)), 3)
-        for module in ("fluffle_common.cli", "fluffle_worker.service", "fluffle_worker.training")
+        for module in (
+            "fluffle_common.cli.app",
+            "fluffle_worker.service",
+            "fluffle_worker.tasks.flax",
+        )
     }
     medians = {name: round(statistics.median(times), 3) for name, times in found.items()}
     return {**medians, "import_s": imports}
@@ -175,7 +179,7 @@ def main() -> None:
     with scratch() as folder:
         data = options.data
         if data is None:
-            from fluffle_worker.letters.drawing import draw_letters
+            from fluffle_worker.letters.handwriting.drawing import draw_letters
 
             draw_letters(folder / "data", clients=1, per_client=options.examples, seed=1)
             data = folder / "data" / "client-1"

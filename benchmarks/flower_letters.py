@@ -65,7 +65,7 @@ def flower_job(
 
 def jobs(options: argparse.Namespace) -> dict[str, Any]:
     """Run the jobs of all of them in turn."""
-    from fluffle_worker.letters.drawing import draw_letters
+    from fluffle_worker.letters.handwriting.drawing import draw_letters
 
     names = [FLUFFLE, FIRST, DIRECT, BORROWING] + [PRODUCTION] * (not options.direct_only)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -19,7 +19,7 @@ from benchmarks import figures
 from benchmarks.gate import Gates
 from benchmarks.processes import ROOT, Died, Programs
 from benchmarks.sides import WARM_UP
-from fluffle_broker.network import free_ports
+from fluffle_broker.node.network import free_ports
 
 APP = ROOT / "benchmarks" / "flower_side" / "app"
 _FOREVER = 10**6

@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with scratch() as folder, private_broker(folder / "state") as broker:
         data = options.data
         if data is None:
-            from fluffle_worker.letters.drawing import draw_letters
+            from fluffle_worker.letters.handwriting.drawing import draw_letters
 
             data = folder / "data"
             draw_letters(data, clients=options.clients, per_client=options.per_client, seed=1)

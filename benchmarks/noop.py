@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from benchmarks.arrays import TENSORS, Perturbation, make_weights
 from benchmarks.gate import Gate
-from fluffle_common.messages import Plan
-from fluffle_common.weights import Weights
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.weights import Weights
 from fluffle_worker.task import EvalResult, Progress, TaskOptions, TrainResult
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from fluffle_broker import node
+from fluffle_broker.node import node
 
 ROOT = Path(__file__).parents[1]
 FLUFFLE = [str(Path(sys.executable).with_name("fluffle"))]

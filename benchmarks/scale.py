@@ -33,8 +33,8 @@ from benchmarks.processes import (
     private_broker,
     scratch,
 )
-from fluffle_broker.record import NodeInfo
-from fluffle_common.management import ask
+from fluffle_broker.node.record import NodeInfo
+from fluffle_common.transport.rabbitmq.management import ask
 
 WARM_UP = 2
 _LOOK_S = 0.2

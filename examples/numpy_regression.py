@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluffle_common.messages import Plan
-from fluffle_common.weights import Weights
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.weights import Weights
 from fluffle_worker.task import EvalResult, Progress, TaskOptions, TrainResult
 
 SLOPES = np.array([2.0, -3.0, 0.5])

@@ -9,7 +9,7 @@ import pytest
 import uvloop
 from hypothesis import settings
 
-from fluffle_broker import node
+from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
 
 # The same examples every time and no deadline, since the machine is shared; HYPOTHESIS_PROFILE

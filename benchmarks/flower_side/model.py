@@ -63,7 +63,7 @@ class Letters:
 
     def train(self, arrays: Sequence[Array], number: int) -> list[Array]:
         """See ``Model``."""
-        from fluffle_common.messages import Plan
+        from fluffle_common.protocol.messages import Plan
 
         trained = self._task.train(self._named(arrays), Plan(seed=number), lambda *_: None)
         return [trained.weights[name] for name in self._names]

@@ -7,7 +7,7 @@
     ├── BrokerError             no broker, or one that cannot be started        exit code 3
     ├── RunError                the run cannot go on as configured              exit code 4
     ├── TaskError               the user's task, or its data, failed            exit code 5
-    ├── Refused                 the other side refused us, and said why         exit code 6
+    ├── RefusedError            the other side refused us, and said why         exit code 6
     ├── MalformedMessage        bytes that are not a message of ours
     └── LinkLost                the connection went; whatever was under way has an unknown outcome
 
@@ -53,7 +53,7 @@ class TaskError(FluffleError):
     exit_code = 5
 
 
-class Refused(FluffleError):
+class RefusedError(FluffleError):
     """The other side refused us and said why."""
 
     exit_code = 6

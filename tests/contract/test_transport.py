@@ -15,26 +15,25 @@ import aio_pika
 import numpy as np
 import pytest
 
-from fluffle_common.amqp import AmqpTransport
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Update
-from fluffle_common.topology import Binding, Exchange, Queue, Topology
-from fluffle_common.transfer import PartsGone, Route, fetch, reject, send_tensors
-from fluffle_common.transport import (
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
+from fluffle_common.transport.base import (
     NAMED,
-    Backoff,
     Delivery,
-    Full,
     Link,
-    Occupied,
     Properties,
+    QueueFull,
+    QueueInUse,
     Transport,
     Unroutable,
-    links,
-    together,
 )
-from fluffle_common.wire import decode
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import PartsGone, Route, fetch, reject, send_tensors
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 # How long anything may take before a test counts as hanging.
 PATIENCE_S = 20.0
@@ -201,7 +200,7 @@ async def consume_when_free(link: Link, queue: str) -> AsyncIterator[Delivery]:
     while True:
         try:
             return await link.consume(queue, prefetch=5, exclusive=True)
-        except Occupied:  # the broker tells nobody when it notices that a reader is gone
+        except QueueInUse:  # the broker tells nobody when it notices that a reader is gone
             await asyncio.sleep(0.01)
 
 
@@ -366,7 +365,7 @@ async def test_a_full_queue_refuses_and_loses_nothing(bench, bound):
     queue = await bench.queue(link, "q", x_overflow="reject-publish", **bound)
     await put(link, queue, b"m0", b"m1")
     for _ in range(2):
-        with pytest.raises(Full):
+        with pytest.raises(QueueFull):
             await put(link, queue, b"m2")
     first = await soon(link.get(queue))
     assert first.body == b"m0"
@@ -387,7 +386,7 @@ async def test_a_full_queue_costs_the_others_nothing(bench):
     await link.declare([Binding(name, exchange, "") for name in (*full, roomy)])
     for name in full:
         await put(link, name, b"in the way")
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         await link.publish(b"x", Properties(), exchange=exchange, keys=[""])
     assert await drain(link, roomy) == [b"x"]
     for name in full:
@@ -513,7 +512,7 @@ async def test_an_exclusive_consumer_and_another_exclude_each_other(bench, first
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     deliveries = await one.consume(queue, prefetch=5, exclusive=first)
-    with pytest.raises(Occupied):
+    with pytest.raises(QueueInUse):
         await two.consume(queue, prefetch=5, exclusive=second)
     # Both links are as good as before, and the first still has the queue.
     await put(two, queue, b"x")
@@ -838,7 +837,7 @@ async def test_a_tap_goes_with_its_iterator_or_its_link(bench, how):
 async def test_nobody_but_its_link_can_read_a_tap(bench):
     link = await bench.open()
     _, queue, _ = await tapped(bench)
-    with pytest.raises(Occupied):
+    with pytest.raises(QueueInUse):
         await soon(link.consume(queue.name, prefetch=1))
 
 
@@ -1009,7 +1008,7 @@ async def test_links_are_opened_again_with_backoff():
 
     backoff = Backoff(first_s=0.001, most_s=0.004, give_up_s=1000)
     seen: list[Link] = []
-    async with contextlib.aclosing(links(broker, backoff, waiting, lambda: 1.0)) as opened:
+    async with contextlib.aclosing(reconnecting(broker, backoff, waiting, lambda: 1.0)) as opened:
         async for link in opened:
             assert broker.links == {link}  # the one before it is closed
             seen.append(link)
@@ -1029,7 +1028,7 @@ async def test_links_are_closed_when_what_used_them_fails():
     broker = MemoryBroker()
 
     async def use() -> None:
-        async with contextlib.aclosing(links(broker, Backoff(), lambda *_: None)) as opened:
+        async with contextlib.aclosing(reconnecting(broker, Backoff(), lambda *_: None)) as opened:
             async for _ in opened:
                 raise KeyError("a mistake of ours")
 
@@ -1045,7 +1044,7 @@ async def test_links_give_up_with_one_line_that_says_what_to_do():
     backoff = Backoff(first_s=0.001, most_s=0.002, give_up_s=0.02)
     with pytest.raises(BrokerError, match=r"fluffle broker up.*--url"):
         await soon(
-            anext(links(broker, backoff, lambda _, pause: pauses.append(pause), lambda: 1.0))
+            anext(reconnecting(broker, backoff, lambda _, pause: pauses.append(pause), lambda: 1.0))
         )
     assert pauses
     assert pauses == [0.001, *[0.002] * (len(pauses) - 1)]
@@ -1053,7 +1052,7 @@ async def test_links_give_up_with_one_line_that_says_what_to_do():
 
 async def test_links_do_not_try_again_where_that_is_no_use():
     with pytest.raises(BrokerError, match="wrong password"):
-        await anext(links(Refusing(), Backoff(), lambda *_: pytest.fail("waited")))
+        await anext(reconnecting(Refusing(), Backoff(), lambda *_: pytest.fail("waited")))
 
 
 async def test_together_ends_all_when_one_fails_and_says_why():
@@ -1069,12 +1068,12 @@ async def test_together_ends_all_when_one_fails_and_says_why():
         raise LinkLost("gone")
 
     with pytest.raises(LinkLost, match="gone"):
-        await soon(together(forever(), fail()))
+        await soon(run_all(forever(), fail()))
     assert ended.is_set()
 
 
 async def test_nothing_together_is_done_at_once():
-    task = asyncio.ensure_future(together())
+    task = asyncio.ensure_future(run_all())
     await soon(task)
     assert task.exception() is None
 
@@ -1089,7 +1088,7 @@ async def _fail_when_cancelled(begun: asyncio.Event) -> None:
 
 async def test_who_is_cancelled_while_the_link_is_lost_ends_all_the_same():
     begun = [asyncio.Event(), asyncio.Event()]
-    task = asyncio.ensure_future(together(*map(_fail_when_cancelled, begun)))
+    task = asyncio.ensure_future(run_all(*map(_fail_when_cancelled, begun)))
     for each in begun:
         await soon(each.wait())
     task.cancel()
@@ -1107,7 +1106,9 @@ async def test_who_is_cancelled_gets_no_other_link():
             opened.append(self)
             await _fail_when_cancelled(opening)
 
-    task = asyncio.ensure_future(anext(links(Lossy(), Backoff(0.001, 0.002), lambda *_: None)))
+    task = asyncio.ensure_future(
+        anext(reconnecting(Lossy(), Backoff(0.001, 0.002), lambda *_: None))
+    )
     await soon(opening.wait())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -1163,7 +1164,7 @@ async def test_a_quorum_queue_too_has_one_exclusive_reader_until_its_link_is_los
     queue = await real.queue(one, x_queue_type="quorum")
     await real.queue(two, x_queue_type="quorum")
     await one.consume(queue, prefetch=1, exclusive=True)
-    with pytest.raises(Occupied):
+    with pytest.raises(QueueInUse):
         await soon(two.consume(queue, prefetch=1, exclusive=True))
     real.cut(one)
     deliveries = await soon(consume_when_free(two, queue))
@@ -1201,7 +1202,7 @@ async def test_what_is_urgent_arrives_and_is_unroutable_as_anything_else_is(benc
 async def test_parts_are_taken_from_the_user_who_may_send_them_and_no_other(
     real, monkeypatch, parts
 ):
-    monkeypatch.setattr("fluffle_common.wire.PART_BYTES", 64)
+    monkeypatch.setattr("fluffle_common.protocol.codec.PART_BYTES", 64)
     link = await real.open()
     outbox, updates, rejected = [await real.queue(link, name) for name in ("o", "u", "r")]
     of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
@@ -1244,8 +1245,8 @@ async def test_what_is_urgent_does_not_wait_behind_an_upload(real):
 
 @pytest.mark.rabbit
 async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch):
-    monkeypatch.setattr("fluffle_common.amqp_confirms._CONFIRM_S", 0.2)
-    monkeypatch.setattr("fluffle_common.amqp_confirms._LOOK_S", 0.1)
+    monkeypatch.setattr("fluffle_common.transport.rabbitmq.confirms._CONFIRM_S", 0.2)
+    monkeypatch.setattr("fluffle_common.transport.rabbitmq.confirms._LOOK_S", 0.1)
     link = await real.open()
     queue = await real.queue(link)
     real.proxy(link).hold()

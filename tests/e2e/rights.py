@@ -9,9 +9,9 @@ import urllib.request
 import uuid
 from collections.abc import Iterable
 
-from fluffle_broker.node import NodeInfo
-from fluffle_broker.rights import NOTHING, Rights, coordinator_rights, worker_rights
-from fluffle_common.topology import Topology
+from fluffle_broker.node.node import NodeInfo
+from fluffle_broker.node.permissions import NOTHING, Rights, coordinator_rights, worker_rights
+from fluffle_common.protocol.topology import Topology
 
 PASSWORD = "open-sesame"
 COORDINATOR = "chief"

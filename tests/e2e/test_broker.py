@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fluffle_broker import network, node, packages, processes, record
-from fluffle_broker.record import NodeInfo, Ports
+from fluffle_broker.node import network, node, packages, processes, record
+from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
 
 pytestmark = [
@@ -40,7 +40,7 @@ def fluffle(*arguments: str | Path, state: Path) -> subprocess.CompletedProcess[
 
 
 def _command(*arguments: str | Path, state: Path) -> list[str]:
-    start = "from fluffle_common.cli import main; main()"
+    start = "from fluffle_common.cli.app import main; main()"
     return [sys.executable, "-c", start, *map(str, arguments), "--state", str(state)]
 
 

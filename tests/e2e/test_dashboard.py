@@ -17,9 +17,9 @@ import pika
 import pytest
 from playwright.sync_api import Browser
 
-from fluffle_broker.node import NodeInfo
-from fluffle_common.messages import Update
-from fluffle_common.wire import pack
+from fluffle_broker.node.node import NodeInfo
+from fluffle_common.protocol.codec import pack
+from fluffle_common.protocol.messages import Update
 from tests.browser import chromium, window
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults.proxy import Proxy

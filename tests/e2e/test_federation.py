@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fluffle_broker import node
+from fluffle_broker.node import node
 from tests.e2e.programs import FLUFFLE, ROOT, Federation
 
 pytestmark = pytest.mark.rabbit

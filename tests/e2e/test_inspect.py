@@ -17,15 +17,15 @@ import pika
 import pytest
 from safetensors.numpy import load_file
 
-from fluffle_broker import node
-from fluffle_broker.peek import peek
-from fluffle_broker.visit import visiting
-from fluffle_common import management
-from fluffle_common.amqp import AmqpTransport
+from fluffle_broker.inspect.connect import open_once
+from fluffle_broker.inspect.peek import peek
+from fluffle_broker.node import node
 from fluffle_common.errors import UsageError
-from fluffle_common.messages import Update
-from fluffle_common.topology import Topology
-from fluffle_common.wire import encode, lay_out
+from fluffle_common.protocol.codec import encode, lay_out
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.rabbitmq import management
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults import harness
 from tests.faults.checker import check
@@ -73,7 +73,7 @@ def declare(federation: Federation, *workers: str) -> Topology:
     topology = Topology(federation.name)
 
     async def once() -> None:
-        async with visiting(AmqpTransport(federation.url, "test")) as link:
+        async with open_once(AmqpTransport(federation.url, "test")) as link:
             await link.declare(topology.shared())
             for worker in workers:
                 await link.declare(topology.of_worker(worker))
@@ -191,7 +191,7 @@ async def look_while(
 
     async def at(name: str) -> None:
         while program.alive():
-            async with visiting(AmqpTransport(url, "test")) as link:
+            async with open_once(AmqpTransport(url, "test")) as link:
                 for _ in range(10):
                     try:
                         peeked = await peek(link, topology, name, 3)

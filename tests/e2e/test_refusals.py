@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fluffle_broker import node, record
-from fluffle_common.amqp import AmqpTransport
+from fluffle_broker.node import node, record
 from fluffle_common.errors import BrokerError
-from fluffle_common.topology import Queue
-from fluffle_common.transport import Properties, UnknownQueueType
+from fluffle_common.protocol.topology import Queue
+from fluffle_common.transport.base import Properties, UnknownQueueType
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import Federation
 
 pytestmark = pytest.mark.rabbit

@@ -14,10 +14,10 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker
 
-from fluffle_broker.node import NodeInfo
-from fluffle_broker.rights import worker_rights
-from fluffle_common.amqp import AmqpTransport
-from fluffle_common.topology import Topology
+from fluffle_broker.node.node import NodeInfo
+from fluffle_broker.node.permissions import worker_rights
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import Federation, Program
 from tests.e2e.rights import COORDINATOR, PASSWORD, Narrow
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fluffle_common.amqp import AmqpTransport
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
-from fluffle_common.management import ask
+from fluffle_common.transport.rabbitmq.management import ask
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
 pytestmark = pytest.mark.rabbit
 PATIENCE_S = 20.0

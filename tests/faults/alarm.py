@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-from fluffle_broker import node
+from fluffle_broker.node import node
 from tests.faults.harness import PATIENCE_S, wait_until
 
 _TINY, _USUAL = "0.0001", "0.4"  # the share of the memory; the other is as in broker/rabbitmq.conf

@@ -27,7 +27,7 @@ from typing import NoReturn
 
 import msgpack
 
-from fluffle_broker import node
+from fluffle_broker.node import node
 from tests.faults.alarm import memory_alarm
 from tests.faults.checker import Verdict, check
 from tests.faults.harness import Federation, Program, marked, now, wait_until

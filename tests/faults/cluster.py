@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fluffle_broker import network, node
+from fluffle_broker.node import network, node
 from tests.faults.harness import wait_until
 
 NAMES = ("rabbit1", "rabbit2", "rabbit3")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fluffle_broker import node, record
+from fluffle_broker.node import node, record
 from fluffle_common.errors import BrokerError
 from tests.faults.harness import Federation
 

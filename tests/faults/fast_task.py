@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.messages import Plan
+from fluffle_common.protocol.messages import Plan
 from fluffle_worker.task import EvalResult, TaskOptions, TrainResult
 
 Weights = Mapping[str, np.ndarray[Any, Any]]

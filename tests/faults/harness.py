@@ -37,7 +37,7 @@ import psutil
 from tests.faults.hostile import Hostile
 
 ROOT = Path(__file__).parents[2]
-FLUFFLE = (sys.executable, "-c", "from fluffle_common.cli import main; main()")
+FLUFFLE = (sys.executable, "-c", "from fluffle_common.cli.app import main; main()")
 LOGGED_WORKER = (sys.executable, str(ROOT / "tests/faults/logged_worker.py"))
 TASK = f"{ROOT / 'tests/faults/fast_task.py'}:task"
 PATIENCE_S = 60.0

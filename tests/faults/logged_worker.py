@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluffle_common.amqp_link import AmqpLink
-from fluffle_common.cli import main
-from fluffle_common.transport import Properties
+from fluffle_common.cli.app import main
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.rabbitmq.link import AmqpLink
 
 _SIGNS_OF_LIFE = ("hello", "heartbeat", "bye")
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from fluffle_broker import node
+from fluffle_broker.node import node
 from tests.faults.checker import check
 from tests.faults.harness import Federation
 from tests.faults.hostile import Hostile

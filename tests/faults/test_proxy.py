@@ -14,13 +14,13 @@ from collections.abc import Iterator
 import pytest
 from yarl import URL
 
-from fluffle_broker import node
-from fluffle_common.amqp import AmqpTransport
-from fluffle_common.amqp_connection import connect
-from fluffle_common.amqp_link import AmqpLink
+from fluffle_broker.node import node
 from fluffle_common.errors import LinkLost
-from fluffle_common.topology import Topology
-from fluffle_common.transport import Properties
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.rabbitmq.connection import connect
+from fluffle_common.transport.rabbitmq.link import AmqpLink
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.faults.proxy import Proxy, Side
 
 PATIENCE_S = 5.0

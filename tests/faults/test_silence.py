@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from fluffle_broker import node
+from fluffle_broker.node import node
 from tests.faults.alarm import memory_alarm
 from tests.faults.fast_task import first_weights
 from tests.faults.harness import Federation, Program

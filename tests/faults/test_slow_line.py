@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluffle_broker import node
-from fluffle_common import amqp_confirms, wire
-from fluffle_common.amqp import AmqpTransport
-from fluffle_common.messages import Update
-from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send_tensors
-from fluffle_common.transport import Properties
+from fluffle_broker.node import node
+from fluffle_common.protocol import codec as wire
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.messaging import Route, send_tensors
+from fluffle_common.transport.rabbitmq import confirms as amqp_confirms
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.faults.harness import Federation
 from tests.faults.proxy import Proxy
 

@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.checkpoint import read_checkpoint
-from fluffle_common.memory import MemoryBroker
-from fluffle_common.topology import Topology
-from fluffle_common.transport import Backoff
-from fluffle_common.weights import Weights
-from fluffle_coordinator.journal import Journal
-from fluffle_coordinator.run_state import Quorum, Rules, State
-from fluffle_coordinator.service import Coordinator, CoordinatorSettings
-from fluffle_coordinator.store import RunStore
-from fluffle_coordinator.view import Watcher, Watchers, sentence
-from fluffle_worker.service import WorkerService, WorkerSettings
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_common.tensors.weights import Weights
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.reconnect import Backoff
+from fluffle_coordinator.machine.state import Quorum, Rules, State
+from fluffle_coordinator.observe.journal_writer import Journal
+from fluffle_coordinator.observe.watchers import Watcher, Watchers, sentence
+from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_worker.service import WorkerService
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import EvalResult, TrainResult
 from tests.federation.clock import Training, VirtualLoop
 from tests.federation.line import Line

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.topology import Entity
-from fluffle_common.transport import Body, Delivery, Link, Properties, Transport
+from fluffle_common.protocol.topology import Entity
+from fluffle_common.transport.base import Body, Delivery, Link, Properties, Transport
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 
 
 class Line(Transport):

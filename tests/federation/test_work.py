@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from fluffle_common.layout import form_of
+from fluffle_common.tensors.layout import signature_of
 from fluffle_worker.task import TrainResult
 from tests.federation.harness import Adder, Quorum
 
@@ -111,7 +111,7 @@ def test_an_update_weighs_what_its_worker_announced(federated, says):
 
 def test_first_weights_are_taken_from_another_worker_if_the_first_hangs(federated):
     class Hangs(Adder):
-        form = form_of({"w": np.zeros(4, np.float32)})  # known without asking init()
+        form = signature_of({"w": np.zeros(4, np.float32)})  # known without asking init()
 
         def init(self, seed):
             self.loop.sleep(1e9)

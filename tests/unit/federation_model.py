@@ -1,9 +1,9 @@
 """A whole federation in miniature: both real machines, with models of what is around them.
 
-The coordinator's and the workers' decisions are those of ``rounds.advance`` and
-``session.advance``; the broker, the disk and the two shells (``service``, ``outgoing``,
-``aggregation``) are modelled, one effect a step, so that a test can stop, crash or cut anything
-between any two of them. What must hold whatever happens is asserted here, as it happens.
+The coordinator's and the workers' decisions are those of the two ``machine.advance``; the broker,
+the disk and the two shells (``coordinator``, ``outbox``, ``aggregator``) are modelled, one effect
+a step, so that a test can stop, crash or cut anything between any two of them. What must
+hold whatever happens is asserted here, as it happens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from fluffle_coordinator import effects as fx
-from fluffle_coordinator import events as ev
-from fluffle_coordinator import rounds
-from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.run_state import Handle, Phase, Rules
-from fluffle_worker import session
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import machine as rounds
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.state import Handle, Phase, Rules
+from fluffle_worker import machine as session
 
 RUN = "run-a"
 HEARTBEAT_S = 2.0

@@ -16,8 +16,8 @@ from benchmarks.gate import Gate, Gates
 from benchmarks.logs import read_events
 from benchmarks.processes import Died
 from benchmarks.sides import compare
-from fluffle_common.console import Console
-from fluffle_common.messages import Plan
+from fluffle_common.cli.console import Console
+from fluffle_common.protocol.messages import Plan
 from tests.e2e.pull_task import COUNT, Pull, target
 
 

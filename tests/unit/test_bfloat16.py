@@ -12,21 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from fluffle_broker.reading import read
-from fluffle_common.checkpoint import read_checkpoint, save_checkpoint
-from fluffle_common.compression import SMALLEST, compress, encoding_of, expand
+from fluffle_broker.inspect.decode import decode_message
 from fluffle_common.errors import MalformedMessage, UsageError
-from fluffle_common.memory import MemoryBroker
-from fluffle_common.messages import Update
-from fluffle_common.topology import Queue
-from fluffle_common.transfer import Route, send_tensors
-from fluffle_common.weights import BFLOAT16, check_delta, check_finite, size_bytes
-from fluffle_common.wire import lay_out
-from fluffle_coordinator.main import _begin_with
-from fluffle_coordinator.received import read_delta
-from fluffle_coordinator.replay import distance
-from fluffle_coordinator.store import RunStore
-from fluffle_coordinator.strategy import fedavg
+from fluffle_common.protocol.codec import lay_out
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Queue
+from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
+from fluffle_common.tensors.compression import SMALLEST, compress, decompress, encoding_of
+from fluffle_common.tensors.weights import BFLOAT16, check_delta, check_finite, size_bytes
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.messaging import Route, send_tensors
+from fluffle_coordinator.service.app import _begin_with
+from fluffle_coordinator.storage.replay import distance
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.fedavg import fedavg
 
 HOWS = ("bf16", "f16", "int8", "topk:0.05")
 
@@ -57,7 +57,7 @@ def test_a_model_of_bfloat16_is_encoded_and_comes_back(how):
     numbers = np.random.default_rng(0)
     delta = {"w": numbers.normal(size=(60, 50)).astype(BFLOAT16)}
     encoded, left = compress(delta, how, {})
-    got, _ = read_delta(*update(encoded, encoding_of(how)), delta)
+    got, _ = decode_contribution(*update(encoded, encoding_of(how)), delta)
     check_delta(got, delta)
     assert size_bytes(encoded) < 0.55 * size_bytes(delta) or how in ("bf16", "f16")
     total = got["w"].astype(np.float32) + left.get("w", 0)
@@ -76,7 +76,7 @@ def test_what_is_too_small_to_be_sent_adds_up_in_spite_of_few_bits(how, dtype):
     sent, left = np.zeros(SMALLEST), {}
     for _ in range(3000):
         encoded, left = compress(delta, how, left)
-        sent += expand(encoded, encoding_of(how), delta)["w"].astype(np.float64)
+        sent += decompress(encoded, encoding_of(how), delta)["w"].astype(np.float64)
     expected = 3000 * float(delta["w"][1])
     assert abs(sent[1] + float(left["w"][1]) - expected) < 0.02 * expected
     assert abs(float(left["w"][1])) < 0.3 * expected
@@ -85,10 +85,10 @@ def test_what_is_too_small_to_be_sent_adds_up_in_spite_of_few_bits(how, dtype):
 def test_someone_without_the_dtype_sends_its_upper_halves():
     base = {"w": np.ones((2, 3), BFLOAT16)}
     halves = {"w": base["w"].view(np.uint16)}
-    got, _ = read_delta(*update(halves, "bf16"), base)
+    got, _ = decode_contribution(*update(halves, "bf16"), base)
     assert (got["w"].dtype, got["w"].tolist()) == (BFLOAT16, base["w"].tolist())
     with pytest.raises(MalformedMessage, match="'w' is uint16, expected bfloat16"):
-        read_delta(*update(halves, None), base)
+        decode_contribution(*update(halves, None), base)
 
 
 # --- averages ----------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ async def test_a_message_is_read_with_what_its_tensors_say():
     await send_tensors(link, message, tensors, Route("", ["q"]))
     delivery = await link.get("q")
     assert delivery is not None
-    (told,) = read(delivery, "f").tensors
+    (told,) = decode_message(delivery, "f").tensors
     assert (told.dtype, told.norm, told.min, told.max) == ("bfloat16", 5.0, -4.0, 3.0)
     assert (told.nan, told.inf) == (1, 1)
 

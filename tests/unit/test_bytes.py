@@ -9,28 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluffle_broker.rejected import requeue
-from fluffle_common import wire
-from fluffle_common.compression import compress
+from fluffle_broker.inspect.rejected import requeue
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import FirstWeights, Heartbeat, Hello, TensorEntry, Transfer, Update
-from fluffle_common.topology import Topology
-from fluffle_common.transfer import PartsGone, Route, fetch, reject, send_tensors
-from fluffle_common.transport import Properties
-from fluffle_common.weights import delta
-from fluffle_common.wire import decode, pack
-from fluffle_coordinator import effects as fx
-from fluffle_coordinator import events as ev
-from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.aggregation import Aggregator
-from fluffle_coordinator.committer import Committer
-from fluffle_coordinator.greetings import Greetings
-from fluffle_coordinator.holding import Held, Room
-from fluffle_coordinator.outgoing import Outgoing
-from fluffle_coordinator.received import check_announced
-from fluffle_coordinator.service import CoordinatorSettings
-from fluffle_coordinator.store import RunStore
+from fluffle_common.protocol import codec as wire
+from fluffle_common.protocol.codec import decode, pack
+from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Transfer, Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.compression import compress
+from fluffle_common.tensors.table import TensorEntry
+from fluffle_common.tensors.weights import delta
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import PartsGone, Route, fetch, reject, send_tensors
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.greetings import Greetings
+from fluffle_coordinator.service.held_updates import Held, Room
+from fluffle_coordinator.service.outbox import Outbox
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.strategy.contribution import check_announced
 
 TOPOLOGY = Topology("f")
 MODEL = {
@@ -375,7 +376,7 @@ async def test_a_refusal_is_sent_once_a_session_and_again_where_it_was_not(link)
     async def a_link() -> MemoryLink:
         return links[0]
 
-    outgoing = Outgoing(
+    outgoing = Outbox(
         TOPOLOGY, "r", settings, link=lambda: links[0], a_link=a_link, tell=lambda *_: None
     )
     running = asyncio.ensure_future(outgoing.run())

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluffle_coordinator import events as ev
-from fluffle_coordinator.committer import Average, Committer
-from fluffle_coordinator.report_numbers import read_numbers
-from fluffle_coordinator.store import RunStore, read_history, read_history_lines
-from fluffle_coordinator.tally import Clock
+from fluffle_coordinator.dashboard.report_numbers import read_numbers
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.storage.round_stats import Clock
+from fluffle_coordinator.storage.run_store import RunStore, read_history, read_history_lines
 
 LATE = {"worker": "b", "round": 1, "num_examples": 10}
 

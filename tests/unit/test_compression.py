@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fluffle_common.compression import BLOCK, SMALLEST, compress, encoding_of, expand
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.messages import Plan, Update, parse
-from fluffle_common.weights import check_delta, size_bytes
-from fluffle_common.wire import decode, encode, lay_out
-from fluffle_coordinator.received import read_delta
+from fluffle_common.protocol.codec import decode, encode, lay_out
+from fluffle_common.protocol.messages import Plan, Update, parse
+from fluffle_common.tensors.compression import BLOCK, SMALLEST, compress, decompress, encoding_of
+from fluffle_common.tensors.weights import check_delta, size_bytes
+from fluffle_coordinator.strategy.contribution import decode_contribution
 
 HOWS = ("bf16", "f16", "int8", "topk:0.01", "topk:0.5")
 FED_BACK = ("int8", "topk:0.01", "topk:0.5")
@@ -35,7 +35,7 @@ def tensors(draw: st.DrawFn, largest: float = 1e30) -> np.ndarray:
 
 def sent_of(delta: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
     encoded, _ = compress(delta, how, {})
-    return expand(encoded, encoding_of(how), delta)
+    return decompress(encoded, encoding_of(how), delta)
 
 
 def update(encoded: dict[str, np.ndarray], encoding: str | None) -> tuple[Update, memoryview]:
@@ -99,7 +99,7 @@ def test_int8_is_off_by_at_most_half_a_scale(tensor):
     q, scale = encoded["w#q"], encoded["w#scale"]
     assert q.shape == tensor.shape
     assert scale.shape == (-(-tensor.size // BLOCK),)
-    off = np.abs(expand(encoded, "int8", {"w": tensor})["w"] - tensor)
+    off = np.abs(decompress(encoded, "int8", {"w": tensor})["w"] - tensor)
     half = np.repeat(scale, BLOCK)[: tensor.size] / 2
     # The quotient is rounded before it is rounded to a whole number, and scales have an end below.
     assert np.all(off <= half.astype(np.float64) * (1 + 1e-4) + 1e-42)
@@ -116,7 +116,7 @@ def test_topk_keeps_the_largest_and_nothing_else(tensor, how):
     assert np.array_equal(value, tensor[index].astype(np.float32))
     others = np.delete(np.abs(tensor), index)
     assert others.max() <= np.abs(tensor[index]).min()
-    got = expand(encoded, "topk", {"w": tensor})["w"]
+    got = decompress(encoded, "topk", {"w": tensor})["w"]
     assert np.count_nonzero(got) <= kept
     assert np.array_equal(np.delete(left["w"], index), np.delete(tensor, index))
 
@@ -132,7 +132,7 @@ def test_every_form_of_tensor_comes_back_in_its_own(how, shape, dtype):
     }
     base = {"w": delta["w"], "counts": delta["counts"].astype(np.int32)}
     encoded, left = compress(delta, how, {})
-    got, _ = read_delta(*update(encoded, encoding_of(how)), base)
+    got, _ = decode_contribution(*update(encoded, encoding_of(how)), base)
     check_delta(got, base)
     assert np.array_equal(got["counts"], delta["counts"])
     if delta["w"].size < SMALLEST:
@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_refused_as_such_and_not_carried_over(how, value):
     encoded, left = compress({"w": bad, "v": good}, how, {})
     assert "w" not in left
     with pytest.raises(MalformedMessage, match="NaN or infinite") as refused:
-        read_delta(*update(encoded, encoding_of(how)), {"w": good, "v": good})
+        decode_contribution(*update(encoded, encoding_of(how)), {"w": good, "v": good})
     assert refused.value.cause == "not_finite"
 
 
@@ -181,7 +181,7 @@ def test_names_of_the_model_are_never_mistaken_for_encoded_ones(how, other):
     tensor = np.random.default_rng(0).normal(size=2000).astype(np.float32)
     delta = {"w": tensor, other: 2 * tensor, "x" * 500: 3 * tensor}
     encoded, left = compress(delta, how, {})
-    got, _ = read_delta(*update(encoded, encoding_of(how)), delta)
+    got, _ = decode_contribution(*update(encoded, encoding_of(how)), delta)
     for name, learnt in delta.items():
         np.testing.assert_allclose(got[name] + left.get(name, 0), learnt, rtol=0.01, atol=1e-3)
 
@@ -199,7 +199,7 @@ def test_what_was_sent_is_what_was_learnt_less_what_is_left(how, seed):
         delta = {"w": numbers.normal(size=(3, 700)).astype(np.float32)}
         encoded, left = compress(delta, how, left)
         learnt += delta["w"]
-        sent += expand(encoded, encoding_of(how), delta)["w"]
+        sent += decompress(encoded, encoding_of(how), delta)["w"]
     np.testing.assert_allclose(sent, learnt - left["w"], atol=1e-3)
 
 
@@ -209,7 +209,7 @@ def test_a_value_too_small_to_be_sent_is_sent_in_the_end():
     sent, left = np.zeros(SMALLEST), {}
     for _ in range(100):
         encoded, left = compress(delta, "int8", left)
-        sent += expand(encoded, "int8", delta)["w"]
+        sent += decompress(encoded, "int8", delta)["w"]
     assert abs(sent[1] - 0.1) < 1 / 127
     assert sent_of(delta, "int8")["w"][1] == 0
 
@@ -281,7 +281,7 @@ VALUE = np.ones(3, F32)
 )  # fmt: skip
 def test_what_is_not_what_it_says_is_refused(message, reason, cause):
     with pytest.raises(MalformedMessage) as refused:
-        read_delta(*message, BASE)
+        decode_contribution(*message, BASE)
     assert reason in str(refused.value)
     assert refused.value.cause == cause
 
@@ -289,12 +289,12 @@ def test_what_is_not_what_it_says_is_refused(message, reason, cause):
 def test_encoded_tensors_without_an_encoding_are_no_delta():
     encoded, _ = compress(DELTA, "int8", {})
     with pytest.raises(MalformedMessage, match="tensor names differ"):
-        read_delta(*update(encoded, None), BASE)
+        decode_contribution(*update(encoded, None), BASE)
 
 
 @pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk"])
 def test_a_plain_update_is_taken_whatever_its_encoding_says(encoding):
-    got, _ = read_delta(*update(DELTA, encoding), BASE)
+    got, _ = decode_contribution(*update(DELTA, encoding), BASE)
     assert all(np.array_equal(got[name], DELTA[name]) for name in BASE)
 
 
@@ -315,7 +315,7 @@ def test_whatever_comes_is_a_delta_or_refused(sent, encoding, dtype):
     base = {"w": np.zeros((2, 3), dtype), "none": np.zeros((0,), dtype), "n": np.zeros(1, np.int8)}
     base = {name: tensor for name, tensor in base.items() if name == "w" or len(sent) % 2}
     try:
-        got, _ = read_delta(*update(sent, encoding), base)
+        got, _ = decode_contribution(*update(sent, encoding), base)
     except MalformedMessage as wrong:
         assert wrong.cause in ("tensors", "not_finite")
     else:

@@ -16,8 +16,8 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
-from fluffle_common.console import _WITHIN_S, Console, json_line
-from fluffle_common.patient_stream import PatientStream
+from fluffle_common.cli.console import _WITHIN_S, Console, json_line
+from fluffle_common.cli.patient_stream import PatientStream
 
 PATIENCE_S = 5.0
 
@@ -134,7 +134,7 @@ async def test_a_reader_that_takes_nothing_slows_nobody():
 
 
 def test_without_a_loop_a_reader_that_takes_nothing_is_waited_for_once(monkeypatch):
-    monkeypatch.setattr("fluffle_common.console._SETTLE_S", 0.05)
+    monkeypatch.setattr("fluffle_common.cli.console._SETTLE_S", 0.05)
     stream = Stream()
     stream.reads.clear()
     waits = []

@@ -5,9 +5,9 @@ import pytest
 from click.testing import CliRunner
 
 from fluffle_common.errors import UsageError
-from fluffle_common.messages import Plan
-from fluffle_coordinator import main
-from fluffle_coordinator.cli import CompressType, coordinator
+from fluffle_common.protocol.messages import Plan
+from fluffle_coordinator.cli.coordinator import CompressType, coordinator
+from fluffle_coordinator.service import app as main
 
 
 @pytest.mark.parametrize(

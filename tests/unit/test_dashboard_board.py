@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import CAUSES
 from fluffle_coordinator.dashboard.board import OUTCOMES, Board, Standing
+from fluffle_coordinator.dashboard.coordinator_source import standing
 from fluffle_coordinator.dashboard.feed import as_json
-from fluffle_coordinator.dashboard.live import standing
 from fluffle_coordinator.dashboard.roster import Roster
-from fluffle_coordinator.rounds import start
-from fluffle_coordinator.run_state import Rules
+from fluffle_coordinator.machine.machine import start
+from fluffle_coordinator.machine.state import Rules
 
 RUN = "0123456789ab"
 

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from fluffle_common.errors import UsageError
+from fluffle_coordinator.dashboard.coordinator_source import Live
 from fluffle_coordinator.dashboard.feed import Feed
-from fluffle_coordinator.dashboard.live import Live
 from fluffle_coordinator.dashboard.server import is_loopback, listen, served, url_of
 
 PATIENCE_S = 20.0

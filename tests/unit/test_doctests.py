@@ -26,10 +26,10 @@ MODULES = _with_examples()
 
 def test_the_modules_with_examples_are_found():
     assert {
-        "fluffle_common.weights",
-        "fluffle_coordinator.committer",
-        "fluffle_coordinator.run_state",
-        "fluffle_coordinator.strategy",
+        "fluffle_common.tensors.weights",
+        "fluffle_coordinator.service.committer",
+        "fluffle_coordinator.machine.state",
+        "fluffle_coordinator.strategy.fedavg",
         "fluffle_worker.cli",
         "fluffle_worker.letters.images",
     } <= set(MODULES)

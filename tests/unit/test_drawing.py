@@ -7,9 +7,14 @@ import pytest
 from PIL import Image
 
 from fluffle_common.errors import UsageError
-from fluffle_worker.letters import drawing
-from fluffle_worker.letters.drawing import PENS_PX, draw_letter, draw_letters, writer_style
-from fluffle_worker.letters.strokes import ALLOGRAPHS, LETTERS, pen
+from fluffle_worker.letters.handwriting import drawing
+from fluffle_worker.letters.handwriting.drawing import (
+    PENS_PX,
+    draw_letter,
+    draw_letters,
+    writer_style,
+)
+from fluffle_worker.letters.handwriting.strokes import ALLOGRAPHS, LETTERS, pen
 
 
 def _tree(root: Path) -> dict[str, bytes]:

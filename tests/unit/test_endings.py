@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fluffle_common.checkpoint import checkpoint_name, save_checkpoint
 from fluffle_common.errors import RunError, UsageError
-from fluffle_coordinator import endings, main
-from fluffle_coordinator.run_state import Phase, Rules, State, Worker
-from fluffle_coordinator.store import RunStore
-from fluffle_coordinator.view import Watcher, Watchers, waiting_for
+from fluffle_common.tensors.checkpoint import checkpoint_name, save_checkpoint
+from fluffle_coordinator.machine.state import Phase, Rules, State, Worker
+from fluffle_coordinator.observe.watchers import Watcher, Watchers, waiting_for
+from fluffle_coordinator.service import app as main
+from fluffle_coordinator.service import endings
+from fluffle_coordinator.storage.run_store import RunStore
 
 FOLDER = Path("runs/f")
 

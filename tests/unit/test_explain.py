@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import UsageError
-from fluffle_common.messages import Event
-from fluffle_coordinator.explain import Round, Wait, clock, explain, longest_wait, runs_of
-from fluffle_coordinator.explain_words import as_dict, sentences
-from fluffle_coordinator.journal_cli import _spans, _which
+from fluffle_common.protocol.messages import Event
+from fluffle_coordinator.cli.journal import _spans, _which
+from fluffle_coordinator.observe.explain import Round, Wait, clock, explain, longest_wait, runs_of
+from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
 
 T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 

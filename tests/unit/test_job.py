@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluffle_common.compression import expand
-from fluffle_common.messages import Evaluate, Fit, Plan, Update
-from fluffle_worker.feedback import Residual
-from fluffle_worker.job import Job, do
-from fluffle_worker.session import Work
+from fluffle_common.protocol.messages import Evaluate, Fit, Plan, Update
+from fluffle_common.tensors.compression import decompress
+from fluffle_worker.error_feedback import Residual
+from fluffle_worker.job import Job, execute
+from fluffle_worker.machine import Work
 from fluffle_worker.task import EvalResult, TrainResult
 
 COUNT = 2000
@@ -52,7 +52,7 @@ def answered(how: str | None, number: int = 1, residual: Residual | None = None)
     ids = {"federation": "f", "run": "r", "round": number, "base": "b"}
     fit = Fit(**ids, evaluate=False, plan=Plan(compress=how))
     job = Job(Work("fit", "r", number, "b"), fit, {"w": np.zeros(COUNT, np.float32)})
-    do(
+    execute(
         job, Steps(), {"federation": "f", "worker": "w"},
         evaluated=lambda: None, progress=lambda *_: None,
         residual=lambda: residual or Residual(),
@@ -64,7 +64,7 @@ def test_what_comes_of_weights_names_them():
     ids = {"federation": "f", "run": "r", "round": 3, "base": "b7"}
     for message in (Fit(**ids, evaluate=True, plan=Plan()), Evaluate(**ids)):
         job = Job(Work(message.kind, "r", 3, "b7"), message, {"w": np.zeros(COUNT, np.float32)})
-        do(
+        execute(
             job, Steps(), {"federation": "f", "worker": "w"},
             evaluated=lambda: None, progress=lambda *_: None,
         )  # fmt: skip
@@ -78,7 +78,7 @@ def test_what_comes_of_weights_names_them():
 def test_a_task_may_do_with_the_mapping_what_it_likes():
     fit = Fit(federation="f", run="r", round=1, base="b", evaluate=True, plan=Plan())
     job = Job(Work("fit", "r", 1, "b"), fit, {"w": np.zeros(3, np.float32)})
-    do(
+    execute(
         job, InPlace(), {"federation": "f", "worker": "w"},
         evaluated=lambda: None, progress=lambda *_: None,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def learnt(job: Job) -> np.ndarray:
     assert job.answer is not None
     message, tensors = job.answer
     assert isinstance(message, Update)
-    return expand(tensors, message.encoding, SMALL)["w"]
+    return decompress(tensors, message.encoding, SMALL)["w"]
 
 
 def test_a_plan_that_wants_no_encoding_gets_the_delta_and_nothing_is_carried():

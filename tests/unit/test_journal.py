@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Event, Events
-from fluffle_common.topology import Topology
-from fluffle_common.transport import Full, Link, Occupied, Properties, Unroutable
-from fluffle_common.wire import decode, encode
-from fluffle_coordinator.journal import Journal
-from fluffle_coordinator.journal_reading import read_journal
-from fluffle_coordinator.view import _SENTENCES, sentence
+from fluffle_common.protocol.codec import decode, encode
+from fluffle_common.protocol.messages import Event, Events
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Link, Properties, QueueFull, QueueInUse, Unroutable
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_coordinator.observe.journal_reader import read_journal
+from fluffle_coordinator.observe.journal_writer import Journal
+from fluffle_coordinator.observe.watchers import _SENTENCES, sentence
 
 TOPOLOGY = Topology("f")
 PATIENCE_S = 20.0
@@ -40,7 +40,9 @@ class Faulty:
         self.in_flight += 1
         self.most_in_flight = max(self.in_flight, self.most_in_flight)
         try:
-            if not isinstance(outcome, Full | Unroutable):  # what is lost may be there all the same
+            if not isinstance(
+                outcome, QueueFull | Unroutable
+            ):  # what is lost may be there all the same
                 await self._link.publish(body, properties, exchange=exchange, keys=keys)
             await asyncio.sleep(0)
         finally:
@@ -149,7 +151,7 @@ async def test_events_that_were_refused_together_are_counted_in_the_gap(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 13):
         journal.tell("opened", {"round": number})
-    async with published(journal, Faulty(await broker.open(), [Full("x")])):
+    async with published(journal, Faulty(await broker.open(), [QueueFull("x")])):
         await drained(journal)
         journal.tell("opened", {"round": 13})
         await drained(journal)
@@ -222,7 +224,7 @@ async def test_more_than_can_be_kept_drops_the_oldest_and_says_how_many(broker):
     assert sentence("gap", events[0].fields).startswith("4 events")
 
 
-@pytest.mark.parametrize("wrong", [Full("no room"), Unroutable("no stream")])
+@pytest.mark.parametrize("wrong", [QueueFull("no room"), Unroutable("no stream")])
 async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
     journal = Journal(TOPOLOGY)
     async with published(journal, Faulty(await broker.open(), [wrong] * 3)) as task:
@@ -446,7 +448,7 @@ async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(bro
 
 async def test_who_may_not_read_the_journal_is_told_which_right_is_missing(broker, monkeypatch):
     async def refused(*_: object, **__: object) -> None:
-        raise Occupied("ACCESS_REFUSED")
+        raise QueueInUse("ACCESS_REFUSED")
 
     monkeypatch.setattr(MemoryLink, "newest", refused)
     events = read_journal(broker, TOPOLOGY)

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fluffle_common.layout import Tensors, as_maps, check_form, layout_for, layout_of
-from fluffle_common.messages import TensorEntry
-from fluffle_common.weights import (
+from fluffle_common.protocol.codec import lay_out
+from fluffle_common.tensors.layout import Tensors, as_maps, check_signature, layout_for, layout_of
+from fluffle_common.tensors.table import TensorEntry
+from fluffle_common.tensors.weights import (
     BFLOAT16,
     DTYPES,
     FLOATS,
@@ -24,8 +25,7 @@ from fluffle_common.weights import (
     finite_norm,
     is_float,
 )
-from fluffle_common.wire import lay_out
-from fluffle_coordinator.strategy import fedavg
+from fluffle_coordinator.strategy.fedavg import fedavg
 
 SHAPES = st.lists(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), max_size=5)
 RUBBISH = st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"\x01"])
@@ -171,7 +171,7 @@ def test_bfloat16_is_one_vector_as_every_float_is():
 )
 def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
     with pytest.raises(ValueError, match=why) as refused:
-        check_form({"good": np.ones(3, np.float32), "w": tensor})
+        check_signature({"good": np.ones(3, np.float32), "w": tensor})
     assert "\n" not in str(refused.value)
 
 
@@ -186,23 +186,23 @@ def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
 )
 def test_a_name_that_does_not_travel_is_told_with_its_remedy(name, why):
     with pytest.raises(ValueError, match=why) as refused:
-        check_form({name: np.ones(3, np.float32)})
+        check_signature({name: np.ones(3, np.float32)})
     refused.value.args[0].encode()
     assert len(str(refused.value)) < 700
 
 
 def test_no_weights_and_too_many_are_told():
     with pytest.raises(ValueError, match="there is no tensor"):
-        check_form({})
+        check_signature({})
     with pytest.raises(ValueError, match="there are 100001 tensors, at most 100000 travel"):
-        check_form(dict.fromkeys(map(str, range(100_001)), np.float32(1)))
+        check_signature(dict.fromkeys(map(str, range(100_001)), np.float32(1)))
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_every_memory_layout_and_byte_order_travels(dtype):
     array = np.arange(12).reshape(3, 4).astype(dtype)
     for odd in (array.T, array[:, ::-1], array[::2], array.astype(array.dtype.newbyteorder(">"))):
-        check_form({"w": odd})
+        check_signature({"w": odd})
         table, pieces = lay_out({"w": odd})
         assert layout_of(table).over(b"".join(pieces))["w"].tolist() == odd.astype(dtype).tolist()
         learnt = delta({"w": odd}, {"w": np.zeros(odd.shape, dtype)})

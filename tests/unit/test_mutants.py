@@ -17,9 +17,12 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-import fluffle_coordinator
-from fluffle_coordinator import agreement, hearing, members, progress, rounds
-from fluffle_worker import session
+import fluffle_coordinator.machine
+from fluffle_coordinator.machine import agreement, hearing
+from fluffle_coordinator.machine import machine as rounds
+from fluffle_coordinator.machine import membership as members
+from fluffle_coordinator.machine import transitions as progress
+from fluffle_worker import machine as session
 from tests.unit import test_rounds, test_rounds_commit, test_rounds_in_use, test_rounds_machine
 from tests.unit.test_rounds_machine import Federation
 
@@ -333,7 +336,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mutant], tuple[ModuleType
         for module in PARTS[PARTS.index(mutant.module) + 1 :]:
             name = changed.__name__
             monkeypatch.setitem(sys.modules, name, changed)
-            monkeypatch.setattr(fluffle_coordinator, name.rpartition(".")[2], changed)
+            monkeypatch.setattr(fluffle_coordinator.machine, name.rpartition(".")[2], changed)
             changed = _executed(module, inspect.getsource(module))
         return changed, session
 

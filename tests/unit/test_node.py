@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from fluffle_broker import boot, cli, container, network, node, packages, processes, record
-from fluffle_broker.packages import Installation
-from fluffle_broker.record import NodeInfo, Ports
+from fluffle_broker.cli import broker as cli
+from fluffle_broker.node import container, network, node, packages, processes, record
+from fluffle_broker.node import launch as boot
+from fluffle_broker.node.packages import Installation
+from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
 
 _START = b"\x00\x0a\x00\x0a\x00\x09" + b"\x00\x00\x00\x12\x07versionS\x00\x00\x00\x063.10.8"

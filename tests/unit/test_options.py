@@ -6,10 +6,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from fluffle_common.cli import fluffle
+from fluffle_common.cli.app import fluffle
+from fluffle_common.cli.settings import cache_folder, parse_classes, parse_config
 from fluffle_common.errors import UsageError
-from fluffle_common.messages import Plan
-from fluffle_common.settings import cache_folder, parse_classes, parse_config
+from fluffle_common.protocol.messages import Plan
 
 WRONG = ["nan", "NaN", "-nan", "inf", "-inf", "1e999", "-1"]
 

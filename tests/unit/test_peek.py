@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from fluffle_broker.peek import full_name, peek
-from fluffle_broker.visit import held, is_classic, visiting
+from fluffle_broker.inspect.connect import held, is_classic, open_once
+from fluffle_broker.inspect.peek import full_name, peek
 from fluffle_common.errors import BrokerError, UsageError
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Event, Update
-from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send, send_tensors
-from fluffle_common.transport import Properties
+from fluffle_common.protocol.messages import Event, Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import Route, send, send_tensors
 
 TOPOLOGY = Topology("f")
 
@@ -170,11 +170,11 @@ async def test_a_broker_that_is_away_is_one_line_that_says_what_to_do():
     broker = MemoryBroker()
     broker.stop()
     with pytest.raises(BrokerError, match="no broker at memory.*fluffle broker up"):
-        async with visiting(broker):
+        async with open_once(broker):
             pass
     broker.start()
     with pytest.raises(BrokerError, match="was lost"):
-        async with visiting(broker) as link:
+        async with open_once(broker) as link:
             broker.stop()
             await link.get("q")
 

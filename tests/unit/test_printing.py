@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_common import cli, printing
-from fluffle_common.errors import FluffleError, RunError
-from fluffle_common.printing import (
+from fluffle_common.cli import app as cli
+from fluffle_common.cli import printing
+from fluffle_common.cli.printing import (
     OutputError,
     ReaderGone,
     echo,
@@ -26,7 +26,8 @@ from fluffle_common.printing import (
     printable,
     table,
 )
-from fluffle_coordinator.view import _SENTENCES, sentence
+from fluffle_common.errors import FluffleError, RunError
+from fluffle_coordinator.observe.watchers import _SENTENCES, sentence
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -100,7 +101,7 @@ def test_nothing_else_prints():
         r"click\.(?:secho|echo)\b|\bprint\(|rich\.print|std(?:out|err)\.write|"
         r"from rich\.(?:console|table) import (?:Console|Table)\b"
     )
-    allowed = {"printing.py", "patient_stream.py", "bars.py"}
+    allowed = {"printing.py", "patient_stream.py", "progress_bars.py"}
     found = [
         f"{path.name}: {line.strip()}"
         for side in ("broker", "common", "coordinator", "worker")
@@ -165,7 +166,7 @@ def test_an_unexpected_error_is_one_line_that_names_the_place_and_debug(raising,
     assert raising(KeyError("x\x1b[2J\ny")) == 1
     said = capsys.readouterr().err
     assert said.startswith("fluffle: unexpected error, a bug of fluffle's (KeyError: ")
-    assert re.search(r", at cli\.py:\d+\)", said)
+    assert re.search(r", at app\.py:\d+\)", said)
     assert "FLUFFLE_DEBUG=1" in said
     assert len(said.splitlines()) == 1
     assert "\x1b" not in said
@@ -219,7 +220,7 @@ def test_a_command_without_a_usable_stdout_ends_without_a_traceback(
     tmp_path, redirection, code, flags
 ):
     (tmp_path / "history.jsonl").write_text(RUN_HISTORY)
-    script = f"{sys.executable} -c 'from fluffle_common.cli import main; main()'"
+    script = f"{sys.executable} -c 'from fluffle_common.cli.app import main; main()'"
     done = subprocess.run(
         [
             "bash",

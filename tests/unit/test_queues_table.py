@@ -11,10 +11,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fluffle_broker.inspect import Look
-from fluffle_broker.inspect_table import drawn, hints, together
-from fluffle_common.management import QueueFigures
-from fluffle_common.topology import Topology
+from fluffle_broker.inspect.queues import Look
+from fluffle_broker.inspect.queues_table import drawn, hints, together
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.rabbitmq.management import QueueFigures
 
 TOPOLOGY = Topology("letters")
 SHARED = ("journal", "presence", "rejected", "unrouted", "updates")
@@ -93,7 +93,7 @@ def test_after_the_end_of_a_run_nothing_is_off():
 
 
 def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, capsys):
-    from fluffle_broker.inspect_cli import _show
+    from fluffle_broker.cli.queues import _show
 
     found = federation(0)
     found.queues.append(queue("inbox.far", ready=2))

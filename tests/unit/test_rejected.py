@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from fluffle_broker.rejected import destination, dropped, kept, one, purge, requeue
+from fluffle_broker.inspect.rejected import destination, dropped, kept, one, purge, requeue
 from fluffle_common.errors import MalformedMessage, UsageError
-from fluffle_common.management import QueueFigures
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Update
-from fluffle_common.topology import Topology
-from fluffle_common.transfer import reject
-from fluffle_common.transport import Properties
-from fluffle_common.wire import encode
+from fluffle_common.protocol.codec import encode
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import reject
+from fluffle_common.transport.rabbitmq.management import QueueFigures
 
 TOPOLOGY = Topology("f")
 

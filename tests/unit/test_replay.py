@@ -15,23 +15,24 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fluffle_common.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
-from fluffle_common.compression import compress, encoding_of
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import UsageError
-from fluffle_common.memory import MemoryBroker
-from fluffle_common.messages import Update
-from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send_tensors
-from fluffle_common.transport import together
-from fluffle_common.wire import decode
-from fluffle_coordinator import committer as module
-from fluffle_coordinator import events as ev
-from fluffle_coordinator import kept, replay
-from fluffle_coordinator.aggregation import Aggregator
-from fluffle_coordinator.committer import Committer
-from fluffle_coordinator.holding import Held
-from fluffle_coordinator.run_cli import replay as replay_command
-from fluffle_coordinator.store import RunStore, read_history_lines
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
+from fluffle_common.tensors.compression import compress, encoding_of
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.messaging import Route, send_tensors
+from fluffle_coordinator.cli.run_folder import replay as replay_command
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.service import committer as module
+from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.storage import replay
+from fluffle_coordinator.storage import update_archive as kept
+from fluffle_coordinator.storage.run_store import RunStore, read_history_lines
 
 RUN = "abc"
 TOPOLOGY = Topology("letters")
@@ -123,7 +124,7 @@ class Run:
 @contextlib.asynccontextmanager
 async def at_work(run: Run) -> AsyncIterator[Run]:
     await run.begin()
-    task = asyncio.ensure_future(together(run.aggregator.run(), run.committer.run()))
+    task = asyncio.ensure_future(run_all(run.aggregator.run(), run.committer.run()))
     try:
         yield run
     finally:

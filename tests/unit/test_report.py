@@ -16,18 +16,18 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fluffle_common.errors import RunError, UsageError
-from fluffle_common.messages import Plan
-from fluffle_common.topology import Topology
-from fluffle_coordinator import charts
-from fluffle_coordinator.configuration import configuration
-from fluffle_coordinator.report import history_table
-from fluffle_coordinator.report_numbers import PHASES, Cell, numbers, phases, read_numbers
-from fluffle_coordinator.report_page import page
-from fluffle_coordinator.run_cli import report
-from fluffle_coordinator.run_state import Quorum, Rules
-from fluffle_coordinator.service import CoordinatorSettings
-from fluffle_coordinator.store import RunStore
-from fluffle_coordinator.tally import Counts
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.topology import Topology
+from fluffle_coordinator.cli.history_table import history_table
+from fluffle_coordinator.cli.run_folder import report
+from fluffle_coordinator.dashboard import charts
+from fluffle_coordinator.dashboard.report_numbers import PHASES, Cell, numbers, phases, read_numbers
+from fluffle_coordinator.dashboard.report_page import page
+from fluffle_coordinator.machine.state import Quorum, Rules
+from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.round_stats import Counts
+from fluffle_coordinator.storage.run_store import RunStore
 
 TIMINGS = {"waiting_s": 1.0, "open_s": 10.0, "fold_s": 0.5, "average_s": 0.25, "checkpoint_s": 2.0}
 EVIL = "<script>alert('x')</script>\"&"

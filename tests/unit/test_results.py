@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import TaskError
-from fluffle_common.layout import layout_for
-from fluffle_common.messages import Evaluate, Fit, InitRequest, Plan
-from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.committer import federated
-from fluffle_worker.form import form_of_task
-from fluffle_worker.job import Job, NotWanted, do
+from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
+from fluffle_common.tensors.layout import layout_for
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.committer import federated
+from fluffle_worker.job import Job, NotWanted, execute
+from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.session import Work
+from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import EvalResult, TrainResult
 
 NAN, INF = float("nan"), float("inf")
@@ -71,7 +71,7 @@ class Seen:
         self.steps: list[tuple[int, int, float | None]] = []
         message = message or Fit(**IDS, round=3, evaluate=True, plan=Plan())
         self.job = Job(Work("fit", "r", 3, "b"), message, received())
-        do(
+        execute(
             self.job, task, SENDER, evaluated=lambda: None,
             progress=lambda *told: self.steps.append(told),
             results=results or Results(self.said.append, self.traces.append),
@@ -269,7 +269,7 @@ def test_a_task_that_writes_to_what_it_got_learns_what_it_learnt(write, plain):
     fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
     weights = received()
     job = Job(Work("fit", "r", 1, "b"), fit, dict(weights) if plain else weights)
-    do(job, Writes(write), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+    execute(job, Writes(write), SENDER, evaluated=lambda: None, progress=lambda *_: None)
     assert job.answer is not None
     assert job.answer[1]["w"].tolist() == [1, 1, 1, 1]
     assert weights["w"].tolist() == [0, 0, 0, 0]
@@ -299,7 +299,7 @@ def test_first_weights_are_not_those_that_the_task_goes_on_with():
 
     ask = InitRequest(federation="f", run="r", seed=1)
     job = Job(Work("init", "r", 0), ask, {})
-    do(job, Keeps(), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+    execute(job, Keeps(), SENDER, evaluated=lambda: None, progress=lambda *_: None)
     kept["w"] += 1
     assert job.answer is not None
     assert job.answer[1]["w"].tolist() == [0, 0, 0, 0]
@@ -334,9 +334,9 @@ def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_
     fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
     job = Job(Work("fit", "r", 1, "b"), fit, received())
     with pytest.raises(TaskError) as failed:
-        do(
+        execute(
             job, Wide(), SENDER, evaluated=lambda: None, progress=lambda *_: None,
-            form=form_of_task(Wide()),
+            form=signature_of_task(Wide()),
         )  # fmt: skip
     assert str(failed.value) == (
         "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,) "
@@ -349,7 +349,7 @@ def test_work_that_nobody_wants_ends_at_its_next_step():
     fit = Fit(**IDS, round=1, evaluate=False, plan=Plan())
     job = Job(Work("fit", "r", 1, "b"), fit, received(), wanted=False)
     with pytest.raises(NotWanted):
-        do(job, Odd(step=(1, 2)), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+        execute(job, Odd(step=(1, 2)), SENDER, evaluated=lambda: None, progress=lambda *_: None)
 
 
 # --- the history -------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_coordinator import effects as fx
-from fluffle_coordinator import events as ev
-from fluffle_coordinator import rounds
-from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.run_state import Handle, Phase, Quorum, Rules
-from fluffle_coordinator.selection import sample_size, select
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import machine as rounds
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.selection import sample_size, select
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
 
 _E = TypeVar("_E", bound=fx.Effect)
 RUN = "run-a"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fluffle_coordinator import effects as fx
-from fluffle_coordinator.run_state import Handle, Phase, Quorum, Rules
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
 from tests.unit import test_rounds
 from tests.unit.test_rounds import Run, asked, came_late, only, opened, tells
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from fluffle_common.messages import ModelForm
-from fluffle_coordinator import effects as fx
-from fluffle_coordinator import events as ev
-from fluffle_coordinator import rounds
-from fluffle_coordinator import run_state as rs
-from fluffle_coordinator.run_state import Handle, Phase, Quorum, Rules
+from fluffle_common.protocol.messages import ModelForm
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import machine as rounds
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
 from tests.unit.test_rounds import RUN, Run, asked, let_pass, only, tells
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fluffle_coordinator import rounds
-from fluffle_coordinator.run_state import Quorum, Rules
-from fluffle_worker import session
+from fluffle_coordinator.machine import machine as rounds
+from fluffle_coordinator.machine.state import Quorum, Rules
+from fluffle_worker import machine as session
 from tests.unit.federation_model import RUN, Identity, Message, Order, World
 
 NAMES = "abcd"

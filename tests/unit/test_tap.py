@@ -11,16 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluffle_broker import tap as tapping
-from fluffle_broker.reading import Reading
-from fluffle_broker.tap import Tap, Wanted, bindings, whom
-from fluffle_broker.tap_cli import Lines
-from fluffle_common.memory import MemoryBroker, MemoryLink
-from fluffle_common.messages import Bye, Evaluation, Fit, Heartbeat, Hello, Plan, Stop, Update
-from fluffle_common.topology import UPDATE_KINDS, Topology
-from fluffle_common.transfer import Route, send, send_tensors
-from fluffle_common.transport import NAMED, Properties, Unroutable
-from fluffle_common.wire import PART_BYTES
+from fluffle_broker.cli.tap import Lines
+from fluffle_broker.inspect import tap as tapping
+from fluffle_broker.inspect.decode import DecodedMessage
+from fluffle_broker.inspect.tap import Tap, Wanted, bindings, whom
+from fluffle_common.protocol.codec import PART_BYTES
+from fluffle_common.protocol.messages import (
+    Bye,
+    Evaluation,
+    Fit,
+    Heartbeat,
+    Hello,
+    Plan,
+    Stop,
+    Update,
+)
+from fluffle_common.protocol.topology import UPDATE_KINDS, Topology
+from fluffle_common.transport.base import NAMED, Properties, Unroutable
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import Route, send, send_tensors
 
 TOPOLOGY = Topology("f")
 UPDATES, PRESENCE = TOPOLOGY.updates, TOPOLOGY.presence
@@ -67,10 +76,10 @@ class Watched:
 
     def __init__(self, broker: MemoryBroker, link: MemoryLink) -> None:
         self.broker, self.link = broker, link
-        self.shown: list[Reading] = []
+        self.shown: list[DecodedMessage] = []
         self._new = asyncio.Event()
 
-    def take(self, reading: Reading) -> None:
+    def take(self, reading: DecodedMessage) -> None:
         self.shown.append(reading)
         self._new.set()
 

@@ -16,11 +16,11 @@ import pytest
 from flax import nnx
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.layout import DTYPES
-from fluffle_worker.form import UNKNOWN, described, difference, form_of_task
+from fluffle_common.tensors.layout import DTYPES
+from fluffle_worker.signature import UNKNOWN, described, difference, signature_of_task
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
 from fluffle_worker.task_loading import load_task
-from fluffle_worker.training import flax_task
+from fluffle_worker.tasks.flax import flax_task
 from fluffle_worker.user_code import full_trace, one_line
 
 OPTIONS = TaskOptions("data", "w")
@@ -204,7 +204,7 @@ def making(**tensors: Any) -> Any:
 )
 def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
     with pytest.raises(TaskError, match=named):
-        form_of_task(making(w=np.zeros(2), x=tensor))
+        signature_of_task(making(w=np.zeros(2), x=tensor))
 
 
 @pytest.mark.parametrize(
@@ -219,18 +219,18 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
 )
 def test_names_that_cannot_travel_are_refused(tensors, named):
     with pytest.raises(TaskError, match=named):
-        form_of_task(own(init=lambda seed: tensors))
+        signature_of_task(own(init=lambda seed: tensors))
 
 
 def test_a_form_is_told_in_short_and_its_digest_knows_no_order():
     w, n = np.zeros((300, 4), np.float32), np.zeros((), np.int64)
-    told, other = (described(form_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
+    told, other = (described(signature_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
     assert told is not None
     assert other is not None
     assert told.summary == "2 tensors, 1,201 parameters: float32 1, int64 1"
     assert told.digest == other.digest == "c7a99ca8e815d968"
     for changed in (making(w=w.T, n=n), making(v=w, n=n), making(w=w.astype(float), n=n)):
-        assert described(form_of_task(changed)).digest != told.digest
+        assert described(signature_of_task(changed)).digest != told.digest
     assert described(UNKNOWN) is None
 
 
@@ -238,18 +238,18 @@ def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
     def init(seed):
         raise NotImplementedError
 
-    assert form_of_task(own(init=init)) == UNKNOWN
+    assert signature_of_task(own(init=init)) == UNKNOWN
     assert (
         "can make no first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
     )
-    assert difference(form_of_task(making(w=np.zeros(1))), UNKNOWN) is None
+    assert difference(signature_of_task(making(w=np.zeros(1))), UNKNOWN) is None
 
 
 def test_a_task_that_can_say_its_form_makes_no_weights():
     def model_form():
         return jax.eval_shape(lambda: {"w": jax.numpy.zeros((2, 3))})
 
-    (entry,) = form_of_task(own(init=None, model_form=model_form))
+    (entry,) = signature_of_task(own(init=None, model_form=model_form))
     assert entry == ("w", np.dtype("float32"), (2, 3))
 
 
@@ -278,8 +278,8 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
     ],
 )
 def test_a_difference_names_the_first_tensor(theirs, told):
-    ours = form_of_task(making(a=np.zeros(1), b=np.zeros(2)))
-    found = difference(form_of_task(making(**theirs)), ours)
+    ours = signature_of_task(making(a=np.zeros(1), b=np.zeros(2)))
+    found = difference(signature_of_task(making(**theirs)), ours)
     assert found == (told and f"the federation's model differs from this task's: {told}")
 
 
@@ -312,12 +312,12 @@ def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
     task = flax(Colliding.__base__)
     monkeypatch.setattr(task, "init", None)
     if "bfloat16" in DTYPES:
-        told = described(form_of_task(task))
+        told = described(signature_of_task(task))
         assert told is not None
         assert told.summary == "2 tensors, 3 parameters: bfloat16 2"
     else:
         with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which does not travel"):
-            form_of_task(task)
+            signature_of_task(task)
 
 
 def test_two_tensors_of_one_name_are_refused():

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.memory import MemoryBroker
-from fluffle_common.topology import Queue, Topology
-from fluffle_common.transport import Backoff, Blocking, Properties, links, tell_of_blocking
+from fluffle_common.protocol.topology import Queue, Topology
+from fluffle_common.transport.base import Blocking, Properties, tell_of_blocking
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 
 async def test_news_of_a_blocked_broker_begins_with_what_is_so_now():
@@ -63,10 +64,12 @@ async def test_pauses_between_attempts_are_spread_and_said_as_they_are(monkeypat
         slept.append(seconds)
         broker.up = len(slept) == 3
 
-    monkeypatch.setattr("fluffle_common.transport.asyncio.sleep", sleep)
+    monkeypatch.setattr("fluffle_common.transport.reconnect.asyncio.sleep", sleep)
     chances = iter([0.0, 0.5, 1.0])
     backoff = Backoff(first_s=0.2, most_s=0.4)
-    opened = links(broker, backoff, lambda _, pause_s: said.append(pause_s), lambda: next(chances))
+    opened = reconnecting(
+        broker, backoff, lambda _, pause_s: said.append(pause_s), lambda: next(chances)
+    )
     await anext(opened)
     await opened.aclose()
     assert said == slept == [0.1, pytest.approx(0.3), 0.4]

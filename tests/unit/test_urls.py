@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_common.amqp import AmqpTransport
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
-from fluffle_common.memory import MemoryBroker
-from fluffle_common.transport import Link
-from fluffle_common.urls import parse_urls, split_urls, without_credentials
+from fluffle_common.transport.base import Link
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from fluffle_common.transport.rabbitmq.urls import parse_urls, split_urls, without_credentials
 
 ONE, TWO, THREE = (f"amqp://me:pa,ss@node-{n}:5672/v" for n in (1, 2, 3))
 ALL = ",".join((ONE, TWO, THREE))

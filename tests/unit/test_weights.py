@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fluffle_common.weights import (
+from fluffle_common.tensors.weights import (
     DTYPES,
     FLOATS,
     INTEGERS,

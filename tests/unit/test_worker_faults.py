@@ -13,14 +13,24 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import RunError, TaskError
-from fluffle_common.memory import MemoryBroker
-from fluffle_common.messages import Failure, Fit, Heartbeat, Hello, Plan, Stop, Update, Welcome
-from fluffle_common.topology import Topology
-from fluffle_common.transfer import Route, send, send_tensors
-from fluffle_common.wire import decode
-from fluffle_worker.service import WorkerService, WorkerSettings
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import (
+    Failure,
+    Fit,
+    Heartbeat,
+    Hello,
+    Plan,
+    Stop,
+    Update,
+    Welcome,
+)
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.messaging import Route, send, send_tensors
+from fluffle_worker.service import WorkerService
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import TrainResult
-from fluffle_worker.thread import TrainingThread
+from fluffle_worker.training_thread import TrainingThread
 
 PATIENCE_S = 10.0
 TOPOLOGY = Topology("f")

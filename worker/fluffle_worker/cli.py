@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli import SEED, federation_option, queue_type_option, seconds, url_option
-from fluffle_common.console import log_format_option
-from fluffle_common.printing import echo
+from fluffle_common.cli.app import SEED, federation_option, queue_type_option, seconds, url_option
+from fluffle_common.cli.console import log_format_option
+from fluffle_common.cli.printing import echo
 from fluffle_worker.task import DEFAULT_TASK
 
 if TYPE_CHECKING:
-    from fluffle_common.console import Console
-    from fluffle_common.transport import Transport
-    from fluffle_worker.mail import Tell
+    from fluffle_common.cli.console import Console
+    from fluffle_common.transport.base import Transport
+    from fluffle_worker.inbox import Tell
     from fluffle_worker.service import WorkerService
 
 _SENTENCES = {
@@ -115,7 +115,7 @@ def worker(**options: Any) -> None:
       fluffle worker --federation letters --data data/client-1
       fluffle worker --federation digits --task examples/digits.py:task --data shard:0/3
     """
-    from fluffle_common.settings import check_federation, check_worker
+    from fluffle_common.cli.settings import check_federation, check_worker
 
     federation = check_federation(options["federation"])
     name = check_worker(options["worker_id"] or id_from(options["data"]))
@@ -134,14 +134,15 @@ def id_from(data: str) -> str:
 
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:
-    from fluffle_common.amqp import AmqpTransport
-    from fluffle_common.console import Console
-    from fluffle_common.settings import broker_url
-    from fluffle_common.topology import Topology
-    from fluffle_common.transport import Backoff
-    from fluffle_worker.form import form_of_task
+    from fluffle_common.cli.console import Console
+    from fluffle_common.cli.settings import broker_url
+    from fluffle_common.protocol.topology import Topology
+    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+    from fluffle_common.transport.reconnect import Backoff
     from fluffle_worker.leaving import leave
-    from fluffle_worker.service import WorkerService, WorkerSettings
+    from fluffle_worker.service import WorkerService
+    from fluffle_worker.settings import WorkerSettings
+    from fluffle_worker.signature import signature_of_task
     from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
     from fluffle_worker.task_loading import load_task
 
@@ -158,7 +159,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
             classes=tuple(classes.split(",")) if classes else None,
         ),
     )
-    form = form_of_task(task)
+    form = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,
         worker=name,
@@ -194,9 +195,9 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
 
 def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[int, bool]:
     """Run a worker; return the exit code, and whether the task's code is still at something."""
-    from fluffle_common.console import warn
+    from fluffle_common.cli.console import warn
+    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.errors import FluffleError
-    from fluffle_common.signals import Interrupted, run_until_signalled
 
     made: list[WorkerService] = []
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluffle_common.compression import compress, encoding_of
 from fluffle_common.errors import TaskError
-from fluffle_common.layout import Form, form_of, layout_for
-from fluffle_common.messages import (
+from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
     FirstWeights,
@@ -20,11 +18,13 @@ from fluffle_common.messages import (
     Plan,
     Update,
 )
-from fluffle_common.weights import Weights, delta
-from fluffle_worker.feedback import Residual
-from fluffle_worker.form import UNKNOWN, check_form, difference
+from fluffle_common.tensors.compression import compress, encoding_of
+from fluffle_common.tensors.layout import Signature, layout_for, signature_of
+from fluffle_common.tensors.weights import Weights, delta
+from fluffle_worker.error_feedback import Residual
+from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
-from fluffle_worker.session import Work
+from fluffle_worker.signature import UNKNOWN, check_signature, difference
 from fluffle_worker.task import EvalResult, Task, TrainResult
 
 
@@ -50,7 +50,7 @@ class Job:
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def do(
+def execute(
     job: Job,
     task: Task,
     sender: Mapping[str, str],
@@ -59,7 +59,7 @@ def do(
     progress: Callable[[int, int, float | None], object],
     residual: Callable[[], Residual] = Residual,
     results: Results | None = None,
-    form: Form = UNKNOWN,
+    form: Signature = UNKNOWN,
 ) -> None:
     """Do a work and put its answer into the job; blocks, and runs the user's code.
 
@@ -84,7 +84,7 @@ def do(
     if isinstance(message, InitRequest):
         job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
         return
-    differs = difference(layout_for(job.weights).form, form)
+    differs = difference(layout_for(job.weights).signature, form)
     if differs:
         raise TaskError(differs)
     ids["base"] = message.base
@@ -125,7 +125,7 @@ def do(
 def _first_weights(task: Task, seed: int) -> Weights:
     """Make the first weights; they are kept for a while, so the task is to hold none of them."""
     made = arrays(task.init(seed), "init()")
-    check_form(form_of(made))
+    check_signature(signature_of(made))
     return made if getattr(task, "only_reads", False) else copied(made)
 
 

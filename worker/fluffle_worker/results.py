@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.errors import TaskError
-from fluffle_common.layout import Tensors
-from fluffle_common.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
-from fluffle_common.weights import Array, Weights, apart
+from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
+from fluffle_common.tensors.layout import Tensors
+from fluffle_common.tensors.weights import Array, Weights, as_dict
 from fluffle_worker.task import EvalResult, Task, TrainResult
 from fluffle_worker.user_code import full_trace, one_line, sendable
 
@@ -222,10 +222,10 @@ def lent(weights: Weights, task: Task) -> dict[str, Array]:
     that changes what it was given would then be compared with itself.
     """
     if getattr(task, "only_reads", False):
-        return apart(weights)
+        return as_dict(weights)
     if isinstance(weights, Tensors) and weights.memory:  # all of them in one go
         memory = np.frombuffer(weights.memory, np.uint8).copy().data
-        return apart(weights.layout.over(memory))
+        return as_dict(weights.layout.over(memory))
     return copied(weights)
 
 

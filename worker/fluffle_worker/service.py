@@ -1,4 +1,4 @@
-"""The worker: the asyncio shell around the session machine and the training thread.
+"""The worker: the asyncio shell around the worker's machine and the training thread.
 
 Training runs in a thread of its own, so that signs of life keep going out; the model is
 acknowledged when it has been received, so that the broker never waits for training.
@@ -10,19 +10,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+from fluffle_common.concurrency import run_all
 from fluffle_common.errors import (
     FluffleError,
     LinkLost,
     MalformedMessage,
-    Refused,
+    RefusedError,
     RunError,
     TaskError,
 )
-from fluffle_common.layout import Form
-from fluffle_common.messages import (
+from fluffle_common.protocol.codec import Assembly, announced, decode
+from fluffle_common.protocol.messages import (
     Evaluate,
     Fit,
     InitRequest,
@@ -32,29 +32,22 @@ from fluffle_common.messages import (
     Update,
     Welcome,
 )
-from fluffle_common.metric_names import beside
-from fluffle_common.topology import Topology
-from fluffle_common.transport import (
-    Backoff,
-    Delivery,
-    Link,
-    Occupied,
-    Transport,
-    links,
-    tell_of_blocking,
-    together,
-)
-from fluffle_common.weights import Weights
-from fluffle_common.wire import Assembly, announced, decode
-from fluffle_worker import session
-from fluffle_worker.answers import Answers
+from fluffle_common.protocol.metric_names import beside
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.layout import Signature
+from fluffle_common.tensors.weights import Weights
+from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
+from fluffle_common.transport.reconnect import reconnecting
+from fluffle_worker import machine
+from fluffle_worker.heartbeat import Presence
+from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, weights_of
 from fluffle_worker.job import Job
-from fluffle_worker.mail import Refusals, Tell, check_mail, drain, no_mail, weights_of
-from fluffle_worker.presence import Presence
-from fluffle_worker.session import Work
+from fluffle_worker.machine import Work
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import Task
-from fluffle_worker.thread import Training
 from fluffle_worker.trainer import Trainer
+from fluffle_worker.training_thread import Training
+from fluffle_worker.uploader import Uploader
 
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
@@ -62,32 +55,6 @@ _WAITING_EVERY_S = 15.0
 _FIELDS = frozenset({"event", "federation", "kind", "round", "time", "worker"})
 # How often a worker that was here first looks whether a coordinator has come.
 _LOOK_AGAIN_S = 0.5
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """What the data owner decided.
-
-    Args:
-        federation: whose queues to use.
-        worker: this worker's id, unique in the federation.
-        task: what the task is called, for people.
-        heartbeat_s: seconds between signs of life.
-        occupied_s: seconds to wait, at the start, while another worker has this id: a connection
-            that was cut lives on in the broker for up to two of its heartbeats.
-        stay: wait for another run when one has ended.
-        max_model_bytes: the largest model taken.
-        backoff: how to wait for a broker that is away.
-    """
-
-    federation: str
-    worker: str
-    task: str
-    heartbeat_s: float = 2.0
-    occupied_s: float = 45.0
-    stay: bool = False
-    max_model_bytes: int = 8 * 2**30
-    backoff: Backoff = field(default_factory=Backoff)
 
 
 class WorkerService:
@@ -114,13 +81,13 @@ class WorkerService:
         tell: Tell,
         bar: Callable[[str, float, float, str], None],
         training: Training | None = None,
-        form: Form | None = None,
+        form: Signature | None = None,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
         self._refusals = Refusals(topology, settings.worker)
-        self._state = session.State()
+        self._state = machine.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._welcomed: tuple[str, int, int] | None = None
         self._outcome = "finished"  # of the run that has ended
@@ -128,7 +95,7 @@ class WorkerService:
         self._trained = False  # whether it has trained any round of this run
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
-        self._answers = Answers(
+        self._answers = Uploader(
             topology,
             settings.worker,
             link=self._a_link,
@@ -157,7 +124,7 @@ class WorkerService:
         """Work until the run has ended; return why. Cancel it to leave earlier.
 
         Raises:
-            Refused: where the coordinator, or the broker, will not have this worker.
+            RefusedError: where the coordinator, or the broker, will not have this worker.
             BrokerError: where there has been no broker for too long.
         """
         tasks: list[asyncio.Future[Any]] = [
@@ -209,12 +176,12 @@ class WorkerService:
 
         first, occupied_since = True, 0.0
         async with contextlib.aclosing(
-            links(self._transport, self._settings.backoff, no_broker)
+            reconnecting(self._transport, self._settings.backoff, no_broker)
         ) as opened:
             async for link in opened:
                 try:
                     await self._serve(link, first=first)
-                except Occupied:
+                except QueueInUse:
                     now = time.monotonic()
                     patience = {"pause_s": self._settings.occupied_s}
                     if first and not occupied_since:
@@ -222,7 +189,7 @@ class WorkerService:
                     occupied_since = occupied_since or now
                     # One who was in takes it for its own old connection, however long that lives.
                     if first and now - occupied_since >= self._settings.occupied_s:
-                        raise Refused(
+                        raise RefusedError(
                             f"another worker with the id '{self._settings.worker}' is connected to "
                             f"federation {self._settings.federation}; give this one another --id"
                         ) from None
@@ -246,7 +213,7 @@ class WorkerService:
         self._link = link
         self._linked.set()
         self._tell("connected", {})
-        await together(
+        await run_all(
             self._read(link, mail),
             self._be_heard(link),
             self._until_lost(link),
@@ -318,7 +285,7 @@ class WorkerService:
                     self._welcomed = (run, number, rounds)
                     self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
-                raise Refused(reason)
+                raise RefusedError(reason)
             case InitRequest():
                 self._ask(Work("init", message.run, 0), message, {})
             case Fit() | Evaluate() if message.transfer is not None:
@@ -331,7 +298,7 @@ class WorkerService:
                 self._part(message, payload)
             case Stop(run=run, reason=reason) if self._run in (None, run):
                 self._outcome = message.outcome
-                self._advance(session.Stopped(reason))
+                self._advance(machine.Stopped(reason))
             case Refusal() | Stop():
                 pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
@@ -360,33 +327,33 @@ class WorkerService:
         if work not in self._jobs:
             self._jobs[work] = Job(work, message, weights)
         self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
-        self._advance(session.Asked(work))
+        self._advance(machine.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
         if work not in known:
             del self._jobs[work]  # older than what we have
 
     # --- the machine ---------------------------------------------------------------------------
 
-    def _advance(self, event: session.Event) -> None:
-        self._state, effects = session.advance(self._state, event)
+    def _advance(self, event: machine.Event) -> None:
+        self._state, effects = machine.advance(self._state, event)
         for effect in effects:
             match effect:
-                case session.Begin(work):
+                case machine.Begin(work):
                     self._begin(self._jobs[work])
-                case session.Abandon(work):
+                case machine.Abandon(work):
                     self._jobs[work].wanted = False
                     self._tell("abandoned", {"round": work.round})
-                case session.Send(work):
+                case machine.Send(work):
                     self._presence.now("sending", work)
                     self._answers.put(self._jobs[work])
-                case session.Drop(work):
+                case machine.Drop(work):
                     self._jobs.pop(work).wanted = False
-                case session.Report(work, reason):
+                case machine.Report(work, reason):
                     self._failed_with = reason
                     self._tell("failure", {"round": work.round, "reason": reason})
                     self._presence.now("idle", work)
                     self._presence.failed(self._link, work, reason)
-                case session.Leave(reason):
+                case machine.Leave(reason):
                     self._tell("ended", {"reason": reason})
                     if self._settings.stay:
                         self._forget()
@@ -398,7 +365,7 @@ class WorkerService:
         for job in self._jobs.values():
             job.wanted = False
         self._jobs.clear()
-        self._state = session.State()
+        self._state = machine.State()
 
     # --- the training thread -------------------------------------------------------------------
 
@@ -415,8 +382,8 @@ class WorkerService:
 
         self._trainer.begin(job, evaluated)
 
-    def _done(self, event: session.Event) -> None:
-        self._trained |= isinstance(event, session.Finished) and event.work.kind == "fit"
+    def _done(self, event: machine.Event) -> None:
+        self._trained |= isinstance(event, machine.Finished) and event.work.kind == "fit"
         self._advance(event)
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
@@ -434,7 +401,7 @@ class WorkerService:
         self._bar("sending", done, parts, "")
 
     def _sent(self, job: Job) -> None:
-        self._advance(session.Sent(job.work))
+        self._advance(machine.Sent(job.work))
         if self._state.answered == job.work:  # there is no newer work yet
             self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None

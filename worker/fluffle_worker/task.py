@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
-from fluffle_common.weights import Weights
+from fluffle_common.protocol.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
+from fluffle_common.tensors.weights import Weights
 from fluffle_worker.user_code import sendable
 
 Progress = Callable[[int, int, float | None], None]

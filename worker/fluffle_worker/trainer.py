@@ -9,16 +9,16 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fluffle_common.layout import Form
-from fluffle_worker import session
-from fluffle_worker.feedback import Residual
-from fluffle_worker.form import form_of_task
-from fluffle_worker.job import Job, NotWanted, do
-from fluffle_worker.mail import Tell
+from fluffle_common.tensors.layout import Signature
+from fluffle_worker import machine
+from fluffle_worker.error_feedback import Residual
+from fluffle_worker.inbox import Tell
+from fluffle_worker.job import Job, NotWanted, execute
+from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.session import Work
+from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task
-from fluffle_worker.thread import Training, TrainingThread
+from fluffle_worker.training_thread import Training, TrainingThread
 from fluffle_worker.user_code import one_line
 
 
@@ -43,12 +43,12 @@ class Trainer:
         *,
         residual: Callable[[], Residual],
         progress: Callable[[Work, int, int, float | None], object],
-        done: Callable[[session.Event], object],
+        done: Callable[[machine.Event], object],
         tell: Tell,
         training: Training | None = None,
-        form: Form | None = None,
+        form: Signature | None = None,
     ) -> None:
-        self.form = form_of_task(task) if form is None else form
+        self.form = signature_of_task(task) if form is None else form
         self._task, self._sender = task, sender
         self._residual, self._progress, self._done = residual, progress, done
         self._training: Training = training or TrainingThread()
@@ -76,12 +76,12 @@ class Trainer:
     def _work(self, job: Job, evaluated: Callable[[], object]) -> None:
         event = self._do(job, evaluated)
         if os.getpid() != self._pid:  # the task forked, and its child has come back to here
-            os._exit(0 if isinstance(event, session.Finished) else 1)
+            os._exit(0 if isinstance(event, machine.Finished) else 1)
         self._to_loop(self._over, event)
 
-    def _do(self, job: Job, evaluated: Callable[[], object]) -> session.Event:
+    def _do(self, job: Job, evaluated: Callable[[], object]) -> machine.Event:
         try:
-            do(
+            execute(
                 job,
                 self._task,
                 self._sender,
@@ -92,17 +92,17 @@ class Trainer:
                 form=self.form,
             )
         except NotWanted:
-            return session.Abandoned(job.work)
+            return machine.Abandoned(job.work)
         except BaseException as why:  # whatever a user's task raises is reported, not swallowed
             if not job.wanted:  # it may be what the task makes of being told so
-                return session.Abandoned(job.work)
+                return machine.Abandoned(job.work)
             self._results.failed(why)
-            return session.Failed(job.work, one_line(why))
-        return session.Finished(job.work)
+            return machine.Failed(job.work, one_line(why))
+        return machine.Finished(job.work)
 
-    def _over(self, event: session.Event) -> None:
+    def _over(self, event: machine.Event) -> None:
         self._under_way -= 1
-        self._cut_short = isinstance(event, session.Abandoned)
+        self._cut_short = isinstance(event, machine.Abandoned)
         self._done(event)
 
     def _to_loop(self, what: Callable[..., object], *on: Any) -> None:

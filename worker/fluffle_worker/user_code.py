@@ -8,15 +8,15 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from fluffle_common.console import warn
+from fluffle_common.cli.console import warn
+from fluffle_common.cli.printing import echo
 from fluffle_common.errors import TaskError
-from fluffle_common.printing import echo
 
 _HERE = Path(__file__).parent
 # What calls a user's code: no part of its story.
 _CALLERS = {
     str(_HERE / name)
-    for name in ("form.py", "job.py", "results.py", "task_loading.py", "trainer.py")
+    for name in ("job.py", "results.py", "signature.py", "task_loading.py", "trainer.py")
 }
 _LONGEST = 500
 

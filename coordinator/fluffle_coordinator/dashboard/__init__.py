@@ -5,8 +5,8 @@
     events, signs of life ──> board (pure) ──> feed ──> server (page, SSE, JSON, health)
                                           └──> metrics (Prometheus)
 
-``live`` feeds a board inside the coordinator; ``beside`` feeds one from the broker, for a page
-that runs anywhere. Both only read.
+``coordinator_source`` feeds a board inside the coordinator; ``broker_source`` feeds one from the
+broker, for a page that runs anywhere. Both only read.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 from fluffle_common.errors import CAUSES
 from fluffle_coordinator.dashboard.chronicle import STEPS, Chronicle, timings
 from fluffle_coordinator.dashboard.roster import Roster, clipped
-from fluffle_coordinator.view import sentence
+from fluffle_coordinator.observe.watchers import sentence
 
 _JOURNAL_LINES = 100
 _REJECTED_LINES = 30

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from fluffle_common.console import warn
-from fluffle_common.management import UNTOLD, queue_figures
-from fluffle_common.topology import Topology
+from fluffle_common.cli.console import warn
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.rabbitmq.management import UNTOLD, queue_figures
 from fluffle_coordinator.dashboard.board import Board, Standing
 
 Figures = Iterable[Mapping[str, Any]]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
-from fluffle_common.console import warn
-from fluffle_common.topology import Topology
+from fluffle_common.cli.console import warn
+from fluffle_common.protocol.topology import Topology
+from fluffle_coordinator.dashboard.coordinator_source import Live
 from fluffle_coordinator.dashboard.feed import queue_asker
-from fluffle_coordinator.dashboard.live import Live
 from fluffle_coordinator.dashboard.server import exposure, listen, served, url_of
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fluffle_common.console import warn
+from fluffle_common.cli.console import warn
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.dashboard.feed import Feed, as_json
 from fluffle_coordinator.dashboard.metrics import registry

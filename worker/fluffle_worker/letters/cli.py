@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli import SEED, count
-from fluffle_common.console import warn
+from fluffle_common.cli.app import SEED, count
+from fluffle_common.cli.console import warn
+from fluffle_common.cli.printing import echo, echo_json
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from fluffle_worker.letters.images import Images
-    from fluffle_worker.letters.use import LettersModel, Score
+    from fluffle_worker.letters.inference import LettersModel, Score
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]'"
@@ -40,7 +40,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     are not clients, to score a model on with 'fluffle confusion --unseen'.
     """
     try:
-        from fluffle_worker.letters.drawing import draw_letters
+        from fluffle_worker.letters.handwriting.drawing import draw_letters
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     with click.progressbar(length=(clients + unseen) * per_client, label="drawing") as bar:
@@ -80,7 +80,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     """
     try:
         from fluffle_worker.letters.images import inverted_note, read_picture
-        from fluffle_worker.letters.use import LettersModel, shown_names
+        from fluffle_worker.letters.inference import LettersModel, shown_names
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     loaded = LettersModel(model)
@@ -145,7 +145,7 @@ def confusion(**options: Any) -> None:
     """
     try:
         from fluffle_worker.letters.images import read_images
-        from fluffle_worker.letters.use import LettersModel, draw_confusion
+        from fluffle_worker.letters.inference import LettersModel, draw_confusion
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     if options["everything"] and options["unseen"]:

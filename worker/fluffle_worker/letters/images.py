@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.weights import Array
+from fluffle_common.tensors.weights import Array
 from fluffle_worker.letters.folders import class_name, find_classes, some
 from fluffle_worker.letters.pixels import SIDE, Picture, read_picture
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fluffle_common.errors import UsageError
-from fluffle_common.weights import Array
+from fluffle_common.tensors.weights import Array
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fluffle_common.console import warn
-from fluffle_common.weights import Array, Weights
+from fluffle_common.cli.console import warn
+from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.letters.images import SIDE, Images, read_images, split
 from fluffle_worker.task import EvalResult, TaskOptions
-from fluffle_worker.training import Examples, FlaxTask, accuracy
+from fluffle_worker.tasks.flax import Examples, FlaxTask, accuracy
 
 HELD_OUT = 0.1
 LEARNING_RATE = 1e-3

@@ -1,0 +1,1 @@
+"""A look into every queue, which changes nothing."""

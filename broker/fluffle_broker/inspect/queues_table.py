@@ -1,0 +1,106 @@
+"""What ``fluffle queues`` prints: a row a queue, quiet ones together, and each hint in its line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from fluffle_broker.inspect.formatting import age, rate, size
+from fluffle_common.cli.printing import printable, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fluffle_broker.inspect.queues import Look
+    from fluffle_common.transport.rabbitmq.management import QueueFigures
+
+Number = TypeVar("Number", int, float)
+# More quiet queues of one kind than this share a row.
+_EACH_ITS_ROW = 3
+_OF_WORKERS = ("inbox", "outbox", "lock", "tap")
+# On a narrower terminal, what a queue is for is left out.
+_WIDE = 110
+# A list of more names than this is cut short.
+_MOST_NAMES = 8
+
+
+def drawn(found: Look, width: int) -> Table:
+    """Return the figures as a table that fits ``width`` columns."""
+    wide = width >= _WIDE
+    rows = table(padding=(0, 1), pad_edge=False, expand=wide)
+    rows.add_column("queue", overflow="fold", min_width=10)
+    for name in ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest"):
+        rows.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        rows.add_column("what it is for", style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
+    for queue in together(found):
+        cells = (
+            queue.name,
+            f"{queue.ready:,}",
+            "?" if queue.unacknowledged is None else f"{queue.unacknowledged:,}",
+            f"{queue.consumers:,}",
+            "?" if queue.size_bytes is None else size(queue.size_bytes),
+            rate(queue.in_rate),
+            rate(queue.out_rate),
+            age(queue.oldest_s) if queue.ready else "",
+        )
+        rows.add_row(*cells, *([queue.purpose] if wide else []))
+    return rows
+
+
+def together(found: Look) -> list[QueueFigures]:
+    """Return what to show of the queues: short names, many quiet ones of a kind as one."""
+    shown: list[QueueFigures] = []
+    quiet: dict[str, list[QueueFigures]] = {kind: [] for kind in _OF_WORKERS}
+    for queue in found.queues:
+        short = replace(queue, name=found.short_name(queue))
+        kind = short.name.partition(".")[0]
+        is_quiet = not queue.ready and not queue.unacknowledged and queue.known
+        (quiet[kind] if is_quiet and kind in quiet else shown).append(short)
+    for kind, queues in quiet.items():
+        shown += queues if len(queues) <= _EACH_ITS_ROW else [_one_for(kind, queues)]
+    return shown
+
+
+def _one_for(kind: str, queues: Sequence[QueueFigures]) -> QueueFigures:
+    return replace(
+        queues[0],
+        name=f"{kind}.* ({len(queues)} empty)",
+        consumers=sum(queue.consumers for queue in queues),
+        size_bytes=_sum(queue.size_bytes for queue in queues),
+        in_rate=_sum(queue.in_rate for queue in queues),
+        out_rate=_sum(queue.out_rate for queue in queues),
+        purpose=f"the {kind} queues with nothing in them",
+    )
+
+
+def _sum(numbers: Iterable[Number | None]) -> Number | None:
+    """Return the sum of what is known; None when nothing is."""
+    known = [number for number in numbers if number is not None]
+    return sum(known[1:], known[0]) if known else None
+
+
+def hints(found: Look) -> list[str]:
+    """Return what is off, a line each; what is off with many workers alike is one line."""
+    lines: list[str] = []
+    absent: list[str] = []
+    for queue in found.queues:
+        hint = found.hint(queue)
+        name = found.short_name(queue)
+        worker = name.removeprefix("inbox.")
+        if hint == f"worker {worker} is not connected":
+            absent.append(worker)
+        elif hint is not None:
+            lines.append(printable(f"{name}: {hint}"))
+    if absent:
+        lines.append(printable(_not_connected(absent)))
+    return lines
+
+
+def _not_connected(workers: Sequence[str]) -> str:
+    if len(workers) == 1:
+        return f"worker {workers[0]} is not connected"
+    rest = len(workers) - _MOST_NAMES
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{len(workers)} workers are not connected: {', '.join(workers[:_MOST_NAMES])}{more}"

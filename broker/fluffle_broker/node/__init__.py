@@ -1,0 +1,1 @@
+"""A private RabbitMQ: find or unpack it, configure, start and stop it."""

@@ -1,0 +1,63 @@
+"""The node in a container, by compose.yaml: where there is no RabbitMQ and no apt to get it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+
+from fluffle_broker.node import launch
+from fluffle_broker.node.record import NodeInfo
+from fluffle_common.errors import BrokerError
+
+NODE_NAME = "rabbit@fluffle"
+
+
+def available() -> bool:
+    """Tell whether there is a Docker with compose whose engine answers."""
+    return bool(shutil.which("docker")) and all(
+        subprocess.run(["docker", *probe], capture_output=True, check=False).returncode == 0
+        for probe in (["compose", "version"], ["info"])
+    )
+
+
+def start(info: NodeInfo, extra_conf: str) -> None:
+    """Start the container and wait until its health check holds."""
+    conf = info.folder / "etc/container.conf"
+    conf.parent.mkdir(parents=True, exist_ok=True)
+    # The listeners are the image's; which ports of this machine lead there is compose's to say.
+    conf.write_text(f"{launch.base_configuration()}\n{extra_conf}\n")
+    conf.chmod(0o644)  # the container reads it as another user
+    _compose(info, "up", "--detach", "--wait")
+
+
+def stop(info: NodeInfo) -> None:
+    """Stop and remove the container; the volume with its data stays."""
+    _compose(info, "down")
+
+
+def _compose(info: NodeInfo, *arguments: str) -> None:
+    # One project for each folder, so that several nodes live side by side.
+    project = "fluffle-" + hashlib.sha256(os.fsencode(info.folder)).hexdigest()[:12]
+    compose = str(launch.shipped("compose.yaml"))
+    done = subprocess.run(
+        ["docker", "compose", "--project-name", project, "--file", compose, *arguments],
+        env={
+            **os.environ,
+            "FLUFFLE_AMQP_PORT": str(info.ports.amqp),
+            "FLUFFLE_MANAGEMENT_PORT": str(info.ports.management),
+            "FLUFFLE_PROMETHEUS_PORT": str(info.ports.prometheus),
+            "FLUFFLE_CONF": str(info.folder / "etc/container.conf"),
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        told = done.stderr.strip().splitlines() or ["no reason given"]
+        raise BrokerError(
+            f"docker compose {arguments[0]} failed: {told[-1]}; see 'docker compose "
+            f"--project-name {project} logs'"
+        )

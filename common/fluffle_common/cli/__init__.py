@@ -1,0 +1,1 @@
+"""What every command shares: the program, its settings, its output, its process."""

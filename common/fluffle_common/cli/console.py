@@ -1,0 +1,146 @@
+"""What people see while something runs: bars on a terminal, plain lines in a pipe, or JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import click
+from pydantic_core import to_json
+
+from fluffle_common.cli.patient_stream import PatientStream, warn_once
+from fluffle_common.cli.printing import echo, printable, visible_json
+from fluffle_common.clock import timestamp
+
+LogFormat = Literal["auto", "plain", "json"]
+# So long a line may wait for others, so that they are written in one go.
+_WITHIN_S = 0.02
+# How long the end may wait for a slow terminal or pipe to take the last lines.
+_SETTLE_S = 2.0
+
+
+class Console:
+    """Writes events as lines, and progress as bars when the output is a terminal.
+
+    It never raises and never waits for its output: what is observed goes on, whatever becomes of
+    the terminal, the pipe or the disk behind (see ``patient_stream``).
+
+    Args:
+        log_format: ``auto`` draws bars on a terminal and writes plain lines elsewhere.
+        always: fields that every JSON line carries, such as the federation.
+        stream: where to write; stdout by default.
+    """
+
+    def __init__(
+        self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
+    ) -> None:
+        self._stream = PatientStream(stream or sys.stdout, warn_once("the log"))
+        self._json = log_format == "json"
+        self._always = dict(always)
+        self._held: list[str] = []  # lines that are not written yet
+        self._prompt = True  # so far, the output has taken every line in time
+        self._bars: dict[str, Any] = {}
+        self._progress: Any = None
+        if log_format == "auto" and self._stream.isatty():
+            from fluffle_common.cli.progress_bars import progress_on
+
+            self._progress = progress_on(self._stream)
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write what is held, and leave the terminal as it was."""
+        self._flush()
+        if self._progress is not None:
+            for bar in self._bars.values():
+                self._progress.remove_task(bar)
+            self._progress.stop()
+        self._stream.settle(_SETTLE_S)
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is a terminal to draw bars on."""
+        return self._progress is not None
+
+    def line(
+        self, event: str, text: Callable[[], str], fields: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write one event: ``text`` for people, ``event`` and ``fields`` for programs."""
+        if self._json:
+            told = {"time": timestamp("microseconds"), "event": event, **self._always}
+            told.update(fields or {})
+            written = json_line(told)
+        else:
+            written = f"{time.strftime('%H:%M:%S')}  {printable(text())}"
+        if self._progress is not None:
+            self._progress.console.print(written, markup=False)
+        else:
+            self._hold(f"{written}\n")
+
+    def _hold(self, line: str) -> None:
+        """Keep a line for a moment, since several often follow each other, if there is a loop."""
+        self._held.append(line)
+        if len(self._held) > 1:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._flush()
+            if self._prompt:  # once it is slow, nobody waits for it again
+                self._prompt = self._stream.settle(_SETTLE_S)
+        else:
+            loop.call_later(_WITHIN_S, self._flush)
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._stream.write("".join(held))
+
+    def bar(self, label: str, done: float, total: float, description: str = "") -> None:
+        """Draw or move a bar; nothing happens where there is no terminal."""
+        if self._progress is None:
+            return
+        description = printable(description)
+        if label not in self._bars:
+            self._bars[label] = self._progress.add_task("", label=label, total=total)
+        self._progress.update(
+            self._bars[label], completed=done, total=total, description=description
+        )
+
+
+def json_line(told: Mapping[str, Any]) -> str:
+    """Return JSON in one line, in ASCII; what JSON has no word for is said by ``str``."""
+    try:
+        return visible_json(to_json(told, ensure_ascii=True, fallback=str).decode())
+    except ValueError:  # not every name of a file is text
+        return visible_json(json.dumps(told, default=str, separators=(",", ":")))
+
+
+def log_format_option(command: Any) -> Any:
+    """Add ``--log-format`` to a command."""
+    return click.option(
+        "--log-format",
+        type=click.Choice(["auto", "plain", "json"]),
+        default="auto",
+        show_default=True,
+        help="auto: bars on a terminal, plain lines elsewhere; json: one object a line.",
+    )(command)
+
+
+def warn(text: str) -> None:
+    """Write a line of warning to stderr."""
+    echo(f"fluffle: {text}", err=True)

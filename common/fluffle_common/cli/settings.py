@@ -1,0 +1,133 @@
+"""Where things are: the broker's URL, the state folder. Read at the CLI, passed down as values."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluffle_common.errors import UsageError
+from fluffle_common.protocol.messages import FEDERATION_PATTERN, WORKER_PATTERN
+
+DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/"
+
+
+def state_folder() -> Path:
+    """Return the folder for what outlives a command: ``$FLUFFLE_STATE``, else ``.fluffle`` here."""
+    return Path(os.environ.get("FLUFFLE_STATE") or ".fluffle")
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: ``$XDG_CACHE_HOME``, else ``~/.cache``.
+
+    Raises:
+        UsageError: for a user without a home, as in some containers.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        raise UsageError(
+            "this user has no home folder for a cache; name a folder with XDG_CACHE_HOME"
+        ) from None
+
+
+def node_record(state: Path) -> dict[str, str | int]:
+    """Return what ``fluffle broker up`` noted of its node; empty where there is none."""
+    try:
+        record: dict[str, str | int] = json.loads((state / "broker" / "node.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def broker_url(given: str | None) -> str:
+    """Return the broker's URL: the one given, else that of our own node, else the usual one."""
+    return given or str(node_record(state_folder()).get("url") or DEFAULT_URL)
+
+
+def management_of(url: str, given: str | None) -> str:
+    """Return where the management API of the broker at ``url`` should be; ``given`` wins."""
+    from fluffle_common.transport.rabbitmq.management import management_base
+
+    return management_base(url, given, node_record(state_folder()))
+
+
+def check_federation(name: str) -> str:
+    """Return the name of a federation.
+
+    Raises:
+        UsageError: where it cannot be one.
+    """
+    if not re.fullmatch(FEDERATION_PATTERN, name):
+        raise UsageError(
+            f"'{name}' cannot be the name of a federation: "
+            "letters, digits, '-' and '_', at most 64, no dot"
+        )
+    return name
+
+
+def check_worker(name: str) -> str:
+    """Return the id of a worker.
+
+    Raises:
+        UsageError: where it cannot be one.
+    """
+    if not re.fullmatch(WORKER_PATTERN, name):
+        raise UsageError(
+            f"'{name}' cannot be the id of a worker: letters, digits, '-', '_' and '.', at most "
+            "64; give another with --id"
+        )
+    return name
+
+
+def parse_classes(text: str | None) -> tuple[str, ...] | None:
+    """Parse ``A,B,…``; None, or nothing at all, stays None.
+
+    >>> parse_classes("a,b"), parse_classes(None)
+    (('a', 'b'), None)
+
+    Raises:
+        UsageError: where a class has no name, or is named twice.
+    """
+    if not text:
+        return None
+    classes = tuple(text.split(","))
+    if "" in classes or len(set(classes)) < len(classes):
+        raise UsageError(
+            f"--classes wants different names with a comma between, such as a,b,c, not '{text}'"
+        )
+    return classes
+
+
+def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
+    """Parse ``KEY=VALUE`` pairs; a value that is a number, true or false becomes one.
+
+    >>> parse_config(["momentum=0.9", "name=a=b"])
+    {'momentum': 0.9, 'name': 'a=b'}
+
+    Raises:
+        UsageError: where a pair is none, or has a number that no task can be told.
+    """
+    config: dict[str, bool | int | float | str] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--config wants KEY=VALUE, not '{pair}'")
+        if key in config:
+            raise UsageError(f"--config has the key '{key}' more than once; give it once")
+        try:
+            value = json.loads(text)
+        except ValueError:  # also an integer of thousands of digits
+            value = text
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--config {pair}: {text} is not a finite number")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise UsageError(f"--config {key} does not fit into 64 bits: {text}")
+        config[key] = value if isinstance(value, bool | int | float) else text
+    return config

@@ -1,0 +1,1 @@
+"""What both sides say to each other: messages, their bytes, and every name on the broker."""

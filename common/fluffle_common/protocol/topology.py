@@ -1,0 +1,269 @@
+"""Every exchange and queue name, and every queue's arguments, in this one place.
+
+The coordinator declares what is shared, and binds. A worker declares its own two queues and needs
+no right to anything else. Declaring again with the same arguments changes nothing, with others it
+is an error: so all arguments live here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+ArgumentValue = str | int | bool
+QueueType = Literal["classic", "quorum"]
+
+GiB = 2**30
+_INBOX_BYTES = 8 * GiB  # several copies of a large model; the oldest go first, newest work wins
+_UPDATES_BYTES = 16 * GiB
+_REJECTED_MESSAGES = 1000
+_REJECTED_BYTES = GiB // 4
+_PRESENCE_MESSAGES = 100_000
+_PRESENCE_TTL_MS = 60_000
+_TAP_MESSAGES = 10_000
+_TAP_BYTES = GiB // 4
+_ABSENT_MS = 30 * 60 * 1000
+_JOURNAL_BYTES = GiB // 4
+_JOURNAL_AGE = "30D"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An exchange to declare; always durable."""
+
+    name: str
+    type: Literal["direct", "topic", "fanout"]
+    alternate: str | None = None
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A queue to declare; always durable. ``purpose`` is what ``fluffle queues`` says of it."""
+
+    name: str
+    purpose: str
+    arguments: dict[str, ArgumentValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Lets what is published to ``exchange`` under ``key`` reach ``queue``."""
+
+    queue: str
+    exchange: str
+    key: str
+
+
+Entity = Exchange | Queue | Binding
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The names of one federation on the broker.
+
+    Args:
+        federation: what every name starts with.
+        queue_type: ``classic``, or ``quorum`` on a cluster; the same for everyone who takes part.
+    """
+
+    federation: str
+    queue_type: QueueType = "classic"
+
+    @property
+    def work(self) -> str:
+        """Exchange, coordinator to workers: the routing keys (also in ``CC``) are worker ids."""
+        return f"{self.federation}.work"
+
+    @property
+    def results(self) -> str:
+        """Exchange, workers to coordinator: the routing keys are ``<kind>.<worker>``."""
+        return f"{self.federation}.results"
+
+    @property
+    def unrouted(self) -> str:
+        """Exchange and queue for results that no queue is bound for."""
+        return f"{self.federation}.unrouted"
+
+    @property
+    def updates(self) -> str:
+        """Queue of updates, evaluations and first weights."""
+        return f"{self.federation}.updates"
+
+    @property
+    def presence(self) -> str:
+        """Queue of hello, heartbeat, bye and failure."""
+        return f"{self.federation}.presence"
+
+    @property
+    def rejected(self) -> str:
+        """Queue of what was refused, with the reason in its headers."""
+        return f"{self.federation}.rejected"
+
+    @property
+    def journal(self) -> str:
+        """Stream of every event of the federation; anyone may read it, any number of times."""
+        return f"{self.federation}.journal"
+
+    def inbox(self, worker: str) -> str:
+        """Queue of a worker's mail."""
+        return f"{self.federation}.inbox.{worker}"
+
+    def outbox(self, worker: str) -> str:
+        """Queue of the parts of a worker's update that is too large for one message."""
+        return f"{self.federation}.outbox.{worker}"
+
+    def rejecting(self, worker: str) -> str:
+        """Routing key under which a worker sends what it refuses to ``results``."""
+        return f"{_REJECTING}.{worker}"
+
+    def shared(self) -> list[Entity]:
+        """Everything that is no worker's own, as the coordinator declares it.
+
+        ``unrouted`` is bound last: until all of it is there, a result is unroutable, which its
+        sender is told, and not lost there.
+        """
+        return [
+            Exchange(self.work, "direct"),
+            Exchange(self.unrouted, "fanout"),
+            Exchange(self.results, "topic", alternate=self.unrouted),
+            self._queue(
+                self.unrouted,
+                "results that no queue was bound for; should be empty",
+                {"x-max-length": _REJECTED_MESSAGES, "x-overflow": "drop-head"},
+            ),
+            self._queue(
+                self.rejected,
+                "messages that were refused, each with its reason in its headers",
+                {
+                    "x-max-length": _REJECTED_MESSAGES,
+                    "x-max-length-bytes": _REJECTED_BYTES,
+                    "x-overflow": "drop-head",
+                },
+            ),
+            self._queue(
+                self.updates,
+                "updates and evaluations on their way to the coordinator; "
+                "unacknowledged until their round is committed",
+                {
+                    "x-single-active-consumer": True,
+                    # Full means wait: the sender is told, keeps its update and tries again.
+                    "x-max-length-bytes": _UPDATES_BYTES,
+                    "x-overflow": "reject-publish",
+                    "x-dead-letter-exchange": "",
+                    "x-dead-letter-routing-key": self.rejected,
+                },
+            ),
+            self._queue(
+                self.presence,
+                "signs of life from the workers: hello, heartbeat, bye, failure",
+                {
+                    "x-message-ttl": _PRESENCE_TTL_MS,
+                    "x-max-length": _PRESENCE_MESSAGES,
+                    "x-overflow": "drop-head",
+                },
+            ),
+            self.journal_stream(),
+            *(Binding(self.updates, self.results, f"{kind}.#") for kind in UPDATE_KINDS),
+            *(Binding(self.presence, self.results, f"{kind}.#") for kind in PRESENCE_KINDS),
+            Binding(self.rejected, self.results, f"{_REJECTING}.#"),
+            Binding(self.unrouted, self.unrouted, ""),
+        ]
+
+    def journal_stream(self) -> Queue:
+        """The journal; it is in ``shared``, and not every broker can have it."""
+        return Queue(
+            self.journal,
+            "every event of the federation, to be read again at any time; nothing is taken out",
+            {
+                "x-queue-type": "stream",
+                "x-max-length-bytes": _JOURNAL_BYTES,
+                "x-max-age": _JOURNAL_AGE,
+                "x-stream-max-segment-size-bytes": _JOURNAL_BYTES // 16,
+            },
+        )
+
+    def of_worker(self, worker: str) -> list[Entity]:
+        """What there is for one worker besides ``shared``."""
+        return [*self.queues_of(worker), *self.bindings_of(worker)]
+
+    def bindings_of(self, worker: str) -> list[Binding]:
+        """How a worker's own queues are bound; the coordinator does it when it hears of them."""
+        return [
+            Binding(self.inbox(worker), self.work, worker),
+            Binding(self.outbox(worker), self.results, f"part.{worker}"),
+        ]
+
+    def queues_of(self, worker: str) -> list[Queue]:
+        """A worker's own queues, which it declares itself."""
+        return [
+            self._queue(
+                self.inbox(worker),
+                f"mail for worker {worker}: the work of a round",
+                {
+                    "x-expires": _ABSENT_MS,
+                    "x-max-length-bytes": _INBOX_BYTES,
+                    "x-overflow": "drop-head",
+                },
+            ),
+            self._queue(
+                self.outbox(worker),
+                f"parts of an update of worker {worker} that is too large for one message",
+                {
+                    "x-expires": _ABSENT_MS,
+                    "x-max-length-bytes": _INBOX_BYTES,
+                    "x-overflow": "reject-publish",
+                },
+            ),
+        ]
+
+    def tap(self, unique: str) -> Queue:
+        """Return the queue of someone who looks; a slow reader loses copies, and costs no more."""
+        return Queue(
+            f"{self.federation}.tap.{unique}",
+            _TAP_PURPOSE,
+            {
+                "x-queue-type": "classic",
+                "x-max-length": _TAP_MESSAGES,
+                "x-max-length-bytes": _TAP_BYTES,
+                "x-overflow": "drop-head",
+            },
+        )
+
+    def purpose(self, queue: str) -> str | None:
+        """Say in words what a queue of this federation is for; None for a foreign queue."""
+        if queue.startswith(f"{self.federation}.tap."):
+            return _TAP_PURPOSE
+        if queue.startswith(f"{self.federation}.lock."):
+            return _LOCK_PURPOSE
+        found = self.find(queue)
+        return found.purpose if found else None
+
+    def find(self, queue: str) -> Queue | None:
+        """Return a queue of the federation that holds messages, as it is declared; None else."""
+        entities: Iterable[Entity] = self.shared()
+        for kind in ("inbox", "outbox"):
+            prefix = f"{self.federation}.{kind}."
+            if queue.startswith(prefix):
+                entities = self.queues_of(queue.removeprefix(prefix))
+        return next((e for e in entities if isinstance(e, Queue) and e.name == queue), None)
+
+    def _queue(self, name: str, purpose: str, arguments: dict[str, ArgumentValue]) -> Queue:
+        return Queue(name, purpose, {"x-queue-type": self.queue_type, **arguments})
+
+
+def lock_of(queue: str) -> str:
+    """Name the lock that whoever alone may read a quorum queue holds; see ``rabbitmq``.
+
+    >>> lock_of("letters.inbox.w1")
+    'letters.lock.inbox.w1'
+    """
+    federation, _, rest = queue.partition(".")
+    return f"{federation}.lock.{rest}"
+
+
+_LOCK_PURPOSE = "always empty; held by the one who alone reads the queue it is named after"
+_TAP_PURPOSE = "copies of the traffic for someone who looks ('fluffle tap'); goes with them"
+UPDATE_KINDS = ("update", "evaluation", "first_weights")
+PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")
+_REJECTING = "rejected"

@@ -1,0 +1,1 @@
+"""Named tensors: how they lie in memory, their arithmetic, checkpoints, compression."""

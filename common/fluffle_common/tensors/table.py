@@ -1,0 +1,26 @@
+"""What is said of tensors beside their bytes: an entry each, and how many and how large at most."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, Strict
+
+MAX_TENSORS = 100_000
+MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
+# So many tables of tensors are remembered, of up to this length: anyone may send any table.
+TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
+
+Encoding = Literal["bf16", "f16", "int8", "topk"]
+
+
+class TensorEntry(NamedTuple):
+    """Where one tensor lies in the payload: little-endian, C order, ``offset`` a multiple of 64."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)]
+    dtype: Annotated[str, Field(max_length=16)]
+    shape: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(max_length=MAX_DIMENSIONS)
+    ]
+    offset: Annotated[int, Field(ge=0)]
+    nbytes: Annotated[int, Field(ge=0)]

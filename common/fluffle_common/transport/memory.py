@@ -1,0 +1,472 @@
+"""A broker in this process that keeps the same contract as RabbitMQ.
+
+It has queues, routing, acknowledgements, redelivery, prefetch, competing and exclusive consumers,
+bounds and forced disconnects: enough to run whole federations in one process, in tests and in
+simulations, and to be held to ``tests/contract`` beside the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from fluffle_common.errors import LinkLost
+from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
+from fluffle_common.transport.base import (
+    NAMED,
+    Blocking,
+    Body,
+    Counts,
+    Delivery,
+    Link,
+    OtherArguments,
+    Properties,
+    QueueFull,
+    QueueInUse,
+    Since,
+    Transport,
+    Unroutable,
+)
+
+
+@dataclass(eq=False)
+class _Stored:
+    body: Body
+    properties: Properties
+    exchange: str
+    keys: tuple[str, ...]
+    sent_at: float
+    redelivered: bool = False
+    number: int = 0  # its place in its queue
+
+
+@dataclass(eq=False)
+class _Consumer:
+    link: MemoryLink
+    prefetch: int
+    exclusive: bool
+    deliveries: asyncio.Queue[MemoryDelivery] = field(default_factory=asyncio.Queue)
+    unacked: int = 0
+
+
+@dataclass(eq=False)
+class _Queue:
+    spec: Queue
+    ready: deque[_Stored] = field(default_factory=deque)
+    consumers: list[_Consumer] = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    news: set[asyncio.Event] = field(default_factory=set)  # one for each who follows
+
+    @property
+    def is_stream(self) -> bool:
+        return self.spec.arguments.get("x-queue-type") == "stream"
+
+    @property
+    def ready_bytes(self) -> int:
+        return sum(len(stored.body) for stored in self.ready)
+
+    def put(self, stored: _Stored) -> None:
+        arguments = self.spec.arguments
+        most, most_bytes = arguments.get("x-max-length"), arguments.get("x-max-length-bytes")
+
+        def over(count: int, nbytes: int) -> bool:
+            return (most is not None and count > int(most)) or (
+                most_bytes is not None and nbytes > int(most_bytes)
+            )
+
+        if arguments.get("x-overflow") == "reject-publish" and over(
+            len(self.ready) + 1, self.ready_bytes + len(stored.body)
+        ):
+            raise QueueFull(f"queue '{self.spec.name}' is full")
+        stored.number = next(self.numbers)
+        self.ready.append(stored)
+        while self.ready and over(len(self.ready), self.ready_bytes):
+            self.ready.popleft()
+        for news in self.news:
+            news.set()
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Hand out what is ready to whoever has room, in turn."""
+        able = list(self.consumers)
+        if self.spec.arguments.get("x-single-active-consumer"):
+            able = able[:1]
+        while self.ready:
+            consumer = next((c for c in able if c.unacked < c.prefetch), None)
+            if consumer is None:
+                return
+            stored = self.ready.popleft()
+            consumer.unacked += 1
+            consumer.deliveries.put_nowait(MemoryDelivery(self, stored, consumer.link, consumer))
+            able.append(able.pop(able.index(consumer)))
+
+
+class MemoryDelivery:
+    """See ``base.Delivery``."""
+
+    def __init__(
+        self, queue: _Queue, stored: _Stored, link: MemoryLink, consumer: _Consumer | None
+    ) -> None:
+        self.body: Body = stored.body
+        self.properties = stored.properties
+        self.redelivered = stored.redelivered
+        self.queue = queue.spec.name
+        self.exchange = stored.exchange
+        self.keys = stored.keys if len(stored.keys) <= NAMED else stored.keys[:1]
+        self.sent_at: float | None = stored.sent_at
+        self.offset = stored.number if queue.is_stream else None
+        self.consumer = consumer
+        self._source, self._stored, self._link = queue, stored, link
+        link.held.append(self)
+
+    def ack(self) -> None:
+        """See ``base.Delivery``."""
+        if self._settle():
+            self._source.dispatch()
+
+    def release(self) -> None:
+        """See ``base.Delivery``."""
+        self.give_back()
+        self._source.dispatch()
+
+    def give_back(self) -> None:
+        """Return to its place in the queue, marked as redelivered, without dispatching it."""
+        if self._settle():
+            bisect.insort(self._source.ready, self._stored, key=lambda stored: stored.number)
+            self._stored.redelivered = True
+
+    def _settle(self) -> bool:
+        if self not in self._link.held:
+            return False
+        self._link.held.remove(self)
+        if self.consumer is not None:
+            self.consumer.unacked -= 1
+        return True
+
+
+class MemoryLink(Link):
+    """See ``base.Link``."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+        self._gone = asyncio.Event()
+        self.held: list[MemoryDelivery] = []
+        self._taps: set[str] = set()
+
+    @property
+    def blocked(self) -> str | None:
+        """See ``base.Link``."""
+        return self._broker.blocking.reason
+
+    def blocking(self) -> AsyncGenerator[str | None]:
+        """See ``base.Link``."""
+        return self._broker.blocking.changes()
+
+    async def declare(self, entities: Iterable[Entity]) -> None:
+        """See ``base.Link``."""
+        self._check()
+        for entity in entities:
+            if isinstance(entity, Binding):
+                if not self._broker.bind(entity):  # as RabbitMQ closes the channel
+                    self.cut()
+                    raise LinkLost(f"no '{entity.queue}' or no '{entity.exchange}' to bind")
+            else:
+                self._broker.declare(entity)
+
+    async def exists(self, exchange: str) -> bool:
+        """See ``base.Link``."""
+        self._check()
+        return exchange in self._broker.exchanges
+
+    async def bind(self, bindings: Iterable[Binding]) -> bool:
+        """See ``base.Link``."""
+        self._check()
+        return all(self._broker.bind(binding) for binding in bindings)
+
+    async def publish(
+        self,
+        body: Body,
+        properties: Properties,
+        *,
+        exchange: str,
+        keys: Sequence[str],
+        urgent: bool = False,
+    ) -> None:
+        """See ``base.Link``."""
+        await self._unblocked()
+        stored = _Stored(body, properties, exchange, tuple(keys), float(int(time.time())))
+        if exchange and exchange not in self._broker.exchanges:  # as RabbitMQ closes the channel
+            self.cut()
+            raise LinkLost(f"there is no exchange '{exchange}'")
+        self._broker.route(stored, exchange, keys)
+
+    async def consume(
+        self, queue: str, *, prefetch: int, exclusive: bool = False
+    ) -> AsyncGenerator[Delivery]:
+        """See ``base.Link``."""
+        self._check()
+        source = self._find(queue)
+        if source.consumers and (exclusive or source.consumers[0].exclusive):
+            raise QueueInUse(f"queue '{queue}' has another consumer")
+        consumer = _Consumer(self, prefetch, exclusive)
+        source.consumers.append(consumer)
+        source.dispatch()
+        return self._deliveries(source, consumer)
+
+    async def _deliveries(self, source: _Queue, consumer: _Consumer) -> AsyncGenerator[Delivery]:
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            while True:
+                taken = asyncio.ensure_future(consumer.deliveries.get())
+                try:
+                    await asyncio.wait({taken, gone}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not taken.done():
+                        taken.cancel()
+                self._check()
+                yield taken.result()
+        finally:
+            gone.cancel()
+            if consumer in source.consumers:
+                source.consumers.remove(consumer)
+                for delivery in reversed([d for d in self.held if d.consumer is consumer]):
+                    delivery.give_back()
+                source.dispatch()
+
+    async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
+        """See ``base.Link``."""
+        self._check()
+        return self._entries(self._find(stream, reads=True), since)
+
+    async def _entries(self, source: _Queue, since: Since) -> AsyncGenerator[Delivery]:
+        offset = since if isinstance(since, int) else 0
+        at = since.timestamp() if isinstance(since, datetime) else 0.0
+        news = asyncio.Event()
+        source.news.add(news)
+        try:
+            while True:
+                news.clear()
+                self._check()
+                for stored in [s for s in source.ready if s.number >= offset]:
+                    self._check()
+                    offset = stored.number + 1
+                    if stored.sent_at >= int(at):
+                        yield await self._copy(source, stored)
+                await news.wait()
+        finally:
+            source.news.discard(news)
+
+    async def _copy(self, source: _Queue, stored: _Stored) -> Delivery:
+        copy = MemoryDelivery(source, stored, self, None)
+        copy.ack()  # nothing is taken out of a stream, so nothing may be given back to it
+        return copy
+
+    async def newest(self, stream: str) -> Delivery | None:
+        """See ``base.Link``."""
+        self._check()
+        source = self._find(stream, reads=True)
+        return await self._copy(source, source.ready[-1]) if source.ready else None
+
+    async def get(self, queue: str) -> Delivery | None:
+        """See ``base.Link``."""
+        self._check()
+        source = self._find(queue)
+        if not source.ready:
+            return None
+        return MemoryDelivery(source, source.ready.popleft(), self, None)
+
+    async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
+        """See ``base.Link``."""
+        await self.declare([queue, *bindings])
+        self._taps.add(queue.name)
+        return self._copies(queue.name, await self.consume(queue.name, prefetch=1, exclusive=True))
+
+    async def _copies(
+        self, queue: str, deliveries: AsyncGenerator[Delivery]
+    ) -> AsyncGenerator[Delivery]:
+        try:
+            async with contextlib.aclosing(deliveries):
+                async for delivery in deliveries:
+                    delivery.ack()
+                    yield delivery
+        finally:
+            self._taps.discard(queue)
+            self._broker.delete(queue)
+
+    async def unbind(self, binding: Binding) -> None:
+        """See ``base.Link``."""
+        self._check()
+        self._broker.bindings.discard(binding)
+
+    async def counts(self, queue: str) -> Counts | None:
+        """See ``base.Link``."""
+        self._check()
+        source = self._broker.queues.get(queue)
+        return Counts(len(source.ready), len(source.consumers)) if source else None
+
+    async def purge(self, queue: str) -> int:
+        """See ``base.Link``."""
+        self._check()
+        ready = self._find(queue).ready
+        count = len(ready)
+        ready.clear()
+        return count
+
+    async def lost(self) -> None:
+        """See ``base.Link``."""
+        await self._gone.wait()
+
+    async def close(self) -> None:
+        """See ``base.Link``."""
+        self.cut()
+
+    def cut(self) -> None:
+        """Lose the link now: everything unacknowledged goes back to its queue."""
+        if self._gone.is_set():
+            return
+        self._gone.set()
+        for queue in self._broker.queues.values():
+            queue.consumers = [c for c in queue.consumers if c.link is not self]
+            for news in queue.news:
+                news.set()
+        for delivery in reversed(list(self.held)):
+            delivery.give_back()
+        self._broker.links.discard(self)
+        for tap in self._taps:
+            self._broker.delete(tap)
+        for queue in self._broker.queues.values():
+            queue.dispatch()
+
+    async def _unblocked(self) -> None:
+        """Wait until the broker takes what is published."""
+        self._check()
+        if self.blocked is None:
+            return
+        either = [
+            asyncio.ensure_future(one.wait()) for one in (self._broker.blocking.free, self._gone)
+        ]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in either:
+                one.cancel()
+        self._check()
+
+    def _find(self, queue: str, *, reads: bool = False) -> _Queue:
+        found = self._broker.queues.get(queue)
+        if found is None:  # as RabbitMQ closes the channel
+            self.cut()
+            raise LinkLost(f"there is no queue '{queue}'")
+        if found.is_stream and not reads:  # as RabbitMQ closes the connection
+            self.cut()
+            raise LinkLost(f"nothing can be taken out of the stream '{queue}'")
+        return found
+
+    def _check(self) -> None:
+        if self._gone.is_set():
+            raise LinkLost("the link was lost")
+
+
+class MemoryBroker(Transport):
+    """A broker in this process; every ``open`` is a connection of its own."""
+
+    def __init__(self) -> None:
+        self.exchanges: dict[str, Exchange] = {}
+        self.queues: dict[str, _Queue] = {}
+        self.bindings: set[Binding] = set()
+        self.links: set[MemoryLink] = set()
+        self.blocking = Blocking()
+        self.up = True
+
+    @property
+    def address(self) -> str:
+        """See ``base.Transport``."""
+        return "memory"
+
+    async def open(self) -> MemoryLink:
+        """See ``base.Transport``."""
+        if not self.up:
+            raise LinkLost("the broker is down")
+        link = MemoryLink(self)
+        self.links.add(link)
+        return link
+
+    def stop(self) -> None:
+        """Go down: cut every link and lose every message that is not durable."""
+        self.up = False
+        for link in list(self.links):
+            link.cut()
+        for queue in self.queues.values():
+            queue.ready = deque(s for s in queue.ready if s.properties.durable)
+
+    def block(self, reason: str | None) -> None:
+        """Take nothing that is published, as RabbitMQ without memory; None: take it again."""
+        self.blocking.set(reason)
+
+    def start(self) -> None:
+        """Come up again, with what was durable."""
+        self.up = True
+
+    def bind(self, binding: Binding) -> bool:
+        """Bind what is there; return whether it is."""
+        there = binding.queue in self.queues and binding.exchange in self.exchanges
+        if there:
+            self.bindings.add(binding)
+        return there
+
+    def declare(self, entity: Exchange | Queue) -> None:
+        """Make sure that an entity exists."""
+        if isinstance(entity, Exchange):
+            self.exchanges.setdefault(entity.name, entity)
+        elif isinstance(entity, Queue):
+            known = self.queues.setdefault(entity.name, _Queue(entity)).spec
+            if known.arguments != entity.arguments:
+                raise OtherArguments(
+                    f"the broker has '{entity.name}' with other settings; use the same "
+                    "--queue-type everywhere, or delete the old queue"
+                )
+
+    def delete(self, queue: str) -> None:
+        """Delete a queue and what is bound to it."""
+        self.queues.pop(queue, None)
+        self.bindings = {binding for binding in self.bindings if binding.queue != queue}
+
+    def route(self, stored: _Stored, exchange: str, keys: Sequence[str]) -> None:
+        """Put a message into every queue that one of the keys leads to, once each."""
+        targets = {name for key in keys for name in self._targets(exchange, key)}
+        if not targets:
+            raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
+        refused: QueueFull | None = None
+        for name in sorted(targets):
+            try:
+                self.queues[name].put(replace(stored))
+            except QueueFull as full:  # the others have it nevertheless
+                refused = full
+        if refused is not None:
+            raise refused
+
+    def _targets(self, exchange: str, key: str) -> set[str]:
+        if not exchange:  # the default exchange: every queue is bound to it under its own name
+            return {key} & self.queues.keys()
+        spec = self.exchanges[exchange]
+        found = {
+            b.queue for b in self.bindings if b.exchange == exchange and _matches(spec, b.key, key)
+        }
+        if not found and spec.alternate:
+            return self._targets(spec.alternate, key)
+        return found
+
+
+def _matches(exchange: Exchange, pattern: str, key: str) -> bool:
+    if exchange.type == "fanout":
+        return True
+    if exchange.type == "topic" and pattern.endswith(".#"):
+        return key == pattern[:-2] or key.startswith(pattern[:-1])
+    return pattern == key

@@ -1,0 +1,1 @@
+"""The transport over RabbitMQ: all that knows aio_pika."""

@@ -1,0 +1,179 @@
+"""What aio_pika raises, and what RabbitMQ says, as the transport contract's own errors.
+
+A refusal that another attempt would meet again is a ``BrokerError``: it says who was refused, what,
+by which right, limit or option, and what to do. Everything else is a ``LinkLost``, and another link
+is opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+import aiormq.exceptions
+import pamqp.exceptions
+
+from fluffle_common.concurrency import cancelled
+from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
+from fluffle_common.transport.rabbitmq.urls import without_credentials
+
+# They log what they also raise; whoever catches it says it in our own words.
+for _name in ("aio_pika", "aiormq"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+
+Right = Literal["configure", "read", "write", "bind"]
+Error = LinkLost | BrokerError | QueueInUse
+
+# Besides a bare RuntimeError (see `is_lost`), what aio_pika and aiormq raise when a connection or a
+# channel is no longer usable.
+_LOST = (
+    aiormq.exceptions.AMQPError,
+    aiormq.exceptions.ChannelInvalidStateError,
+    pamqp.exceptions.PAMQPException,
+    OSError,
+    EOFError,
+)
+_THEIRS = ("aiormq", "aio_pika")
+
+_IN_USE = re.compile(r"in exclusive use|RESOURCE_LOCKED", re.IGNORECASE)
+_TOPIC = re.compile(r"access to topic '(?P<key>[^']*)' in exchange '(?P<name>[^']*)'")
+_ACCESS = re.compile(
+    r"(?:(?P<right>configure|read|write) )?access to (?P<what>queue|exchange) '(?P<name>[^']*)'"
+    r"(?: in vhost '(?P<vhost>[^']*)')?"
+)
+_LIMIT = re.compile(r"limit\b.*\breached|has reached the negotiated channel_max")
+_TOO_LARGE = re.compile(r"message size (?P<size>\d+) is larger than (?:configured )?max size (\d+)")
+_OTHER_USER = re.compile(
+    r"user_id property set to '[^']*' but authenticated user was '(?P<user>[^']*)'"
+)
+_QUEUE_TYPE = re.compile(
+    r"invalid arg 'x-queue-type'|queue.type|of type 'rabbit_\w+_queue'|NOT_IMPLEMENTED"
+)
+
+RIGHTS_REMEDY = (
+    "'fluffle broker permissions' prints the rights that a worker or a coordinator needs"
+)
+
+
+def is_lost(wrong: BaseException) -> bool:
+    """Whether an exception says that a connection or channel is no longer usable.
+
+    Of a closed connection, aiormq and aio_pika raise a bare ``RuntimeError``. Only one that was
+    raised in their code says so; one of ours is a mistake of ours.
+    """
+    if isinstance(wrong, _LOST):
+        return True
+    if type(wrong) is not RuntimeError:
+        return False
+    trace = wrong.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module: str = trace.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] in _THEIRS
+
+
+@contextlib.contextmanager
+def as_ours(user: str = "", right: Right | None = None) -> Iterator[None]:
+    """Map foreign exceptions to the contract's, in one place.
+
+    Args:
+        user: whom the broker knows us as.
+        right: what is being asked for, where the broker does not name it.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Closing a connection of aiormq raises this in whoever waits for something of it, which
+        # taken for the real thing would end a task, or the program, without a word.
+        if cancelled():
+            raise
+        raise LinkLost("the link was closed") from None
+    except (*_LOST, RuntimeError) as gone:
+        if not is_lost(gone):
+            raise
+        raise meaning(told(gone), user, right) from None
+
+
+@contextlib.contextmanager
+def declaring() -> Iterator[None]:
+    """Tell what is declared otherwise; elsewhere, the same code means a consumer's time-out."""
+    try:
+        yield
+    except LinkLost as gone:
+        text = str(gone)
+        if _QUEUE_TYPE.search(text):
+            raise UnknownQueueType(
+                f"the broker does not have this type of queue ({text})"
+            ) from None
+        if "PRECONDITION_FAILED" not in text:
+            raise
+        raise OtherArguments(
+            f"the broker has it with other settings ({text}); use the same --queue-type "
+            "everywhere, or delete the old queue"
+        ) from None
+
+
+def meaning(text: str, user: str = "", right: Right | None = None) -> Error:
+    """Return the error that a text of the broker's stands for.
+
+    >>> meaning("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
+    QueueInUse("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
+    >>> str(meaning("ACCESS_REFUSED - access to queue 'f.updates' in vhost '/' refused for user "
+    ...     "'w'", "w", "configure")).partition(";")[0]
+    "the broker does not let user 'w' configure queue 'f.updates' in vhost '/'"
+    """
+    who = f"user '{user}'" if user else "this user"
+    if _IN_USE.search(text):
+        return QueueInUse(text)
+    if "ACCESS_REFUSED" in text:
+        return BrokerError(f"{_forbidden(text, who, right)}; {RIGHTS_REMEDY}")
+    if found := _TOO_LARGE.search(text):
+        return BrokerError(
+            f"a message of {int(found['size']):,} bytes is above the broker's limit of "
+            f"{int(found[2]):,} (max_message_size); raise it in rabbitmq.conf, to 8388608 or more"
+        )
+    if found := _OTHER_USER.search(text):
+        return BrokerError(
+            f"messages are sent as {who}, and the broker knows this connection as user "
+            f"'{found['user']}'; put that name into --url amqp://user:password@host"
+        )
+    if _LIMIT.search(text):
+        return BrokerError(
+            f"the broker has reached a limit for {who} ({text}); raise or clear it with "
+            "'rabbitmqctl set_vhost_limits', 'set_user_limits' or in rabbitmq.conf"
+        )
+    return LinkLost(text)
+
+
+def _forbidden(text: str, who: str, right: Right | None) -> str:
+    """Say who may not do what."""
+    if found := _TOPIC.search(text):
+        return (
+            f"the broker does not let {who} {right or 'write'} the routing key '{found['key']}' in "
+            f"exchange '{found['name']}' (a topic permission)"
+        )
+    if found := _ACCESS.search(text):
+        name, what = found["name"], found["what"]
+        # To bind takes write on the queue and read on the exchange. Where nobody knows what was
+        # asked for, it was to get or to publish.
+        usual = ("write", "read") if right == "bind" else ("read", "write")
+        usual_right = usual[0] if what == "queue" else usual[1]
+        asked = found["right"] or (
+            right if right in ("configure", "read", "write") else usual_right
+        )
+        vhost = f" in vhost '{found['vhost']}'" if found["vhost"] is not None else ""
+        return f"the broker does not let {who} {asked} {what} '{name}'{vhost}"
+    return f"the broker refuses {who} ({text})"
+
+
+def told(wrong: BaseException) -> str:
+    """Say what an exception says, in one line, without anybody's credentials."""
+    text = " ".join(str(part) for part in wrong.args) or str(wrong)
+    return without_credentials(" ".join(text.split())) or type(wrong).__name__

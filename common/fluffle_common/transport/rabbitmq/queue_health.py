@@ -1,0 +1,76 @@
+"""What is off with a queue, from its figures alone, in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.rabbitmq.management import QueueFigures
+
+# Below this many messages, growing is the ebb and flow of a round.
+_GROWN = 20
+_STOPPED = ("down", "crashed", "stopped", "minority")
+
+
+def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) -> str | None:
+    """Return what is off with a queue, and what to do about it; None where nothing is.
+
+    Args:
+        queue: its figures.
+        topology: the names of its federation.
+        alarms: what the broker has run out of (``management.alarms``).
+
+    Example:
+        >>> topology = Topology("letters")
+        >>> inbox = QueueFigures("letters.inbox.w3", "mail", 2, 0, consumers=0, size_bytes=9)
+        >>> hint(inbox, topology)
+        'worker w3 is not connected; 2 messages wait for it'
+    """
+    if not queue.known:
+        return f"foreign: fluffle has no such queue in federation {topology.federation}"
+    if queue.state in _STOPPED:
+        return f"the broker says that this queue is {queue.state}"
+    told = (_blocked(queue, topology, alarms), _about(queue, topology), _growing(queue))
+    return "; ".join(filter(None, told)) or None
+
+
+def _blocked(queue: QueueFigures, topology: Topology, alarms: Sequence[str]) -> str | None:
+    if not alarms or queue.name not in (topology.updates, topology.presence):
+        return None
+    return f"blocked: the broker has run out of {' and '.join(alarms)}, nobody can publish"
+
+
+def _about(queue: QueueFigures, topology: Topology) -> str | None:
+    """Say what this very queue should have, or should not."""
+    inbox = topology.inbox("")
+    if queue.name.startswith(inbox) and not queue.consumers:
+        return f"worker {queue.name.removeprefix(inbox)} is not connected{_waiting(queue, 'it')}"
+    if queue.name in (topology.updates, topology.presence) and not queue.consumers:
+        return f"no coordinator is connected{_waiting(queue, 'one')}"
+    at = f"--federation {topology.federation}"
+    if queue.name == topology.rejected and queue.ready:
+        return f"{messages(queue.ready)} refused: fluffle rejected {at}"
+    if queue.name == topology.unrouted and queue.ready:
+        return f"{messages(queue.ready)} had no queue to go to: fluffle peek unrouted {at}"
+    return None
+
+
+def _waiting(queue: QueueFigures, whom: str) -> str:
+    if not queue.ready:
+        return ""
+    return f"; {messages(queue.ready)} wait{'s' if queue.ready == 1 else ''} for {whom}"
+
+
+def _growing(queue: QueueFigures) -> str | None:
+    if queue.type == "stream" or queue.ready < _GROWN or (queue.growth_rate or 0) < 1:
+        return None
+    return f"growing by {queue.growth_rate:.0f} messages a second"
+
+
+def messages(count: int) -> str:
+    """Return a number of messages in words.
+
+    >>> messages(1), messages(2500)
+    ('1 message', '2,500 messages')
+    """
+    return f"{count:,} message{'' if count == 1 else 's'}"

@@ -1,0 +1,150 @@
+"""Why a broker did not let us in, and whether to try again: what happens before there is a link."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.transport.rabbitmq.urls import shown
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+_ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
+_LIMIT = "limit"
+_AMQP = b"AMQP\x00\x00\x09\x01"
+_ASK_S = 3.0
+
+# What the other side says of ours, as ssl names it.
+_OURS = ("CERTIFICATE_REQUIRED", "UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED",
+         "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED")  # fmt: skip
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE")
+_NO_COMMON = ("HANDSHAKE_FAILURE", "PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "NO_SHARED_CIPHER")
+
+
+class WrongNode(BrokerError):
+    """This node cannot be used as the URL says; another one of its cluster may do."""
+
+
+def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | LinkLost:
+    """Return the error for a broker that closed the connection while it was being opened.
+
+    Args:
+        code: AMQP's reply code.
+        text: what the broker said.
+        url: of the broker.
+        again: this process has been connected before. A limit that is reached then may be so
+            because its own old connections, cut by a network, live on in the broker for a while.
+    """
+    where, user, vhost = shown(url), url.user or "guest", url.path[1:] or "/"
+    if code == _ACCESS_REFUSED:
+        only = ", and lets 'guest' in from its own machine only" if user == "guest" else ""
+        return BrokerError(
+            f"the broker at {where} refuses user '{user}' or the password{only}; "
+            "put the right ones into --url amqp://user:password@host"
+        )
+    if code != _NOT_ALLOWED:  # it is starting or stopping, say, or has run out of something
+        return LinkLost(text)
+    if _LIMIT in text:
+        if again:
+            return LinkLost(text)
+        return BrokerError(
+            f"the broker at {where} does not let user '{user}' in: {text}; raise the limit with "
+            "'rabbitmqctl set_vhost_limits' or 'set_user_limits' (a fluffle process has 2 "
+            "connections)"
+        )
+    if "not found" in text:
+        return BrokerError(
+            f"the broker at {where} has no vhost '{vhost}'; make it with 'rabbitmqctl add_vhost', "
+            "or put the right one at the end of --url"
+        )
+    return BrokerError(
+        f"the broker at {where} does not let user '{user}' into vhost '{vhost}' ({text}); check "
+        "the vhost in --url, and 'fluffle broker permissions' for the rights it needs"
+    )
+
+
+def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
+    """Return the error for TLS that will not do, whoever found that; None where it is not TLS."""
+    found = _ssl_error(failed)
+    if found is None:
+        return None
+    where, host = shown(url), url.host
+    if isinstance(found, ssl.SSLCertVerificationError):
+        said = found.verify_message.rstrip(".")
+        match found.verify_code:  # OpenSSL's X509_V_ERR_…
+            case 10:
+                why, remedy = "has expired", "renew it on the broker"
+            case 9:
+                why, remedy = "is not valid yet", "check the clocks of both machines"
+            case 62 | 64:
+                why = f"is not made out for '{host}'"
+                remedy = "put a name that is in the certificate into --url, or renew it"
+            case _:
+                why = f"is not signed by anyone trusted here ({said})"
+                remedy = "name the CA's file in --url: amqps://…?cafile=/path/ca.pem"
+        return WrongNode(f"the certificate of the broker at {where} {why}; {remedy}")
+    reason = (found.reason or str(found)).upper().replace(" ", "_")
+    if any(word in reason for word in _OURS):
+        return WrongNode(
+            f"the broker at {where} does not accept our certificate ({reason}); name one that it "
+            "trusts in --url: amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem"
+        )
+    if any(word in reason for word in _NOT_TLS):
+        return WrongNode(
+            f"there is no TLS at {where} ({reason}); write amqp://… into --url, or the port of "
+            "the broker's TLS listener (5671, as a rule)"
+        )
+    if any(word in reason for word in _NO_COMMON):
+        return WrongNode(
+            f"the broker at {where} and this machine have no version or cipher of TLS in common "
+            f"({reason}); allow TLS 1.2 or 1.3 on the broker"
+        )
+    return None
+
+
+def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None:
+    """Find out why a broker closed a connection without a word of AMQP; None where TLS is not why.
+
+    The event loop does not tell what TLS said after the handshake; a plain socket does. Blocks for
+    some seconds at most.
+
+    Args:
+        url: of the broker.
+        context: how TLS is checked; None: without TLS, and the question is whether there must be.
+    """
+    asking = context
+    if asking is None:
+        asking = ssl.create_default_context()
+        asking.check_hostname, asking.verify_mode = False, ssl.CERT_NONE
+    host, port = url.host or "", url.port or (5671 if url.scheme == "amqps" else 5672)
+    only_tls = WrongNode(f"the broker at {shown(url)} takes TLS only; write amqps://… into --url")
+    try:
+        with (
+            socket.create_connection((host, port), _ASK_S) as plain,
+            asking.wrap_socket(plain, server_hostname=host) as secure,
+        ):
+            if context is None:
+                return only_tls
+            secure.sendall(_AMQP)
+            secure.recv(1)
+    except ssl.SSLError as wrong:
+        if context is not None:
+            return tls_refusal(wrong, url)
+        return only_tls if "ALERT" in (wrong.reason or "") else None
+    except OSError:
+        return None
+    return None
+
+
+def _ssl_error(failed: BaseException | None) -> ssl.SSLError | None:
+    """Find what TLS said, also where aiormq has wrapped it."""
+    seen: set[int] = set()  # aiormq's errors can be each other's cause
+    while failed is not None and id(failed) not in seen:
+        if isinstance(failed, ssl.SSLError):
+            return failed
+        seen.add(id(failed))
+        failed = failed.__cause__ or failed.__context__
+    return None

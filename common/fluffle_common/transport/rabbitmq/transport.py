@@ -1,0 +1,120 @@
+"""RabbitMQ behind the transport contract; with its ``amqp_…`` siblings all that knows aio_pika."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fluffle_common.concurrency import cancelled
+from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.transport.base import Link, Transport
+from fluffle_common.transport.rabbitmq.connection import Connection, prepared
+from fluffle_common.transport.rabbitmq.errors import is_lost, told
+from fluffle_common.transport.rabbitmq.link import AmqpLink, close
+from fluffle_common.transport.rabbitmq.refusals import (
+    WrongNode,
+    not_let_in,
+    silent_refusal,
+    tls_refusal,
+)
+from fluffle_common.transport.rabbitmq.urls import parse_urls, shown, tls_context
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+_CONNECT_TIMEOUT_S = 15.0
+# Silence of this length on a connection means that the other side is gone; both sides look twice
+# in this time.
+_HEARTBEAT_S = 20
+
+
+class AmqpTransport(Transport):
+    """Links to a RabbitMQ, or to whichever node of a cluster can be reached.
+
+    Args:
+        url: ``amqp://user:password@host:port/vhost`` or ``amqps://…``; of a cluster as many of
+            these as there are nodes, comma-separated. The first that can be reached is used, and
+            after that the one in use before the others. Or what returns that: it is asked again
+            before every attempt, since a broker that is yet to be started has no address yet.
+        name: how the connections show in RabbitMQ's own pages.
+
+    Raises:
+        UsageError: where the URL is not one.
+    """
+
+    def __init__(self, url: str | Callable[[], str], name: str) -> None:
+        self._find = url if callable(url) else lambda: url
+        self._urls = parse_urls(self._find())
+        self._name = name
+        self._was_in = False
+        self._use(None)
+
+    @property
+    def address(self) -> str:
+        """See ``base.Transport``: of the node in use, or of all while none can be reached."""
+        return self._shown
+
+    async def open(self) -> Link:
+        """See ``base.Transport``."""
+        missed, wrong = [], []
+        self._urls = parse_urls(self._find())
+        for url in sorted(self._urls, key=lambda url: url != self._used):
+            try:
+                link = await self._open(url)
+            except LinkLost as why:
+                missed.append(f"{shown(url)}: {why}" if len(self._urls) > 1 else str(why))
+            except WrongNode as why:
+                wrong.append(str(why))
+            else:
+                self._use(url)
+                self._was_in = True
+                return link
+        self._use(None)
+        if not missed:
+            raise BrokerError("; ".join(wrong))
+        raise LinkLost("; ".join(missed + wrong))
+
+    def _use(self, url: URL | None) -> None:
+        self._used = url
+        self._shown = ", ".join(map(shown, [url] if url else self._urls))
+
+    async def _open(self, url: URL) -> Link:
+        opened: list[Connection] = []
+        try:
+            for use in ("publish", "consume"):
+                name = f"{self._name} ({use})"
+                opened.append(await _connect(url, name, again=self._was_in))
+            return await AmqpLink(opened[0], opened[1], url.user or "guest").start()
+        except BaseException:
+            for connection in opened:
+                await close(connection)
+            raise
+
+
+async def _connect(url: URL, name: str, *, again: bool) -> Connection:
+    """Open a connection; ``again``: this process has had one, whose remains may still count."""
+    with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
+    context = tls_context(str(url))
+    connection = prepared(with_heartbeat, name, context)
+    try:
+        await connection.connect(_CONNECT_TIMEOUT_S)
+    except asyncio.CancelledError:
+        if cancelled():
+            raise
+        raise LinkLost("the connection was closed while it was opened") from None
+    except TimeoutError:
+        raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
+    except Exception as failed:
+        if connection.closed_by_broker is not None:
+            raise not_let_in(*connection.closed_by_broker, url, again=again) from None
+        if (insecure := tls_refusal(failed, url)) is not None:
+            raise insecure from None
+        if not is_lost(failed):
+            raise
+        if connection.tls_alert or not connection.heard:
+            refusal = await asyncio.to_thread(silent_refusal, url, context)
+            if refusal is not None:
+                raise refusal from None
+        raise LinkLost(told(failed)) from None
+    return connection

@@ -1,0 +1,371 @@
+"""``fluffle coordinator``, and what there is to see of a run afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluffle_common.cli.app import (
+    SEED,
+    FiniteFloat,
+    count,
+    federation_option,
+    management_option,
+    queue_type_option,
+    seconds,
+    url_option,
+)
+from fluffle_common.cli.console import log_format_option
+from fluffle_common.cli.printing import echo, echo_json, screen
+from fluffle_common.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.machine.state import Quorum, Rules
+
+_LEAST_FRACTION, _MOST_FRACTION = 1e-6, 0.5
+_MOST_COUNT = 2**31 - 1
+_UNBOUNDED = 10_000
+
+
+class QuorumType(click.ParamType[Any]):
+    """``all``, a number of updates (``2``), or a fraction of those asked (``0.5``, ``50%``)."""
+
+    name = "quorum"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Quorum:
+        """Parse it."""
+        from fluffle_coordinator.machine.state import Quorum
+
+        if isinstance(value, Quorum):
+            return value
+        text = str(value).strip()
+        if text == "all":
+            return Quorum()
+        try:
+            if text.endswith("%"):
+                fraction = float(text[:-1]) / 100
+            elif text.isdecimal() and 0 < int(text[:11]) <= _MOST_COUNT:
+                return Quorum(number=int(text))
+            else:
+                fraction = float(text)
+            if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
+                return Quorum(fraction=fraction)
+        except ValueError:
+            pass
+        self.fail(
+            f"'{text}' is no quorum; give a number of updates from 1 (2), "
+            "a fraction of those asked (0.5 or 50%), or 'all'",
+            param,
+            ctx,
+        )
+
+
+class CompressType(click.ParamType[Any]):
+    """``int8``, or ``topk:`` with the fraction of the values that is sent."""
+
+    name = "compress"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Parse it into what a plan says."""
+        text = str(value).strip()
+        kind, _, number = text.partition(":")
+        if text == "int8":
+            return text
+        try:
+            fraction = float(number) if kind == "topk" else 0.0
+        except ValueError:
+            fraction = 0.0
+        # A value and its index take twice the room of a float32: from a half on, nothing is saved.
+        if not _LEAST_FRACTION <= fraction <= _MOST_FRACTION:
+            self.fail(
+                f"'{text}' is no compression; give int8, or topk with the fraction of the values "
+                f"to send, {_LEAST_FRACTION:f} to {_MOST_FRACTION:g}, such as topk:0.01",
+                param,
+                ctx,
+            )
+        return f"topk:{fraction:.6f}".rstrip("0")
+
+
+def run_option(command: Any) -> Any:
+    """Add ``--run DIR`` to a command that looks at a run."""
+    return click.option(
+        "--run",
+        "folder",
+        required=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="The run's folder, such as runs/letters.",
+    )(command)
+
+
+@click.command(context_settings={"show_default": True})
+@federation_option
+@url_option
+@click.option("--rounds", type=count(), default=6, help="How many rounds to run.")
+@click.option(
+    "--min-workers",
+    type=count(),
+    help="Workers that must be present before the first round. No round then commits with fewer "
+    "updates than the quorum of so many.  [default: the quorum if that is a number, else 2]",
+    show_default=False,
+)
+@click.option(
+    "--quorum",
+    type=QuorumType(),
+    default="all",
+    metavar="N|FRACTION|all",
+    help="Updates that close a round: a number, a fraction of the workers asked, or all of them.",
+)
+@click.option(
+    "--grace",
+    type=seconds(),
+    default=0.0,
+    help="Seconds to wait for the others after the quorum.",
+)
+@click.option(
+    "--deadline",
+    type=seconds(min_open=True),
+    default=600.0,
+    help="Seconds that a round may stay open without a quorum.",
+)
+@click.option(
+    "--on-deadline",
+    type=click.Choice(["reopen", "close", "stop"]),
+    default="reopen",
+    help="When the deadline passes: reopen the round with the workers present, close it with what "
+    "has arrived if that is --min-updates, or stop the run.",
+)
+@click.option(
+    "--min-updates",
+    type=count(),
+    default=1,
+    help="Fewest updates that '--on-deadline close' commits with.",
+)
+@click.option(
+    "--fraction",
+    type=FiniteFloat(0, 1, min_open=True),
+    default=1.0,
+    help="Part of the workers present that is asked in a round.",
+)
+@click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
+@click.option("--batch-size", type=count(), default=32, help="Local batch size.")
+@click.option(
+    "--learning-rate",
+    type=FiniteFloat(0, min_open=True),
+    help="Local learning rate.  [default: the task's own]",
+    show_default=False,
+)
+@click.option(
+    "--config",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Anything else a task wants to know; may be given several times.",
+)
+@click.option(
+    "--upload-dtype",
+    type=click.Choice(["float32", "bf16", "f16"]),
+    default="float32",
+    help="What floats in updates are rounded to on the wire, half the bytes with bf16 and f16; "
+    "float32 leaves them as they are.",
+)
+@click.option(
+    "--compress",
+    type=CompressType(),
+    metavar="int8|topk:FRACTION",
+    help="Send updates as 8-bit integers with scales, about a quarter of the bytes, or only the "
+    "largest values, such as topk:0.01 for one in a hundred. What is not sent is added to the "
+    "worker's next update.  [default: neither]",
+    show_default=False,
+)
+@click.option("--seed", type=SEED, default=0, help="Seed of everything random.")
+@click.option(
+    "--classes",
+    metavar="A,B,…",
+    help="Classes that workers must have.  [default: those of most of the workers waiting]",
+    show_default=False,
+)
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Begin with the weights in this model file.  [default: a worker makes them]",
+    show_default=False,
+)
+@click.option(
+    "--run",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where the run is kept.  [default: runs/FEDERATION]",
+    show_default=False,
+)
+@click.option(
+    "--max-round",
+    type=seconds(min_open=True),
+    default=86400.0,
+    metavar="SECONDS",
+    help="How long a round may be open in all. Until then, workers that advance keep it alive at "
+    "its deadlines.",
+)
+@click.option(
+    "--stall-timeout",
+    type=seconds(min_open=True),
+    metavar="SECONDS",
+    help="A training that does not advance for so long counts as failed.  [default: only reported, "
+    "after 2 minutes]",
+    show_default=False,
+)
+@click.option(
+    "--max-examples",
+    type=count(),
+    metavar="N",
+    help="The largest weight that an update may have in the average.  [default: the number of "
+    "examples that its worker announced]",
+    show_default=False,
+)
+@click.option(
+    "--max-norm-ratio",
+    type=FiniteFloat(1),
+    metavar="R",
+    help="Refuse an update whose norm is more than R times the median of the last round's.  "
+    "[default: only reported, from 10 on]",
+    show_default=False,
+)
+@click.option("--fresh", is_flag=True, help="Start anew; an earlier run is moved aside.")
+@click.option(
+    "--wait-workers",
+    type=seconds(min_open=True),
+    default=86400.0,
+    help="Seconds to wait for enough workers before giving up.",
+)
+@click.option(
+    "--wait-broker",
+    type=seconds(min_open=True),
+    default=600.0,
+    help="Seconds to wait for a broker that cannot be reached before giving up.",
+)
+@click.option(
+    "--verify-users",
+    is_flag=True,
+    help="Each worker logs in to the broker as a user named like its id: what is sent in its name "
+    "by anyone else is rejected.",
+)
+@click.option(
+    "--keep-updates",
+    is_flag=True,
+    help="Keep every update that is counted, as it came, in the run folder, for 'fluffle replay': "
+    "as many bytes a round as all updates have.",
+)
+@click.option(
+    "--dashboard",
+    metavar="HOST:PORT",
+    help="Show the run on a live page there, such as 127.0.0.1:8080, with /metrics for Prometheus; "
+    "port 0 is any free one. It can only be read. Needs 'fluffle[dashboard]'.",
+)
+@management_option
+@queue_type_option
+@log_format_option
+def coordinator(**options: Any) -> None:
+    """Run a federation: open rounds, average the updates, keep every model.
+
+    It waits for workers, sends them the global weights, and as soon as a quorum has answered,
+    averages what they learnt by their number of examples and opens the next round. Every round's
+    model is kept in the run folder; updates are acknowledged once it is on disk.
+
+    Stop it with Ctrl-C, or lose it to a crash: the same command goes on after the last round that
+    was committed. A second one on the same run folder waits and takes over when the first is gone.
+
+    \b
+      fluffle coordinator --federation letters --quorum 3
+      fluffle coordinator --federation letters --quorum 0.5 --grace 10 --deadline 300
+    """
+    from fluffle_coordinator.service.app import run_coordinator
+
+    if options["compress"] and options["upload_dtype"] != "float32":
+        raise UsageError("--upload-dtype and --compress exclude each other; give one of them")
+    run_coordinator(rules_of(options), options)
+
+
+def rules_of(options: dict[str, Any]) -> Rules:
+    """Turn options into the rules of a run."""
+    from fluffle_coordinator.machine.selection import sample_size
+    from fluffle_coordinator.machine.state import Rules
+
+    quorum: Quorum = options["quorum"]
+    fraction: float = options["fraction"]
+    written = options["min_workers"]
+    least = quorum.of(sample_size(fraction, written)) if written else quorum.number or 1
+    if quorum.number is not None and options["min_updates"] > quorum.number:
+        raise UsageError(
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}: a "
+            "round that has its quorum commits; lower one of them"
+        )
+    return Rules(
+        rounds=options["rounds"],
+        min_workers=written or quorum.number or 2,
+        least=least,
+        quorum=quorum,
+        grace_s=options["grace"],
+        deadline_s=options["deadline"],
+        on_deadline=options["on_deadline"],
+        min_updates=options["min_updates"],
+        fraction=fraction,
+        max_examples=options["max_examples"],
+        max_norm_ratio=options["max_norm_ratio"],
+        max_round_s=options["max_round"],
+        stall_timeout_s=options["stall_timeout"],
+        seed=options["seed"],
+        wait_s=options["wait_workers"],
+    )
+
+
+@click.command()
+@run_option
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one a round.")
+def history(folder: Path, as_json: bool) -> None:
+    """Show what is known of every round of a run, one row a round.
+
+    Loss and metrics are those of the round's model on what the workers hold out. The metric
+    temperature, of the letters task, is what 'fluffle predict' divides the model's outputs by so
+    that the model is right as often as it is sure; 1 changes nothing.
+    """
+    from fluffle_coordinator.cli.history_table import history_table
+    from fluffle_coordinator.storage.run_store import read_history
+
+    rounds = read_history(folder)
+    if as_json:
+        echo_json(rounds)
+    else:
+        shown = screen(width_in_a_pipe=120)
+        # A pipe has no width of its own, and whoever reads it looks for names.
+        shown.print(history_table(rounds, shown.width if shown.is_terminal else _UNBOUNDED))
+
+
+@click.command()
+@run_option
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="PNG",
+    help="Where to write the chart.",
+)
+def plot(folder: Path, out: Path) -> None:
+    """Draw the federated accuracy and loss after each round."""
+    from fluffle_coordinator.cli.history_table import draw_history
+    from fluffle_coordinator.storage.run_store import read_history
+
+    rounds = [one for one in read_history(folder) if "loss" in one]
+    if not rounds:
+        raise UsageError(f"no round of {folder} has been evaluated yet")
+    try:
+        draw_history(rounds, out)
+    except ImportError:
+        raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
+    except OSError as why:
+        raise RunError(f"cannot write {out} ({why.strerror})") from None
+    echo(f"chart written to {out}")

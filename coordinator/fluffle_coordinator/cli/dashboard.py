@@ -1,0 +1,62 @@
+"""``fluffle dashboard``: the live page beside a running federation."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from fluffle_common.cli.app import federation_option, management_option, url_option
+
+
+@click.command(context_settings={"show_default": True})
+@federation_option
+@url_option
+@click.option(
+    "--listen",
+    "address",
+    default="127.0.0.1:8080",
+    metavar="HOST:PORT",
+    help="Where the page is; port 0 is any free one.",
+)
+@management_option
+def dashboard(federation: str, url: str | None, address: str, management: str | None) -> None:
+    """Show a federation on a live page: rounds, workers, queues, what was refused.
+
+    It runs beside the federation, on any machine that reaches the broker, and only reads: the
+    journal, copies of the workers' signs of life, and RabbitMQ's management API. Start and stop it
+    at any time; it outlives the broker and the coordinator. Beside the page are /metrics for
+    Prometheus, /healthz, /readyz and /api/board.
+
+    A coordinator shows the same page of its own accord, with 'fluffle coordinator --dashboard'.
+
+    \b
+      fluffle dashboard --federation letters
+      fluffle dashboard --federation letters --listen 0.0.0.0:9090 --url amqp://host
+    """
+    from fluffle_common.cli.console import warn
+    from fluffle_common.cli.printing import echo
+    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.cli.settings import broker_url, check_federation, management_of
+    from fluffle_common.protocol.topology import Topology
+    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+    from fluffle_coordinator.dashboard import needs
+
+    with needs():
+        from fluffle_coordinator.dashboard.broker_source import Beside
+        from fluffle_coordinator.dashboard.server import exposure, listen, url_of
+    from fluffle_coordinator.dashboard.feed import queue_asker
+
+    topology = Topology(check_federation(federation))
+    broker = broker_url(url)
+    transport = AmqpTransport(broker, f"fluffle dashboard of {federation}")
+    asker = queue_asker(topology, broker, management_of(broker, management))
+    page = Beside(topology, transport, asker)
+    with listen(address, "--listen") as listening:
+        echo(f"the page is at {url_of(listening)}")
+        if (exposed := exposure(listening)) is not None:
+            warn(exposed)
+        try:
+            run_until_signalled(page.serve(listening))
+        except Interrupted as signalled:
+            sys.exit(signalled.exit_code)

@@ -1,0 +1,106 @@
+"""A run's history as a table and as a chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluffle_common.cli.printing import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+from fluffle_coordinator.dashboard.report_numbers import train_loss
+
+_BLUE, _RUST = "#1f5fa8", "#c1502e"
+_KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
+
+
+def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
+    """Return one row a round, within ``width`` columns where that is possible.
+
+    When names do not fit, participants are counted, and columns that are 0 throughout are left out.
+    """
+    from rich.console import Console
+
+    whole = _history_table(rounds)
+    if Console(width=10_000).measure(whole).maximum <= width:
+        return whole
+    return _history_table(rounds, short=True)
+
+
+def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Table:
+    metrics = sorted(
+        {
+            name
+            for one in rounds
+            for name, value in one.items()
+            if name not in _KNOWN and isinstance(value, float)
+        }
+    )
+    counts = [
+        name for name in ("late", "rejected") if not short or any(one.get(name) for one in rounds)
+    ]
+    who = "workers" if short else "participants"
+    rows = table(padding=(0, 1), pad_edge=not short)
+    for name in ("round", who, "examples", "train loss", "loss", *metrics, *counts):
+        rows.add_column(
+            name, justify="left" if name == "participants" else "right", overflow="fold"
+        )
+    for one in rounds:
+        there = one.get("participants", [])
+        names = ", ".join(sorted(p["worker"] for p in there))
+        rows.add_row(
+            str(one["round"]),
+            str(len(there)) if short else names,
+            str(sum(p["num_examples"] for p in there)),
+            _number(train_loss(there)),
+            *(_number(one.get(name)) for name in ("loss", *metrics)),
+            *(str(one.get(name, "")) for name in counts),
+        )
+    return rows
+
+
+def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
+    """Draw accuracy (left) and loss (right) after each round into a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from fluffle_common.tensors.checkpoint import replacing
+
+    numbers = [one["round"] for one in rounds]
+    figure, left = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    left.set_xlabel("round")
+    left.set_xticks(numbers)
+    lines = []
+    losses = left
+    if all("accuracy" in one for one in rounds):
+        percent = [100 * one["accuracy"] for one in rounds]
+        lines += left.plot(numbers, percent, "o-", color=_BLUE, label="accuracy")
+        left.set_ylabel("federated accuracy (%, held-out)", color=_BLUE)
+        left.set_ylim(0, 100)
+        left.grid(alpha=0.3)
+        left.annotate(
+            f"{percent[-1]:.1f} %",
+            (numbers[-1], percent[-1]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+            color=_BLUE,
+        )
+        losses = left.twinx()
+    lines += losses.plot(numbers, [one["loss"] for one in rounds], "s--", color=_RUST, label="loss")
+    losses.set_ylabel("federated loss (held-out)", color=_RUST)
+    losses.set_ylim(bottom=0)
+    left.legend(handles=lines, loc="lower right", frameon=False)
+    run = rounds[-1].get("run", "")
+    left.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")
+    with replacing(out) as file:
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

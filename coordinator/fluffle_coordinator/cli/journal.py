@@ -1,0 +1,257 @@
+"""``fluffle journal`` and ``fluffle explain``: what happened in a federation, and why."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluffle_common.cli.app import count, federation_option, url_option
+from fluffle_common.cli.console import warn
+from fluffle_common.cli.printing import echo, echo_json, echo_sentences
+from fluffle_common.errors import UsageError
+
+if TYPE_CHECKING:
+    from fluffle_common.protocol.messages import Event
+    from fluffle_common.protocol.topology import Topology
+    from fluffle_common.transport.base import Transport
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+
+_run_id_option = click.option("--run-id", metavar="ID", help="Only this run of the federation.")
+
+
+def moment(text: str) -> datetime:
+    """Return a moment: so long ago (``10m``), or in ISO 8601, local unless it says otherwise.
+
+    >>> moment("2026-03-01T12:00+01:00").astimezone(UTC).isoformat()
+    '2026-03-01T11:00:00+00:00'
+
+    Raises:
+        ValueError: where it is neither.
+    """
+    ago = _AGO.fullmatch(text)
+    if ago is None:
+        return datetime.fromisoformat(text).astimezone()
+    return datetime.now(UTC) - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
+
+
+def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
+    try:
+        return None if text is None else moment(text)
+    except (ValueError, OverflowError):
+        raise click.BadParameter(
+            f"'{text}' is no moment; write 90s, 10m, 2h, 3d or 2026-03-01T12:00"
+        ) from None
+
+
+@click.command()
+@federation_option
+@url_option
+@click.option(
+    "--since",
+    callback=_since,
+    metavar="WHEN",
+    help="Only from then on: 90s, 10m, 2h or 3d ago, or a date and time such as 2026-03-01T12:00.",
+)
+@click.option("--round", "number", type=count(0), metavar="N", help="Only of this round.")
+@click.option("--worker", metavar="ID", help="Only what concerns this worker.")
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    metavar="EVENT",
+    help="Only events of this kind, such as counted, late or rejected; may be given again.",
+)
+@_run_id_option
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now on.")
+@click.option("--json", "as_json", is_flag=True, help="Print one object a line.")
+def journal(**options: Any) -> None:
+    """Read what happened in a federation, one event a line.
+
+    The coordinator keeps its journal on the broker: anyone who reaches that can read it, at any
+    time and any number of times, and takes nothing out. Times are local; a line with the day and
+    the run is put in where they change.
+
+    \b
+      fluffle journal --federation letters --since 10m
+      fluffle journal --federation letters --round 7
+      fluffle journal --federation letters --kind rejected --kind late
+      fluffle journal --federation letters --follow
+    """
+    printed = _as_json if options["as_json"] else _Lines()
+
+    async def run() -> None:
+        where = (options["federation"], options["url"], options["since"])
+        async with contextlib.aclosing(_events(*where, live=options["follow"])) as events:
+            async for event in events:
+                if _is_wanted(event, options):
+                    printed(event)
+
+    asyncio.run(run())
+
+
+def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
+    number, worker, run = options["number"], options["worker"], options["run_id"]
+    return (
+        (number is None or event.fields.get("round") == number)
+        and (worker is None or _concerns(event, worker))
+        and (not options["kinds"] or event.event in options["kinds"])
+        and (run is None or event.run == run)
+    )
+
+
+@click.command()
+@federation_option
+@url_option
+@click.argument("number", metavar="[ROUND]", type=count(), required=False)
+@_run_id_option
+@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+def explain(
+    federation: str, url: str | None, number: int | None, run_id: str | None, as_json: bool
+) -> None:
+    """Say in sentences what happened in a round, and what it waits for.
+
+    It is worked out from the journal, so that anyone can ask, while the round is open or long
+    after: who was asked and who answered when, who is missing and why, what was late or refused,
+    how much time is left, and who answered last. Without ROUND, it is the newest round of the
+    newest run.
+
+    \b
+      fluffle explain --federation letters            why does it not go on?
+      fluffle explain --federation letters 7
+    """
+    from fluffle_coordinator.observe.explain import explain as work_out
+    from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
+
+    events, coordinated = asyncio.run(_read(federation, url))
+    run, number = _which(events, run_id, number)
+    told = work_out(events, run, number, datetime.now(UTC), coordinated=coordinated)
+    if as_json:
+        echo_json(as_dict(told))
+    else:
+        echo_sentences(*sentences(told))
+
+
+def _which(events: Iterable[Event], run: str | None, number: int | None) -> tuple[str, int]:
+    """Return the run and the round that are meant; round 0 while there is none.
+
+    Raises:
+        UsageError: where they are not in the journal, saying which are.
+    """
+    from fluffle_coordinator.observe.explain import runs_of
+
+    runs = runs_of(events)
+    if not runs:
+        raise UsageError("the journal has no run yet")
+    if run is not None and run not in runs:
+        raise UsageError(f"run {run} is not in the journal; there are {', '.join(runs)}")
+    run = run or list(runs)[-1]
+    rounds = runs[run]
+    if not rounds and number is None:
+        return run, 0
+    if not rounds:
+        raise UsageError(
+            f"run {run} has opened no round yet; 'fluffle explain' without a round says what it "
+            "waits for"
+        )
+    if number is not None and number not in rounds:
+        others = "; ".join(f"{other} has {_spans(have)}" for other, have in runs.items() if have)
+        raise UsageError(f"round {number} of run {run} is not in the journal; {others}")
+    return run, rounds[-1] if number is None else number
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Return numbers in short.
+
+    >>> _spans([4, 1, 2, 3, 7])
+    '1-4, 7'
+    """
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+async def _read(federation: str, url: str | None) -> tuple[list[Event], bool | None]:
+    """Return the journal, and whether a coordinator is connected: None when that is unknown."""
+    from fluffle_common.errors import BrokerError, LinkLost
+    from fluffle_common.transport.base import QueueInUse
+
+    async with contextlib.aclosing(_events(federation, url)) as events:
+        found = [event async for event in events]
+    transport, topology = _where(federation, url)
+    with contextlib.suppress(LinkLost, BrokerError, QueueInUse):
+        link = await transport.open()
+        try:
+            counts = await link.counts(topology.presence)
+        finally:
+            await link.close()
+        return found, counts is not None and counts.consumers > 0
+    return found, None
+
+
+def _where(federation: str, url: str | None) -> tuple[Transport, Topology]:
+    from fluffle_common.cli.settings import broker_url, check_federation
+    from fluffle_common.protocol.topology import Topology
+    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+
+    topology = Topology(check_federation(federation))
+    return AmqpTransport(broker_url(url), f"fluffle journal of {federation}"), topology
+
+
+def _events(
+    federation: str, url: str | None, since: datetime | None = None, *, live: bool = False
+) -> AsyncGenerator[Event]:
+    from fluffle_common.transport.reconnect import Backoff
+    from fluffle_coordinator.observe.journal_reader import read_journal
+
+    transport, topology = _where(federation, url)
+
+    def waiting(why: str, pause_s: float) -> None:
+        warn(f"no journal for the moment ({why}); trying again in {pause_s:.1f} s")
+
+    backoff = Backoff() if live else Backoff(give_up_s=5.0)  # who only looks wants an answer
+    return read_journal(
+        transport, topology, since=since, live=live, waiting=waiting, backoff=backoff
+    )
+
+
+def _concerns(event: Event, worker: str) -> bool:
+    fields = event.fields
+    several = (fields.get(key) for key in ("asked", "participants"))
+    return fields.get("worker") == worker or any(
+        worker in names for names in several if isinstance(names, list)
+    )
+
+
+def _as_json(event: Event) -> None:
+    told = event.model_dump(exclude={"protocol", "kind", "pad"})
+    echo_json(told, indent=None)
+
+
+class _Lines:
+    """Prints events as sentences, with a line where the day or the run changes."""
+
+    def __init__(self) -> None:
+        self._heading = ""
+
+    def __call__(self, event: Event) -> None:
+        from fluffle_coordinator.observe.watchers import sentence
+
+        at = event.moment
+        day, clock = at.astimezone().strftime("%Y-%m-%d %H:%M:%S").split() if at else ("?", "?")
+        heading = f"{day}, run {event.run}" if event.run else day
+        if heading != self._heading:
+            echo(f"--- {heading}")
+            self._heading = heading
+        echo_sentences(f"{clock}  {sentence(event.event, event.fields)}")

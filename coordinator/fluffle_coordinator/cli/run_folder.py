@@ -1,0 +1,119 @@
+"""``fluffle replay`` and ``fluffle report``: what a run folder tells long after the run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fluffle_common.cli.app import count
+from fluffle_common.cli.printing import echo, echo_json, screen, table
+from fluffle_common.errors import RunError
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.storage.replay import Distance, Replay
+
+_DIFFERENT = 1  # as cmp and diff have it
+
+_run_argument = click.argument(
+    "folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+
+
+@click.command()
+@_run_argument
+@click.option("--round", "number", type=count(), required=True, help="Which round.")
+@click.option("--json", "as_json", is_flag=True, help="Print one object with every tensor.")
+def replay(folder: Path, number: int, as_json: bool) -> None:
+    """Compute a round's average again from the kept updates, and compare it bit by bit.
+
+    RUN is the run's folder, such as runs/letters, of a coordinator that ran with --keep-updates.
+    The updates of the round go through the checks of the coordinator again and are added to the
+    model of the round before in the order in which they were counted. Beside it, the average as
+    plain NumPy computes it says whether the average itself is right: being summed in another
+    order, it may be a last bit away.
+
+    Exit code 0: equal to what was committed; 1: different; 2: something is missing or damaged.
+
+    \b
+      fluffle coordinator --federation letters --keep-updates
+      fluffle replay runs/letters --round 3
+    """
+    from fluffle_coordinator.storage.replay import replay as compute_again
+
+    found = compute_again(folder, number)
+    if as_json:
+        echo_json(found.as_json())
+    else:
+        _print(found)
+    if not found.equal:
+        sys.exit(_DIFFERENT)
+
+
+def _print(found: Replay) -> None:
+    rows = table()
+    for name in ("tensor", "dtype", "shape", f"against {found.checkpoint}", "plain NumPy average"):
+        rows.add_column(name, overflow="fold")
+    for tensor in found.tensors:
+        shape = " x ".join(map(str, tensor.shape)) or "()"
+        verdicts = (_words(tensor.replayed), _words(tensor.second_opinion))
+        rows.add_row(tensor.name, tensor.dtype, shape, *verdicts)
+    screen().print(rows)
+    who = ", ".join(f"{worker} ({examples})" for worker, examples in found.participants)
+    echo(f"round {found.round} of run {found.run}, from the kept updates of {who}")
+    wrong = [tensor.name for tensor in found.tensors if not tensor.replayed.equal]
+    if wrong:
+        echo(
+            f"DIFFERENT: {len(wrong)} of {len(found.tensors)} tensors are not what was committed: "
+            + ", ".join(wrong)
+        )
+    else:
+        echo(f"equal: all {len(found.tensors)} tensors are, bit by bit, what was committed")
+
+
+def _words(distance: Distance) -> str:
+    if distance.equal:
+        return "equal"
+    values = "value differs" if distance.different == 1 else "values differ"
+    return (
+        f"{distance.different:,} {values}, at most {distance.largest:.3g} "
+        f"({distance.ulps:,} ulp{'s' if distance.ulps != 1 else ''})"
+    )
+
+
+@click.command()
+@_run_argument
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="HTML",
+    help="Where to write the page.  [default: report.html in the run's folder]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the page's numbers instead.")
+def report(folder: Path, out: Path | None, as_json: bool) -> None:
+    """Write everything about a run as one page that needs nothing else, to keep or to send.
+
+    RUN is the run's folder, such as runs/letters; the run may still be going on. The page has the
+    curves, who took part in which round, where the time went, what was late or rejected and why,
+    how the run was configured, its versions, and its checkpoints with their SHA-256.
+
+    \b
+      fluffle report runs/letters --out report.html
+    """
+    from fluffle_common.tensors.checkpoint import replacing
+    from fluffle_coordinator.dashboard.report_numbers import read_numbers
+    from fluffle_coordinator.dashboard.report_page import page
+
+    numbers = read_numbers(folder)
+    if as_json:
+        echo_json(numbers.as_json())
+        return
+    out = out or folder / "report.html"
+    try:
+        with replacing(out) as file:
+            file.write(page(numbers).encode())
+    except OSError as why:
+        raise RunError(f"cannot write {out} ({why.strerror})") from None
+    echo(f"report written to {out}")

@@ -1,0 +1,1 @@
+"""The coordinator's machine, pure: from state and event to state and effects."""

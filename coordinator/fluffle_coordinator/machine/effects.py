@@ -1,0 +1,133 @@
+"""What the round machine asks for: frozen data, done by the shell around it, in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fluffle_common.errors import Cause
+from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, empty
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Something to be done."""
+
+
+@dataclass(frozen=True)
+class Tell(Effect):
+    """Let people know: a line of the log, an event of the journal."""
+
+    what: str
+    fields: Mapping[str, Any] = field(default_factory=empty)
+
+
+@dataclass(frozen=True)
+class Welcome(Effect):
+    """Tell a worker that it is in."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Refuse(Effect):
+    """Tell a worker that it is not, and why."""
+
+    worker: str
+    session: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AskInit(Effect):
+    """Ask a worker for the first weights."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Opened(Effect):
+    """The round is open from this moment on."""
+
+
+@dataclass(frozen=True)
+class SendFit(Effect):
+    """Send the open round's work to these workers, in one publish.
+
+    ``attempt`` counts how often their update of this round was rejected: after that, the same one
+    is no answer.
+    """
+
+    workers: tuple[str, ...]
+    evaluate: bool
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class SendEvaluate(Effect):
+    """Send the last model to these workers, to be evaluated only."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold(Effect):
+    """Check an update's tensors and add them to the running sum.
+
+    ``num_examples`` is the weight that it has there. One whose norm is above ``max_norm`` is not
+    added.
+    """
+
+    handle: Handle
+    worker: str
+    num_examples: int
+    max_norm: float = math.inf
+
+
+@dataclass(frozen=True)
+class Ack(Effect):
+    """Acknowledge a delivery: its story is over."""
+
+    handle: Handle
+
+
+@dataclass(frozen=True)
+class Reject(Effect):
+    """Put a delivery into the rejected queue with this reason, and acknowledge it."""
+
+    handle: Handle
+    reason: str
+    cause: Cause
+
+
+@dataclass(frozen=True)
+class Commit(Effect):
+    """Average, write the checkpoint and the history line, fsync both; then report ``Committed``.
+
+    ``asked`` is whom the round was asked of, for the history.
+    """
+
+    round: int
+    asked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordEvaluation(Effect):
+    """Write the federated evaluation of a round's model."""
+
+    round: int
+    evaluations: Mapping[str, Evaluated]
+
+
+@dataclass(frozen=True)
+class End(Effect):
+    """The run is over: tell the workers and leave."""
+
+    outcome: Outcome
+    reason: str
+    workers: tuple[str, ...]
+
+
+Effects = list[Effect]

@@ -1,0 +1,165 @@
+"""Who takes part: signs of life, who is new, who left, is gone or stands still, who is refused.
+
+A part of the round machine (``machine``), as pure as the rest of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from fluffle_coordinator.machine.agreement import refuse, unfit
+from fluffle_coordinator.machine.effects import Effects, Tell, Welcome
+from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
+from fluffle_coordinator.machine.hearing import clock
+from fluffle_coordinator.machine.state import Phase, State, Worker
+from fluffle_coordinator.machine.transitions import stall_times, work
+
+
+def seen(state: State, event: Seen, out: Effects) -> State:
+    """Take a sign of life."""
+    worker = event.worker
+    if worker.num_examples > state.announced.get(worker.name, 0):
+        # The most it ever said: somebody else's hello in its name must not make it weigh less.
+        state = state.but(
+            announced=state.announced.insert(worker.name, worker.num_examples),
+            quickest_s=min(state.quickest_s, worker.heartbeat_s),
+        )
+    if not state.caught_up:
+        return _greet(state, worker.name, out)
+    if why := unfit(state, worker):
+        return refuse(state, worker, why, out, again=event.hello)
+    known = state.workers.get(worker.name)
+    restarted = known is None or known.session != worker.session
+    if known is None or restarted:
+        worker = replace(worker, joined_at=event.now, moved_at=event.now)
+        out.append(Tell("joined", {"worker": worker.name, "num_examples": worker.num_examples}))
+    elif known.at != worker.at:
+        worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
+    else:
+        worker = replace(
+            worker, joined_at=known.joined_at, moved_at=known.moved_at, stalled=known.stalled
+        )
+    failed = state.failed
+    if restarted or event.hello:
+        out.append(Welcome(worker.name))
+        failed = failed.discard(worker.name)
+        if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
+            state = state.but(init_asked=None)
+    state = state.of(
+        worker.name,
+        workers=state.workers.insert(worker.name, worker),
+        failed=failed,
+        met=state.met if worker.name in state.met else state.met.insert(worker.name, None),
+    )
+    state = settle_doubt(state, worker.name)
+    return _offer(state, worker, event, restarted or event.hello, out)
+
+
+def _greet(state: State, name: str, out: Effects) -> State:
+    """Answer a sign of life that may be old: whoever is alive answers at once."""
+    if name in state.greeted or name in state.workers:
+        return state
+    out.append(Welcome(name))
+    return state.but(greeted=state.greeted | {name})
+
+
+def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects) -> State:
+    """Send the open work to a worker that lacks it: it is new, or came back, or it was lost."""
+    name = worker.name
+    answered = state.received if state.phase is Phase.OPEN else state.evaluations
+    if state.phase not in (Phase.OPEN, Phase.EVALUATING) or name in answered:
+        return state
+    if name in state.failed:
+        return state
+    sent_at = state.asked.get(name)
+    if sent_at is None and state.rules.fraction < 1 and state.phase is Phase.OPEN:
+        return state  # not chosen for this round
+    # The rest of a model in parts was lost with a link, the worker's or ours.
+    patience_s = state.rules.resend_s
+    broken_off = worker.state == "receiving" and (
+        event.hello
+        or sent_at == -math.inf
+        or event.now - max(worker.moved_at, sent_at or 0.0) >= patience_s
+    )
+    if state.busy(name) and not broken_off:
+        # An earlier coordinator asked it, or it came back: either way we wait for it.
+        if sent_at is not None:
+            return state
+        return state.of(name, asked=state.asked.insert(name, event.now))
+    if state.done(name):
+        patience_s *= 4  # its update may just be under way
+    if sent_at is None or fresh or broken_off or event.now - sent_at >= patience_s:
+        state = state.of(name, asked=state.asked.insert(name, event.now))
+        out += work(state, (name,))
+    return state
+
+
+def settle_doubt(state: State, worker: str) -> State:
+    """Count a worker as failed if it says that it sent what was found unsound.
+
+    While it is still at work, somebody else sent that in its name, and its own update is to come.
+    """
+    reason = state.doubted.get(worker)
+    if reason is None or not state.done(worker):
+        return state
+    return state.of(
+        worker,
+        failed=state.failed.insert(worker, reason),
+        doubted=state.doubted.discard(worker),
+    )
+
+
+def left(state: State, event: Left, out: Effects) -> State:
+    """Take a good-bye."""
+    known = state.workers.get(event.worker)
+    if known is None or known.session != event.session:
+        return state
+    out.append(Tell("left", {"worker": event.worker, "reason": event.reason}))
+    return state.without(event.worker)
+
+
+def failed(state: State, event: Failed, out: Effects) -> State:
+    """Take a worker's word that its task failed."""
+    out.append(
+        Tell("failure", {"worker": event.worker, "round": event.round, "reason": event.reason})
+    )
+    if event.run != state.run:
+        return state
+    if event.worker == state.init_asked and event.round == 0:
+        state = state.but(init_asked=None)
+    elif event.round != state.at_work_on or event.worker not in state.asked:
+        return state
+    return state.of(event.worker, failed=state.failed.insert(event.worker, event.reason))
+
+
+def tick(state: State, event: Tick, out: Effects) -> State:
+    """See who has been silent, and who stands still, for too long."""
+    if not state.link:
+        return state
+    now = clock(state, event.now)
+    gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
+    for worker in sorted(gone, key=lambda worker: worker.name):
+        silent_s = round(now - worker.last_seen, 1)
+        out.append(Tell("gone", {"worker": worker.name, "silent_s": silent_s}))
+        state = state.without(worker.name)
+    for worker in list(state.workers.values()):
+        state = _look_for_a_stall(state, worker, now, out)
+    return state
+
+
+def _look_for_a_stall(state: State, worker: Worker, now: float, out: Effects) -> State:
+    if all(now < at for at in stall_times(state, worker)):
+        return state
+    still_s, name = now - worker.moved_at, worker.name
+    told = {"worker": name, "round": worker.round, "state": worker.state}
+    told |= {"step": worker.step, "steps": worker.steps, "still_s": round(still_s, 1)}
+    if not worker.stalled and still_s >= state.rules.stall_s:
+        out.append(Tell("stalled", told))
+        state = state.but(workers=state.workers.insert(name, replace(worker, stalled=True)))
+    limit_s = state.rules.stall_timeout_s
+    if limit_s is None or still_s < limit_s or not state.busy(name):
+        return state
+    reason = f"no step for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
+    out.append(Tell("failure", {"worker": name, "round": worker.round, "reason": reason}))
+    return state.of(name, failed=state.failed.insert(name, reason))

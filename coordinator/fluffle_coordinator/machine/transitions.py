@@ -1,0 +1,348 @@
+"""What follows from a run's state, whatever event led to it: opening, closing, ending.
+
+The second half of the round machine (``machine``), as pure as the first: ``progress(state, now,
+out)`` is called after every event, returns the next state and adds what is to be done to ``out``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from statistics import median
+
+from fluffle_coordinator.machine.agreement import decide
+from fluffle_coordinator.machine.effects import (
+    AskInit,
+    Commit,
+    Effect,
+    Effects,
+    End,
+    Opened,
+    RecordEvaluation,
+    SendEvaluate,
+    SendFit,
+    Tell,
+)
+from fluffle_coordinator.machine.hearing import clock
+from fluffle_coordinator.machine.selection import sample_size, select
+from fluffle_coordinator.machine.state import Outcome, Phase, State, Table, Worker
+
+
+def progress(state: State, now: float, out: Effects) -> State:
+    """Take the steps that the state and the time allow; none where there is no link."""
+    if not state.link:
+        return state
+    now = clock(state, now)
+    if now >= state.gate_until:
+        state = state.but(gate=1, gate_until=math.inf)
+    match state.phase:
+        case Phase.WAITING:
+            past_the_last = state.round > state.rules.rounds
+            return (_evaluate_only if past_the_last else _try_to_open)(state, now, out)
+        case Phase.OPEN:
+            return _try_to_commit(_record_evaluation(state, out), now, out)
+        case Phase.COMMITTING:
+            return _record_evaluation(state, out)
+        case Phase.EVALUATING:
+            return _try_to_finish(state, now, out)
+        case Phase.ENDED:
+            return state
+
+
+def wakeup(state: State) -> float:
+    """Return when a ``Tick`` is due at the latest; infinity if nothing waits for time.
+
+    What is due only after the clock stops waits for something to be heard.
+    """
+    if not state.link or state.phase is Phase.ENDED:
+        return math.inf
+    due = _due(state)
+    return due if due <= state.heard_at + state.hearing_s else math.inf
+
+
+def _due(state: State) -> float:
+    rules = state.rules
+    times = [worker.deadline(rules) for worker in state.workers.values()]
+    times += [at for worker in state.workers.values() for at in stall_times(state, worker)]
+    times.append(state.gate_until)
+    if state.quorum_at is not None:
+        if state.phase is Phase.OPEN:
+            times.append(state.quorum_at + rules.grace_s)
+    elif state.phase is Phase.WAITING:
+        times.append(state.waiting_since + rules.wait_s)
+        if state.init_asked is not None and not state.has_weights:
+            times.append(state.init_asked_at + rules.deadline_s)
+    elif state.phase in (Phase.OPEN, Phase.EVALUATING):
+        times.append(state.opened_at + rules.deadline_s)
+        if state.phase is Phase.OPEN:
+            times.append(state.began_at + rules.max_round_s)
+    return min(times)
+
+
+def stall_times(state: State, worker: Worker) -> Iterator[float]:
+    """Yield when a worker that does not advance is told of, and when it counts as failed."""
+    rules = state.rules
+    if worker.has_steps and worker.name in state.asked and worker.name not in state.failed:
+        if not worker.stalled:
+            yield worker.moved_at + rules.stall_s
+        if rules.stall_timeout_s is not None and state.busy(worker.name):
+            yield worker.moved_at + rules.stall_timeout_s
+
+
+def work(state: State, workers: tuple[str, ...]) -> list[Effect]:
+    """Return the effects that send the work of the moment to these workers."""
+    if state.phase is Phase.EVALUATING:
+        return [SendEvaluate(workers)]
+    by_attempt: dict[int, list[str]] = {}
+    for name in workers:
+        by_attempt.setdefault(state.attempts.get(name, 0), []).append(name)
+    return [
+        SendFit(tuple(names), evaluate=state.evaluate_pending, attempt=attempt)
+        for attempt, names in sorted(by_attempt.items())
+    ]
+
+
+# --- before a round ----------------------------------------------------------------------------
+
+
+def _try_to_open(state: State, now: float, out: Effects) -> State:
+    if _has_enough(state):
+        state = decide(state, out)  # which may refuse some
+    if _has_enough(state) and state.has_weights:
+        return _open(state, now, out)
+    rules = state.rules
+    if now >= state.waiting_since + rules.wait_s:
+        told = (
+            "no first weights came"
+            if _has_enough(state)
+            else f"{len(state.workers)} of {wanted(state)} workers came"
+        )
+        return _end(state, "stopped", f"{told} in {rules.wait_s:.0f} s (--wait-workers)", out)
+    return state if state.has_weights else _try_to_init(state, now, out)
+
+
+def wanted(state: State) -> int:
+    """Return how many workers must be present to open the next round."""
+    count = state.gate
+    while not state.rules.enough(count):
+        count += 1
+    return count
+
+
+def _has_enough(state: State) -> bool:
+    present = len(state.workers)
+    return present >= state.gate and state.rules.enough(present)
+
+
+def _try_to_init(state: State, now: float, out: Effects) -> State:
+    if state.init_asked is not None:
+        limit_s = state.rules.deadline_s
+        if now < state.init_asked_at + limit_s:
+            return state
+        name, reason = state.init_asked, f"no first weights within {limit_s:.0f} s (--deadline)"
+        out.append(Tell("failure", {"worker": name, "round": 0, "reason": reason}))
+        state = state.but(init_asked=None, failed=state.failed.insert(name, reason))
+    able = [name for name in sorted(state.workers) if name not in state.failed]
+    if not _has_enough(state):
+        # Who decides on the model is yet to come; but whoever says nothing of it cannot differ.
+        able = [name for name in able if _says_nothing(state.workers[name])]
+        if not able:
+            return state
+    if able:
+        # Whoever says what its model is made of was compared with the others.
+        first = next((name for name in able if state.workers[name].model is not None), able[0])
+        out += [AskInit(first), Tell("init", {"worker": first})]
+        return state.but(init_asked=first, init_asked_at=now)
+    return _end(state, "stopped", f"no first weights: {_last(state.failed)}", out)
+
+
+def _says_nothing(worker: Worker) -> bool:
+    return worker.model is None and not worker.classes
+
+
+def _open(state: State, now: float, out: Effects) -> State:
+    rules = state.rules
+    size = sample_size(rules.fraction, len(state.workers))
+    chosen = select(state.workers, size, rules.seed, state.round)
+    # Updates that were confirmed to an earlier coordinator may be here already.
+    asked = Table({**dict.fromkeys(chosen, now), **dict.fromkeys(state.received, -math.inf)})
+    state = state.recounted(
+        phase=Phase.OPEN,
+        opened_at=now,
+        began_at=now,
+        asked=asked,
+        failed=Table(),
+        doubted=Table(),
+        attempts=Table(),
+        draws=1,
+        gate=1,
+        gate_until=math.inf,
+    )
+    told = {
+        "round": state.round,
+        "asked": sorted(asked),
+        "needed": state.needed,
+        "deadline_s": state.rules.deadline_s,
+    }
+    out.append(Opened())
+    waiting = tuple(name for name in chosen if name not in state.received)
+    if waiting:
+        out += work(state, waiting)
+    out.append(Tell("opened", told))
+    return _try_to_commit(state, now, out)
+
+
+# --- an open round -----------------------------------------------------------------------------
+
+
+def _try_to_commit(state: State, now: float, out: Effects) -> State:
+    if state.quorum_at is None and state.folded >= state.needed:
+        state = state.but(quorum_at=now)
+    if state.quorum_at is not None:  # whoever is asked from now on does not undo the quorum
+        if not state.tally.unfolded or now >= state.quorum_at + state.rules.grace_s:
+            return _commit(state, out)
+        return state
+    if len(state.failed) >= len(state.asked) > 0 and _all_failed(state):
+        told = f"every worker failed in round {state.round}; {_last(state.failed)}"
+        return _end(state, "stopped", told, out)
+    if now >= state.opened_at + state.rules.deadline_s:
+        return _at_the_deadline(state, now, out)
+    if now >= state.began_at + state.rules.max_round_s:
+        return _end(state, "stopped", _too_long(state), out)
+    return state
+
+
+def _all_failed(state: State) -> bool:
+    return not state.received and all(name in state.failed for name in state.asked)
+
+
+def _too_long(state: State) -> str:
+    return (
+        f"{_standing(state, state.rules.max_round_s)}; "
+        "a round may be open for no longer (--max-round)"
+    )
+
+
+def _standing(state: State, seconds: float) -> str:
+    missing = f"missing: {', '.join(state.missing)}" if state.missing else "nobody else is here"
+    return (
+        f"round {state.round} has {state.folded} of {state.needed} updates "
+        f"after {seconds:.0f} s, {missing}"
+    )
+
+
+def _commit(state: State, out: Effects) -> State:
+    state = _record_evaluation(state, out, whole=False)
+    state = _tell_of_outliers(state, out)
+    out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before}))))
+    return state.but(phase=Phase.COMMITTING)
+
+
+def _tell_of_outliers(state: State, out: Effects) -> State:
+    """Let people know of updates whose norm is far outside the round's distribution."""
+    norms = {name: u.norm for name, u in state.received.items() if u.folded and u.norm > 0}
+    if not norms:
+        return state
+    ratio, middle = state.rules.outlier_ratio, median(norms.values())
+    if len(norms) <= 2 and state.median_norm:
+        middle = state.median_norm  # two alone have no middle
+    for name, norm in sorted(norms.items()):
+        if norm > ratio * middle:
+            told = {"round": state.round, "worker": name, "norm": norm, "median": middle}
+            out.append(Tell("outlier", told))
+    return state.but(median_norm=middle)
+
+
+def _at_the_deadline(state: State, now: float, out: Effects) -> State:
+    rules = state.rules
+    told = _standing(state, rules.deadline_s)
+    if rules.on_deadline == "stop":
+        return _end(state, "stopped", told, out)
+    if rules.on_deadline == "close" and state.folded >= rules.min_updates:
+        out.append(Tell("closed", {"round": state.round, "reason": told}))
+        return _commit(state, out)
+    if now >= state.began_at + rules.max_round_s:
+        return _end(state, "stopped", _too_long(state), out)
+    if any(state.advancing(name) for name in state.missing):
+        stuck = 0  # a long round is no dead one
+    else:
+        stuck = state.reopenings + 1 if state.folded == state.reopened_with else 1
+    if stuck > rules.max_reopenings:
+        told = f"{told}; reopened {rules.max_reopenings} times, and nobody advanced (--deadline)"
+        return _end(state, "stopped", told, out)
+    return _reopen(state.but(reopenings=stuck, reopened_with=state.folded), told, now, out)
+
+
+def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
+    chosen = _sample_again(state)
+    asked = Table({**dict.fromkeys(state.received, -math.inf), **dict.fromkeys(chosen, now)})
+    lacking = tuple(n for n in chosen if n not in state.received and not state.busy(n))
+    state = state.recounted(
+        opened_at=now,
+        asked=asked,
+        asked_before=state.asked_before.union(state.asked),
+        failed=Table(),
+        doubted=Table(),
+        draws=state.draws + 1,
+    )
+    told = {"round": state.round, "asked": sorted(asked), "needed": state.needed}
+    out.append(Tell("reopened", {**told, "deadline_s": state.rules.deadline_s, "reason": reason}))
+    if lacking:
+        out += work(state, lacking)
+    return state
+
+
+def _sample_again(state: State) -> tuple[str, ...]:
+    """Draw a new sample: whoever advances stays, those who did not answer come last."""
+    rules, present = state.rules, state.workers
+    size = sample_size(rules.fraction, len(present))
+    staying = {n for n in present if n in state.received or state.advancing(n)}
+    others = [name for name in present if name not in staying]
+    drawn = select(
+        others, size - len(staying), rules.seed, state.round, draw=state.draws, last=state.asked
+    )
+    return tuple(sorted(n for n in (*staying, *drawn) if n not in state.received))
+
+
+# --- evaluations, and the end ------------------------------------------------------------------
+
+
+def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> State:
+    """Write the evaluation of the last committed model, once all have sent theirs (``whole``)."""
+    if not state.evaluate_pending or not state.evaluations:
+        return state
+    # A worker's evaluation comes before its update, if it has one at all.
+    if whole and (state.tally.unevaluated or not state.tally.expected):
+        return state
+    out.append(RecordEvaluation(state.round - 1, state.evaluations))
+    return state.but(evaluate_pending=False)
+
+
+def _evaluate_only(state: State, now: float, out: Effects) -> State:
+    """All rounds are done: ask for the evaluation of the last model, where it is wanted."""
+    present = tuple(sorted(state.workers))
+    asked = Table(dict.fromkeys(present, now))
+    state = state.recounted(phase=Phase.EVALUATING, opened_at=now, began_at=now, asked=asked)
+    if state.evaluate_pending and present:
+        out += work(state, present)
+    return _try_to_finish(state, now, out)
+
+
+def _try_to_finish(state: State, now: float, out: Effects) -> State:
+    if state.evaluate_pending:
+        listening = state.gate_until < math.inf  # resumed: who is there is yet to be heard
+        waited = now >= state.opened_at + state.rules.deadline_s
+        if not waited and (listening or state.tally.unevaluated):
+            return state
+        state = _record_evaluation(state, out, whole=False)
+    return _end(state, "finished", f"{state.round - 1} rounds are done", out)
+
+
+def _end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
+    out.append(End(outcome, reason, tuple(sorted(state.met))))
+    return state.but(phase=Phase.ENDED, outcome=outcome, reason=reason)
+
+
+def _last(failed: Mapping[str, str]) -> str:
+    worker, reason = max(failed.items())
+    return f"{worker}: {reason}"

@@ -1,0 +1,1 @@
+"""What can be seen of a run: watchers, the journal, and what explains it."""

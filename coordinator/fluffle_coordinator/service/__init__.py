@@ -1,0 +1,1 @@
+"""The running coordinator: the machine's effects carried out."""

@@ -1,0 +1,256 @@
+"""The sum: from deliveries to the average of a round.
+
+What goes into the sum and out of it happens in the order it was asked for: at once where that takes
+no time, else in one task and off the event loop. So what is in the sum when a round is averaged is
+exactly what was folded before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
+from fluffle_common.transport.base import Link
+from fluffle_common.transport.messaging import PartsGone, fetch
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.storage.round_stats import Clock
+from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
+from fluffle_coordinator.strategy.fedavg import Strategy, Sum, fedavg
+
+_T = TypeVar("_T")
+_AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
+
+
+class Aggregator:
+    """The weights of a run, and the running sum of its open round.
+
+    Args:
+        topology: where the parts of large updates lie.
+        weights: the last committed weights; None where the first are yet to come.
+        committer: given first weights, averages, and updates to keep.
+        max_model_bytes: the most that a model or an update may have.
+        link: the link of the moment, None where there is none.
+        post: given the events for the round machine.
+        strategy: how a round is averaged.
+        keep_updates: whether what is folded is kept.
+        verify_users: whether the parts of an update have to come from its worker's own user.
+        averaged: given new weights, which will be sent once they are on disk.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        weights: Weights | None,
+        committer: Committer,
+        *,
+        max_model_bytes: int,
+        link: Callable[[], Link | None],
+        post: Callable[[ev.Event], None],
+        strategy: Strategy = fedavg,
+        keep_updates: bool = False,
+        verify_users: bool = False,
+        averaged: Callable[[Weights], object] = lambda _: None,
+    ) -> None:
+        self.weights = weights
+        self._topology, self._committer, self._max_bytes = topology, committer, max_model_bytes
+        self._link, self._post = link, post
+        self._strategy, self._keep_updates = strategy, keep_updates
+        self._verify_users, self._averaged = verify_users, averaged
+        self._jobs = SerialQueue()
+        self._sum = strategy.init(weights) if weights is not None else None
+        self._in_the_sum: list[dict[str, Any]] = []
+        self._closing = False
+        self._max_header: int | None = None
+        self._clock = Clock()
+
+    async def run(self) -> None:
+        """Do what is asked for, for ever."""
+        await self._jobs.run()
+
+    async def drained(self) -> None:
+        """Return when everything that was asked for is done."""
+        await self._jobs.drained()
+
+    def opened(self) -> None:
+        """Note that the round is open."""
+        self._clock.open()
+
+    def take_first(self, held: Held) -> None:
+        """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
+        self._jobs.put(lambda: self._take_first(held))
+
+    def fold(self, held: Held, num_examples: int, max_norm: float = math.inf) -> None:
+        """Check an update and fold it, with this weight; reports ``Folded`` or ``FoldFailed``."""
+        held.num_examples, held.max_norm = num_examples, max_norm
+        if self._quick and held.message.transfer is None and not self._keep_updates:
+            self._fold_at_once(held)
+        else:
+            self._jobs.put(lambda: self._fold(held))
+
+    def commit(self, number: int, asked: tuple[str, ...]) -> None:
+        """Average the round, and have it committed; what is not being folded yet stays out."""
+        self._clock.close()
+        if self._quick:
+            self._close(number, asked, *self._strategy.finish(*self._so_far))
+        else:
+            self._closing = True
+            self._jobs.put(lambda: self._average(number, asked))
+
+    @property
+    def max_header(self) -> int:
+        """How long the header of an update may be, or of the first weights."""
+        if self._max_header is None and self.weights is not None:  # it stays as it is, in a run
+            shapes = [(name, tensor.shape) for name, tensor in self.weights.items()]
+            self._max_header = header_room(shapes)
+        return MAX_HEADER_BYTES if self._max_header is None else self._max_header
+
+    @property
+    def _quick(self) -> bool:
+        """Whether what is over at once may be done at once: nothing that was asked for waits."""
+        return self._jobs.idle and size_bytes(self._so_far[1]) <= _AT_ONCE_BYTES
+
+    @property
+    def _so_far(self) -> tuple[Sum, Weights]:
+        """The running sum, and the weights that it is of."""
+        assert self._sum is not None
+        assert self.weights is not None
+        return self._sum, self.weights
+
+    async def begin_with(self, weights: Weights) -> None:
+        """Save the first weights, and use them."""
+        base = await self._committer.begin_with(weights)
+        self.weights, self._sum = weights, self._strategy.init(weights)
+        self._post(ev.WeightsReady(time.monotonic(), base))
+
+    async def _take_first(self, held: Held) -> None:
+        message = held.message
+        if self.weights is None:
+            try:
+                payload = await self._payload(held)
+                weights = read_tensors(message.tensors, payload)
+                if not weights:
+                    raise ValueError("there is no tensor")
+                check_finite(weights)
+            except LinkLost:
+                held.free()
+                return  # they come again
+            except PartsGone:
+                self._post(ev.InitLost(time.monotonic(), message.worker))
+            except (MalformedMessage, ValueError) as wrong:
+                self._post(ev.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
+            else:
+                await self.begin_with(weights)
+        held.delivery.ack()
+        held.free()
+
+    async def _fold(self, held: Held) -> None:
+        if self._closing:
+            return
+        worker = held.message.worker
+        try:
+            payload = await self._payload(held)
+            # However few bytes came, they are folded into all of the model.
+            nbytes = max(len(payload), size_bytes(self._so_far[1]))
+            norm = await _off_loop(nbytes, self._check_and_fold, held, payload)
+        except (LinkLost, PartsGone) as gone:
+            self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
+        except MalformedMessage as wrong:
+            self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
+        else:
+            if self._keep_updates:
+                await self._committer.keep(len(self._in_the_sum) + 1, held, payload)
+            self._folded(held, len(payload), norm)
+
+    def _fold_at_once(self, held: Held) -> None:
+        try:
+            norm = self._check_and_fold(held, held.payload)
+        except MalformedMessage as wrong:
+            now, worker = time.monotonic(), held.message.worker
+            self._post(ev.FoldFailed(now, worker, str(wrong), wrong.cause))
+        else:
+            self._folded(held, len(held.payload), norm)
+
+    def _check_and_fold(self, held: Held, payload: memoryview) -> float:
+        """Take an update into the sum; return the norm of its delta."""
+        message = held.message
+        assert isinstance(message, Update)
+        began = time.monotonic()
+        so_far, weights = self._so_far
+        delta, norm = decode_contribution(message, payload, weights)
+        if norm > held.max_norm:
+            raise MalformedMessage(
+                f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
+                "(--max-norm-ratio)",
+                "norm",
+            )
+        self._sum = self._strategy.fold(so_far, delta, held.num_examples)
+        self._clock.fold_s += time.monotonic() - began
+        return norm
+
+    def _folded(self, held: Held, nbytes: int, norm: float) -> None:
+        message, now = held.message, time.monotonic()
+        assert isinstance(message, Update)
+        participant: dict[str, Any] = {
+            "worker": message.worker,
+            "num_examples": held.num_examples,
+            "train_loss": message.metrics.get("loss"),
+            "seconds": message.seconds,
+            "counted_s": round(now - self._clock.opened_at, 6),
+            "bytes": nbytes,
+            "norm": norm,
+        }
+        metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
+        if metrics:
+            participant["metrics"] = metrics
+        self._in_the_sum.append(participant)
+        held.forget()  # only now: what is rejected is kept as it came
+        self._post(ev.Folded(now, message.worker, message.seconds, nbytes, norm))
+
+    async def _payload(self, held: Held) -> memoryview:
+        transfer = held.message.transfer
+        if transfer is None:
+            return held.payload
+        check_announced(held.message, self.weights)
+        link = self._link()
+        if link is None:
+            raise LinkLost("the link was lost")
+        worker = held.message.worker
+        return await fetch(
+            link,
+            self._topology.outbox(worker),
+            transfer,
+            self._max_bytes,
+            self._topology.rejected,
+            user=worker if self._verify_users else None,
+        )
+
+    async def _average(self, number: int, asked: tuple[str, ...]) -> None:
+        so_far, weights = self._so_far
+        found = await _off_loop(size_bytes(weights), self._strategy.finish, so_far, weights)
+        self._close(number, asked, *found)
+
+    def _close(self, number: int, asked: tuple[str, ...], weights: Weights, emptied: Sum) -> None:
+        """Have the average committed, and begin the next sum."""
+        self._clock.average()
+        self._committer.commit(Average(number, weights, asked, self._in_the_sum, self._clock))
+        self._averaged(weights)
+        self.weights, self._sum, self._clock = weights, emptied, Clock()
+        self._in_the_sum, self._closing = [], False
+
+
+async def _off_loop(nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
+    """Do what takes time in proportion to ``nbytes``: in a thread, unless it is over at once."""
+    if nbytes <= _AT_ONCE_BYTES:
+        return work(*on)  # handing it to a thread and back would take longer
+    return await asyncio.to_thread(work, *on)

@@ -1,0 +1,235 @@
+"""From options to a running coordinator: the run folder, the broker, signals, the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluffle_common.cli.console import Console
+from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.cli.settings import (
+    broker_url,
+    check_federation,
+    management_of,
+    parse_classes,
+    parse_config,
+)
+from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint
+from fluffle_common.tensors.weights import check_finite, check_signature
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from fluffle_common.transport.reconnect import Backoff
+from fluffle_coordinator.machine.state import Rules, State
+from fluffle_coordinator.observe.journal_writer import Journal
+from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
+from fluffle_coordinator.service import endings
+from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.dashboard.page import Page
+
+_STANDBY_POLL_S = 0.5
+_STANDBY_TOLD_S = 30.0
+
+
+def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
+    """Run a coordinator to its end.
+
+    Raises:
+        RunError: where the run stopped before its last round.
+        SystemExit: after a signal, with 128 + its number.
+    """
+    federation = check_federation(options["federation"])
+    settings = CoordinatorSettings(
+        federation=federation,
+        rules=rules,
+        plan=Plan(
+            epochs=options["epochs"],
+            batch_size=options["batch_size"],
+            learning_rate=options["learning_rate"],
+            compress=_compress(options),
+            config=parse_config(options["config"]),
+        ),
+        classes=parse_classes(options["classes"]),
+        init=options["init"],
+        verify_users=options["verify_users"],
+        keep_updates=options["keep_updates"],
+        backoff=Backoff(give_up_s=options["wait_broker"]),
+    )
+    # Asked for again and again: our own node may be started later, and elsewhere.
+    find = functools.partial(broker_url, options["url"])
+    transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
+    store = RunStore(options["folder"] or Path("runs") / federation)
+    topology = Topology(federation, options["queue_type"])
+    page = _page(options, topology)
+    with Console(options["log_format"], {"federation": federation}) as console:
+        journal = Journal(topology)
+        watcher = Watchers(View(console), journal, *([page] if page else []))
+        if page:
+            url = page.url
+            console.line("page", lambda: f"the page is at {url}", {"url": url})
+        run = _run(
+            settings,
+            transport,
+            topology,
+            store,
+            watcher,
+            journal=journal,
+            page=page,
+            fresh=options["fresh"],
+        )
+        try:
+            state = run_until_signalled(page.beside(run) if page else run)
+        except Interrupted as signalled:
+            sys.exit(signalled.exit_code)
+    if state.outcome == "stopped":
+        how = endings.after_a_stop(state, store.folder)
+        raise RunError(f"the run stopped: {state.reason}; {how}")
+
+
+def _compress(options: dict[str, Any]) -> str | None:
+    """Return how workers are to encode their updates; None: not at all."""
+    if options["compress"] is not None:
+        return str(options["compress"])
+    dtype: str = options["upload_dtype"]
+    return None if dtype == "float32" else dtype
+
+
+async def _run(
+    settings: CoordinatorSettings,
+    transport: AmqpTransport,
+    topology: Topology,
+    store: RunStore,
+    watcher: Watcher,
+    *,
+    journal: Journal,
+    page: Page | None,
+    fresh: bool,
+) -> State:
+    with _usable(store.folder):
+        await _locked(store, watcher)
+        if fresh:
+            aside = store.start_afresh()
+            if aside is not None:
+                watcher.tell("repaired", {"what": f"the earlier run is in {aside} now"})
+        saved = store.load(settings.federation)
+        _check_beginning(settings.init, store, saved, watcher)
+        store.note_configuration(configuration(settings, topology), saved.committed)
+    for repair in saved.repairs:
+        watcher.tell("repaired", {"what": repair})
+    told = {"run": saved.run, "rounds": settings.rules.rounds}
+    if saved.committed:
+        if page:
+            page.remember(read_history(store.folder))
+        watcher.tell("resumed", {**told, "round": saved.committed})
+    else:
+        watcher.tell("started", {**told, "folder": str(store.folder)})
+    if saved.committed >= settings.rules.rounds:
+        done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
+        watcher.tell("note", {"what": done})
+    if saved.weights is None and settings.init is not None:
+        with _usable(store.folder):
+            saved = _begin_with(settings.init, store, saved, settings.federation)
+    coordinator = Coordinator(
+        settings,
+        transport=transport,
+        topology=topology,
+        store=store,
+        saved=saved,
+        watcher=watcher,
+        journal=journal,
+    )
+    state = await coordinator.run()
+    if state.outcome == "finished" and saved.committed < settings.rules.rounds:
+        how = endings.after_the_end(store.folder, settings.rules.rounds)
+        watcher.tell("note", {"what": how})
+    return state
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Say in one line why a run folder cannot be used: its rights, its disk, or its file system."""
+    try:
+        yield
+    except OSError as why:
+        what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
+        raise RunError(
+            f"cannot use the run folder {folder} ({what}); it must be on a file system with locks "
+            "and writable for this user: choose another with --run"
+        ) from None
+
+
+def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: Watcher) -> None:
+    """Compare the model file of ``--init`` with what a run that exists began with.
+
+    Raises:
+        UsageError: where it is another.
+    """
+    first = store.folder / checkpoint_name(0)
+    if init is None or saved.weights is None or not first.exists():
+        return
+    try:
+        other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
+    except UsageError as why:  # the run has its own copy
+        watcher.tell("note", {"what": f"--init is not needed any more, and not used: {why}"})
+        return
+    if other:
+        raise UsageError(other)
+
+
+async def _locked(store: RunStore, watcher: Watcher) -> None:
+    """Wait until no other coordinator has the run folder."""
+    told_at = -_STANDBY_TOLD_S
+    try:
+        while not store.try_lock():
+            if time.monotonic() - told_at >= _STANDBY_TOLD_S:
+                watcher.tell("standby", {"what": str(store.folder)})
+                told_at = time.monotonic()
+            await asyncio.sleep(_STANDBY_POLL_S)
+    except asyncio.CancelledError:
+        watcher.tell("interrupted", {"folder": str(store.folder)})
+        raise
+
+
+def _page(options: dict[str, Any], topology: Topology) -> Page | None:
+    """Open the live page, where it is wanted."""
+    if options["dashboard"] is None:
+        return None
+    from fluffle_coordinator.dashboard import needs
+
+    with needs():
+        from fluffle_coordinator.dashboard.page import Page
+    url = broker_url(options["url"])
+    return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
+
+
+def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
+    """Take the first weights from a model file, such as another run's last."""
+    weights, metadata = read_checkpoint(file)
+    try:
+        check_signature(weights)
+        check_finite(weights)
+    except ValueError as wrong:
+        raise UsageError(f"{file} is no model to begin with: {wrong}") from None
+    metadata = {
+        "task": metadata.get("task", ""),
+        "classes": metadata.get("classes", "[]"),
+        "federation": federation,
+        "run": saved.run,
+        "round": "0",
+        "base": new_base(),
+    }
+    store.save_weights(0, weights, metadata)
+    return replace(saved, weights=weights, metadata=metadata)

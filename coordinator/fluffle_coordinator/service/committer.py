@@ -1,0 +1,216 @@
+"""What is on disk: checkpoints and history lines, written and fsynced in the order they came.
+
+A round is committed when its line is on disk, which is after its checkpoint. Only then does the
+machine hear of it (``Committed``), send the new weights, and acknowledge the updates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fluffle_common.clock import timestamp
+from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.metric_names import beside
+from fluffle_common.tensors.checkpoint import checkpoint_name
+from fluffle_common.tensors.weights import Weights
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.storage.round_stats import Clock, Counts
+from fluffle_coordinator.storage.round_stats import weighted_mean as mean
+from fluffle_coordinator.storage.run_store import RunStore, new_base
+
+Tell = Callable[[str, dict[str, Any]], None]
+_DISK_RETRY_S = 5.0
+# What else a round's lines in the history, and the event that tells of its evaluation, may say:
+# whoever reads them puts them together. No metric is called like one of these.
+_FIELDS = frozenset(
+    "asked base bytes checkpoint committed_at ended_at evaluated_at evaluators event federation "
+    "late late_updates loss metrics num_examples opened_at outcome participants reason rejected "
+    "rejections round rounds run time timings train_loss".split()
+)
+
+
+@dataclass(frozen=True)
+class Average:
+    """A round that is closed, and what came of it.
+
+    Args:
+        number: which round.
+        weights: its average.
+        asked: who was asked.
+        participants: what the history tells of each update in the sum, in the order of the sum.
+        clock: where its time went.
+    """
+
+    number: int
+    weights: Weights
+    asked: tuple[str, ...]
+    participants: list[dict[str, Any]]
+    clock: Clock
+
+
+class Committer:
+    """Writes what a run keeps.
+
+    Args:
+        store: the run's folder.
+        metadata: what a checkpoint of a round says of itself.
+        tell: told what happens.
+        post: given the events for the round machine.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        *,
+        metadata: Callable[[int], dict[str, str]],
+        tell: Tell,
+        post: Callable[[ev.Event], None],
+    ) -> None:
+        self.counts = Counts()
+        self._store, self._metadata = store, metadata
+        self._tell, self._post = tell, post
+        self._lines = SerialQueue()
+        self._committed_at = time.monotonic()
+
+    async def run(self) -> None:
+        """Write what is asked for, for ever."""
+        await self._lines.run()
+
+    async def drained(self) -> None:
+        """Return when everything that was asked for is on disk."""
+        await self._lines.drained()
+
+    async def begin_with(self, weights: Weights) -> str:
+        """Save the first weights as the checkpoint of round 0; return what they are named."""
+        base = new_base()
+        metadata = {**self._metadata(0), "base": base}
+        await self._on_disk(lambda: self._store.save_weights(0, weights, metadata))
+        self._tell(
+            "first_weights",
+            {"tensors": len(weights), "parameters": sum(t.size for t in weights.values())},
+        )
+        return base
+
+    async def keep(self, place: int, held: Held, payload: memoryview) -> None:
+        """Keep an update that was just folded, as the one of this place in the sum."""
+        message, body = held.message, held.delivery.body
+        assert isinstance(message, Update)
+        number, worker = message.round, message.worker
+        apart = None if message.transfer is None else payload
+        await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
+
+    def commit(self, average: Average) -> None:
+        """Commit a round; reports ``Committed``."""
+        self._lines.put(lambda: self._commit(average))
+
+    def record_evaluation(self, number: int, evaluations: Mapping[str, rs.Evaluated]) -> None:
+        """Write the federated evaluation of a round's model to the history."""
+        self._lines.put(lambda: self._record_evaluation(number, evaluations))
+
+    def record_end(self, number: int, outcome: str, reason: str) -> None:
+        """Write how the run ended after a round, and what came of that round too late."""
+        line = {"event": "ended", "round": number, "outcome": outcome, "reason": reason}
+
+        async def record() -> None:
+            line.update(self._not_counted(), ended_at=timestamp())
+            await self._on_disk(lambda: self._store.append(line))
+
+        if number:
+            self._lines.put(record)
+
+    async def _commit(self, average: Average) -> None:
+        number, clock, base = average.number, average.clock, new_base()
+        metadata = {**self._metadata(number), "base": base}
+        line: dict[str, Any] = {
+            "event": "committed",
+            "run": metadata["run"],
+            "round": number,
+            "base": base,
+            "asked": average.asked,
+            "participants": average.participants,
+            "opened_at": clock.opened,
+            **self._not_counted(),
+            "checkpoint": checkpoint_name(number),
+        }
+
+        def write() -> None:
+            self._store.save_weights(number, average.weights, metadata)
+            line["timings"] = clock.timings(self._committed_at, time.monotonic())
+            line["committed_at"] = timestamp()
+            self._store.append(line)
+
+        await self._on_disk(write)
+        self._committed_at = time.monotonic()
+        num_examples = sum(one["num_examples"] for one in average.participants)
+        about = {"num_examples": num_examples, "timings": line["timings"]}
+        self._post(ev.Committed(self._committed_at, number, base, about))
+
+    def _not_counted(self) -> dict[str, Any]:
+        """Return what was not counted since this was last asked."""
+        counts, self.counts = self.counts, Counts()
+        return vars(counts)
+
+    async def _record_evaluation(
+        self, number: int, evaluations: Mapping[str, rs.Evaluated]
+    ) -> None:
+        evaluations = {name: one for name, one in evaluations.items() if one.num_examples}
+        if not evaluations:
+            return  # nobody has held-out data
+        told = federated(evaluations)
+        line = {"event": "evaluated", "round": number, **told, "evaluated_at": timestamp()}
+        await self._on_disk(lambda: self._store.append(line))
+        extra = {k: v for k, v in told.items() if k not in ("num_examples", "loss", "evaluators")}
+        self._tell("evaluated", {"round": number, **told, "metrics": extra})
+
+    async def _on_disk(self, write: Callable[[], object]) -> None:
+        """Write, and where the disk refuses, say so and try again until it does not."""
+        told = False
+        while True:
+            try:
+                await asyncio.to_thread(write)
+            except OSError as why:
+                if not told:
+                    reason = why.strerror or str(why)
+                    self._tell(
+                        "disk",
+                        {
+                            "folder": str(self._store.folder),
+                            "reason": reason,
+                            "pause_s": _DISK_RETRY_S,
+                        },
+                    )
+                told = True
+                await asyncio.sleep(_DISK_RETRY_S)
+            else:
+                return
+
+
+def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
+    """Average evaluations by their number of examples; each metric over those who report it.
+
+    Example:
+        >>> a, b = rs.Evaluated(1, 1.0, {"accuracy": 0.0}), rs.Evaluated(3, 2.0, {"accuracy": 1.0})
+        >>> federated({"a": a, "b": b})["loss"], federated({"a": a, "b": b})["accuracy"]
+        (1.75, 0.75)
+    """
+    everyone = evaluations.values()
+    names = sorted({name for one in everyone for name in one.metrics})
+    metrics = {
+        name: mean(
+            [(one.num_examples, one.metrics[name]) for one in everyone if name in one.metrics]
+        )
+        for name in names
+    }
+    return {
+        "num_examples": sum(one.num_examples for one in everyone),
+        "loss": mean([(one.num_examples, one.loss) for one in everyone]),
+        **beside(metrics, _FIELDS),
+        "evaluators": sorted(evaluations),
+    }

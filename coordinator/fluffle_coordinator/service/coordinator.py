@@ -1,0 +1,480 @@
+"""The coordinator: the asyncio shell around the round machine.
+
+Data flows one way::
+
+    link ──deliveries──> events ──> advance() ──> effects ─┬─> outbox     (publishes, in order)
+                           ^                              └─> aggregator (the sum, in order)
+                           └───────────────────────────────────── committer (the disk, in order)
+
+Only ``_post`` changes the state, one event after the other. Publishing, the sum and the disk have a
+queue and a task each, so that neither a slow broker nor a slow disk keeps signs of life from being
+heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from fluffle_common.concurrency import run_all
+from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe
+from fluffle_common.protocol.messages import (
+    Bye,
+    Echo,
+    Evaluation,
+    Failure,
+    FirstWeights,
+    Heartbeat,
+    Hello,
+    Message,
+    Update,
+)
+from fluffle_common.protocol.model_form import model_form
+from fluffle_common.protocol.topology import Queue, Topology
+from fluffle_common.transport.base import (
+    Delivery,
+    Link,
+    QueueFull,
+    QueueInUse,
+    Transport,
+    UnknownQueueType,
+    tell_of_blocking,
+)
+from fluffle_common.transport.messaging import Route, check_user, send
+from fluffle_common.transport.reconnect import reconnecting
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import machine
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.observe.journal_writer import Journal
+from fluffle_coordinator.observe.watchers import Watcher, waiting_for
+from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.greetings import Greetings
+from fluffle_coordinator.service.held_updates import Held, Room
+from fluffle_coordinator.service.outbox import Outbox
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.run_store import RunStore, Saved
+
+# How long the end of a run may wait for the journal to be on the broker.
+_JOURNAL_DRAIN_S = 2.0
+# How often the coordinator sends itself an echo: so it knows that it would hear a worker.
+_ECHO_EVERY_S = 1.0
+# Events that say where the broker is.
+_OF_THE_BROKER = frozenset({"connected", "reconnected", "disconnected", "no_broker"})
+# How often, at most, what is due is looked for while much happens.
+_LOOK_EVERY_S = 0.1
+
+
+class Coordinator:
+    """One run of a federation.
+
+    Args:
+        settings: what the operator decided.
+        transport: the way to the broker.
+        topology: the names on it.
+        store: the run's folder, locked.
+        saved: what was found in it.
+        watcher: who is told what happens.
+        journal: one of those, which needs a link to publish what it is told; None keeps none.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        transport: Transport,
+        topology: Topology,
+        store: RunStore,
+        saved: Saved,
+        watcher: Watcher,
+        journal: Journal | None = None,
+    ) -> None:
+        self._settings, self._transport, self._topology = settings, transport, topology
+        self._watcher, self._journal, self._folder = watcher, journal, store.folder
+        self._events: deque[ev.Event] = deque()
+        self._taking = False
+        self._ended: asyncio.Future[None]
+        self._deliveries: dict[rs.Handle, Held] = {}
+        self._room, self._greetings = Room(settings.max_held_bytes), Greetings()
+        self._link: Link | None = None
+        self._linked = asyncio.Event()
+        self._caught_up = asyncio.Event()
+        self._session = uuid.uuid4().hex[:12]
+        self._next_look: asyncio.TimerHandle
+        self._look_at = 0.0  # when it is asked next what time has brought
+        # What was last said to be waited for, and when it is said again.
+        self._said, self._say_at = "", time.monotonic() + settings.waiting_every_s
+        self._waiting_since: tuple[object, ...] = ()
+        self._task = saved.metadata.get("task", "")
+        known = json.loads(saved.metadata.get("classes", "null"))
+        self._outgoing = Outbox(
+            topology,
+            saved.run,
+            settings,
+            link=lambda: self._link,
+            a_link=self._a_link,
+            tell=self._tell,
+        )
+        self._committer = Committer(
+            store, metadata=self._metadata, tell=self._tell, post=self._post
+        )
+        self._aggregator = Aggregator(
+            topology,
+            saved.weights,
+            self._committer,
+            max_model_bytes=settings.max_model_bytes,
+            link=lambda: self._link,
+            post=self._post,
+            keep_updates=settings.keep_updates,
+            verify_users=settings.verify_users,
+            averaged=self._outgoing.prepare,
+        )
+        self.state = machine.start(
+            settings.rules,
+            saved.run,
+            time.monotonic(),
+            committed=saved.committed,
+            participants=saved.participants,
+            announced=saved.announced,
+            evaluated=saved.evaluated,
+            has_weights=saved.weights is not None,
+            base=saved.base,
+            classes=settings.classes or (tuple(known) if known else None),
+            model=None if saved.weights is None else model_form(saved.weights),
+            decided_by="--classes" if settings.classes else "this run's first weights",
+        )
+
+    async def run(self) -> rs.State:
+        """Run to the end; cancel it to stop earlier, which loses nothing that a restart needs."""
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._next_look = loop.call_later(0.0, self._look)
+        tasks = [
+            asyncio.create_task(work(), name=work.__name__)
+            for work in (
+                self._end,
+                self._links,
+                self._aggregator.run,
+                self._committer.run,
+                self._outgoing.run,
+            )
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # but for the first, they run for ever: one that is done has failed
+        except asyncio.CancelledError:
+            if self.state.outcome is None:
+                self._tell("interrupted", {"folder": str(self._folder)})
+            raise
+        finally:
+            if self._journal is not None:
+                await self._journal.drained(_JOURNAL_DRAIN_S)
+            self._next_look.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return self.state
+
+    async def _end(self) -> None:
+        """Wait for the end, and until all that was asked for is done."""
+        await self._ended
+        await self._aggregator.drained()
+        await self._committer.drained()
+        await self._outgoing.drained()
+        self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
+
+    # --- the machine ---------------------------------------------------------------------------
+
+    def _post(self, event: ev.Event) -> None:
+        """Take an event and do what follows: now, or right after the event being taken now."""
+        self._events.append(event)
+        if self._taking:
+            return
+        self._taking, just_told = True, False
+        try:
+            while self._events:
+                event = self._events.popleft()
+                self.state, asked_for = machine.advance(self.state, event)
+                for effect in asked_for:
+                    self._perform(effect)
+                just_told |= bool(asked_for)
+            self._look_on(event.now, just_told=just_told)
+        except Exception as wrong:  # whoever posts can do nothing about it: it ends the run
+            if not self._ended.done():
+                self._ended.set_exception(wrong)
+        finally:
+            self._taking = False
+
+    def _look_on(self, now: float, *, just_told: bool) -> None:
+        """Show where the run stands, and see to it that time is not forgotten."""
+        phase = self.state.phase
+        self._watcher.show(self.state, now)
+        state = self.state
+        waits_for = (phase is rs.Phase.WAITING, len(state.workers), state.init_asked, state.round)
+        if waits_for != self._waiting_since or now >= self._say_at:
+            self._waiting_since = waits_for
+            self._say_what_is_waited_for(now, just_told=just_told)
+        if phase is rs.Phase.ENDED and not self._ended.done():
+            self._ended.set_result(None)
+        if self._look_at > now + _LOOK_EVERY_S:
+            self._look_in(_LOOK_EVERY_S)
+
+    def _look(self) -> None:
+        """Ask what time has brought; at many events, that is not asked at each of them."""
+        self._post(ev.Tick(time.monotonic()))
+        left_s = min(self._say_at, machine.wakeup(self.state)) - time.monotonic()
+        self._look_in(left_s if left_s > 0 else _LOOK_EVERY_S)
+
+    def _look_in(self, seconds: float) -> None:
+        self._next_look.cancel()
+        self._look_at = time.monotonic() + seconds
+        self._next_look = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
+        waiting = self.state.phase is rs.Phase.WAITING
+        in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
+        if in_short == self._said and now < self._say_at:
+            return
+        told = waiting_for(self.state, now)
+        if told and just_told and now < self._say_at:
+            return  # what was told just now says more; this, when nothing else happens
+        if told:
+            self._tell("waiting", {"reason": told})
+        self._say_at, self._said = now + self._settings.waiting_every_s, in_short
+
+    def _perform(self, effect: fx.Effect) -> None:
+        match effect:  # what comes often is first
+            case fx.Tell(what, fields):
+                self._tell(what, fields)
+            case fx.Fold(handle, _, num_examples, max_norm):
+                held = self._deliveries[handle]
+                self._aggregator.fold(held, num_examples, max_norm)
+            case fx.Ack(handle):
+                done = self._deliveries.pop(handle, None)
+                if done is not None:
+                    done.delivery.ack()
+                    done.free()
+            case fx.Opened():
+                self._aggregator.opened()
+            case fx.Reject(handle, reason, cause):
+                done = self._deliveries.pop(handle, None)
+                if done is not None:
+                    self._reject(done.delivery, MalformedMessage(reason, cause), done.message)
+                    done.free()
+            case fx.Commit(number, asked):
+                self._aggregator.commit(number, asked)
+            case fx.RecordEvaluation(number, evaluations):
+                self._committer.record_evaluation(number, evaluations)
+            case fx.End(outcome, reason):
+                self._committer.record_end(self.state.committed, outcome, reason)
+                self._outgoing.perform(effect, self.state, None)
+            case _:
+                self._outgoing.perform(effect, self.state, self._aggregator.weights)
+
+    def _tell(self, what: str, fields: Mapping[str, Any]) -> None:
+        self._committer.counts.note(what, fields)
+        if what in _OF_THE_BROKER:
+            fields = {"address": self._transport.address, **fields}
+        self._watcher.tell(what, fields)
+
+    def _metadata(self, number: int) -> dict[str, str]:
+        return {
+            "federation": self._settings.federation,
+            "run": self.state.run,
+            "round": str(number),
+            "task": self._task,
+            "classes": json.dumps(list(self.state.classes or ())),
+        }
+
+    # --- what comes in -------------------------------------------------------------------------
+
+    async def _links(self) -> None:
+        def no_broker(reason: str, pause_s: float) -> None:
+            self._tell("no_broker", {"reason": reason, "pause_s": pause_s})
+
+        opened = reconnecting(self._transport, self._settings.backoff, no_broker)
+        number = 0
+        async with contextlib.aclosing(opened):
+            async for link in opened:
+                number += 1
+                try:
+                    await self._serve(link, number)
+                except QueueInUse:
+                    what = f"federation {self._settings.federation} on this broker"
+                    self._tell("standby", {"what": what})
+                except LinkLost as gone:
+                    self._tell("disconnected", {"reason": str(gone)})
+                finally:
+                    self._link = None
+                    self._linked.clear()
+                    self._room.link_lost()
+                    self._post(ev.Disconnected(time.monotonic()))
+
+    async def _serve(self, link: Link, number: int) -> None:
+        journal = self._topology.journal_stream()
+        await link.declare([one for one in self._topology.shared() if one != journal])
+        await self._declare(journal, link)
+        # Whoever reads the signs of life, alone, is the federation's coordinator.
+        presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
+        self._link = link
+        self._linked.set()
+        self._caught_up.clear()
+        self._post(ev.Connected(time.monotonic(), number))
+        works = [
+            self._read_presence(presence),
+            self._send_echoes(link, number),
+            self._consume_updates(link, number),
+            tell_of_blocking(link, self._tell),
+        ]
+        await run_all(*works, *([self._journal.publish(link)] if self._journal else []))
+
+    async def _declare(self, journal: Queue, link: Link) -> None:
+        """Make sure that there is a journal; without one, the run goes on all the same."""
+        if self._journal is not None:
+            try:
+                await link.declare([journal])
+            except UnknownQueueType as no:
+                self._journal = None
+                self._tell("no_journal", {"reason": str(no)})
+
+    async def _a_link(self) -> Link:
+        while self._link is None:
+            await self._linked.wait()
+        return self._link
+
+    async def _send_echoes(self, link: Link, number: int) -> None:
+        """Send echoes to ourselves, the way that signs of life come; see ``hearing``."""
+        echo = Echo(federation=self._settings.federation, session=self._session, number=number)
+        route = Route("", [self._topology.presence], durable=False, urgent=True)
+        while True:
+            with contextlib.suppress(QueueFull):
+                await send(link, echo, route)
+            await asyncio.sleep(min(_ECHO_EVERY_S, self.state.hearing_s / 2))
+
+    async def _consume_updates(self, link: Link, number: int) -> None:
+        # First, who is here is heard: what an update may weigh depends on it.
+        await self._caught_up.wait()
+        prefetch = self._settings.max_workers + 100
+        updates = await link.consume(self._topology.updates, prefetch=prefetch)
+        await self._read_updates(updates, number)
+
+    async def _read_presence(self, deliveries: Any) -> None:
+        message: Message | None
+        async for delivery in deliveries:
+            try:
+                message, _ = decode(
+                    delivery.body, self._settings.federation, max_header=SMALL_HEADER_BYTES
+                )
+                self._check_sender(message, delivery)
+                if isinstance(message, Hello | Heartbeat):
+                    message = self._greetings.admit(message, time.monotonic())
+                if message is not None:
+                    self._presence(message)
+            except MalformedMessage as wrong:
+                self._reject(delivery, wrong)
+            else:
+                delivery.ack()
+
+    def _presence(self, message: Any) -> None:
+        now = time.monotonic()
+        match message:
+            case Hello() | Heartbeat():
+                self._outgoing.bind(
+                    message.worker, message.session, again=isinstance(message, Hello)
+                )
+                self._task = self._task or message.task
+                worker = rs.Worker(
+                    name=message.worker,
+                    last_seen=now,
+                    model=message.model,
+                    **message.model_dump(
+                        exclude={"protocol", "federation", "pad", "kind", "worker", "model"}
+                    ),
+                )
+                self._post(ev.Seen(now, worker, isinstance(message, Hello)))
+            case Echo(session=session, number=link):
+                if session == self._session:  # else of one that had this queue before
+                    self._post(ev.Echoed(now, link))
+                    if link == self.state.link:
+                        self._caught_up.set()
+            case Bye(worker=worker_name, session=session, reason=reason):
+                self._post(ev.Left(now, worker_name, session, reason))
+            case Failure(worker=worker_name, run=run, round=number, reason=reason):
+                self._post(ev.Failed(now, worker_name, run, number, reason))
+            case _:
+                raise MalformedMessage(
+                    f"a message of kind {message.kind} is no sign of life", "kind"
+                )
+
+    async def _read_updates(self, deliveries: Any, link: int) -> None:
+        number = 0
+        async for delivery in deliveries:
+            number += 1
+            if self._room.park(delivery):
+                continue
+            try:
+                message, payload = decode(
+                    delivery.body,
+                    self._settings.federation,
+                    max_header=self._aggregator.max_header,
+                )
+                self._check_sender(message, delivery)
+                self._update(message, payload, delivery, rs.Handle(link, number))
+            except MalformedMessage as wrong:
+                self._reject(delivery, wrong)
+
+    def _check_sender(self, message: Any, delivery: Delivery) -> None:
+        """Compare who a message says it is of with who the broker says has sent it."""
+        worker = getattr(message, "worker", None)
+        if self._settings.verify_users and worker is not None:
+            check_user(worker, delivery)
+
+    def _update(
+        self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
+    ) -> None:
+        now = time.monotonic()
+        match message:
+            case Update():
+                self._deliveries[handle] = Held(delivery, message, payload, self._room)
+                told = (message.run, message.round, message.worker, message.num_examples)
+                self._post(ev.Arrived(now, handle, *told, message.base))
+            case Evaluation():
+                found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
+                of = (message.run, message.round, message.worker)
+                self._post(ev.EvaluationArrived(now, *of, found, message.base))
+                delivery.ack()
+            case FirstWeights() if message.run == self.state.run:
+                self._first_weights(Held(delivery, message, payload, self._room), message.worker)
+            case FirstWeights():
+                raise MalformedMessage(
+                    f"it is of run {message.run}, this is run {self.state.run}", "run"
+                )
+            case _:
+                raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
+
+    def _first_weights(self, held: Held, worker: str) -> None:
+        """Take the first weights from the worker that was asked, and from no other."""
+        if self.state.has_weights or self.state.init_asked is None:
+            held.delivery.ack()  # nobody is asked now; whoever will be sends them again
+        elif worker == self.state.init_asked:
+            self._aggregator.take_first(held)
+        else:
+            raise MalformedMessage(
+                f"first weights were asked of {self.state.init_asked}, not of {worker}", "sender"
+            )
+
+    def _reject(
+        self, delivery: Delivery, wrong: MalformedMessage, message: Message | None = None
+    ) -> None:
+        of = {"kind": message.kind, **describe(message)} if message else {}
+        self._tell("rejected", {"reason": str(wrong), "cause": wrong.cause, **of})
+        self._outgoing.reject(delivery, wrong)

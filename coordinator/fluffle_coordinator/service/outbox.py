@@ -1,0 +1,213 @@
+"""What the coordinator publishes, one message after the other, in order.
+
+A publish that a lost link interrupts is dropped here: when the link is back, the round machine
+sends again whatever is still wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.protocol.codec import PART_BYTES, digest_of
+from fluffle_common.protocol.messages import (
+    Evaluate,
+    Fit,
+    InitRequest,
+    Message,
+    Refusal,
+    Stop,
+    Welcome,
+)
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.weights import Weights, size_bytes
+from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
+from fluffle_common.transport.messaging import Route, reject, send, send_tensors
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.serial_queue import SerialQueue
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.service.settings import CoordinatorSettings
+
+# How long the end of a run may wait for a broker that is away, so that the workers hear of it.
+_STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
+_REASON_CHARACTERS = 1000
+_REFUSED_KEPT = 10_000
+
+Job = Callable[[Link], Awaitable[None]]
+
+
+class Outbox:
+    """The one way out.
+
+    Args:
+        topology: where things go.
+        run: the run's id.
+        settings: the plan that goes with the work, among others.
+        link: the link of the moment, None where there is none.
+        a_link: returns a link, once there is one.
+        tell: told what could not be sent.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        run: str,
+        settings: CoordinatorSettings,
+        *,
+        link: Callable[[], Link | None],
+        a_link: Callable[[], Awaitable[Link]],
+        tell: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self._topology, self._run, self._settings = topology, run, settings
+        self._link, self._a_link, self._tell = link, a_link, tell
+        self._plan = settings.plan.model_copy(
+            update={"seed": settings.rules.seed, "deadline_s": settings.rules.deadline_s}
+        )
+        self._digest: tuple[Weights, asyncio.Future[str]] | None = None
+        self._refused: dict[tuple[str, str], None] = {}  # worker and session, told once
+        # The session of each worker whose queues were bound, over the link of the moment.
+        self._bound: dict[str, str] = {}
+        self._bound_over: Link | None = None
+        self._turns = SerialQueue()
+        self.run, self.drained = self._turns.run, self._turns.drained
+
+    def _put(self, job: Job) -> None:
+        self._turns.put(lambda: self._do(job))
+
+    async def _do(self, job: Job) -> None:
+        link = self._link()
+        try:
+            if link is not None:
+                await job(link)
+        except LinkLost:
+            pass  # said by whoever watches the link; the machine sends again
+        except Unroutable:
+            pass  # the worker's inbox is gone, and so is the worker; the machine notices
+        except QueueFull as why:
+            self._tell("waiting", {"reason": f"the broker has no room: {why}"})
+
+    def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
+        """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
+        self._put(lambda link: reject(link, delivery, wrong, self._topology.rejected))
+
+    def prepare(self, weights: Weights) -> asyncio.Future[str] | None:
+        """Begin to work out the digest of weights: once, for all whom they are sent to.
+
+        None where they travel in one piece.
+        """
+        if size_bytes(weights) <= PART_BYTES:
+            self._digest = None
+        elif self._digest is None or self._digest[0] is not weights:
+            self._digest = weights, asyncio.ensure_future(asyncio.to_thread(digest_of, weights))
+        return self._digest and self._digest[1]
+
+    def bind(self, worker: str, session: str, *, again: bool) -> None:
+        """Bind a worker's own queues, before anything is sent to it.
+
+        It has no right to do it itself. ``again``: it may have made them anew.
+        """
+        link = self._link()
+        if link is not self._bound_over:
+            self._bound, self._bound_over = {}, link
+        if again or self._bound.get(worker) != session:
+            self._put(lambda over: self._bind(over, worker, session))
+
+    async def _bind(self, link: Link, worker: str, session: str) -> None:
+        there = await link.bind(self._topology.bindings_of(worker))
+        if there and link is self._bound_over:  # else its next sign of life asks for it again
+            self._bound[worker] = session
+
+    def perform(self, effect: fx.Effect, state: rs.State, weights: Weights | None) -> None:
+        """Send what an effect asks for; ``weights`` are those of this moment."""
+        federation, run = self._settings.federation, self._run
+        job: Job
+        match effect:
+            case fx.Welcome(worker):
+                rounds = state.rules.rounds
+                hello = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
+                job = self._to(hello, [worker])
+            case fx.Refuse(worker, session, reason):
+                if (worker, session) in self._refused:
+                    return  # it was told
+                refusal = Refusal(
+                    federation=federation, session=session, reason=reason[:_REASON_CHARACTERS]
+                )
+                job = self._refuse(refusal, worker)
+            case fx.AskInit(worker):
+                seed = state.rules.seed
+                job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
+            case fx.SendFit(workers, evaluate, attempt):
+                fit = Fit(
+                    federation=federation,
+                    run=run,
+                    round=state.round,
+                    base=state.base,
+                    evaluate=evaluate,
+                    attempt=attempt,
+                    plan=self._plan,
+                )
+                job = self._with_weights(fit, weights, workers)
+            case fx.SendEvaluate(workers):
+                evaluation = Evaluate(
+                    federation=federation, run=run, round=state.round - 1, base=state.base
+                )
+                job = self._with_weights(evaluation, weights, workers)
+            case fx.End(outcome, reason, workers) if workers:
+                stop = Stop(
+                    federation=federation,
+                    run=run,
+                    round=state.round - 1,
+                    outcome=outcome,
+                    reason=reason[:2000],
+                )
+                self._turns.put(lambda: self._until_sent(self._to(stop, workers)))
+                return
+            case _:
+                return
+        self._put(job)
+
+    async def _until_sent(self, job: Job) -> None:
+        """Send what nobody would ask for again: over the next link, if this one is lost."""
+        try:
+            async with asyncio.timeout(_STOP_PATIENCE_S):
+                while True:
+                    try:
+                        await job(await self._a_link())
+                    except LinkLost:
+                        await asyncio.sleep(_STOP_PAUSE_S)  # the loss is noticed meanwhile
+                    else:
+                        return
+        except (TimeoutError, QueueFull):
+            self._tell("untold", {"waited_s": _STOP_PATIENCE_S})
+        except Unroutable:
+            pass  # all of their inboxes are gone
+
+    def _to(self, message: Message, workers: Sequence[str]) -> Job:
+        return lambda link: send(link, message, Route(self._topology.work, workers))
+
+    def _refuse(self, refusal: Refusal, worker: str) -> Job:
+        tell = self._to(refusal, [worker])
+
+        async def once(link: Link) -> None:
+            who = worker, refusal.session
+            if who not in self._refused:
+                await tell(link)
+                self._refused[who] = None
+                if len(self._refused) > _REFUSED_KEPT:
+                    del self._refused[next(iter(self._refused))]
+
+        return once
+
+    def _with_weights(
+        self, message: Fit | Evaluate, weights: Weights | None, workers: Sequence[str]
+    ) -> Job:
+        """Send weights to all of them in one publish; the checkpoint is their durable copy."""
+        assert weights is not None
+        route = Route(self._topology.work, workers, durable=False)
+        return lambda link: send_tensors(
+            link, message, weights, route, digest=self.prepare(weights)
+        )

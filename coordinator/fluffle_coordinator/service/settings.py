@@ -1,0 +1,45 @@
+"""What the operator decides of a coordinator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.transport.reconnect import Backoff
+from fluffle_coordinator.machine import state as rs
+
+
+@dataclass(frozen=True)
+class CoordinatorSettings:
+    """What the operator decided, besides the rules of the rounds.
+
+    Args:
+        federation: whose queues to use.
+        rules: the rules of the rounds.
+        plan: what workers are told about training; its seed and deadline come from the rules.
+        classes: the classes that workers must have; None lets the first worker say.
+        init: a checkpoint to begin with; None asks a worker.
+        max_workers: the most updates that may be held unacknowledged, give or take a few; where
+            more workers answer, the next round's wait until those of the last are on disk.
+        max_held_bytes: how much of the updates may wait to be folded; see ``held_updates``.
+        max_model_bytes: the most that a model or an update may have.
+        verify_users: reject what a worker sends while logged in to the broker under another name
+            than its id.
+        keep_updates: keep every update that is counted, as it came.
+        backoff: how to wait for a broker that is away.
+        waiting_every_s: how often to say what is waited for.
+    """
+
+    federation: str
+    rules: rs.Rules
+    plan: Plan = field(default_factory=Plan)
+    classes: tuple[str, ...] | None = None
+    init: Path | None = None
+    max_workers: int = 1024
+    max_held_bytes: int = 2**30
+    max_model_bytes: int = 8 * 2**30
+    verify_users: bool = False
+    keep_updates: bool = False
+    backoff: Backoff = field(default_factory=Backoff)
+    waiting_every_s: float = 10.0

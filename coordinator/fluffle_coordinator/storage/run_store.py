@@ -1,0 +1,383 @@
+"""A run on disk: checkpoints, the history, and what is needed to go on after a crash.
+
+::
+
+    runs/letters/
+        run.json                  the run's id, and how it was started, each time that changed
+        history.jsonl             a line when a round is committed, when it is evaluated, and when
+                                  the run ends
+        round-0000.safetensors    the first weights, then one file a round
+        updates/round-0001/       with --keep-updates: what was averaged (see ``update_archive``)
+        lock                      held by the coordinator that writes here
+
+A file is written beside its final name and then renamed, so that a name stands for a whole file;
+only if the power fails, a checkpoint that no history line names may be in part. A round is
+committed when its history line is on disk, which is after its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fluffle_common.cli.console import json_line
+from fluffle_common.clock import timestamp
+from fluffle_common.errors import RunError, UsageError
+from fluffle_common.tensors.checkpoint import (
+    checkpoint_name,
+    make_folder,
+    read_checkpoint,
+    replacing,
+    save_checkpoint,
+    sync_folder,
+)
+from fluffle_common.tensors.weights import Array, Weights
+from fluffle_common.transport.base import Body
+from fluffle_coordinator.storage import update_archive
+from fluffle_coordinator.storage.round_stats import with_later
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one.
+
+    ``base`` names the weights; ``announced`` is how many examples each worker counted with at most.
+    """
+
+    run: str
+    committed: int = 0
+    participants: frozenset[str] = frozenset()
+    announced: Mapping[str, int] = field(default_factory=dict)
+    evaluated: bool = True
+    weights: dict[str, Array] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """What the weights are named; a checkpoint of an earlier version has no name in it."""
+        return self.metadata.get("base", "unnamed")
+
+
+def new_base() -> str:
+    """Name weights that were just made; no other weights have this name."""
+    return secrets.token_hex(6)
+
+
+def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
+    most: dict[str, int] = {}
+    for one in (one for line in lines for one in line["participants"]):
+        most[one["worker"]] = max(one["num_examples"], most.get(one["worker"], 0))
+    return most
+
+
+class RunStore:
+    """The folder of one run.
+
+    Args:
+        folder: made where it is missing.
+
+    Raises:
+        RunError: where it cannot be made or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.history_path = folder / "history.jsonl"
+        self._lock: IO[str] | None = None
+        try:
+            make_folder(folder)
+        except OSError as why:
+            raise RunError(
+                f"cannot make the run folder {folder} ({why.strerror}); choose another with --run"
+            ) from None
+
+    def try_lock(self) -> bool:
+        """Take the folder for this process; False where another coordinator has it."""
+        lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        except OSError:  # a file system without locks
+            lock.close()
+            raise
+        self._lock = lock
+        return True
+
+    def start_afresh(self) -> Path | None:
+        """Move an earlier run out of the way; return where it is now, None where there was none."""
+        kept = [path for path in self.folder.iterdir() if path.name != "lock"]
+        if not kept:
+            return None
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for path in kept:
+            path.rename(aside / path.name)
+        for folder in (aside, aside.parent, self.folder):
+            sync_folder(folder)
+        return aside
+
+    def load(self, federation: str) -> Saved:
+        """Read where the run stands, and repair what a crash left half-done.
+
+        Raises:
+            RunError: where the folder holds another federation's run, or nothing sound is left.
+        """
+        for leftover in self.folder.glob("*.partial"):
+            leftover.unlink()
+        identity = self._identity(federation)
+        sync_folder(self.folder)  # of which a crash may have left names that are not on disk
+        lines, repairs = self._sound_history()
+        committed = {line["round"]: line for line in lines if line["event"] == "committed"}
+        last, sound = self._last_sound(max(committed, default=0))
+        if sound is None and (committed or (self.folder / checkpoint_name(0)).exists()):
+            raise RunError(f"no checkpoint in {self.folder} can be read; --fresh starts a new run")
+        if last < max(committed, default=0):
+            self._forget_after(last, lines)
+            repairs.append(f"the checkpoint after round {last} cannot be read: going on from there")
+            lines = [line for line in lines if line["round"] <= last]
+        update_archive.forget_uncommitted(self.folder, last)
+        weights, metadata = sound or (None, {})
+        line = committed.get(last, {})
+        return Saved(
+            run=identity,
+            committed=last,
+            participants=frozenset(p["worker"] for p in line.get("participants", ())),
+            announced=_most_examples(x for x in lines if x["event"] == "committed"),
+            evaluated=not last
+            or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
+            weights=weights,
+            metadata=metadata,
+            repairs=tuple(repairs),
+        )
+
+    def save_weights(self, number: int, weights: Weights, metadata: dict[str, str]) -> Path:
+        """Write the checkpoint of a round, whole or not at all.
+
+        Raises:
+            OSError: where the disk refuses; an earlier file of that name is as it was.
+        """
+        path = self.folder / checkpoint_name(number)
+        # What a power failure may leave of a later one is passed over: no history line names it.
+        save_checkpoint(path, weights, metadata, named_first=number > 0)
+        return path
+
+    def keep_update(
+        self, number: int, place: int, worker: str, body: Body, payload: memoryview | None
+    ) -> None:
+        """Keep an update that is in the sum of round ``number``; see ``update_archive``.
+
+        Raises:
+            OSError: where the disk refuses; no file stands for half an update.
+        """
+        update_archive.keep_update(
+            update_archive.update_path(self.folder, number, place, worker), body, payload
+        )
+
+    def note_configuration(self, configuration: dict[str, Any], committed: int) -> None:
+        """Add to run.json how the run goes on from here, unless that is as it was.
+
+        Args:
+            configuration: what JSON can hold.
+            committed: the last committed round; it holds from the next one on.
+
+        Raises:
+            RunError: where the disk refuses.
+        """
+        path = self.folder / "run.json"
+        told = json.loads(path.read_text())
+        before = told.setdefault("configurations", [])
+        new = json.loads(json.dumps(configuration))
+        if before and {**before[-1], **new} == before[-1]:
+            return
+        before.append({"from_round": committed + 1, "since": timestamp(), **new})
+        try:
+            with replacing(path) as file:
+                file.write(json.dumps(told, indent=1).encode() + b"\n")
+        except OSError as why:
+            raise RunError(f"cannot write {path} ({why.strerror})") from None
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line to the history; it is on disk when this returns.
+
+        Raises:
+            OSError: where the disk refuses; nothing of the line is left in the file.
+        """
+        data = _written(line).encode()
+        written = 0
+        history = os.open(self.history_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            is_new = not os.fstat(history).st_size
+            written = os.write(history, data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(history)
+            if is_new:
+                sync_folder(self.folder)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(history, os.fstat(history).st_size - written)
+            raise
+        finally:
+            os.close(history)
+
+    def _identity(self, federation: str) -> str:
+        path = self.folder / "run.json"
+        if path.exists():
+            try:
+                told = json.loads(path.read_text())
+                known, run = str(told["federation"]), str(told["run"])
+            except (ValueError, KeyError, TypeError):
+                raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
+            if known != federation:
+                raise RunError(
+                    f"{self.folder} holds a run of federation {known}, "
+                    f"not {federation}; choose another folder with --run, or --fresh"
+                )
+            return run
+        run = secrets.token_hex(6)
+        with replacing(path) as file:
+            file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
+        return run
+
+    def _sound_history(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Read the history; a torn last line, left by a crash, is cut off.
+
+        Where the power failed, blocks of it may be missing in the middle, or be zeros.
+        """
+        if not self.history_path.exists():
+            return [], []
+        data = self.history_path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole == data:
+            start = data[:-1].rfind(b"\n") + 1
+            try:
+                read_lines(data[start:])
+            except ValueError:
+                whole = data[:start]
+        try:
+            lines = read_lines(whole)
+        except ValueError as why:
+            raise RunError(
+                f"{self.history_path}: {why}; mend it, or --fresh starts a new run"
+            ) from None
+        if whole == data:
+            return lines, []
+        self._put_aside(data[len(whole) :])
+        with self.history_path.open("r+b") as history:
+            history.truncate(len(whole))
+            os.fsync(history.fileno())
+        return lines, ["cut off a torn last line of history.jsonl"]
+
+    def _last_sound(self, last: int) -> tuple[int, tuple[dict[str, Array], dict[str, str]] | None]:
+        for number in range(last, -1, -1):
+            path = self.folder / checkpoint_name(number)
+            if path.exists():
+                with contextlib.suppress(UsageError):
+                    return number, read_checkpoint(path)
+        return 0, None
+
+    def _forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
+        """Keep the history up to a round; what is cut off is kept beside it."""
+        kept, cut = (
+            "".join(map(_written, some))
+            for some in (
+                [line for line in lines if line["round"] <= last],
+                [line for line in lines if line["round"] > last],
+            )
+        )
+        self._put_aside(cut.encode())
+        with replacing(self.history_path) as file:
+            file.write(kept.encode())
+
+    def _put_aside(self, cut: bytes) -> None:
+        """Keep what is about to be cut off the history."""
+        with (self.folder / "history.removed.jsonl").open("ab") as removed:
+            removed.write(cut if cut.endswith(b"\n") else cut + b"\n")
+            removed.flush()
+            os.fsync(removed.fileno())
+        sync_folder(self.folder)
+
+
+def _written(line: dict[str, Any]) -> str:
+    text = json_line(line)
+    if "NaN" in text or "Infinity" in text:  # which many readers of JSON do not know
+        text = json_line(_without_nan(line))
+    return f"{text}\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """Put None, at any depth, where a number is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the history as one object a round, everything known about it merged, in order.
+
+    Raises:
+        UsageError: where the folder has no history, or one that cannot be read.
+    """
+    rounds: dict[int, dict[str, Any]] = {}
+    for line in read_history_lines(folder):
+        row = rounds.setdefault(line["round"], {})
+        if line["event"] == "ended":
+            row.update(with_later(row, line))
+        else:
+            row.update((key, value) for key, value in line.items() if key != "event")
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def read_history_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of the history as they were written; one that is being written is left out.
+
+    Raises:
+        UsageError: where the folder has no history, or one that cannot be read.
+    """
+    path = folder / "history.jsonl"
+    if not path.exists():
+        if (folder / "run.json").exists():
+            raise UsageError(f"the run in {folder} has committed no round yet")
+        raise UsageError(f"there is no history in {folder}; a run's folder is such as runs/NAME")
+    data = path.read_bytes()
+    try:
+        return read_lines(data[: data.rfind(b"\n") + 1])
+    except ValueError as why:
+        raise UsageError(f"{path}: {why}") from None
+
+
+def read_lines(data: bytes) -> list[dict[str, Any]]:
+    """Parse the whole lines of a history.
+
+    Raises:
+        ValueError: naming the first line that is none.
+    """
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(data.split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["event"], str) and isinstance(line["round"], int)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"line {number} is damaged")
+        lines.append(line)
+    return lines

@@ -1,0 +1,1 @@
+"""From updates to the next model, pure: decode, check, sum, step."""

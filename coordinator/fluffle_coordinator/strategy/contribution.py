@@ -1,0 +1,57 @@
+"""From the bytes of an update to a delta that is fit to be averaged."""
+
+from __future__ import annotations
+
+from fluffle_common.errors import Cause, MalformedMessage
+from fluffle_common.protocol.codec import announced, read_tensors
+from fluffle_common.protocol.messages import FirstWeights, Update
+from fluffle_common.tensors.compression import check_announced_signature, decompress
+from fluffle_common.tensors.weights import NotFinite, Weights, check_delta
+
+
+def check_announced(message: Update | FirstWeights, base: Weights | None) -> None:
+    """Look at what an update in parts announces, before any of it is fetched.
+
+    Args:
+        message: the announcement.
+        base: the model's weights; None for the first ones.
+
+    Raises:
+        MalformedMessage: of cause ``tensors``, where that cannot be what it says, or is no delta
+            for ``base``.
+    """
+    layout = announced(message)
+    if base is None or not isinstance(message, Update):
+        return
+    form = {name: (place.dtype, place.shape) for name, place in layout.places.items()}
+    try:
+        check_announced_signature(form, message.encoding, base)
+    except ValueError as wrong:
+        raise MalformedMessage(str(wrong), "tensors") from None
+
+
+def decode_contribution(
+    message: Update, payload: memoryview, base: Weights
+) -> tuple[Weights, float]:
+    """Read an update's tensors, decode them, and check them against the model.
+
+    Args:
+        message: the update, with its table of tensors and their encoding.
+        payload: the bytes of its tensors.
+        base: the weights that it is to be added to.
+
+    Returns:
+        The delta, in the names, shapes and dtypes of ``base``; views into ``payload`` where nothing
+        was encoded. And its norm: see ``finite_norm``.
+
+    Raises:
+        MalformedMessage: of cause ``tensors`` or ``not_finite``, where it is no delta for ``base``.
+    """
+    tensors = read_tensors(message.tensors, payload)
+    try:
+        delta = decompress(tensors, message.encoding, base)
+        norm = check_delta(delta, base)
+    except ValueError as wrong:
+        cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
+        raise MalformedMessage(str(wrong), cause) from None
+    return delta, norm

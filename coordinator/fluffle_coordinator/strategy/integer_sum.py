@@ -1,0 +1,105 @@
+"""Sums and means of 64-bit integers, exactly: no value is rounded on the way, nor wraps.
+
+A float64 knows integers to 53 bits only, and a weighted sum of 64-bit integers needs up to 126. So
+it is kept in two vectors, the upper and the lower 64 bits of each value, in two's complement.
+
+Example:
+    >>> high, low = np.zeros(1, np.int64), np.zeros(1, np.uint64)
+    >>> add_scaled(high, low, np.array([2**62 + 1]), 10**12)
+    >>> add_scaled(high, low, np.array([2**62 + 3]), 10**12)
+    >>> rounded_mean(high, low, 2 * 10**12, np.array([-1]))[0] == 2**62 + 1
+    np.True_
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fluffle_common.tensors.weights import Array
+
+MOST = 2**63 - 1  # the largest factor, and the largest count
+
+_HALF = np.uint64(32)
+_LOWER_HALF = np.uint64(2**32 - 1)
+_STEP_END = float(2**63 - 1024)  # the largest float64 that is an int64
+_STEPS = 4  # two are enough: each leaves 2**-52 of what there was
+
+
+def add_scaled(high: Array, low: Array, values: Array, factor: int) -> None:
+    """Add ``factor * values`` to a sum, in place.
+
+    Args:
+        high: the upper halves of the sum, int64.
+        low: its lower halves, uint64.
+        values: int64.
+        factor: from 0 to ``MOST``.
+    """
+    upper, lower = _product(values, factor)
+    low += lower
+    high += upper
+    high += low < lower  # the carry
+
+
+def rounded_mean(high: Array, low: Array, count: int, base: Array) -> Array:
+    """Return ``base + sum / count``, rounded to the nearest, halves to even.
+
+    Args:
+        high: the upper halves of the sum.
+        low: its lower halves.
+        count: from 1 to ``MOST``.
+        base: integers of any dtype, which is the result's too; what is beyond its ends is its end.
+    """
+    quotient, rest = _divide(high, low, count)
+    parity = (quotient ^ base.astype(np.int64)) & 1
+    half = count - rest
+    quotient += (rest > half) | ((rest == half) & (parity == 1))
+    return _added(base, quotient)
+
+
+def _product(values: Array, factor: int) -> tuple[Array, Array]:
+    """Multiply in 128 bits, by halves of 32: as at school."""
+    signed = values.astype(np.int64, copy=False)
+    whole = signed.view(np.uint64)
+    by_upper, by_lower = np.uint64(factor >> 32), np.uint64(factor & (2**32 - 1))
+    upper, lower = whole >> _HALF, whole & _LOWER_HALF
+    first = lower * by_lower
+    second = upper * by_lower + (first >> _HALF)
+    third = lower * by_upper + (second & _LOWER_HALF)
+    high = upper * by_upper + (second >> _HALF) + (third >> _HALF)
+    low = (third << _HALF) | (first & _LOWER_HALF)
+    # Of a negative value, 2**64 too much was taken.
+    return high.view(np.int64) - np.where(signed < 0, factor, 0), low
+
+
+def _divide(high: Array, low: Array, count: int) -> tuple[Array, Array]:
+    """Return the quotient, rounded down, and the rest, both int64."""
+    quotient = np.zeros(high.shape, np.int64)
+    for _ in range(_STEPS):
+        step = np.clip(np.rint(_as_float(high, low) / count), -_STEP_END, _STEP_END)
+        if not step.any():
+            break
+        whole = step.astype(np.int64)
+        quotient += whole
+        upper, lower = _product(whole, count)
+        high = high - upper - (low < lower)
+        low = low - lower
+    rest = low.view(np.int64)  # at most about half of the count, and so in 64 bits
+    negative = rest < 0
+    return quotient - negative, rest + np.where(negative, count, 0)
+
+
+def _as_float(high: Array, low: Array) -> Array:
+    negative = high < 0  # the complement of a small one is small; it is less by 1
+    size = np.where(negative, ~high, high).astype(np.float64) * 2.0**64
+    size += np.where(negative, ~low, low).astype(np.float64) + negative
+    return np.where(negative, -size, size)
+
+
+def _added(base: Array, change: Array) -> Array:
+    limits = np.iinfo(base.dtype)
+    wide = base.astype(np.uint64 if base.dtype.kind == "u" else np.int64)
+    total = wide + change.view(wide.dtype)
+    ends = np.iinfo(wide.dtype)
+    total[(change > 0) & (total < wide)] = ends.max  # it wrapped
+    total[(change < 0) & (total > wide)] = ends.min
+    return np.clip(total, limits.min, limits.max).astype(base.dtype)

@@ -1,0 +1,141 @@
+"""What a worker says of itself while it works."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import Fit, Heartbeat, Hello, Plan
+from fluffle_common.protocol.topology import Binding, Topology
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_worker.heartbeat import Presence
+from fluffle_worker.machine import Work
+from fluffle_worker.settings import WorkerSettings
+from fluffle_worker.task import EvalResult, TrainResult
+
+TOPOLOGY = Topology("f")
+FIT = Fit(federation="f", run="r", round=3, base="b7", evaluate=False, plan=Plan())
+
+
+class Nothing:
+    """A task of which only the number of examples matters."""
+
+    num_examples = 5
+
+    def init(self, seed):
+        return {}
+
+    def train(self, weights, plan, progress):
+        return TrainResult({}, self.num_examples)
+
+    def evaluate(self, weights):
+        return EvalResult(0.0, 1)
+
+
+async def said(presence: Presence, count: int) -> list[Hello | Heartbeat]:
+    """Let it speak up so many times."""
+    link = await MemoryBroker().open()
+    await link.declare(TOPOLOGY.shared())
+    spoken = await link.consume(TOPOLOGY.presence, prefetch=count)
+    speaking = asyncio.ensure_future(presence.signs_of_life(link))
+    try:
+        return [decode((await anext(spoken)).body)[0] for _ in range(count)]
+    finally:
+        speaking.cancel()
+        await link.close()
+
+
+@pytest.mark.parametrize("work", [FIT, Work("fit", "r", 3, "b7")], ids=["message", "work"])
+async def test_it_says_what_it_is_at_and_which_weights_that_began_with(work):
+    presence = Presence(WorkerSettings("f", "w", "t", heartbeat_s=0.01), Nothing(), TOPOLOGY)
+    (hello,) = await said(presence, 1)
+    assert (hello.kind, hello.run, hello.round, hello.base) == ("hello", None, 0, None)
+    presence.now("training", work, steps=9)
+    for sign in await said(presence, 2):
+        assert (sign.run, sign.round, sign.base, sign.steps) == ("r", 3, "b7", 9)
+
+
+async def test_it_names_no_weights_where_it_was_asked_for_the_first():
+    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    presence.now("idle", Work("init", "r", 0))
+    (hello,) = await said(presence, 1)
+    assert (hello.run, hello.round, hello.base) == ("r", 0, None)
+
+
+def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_task():
+    task = Nothing()
+    task.classes = ("c" * 90,) * 1000
+    with pytest.raises(TaskError, match=r"'t' cannot introduce itself: classes: .*90000 bytes"):
+        Presence(WorkerSettings("f", "w", "t"), task, TOPOLOGY)
+
+
+async def test_of_a_long_task_name_the_end_is_said():
+    (hello,) = await said(
+        Presence(WorkerSettings("f", "w", "/long" * 50 + "/task.py:task"), Nothing(), TOPOLOGY), 1
+    )
+    assert len(hello.task) == 200
+    assert hello.task.endswith("/task.py:task")
+
+
+async def test_it_says_how_much_of_its_answer_has_arrived():
+    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    presence.now("training", FIT, steps=9)
+    presence.sent(1, 4)  # of the answer before
+    (sign,) = await said(presence, 1)
+    assert (sign.state, sign.step, sign.steps) == ("training", 0, 9)
+    presence.now("sending", FIT)
+    presence.sent(3, 4)
+    (sign,) = await said(presence, 1)
+    assert (sign.state, sign.step, sign.steps) == ("sending", 3, 4)
+
+
+class Slow:
+    """A link that confirms no heartbeat."""
+
+    def __init__(self) -> None:
+        self.blocked: str | None = None
+        self.published: list[tuple[str, bool]] = []
+        self.enough = asyncio.Event()
+
+    async def publish(self, body: bytes, properties: Properties, *, urgent: bool, **_: object):
+        self.published.append((properties.type, urgent))
+        if len(self.published) == 4:
+            self.enough.set()
+        if properties.type == "heartbeat":
+            await asyncio.Event().wait()
+
+
+async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirmation():
+    presence = Presence(WorkerSettings("f", "w", "t", heartbeat_s=0.01), Nothing(), TOPOLOGY)
+    link = Slow()
+    speaking = asyncio.ensure_future(presence.signs_of_life(link))
+    async with asyncio.timeout(5):
+        await link.enough.wait()
+    link.blocked = "low on memory"  # one is under way, and more would only be old
+    count = len(link.published)
+    await asyncio.sleep(0.05)
+    speaking.cancel()
+    assert len(link.published) == count
+    assert link.published[:3] == [("hello", True), ("heartbeat", True), ("heartbeat", True)]
+    for telling in presence._telling:
+        telling.cancel()
+
+
+async def test_a_hello_that_no_queue_is_bound_for_is_said_again(monkeypatch):
+    monkeypatch.setattr("fluffle_worker.heartbeat._HELLO_AGAIN_S", 0.001)
+    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    link = await MemoryBroker().open()
+    shared = TOPOLOGY.shared()
+    await link.declare([one for one in shared if not isinstance(one, Binding)])
+    speaking = asyncio.ensure_future(presence.signs_of_life(link))
+    await asyncio.sleep(0.01)
+    assert (await link.counts(TOPOLOGY.unrouted)).ready == 0
+    await link.declare(shared)
+    spoken = await link.consume(TOPOLOGY.presence, prefetch=1)
+    assert decode((await anext(spoken)).body)[0].kind == "hello"
+    speaking.cancel()
+    await link.close()

@@ -1,0 +1,107 @@
+"""Which names the patterns of a user's rights let through, and how they are granted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fluffle_broker.node import permissions as rights
+from fluffle_common.errors import BrokerError
+from fluffle_common.protocol.topology import Exchange, Queue, Topology, lock_of
+
+TYPES = ["classic", "quorum"]
+
+
+def allows(pattern: str, name: str) -> bool:
+    """As RabbitMQ matches: anywhere in the name, unless the pattern says otherwise."""
+    return re.search(pattern, name) is not None
+
+
+@pytest.mark.parametrize("queue_type", TYPES)
+def test_a_worker_may_touch_its_own_two_queues_and_nothing_else(queue_type):
+    names = Topology("f", queue_type)
+    mine = rights.worker_rights(names, "site.7")
+    own = [names.inbox("site.7"), names.outbox("site.7")]
+    others = [names.inbox("sitex7"), names.outbox("site.70"), names.inbox("a.site.7"), "f.evil"]
+    others += [one.name for one in names.shared() if isinstance(one, Exchange | Queue)]
+    for pattern in (mine.configure, mine.read):
+        assert all(allows(pattern, name) for name in own)
+        assert not any(allows(pattern, name) for name in others)
+    lock = lock_of(names.inbox("site.7"))
+    assert allows(mine.configure, lock) == (queue_type == "quorum")
+    everything = [*own, *others, "amq.default", names.results]
+    assert [name for name in dict.fromkeys(everything) if allows(mine.write, name)] == ["f.results"]
+
+
+def test_a_worker_may_publish_under_its_own_keys_only():
+    names = Topology("f")
+    (keys,) = rights.worker_rights(names, "site.7").topics.values()
+    for kind in ("hello", "first_weights", "part"):
+        assert allows(keys, f"{kind}.site.7")
+        assert not allows(keys, f"{kind}.sitex7")
+        assert not allows(keys, f"{kind}.b.site.7")
+    assert allows(keys, names.rejecting("site.7"))
+
+
+@pytest.mark.parametrize("queue_type", TYPES)
+def test_the_coordinator_may_do_what_it_does_and_nothing_outside_its_federation(queue_type):
+    names = Topology("f", queue_type)
+    its = rights.coordinator_rights(names, "chief")
+    shared = [one.name for one in names.shared() if isinstance(one, Exchange | Queue)]
+    assert all(allows(its.configure, name) for name in shared)
+    assert not allows(its.configure, names.inbox("w"))
+    for name in (*shared, names.inbox("w"), names.outbox("w")):  # to bind and to pull parts
+        assert allows(its.write, name)
+        assert allows(its.read, name)
+    assert allows(its.write, "amq.default")
+    for pattern in (its.configure, its.write, its.read):
+        assert not allows(pattern, "g.updates")
+        assert not allows(pattern, "of.updates")
+
+
+class Ctl:
+    """Stands in for rabbitmqctl."""
+
+    def __init__(self, users: str = "guest\t[administrator]\n") -> None:
+        self.users = users
+        self.ran: list[list[str]] = []
+        self.typed: list[str | None] = []
+
+    def __call__(self, arguments, text):
+        self.ran.append(list(arguments))
+        self.typed.append(text)
+        return self.users if arguments[0] == "list_users" else ""
+
+
+def test_a_user_that_is_not_there_is_made_with_a_password_that_is_on_no_command_line():
+    ctl = Ctl()
+    mine = rights.worker_rights(Topology("f"), "w")
+    password = rights.apply(mine, "/", ctl)
+    assert ctl.ran == [["list_users", "--silent"], ["add_user", "w"], *mine.commands("/")]
+    assert len(password) >= 24
+    assert ctl.typed[1] == f"{password}\n"
+    assert not any(password in word for words in ctl.ran for word in words)
+
+
+def test_of_a_user_that_is_there_only_the_rights_are_set():
+    ctl = Ctl("w\t[]\n")
+    mine = rights.worker_rights(Topology("f"), "w")
+    assert rights.apply(mine, "v", ctl) is None
+    assert ctl.ran[1:] == mine.commands("v")
+    assert all(words[1:3] == ["--vhost", "v"] for words in ctl.ran[1:])
+
+
+def test_what_is_printed_is_quoted_for_a_shell():
+    lines = rights.shell_lines(rights.worker_rights(Topology("f"), "w"), "/")
+    assert lines[0].startswith("rabbitmqctl add_user w ")
+    assert "'^f\\.results$'" in lines[1]
+    assert lines[2].endswith("f.results '^[a-z_]+\\.w$' '^$'")
+
+
+def test_what_rabbitmqctl_says_is_told_where_it_fails():
+    run = rights.runner(["sh", "-c", "echo 'no such vhost' >&2; exit 64", "sh"])
+    with pytest.raises(BrokerError, match="set_permissions failed: no such vhost"):
+        run(["set_permissions"], None)
+    with pytest.raises(BrokerError, match="cannot run"):
+        rights.runner(["/nowhere/rabbitmqctl"])(["list_users"], None)

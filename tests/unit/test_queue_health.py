@@ -1,0 +1,132 @@
+"""What is off with a queue, from its figures alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.rabbitmq.management import (
+    QueueFigures,
+    management_base,
+    read_queue,
+    vhost,
+)
+from fluffle_common.transport.rabbitmq.queue_health import hint
+
+TOPOLOGY = Topology("f")
+
+
+def figures(name: str, ready: int = 0, consumers: int = 1, **more: object) -> QueueFigures:
+    purpose = TOPOLOGY.purpose(name)
+    return QueueFigures(
+        name, purpose or "", ready, 0, consumers, 0, known=purpose is not None, **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("queue", "told"),
+    [
+        (figures("f.inbox.w3", consumers=0), "worker w3 is not connected"),
+        (
+            figures("f.inbox.w.3", 1, consumers=0),
+            "worker w.3 is not connected; 1 message waits for it",
+        ),
+        (figures("f.updates", consumers=0), "no coordinator is connected"),
+        (
+            figures("f.updates", 2, consumers=0),
+            "no coordinator is connected; 2 messages wait for one",
+        ),
+        (figures("f.presence", consumers=0), "no coordinator is connected"),
+        (figures("f.rejected", 1200, consumers=0), "1,200 messages refused: fluffle rejected"),
+        (figures("f.unrouted", 1, consumers=0), "1 message had no queue to go to: fluffle peek"),
+        (figures("f.updates", 50, growth_rate=3.0), "growing by 3 messages a second"),
+        (figures("f.mine"), "foreign: fluffle has no such queue in federation f"),
+        (figures("f.updates", state="down"), "this queue is down"),
+        (replace(figures("f.updates"), consumers=0, ready=30, growth_rate=2.0), "; growing by 2"),
+    ],
+)
+def test_what_is_off_is_told(queue, told):
+    assert told in (hint(queue, TOPOLOGY) or "")
+
+
+@pytest.mark.parametrize(
+    "queue",
+    [
+        figures("f.inbox.w3"),
+        figures("f.outbox.w3", 26, consumers=0),
+        figures("f.updates", 3),
+        figures("f.updates", 3, growth_rate=3.0),
+        figures("f.updates", 300, growth_rate=0.5),
+        figures("f.updates", 300, growth_rate=-4.0),
+        figures("f.rejected", consumers=0),
+        figures("f.unrouted", consumers=0),
+        figures("f.journal", 5000, consumers=0, growth_rate=9.0, type="stream"),
+        figures("f.tap.1a2b", 40),
+    ],
+)
+def test_nothing_is_said_where_nothing_is_off(queue):
+    assert hint(queue, TOPOLOGY) is None
+
+
+def test_an_alarm_of_the_broker_is_told_where_workers_publish():
+    told = hint(figures("f.updates"), TOPOLOGY, ["memory", "disk"])
+    assert told == "blocked: the broker has run out of memory and disk, nobody can publish"
+    assert hint(figures("f.rejected", consumers=0), TOPOLOGY, ["memory"]) is None
+
+
+# --- what the management API tells ---------------------------------------------------------------
+
+
+def test_a_queue_is_read_from_what_the_management_api_tells():
+    told = {
+        "name": "f.updates", "messages_ready": 4, "messages_unacknowledged": 2, "consumers": 1,
+        "message_bytes": 900, "type": "classic", "state": "running",
+        "head_message_timestamp": 1000, "messages_ready_details": {"rate": 1.5},
+        "message_stats": {
+            "publish": 10, "publish_details": {"rate": 2.0}, "ack": 3, "get_no_ack": 1,
+            "deliver_get": 7, "deliver_get_details": {"rate": 0.4},
+        },
+    }  # fmt: skip
+    queue = read_queue(told, TOPOLOGY, now=1012.0)
+    assert (queue.ready, queue.unacknowledged, queue.size_bytes) == (4, 2, 900)
+    assert (queue.in_rate, queue.out_rate, queue.growth_rate) == (2.0, 0.4, 1.5)
+    assert (queue.oldest_s, queue.published, queue.settled) == (12.0, 10, 4)
+    assert queue.known
+
+
+def test_a_queue_too_new_for_statistics_has_none():
+    queue = read_queue({"name": "f.other"}, TOPOLOGY, now=0.0)
+    assert (queue.ready, queue.known) == (0, False)
+    assert (queue.in_rate, queue.oldest_s, queue.published, queue.growth_rate) == (None,) * 4
+
+
+def test_a_senders_clock_that_is_ahead_makes_no_negative_age():
+    told = {"name": "f.updates", "head_message_timestamp": 1000}
+    assert read_queue(told, TOPOLOGY, now=990.0).oldest_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "record", "expected"),
+    [
+        ("amqp://h:1/", "http://m:2/", {}, "http://m:2"),
+        ("amqp://h:1/", None, {}, "http://h:15672"),
+        ("amqps://h/", None, {}, "https://h:15671"),
+        ("amqp://h:1/,amqp://i:1/", None, {}, "http://h:15672"),
+        (
+            "amqp://h:1/", None, {"url": "amqp://h:1/", "management_url": "http://x:9/"},
+            "http://x:9",
+        ),
+    ],
+)  # fmt: skip
+def test_where_the_management_api_is(url, given, record, expected):
+    assert management_base(url, given, record) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [("amqp://h/", "%2F"), ("amqp://h", "%2F"), ("amqp://h/%2Fa", "%2Fa"), ("amqp://h/v", "v")],
+)
+def test_the_vhost_of_a_url(url, expected):
+    assert vhost(url) == expected

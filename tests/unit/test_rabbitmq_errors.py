@@ -1,0 +1,216 @@
+"""What RabbitMQ's own words mean: who was refused what, and whether to try again."""
+
+from __future__ import annotations
+
+import ssl
+
+import aiormq.exceptions
+import pytest
+from yarl import URL
+
+from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
+from fluffle_common.transport.rabbitmq.errors import as_ours, declaring, meaning, told
+from fluffle_common.transport.rabbitmq.refusals import WrongNode, not_let_in, tls_refusal
+
+NODE = URL("amqps://w:open-sesame@node.example:5671/v")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use",
+        "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'f.lock.inbox.w' in "
+        "vhost '/'. It could be originally declared on another connection",
+    ],
+)
+def test_only_what_another_reader_has_is_occupied(text):
+    assert isinstance(meaning(text, "w", "read"), QueueInUse)
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "said"),
+    [
+        (
+            "ACCESS_REFUSED - access to queue 'f.updates' in vhost '/' refused for user 'w'",
+            "configure",
+            "user 'w' configure queue 'f.updates' in vhost '/'",
+        ),
+        (  # RabbitMQ 4 names the right itself
+            "ACCESS_REFUSED - read access to exchange 'f.work' in vhost 'v' refused for user 'w'",
+            "bind",
+            "user 'w' read exchange 'f.work' in vhost 'v'",
+        ),
+        (
+            "ACCESS_REFUSED - access to queue 'f.inbox.x' in vhost '/' refused for user 'w'",
+            "bind",
+            "user 'w' write queue 'f.inbox.x'",
+        ),
+        (
+            "ACCESS_REFUSED - access to exchange 'amq.default' in vhost '/' refused for user 'w'",
+            None,
+            "user 'w' write exchange 'amq.default'",
+        ),
+        (
+            "ACCESS_REFUSED - access to topic 'update.x' in exchange 'f.results' in vhost '/' "
+            "refused for user 'w'",
+            None,
+            "user 'w' write the routing key 'update.x' in exchange 'f.results'",
+        ),
+        ("ACCESS_REFUSED - whatever a broker of another make says", None, "another make says"),
+    ],
+)
+def test_a_missing_right_says_whose_what_and_which(text, right, said):
+    error = meaning(text, "w", right)
+    assert isinstance(error, BrokerError)
+    assert said in str(error)
+    assert "fluffle broker permissions" in str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "PRECONDITION_FAILED - message size 4195000 is larger than configured max size 1048576",
+            ["4,195,000", "1,048,576", "max_message_size"],
+        ),
+        (
+            "PRECONDITION_FAILED - message size 4195000 is larger than max size 1048576",
+            ["max_message_size"],
+        ),
+        (
+            "PRECONDITION_FAILED - cannot declare queue 'x': queue limit in vhost 'v' (0) is "
+            "reached",
+            ["queue limit in vhost 'v' (0)", "set_vhost_limits"],
+        ),
+        (
+            "PRECONDITION_FAILED - user_id property set to 'w' but authenticated user was 'CN=w'",
+            ["user 'CN=w'", "--url"],
+        ),
+    ],
+)
+def test_a_limit_says_which_and_how_to_change_it(text, said):
+    error = meaning(text, "w", "write")
+    assert isinstance(error, BrokerError)
+    assert all(one in str(error) for one in said)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CONNECTION_FORCED - broker forced connection closure with reason 'shutdown'",
+        "INTERNAL_ERROR - access to vhost '/' refused for user 'w': vhost '/' is down",
+        "RESOURCE_ERROR - out of something",
+        "PRECONDITION_FAILED - delivery acknowledgement on channel 3 timed out",
+        "NOT_FOUND - no exchange 'f.results' in vhost '/'",
+    ],
+)
+def test_what_may_pass_by_itself_is_a_lost_link(text):
+    assert isinstance(meaning(text, "w", "read"), LinkLost)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("PRECONDITION_FAILED - inequivalent arg 'x-expires' for queue 'q'", OtherArguments),
+        (
+            "PRECONDITION_FAILED - invalid arg 'x-queue-type' for queue 'q' in vhost '/': "
+            "\"unsupported queue type 'stream'\"",
+            UnknownQueueType,
+        ),
+        ("NOT_IMPLEMENTED - queue type stream", UnknownQueueType),
+        (
+            "INTERNAL_ERROR - Cannot declare a queue 'queue 's' in vhost '/'' of type "
+            "'rabbit_stream_queue' on node 'n@h': the corresponding feature flag is disabled",
+            UnknownQueueType,
+        ),
+        ("INTERNAL_ERROR", LinkLost),
+    ],
+)
+def test_while_declaring_arguments_and_types_are_told_apart(text, error):
+    with pytest.raises(error), declaring(), as_ours("w", "configure"):
+        raise aiormq.exceptions.ChannelClosed(0, text)
+
+
+def test_a_runtime_error_of_our_own_is_a_mistake_and_no_lost_link():
+    with pytest.raises(RuntimeError, match="a mistake"), as_ours():
+        raise RuntimeError("a mistake of ours")
+    with pytest.raises(NotImplementedError), as_ours():
+        raise NotImplementedError
+
+
+async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
+    from fluffle_common.transport.rabbitmq.connection import prepared
+
+    connection = prepared(URL("amqp://nowhere/"), "test")
+    with pytest.raises(LinkLost, match="not opened"), as_ours():
+        connection.channel()
+    await connection.close()
+
+
+def test_what_a_foreign_error_says_is_one_line_without_credentials():
+    error = RuntimeError("<Connection: 'amqp://me:open-se@same@node/v'>\n closed")
+    assert told(error) == "<Connection: 'amqp://node/v'> closed"
+    assert told(TimeoutError()) == "TimeoutError"
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "said"),
+    [
+        (403, "ACCESS_REFUSED - Login was refused", ["user 'w'", "password", "--url"]),
+        (530, "NOT_ALLOWED - vhost v not found", ["no vhost 'v'", "add_vhost"]),
+        (530, "NOT_ALLOWED - access to vhost 'v' refused for user 'w'", ["into vhost 'v'"]),
+        (
+            530,
+            "NOT_ALLOWED - access to vhost 'v' refused for user 'w': connection limit (1) is "
+            "reached",
+            ["connection limit (1)", "set_vhost_limits"],
+        ),
+    ],
+)
+def test_a_refusal_at_the_door_says_what_to_change(code, text, said):
+    error = not_let_in(code, text, NODE, again=False)
+    assert isinstance(error, BrokerError)
+    assert all(one in str(error) for one in said)
+    assert "open-sesame" not in str(error)
+
+
+def test_a_limit_that_our_own_cut_connections_may_fill_is_tried_again():
+    text = "NOT_ALLOWED - access to vhost 'v' refused for user 'w': connection limit (2) is reached"
+    assert isinstance(not_let_in(530, text, NODE, again=True), LinkLost)
+
+
+def test_a_broker_that_is_starting_is_tried_again():
+    text = "INTERNAL_ERROR - access to vhost 'v' refused for user 'w': vhost 'v' is down"
+    assert isinstance(not_let_in(541, text, NODE, again=False), LinkLost)
+
+
+def ssl_error(reason: str) -> ssl.SSLError:
+    error = ssl.SSLError(1, f"[SSL: {reason}] something (_ssl.c:1)")
+    error.reason = reason
+    return error
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("WRONG_VERSION_NUMBER", "amqp://"),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "certfile"),
+        ("TLSV1_ALERT_UNKNOWN_CA", "certfile"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "TLS 1.2"),
+    ],
+)
+def test_tls_that_will_not_do_says_why(reason, said):
+    wrapped = ConnectionError("Server communication error")
+    wrapped.__cause__ = ssl_error(reason)
+    for error in (ssl_error(reason), wrapped):
+        refusal = tls_refusal(error, NODE)
+        assert isinstance(refusal, WrongNode)
+        assert said in str(refusal)
+        assert "open-sesame" not in str(refusal)
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), ssl_error("UNEXPECTED_EOF_WHILE_READING")])
+def test_a_connection_that_breaks_is_no_verdict_on_tls(error):
+    assert tls_refusal(error, NODE) is None

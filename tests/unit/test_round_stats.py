@@ -1,0 +1,49 @@
+"""Averages of what workers report: finite, whatever finite numbers they report."""
+
+from __future__ import annotations
+
+import sys
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_coordinator.dashboard.report_numbers import train_loss
+from fluffle_coordinator.machine.state import Evaluated
+from fluffle_coordinator.service.committer import federated
+from fluffle_coordinator.storage.round_stats import weighted_mean
+
+MOST = sys.float_info.max
+pairs = st.lists(st.tuples(st.integers(1, 10**12), st.floats(-MOST, MOST)), min_size=1, max_size=6)
+
+
+@given(pairs)
+def test_a_mean_of_finite_numbers_is_finite_and_the_right_one(values):
+    found = weighted_mean(values)
+    exact = sum(n * Fraction(value) for n, value in values) / sum(n for n, _ in values)
+    most = max(abs(Fraction(value)) for _, value in values)
+    assert abs(Fraction(found) - exact) <= most * Fraction(len(values) + 2, 2**52) + Fraction(
+        1, 10**300
+    )
+
+
+def test_no_examples_have_no_mean():
+    assert weighted_mean([]) is None
+    assert weighted_mean([(0, 1.0)]) is None
+
+
+def test_an_evaluation_of_the_largest_losses_is_one():
+    told = federated(
+        {
+            "a": Evaluated(10**12, 1.5e308, {"auc": -MOST}),
+            "b": Evaluated(10**12, 1.7e308, {"auc": MOST}),
+        }
+    )
+    assert (told["loss"], told["auc"]) == (pytest.approx(1.6e308), 0.0)
+
+
+def test_a_training_loss_is_averaged_likewise():
+    told = [{"num_examples": 10, "train_loss": 1.7e308}] * 2
+    assert train_loss([*told, {"num_examples": 5, "train_loss": None}]) == 1.7e308
+    assert train_loss([]) is None

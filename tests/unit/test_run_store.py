@@ -1,0 +1,724 @@
+"""A run on disk: what a crash, a full disk or a second coordinator can do to it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from fluffle_common.errors import RunError, UsageError
+from fluffle_common.tensors import checkpoint
+from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
+from fluffle_common.tensors.layout import layout_for
+from fluffle_coordinator.storage.run_store import RunStore, read_history
+
+
+def weights(value: float) -> dict[str, np.ndarray]:
+    return {
+        "w": np.full((2, 3), value, np.float32),
+        "s": np.array(value, np.float64),
+        "h": np.array([value], np.float16),
+        "n": np.array([int(value)], np.int64),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+
+
+def assert_weights(got: Any, value: float) -> None:
+    expected = weights(value)
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (got[name].dtype, got[name].shape) == (array.dtype, array.shape)
+        assert got[name].tobytes() == array.tobytes()
+
+
+def committed(number: int, *workers: str) -> dict[str, Any]:
+    told = [{"worker": worker, "num_examples": 5} for worker in workers]
+    return {"event": "committed", "round": number, "participants": told}
+
+
+def evaluated(number: int, **metrics: float) -> dict[str, Any]:
+    return {"event": "evaluated", "round": number, **metrics}
+
+
+def commit(store: RunStore, number: int) -> None:
+    store.save_weights(number, weights(number), {"round": str(number)})
+    store.append(committed(number, "a", f"b{number}"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "runs" / "letters")
+
+
+@pytest.fixture
+def three(store: RunStore) -> RunStore:
+    """Make a run with first weights and three committed rounds."""
+    store.load("letters")
+    store.save_weights(0, weights(0), {})
+    for number in (1, 2, 3):
+        commit(store, number)
+    return store
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@contextlib.contextmanager
+def room(size_bytes: int) -> Iterator[None]:
+    """Let files grow to this size only: the system writes a part, and then refuses."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def no_fsync(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_with_its_metadata(tmp_path):
+    path = tmp_path / checkpoint_name(7)
+    assert path.name == "round-0007.safetensors"
+    save_checkpoint(path, weights(2.5), {"round": "7"})
+    got, metadata = read_checkpoint(path)
+    assert_weights(got, 2.5)
+    assert metadata == {"round": "7"}
+    assert names(tmp_path) == {path.name}
+
+
+def test_an_array_of_any_memory_layout_is_saved_as_it_reads(tmp_path):
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    odd = {
+        "T": np.ascontiguousarray(array.T).T,
+        "reversed": array[:, ::-1],
+        "big": array.astype(">f4"),
+        "spread": np.broadcast_to(np.float32(3), (2, 2)),
+    }
+    save_checkpoint(tmp_path / "m", odd, {})
+    got, _ = read_checkpoint(tmp_path / "m")
+    assert {name: value.tolist() for name, value in got.items()} == {
+        name: value.tolist() for name, value in odd.items()
+    }
+
+
+def test_safetensors_itself_reads_it_and_finds_all_aligned(tmp_path):
+    """Its own reader refuses tensors that overlap, leave holes, or are not all of the file."""
+    odd = {
+        "bytes": np.arange(3, dtype=np.uint8),
+        'a "name"/ü': np.arange(5, dtype=np.float64),
+        "none": np.empty((0, 4), np.float32),
+        "one": np.float16(1.5).reshape(()),
+        "counts": np.array([[1, -2]], np.int64),
+    }
+    tensors = layout_for(odd).empty()
+    for name, value in odd.items():
+        tensors[name][...] = value
+    for saved in (odd, tensors):  # tensor by tensor, and in one piece
+        save_checkpoint(tmp_path / "m", saved, {"task": "ü"})
+        got = load_file(tmp_path / "m")
+        assert got.keys() == odd.keys()
+        for name, value in odd.items():
+            assert got[name].dtype == value.dtype
+            assert got[name].tolist() == value.tolist()
+        data = (tmp_path / "m").read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        for name, about in json.loads(data[8 : 8 + size]).items():
+            if name != "__metadata__":
+                start = 8 + size + about["data_offsets"][0]
+                assert start % odd[name].dtype.itemsize == 0
+
+
+@pytest.mark.parametrize("value", [1, 2])
+@pytest.mark.parametrize("named_first", [False, True])
+@pytest.mark.parametrize("when", ["while writing", "at fsync", "at rename", "interrupted"])
+def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(
+    tmp_path, monkeypatch, when, value, named_first
+):
+    path = tmp_path / "model"
+    if value == 2:
+        save_checkpoint(path, weights(1), {})
+    before = path.read_bytes() if path.exists() else None
+    if when == "while writing":
+        with room(100), pytest.raises(OSError, match="(?i)too large|space"):
+            save_checkpoint(path, weights(9), {}, named_first=named_first)
+    elif when == "interrupted":
+        monkeypatch.setattr(checkpoint.os, "fsync", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, weights(9), {}, named_first=named_first)
+    else:
+        if when == "at fsync":
+            monkeypatch.setattr(checkpoint.os, "fsync", no_fsync)
+        else:
+            monkeypatch.setattr(checkpoint.os, "replace", lambda *_: no_fsync(0))
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(path, weights(9), {}, named_first=named_first)
+    assert names(tmp_path) == ({"model"} if before else set())
+    if before:
+        assert path.read_bytes() == before
+    monkeypatch.undo()
+    save_checkpoint(path, weights(9), {}, named_first=named_first)
+    assert_weights(read_checkpoint(path)[0], 9)
+
+
+def _interrupt(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("number", "order_of_it"),
+    [
+        (0, ["fsync {}.partial", "rename {}.partial {}", "fsync folder"]),
+        (1, ["rename {}.partial {}", "fsync {}", "fsync folder"]),
+    ],
+)
+def test_a_checkpoint_and_its_name_are_on_disk_when_it_is_saved(
+    tmp_path, monkeypatch, number, order_of_it
+):
+    store = RunStore(tmp_path / "folder")
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        what = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        order.append(f"fsync {what}")
+        fsync(descriptor)
+
+    def noted_replace(source: str, target: str) -> None:
+        order.append(f"rename {Path(source).name} {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", noted_fsync)
+    monkeypatch.setattr(checkpoint.os, "replace", noted_replace)
+    path = store.save_weights(number, weights(1), {})
+    assert order == [one.format(path.name, path.name) for one in order_of_it]
+    order.clear()
+    store.save_weights(number, weights(2), {})  # whole at any time, the one or the other
+    assert order[:2] == [f"fsync {path.name}.partial", f"rename {path.name}.partial {path.name}"]
+
+
+@pytest.mark.parametrize("left", [0, 1, 100])
+def test_a_part_of_a_checkpoint_that_no_line_names_is_passed_over(tmp_path, left):
+    store = RunStore(tmp_path)
+    identity = store.load("f").run
+    store.save_weights(0, weights(1), {"base": "zero"})
+    commit(store, 1)
+    path = store.save_weights(2, weights(3), {"base": "two"})
+    path.write_bytes(path.read_bytes()[:left])
+    saved = RunStore(tmp_path).load("f")
+    assert (saved.run, saved.committed, saved.repairs) == (identity, 1, ())
+    store.save_weights(2, weights(3), {"base": "two"})
+    assert_weights(read_checkpoint(path)[0], 3)
+
+
+LARGE = {"a": np.arange(1_100_000, dtype=np.float32), "b": np.ones(3)}
+
+
+@pytest.mark.parametrize("tensors", [weights(3), LARGE, {}])
+def test_a_checkpoint_carries_the_digest_of_its_file(tmp_path, tensors):
+    path = tmp_path / "m"
+    save_checkpoint(path, tensors, {"round": "3", "classes": '["a"]'})
+    data = path.read_bytes()
+    with safe_open(path, "numpy") as file:
+        digest = file.metadata()["fluffle_blake3"]
+    without = data.replace(digest.encode(), b"0" * 64)
+    assert blake3(without).hexdigest() == digest
+    got, metadata = read_checkpoint(path)
+    assert metadata == {"round": "3", "classes": '["a"]'}
+    assert {name: t.tobytes() for name, t in got.items()} == {
+        name: t.tobytes() for name, t in tensors.items()
+    }
+
+
+def bits(size: int) -> list[int]:
+    """Return a hundred bits of a file, at both of its ends and in between."""
+    return [*range(8 * 8, 8 * 90, 97), *range(8 * 150, 8 * size, 8 * size // 90), 8 * size - 1]
+
+
+@pytest.mark.parametrize("tensors", [weights(3), LARGE], ids=["small", "large"])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
+    path = tmp_path / "m"
+    save_checkpoint(path, tensors, {"round": "3", "base": "0123456789ab"})
+    whole = path.read_bytes()
+    start = whole.index(b'"round"')  # what is before tells that there is a digest
+    flips = [at for at in bits(len(whole)) if at >= 8 * start]
+    if tensors is not LARGE:
+        flips += range(8 * start, 8 * start + 400)
+    flips += range(8 * whole.index(b"blake3") + 51, 8 * start - 32, 11)  # the digest itself
+    for at in flips:
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="not a whole model file|does not travel"):
+            read_checkpoint(path)
+    path.write_bytes(whole)
+    read_checkpoint(path)
+
+
+def test_a_checkpoint_of_an_earlier_version_or_another_program_needs_no_digest(tmp_path):
+    save_file({"w": np.ones(3)}, tmp_path / "m", {"round": "3"})
+    assert read_checkpoint(tmp_path / "m")[1] == {"round": "3"}
+    save_file({"w": np.ones(3)}, tmp_path / "m")
+    assert read_checkpoint(tmp_path / "m")[1] == {}
+
+
+def test_the_digest_of_a_large_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced: list[bytes] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        if (tmp_path / "m.partial").exists():
+            synced.append((tmp_path / "m.partial").read_bytes())
+
+    monkeypatch.setattr(checkpoint.os, "fsync", noted)
+    save_checkpoint(tmp_path / "m", LARGE, {})
+    assert synced[-1] == (tmp_path / "m").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
+def test_a_model_file_of_what_numpy_cannot_hold_is_told_in_one_line(tmp_path, dtype):
+    header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UsageError, match=f"tensor 'w' of .* is {dtype}, which does not travel"):
+        read_checkpoint(tmp_path / "m")
+
+
+def test_a_missing_or_damaged_model_file_is_told_in_one_line(tmp_path):
+    path = tmp_path / "m"
+    with pytest.raises(UsageError, match="there is no model file"):
+        read_checkpoint(path)
+    save_checkpoint(path, weights(1), {})
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:7], whole[:-1], whole + b"x", b"\xff" * 100, whole[8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="not a whole model file") as caught:
+            read_checkpoint(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError):
+        read_checkpoint(tmp_path)
+
+
+# --- where a run stands ------------------------------------------------------------------------
+
+
+def test_a_new_run_has_an_id_and_nothing_else(store):
+    saved = store.load("letters")
+    assert (saved.committed, saved.weights, saved.participants) == (0, None, frozenset())
+    assert saved.evaluated
+    assert saved.repairs == ()
+    assert len(saved.run) == 12
+    assert store.load("letters").run == saved.run
+
+
+def test_runs_have_different_ids(tmp_path):
+    assert RunStore(tmp_path / "a").load("f").run != RunStore(tmp_path / "b").load("f").run
+
+
+def test_a_run_goes_on_where_it_was(three):
+    saved = three.load("letters")
+    assert (saved.committed, saved.evaluated, saved.repairs) == (3, False, ())
+    assert saved.participants == {"a", "b3"}
+    assert saved.metadata == {"round": "3"}
+    assert_weights(saved.weights, 3)
+    three.append(evaluated(2, loss=0.5))
+    assert not three.load("letters").evaluated
+    three.append(evaluated(3, loss=0.25))
+    assert three.load("letters").evaluated
+
+
+def test_first_weights_alone_are_a_run_that_has_not_begun(store):
+    store.load("letters")
+    store.save_weights(0, weights(5), {})
+    saved = store.load("letters")
+    assert saved.committed == 0
+    assert_weights(saved.weights, 5)
+
+
+def test_a_checkpoint_without_its_history_line_is_no_commit(three):
+    # Killed in between: the checkpoint of round 4 is there, and round 4 is done again.
+    three.save_weights(4, weights(99), {})
+    saved = three.load("letters")
+    assert saved.committed == 3
+    assert_weights(saved.weights, 3)
+    commit(three, 4)
+    assert_weights(three.load("letters").weights, 4)
+
+
+def test_what_was_being_written_is_cleared_away(three):
+    for name in ("round-0004.safetensors.partial", "run.json.partial"):
+        (three.folder / name).write_bytes(b"half")
+    saved = three.load("letters")
+    assert saved.committed == 3
+    assert not [name for name in names(three.folder) if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("keep", [1, 20, -1])
+def test_a_torn_last_line_is_cut_off(three, keep):
+    line = json.dumps(committed(4, "a")) + "\n"
+    whole = three.history_path.read_bytes()
+    three.history_path.write_bytes(whole + line.encode()[:keep])
+    three.save_weights(4, weights(4), {})
+    saved = three.load("letters")
+    assert saved.committed == 3
+    assert_weights(saved.weights, 3)
+    assert any("torn" in repair for repair in saved.repairs)
+    assert three.history_path.read_bytes() == whole
+    assert three.load("letters").repairs == ()
+    commit(three, 4)
+    assert three.load("letters").committed == 4
+
+
+def test_a_history_that_is_nothing_but_a_torn_line_is_a_run_that_has_not_begun(store):
+    store.load("letters")
+    store.save_weights(0, weights(0), {})
+    store.history_path.write_bytes(b'{"event":"comm')
+    saved = store.load("letters")
+    assert saved.committed == 0
+    assert_weights(saved.weights, 0)
+    assert store.history_path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "zeros", "one bit"])
+@pytest.mark.parametrize("bad", [{3}, {2, 3}, {1, 2, 3}])
+def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad):
+    three.append(evaluated(3, loss=0.5))
+    for number in bad:
+        path = three.folder / checkpoint_name(number)
+        size = path.stat().st_size
+        match damage:
+            case "truncated":
+                path.write_bytes(path.read_bytes()[: size // 2])
+            case "empty":
+                path.write_bytes(b"")
+            case "missing":
+                path.unlink()
+            case "zeros":
+                path.write_bytes(bytes(size))
+            case "one bit":
+                data = bytearray(path.read_bytes())
+                data[-1] ^= 1
+                path.write_bytes(data)
+    before = three.history_path.read_text()
+    last = min(bad) - 1
+    saved = three.load("letters")
+    assert saved.committed == last
+    assert_weights(saved.weights, last)
+    assert saved.participants == ({"a", f"b{last}"} if last else set())
+    assert saved.evaluated == (last == 0)
+    assert any(f"after round {last} cannot be read" in repair for repair in saved.repairs)
+    # The history says the same, what was cut off is kept, and the run goes on.
+    removed = (three.folder / "history.removed.jsonl").read_text()
+    assert three.history_path.read_text() + removed == before
+    assert [line["round"] for line in read_history(three.folder)] == list(range(1, last + 1))
+    again = three.load("letters")
+    assert (again.run, again.committed, again.repairs) == (saved.run, last, ())
+    commit(three, last + 1)
+    assert_weights(three.load("letters").weights, last + 1)
+
+
+def test_an_older_damaged_checkpoint_does_not_matter(three):
+    (three.folder / checkpoint_name(1)).write_bytes(b"")
+    assert three.load("letters").committed == 3
+
+
+def test_where_nothing_sound_is_left_the_run_stops_and_says_so(three):
+    for number in range(4):
+        (three.folder / checkpoint_name(number)).write_bytes(b"rubbish")
+    history = three.history_path.read_bytes()
+    with pytest.raises(RunError, match="no checkpoint .* --fresh"):
+        three.load("letters")
+    assert three.history_path.read_bytes() == history
+
+
+def test_damaged_first_weights_are_not_taken_for_none(store):
+    store.load("letters")
+    store.save_weights(0, weights(0), {})
+    (store.folder / checkpoint_name(0)).write_bytes(b"rubbish")
+    with pytest.raises(RunError, match="no checkpoint"):
+        store.load("letters")
+
+
+def test_another_federations_folder_is_refused_and_left_alone(three):
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    with pytest.raises(RunError, match="federation letters, not digits"):
+        three.load("digits")
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"run": 1}', '{"federation": "letters"}'])
+def test_a_damaged_run_file_is_told_in_one_line(three, text):
+    (three.folder / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"run\.json.*--fresh"):
+        three.load("letters")
+
+
+@pytest.mark.parametrize("line", ["{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}'])
+def test_a_damaged_line_in_the_middle_of_the_history_is_told_in_one_line(three, line):
+    lines = three.history_path.read_text().splitlines()
+    three.history_path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    before = three.history_path.read_bytes()
+    with pytest.raises(RunError, match=r"history\.jsonl: line 2 is damaged.*--fresh"):
+        three.load("letters")
+    with pytest.raises(UsageError, match=r"history\.jsonl: line 2 is damaged"):
+        read_history(three.folder)
+    assert three.history_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [1, 10, None])
+def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
+    """What a power failure leaves of a line of several blocks: its end without its beginning."""
+    before = three.history_path.read_bytes()
+    three.append(committed(4, *(f"worker-{n}" for n in range(500))))
+    lines = three.history_path.read_bytes()
+    last = lines[len(before) :]
+    hole = len(last) - 1 if length is None else length
+    damaged = before + bytes(hole) + last[hole:]
+    three.history_path.write_bytes(damaged)
+    saved = three.load("letters")
+    assert (saved.committed, saved.repairs) == (3, ("cut off a torn last line of history.jsonl",))
+    assert three.history_path.read_bytes() == before
+    assert (three.folder / "history.removed.jsonl").read_bytes() == damaged[len(before) :]
+    assert three.load("letters").repairs == ()
+
+
+# --- what is on disk when the power fails --------------------------------------------------------
+
+
+@pytest.fixture
+def synced(monkeypatch) -> list[Path]:
+    """Collect what is synced, in order."""
+    found: list[Path] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return found
+
+
+def test_a_new_run_folder_is_on_disk_under_every_name(tmp_path, synced):
+    folder = tmp_path / "runs" / "of" / "letters"
+    RunStore(folder)
+    assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "of"]
+    del synced[:]
+    RunStore(folder)
+    assert synced == []
+
+
+def test_the_first_line_of_a_history_is_on_disk_with_its_name(store, synced):
+    store.load("letters")
+    del synced[:]
+    store.append(committed(1, "a"))
+    assert synced == [store.history_path, store.folder]
+    store.append(committed(2, "a"))
+    assert synced[2:] == [store.history_path]
+
+
+def test_a_first_line_that_was_refused_is_no_reason_to_forget_the_name(store, monkeypatch):
+    store.load("letters")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_fsync)
+        with pytest.raises(OSError, match="No space"):
+            store.append(committed(1, "a"))
+    order: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    store.append(committed(1, "a"))
+    assert order == [str(store.history_path), str(store.folder)]
+
+
+def test_what_is_cut_off_is_on_disk_before_the_history_is_without_it(three, synced):
+    (three.folder / checkpoint_name(3)).write_bytes(b"")
+    three.load("letters")
+    removed = synced.index(three.folder / "history.removed.jsonl")
+    assert removed < synced.index(three.folder / "history.jsonl.partial")
+
+
+def test_kept_updates_are_on_disk_under_every_name(store, synced):
+    store.load("letters")
+    del synced[:]
+    store.keep_update(1, 1, "a", b"body", None)
+    round_1 = store.folder / "updates" / "round-0001"
+    assert synced == [
+        store.folder, store.folder / "updates", round_1 / "0001-a.msgpack.partial", round_1,
+    ]  # fmt: skip
+
+
+def test_an_earlier_run_that_was_moved_aside_is_on_disk_there(three, synced):
+    aside = three.start_afresh()
+    assert synced == [aside, three.folder.parent, three.folder]
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot make the run folder.*--run"):
+        RunStore(tmp_path / "file" / "run")
+
+
+# --- the history -------------------------------------------------------------------------------
+
+
+def test_a_line_is_on_disk_when_append_returns(store, monkeypatch):
+    synced: list[bytes] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(store.history_path.read_bytes())
+
+    monkeypatch.setattr(os, "fsync", noted)
+    store.append({"event": "committed", "round": 1, "name": "w-ä\n"})
+    assert synced == [store.history_path.read_bytes()] * 2  # the file, and its folder
+    assert synced[0].count(b"\n") == 1
+    assert json.loads(synced[0]) == {"event": "committed", "round": 1, "name": "w-ä\n"}
+
+
+@pytest.mark.parametrize("left", [0, 1, 10])
+def test_a_line_for_which_there_is_no_room_leaves_nothing(three, left):
+    before = three.history_path.read_bytes()
+    with room(len(before) + left), pytest.raises(OSError, match=r"space|large"):
+        three.append(committed(4, "a"))
+    assert three.history_path.read_bytes() == before
+    three.append(committed(4, "a"))
+    assert read_history(three.folder)[-1]["round"] == 4
+
+
+def test_a_line_that_cannot_be_synced_leaves_nothing(three, monkeypatch):
+    before = three.history_path.read_bytes()
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    with pytest.raises(OSError, match="No space"):
+        three.append(committed(4, "a"))
+    assert three.history_path.read_bytes() == before
+
+
+def test_history_is_one_row_a_round_in_order_with_everything_known(store):
+    store.append({**committed(1, "a"), "seconds": 2.0})
+    store.append({**committed(2, "a", "b"), "seconds": 3.0})
+    store.append(evaluated(1, loss=0.5, accuracy=0.8))
+    store.append(evaluated(2, loss=0.25))
+    store.append(evaluated(1, loss=0.75))  # what was said last counts
+    rows = read_history(store.folder)
+    assert [row["round"] for row in rows] == [1, 2]
+    assert (rows[0]["loss"], rows[0]["accuracy"], rows[0]["seconds"]) == (0.75, 0.8, 2.0)
+    assert (rows[1]["loss"], len(rows[1]["participants"])) == (0.25, 2)
+    assert "event" not in rows[0]
+
+
+def test_a_line_is_json_that_any_reader_knows(store):
+    nan, inf = float("nan"), float("inf")
+    told = [{"worker": "a", "train_loss": nan, "metrics": {"auc": -inf, "ok": 1.5}}]
+    store.append({"event": "committed", "round": 1, "name": "NaN", "participants": told})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json.loads(store.history_path.read_text(), parse_constant=refuse)
+    assert line["participants"] == [
+        {"worker": "a", "train_loss": None, "metrics": {"auc": None, "ok": 1.5}}
+    ]
+    assert line["name"] == "NaN"
+
+
+def test_history_can_be_read_while_a_line_is_being_written(three):
+    with three.history_path.open("a") as history:
+        history.write('{"event":"committed","rou')
+    before = three.history_path.read_bytes()
+    assert [row["round"] for row in read_history(three.folder)] == [1, 2, 3]
+    assert three.history_path.read_bytes() == before
+
+
+def test_no_history_is_told_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="no history.*runs/NAME"):
+        read_history(tmp_path)
+
+
+# --- whose folder it is ------------------------------------------------------------------------
+
+_HOLD = """
+import sys
+from pathlib import Path
+from fluffle_coordinator.storage.run_store import RunStore
+store = RunStore(Path(sys.argv[1]))
+print(store.try_lock(), flush=True)
+sys.stdin.read()
+"""
+
+
+def release(store: RunStore) -> None:
+    assert store._lock is not None
+    store._lock.close()
+
+
+def test_two_in_one_process_exclude_each_other(store):
+    assert store.try_lock()
+    other = RunStore(store.folder)
+    assert not other.try_lock()
+    release(store)
+    assert other.try_lock()
+    release(other)
+
+
+def test_a_lock_is_held_by_a_process_and_ends_with_it(store):
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(store.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "True\n"
+        assert not store.try_lock()
+        other.kill()  # as a crash does: without a goodbye
+        other.wait()
+        assert store.try_lock()
+    release(store)
+
+
+def test_a_fresh_start_moves_the_old_run_aside_whole(three):
+    assert three.try_lock()
+    old = {path.name: path.read_bytes() for path in three.folder.iterdir() if path.name != "lock"}
+    before = three.load("letters").run
+    aside = three.start_afresh()
+    assert aside == three.folder.with_name("letters.1")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
+    assert names(three.folder) == {"lock"}
+    assert not RunStore(three.folder).try_lock()  # still ours
+    saved = three.load("digits")
+    assert saved.committed == 0
+    assert saved.run != before
+    assert three.start_afresh() == three.folder.with_name("letters.2")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
+    release(three)
+
+
+def test_a_fresh_start_where_nothing_was_moves_nothing(store):
+    assert store.start_afresh() is None
+    assert store.try_lock()
+    assert store.start_afresh() is None
+    assert names(store.folder.parent) == {"letters"}
+    release(store)

@@ -1,0 +1,40 @@
+"""Which signals end a program, and with which code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    before = {each: signal.getsignal(each) for each in ENDING}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+async def hit(number: signal.Signals, patience_s: float) -> str:
+    os.kill(os.getpid(), number)
+    await asyncio.sleep(patience_s)
+    return "went on"
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_it_with_the_code_that_shells_expect(number):
+    with pytest.raises(Interrupted) as caught:
+        run_until_signalled(hit(number, 30.0))
+    assert caught.value.exit_code == 128 + number
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run_until_signalled(hit(signal.SIGHUP, 0.1)) == "went on"

@@ -1,0 +1,181 @@
+"""A worker's answers on their way out: which wait for which, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluffle_common.errors import LinkLost
+from fluffle_common.protocol.codec import PART_BYTES
+from fluffle_common.protocol.messages import Evaluation, Fit, Plan, Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Counts, Properties
+from fluffle_worker import uploader as answers
+from fluffle_worker.error_feedback import Residual
+from fluffle_worker.job import Job
+from fluffle_worker.machine import Work
+from fluffle_worker.uploader import Uploader
+
+IDS: dict[str, Any] = {"federation": "f", "run": "r", "base": "b"}
+PATIENCE_S = 5.0
+
+
+class Slow:
+    """A link that notes what is published, and confirms it when it is told to."""
+
+    def __init__(self) -> None:
+        self.published: list[str] = []
+        self._confirms: dict[str, asyncio.Future[None]] = {}
+        self._news = asyncio.Event()
+
+    def confirmation(self, what: str) -> asyncio.Future[None]:
+        return self._confirms.setdefault(what, asyncio.get_running_loop().create_future())
+
+    async def publish(self, body: bytes, properties: Properties, **_: Any) -> None:
+        headers = properties.headers
+        what = f"{properties.type} {headers.get('round', headers.get('part'))}"
+        self.published.append(what)
+        self._news.set()
+        await self.confirmation(what)
+
+    async def counts(self, _: str) -> Counts | None:
+        return None
+
+    async def until(self, *published: str) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while self.published != list(published):
+                self._news.clear()
+                await self._news.wait()
+
+
+class Worker:
+    """What stands around the answers: which jobs are wanted, and which were taken."""
+
+    def __init__(self) -> None:
+        self.link = Slow()
+        self.unwanted: set[int] = set()
+        self.taken: list[int] = []
+        self.told: list[str] = []
+        self.parts: list[tuple[int, int]] = []
+        self.training: set[int] = set()
+        self.answers = Uploader(
+            Topology("f"),
+            "w",
+            link=self._link,
+            wanted=lambda job: job.work.round not in self.unwanted,
+            due=lambda job: job.work.round not in self.training,
+            taken=lambda job: self.taken.append(job.work.round),
+            tell=lambda what, _: self.told.append(what),
+            sent=lambda done, parts: self.parts.append((done, parts)),
+        )
+
+    async def _link(self) -> Any:
+        return self.link
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Worker]:
+    made = Worker()
+    running = asyncio.create_task(made.answers.run())
+    yield made
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+def job(number: int, size: int = 3) -> Job:
+    work = Work("fit", "r", number, "b")
+    made = Job(work, Fit(**IDS, round=number, evaluate=True, plan=Plan()), {})
+    update = Update(**IDS, worker="w", round=number, num_examples=1, seconds=0.0, metrics={})
+    made.answer = update, {"w": np.zeros(size, np.float32)}
+    made.residual = Residual(work)
+    return made
+
+
+async def test_an_answer_does_not_wait_until_the_one_before_is_confirmed(worker):
+    worker.answers.put(job(1))
+    await worker.link.until("update 1")
+    worker.unwanted.add(1)  # there is newer work: so its round was averaged
+    worker.answers.put(job(2))
+    await worker.link.until("update 1", "update 2")
+    worker.link.confirmation("update 2").set_result(None)
+    worker.link.confirmation("update 1").set_result(None)
+    await asyncio.to_thread(worker.answers.residual)
+    assert sorted(worker.taken) == [1, 2]
+
+
+async def test_what_an_update_left_is_told_when_nothing_is_under_way(worker):
+    for number in (1, 2):
+        worker.answers.put(job(number))
+    await worker.link.until("update 1", "update 2")
+    asked = asyncio.ensure_future(asyncio.to_thread(worker.answers.residual))
+    worker.link.confirmation("update 1").set_result(None)
+    await asyncio.wait({asked}, timeout=0.05)
+    assert not asked.done()
+    worker.link.confirmation("update 2").set_result(None)
+    assert (await asked).work == Work("fit", "r", 2, "b")
+
+
+async def test_an_evaluation_comes_before_its_update_and_once(worker):
+    both = job(2)
+    both.evaluation = Evaluation(**IDS, worker="w", round=1, num_examples=1, loss=0.5, metrics={})
+    worker.training.add(2)
+    worker.answers.put(both)
+    await worker.link.until("evaluation 1")
+    worker.training.clear()
+    worker.answers.put(both)
+    worker.link.confirmation("evaluation 1").set_result(None)
+    await worker.link.until("evaluation 1", "update 2")
+    assert worker.taken == []
+    worker.link.confirmation("update 2").set_result(None)
+    await asyncio.to_thread(worker.answers.residual)
+    assert worker.taken == [2]
+
+
+async def test_only_one_answer_in_parts_is_under_way(worker):
+    large = PART_BYTES // 4 + 1
+    worker.answers.put(job(1, large))
+    worker.answers.put(job(2, large))
+    worker.answers.put(job(3))
+    await worker.link.until("update 3", "part 0", "part 1")
+    for what in ("part 0", "part 1", "update 1"):  # from here on, parts are confirmed at once
+        worker.link.confirmation(what).set_result(None)
+    await worker.link.until(
+        "update 3", "part 0", "part 1", "update 1", "part 0", "part 1", "update 2"
+    )
+    assert worker.taken == [1]  # the others are not confirmed
+
+
+async def test_parts_that_have_arrived_are_told_and_no_more_are_sent_of_what_nobody_wants(worker):
+    worker.answers.put(job(1, 6 * PART_BYTES // 4))
+    await worker.link.until(*(f"part {number}" for number in range(4)))
+    worker.link.confirmation("part 0").set_result(None)
+    await worker.link.until(*(f"part {number}" for number in range(5)))
+    assert worker.parts == [(1, 6)]
+    worker.unwanted.add(1)  # there is newer work
+    worker.link.confirmation("part 1").set_result(None)
+    worker.answers.put(job(2))
+    await worker.link.until(*(f"part {number}" for number in range(5)), "update 2")
+    worker.link.confirmation("update 2").set_result(None)
+    await asyncio.to_thread(worker.answers.residual)
+    assert (worker.taken, worker.told) == ([2], [])
+
+
+async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatch):
+    monkeypatch.setattr(answers, "_FULL_PAUSE_S", 0.0)
+    worker.answers.put(job(1))
+    worker.answers.put(job(2))
+    await worker.link.until("update 1", "update 2")
+    worker.unwanted.add(1)
+    lost, worker.link = worker.link, Slow()
+    for number in (1, 2):
+        lost.confirmation(f"update {number}").set_exception(LinkLost("the link was lost"))
+    await worker.link.until("update 2")
+    worker.link.confirmation("update 2").set_result(None)
+    await asyncio.to_thread(worker.answers.residual)
+    assert (worker.taken, worker.told) == ([2], ["unsent", "unsent"])

@@ -1,0 +1,111 @@
+"""What a worker takes as mail, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.protocol.codec import decode, read_tensors
+from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.weights import Weights, check_finite
+from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
+from fluffle_common.transport.messaging import Route, reject
+
+Tell = Callable[[str, dict[str, Any]], None]
+
+_MOST_WAITING = 100
+
+
+def check_mail(body: Body, federation: str) -> None:
+    """Check a message as thoroughly as if it were taken.
+
+    Raises:
+        MalformedMessage: where it would be refused.
+    """
+    message, payload = decode(body, federation)
+    if not isinstance(message, ToWorker | Part):
+        raise no_mail(message)
+    if isinstance(message, Fit | Evaluate) and message.transfer is None:
+        weights_of(message, payload)
+
+
+def no_mail(message: Message) -> MalformedMessage:
+    """Return what is wrong with a message of a kind that workers are not sent."""
+    return MalformedMessage(f"a message of kind {message.kind} is no mail for a worker", "kind")
+
+
+def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
+    """Return the weights that work brings.
+
+    Raises:
+        MalformedMessage: where they are not what the message says, or not finite.
+    """
+    weights = read_tensors(message.tensors, payload)
+    try:
+        check_finite(weights)
+    except ValueError as wrong:
+        raise MalformedMessage(str(wrong), "not_finite") from None
+    return weights
+
+
+class Refusals:
+    """What a worker refuses, on its way to where it is kept with the reason.
+
+    A worker has no right to that queue itself: it sends under a key of its own, as all its results.
+    While nobody has made what it sends to, refused mail waits here, unacknowledged.
+
+    Args:
+        topology: where it goes.
+        worker: who refuses.
+    """
+
+    def __init__(self, topology: Topology, worker: str) -> None:
+        self._results = topology.results
+        self._route = Route(topology.results, [topology.rejecting(worker)])
+        self._waiting: list[tuple[Delivery, MalformedMessage]] = []
+
+    async def refuse(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
+        """Send it, or let it wait; of too many, the rest are dropped."""
+        if await link.exists(self._results):
+            try:
+                await reject(link, delivery, wrong, self._route)
+            except (QueueFull, Unroutable):
+                delivery.ack()
+        elif len(self._waiting) < _MOST_WAITING:
+            self._waiting.append((delivery, wrong))
+        else:
+            delivery.ack()
+
+    async def send_waiting(self, link: Link) -> None:
+        """Send what has waited."""
+        waiting, self._waiting = self._waiting, []
+        for delivery, wrong in waiting:
+            await self.refuse(link, delivery, wrong)
+
+    def forget(self) -> None:
+        """Let go of what waits: it came over a link that is lost, and comes again."""
+        self._waiting.clear()
+
+
+async def drain(
+    link: Link,
+    queue: str,
+    check: Callable[[Body], object],
+    refusals: Refusals,
+    tell: Tell,
+) -> None:
+    """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
+    there = await link.counts(queue)
+    for _ in range(there.ready if there is not None else 0):
+        delivery = await link.get(queue)
+        if delivery is None:
+            return
+        try:
+            check(delivery.body)
+        except MalformedMessage as wrong:
+            tell("rejected", {"reason": str(wrong)})
+            await refusals.refuse(link, delivery, wrong)
+        else:
+            delivery.ack()

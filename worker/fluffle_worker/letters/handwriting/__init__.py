@@ -1,0 +1,1 @@
+"""Drawn letters, for when no data is at hand."""

@@ -1,0 +1,201 @@
+"""Apply a letters model: classify images, and count its confusions."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluffle_common.errors import UsageError
+from fluffle_common.tensors.checkpoint import read_checkpoint, replacing
+from fluffle_common.tensors.weights import Array
+from fluffle_worker.letters.images import SIDE, Images
+from fluffle_worker.letters.task import letters_task
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's probability of each class for one image."""
+
+    scores: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return max(self.scores, key=self.scores.__getitem__)
+
+    @property
+    def confidence(self) -> float:
+        """Its probability."""
+        return self.scores[self.label]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A confusion matrix: how often class i (row) was predicted as class j (column)."""
+
+    counts: Array
+
+    @property
+    def total(self) -> int:
+        """The number of letters."""
+        return int(self.counts.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """The percentage of correct predictions; 0 if there are no letters."""
+        return 100 * float(self.counts.trace()) / max(self.total, 1)
+
+
+class LettersModel:
+    """A model file of the letters task, ready to classify images.
+
+    Raises:
+        UsageError: if the file is no model of this task.
+    """
+
+    def __init__(self, path: Path) -> None:
+        weights, metadata = read_checkpoint(path)
+        try:
+            classes = json.loads(metadata.get("classes", "[]"))
+        except ValueError:
+            classes = []
+        if not classes:
+            raise UsageError(
+                f"{path} is no model of letters: it names no classes "
+                f"(its task: {metadata.get('task') or 'unknown'})"
+            )
+        self.classes: tuple[str, ...] = tuple(map(str, classes))
+        nothing = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
+        self._task = letters_task(self.classes, nothing, None)
+        self._weights = weights
+        history = _read_history(path.parent / "history.jsonl")
+        self.temperature = temperature_of(history, metadata.get("round"))
+        self.participants = participants_of(history)
+        try:
+            self._task.check(weights)
+        except ValueError as why:
+            raise UsageError(
+                f"{path} is no model of letters ({why}; "
+                f"its task: {metadata.get('task') or 'unknown'})"
+            ) from None
+
+    def probabilities(self, images: Array) -> Array:
+        """Return calibrated probabilities, float64 [n, classes], of images [n, 100, 100, 1]."""
+        logits = np.concatenate(
+            [
+                self._task.outputs(self._weights, images[start : start + _BATCH])
+                for start in range(0, len(images), _BATCH)
+            ]
+        ).astype(np.float64)
+        logits /= self.temperature
+        raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+        total: Array = raised / raised.sum(axis=1, keepdims=True)
+        return total
+
+    def score(self, images: Images, which: Array | None = None) -> Score:
+        """Classify the images with these indices (default: all), and count the outcomes."""
+        indices = np.arange(len(images.targets)) if which is None else which
+        classes = len(self.classes)
+        if not len(indices):
+            return Score(np.zeros((classes, classes), np.int64))
+        named = self.probabilities(images.inputs[indices]).argmax(axis=1)
+        return Score(confusion_counts(images.targets[indices], named, classes))
+
+    def predict(self, image: Array) -> Prediction:
+        """Classify one image, float32 [100, 100, 1]."""
+        found = self.probabilities(image[None])[0]
+        return Prediction(dict(zip(self.classes, map(float, found), strict=True)))
+
+
+def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> float:
+    """Return the temperature that the workers fitted for a round's model, 1 if unknown.
+
+    It is fitted after the model is saved, so it is in the history beside the model's file.
+
+    Args:
+        history: the lines of the run's history.
+        number: the round, as given in the model's file.
+    """
+    for line in reversed(history):
+        if line.get("event") == "evaluated" and str(line.get("round")) == number:
+            found = line.get("temperature")
+            if isinstance(found, int | float) and math.isfinite(found) and found > 0:
+                return float(found)
+    return 1.0
+
+
+def participants_of(history: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the workers whose updates were counted in any round of a run's history."""
+    return frozenset(
+        str(participant["worker"])
+        for line in history
+        if line.get("event") == "committed"
+        for participant in line.get("participants", ())
+    )
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a history up to the first damaged one; none if there is no history."""
+    lines: list[dict[str, Any]] = []
+    try:
+        lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    except (OSError, ValueError):
+        pass
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def shown_names(classes: Sequence[str]) -> dict[str, str]:
+    """Return each class in upper case, as the letters are drawn, unless two would look alike.
+
+    Example:
+        >>> shown_names("ab"), shown_names("aA")
+        ({'a': 'A', 'b': 'B'}, {'a': 'a', 'A': 'A'})
+    """
+    upper = [name.upper() for name in classes]
+    alike = len(set(upper)) < len(upper)
+    return dict(zip(classes, classes if alike else upper, strict=True))
+
+
+def confusion_counts(targets: Array, named: Array, classes: int) -> Array:
+    """Count how often class i (row) was predicted as j (column); int64 [classes, classes]."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (targets, named), 1)
+    return counts
+
+
+def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Path) -> None:
+    """Draw a confusion matrix to a PNG, each cell shaded by its share of the row."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = plt.subplots(figsize=(6, 5.6), layout="constrained")
+    drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    upper = shown_names(classes)
+    names = [upper[name] if len(name) == 1 else name for name in classes]
+    axes.set_xticks(range(len(names)), names, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("actual")
+    axes.set_title(title, parse_math=False)
+    for row in range(len(names)):
+        for column in range(len(names)):
+            if counts[row, column]:
+                shade = "white" if share[row, column] > 0.5 else "#333333"
+                axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
+    figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
+    with replacing(out) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks one: it draws a box
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Tasks made from the models of other libraries."""
