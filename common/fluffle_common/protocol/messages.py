@@ -9,7 +9,7 @@ the names on the wire, in the journal and in the documentation.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgpack
 from pydantic import (
@@ -486,7 +486,29 @@ ToWorker = Welcome | Refusal | Verdict | InitRequest | Fit | Evaluate | Stop
 FromWorker = Hello | Heartbeat | Bye | Failure | FirstWeights | Update | Evaluation
 Message = ToWorker | FromWorker | Echo | Part | Event | Events
 
+
+def kinds_of(messages: Any) -> tuple[str, ...]:
+    """Return the kinds of a union of messages, such as ``ToWorker``."""
+    return tuple(one.model_fields["kind"].default for one in get_args(messages))
+
+
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON schema of every header; binary data is a string there."""
+    schema = _adapter.json_schema()
+    for one in schema["$defs"].values():
+        if "kind" in one.get("properties", {}):
+            one["required"] = ["protocol", "kind", *one["required"]]
+    entry = schema["$defs"]["TensorEntry"]  # a tuple in Python, a map on the wire
+    schema["$defs"]["TensorEntry"] = {
+        "type": "object",
+        "properties": dict(zip(TensorEntry._fields, entry["prefixItems"], strict=True)),
+        "required": list(TensorEntry._fields),
+        "additionalProperties": False,
+    }
+    return schema
 
 
 def parse(header: Any) -> Message:
