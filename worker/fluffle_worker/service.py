@@ -34,6 +34,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
@@ -69,6 +70,7 @@ class WorkerService:
         bar: told of progress: ``(label, done, total, description)``.
         training: where the task's code runs; a thread of its own unless told.
         form: what the task's model is made of; None: it is found out here.
+        codecs: those that updates may be encoded by.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class WorkerService:
         bar: Callable[[str, float, float, str], None],
         training: Training | None = None,
         form: Signature | None = None,
+        codecs: Registry = CODECS,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
@@ -114,6 +117,7 @@ class WorkerService:
             tell=tell,
             training=training,
             form=form,
+            codecs=codecs,
         )
         self._presence = Presence(settings, task, topology, self._trainer.form)
         self._link: Link | None = None
