@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_coordinator.cli.coordinator import CompressType
+from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import find_rule, use_local_rule
 from fluffle_worker.task import EvalResult, TrainResult
@@ -27,6 +29,7 @@ from tests.federation.harness import Adder
 
 ROOT = Path(__file__).parents[2]
 PROXIMAL = f"{Path(__file__).parent / 'proximal.py'}:proximal"
+INSTALLED = object()
 SIZE = 2000  # of float32, each 1.0: what the codec of the docs loses nothing of
 BLOCKS = re.findall(
     r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "docs/codecs.md").read_text(), re.S
@@ -98,6 +101,26 @@ def test_a_worker_without_the_codec_says_which_and_the_round_goes_on(federated, 
         assert "--codec path.py:name" in told["reason"]
         assert lacking.trained == []  # for nothing
         assert any("--codec path.py:name" in str(one) for one in coordinator.log.of("failure"))
+
+    federated(scenario)
+
+
+def test_settings_that_a_workers_codec_refuses_are_told(federated, documented):
+    path = documented("signs.py")
+    how = CompressType().convert(f"{path}:Signs:4", None, None)
+    old = documented("signs.py", ("return cls()", "return cls(int(text))"), into="old.py")
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(
+            rounds=1, number=1, min_workers=2, plan=Plan(compress=how)
+        )
+        federation.worker("a", Adder(federation.loop, size=SIZE), codecs=registry_with(path))
+        b = federation.worker("b", Adder(federation.loop, size=SIZE), codecs=registry_with(old))
+        await coordinator.end()
+        reason = b.log.of("failure")[0]["reason"]
+        assert re.search(r"^the codec 'signs' refuses 'signs:4': Val.*\(old.py:\d+\)$", reason)
+        (trace,) = b.log.of("traceback")
+        assert "return cls(int(text))" in trace["text"]
 
     federated(scenario)
 
@@ -356,6 +379,15 @@ def test_an_object_without_the_methods_is_no_rule(tmp_path):
 def test_a_rule_for_a_task_that_applies_none_is_refused():
     with pytest.raises(UsageError, match="applies no local rules; make it with flax_task"):
         use_local_rule(SimpleNamespace(), PROXIMAL)
+
+
+def test_an_installed_rule_is_found_by_its_name(monkeypatch):
+    found = [EntryPoint("fedprox", f"{__name__}:INSTALLED", loading.GROUP)]
+    found += [EntryPoint("broken", "nowhere_to_be_found:rule", loading.GROUP)]
+    monkeypatch.setattr(loading, "entry_points", lambda group: found)
+    assert find_rule("fedprox") is INSTALLED
+    with pytest.raises(TaskError, match="rule 'broken' fails to load: ModuleNotFoundError"):
+        find_rule("broken")
 
 
 def test_a_rule_that_is_not_installed_is_refused_with_those_that_are():

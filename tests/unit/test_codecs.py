@@ -155,6 +155,10 @@ def fails(*_: Any) -> Any:
         (lambda *_: None, "returned a NoneType for tensor 'w'; a tuple of 2 is expected"),
         (lambda *_: (np.zeros(3),), "returned a tuple of 1"),
         (
+            lambda self, tensor, rng: tensor.sort(),
+            "fails to encode tensor 'w': ValueError: sort array is read-only (test_codecs",
+        ),
+        (
             lambda self, tensor, rng: (tensor, np.float32(1)),
             "tensor 'w#sign' is float32, expected int8",
         ),
@@ -186,6 +190,25 @@ def test_a_decode_that_fails_refuses_the_update(codecs, decode, told):
     with pytest.raises(ValueError, match="signs") as wrong:
         decompress(encoded, "signs", DELTA)
     assert told in str(wrong.value)
+
+
+def test_what_a_codec_leaves_unsent_is_finite_or_no_update_is_sent(codecs):
+    def infinite(parts: Any, like: Any) -> Any:
+        return np.full(like.shape, np.inf, like.dtype)
+
+    codecs.add(changed(decode=staticmethod(infinite)), "here")
+    with pytest.raises(CodecError, match="'signs' decodes its own encoding of tensor 'w'"):
+        compress(DELTA, "signs", {})
+
+
+def test_a_codec_cannot_change_the_model(codecs):
+    def changes(parts: Any, like: Any) -> Any:
+        like += 1
+
+    encoded, _ = compress(DELTA, Signs(), {})
+    codecs.add(changed(decode=staticmethod(changes)), "here")
+    with pytest.raises(ValueError, match="read-only"):
+        decompress(encoded, "signs", DELTA)
 
 
 def test_what_a_codec_refuses_is_told_with_its_tensor_and_line(codecs):

@@ -97,7 +97,17 @@ def compress(
         tensors.update(zip(_names(name, parts), encoded, strict=True))
         if codec.feeds_back:
             left[name] = wanted - _decoded(type(codec), name, encoded, learnt)
+            _check_left(codec, name, left[name])
     return tensors, left
+
+
+def _check_left(codec: Codec, name: str, left: Array) -> None:
+    """Check that what is carried over can be sent some day; fluffle's own codecs see to that."""
+    if codec.name not in OWN_NAMES and not np.isfinite(left).all():
+        raise CodecError(
+            f"the codec '{codec.name}' decodes its own encoding of tensor '{name[:60]}', which is "
+            "finite, to values that are NaN or infinite"
+        )
 
 
 def _with(learnt: Array, left: Array | None, codec: Codec) -> Array:
@@ -126,7 +136,7 @@ def _encoded(
     codec: Codec, name: str, tensor: Array, parts: tuple[Part, ...], rng: np.random.Generator
 ) -> tuple[Array, ...]:
     try:
-        found = codec.encode(tensor, rng)
+        found = codec.encode(_read_only(tensor), rng)
     except Exception as why:
         raise failed(type(codec), "encode", name, why) from why
     if not isinstance(found, tuple) or len(found) != len(parts):
@@ -194,7 +204,7 @@ def decompress(
 
 def _decoded(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Array) -> Array:
     try:
-        found = codec.decode(encoded, like)
+        found = codec.decode(encoded, _read_only(like))
     except NotFinite as wrong:
         raise NotFinite(f"tensor '{name}', encoded as {codec.name}: {wrong}") from None
     except ValueError as wrong:
@@ -281,6 +291,13 @@ def _check(name: str, parts: tuple[Part, ...], found: tuple[Array, ...]) -> None
             raise ValueError(
                 f"tensor '{name}{part.suffix}' has shape {tensor.shape}, expected {shape}"
             )
+
+
+def _read_only(tensor: Array) -> Array:
+    """Return a view that a codec cannot write to: the values are still needed."""
+    view = tensor.view()
+    view.flags.writeable = False
+    return view
 
 
 def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:
