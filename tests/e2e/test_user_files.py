@@ -2,12 +2,13 @@
 
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.e2e.programs import ROOT, Federation
+from tests.e2e.programs import FLUFFLE, ROOT, Federation
 
 pytestmark = pytest.mark.rabbit
 SIGNS = re.search(r"```python\n# signs.py\n(.*?)```", (ROOT / "docs/codecs.md").read_text(), re.S)
@@ -45,7 +46,7 @@ def test_both_are_named_on_the_command_line(federation: Federation, tmp_path) ->
     signs.write_text(SIGNS.group(1))
     task.write_text(TASK)
     coordinator = federation.coordinator(
-        "--quorum", 1, "--rounds", 1, "--compress", f"{signs}:Signs"
+        "--quorum", 1, "--rounds", 1, "--compress", f"{signs}:Signs", "--keep-updates"
     )
     flags = ("--codec", f"{signs}:Signs", "--local-rule", PROXIMAL)
     worker = federation.worker("owner-1", *flags, task=f"{task}:task")
@@ -55,3 +56,14 @@ def test_both_are_named_on_the_command_line(federation: Federation, tmp_path) ->
     lines = map(json.loads, (federation.run / "history.jsonl").read_text().splitlines())
     (committed,) = [line for line in lines if line["event"] == "committed"]
     assert committed["participants"][0]["bytes"] < 5000
+
+    def replay(*more: str) -> subprocess.CompletedProcess[str]:
+        words = [FLUFFLE, "replay", str(federation.run), "--round", "1", *more]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    again = replay("--codec", f"{signs}:Signs")
+    assert again.returncode == 0, again.stdout + again.stderr
+    without = replay()
+    assert without.returncode == 2
+    assert "the encoding 'signs' is unknown here" in without.stderr
+    assert "--codec" in without.stderr

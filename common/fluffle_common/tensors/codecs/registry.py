@@ -79,7 +79,10 @@ class Registry:
             installed = _installed().get(name)
             if installed is None:
                 known = ", ".join(sorted({*self._codecs, *_installed()}))
-                raise UnknownCodec(f"the encoding '{name}' is unknown here; known are {known}")
+                raise UnknownCodec(
+                    f"the encoding '{name[:40]}' is unknown here; known are {known}; 'fluffle "
+                    "coordinator --compress' and 'fluffle replay --codec' take another from a file"
+                )
             self._load(installed)
         return self._codecs[name]
 
