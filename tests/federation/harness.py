@@ -16,6 +16,7 @@ import numpy as np
 
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_common.tensors.codecs.registry import CODECS
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.reconnect import Backoff
@@ -180,6 +181,7 @@ class Federation:
     def worker(self, name: str, task: Any = None, **options: Any) -> Process:
         """Start a worker; its task adds 1 unless told otherwise."""
         backoff = Backoff(first_s=0.2, most_s=1.0, give_up_s=36000.0)
+        codecs = options.pop("codecs", CODECS)
         settings = WorkerSettings(NAME, name, "adder", backoff=backoff, **options)
         line, log, training = Line(self.broker), Log(), Training(self.loop)
         process = Process(name, line, log, None, training=training)  # type: ignore[arg-type]
@@ -192,6 +194,7 @@ class Federation:
             bar=lambda *_: None,
             training=training,
             form=getattr(task, "form", None),
+            codecs=codecs,
         )
         process.running = asyncio.ensure_future(process.service.run())
         self.processes.append(process)

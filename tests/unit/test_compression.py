@@ -330,13 +330,40 @@ def test_a_plan_carries_what_is_wanted(how):
     assert Plan(compress=how).compress == how
 
 
-@pytest.mark.parametrize("how", ["", "int4", "topk", "topk:", "topk:1", "topk:0.0", "topk:0.10"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "Int4",
+        "topk",
+        "topk:",
+        "topk:1",
+        "topk:0.0",
+        "topk:0.10",
+        "int8:4",
+        "a.py:b",
+        "x:",
+        "x/y",
+    ],
+)
 def test_a_plan_carries_nothing_else(how):
     with pytest.raises(ValueError, match="compress"):
         Plan(compress=how)
 
 
-def test_an_unknown_encoding_is_malformed():
-    header = update(DELTA, None)[0].model_dump(exclude={"pad", "transfer"}) | {"encoding": "zip"}
+def test_a_plan_may_ask_for_the_codec_of_someone_else():
+    assert [Plan(compress=how).compress for how in ("zip", "zip:4,x=1")] == ["zip", "zip:4,x=1"]
+
+
+def test_what_is_no_name_of_an_encoding_is_malformed():
+    header = update(DELTA, None)[0].model_dump(exclude={"pad", "transfer"}) | {"encoding": "a/b"}
     with pytest.raises(MalformedMessage, match="encoding"):
         parse(header)
+
+
+def test_an_unknown_encoding_is_refused_with_those_that_are_known():
+    with pytest.raises(
+        MalformedMessage, match="'zip' is unknown here; known are bf16, f16"
+    ) as wrong:
+        decode_contribution(*update(DELTA, "zip"), BASE)
+    assert wrong.value.cause == "tensors"

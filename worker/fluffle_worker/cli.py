@@ -70,6 +70,21 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
     help="What to train: module:name or path.py:name, a function that makes the task.",
 )
 @click.option(
+    "--codec",
+    "codecs",
+    multiple=True,
+    metavar="PATH.PY:NAME",
+    help="A codec that the coordinator may ask for, from a file of your own; may be given several "
+    "times. Installed ones need no option.",
+)
+@click.option(
+    "--local-rule",
+    metavar="NAME",
+    help="What is done to each gradient of the training: path.py:name, or the name of an installed "
+    "rule.  [default: nothing]",
+    show_default=False,
+)
+@click.option(
     "--id",
     "worker_id",
     metavar="NAME",
@@ -138,11 +153,13 @@ def id_from(data: str) -> str:
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
+    from fluffle_common.cli.objects import load_codec
     from fluffle_common.cli.settings import broker_url
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
     from fluffle_worker.leaving import leave
+    from fluffle_worker.local.loading import use_local_rule
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task
@@ -162,6 +179,10 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
             classes=tuple(classes.split(",")) if classes else None,
         ),
     )
+    for codec in options["codecs"]:
+        load_codec(codec, "--codec")
+    if options["local_rule"]:
+        use_local_rule(task, options["local_rule"])
     form = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,

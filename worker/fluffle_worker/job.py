@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import (
@@ -18,14 +21,23 @@ from fluffle_common.protocol.messages import (
     Plan,
     Update,
 )
-from fluffle_common.tensors.compression import compress, encoding_of
+from fluffle_common.tensors.codecs.base import (
+    BrokenCodec,
+    Codec,
+    CodecError,
+    UnknownCodec,
+)
+from fluffle_common.tensors.codecs.registry import CODECS, Registry, encoding_of
+from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, delta
 from fluffle_worker.error_feedback import Residual
+from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
-from fluffle_worker.task import EvalResult, Task, TrainResult
+from fluffle_worker.task import EvalResult, Progress, Task, TrainResult
+from fluffle_worker.user_code import one_line
 
 
 class NotWanted(Exception):
@@ -60,6 +72,7 @@ def execute(
     residual: Callable[[], Residual] = Residual,
     results: Results | None = None,
     form: Signature = UNKNOWN,
+    codecs: Registry = CODECS,
 ) -> None:
     """Do a work and put its answer into the job; blocks, and runs the user's code.
 
@@ -72,6 +85,7 @@ def execute(
         residual: what the last update that was sent left unsent; asked for after the training.
         results: takes what the task returns.
         form: what the task's own model is made of.
+        codecs: those that updates may be encoded by.
 
     Raises:
         NotWanted: where nobody wants the work any more, at its next step.
@@ -104,22 +118,71 @@ def execute(
             raise NotWanted
         progress(*results.step(number, steps, loss))
 
+    codec = _codec_of(message.plan, codecs)
+    update, learnt = _trained(job, message, task, ids, step=step, results=results)
+    if codec is None:
+        job.answer, job.residual = (update, learnt), Residual(job.work)
+    else:
+        seed = _seeded(message).seed
+        job.answer, left = _encoded(update, learnt, codec, residual().before(job.work), seed)
+        job.residual = Residual(job.work, left)
+    job.weights = {}  # the answer is kept for a while, these need not be
+
+
+def _trained(
+    job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, step: Progress, results: Results
+) -> tuple[Update, Weights]:
+    """Train; return the update, yet without its tensors, and what was learnt."""
+    rule = getattr(task, "local_rule", None)
+    if isinstance(rule, BoundRule):
+        rule.of_round(job.work.run, job.work.round)
     began = time.monotonic()
-    trained = results.trained(task.train(lent(job.weights, task), _seeded(message), step))
+    trained = results.trained(task.train(lent(job.weights, task), _seeded(fit), step))
     seconds = time.monotonic() - began
-    update = _update(ids, message.round, trained, seconds)
     try:
         learnt = delta(trained.weights, job.weights)
     except ValueError as wrong:
         raise TaskError(f"train() returned other weights than it was given: {wrong}") from None
-    how = message.plan.compress
-    if how is None:
-        job.answer, job.residual = (update, learnt), Residual(job.work)
-    else:
-        tensors, left = compress(learnt, how, residual().before(job.work))
-        update = update.model_copy(update={"encoding": encoding_of(how)})
-        job.answer, job.residual = (update, tensors), Residual(job.work, left)
-    job.weights = {}  # the answer is kept for a while, these need not be
+    return _update(ids, fit.round, trained, seconds), learnt
+
+
+def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
+    """Return the codec that the plan asks for; None for plain updates.
+
+    Raises:
+        TaskError: if this worker does not have it, or it does not take these settings.
+    """
+    if plan.compress is None:
+        return None
+    name = encoding_of(plan.compress)
+    try:
+        return codecs.parse(plan.compress)
+    except BrokenCodec as why:
+        raise TaskError(str(why)) from why.__cause__
+    except UnknownCodec:
+        raise TaskError(
+            f"the federation encodes its updates with the codec '{name}', which this worker does "
+            "not have; get its file from whoever runs the coordinator and add --codec "
+            "path.py:name, or install the package that brings it"
+        ) from None
+    except Exception as why:
+        raise TaskError(f"the codec '{name}' refuses '{plan.compress}': {one_line(why)}") from why
+
+
+def _encoded(
+    update: Update, learnt: Weights, codec: Codec, before: Weights, seed: int
+) -> tuple[tuple[Update, Weights], Weights]:
+    """Return the update with its tensors encoded, and what that leaves unsent.
+
+    Raises:
+        TaskError: if the codec's own code fails.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
+    try:
+        tensors, left = compress(learnt, codec, before, rng)
+    except CodecError as wrong:
+        raise TaskError(f"{wrong}; no update is sent") from wrong.__cause__
+    return (update.model_copy(update={"encoding": codec.name}), tensors), left
 
 
 def _first_weights(task: Task, seed: int) -> Weights:

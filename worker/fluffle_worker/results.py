@@ -114,8 +114,9 @@ class Results:
 
     def failed(self, why: BaseException) -> None:
         """Show the traceback of an error of the task's code, unless it is known already."""
-        if not isinstance(why, TaskError) and self._new(f"trace: {one_line(why)}"):
-            self._trace(full_trace(why))
+        own = why.__cause__ if isinstance(why, TaskError) else why
+        if own is not None and self._new(f"trace: {one_line(own)}"):
+            self._trace(full_trace(own))
 
     def _metrics(self, whose: str, given: Any) -> dict[str, float]:
         if given is None:

@@ -35,6 +35,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
@@ -70,6 +71,7 @@ class WorkerService:
         bar: told of progress: ``(label, done, total, description)``.
         training: where the task's code runs; a thread of its own unless told.
         form: what the task's model is made of; None: it is found out here.
+        codecs: those that updates may be encoded by.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class WorkerService:
         bar: Callable[[str, float, float, str], None],
         training: Training | None = None,
         form: Signature | None = None,
+        codecs: Registry = CODECS,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
@@ -115,6 +118,7 @@ class WorkerService:
             tell=tell,
             training=training,
             form=form,
+            codecs=codecs,
         )
         self._presence = Presence(settings, task, topology, self._trainer.form)
         self._link: Link | None = None

@@ -50,10 +50,12 @@ class EvalResult:
 class Task(Protocol):
     """One data owner's model and data.
 
-    The arrays that ``train`` and ``evaluate`` get are the task's own to change. Two attributes are
-    optional, and make things cheaper:
+    The arrays that ``train`` and ``evaluate`` get are the task's own to change. These attributes
+    are optional:
 
     - ``only_reads = True``: it never writes to them, and so gets views instead of copies;
+    - ``local_rule``: a ``local.bound.BoundRule`` that ``train`` applies to its gradients;
+      ``--local-rule`` puts another in its place;
     - ``model_form()``: the names of its tensors, with anything that has their ``dtype`` and
       ``shape``, such as ``jax.eval_shape`` returns. Otherwise ``init(0)`` is called for that when
       the worker starts.

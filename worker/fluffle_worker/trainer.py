@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
@@ -34,6 +35,7 @@ class Trainer:
         tell: told, once each, what of the task's is not fit for use, and of its tracebacks.
         training: where the task's code runs; a thread of its own unless told.
         form: what the task's model is made of; None: it is found out here.
+        codecs: those that updates may be encoded by.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Trainer:
         tell: Tell,
         training: Training | None = None,
         form: Signature | None = None,
+        codecs: Registry = CODECS,
     ) -> None:
         self.form = signature_of_task(task) if form is None else form
-        self._task, self._sender = task, sender
+        self._task, self._sender, self._codecs = task, sender, codecs
         self._residual, self._progress, self._done = residual, progress, done
         self._training: Training = training or TrainingThread()
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
@@ -90,6 +93,7 @@ class Trainer:
                 residual=self._residual,
                 results=self._results,
                 form=self.form,
+                codecs=self._codecs,
             )
         except NotWanted:
             return machine.Abandoned(job.work)

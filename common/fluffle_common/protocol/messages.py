@@ -8,6 +8,7 @@ the names on the wire, in the journal and in the documentation.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal, get_args
 
@@ -47,7 +48,11 @@ MAX_CLASSES, MAX_CLASSES_BYTES = 5_000, 32 * 2**10
 # broker cannot be mistaken for another federation's.
 FEDERATION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 WORKER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-COMPRESS_PATTERN = r"^(bf16|f16|int8|topk:0\.[0-9]{0,5}[1-9])$"
+# fluffle's own codecs have one spelling each; those of others take settings of any kind.
+_OWN_CODEC = re.compile(r"bf16|f16|int8|topk:0\.[0-9]{0,5}[1-9]")
+_OTHER_CODEC = re.compile(
+    r"(?!(bf16|f16|int8|topk)(:|$))[a-z0-9][a-z0-9_-]{0,31}(:[A-Za-z0-9_.,=+-]{1,64})?"
+)
 
 Federation = Annotated[str, Field(pattern=FEDERATION_PATTERN)]
 WorkerId = Annotated[str, Field(pattern=WORKER_PATTERN)]
@@ -73,6 +78,20 @@ def _not_too_long(classes: tuple[str, ...]) -> tuple[str, ...]:
     return classes
 
 
+def names_a_codec(how: str) -> str:
+    """Check that a plan can ask for a codec in these words; return them.
+
+    Raises:
+        ValueError: saying what is expected instead.
+    """
+    if _OWN_CODEC.fullmatch(how) or _OTHER_CODEC.fullmatch(how):
+        return how
+    raise ValueError(
+        f"'{how[:60]}' names no codec; bf16, f16, int8, topk:0.01 or NAME[:SETTINGS] is expected"
+    )
+
+
+Compress = Annotated[str, AfterValidator(names_a_codec)]
 Classes = Annotated[
     tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
     Strict(False),
@@ -138,8 +157,9 @@ class Transfer(_Model):
 class Plan(_Model):
     """How to train in this round; the same for every worker.
 
-    ``deadline_s`` counts from the opening of the round; ``compress`` says how updates are to be
-    encoded (see ``compression``), None that they are not; ``config`` is free for a task's own use.
+    ``deadline_s`` counts from the opening of the round; ``compress`` names the codec of updates,
+    with its settings (see ``tensors.codecs``), or None for plain ones; ``config`` is free for a
+    task's own use.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
@@ -147,7 +167,7 @@ class Plan(_Model):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     deadline_s: Seconds | None = None
-    compress: Annotated[str, Field(pattern=COMPRESS_PATTERN)] | None = None
+    compress: Compress | None = None
     config: Config = Field(default_factory=dict)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, Strict
 
@@ -11,7 +11,8 @@ MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
 # So many tables of tensors are remembered, of up to this length: anyone may send any table.
 TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
 
-Encoding = Literal["bf16", "f16", "int8", "topk"]
+ENCODING_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
+Encoding = Annotated[str, Field(pattern=ENCODING_PATTERN)]
 
 
 class TensorEntry(NamedTuple):

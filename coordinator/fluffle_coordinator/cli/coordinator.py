@@ -20,11 +20,11 @@ from fluffle_common.cli.app import (
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
+from fluffle_coordinator.cli.compress import CompressType
 
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
 
-_LEAST_FRACTION, _MOST_FRACTION = 1e-6, 0.5
 _MOST_COUNT = 2**31 - 1
 _UNBOUNDED = 10_000
 
@@ -62,32 +62,6 @@ class QuorumType(click.ParamType[Any]):
             param,
             ctx,
         )
-
-
-class CompressType(click.ParamType[Any]):
-    """``int8``, or ``topk:`` with the fraction of the values that is sent."""
-
-    name = "compress"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Parse it into what a plan says."""
-        text = str(value).strip()
-        kind, _, number = text.partition(":")
-        if text == "int8":
-            return text
-        try:
-            fraction = float(number) if kind == "topk" else 0.0
-        except ValueError:
-            fraction = 0.0
-        # A value and its index take twice the room of a float32: from a half on, nothing is saved.
-        if not _LEAST_FRACTION <= fraction <= _MOST_FRACTION:
-            self.fail(
-                f"'{text}' is no compression; give int8, or topk with the fraction of the values "
-                f"to send, {_LEAST_FRACTION:f} to {_MOST_FRACTION:g}, such as topk:0.01",
-                param,
-                ctx,
-            )
-        return f"topk:{fraction:.6f}".rstrip("0")
 
 
 def run_option(command: Any) -> Any:
@@ -175,10 +149,11 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--compress",
     type=CompressType(),
-    metavar="int8|topk:FRACTION",
+    metavar="int8|topk:FRACTION|PATH.PY:NAME",
     help="Send updates as 8-bit integers with scales, about a quarter of the bytes, or only the "
     "largest values, such as topk:0.01 for one in a hundred. What is not sent is added to the "
-    "worker's next update.  [default: neither]",
+    "worker's next update. Or encode them by a codec of your own (docs/codecs.md).  "
+    "[default: neither]",
     show_default=False,
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of everything random.")

@@ -25,8 +25,15 @@ _run_argument = click.argument(
 @click.command()
 @_run_argument
 @click.option("--round", "number", type=count(), required=True, help="Which round.")
+@click.option(
+    "--codec",
+    "codecs",
+    multiple=True,
+    metavar="PATH.PY:NAME",
+    help="A codec that the coordinator was given by --compress.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one object with every tensor.")
-def replay(folder: Path, number: int, as_json: bool) -> None:
+def replay(folder: Path, number: int, codecs: tuple[str, ...], as_json: bool) -> None:
     """Compute a round's average again from the kept updates, and compare it bit by bit.
 
     RUN is the run's folder, such as runs/letters, of a coordinator that ran with --keep-updates.
@@ -41,8 +48,11 @@ def replay(folder: Path, number: int, as_json: bool) -> None:
       fluffle coordinator --federation letters --keep-updates
       fluffle replay runs/letters --round 3
     """
+    from fluffle_common.cli.objects import load_codec
     from fluffle_coordinator.storage.replay import replay as compute_again
 
+    for codec in codecs:
+        load_codec(codec, "--codec")
     found = compute_again(folder, number)
     if as_json:
         echo_json(found.as_json())

@@ -21,6 +21,9 @@ from fluffle_common.cli.settings import cache_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
+from fluffle_worker.local.base import LocalRule
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.task import EvalResult, Progress, TrainResult
 
 Examples = tuple[Array, Array]
@@ -40,8 +43,9 @@ class FlaxTask:
 
     JAX never writes to the arrays that it is given: the task gets views of the weights.
 
-    The optimizer's state is fresh in every round: a worker keeps nothing between rounds, so that
-    one that was restarted, or joined late, does exactly what it would have done otherwise.
+    The optimizer's state is fresh in every round: unless its local rule keeps something, a worker
+    keeps nothing between rounds, so that one that was restarted, or joined late, does exactly what
+    it would have done otherwise.
 
     Args:
         model: ``(rngs) -> module``; the module is called with a batch of inputs.
@@ -55,6 +59,7 @@ class FlaxTask:
         augment: ``(key, inputs) -> inputs``, random changes to a training batch.
         classes: the names of the outputs, for a classifier.
         sample_seed: makes this worker's batches its own.
+        local_rule: changes each gradient before the optimizer sees it.
     """
 
     only_reads = True
@@ -72,10 +77,12 @@ class FlaxTask:
         augment: Augment | None = None,
         classes: tuple[str, ...] = (),
         sample_seed: int = 0,
+        local_rule: LocalRule[Any] | None = None,
     ) -> None:
         keep_compiled()
         self.num_examples = len(train_data[0])
         self.classes = classes
+        self.local_rule = BoundRule(local_rule)
         self._loss, self._metrics = loss, dict(metrics or {})
         self._augment = augment
         self._optimizer, self._learning_rate = optimizer, learning_rate
@@ -92,16 +99,16 @@ class FlaxTask:
             like, compiled = model(nnx.Rngs(0)), lambda make: make
         self._graph, averaged, _ = _split(like)
         self._form = nnx.to_flat_state(averaged)
-        _check_names([_name(path) for path, _ in self._form])
+        _check_names([tensor_name(path) for path, _ in self._form])
         self._rest = compiled(lambda: _split(model(nnx.Rngs(0)))[2])()
         self._init = compiled(lambda key: _split(model(nnx.Rngs(key)))[1])
-        self._steps: dict[float, tuple[Any, Any]] = {}
+        self._steps: dict[tuple[float, BoundRule], tuple[Any, Any]] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
     def model_form(self) -> dict[str, Any]:
         """See ``task.Task``."""
-        return {_name(path): leaf.get_value() for path, leaf in self._form}
+        return {tensor_name(path): leaf.get_value() for path, leaf in self._form}
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
@@ -125,6 +132,8 @@ class FlaxTask:
             # of what is reported, and costs nothing.
             seen = float(losses[-2]) if number > 1 else None
             progress(number, len(batches), seen)
+        if not self.local_rule.changes_nothing:
+            self.local_rule.end(named(nnx.filter_state(state, nnx.Param)), optimizer_state[0])
         mean = float(np.mean([float(loss) for loss in losses]))
         return TrainResult(_to_weights(state), self.num_examples, {"loss": mean})
 
@@ -172,13 +181,16 @@ class FlaxTask:
 
     def _step(self, learning_rate: float) -> tuple[Any, Any]:
         """Return the optimizer and its compiled step; one for each learning rate ever asked."""
-        if learning_rate not in self._steps:
+        key_of_step = learning_rate, self.local_rule
+        if key_of_step not in self._steps:
             optimizer = self._optimizer
             transform = (
                 optimizer
                 if isinstance(optimizer, optax.GradientTransformation)
                 else optimizer(learning_rate)
             )
+            if not self.local_rule.changes_nothing:
+                transform = optax.chain(gradient_transformation(self.local_rule), transform)
 
             def step(  # noqa: PLR0917 - all of them traced, by position
                 state: Any, rest: Any, optimizer_state: Any, data: Any, batch: Any, key: Any
@@ -201,8 +213,8 @@ class FlaxTask:
                 _, others, rest = nnx.split_state(after, nnx.Param, nnx.BatchStat, ...)
                 return nnx.merge_state(params, others), rest, optimizer_state, value
 
-            self._steps[learning_rate] = transform, jax.jit(step)
-        return self._steps[learning_rate]
+            self._steps[key_of_step] = transform, jax.jit(step)
+        return self._steps[key_of_step]
 
     def _forward_step(self, state: Any, inputs: Any) -> Any:
         model = nnx.merge(self._graph, state, self._rest, copy=True)
@@ -218,7 +230,10 @@ class FlaxTask:
     def _to_state(self, weights: Weights) -> Any:
         self.check(weights)
         return nnx.from_flat_state(
-            [(path, leaf.replace(jnp.asarray(weights[_name(path)]))) for path, leaf in self._form]
+            [
+                (path, leaf.replace(jnp.asarray(weights[tensor_name(path)])))
+                for path, leaf in self._form
+            ]
         )
 
 
@@ -231,12 +246,7 @@ def _split(model: Any) -> Any:
 
 
 def _to_weights(state: Any) -> dict[str, Array]:
-    flat = nnx.to_flat_state(state)
-    return {_name(path): np.asarray(leaf.get_value()) for path, leaf in flat}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
+    return {name: np.asarray(array) for name, array in named(state).items()}
 
 
 def _check_names(names: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Codecs: how one tensor of an update travels in fewer bytes; one file each."""

@@ -1,0 +1,68 @@
+"""``topk:FRACTION``: only the values of the largest magnitudes, and where they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fluffle_common.tensors.codecs.base import Part, Shape, clipped
+from fluffle_common.tensors.weights import FLOATS, Array, largest
+
+_F32_MAX = largest(np.dtype(np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """See ``Codec``; ``fraction`` is the part of the values to send."""
+
+    fraction: float
+    name: ClassVar[str] = "topk"
+    dtypes: ClassVar[tuple[str, ...]] = FLOATS
+    feeds_back: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, text: str) -> TopK:
+        """See ``Codec``.
+
+        >>> TopK.parse("topk:0.01")
+        TopK(fraction=0.01)
+        """
+        name, _, number = text.partition(":")
+        try:
+            fraction = float(number)
+        except ValueError:
+            fraction = 0.0
+        if name != cls.name or not 0 < fraction <= 1:
+            raise ValueError(
+                f"'{text}' is not 'topk:' with the fraction of values to send, such as topk:0.01"
+            )
+        return cls(fraction)
+
+    def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
+        """See ``Codec``."""
+        flat = tensor.reshape(-1)
+        count = math.ceil(self.fraction * flat.size)
+        index = np.sort(np.argpartition(np.abs(flat), flat.size - count)[flat.size - count :])
+        value = clipped(flat[index], _F32_MAX).astype(np.float32)
+        return index.astype(np.int32), value
+
+    @staticmethod
+    def parts(shape: Shape) -> tuple[Part, ...]:
+        """See ``Codec``."""
+        most = (math.prod(shape),)
+        return Part("#index", "int32", most, True), Part("#value", "float32", most, True)
+
+    @staticmethod
+    def decode(parts: tuple[Array, ...], like: Array) -> Array:
+        """See ``Codec``."""
+        index, value = parts
+        if index.size and not (
+            index[0] >= 0 and index[-1] < like.size and (index[1:] > index[:-1]).all()
+        ):
+            raise ValueError(f"#index does not increase from 0 to {like.size - 1}")
+        decoded = np.zeros(like.shape, like.dtype)
+        decoded.reshape(-1)[index] = value
+        return decoded

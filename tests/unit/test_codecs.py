@@ -1,0 +1,315 @@
+"""Codecs: the bytes of fluffle's own, and what is made of those of others."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from fluffle_common.cli.objects import load_codec, load_object
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.codecs import registry
+from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, UnknownCodec
+from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
+from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
+from fluffle_coordinator.cli.coordinator import CompressType
+
+DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The sign of each value, and the mean magnitude."""
+
+    name: ClassVar[str] = "signs"
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
+    feeds_back: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, text: str) -> Signs:
+        return cls()
+
+    def encode(self, tensor: Any, rng: Any) -> tuple[Any, ...]:
+        return np.sign(tensor).astype(np.int8), np.abs(tensor).mean(dtype=np.float32)
+
+    @staticmethod
+    def parts(shape: Any) -> tuple[Part, ...]:
+        return Part("#sign", "int8", shape), Part("#size", "float32", ())
+
+    @staticmethod
+    def decode(parts: Any, like: Any) -> Any:
+        sign, size = parts
+        return (sign * size).astype(like.dtype)
+
+
+@pytest.fixture
+def codecs(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """Let this test add codecs to those of the process."""
+    monkeypatch.setattr(CODECS, "_codecs", dict(CODECS._codecs))
+    return CODECS
+
+
+# What is on the wire does not change: docs/protocol.md says it, and others decode it.
+@pytest.mark.parametrize(
+    ("how", "digest"),
+    [
+        ("bf16", "272ef45345712db0"),
+        ("f16", "a9abe9b3fbbb4dfb"),
+        ("int8", "f0e96cadf0a95c0d"),
+        ("topk:0.01", "ce3e4c307bf8dfad"),
+    ],
+)
+def test_the_bytes_of_an_encoding_are_what_they_were(how, digest):
+    encoded, _ = compress(DELTA, how, {})
+    found = hashlib.sha256()
+    for name, tensor in encoded.items():
+        found.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode() + tensor.tobytes())
+    assert found.hexdigest()[:16] == digest
+
+
+def test_a_codec_of_someone_else_encodes_and_decodes(codecs):
+    codecs.add(Signs, "here")
+    encoded, left = compress(DELTA, "signs", {})
+    assert {name: (t.dtype.name, t.shape) for name, t in encoded.items()} == {
+        "w#sign": ("int8", (30, 100)), "w#size": ("float32", ()),
+    }  # fmt: skip
+    got = decompress(encoded, "signs", DELTA)
+    np.testing.assert_allclose(got["w"] + left["w"], DELTA["w"], atol=1e-4)
+    announced = {name: (tensor.dtype, tensor.shape) for name, tensor in encoded.items()}
+    check_announced_signature(announced, "signs", DELTA)
+    announced["w#size"] = (np.dtype(np.float32), (10**9,))
+    with pytest.raises(ValueError, match="'w#size' is float32"):
+        check_announced_signature(announced, "signs", DELTA)
+
+
+def test_random_numbers_are_those_of_the_plan(codecs):
+    class Dithered(Signs):
+        name = "dithered"
+
+        def encode(self, tensor, rng):
+            return super().encode(tensor + rng.normal(size=tensor.shape), rng)
+
+    codecs.add(Dithered, "here")
+    one, two, other = (
+        compress(DELTA, "dithered", {}, np.random.default_rng(seed))[0]["w#sign"]
+        for seed in (1, 1, 2)
+    )
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)
+
+
+# --- what is no codec ----------------------------------------------------------------------------
+
+
+def changed(**changes: Any) -> type:
+    return type("Changed", (Signs,), changes)
+
+
+@pytest.mark.parametrize(
+    ("codec", "told"),
+    [
+        (Signs(), "is a Signs; a codec is a class"),
+        (changed(name="No Name"), "a codec's name has 1 to 32 of a-z"),
+        (changed(name=None), "the name None"),
+        (changed(name="topk"), "'topk', which is one of fluffle's own"),
+        (changed(encode=None), "no method 'encode'"),
+        (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
+        (changed(dtypes="float32"), "needs 'dtypes'"),
+        (changed(feeds_back=1), "'feeds_back', True or False"),
+        (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails in parts((4, 300)): ZeroDiv"),
+        (changed(parts=staticmethod(lambda shape: ())), "a tuple of one or two Part is expected"),
+        (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
+        (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),
+        (changed(parts=staticmethod(lambda shape: (Part("", "int4", shape),))), "dtype 'int4'"),
+        (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "of one suffix"),
+    ],
+)
+def test_what_is_no_codec_is_refused_with_what_to_change(codec, told):
+    with pytest.raises(UsageError) as wrong:
+        Registry().add(codec, "codec.py:C (--codec)")
+    assert told in str(wrong.value)
+    assert "\n" not in str(wrong.value)
+
+
+def test_fluffles_own_are_codecs():
+    for name in ("bf16", "f16", "int8", "topk"):
+        assert check_codec(CODECS.get(name), name).name == name
+
+
+# --- codecs that fail ----------------------------------------------------------------------------
+
+
+def fails(*_: Any) -> Any:
+    raise RuntimeError("as it\nwas written")
+
+
+@pytest.mark.parametrize(
+    ("encode", "told"),
+    [
+        (fails, "'signs' fails to encode tensor 'w': RuntimeError: as it was written (test_codecs"),
+        (lambda *_: None, "returned a NoneType for tensor 'w'; a tuple of 2 is expected"),
+        (lambda *_: (np.zeros(3),), "returned a tuple of 1"),
+        (
+            lambda self, tensor, rng: tensor.sort(),
+            "fails to encode tensor 'w': ValueError: sort array is read-only (test_codecs",
+        ),
+        (
+            lambda self, tensor, rng: (tensor, np.float32(1)),
+            "tensor 'w#sign' is float32, expected int8",
+        ),
+        (
+            lambda self, tensor, rng: (np.zeros(3, np.int8), np.float32(1)),
+            "'w#sign' has shape (3,), expected (30, 100)",
+        ),
+    ],
+)
+def test_an_encode_that_fails_says_so_in_one_line(codecs, encode, told):
+    codecs.add(changed(encode=encode), "here")
+    with pytest.raises(CodecError) as wrong:
+        compress(DELTA, "signs", {})
+    assert told in str(wrong.value)
+    assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("decode", "told"),
+    [
+        (fails, "'signs' fails to decode tensor 'w': RuntimeError: as it was written (test_codecs"),
+        (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w', expected float32"),
+        (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
+    ],
+)
+def test_a_decode_that_fails_refuses_the_update(codecs, decode, told):
+    encoded, _ = compress(DELTA, Signs(), {})
+    codecs.add(changed(decode=staticmethod(decode)), "here")
+    with pytest.raises(ValueError, match="signs") as wrong:
+        decompress(encoded, "signs", DELTA)
+    assert told in str(wrong.value)
+
+
+def test_what_a_codec_leaves_unsent_is_finite_or_no_update_is_sent(codecs):
+    def infinite(parts: Any, like: Any) -> Any:
+        return np.full(like.shape, np.inf, like.dtype)
+
+    codecs.add(changed(decode=staticmethod(infinite)), "here")
+    with pytest.raises(CodecError, match="'signs' decodes its own encoding of tensor 'w'"):
+        compress(DELTA, "signs", {})
+
+
+def test_a_codec_cannot_change_the_model(codecs):
+    def changes(parts: Any, like: Any) -> Any:
+        like += 1
+
+    encoded, _ = compress(DELTA, Signs(), {})
+    codecs.add(changed(decode=staticmethod(changes)), "here")
+    with pytest.raises(ValueError, match="read-only"):
+        decompress(encoded, "signs", DELTA)
+
+
+def test_what_a_codec_refuses_is_told_with_its_tensor_and_line(codecs):
+    def refuses(parts: Any, like: Any) -> Any:
+        raise ValueError("#size is negative")
+
+    encoded, _ = compress(DELTA, Signs(), {})
+    codecs.add(changed(decode=staticmethod(refuses)), "here")
+    with pytest.raises(ValueError, match=r"'w', encoded as signs: #size is negative \(test_codecs"):
+        decompress(encoded, "signs", DELTA)
+
+
+# --- where they come from ------------------------------------------------------------------------
+
+
+def entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Registry:
+    found = {name: EntryPoint(name, value, registry.GROUP)}
+    monkeypatch.setattr(registry, "_installed", lambda: found)
+    return Registry()
+
+
+def test_an_installed_codec_is_found_by_its_name(monkeypatch):
+    assert entry_point(monkeypatch, "signs", f"{__name__}:Signs").parse("signs:1") == Signs()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("signs", "nowhere_to_be_found:Signs", "fails to load: ModuleNotFoundError"),
+        ("other", f"{__name__}:Signs", "has the name 'signs', not 'other'"),
+        ("signs", f"{__name__}:fails", "a codec is a class"),
+    ],
+)
+def test_an_installed_codec_that_is_none_is_told(monkeypatch, name, value, told):
+    with pytest.raises(BrokenCodec, match=told):
+        entry_point(monkeypatch, name, value).get(name)
+
+
+def test_no_name_on_the_wire_makes_a_process_import_a_file(tmp_path):
+    for name in (f"{tmp_path}/codec.py", "codec"):
+        with pytest.raises(UnknownCodec):
+            Registry().get(name)
+    with pytest.raises(ValueError, match="names no codec"):
+        Plan(compress=f"{tmp_path}/codec.py:Codec")
+
+
+CODEC = """
+from dataclasses import dataclass
+import numpy as np
+from fluffle_common.tensors.codecs.base import Part
+
+@dataclass(frozen=True)
+class Tenths:
+    name = "tenths"
+    dtypes = ("float32",)
+    feeds_back = False
+    parse = classmethod(lambda cls, text: cls() if text in ("tenths", "tenths:1") else int(text))
+    encode = lambda self, tensor, rng: (np.rint(tensor * 10).astype(np.int16),)
+    parts = staticmethod(lambda shape: (Part("", "int16", shape),))
+    decode = staticmethod(lambda parts, like: (parts[0] / 10).astype(like.dtype))
+"""
+
+
+@pytest.mark.parametrize("settings", ["", ":1"])
+def test_compress_takes_a_codec_from_a_file_and_tells_workers_its_name(codecs, tmp_path, settings):
+    (tmp_path / "queue.py").write_text(CODEC)  # it replaces no module
+    how = CompressType().convert(f"{tmp_path}/queue.py:Tenths{settings}", None, None)
+    assert Plan(compress=how).compress == f"tenths{settings}"
+    assert decompress(compress(DELTA, how, {})[0], "tenths", DELTA)["w"].shape == (30, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}/none.py:Tenths", "there is no file"),
+        ("{}/codec.py:Nothing", "has nothing called 'Nothing' (--compress)"),
+        ("{}/codec.py:np", "is a module; a codec is a class"),
+        ("{}/codec.py:Tenths:bad", "invalid literal"),
+        ("{}/codec.py:Tenths:a b", "names no codec"),
+    ],
+)
+def test_compress_refuses_what_is_no_codec(codecs, tmp_path, text, told):
+    (tmp_path / "codec.py").write_text(CODEC)
+    with pytest.raises(UsageError) as wrong:
+        CompressType().convert(text.format(tmp_path), None, None)
+    assert told in str(wrong.value)
+    assert "\n" not in str(wrong.value)
+
+
+def test_a_file_that_fails_is_told_in_one_line_and_its_traceback_is_the_users_own(tmp_path, capsys):
+    path = tmp_path / "broken.py"
+    path.write_text("import json\n\njson.loads('{')\n")
+    with pytest.raises(TaskError, match=r"JSONDecodeError: .* \(broken\.py:3\) \(--codec\)$"):
+        load_codec(f"{path}:C", "--codec")
+    told = capsys.readouterr().err
+    assert "json.loads('{')" in told
+    assert "objects.py" not in told
+    assert "importlib" not in told
+
+
+@pytest.mark.parametrize("name", ["codec", "codec:C", ":C", "codec.py", "codec.py:"])
+def test_an_object_is_named_by_a_file_and_a_name(name):
+    with pytest.raises(UsageError, match=r"path\.py:name is expected"):
+        load_object(name, "--codec")
