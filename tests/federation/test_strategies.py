@@ -17,7 +17,9 @@ from fluffle_common.tensors.checkpoint import (
     save_checkpoint,
 )
 from fluffle_coordinator.cli.run_folder import replay
+from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.strategy_loading import load_strategy
+from fluffle_coordinator.strategy.base import Contribution
 from tests.federation.harness import Adder
 
 FILE = Path(__file__).with_name("momentum.py")
@@ -129,6 +131,21 @@ def test_the_examples_of_the_docs_run(federated, tmp_path, name):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
     federated(scenario)
+
+
+@pytest.mark.parametrize("name", ["median", "momentum"])
+def test_a_scalar_of_the_model_stays_one(tmp_path, name):
+    """Of an array of shape (), NumPy's arithmetic makes a number."""
+    named = load_strategy(f"{from_the_docs(tmp_path, f'{name}.py')}:{name}")
+    strategy = GuardedStrategy(named, 1)
+    weights = {"s": np.array(1.0, np.float32)}
+    state = strategy.init(weights)
+    for value in (1.0, 2.0, 3.0):
+        delta = {"s": np.array(value, np.float32)}
+        state = strategy.fold(state, Contribution(worker="a", num_examples=1, delta=delta))
+    weights, state = strategy.finish(state, weights)
+    assert (weights["s"].shape, weights["s"].dtype, float(weights["s"])) == ((), np.float32, 3.0)
+    assert all(isinstance(one, np.ndarray) for one in strategy.dump(state).values())
 
 
 WRONG = {

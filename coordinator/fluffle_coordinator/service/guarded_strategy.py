@@ -84,7 +84,7 @@ class GuardedStrategy:
             check_signature(as_kept(found))  # their names are longer there
         except ValueError as wrong:
             raise self._wrong("dump()", f"it returned no state that can be kept: {wrong}") from None
-        return dict(found)
+        return {name: np.asarray(tensor) for name, tensor in found.items()}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
         """Return the state that was kept."""
@@ -145,6 +145,6 @@ def _check_tensors(found: Any) -> None:
         raise ValueError(f"it is of type {type(found).__name__}, not a mapping of names to arrays")
     check_signature(found)
     for name, tensor in found.items():
-        if not isinstance(tensor, np.ndarray):
+        if not isinstance(tensor, np.ndarray | np.generic):  # arithmetic makes () a scalar
             kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
             raise ValueError(f"tensor '{name}' is a {kind}, not a NumPy array; use np.asarray")
