@@ -130,8 +130,8 @@ class GuardedStrategy:
 
     def _wrong(self, what: str, why: str) -> TaskError:
         return TaskError(
-            f"the strategy {self.named.name} failed in round {self.number}, in {what}: {why}; mend "
-            "it and give the same command again, no update is lost"
+            f"the strategy {self.named.name} failed in round {self.number}, in {what}: {why}; fix "
+            "it and run the same command again: no update is lost"
         )
 
 
