@@ -26,7 +26,7 @@ def send(kind, ids=(), tensors=(), **fields):
         entry = name, str(array.dtype), array.shape, len(payload), array.nbytes
         table.append(dict(zip(("name", "dtype", "shape", "offset", "nbytes"), entry, strict=True)))
         payload += array.tobytes()
-    header = {"protocol": 1, "federation": F, "kind": kind, "worker": W, **dict(ids), **fields}
+    header = {"protocol": 2, "federation": F, "kind": kind, "worker": W, **dict(ids), **fields}
     body = msgpack.packb([{**header, "tensors": table} if table else header, payload])
     told = pika.BasicProperties("application/msgpack", type=kind, message_id=f"{kind} {ids} {W}")
     channel.basic_publish(f"{F}.results", f"{kind}.{W}", body, told, mandatory=True)

@@ -27,7 +27,7 @@ def hostile(federation: str, run: str, base: str) -> dict[str, tuple[bytes, str]
             {"name": "intercept", "dtype": "float64", "shape": [], "offset": 64, "nbytes": 8},
         ]
         header = {
-            "protocol": 1, "federation": federation, "kind": "update", "run": run, "round": 1,
+            "protocol": 2, "federation": federation, "kind": "update", "run": run, "round": 1,
             "base": base, "worker": "shard-0-2", "num_examples": 5, "seconds": 0.1, "metrics": {},
             "tensors": tensors, **changes,
         }  # fmt: skip
@@ -151,7 +151,7 @@ def test_a_new_process_takes_no_mail_of_an_earlier_one_and_rejects_what_is_wrong
     first.wait_for("connected")
     first.send(signal.SIGKILL)
     first.end()
-    stop = {"protocol": 1, "federation": federation.name, "kind": "stop", "run": "an earlier one",
+    stop = {"protocol": 2, "federation": federation.name, "kind": "stop", "run": "an earlier one",
             "round": 9, "reason": "it is over"}  # fmt: skip
     bodies = [msgpack.packb([stop, b""]), msgpack.packb([{**stop, "kind": "dance"}, b""])]
     for body in bodies:

@@ -138,11 +138,11 @@ class Foe:
         return f"{header.get('kind')}: {what}", msgpack.packb([header, payload])
 
     def _changes(self, kind: str) -> Iterator[tuple[str, Header]]:
-        yield "another protocol", {"protocol": 2}
+        yield "another protocol", {"protocol": 1}
         yield "of another federation", {"federation": _ELSEWHERE}
         yield "an unknown kind", {"kind": "exploit"}
         yield "a kind that is a number", {"kind": 3}
-        yield "an unknown field", {"admin": True}
+        yield "an unknown field that is critical", {"admin": True, "critical": ["admin"]}
         yield "a field is missing", {}
         yield "a base that is a number", {"base": 7}
         yield "a base without a name", {"base": ""}
@@ -175,7 +175,7 @@ class Foe:
 
     def _sound(self, kind: str) -> tuple[Header, bytes]:
         """Make what would be a sound message for a queue of this kind, but for one worker more."""
-        header: Header = {"protocol": 1, "federation": self.federation}
+        header: Header = {"protocol": 2, "federation": self.federation}
         if kind == "presence":
             return header | {
                 "kind": self.rng.choice(("hello", "heartbeat")),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import msgpack
 import numpy as np
 import pytest
 
 from fluffle_common.tensors.layout import signature_of
+from fluffle_common.transport.base import Properties
 from fluffle_worker.task import TrainResult
-from tests.federation.harness import Adder, Quorum
+from tests.federation.harness import NAME, Adder, Quorum
 
 LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
 
@@ -85,12 +87,68 @@ def test_a_rejected_update_is_not_sent_again_byte_for_byte(federated):
         coordinator = federation.coordinator(rounds=1, number=2, deadline_s=60)
         bad = Bad(federation.loop)
         federation.worker("a", Adder(federation.loop))
-        federation.worker("b", bad)
+        worker = federation.worker("b", bad)
         state = await coordinator.end()
         assert state.outcome == "finished"
+        (told,) = worker.log.of("not_counted")
+        assert told["round"] == 1
+        assert "NaN" in told["reason"]
         assert len(coordinator.log.of("rejected")) == 1
         assert len(bad.trained) == 2
         federation.check_averages({"a": 1.0, "b": 1.0})
+
+    federated(scenario)
+
+
+def test_a_worker_is_told_that_its_update_came_too_late(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, number=1, min_workers=2)
+        federation.worker("a", Adder(federation.loop, step_s=1.0))
+        slow = federation.worker("b", Adder(federation.loop))
+        await coordinator.log.until("opened")
+        slow.line.hold(outgoing=True)
+        await coordinator.log.until("committed")
+        slow.line.release()
+        late = await coordinator.log.until("late")
+        assert (await coordinator.end()).outcome == "finished"
+        assert [told["round"] for told in slow.log.of("late")] == [late["round"]] == [1]
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("protocol", [1, 3])
+def test_a_worker_of_another_version_is_told_so_in_its_own_and_so_is_the_operator(
+    federated, protocol
+):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1)
+        await coordinator.log.until("connected")
+        link = await federation.broker.open()
+        await link.declare(federation.topology.queues_of("old"))
+        hello = {
+            "protocol": protocol, "federation": NAME, "kind": "hello", "worker": "old",
+            "session": "s1", "num_examples": 10, "task": "t", "heartbeat_s": 2.0, "whatever": 1,
+        }  # fmt: skip
+        body = msgpack.packb([hello, b""])
+        route = {"exchange": federation.topology.results, "keys": ["hello.old"]}
+        for _ in range(3):
+            await link.publish(body, Properties(type="hello", message_id="h"), **route)
+        told = await coordinator.log.until("refused")
+        assert told["reason"] == (
+            f"worker old speaks protocol {protocol}, this coordinator 2; install the same version "
+            "of fluffle on both sides"
+        )
+        await asyncio.sleep(5)
+        assert len(coordinator.log.of("refused")) == 1
+        mail = [(await link.get(federation.topology.inbox("old"))).body]
+        assert await link.get(federation.topology.inbox("old")) is None
+        refusal, _ = msgpack.unpackb(mail[0])
+        assert refusal == {
+            "protocol": protocol, "federation": NAME, "kind": "refusal", "session": "s1",
+            "reason": told["reason"],
+        }  # fmt: skip
+        federation.workers(2)
+        assert (await coordinator.end()).outcome == "finished"
 
     federated(scenario)
 

@@ -364,7 +364,7 @@ def test_so_is_one_that_seems_to_start_again_without_end():
     ],
 )
 def test_what_a_worker_says_of_itself_is_bounded(field, value):
-    header = {"protocol": 1, "kind": "hello", **ABOUT, "session": "s", field: value}
+    header = {"protocol": 2, "kind": "hello", **ABOUT, "session": "s", field: value}
     with pytest.raises(MalformedMessage, match=field):
         decode(b"\x92" + wire.msgpack.packb(header) + b"\xc4\x00")
 
@@ -382,11 +382,11 @@ async def test_a_refusal_is_sent_once_a_session_and_again_where_it_was_not(link)
     running = asyncio.ensure_future(outgoing.run())
     state: Any = SimpleNamespace()
     for session in ("s", "s"):
-        outgoing.perform(fx.Refuse("w", session, "x" * 5000), state, None)
+        outgoing.perform(fx.Refuse("w", session, "x" * 5000, "model"), state, None)
     await outgoing.drained()
     links[0] = link
     for session in ("s", "s", "s", "t"):
-        outgoing.perform(fx.Refuse("w", session, "x" * 5000), state, None)
+        outgoing.perform(fx.Refuse("w", session, "x" * 5000, "model"), state, None)
     await outgoing.drained()
     running.cancel()
     sent = [decode((await link.get(TOPOLOGY.inbox("w"))).body)[0] for _ in range(2)]

@@ -125,7 +125,7 @@ def test_every_tensor_starts_at_a_multiple_of_64_of_the_body(weights, tail):
 @given(weight_sets)
 def test_a_body_is_one_msgpack_document_that_any_library_reads(weights):
     header, payload = msgpack.unpackb(pack(update(), weights)[1])
-    assert (header["protocol"], header["kind"], header["round"]) == (1, "update", 3)
+    assert (header["protocol"], header["kind"], header["round"]) == (2, "update", 3)
     for entry in header["tensors"]:
         flat = np.frombuffer(payload[entry["offset"] : entry["offset"] + entry["nbytes"]], np.uint8)
         assert flat.tobytes() == little(weights[entry["name"]])
@@ -334,6 +334,39 @@ def entry(**changes: Any) -> dict[str, Any]:
 VALID = packed(header(entry()), bytes(8))
 
 
+def test_an_unknown_key_is_passed_over_and_a_critical_one_that_is_known_is_taken():
+    message, _ = decode(packed(header(later={"deep": [1]}, ext={"mine": "x"}, critical=["round"])))
+    assert (message.round, message.ext, message.critical) == (3, {"mine": "x"}, ("round",))
+    assert decode(wire.encode(message))[0] == message
+
+
+HELLO = {"federation": "f", "kind": "hello", "worker": "w", "session": "s", "num_examples": "many"}
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 7])
+def test_a_hello_of_any_version_says_whom_to_answer_and_is_answered_in_its_own(protocol):
+    greets = wire.greeting(packed({"protocol": protocol, **HELLO}), "f")
+    assert greets == (protocol, "w", "s")
+    refusal = messages.Refusal(federation="f", session="s", code="protocol", reason="no")
+    told, payload = msgpack.unpackb(wire.encode_refusal(refusal, protocol))
+    frozen = {"protocol": protocol, "federation": "f", "kind": "refusal", "session": "s"}
+    assert {**frozen, "reason": "no"} == {k: v for k, v in told.items() if k != "code"}
+    assert ("code" in told, payload) == (protocol == 2, b"")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "heartbeat"}, {"federation": "g"}, {"worker": "a#"}, {"worker": None},
+        {"session": ""}, {"session": "s" * 65}, {"protocol": "1"}, {"protocol": True},
+    ],
+)  # fmt: skip
+def test_nobody_is_answered_who_does_not_say_who_it_is(changes):
+    assert wire.greeting(packed({"protocol": 1, **HELLO, **changes}), "f") is None
+    assert wire.greeting(b"junk", "f") is None
+    assert wire.greeting(packed([1]), "f") is None
+
+
 def test_the_example_is_valid_until_it_is_spoilt():
     read(VALID)
     read(packed(header(entry(), entry(name="v", offset=64)), bytes(72)))
@@ -487,7 +520,7 @@ def test_a_table_with_as_many_tensors_as_allowed_is_read():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"protocol": 2}, "protocol"),
+        ({"protocol": 1}, "protocol"),
         ({"federation": "a.b"}, "federation"),
         ({"federation": "a\n"}, "federation"),
         ({"worker": "w#"}, "worker"),
@@ -522,7 +555,9 @@ def test_a_table_with_as_many_tensors_as_allowed_is_read():
         ({"transfer": {"id": "t", "parts": 0, "nbytes": 1}}, "transfer"),
         ({"transfer": {"id": "t", "parts": 1, "nbytes": 0}}, "transfer"),
         ({"transfer": {"id": "t", "parts": 10**7, "nbytes": 1}}, "transfer"),
-        ({"password": "x"}, "password"),
+        ({"critical": ["admin"], "admin": 1}, "critical: this side does not know 'admin'"),
+        ({"critical": "kind"}, "critical"),
+        ({"ext": {"deep": {}}}, "ext"),
     ],
 )
 def test_a_field_out_of_its_bounds_is_refused_by_name(changes, told):

@@ -140,6 +140,10 @@ def came_late(worker: str) -> fx.Tell:
     return fx.Tell("late", {"worker": worker, "round": 1, "num_examples": 10})
 
 
+def too_late(worker: str, base: str = "b0") -> fx.Judge:
+    return fx.Judge(worker, 1, base, "late", "round 1 was committed without it")
+
+
 def only(effects: Iterable[fx.Effect], kind: type[_E]) -> list[_E]:
     return [effect for effect in effects if isinstance(effect, kind)]
 
@@ -539,7 +543,7 @@ def test_a_late_update_is_acknowledged_and_told():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     run.committed("a")
-    late = [fx.Ack(Handle(1, 2)), came_late("b")]
+    late = [fx.Ack(Handle(1, 2)), came_late("b"), too_late("b", base="b1")]
     assert run.arrived("b", round=1) == late
     assert not run.state.received
 
@@ -734,7 +738,10 @@ def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
 )
 def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason, cause):
     run = opened("a", "b")
-    assert run.arrived("a", **of) == [fx.Reject(run.last_handle, reason, cause)]
+    effects = run.arrived("a", **of)
+    assert only(effects, fx.Reject) == [fx.Reject(run.last_handle, reason, cause)]
+    judged = [fx.Judge("a", 2, "b0", "rejected", reason, cause, train_again=True)]
+    assert only(effects, fx.Judge) == ([] if "run" in of else judged)
 
 
 def test_no_update_can_be_without_weights_or_after_the_last_round():

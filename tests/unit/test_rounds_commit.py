@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
 from tests.unit import test_rounds
-from tests.unit.test_rounds import Run, asked, came_late, only, opened, tells
+from tests.unit.test_rounds import Run, asked, came_late, only, opened, tells, too_late
 
 
 def committing(*workers: str, **rules: object) -> Run:
@@ -58,6 +58,7 @@ def test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk
     effects = run.committed("a", "b")
     assert fx.Ack(late) in effects
     assert [tell for tell in only(effects, fx.Tell) if tell.what == "late"] == [came_late("c")]
+    assert only(effects, fx.Judge) == [too_late("c")]
 
 
 def test_a_redelivery_while_the_round_is_being_written_is_held_too():
@@ -74,9 +75,20 @@ def test_what_was_trained_from_other_weights_is_refused():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
     told = "it was trained from the weights elsewhere, round 1 began with b0"
-    assert effects == [fx.Reject(run.last_handle, told, "round")]
+    judged = fx.Judge("a", 1, "elsewhere", "rejected", told, "round", train_again=True)
+    assert effects == [fx.Reject(run.last_handle, told, "round"), judged]
     assert not run.state.received
     assert only(run.update("a"), fx.Fold)
+
+
+def test_a_worker_is_told_that_its_update_was_rejected_and_is_to_be_trained_again():
+    run = opened("a", "b")
+    run.arrived("a")
+    assert only(run.fold_failed("a"), fx.Judge) == [
+        fx.Judge("a", 1, "b0", "rejected", "it has a NaN", "not_finite", train_again=True)
+    ]
+    run.arrived("b")
+    assert not only(run.fold_failed("b", again=True), fx.Judge)  # it is only asked for again
 
 
 def test_an_evaluation_of_other_weights_is_passed_over():

@@ -167,6 +167,19 @@ class Worker(RuleBasedStateMachine):
         assert self.event(s.Sent(work)) == []
         assert self.state.answered == work
 
+    @rule(work=works)
+    def rejected(self, work: Work) -> None:
+        """What the coordinator does not take is forgotten: asked for again, it is done anew."""
+        before = self.state
+        effects = self.event(s.Rejected(work.run, work.round, work.base))
+        answered = before.answered
+        if answered is not None and answered[:4] == ("fit", *work[1:4]):
+            assert effects == [s.Drop(answered)]
+            assert self.state == before._replace(answered=None)
+        else:
+            assert effects == []
+            assert self.state == before
+
     @rule(work=works, what=st.sampled_from([s.Finished, s.Abandoned, s.Sent, None]))
     def something_stale(self, work: Work, what: type[s.Finished | s.Abandoned | s.Sent]) -> None:
         """An event of work that is not under way, such as a confirmation that comes too late."""

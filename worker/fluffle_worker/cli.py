@@ -43,6 +43,9 @@ _SENTENCES = {
     "unsent": "round {round}: not sent yet ({reason}); trying again",
     "unfit": "the task: {reason}",
     "failure": "round {round}: the task failed: {reason}",
+    "late": "round {round}: the update came too late and was discarded",
+    "not_counted": "round {round}: the update was refused: {reason}; it is trained anew if the "
+    "round is asked for again",
     "rejected": "rejected a message: {reason}",
     "ended": "the run has ended: {reason}",
     "interrupted": "left; the same command joins again",

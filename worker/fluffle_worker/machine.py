@@ -85,13 +85,22 @@ class Sent:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """The coordinator does not take the update of a round from these weights: it is no answer."""
+
+    run: str
+    round: int
+    base: str
+
+
+@dataclass(frozen=True)
 class Stopped:
     """The coordinator says that the run has ended."""
 
     reason: str
 
 
-Event = Asked | Finished | Failed | Abandoned | Sent | Stopped
+Event = Asked | Finished | Failed | Abandoned | Sent | Rejected | Stopped
 
 # --- effects -----------------------------------------------------------------------------------
 
@@ -157,12 +166,22 @@ def advance(state: State, event: Event) -> tuple[State, list[Effect]]:
             return _begin(state._replace(doing=None), [Drop(work), Report(work, reason)])
         case Sent(work) if work == state.sending:
             return state._replace(sending=None, answered=work), []
+        case Rejected():
+            return _rejected(state, event)
         case Stopped(reason):
             effects: list[Effect] = [Leave(reason)]
             if state.doing is not None:
                 effects.insert(0, Abandon(state.doing))
             return state._replace(next=None, over=reason), effects
     return state, []
+
+
+def _rejected(state: State, event: Rejected) -> tuple[State, list[Effect]]:
+    """Forget an answer that was taken: asked for again, its work is done anew."""
+    work, of = state.answered, (event.run, event.round, event.base)
+    if work is None or work.kind != "fit" or (work.run, work.round, work.base) != of:
+        return state, []
+    return state._replace(answered=None), [Drop(work)]
 
 
 def _asked(state: State, work: Work) -> tuple[State, list[Effect]]:

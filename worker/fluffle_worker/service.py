@@ -30,6 +30,7 @@ from fluffle_common.protocol.messages import (
     Refusal,
     Stop,
     Update,
+    Verdict,
     Welcome,
 )
 from fluffle_common.protocol.metric_names import beside
@@ -299,10 +300,21 @@ class WorkerService:
             case Stop(run=run, reason=reason) if self._run in (None, run):
                 self._outcome = message.outcome
                 self._advance(machine.Stopped(reason))
+            case Verdict():
+                self._judged(message)
             case Refusal() | Stop():
                 pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
                 raise no_mail(message)
+
+    def _judged(self, verdict: Verdict) -> None:
+        """Take what became of an update that does not count."""
+        if verdict.run != self._run:
+            return
+        told = {"round": verdict.round, "reason": verdict.reason}
+        self._tell("late" if verdict.outcome == "late" else "not_counted", told)
+        if verdict.train_again:
+            self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base))
 
     def _part(self, part: Part, payload: memoryview) -> None:
         if self._assembly is None:

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.concurrency import run_all
-from fluffle_common.protocol.messages import Heartbeat, Hello
+from fluffle_common.protocol.messages import Heartbeat, Hello, ToWorker, kinds_of
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Binding, Topology
 from fluffle_common.transport.base import Delivery, Link
 
 LOOK_AGAIN_S = 10.0
 # While there is nothing to be bound to: nobody has come to this federation yet.
 LOOK_SOON_S = 1.0
-WORK_KINDS = ("welcome", "refusal", "init_request", "fit", "evaluate", "stop")
+WORK_KINDS = kinds_of(ToWorker)
 KINDS = (*WORK_KINDS, *UPDATE_KINDS, *PRESENCE_KINDS, "part")
 _WITH_A_WORKER = ("hello", "heartbeat")
 

@@ -11,18 +11,30 @@ whatever is wrong with it is a ``MalformedMessage`` that says so.
 
 from __future__ import annotations
 
+import re
 import struct
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 from blake3 import blake3
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.messages import Message, Part, Transfer, WithTensors, parse, told_of
+from fluffle_common.protocol.messages import (
+    MAX_ID,
+    PROTOCOL,
+    WORKER_PATTERN,
+    Message,
+    Part,
+    Refusal,
+    Transfer,
+    WithTensors,
+    parse,
+    told_of,
+)
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -108,6 +120,41 @@ def decode(
     if federation is not None and message.federation != federation:
         raise MalformedMessage(f"it is of federation {message.federation}")
     return message, _payload(view, 1 + end)
+
+
+class Greeting(NamedTuple):
+    """What stays the same in the hello of every version: enough to answer it."""
+
+    protocol: int
+    worker: str
+    session: str
+
+
+def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
+    """Return who greets in a body that ``decode`` refused; None if it is no hello to answer."""
+    try:
+        header, _ = _header(memoryview(body)[1:], SMALL_HEADER_BYTES)
+    except MalformedMessage:
+        return None
+    if not isinstance(header, dict) or header.get("kind") != "hello":
+        return None
+    protocol, worker, session = map(header.get, ("protocol", "worker", "session"))
+    if type(protocol) is not int or header.get("federation") != federation:
+        return None
+    if not isinstance(worker, str) or not re.fullmatch(WORKER_PATTERN, worker):
+        return None
+    if not isinstance(session, str) or not 1 <= len(session) <= MAX_ID:
+        return None
+    return Greeting(protocol, worker, session)
+
+
+def encode_refusal(refusal: Refusal, protocol: int) -> bytes:
+    """Pack a refusal as version ``protocol`` reads it, of what stays the same in every version."""
+    same = ("federation", "kind", "session", "reason")
+    if protocol == PROTOCOL:
+        return encode(refusal)
+    packed: bytes = msgpack.packb({"protocol": protocol, **told_of(refusal, same)})
+    return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, 0)])
 
 
 def header_room(tensors: Iterable[tuple[str, Sequence[int]]]) -> int:

@@ -1,14 +1,15 @@
 """The messages: what a coordinator and a worker say to each other.
 
-Every message is a small, frozen header; some carry tensors behind it (see ``codec``). Strict: an
-unknown field or a wrong type is a ``MalformedMessage`` with the reason, never a guess. The field
-names here are the names on the wire, in the journal and in the documentation.
+Every message is a small, frozen header; some carry tensors behind it (see ``codec``). A wrong type
+is a ``MalformedMessage`` with the reason, never a guess. An unknown key is passed over, so that a
+later version may add some, unless the message lists it as ``critical``. The field names here are
+the names on the wire, in the journal and in the documentation.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgpack
 from pydantic import (
@@ -32,8 +33,11 @@ from fluffle_common.tensors.table import (
     TensorEntry,
 )
 
+PROTOCOL: Literal[2] = 2
+"""The version of the protocol that is spoken here."""
+
 MAX_NUM_EXAMPLES = 10**12
-MAX_METRICS = MAX_METRIC_NAME = 64
+MAX_METRICS = MAX_METRIC_NAME = MAX_ID = 64
 MAX_CLASS_NAME = 100
 # A worker says these of itself every few seconds, and the coordinator keeps them of each.
 MAX_TASK_CHARACTERS = 200
@@ -47,7 +51,7 @@ COMPRESS_PATTERN = r"^(bf16|f16|int8|topk:0\.[0-9]{0,5}[1-9])$"
 
 Federation = Annotated[str, Field(pattern=FEDERATION_PATTERN)]
 WorkerId = Annotated[str, Field(pattern=WORKER_PATTERN)]
-Id = Annotated[str, Field(min_length=1, max_length=64)]
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Round = Annotated[int, Field(ge=0, le=10**9)]
 NumExamples = Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -76,13 +80,21 @@ Classes = Annotated[
     AfterValidator(_not_too_long),
 ]
 Value = bool | int | float | Annotated[str, Field(max_length=2000)]
+Extension = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max_length=100)]
 Config = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max_length=100)]
+
+Critical = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=64)], ...],
+    Strict(False),
+    Field(max_length=32),
+]
+
 
 _IDENTITY = ("kind", "run", "round", "worker")
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
 _TABLES: dict[bytes, tuple[TensorEntry, ...]] = {}
@@ -140,10 +152,16 @@ class Plan(_Model):
 
 
 class _Header(_Model):
-    """What every message says first."""
+    """What every message says first.
 
-    protocol: Literal[1] = 1
+    ``critical`` names the keys without which the message would be misunderstood: whoever does not
+    know one of them refuses the message. ``ext`` is for private use, and flat: it is passed over.
+    """
+
+    protocol: Literal[2] = PROTOCOL
     federation: Federation
+    critical: Critical | None = None
+    ext: Extension | None = None
     pad: bytes = b""  # fills the header up, so that the payload starts at a multiple of 64 bytes
 
     @property
@@ -177,11 +195,34 @@ class Welcome(_Header):
 
 
 class Refusal(_Header):
-    """The answer to a hello that cannot be accepted; ``session`` says whose hello it was."""
+    """The answer to a hello that cannot be accepted; ``session`` says whose hello it was.
+
+    ``code`` says in one word what is wrong: ``protocol`` (the version), ``malformed`` (the hello
+    itself), ``classes`` or ``model``. A worker of another version is refused in that version, of
+    which ``protocol``, ``federation``, ``kind``, ``session`` and ``reason`` never change.
+    """
 
     kind: Literal["refusal"] = "refusal"
     session: Id
+    code: Annotated[str, Field(max_length=64)] | None = None
     reason: Text
+
+
+class Verdict(_Header):
+    """What became of an update that does not count; one that counts is told of by the next work.
+
+    ``attempt`` is that of the ``fit`` that the update answered. ``train_again``: the same update is
+    no answer any more; if the round is asked for again, it is to be trained anew.
+    """
+
+    kind: Literal["verdict"] = "verdict"
+    run: Id
+    round: Annotated[Round, Field(ge=1)]
+    base: Id
+    outcome: Literal["late", "rejected"]
+    cause: Annotated[str, Field(max_length=64)] | None = None
+    reason: Text
+    train_again: bool = False
 
 
 class InitRequest(_Header):
@@ -269,9 +310,18 @@ class _Presence(_Header):
 
 
 class Hello(_Presence):
-    """A worker has connected, or connected again. ``session`` is new at every process start."""
+    """A worker has connected, or connected again. ``session`` is new at every process start.
+
+    ``protocols`` are the versions that it speaks, ``features`` what it can do besides.
+    """
 
     kind: Literal["hello"] = "hello"
+    protocols: Annotated[tuple[int, ...], Strict(False), Field(min_length=1, max_length=16)] = (
+        PROTOCOL,
+    )
+    features: Annotated[
+        tuple[Annotated[str, Field(max_length=64)], ...], Strict(False), Field(max_length=32)
+    ] = ()
 
 
 class Heartbeat(_Presence):
@@ -432,11 +482,33 @@ def told_of(message: BaseModel, fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 WithTensors = Fit | Evaluate | FirstWeights | Update
-ToWorker = Welcome | Refusal | InitRequest | Fit | Evaluate | Stop
+ToWorker = Welcome | Refusal | Verdict | InitRequest | Fit | Evaluate | Stop
 FromWorker = Hello | Heartbeat | Bye | Failure | FirstWeights | Update | Evaluation
 Message = ToWorker | FromWorker | Echo | Part | Event | Events
 
+
+def kinds_of(messages: Any) -> tuple[str, ...]:
+    """Return the kinds of a union of messages, such as ``ToWorker``."""
+    return tuple(one.model_fields["kind"].default for one in get_args(messages))
+
+
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON schema of every header; binary data is a string there."""
+    schema = _adapter.json_schema()
+    for one in schema["$defs"].values():
+        if "kind" in one.get("properties", {}):
+            one["required"] = ["protocol", "kind", *one["required"]]
+    entry = schema["$defs"]["TensorEntry"]  # a tuple in Python, a map on the wire
+    schema["$defs"]["TensorEntry"] = {
+        "type": "object",
+        "properties": dict(zip(TensorEntry._fields, entry["prefixItems"], strict=True)),
+        "required": list(TensorEntry._fields),
+        "additionalProperties": False,
+    }
+    return schema
 
 
 def parse(header: Any) -> Message:
@@ -449,8 +521,13 @@ def parse(header: Any) -> Message:
     if not isinstance(kind, str):  # pydantic would print it, however deep it is nested
         raise MalformedMessage(f"kind: a string is expected, not {type(kind).__name__}")
     try:
-        return _adapter.validate_python(header)
+        message = _adapter.validate_python(header)
     except ValidationError as wrong:
         first = wrong.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(step) for step in first["loc"]) or "header"
         raise MalformedMessage(f"{where}: {first['msg']}"[:500]) from None
+    if message.critical is not None:
+        unknown = [name for name in message.critical if name not in type(message).model_fields]
+        if unknown:
+            raise MalformedMessage(f"critical: this side does not know '{unknown[0]}'"[:500])
+    return message

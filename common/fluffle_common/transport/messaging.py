@@ -55,9 +55,9 @@ class Route:
     urgent: bool = False
 
 
-async def send(link: Link, message: Message, route: Route) -> None:
-    """Publish a message without tensors."""
-    await _publish(link, message, encode(message), route)
+async def send(link: Link, message: Message, route: Route, body: bytes | None = None) -> None:
+    """Publish a message without tensors; ``body`` is how it is packed, if not as ever."""
+    await _publish(link, message, encode(message) if body is None else body, route)
 
 
 async def send_tensors(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fluffle_coordinator.machine.effects import Effects, Refuse, Tell
 from fluffle_coordinator.machine.state import State, Worker
@@ -35,8 +36,8 @@ def decide(state: State, out: Effects) -> State:
             names = [w.name for w in able if w.model == model]
             state = state.but(model=model, decided_by=_voices(names))
     for worker in _by_age(state):
-        if why := unfit(state, worker):
-            state = refuse(state, worker, why, out)
+        if misfit := unfit(state, worker):
+            state = refuse(state, worker, misfit, out)
     return state
 
 
@@ -49,13 +50,21 @@ def _voices(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
-def unfit(state: State, worker: Worker) -> str:
-    """Say why a worker cannot take part; "" if it can."""
+class Misfit(NamedTuple):
+    """Why a worker cannot take part: in one word, and in words."""
+
+    code: str
+    reason: str
+
+
+def unfit(state: State, worker: Worker) -> Misfit | None:
+    """Return why a worker cannot take part; None if it can."""
     by = f" (set by {state.decided_by})" if state.decided_by else ""
     if state.classes is not None and worker.classes != state.classes:
-        return (
+        return Misfit(
+            "classes",
             f"worker {worker.name} {_difference(worker.classes, state.classes)}{by}; give the "
-            "worker --classes or other data, or the coordinator --classes, which decides"
+            "worker --classes or other data, or the coordinator --classes, which decides",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:
@@ -64,11 +73,12 @@ def unfit(state: State, worker: Worker) -> str:
             differs = f"other names or shapes of tensors than the federation's ({ours})"
         else:
             differs = f"{theirs}, the federation's has {ours}"
-        return (
+        return Misfit(
+            "model",
             f"the model of worker {worker.name} has {differs}{by}; give it the same task, and the "
-            "same JAX_ENABLE_X64"
+            "same JAX_ENABLE_X64",
         )
-    return ""
+    return None
 
 
 def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
@@ -85,7 +95,7 @@ def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 
 
 def refuse(
-    state: State, worker: Worker, reason: str, out: Effects, *, again: bool = False
+    state: State, worker: Worker, misfit: Misfit, out: Effects, *, again: bool = False
 ) -> State:
     """Tell a worker that it cannot take part: once in each of its sessions, or ``again``."""
     if worker.name in state.workers:
@@ -93,7 +103,7 @@ def refuse(
     if state.refused.get(worker.name) == worker.session and not again:
         return state
     out += [
-        Refuse(worker.name, worker.session, reason),
-        Tell("refused", {"worker": worker.name, "reason": reason}),
+        Refuse(worker.name, worker.session, misfit.reason, misfit.code),
+        Tell("refused", {"worker": worker.name, "reason": misfit.reason}),
     ]
     return state.but(refused=state.refused.insert(worker.name, worker.session))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fluffle_common.errors import Cause
 from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, empty
@@ -33,11 +33,28 @@ class Welcome(Effect):
 
 @dataclass(frozen=True)
 class Refuse(Effect):
-    """Tell a worker that it is not, and why."""
+    """Tell a worker that it is not, and why: in words, and in one word."""
 
     worker: str
     session: str
     reason: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Judge(Effect):
+    """Tell a worker that its update does not count, and why.
+
+    ``train_again``: the same update is no answer any more.
+    """
+
+    worker: str
+    round: int
+    base: str
+    outcome: Literal["late", "rejected"]
+    reason: str
+    cause: Cause | None = None
+    train_again: bool = False
 
 
 @dataclass(frozen=True)

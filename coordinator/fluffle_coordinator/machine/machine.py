@@ -36,7 +36,7 @@ from typing import Any
 
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import membership
-from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Reject, Tell
+from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Reject, Tell
 from fluffle_coordinator.machine.events import (
     Arrived,
     Committed,
@@ -212,11 +212,11 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
     if event.round < state.round:
         return _of_an_earlier_round(state, event, out)
     if event.round > state.round or not _takes(state):
-        out.append(Reject(handle, f"round {event.round} has not been opened", "round"))
+        _reject(event, f"round {event.round} has not been opened", out)
         return state
     if event.base != state.base:
         told = f"it was trained from the weights {event.base}, round {event.round} began with"
-        out.append(Reject(handle, f"{told} {state.base}", "round"))
+        _reject(event, f"{told} {state.base}", out)
         return state
     held = state.received.get(worker)
     if held is not None:
@@ -225,6 +225,14 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
     if state.phase is not Phase.COMMITTING:  # else it is late, once the commit is on disk
         out.append(Fold(handle, worker, weight, _max_norm(state)))
     return state.of(worker, received=state.received.insert(worker, Received(handle, weight)))
+
+
+def _reject(event: Arrived, reason: str, out: Effects) -> None:
+    """Refuse an update of a round, or from weights, that this run does not have."""
+    out += [
+        Reject(event.handle, reason, "round"),
+        Judge(event.worker, event.round, event.base, "rejected", reason, "round", train_again=True),
+    ]
 
 
 def _weight(state: State, event: Arrived, out: Effects) -> int:
@@ -260,7 +268,12 @@ def _of_an_earlier_round(state: State, event: Arrived, out: Effects) -> State:
         out.append(Tell("duplicate", {"worker": worker, "round": number}))
     else:
         out.append(_late(worker, number, event.num_examples))
+        out.append(_too_late(worker, number, event.base))
     return state
+
+
+def _too_late(worker: str, number: int, base: str) -> Judge:
+    return Judge(worker, number, base, "late", f"round {number} was committed without it")
 
 
 def _late(worker: str, number: int, num_examples: int) -> Tell:
@@ -329,6 +342,17 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
         return state.of(worker, received=state.received.insert(worker, update))
     state = state.of(worker, received=state.received.discard(worker))
     if not event.again:  # asked again, it would send the same again: if it was the worker at all
+        out.append(
+            Judge(
+                worker,
+                state.round,
+                state.base,
+                "rejected",
+                event.reason,
+                event.cause,
+                train_again=True,
+            )
+        )
         state = state.but(
             doubted=state.doubted.insert(worker, event.reason),
             # So when it is asked again, that is another attempt.
@@ -355,6 +379,7 @@ def _committed(state: State, event: Committed, out: Effects) -> State:
         if worker not in participants:
             late[worker] = _late(worker, event.round, num_examples)
     out += late.values()
+    out += [_too_late(worker, event.round, state.base) for worker in late]
     of = {"round": event.round, "participants": sorted(participants)}
     out.append(Tell("committed", {**of, **event.about}))
     recent = {n: who for n, who in state.counted_before.items() if n > event.round - _REMEMBERED}

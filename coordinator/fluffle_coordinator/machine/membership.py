@@ -27,8 +27,8 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         )
     if not state.caught_up:
         return _greet(state, worker.name, out)
-    if why := unfit(state, worker):
-        return refuse(state, worker, why, out, again=event.hello)
+    if misfit := unfit(state, worker):
+        return refuse(state, worker, misfit, out, again=event.hello)
     known = state.workers.get(worker.name)
     restarted = known is None or known.session != worker.session
     if known is None or restarted:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import time
 import uuid
@@ -24,8 +25,9 @@ from typing import Any
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, TaskError
-from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe
+from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, greeting
 from fluffle_common.protocol.messages import (
+    PROTOCOL,
     Bye,
     Echo,
     Evaluation,
@@ -73,6 +75,12 @@ _OF_THE_BROKER = frozenset({"connected", "reconnected", "disconnected", "no_brok
 _LOOK_EVERY_S = 0.1
 
 
+# What the machine knows of a worker by what it says of itself.
+_OF_A_WORKER = {
+    one.name for one in dataclasses.fields(rs.Worker)
+} & Heartbeat.model_fields.keys() - {"model"}
+
+
 class Coordinator:
     """One run of a federation.
 
@@ -115,7 +123,7 @@ class Coordinator:
         self._waiting_since: tuple[object, ...] = ()
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
-        self._outgoing = Outbox(
+        self._outbox = Outbox(
             topology,
             saved.run,
             settings,
@@ -141,7 +149,7 @@ class Coordinator:
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             keep_updates=settings.keep_updates,
             verify_users=settings.verify_users,
-            averaged=self._outgoing.prepare,
+            averaged=self._outbox.prepare,
         )
         self.state = machine.start(
             settings.rules,
@@ -170,7 +178,7 @@ class Coordinator:
                 self._links,
                 self._aggregator.run,
                 self._committer.run,
-                self._outgoing.run,
+                self._outbox.run,
             )
         ]
         try:
@@ -198,7 +206,7 @@ class Coordinator:
         await self._ended
         await self._aggregator.drained()
         await self._committer.drained()
-        await self._outgoing.drained()
+        await self._outbox.drained()
         self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
 
     # --- the machine ---------------------------------------------------------------------------
@@ -285,9 +293,9 @@ class Coordinator:
                 self._committer.record_evaluation(number, evaluations)
             case fx.End(outcome, reason):
                 self._committer.record_end(self.state.committed, outcome, reason)
-                self._outgoing.perform(effect, self.state, None)
+                self._outbox.perform(effect, self.state, None)
             case _:
-                self._outgoing.perform(effect, self.state, self._aggregator.weights)
+                self._outbox.perform(effect, self.state, self._aggregator.weights)
 
     def _tell(self, what: str, fields: Mapping[str, Any]) -> None:
         self._committer.counts.note(what, fields)
@@ -390,24 +398,47 @@ class Coordinator:
                     self._presence(message)
             except MalformedMessage as wrong:
                 self._reject(delivery, wrong)
+                if wrong.cause == "malformed":
+                    self._refuse_hello(delivery, wrong)
             else:
                 delivery.ack()
+
+    def _refuse_hello(self, delivery: Delivery, wrong: MalformedMessage) -> None:
+        """Answer a hello that could not be taken, perhaps one of another version."""
+        hello = greeting(delivery.body, self._settings.federation)
+        if hello is None:
+            return
+        if self._settings.verify_users:
+            try:
+                check_user(hello.worker, delivery)
+            except MalformedMessage:
+                return
+        if hello.protocol == PROTOCOL:
+            code, reason = "malformed", f"the hello of worker {hello.worker} is malformed: {wrong}"
+        else:
+            code, reason = (
+                "protocol",
+                (
+                    f"worker {hello.worker} speaks protocol {hello.protocol}, this coordinator "
+                    f"{PROTOCOL}; install the same version of fluffle on both sides"
+                ),
+            )
+        if not self._outbox.was_refused(hello):
+            self._tell("refused", {"worker": hello.worker, "reason": reason})
+        self._outbox.bind(hello.worker, hello.session, again=True)
+        self._outbox.refuse(hello, reason, code)
 
     def _presence(self, message: Any) -> None:
         now = time.monotonic()
         match message:
             case Hello() | Heartbeat():
-                self._outgoing.bind(
-                    message.worker, message.session, again=isinstance(message, Hello)
-                )
+                self._outbox.bind(message.worker, message.session, again=isinstance(message, Hello))
                 self._task = self._task or message.task
                 worker = rs.Worker(
                     name=message.worker,
                     last_seen=now,
                     model=message.model,
-                    **message.model_dump(
-                        exclude={"protocol", "federation", "pad", "kind", "worker", "model"}
-                    ),
+                    **message.model_dump(include=_OF_A_WORKER),
                 )
                 self._post(ev.Seen(now, worker, isinstance(message, Hello)))
             case Echo(session=session, number=link):
@@ -486,4 +517,4 @@ class Coordinator:
     ) -> None:
         of = {"kind": message.kind, **describe(message)} if message else {}
         self._tell("rejected", {"reason": str(wrong), "cause": wrong.cause, **of})
-        self._outgoing.reject(delivery, wrong)
+        self._outbox.reject(delivery, wrong)

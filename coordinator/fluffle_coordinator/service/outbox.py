@@ -11,14 +11,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import PART_BYTES, digest_of
+from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
 from fluffle_common.protocol.messages import (
+    PROTOCOL,
     Evaluate,
     Fit,
     InitRequest,
     Message,
     Refusal,
     Stop,
+    Verdict,
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
@@ -130,13 +132,21 @@ class Outbox:
                 rounds = state.rules.rounds
                 hello = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
                 job = self._to(hello, [worker])
-            case fx.Refuse(worker, session, reason):
-                if (worker, session) in self._refused:
-                    return  # it was told
-                refusal = Refusal(
-                    federation=federation, session=session, reason=reason[:_REASON_CHARACTERS]
+            case fx.Refuse(worker, session, reason, code):
+                self.refuse(Greeting(PROTOCOL, worker, session), reason, code)
+                return
+            case fx.Judge(worker, number, base, outcome, reason, cause, train_again):
+                verdict = Verdict(
+                    federation=federation,
+                    run=run,
+                    round=number,
+                    base=base,
+                    outcome=outcome,
+                    cause=cause,
+                    reason=reason[:_REASON_CHARACTERS],
+                    train_again=train_again,
                 )
-                job = self._refuse(refusal, worker)
+                job = self._to(verdict, [worker])
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
@@ -170,6 +180,21 @@ class Outbox:
                 return
         self._put(job)
 
+    def refuse(self, to: Greeting, reason: str, code: str) -> None:
+        """Tell a worker that it is not in: once in each of its sessions, in its own version."""
+        if not self.was_refused(to):
+            refusal = Refusal(
+                federation=self._settings.federation,
+                session=to.session,
+                code=code,
+                reason=reason[:_REASON_CHARACTERS],
+            )
+            self._put(self._refuse(refusal, to))
+
+    def was_refused(self, to: Greeting) -> bool:
+        """Whether this session of a worker was told already."""
+        return (to.worker, to.session) in self._refused
+
     async def _until_sent(self, job: Job) -> None:
         """Send what nobody would ask for again: over the next link, if this one is lost."""
         try:
@@ -189,13 +214,14 @@ class Outbox:
     def _to(self, message: Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))
 
-    def _refuse(self, refusal: Refusal, worker: str) -> Job:
-        tell = self._to(refusal, [worker])
+    def _refuse(self, refusal: Refusal, to: Greeting) -> Job:
+        route = Route(self._topology.work, [to.worker])
+        body = encode_refusal(refusal, to.protocol)
 
         async def once(link: Link) -> None:
-            who = worker, refusal.session
+            who = to.worker, to.session
             if who not in self._refused:
-                await tell(link)
+                await send(link, refusal, route, body)
                 self._refused[who] = None
                 if len(self._refused) > _REFUSED_KEPT:
                     del self._refused[next(iter(self._refused))]

@@ -1,0 +1,41 @@
+"""``docs/architecture.md`` says how the folders are, and where to look."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    spec = importlib.util.spec_from_file_location("rooms", DOCS / "rooms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_of_the_folders_as_they_are(drawing):
+    text = drawing.PAGE.read_text(encoding="utf-8")
+    assert drawing.page(text) == text, "run: python docs/rooms.py"
+
+
+def test_every_room_says_in_one_line_what_is_in_it(drawing):
+    rows = [line for line in drawing.contents().splitlines() if line.startswith("| [`")]
+    assert len(rows) == len(drawing.rooms())
+    assert all(re.fullmatch(r"\| \[`[\w/]+`\]\(\.\./[\w/]+\) \| \S.*\S \|", row) for row in rows)
+
+
+def test_the_files_to_look_in_are_there():
+    root = DOCS.parent
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"## Where to look for.*?(?=\n## )", text, re.DOTALL)
+    named = re.findall(r"`((?:common|coordinator|worker|broker)/[\w/.]+)`", table)
+    assert len(named) > 15
+    for name in named:
+        side, _, rest = name.partition("/")
+        assert (root / side / f"fluffle_{side}" / rest).exists(), name

@@ -1,0 +1,98 @@
+"""The schema and the vectors that workers in other languages are tried against."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+from pathlib import Path
+
+import jsonschema
+import msgpack
+import numpy as np
+import pytest
+
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.protocol import codec, messages
+from fluffle_coordinator.strategy.contribution import decode_contribution
+
+FOLDER = Path(__file__).parents[2] / "docs/protocol"
+SCHEMA = json.loads((FOLDER / "schema.json").read_text())
+VECTORS = json.loads((FOLDER / "vectors.json").read_text())
+CHECK = jsonschema.Draft202012Validator(SCHEMA)
+BASE = {"w": np.zeros(2, np.float32)}
+
+
+def each(part: str):
+    return [pytest.param(one, id=one["name"]) for one in VECTORS[part]]
+
+
+def test_they_are_what_fluffle_says_today():
+    spec = importlib.util.spec_from_file_location("make", FOLDER / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    for path, text in make.files().items():
+        assert path.read_text() == text, "run: python docs/protocol/make.py"
+
+
+def test_there_is_one_of_every_kind():
+    kinds = set(messages.kinds_of(messages.Message))
+    assert {one["header"]["kind"] for one in VECTORS["sound"]} == kinds
+    assert len(VECTORS["unsound"]) >= 20
+
+
+@pytest.mark.parametrize("one", each("sound"))
+def test_a_sound_message_decodes_and_validates(one):
+    body = base64.b64decode(one["body"])
+    message, payload = codec.decode(body, "letters")
+    assert message.kind == one["header"]["kind"]
+    assert len(payload) == one["payload_bytes"]
+    header, _ = msgpack.unpackb(body)
+    header.pop("pad", None)
+    assert header == one["header"]
+    CHECK.validate(header)
+
+
+@pytest.mark.parametrize("one", each("unsound"))
+def test_an_unsound_message_is_refused_with_its_cause(one):
+    with pytest.raises(MalformedMessage) as refused:
+        message, payload = codec.decode(base64.b64decode(one["body"]), "letters")
+        decode_contribution(message, payload, BASE)
+    assert refused.value.cause == one["cause"]
+
+
+def test_what_is_wrong_with_a_header_alone_the_schema_refuses_too():
+    lenient = {"an unknown key that is critical"}  # of which a schema cannot know
+    of_headers = [one for one in VECTORS["unsound"] if one["cause"] == "malformed"]
+    refused = 0
+    for one in of_headers:
+        try:
+            header, _ = msgpack.unpackb(base64.b64decode(one["body"]))
+        except ValueError:
+            continue
+        if not isinstance(header, dict) or one["name"] in lenient:
+            continue
+        if one["name"] in ("a duration that is NaN", "a metric that is infinite"):
+            continue  # no JSON
+        if one["name"] == "a number of examples that is a float":
+            continue  # 5.0 is an integer to JSON schema
+        assert not CHECK.is_valid(header), one["name"]
+        refused += 1
+    assert refused >= 8
+
+
+@pytest.mark.parametrize("one", VECTORS["encoded"], ids=lambda one: one["encoding"])
+def test_an_encoded_update_stands_for_these_numbers(one):
+    message, payload = codec.decode(base64.b64decode(one["body"]), "letters")
+    base = {"w": np.zeros(one["shape"], np.float32)}
+    delta, _ = decode_contribution(message, payload, base)
+    assert np.asarray(delta["w"]).tobytes() == base64.b64decode(one["delta_float32"])
+
+
+def test_the_digest_is_blake3_of_the_blake3_of_each_part():
+    from blake3 import blake3
+
+    told = VECTORS["digest"]
+    parts = [bytes(codec.PART_BYTES), bytes(told["nbytes"] - codec.PART_BYTES)]
+    assert len(parts) == told["parts"]
+    assert blake3(b"".join(blake3(part).digest() for part in parts)).hexdigest() == told["digest"]
