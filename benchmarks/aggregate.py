@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import command, figures
 from benchmarks.arrays import Array, Perturbation, make_weights
 from fluffle_common.tensors.weights import check_delta, delta, size_bytes
+from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 
 _BLOCK = 32 * 1024
@@ -63,7 +64,9 @@ class Aggregating:
     def fold(self) -> None:
         """Fold all of them."""
         for number, update in enumerate(self.updates):
-            self.state = fedavg.fold(self.state, update, _COUNTS[number % len(_COUNTS)])
+            count = _COUNTS[number % len(_COUNTS)]
+            one = Contribution(worker="a", num_examples=count, delta=update)
+            self.state = fedavg.fold(self.state, one)
 
     def average(self) -> None:
         """Average what was folded."""

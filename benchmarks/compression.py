@@ -29,6 +29,7 @@ from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Fit, Plan, Update
 from fluffle_common.tensors.compression import compress, decompress, encoding_of
 from fluffle_common.tensors.weights import Weights, size_bytes
+from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.contribution import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_worker.error_feedback import Residual
@@ -54,7 +55,10 @@ class Federation:
         for place, task in enumerate(self._tasks):
             message, payload = self._update(place, task, number)
             delta, _ = decode_contribution(message, payload, self.weights)
-            state = fedavg.fold(state, delta, message.num_examples)
+            one = Contribution(
+                worker=message.worker, num_examples=message.num_examples, delta=delta
+            )
+            state = fedavg.fold(state, one)
             largest = max(largest, len(payload))
         self.weights, _ = fedavg.finish(state, self.weights)
         return largest

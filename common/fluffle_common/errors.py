@@ -6,7 +6,7 @@
     ├── UsageError              the command was called wrongly                  exit code 2
     ├── BrokerError             no broker, or one that cannot be started        exit code 3
     ├── RunError                the run cannot go on as configured              exit code 4
-    ├── TaskError               the user's task, or its data, failed            exit code 5
+    ├── TaskError               the user's task, data or strategy failed        exit code 5
     ├── RefusedError            the other side refused us, and said why         exit code 6
     ├── MalformedMessage        bytes that are not a message of ours
     └── LinkLost                the connection went; whatever was under way has an unknown outcome
@@ -48,7 +48,7 @@ class RunError(FluffleError):
 
 
 class TaskError(FluffleError):
-    """The task, or the data it was given, failed."""
+    """The user's code failed, a task or a strategy, or the data that a task was given."""
 
     exit_code = 5
 

@@ -25,6 +25,7 @@ from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.contribution import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 
@@ -110,12 +111,18 @@ values = st.integers(0x3E80, 0x4080).map(
 )
 
 
+def fold(state, update, num_examples):
+    """Fold an update of some worker."""
+    one = Contribution(worker="a", num_examples=num_examples, delta=update)
+    return fedavg.fold(state, one)
+
+
 @given(values, st.lists(st.tuples(values, st.integers(1, 10**6)), min_size=1, max_size=5))
 def test_the_average_is_the_nearest_to_the_exact_one(base, updates):
     weights = {"w": np.array([base], BFLOAT16)}
     state = fedavg.init(weights)
     for value, count in updates:
-        state = fedavg.fold(state, {"w": np.array([value], BFLOAT16)}, count)
+        state = fold(state, {"w": np.array([value], BFLOAT16)}, count)
     got, _ = fedavg.finish(state, weights)
     total = sum(count for _, count in updates)
     exact = Fraction(base) + sum(Fraction(value) * count for value, count in updates) / total
@@ -132,7 +139,7 @@ def test_what_is_just_above_the_middle_is_rounded_up():
     updates = [([half] * 3, 2**20 - 1), ([half, 1.0, -1.0], 1)]
     state = fedavg.init(base)
     for learnt, count in updates:
-        state = fedavg.fold(state, {"w": np.array(learnt, BFLOAT16)}, count)
+        state = fold(state, {"w": np.array(learnt, BFLOAT16)}, count)
     got, _ = fedavg.finish(state, base)
     assert got["w"].tolist() == [1.0, 1.0 + 2.0**-7, 1.0]
 
@@ -141,7 +148,7 @@ def test_four_thousand_updates_are_not_added_up_in_eight_bits():
     base = {"w": np.zeros(2, BFLOAT16)}
     state = fedavg.init(base)
     for _ in range(4000):
-        state = fedavg.fold(state, {"w": np.array([1, 3e38], BFLOAT16)}, 1)
+        state = fold(state, {"w": np.array([1, 3e38], BFLOAT16)}, 1)
     got, _ = fedavg.finish(state, base)
     assert got["w"].tolist() == np.array([1, 3e38], BFLOAT16).tolist()
 

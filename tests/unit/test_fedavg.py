@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fluffle_common.tensors.weights import FLOATS, INTEGERS, Weights, check_delta, delta
-from fluffle_coordinator.strategy import fedavg as strategy
+from fluffle_coordinator.strategy import weighted as strategy
+from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+
+
+def fold(state, update, num_examples):
+    """Fold an update of some worker."""
+    one = Contribution(worker="a", num_examples=num_examples, delta=update)
+    return fedavg.fold(state, one)
 
 
 def average(base: Weights, updates: Sequence[tuple[Weights, int]]) -> dict[str, np.ndarray]:
@@ -25,7 +32,7 @@ def average(base: Weights, updates: Sequence[tuple[Weights, int]]) -> dict[str, 
     state = fedavg.init(base)
     for update, num_examples in updates:
         check_delta(update, base)
-        state = fedavg.fold(state, update, num_examples)
+        state = fold(state, update, num_examples)
     return fedavg.finish(state, base)[0]
 
 
@@ -267,7 +274,7 @@ def test_what_is_given_is_left_as_it_was():
     for array in (*base.values(), *update.values()):
         array.setflags(write=False)
     state = fedavg.init(base)
-    state = fedavg.fold(state, update, 3)
+    state = fold(state, update, 3)
     first, state = fedavg.finish(state, base)
     assert (first["w"].tolist(), first["n"].tolist()) == ([3] * 3, [3] * 3)
     assert not any(np.shares_memory(first[name], base[name]) for name in base)
@@ -275,11 +282,11 @@ def test_what_is_given_is_left_as_it_was():
 
 def test_a_finished_state_is_empty_and_serves_the_next_round():
     base = {"w": np.ones(3, np.float32)}
-    state = fedavg.fold(fedavg.init(base), {"w": np.full(3, 2, np.float32)}, 3)
-    memory = state.totals["w"]
+    state = fold(fedavg.init(base), {"w": np.full(3, 2, np.float32)}, 3)
+    memory = state.mean.totals["w"]
     first, state = fedavg.finish(state, base)
-    assert (state.num_examples, state.totals["w"] is memory) == (0, True)
-    state = fedavg.fold(state, {"w": np.full(3, 5, np.float32)}, 7)
+    assert (state.mean.num_examples, state.mean.totals["w"] is memory) == (0, True)
+    state = fold(state, {"w": np.full(3, 5, np.float32)}, 7)
     assert fedavg.finish(state, first)[0]["w"].tolist() == [8] * 3
 
 
@@ -287,9 +294,9 @@ def test_the_state_does_not_grow_with_the_number_of_updates():
     base = {"w": np.zeros(1000, np.float32)}
     state = fedavg.init(base)
     for _ in range(20):
-        state = fedavg.fold(state, {"w": np.ones(1000, np.float32)}, 5)
-    assert state.num_examples == 100
-    assert sum(total.nbytes for total in state.totals.values()) == 8000
+        state = fold(state, {"w": np.ones(1000, np.float32)}, 5)
+    assert state.mean.num_examples == 100
+    assert sum(total.nbytes for total in state.mean.totals.values()) == 8000
 
 
 # --- against fractions ---------------------------------------------------------------------------
@@ -355,8 +362,8 @@ def test_many_tensors_of_integers_beside_floats_are_each_their_own():
         "none": np.zeros((0, 3), np.int64),
     }
     for _ in range(2):
-        state = fedavg.fold(fedavg.init(base), learnt, 3)
-        got, state = fedavg.finish(fedavg.fold(state, learnt, 4), base)
+        state = fold(fedavg.init(base), learnt, 3)
+        got, state = fedavg.finish(fold(state, learnt, 4), base)
         assert (got["n"] == 69_999).all()
         assert (got["w"].tolist(), got["b"].tolist(), got["none"].shape) == ([1.5] * 3, 0, (0, 3))
 
@@ -406,9 +413,9 @@ def test_very_many_examples_are_counted_exactly_and_not_beyond():
     learnt = {"w": np.ones(1, np.float32), "n": np.array([2**62])}
     state = fedavg.init(base)
     for _ in range(1000):
-        state = fedavg.fold(state, learnt, 10**12 + 1)
-    assert state.num_examples == 1000 * (10**12 + 1)
+        state = fold(state, learnt, 10**12 + 1)
+    assert state.mean.num_examples == 1000 * (10**12 + 1)
     got, _ = fedavg.finish(state, base)
     assert (got["w"].tolist(), got["n"].tolist()) == ([1.0], [2**62])
     with pytest.raises(ValueError, match="more than can be counted"):
-        fedavg.fold(state, learnt, 2**63)
+        fold(state, learnt, 2**63)

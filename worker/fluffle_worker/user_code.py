@@ -1,86 +1,26 @@
-"""Errors of a user's own code: where they happened, in one line and in full."""
+"""Errors of a task's own code; see ``fluffle_common.cli.user_code``."""
 
 from __future__ import annotations
 
-import sysconfig
-import traceback
-from functools import cache
 from pathlib import Path
-from types import TracebackType
 
-from fluffle_common.cli.console import warn
-from fluffle_common.cli.printing import echo
-from fluffle_common.errors import TaskError
+from fluffle_common.cli import user_code
+from fluffle_common.cli.user_code import one_line, sendable
 
-_HERE = Path(__file__).parent
-# What calls a user's code: no part of its story.
-_CALLERS = {
-    str(_HERE / name)
+__all__ = ["CALLERS", "full_trace", "one_line", "sendable", "warn_in_full"]
+
+CALLERS = frozenset(
+    str(Path(__file__).parent / name)
     for name in ("job.py", "results.py", "signature.py", "task_loading.py", "trainer.py")
-}
-_LONGEST = 500
-
-
-def one_line(why: BaseException) -> str:
-    """Return an error of a user's code in one line, with the file and line that it comes from.
-
-    What fluffle itself says of a task is not an error *in* its code, and stands as it is.
-    """
-    try:
-        text = " ".join(str(why).split())
-    except Exception:  # its own __str__ fails
-        text = ""
-    if not isinstance(why, TaskError):
-        text = f"{type(why).__name__}: {text}" if text else type(why).__name__
-        where = _where(why)
-        if where:
-            return f"{sendable(text, _LONGEST - len(where) - 3)} ({where})"
-    return sendable(text, _LONGEST)
+)
+"""What calls a task's code: no part of its story."""
 
 
 def full_trace(why: BaseException) -> str:
-    """Return the whole traceback of an error, from the first line of the user's code on."""
-    trace = why.__traceback__
-    while trace is not None and trace.tb_next is not None and _leads_there(trace):
-        trace = trace.tb_next
-    return sendable("".join(traceback.format_exception(type(why), why, trace)).rstrip())
+    """Return the whole traceback of an error, from the first line of the task's code on."""
+    return user_code.full_trace(why, CALLERS)
 
 
 def warn_in_full(why: BaseException) -> None:
     """Write the whole traceback of an error to stderr."""
-    warn("the error in the task's code:")
-    echo(*full_trace(why).splitlines(), err=True)
-
-
-def sendable(text: str, longest: int | None = None) -> str:
-    """Return text that can be encoded, of at most this length: not every file name can."""
-    return text[:longest].encode(errors="backslashreplace").decode()[:longest]
-
-
-def _leads_there(trace: TracebackType) -> bool:
-    name = trace.tb_frame.f_code.co_filename
-    return name in _CALLERS or name.startswith("<frozen ")
-
-
-def _where(why: BaseException) -> str:
-    """Return ``file.py:12``, the last line of the user's own files that the error went through.
-
-    Only the file's name: the folders of a data owner's machine are nobody else's business.
-    """
-    if isinstance(why, SyntaxError):
-        return ""  # its text says where
-    frames = traceback.extract_tb(why.__traceback__)
-    own = [frame for frame in frames if _is_users(frame.filename)]
-    if not frames:
-        return ""
-    last = (own or frames)[-1]
-    return f"{sendable(Path(last.filename).name, 100)}:{last.lineno}"
-
-
-@cache
-def _is_users(filename: str) -> bool:
-    path = Path(filename)
-    if filename.startswith("<") or {"site-packages", "dist-packages"} & set(path.parts):
-        return False
-    libraries = [_HERE, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))]
-    return not any(path.is_relative_to(library) for library in libraries)
+    user_code.warn_in_full(why, "task", CALLERS)

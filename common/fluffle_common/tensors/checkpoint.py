@@ -3,6 +3,9 @@
 A checkpoint carries a digest of itself in its metadata, under ``DIGEST``: the BLAKE3 of the whole
 file as it is with 64 zeros in the place of the digest. What bits a disk has flipped is found when
 it is read.
+
+Beside the model, a checkpoint may hold what a strategy keeps of its state, as tensors whose names
+begin with ``strategy/``. Readers of a checkpoint get the model alone; ``read_whole`` reads both.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 from typing import IO
@@ -36,6 +40,8 @@ _READABLE = {*_DTYPES.values(), "BOOL", "C64"}  # of which the last two do not t
 _BUFFER_BYTES = 2**18
 
 DIGEST = "fluffle_blake3"
+_KEPT = "strategy/"
+_HAS_KEPT = "fluffle_strategy_state"  # in the metadata: the file has tensors of such names
 _BEFORE_DIGEST = f'{{"__metadata__":{{"{DIGEST}": "'.encode()
 _DIGEST_AT = _HEADER_SIZE.size + len(_BEFORE_DIGEST)
 _NO_DIGEST = "0" * 64
@@ -43,13 +49,52 @@ _AT_ONCE_BYTES = 2**22  # the digest of so much takes a millisecond
 _READ_BYTES = 2**20
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is in a checkpoint.
+
+    Args:
+        weights: the model.
+        metadata: what is said of it.
+        kept: what the strategy kept of its state, by its own names.
+    """
+
+    weights: dict[str, Array]
+    metadata: dict[str, str]
+    kept: dict[str, Array]
+
+
 def checkpoint_name(number: int) -> str:
     """Return the file name of a round's checkpoint."""
     return f"round-{number:04d}.safetensors"
 
 
+def check_names(weights: Weights) -> None:
+    """Check that a model has no tensor that a checkpoint would take for the strategy's.
+
+    Raises:
+        ValueError: naming the first, and the remedy.
+    """
+    for name in weights:
+        if name.startswith(_KEPT):
+            raise ValueError(
+                f"tensor '{name[:60]}' begins with '{_KEPT}', as only what a strategy keeps may in "
+                "a checkpoint; rename it"
+            )
+
+
+def as_kept(kept: Weights) -> dict[str, Array]:
+    """Return what a strategy keeps of its state, by the names that it has in a checkpoint."""
+    return {f"{_KEPT}{name}": tensor for name, tensor in kept.items()}
+
+
 def save_checkpoint(
-    path: Path, weights: Weights, metadata: dict[str, str], *, named_first: bool = False
+    path: Path,
+    weights: Weights,
+    metadata: dict[str, str],
+    kept: Weights | None = None,
+    *,
+    named_first: bool = False,
 ) -> None:
     """Write a checkpoint, straight from the memory of the tensors.
 
@@ -58,14 +103,19 @@ def save_checkpoint(
 
     Args:
         path: the file.
-        weights: what it holds.
-        metadata: what is said of them.
+        weights: the model.
+        metadata: what is said of it.
+        kept: what the strategy keeps of its state.
         named_first: see ``replacing``; has no effect on a large one.
 
     Raises:
         OSError: where the disk refuses; an earlier file of that name is as it was.
         ValueError: for a dtype that does not travel.
     """
+    if kept:
+        check_names(weights)
+        weights = {**weights, **as_kept(kept)}
+        metadata = {**metadata, _HAS_KEPT: "yes"}
     layout = layout_for(weights)
     in_order, described = _described(layout)
     told = json.dumps({DIGEST: _NO_DIGEST, **metadata})
@@ -128,6 +178,16 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Read a checkpoint's weights and metadata.
 
     Raises:
+        UsageError: see ``read_whole``.
+    """
+    found = read_whole(path)
+    return found.weights, found.metadata
+
+
+def read_whole(path: Path) -> Checkpoint:
+    """Read a checkpoint, with what the strategy kept in it.
+
+    Raises:
         UsageError: where the file is missing, is not a whole safetensors file, is not what its
             digest says, or holds what NumPy cannot.
     """
@@ -144,7 +204,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as why:
         raise UsageError(f"{path} is not a whole model file ({why})") from None
     metadata.pop(DIGEST, None)
-    return weights, metadata
+    kept = [name for name in weights if name.startswith(_KEPT)]
+    if metadata.pop(_HAS_KEPT, None) is None:
+        kept = []  # of another program, which may call its tensors as it likes
+    of_the_strategy = {name.removeprefix(_KEPT): weights.pop(name) for name in kept}
+    return Checkpoint(weights, metadata, of_the_strategy)
 
 
 def _check_readable(path: Path, dtypes: Mapping[str, str]) -> None:

@@ -125,6 +125,13 @@ def run_option(command: Any) -> Any:
     default=1.0,
     help="Part of the workers present that is asked in a round.",
 )
+@click.option(
+    "--strategy",
+    default="fedavg",
+    metavar="NAME|path.py:name",
+    help="How updates become the next model: a strategy by its name, or an object in a file of "
+    "your own.",
+)
 @click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
 @click.option("--batch-size", type=count(), default=32, help="Local batch size.")
 @click.option(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluffle_common.cli.app import count
 from fluffle_common.cli.printing import echo, echo_json, screen, table
-from fluffle_common.errors import RunError
+from fluffle_common.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from fluffle_coordinator.storage.replay import Distance, Replay
+    from fluffle_coordinator.strategy.base import Strategy
 
 _DIFFERENT = 1  # as cmp and diff have it
 
@@ -32,15 +33,22 @@ _run_argument = click.argument(
     metavar="PATH.PY:NAME",
     help="A codec that the coordinator was given by --compress.",
 )
+@click.option(
+    "--strategy",
+    metavar="NAME|path.py:name",
+    help="The run's strategy, if its file has been moved.  [default: as in run.json]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one object with every tensor.")
-def replay(folder: Path, number: int, codecs: tuple[str, ...], as_json: bool) -> None:
+def replay(
+    folder: Path, number: int, codecs: tuple[str, ...], strategy: str | None, as_json: bool
+) -> None:
     """Compute a round's average again from the kept updates, and compare it bit by bit.
 
     RUN is the run's folder, such as runs/letters, of a coordinator that ran with --keep-updates.
-    The updates of the round go through the checks of the coordinator again and are added to the
-    model of the round before in the order in which they were counted. Beside it, the average as
-    plain NumPy computes it says whether the average itself is right: being summed in another
-    order, it may be a last bit away.
+    The updates of the round go through the checks of the coordinator and the run's strategy again,
+    in the order in which they were counted, from the model of the round before. Beside it, for
+    federated averaging, the average as plain NumPy computes it says whether the average itself is
+    right: being summed in another order, it may be a last bit away.
 
     Exit code 0: equal to what was committed; 1: different; 2: something is missing or damaged.
 
@@ -53,7 +61,7 @@ def replay(folder: Path, number: int, codecs: tuple[str, ...], as_json: bool) ->
 
     for codec in codecs:
         load_codec(codec, "--codec")
-    found = compute_again(folder, number)
+    found = compute_again(folder, number, _strategy(folder, number, strategy))
     if as_json:
         echo_json(found.as_json())
     else:
@@ -62,13 +70,33 @@ def replay(folder: Path, number: int, codecs: tuple[str, ...], as_json: bool) ->
         sys.exit(_DIFFERENT)
 
 
+def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
+    """Return the strategy that made a round; ``given`` says where it is now."""
+    from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
+    from fluffle_coordinator.service.strategy_loading import load_strategy
+    from fluffle_coordinator.storage.replay import strategy_of
+
+    name, file = strategy_of(folder, number)
+    recorded = f"{file}:{name.rpartition(':')[2]}" if file else name
+    named = load_strategy(given or recorded)
+    if named.name != name:
+        raise UsageError(
+            f"round {number} of {folder} was made with the strategy {name}, not with {named.name}; "
+            "name that one with --strategy"
+        )
+    return GuardedStrategy(named, number)
+
+
 def _print(found: Replay) -> None:
     rows = table()
-    for name in ("tensor", "dtype", "shape", f"against {found.checkpoint}", "plain NumPy average"):
+    heads = ["tensor", "dtype", "shape", f"against {found.checkpoint}"]
+    if found.tensors[0].second_opinion:
+        heads.append("plain NumPy average")
+    for name in heads:
         rows.add_column(name, overflow="fold")
     for tensor in found.tensors:
         shape = " x ".join(map(str, tensor.shape)) or "()"
-        verdicts = (_words(tensor.replayed), _words(tensor.second_opinion))
+        verdicts = [_words(one) for one in (tensor.replayed, tensor.second_opinion) if one]
         rows.add_row(tensor.name, tensor.dtype, shape, *verdicts)
     screen().print(rows)
     who = ", ".join(f"{worker} ({examples})" for worker, examples in found.participants)

@@ -17,16 +17,19 @@ from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone, fetch
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
+from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
-from fluffle_coordinator.strategy.fedavg import Strategy, Sum, fedavg
+from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
@@ -42,7 +45,9 @@ class Aggregator:
         max_model_bytes: the most that a model or an update may have.
         link: the link of the moment, None where there is none.
         post: given the events for the round machine.
-        strategy: how a round is averaged.
+        strategy: how a round is averaged; what is not ours may take its time, and gets a thread.
+        resumed: the round that the weights are of, and what the strategy kept in its checkpoint;
+            None where the run begins.
         keep_updates: whether what is folded is kept.
         verify_users: whether the parts of an update have to come from its worker's own user.
         averaged: given new weights, which will be sent once they are on disk.
@@ -57,7 +62,8 @@ class Aggregator:
         max_model_bytes: int,
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
-        strategy: Strategy = fedavg,
+        strategy: NamedStrategy = FEDAVG,
+        resumed: tuple[int, Weights] | None = None,
         keep_updates: bool = False,
         verify_users: bool = False,
         averaged: Callable[[Weights], object] = lambda _: None,
@@ -68,7 +74,13 @@ class Aggregator:
         self._strategy, self._keep_updates = strategy, keep_updates
         self._verify_users, self._averaged = verify_users, averaged
         self._jobs = SerialQueue()
-        self._sum = strategy.init(weights) if weights is not None else None
+        self._at_once_bytes = _AT_ONCE_BYTES if strategy is FEDAVG else -1
+        self._state: Any = None
+        if weights is not None and resumed is not None:
+            number, kept = resumed
+            self._state = self._in_round(number + 1).load(kept, weights)
+        elif weights is not None:
+            self._state = self._in_round(1).init(weights)
         self._in_the_sum: list[dict[str, Any]] = []
         self._closing = False
         self._max_header: int | None = None
@@ -102,7 +114,7 @@ class Aggregator:
         """Average the round, and have it committed; what is not being folded yet stays out."""
         self._clock.close()
         if self._quick:
-            self._close(number, asked, *self._strategy.finish(*self._so_far))
+            self._close(number, asked, *self._finish(number))
         else:
             self._closing = True
             self._jobs.put(lambda: self._average(number, asked))
@@ -118,19 +130,21 @@ class Aggregator:
     @property
     def _quick(self) -> bool:
         """Whether what is over at once may be done at once: nothing that was asked for waits."""
-        return self._jobs.idle and size_bytes(self._so_far[1]) <= _AT_ONCE_BYTES
+        return self._jobs.idle and size_bytes(self._base) <= self._at_once_bytes
 
     @property
-    def _so_far(self) -> tuple[Sum, Weights]:
-        """The running sum, and the weights that it is of."""
-        assert self._sum is not None
+    def _base(self) -> Weights:
+        """The weights that updates are added to."""
         assert self.weights is not None
-        return self._sum, self.weights
+        return self.weights
+
+    def _in_round(self, number: int) -> GuardedStrategy:
+        return GuardedStrategy(self._strategy, number)
 
     async def begin_with(self, weights: Weights) -> None:
         """Save the first weights, and use them."""
         base = await self._committer.begin_with(weights)
-        self.weights, self._sum = weights, self._strategy.init(weights)
+        self.weights, self._state = weights, self._in_round(1).init(weights)
         self._post(ev.WeightsReady(time.monotonic(), base))
 
     async def _take_first(self, held: Held) -> None:
@@ -141,6 +155,7 @@ class Aggregator:
                 weights = read_tensors(message.tensors, payload)
                 if not weights:
                     raise ValueError("there is no tensor")
+                check_names(weights)
                 check_finite(weights)
             except LinkLost:
                 held.free()
@@ -161,8 +176,8 @@ class Aggregator:
         try:
             payload = await self._payload(held)
             # However few bytes came, they are folded into all of the model.
-            nbytes = max(len(payload), size_bytes(self._so_far[1]))
-            norm = await _off_loop(nbytes, self._check_and_fold, held, payload)
+            nbytes = max(len(payload), size_bytes(self._base))
+            norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone) as gone:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
@@ -186,15 +201,21 @@ class Aggregator:
         message = held.message
         assert isinstance(message, Update)
         began = time.monotonic()
-        so_far, weights = self._so_far
-        delta, norm = decode_contribution(message, payload, weights)
+        # Read-only: it may still have to be kept as it came.
+        delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
         if norm > held.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
                 "(--max-norm-ratio)",
                 "norm",
             )
-        self._sum = self._strategy.fold(so_far, delta, held.num_examples)
+        one = Contribution(
+            worker=message.worker,
+            num_examples=held.num_examples,
+            delta=delta,
+            metrics=message.metrics,
+        )
+        self._state = self._in_round(message.round).fold(self._state, one)
         self._clock.fold_s += time.monotonic() - began
         return norm
 
@@ -236,21 +257,27 @@ class Aggregator:
         )
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
-        so_far, weights = self._so_far
-        found = await _off_loop(size_bytes(weights), self._strategy.finish, so_far, weights)
+        found = await self._off_loop(size_bytes(self._base), self._finish, number)
         self._close(number, asked, *found)
 
-    def _close(self, number: int, asked: tuple[str, ...], weights: Weights, emptied: Sum) -> None:
+    def _finish(self, number: int) -> tuple[Weights, Any, Weights]:
+        """Return the next weights, the next state, and what is kept of that."""
+        strategy = self._in_round(number)
+        weights, state = strategy.finish(self._state, self._base)
+        return weights, state, strategy.dump(state)
+
+    def _close(
+        self, number: int, asked: tuple[str, ...], weights: Weights, state: Any, kept: Weights
+    ) -> None:
         """Have the average committed, and begin the next sum."""
         self._clock.average()
-        self._committer.commit(Average(number, weights, asked, self._in_the_sum, self._clock))
+        self._committer.commit(Average(number, weights, asked, self._in_the_sum, self._clock, kept))
         self._averaged(weights)
-        self.weights, self._sum, self._clock = weights, emptied, Clock()
+        self.weights, self._state, self._clock = weights, state, Clock()
         self._in_the_sum, self._closing = [], False
 
-
-async def _off_loop(nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
-    """Do what takes time in proportion to ``nbytes``: in a thread, unless it is over at once."""
-    if nbytes <= _AT_ONCE_BYTES:
-        return work(*on)  # handing it to a thread and back would take longer
-    return await asyncio.to_thread(work, *on)
+    async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
+        """Do what takes time in proportion to ``nbytes``: in a thread, unless that is little."""
+        if nbytes <= self._at_once_bytes:
+            return work(*on)  # handing it to a thread and back would take longer
+        return await asyncio.to_thread(work, *on)

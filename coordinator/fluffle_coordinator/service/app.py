@@ -24,7 +24,7 @@ from fluffle_common.cli.settings import (
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint
+from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
 from fluffle_common.tensors.weights import check_finite, check_signature
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
@@ -35,6 +35,7 @@ from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.strategy_loading import check_needs, check_same, load_strategy
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
 if TYPE_CHECKING:
@@ -49,9 +50,12 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
 
     Raises:
         RunError: where the run stopped before its last round.
+        TaskError: where the strategy fails.
         SystemExit: after a signal, with 128 + its number.
     """
     federation = check_federation(options["federation"])
+    strategy = load_strategy(options["strategy"])
+    check_needs(strategy, rules)
     settings = CoordinatorSettings(
         federation=federation,
         rules=rules,
@@ -62,6 +66,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
             compress=_compress(options),
             config=parse_config(options["config"]),
         ),
+        strategy=strategy,
         classes=parse_classes(options["classes"]),
         init=options["init"],
         verify_users=options["verify_users"],
@@ -125,6 +130,7 @@ async def _run(
             if aside is not None:
                 watcher.tell("repaired", {"what": f"the earlier run is in {aside} now"})
         saved = store.load(settings.federation)
+        check_same(settings.strategy, saved, store.folder)
         _check_beginning(settings.init, store, saved, watcher)
         store.note_configuration(configuration(settings, topology), saved.committed)
     for repair in saved.repairs:
@@ -221,6 +227,7 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
     try:
         check_signature(weights)
         check_finite(weights)
+        check_names(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} is no model to begin with: {wrong}") from None
     metadata = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.clock import timestamp
@@ -24,6 +24,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock, Counts
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
 from fluffle_coordinator.storage.run_store import RunStore, new_base
+from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 Tell = Callable[[str, dict[str, Any]], None]
 _DISK_RETRY_S = 5.0
@@ -32,7 +33,7 @@ _DISK_RETRY_S = 5.0
 _FIELDS = frozenset(
     "asked base bytes checkpoint committed_at ended_at evaluated_at evaluators event federation "
     "late late_updates loss metrics num_examples opened_at outcome participants reason rejected "
-    "rejections round rounds run time timings train_loss".split()
+    "rejections round rounds run strategy time timings train_loss".split()
 )
 
 
@@ -46,6 +47,7 @@ class Average:
         asked: who was asked.
         participants: what the history tells of each update in the sum, in the order of the sum.
         clock: where its time went.
+        kept: what the strategy keeps of its state.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Average:
     asked: tuple[str, ...]
     participants: list[dict[str, Any]]
     clock: Clock
+    kept: Weights = field(default_factory=dict)
 
 
 class Committer:
@@ -63,6 +66,7 @@ class Committer:
         metadata: what a checkpoint of a round says of itself.
         tell: told what happens.
         post: given the events for the round machine.
+        strategy: the name of the strategy.
     """
 
     def __init__(
@@ -72,10 +76,11 @@ class Committer:
         metadata: Callable[[int], dict[str, str]],
         tell: Tell,
         post: Callable[[ev.Event], None],
+        strategy: str = FEDAVG.name,
     ) -> None:
         self.counts = Counts()
         self._store, self._metadata = store, metadata
-        self._tell, self._post = tell, post
+        self._tell, self._post, self._strategy = tell, post, strategy
         self._lines = SerialQueue()
         self._committed_at = time.monotonic()
 
@@ -139,9 +144,11 @@ class Committer:
             **self._not_counted(),
             "checkpoint": checkpoint_name(number),
         }
+        if self._strategy != FEDAVG.name:
+            line["strategy"] = self._strategy
 
         def write() -> None:
-            self._store.save_weights(number, average.weights, metadata)
+            self._store.save_weights(number, average.weights, metadata, average.kept)
             line["timings"] = clock.timings(self._committed_at, time.monotonic())
             line["committed_at"] = timestamp()
             self._store.append(line)

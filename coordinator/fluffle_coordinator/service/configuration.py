@@ -17,9 +17,12 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
 
     The broker's address is left out: it may hold a password, and says nothing about the result.
     """
+    named = settings.strategy
     return {
         "rules": asdict(settings.rules),
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s"}),  # the rules have these
+        "strategy": named.name,
+        **({"strategy_file": named.file} if named.file else {}),
         "classes": settings.classes,
         "init": None if settings.init is None else str(settings.init),
         "verify_users": settings.verify_users,

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluffle_common.concurrency import run_all
-from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.errors import LinkLost, MalformedMessage, TaskError
 from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, greeting
 from fluffle_common.protocol.messages import (
     PROTOCOL,
@@ -132,7 +132,11 @@ class Coordinator:
             tell=self._tell,
         )
         self._committer = Committer(
-            store, metadata=self._metadata, tell=self._tell, post=self._post
+            store,
+            metadata=self._metadata,
+            tell=self._tell,
+            post=self._post,
+            strategy=settings.strategy.name,
         )
         self._aggregator = Aggregator(
             topology,
@@ -141,6 +145,8 @@ class Coordinator:
             max_model_bytes=settings.max_model_bytes,
             link=lambda: self._link,
             post=self._post,
+            strategy=settings.strategy,
+            resumed=(saved.committed, saved.kept) if saved.committed else None,
             keep_updates=settings.keep_updates,
             verify_users=settings.verify_users,
             averaged=self._outbox.prepare,
@@ -182,6 +188,9 @@ class Coordinator:
         except asyncio.CancelledError:
             if self.state.outcome is None:
                 self._tell("interrupted", {"folder": str(self._folder)})
+            raise
+        except TaskError as wrong:  # so that the journal has it too
+            self._tell("note", {"what": str(wrong)})
             raise
         finally:
             if self._journal is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.strategy.base import NamedStrategy
+from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class CoordinatorSettings:
         federation: whose queues to use.
         rules: the rules of the rounds.
         plan: what workers are told about training; its seed and deadline come from the rules.
+        strategy: how a round is averaged.
         classes: the classes that workers must have; None lets the first worker say.
         init: a checkpoint to begin with; None asks a worker.
         max_workers: the most updates that may be held unacknowledged, give or take a few; where
@@ -34,6 +37,7 @@ class CoordinatorSettings:
     federation: str
     rules: rs.Rules
     plan: Plan = field(default_factory=Plan)
+    strategy: NamedStrategy = FEDAVG
     classes: tuple[str, ...] | None = None
     init: Path | None = None
     max_workers: int = 1024

@@ -1,11 +1,13 @@
 """A round's average computed again from the updates that were kept, and compared bit by bit.
 
-The same checks and the same sum as in the coordinator, in the same order; and, as a second opinion
-that shares no code with it, the average as NumPy has it.
+The same checks and the same strategy as in the coordinator, in the same order; and for federated
+averaging, as a second opinion that shares no code with it, the average as NumPy has it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +21,13 @@ import numpy as np
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
-from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint
+from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.run_store import read_history_lines
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
+from fluffle_coordinator.strategy.base import Contribution, Strategy
 from fluffle_coordinator.strategy.contribution import decode_contribution
-from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,16 @@ class Distance:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a replayed round, compared with the checkpoint."""
+    """One tensor of a replayed round, compared with the checkpoint.
+
+    ``second_opinion`` is None where the strategy is not ``fedavg``: there is no other way to it.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     replayed: Distance
-    second_opinion: Distance
+    second_opinion: Distance | None
 
 
 @dataclass(frozen=True)
@@ -79,17 +85,33 @@ class Replay:
         ]
         for tensor in told["tensors"]:
             for distance in (tensor["replayed"], tensor["second_opinion"]):
-                if math.isinf(distance["largest"]):
+                if distance and math.isinf(distance["largest"]):
                     distance["largest"] = None  # JSON has no infinity
         return {"equal": self.equal, **told}
 
 
-def replay(run: Path, number: int) -> Replay:
+def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
+    """Return the name of the strategy that made a round, and the file that it came from.
+
+    Raises:
+        UsageError: where the round is not committed.
+    """
+    name = _committed_by(_committed_line(run, number))
+    file = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for one in json.loads((run / "run.json").read_text())["configurations"]:
+            if one["from_round"] <= number and one.get("strategy") == name:
+                file = one.get("strategy_file")
+    return name, file
+
+
+def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     """Compute the average of a round again.
 
     Args:
         run: the run's folder.
         number: the round, from 1.
+        strategy: the one that made it; see ``strategy_of``.
 
     Raises:
         UsageError: where something that it takes is missing or is not what was counted.
@@ -101,23 +123,25 @@ def replay(run: Path, number: int) -> Replay:
             f"no updates of round {number} are in {run}: its coordinator ran without "
             "--keep-updates, or they were removed since"
         )
-    base, _ = read_checkpoint(run / checkpoint_name(number - 1))
+    before = read_whole(run / checkpoint_name(number - 1))
+    base = before.weights
     committed, _ = read_checkpoint(run / line.get("checkpoint", checkpoint_name(number)))
-    deltas = [
-        _kept_delta(update_path(run, number, place, one["worker"]), line, one, base)
+    contributions = [
+        _kept(update_path(run, number, place, one["worker"]), line, one, base)
         for place, one in enumerate(participants, start=1)
     ]
-    examples = [one["num_examples"] for one in participants]
-    state = fedavg.init(base)
-    for delta, num_examples in zip(deltas, examples, strict=True):
-        state = fedavg.fold(state, delta, num_examples)
-    replayed, _ = fedavg.finish(state, base)
+    state = strategy.init(base) if number == 1 else strategy.load(before.kept, base)
+    for contribution in contributions:
+        state = strategy.fold(state, contribution)
+    replayed, _ = strategy.finish(state, base)
+    averages = _committed_by(line) == FEDAVG.name
+    opinion = _second_opinion(base, contributions) if averages else None
     return Replay(
         run=str(line.get("run", "")),
         round=number,
         checkpoint=checkpoint_name(number),
         participants=tuple((one["worker"], one["num_examples"]) for one in participants),
-        tensors=_compared(committed, replayed, _second_opinion(base, deltas, examples)),
+        tensors=_compared(committed, replayed, opinion),
     )
 
 
@@ -131,9 +155,13 @@ def _committed_line(run: Path, number: int) -> dict[str, Any]:
     return committed[number]
 
 
-def _kept_delta(
+def _committed_by(line: Mapping[str, Any]) -> str:
+    return str(line.get("strategy", FEDAVG.name))
+
+
+def _kept(
     path: Path, line: Mapping[str, Any], participant: Mapping[str, Any], base: Weights
-) -> Weights:
+) -> Contribution:
     """Read a kept update as the coordinator read it when it came."""
     worker = participant["worker"]
     try:
@@ -162,13 +190,18 @@ def _kept_delta(
         delta, _ = decode_contribution(message, inside if payload is None else payload, base)
     except MalformedMessage as wrong:
         raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
-    return delta
+    return Contribution(
+        worker=worker,
+        num_examples=participant["num_examples"],
+        delta=delta,
+        metrics=message.metrics,
+    )
 
 
-def _second_opinion(
-    base: Weights, deltas: Sequence[Weights], examples: Sequence[int]
-) -> Callable[[str], Array]:
+def _second_opinion(base: Weights, contributions: Sequence[Contribution]) -> Callable[[str], Array]:
     """Return what gives the average of one tensor, by other means than ``fedavg``."""
+    deltas = [one.delta for one in contributions]
+    examples = [one.num_examples for one in contributions]
 
     def average(name: str) -> Array:
         dtype = base[name].dtype
@@ -199,7 +232,7 @@ def _exactly(base: Array, deltas: Sequence[Array], examples: Sequence[int]) -> A
 
 
 def _compared(
-    committed: Weights, replayed: Weights, opinion: Callable[[str], Array]
+    committed: Weights, replayed: Weights, opinion: Callable[[str], Array] | None
 ) -> tuple[Tensor, ...]:
     if {n: (t.shape, t.dtype) for n, t in committed.items()} != {
         n: (t.shape, t.dtype) for n, t in replayed.items()
@@ -211,7 +244,7 @@ def _compared(
             dtype=tensor.dtype.name,
             shape=tensor.shape,
             replayed=distance(tensor, replayed[name]),
-            second_opinion=distance(tensor, opinion(name)),
+            second_opinion=distance(tensor, opinion(name)) if opinion else None,
         )
         for name, tensor in committed.items()
     )

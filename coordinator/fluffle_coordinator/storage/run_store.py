@@ -33,9 +33,10 @@ from fluffle_common.cli.console import json_line
 from fluffle_common.clock import timestamp
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
+    Checkpoint,
     checkpoint_name,
     make_folder,
-    read_checkpoint,
+    read_whole,
     replacing,
     save_checkpoint,
     sync_folder,
@@ -44,12 +45,15 @@ from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.round_stats import with_later
+from fluffle_coordinator.strategy.base import NO_TENSORS
+from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 
 @dataclass(frozen=True)
 class Saved:
     """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one.
 
+    ``strategy`` made the last committed round, and ``kept`` is what it kept of its state there.
     ``base`` names the weights; ``announced`` is how many examples each worker counted with at most.
     """
 
@@ -61,6 +65,8 @@ class Saved:
     weights: dict[str, Array] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
+    strategy: str = FEDAVG.name
+    kept: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -150,7 +156,6 @@ class RunStore:
             repairs.append(f"the checkpoint after round {last} cannot be read: going on from there")
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
-        weights, metadata = sound or (None, {})
         line = committed.get(last, {})
         return Saved(
             run=identity,
@@ -159,20 +164,28 @@ class RunStore:
             announced=_most_examples(x for x in lines if x["event"] == "committed"),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
-            weights=weights,
-            metadata=metadata,
+            weights=sound.weights if sound else None,
+            metadata=sound.metadata if sound else {},
             repairs=tuple(repairs),
+            strategy=line.get("strategy", FEDAVG.name),
+            kept=sound.kept if sound else {},
         )
 
-    def save_weights(self, number: int, weights: Weights, metadata: dict[str, str]) -> Path:
-        """Write the checkpoint of a round, whole or not at all.
+    def save_weights(
+        self,
+        number: int,
+        weights: Weights,
+        metadata: dict[str, str],
+        kept: Weights = NO_TENSORS,
+    ) -> Path:
+        """Write the checkpoint of a round, whole or not at all, with what its strategy keeps.
 
         Raises:
             OSError: where the disk refuses; an earlier file of that name is as it was.
         """
         path = self.folder / checkpoint_name(number)
         # What a power failure may leave of a later one is passed over: no history line names it.
-        save_checkpoint(path, weights, metadata, named_first=number > 0)
+        save_checkpoint(path, weights, metadata, kept, named_first=number > 0)
         return path
 
     def keep_update(
@@ -282,12 +295,12 @@ class RunStore:
             os.fsync(history.fileno())
         return lines, ["cut off a torn last line of history.jsonl"]
 
-    def _last_sound(self, last: int) -> tuple[int, tuple[dict[str, Array], dict[str, str]] | None]:
+    def _last_sound(self, last: int) -> tuple[int, Checkpoint | None]:
         for number in range(last, -1, -1):
             path = self.folder / checkpoint_name(number)
             if path.exists():
                 with contextlib.suppress(UsageError):
-                    return number, read_checkpoint(path)
+                    return number, read_whole(path)
         return 0, None
 
     def _forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:

@@ -56,6 +56,35 @@ def rounded_mean(high: Array, low: Array, count: int, base: Array) -> Array:
     return _added(base, quotient)
 
 
+def mean(high: Array, low: Array, count: int) -> Array:
+    """Return ``sum / count`` in float64.
+
+    >>> high, low = np.zeros(1, np.int64), np.zeros(1, np.uint64)
+    >>> add_scaled(high, low, np.array([-3]), 1)
+    >>> mean(high, low, 2)
+    array([-1.5])
+    """
+    quotient, rest = _divide(high, low, count)
+    return quotient.astype(np.float64) + rest.astype(np.float64) / count
+
+
+def moved(base: Array, change: Array) -> Array:
+    """Return ``base + change``, rounded to the nearest, halves to even.
+
+    Args:
+        base: integers of any dtype, which is the result's too; what is beyond its ends is its end.
+        change: float64, finite; of its size, at most about 2**63 counts.
+
+    >>> moved(np.array([3, 4, 250], np.uint8), np.array([0.5, 0.5, 9.0]))
+    array([  4,   4, 255], dtype=uint8)
+    """
+    whole = np.clip(np.floor(change), -_STEP_END, _STEP_END)
+    rest = np.clip(change - whole, 0, 1)
+    steps = whole.astype(np.int64)
+    odd = (steps ^ base.astype(np.int64)) & 1 == 1
+    return _added(base, steps + ((rest > 0.5) | ((rest == 0.5) & odd)))
+
+
 def _product(values: Array, factor: int) -> tuple[Array, Array]:
     """Multiply in 128 bits, by halves of 32: as at school."""
     signed = values.astype(np.int64, copy=False)

@@ -1,0 +1,132 @@
+"""What a strategy is: the rule by which a round's updates become the next model.
+
+A strategy is a frozen object of pure functions over NumPy arrays. Its *state* is whatever its own
+functions return: the coordinator passes it on, keeps what ``dump`` makes of it in the checkpoint of
+every round, and looks into it nowhere.
+
+::
+
+    init ──> fold, fold, …, finish ──> fold, fold, …, finish ──> …     (one state, handed on)
+    load ─┘                   └─ dump (into the round's checkpoint)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+from fluffle_common.tensors.weights import Array, Weights
+
+S = TypeVar("S")
+
+NO_TENSORS: Weights = MappingProxyType[str, Array]({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """A decoded, checked update. Its arrays are read-only in most cases: do not change them.
+
+    Args:
+        worker: whose it is.
+        num_examples: how many examples it was trained on, as far as that is believed.
+        delta: trained - received, with the names and shapes of the model; in its dtypes, of
+            integers in int64. All values are finite.
+        staleness: how many versions were committed since the one that it was trained from.
+        extra: what else the worker sent.
+        metrics: what the worker measured while training.
+    """
+
+    worker: str
+    num_examples: int
+    delta: Weights
+    staleness: int = 0
+    extra: Weights = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a strategy asks of the coordinator, which refuses to run it where it cannot give that.
+
+    Args:
+        all_updates: all updates of a round at once, instead of one at a time.
+        equal_weights: that every worker counts the same.
+        extra: names of tensors that workers have to send besides their deltas.
+        min_updates: the fewest updates that a round may be made of.
+        min_examples: the fewest examples that a round may be made of.
+    """
+
+    all_updates: bool = False
+    equal_weights: bool = False
+    extra: tuple[str, ...] = ()
+    min_updates: int = 1
+    min_examples: int = 1
+
+
+NO_NEEDS = Needs()
+
+
+class Strategy(Protocol[S]):
+    """How the updates of a round become the next weights.
+
+    ``fold`` and ``finish`` leave the weights that they are given as they are; of the state, they
+    may reuse the memory. A class that inherits from this one has the defaults of a strategy that
+    keeps nothing across rounds.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the coordinator; nothing by default."""
+        return NO_NEEDS
+
+    def init(self, weights: Weights) -> S:
+        """Return the state that a run begins with."""
+
+    def broadcast(self, state: S) -> Weights:
+        """Return the tensors that travel to the workers beside the model; none by default."""
+        return NO_TENSORS
+
+    def fold(self, state: S, one: Contribution) -> S:
+        """Take one contribution in; in the order of arrival, one at a time."""
+
+    def finish(self, state: S, weights: Weights) -> tuple[Weights, S]:
+        """Close a round.
+
+        Args:
+            state: with all contributions of the round.
+            weights: what they were trained from.
+
+        Returns:
+            The next weights, of the same names, shapes and dtypes, all finite; and the state that
+            the next round begins with.
+        """
+
+    def dump(self, state: S) -> Weights:
+        """Return what is to be kept of the state of a closed round; nothing by default."""
+        return NO_TENSORS
+
+    def load(self, saved: Weights, weights: Weights) -> S:
+        """Return the state that ``dump`` returned ``saved`` for.
+
+        Args:
+            saved: what ``dump`` returned, by the same names.
+            weights: the model of the round that was closed.
+        """
+        return self.init(weights)
+
+
+@dataclass(frozen=True)
+class NamedStrategy:
+    """A strategy, and what it is called.
+
+    Args:
+        name: as run.json and the history have it: ``fedavg``, ``module:name`` or ``file.py:name``.
+        strategy: the strategy.
+        file: where it comes from, if that is a file.
+    """
+
+    name: str
+    strategy: Strategy[Any]
+    file: str | None = None

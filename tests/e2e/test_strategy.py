@@ -1,0 +1,65 @@
+"""A strategy from a user's own file, in real processes: killed, resumed, replayed, and broken."""
+
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from fluffle_common.tensors.checkpoint import read_whole
+from tests.e2e.programs import FLUFFLE, ROOT, Federation
+
+pytestmark = pytest.mark.rabbit
+ROUNDS = 60
+
+
+def test_a_stateful_strategy_outlives_its_coordinator_and_is_replayed(
+    federation: Federation,
+) -> None:
+    shutil.copy(ROOT / "tests/federation/momentum.py", federation.folder / "mine.py")
+    flags = ("--quorum", 2, "--rounds", ROUNDS, "--keep-updates", "--strategy")
+    first = federation.coordinator(*flags, "mine.py:momentum")
+    workers = [federation.worker(f"shard:{n}/2") for n in range(2)]
+    first.wait_for("round 2: committed")
+    first.send(signal.SIGKILL)
+    first.end()
+
+    other = federation.coordinator("--quorum", 2, "--strategy", "fedavg")
+    assert other.end() == 2
+    told = other.lines[-1]
+    assert "was made with the strategy mine.py:momentum up to round" in told
+    assert "this command names fedavg; give --strategy mine.py:momentum" in told
+
+    second = federation.coordinator(*flags, "mine.py:momentum")
+    assert [program.end() for program in (second, *workers)] == [0, 0, 0]
+    for number in (1, 2, ROUNDS):
+        found = read_whole(federation.run / f"round-{number:04d}.safetensors")
+        assert found.kept.keys() == found.weights.keys()
+        again = subprocess.run(  # the file is found by what run.json says
+            [FLUFFLE, "replay", federation.run, "--round", str(number)],
+            capture_output=True, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "plain NumPy average" not in again.stdout
+
+
+def test_a_strategy_that_fails_ends_the_coordinator_with_its_line_and_loses_nothing(
+    federation: Federation,
+) -> None:
+    source = (ROOT / "tests/federation/momentum.py").read_text()
+    mine = federation.folder / "mine.py"
+    mine.write_text(source.replace("moved = {", "moved = 1 / 0\n        moved = {"))
+    flags = ("--quorum", 2, "--rounds", 1, "--strategy", "mine.py:momentum")
+    coordinator = federation.coordinator(*flags)
+    workers = [federation.worker(f"shard:{n}/2") for n in range(2)]
+    assert coordinator.end() == 5
+    told = "\n".join(coordinator.lines)
+    assert "Traceback" in told
+    assert coordinator.lines[-1].startswith(
+        "fluffle: the strategy mine.py:momentum failed in round 1, in finish(): ZeroDivisionError"
+    )
+    assert not (federation.run / "history.jsonl").exists()
+
+    mine.write_text(source)
+    again = federation.coordinator(*flags)
+    assert [program.end() for program in (again, *workers)] == [0, 0, 0]

@@ -1,0 +1,222 @@
+"""Strategies from files outside the product: run, killed, resumed, replayed, and broken."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fluffle_common.errors import TaskError
+from fluffle_common.tensors.checkpoint import (
+    checkpoint_name,
+    read_checkpoint,
+    read_whole,
+    save_checkpoint,
+)
+from fluffle_coordinator.cli.run_folder import replay
+from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
+from fluffle_coordinator.service.strategy_loading import load_strategy
+from fluffle_coordinator.strategy.base import Contribution
+from tests.federation.harness import Adder
+
+FILE = Path(__file__).with_name("momentum.py")
+DOCS = Path(__file__).parents[2] / "docs" / "strategies.md"
+BROKEN = """
+import numpy as np
+from fluffle_coordinator.strategy.base import Strategy
+from fluffle_coordinator.strategy.weighted import apply_delta
+
+class Mean(Strategy):
+    def init(self, weights):
+        return []
+
+    def fold(self, state, one):
+        {fold}
+        return [*state, one.delta]
+
+    def finish(self, state, weights):
+        new = {{n: old + np.mean([d[n] for d in state], 0) for n, old in weights.items()}}
+        {finish}
+        return new, []
+
+    def dump(self, state):
+        {dump}
+        return {{"seen": np.zeros(1)}}
+
+mean = Mean()
+"""
+
+
+def momentum():
+    return load_strategy(f"{FILE}:momentum")
+
+
+def from_the_docs(folder: Path, name: str) -> str:
+    """Write the example that begins with its file's name; return where."""
+    (text,) = re.findall(rf"```python\n(# {name}\n.*?)```", DOCS.read_text(), re.DOTALL)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federated):
+    async def scenario(federation):
+        strategy = momentum()
+        coordinator = federation.coordinator(rounds=3, strategy=strategy, keep_updates=True)
+        federation.worker("a", Adder(federation.loop, 1.0))
+        federation.worker("b", Adder(federation.loop, 4.0, num_examples=20))
+        assert (await coordinator.end()).outcome == "finished"
+        weights, velocity = 0.0, 0.0
+        for number in (1, 2, 3):
+            velocity = 0.9 * velocity + 3.0
+            weights += 0.7 * velocity
+            np.testing.assert_allclose(federation.weights(number)["w"], weights, rtol=1e-6)
+            kept = read_whole(federation.folder / checkpoint_name(number)).kept
+            np.testing.assert_allclose(kept["w"], velocity, rtol=1e-6)
+            assert list(federation.weights(number)) == ["w"]
+            words = [str(federation.folder), "--round", str(number), "--strategy"]
+            shown = CliRunner().invoke(replay, [*words, f"{FILE}:momentum"])
+            assert (shown.exit_code, "equal: all 1 tensors" in shown.output) == (0, True)
+        assert {line["strategy"] for line in federation.history()} == {"momentum.py:momentum"}
+
+    federated(scenario)
+
+
+def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated):
+    rounds, folders = 6, []
+
+    async def uninterrupted(federation):
+        federation.folder = federation.folder.with_name("whole")
+        folders.append(federation.folder)
+        coordinator = federation.coordinator(rounds, strategy=momentum())
+        federation.worker("a", Adder(federation.loop, 0.1))
+        federation.worker("b", Adder(federation.loop, 0.3, num_examples=30))
+        await coordinator.end()
+
+    async def killed(federation):
+        federation.folder = federation.folder.with_name("killed")
+        folders.append(federation.folder)
+        federation.worker("a", Adder(federation.loop, 0.1))
+        federation.worker("b", Adder(federation.loop, 0.3, num_examples=30))
+        for when in ("first_weights", "committed", "opened"):
+            coordinator = federation.coordinator(rounds, strategy=momentum())
+            await coordinator.log.until(when, 1 if when == "first_weights" else 2)
+            await coordinator.kill()
+        assert (await federation.coordinator(rounds, strategy=momentum()).end()).round >= rounds
+
+    federated(uninterrupted)
+    federated(killed)
+    for number in range(rounds + 1):
+        one, other = (read_whole(folder / checkpoint_name(number)) for folder in folders)
+        assert one.kept.keys() == other.kept.keys() == ({"w"} if number else set())
+        for mine, theirs in ((one.weights, other.weights), (one.kept, other.kept)):
+            assert {n: t.tobytes() for n, t in mine.items()} == {
+                n: t.tobytes() for n, t in theirs.items()
+            }
+
+
+@pytest.mark.parametrize("name", ["median", "momentum"])
+def test_the_examples_of_the_docs_run(federated, tmp_path, name):
+    strategy = load_strategy(f"{from_the_docs(tmp_path, f'{name}.py')}:{name}")
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=3, strategy=strategy)
+        for worker, value in (("a", 1.0), ("b", 2.0), ("c", 99.0)):
+            federation.worker(worker, Adder(federation.loop, value))
+        await coordinator.end()
+        expected = {"median": [2.0, 4.0], "momentum": [34.0, 98.6]}[name]
+        found = [federation.weights(number)["w"][0] for number in (1, 2)]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("name", ["median", "momentum"])
+def test_a_scalar_of_the_model_stays_one(tmp_path, name):
+    """Of an array of shape (), NumPy's arithmetic makes a number."""
+    named = load_strategy(f"{from_the_docs(tmp_path, f'{name}.py')}:{name}")
+    strategy = GuardedStrategy(named, 1)
+    weights = {"s": np.array(1.0, np.float32)}
+    state = strategy.init(weights)
+    for value in (1.0, 2.0, 3.0):
+        delta = {"s": np.array(value, np.float32)}
+        state = strategy.fold(state, Contribution(worker="a", num_examples=1, delta=delta))
+    weights, state = strategy.finish(state, weights)
+    assert (weights["s"].shape, weights["s"].dtype, float(weights["s"])) == ((), np.float32, 3.0)
+    assert all(isinstance(one, np.ndarray) for one in strategy.dump(state).values())
+
+
+WRONG = {
+    "fold": ({"fold": "raise KeyError('b')"}, r"fold\(\) of the update of [ab]: KeyError: 'b' \("),
+    "exit": ({"fold": "raise SystemExit(3)"}, r"fold\(\) of the update of [ab]: SystemExit: 3"),
+    "in place": ({"fold": "one.delta['w'][0] = 1"}, "read-only"),
+    "base": ({"finish": "weights['w'][0] = 1"}, "read-only"),
+    "finish": ({"finish": "1 / 0"}, r"finish\(\): ZeroDivisionError: .* \(broken.py:16\)"),
+    "nan": ({"finish": "new['w'][1] = np.nan"}, r"tensor 'w' has 1 values that are NaN"),
+    "inf": ({"finish": "new['w'][:] = np.inf"}, r"tensor 'w' has 4 values that are NaN"),
+    "shape": ({"finish": "new['w'] = new['w'][:2]"}, r"has shape \(2,\), the model has \(4,\)"),
+    "dtype": ({"finish": "new['w'] = new['w'].astype(float)"}, "is float64, expected float32"),
+    "name": ({"finish": "new['v'] = new.pop('w')"}, "missing w; unknown v"),
+    "list": ({"finish": "new['w'] = [1.0]"}, "tensor 'w' is of type list, not an array"),
+    "none": ({"finish": "return None"}, r"returned NoneType, not \(weights, state\)"),
+    "model": ({"finish": "return [], 1"}, "is of type list, not a mapping"),
+    "dump": ({"dump": "return {'m': np.array(['x'])}"}, "tensor 'm' is <U1, which does not"),
+    "state": ({"dump": "return 5"}, "no state that can be kept: it is of type int"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_strategy_does_wrong_ends_the_run_and_loses_nothing(
+    federated, tmp_path, capsys, case
+):
+    how, told = WRONG[case]
+    code = {"fold": "pass", "finish": "pass", "dump": "pass"}
+    (tmp_path / "broken.py").write_text(BROKEN.format(**{**code, **how}))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "broken.py").write_text(BROKEN.format(**code))
+    broken, mended = (
+        load_strategy(f"{folder / 'broken.py'}:mean") for folder in (tmp_path, tmp_path / "sub")
+    )
+
+    async def scenario(federation):
+        tasks = [Adder(federation.loop, value) for value in (1.0, 3.0)]
+        coordinator = federation.coordinator(rounds=1, strategy=broken)
+        for name, task in zip("ab", tasks, strict=True):
+            federation.worker(name, task)
+        with pytest.raises(TaskError, match=told) as wrong:
+            await coordinator.end()
+        assert wrong.value.exit_code == 5
+        assert str(wrong.value).startswith("the strategy broken.py:mean failed in round 1, in ")
+        assert "\n" not in str(wrong.value)
+        assert coordinator.log.of("note")[-1] == {"what": str(wrong.value)}
+        assert federation.history() == []
+        assert [path.name for path in federation.folder.glob("round-*")] == [checkpoint_name(0)]
+        again = federation.coordinator(rounds=1, strategy=mended)
+        assert (await again.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b"]]
+        assert [len(task.trained) for task in tasks] == [1, 1]  # the same updates
+        np.testing.assert_allclose(federation.weights(1)["w"], 2.0)
+
+    federated(scenario)
+    shown = capsys.readouterr().err
+    raises = case in ("fold", "exit", "in place", "base", "finish")
+    assert ("the error in the strategy's code:" in shown) == raises
+    assert ("broken.py" in shown) == raises
+    assert "guarded_strategy.py" not in shown
+
+
+def test_a_state_that_cannot_be_taken_up_is_told_before_anything_is_sent(federated, tmp_path):
+    async def scenario(federation):
+        first = federation.coordinator(rounds=1, strategy=momentum())
+        federation.workers(2)
+        await first.end()
+        path = federation.folder / checkpoint_name(1)
+        weights, metadata = read_checkpoint(path)
+        save_checkpoint(path, weights, metadata, {"v": np.zeros(4)})
+        again = federation.coordinator(rounds=2, strategy=momentum())
+        with pytest.raises(TaskError, match=r"failed in round 2, in load\(\): KeyError: 'w'"):
+            await again.end()
+
+    federated(scenario)

@@ -1,0 +1,337 @@
+"""Strategies put together, found, checked, and what they keep in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from fluffle_common.cli.app import fluffle
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.checkpoint import (
+    check_names,
+    checkpoint_name,
+    read_checkpoint,
+    read_whole,
+    save_checkpoint,
+)
+from fluffle_common.tensors.weights import NotFinite, check_delta
+from fluffle_coordinator.machine.state import Rules
+from fluffle_coordinator.service import strategy_loading as module
+from fluffle_coordinator.service.app import _begin_with
+from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.strategy_loading import check_needs, check_same, load_strategy
+from fluffle_coordinator.storage.replay import strategy_of
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.strategy.base import Contribution, NamedStrategy, Needs, Strategy
+from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
+from fluffle_coordinator.strategy.pipeline import Server, pipeline, replace
+from fluffle_coordinator.strategy.weighted import Weighted, apply_delta, weighted
+
+ROOT = Path(__file__).parents[2]
+MOMENTUM = ROOT / "tests" / "federation" / "momentum.py"
+
+
+def of(delta, num_examples=1, worker="a"):
+    return Contribution(worker=worker, num_examples=num_examples, delta=delta)
+
+
+def model(seed=0):
+    numbers = np.random.default_rng(seed)
+    return {
+        "w": numbers.normal(size=(5, 3)).astype(np.float32),
+        "d": numbers.normal(size=4),
+        "h": numbers.normal(size=3).astype(np.float16),
+        "b": numbers.normal(size=3).astype("bfloat16"),
+        "n": np.array([3, -7], np.int32),
+        "u": np.array(250, np.uint8),
+        "none": np.zeros((0, 2), np.float32),
+    }
+
+
+def delta(seed, weights):
+    numbers = np.random.default_rng(seed)
+    return {
+        name: numbers.integers(-9, 9, one.shape)
+        if one.dtype.kind in "iu"
+        else np.asarray(numbers.normal(size=one.shape), one.dtype)
+        for name, one in weights.items()
+    }
+
+
+def averaged(strategy, weights, updates):
+    state = strategy.init(weights)
+    for update, num_examples in updates:
+        check_delta(update, weights)
+        state = strategy.fold(state, of(update, num_examples))
+    return strategy.finish(state, weights)
+
+
+class Adding(Server):
+    """What ``replace`` does, by the way that any other server step goes."""
+
+    def init(self, weights):
+        return None
+
+    def step(self, state, weights, delta):
+        assert all(one.dtype == np.float64 for one in delta.values())
+        return apply_delta(weights, delta), None
+
+
+# --- put together ------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(1, 10**6)), min_size=1, max_size=4),
+    st.sets(st.sampled_from(sorted(model())), min_size=1),
+)
+def test_the_short_way_of_fedavg_gives_the_bits_of_the_long_one(drawn, names):
+    weights = {name: tensor for name, tensor in model().items() if name in names}
+    updates = [(delta(seed, weights), n) for seed, n in drawn]
+    one, _ = averaged(fedavg, weights, updates)
+    other, _ = averaged(pipeline(mean=weighted(), server=Adding()), weights, updates)
+    assert {n: t.tobytes() for n, t in one.items()} == {n: t.tobytes() for n, t in other.items()}
+    assert [t.dtype for t in one.values()] == [t.dtype for t in other.values()]
+
+
+def test_fedavg_goes_the_short_way(monkeypatch):
+    monkeypatch.setattr(Weighted, "finish", None)
+    assert averaged(fedavg, {"w": np.zeros(1)}, [({"w": np.ones(1)}, 1)])[0]["w"].tolist() == [1.0]
+
+
+def test_a_mean_delta_is_the_server_step_s_to_keep():
+    weights = {"w": np.zeros(3, np.float32)}
+    mean = weighted()
+    state = mean.fold(mean.init(weights), of({"w": np.ones(3, np.float32)}, 5))
+    kept, state = mean.finish(state, weights)
+    mean.fold(state, of({"w": np.full(3, 9, np.float32)}, 5))
+    assert kept["w"].tolist() == [1.0] * 3
+
+
+def test_transforms_are_applied_in_order():
+    def plus(one):
+        return dataclasses.replace(one, delta={n: t + 1 for n, t in one.delta.items()})
+
+    def twice(one):
+        return dataclasses.replace(one, delta={n: t * 2 for n, t in one.delta.items()})
+
+    strategy = pipeline(plus, twice, mean=weighted(), server=replace())
+    weights = {"w": np.zeros(2)}
+    assert averaged(strategy, weights, [({"w": np.ones(2)}, 3)])[0]["w"].tolist() == [4.0, 4.0]
+
+
+def test_what_a_server_step_keeps_is_dumped_and_loaded():
+    strategy = load_strategy(f"{MOMENTUM}:momentum").strategy
+    weights = model()
+    update = delta(1, weights)
+    first, state = averaged(strategy, weights, [(update, 3)])
+    resumed = strategy.load(strategy.dump(state), first)
+    one, _ = strategy.finish(strategy.fold(resumed, of(update)), first)
+    other, _ = strategy.finish(strategy.fold(state, of(update)), first)
+    assert {n: t.tobytes() for n, t in one.items()} == {n: t.tobytes() for n, t in other.items()}
+    moved = 0.7 * (0.9 + 1.0) * update["d"]
+    np.testing.assert_allclose(one["d"], first["d"] + moved, rtol=1e-12)
+
+
+def test_fedavg_keeps_nothing():
+    weights = model()
+    _, state = averaged(fedavg, weights, [(delta(1, weights), 1)])
+    assert (dict(fedavg.dump(state)), dict(fedavg.broadcast(state))) == ({}, {})
+    assert fedavg.load({}, weights).mean.num_examples == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_is_refused(value):
+    with pytest.raises(NotFinite, match="tensor 'w'"):
+        apply_delta({"w": np.zeros(2, np.float32)}, {"w": np.array([0.0, value])})
+
+
+def test_a_step_beyond_the_end_stops_at_the_end():
+    weights = {"w": np.ones(1, np.float16), "n": np.array([2**63 - 5]), "u": np.uint8([3, 3])}
+    moved = apply_delta(
+        weights, {"w": np.array([1e9]), "n": np.array([1e30]), "u": np.array([-9.0, 0.5])}
+    )
+    assert {n: t.tolist() for n, t in moved.items()} == {
+        "w": [65504.0], "n": [2**63 - 1], "u": [0, 4]
+    }  # fmt: skip
+
+
+# --- found -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_strategy_in_a_file_is_named_by_the_file_wherever_that_is(here):
+    (here / "sub").mkdir()
+    for folder in (here, here / "sub"):
+        (folder / "mine.py").write_text(MOMENTUM.read_text())
+    one, other = load_strategy("mine.py:momentum"), load_strategy("sub/mine.py:momentum")
+    assert one.name == other.name == "mine.py:momentum"
+    assert (one.file, other.file) == (str(here / "mine.py"), str(here / "sub" / "mine.py"))
+    assert load_strategy("mine:momentum").name == "mine:momentum"
+
+
+def test_the_names_are_entry_points(monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (value,) = project["entry-points"]["fluffle.strategies"].values()
+    assert EntryPoint("fedavg", value, "fluffle.strategies").load() is fedavg
+    other = EntryPoint("other", "fluffle_coordinator.strategy.fedavg:fedavg", "fluffle.strategies")
+    broken = EntryPoint("broken", "nothing_of_that_name:x", "fluffle.strategies")
+    monkeypatch.setattr(module, "entry_points", lambda group: [other, broken])
+    assert load_strategy("other") == NamedStrategy("other", fedavg)
+    with pytest.raises(UsageError, match="no strategy 'x'.* known are broken, fedavg, other, and"):
+        load_strategy("x")
+    with pytest.raises(TaskError, match="broken of nothing_of_that_name:x fails to load"):
+        load_strategy("broken")
+
+
+LACKING = """
+from fluffle_coordinator.strategy.pipeline import pipeline
+from fluffle_coordinator.strategy.fedavg import fedavg
+
+class Half:
+    def init(self, weights): pass
+    def fold(self, state, one): pass
+
+half = Half()
+number = 3
+
+def make():
+    return fedavg
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nope", "there is no strategy 'nope' .*known are fedavg, and path.py:name takes one"),
+        ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
+        ("gone_too:x", r"there is no module gone_too \(--strategy\)"),
+        ("mine.py:", "--strategy wants module:name or path.py:name, not 'mine.py:'"),
+        ("mine.py:x", "mine.py has no 'x'"),
+        ("mine.py:Half", "is a class, not a strategy; .* my_half = Half()"),
+        ("mine.py:half", r"Half lacks broadcast\(\), finish\(\), dump\(\), load\(\), needs \("),
+        ("mine.py:make", "function lacks .*call it there"),
+        ("mine.py:number", "this int lacks init"),
+    ],
+)
+def test_what_is_no_strategy_is_told_in_one_line(here, name, told):
+    (here / "mine.py").write_text(LACKING)
+    with pytest.raises(UsageError, match=told) as wrong:
+        load_strategy(name)
+    assert "\n" not in str(wrong.value)
+    words = ["coordinator", "--federation", "f", "--strategy", name]
+    found = CliRunner().invoke(fluffle, words)
+    assert isinstance(found.exception, UsageError)
+    assert list(here.iterdir()) == [here / "mine.py"]  # no run was begun
+
+
+def test_a_file_that_fails_to_load_is_told_with_its_traceback(here, capsys):
+    (here / "mine.py").write_text("x = 1\nraise KeyError('k')\n")
+    with pytest.raises(TaskError, match=r"strategy's file mine.py fails to load: .*\(mine.py:2\)"):
+        load_strategy("mine.py:x")
+    shown = capsys.readouterr().err
+    assert "raise KeyError" in shown
+    assert not any(name in shown for name in ("loading.py", "importlib"))
+
+
+# --- checked -----------------------------------------------------------------------------------
+
+
+def needing(**needs):
+    class Needy(Strategy):
+        def init(self, weights):
+            return None
+
+    Needy.needs = Needs(**needs)
+    return NamedStrategy("needy", Needy())
+
+
+@pytest.mark.parametrize(
+    ("needs", "rules", "told"),
+    [
+        ({"all_updates": True}, {}, "all updates of a round at once, which this version does not"),
+        ({"extra": ("c",)}, {}, r"extra tensors \(c\)"),
+        ({"min_updates": 3}, {"least": 2}, "close with 2; give --min-workers of 3 or more"),
+        (
+            {"min_updates": 3},
+            {"least": 3, "on_deadline": "close"},
+            "close with 1; give --min-updates and --min-workers of 3 or more",
+        ),
+    ],
+)
+def test_a_strategy_that_does_not_get_what_it_needs_is_refused(needs, rules, told):
+    with pytest.raises(UsageError, match=told):
+        check_needs(needing(**needs), Rules(rounds=1, **rules))
+
+
+def test_a_strategy_that_gets_what_it_needs_is_taken():
+    check_needs(FEDAVG, Rules(rounds=1))
+    check_needs(needing(min_updates=3), Rules(rounds=1, least=3))
+
+
+def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):
+    store, mine = RunStore(tmp_path), load_strategy(f"{MOMENTUM}:momentum")
+    store.load("f")
+    store.save_weights(0, model(), {"run": "r"})
+    check_same(mine, store.load("f"), tmp_path)  # no round is committed
+    settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
+    store.note_configuration(configuration(settings, Topology("f")), 0)
+    store.save_weights(1, model(), {"run": "r"}, {"v": np.ones(2)})
+    line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
+    store.append(line)
+    saved = store.load("f")
+    assert (saved.strategy, list(saved.kept), list(saved.weights)) == (
+        mine.name, ["v"], sorted(model())
+    )  # fmt: skip
+    check_same(mine, saved, tmp_path)
+    with pytest.raises(UsageError, match=r"momentum.py:momentum up to round 1, .* names fedavg; "):
+        check_same(FEDAVG, saved, tmp_path)
+    assert strategy_of(tmp_path, 1) == (mine.name, str(MOMENTUM))
+
+
+# --- kept --------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
+    path, kept = tmp_path / "m", {"v": np.arange(3.0), "strategy/deep": np.int8([1])}
+    save_checkpoint(path, model(), {"round": "3"}, kept)
+    weights, metadata = read_checkpoint(path)
+    whole = read_whole(path)
+    assert weights.keys() == whole.weights.keys() == model().keys()
+    assert metadata == whole.metadata == {"round": "3"}
+    assert {n: t.tolist() for n, t in whole.kept.items()} == {
+        n: t.tolist() for n, t in kept.items()
+    }
+    assert load_file(path).keys() == {*model(), "strategy/v", "strategy/strategy/deep"}
+
+
+def test_a_model_of_another_program_may_call_its_tensors_as_it_likes(tmp_path):
+    save_file({"strategy/w": np.zeros(2)}, tmp_path / "m")
+    whole = read_whole(tmp_path / "m")
+    assert (list(whole.weights), whole.kept) == (["strategy/w"], {})
+    store = RunStore(tmp_path / "run")
+    with pytest.raises(UsageError, match="no model to begin with: tensor 'strategy/w' .*rename it"):
+        _begin_with(tmp_path / "m", store, store.load("f"), "f")
+    assert not (store.folder / checkpoint_name(0)).exists()
+    with pytest.raises(ValueError, match="rename it"):
+        check_names({"w": np.zeros(1), "strategy/x": np.zeros(1)})
