@@ -44,6 +44,7 @@ export class Link {
         this.control.ack(message); // on receipt
         onMail(message.content);
       }, { exclusive: true });
+      console.log(`[${this.id}] at the broker`);
       await Promise.race([this.federated(), this.lost.then((why) => { throw why; })]);
     } catch (why) {
       await this.close();

@@ -165,7 +165,8 @@ const count = (shape) => shape.reduce((product, n) => product * n, 1);
 /** The tensors of a message; each with bytes of its own, since those of a body lie anywhere. */
 export function tensors(table, payload) {
   return table.map(({ name, dtype, shape, offset, nbytes }) => ({
-    name, dtype, shape, bytes: payload.slice(offset, offset + nbytes), count: count(shape),
+    name, dtype, shape, count: count(shape),
+    bytes: new Uint8Array(payload.subarray(offset, offset + nbytes)),
   }));
 }
 

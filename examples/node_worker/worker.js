@@ -42,6 +42,7 @@ class Worker {
         this.greet();
         throw await link.lost;
       } catch (why) {
+        if (this.leaving) return;
         if (why instanceof Final) return this.leave(1, why.message);
         this.log('no broker:', why.message);
       }

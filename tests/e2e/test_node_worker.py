@@ -134,7 +134,7 @@ def test_large_models_and_updates_travel_in_parts(federation: Federation, instal
 
 @pytest.mark.rabbit
 def test_a_second_one_of_its_name_is_turned_away(federation: Federation, installed: Path) -> None:
-    start(federation, installed).wait_for("welcome|no federation|waits")
+    start(federation, installed).wait_for("at the broker")
     second = start(federation, installed)
     second.wait_for("another worker is called js")
     assert second.end() == 1
