@@ -38,10 +38,10 @@ const round = int(0, 1e9);
 const scalar = (v) => bool(v) || number(v) || typeof v === 'string';
 
 const PLAN = {
-  epochs: int(1),
-  batch_size: int(1),
+  epochs: maybe(int(1)),
+  batch_size: maybe(int(1)),
   learning_rate: maybe((v) => number(v) && v > 0),
-  seed: int(0, 2 ** 63), // one above 2^53 is read inexactly, which is as good for a seed
+  seed: maybe(int(0, 2 ** 63)), // one above 2^53 is read inexactly, which is as good for a seed
   deadline_s: maybe(number),
   compress: maybe(text(0, 100)),
   config: maybe((v) => map(v) && Object.values(v).every(scalar)),

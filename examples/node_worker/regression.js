@@ -39,14 +39,15 @@ export class Regression {
     const { slopes, intercept, w, b: given } = find(weights);
     const before = [...w];
     let b = given;
-    const size = plan.batch_size;
+    const [epochs, size] = [plan.epochs ?? 1, plan.batch_size ?? 32];
     // The operator's `--config learning_rate=` comes in the plan's config.
-    const rate = plan.learning_rate ?? plan.config?.learning_rate ?? 0.1;
-    const steps = plan.epochs * Math.ceil(this.training.length / size);
+    const rate = plan.learning_rate ?? Number(plan.config?.learning_rate ?? 0.1);
+    const batches = Math.ceil(this.training.length / size);
+    const steps = epochs * batches;
     const losses = [];
     let rested = performance.now();
     for (let step = 0; step < steps; step++) {
-      const start = (step * size) % (Math.ceil(this.training.length / size) * size);
+      const start = (step % batches) * size;
       const batch = this.training.slice(start, start + size);
       losses.push(loss(batch, w, b));
       const errors = batch.map(({ x, y }) => predict(x, w, b) - y);
@@ -59,7 +60,7 @@ export class Regression {
       else if (performance.now() - rested > 20) rested = await setImmediate(performance.now());
       signal.throwIfAborted();
     }
-    if (![...w, b].every(Number.isFinite)) throw new Error('the training diverged');
+    if (![...w, b, ...losses].every(Number.isFinite)) throw new Error('the training diverged');
     const delta = weights.map((tensor) => {
       const { name, dtype, shape, bytes, count } = tensor;
       if (tensor === slopes) return asTensor(name, shape, w.map((v, n) => v - before[n]), dtype);

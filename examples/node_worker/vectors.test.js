@@ -57,7 +57,7 @@ test('unknown keys are passed over, unless they are critical', () => {
 
 test('a fit with a wrong field is refused', () => {
   for (const change of [
-    { base: undefined }, { round: 0 }, { round: true }, { evaluate: 1 }, { plan: {} }, { run: '' },
+    { base: undefined }, { round: 0 }, { round: true }, { evaluate: 1 }, { plan: { epochs: 0 } }, { run: '' },
     { attempt: -1 }, { tensors: undefined }, { tensors: [{}] },
   ]) {
     assert.throws(() => read(changed('fit', change), 'letters'), Malformed, JSON.stringify(change));

@@ -7,7 +7,6 @@ import { Final, Link } from './link.js';
 import { Incoming, Malformed, pack, PROTOCOL, read, tensors } from './protocol.js';
 import { Regression } from './regression.js';
 
-const LOST_PARTS_MS = 15_000;
 const IDLE = { state: 'idle', step: 0, steps: 0, loss: undefined };
 
 class Worker {
@@ -15,6 +14,7 @@ class Worker {
     this.options = options;
     this.task = new Regression(options);
     this.session = randomUUID();
+    this.run = undefined; // the run that we are in, from what came last
     this.at = { ...IDLE, round: 0 }; // what every heartbeat says
     this.link = null; // while there is one, and the federation is there
     this.work = null; // the mail that is worked on, and what ends that
@@ -28,9 +28,9 @@ class Worker {
 
   // --- being there -------------------------------------------------------------------------------
 
-  async run() {
+  async live() {
     const { url, heartbeat } = this.options;
-    setInterval(() => this.live(), heartbeat * 1000);
+    setInterval(() => this.beat(), heartbeat * 1000);
     for (let wait = 0.2, first = true; ; wait = Math.min(2 * wait, 10)) {
       const link = new Link(this.options);
       try {
@@ -63,12 +63,7 @@ class Worker {
     if (this.link === link) this.greet();
   }
 
-  live() {
-    if (this.incoming && performance.now() - this.incoming.since > LOST_PARTS_MS) {
-      this.log('the rest of its parts did not come'); // said to be idle, we are sent it again
-      this.incoming = null;
-      Object.assign(this.at, IDLE);
-    }
+  beat() {
     this.link?.say('heartbeat', this.life());
   }
 
@@ -103,19 +98,19 @@ class Worker {
     } catch (why) {
       if (!(why instanceof Malformed)) throw why;
       this.log('passes over:', why.message);
-      if (['fit', 'init_request'].includes(why.header?.kind)) this.fail(why.header, why.message);
+      if (why.header?.kind === 'fit') this.fail(why.header, why.message);
       return;
     }
     if (this.leaving) return;
     const { kind, session, run } = header;
     if (kind === 'welcome') {
       this.log('welcome', run);
-      this.at.run ??= run;
-      this.live();
+      this.run = run;
+      this.beat();
     } else if (kind === 'refusal') {
       if (session === this.session) this.leave(1, `refused: ${header.reason}`);
     } else if (kind === 'stop') {
-      if ((this.at.run ?? run) === run) this.leave(0, `the run has ${header.outcome}`);
+      if ((this.run ?? run) === run) this.leave(0, `the run has ${header.outcome}`);
     } else if (kind === 'verdict') {
       this.log('verdict', header.round, header.outcome, header.reason);
       if (header.train_again && same(this.answered?.header, header)) this.answered = null;
@@ -128,7 +123,8 @@ class Worker {
 
   take(header, payload) {
     if (!this.incoming?.add(header, payload)) return;
-    this.incoming.since = performance.now();
+    // While this does not advance, or when we say hello again meanwhile, all of it is sent again.
+    this.at.step = this.at.steps - this.incoming.missing.size;
     if (this.incoming.missing.size > 0) return;
     const whole = this.incoming;
     this.incoming = null;
@@ -144,11 +140,12 @@ class Worker {
       if (busy) return this.log('is at round', round, 'already');
     }
     this.incoming = null;
+    this.run = run;
     if (!header.transfer || this.hasAnswered(header)) return this.start(header, payload);
     this.work?.abort.abort();
     this.work = null;
-    this.incoming = Object.assign(new Incoming(header), { since: performance.now() });
-    this.at = { ...IDLE, state: 'receiving', run, round: round ?? 0, base };
+    this.incoming = new Incoming(header);
+    this.at = { ...IDLE, state: 'receiving', steps: header.transfer.parts, run, round, base };
   }
 
   hasAnswered(header) {
@@ -171,7 +168,7 @@ class Worker {
     } catch (why) {
       if (signal.aborted) return;
       this.log('failed:', why.stack);
-      await this.fail(header, why.message, signal).catch(() => {});
+      await this.fail(header, why.message, signal);
     }
     tell(IDLE);
     if (this.work === work) this.work = null;
@@ -227,7 +224,8 @@ class Worker {
   fail({ run, round = 0 }, reason, signal = AbortSignal.timeout(60_000)) {
     const { id: worker } = this.options;
     const header = { worker, session: this.session, run, round, reason: reason.slice(0, 2000) };
-    return this.deliver('failure', header, undefined, `failure/${run}/${round}`, signal);
+    const name = `failure/${run}/${round}`;
+    return this.deliver('failure', header, undefined, name, signal).catch(() => {});
   }
 
   /** Send a message until it is confirmed, over as many connections as that takes. */
@@ -271,4 +269,4 @@ if (!values.federation || !values.id) {
 const [seed, heartbeat, pause] = ['seed', 'heartbeat', 'pause'].map((name) => Number(values[name]));
 const worker = new Worker({ ...values, queueType: values['queue-type'], seed, heartbeat, pause });
 for (const name of ['SIGINT', 'SIGTERM']) process.on(name, () => worker.leave(0, `got ${name}`));
-worker.run();
+worker.live();

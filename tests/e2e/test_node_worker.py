@@ -7,10 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
+import pika
 import pytest
 from safetensors.numpy import load_file
 
@@ -31,7 +34,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("node") / "worker"
     shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns("node_modules"))
     command = [NPM, "ci", "--no-audit", "--no-fund"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, check=False, cwd=copy, capture_output=True, text=True, timeout=300
+    )
     if done.returncode and os.environ.get("CI") != "true":
         pytest.skip(f"NOT TESTED with a worker in JavaScript, npm ci failed: {done.stderr}")
     assert done.returncode == 0, done.stderr
@@ -41,9 +46,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(federation: Federation, installed: Path, *flags: object) -> Program:
     """Start the worker in JavaScript, with the third shard."""
     names = ("--federation", federation.name, "--id", "js", "--shard", "2/3", "--heartbeat", 0.2)
-    return federation.start(
-        NODE, installed / "worker.js", "--url", federation.url, *names, *flags
-    )
+    return federation.start(NODE, installed / "worker.js", "--url", federation.url, *names, *flags)
 
 
 def told(federation: Federation, event: str) -> list[dict[str, Any]]:
@@ -63,6 +66,7 @@ def test_it_reads_the_vectors(installed: Path) -> None:
     vectors = str(ROOT / "docs/protocol/vectors.json")
     done = subprocess.run(
         [str(NODE), "--test"],
+        check=False,
         cwd=installed,
         env={**os.environ, "VECTORS": vectors},
         capture_output=True,
@@ -83,9 +87,7 @@ def test_the_lock_names_no_registry() -> None:
 
 @pytest.mark.rabbit
 @pytest.mark.parametrize("queues", ["classic", "quorum"])
-def test_it_is_counted_in_every_round(
-    federation: Federation, installed: Path, queues: str
-) -> None:
+def test_it_is_counted_in_every_round(federation: Federation, installed: Path, queues: str) -> None:
     kind = ("--queue-type", queues)
     foreign = start(federation, installed, *kind)  # before there is a coordinator
     ours = [federation.worker(f"shard:{n}/3", *kind) for n in (0, 1)]
@@ -130,6 +132,115 @@ def test_large_models_and_updates_travel_in_parts(federation: Federation, instal
     assert all(line["rejected"] == 0 for line in told(federation, "committed"))
     evaluated = told(federation, "evaluated")
     assert evaluated[-1]["loss"] < evaluated[0]["loss"]
+
+
+class Coordinator:
+    """What the document says of a coordinator, message by message, over pika."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.name = federation.name
+        self.connection = pika.BlockingConnection(pika.URLParameters(federation.url))
+        self.channel = self.connection.channel()
+        results = f"{self.name}.results"
+        self.channel.exchange_declare(results, "topic", durable=True)
+        self.channel.queue_declare("heard-" + self.name, exclusive=True)
+        self.channel.queue_bind("heard-" + self.name, results, "#")
+
+    def send(self, kind: str, payload: bytes = b"", **fields: Any) -> None:
+        header = {"protocol": 2, "federation": self.name, "kind": kind, "run": "r", **fields}
+        body = msgpack.packb([header, payload])
+        self.channel.basic_publish("", f"{self.name}.inbox.js", body)
+
+    def fit(self, number: int = 1, base: str = "b", **fields: Any) -> None:
+        plan = {"epochs": 1, "batch_size": 32, "seed": 0}
+        weights = np.zeros(3, np.float32).tobytes()
+        entry = {"name": "w", "dtype": "float32", "shape": [3], "offset": 0, "nbytes": 12}
+        scalar = {"name": "b", "dtype": "float32", "shape": [], "offset": 64, "nbytes": 4}
+        more = {"round": number, "base": base, "evaluate": False, "plan": plan, **fields}
+        self.send("fit", weights.ljust(68, b"\0"), tensors=[entry, scalar], **more)
+
+    def hear(self, *kinds: str, patience_s: float = 20.0) -> tuple[Any, dict[str, Any], bytes]:
+        """Return the next message of one of these kinds: its properties, header and payload."""
+        end = time.monotonic() + patience_s
+        while time.monotonic() < end:
+            _, properties, body = self.channel.basic_get("heard-" + self.name, auto_ack=True)
+            if body is None:
+                time.sleep(0.02)
+                continue
+            header, payload = msgpack.unpackb(body)
+            if header["kind"] in kinds:
+                return properties, header, payload
+        raise AssertionError(f"no {kinds}")
+
+
+@pytest.mark.rabbit
+def test_what_it_does_with_each_kind_of_mail(federation: Federation, installed: Path) -> None:
+    work = ("update", "failure", "evaluation")
+    foreign = start(federation, installed)
+    foreign.wait_for("at the broker")
+    coordinator = Coordinator(federation)
+    _, hello, _ = coordinator.hear("hello")
+    assert hello["state"] == "idle"
+    coordinator.send("welcome", round=0, rounds=9, later="a key of a later version")
+    coordinator.fit()
+    told, first, delta = coordinator.hear(*work)
+    assert (first["round"], first["base"], first["num_examples"]) == (1, "b", 90)
+    assert told.message_id == "update/r/1/js"
+    assert (told.delivery_mode, told.type) == (2, "update")
+    coordinator.fit()  # the same again: the same update again
+    assert coordinator.hear(*work)[1:] == (first, delta)
+    coordinator.fit(attempt=1)  # a higher attempt: trained anew
+    _, second, _ = coordinator.hear(*work)
+    assert second["seconds"] != first["seconds"]
+    verdict = {"round": 1, "base": "b", "outcome": "rejected", "reason": "", "cause": "norm"}
+    coordinator.send("verdict", **verdict)
+    coordinator.fit(attempt=1)
+    assert coordinator.hear(*work)[1] == second
+    coordinator.send("verdict", **verdict, train_again=True)
+    coordinator.fit(attempt=1)
+    assert coordinator.hear(*work)[1]["seconds"] != second["seconds"]
+    coordinator.fit(1, "another")  # opened again from other weights
+    assert coordinator.hear(*work)[1]["base"] == "another"
+    coordinator.fit(2, evaluate=True)
+    heard = [coordinator.hear(*work)[1] for _ in range(2)]
+    assert [(one["kind"], one["round"]) for one in heard] == [("evaluation", 1), ("update", 2)]
+    # Passed over: what is malformed, of another federation, of an unknown kind or of a stranger.
+    coordinator.fit(3, plan={"epochs": 0, "batch_size": 1, "seed": 0})
+    coordinator.fit(3, federation="another")
+    coordinator.send("later")
+    coordinator.send("refusal", session="another", reason="")
+    coordinator.send("stop", run="another", round=1, outcome="stopped", reason="")
+    coordinator.fit(4, critical=["later"], later=1)  # refused, and that is said
+    _, failure, _ = coordinator.hear(*work)
+    assert (failure["kind"], failure["round"]) == ("failure", 4)
+    assert "later" in failure["reason"]
+    _, alive, _ = coordinator.hear("heartbeat")
+    assert alive["session"] == hello["session"]
+    assert (alive["run"], alive["round"], alive["state"]) == ("r", 2, "idle")
+    foreign.send(signal.SIGINT)
+    assert coordinator.hear("bye")[1]["session"] == hello["session"]
+    assert foreign.end() == 0
+    coordinator.connection.close()
+
+
+@pytest.mark.rabbit
+def test_the_newest_work_wins(federation: Federation, installed: Path) -> None:
+    foreign = start(federation, installed, "--pause", 0.5)
+    foreign.wait_for("at the broker")
+    coordinator = Coordinator(federation)
+    coordinator.hear("hello")
+    coordinator.fit(1)
+    foreign.wait_for("fit 1")
+    while coordinator.hear("heartbeat")[1]["step"] < 1:
+        pass
+    coordinator.fit(1)
+    foreign.wait_for("at round 1 already")
+    coordinator.fit(2)
+    assert coordinator.hear("update")[1]["round"] == 2
+    coordinator.send("refusal", session=coordinator.hear("heartbeat")[1]["session"], reason="no")
+    foreign.wait_for("refused: no")
+    assert foreign.end() == 1
+    coordinator.connection.close()
 
 
 @pytest.mark.rabbit
