@@ -1,0 +1,65 @@
+// docs/protocol/vectors.json against protocol.js: VECTORS=path node --test
+
+import assert from 'node:assert/strict';
+import { readFileSync } from 'node:fs';
+import test from 'node:test';
+import { decode } from '@msgpack/msgpack';
+import { Malformed, open, read, write } from './protocol.js';
+
+const path = process.env.VECTORS ?? new URL('../../docs/protocol/vectors.json', import.meta.url);
+const vectors = JSON.parse(readFileSync(path, 'utf8'));
+const bytes = (base64) => Uint8Array.from(Buffer.from(base64, 'base64'));
+const MAIL = [
+  'welcome', 'refusal', 'verdict', 'init_request', 'fit', 'evaluate', 'stop', 'part',
+];
+// Of an update's own fields, which a worker never receives; and JavaScript has no float apart from
+// int once it is read.
+const NOT_FOR_US = new Set([
+  'a wildcard for a name', 'no base', 'a number of examples that is a float',
+  'a number of examples that is a bool', 'no examples', 'a duration that is NaN', 'a metric that is infinite', 'NaN',
+]);
+
+for (const { name, body, header, payload_bytes: size } of vectors.sound) {
+  test(`sound: ${name}`, () => {
+    const [{ pad, ...got }, payload] = open(bytes(body));
+    assert.deepEqual(got, header);
+    assert.equal(payload.length, size);
+    if (MAIL.includes(header.kind)) assert.equal(read(bytes(body), 'letters')[0].kind, header.kind);
+    else assert.throws(() => read(bytes(body), 'letters'), Malformed);
+    assert.throws(() => read(bytes(body), 'another'), Malformed);
+    const { protocol, federation, kind, ...rest } = header;
+    assert.deepEqual(open(write(federation, kind, rest, payload))[0], header);
+  });
+}
+
+for (const { name, body } of vectors.unsound) {
+  if (NOT_FOR_US.has(name)) continue;
+  if (name === 'an unknown key that is critical') continue; // see below: it hangs on the kind
+  test(`unsound: ${name}`, () => assert.throws(
+    () => (name === 'an unknown kind' ? read(bytes(body), 'letters') : open(bytes(body))), Malformed,
+  ));
+}
+
+const sound = (kind) => bytes(vectors.sound.find(({ header }) => header.kind === kind).body);
+
+function changed(kind, change) {
+  const [{ protocol, federation, kind: _, ...header }, payload] = decode(sound(kind));
+  return write(federation, kind, { ...header, ...change }, payload);
+}
+
+test('unknown keys are passed over, unless they are critical', () => {
+  const fit = (change) => () => read(changed('fit', change), 'letters');
+  const plan = { epochs: 1, batch_size: 1, seed: 0, later: 1 };
+  assert.equal(fit({ later: { on: [1] }, plan })()[0].kind, 'fit');
+  assert.equal(fit({ critical: ['base'] })()[0].kind, 'fit');
+  assert.throws(fit({ later: 1, critical: ['later'] }), (why) => why.header.kind === 'fit');
+});
+
+test('a fit with a wrong field is refused', () => {
+  for (const change of [
+    { base: undefined }, { round: 0 }, { round: true }, { evaluate: 1 }, { plan: { epochs: 0 } }, { run: '' },
+    { attempt: -1 }, { tensors: undefined }, { tensors: [{}] },
+  ]) {
+    assert.throws(() => read(changed('fit', change), 'letters'), Malformed, JSON.stringify(change));
+  }
+});
