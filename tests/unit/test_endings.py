@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.checkpoint import checkpoint_name, save_checkpoint
 from fluffle_coordinator.machine.state import Phase, Rules, State, Worker
-from fluffle_coordinator.observe.watchers import Watcher, Watchers, waiting_for
+from fluffle_coordinator.observe.waiting import waiting_for
+from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service import app as main
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.storage.run_store import RunStore
@@ -23,18 +25,18 @@ FOLDER = Path("runs/f")
 
 class Told(Watcher):
     def __init__(self) -> None:
-        self.events: list[tuple[str, dict]] = []
+        self.events: list[run_events.RunEvent] = []
         self.shown = 0
 
-    def tell(self, what, fields):
-        self.events.append((what, dict(fields)))
+    def record(self, event):
+        self.events.append(event)
 
     def show(self, state, now):
         self.shown += 1
 
 
 class Broken(Told):
-    def tell(self, what, fields):
+    def record(self, event):
         raise UnicodeEncodeError("ascii", "Ö", 0, 1, "ordinal not in range")
 
     def show(self, state, now):
@@ -45,7 +47,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
     before, after = Told(), Told()
     watchers = Watchers(before, Broken(), after)
     for _ in range(3):
-        watchers.tell("committed", {"round": 1})
+        watchers.record(run_events.Committed(round=1))
         watchers.show(State(Rules(1), "r", 1), 0.0)
     assert len(before.events) == len(after.events) == after.shown == 3
     said = capsys.readouterr().err
@@ -155,6 +157,6 @@ def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, sai
         "a", "s", 5, (), 2.0, last_seen=8.0, state=state, run="r", round=number, step=3, steps=8
     )
     run = State(Rules(6), "r", 4, phase=Phase.OPEN, link=1, workers={"a": worker}, asked={"a": 1.0})
-    told = waiting_for(run, 10.0)
-    assert told is not None
-    assert told.endswith(f"; {said}")
+    waiting = waiting_for(run, 10.0)
+    assert waiting is not None
+    assert waiting.sentence().endswith(f"; {said}")

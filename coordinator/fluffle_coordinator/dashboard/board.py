@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.errors import CAUSES
+from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.chronicle import STEPS, Chronicle, timings
 from fluffle_coordinator.dashboard.roster import Roster, clipped
-from fluffle_coordinator.observe.watchers import sentence
 
 _JOURNAL_LINES = 100
 _REJECTED_LINES = 30
@@ -196,7 +196,7 @@ class Board:
 
     def _on_standby(self, _: float, fields: Mapping[str, Any]) -> None:
         if self.source == "coordinator":
-            self.link(False, sentence("standby", fields))
+            self.link(False, from_fields("standby", fields).sentence())
 
     def _on_waiting(self, _: float, fields: Mapping[str, Any]) -> None:
         self._told = str(fields.get("reason", ""))
@@ -290,7 +290,7 @@ class Board:
             "time": time,
             "event": what,
             "tone": tone(what),
-            "text": clipped(sentence(what, fields), 600),
+            "text": clipped(from_fields(what, fields).sentence(), 600),
         }
         if what == "waiting" and last is not None and last["event"] == "waiting":
             self._journal[-1] = line | {"id": last["id"]}  # it says so every ten seconds
