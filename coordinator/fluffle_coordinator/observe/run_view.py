@@ -1,0 +1,281 @@
+"""What a run looks like, as a fold of its events: rounds, workers, what is waited for, its end.
+
+Pure: no clock and no IO. Times are seconds since 1970 and come in with the events. A journal may
+begin anywhere and may have been written by another version: what is not there is None, and nothing
+raises. Taking an event in is O(open rounds), and whatever can grow without end is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from fluffle_common.protocol import events as happened
+from fluffle_common.protocol.events import RunEvent
+
+_ROUNDS = 2000
+_DETAILED = 50  # of older rounds, only the result is kept
+_NOTES = 1000
+_A_CENTURY_S = 3.2e9
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An update that was counted."""
+
+    worker: str
+    at: float
+    num_examples: int | None
+    train_s: float | None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something else that happened to a round: an event of this name, about ``worker``."""
+
+    event: str
+    at: float
+    worker: str | None
+    reason: str
+
+
+@dataclass
+class RoundView:
+    """A round. ``needed`` is the quorum of the moment: it falls when someone who was asked goes.
+
+    ``deadline_at`` is put off by an outage, as the coordinator does it; None where it is unknown.
+    """
+
+    number: int
+    opened_at: float | None = None
+    asked: tuple[str, ...] = ()
+    needed: int | None = None
+    deadline_at: float | None = None
+    openings: int = 0  # more than 1: a coordinator was started again while the round was open
+    restarted_at: float | None = None  # meant until the round is opened again
+    answers: dict[str, Answer] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    joined: dict[str, float] = field(default_factory=dict)  # while the round was open
+    committed_at: float | None = None
+    participants: tuple[str, ...] = ()
+    num_examples: int | None = None
+    timings: Mapping[str, float] = MappingProxyType({})
+    loss: float | None = None
+    metrics: Mapping[str, float] = MappingProxyType({})
+    evaluated_on: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether updates are still waited for."""
+        return self.opened_at is not None and self.committed_at is None
+
+    def note(self, at: float, event: RunEvent) -> None:
+        """Remember an event that is about the round."""
+        if len(self.notes) < _NOTES:
+            worker, reason = getattr(event, "worker", None), getattr(event, "reason", None)
+            self.notes.append(Note(event.name, at, worker or None, reason or ""))
+
+
+class RunView:
+    """A run, as its events tell it.
+
+    Args:
+        only: the one round that is of interest; None for the latest ``_ROUNDS``.
+
+    Attributes:
+        rounds: by their numbers.
+        before: what happened while there was no round.
+        present: the workers that are here, as far as is known.
+        absent: those that are not: when they went, and how.
+        waiting: what the coordinator last said it waits for, and when.
+        ended: how the run has ended, and when.
+        unlinked_since: when the coordinator lost the broker; None while it has it.
+    """
+
+    def __init__(self, only: int | None = None) -> None:
+        self._only = only
+        self.rounds: dict[int, RoundView] = {}
+        self.before = RoundView(0)
+        self.present: set[str] = set()
+        self.absent: dict[str, tuple[float, happened.Left | happened.Gone]] = {}
+        self.waiting: tuple[float, happened.Waiting] | None = None
+        self.ended: tuple[float, RunEvent] | None = None
+        self.unlinked_since: float | None = None
+        self._open: dict[int, RoundView] = {}
+
+    def add(self, at: float, event: RunEvent) -> None:
+        """Take an event in."""
+        take = _TAKE.get(type(event))
+        if take is not None:
+            take(self, at, event)
+
+    # --- who is here ---------------------------------------------------------------------------
+
+    def _joined(self, at: float, event: happened.Joined) -> None:
+        worker = event.worker or ""
+        self.present.add(worker)
+        self.absent.pop(worker, None)
+        for one in self._open.values():
+            one.failures.pop(worker, None)  # a process that was started again is asked again
+            if worker not in one.asked:
+                one.joined[worker] = at
+
+    def _went(self, at: float, event: happened.Left | happened.Gone) -> None:
+        worker = event.worker or ""
+        self.present.discard(worker)
+        self.absent[worker] = (at, event)
+
+    # --- the run -------------------------------------------------------------------------------
+
+    def _started(self, at: float, _: RunEvent) -> None:
+        """Take in that a coordinator has started: it knows of nobody yet."""
+        for one in self._open.values():
+            one.restarted_at, one.deadline_at = at, None
+        self.present.clear()
+        self.absent.clear()
+        self.waiting = self.ended = self.unlinked_since = None
+
+    def _connected(self, at: float, _: RunEvent) -> None:
+        if self.unlinked_since is not None:
+            away_s = max(at - self.unlinked_since, 0.0)
+            for one in self._open.values():
+                if one.deadline_at is not None:
+                    one.deadline_at += away_s
+        self.unlinked_since = None
+
+    def _disconnected(self, at: float, _: RunEvent) -> None:
+        if self.unlinked_since is None:
+            self.unlinked_since = at
+
+    def _waiting(self, at: float, event: happened.Waiting) -> None:
+        self.waiting = (at, event)
+
+    def _ended(self, at: float, event: RunEvent) -> None:
+        self.ended, self.waiting = (at, event), None
+
+    # --- rounds --------------------------------------------------------------------------------
+
+    def _opened(self, at: float, event: happened.Opened) -> None:
+        self.waiting = None
+        for one in self._round(event.round):
+            one.openings += 1
+            one.opened_at, one.restarted_at = at, None
+            # What was counted before a coordinator was lost comes again, and is counted again.
+            one.answers, one.committed_at = {}, None
+            self._ask(one, at, event)
+
+    def _reopened(self, at: float, event: happened.Reopened) -> None:
+        for one in self._round(event.round):
+            one.note(at, event)
+            one.opened_at = one.opened_at or at
+            self._ask(one, at, event)
+
+    def _ask(self, one: RoundView, at: float, event: happened.Opened | happened.Reopened) -> None:
+        one.asked, one.needed = event.asked or (), event.needed
+        one.failures, one.joined = {}, {}
+        one.deadline_at = None
+        if event.deadline_s is not None and 0 <= event.deadline_s < _A_CENTURY_S:
+            one.deadline_at = at + event.deadline_s
+        if one.is_open:
+            self._open[one.number] = one
+
+    def _counted(self, at: float, event: happened.Counted) -> None:
+        worker = event.worker or ""
+        for one in self._round(event.round):
+            one.answers[worker] = Answer(worker, at, event.num_examples, event.train_s, event.bytes)
+            one.failures.pop(worker, None)
+            one.needed = event.needed or one.needed
+
+    def _failure(self, at: float, event: happened.Failure) -> None:
+        for one in self._known(event.round):
+            one.note(at, event)
+            one.failures[event.worker or ""] = event.reason or ""
+
+    def _committed(self, at: float, event: happened.Committed) -> None:
+        self.waiting = None
+        for one in self._round(event.round):
+            one.committed_at = at
+            one.participants = event.participants or ()
+            one.num_examples = event.num_examples
+            one.timings = event.timings or {}
+            self._open.pop(one.number, None)
+        if self._only is None:
+            self._let_go_of_details()
+
+    def _evaluated(self, _: float, event: happened.Evaluated) -> None:
+        for one in self._round(event.round):
+            one.loss, one.metrics = event.loss, event.metrics or {}
+            one.evaluated_on = event.num_examples
+
+    def _noted(
+        self, at: float, event: happened.Closed | happened.Late | happened.Duplicate
+    ) -> None:
+        for one in self._known(event.round):
+            one.note(at, event)
+
+    def _rejected(
+        self, at: float, event: happened.Rejected | happened.Refused | happened.Resend
+    ) -> None:
+        """Take in what need not name a round: it is of that which was open when it happened."""
+        number = getattr(event, "round", None)
+        about = {one.number: one for one in (*self._known(number), *self._open.values())}
+        if not self.rounds:
+            about[0] = self.before
+        for one in about.values():
+            one.note(at, event)
+
+    # --- which rounds are kept -----------------------------------------------------------------
+
+    def _round(self, number: int | None) -> Iterator[RoundView]:
+        """Yield the round of this number, if it is kept."""
+        if number is None or self._only not in (None, number):
+            return
+        if number not in self.rounds and len(self.rounds) >= _ROUNDS:
+            oldest = min(self.rounds)
+            del self.rounds[oldest]
+            self._open.pop(oldest, None)
+        yield self.rounds.setdefault(number, RoundView(number))
+
+    def _known(self, number: int | None) -> Iterator[RoundView]:
+        """Yield the round of this number, if it has been heard of from the coordinator itself."""
+        if number in self.rounds:
+            yield self.rounds[number]
+        elif number == 0:
+            yield self.before
+
+    def _let_go_of_details(self) -> None:
+        for number in sorted(self.rounds)[-_DETAILED - 2 : -_DETAILED]:
+            one = self.rounds[number]
+            one.answers, one.notes, one.failures, one.joined = {}, [], {}, {}
+
+
+_TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
+    happened.Joined: RunView._joined,
+    happened.Left: RunView._went,
+    happened.Gone: RunView._went,
+    happened.Started: RunView._started,
+    happened.Resumed: RunView._started,
+    happened.Connected: RunView._connected,
+    happened.Reconnected: RunView._connected,
+    happened.Disconnected: RunView._disconnected,
+    happened.Waiting: RunView._waiting,
+    happened.Finished: RunView._ended,
+    happened.Stopped: RunView._ended,
+    happened.Interrupted: RunView._ended,
+    happened.Opened: RunView._opened,
+    happened.Reopened: RunView._reopened,
+    happened.Counted: RunView._counted,
+    happened.Failure: RunView._failure,
+    happened.Committed: RunView._committed,
+    happened.Evaluated: RunView._evaluated,
+    happened.Closed: RunView._noted,
+    happened.Late: RunView._noted,
+    happened.Duplicate: RunView._noted,
+    happened.Rejected: RunView._rejected,
+    happened.Refused: RunView._rejected,
+    happened.Resend: RunView._rejected,
+}
