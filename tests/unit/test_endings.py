@@ -103,9 +103,9 @@ def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(sto
 def test_an_init_that_is_gone_is_said_and_the_run_goes_on(store, tmp_path):
     saved, told = begun(store, {"w": np.zeros(2, np.float32)}), Told()
     main._check_beginning(tmp_path / "gone.safetensors", store, saved, told)
-    ((what, fields),) = told.events
-    assert what == "note"
-    assert "--init is not needed any more" in fields["what"]
+    (event,) = told.events
+    assert isinstance(event, run_events.Note)
+    assert "--init is not needed any more" in event.sentence()
     assert (store.folder / checkpoint_name(0)).exists()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from fluffle_common.protocol import events as happened
@@ -63,9 +62,9 @@ class RoundView:
     committed_at: float | None = None
     participants: tuple[str, ...] = ()
     num_examples: int | None = None
-    timings: Mapping[str, float] = MappingProxyType({})
+    timings: Mapping[str, float] = field(default_factory=dict)
     loss: float | None = None
-    metrics: Mapping[str, float] = MappingProxyType({})
+    metrics: Mapping[str, float] = field(default_factory=dict)
     evaluated_on: int | None = None
 
     @property
