@@ -43,7 +43,7 @@ class Live:
 
     def record(self, event: RunEvent) -> None:
         """Take an event of the run."""
-        self.feed.tell(self._clock(), event.name, event.fields())
+        self.feed.add(self._clock(), event)
 
     def show(self, state: State, now: float) -> None:
         """Take where the run stands."""

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluffle_common.protocol import events as happened
+from fluffle_common.protocol.events import RunEvent
+
 _MOST = 2000
 
 STATES = ("idle", "receiving", "evaluating", "training", "sending")
 ABSENT = ("left", "gone", "refused")
+_SHOWS_ITSELF = (happened.Joined, happened.Counted, happened.Refused, happened.Init)
 
 
 @dataclass
@@ -44,34 +48,39 @@ class Roster:
     def __init__(self) -> None:
         self._rows: dict[str, Row] = {}
 
-    def tell(self, time: float, what: str, fields: Mapping[str, Any]) -> None:
+    def add(self, at: float, event: RunEvent) -> None:
         """Take an event in, where it is about a worker."""
-        name = fields.get("worker")
-        if not isinstance(name, str):
+        name: str | None = getattr(event, "worker", None)
+        if name is None:
             return
         row = self._rows.get(name)
         if row is None:
-            if what not in ("joined", "counted", "refused", "init"):
+            if not isinstance(event, _SHOWS_ITSELF):
                 return
             row = self._row(name)
-        row.num_examples = fields.get("num_examples") or row.num_examples
-        match what:
-            case "joined" | "counted":
-                row.last_seen = max(time, row.last_seen or 0.0)
-                if what == "joined" or row.state in ABSENT:
+        row.num_examples = getattr(event, "num_examples", None) or row.num_examples
+        match event:
+            case happened.Joined():
+                row.last_seen = max(at, row.last_seen or 0.0)
+                row.state, row.why = "idle", ""
+            case happened.Counted():
+                row.last_seen = max(at, row.last_seen or 0.0)
+                if row.state in ABSENT:
                     row.state, row.why = "idle", ""
-                row.counted += what == "counted"
-                row.counted_round = fields.get("round") or row.counted_round
-            case "left" | "gone" | "refused" if time >= (row.last_seen or 0.0):
-                row.state, row.why = what, clipped(fields.get("reason", ""), 300)
-                row.step = row.steps = 0
-            case "late":
+                row.counted += 1
+                row.counted_round = event.round or row.counted_round
+            case happened.Left() | happened.Gone() | happened.Refused():
+                if at >= (row.last_seen or 0.0):
+                    reason = getattr(event, "reason", None)
+                    row.state, row.why = event.name, clipped(reason or "", 300)
+                    row.step = row.steps = 0
+            case happened.Late():
                 row.late += 1
-            case "rejected":
+            case happened.Rejected():
                 row.rejected += 1
-            case "failure":
+            case happened.Failure():
                 row.failures += 1
-                row.why = clipped(fields.get("reason", ""), 300)
+                row.why = clipped(event.reason or "", 300)
 
     def sign_of_life(self, seen_at: float, worker: str, said: Mapping[str, Any]) -> None:
         """Take in a hello or a heartbeat: ``said`` has the fields of the message."""

@@ -28,7 +28,8 @@ class Answer:
     at: float
     num_examples: int | None
     train_s: float | None
-    bytes: int | None = None
+    bytes: int | None
+    after_s: float | None  # since the round was last opened or opened again
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class RoundView:
 
     number: int
     opened_at: float | None = None
+    asked_at: float | None = None  # when it was last opened, or opened again
     asked: tuple[str, ...] = ()
     needed: int | None = None
     deadline_at: float | None = None
@@ -66,6 +68,12 @@ class RoundView:
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluated_on: int | None = None
+    evaluated: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a result of it."""
+        return self.committed_at is not None or self.evaluated
 
     @property
     def is_open(self) -> bool:
@@ -86,6 +94,9 @@ class RunView:
         only: the one round that is of interest; None for the latest ``_ROUNDS``.
 
     Attributes:
+        run: its id; None where it is not known yet.
+        planned: how many rounds it is to have.
+        phase: ``standby``, ``waiting``, ``open``, ``committing`` or ``ended``.
         rounds: by their numbers.
         before: what happened while there was no round.
         present: the workers that are here, as far as is known.
@@ -97,6 +108,9 @@ class RunView:
 
     def __init__(self, only: int | None = None) -> None:
         self._only = only
+        self.run: str | None = None
+        self.planned: int | None = None
+        self.phase = "waiting"
         self.rounds: dict[int, RoundView] = {}
         self.before = RoundView(0)
         self.present: set[str] = set()
@@ -106,11 +120,41 @@ class RunView:
         self.unlinked_since: float | None = None
         self._open: dict[int, RoundView] = {}
 
-    def add(self, at: float, event: RunEvent) -> None:
-        """Take an event in."""
+    def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
+        """Take an event in, of ``run``, where that is known apart from the event."""
+        run = getattr(event, "run", None) or run
+        if run and run != self.run:
+            self._begin(run)
+        self.phase = _PHASE_AFTER.get(type(event), self.phase)
         take = _TAKE.get(type(event))
         if take is not None:
             take(self, at, event)
+
+    def remember(self, one: RoundView) -> None:
+        """Take in a round of a history."""
+        for known in self._round(one.number):
+            self.rounds[known.number] = one
+
+    @property
+    def open(self) -> RoundView | None:
+        """The round that is open; None where none is."""
+        return next(reversed(self._open.values()), None)
+
+    @property
+    def committed(self) -> int:
+        """The last committed round; 0 where there is none."""
+        committed = (n for n, one in self.rounds.items() if one.committed_at is not None)
+        return max(committed, default=0)
+
+    @property
+    def next(self) -> int:
+        """The round after the last that there is a result of."""
+        return max((n for n, one in self.rounds.items() if one.is_done), default=0) + 1
+
+    def _begin(self, run: str) -> None:
+        if self.run is not None:
+            self.rounds, self._open, self.planned = {}, {}, None
+        self.run = run
 
     # --- who is here ---------------------------------------------------------------------------
 
@@ -130,8 +174,9 @@ class RunView:
 
     # --- the run -------------------------------------------------------------------------------
 
-    def _started(self, at: float, _: RunEvent) -> None:
+    def _started(self, at: float, event: happened.Started | happened.Resumed) -> None:
         """Take in that a coordinator has started: it knows of nobody yet."""
+        self.planned = event.rounds or self.planned
         for one in self._open.values():
             one.restarted_at, one.deadline_at = at, None
         self.present.clear()
@@ -161,6 +206,7 @@ class RunView:
     def _opened(self, at: float, event: happened.Opened) -> None:
         self.waiting = None
         for one in self._round(event.round):
+            self._open.pop(one.number, None)  # it comes last, as the newest
             one.openings += 1
             one.opened_at, one.restarted_at = at, None
             # What was counted before a coordinator was lost comes again, and is counted again.
@@ -174,7 +220,7 @@ class RunView:
             self._ask(one, at, event)
 
     def _ask(self, one: RoundView, at: float, event: happened.Opened | happened.Reopened) -> None:
-        one.asked, one.needed = event.asked or (), event.needed
+        one.asked, one.needed, one.asked_at = event.asked or (), event.needed, at
         one.failures, one.joined = {}, {}
         one.deadline_at = None
         if event.deadline_s is not None and 0 <= event.deadline_s < _A_CENTURY_S:
@@ -185,7 +231,10 @@ class RunView:
     def _counted(self, at: float, event: happened.Counted) -> None:
         worker = event.worker or ""
         for one in self._round(event.round):
-            one.answers[worker] = Answer(worker, at, event.num_examples, event.train_s, event.bytes)
+            after_s = None if one.asked_at is None else max(0.0, at - one.asked_at)
+            one.answers[worker] = Answer(
+                worker, at, event.num_examples, event.train_s, event.bytes, after_s
+            )
             one.failures.pop(worker, None)
             one.needed = event.needed or one.needed
 
@@ -208,7 +257,7 @@ class RunView:
     def _evaluated(self, _: float, event: happened.Evaluated) -> None:
         for one in self._round(event.round):
             one.loss, one.metrics = event.loss, event.metrics or {}
-            one.evaluated_on = event.num_examples
+            one.evaluated_on, one.evaluated = event.num_examples, True
 
     def _noted(
         self, at: float, event: happened.Closed | happened.Late | happened.Duplicate
@@ -252,6 +301,18 @@ class RunView:
             one.answers, one.notes, one.failures, one.joined = {}, [], {}, {}
 
 
+_PHASE_AFTER: dict[type[RunEvent], str] = {
+    happened.Standby: "standby",
+    happened.Started: "waiting",
+    happened.Resumed: "waiting",
+    happened.Opened: "open",
+    happened.Reopened: "open",
+    happened.Closed: "committing",
+    happened.Committed: "waiting",
+    happened.Finished: "ended",
+    happened.Stopped: "ended",
+    happened.Interrupted: "ended",
+}
 _TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     happened.Joined: RunView._joined,
     happened.Left: RunView._went,
