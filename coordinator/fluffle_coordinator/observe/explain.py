@@ -81,7 +81,7 @@ class Explanation:
         """Seconds to the deadline; negative where it is past."""
         if not self.is_open or self.round.deadline_at is None:
             return None
-        return self.round.deadline_at - (self.view.unlinked_since or self.now)
+        return _seconds(self.round.deadline_at - (self.view.unlinked_since or self.now))
 
     def doing(self, worker: str) -> tuple[float, Doing] | None:
         """Return what a worker was last said to do, and when; None where nothing is known."""
@@ -153,13 +153,18 @@ def longest_wait(about: Explanation) -> Wait | None:
     counted.sort(key=lambda answer: answer.at)
     names = ["", *(answer.worker for answer in counted)]
     last_at = counted[-1].at if counted else one.opened_at
-    since_last_s = max(0.0, end - last_at)
+    since_last_s = max(0.0, _seconds(end - last_at))
     if one.committed_at is None:
         return Wait(since_last_s, "", names[-1])
-    to_last_s = last_at - one.opened_at
+    to_last_s = _seconds(last_at - one.opened_at)
     if not counted or since_last_s > to_last_s:
         return Wait(since_last_s, "commit", names[-1])
     return Wait(to_last_s, names[-1], names[-2])
+
+
+def _seconds(difference: float) -> float:
+    """Return a difference of times without the noise that large floats bring."""
+    return round(difference, 6)
 
 
 def moment(at: float) -> datetime | None:

@@ -162,6 +162,7 @@ class RunView:
         worker = event.worker or ""
         self.present.add(worker)
         self.absent.pop(worker, None)
+        self.before.failures.pop(worker, None)
         for one in self._open.values():
             one.failures.pop(worker, None)  # a process that was started again is asked again
             if worker not in one.asked:
@@ -171,6 +172,8 @@ class RunView:
         worker = event.worker or ""
         self.present.discard(worker)
         self.absent[worker] = (at, event)
+        for one in self._open.values():
+            one.joined.pop(worker, None)
 
     # --- the run -------------------------------------------------------------------------------
 
@@ -289,9 +292,9 @@ class RunView:
         yield self.rounds.setdefault(number, RoundView(number))
 
     def _known(self, number: int | None) -> Iterator[RoundView]:
-        """Yield the round of this number, if it has been heard of from the coordinator itself."""
-        if number in self.rounds:
-            yield self.rounds[number]
+        """Yield the round of this number, if it was opened or is the one that is of interest."""
+        if number and (number in self.rounds or number == self._only):
+            yield from self._round(number)
         elif number == 0:
             yield self.before
 
