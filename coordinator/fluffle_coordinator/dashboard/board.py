@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_common.protocol import events as happened
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.dashboard.roster import Roster, clipped
 from fluffle_coordinator.dashboard.rounds import curves, detailed, remembered
@@ -86,8 +86,8 @@ class Board:
         """Take an event in.
 
         Args:
-            at: when it happened.
-            event: what happened.
+            at: when it run_events.
+            event: what run_events.
             run: the run it belongs to, where that is known apart from the event.
         """
         before = self.view.run
@@ -98,7 +98,7 @@ class Board:
         self.roster.add(at, event)
         if self.source == "coordinator":
             self._follow_link(event)
-        if isinstance(event, happened.Rejected):
+        if isinstance(event, run_events.Rejected):
             self._note_rejected(at, event)
         self._note(at, event)
 
@@ -118,16 +118,16 @@ class Board:
 
     def _follow_link(self, event: RunEvent) -> None:
         match event:
-            case happened.Connected(address=address) | happened.Reconnected(address=address):
+            case run_events.Connected(address=address) | run_events.Reconnected(address=address):
                 self.link(True, f"linked to the broker at {address}" if address else "linked")
-            case happened.Disconnected(reason=reason):
+            case run_events.Disconnected(reason=reason):
                 self.link(False, f"lost the broker ({reason or ''}); connecting again")
-            case happened.NoBroker(address=address):
+            case run_events.NoBroker(address=address):
                 self.link(False, f"no broker at {address or ''}; trying again")
-            case happened.Standby():
+            case run_events.Standby():
                 self.link(False, event.sentence())
 
-    def _note_rejected(self, at: float, event: happened.Rejected) -> None:
+    def _note_rejected(self, at: float, event: run_events.Rejected) -> None:
         self._numbered += 1
         known = {"kind": event.kind, "worker": event.worker, "round": event.round}
         self._rejected.append(
@@ -150,7 +150,7 @@ class Board:
             "tone": event.severity,
             "text": clipped(event.sentence(), 600),
         }
-        if isinstance(event, happened.Waiting) and last and last["event"] == event.name:
+        if isinstance(event, run_events.Waiting) and last and last["event"] == event.name:
             self._journal[-1] = line | {"id": last["id"]}  # it says so every ten seconds
         else:
             self._journal.append(line)
@@ -230,8 +230,8 @@ class Board:
         if phase == "standby":
             return "waiting as a standby"
         if standing is None:
-            said = self.view.waiting[1].reason if self.view.waiting else ""
-            return said or ("between two rounds" if self.view.committed else "starting")
+            reason = self.view.waiting[1].reason if self.view.waiting else ""
+            return reason or ("between two rounds" if self.view.committed else "starting")
         if standing.present < standing.gate:
             return f"waiting for workers: {standing.present} of {standing.gate} are here"
         return "about to open a round" if standing.has_weights else "waiting for the first weights"
@@ -239,7 +239,7 @@ class Board:
     def _ending(self) -> str:
         event = self.view.ended[1] if self.view.ended else None
         match event:
-            case happened.Finished(reason=reason) | happened.Stopped(reason=reason):
+            case run_events.Finished(reason=reason) | run_events.Stopped(reason=reason):
                 return f"{event.name}: {reason or ''}"
         return "interrupted: the same command (without --fresh) goes on from there"
 

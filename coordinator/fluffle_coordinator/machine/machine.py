@@ -217,8 +217,8 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
         out.append(Reject(handle, f"round {event.round} has not been opened", "round"))
         return state
     if event.base != state.base:
-        told = f"it was trained from the weights {event.base}, round {event.round} began with"
-        out.append(Reject(handle, f"{told} {state.base}", "round"))
+        trained = f"it was trained from the weights {event.base}, round {event.round} began with"
+        out.append(Reject(handle, f"{trained} {state.base}", "round"))
         return state
     held = state.received.get(worker)
     if held is not None:
@@ -231,18 +231,18 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
 
 def _weight(state: State, event: Arrived, out: Effects) -> int:
     """Return the weight of an update: what it says, within what its worker announced."""
-    said = event.num_examples
+    claimed = event.num_examples
     limit = state.announced.get(event.worker)
     if limit is None:  # it is gone, and we never heard it
-        limit = max(state.announced.values(), default=said)
+        limit = max(state.announced.values(), default=claimed)
     if state.rules.max_examples is not None:
         limit = min(limit, state.rules.max_examples)
-    if said > limit:
+    if claimed > limit:
         overweight = run_events.Overweight(
-            worker=event.worker, round=event.round, num_examples=said, limit=limit
+            worker=event.worker, round=event.round, num_examples=claimed, limit=limit
         )
         out.append(Record(overweight))
-    return min(said, limit)
+    return min(claimed, limit)
 
 
 def _max_norm(state: State) -> float:

@@ -113,12 +113,12 @@ def _try_to_open(state: State, now: float, out: Effects) -> State:
         return _open(state, now, out)
     rules = state.rules
     if now >= state.waiting_since + rules.wait_s:
-        told = (
+        reason = (
             "no first weights came"
             if _has_enough(state)
             else f"{len(state.workers)} of {wanted(state)} workers came"
         )
-        return _end(state, "stopped", f"{told} in {rules.wait_s:.0f} s (--wait-workers)", out)
+        return _end(state, "stopped", f"{reason} in {rules.wait_s:.0f} s (--wait-workers)", out)
     return state if state.has_weights else _try_to_init(state, now, out)
 
 
@@ -204,8 +204,8 @@ def _try_to_commit(state: State, now: float, out: Effects) -> State:
             return _commit(state, out)
         return state
     if len(state.failed) >= len(state.asked) > 0 and _all_failed(state):
-        told = f"every worker failed in round {state.round}; {_last(state.failed)}"
-        return _end(state, "stopped", told, out)
+        reason = f"every worker failed in round {state.round}; {_last(state.failed)}"
+        return _end(state, "stopped", reason, out)
     if now >= state.opened_at + state.rules.deadline_s:
         return _at_the_deadline(state, now, out)
     if now >= state.began_at + state.rules.max_round_s:
@@ -256,11 +256,11 @@ def _tell_of_outliers(state: State, out: Effects) -> State:
 
 def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     rules = state.rules
-    told = _standing(state, rules.deadline_s)
+    reason = _standing(state, rules.deadline_s)
     if rules.on_deadline == "stop":
-        return _end(state, "stopped", told, out)
+        return _end(state, "stopped", reason, out)
     if rules.on_deadline == "close" and state.folded >= rules.min_updates:
-        out.append(Record(run_events.Closed(round=state.round, reason=told)))
+        out.append(Record(run_events.Closed(round=state.round, reason=reason)))
         return _commit(state, out)
     if now >= state.began_at + rules.max_round_s:
         return _end(state, "stopped", _too_long(state), out)
@@ -269,9 +269,11 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     else:
         stuck = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if stuck > rules.max_reopenings:
-        told = f"{told}; reopened {rules.max_reopenings} times, and nobody advanced (--deadline)"
-        return _end(state, "stopped", told, out)
-    return _reopen(state.but(reopenings=stuck, reopened_with=state.folded), told, now, out)
+        reason = (
+            f"{reason}; reopened {rules.max_reopenings} times, and nobody advanced (--deadline)"
+        )
+        return _end(state, "stopped", reason, out)
+    return _reopen(state.but(reopenings=stuck, reopened_with=state.folded), reason, now, out)
 
 
 def _reopen(state: State, reason: str, now: float, out: Effects) -> State:

@@ -73,8 +73,7 @@ class Explanation:
     @property
     def missing(self) -> list[str]:
         """Who was asked, or came later and stayed, and has not answered."""
-        later = self.round.joined.keys() - self.view.absent.keys()
-        return sorted({*self.round.asked, *later} - self.round.answers.keys())
+        return sorted({*self.round.asked, *self.round.joined} - self.round.answers.keys())
 
     @property
     def left_s(self) -> float | None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fluffle_common.protocol.events import Gone, Left
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import Failure, Gone, Late, Left, RunEvent
 from fluffle_coordinator.observe.explain import Explanation, Wait, longest_wait, moment
 from fluffle_coordinator.observe.formatting import duration
 from fluffle_coordinator.observe.run_view import Answer, Note
 
-_ENDED = {
-    "finished": "The run has finished: {}.",
-    "stopped": "The run has stopped: {}.",
-    "interrupted": "The coordinator was told to stop; the same command {}.",
-}
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
 # A wait that is shorter is not worth a sentence.
 _WORTH_SAYING_S = 0.001
@@ -118,7 +114,7 @@ def as_dict(about: Explanation) -> dict[str, Any]:
         "deadline_at": _iso(this.deadline_at) if about.is_open else None,
         "left_s": about.left_s,
         "notes": [
-            {"event": n.event, "at": _iso(n.at), "worker": n.worker, "reason": n.reason}
+            {"event": n.event.name, "at": _iso(n.at), "worker": n.worker, "reason": n.reason}
             for n in this.notes
         ],
         "longest_wait": wait
@@ -192,7 +188,7 @@ def _missing(about: Explanation) -> Iterator[str]:
             yield f"Still waiting for {worker}: {why}."
         elif worker in this.failures or worker in about.view.absent:
             yield f"{worker} did not answer: {why}."
-        elif not any(note.worker == worker and note.event == "late" for note in this.notes):
+        elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
             # What it sent since waits in the broker, for the coordinator that goes on.
             yield f"{worker} did not answer{' by then' if about.is_open else ''}."
 
@@ -200,27 +196,27 @@ def _missing(about: Explanation) -> Iterator[str]:
 def _notes(about: Explanation) -> Iterator[str]:
     this = about.round
     for note in this.notes:
-        if note.event != "failure" or note.worker not in this.failures:
+        if not isinstance(note.event, Failure) or note.worker not in this.failures:
             yield f"At {clock(note.at)} {_note(note)}."
 
 
 def _note(note: Note) -> str:
     worker = note.worker or "somebody"
     match note.event:
-        case "late":
+        case run_events.Late():
             return f"the update of {worker} came late and was discarded"
-        case "duplicate":
+        case run_events.Duplicate():
             return f"the update of {worker} came again; it was counted once"
-        case "rejected":
+        case run_events.Rejected():
             sender = f" of {note.worker}" if note.worker else ""
             return f"a message{sender} was rejected: {note.reason}"
-        case "refused":
+        case run_events.Refused():
             return f"{worker} was refused: {note.reason}"
-        case "resend":
+        case run_events.Resend():
             return f"{worker} was asked for its update again: {note.reason}"
-        case "failure":
+        case run_events.Failure():
             return f"the task of {worker} failed: {note.reason}"
-        case "reopened":
+        case run_events.Reopened():
             return f"it was opened again: {note.reason}"
     return f"it was closed with what was there: {note.reason}"
 
@@ -327,18 +323,22 @@ def _waited_for(about: Explanation, wait: Wait) -> str:
 
 
 def _afterwards(about: Explanation) -> Iterator[str]:
-    this = about.round
     if about.view.ended is not None:
-        _, event = about.view.ended
-        outcome, reason = event.name, getattr(event, "reason", None)
-        again = "opens this round again" if about.is_open else "goes on from there"
-        yield _ENDED[outcome].format(
-            again if outcome == "interrupted" else reason or "no reason is given"
-        )
-    elif this.committed_at is not None and about.coordinated is False:
+        yield _ending(about, about.view.ended[1])
+    elif about.round.committed_at is not None and about.coordinated is False:
         yield from _no_coordinator(about)
-    elif this.committed_at is not None:
+    elif about.round.committed_at is not None:
         yield from _waiting(about)
+
+
+def _ending(about: Explanation, event: RunEvent) -> str:
+    match event:
+        case run_events.Finished(reason=reason):
+            return f"The run has finished: {reason or 'no reason is given'}."
+        case run_events.Stopped(reason=reason):
+            return f"The run has stopped: {reason or 'no reason is given'}."
+    again = "opens this round again" if about.is_open else "goes on from there"
+    return f"The coordinator was told to stop; the same command {again}."
 
 
 def _names(names: tuple[str, ...] | list[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluffle_common.protocol import events as happened
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 
 _ROUNDS = 2000
@@ -34,12 +34,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Note:
-    """Something else that happened to a round: an event of this name, about ``worker``."""
+    """Something else that happened to a round."""
 
-    event: str
     at: float
-    worker: str | None
-    reason: str
+    event: RunEvent
+
+    @property
+    def worker(self) -> str | None:
+        """The worker that it is about; None for the round itself, or nobody known."""
+        return getattr(self.event, "worker", None) or None
+
+    @property
+    def reason(self) -> str:
+        """Why; "" where nothing is said of it."""
+        return getattr(self.event, "reason", None) or ""
 
 
 @dataclass
@@ -83,8 +91,7 @@ class RoundView:
     def note(self, at: float, event: RunEvent) -> None:
         """Remember an event that is about the round."""
         if len(self.notes) < _NOTES:
-            worker, reason = getattr(event, "worker", None), getattr(event, "reason", None)
-            self.notes.append(Note(event.name, at, worker or None, reason or ""))
+            self.notes.append(Note(at, event))
 
 
 class RunView:
@@ -114,8 +121,8 @@ class RunView:
         self.rounds: dict[int, RoundView] = {}
         self.before = RoundView(0)
         self.present: set[str] = set()
-        self.absent: dict[str, tuple[float, happened.Left | happened.Gone]] = {}
-        self.waiting: tuple[float, happened.Waiting] | None = None
+        self.absent: dict[str, tuple[float, run_events.Left | run_events.Gone]] = {}
+        self.waiting: tuple[float, run_events.Waiting] | None = None
         self.ended: tuple[float, RunEvent] | None = None
         self.unlinked_since: float | None = None
         self._open: dict[int, RoundView] = {}
@@ -158,7 +165,7 @@ class RunView:
 
     # --- who is here ---------------------------------------------------------------------------
 
-    def _joined(self, at: float, event: happened.Joined) -> None:
+    def _joined(self, at: float, event: run_events.Joined) -> None:
         worker = event.worker or ""
         self.present.add(worker)
         self.absent.pop(worker, None)
@@ -168,16 +175,16 @@ class RunView:
             if worker not in one.asked:
                 one.joined[worker] = at
 
-    def _went(self, at: float, event: happened.Left | happened.Gone) -> None:
+    def _went(self, at: float, event: run_events.Left | run_events.Gone) -> None:
         worker = event.worker or ""
         self.present.discard(worker)
         self.absent[worker] = (at, event)
-        for one in self._open.values():
+        for one in (self._open if self._only is None else self.rounds).values():
             one.joined.pop(worker, None)
 
     # --- the run -------------------------------------------------------------------------------
 
-    def _started(self, at: float, event: happened.Started | happened.Resumed) -> None:
+    def _started(self, at: float, event: run_events.Started | run_events.Resumed) -> None:
         """Take in that a coordinator has started: it knows of nobody yet."""
         self.planned = event.rounds or self.planned
         for one in self._open.values():
@@ -198,7 +205,7 @@ class RunView:
         if self.unlinked_since is None:
             self.unlinked_since = at
 
-    def _waiting(self, at: float, event: happened.Waiting) -> None:
+    def _waiting(self, at: float, event: run_events.Waiting) -> None:
         self.waiting = (at, event)
 
     def _ended(self, at: float, event: RunEvent) -> None:
@@ -206,7 +213,7 @@ class RunView:
 
     # --- rounds --------------------------------------------------------------------------------
 
-    def _opened(self, at: float, event: happened.Opened) -> None:
+    def _opened(self, at: float, event: run_events.Opened) -> None:
         self.waiting = None
         for one in self._round(event.round):
             self._open.pop(one.number, None)  # it comes last, as the newest
@@ -216,13 +223,15 @@ class RunView:
             one.answers, one.committed_at = {}, None
             self._ask(one, at, event)
 
-    def _reopened(self, at: float, event: happened.Reopened) -> None:
+    def _reopened(self, at: float, event: run_events.Reopened) -> None:
         for one in self._round(event.round):
             one.note(at, event)
             one.opened_at = one.opened_at or at
             self._ask(one, at, event)
 
-    def _ask(self, one: RoundView, at: float, event: happened.Opened | happened.Reopened) -> None:
+    def _ask(
+        self, one: RoundView, at: float, event: run_events.Opened | run_events.Reopened
+    ) -> None:
         one.asked, one.needed, one.asked_at = event.asked or (), event.needed, at
         one.failures, one.joined = {}, {}
         one.deadline_at = None
@@ -231,7 +240,7 @@ class RunView:
         if one.is_open:
             self._open[one.number] = one
 
-    def _counted(self, at: float, event: happened.Counted) -> None:
+    def _counted(self, at: float, event: run_events.Counted) -> None:
         worker = event.worker or ""
         for one in self._round(event.round):
             after_s = None if one.asked_at is None else max(0.0, at - one.asked_at)
@@ -241,12 +250,12 @@ class RunView:
             one.failures.pop(worker, None)
             one.needed = event.needed or one.needed
 
-    def _failure(self, at: float, event: happened.Failure) -> None:
+    def _failure(self, at: float, event: run_events.Failure) -> None:
         for one in self._known(event.round):
             one.note(at, event)
             one.failures[event.worker or ""] = event.reason or ""
 
-    def _committed(self, at: float, event: happened.Committed) -> None:
+    def _committed(self, at: float, event: run_events.Committed) -> None:
         self.waiting = None
         for one in self._round(event.round):
             one.committed_at = at
@@ -257,21 +266,21 @@ class RunView:
         if self._only is None:
             self._let_go_of_details()
 
-    def _evaluated(self, _: float, event: happened.Evaluated) -> None:
+    def _evaluated(self, _: float, event: run_events.Evaluated) -> None:
         for one in self._round(event.round):
             one.loss, one.metrics = event.loss, event.metrics or {}
             one.evaluated_on, one.evaluated = event.num_examples, True
 
     def _noted(
-        self, at: float, event: happened.Closed | happened.Late | happened.Duplicate
+        self, at: float, event: run_events.Closed | run_events.Late | run_events.Duplicate
     ) -> None:
         for one in self._known(event.round):
             one.note(at, event)
 
     def _rejected(
-        self, at: float, event: happened.Rejected | happened.Refused | happened.Resend
+        self, at: float, event: run_events.Rejected | run_events.Refused | run_events.Resend
     ) -> None:
-        """Take in what need not name a round: it is of that which was open when it happened."""
+        """Take in what need not name a round: it is of that which was open when it run_events."""
         number = getattr(event, "round", None)
         about = {one.number: one for one in (*self._known(number), *self._open.values())}
         if not self.rounds:
@@ -305,40 +314,40 @@ class RunView:
 
 
 _PHASE_AFTER: dict[type[RunEvent], str] = {
-    happened.Standby: "standby",
-    happened.Started: "waiting",
-    happened.Resumed: "waiting",
-    happened.Opened: "open",
-    happened.Reopened: "open",
-    happened.Closed: "committing",
-    happened.Committed: "waiting",
-    happened.Finished: "ended",
-    happened.Stopped: "ended",
-    happened.Interrupted: "ended",
+    run_events.Standby: "standby",
+    run_events.Started: "waiting",
+    run_events.Resumed: "waiting",
+    run_events.Opened: "open",
+    run_events.Reopened: "open",
+    run_events.Closed: "committing",
+    run_events.Committed: "waiting",
+    run_events.Finished: "ended",
+    run_events.Stopped: "ended",
+    run_events.Interrupted: "ended",
 }
 _TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
-    happened.Joined: RunView._joined,
-    happened.Left: RunView._went,
-    happened.Gone: RunView._went,
-    happened.Started: RunView._started,
-    happened.Resumed: RunView._started,
-    happened.Connected: RunView._connected,
-    happened.Reconnected: RunView._connected,
-    happened.Disconnected: RunView._disconnected,
-    happened.Waiting: RunView._waiting,
-    happened.Finished: RunView._ended,
-    happened.Stopped: RunView._ended,
-    happened.Interrupted: RunView._ended,
-    happened.Opened: RunView._opened,
-    happened.Reopened: RunView._reopened,
-    happened.Counted: RunView._counted,
-    happened.Failure: RunView._failure,
-    happened.Committed: RunView._committed,
-    happened.Evaluated: RunView._evaluated,
-    happened.Closed: RunView._noted,
-    happened.Late: RunView._noted,
-    happened.Duplicate: RunView._noted,
-    happened.Rejected: RunView._rejected,
-    happened.Refused: RunView._rejected,
-    happened.Resend: RunView._rejected,
+    run_events.Joined: RunView._joined,
+    run_events.Left: RunView._went,
+    run_events.Gone: RunView._went,
+    run_events.Started: RunView._started,
+    run_events.Resumed: RunView._started,
+    run_events.Connected: RunView._connected,
+    run_events.Reconnected: RunView._connected,
+    run_events.Disconnected: RunView._disconnected,
+    run_events.Waiting: RunView._waiting,
+    run_events.Finished: RunView._ended,
+    run_events.Stopped: RunView._ended,
+    run_events.Interrupted: RunView._ended,
+    run_events.Opened: RunView._opened,
+    run_events.Reopened: RunView._reopened,
+    run_events.Counted: RunView._counted,
+    run_events.Failure: RunView._failure,
+    run_events.Committed: RunView._committed,
+    run_events.Evaluated: RunView._evaluated,
+    run_events.Closed: RunView._noted,
+    run_events.Late: RunView._noted,
+    run_events.Duplicate: RunView._noted,
+    run_events.Rejected: RunView._rejected,
+    run_events.Refused: RunView._rejected,
+    run_events.Resend: RunView._rejected,
 }

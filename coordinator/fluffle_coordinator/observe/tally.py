@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fluffle_common.errors import CAUSES
-from fluffle_common.protocol import events as happened
+from fluffle_common.protocol import events as run_events
 
 OUTCOMES = ("counted", "late", "rejected", "duplicate")
 STEPS = ("waiting", "open", "fold", "average", "checkpoint")
@@ -31,23 +31,23 @@ class Tally:
     step_rounds: Counter[str] = field(default_factory=Counter)
     committed_at: float | None = None
 
-    def add(self, at: float, event: happened.RunEvent) -> None:
+    def add(self, at: float, event: run_events.RunEvent) -> None:
         """Take an event in."""
         match event:
-            case happened.Counted(bytes=size):
+            case run_events.Counted(bytes=size):
                 self.outcomes[event.name] += 1
                 self.update_bytes += size or 0
-            case happened.Late() | happened.Duplicate():
+            case run_events.Late() | run_events.Duplicate():
                 self.outcomes[event.name] += 1
-            case happened.Rejected(kind=kind):
+            case run_events.Rejected(kind=kind):
                 self.causes[cause_of(event)] += 1
                 if kind in (None, "update"):  # what cannot be read at all may have been one
                     self.outcomes[event.name] += 1
-            case happened.Failure():
+            case run_events.Failure():
                 self.failures += 1
-            case happened.Disconnected():
+            case run_events.Disconnected():
                 self.outages += 1
-            case happened.Committed(timings=timings):
+            case run_events.Committed(timings=timings):
                 self.rounds += 1
                 self.committed_at = at
                 for step, seconds in step_times(timings or {}).items():
@@ -55,7 +55,7 @@ class Tally:
                     self.step_rounds[step] += 1
 
 
-def cause_of(event: happened.Rejected) -> str:
+def cause_of(event: run_events.Rejected) -> str:
     """Return why a message was rejected, as one of ``CAUSES``."""
     return event.cause if event.cause in CAUSES else "malformed"
 

@@ -160,34 +160,36 @@ class Committer:
         evaluations = {name: one for name, one in evaluations.items() if one.num_examples}
         if not evaluations:
             return  # nobody has held-out data
-        told = federated(evaluations)
-        line = {"event": "evaluated", "round": number, **told, "evaluated_at": timestamp()}
+        averages = federated(evaluations)
+        line = {"event": "evaluated", "round": number, **averages, "evaluated_at": timestamp()}
         await self._on_disk(lambda: self._store.append(line))
-        extra = {k: v for k, v in told.items() if k not in ("num_examples", "loss", "evaluators")}
+        extra = {
+            k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
+        }
         self._record(
             run_events.Evaluated(
                 round=number,
-                num_examples=told["num_examples"],
-                loss=told["loss"],
-                evaluators=tuple(told["evaluators"]),
+                num_examples=averages["num_examples"],
+                loss=averages["loss"],
+                evaluators=tuple(averages["evaluators"]),
                 metrics=extra,
             )
         )
 
     async def _on_disk(self, write: Callable[[], object]) -> None:
         """Write, and where the disk refuses, say so and try again until it does not."""
-        told = False
+        reported = False
         while True:
             try:
                 await asyncio.to_thread(write)
             except OSError as why:
-                if not told:
+                if not reported:
                     reason = why.strerror or str(why)
                     folder = str(self._store.folder)
                     self._record(
                         run_events.Disk(folder=folder, reason=reason, pause_s=_DISK_RETRY_S)
                     )
-                told = True
+                reported = True
                 await asyncio.sleep(_DISK_RETRY_S)
             else:
                 return

@@ -461,8 +461,8 @@ class Coordinator:
         match message:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload, self._room)
-                told = (message.run, message.round, message.worker, message.num_examples)
-                self._post(ev.Arrived(now, handle, *told, message.base))
+                about = (message.run, message.round, message.worker, message.num_examples)
+                self._post(ev.Arrived(now, handle, *about, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
