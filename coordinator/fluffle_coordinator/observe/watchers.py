@@ -28,7 +28,7 @@ class Watchers(Watcher):
     """Tells several watchers the same, in the order in which they were given.
 
     A watcher that raises is a bug, which is reported once on stderr; the run and the other
-    watchers go on, and that watcher is told the next event as before.
+    watchers go on, and that watcher gets the next event as before.
     """
 
     def __init__(self, *watchers: Watcher) -> None:

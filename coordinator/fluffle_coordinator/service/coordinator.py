@@ -19,7 +19,6 @@ import json
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -118,7 +117,7 @@ class Coordinator:
         self._session = uuid.uuid4().hex[:12]
         self._next_look: asyncio.TimerHandle
         self._look_at = 0.0  # when it is asked next what time has brought
-        # What was last said to be waited for, and when it is said again.
+        # What was last waited for, and when that is reported again.
         self._waits_for: tuple[str | None, ...] = ()
         self._say_at = time.monotonic() + settings.waiting_every_s
         self._waiting_since: tuple[object, ...] = ()
@@ -252,12 +251,13 @@ class Coordinator:
 
     def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
         state = self.state
-        waiting = waiting_for(state, now)
+        waiting = waiting_for(state, now) if state.phase is rs.Phase.WAITING else None
         kind: tuple[str | None, ...] = ()
-        if waiting is not None and state.phase is rs.Phase.WAITING:
+        if waiting is not None:
             kind = waiting.what, state.init_asked if waiting.what == "first_weights" else None
         if kind == self._waits_for and now < self._say_at:
             return
+        waiting = waiting or waiting_for(state, now)
         if waiting is not None:
             if just_told and now < self._say_at:
                 return  # what was told just now says more; this, when nothing else happens
@@ -298,9 +298,6 @@ class Coordinator:
         if isinstance(event, _OF_THE_BROKER):
             event = replace(event, address=self._transport.address)
         self._watcher.record(event)
-
-    def _blocking(self, name: str, fields: Mapping[str, Any]) -> None:
-        self._record(run_events.from_fields(name, fields))
 
     def _metadata(self, number: int) -> dict[str, str]:
         return {
@@ -349,7 +346,7 @@ class Coordinator:
             self._read_presence(presence),
             self._send_echoes(link, number),
             self._consume_updates(link, number),
-            tell_of_blocking(link, self._blocking),
+            tell_of_blocking(link, lambda *of: self._record(run_events.from_fields(*of))),
         ]
         await run_all(*works, *([self._journal.publish(link)] if self._journal else []))
 
