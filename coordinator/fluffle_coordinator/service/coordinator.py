@@ -69,13 +69,6 @@ from fluffle_coordinator.storage.run_store import RunStore, Saved
 _JOURNAL_DRAIN_S = 2.0
 # How often the coordinator sends itself an echo: so it knows that it would hear a worker.
 _ECHO_EVERY_S = 1.0
-# Events that say where the broker is.
-_OF_THE_BROKER = (
-    run_events.Connected,
-    run_events.Reconnected,
-    run_events.Disconnected,
-    run_events.NoBroker,
-)
 # How often, at most, what is due is looked for while much happens.
 _LOOK_EVERY_S = 0.1
 
@@ -295,7 +288,7 @@ class Coordinator:
 
     def _record(self, event: run_events.RunEvent) -> None:
         self._committer.counts.note(event)
-        if isinstance(event, _OF_THE_BROKER):
+        if isinstance(event, run_events.OfTheBroker):
             event = replace(event, address=self._transport.address)
         self._watcher.record(event)
 

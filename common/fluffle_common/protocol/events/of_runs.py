@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fluffle_common.protocol.events.base import (
     Doings,
     Names,
@@ -31,11 +33,16 @@ class Resumed(RunEvent):
     round: Whole = None
 
 
-@event("connected", "connected to the broker")
-class Connected(RunEvent):
-    """The coordinator has its first link to the broker. ``address`` is for the log only."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfTheBroker(RunEvent):
+    """An event about the link to the broker; its ``address`` is for the log only."""
 
     address: Text = None
+
+
+@event("connected", "connected to the broker")
+class Connected(OfTheBroker):
+    """The coordinator has its first link to the broker."""
 
     def sentence(self) -> str:
         """See ``RunEvent``."""
@@ -43,18 +50,15 @@ class Connected(RunEvent):
 
 
 @event("reconnected", "connected to the broker again")
-class Reconnected(RunEvent):
-    """The coordinator has a link again. ``address`` is for the log only."""
-
-    address: Text = None
+class Reconnected(OfTheBroker):
+    """The coordinator has a link again."""
 
 
 @event("disconnected", "lost the broker ({reason}); connecting again", "bad")
-class Disconnected(RunEvent):
-    """The link to the broker is lost. ``address`` is for the log only."""
+class Disconnected(OfTheBroker):
+    """The link to the broker is lost."""
 
     reason: Text = None
-    address: Text = None
 
 
 @event(
@@ -63,13 +67,12 @@ class Disconnected(RunEvent):
     "('fluffle broker up' starts one here)",
     "bad",
 )
-class NoBroker(RunEvent):
+class NoBroker(OfTheBroker):
     """An attempt to reach the broker failed; the journal has ``disconnected`` and the next link."""
 
     journalled = False
     reason: Text = None
     pause_s: Number = None
-    address: Text = None
 
 
 @event("standby", "another coordinator has {what}; waiting as a standby", "odd")
