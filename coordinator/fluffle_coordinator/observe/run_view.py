@@ -17,6 +17,7 @@ from fluffle_common.protocol.events import RunEvent
 _ROUNDS = 2000
 _DETAILED = 50  # of older rounds, only the result is kept
 _NOTES = 1000
+_ABSENT = 10_000  # many more than take part; names are for whoever joins to choose
 _A_CENTURY_S = 3.2e9
 
 
@@ -179,6 +180,8 @@ class RunView:
         worker = event.worker or ""
         self.present.discard(worker)
         self.absent[worker] = (at, event)
+        if len(self.absent) > _ABSENT:
+            del self.absent[next(iter(self.absent))]
         for one in (self._open if self._only is None else self.rounds).values():
             one.joined.pop(worker, None)
 
@@ -253,7 +256,8 @@ class RunView:
     def _failure(self, at: float, event: run_events.Failure) -> None:
         for one in self._known(event.round):
             one.note(at, event)
-            one.failures[event.worker or ""] = event.reason or ""
+            if len(one.failures) < _ABSENT:
+                one.failures[event.worker or ""] = event.reason or ""
 
     def _committed(self, at: float, event: run_events.Committed) -> None:
         self.waiting = None
