@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_common.tensors.codecs.registry import CODECS
@@ -22,7 +23,7 @@ from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
-from fluffle_coordinator.observe.watchers import Watcher, Watchers, sentence
+from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
@@ -87,9 +88,12 @@ class Log(Watcher):
         self.lines: list[tuple[float, str, Mapping[str, Any]]] = []
         self._news = asyncio.Event()
 
+    def record(self, event: RunEvent) -> None:
+        assert event.sentence()
+        self.tell(event.name, event.fields())
+
     def tell(self, what: str, fields: Mapping[str, Any]) -> None:
         self.lines.append((time.monotonic(), what, dict(fields)))
-        sentence(what, fields)
         self._news.set()
 
     def of(self, what: str) -> list[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
@@ -213,10 +214,10 @@ class CoordinatorModel:
                 self.jobs.append(("commit", committed))
             case fx.RecordEvaluation(evaluated):
                 self.lines.append(("evaluated", evaluated))
-            case fx.Tell("gone", fields):
-                worker = self.world.workers[fields["worker"]]
+            case fx.Record(run_events.Gone(worker=str(name)) as gone):
+                worker = self.world.workers[name]
                 recent = [at for at in worker.spoke if 0 <= self.read_until - at < SILENCE_S]
-                assert worker.unheard or not recent, f"{fields}, and it spoke at {recent}"
+                assert worker.unheard or not recent, f"{gone}, and it spoke at {recent}"
             case fx.Ack(handle):
                 self.out.append(("settle", handle, "acked"))
             case fx.Reject(handle, reason, _):

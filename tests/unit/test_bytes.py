@@ -143,7 +143,7 @@ class Untouched:
 async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
     told: list[ev.Event] = []
     committer = Committer(
-        RunStore(tmp_path / "run"), metadata=lambda _: {}, tell=lambda *_: None, post=told.append
+        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=told.append
     )
     aggregator = Aggregator(
         TOPOLOGY,
@@ -377,7 +377,7 @@ async def test_a_refusal_is_sent_once_a_session_and_again_where_it_was_not(link)
         return links[0]
 
     outgoing = Outbox(
-        TOPOLOGY, "r", settings, link=lambda: links[0], a_link=a_link, tell=lambda *_: None
+        TOPOLOGY, "r", settings, link=lambda: links[0], a_link=a_link, record=lambda _: None
     )
     running = asyncio.ensure_future(outgoing.run())
     state: Any = SimpleNamespace()

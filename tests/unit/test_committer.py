@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.dashboard.report_numbers import read_numbers
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.service.committer import Average, Committer
@@ -29,7 +30,7 @@ class Run:
         self.committer = Committer(
             store,
             metadata=lambda number: {"run": self.identity, "round": str(number)},
-            tell=lambda *_: None,
+            record=lambda _: None,
             post=self.posted.append,
         )
 
@@ -59,22 +60,22 @@ async def test_a_round_is_committed_when_checkpoint_and_line_are_on_disk(run):
     (line,) = read_history_lines(run.folder)
     assert isinstance(event, ev.Committed)
     assert (event.round, event.base) == (1, line["base"])
-    assert event.about == {"num_examples": 10, "timings": line["timings"]}
+    assert (event.num_examples, event.timings) == (10, line["timings"])
     assert line["asked"] == ["a", "b"]
     assert RunStore(run.folder).load("f").base == event.base
 
 
 async def test_what_came_too_late_for_a_round_is_in_the_line_after_it(run):
     await run.commit(1)
-    run.committer.counts.note("late", LATE)
+    run.committer.counts.note(run_events.from_fields("late", LATE))
     await run.commit(2)
     assert [line["late"] for line in read_history_lines(run.folder)] == [0, 1]
 
 
 async def test_what_came_too_late_for_the_last_round_is_in_the_history_too(run):
-    run.committer.counts.note("rejected", {"reason": "it has a NaN"})
+    run.committer.counts.note(run_events.from_fields("rejected", {"reason": "it has a NaN"}))
     await run.commit(1)
-    run.committer.counts.note("late", LATE)
+    run.committer.counts.note(run_events.from_fields("late", LATE))
     run.committer.record_end(1, "finished", "1 rounds are done")
     await run.committer.drained()
     ended = read_history_lines(run.folder)[-1]

@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import CAUSES
-from fluffle_coordinator.dashboard.board import OUTCOMES, Board, Standing
+from fluffle_common.protocol.events import from_fields
+from fluffle_coordinator.dashboard.board import Board, Standing
 from fluffle_coordinator.dashboard.coordinator_source import standing
 from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.roster import Roster
+from fluffle_coordinator.dashboard.rounds import latest
 from fluffle_coordinator.machine.machine import start
 from fluffle_coordinator.machine.state import Rules
+from fluffle_coordinator.observe.tally import OUTCOMES
 
 RUN = "0123456789ab"
 
@@ -24,7 +27,7 @@ def told(*events: tuple[str, dict[str, Any]], source: str = "coordinator") -> Bo
     """Return a board that was told events, one a second from 100 on."""
     board = Board("letters", source)
     for second, (what, fields) in enumerate(events, start=100):
-        board.tell(float(second), what, fields)
+        board.add(float(second), from_fields(what, fields))
     return board
 
 
@@ -138,7 +141,7 @@ class TestRun:
     def test_the_link_of_the_coordinator_is_the_page_s(self) -> None:
         board = told(STARTED, CONNECTED)
         assert board.run()["linked"]
-        board.tell(200.0, "disconnected", {"reason": "reset"})
+        board.add(200.0, from_fields("disconnected", {"reason": "reset"}))
         assert (board.run()["linked"], board.tally.outages) == (False, 1)
         assert "reset" in board.run()["link"]
 
@@ -149,7 +152,7 @@ class TestRun:
 
     def test_another_run_begins_afresh(self) -> None:
         board = told(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
-        board.tell(200.0, "started", {"run": "another", "folder": "x"})
+        board.add(200.0, from_fields("started", {"run": "another", "folder": "x"}))
         shown = board.snapshot(201.0)
         assert shown["rounds"] == []
         assert {row["counted"] for row in shown["workers"]} == {0}
@@ -181,8 +184,8 @@ class TestRounds:
         }
         assert [one["round"] for one in shown["rounds"]] == [1, 2, 3]
         assert shown["rounds"][0]["timings"] == {"waiting": 1.0, "open": 2.0, "fold": 0.25}
-        assert (board.chronicle.latest("accuracy"), board.chronicle.latest("loss")) == (0.75, 0.25)
-        assert board.chronicle.latest("nonsense") is None
+        assert (latest(board.view, "accuracy"), latest(board.view, "loss")) == (0.75, 0.25)
+        assert latest(board.view, "nonsense") is None
 
     def test_history_is_shown_and_not_counted(self) -> None:
         board = Board("letters")
@@ -199,7 +202,7 @@ class TestRounds:
                 }
             ]
         )
-        board.tell(100.0, "resumed", {"run": RUN, "round": 1})
+        board.add(100.0, from_fields("resumed", {"run": RUN, "round": 1}))
         shown = board.snapshot(101.0)
         assert shown["curves"] == {"rounds": [1], "loss": [0.5], "accuracy": [0.25]}
         assert shown["rounds"][0]["committed_at"] - shown["rounds"][0]["opened_at"] == 5.0
@@ -232,9 +235,9 @@ class TestWorkers:
     def test_an_old_farewell_does_not_undo_a_newer_sign_of_life(self) -> None:
         roster = Roster()
         roster.sign_of_life(50.0, "north", {"state": "training"})
-        roster.tell(40.0, "left", {"worker": "north", "reason": "stopped by its owner"})
+        roster.add(40.0, from_fields("left", {"worker": "north", "reason": "stopped by its owner"}))
         assert roster.by_state()["training"] == 1
-        roster.tell(60.0, "left", {"worker": "north", "reason": "stopped by its owner"})
+        roster.add(60.0, from_fields("left", {"worker": "north", "reason": "stopped by its owner"}))
         assert roster.by_state()["left"] == 1
 
     def test_whoever_is_here_comes_first(self) -> None:
@@ -249,7 +252,9 @@ class TestWorkers:
     def test_they_are_bounded(self) -> None:
         roster = Roster()
         for number in range(2500):
-            roster.tell(float(number), "refused", {"worker": f"w{number}", "reason": "classes"})
+            roster.add(
+                float(number), from_fields("refused", {"worker": f"w{number}", "reason": "classes"})
+            )
         assert len(roster.rows(1)) == 2000
 
 
@@ -283,7 +288,7 @@ class TestJournal:
     def test_it_is_bounded_and_its_lines_keep_their_ids(self) -> None:
         board = told(*[("left", {"worker": "x", "reason": str(n)}) for n in range(300)])
         before = board.snapshot(500.0)["journal"]
-        board.tell(500.0, "left", {"worker": "x", "reason": "the last"})
+        board.add(500.0, from_fields("left", {"worker": "x", "reason": "the last"}))
         after = board.snapshot(500.0)["journal"]
         assert len(before) == len(after) == 100
         assert [line["id"] for line in before[1:]] == [line["id"] for line in after[:-1]]

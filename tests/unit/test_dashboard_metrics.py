@@ -10,11 +10,12 @@ from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fluffle_common.errors import CAUSES
-from fluffle_coordinator.dashboard.board import OUTCOMES, PHASES, Board
-from fluffle_coordinator.dashboard.chronicle import STEPS
+from fluffle_common.protocol.events import from_fields
+from fluffle_coordinator.dashboard.board import PHASES, Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import ROLES, registry, role
 from fluffle_coordinator.dashboard.roster import ABSENT, STATES
+from fluffle_coordinator.observe.tally import OUTCOMES, STEPS
 
 _NO_BASE_UNITS = re.compile(
     r"_(milliseconds?|ms|microseconds?|minutes?|hours?|days?|kilobytes?|kb|megabytes?|mb|percent|"
@@ -71,23 +72,30 @@ def families(board: Board) -> list[Metric]:
 def busy() -> Board:
     """Return a board on which all that can be told was told, with names of a hostile kind."""
     board = Board("letters")
-    board.tell(1.0, "started", {"run": "r", "folder": "f"})
-    board.tell(1.0, "connected", {})
+    board.add(1.0, from_fields("started", {"run": "r", "folder": "f"}))
+    board.add(1.0, from_fields("connected", {}))
     for name in ("north", 'we"ird\n'):
-        board.tell(2.0, "joined", {"worker": name, "num_examples": 5})
-        board.tell(2.0, "rejected", {"reason": name, "cause": "sender", "worker": name})
-        board.tell(2.0, "rejected", {"reason": name, "cause": name, "worker": name})
-    board.tell(3.0, "opened", {"round": 1, "asked": ["north"], "needed": 1, "deadline_s": 9.0})
+        board.add(2.0, from_fields("joined", {"worker": name, "num_examples": 5}))
+        board.add(2.0, from_fields("rejected", {"reason": name, "cause": "sender", "worker": name}))
+        board.add(2.0, from_fields("rejected", {"reason": name, "cause": name, "worker": name}))
+    board.add(
+        3.0, from_fields("opened", {"round": 1, "asked": ["north"], "needed": 1, "deadline_s": 9.0})
+    )
     told = {"worker": "north", "round": 1, "num_examples": 5, "updates": 1, "needed": 1}
-    board.tell(5.0, "counted", {**told, "bytes": 400})
+    board.add(5.0, from_fields("counted", {**told, "bytes": 400}))
     for what in ("late", "duplicate"):
-        board.tell(6.0, what, {"worker": "north", "round": 1, "num_examples": 5})
-    board.tell(6.0, "failure", {"worker": "north", "round": 1, "reason": "x"})
+        board.add(6.0, from_fields(what, {"worker": "north", "round": 1, "num_examples": 5}))
+    board.add(6.0, from_fields("failure", {"worker": "north", "round": 1, "reason": "x"}))
     timings = {f"{step}_s": 0.5 for step in STEPS} | {"surprise_s": 3.0}
-    board.tell(7.0, "committed", {"round": 1, "participants": ["north"], "timings": timings})
+    board.add(
+        7.0, from_fields("committed", {"round": 1, "participants": ["north"], "timings": timings})
+    )
     metrics = {"accuracy": 0.75, "their_own": 3.0}
-    board.tell(8.0, "evaluated", {"round": 1, "loss": 0.5, "num_examples": 2, "metrics": metrics})
-    board.tell(9.0, "disconnected", {"reason": "cut"})
+    board.add(
+        8.0,
+        from_fields("evaluated", {"round": 1, "loss": 0.5, "num_examples": 2, "metrics": metrics}),
+    )
+    board.add(9.0, from_fields("disconnected", {"reason": "cut"}))
     figures = {"ready": 1, "unacknowledged": 2, "consumers": 3, "size_bytes": 4}
     queues = ("updates", "inbox.north", "inbox.south", "outbox.north", "made.by.hand")
     board.queues([{"name": f"letters.{name}", **figures} for name in queues])

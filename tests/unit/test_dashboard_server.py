@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from fluffle_common.errors import UsageError
+from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.coordinator_source import Live
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.server import is_loopback, listen, served, url_of
@@ -125,20 +126,22 @@ async def test_health_and_readiness(site: Site) -> None:
     assert (await site.ask("/healthz"))[0] == 200
     status, _, body = await site.ask("/readyz")
     assert (status, "not connected" in body) == (503, True)
-    site.live.tell("connected", {"address": "amqp://host"})
+    site.live.record(from_fields("connected", {"address": "amqp://host"}))
     assert (await site.ask("/readyz"))[0] == 200
-    site.live.tell("disconnected", {"reason": "cable"})
+    site.live.record(from_fields("disconnected", {"reason": "cable"}))
     status, _, body = await site.ask("/readyz")
     assert (status, "cable" in body) == (503, True)
-    site.live.tell("reconnected", {})
-    site.live.tell("finished", {"reason": "6 rounds are done"})
+    site.live.record(from_fields("reconnected", {}))
+    site.live.record(from_fields("finished", {"reason": "6 rounds are done"}))
     status, _, body = await site.ask("/readyz")
     assert (status, "6 rounds" in body) == (503, True)
     assert (await site.ask("/healthz"))[0] == 200
 
 
 async def test_the_board_and_the_metrics(site: Site) -> None:
-    site.live.tell("rejected", {"reason": "<script>alert(1)</script>", "cause": "tensors"})
+    site.live.record(
+        from_fields("rejected", {"reason": "<script>alert(1)</script>", "cause": "tensors"})
+    )
     _, headers, body = await site.ask("/api/board")
     assert headers["content-type"] == "application/json"
     assert json.loads(body)["rejected"]["latest"][0]["reason"] == "<script>alert(1)</script>"
@@ -151,7 +154,7 @@ async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) ->
     async with site.listening() as following:
         first = await following()
         assert {"run", "workers", "journal", "queues", "curves"} <= first.keys()
-        site.live.tell("joined", {"worker": "north", "num_examples": 7})
+        site.live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
         second = await following()
         assert second.keys() == {"now", "workers", "journal"}
         assert second["workers"][0]["name"] == "north"
@@ -165,7 +168,7 @@ async def test_a_stream_ends_with_the_last_news_when_the_page_does() -> None:
         async with served(live.feed, listening):
             following = await stack.enter_async_context(site.listening())
             await following()
-            live.tell("finished", {"reason": "done"})
+            live.record(from_fields("finished", {"reason": "done"}))
         last = await following()
         assert last["run"]["phase"] == "ended"
         assert await following() is None
@@ -203,9 +206,11 @@ def test_an_event_that_cannot_be_shown_is_warned_of_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     live = Live("letters")
-    for _ in range(3):
-        live.tell("opened", {"round": {}, "asked": 7})
-    live.tell("joined", {"worker": "north", "num_examples": 7})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live.feed.board, "add", lambda *_: 1 / 0)
+        for _ in range(3):
+            live.record(from_fields("opened", {"round": 1}))
+    live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
     assert capsys.readouterr().err.count("the page cannot show an event 'opened'") == 1
     assert live.feed.board.snapshot(1.0)["workers"][0]["name"] == "north"
 

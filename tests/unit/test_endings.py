@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.checkpoint import checkpoint_name, save_checkpoint
 from fluffle_coordinator.machine.state import Phase, Rules, State, Worker
-from fluffle_coordinator.observe.watchers import Watcher, Watchers, waiting_for
+from fluffle_coordinator.observe.waiting import waiting_for
+from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service import app as main
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.storage.run_store import RunStore
@@ -23,18 +25,18 @@ FOLDER = Path("runs/f")
 
 class Told(Watcher):
     def __init__(self) -> None:
-        self.events: list[tuple[str, dict]] = []
+        self.events: list[run_events.RunEvent] = []
         self.shown = 0
 
-    def tell(self, what, fields):
-        self.events.append((what, dict(fields)))
+    def record(self, event):
+        self.events.append(event)
 
     def show(self, state, now):
         self.shown += 1
 
 
 class Broken(Told):
-    def tell(self, what, fields):
+    def record(self, event):
         raise UnicodeEncodeError("ascii", "Ö", 0, 1, "ordinal not in range")
 
     def show(self, state, now):
@@ -45,7 +47,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
     before, after = Told(), Told()
     watchers = Watchers(before, Broken(), after)
     for _ in range(3):
-        watchers.tell("committed", {"round": 1})
+        watchers.record(run_events.Committed(round=1))
         watchers.show(State(Rules(1), "r", 1), 0.0)
     assert len(before.events) == len(after.events) == after.shown == 3
     said = capsys.readouterr().err
@@ -101,9 +103,9 @@ def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(sto
 def test_an_init_that_is_gone_is_said_and_the_run_goes_on(store, tmp_path):
     saved, told = begun(store, {"w": np.zeros(2, np.float32)}), Told()
     main._check_beginning(tmp_path / "gone.safetensors", store, saved, told)
-    ((what, fields),) = told.events
-    assert what == "note"
-    assert "--init is not needed any more" in fields["what"]
+    (event,) = told.events
+    assert isinstance(event, run_events.Note)
+    assert "--init is not needed any more" in event.sentence()
     assert (store.folder / checkpoint_name(0)).exists()
 
 
@@ -155,6 +157,6 @@ def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, sai
         "a", "s", 5, (), 2.0, last_seen=8.0, state=state, run="r", round=number, step=3, steps=8
     )
     run = State(Rules(6), "r", 4, phase=Phase.OPEN, link=1, workers={"a": worker}, asked={"a": 1.0})
-    told = waiting_for(run, 10.0)
-    assert told is not None
-    assert told.endswith(f"; {said}")
+    waiting = waiting_for(run, 10.0)
+    assert waiting is not None
+    assert waiting.sentence().endswith(f"; {said}")

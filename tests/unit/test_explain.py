@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Event
 from fluffle_coordinator.cli.journal import _spans, _which
-from fluffle_coordinator.observe.explain import Round, Wait, clock, explain, longest_wait, runs_of
+from fluffle_coordinator.observe.explain import (
+    Explanation,
+    Wait,
+    explain,
+    longest_wait,
+    runs_of,
+)
 from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
 
 T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -20,6 +26,10 @@ T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
 def at(seconds: float) -> datetime:
     return T0 + timedelta(seconds=seconds)
+
+
+def clock(time: datetime) -> str:
+    return time.astimezone().strftime("%H:%M:%S")
 
 
 class Story:
@@ -52,7 +62,7 @@ class Story:
         told = {"round": 7, "worker": worker, "num_examples": 80, "updates": updates, "needed": 3}
         return self.add(seconds, "counted", **{**told, "train_s": 1.5, **more})
 
-    def explained(self, now: float, number: int = 7) -> tuple[Round, str]:
+    def explained(self, now: float, number: int = 7) -> tuple[Explanation, str]:
         told = explain(self.events, self.run, number, at(now))
         return told, "\n".join(sentences(told))
 
@@ -255,7 +265,12 @@ def test_a_finished_run_says_that_it_is_finished_and_waits_for_nobody():
 
 def test_what_a_worker_does_is_what_the_coordinator_said_last():
     said = "round 7: 1 of 3 updates, 580 s to the deadline; b training 3/40, c receiving"
-    _, text = begun().counted(13, "a", 1).add(30, "waiting", reason=said).explained(now=31)
+    training = {"worker": "b", "state": "training", "step": 3, "steps": 40}
+    missing = [training, {"worker": "c", "state": "receiving"}, {"worker": 1}]
+    story = begun().counted(13, "a", 1)
+    story.add(30, "waiting", reason=said, what="updates", round=7, missing=missing, short=0)
+    _, text = story.explained(now=31)
+    assert "the coordinator said" not in text
     assert f"Still waiting for b: connected, training 3/40 at {clock(at(30))}." in text
     assert f"Still waiting for c: connected, receiving at {clock(at(30))}." in text
 

@@ -14,13 +14,21 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.protocol.codec import decode, encode
+from fluffle_common.protocol.events import (
+    REGISTRY,
+    Doing,
+    NoBroker,
+    Other,
+    Standby,
+    Waiting,
+    from_fields,
+)
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Link, Properties, QueueFull, QueueInUse, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_coordinator.observe.journal_reader import read_journal
 from fluffle_coordinator.observe.journal_writer import Journal
-from fluffle_coordinator.observe.watchers import _SENTENCES, sentence
 
 TOPOLOGY = Topology("f")
 PATIENCE_S = 20.0
@@ -103,10 +111,10 @@ def names(events: Sequence[Event]) -> list[str]:
 
 async def test_what_was_told_before_there_was_a_link_comes_first(broker):
     journal = Journal(TOPOLOGY)
-    journal.tell("started", {"run": "r1", "folder": "runs/f"})
+    journal.record(from_fields("started", {"run": "r1", "folder": "runs/f"}))
     async with published(journal, await broker.open()):
-        journal.tell("connected", {"address": "amqp://host/"})
-        journal.tell("opened", {"round": 1, "asked": ["a", "b"], "needed": 2})
+        journal.record(from_fields("connected", {"address": "amqp://host/"}))
+        journal.record(from_fields("opened", {"round": 1, "asked": ["a", "b"], "needed": 2}))
         await drained(journal)
     started, connected, opened = await read(broker)
     assert names([started, connected, opened]) == ["started", "connected", "opened"]
@@ -121,7 +129,7 @@ async def test_what_was_told_before_there_was_a_link_comes_first(broker):
 async def test_an_event_shows_in_the_brokers_own_pages(broker):
     journal = Journal(TOPOLOGY)
     async with published(journal, await broker.open()):
-        journal.tell("counted", {"round": 3, "worker": "a", "num_examples": 5})
+        journal.record(from_fields("counted", {"round": 3, "worker": "a", "num_examples": 5}))
         await drained(journal)
     (stored,) = broker.queues[TOPOLOGY.journal].ready
     (event,) = raw(broker)
@@ -134,7 +142,9 @@ async def test_an_event_shows_in_the_brokers_own_pages(broker):
 async def test_many_events_at_once_are_one_message(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 21):
-        journal.tell("opened", {"round": number, "odd": {1, number}} if number == 7 else {})
+        journal.record(
+            Other("opened", {"round": number, "odd": {1, number}} if number == 7 else {})
+        )
     async with published(journal, await broker.open()):
         await drained(journal)
     (stored,) = broker.queues[TOPOLOGY.journal].ready
@@ -150,10 +160,10 @@ async def test_many_events_at_once_are_one_message(broker):
 async def test_events_that_were_refused_together_are_counted_in_the_gap(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 13):
-        journal.tell("opened", {"round": number})
+        journal.record(from_fields("opened", {"round": number}))
     async with published(journal, Faulty(await broker.open(), [QueueFull("x")])):
         await drained(journal)
-        journal.tell("opened", {"round": 13})
+        journal.record(from_fields("opened", {"round": 13}))
         await drained(journal)
     gap, last = await read(broker)
     assert (gap.event, gap.fields) == ("gap", {"dropped": 12})
@@ -164,7 +174,7 @@ async def test_two_processes_have_two_sessions(broker):
     for _ in range(2):
         journal = Journal(TOPOLOGY)
         async with published(journal, await broker.open()):
-            journal.tell("started", {"run": "r"})
+            journal.record(from_fields("started", {"run": "r"}))
             await drained(journal)
     one, two = await read(broker)
     assert one.session != two.session
@@ -174,13 +184,13 @@ async def test_two_processes_have_two_sessions(broker):
 async def test_what_was_not_confirmed_is_sent_again_under_the_same_identity(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 6):
-        journal.tell("opened", {"round": number})
+        journal.record(from_fields("opened", {"round": number}))
     first = Faulty(await broker.open(), [None, None, LinkLost("x"), LinkLost("x")])
     with pytest.raises(LinkLost):
         await journal.publish(first)  # type: ignore[arg-type]
     assert first.most_in_flight > 1  # not one after the other
     async with published(journal, await broker.open()):
-        journal.tell("opened", {"round": 6})
+        journal.record(from_fields("opened", {"round": 6}))
         await drained(journal)
     assert len(raw(broker)) > 6
     events = await read(broker)
@@ -198,8 +208,8 @@ async def test_cancelled_while_events_are_on_their_way_it_loses_none(broker):
             await never.wait()
 
     async with published(journal, Held(await broker.open(), [])):
-        journal.tell("opened", {"round": 1})
-        journal.tell("opened", {"round": 2})
+        journal.record(from_fields("opened", {"round": 1}))
+        journal.record(from_fields("opened", {"round": 2}))
         async with asyncio.timeout(PATIENCE_S):
             await begun.wait()
     assert raw(broker) == []
@@ -211,17 +221,17 @@ async def test_cancelled_while_events_are_on_their_way_it_loses_none(broker):
 async def test_more_than_can_be_kept_drops_the_oldest_and_says_how_many(broker):
     journal = Journal(TOPOLOGY, capacity=3)
     for number in range(1, 8):
-        journal.tell("opened", {"round": number})
+        journal.record(from_fields("opened", {"round": number}))
     async with published(journal, await broker.open()):
         await drained(journal)
-        journal.tell("opened", {"round": 8})
+        journal.record(from_fields("opened", {"round": 8}))
         await drained(journal)
     events = await read(broker)
     assert names(events) == ["gap", *["opened"] * 4]
     assert events[0].fields == {"dropped": 4}
     assert [event.fields["round"] for event in events[1:]] == [5, 6, 7, 8]
     assert [event.number for event in events] == [1, 2, 3, 4, 5]
-    assert sentence("gap", events[0].fields).startswith("4 events")
+    assert from_fields("gap", events[0].fields).sentence().startswith("4 events")
 
 
 @pytest.mark.parametrize("wrong", [QueueFull("no room"), Unroutable("no stream")])
@@ -229,10 +239,10 @@ async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
     journal = Journal(TOPOLOGY)
     async with published(journal, Faulty(await broker.open(), [wrong] * 3)) as task:
         for number in range(1, 4):
-            journal.tell("opened", {"round": number})
+            journal.record(from_fields("opened", {"round": number}))
         await drained(journal)
         assert raw(broker) == []
-        journal.tell("opened", {"round": 4})
+        journal.record(from_fields("opened", {"round": 4}))
         await drained(journal)
         assert not task.done()
     gap, opened = await read(broker)
@@ -242,7 +252,7 @@ async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
 
 async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
     journal = Journal(TOPOLOGY)
-    journal.tell("finished", {"reason": "2 rounds are done"})
+    journal.record(from_fields("finished", {"reason": "2 rounds are done"}))
     await drained(journal)  # no link: nothing to wait for
     assert raw(broker) == []
     never = asyncio.Event()
@@ -261,8 +271,8 @@ async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
 async def test_a_value_that_cannot_be_packed_is_told_in_words(broker):
     journal = Journal(TOPOLOGY)
     async with published(journal, await broker.open()):
-        journal.tell("odd", {"what": object(), "round": 1})
-        journal.tell("opened", {"round": 2})
+        journal.record(from_fields("odd", {"what": object(), "round": 1}))
+        journal.record(from_fields("opened", {"round": 2}))
         await drained(journal)
     odd, opened = await read(broker)
     assert "object" in odd.fields["what"]
@@ -271,25 +281,36 @@ async def test_a_value_that_cannot_be_packed_is_told_in_words(broker):
 
 async def test_what_lasts_is_kept_when_it_changes_and_attempts_are_not_kept(broker):
     journal = Journal(TOPOLOGY)
-    told = [
-        ("no_broker", {"reason": "refused", "pause_s": 0.2}),
-        ("waiting", {"reason": "round 1: 1 of 2 updates, 590 s to the deadline; w1 training 3/10"}),
-        ("waiting", {"reason": "round 1: 1 of 2 updates, 580 s to the deadline; w1 training 9/10"}),
-        ("waiting", {"reason": "round 1: 1 of 2 updates, 570 s to the deadline; w1 is gone"}),
-        ("waiting", {"reason": "round 1: 1 of 2 updates, 560 s to the deadline; w2 is gone"}),
-        ("standby", {"what": "runs/f"}),
-        ("standby", {"what": "runs/f"}),
+
+    def training(step: int) -> Doing:
+        return Doing("w1", "training", step, 10)
+
+    def waiting(left_s: int, doing: Doing) -> Waiting:
+        reason = f"round 1: 1 of 2 updates, {left_s} s to the deadline; {doing.worker} ..."
+        return Waiting(reason=reason, what="updates", round=1, missing=(doing,), short=0)
+
+    happened = [
+        NoBroker(reason="refused", pause_s=0.2),
+        waiting(590, training(3)),
+        waiting(580, training(9)),
+        waiting(570, Doing("w1", "gone")),
+        waiting(560, Doing("w2", "gone")),
+        Waiting(reason="waiting for the evaluation by w1", what="evaluations"),
+        Waiting(reason="waiting for the evaluation by w1", what="evaluations"),
+        Standby(what="runs/f"),
+        Standby(what="runs/f"),
     ]
     async with published(journal, await broker.open()):
-        for what, fields in told:
-            journal.tell(what, fields)
+        for event in happened:
+            journal.record(event)
         await drained(journal)
     events = await read(broker)
-    assert names(events) == ["waiting", "waiting", "waiting", "standby"]
-    assert [event.fields["reason"][-10:] for event in events[:3]] == [
-        "ining 3/10",
-        "w1 is gone",
-        "w2 is gone",
+    assert names(events) == ["waiting", "waiting", "waiting", "waiting", "standby"]
+    assert [event.fields.get("missing") for event in events[:4]] == [
+        [{"worker": "w1", "state": "training", "step": 3, "steps": 10}],
+        [{"worker": "w1", "state": "gone"}],
+        [{"worker": "w2", "state": "gone"}],
+        None,
     ]
 
 
@@ -308,7 +329,7 @@ def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped
         for step in [*steps, "link", "tell"]:
             if step == "tell":
                 told += 1
-                journal.tell("opened", {"round": told})
+                journal.record(from_fields("opened", {"round": told}))
             elif step == "cut" and link is not None and task is not None:
                 link.cut()
                 task.cancel()  # as whatever else uses the link would have it
@@ -421,11 +442,11 @@ KEYS = sorted(
 
 
 @given(
-    st.sampled_from(sorted(_SENTENCES)) | st.text(max_size=10),
+    st.sampled_from(sorted(REGISTRY)) | st.text(max_size=10),
     st.dictionaries(st.sampled_from(KEYS), anything),
 )
 def test_there_is_a_sentence_for_every_event_whatever_it_carries(what, fields):
-    assert isinstance(sentence(what, fields), str)
+    assert isinstance(from_fields(what, fields).sentence(), str)
 
 
 async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(broker, capsys):
@@ -433,12 +454,12 @@ async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(bro
     journal = Journal(TOPOLOGY)
     async with published(journal, link) as task:
         for _ in range(3):
-            journal.tell("counted", {"round": 1})
+            journal.record(from_fields("counted", {"round": 1}))
             await drained(journal)
             await asyncio.sleep(0)
         assert not task.done()
     async with published(journal, link) as task:  # over the next link, too
-        journal.tell("counted", {"round": 2})
+        journal.record(from_fields("counted", {"round": 2}))
         await drained(journal)
         assert not task.done()
     said = capsys.readouterr().err

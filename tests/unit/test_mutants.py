@@ -246,8 +246,8 @@ MUTANTS = [
     Mutant(
         "believes any weight",
         rounds,
-        "    return min(said, limit)\n",
-        "    return said\n",
+        "    return min(claimed, limit)\n",
+        "    return claimed\n",
         "test_an_update_weighs_no_more_than_its_worker_announced",
         random=False,
     ),

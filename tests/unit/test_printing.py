@@ -27,7 +27,7 @@ from fluffle_common.cli.printing import (
     table,
 )
 from fluffle_common.errors import FluffleError, RunError
-from fluffle_coordinator.observe.watchers import _SENTENCES, sentence
+from fluffle_common.protocol.events import REGISTRY, field_names, from_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -60,11 +60,11 @@ def test_what_is_printable_stays_and_is_one_line(text):
 
 _odd = st.sampled_from([HOSTILE, "\x1b]0;title\x07"]) | st.text(st.characters(), max_size=10)
 _value = _odd | st.integers() | st.floats() | st.none() | st.lists(_odd, max_size=2)
-_fields = {name for text in _SENTENCES.values() for name in re.findall(r"{(\w+)", text)}
+_fields = {field for name in REGISTRY for field in field_names(name)}
 
 
 @given(
-    st.sampled_from([*_SENTENCES, "unheard of"]),
+    st.sampled_from([*REGISTRY, "unheard of"]),
     st.fixed_dictionaries(
         {}, optional=dict.fromkeys(_fields, _value) | {"metrics": st.dictionaries(_odd, _value)}
     ),
@@ -73,7 +73,7 @@ def test_every_sentence_of_an_event_is_printed_in_one_visible_line(what, fields)
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        echo(sentence(what, fields))
+        echo(from_fields(what, fields).sentence())
     assert not acts(out.getvalue().removesuffix("\n"))
     assert out.getvalue().count("\n") == 1
 

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from click.testing import CliRunner
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import UsageError
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
@@ -69,11 +69,11 @@ class Run:
     def __init__(self, folder: Path, weights: dict[str, np.ndarray], *, keep: bool = True) -> None:
         self.store, self.weights = RunStore(folder), weights
         self.events: asyncio.Queue[ev.Event] = asyncio.Queue()
-        self.told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        self.recorded: asyncio.Queue[run_events.RunEvent] = asyncio.Queue()
         self.committer = Committer(
             self.store,
             metadata=lambda number: {"run": RUN, "round": str(number)},
-            tell=lambda what, fields: self.told.put_nowait((what, fields)),
+            record=self.recorded.put_nowait,
             post=self.events.put_nowait,
         )
         self.aggregator = Aggregator(
@@ -225,8 +225,9 @@ async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch)
     run = Run(tmp_path, base())
     async with at_work(run):
         await run.fold("a", 1, 1, 5)
-        what, fields = await run.told.get()
-        assert (what, fields["reason"]) == ("disk", "No space left on device")
+        event = await run.recorded.get()
+        assert isinstance(event, run_events.Disk)
+        assert event.reason == "No space left on device"
         assert run.events.empty()  # it is not counted before it is kept
         assert files(tmp_path, 1) == []
         full[0] = False

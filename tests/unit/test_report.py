@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_coordinator.cli.history_table import history_table
@@ -357,9 +358,9 @@ def test_a_configuration_is_noted_when_it_is_another(tmp_path):
 def test_counts_remember_the_first_of_each_and_count_all():
     counts = Counts()
     for number in range(200):
-        counts.note("late", {"worker": f"w{number}", "round": 1})
-        counts.note("rejected", REJECTION)
-        counts.note("joined", {"worker": "x"})
+        counts.note(run_events.from_fields("late", {"worker": f"w{number}", "round": 1}))
+        counts.note(run_events.from_fields("rejected", REJECTION))
+        counts.note(run_events.from_fields("joined", {"worker": "x"}))
     assert (counts.late, counts.rejected) == (200, 200)
     assert len(counts.late_updates) == len(counts.rejections) == 50
     assert counts.late_updates[0]["worker"] == "w0"

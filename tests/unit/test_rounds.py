@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
@@ -136,8 +137,8 @@ def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
     return run
 
 
-def came_late(worker: str) -> fx.Tell:
-    return fx.Tell("late", {"worker": worker, "round": 1, "num_examples": 10})
+def came_late(worker: str) -> fx.Record:
+    return fx.Record(run_events.Late(worker=worker, round=1, num_examples=10))
 
 
 def too_late(worker: str, base: str = "b0") -> fx.Judge:
@@ -149,7 +150,7 @@ def only(effects: Iterable[fx.Effect], kind: type[_E]) -> list[_E]:
 
 
 def tells(effects: Iterable[fx.Effect]) -> list[str]:
-    return [tell.what for tell in only(effects, fx.Tell)]
+    return [one.event.name for one in only(effects, fx.Record)]
 
 
 def asked(effects: Iterable[fx.Effect]) -> list[str]:
@@ -564,7 +565,7 @@ def test_a_redelivery_after_the_commit_is_a_duplicate():
     run.committed("a")
     assert run.arrived("a", round=1) == [
         fx.Ack(run.last_handle),
-        fx.Tell("duplicate", {"worker": "a", "round": 1}),
+        fx.Record(run_events.Duplicate(worker="a", round=1)),
     ]
 
 
@@ -788,7 +789,7 @@ def test_a_worker_is_gone_when_its_heartbeats_fail_to_come():
     assert not only(run.seen("a"), fx.Commit)
     assert rounds.wakeup(run.state) == run.now + 1
     effects = run.tick(1)
-    assert fx.Tell("gone", {"worker": "b", "silent_s": 10.0}) in effects
+    assert fx.Record(run_events.Gone(worker="b", silent_s=10.0)) in effects
     assert only(effects, fx.Commit)
 
 
@@ -824,8 +825,8 @@ def test_nobody_is_gone_for_an_outage_of_the_broker():
 
 def test_a_failure_withdraws_a_worker_until_it_says_hello_again():
     run = opened("a", "b", rules=Rules(rounds=1, patience=100))
-    assert run.failed("a", 1)[0] == fx.Tell(
-        "failure", {"worker": "a", "round": 1, "reason": "out of memory"}
+    assert run.failed("a", 1)[0] == fx.Record(
+        run_events.Failure(worker="a", round=1, reason="out of memory")
     )
     assert run.state.needed == 1
     run.tick(20)

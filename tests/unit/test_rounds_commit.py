@@ -57,7 +57,7 @@ def test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk
     late = run.last_handle
     effects = run.committed("a", "b")
     assert fx.Ack(late) in effects
-    assert [tell for tell in only(effects, fx.Tell) if tell.what == "late"] == [came_late("c")]
+    assert [one for one in only(effects, fx.Record) if one.event.name == "late"] == [came_late("c")]
     assert only(effects, fx.Judge) == [too_late("c")]
 
 

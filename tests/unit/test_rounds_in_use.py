@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
@@ -17,6 +19,12 @@ from tests.unit.test_rounds import RUN, Run, asked, let_pass, only, tells
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
 FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 8")
+
+
+def recorded(
+    effects: list[fx.Effect], kind: type[run_events.RunEvent] = run_events.RunEvent
+) -> list[Any]:
+    return [one.event for one in only(effects, fx.Record) if isinstance(one.event, kind)]
 
 
 def heard(*workers: str, rules: Rules | None = None) -> Run:
@@ -61,9 +69,9 @@ def test_who_is_silent_while_others_are_heard_is_gone_and_the_quorum_shrinks_alo
     run = heard("a", "b", "c")
     run.update("a")
     effects = let_pass(run, 12, "ab")
-    assert only(effects, fx.Tell)[:2] == [
-        fx.Tell("gone", {"worker": "c", "silent_s": 10.0}),
-        fx.Tell("quorum", {"round": 1, "needed": 2, "was": 3, "reason": "c is gone"}),
+    assert recorded(effects)[:2] == [
+        run_events.Gone(worker="c", silent_s=10.0),
+        run_events.Quorum(round=1, needed=2, was=3, reason="c is gone"),
     ]
     assert only(run.update("b"), fx.Commit)
 
@@ -71,7 +79,7 @@ def test_who_is_silent_while_others_are_heard_is_gone_and_the_quorum_shrinks_alo
 def test_the_echo_alone_makes_time_count():
     run = heard("a", "b")
     effects = let_pass(run, 12)
-    assert [t.fields["worker"] for t in only(effects, fx.Tell) if t.what == "gone"] == ["a", "b"]
+    assert [one.worker for one in recorded(effects, run_events.Gone)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +91,8 @@ def test_the_echo_alone_makes_time_count():
 )
 def test_a_quorum_of_all_shrinks_aloud_for_who_leaves_or_fails(event, reason):
     run = heard("a", "b", "c")
-    told = [tell for tell in only(event(run), fx.Tell) if tell.what == "quorum"]
-    assert told == [fx.Tell("quorum", {"round": 1, "needed": 2, "was": 3, "reason": reason})]
+    expected = run_events.Quorum(round=1, needed=2, was=3, reason=reason)
+    assert recorded(event(run), run_events.Quorum) == [expected]
 
 
 def test_a_number_does_not_shrink():
@@ -140,8 +148,8 @@ def test_an_update_weighs_no_more_than_its_worker_announced():
     run = heard("a", "b")
     effects = says(run, "a", 10**12)
     assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, "a", 10)]
-    told = {"worker": "a", "round": 1, "num_examples": 10**12, "limit": 10}
-    assert only(effects, fx.Tell) == [fx.Tell("overweight", told)]
+    expected = run_events.Overweight(worker="a", round=1, num_examples=10**12, limit=10)
+    assert recorded(effects) == [expected]
     assert run.state.received["a"].num_examples == 10
 
 
@@ -171,8 +179,8 @@ def folded(run: Run, name: str, norm: float) -> list[fx.Effect]:
 def test_an_update_far_outside_its_round_is_told():
     run = heard("a", "b", "c")
     effects = [*folded(run, "a", 1.0), *folded(run, "b", 1.2), *folded(run, "c", 3e4)]
-    told = {"round": 1, "worker": "c", "norm": 3e4, "median": 1.2}
-    assert [t for t in only(effects, fx.Tell) if t.what == "outlier"] == [fx.Tell("outlier", told)]
+    expected = run_events.Outlier(round=1, worker="c", norm=3e4, median=1.2)
+    assert recorded(effects, run_events.Outlier) == [expected]
     assert only(effects, fx.Commit)
 
 
@@ -210,9 +218,10 @@ def test_a_training_that_stands_still_is_told_once():
     run = heard("a", "b", rules=Rules(rounds=1, stall_s=120))
     run.update("a")
     effects = goes_on(run, 300, "", "b")
-    stalls = [tell for tell in only(effects, fx.Tell) if tell.what == "stalled"]
-    told = {"worker": "b", "round": 1, "state": "training", "step": 3, "steps": 100}
-    assert stalls == [fx.Tell("stalled", {**told, "still_s": 120.0})]
+    expected = run_events.Stalled(
+        worker="b", round=1, state="training", step=3, steps=100, still_s=120.0
+    )
+    assert recorded(effects, run_events.Stalled) == [expected]
     assert run.state.phase is Phase.OPEN
 
 

@@ -246,7 +246,7 @@ class _Lines:
         self._heading = ""
 
     def __call__(self, event: Event) -> None:
-        from fluffle_coordinator.observe.watchers import sentence
+        from fluffle_common.protocol.events import from_fields
 
         at = event.moment
         day, clock = at.astimezone().strftime("%Y-%m-%d %H:%M:%S").split() if at else ("?", "?")
@@ -254,4 +254,4 @@ class _Lines:
         if heading != self._heading:
             echo(f"--- {heading}")
             self._heading = heading
-        echo_sentences(f"{clock}  {sentence(event.event, event.fields)}")
+        echo_sentences(f"{clock}  {from_fields(event.event, event.fields).sentence()}")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.events import Left, from_fields
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello
 from fluffle_common.protocol.topology import Binding, Topology
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport
@@ -66,7 +67,7 @@ class Beside:
             async for event in events:
                 if event.moment is not None:
                     at = event.moment.timestamp()
-                    self.feed.tell(at, event.event, event.fields, event.run)
+                    self.feed.add(at, from_fields(event.event, event.fields), event.run)
 
     async def _signs_of_life(self) -> None:
         opened = reconnecting(self._transport, _FOREVER, self._no_broker)
@@ -114,8 +115,7 @@ class Beside:
             case Hello() | Heartbeat():
                 self._board.roster.sign_of_life(now, said.worker, said.model_dump())
             case Bye():
-                bye = {"worker": said.worker, "reason": said.reason}
-                self._board.roster.tell(now, "left", bye)
+                self._board.roster.add(now, Left(worker=said.worker, reason=said.reason))
             case _:
                 return
         self.feed.touch()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.dashboard.board import Board, Standing
 from fluffle_coordinator.dashboard.feed import Feed, Figures
 from fluffle_coordinator.machine.state import Phase, State, Worker
@@ -40,9 +41,9 @@ class Live:
             Board(federation), refresh=self._refresh, ask_queues=ask_queues, clock=clock
         )
 
-    def tell(self, what: str, fields: Mapping[str, Any]) -> None:
+    def record(self, event: RunEvent) -> None:
         """Take an event of the run."""
-        self.feed.tell(self._clock(), what, fields)
+        self.feed.add(self._clock(), event)
 
     def show(self, state: State, now: float) -> None:
         """Take where the run stands."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fluffle_common.cli.console import warn
+from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import UNTOLD, queue_figures
 from fluffle_coordinator.dashboard.board import Board, Standing
@@ -22,7 +23,7 @@ _AFTER_A_FAILURE_S = 10.0
 
 
 class Feed:
-    """A board, told of events, looked at by any number of viewers.
+    """A board that takes events in, looked at by any number of viewers.
 
     Args:
         board: what is shown.
@@ -51,13 +52,14 @@ class Feed:
         self._ask_again_at = -math.inf
         self._failed = False
 
-    def tell(self, at: float, what: str, fields: Mapping[str, Any], run: str | None = None) -> None:
+    def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
         """Take an event in; what the board cannot take is warned of once, and left out."""
         try:
-            self.board.tell(at, what, fields, run)
+            self.board.add(at, event, run)
         except Exception as why:  # a page that cannot follow must not stop what it watches
             if not self._failed:
-                warn(f"the page cannot show an event '{what}' ({why!r}); everything else goes on")
+                what = f"an event '{event.name}' ({why!r})"
+                warn(f"the page cannot show {what}; everything else goes on")
             self._failed = True
         self.touch()
 

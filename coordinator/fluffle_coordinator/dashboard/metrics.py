@@ -19,9 +19,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from fluffle_common.errors import CAUSES
-from fluffle_coordinator.dashboard.board import OUTCOMES, PHASES
-from fluffle_coordinator.dashboard.chronicle import STEPS
+from fluffle_coordinator.dashboard.board import PHASES
 from fluffle_coordinator.dashboard.feed import Feed
+from fluffle_coordinator.dashboard.rounds import latest
+from fluffle_coordinator.observe.tally import OUTCOMES, STEPS
 
 _VERSION = version("fluffle")
 
@@ -97,7 +98,7 @@ class BoardCollector(Collector):
         yield _gauge("fluffle_quorum_received_updates", "Updates that the open round has.", updates)
         yield _gauge("fluffle_quorum_needed_updates", "Updates that close the open round.", needed)
         for metric, name, words in _EVALUATIONS:
-            if (value := board.chronicle.latest(metric)) is not None:
+            if (value := latest(board.view, metric)) is not None:
                 yield _gauge(name, words, value)
 
     def _counters(self) -> Iterator[Metric]:

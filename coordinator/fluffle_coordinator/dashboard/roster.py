@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import RunEvent
+
 _MOST = 2000
 
 STATES = ("idle", "receiving", "evaluating", "training", "sending")
 ABSENT = ("left", "gone", "refused")
+_SHOWS_ITSELF = (run_events.Joined, run_events.Counted, run_events.Refused, run_events.Init)
 
 
 @dataclass
@@ -44,54 +48,63 @@ class Roster:
     def __init__(self) -> None:
         self._rows: dict[str, Row] = {}
 
-    def tell(self, time: float, what: str, fields: Mapping[str, Any]) -> None:
+    def add(self, at: float, event: RunEvent) -> None:
         """Take an event in, where it is about a worker."""
-        name = fields.get("worker")
-        if not isinstance(name, str):
+        name: str | None = getattr(event, "worker", None)
+        if name is None:
             return
         row = self._rows.get(name)
         if row is None:
-            if what not in ("joined", "counted", "refused", "init"):
+            if not isinstance(event, _SHOWS_ITSELF):
                 return
             row = self._row(name)
-        row.num_examples = fields.get("num_examples") or row.num_examples
-        match what:
-            case "joined" | "counted":
-                row.last_seen = max(time, row.last_seen or 0.0)
-                if what == "joined" or row.state in ABSENT:
+        row.num_examples = getattr(event, "num_examples", None) or row.num_examples
+        match event:
+            case run_events.Joined():
+                row.last_seen = max(at, row.last_seen or 0.0)
+                row.state, row.why = "idle", ""
+            case run_events.Counted():
+                row.last_seen = max(at, row.last_seen or 0.0)
+                if row.state in ABSENT:
                     row.state, row.why = "idle", ""
-                row.counted += what == "counted"
-                row.counted_round = fields.get("round") or row.counted_round
-            case "left" | "gone" | "refused" if time >= (row.last_seen or 0.0):
-                row.state, row.why = what, clipped(fields.get("reason", ""), 300)
-                row.step = row.steps = 0
-            case "late":
+                row.counted += 1
+                row.counted_round = event.round or row.counted_round
+            case run_events.Left() | run_events.Gone() | run_events.Refused():
+                if at >= (row.last_seen or 0.0):
+                    reason = getattr(event, "reason", None)
+                    row.state, row.why = event.name, clipped(reason or "", 300)
+                    row.step = row.steps = 0
+            case run_events.Late():
                 row.late += 1
-            case "rejected":
+            case run_events.Rejected():
                 row.rejected += 1
-            case "failure":
+            case run_events.Failure():
                 row.failures += 1
-                row.why = clipped(fields.get("reason", ""), 300)
+                row.why = clipped(event.reason or "", 300)
 
-    def sign_of_life(self, seen_at: float, worker: str, said: Mapping[str, Any]) -> None:
-        """Take in a hello or a heartbeat: ``said`` has the fields of the message."""
+    def sign_of_life(self, seen_at: float, worker: str, message: Mapping[str, Any]) -> None:
+        """Take in a hello or a heartbeat: ``message`` has the fields of the message."""
         row = self._rows.get(worker) or self._row(worker)
-        state = said.get("state")
+        state = message.get("state")
         row.state = state if state in STATES else "idle"
         row.last_seen = seen_at
-        row.num_examples = said.get("num_examples", row.num_examples)
-        row.run, row.round = said.get("run"), said.get("round", 0)
-        row.step, row.steps, row.loss = said.get("step", 0), said.get("steps", 0), said.get("loss")
-        row.heartbeat_s = said.get("heartbeat_s")
+        row.num_examples = message.get("num_examples", row.num_examples)
+        row.run, row.round = message.get("run"), message.get("round", 0)
+        row.step, row.steps, row.loss = (
+            message.get("step", 0),
+            message.get("steps", 0),
+            message.get("loss"),
+        )
+        row.heartbeat_s = message.get("heartbeat_s")
 
     def remember(self, participants: Iterable[Mapping[str, Any]], number: int) -> None:
         """Take in who took part in an earlier round; until heard of, they are not here."""
-        for told in participants:
-            row = self._rows.get(told["worker"])
+        for one in participants:
+            row = self._rows.get(one["worker"])
             if row is None:
-                row = self._row(told["worker"])
+                row = self._row(one["worker"])
                 row.state = "gone"
-            row.num_examples = told.get("num_examples", row.num_examples)
+            row.num_examples = one.get("num_examples", row.num_examples)
             row.counted += 1
             row.counted_round = number
 

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fluffle_coordinator.machine.effects import Effects, Refuse, Tell
+from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.effects import Effects, Record, Refuse
 from fluffle_coordinator.machine.state import State, Worker
 
 _SHOWN = 5  # names of a long list that are shown
@@ -28,7 +29,7 @@ def decide(state: State, out: Effects) -> State:
         classes, _ = votes.most_common(1)[0]
         names = [w.name for w in _by_age(state) if w.classes == classes]
         state = state.but(classes=classes, decided_by=_voices(names))
-        out.append(Tell("classes", {"worker": _voices(names), "classes": list(classes)}))
+        out.append(Record(run_events.Classes(worker=_voices(names), classes=classes)))
     if state.model is None and not state.has_weights:
         able = [w for w in _by_age(state) if w.model is not None and not unfit(state, w)]
         if able:
@@ -104,6 +105,6 @@ def refuse(
         return state
     out += [
         Refuse(worker.name, worker.session, misfit.reason, misfit.code),
-        Tell("refused", {"worker": worker.name, "reason": misfit.reason}),
+        Record(run_events.Refused(worker=worker.name, reason=misfit.reason)),
     ]
     return state.but(refused=state.refused.insert(worker.name, worker.session))

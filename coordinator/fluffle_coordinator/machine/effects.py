@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from fluffle_common.errors import Cause
-from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, empty
+from fluffle_common.protocol.events import RunEvent
+from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,10 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Tell(Effect):
-    """Let people know: a line of the log, an event of the journal."""
+class Record(Effect):
+    """Let people know: a line of the log, an entry of the journal."""
 
-    what: str
-    fields: Mapping[str, Any] = field(default_factory=empty)
+    event: RunEvent
 
 
 @dataclass(frozen=True)

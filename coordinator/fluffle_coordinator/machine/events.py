@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from fluffle_common.errors import Cause
-from fluffle_coordinator.machine.state import Evaluated, Handle, Worker, empty
+from fluffle_coordinator.machine.state import Evaluated, Handle, Worker
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,10 @@ class EvaluationArrived(Event):
 class Committed(Event):
     """The round's weights, named ``base``, and its history line are on disk.
 
-    ``about`` is what else is to be told of it.
+    ``num_examples`` are in it, and ``timings`` say where its time went, in seconds.
     """
 
     round: int
     base: str
-    about: Mapping[str, Any] = field(default_factory=empty)
+    num_examples: int | None = None
+    timings: Mapping[str, float] | None = None

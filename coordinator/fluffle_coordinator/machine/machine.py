@@ -34,9 +34,10 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import membership
-from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Reject, Tell
+from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Record, Reject
 from fluffle_coordinator.machine.events import (
     Arrived,
     Committed,
@@ -150,8 +151,8 @@ def _tell_of_the_quorum(before: State, after: State, event: Event, out: Effects)
     was, needed = before.needed, after.needed
     if needed >= was:
         return
-    told = {"round": after.round, "needed": needed, "was": was}
-    out.append(Tell("quorum", {**told, "reason": _why_fewer(before, after, event)}))
+    reason = _why_fewer(before, after, event)
+    out.append(Record(run_events.Quorum(round=after.round, needed=needed, was=was, reason=reason)))
 
 
 def _why_fewer(before: State, after: State, event: Event) -> str:
@@ -166,7 +167,8 @@ def _why_fewer(before: State, after: State, event: Event) -> str:
 
 
 def _connected(state: State, event: Connected, out: Effects) -> State:
-    out.append(Tell("connected" if state.link == 0 and not state.workers else "reconnected"))
+    first = state.link == 0 and not state.workers
+    out.append(Record(run_events.Connected() if first else run_events.Reconnected()))
     # The outage counts for nothing: nobody could be heard of, and updates wait in the broker.
     if state.link == 0:
         state = put_off(state, event.now - state.unlinked_since)
@@ -215,8 +217,8 @@ def _arrived(state: State, event: Arrived, out: Effects) -> State:
         _reject(event, f"round {event.round} has not been opened", out)
         return state
     if event.base != state.base:
-        told = f"it was trained from the weights {event.base}, round {event.round} began with"
-        _reject(event, f"{told} {state.base}", out)
+        trained = f"it was trained from the weights {event.base}, round {event.round} began with"
+        _reject(event, f"{trained} {state.base}", out)
         return state
     held = state.received.get(worker)
     if held is not None:
@@ -237,16 +239,18 @@ def _reject(event: Arrived, reason: str, out: Effects) -> None:
 
 def _weight(state: State, event: Arrived, out: Effects) -> int:
     """Return the weight of an update: what it says, within what its worker announced."""
-    said = event.num_examples
+    claimed = event.num_examples
     limit = state.announced.get(event.worker)
     if limit is None:  # it is gone, and we never heard it
-        limit = max(state.announced.values(), default=said)
+        limit = max(state.announced.values(), default=claimed)
     if state.rules.max_examples is not None:
         limit = min(limit, state.rules.max_examples)
-    if said > limit:
-        told = {"worker": event.worker, "round": event.round, "num_examples": said, "limit": limit}
-        out.append(Tell("overweight", told))
-    return min(said, limit)
+    if claimed > limit:
+        overweight = run_events.Overweight(
+            worker=event.worker, round=event.round, num_examples=claimed, limit=limit
+        )
+        out.append(Record(overweight))
+    return min(claimed, limit)
 
 
 def _max_norm(state: State) -> float:
@@ -265,7 +269,7 @@ def _of_an_earlier_round(state: State, event: Arrived, out: Effects) -> State:
     worker, number = event.worker, event.round
     out.append(Ack(event.handle))
     if worker in state.counted_before.get(number, ()):
-        out.append(Tell("duplicate", {"worker": worker, "round": number}))
+        out.append(Record(run_events.Duplicate(worker=worker, round=number)))
     else:
         out.append(_late(worker, number, event.num_examples))
         out.append(_too_late(worker, number, event.base))
@@ -276,8 +280,8 @@ def _too_late(worker: str, number: int, base: str) -> Judge:
     return Judge(worker, number, base, "late", f"round {number} was committed without it")
 
 
-def _late(worker: str, number: int, num_examples: int) -> Tell:
-    return Tell("late", {"worker": worker, "round": number, "num_examples": num_examples})
+def _late(worker: str, number: int, num_examples: int) -> Record:
+    return Record(run_events.Late(worker=worker, round=number, num_examples=num_examples))
 
 
 def _takes(state: State) -> bool:
@@ -315,23 +319,24 @@ def _folded(state: State, event: Folded, out: Effects) -> State:
         failed=state.failed.discard(worker),
         doubted=state.doubted.discard(worker),
     )
-    told = {
-        "worker": worker,
-        "round": state.round,
-        "num_examples": held.num_examples,
-        "updates": state.folded,
-        "needed": state.needed,
-        "train_s": event.train_s,
-        "bytes": event.size_bytes,
-    }
-    out.append(Tell("counted", told))
+    counted = run_events.Counted(
+        worker=worker,
+        round=state.round,
+        num_examples=held.num_examples,
+        updates=state.folded,
+        needed=state.needed,
+        train_s=event.train_s,
+        bytes=event.size_bytes,
+    )
+    out.append(Record(counted))
     return state
 
 
 def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     worker, held = event.worker, state.received[event.worker]
     if event.again:
-        out += [Ack(held.handle), Tell("resend", {"worker": worker, "reason": event.reason})]
+        resend = run_events.Resend(worker=worker, reason=event.reason)
+        out += [Ack(held.handle), Record(resend)]
     else:
         out.append(Reject(held.handle, event.reason, event.cause))
     if held.spares:
@@ -380,8 +385,13 @@ def _committed(state: State, event: Committed, out: Effects) -> State:
             late[worker] = _late(worker, event.round, num_examples)
     out += late.values()
     out += [_too_late(worker, event.round, state.base) for worker in late]
-    of = {"round": event.round, "participants": sorted(participants)}
-    out.append(Tell("committed", {**of, **event.about}))
+    committed = run_events.Committed(
+        round=event.round,
+        participants=tuple(sorted(participants)),
+        num_examples=event.num_examples,
+        timings=event.timings,
+    )
+    out.append(Record(committed))
     recent = {n: who for n, who in state.counted_before.items() if n > event.round - _REMEMBERED}
     return _next_round(state, event, {**recent, event.round: participants})
 

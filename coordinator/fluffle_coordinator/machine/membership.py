@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse, unfit
-from fluffle_coordinator.machine.effects import Effects, Tell, Welcome
+from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.state import Phase, State, Worker
@@ -33,7 +34,8 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     restarted = known is None or known.session != worker.session
     if known is None or restarted:
         worker = replace(worker, joined_at=event.now, moved_at=event.now)
-        out.append(Tell("joined", {"worker": worker.name, "num_examples": worker.num_examples}))
+        joined = run_events.Joined(worker=worker.name, num_examples=worker.num_examples)
+        out.append(Record(joined))
     elif known.at != worker.at:
         worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
@@ -115,15 +117,14 @@ def left(state: State, event: Left, out: Effects) -> State:
     known = state.workers.get(event.worker)
     if known is None or known.session != event.session:
         return state
-    out.append(Tell("left", {"worker": event.worker, "reason": event.reason}))
+    out.append(Record(run_events.Left(worker=event.worker, reason=event.reason)))
     return state.without(event.worker)
 
 
 def failed(state: State, event: Failed, out: Effects) -> State:
     """Take a worker's word that its task failed."""
-    out.append(
-        Tell("failure", {"worker": event.worker, "round": event.round, "reason": event.reason})
-    )
+    failure = run_events.Failure(worker=event.worker, round=event.round, reason=event.reason)
+    out.append(Record(failure))
     if event.run != state.run:
         return state
     if event.worker == state.init_asked and event.round == 0:
@@ -141,7 +142,7 @@ def tick(state: State, event: Tick, out: Effects) -> State:
     gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
     for worker in sorted(gone, key=lambda worker: worker.name):
         silent_s = round(now - worker.last_seen, 1)
-        out.append(Tell("gone", {"worker": worker.name, "silent_s": silent_s}))
+        out.append(Record(run_events.Gone(worker=worker.name, silent_s=silent_s)))
         state = state.without(worker.name)
     for worker in list(state.workers.values()):
         state = _look_for_a_stall(state, worker, now, out)
@@ -152,14 +153,20 @@ def _look_for_a_stall(state: State, worker: Worker, now: float, out: Effects) ->
     if all(now < at for at in stall_times(state, worker)):
         return state
     still_s, name = now - worker.moved_at, worker.name
-    told = {"worker": name, "round": worker.round, "state": worker.state}
-    told |= {"step": worker.step, "steps": worker.steps, "still_s": round(still_s, 1)}
     if not worker.stalled and still_s >= state.rules.stall_s:
-        out.append(Tell("stalled", told))
+        stalled = run_events.Stalled(
+            worker=name,
+            round=worker.round,
+            state=worker.state,
+            step=worker.step,
+            steps=worker.steps,
+            still_s=round(still_s, 1),
+        )
+        out.append(Record(stalled))
         state = state.but(workers=state.workers.insert(name, replace(worker, stalled=True)))
     limit_s = state.rules.stall_timeout_s
     if limit_s is None or still_s < limit_s or not state.busy(name):
         return state
     reason = f"no step for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
-    out.append(Tell("failure", {"worker": name, "round": worker.round, "reason": reason}))
+    out.append(Record(run_events.Failure(worker=name, round=worker.round, reason=reason)))
     return state.of(name, failed=state.failed.insert(name, reason))

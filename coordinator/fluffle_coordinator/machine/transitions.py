@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from statistics import median
 
+from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import decide
 from fluffle_coordinator.machine.effects import (
     AskInit,
@@ -18,10 +19,10 @@ from fluffle_coordinator.machine.effects import (
     Effects,
     End,
     Opened,
+    Record,
     RecordEvaluation,
     SendEvaluate,
     SendFit,
-    Tell,
 )
 from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.selection import sample_size, select
@@ -112,12 +113,12 @@ def _try_to_open(state: State, now: float, out: Effects) -> State:
         return _open(state, now, out)
     rules = state.rules
     if now >= state.waiting_since + rules.wait_s:
-        told = (
+        reason = (
             "no first weights came"
             if _has_enough(state)
             else f"{len(state.workers)} of {wanted(state)} workers came"
         )
-        return _end(state, "stopped", f"{told} in {rules.wait_s:.0f} s (--wait-workers)", out)
+        return _end(state, "stopped", f"{reason} in {rules.wait_s:.0f} s (--wait-workers)", out)
     return state if state.has_weights else _try_to_init(state, now, out)
 
 
@@ -140,7 +141,7 @@ def _try_to_init(state: State, now: float, out: Effects) -> State:
         if now < state.init_asked_at + limit_s:
             return state
         name, reason = state.init_asked, f"no first weights within {limit_s:.0f} s (--deadline)"
-        out.append(Tell("failure", {"worker": name, "round": 0, "reason": reason}))
+        out.append(Record(run_events.Failure(worker=name, round=0, reason=reason)))
         state = state.but(init_asked=None, failed=state.failed.insert(name, reason))
     able = [name for name in sorted(state.workers) if name not in state.failed]
     if not _has_enough(state):
@@ -151,7 +152,7 @@ def _try_to_init(state: State, now: float, out: Effects) -> State:
     if able:
         # Whoever says what its model is made of was compared with the others.
         first = next((name for name in able if state.workers[name].model is not None), able[0])
-        out += [AskInit(first), Tell("init", {"worker": first})]
+        out += [AskInit(first), Record(run_events.Init(worker=first))]
         return state.but(init_asked=first, init_asked_at=now)
     return _end(state, "stopped", f"no first weights: {_last(state.failed)}", out)
 
@@ -178,17 +179,17 @@ def _open(state: State, now: float, out: Effects) -> State:
         gate=1,
         gate_until=math.inf,
     )
-    told = {
-        "round": state.round,
-        "asked": sorted(asked),
-        "needed": state.needed,
-        "deadline_s": state.rules.deadline_s,
-    }
+    opened = run_events.Opened(
+        round=state.round,
+        asked=tuple(sorted(asked)),
+        needed=state.needed,
+        deadline_s=rules.deadline_s,
+    )
     out.append(Opened())
     waiting = tuple(name for name in chosen if name not in state.received)
     if waiting:
         out += work(state, waiting)
-    out.append(Tell("opened", told))
+    out.append(Record(opened))
     return _try_to_commit(state, now, out)
 
 
@@ -203,8 +204,8 @@ def _try_to_commit(state: State, now: float, out: Effects) -> State:
             return _commit(state, out)
         return state
     if len(state.failed) >= len(state.asked) > 0 and _all_failed(state):
-        told = f"every worker failed in round {state.round}; {_last(state.failed)}"
-        return _end(state, "stopped", told, out)
+        reason = f"every worker failed in round {state.round}; {_last(state.failed)}"
+        return _end(state, "stopped", reason, out)
     if now >= state.opened_at + state.rules.deadline_s:
         return _at_the_deadline(state, now, out)
     if now >= state.began_at + state.rules.max_round_s:
@@ -248,18 +249,18 @@ def _tell_of_outliers(state: State, out: Effects) -> State:
         middle = state.median_norm  # two alone have no middle
     for name, norm in sorted(norms.items()):
         if norm > ratio * middle:
-            told = {"round": state.round, "worker": name, "norm": norm, "median": middle}
-            out.append(Tell("outlier", told))
+            outlier = run_events.Outlier(round=state.round, worker=name, norm=norm, median=middle)
+            out.append(Record(outlier))
     return state.but(median_norm=middle)
 
 
 def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     rules = state.rules
-    told = _standing(state, rules.deadline_s)
+    reason = _standing(state, rules.deadline_s)
     if rules.on_deadline == "stop":
-        return _end(state, "stopped", told, out)
+        return _end(state, "stopped", reason, out)
     if rules.on_deadline == "close" and state.folded >= rules.min_updates:
-        out.append(Tell("closed", {"round": state.round, "reason": told}))
+        out.append(Record(run_events.Closed(round=state.round, reason=reason)))
         return _commit(state, out)
     if now >= state.began_at + rules.max_round_s:
         return _end(state, "stopped", _too_long(state), out)
@@ -268,9 +269,11 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     else:
         stuck = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if stuck > rules.max_reopenings:
-        told = f"{told}; reopened {rules.max_reopenings} times, and nobody advanced (--deadline)"
-        return _end(state, "stopped", told, out)
-    return _reopen(state.but(reopenings=stuck, reopened_with=state.folded), told, now, out)
+        reason = (
+            f"{reason}; reopened {rules.max_reopenings} times, and nobody advanced (--deadline)"
+        )
+        return _end(state, "stopped", reason, out)
+    return _reopen(state.but(reopenings=stuck, reopened_with=state.folded), reason, now, out)
 
 
 def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
@@ -285,8 +288,14 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         doubted=Table(),
         draws=state.draws + 1,
     )
-    told = {"round": state.round, "asked": sorted(asked), "needed": state.needed}
-    out.append(Tell("reopened", {**told, "deadline_s": state.rules.deadline_s, "reason": reason}))
+    reopened = run_events.Reopened(
+        round=state.round,
+        asked=tuple(sorted(asked)),
+        needed=state.needed,
+        deadline_s=state.rules.deadline_s,
+        reason=reason,
+    )
+    out.append(Record(reopened))
     if lacking:
         out += work(state, lacking)
     return state

@@ -1,13 +1,13 @@
 """The journal: every event of a run, published to a stream that anyone may read at any time.
 
-What is told is noted at once and published by a task of its own, so that neither a slow broker nor
+What happens is noted at once and published by a task of its own, so that neither a slow broker nor
 one that is away ever holds up a round::
 
-    tell() ──> told (bounded) ──> window (on its way, unconfirmed) ──confirms──> done
+    record() ──> unsent (bounded) ──> window (on its way, unconfirmed) ──confirms──> done
                                      └──the link is lost: sent again over the next one
 
 An event goes out under the same identity however often it is sent; whoever reads passes over what
-came twice. When what is told and cannot be sent becomes too much, the oldest go, and one event,
+came twice. When what cannot be sent becomes too much, the oldest go, and one event,
 ``gap``, says how many.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -25,6 +24,14 @@ from fluffle_common.cli.console import warn
 from fluffle_common.clock import timestamp
 from fluffle_common.errors import FluffleError
 from fluffle_common.protocol.codec import encode
+from fluffle_common.protocol.events import (
+    Gap,
+    Resumed,
+    RunEvent,
+    Standby,
+    Started,
+    Waiting,
+)
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import (
@@ -47,26 +54,22 @@ _WINDOW = 500
 # So many go out one by one, as people can read them in the broker's own pages; more go out as one
 # message, which costs the coordinator and the broker much less.
 _FEW = 8
-# An event is told of the broker itself; the address of it is no news to who reads there.
-_NOT_SAID = "address"
-# Told at every attempt; what the journal keeps of an outage is ``disconnected`` and the next link.
-_NOT_KEPT = frozenset({"no_broker"})
-# Told again and again while they last; kept when they change, and only their numbers do not count.
-_LASTING = frozenset({"waiting", "standby"})
-_CHANGING_NUMBERS = re.compile(r"\b\d+(\.\d+)? s\b|\b\d+/\d+\b|\b\d+ of \d+\b")
+# The address of the broker is no news to anyone who reads there.
+_NOT_KEPT = "address"
+_NOTHING = object()
 
 
 class _Noted(NamedTuple):
-    """An event as it was told; it gets its number when its turn comes."""
+    """An event as it happened; it gets its number when its turn comes."""
 
-    what: str
+    name: str
     time: str
     run: str | None
     fields: Mapping[str, Any]
 
 
 class Journal(Watcher):
-    """A watcher that publishes what it is told.
+    """A watcher that publishes every event.
 
     Args:
         topology: where the stream is.
@@ -84,10 +87,10 @@ class Journal(Watcher):
         self._topology, self._now = topology, now
         self._session, self._number = uuid.uuid4().hex[:12], 0
         self._run: str | None = None
-        self._told: deque[_Noted] = deque(maxlen=capacity)
+        self._unsent: deque[_Noted] = deque(maxlen=capacity)
         self._window: list[Event] = []
         self._dropped = 0
-        self._lasting: dict[str, str] = {}
+        self._lasting: dict[str, object] = {}
         self._news = asyncio.Event()
         self._at_rest = asyncio.Event()  # there is nothing to send, or no link to send it over
         self._at_rest.set()
@@ -95,36 +98,35 @@ class Journal(Watcher):
         self._linked = False
         self._broken = False
 
-    # --- what is told --------------------------------------------------------------------------
+    # --- what comes in -------------------------------------------------------------------------
 
-    def tell(self, what: str, fields: Mapping[str, Any]) -> None:
+    def record(self, event: RunEvent) -> None:
         """See ``Watcher``."""
-        if fields.get("run"):
-            self._run = str(fields["run"])
-        if (
-            self._broken
-            or what in _NOT_KEPT
-            or (what in _LASTING and self._is_old_news(what, fields))
-        ):
+        if isinstance(event, Started | Resumed) and event.run:
+            self._run = event.run
+        if self._broken or not event.journalled or self._is_old_news(event):
             return
-        if len(self._told) == self._told.maxlen:
+        if len(self._unsent) == self._unsent.maxlen:
             self._dropped += 1  # the deque lets go of its oldest
-        if _NOT_SAID in fields:
-            fields = {name: value for name, value in fields.items() if name != _NOT_SAID}
-        self._told.append(_Noted(what, self._now(), self._run, fields))
+        fields = event.fields()
+        fields.pop(_NOT_KEPT, None)
+        self._unsent.append(_Noted(event.name, self._now(), self._run, fields))
         if self._linked:
             self._at_rest.clear()
         self._news.set()
 
-    def _is_old_news(self, what: str, fields: Mapping[str, Any]) -> bool:
-        said = _CHANGING_NUMBERS.sub("", f"{fields.get('reason')} {fields.get('what')}")
-        before, self._lasting[what] = self._lasting.get(what), said
-        return said == before
+    def _is_old_news(self, event: RunEvent) -> bool:
+        """Whether this is told again while it lasts, and nothing about it has changed."""
+        if not isinstance(event, Waiting | Standby):
+            return False
+        gist = event.gist()
+        before, self._lasting[event.name] = self._lasting.get(event.name, _NOTHING), gist
+        return gist == before
 
     # --- what goes out -------------------------------------------------------------------------
 
     async def publish(self, link: Link) -> None:
-        """Send over this link what was told and is told, until cancelled.
+        """Send over this link what has happened and happens, until cancelled.
 
         What was not confirmed by then is sent again over the next link. An error that is about the
         journal and not about the link ends the journal, never the run that it tells of.
@@ -143,14 +145,14 @@ class Journal(Watcher):
             raise
         except Exception as wrong:
             self._broken = True
-            self._told.clear()
+            self._unsent.clear()
             self._window = []
             warn(f"the journal cannot be published ({wrong!r}); the run goes on without it")
             await _for_ever()
 
     async def _publish(self, link: Link) -> None:
         self._linked = True
-        if self._window or self._told:
+        if self._window or self._unsent:
             self._at_rest.clear()
         try:
             while True:
@@ -169,11 +171,11 @@ class Journal(Watcher):
 
         At the end of a run, nothing is waited for; nor is it where there is enough for one go.
         """
-        if not self._told:
+        if not self._unsent:
             self._at_rest.set()
             self._news.clear()
             await self._news.wait()
-        if len(self._told) >= _WINDOW:
+        if len(self._unsent) >= _WINDOW:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GATHER_S):
@@ -181,19 +183,19 @@ class Journal(Watcher):
 
     def _fill_window(self) -> None:
         """Take up what is next."""
-        if self._dropped and self._told:
-            first = self._told[0]
-            gap = _Noted("gap", first.time, first.run, {"dropped": self._dropped})
+        if self._dropped and self._unsent:
+            first = self._unsent[0]
+            gap = _Noted(Gap.name, first.time, first.run, Gap(dropped=self._dropped).fields())
             self._window.append(self._numbered(gap))
             self._dropped = 0
-        while self._told and len(self._window) < _WINDOW:
-            self._window.append(self._numbered(self._told.popleft()))
+        while self._unsent and len(self._window) < _WINDOW:
+            self._window.append(self._numbered(self._unsent.popleft()))
 
     def _numbered(self, noted: _Noted) -> Event:
         self._number += 1
         return Event(
             federation=self._topology.federation,
-            event=noted.what,
+            event=noted.name,
             time=noted.time,
             session=self._session,
             number=self._number,
@@ -209,7 +211,7 @@ class Journal(Watcher):
         for batch, outcome in zip(batches, outcomes, strict=True):
             if isinstance(outcome, QueueFull | Unroutable):  # the run goes on without its journal
                 self._dropped += sum(
-                    event.fields["dropped"] if event.event == "gap" else 1 for event in batch
+                    event.fields["dropped"] if event.event == Gap.name else 1 for event in batch
                 )
             elif outcome is not None:
                 raise outcome
@@ -228,7 +230,7 @@ class Journal(Watcher):
         await link.publish(body, properties, exchange="", keys=[self._topology.journal])
 
     async def drained(self, within_s: float) -> None:
-        """Return when the broker has all that was told, or there is no link, or time is up.
+        """Return when the broker has every event, or there is no link, or time is up.
 
         It is for the end of a run: from now on, everything goes out at once.
         """
@@ -268,6 +270,6 @@ def _sayable(event: Event) -> Event:
     try:
         encode(event)
     except (TypeError, ValueError, OverflowError):
-        said = {name: repr(value)[:2000] for name, value in event.fields.items()}
-        return event.model_copy(update={"fields": said})
+        words = {name: repr(value)[:2000] for name, value in event.fields.items()}
+        return event.model_copy(update={"fields": words})
     return event

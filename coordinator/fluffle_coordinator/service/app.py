@@ -22,6 +22,7 @@ from fluffle_common.cli.settings import (
     parse_config,
 )
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
@@ -128,23 +129,23 @@ async def _run(
         if fresh:
             aside = store.start_afresh()
             if aside is not None:
-                watcher.tell("repaired", {"what": f"the earlier run is in {aside} now"})
+                watcher.record(run_events.Repaired(what=f"the earlier run is in {aside} now"))
         saved = store.load(settings.federation)
         check_same(settings.strategy, saved, store.folder)
         _check_beginning(settings.init, store, saved, watcher)
         store.note_configuration(configuration(settings, topology), saved.committed)
     for repair in saved.repairs:
-        watcher.tell("repaired", {"what": repair})
-    told = {"run": saved.run, "rounds": settings.rules.rounds}
+        watcher.record(run_events.Repaired(what=repair))
+    run, rounds, folder = saved.run, settings.rules.rounds, str(store.folder)
     if saved.committed:
         if page:
             page.remember(read_history(store.folder))
-        watcher.tell("resumed", {**told, "round": saved.committed})
+        watcher.record(run_events.Resumed(run=run, rounds=rounds, round=saved.committed))
     else:
-        watcher.tell("started", {**told, "folder": str(store.folder)})
+        watcher.record(run_events.Started(run=run, rounds=rounds, folder=folder))
     if saved.committed >= settings.rules.rounds:
         done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
-        watcher.tell("note", {"what": done})
+        watcher.record(run_events.Note(what=done))
     if saved.weights is None and settings.init is not None:
         with _usable(store.folder):
             saved = _begin_with(settings.init, store, saved, settings.federation)
@@ -160,7 +161,7 @@ async def _run(
     state = await coordinator.run()
     if state.outcome == "finished" and saved.committed < settings.rules.rounds:
         how = endings.after_the_end(store.folder, settings.rules.rounds)
-        watcher.tell("note", {"what": how})
+        watcher.record(run_events.Note(what=how))
     return state
 
 
@@ -189,7 +190,7 @@ def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: 
     try:
         other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
     except UsageError as why:  # the run has its own copy
-        watcher.tell("note", {"what": f"--init is not needed any more, and not used: {why}"})
+        watcher.record(run_events.Note(what=f"--init is not needed any more, and not used: {why}"))
         return
     if other:
         raise UsageError(other)
@@ -201,11 +202,11 @@ async def _locked(store: RunStore, watcher: Watcher) -> None:
     try:
         while not store.try_lock():
             if time.monotonic() - told_at >= _STANDBY_TOLD_S:
-                watcher.tell("standby", {"what": str(store.folder)})
+                watcher.record(run_events.Standby(what=str(store.folder)))
                 told_at = time.monotonic()
             await asyncio.sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
-        watcher.tell("interrupted", {"folder": str(store.folder)})
+        watcher.record(run_events.Interrupted(folder=str(store.folder)))
         raise
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.clock import timestamp
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import beside
 from fluffle_common.tensors.checkpoint import checkpoint_name
@@ -26,7 +27,6 @@ from fluffle_coordinator.storage.round_stats import weighted_mean as mean
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
-Tell = Callable[[str, dict[str, Any]], None]
 _DISK_RETRY_S = 5.0
 # What else a round's lines in the history, and the event that tells of its evaluation, may say:
 # whoever reads them puts them together. No metric is called like one of these.
@@ -64,7 +64,7 @@ class Committer:
     Args:
         store: the run's folder.
         metadata: what a checkpoint of a round says of itself.
-        tell: told what happens.
+        record: given what happened.
         post: given the events for the round machine.
         strategy: the name of the strategy.
     """
@@ -74,13 +74,13 @@ class Committer:
         store: RunStore,
         *,
         metadata: Callable[[int], dict[str, str]],
-        tell: Tell,
+        record: Callable[[run_events.RunEvent], None],
         post: Callable[[ev.Event], None],
         strategy: str = FEDAVG.name,
     ) -> None:
         self.counts = Counts()
         self._store, self._metadata = store, metadata
-        self._tell, self._post, self._strategy = tell, post, strategy
+        self._record, self._post, self._strategy = record, post, strategy
         self._lines = SerialQueue()
         self._committed_at = time.monotonic()
 
@@ -97,10 +97,8 @@ class Committer:
         base = new_base()
         metadata = {**self._metadata(0), "base": base}
         await self._on_disk(lambda: self._store.save_weights(0, weights, metadata))
-        self._tell(
-            "first_weights",
-            {"tensors": len(weights), "parameters": sum(t.size for t in weights.values())},
-        )
+        parameters = sum(tensor.size for tensor in weights.values())
+        self._record(run_events.FirstWeights(tensors=len(weights), parameters=parameters))
         return base
 
     async def keep(self, place: int, held: Held, payload: memoryview) -> None:
@@ -156,8 +154,7 @@ class Committer:
         await self._on_disk(write)
         self._committed_at = time.monotonic()
         num_examples = sum(one["num_examples"] for one in average.participants)
-        about = {"num_examples": num_examples, "timings": line["timings"]}
-        self._post(ev.Committed(self._committed_at, number, base, about))
+        self._post(ev.Committed(self._committed_at, number, base, num_examples, line["timings"]))
 
     def _not_counted(self) -> dict[str, Any]:
         """Return what was not counted since this was last asked."""
@@ -170,30 +167,36 @@ class Committer:
         evaluations = {name: one for name, one in evaluations.items() if one.num_examples}
         if not evaluations:
             return  # nobody has held-out data
-        told = federated(evaluations)
-        line = {"event": "evaluated", "round": number, **told, "evaluated_at": timestamp()}
+        averages = federated(evaluations)
+        line = {"event": "evaluated", "round": number, **averages, "evaluated_at": timestamp()}
         await self._on_disk(lambda: self._store.append(line))
-        extra = {k: v for k, v in told.items() if k not in ("num_examples", "loss", "evaluators")}
-        self._tell("evaluated", {"round": number, **told, "metrics": extra})
+        extra = {
+            k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
+        }
+        self._record(
+            run_events.Evaluated(
+                round=number,
+                num_examples=averages["num_examples"],
+                loss=averages["loss"],
+                evaluators=tuple(averages["evaluators"]),
+                metrics=extra,
+            )
+        )
 
     async def _on_disk(self, write: Callable[[], object]) -> None:
         """Write, and where the disk refuses, say so and try again until it does not."""
-        told = False
+        reported = False
         while True:
             try:
                 await asyncio.to_thread(write)
             except OSError as why:
-                if not told:
+                if not reported:
                     reason = why.strerror or str(why)
-                    self._tell(
-                        "disk",
-                        {
-                            "folder": str(self._store.folder),
-                            "reason": reason,
-                            "pause_s": _DISK_RETRY_S,
-                        },
+                    folder = str(self._store.folder)
+                    self._record(
+                        run_events.Disk(folder=folder, reason=reason, pause_s=_DISK_RETRY_S)
                     )
-                told = True
+                reported = True
                 await asyncio.sleep(_DISK_RETRY_S)
             else:
                 return

@@ -20,11 +20,12 @@ import json
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, TaskError
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, greeting
 from fluffle_common.protocol.messages import (
     PROTOCOL,
@@ -56,7 +57,8 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.observe.journal_writer import Journal
-from fluffle_coordinator.observe.watchers import Watcher, waiting_for
+from fluffle_coordinator.observe.waiting import waiting_for
+from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.greetings import Greetings
@@ -69,8 +71,6 @@ from fluffle_coordinator.storage.run_store import RunStore, Saved
 _JOURNAL_DRAIN_S = 2.0
 # How often the coordinator sends itself an echo: so it knows that it would hear a worker.
 _ECHO_EVERY_S = 1.0
-# Events that say where the broker is.
-_OF_THE_BROKER = frozenset({"connected", "reconnected", "disconnected", "no_broker"})
 # How often, at most, what is due is looked for while much happens.
 _LOOK_EVERY_S = 0.1
 
@@ -118,8 +118,9 @@ class Coordinator:
         self._session = uuid.uuid4().hex[:12]
         self._next_look: asyncio.TimerHandle
         self._look_at = 0.0  # when it is asked next what time has brought
-        # What was last said to be waited for, and when it is said again.
-        self._said, self._say_at = "", time.monotonic() + settings.waiting_every_s
+        # What was last waited for, and when that is reported again.
+        self._waits_for: tuple[str | None, ...] = ()
+        self._say_at = time.monotonic() + settings.waiting_every_s
         self._waiting_since: tuple[object, ...] = ()
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
@@ -129,12 +130,12 @@ class Coordinator:
             settings,
             link=lambda: self._link,
             a_link=self._a_link,
-            tell=self._tell,
+            record=self._record,
         )
         self._committer = Committer(
             store,
             metadata=self._metadata,
-            tell=self._tell,
+            record=self._record,
             post=self._post,
             strategy=settings.strategy.name,
         )
@@ -187,10 +188,10 @@ class Coordinator:
                 task.result()  # but for the first, they run for ever: one that is done has failed
         except asyncio.CancelledError:
             if self.state.outcome is None:
-                self._tell("interrupted", {"folder": str(self._folder)})
+                self._record(run_events.Interrupted(folder=str(self._folder)))
             raise
         except TaskError as wrong:  # so that the journal has it too
-            self._tell("note", {"what": str(wrong)})
+            self._record(run_events.Note(what=str(wrong)))
             raise
         finally:
             if self._journal is not None:
@@ -207,7 +208,9 @@ class Coordinator:
         await self._aggregator.drained()
         await self._committer.drained()
         await self._outbox.drained()
-        self._tell(self.state.outcome or "stopped", {"reason": self.state.reason})
+        finished = self.state.outcome == "finished"
+        kind = run_events.Finished if finished else run_events.Stopped
+        self._record(kind(reason=self.state.reason))
 
     # --- the machine ---------------------------------------------------------------------------
 
@@ -257,21 +260,24 @@ class Coordinator:
         self._next_look = asyncio.get_running_loop().call_later(seconds, self._look)
 
     def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
-        waiting = self.state.phase is rs.Phase.WAITING
-        in_short = (waiting_for(self.state, now) or "").split(":")[0] if waiting else ""
-        if in_short == self._said and now < self._say_at:
+        state = self.state
+        waiting = waiting_for(state, now) if state.phase is rs.Phase.WAITING else None
+        kind: tuple[str | None, ...] = ()
+        if waiting is not None:
+            kind = waiting.what, state.init_asked if waiting.what == "first_weights" else None
+        if kind == self._waits_for and now < self._say_at:
             return
-        told = waiting_for(self.state, now)
-        if told and just_told and now < self._say_at:
-            return  # what was told just now says more; this, when nothing else happens
-        if told:
-            self._tell("waiting", {"reason": told})
-        self._say_at, self._said = now + self._settings.waiting_every_s, in_short
+        waiting = waiting or waiting_for(state, now)
+        if waiting is not None:
+            if just_told and now < self._say_at:
+                return  # what was told just now says more; this, when nothing else happens
+            self._record(waiting)
+        self._say_at, self._waits_for = now + self._settings.waiting_every_s, kind
 
     def _perform(self, effect: fx.Effect) -> None:
         match effect:  # what comes often is first
-            case fx.Tell(what, fields):
-                self._tell(what, fields)
+            case fx.Record(event):
+                self._record(event)
             case fx.Fold(handle, _, num_examples, max_norm):
                 held = self._deliveries[handle]
                 self._aggregator.fold(held, num_examples, max_norm)
@@ -297,11 +303,11 @@ class Coordinator:
             case _:
                 self._outbox.perform(effect, self.state, self._aggregator.weights)
 
-    def _tell(self, what: str, fields: Mapping[str, Any]) -> None:
-        self._committer.counts.note(what, fields)
-        if what in _OF_THE_BROKER:
-            fields = {"address": self._transport.address, **fields}
-        self._watcher.tell(what, fields)
+    def _record(self, event: run_events.RunEvent) -> None:
+        self._committer.counts.note(event)
+        if isinstance(event, run_events.OfTheBroker):
+            event = replace(event, address=self._transport.address)
+        self._watcher.record(event)
 
     def _metadata(self, number: int) -> dict[str, str]:
         return {
@@ -316,7 +322,7 @@ class Coordinator:
 
     async def _links(self) -> None:
         def no_broker(reason: str, pause_s: float) -> None:
-            self._tell("no_broker", {"reason": reason, "pause_s": pause_s})
+            self._record(run_events.NoBroker(reason=reason, pause_s=pause_s))
 
         opened = reconnecting(self._transport, self._settings.backoff, no_broker)
         number = 0
@@ -327,9 +333,9 @@ class Coordinator:
                     await self._serve(link, number)
                 except QueueInUse:
                     what = f"federation {self._settings.federation} on this broker"
-                    self._tell("standby", {"what": what})
+                    self._record(run_events.Standby(what=what))
                 except LinkLost as gone:
-                    self._tell("disconnected", {"reason": str(gone)})
+                    self._record(run_events.Disconnected(reason=str(gone)))
                 finally:
                     self._link = None
                     self._linked.clear()
@@ -350,7 +356,7 @@ class Coordinator:
             self._read_presence(presence),
             self._send_echoes(link, number),
             self._consume_updates(link, number),
-            tell_of_blocking(link, self._tell),
+            tell_of_blocking(link, lambda *of: self._record(run_events.from_fields(*of))),
         ]
         await run_all(*works, *([self._journal.publish(link)] if self._journal else []))
 
@@ -361,7 +367,7 @@ class Coordinator:
                 await link.declare([journal])
             except UnknownQueueType as no:
                 self._journal = None
-                self._tell("no_journal", {"reason": str(no)})
+                self._record(run_events.NoJournal(reason=str(no)))
 
     async def _a_link(self) -> Link:
         while self._link is None:
@@ -424,7 +430,7 @@ class Coordinator:
                 ),
             )
         if not self._outbox.was_refused(hello):
-            self._tell("refused", {"worker": hello.worker, "reason": reason})
+            self._record(run_events.Refused(worker=hello.worker, reason=reason))
         self._outbox.bind(hello.worker, hello.session, again=True)
         self._outbox.refuse(hello, reason, code)
 
@@ -485,8 +491,8 @@ class Coordinator:
         match message:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload, self._room)
-                told = (message.run, message.round, message.worker, message.num_examples)
-                self._post(ev.Arrived(now, handle, *told, message.base))
+                about = (message.run, message.round, message.worker, message.num_examples)
+                self._post(ev.Arrived(now, handle, *about, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
@@ -515,6 +521,7 @@ class Coordinator:
     def _reject(
         self, delivery: Delivery, wrong: MalformedMessage, message: Message | None = None
     ) -> None:
-        of = {"kind": message.kind, **describe(message)} if message else {}
-        self._tell("rejected", {"reason": str(wrong), "cause": wrong.cause, **of})
+        about = {"kind": message.kind, **describe(message)} if message else {}
+        details = {"reason": str(wrong), "cause": wrong.cause, **about}
+        self._record(run_events.from_fields("rejected", details))
         self._outbox.reject(delivery, wrong)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
+from fluffle_common.protocol.events import RunEvent, Untold, Waiting
 from fluffle_common.protocol.messages import (
     PROTOCOL,
     Evaluate,
@@ -51,7 +52,7 @@ class Outbox:
         settings: the plan that goes with the work, among others.
         link: the link of the moment, None where there is none.
         a_link: returns a link, once there is one.
-        tell: told what could not be sent.
+        record: given what could not be sent.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class Outbox:
         *,
         link: Callable[[], Link | None],
         a_link: Callable[[], Awaitable[Link]],
-        tell: Callable[[str, dict[str, Any]], None],
+        record: Callable[[RunEvent], None],
     ) -> None:
         self._topology, self._run, self._settings = topology, run, settings
-        self._link, self._a_link, self._tell = link, a_link, tell
+        self._link, self._a_link, self._record = link, a_link, record
         self._plan = settings.plan.model_copy(
             update={"seed": settings.rules.seed, "deadline_s": settings.rules.deadline_s}
         )
@@ -90,7 +91,7 @@ class Outbox:
         except Unroutable:
             pass  # the worker's inbox is gone, and so is the worker; the machine notices
         except QueueFull as why:
-            self._tell("waiting", {"reason": f"the broker has no room: {why}"})
+            self._record(Waiting(reason=f"the broker has no room: {why}", what="room"))
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
@@ -207,7 +208,7 @@ class Outbox:
                     else:
                         return
         except (TimeoutError, QueueFull):
-            self._tell("untold", {"waited_s": _STOP_PATIENCE_S})
+            self._record(Untold(waited_s=_STOP_PATIENCE_S))
         except Unroutable:
             pass  # all of their inboxes are gone
 

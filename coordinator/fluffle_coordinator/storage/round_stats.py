@@ -11,6 +11,7 @@ from operator import sub
 from typing import Any
 
 from fluffle_common.clock import timestamp
+from fluffle_common.protocol.events import Late, Rejected, RunEvent
 
 _TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
 
@@ -42,18 +43,19 @@ class Counts:
     late_updates: list[Mapping[str, Any]] = field(default_factory=list)
     rejections: list[Mapping[str, Any]] = field(default_factory=list)
 
-    def note(self, what: str, fields: Mapping[str, Any]) -> None:
+    def note(self, event: RunEvent) -> None:
         """Count an event, if it is one that is counted."""
-        if what == "late":
-            self.late += 1
-            told = self.late_updates
-        elif what == "rejected":
-            self.rejected += 1
-            told = self.rejections
-        else:
-            return
-        if len(told) < _TOLD_OF_EACH:
-            told.append(fields)
+        match event:
+            case Late():
+                self.late += 1
+                details = self.late_updates
+            case Rejected():
+                self.rejected += 1
+                details = self.rejections
+            case _:
+                return
+        if len(details) < _TOLD_OF_EACH:
+            details.append(event.fields())
 
 
 def with_later(line: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""The vocabulary of run events: what is written of it, and how it takes what others write."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_common.protocol.events import (
+    REGISTRY,
+    Doing,
+    Evaluated,
+    Joined,
+    Other,
+    Waiting,
+    field_names,
+    from_fields,
+)
+
+PROTOCOL = Path(__file__).parents[2] / "docs/protocol.md"
+WORD = re.compile(r"`(\w+)`")
+
+
+def documented() -> dict[str, list[str]]:
+    """Return the fields of each event as the table of the journal has them."""
+    table = PROTOCOL.read_text().split("| event | fields |\n|---|---|\n")[1].split("\n\n")[0]
+    rows = [re.sub(r"\(.*?\)", "", row).split("|")[1:3] for row in table.splitlines()]
+    return {name: WORD.findall(fields) for names, fields in rows for name in WORD.findall(names)}
+
+
+def test_the_table_of_the_protocol_has_every_event_of_the_journal_and_its_fields():
+    log_only = {"address"}
+    assert documented() == {
+        name: [field for field in field_names(name) if field not in log_only]
+        for name, event in REGISTRY.items()
+        if event.journalled
+    }
+
+
+def test_an_event_says_what_is_known_of_it_and_comes_back_from_the_wire():
+    doing = Doing("north", "training", 3, 40)
+    event = Waiting(reason="a reason", what="updates", round=7, missing=(doing,), short=0)
+    fields = event.fields()
+    assert fields["missing"] == [{"worker": "north", "state": "training", "step": 3, "steps": 40}]
+    assert from_fields("waiting", fields) == event
+    assert Joined(worker="north").fields() == {"worker": "north"}
+
+
+def test_the_metrics_of_an_evaluation_stand_beside_its_fields_too():
+    event = Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75})
+    assert event.fields() == {
+        "round": 1,
+        "loss": 0.5,
+        "accuracy": 0.75,
+        "metrics": {"accuracy": 0.75},
+    }
+    assert from_fields("evaluated", event.fields()) == event
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("joined", {"worker": "north", "num_examples": "many"}, "north joined with ? examples"),
+        ("joined", {"worker": "north", "num_examples": True}, "north joined with ? examples"),
+        ("joined", {"worker": ["north"], "mood": "good"}, "? joined with ? examples"),
+        ("opened", {"round": 1.0, "asked": "north"}, "round ?: opened for ?, ? updates needed"),
+        ("evaluated", {"loss": float("nan")}, "round ?: loss ? on ? held-out examples"),
+        ("eclipse", {"seen_by": ["north", "south"]}, "eclipse: seen_by north, south"),
+        ("eclipse", {}, "eclipse"),
+    ],
+)
+def test_what_another_version_writes_is_passed_over(name, fields, sentence):
+    assert from_fields(name, fields).sentence() == sentence
+
+
+def test_an_unknown_event_keeps_its_fields():
+    assert from_fields("eclipse", {"at": 3}) == Other("eclipse", {"at": 3})
+    assert from_fields("eclipse", {"at": 3}).fields() == {"at": 3}
+
+
+_anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@given(st.data(), st.sampled_from(sorted(REGISTRY)))
+def test_whatever_the_fields_are_it_is_an_event_with_a_sentence(data, name):
+    keys = st.sampled_from([*field_names(name), "other"])
+    event = from_fields(name, data.draw(st.dictionaries(keys, _anything)))
+    assert isinstance(event.sentence(), str)
+    assert from_fields(name, event.fields()) == event

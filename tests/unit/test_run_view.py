@@ -1,0 +1,117 @@
+"""The fold of events into what a run looks like: what it keeps, and what it lets go of."""
+
+from __future__ import annotations
+
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import RunEvent
+from fluffle_coordinator.machine.state import Phase, State, Table, Worker
+from fluffle_coordinator.machine.state import Rules as RoundRules
+from fluffle_coordinator.observe.run_view import RoundView, RunView
+from fluffle_coordinator.observe.waiting import waiting_for
+
+
+def view_of(*events: RunEvent, only: int | None = None) -> RunView:
+    """Return the view of events, one a second from 100 on."""
+    view = RunView(only)
+    for second, event in enumerate(events, start=100):
+        view.add(float(second), event)
+    return view
+
+
+def opened(number: int, *asked: str) -> run_events.Opened:
+    return run_events.Opened(round=number, asked=asked, needed=len(asked), deadline_s=60.0)
+
+
+def counted(number: int, worker: str) -> run_events.Counted:
+    return run_events.Counted(round=number, worker=worker, num_examples=5)
+
+
+def committed(number: int) -> run_events.Committed:
+    return run_events.Committed(round=number, participants=("a",))
+
+
+def rejected(number: int | None = None) -> run_events.Rejected:
+    return run_events.Rejected(reason="NaN", round=number)
+
+
+def test_a_round_from_its_opening_to_its_commit():
+    view = view_of(opened(1, "a", "b"), counted(1, "a"))
+    one = view.open
+    assert one is not None
+    assert (one.number, one.opened_at, one.deadline_at) == (1, 100.0, 160.0)
+    assert (view.phase, view.committed, view.next) == ("open", 0, 1)
+    assert one.answers["a"].after_s == 1.0
+    view.add(110.0, committed(1))
+    assert (view.open, view.phase, view.committed, view.next) == (None, "waiting", 1, 2)
+    assert one.committed_at == 110.0
+
+
+def test_an_outage_puts_the_deadline_off():
+    outage = (run_events.Disconnected(), run_events.Waiting(), run_events.Reconnected())
+    view = view_of(opened(1, "a"), *outage)
+    assert view.open is not None
+    assert view.open.deadline_at == 162.0
+
+
+def test_what_names_no_round_is_of_the_one_that_was_open():
+    view = view_of(rejected(), opened(1, "a"), rejected(), rejected(9), committed(1), rejected())
+    assert [note.at for note in view.before.notes] == [100.0]
+    assert [note.at for note in view.rounds[1].notes] == [102.0, 103.0]
+    assert 9 not in view.rounds  # whoever sends rubbish does not fill the view with rounds
+
+
+def test_another_run_begins_afresh():
+    view = view_of(
+        run_events.Started(run="r", rounds=3), opened(1, "a"), run_events.Started(run="s")
+    )
+    assert (view.run, view.planned, view.rounds, view.open) == ("s", None, {}, None)
+    view.add(200.0, opened(1, "a"), "s")
+    view.add(201.0, opened(1, "a"), "t")
+    assert view.run == "t"
+
+
+def test_one_round_of_interest_is_kept_alone_with_what_came_before_its_opening():
+    view = view_of(rejected(2), opened(1, "a"), committed(1), opened(2, "a"), only=2)
+    assert set(view.rounds) == {2}
+    assert len(view.rounds[2].notes) == 1
+
+
+def test_it_is_bounded():
+    view = view_of(*(event for n in range(1, 2101) for event in (opened(n, "a"), committed(n))))
+    assert len(view.rounds) == 2000
+    assert min(view.rounds) == 101
+    view = view_of(opened(1, "a"), *[rejected()] * 1100)
+    assert len(view.rounds[1].notes) == 1000
+    view = view_of(*(run_events.Gone(worker=f"w{number}") for number in range(10_100)))
+    assert len(view.absent) == 10_000
+    assert "w0" not in view.absent
+
+
+def test_of_old_rounds_the_result_alone_is_kept():
+    rounds = range(1, 61)
+    view = view_of(*(e for n in rounds for e in (opened(n, "a"), counted(n, "a"), committed(n))))
+    assert sum(bool(one.answers) for one in view.rounds.values()) == 50
+    assert view.rounds[1].participants == ("a",)
+
+
+def test_a_round_of_a_history_is_shown_as_it_was():
+    view = RunView()
+    view.remember(RoundView(3, committed_at=5.0))
+    assert (view.committed, view.next) == (3, 4)
+
+
+def test_what_the_machine_waits_for_comes_as_facts():
+    training = Worker(
+        "a", "s", 5, (), 2.0, last_seen=8.0, state="training", run="r", round=4, step=3, steps=8
+    )
+    asked = Table({"a": 1.0, "b": 1.0})
+    state = State(
+        RoundRules(6), "r", 4, phase=Phase.OPEN, link=1, workers=Table({"a": training}), asked=asked
+    )
+    waiting = waiting_for(state, 10.0)
+    assert waiting is not None
+    assert (waiting.what, waiting.round, waiting.short) == ("updates", 4, 0)
+    assert waiting.fields()["missing"] == [
+        {"worker": "a", "state": "training", "step": 3, "steps": 8},
+        {"worker": "b", "state": "gone"},
+    ]
