@@ -44,7 +44,7 @@ _LATE = (
 )
 _EARLY = """\
     if event.round > state.round or not _takes(state):
-        out.append(Reject(handle, f"round {event.round} has not been opened", "round"))
+        _reject(event, f"round {event.round} has not been opened", out)
         return state
 """
 MUTANTS = [
