@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # Progress where a terminal shows it, nothing but errors elsewhere.
 PIP_FLAGS := --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
-.PHONY: install demo test check browser bench bench-flower chaos format lock clean
+.PHONY: install demo test test-fast check browser bench bench-flower chaos format lock clean
 
 install: $(STAMP)
 
@@ -30,6 +30,14 @@ demo: install
 
 test: install check browser
 	$(BIN)/python -m pytest $(ARGS)
+
+# The pure core and the whole federations in this process: no broker, no JAX, no terminal.
+SLOW := demo flax_task letters letters_images letters_scores mutants node printing \
+	rabbitmq_connection rounds_machine
+FAST := $(filter-out $(SLOW:%=tests/unit/test_%.py),$(wildcard tests/unit/test_*.py))
+
+test-fast: install
+	$(BIN)/python -m pytest -q $(FAST) tests/federation $(ARGS)
 
 # For the test of the live page: installed where it is missing and may be.
 browser:
