@@ -16,7 +16,8 @@ const MAIL = [
 // int once it is read.
 const NOT_FOR_US = new Set([
   'a wildcard for a name', 'no base', 'a number of examples that is a float',
-  'a number of examples that is a bool', 'no examples', 'a duration that is NaN', 'a metric that is infinite', 'NaN',
+  'a number of examples that is a bool', 'no examples', 'a duration that is NaN',
+  'a metric that is infinite', 'NaN',
 ]);
 
 for (const { name, body, header, payload_bytes: size } of vectors.sound) {

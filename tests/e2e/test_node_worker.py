@@ -124,11 +124,16 @@ def test_alone_it_makes_the_first_weights_and_leaves_when_told(
 @pytest.mark.rabbit
 def test_large_models_and_updates_travel_in_parts(federation: Federation, installed: Path) -> None:
     large = f"{ROOT / 'tests/e2e/large_task.py'}:task"
-    coordinator = federation.coordinator("--quorum", 2, "--min-workers", 2, "--rounds", 3)
-    foreign = start(federation, installed)
+    coordinator = federation.coordinator("--quorum", 2, "--min-workers", 1, "--rounds", 4)
     ours = federation.worker("shard:0/3", task=large)
+    coordinator.wait_for("asking shard-0-3 for the first weights")
+    foreign = start(federation, installed, "--pause", 0.5)
+    foreign.wait_for("fit 2")
+    # As if a round had lasted longer than its outbox lives.
+    with pika.BlockingConnection(pika.URLParameters(federation.url)) as connection:
+        connection.channel().queue_delete(f"{federation.name}.outbox.js")
     assert [program.end() for program in (coordinator, foreign, ours)] == [0] * 3
-    assert [set(one) for one in counted(federation)] == [{"js", "shard-0-3"}] * 3
+    assert [set(one) for one in counted(federation)] == [{"js", "shard-0-3"}] * 4
     assert all(line["rejected"] == 0 for line in told(federation, "committed"))
     evaluated = told(federation, "evaluated")
     assert evaluated[-1]["loss"] < evaluated[0]["loss"]
