@@ -116,6 +116,23 @@ def test_a_worker_is_told_that_its_update_came_too_late(federated):
     federated(scenario)
 
 
+@pytest.mark.parametrize("step_s", [1.0, 300.0])
+def test_a_worker_whose_outbox_is_gone_makes_it_anew(federated, step_s):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, deadline_s=6000)
+        for name in "ab":
+            federation.worker(name, Adder(federation.loop, size=LARGE, step_s=step_s))
+        await coordinator.log.until("opened")
+        federation.broker.delete(federation.topology.outbox("b"))  # as if it had expired
+        assert (await coordinator.end()).outcome == "finished"
+        federation.check_averages({"a": 1.0, "b": 1.0})
+        assert federation.participants() == [["a", "b"]] * 2
+        # A short training is over before the queue is looked after: its parts are lost once.
+        assert len(coordinator.log.of("resend")) <= (3 if step_s < 10 else 0)
+
+    federated(scenario)
+
+
 @pytest.mark.parametrize("protocol", [1, 3])
 def test_a_worker_of_another_version_is_told_so_in_its_own_and_so_is_the_operator(
     federated, protocol

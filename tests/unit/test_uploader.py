@@ -25,6 +25,10 @@ IDS: dict[str, Any] = {"federation": "f", "run": "r", "base": "b"}
 PATIENCE_S = 5.0
 
 
+async def no_renewal(_: object) -> None:
+    """Leave the queues as they are."""
+
+
 class Slow:
     """A link that notes what is published, and confirms it when it is told to."""
 
@@ -72,6 +76,7 @@ class Worker:
             taken=lambda job: self.taken.append(job.work.round),
             tell=lambda what, _: self.told.append(what),
             sent=lambda done, parts: self.parts.append((done, parts)),
+            renew=no_renewal,
         )
 
     async def _link(self) -> Any:

@@ -128,6 +128,11 @@ class Presence:
             told = {**self._about, **self._doing, "loss": self._loss}
             self._begin_to_say(link, Heartbeat(**self._ids, **told))
 
+    async def greet(self, link: Link) -> None:
+        """Say hello once more, so that the coordinator binds our queues, which were made anew."""
+        told = {**self._about, **self._doing, "loss": self._loss}
+        await self._say(link, Hello(**self._ids, **told))
+
     def speak_up(self) -> None:
         """Give the next sign of life now: a coordinator that has just begun wants to know."""
         self._asked.set()

@@ -53,6 +53,8 @@ from fluffle_worker.uploader import Uploader
 
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
+# A queue of ours that nobody uses for half an hour expires.
+_RENEW_EVERY_S = 600.0
 # What a line that tells of an update says besides its metrics.
 _FIELDS = frozenset({"event", "federation", "kind", "round", "time", "worker"})
 # How often a worker that was here first looks whether a coordinator has come.
@@ -108,6 +110,7 @@ class WorkerService:
             taken=self._sent,
             tell=tell,
             sent=self._sent_parts,
+            renew=self._renew_queues,
         )
         self._trainer = Trainer(
             task,
@@ -223,6 +226,7 @@ class WorkerService:
             self._be_heard(link),
             self._until_lost(link),
             self._say_that_we_wait(),
+            self._keep_queues(link),
             tell_of_blocking(link, self._tell),
         )
 
@@ -249,6 +253,20 @@ class WorkerService:
             await asyncio.sleep(_LOOK_AGAIN_S)
         await self._refusals.send_waiting(link)
         await self._presence.signs_of_life(link)
+
+    async def _keep_queues(self, link: Link) -> None:
+        """Let the broker know that our queues are wanted: those that nobody uses expire."""
+        while True:
+            await asyncio.sleep(_RENEW_EVERY_S)
+            await self._renew_queues(link)
+
+    async def _renew_queues(self, link: Link) -> None:
+        """Declare our queues again; if one was gone, the coordinator has to bind it again."""
+        queues = self._topology.queues_of(self._settings.worker)
+        gone = [one for one in queues if await link.counts(one.name) is None]
+        await link.declare(queues)
+        if gone:
+            await self._presence.greet(link)
 
     async def _say_that_we_wait(self) -> None:
         began = time.monotonic()

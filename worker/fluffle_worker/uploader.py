@@ -43,6 +43,7 @@ class Uploader:
         taken: told of a job whose answer the broker has taken.
         tell: told what happens.
         sent: told how many parts of how many of an answer have arrived.
+        renew: makes our queues anew, if the broker has them no more.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Uploader:
         taken: Callable[[Job], object],
         tell: Tell,
         sent: Callable[[int, int], None],
+        renew: Callable[[Link], Awaitable[None]],
     ) -> None:
         self._topology, self._worker, self._link = topology, worker, link
         self._wanted, self._due, self._taken = wanted, due, taken
-        self._tell, self._parts_sent = tell, sent
+        self._tell, self._parts_sent, self._renew = tell, sent, renew
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
         self._residual = Residual()  # of the last update that was sent
@@ -141,6 +143,7 @@ class Uploader:
 
             async def before_parts() -> None:
                 await turn.enter_async_context(self._in_parts)
+                await self._renew(link)
                 await self._clear_outbox(link)
 
             await send_tensors(
