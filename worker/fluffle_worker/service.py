@@ -261,10 +261,13 @@ class WorkerService:
             await self._renew_queues(link)
 
     async def _renew_queues(self, link: Link) -> None:
-        """Declare our queues again; if one was gone, the coordinator has to bind it again."""
-        queues = self._topology.queues_of(self._settings.worker)
-        gone = [one for one in queues if await link.counts(one.name) is None]
-        await link.declare(queues)
+        """Declare our queues again; an outbox that was gone has to be bound by the coordinator.
+
+        The inbox, which we consume, does not expire.
+        """
+        worker = self._settings.worker
+        gone = await link.counts(self._topology.outbox(worker)) is None
+        await link.declare(self._topology.queues_of(worker))
         if gone:
             await self._presence.greet(link)
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
-from blake3 import blake3
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import (
@@ -34,6 +33,7 @@ from fluffle_common.protocol.messages import (
     parse,
     told_of,
 )
+from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -280,7 +280,7 @@ class Packing:
 
     def digest(self) -> str:
         """Return the digest of the parts; it takes its time, and does not hold up other threads."""
-        return _digest([_hash(cut) for cut in _cuts(self._pieces)])
+        return _digest(self._pieces)
 
 
 def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
@@ -301,7 +301,7 @@ def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes
 
 def digest_of(weights: Weights) -> str:
     """Return the digest with which weights travel, where they travel in parts."""
-    return _digest([_hash(cut) for cut in _cuts(lay_out(weights)[1])])
+    return _digest(lay_out(weights)[1])
 
 
 def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
@@ -320,15 +320,12 @@ def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
         yield cut
 
 
-def _hash(pieces: list[memoryview]) -> bytes:
-    found = blake3()
-    for piece in pieces:
-        found.update(piece)
-    return found.digest()
+def _digest(pieces: list[memoryview]) -> str:
+    return _digest_of_parts(map(blake3_of, _cuts(pieces)))
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    return blake3(b"".join(parts)).hexdigest()
+def _digest_of_parts(hashes: Iterable[bytes]) -> str:
+    return blake3_of(hashes).hex()
 
 
 def announced(message: WithTensors) -> Layout:
@@ -416,7 +413,7 @@ class Assembly:
         place[:] = np.frombuffer(payload, np.uint8)
         if self.transfer.digest is not None:
             # At once, while it is in the processor's cache: elsewhere it takes twice the time.
-            self._hashed[part.part] = _hash([payload])
+            self._hashed[part.part] = blake3_of([payload])
         self._missing.discard(part.part)
 
     def payload(self) -> memoryview:
@@ -428,7 +425,7 @@ class Assembly:
         assert self.complete
         if self.transfer.digest is None:
             return self._whole.data.toreadonly()
-        found = _digest([self._hashed[part] for part in range(self.transfer.parts)])
+        found = _digest_of_parts(self._hashed[part] for part in range(self.transfer.parts))
         if found != self.transfer.digest:
             raise MalformedMessage(
                 f"the parts have the digest {found}, {self.transfer.digest} was announced: "

@@ -16,16 +16,15 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 from typing import IO
 
-from blake3 import blake3
-
 from fluffle_common.errors import UsageError
+from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.layout import Layout, Tensors, bytes_of, layout_for
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import FLOATS, INTEGERS, Array, Weights
@@ -127,13 +126,13 @@ def save_checkpoint(
         pieces = [bytes_of(weights[entry.name]) for entry in in_order]
     start = bytearray(_HEADER_SIZE.pack(len(header)) + header)
     if layout.nbytes <= _AT_ONCE_BYTES:
-        _put_digest(start, _digest([start, *pieces]))
+        _put_digest(start, blake3_of([start, *pieces]))
         with replacing(path, named_first=named_first) as file:
             file.writelines([start, *pieces])
         return
     # The disk takes its time, and the digest too: both at once.
     with ThreadPoolExecutor(1) as beside, replacing(path) as file:
-        digest = beside.submit(_digest, [bytes(start), *pieces])
+        digest = beside.submit(blake3_of, [bytes(start), *pieces])
         file.writelines([start, *pieces])
         file.flush()
         os.fsync(file.fileno())
@@ -142,15 +141,8 @@ def save_checkpoint(
         file.write(start)
 
 
-def _digest(pieces: Iterable[bytes | bytearray | memoryview]) -> str:
-    found = blake3()
-    for piece in pieces:
-        found.update(piece)
-    return found.hexdigest()
-
-
-def _put_digest(start: bytearray, digest: str) -> None:
-    start[_DIGEST_AT : _DIGEST_AT + len(digest)] = digest.encode()
+def _put_digest(start: bytearray, digest: bytes) -> None:
+    start[_DIGEST_AT : _DIGEST_AT + len(_NO_DIGEST)] = digest.hex().encode()
 
 
 @functools.lru_cache(4)
@@ -226,9 +218,9 @@ def _check_digest(path: Path) -> None:
         if start[_HEADER_SIZE.size : _DIGEST_AT] != _BEFORE_DIGEST:
             return  # of an earlier version, or of another program
         there = bytes(start[_DIGEST_AT:])
-        _put_digest(start, _NO_DIGEST)
-        found = _digest(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
-    if there != found.encode():
+        start[_DIGEST_AT:] = _NO_DIGEST.encode()
+        found = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
+    if there != found.hex().encode():
         raise ValueError(
             f"its bytes are not what their digest says: it is damaged, or was changed without "
             f"removing {DIGEST} from its metadata"

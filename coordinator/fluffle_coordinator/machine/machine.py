@@ -34,6 +34,7 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
+from fluffle_common.errors import Cause
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import membership
@@ -233,8 +234,12 @@ def _reject(event: Arrived, reason: str, out: Effects) -> None:
     """Refuse an update of a round, or from weights, that this run does not have."""
     out += [
         Reject(event.handle, reason, "round"),
-        Judge(event.worker, event.round, event.base, "rejected", reason, "round", train_again=True),
+        _judged(event.worker, event.round, event.base, reason, "round"),
     ]
+
+
+def _judged(worker: str, number: int, base: str, reason: str, cause: Cause) -> Judge:
+    return Judge(worker, number, base, "rejected", reason, cause, train_again=True)
 
 
 def _weight(state: State, event: Arrived, out: Effects) -> int:
@@ -347,17 +352,7 @@ def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
         return state.of(worker, received=state.received.insert(worker, update))
     state = state.of(worker, received=state.received.discard(worker))
     if not event.again:  # asked again, it would send the same again: if it was the worker at all
-        out.append(
-            Judge(
-                worker,
-                state.round,
-                state.base,
-                "rejected",
-                event.reason,
-                event.cause,
-                train_again=True,
-            )
-        )
+        out.append(_judged(worker, state.round, state.base, event.reason, event.cause))
         state = state.but(
             doubted=state.doubted.insert(worker, event.reason),
             # So when it is asked again, that is another attempt.

@@ -412,7 +412,7 @@ class Coordinator:
     def _refuse_hello(self, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Answer a hello that could not be taken, perhaps one of another version."""
         hello = greeting(delivery.body, self._settings.federation)
-        if hello is None:
+        if hello is None or self._outbox.was_refused(hello):
             return
         if self._settings.verify_users:
             try:
@@ -429,8 +429,7 @@ class Coordinator:
                     f"{PROTOCOL}; install the same version of fluffle on both sides"
                 ),
             )
-        if not self._outbox.was_refused(hello):
-            self._record(run_events.Refused(worker=hello.worker, reason=reason))
+        self._record(run_events.Refused(worker=hello.worker, reason=reason))
         self._outbox.bind(hello.worker, hello.session, again=True)
         self._outbox.refuse(hello, reason, code)
 

@@ -87,12 +87,17 @@ class BrokenCodec(ValueError):
 def failed(codec: type[Codec], what: str, tensor: str, why: Exception) -> CodecError:
     """Return the error that says in one line what a codec's own code raised, and where."""
     trace = _own(why.__traceback__)
-    text = " ".join(f"{type(why).__name__}: {why}".split())[:300]
     wrong = CodecError(
-        f"the codec '{codec.name}' fails to {what} tensor '{tensor[:60]}': {text}{where(why)}"
+        f"the codec '{codec.name}' fails to {what} tensor '{tensor[:60]}': {in_short(why)}"
+        f"{where(why)}"
     )
     wrong.__cause__ = why.with_traceback(trace)
     return wrong
+
+
+def in_short(why: Exception) -> str:
+    """Return an error in one line."""
+    return " ".join(f"{type(why).__name__}: {why}".split())[:300]
 
 
 def _own(trace: types.TracebackType | None) -> types.TracebackType | None:

@@ -20,6 +20,7 @@ from fluffle_common.tensors.codecs.base import (
     Codec,
     Part,
     UnknownCodec,
+    in_short,
 )
 from fluffle_common.tensors.codecs.bf16 import Bf16
 from fluffle_common.tensors.codecs.f16 import F16
@@ -93,9 +94,8 @@ class Registry:
         except UsageError as wrong:
             raise BrokenCodec(str(wrong)) from None
         except Exception as why:
-            text = " ".join(f"{type(why).__name__}: {why}".split())[:300]
             raise BrokenCodec(
-                f"the codec '{installed.name}' from {where} fails to load: {text}"
+                f"the codec '{installed.name}' from {where} fails to load: {in_short(why)}"
             ) from why
         if added.name != installed.name:
             raise BrokenCodec(f"{where} has the name '{added.name}', not '{installed.name}'")
