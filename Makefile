@@ -28,8 +28,11 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/python examples/demo.py
 
+# Side by side: most of a test's time it waits, for a broker or a process. Each job has a RabbitMQ.
+JOBS ?= 3
+
 test: install check browser
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # The pure core and the whole federations in this process: no broker, no JAX, no terminal.
 SLOW := demo flax_task letters letters_images letters_scores mutants node printing \
@@ -37,7 +40,7 @@ SLOW := demo flax_task letters letters_images letters_scores mutants node printi
 FAST := $(filter-out $(SLOW:%=tests/unit/test_%.py),$(wildcard tests/unit/test_*.py))
 
 test-fast: install
-	$(BIN)/python -m pytest -q $(FAST) tests/federation $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) tests/federation $(ARGS)
 
 # For the test of the live page: installed where it is missing and may be.
 browser:

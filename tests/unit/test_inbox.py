@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.topology import Exchange, Topology
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_worker.inbox import Refusals
@@ -26,6 +28,24 @@ async def test_what_is_refused_before_anybody_can_keep_it_waits_until_somebody_c
     kept = await link.get(NAMES.rejected)
     assert (kept.exchange, kept.keys) == (NAMES.results, ("rejected.w",))
     assert kept.properties.headers["from"] == NAMES.inbox("w")
+
+
+async def test_what_is_refused_while_a_coordinator_makes_where_it_goes_is_not_lost():
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare(NAMES.queues_of("w"))
+    await link.publish(b"x", Properties(), exchange="", keys=[NAMES.inbox("w")])
+    shared = NAMES.shared()
+    await link.declare([one for one in shared if isinstance(one, Exchange)])
+    delivery = await link.get(NAMES.inbox("w"))
+    refusing = asyncio.ensure_future(Refusals(NAMES, "w").refuse(link, delivery, WRONG))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert link.held, "nothing is bound yet"
+    await link.declare(shared)
+    await refusing
+    assert not link.held
+    assert await link.get(NAMES.rejected) is not None
 
 
 async def test_what_waits_is_let_go_of_with_its_link():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from fluffle_common.transport.messaging import Route, reject
 Tell = Callable[[str, dict[str, Any]], None]
 
 _MOST_WAITING = 100
+_TRY_AGAIN_S = 0.05
 
 
 def check_mail(body: Body, federation: str) -> None:
@@ -69,14 +71,20 @@ class Refusals:
     async def refuse(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Send it, or let it wait; of too many, the rest are dropped."""
         if await link.exists(self._results):
-            try:
-                await reject(link, delivery, wrong, self._route)
-            except (QueueFull, Unroutable):
-                delivery.ack()
+            await self._send(link, delivery, wrong)
         elif len(self._waiting) < _MOST_WAITING:
             self._waiting.append((delivery, wrong))
         else:
             delivery.ack()
+
+    async def _send(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
+        while True:
+            try:
+                return await reject(link, delivery, wrong, self._route)
+            except QueueFull:
+                return delivery.ack()
+            except Unroutable:  # a coordinator is making what it goes to: see ``Topology.shared``
+                await asyncio.sleep(_TRY_AGAIN_S)
 
     async def send_waiting(self, link: Link) -> None:
         """Send what has waited."""
