@@ -279,8 +279,8 @@ def _what_holds(command: click.Command, ctx: click.Context) -> Iterable[str]:
         if not isinstance(value, _PRINTABLE) or value in ((), []):
             rows.append((f"# {key}", "not set"))
         else:
-            if isinstance(option.type, KeyValue):
-                value = parse_config(list(value))
+            if isinstance(option.type, KeyValue) and isinstance(value, list | tuple):
+                value = parse_config(value)
             rows.append((f"{key} = {_toml(value)}", _origin(option, source, ctx)))
     width = min(max(len(text) for text, _ in rows), 40)
     return [f"{_without_password(text):<{width}}  # {origin}" for text, origin in rows]

@@ -133,6 +133,18 @@ def run_option(command: Any) -> Any:
     help="How updates become the next model: a strategy by its name, or an object in a file of "
     "your own.",
 )
+@click.option(
+    "--evaluate",
+    metavar="path.py:name",
+    help="A function of your own that tests every round's model here: it gets the weights by name "
+    "and returns metrics by name. The next round waits for it.",
+)
+@click.option(
+    "--on-round",
+    metavar="path.py:name",
+    help="A function of your own that is shown every commit; a reason that it returns ends the "
+    "run there.",
+)
 @click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
 @click.option("--batch-size", type=count(), default=32, help="Local batch size.")
 @click.option(
