@@ -38,7 +38,7 @@ from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.strategy_loading import check_needs, check_same, load_strategy
+from fluffle_coordinator.service.strategy_loading import as_named, check_needs, check_same
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         UsageError: where they are wrong, or do not fit together.
         TaskError: where the file of a strategy or a hook fails to load.
     """
-    strategy = load_strategy(options["strategy"])
+    strategy = as_named(options["strategy"])
     check_needs(strategy, rules)
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
@@ -133,7 +133,7 @@ async def coordinate(
     store: RunStore,
     watcher: Watcher,
     *,
-    journal: Journal,
+    journal: Journal | None,
     page: Page | None = None,
     fresh: bool = False,
 ) -> State:
@@ -145,7 +145,7 @@ async def coordinate(
         topology: the names on it.
         store: the run's folder; waited for while another coordinator has it.
         watcher: told what happens; one of those it tells is the journal.
-        journal: what publishes the events.
+        journal: what publishes the events, if anything does.
         page: the live page, told of the rounds that are done already.
         fresh: move an earlier run aside.
 
