@@ -29,6 +29,12 @@ def load_model(file: str | os.PathLike[str]) -> dict[str, Array]:
 
     Raises:
         UsageError: where there is no such file, or it is damaged.
+
+    Example:
+        >>> load_model("runs/absent/round-0001.safetensors")
+        Traceback (most recent call last):
+            ...
+        fluffle_common.errors.UsageError: there is no model file runs/absent/round-0001.safetensors
     """
     weights, _ = read_checkpoint(Path(file))
     return weights
@@ -44,6 +50,15 @@ def load_into(module: nnx.Module, source: str | os.PathLike[str] | Weights) -> N
     Raises:
         UsageError: where the file cannot be read, or its names, shapes or dtypes are not the
             module's; the module is then as it was.
+
+    Example:
+        >>> import numpy as np
+        >>> from flax import nnx
+        >>> module = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+        >>> model = {"kernel": np.full((1, 1), 3, np.float32), "bias": np.ones(1, np.float32)}
+        >>> load_into(module, model)
+        >>> module(np.full((1, 1), 2, np.float32)).tolist()
+        [[7.0]]
     """
     import jax.numpy as jnp
     from flax import nnx

@@ -12,7 +12,7 @@ from fluffle_coordinator.cli.coordinator import coordinator
 from tests.e2e.programs import ROOT
 
 TEXT = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
-URL = "amqp://guest:guest@127.0.0.1:5673/"
+URL = "amqp://127.0.0.1:5673/"
 
 
 def blocks(language: str) -> list[str]:

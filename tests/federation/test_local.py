@@ -151,6 +151,23 @@ def test_a_figure_has_every_column(tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
+    class Silent(Adder):
+        def train(self, weights, plan, progress):
+            return fluffle.TrainResult(weights, self.num_examples)
+
+        def evaluate(self, weights):
+            return None
+
+    run = fluffle.run([Silent()], rounds=1)
+    with pytest.raises(fluffle.UsageError, match="no round of .* has a loss or a metric to draw"):
+        run.plot()
+    assert (run.best, run.history.columns) == (run.history[-1], ())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(fluffle.UsageError, match=r"pip install 'fluffle\[plot\]'"):
+        run.plot()
+
+
 def test_a_temporary_folder_goes_with_its_run(tmp_path):
     run = fluffle.run([Adder()], rounds=1)
     folder = run.folder
@@ -166,6 +183,8 @@ def test_a_folder_is_kept_gone_on_from_and_opened_again(tmp_path):
     run = fluffle.run([task], rounds=3, folder=folder)
     assert task.trained == 3
     assert run.weights["w"].tolist() == [3.0, 3.0]
+    assert fluffle.run([task], rounds=3, folder=folder).history == run.history
+    assert task.trained == 3
     again = fluffle.Run(folder)
     assert again.history == run.history
     assert again.id == run.id
