@@ -37,6 +37,9 @@ def test_every_round_is_tested_and_shown_before_the_next_one_opens(federated):
             assert (commit.round, commit.rounds, commit.num_examples) == (number, 3, 20)
             assert commit.participants == {"a": 10, "b": 10}
             assert commit.test == {"first": number, "trained": number}
+            # Of the model that the round began with; the first weights are not evaluated.
+            before = {"loss": number - 1.0, "accuracy": 0.5}
+            assert commit.evaluation == (before if number > 1 else {})
             assert commit.checkpoint == federation.folder / f"round-{number:04}.safetensors"
             np.testing.assert_array_equal(commit.weights["w"], federation.weights(number)["w"])
             with pytest.raises(ValueError, match="read-only"):

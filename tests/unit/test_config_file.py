@@ -13,6 +13,7 @@ from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.cli.config_file import ConfiguredCommand, KeyValue, options_from
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.coordinator import coordinator
+from fluffle_worker.cli import worker
 
 
 @click.command(cls=ConfiguredCommand)
@@ -160,3 +161,10 @@ def test_a_type_of_our_own_takes_text_and_numbers(written, value):
     printed = CliRunner().invoke(coordinator, [str(file), "--print-config"])
     assert tomllib.loads(printed.output)["quorum"] == value.removeprefix("quorum = ").strip('"')
     assert tomllib.loads(printed.output)["min-workers"] == 4
+
+
+def test_a_worker_has_a_file_too(written):
+    file = written('federation = "letters"\ndata = "data/a"\nid = "a"\ncodec = ["c.py:zip"]\n')
+    printed = CliRunner().invoke(worker, [str(file), "--id", "b", "--print-config"])
+    told = tomllib.loads(printed.output)
+    assert (told["data"], told["id"], told["codec"]) == ("data/a", "b", ["c.py:zip"])

@@ -88,6 +88,8 @@ class Committer:
         self._store, self._metadata = store, metadata
         self._record, self._post, self._strategy = record, post, strategy
         self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
+        # The round that was evaluated last, and its federated metrics.
+        self._evaluated: tuple[int, dict[str, float]] = 0, {}
         self._lines = SerialQueue()
         self._committed_at = time.monotonic()
 
@@ -178,10 +180,16 @@ class Committer:
             line |= {"event": "tested", "round": number, "tested_at": timestamp()}
             await self._on_disk(lambda: self._store.append(line))
             self._record(run_events.Tested(round=number, metrics=test))
-        checkpoint = self._store.folder / checkpoint_name(number)
-        return await self._calls.look(
-            Commit(number, self._rounds, weights, participants, checkpoint, test)
+        commit = Commit(
+            round=number,
+            rounds=self._rounds,
+            weights=weights,
+            participants=participants,
+            checkpoint=self._store.folder / checkpoint_name(number),
+            test=test,
+            evaluation=self._evaluated[1] if self._evaluated[0] == number - 1 else {},
         )
+        return await self._calls.look(commit)
 
     def _not_counted(self) -> dict[str, Any]:
         """Return what was not counted since this was last asked."""
@@ -200,6 +208,7 @@ class Committer:
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }
+        self._evaluated = number, {"loss": averages["loss"], **extra}
         self._record(
             run_events.Evaluated(
                 round=number,

@@ -36,8 +36,10 @@ class Commit:
         rounds: how many rounds the run is to have.
         weights: the new model, read-only; names, shapes and dtypes as the tasks have them.
         participants: the workers whose updates are in it, with their numbers of examples.
-        test: what the ``evaluate`` hook measured of it; empty if there is none.
         checkpoint: the file of the model.
+        test: what the ``evaluate`` hook measured of the new model; empty if there is none.
+        evaluation: the federated loss and metrics of the model *before*, from which this round was
+            trained, since workers evaluate what they are sent; empty where they are not known.
     """
 
     round: int
@@ -46,6 +48,7 @@ class Commit:
     participants: Mapping[str, int]
     checkpoint: Path
     test: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_examples(self) -> int:
