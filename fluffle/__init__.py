@@ -1,12 +1,26 @@
 """Federated learning over a message broker, from Python: what there is to import.
 
->>> import fluffle
->>> "run" in dir(fluffle)
-True
-
 ``fluffle.run`` runs a federation, in this process or over RabbitMQ; ``fluffle.Run`` opens a folder
 that any coordinator has written. Each name is loaded when it is first used, so that the import is
 quick and needs nothing that is not installed: JAX, for one, is needed by ``flax_task`` only.
+
+Example:
+    >>> import fluffle
+    >>> import numpy as np
+    >>> class Mean:
+    ...     '''Learns the mean of its numbers.'''
+    ...     def __init__(self, numbers):
+    ...         self.numbers, self.num_examples = np.array(numbers), len(numbers)
+    ...     def init(self, seed):
+    ...         return {"mean": np.zeros(())}
+    ...     def train(self, weights, plan, progress):
+    ...         return fluffle.TrainResult({"mean": self.numbers.mean()}, self.num_examples)
+    ...     def evaluate(self, weights):
+    ...         error = self.numbers - weights["mean"]
+    ...         return fluffle.EvalResult(float((error**2).mean()), self.num_examples)
+    >>> done = fluffle.run([Mean([1.0, 2.0, 3.0]), Mean([10.0])], rounds=2)
+    >>> float(done.weights["mean"]), done.history["loss"]
+    (4.0, [12.5, 12.5])
 """
 
 from __future__ import annotations

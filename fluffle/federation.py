@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -34,7 +35,7 @@ Tasks: TypeAlias = Sequence[Task | MakesTask] | Mapping[str, Task | MakesTask]
 
 # How long the workers may take to say good-bye when the coordinator has ended.
 _LEAVE_S = 5.0
-# How long a task may take to its next step when nobody wants its work any more.
+# How long tasks may take to their next step when nobody wants their work any more.
 _STEP_S = 5.0
 
 
@@ -180,8 +181,9 @@ class Federation:
 
     def end(self) -> None:
         """End the threads in which the tasks train; call it when the loop is closed."""
+        over_at = time.monotonic() + _STEP_S
         for thread in set(self._threads.values()):
-            thread.end(_STEP_S)
+            thread.end(max(0.0, over_at - time.monotonic()))
 
     async def _coordinate(self) -> State:
         journal = None if self._url is None else Journal(self._topology)

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _CALLER = "fluffle.run"
 _NOT_HERE = {
+    "run": "folder= says where the run is kept",
     "dashboard": "'fluffle dashboard --url …' shows a run over RabbitMQ",
     "management": "it is the page's",
     "log_format": "progress= says what is shown",
@@ -101,24 +102,6 @@ def run(
         TaskError: where a task fails, with the error of the task's own code as its cause.
         RunError: where the run stopped before its end, with the reason.
         BrokerError: where the broker cannot be reached for too long.
-
-    Example:
-        >>> import numpy as np
-        >>> import fluffle
-        >>> class Mean:
-        ...     '''Learns the mean of its numbers.'''
-        ...     def __init__(self, numbers):
-        ...         self.numbers, self.num_examples = np.array(numbers), len(numbers)
-        ...     def init(self, seed):
-        ...         return {"mean": np.zeros(())}
-        ...     def train(self, weights, plan, progress):
-        ...         return fluffle.TrainResult({"mean": self.numbers.mean()}, self.num_examples)
-        ...     def evaluate(self, weights):
-        ...         error = self.numbers - weights["mean"]
-        ...         return fluffle.EvalResult(float((error**2).mean()), self.num_examples)
-        >>> done = fluffle.run([Mean([1.0, 2.0, 3.0]), Mean([10.0])], rounds=2)
-        >>> float(done.weights["mean"]), done.history["loss"]
-        (4.0, [12.5, 12.5])
     """
     background = _start(
         tasks,
@@ -142,12 +125,12 @@ def run(
     return background.wait()
 
 
-def _takes_what(_: Callable[P, Run]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+def _with_parameters_of(_: Callable[P, Run]) -> Callable[[Callable[..., T]], Callable[P, T]]:
     """Give a function the parameters of another, for whoever checks types."""
     return lambda function: function
 
 
-@_takes_what(run)
+@_with_parameters_of(run)
 async def arun(*arguments: Any, **named: Any) -> Run:
     """Do what ``run`` does, with its arguments, beside a running event loop, which goes on.
 
@@ -174,8 +157,10 @@ def _start(
     for name, why in _NOT_HERE.items():
         if given.get(name) and (url is None or name != "verify_users"):
             raise UsageError(f"{_CALLER}() has no {name}=: {why}")
-    stated = {"min_workers": len(workers) or None, **given, "federation": federation, "url": url}
+    stated = {**given, "federation": federation, "url": url}
     options = options_from(coordinator, stated, _CALLER)
+    if workers and options["min_workers"] is None:  # it begins when all of them are there
+        options["min_workers"] = max(len(workers), options["quorum"].number or 1)
     options["strategy"] = options["strategy"] if strategy is None else strategy
     options |= {"evaluate": evaluate, "on_round": on_round}
     settings = settings_of(rules_of(options), options)
@@ -200,7 +185,7 @@ def _start(
             finally:
                 federation.end()
             if state.outcome == "stopped":
-                raise RunError(f"the run stopped: {state.reason}{_how_to_go_on(place.path)}")
+                raise RunError(f"the run stopped: {state.reason}{place.how_to_go_on()}")
             return place.handed_over(Run(place.path))
 
     return Background(body)
@@ -241,12 +226,18 @@ class _Place:
             weakref.finalize(run, shutil.rmtree, self.path, ignore_errors=True)
         return run
 
-    def left(self) -> None:
+    def how_to_go_on(self) -> str:
+        """Say how a run goes on that has committed a round; nothing of any other."""
+        done = _committed(self.path)
+        call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
+        return f"; {call}" if done else ""
+
+    def left(self, why: BaseException) -> None:
         """Say what is left of a run that did not come to its end."""
         if self.temporary and not _committed(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
-        elif self.temporary:
-            warn(f"the run is kept{_how_to_go_on(self.path)}")
+        elif self.temporary and not isinstance(why, RunError):  # which says so itself
+            warn(f"the run is kept{self.how_to_go_on()}")
 
 
 @contextlib.contextmanager
@@ -254,8 +245,8 @@ def _place(folder: str | os.PathLike[str] | None) -> Iterator[_Place]:
     place = _Place(folder)
     try:
         yield place
-    except BaseException:
-        place.left()
+    except BaseException as why:
+        place.left(why)
         raise
 
 
@@ -276,10 +267,3 @@ def _committed(folder: Path) -> int:
         return max(int(line["round"]) for line in read_history_lines(folder))
     except UsageError:
         return 0
-
-
-def _how_to_go_on(folder: Path) -> str:
-    done = _committed(folder)
-    if not done:
-        return ""
-    return f"; the same call with folder={str(folder)!r} goes on with round {done + 1}"
