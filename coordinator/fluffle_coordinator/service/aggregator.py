@@ -11,13 +11,16 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
-from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.checkpoint import check_names
+from fluffle_common.tensors.layout import Layout, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone, fetch
@@ -26,6 +29,7 @@ from fluffle_coordinator.service.committer import Average, Committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.service.spool import Spool, SpoolFile
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
@@ -51,6 +55,7 @@ class Aggregator:
         keep_updates: whether what is folded is kept.
         verify_users: whether the parts of an update have to come from its worker's own user.
         averaged: given new weights, which will be sent once they are on disk.
+        folder: where large updates wait until they are checked.
     """
 
     def __init__(
@@ -67,13 +72,14 @@ class Aggregator:
         keep_updates: bool = False,
         verify_users: bool = False,
         averaged: Callable[[Weights], object] = lambda _: None,
+        folder: Path | None = None,
     ) -> None:
         self.weights = weights
         self._topology, self._committer, self._max_bytes = topology, committer, max_model_bytes
         self._link, self._post = link, post
         self._strategy, self._keep_updates = strategy, keep_updates
         self._verify_users, self._averaged = verify_users, averaged
-        self._jobs = SerialQueue()
+        self._jobs, self._spool_file = SerialQueue(), SpoolFile(folder)
         self._at_once_bytes = _AT_ONCE_BYTES if strategy is FEDAVG else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
@@ -152,6 +158,7 @@ class Aggregator:
         if self.weights is None:
             try:
                 payload = await self._payload(held)
+                assert isinstance(payload, memoryview)
                 weights = read_tensors(message.tensors, payload)
                 if not weights:
                     raise ValueError("there is no tensor")
@@ -178,7 +185,7 @@ class Aggregator:
             # However few bytes came, they are folded into all of the model.
             nbytes = max(len(payload), size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
-        except (LinkLost, PartsGone) as gone:
+        except (LinkLost, PartsGone, OSError) as gone:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
@@ -196,13 +203,14 @@ class Aggregator:
         else:
             self._folded(held, len(held.payload), norm)
 
-    def _check_and_fold(self, held: Held, payload: memoryview) -> float:
+    def _check_and_fold(self, held: Held, payload: memoryview | Spool) -> float:
         """Take an update into the sum; return the norm of its delta."""
         message = held.message
         assert isinstance(message, Update)
         began = time.monotonic()
-        # Read-only: it may still have to be kept as it came.
-        delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
+        if isinstance(payload, memoryview):
+            payload = payload.toreadonly()  # it may still have to be kept as it came
+        delta, norm = decode_contribution(message, payload, self._base)
         if norm > held.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
@@ -238,23 +246,39 @@ class Aggregator:
         held.forget()  # only now: what is rejected is kept as it came
         self._post(ev.Folded(now, message.worker, message.seconds, nbytes, norm))
 
-    async def _payload(self, held: Held) -> memoryview:
+    async def _payload(self, held: Held) -> memoryview | Spool:
+        """Return the bytes of an update's tensors; fetch them, where they came in parts."""
         transfer = held.message.transfer
         if transfer is None:
             return held.payload
-        check_announced(held.message, self.weights)
+        layout = check_announced(held.message, self.weights)
         link = self._link()
         if link is None:
             raise LinkLost("the link was lost")
         worker = held.message.worker
-        return await fetch(
+        into: Spool | Assembly
+        if self._folds_in_pieces(held.message, layout):
+            into = Spool(transfer, self._max_bytes, self._spool_file)
+        else:
+            into = Assembly(transfer, self._max_bytes)
+        await fetch(
             link,
             self._topology.outbox(worker),
-            transfer,
-            self._max_bytes,
+            into,
             self._topology.rejected,
             user=worker if self._verify_users else None,
         )
+        return into if isinstance(into, Spool) else into.payload()
+
+    def _folds_in_pieces(self, message: Update | FirstWeights, layout: Layout) -> bool:
+        """Whether an update need not be put together: whoever sees its tensors by name needs that.
+
+        So does a codec, and a model of several dtypes.
+        """
+        if self.weights is None or not isinstance(message, Update) or message.encoding is not None:
+            return False
+        plain = layout.floats and layout.dtype is not None and layout is layout_for(self.weights)
+        return plain and self._strategy is FEDAVG
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
         found = await self._off_loop(size_bytes(self._base), self._finish, number)
