@@ -239,8 +239,10 @@ async def test_where_users_are_not_verified_replaced_parts_are_found_out(link):
     about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
     await link.publish(wire.encode(false, bytes(64)), Properties(), **about)
     first.ack()
+    into = Assembly(transfer, 1000)
+    await fetch(link, TOPOLOGY.outbox("w"), into, TOPOLOGY.rejected)
     with pytest.raises(MalformedMessage, match="replaced or damaged") as caught:
-        await fetch(link, TOPOLOGY.outbox("w"), Assembly(transfer, 1000), TOPOLOGY.rejected)
+        into.payload()
     assert caught.value.cause == "tensors"
 
 

@@ -28,15 +28,18 @@ class InPieces(Mapping[str, Array]):
         layout: in which places they are; all of one dtype.
         pieces: their bytes in order, each time they are iterated over; every piece is of whole
             elements, and good until the next one is asked for.
+        norm: the norm of all tensors, which are finite; None where nobody has looked yet.
     """
 
-    def __init__(self, layout: Layout, pieces: Iterable[memoryview]) -> None:
-        self.layout, self._pieces = layout, pieces
+    def __init__(
+        self, layout: Layout, pieces: Iterable[memoryview], norm: float | None = None
+    ) -> None:
+        self.layout, self.pieces, self.norm = layout, pieces, norm
         self._joined: Tensors | None = None
 
     def vectors(self) -> Iterator[Array]:
         """Yield all values in order, with what is between the tensors, which means nothing."""
-        for piece in self._pieces:
+        for piece in self.pieces:
             yield np.frombuffer(piece, self.layout.dtype)
 
     def by_tensor(self) -> Iterator[tuple[str, Array]]:
@@ -62,7 +65,7 @@ class InPieces(Mapping[str, Array]):
     def joined(self) -> Tensors:
         """The same tensors in one piece of memory."""
         if self._joined is None:
-            self._joined = self.layout.over(join(self._pieces, self.layout.nbytes))
+            self._joined = self.layout.over(join(self.pieces, self.layout.nbytes))
         return self._joined
 
     def __getitem__(self, name: str) -> Array:

@@ -21,6 +21,7 @@ from fluffle_common.tensors.layout import (
     FLOATS,
     INTEGERS,
     Array,
+    Layout,
     Signature,
     Tensors,
     Weights,
@@ -209,16 +210,20 @@ def finite_norm(weights: Weights) -> float:
     return min(norm, sys.float_info.max)
 
 
+def norm_of_piece(layout: Layout, vector: Array, start: int) -> float | None:
+    """Return the norm of a piece of all tensors, from the element ``start`` on.
+
+    None where not all of it is finite, or where it is not known to be 0 between the tensors: then
+    each tensor has to be looked at.
+    """
+    norm, bad = _measure(vector)
+    return None if bad or not layout.zero_between(vector, start) else norm
+
+
 def _norm_of_pieces(update: InPieces) -> float:
     """Do what ``finite_norm`` does, without putting the pieces together."""
-    norm, done = 0.0, 0
-    for vector in update.vectors():
-        part, bad = _measure(vector)
-        if bad or not update.layout.zero_between(vector, done):
-            break
-        norm, done = math.hypot(norm, part), done + vector.size
-    else:
-        return min(norm, sys.float_info.max)
+    if update.norm is not None:
+        return update.norm
     norm, found = 0.0, dict.fromkeys(update, 0)
     for name, values in update.by_tensor():
         part, bad = _measure(values)

@@ -16,23 +16,21 @@ from typing import Any, TypeVar
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
-from fluffle_common.protocol.messages import FirstWeights, Update
+from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.layout import Layout, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
-from fluffle_common.transport.messaging import PartsGone, fetch
+from fluffle_common.transport.messaging import PartsGone
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.service.fetcher import Fetcher, Payload
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
-from fluffle_coordinator.service.spool import Spool, SpoolFile
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
-from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
+from fluffle_coordinator.strategy.contribution import decode_contribution
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
@@ -75,11 +73,18 @@ class Aggregator:
         folder: Path | None = None,
     ) -> None:
         self.weights = weights
-        self._topology, self._committer, self._max_bytes = topology, committer, max_model_bytes
-        self._link, self._post = link, post
+        self._committer, self._post = committer, post
         self._strategy, self._keep_updates = strategy, keep_updates
-        self._verify_users, self._averaged = verify_users, averaged
-        self._jobs, self._spool_file = SerialQueue(), SpoolFile(folder)
+        self._averaged, self._jobs = averaged, SerialQueue()
+        self._fetcher = Fetcher(
+            topology,
+            link=link,
+            weights=lambda: self.weights,
+            in_pieces=strategy is FEDAVG,  # a user's strategy sees tensors by their names
+            max_bytes=max_model_bytes,
+            verify_users=verify_users,
+            folder=folder,
+        )
         self._at_once_bytes = _AT_ONCE_BYTES if strategy is FEDAVG else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
@@ -94,7 +99,10 @@ class Aggregator:
 
     async def run(self) -> None:
         """Do what is asked for, for ever."""
-        await self._jobs.run()
+        try:
+            await self._jobs.run()
+        finally:
+            await self._fetcher.close()
 
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""
@@ -114,6 +122,7 @@ class Aggregator:
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
+            self._fetcher.expect(held)
             self._jobs.put(lambda: self._fold(held))
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
@@ -157,7 +166,7 @@ class Aggregator:
         message = held.message
         if self.weights is None:
             try:
-                payload = await self._payload(held)
+                payload = await self._fetcher.payload(held)
                 assert isinstance(payload, memoryview)
                 weights = read_tensors(message.tensors, payload)
                 if not weights:
@@ -178,12 +187,15 @@ class Aggregator:
 
     async def _fold(self, held: Held) -> None:
         if self._closing:
+            await self._fetcher.drop(held)
             return
         worker = held.message.worker
         try:
-            payload = await self._payload(held)
+            payload = await self._fetcher.payload(held)
+            self._fetcher.fetch_next()
+            received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # However few bytes came, they are folded into all of the model.
-            nbytes = max(len(payload), size_bytes(self._base))
+            nbytes = max(received, size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone, OSError) as gone:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
@@ -191,8 +203,9 @@ class Aggregator:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
-                await self._committer.keep(len(self._in_the_sum) + 1, held, payload)
-            self._folded(held, len(payload), norm)
+                pieces = [payload] if isinstance(payload, memoryview) else payload.pieces
+                await self._committer.keep(len(self._in_the_sum) + 1, held, pieces)
+            self._folded(held, received, norm)
 
     def _fold_at_once(self, held: Held) -> None:
         try:
@@ -203,7 +216,7 @@ class Aggregator:
         else:
             self._folded(held, len(held.payload), norm)
 
-    def _check_and_fold(self, held: Held, payload: memoryview | Spool) -> float:
+    def _check_and_fold(self, held: Held, payload: Payload) -> float:
         """Take an update into the sum; return the norm of its delta."""
         message = held.message
         assert isinstance(message, Update)
@@ -245,40 +258,6 @@ class Aggregator:
         self._in_the_sum.append(participant)
         held.forget()  # only now: what is rejected is kept as it came
         self._post(ev.Folded(now, message.worker, message.seconds, nbytes, norm))
-
-    async def _payload(self, held: Held) -> memoryview | Spool:
-        """Return the bytes of an update's tensors; fetch them, where they came in parts."""
-        transfer = held.message.transfer
-        if transfer is None:
-            return held.payload
-        layout = check_announced(held.message, self.weights)
-        link = self._link()
-        if link is None:
-            raise LinkLost("the link was lost")
-        worker = held.message.worker
-        into: Spool | Assembly
-        if self._folds_in_pieces(held.message, layout):
-            into = Spool(transfer, self._max_bytes, self._spool_file)
-        else:
-            into = Assembly(transfer, self._max_bytes)
-        await fetch(
-            link,
-            self._topology.outbox(worker),
-            into,
-            self._topology.rejected,
-            user=worker if self._verify_users else None,
-        )
-        return into if isinstance(into, Spool) else into.payload()
-
-    def _folds_in_pieces(self, message: Update | FirstWeights, layout: Layout) -> bool:
-        """Whether an update need not be put together: whoever sees its tensors by name needs that.
-
-        So does a codec, and a model of several dtypes.
-        """
-        if self.weights is None or not isinstance(message, Update) or message.encoding is not None:
-            return False
-        plain = layout.floats and layout.dtype is not None and layout is layout_for(self.weights)
-        return plain and self._strategy is FEDAVG
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
         found = await self._off_loop(size_bytes(self._base), self._finish, number)

@@ -101,15 +101,12 @@ class Committer:
         self._record(run_events.FirstWeights(tensors=len(weights), parameters=parameters))
         return base
 
-    async def keep(
-        self, place: int, held: Held, payload: memoryview | Iterable[memoryview]
-    ) -> None:
+    async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
         """Keep an update that was just folded, as the one of this place in the sum."""
         message, body = held.message, held.delivery.body
         assert isinstance(message, Update)
         number, worker = message.round, message.worker
-        pieces = [payload] if isinstance(payload, memoryview) else payload
-        apart = None if message.transfer is None else pieces
+        apart = None if message.transfer is None else payload
         await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
 
     def commit(self, average: Average) -> None:

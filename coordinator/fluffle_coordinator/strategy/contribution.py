@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol.codec import announced, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.tensors.compression import check_announced_signature, decompress
-from fluffle_common.tensors.layout import Layout, layout_of
+from fluffle_common.tensors.layout import Layout
 from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import NotFinite, Weights, check_delta
 
@@ -39,14 +37,13 @@ def check_announced(message: Update | FirstWeights, base: Weights | None) -> Lay
 
 
 def decode_contribution(
-    message: Update, payload: memoryview | Iterable[memoryview], base: Weights
+    message: Update, payload: memoryview | InPieces, base: Weights
 ) -> tuple[Weights, float]:
     """Read an update's tensors, decode them, and check them against the model.
 
     Args:
         message: the update, with its table of tensors and their encoding.
-        payload: the bytes of its tensors; in pieces only where ``base`` is of one dtype, a float,
-            and nothing is encoded.
+        payload: the bytes of its tensors; or the tensors themselves, if they stay in pieces.
         base: the weights that it is to be added to.
 
     Returns:
@@ -56,11 +53,9 @@ def decode_contribution(
     Raises:
         MalformedMessage: of cause ``tensors`` or ``not_finite``, where it is no delta for ``base``.
     """
-    tensors: Weights
-    if isinstance(payload, memoryview):
-        tensors = read_tensors(message.tensors, payload)
-    else:
-        tensors = InPieces(layout_of(message.tensors), payload)
+    tensors: Weights = (
+        payload if isinstance(payload, InPieces) else read_tensors(message.tensors, payload)
+    )
     try:
         delta = decompress(tensors, message.encoding, base)
         norm = check_delta(delta, base)
