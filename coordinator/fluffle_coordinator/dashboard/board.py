@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.dashboard.roster import Roster, clipped
-from fluffle_coordinator.dashboard.rounds import curves, detailed, remembered
-from fluffle_coordinator.observe.run_view import RoundView, RunView
-from fluffle_coordinator.observe.tally import Tally, cause_of
+from fluffle_coordinator.dashboard.snapshot import ending, results
+from fluffle_coordinator.observe.round_view import RoundView
+from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 
 _JOURNAL_LINES = 100
-_REJECTED_LINES = 30
 
 PHASES = ("standby", "waiting", "open", "committing", "evaluating", "ended")
 
@@ -70,12 +69,9 @@ class Board:
     def __init__(self, federation: str, source: str = "coordinator") -> None:
         self.federation, self.source = federation, source
         self.view = RunView()
-        self.tally = Tally()
-        self.roster = Roster()
         self._linked = False
         self._link_words = "not connected to the broker yet"
         self._journal: deque[dict[str, Any]] = deque(maxlen=_JOURNAL_LINES)
-        self._rejected: deque[dict[str, Any]] = deque(maxlen=_REJECTED_LINES)
         self._numbered = 0
         self.figures: list[Mapping[str, Any]] = []
         self.figures_note: str | None = "not asked yet"
@@ -83,30 +79,11 @@ class Board:
     # --- taking in -----------------------------------------------------------------------------
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Take an event in.
-
-        Args:
-            at: when it run_events.
-            event: what run_events.
-            run: the run it belongs to, where that is known apart from the event.
-        """
-        before = self.view.run
+        """Take in an event of ``run``, when that is known apart from the event."""
         self.view.add(at, event, run)
-        if before is not None and before != self.view.run:
-            self.roster.another_run()
-        self.tally.add(at, event)
-        self.roster.add(at, event)
         if self.source == "coordinator":
             self._follow_link(event)
-        if isinstance(event, run_events.Rejected):
-            self._note_rejected(at, event)
         self._note(at, event)
-
-    def remember(self, rounds: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the rounds of a history (``store.read_history``): they are shown, not counted."""
-        for line in rounds:
-            self.view.remember(remembered(line))
-            self.roster.remember(line.get("participants") or (), line["round"])
 
     def link(self, linked: bool, words: str) -> None:
         """Take in whether the broker can be reached by whoever feeds this board."""
@@ -126,19 +103,6 @@ class Board:
                 self.link(False, f"no broker at {address or ''}; trying again")
             case run_events.Standby():
                 self.link(False, event.sentence())
-
-    def _note_rejected(self, at: float, event: run_events.Rejected) -> None:
-        self._numbered += 1
-        known = {"kind": event.kind, "worker": event.worker, "round": event.round}
-        self._rejected.append(
-            {
-                "id": self._numbered,
-                "time": at,
-                "cause": cause_of(event),
-                "reason": clipped(event.reason or "", 500),
-                **{name: value for name, value in known.items() if value},
-            }
-        )
 
     def _note(self, at: float, event: RunEvent) -> None:
         self._numbered += 1
@@ -171,12 +135,9 @@ class Board:
             "now": now,
             "run": run,
             "open": self._open_section(current, standing) if is_open else None,
-            "rounds": detailed(self.view),
-            "curves": curves(self.view),
-            "workers": self.roster.rows(current),
+            **results(self.view, current),
             "queues": {"figures": self.figures, "note": self.figures_note},
             "journal": list(self._journal),
-            "rejected": {"latest": list(self._rejected), "causes": dict(self.tally.causes)},
         }
 
     def _current(self, standing: Standing | None) -> int:
@@ -226,7 +187,7 @@ class Board:
         if phase == "evaluating":
             return "all rounds are done; the last model is being evaluated"
         if phase == "ended":
-            return self._ending()
+            return ending(self.view.ended[1] if self.view.ended else None)
         if phase == "standby":
             return "waiting as a standby"
         if standing is None:
@@ -235,13 +196,6 @@ class Board:
         if standing.present < standing.gate:
             return f"waiting for workers: {standing.present} of {standing.gate} are here"
         return "about to open a round" if standing.has_weights else "waiting for the first weights"
-
-    def _ending(self) -> str:
-        event = self.view.ended[1] if self.view.ended else None
-        match event:
-            case run_events.Finished(reason=reason) | run_events.Stopped(reason=reason):
-                return f"{event.name}: {reason or ''}"
-        return "interrupted: the same command (without --fresh) goes on from there"
 
     def filling(self, standing: Standing | None = None) -> tuple[int, int]:
         """Return how many updates the open round has, and how many close it."""
@@ -263,23 +217,17 @@ class Board:
             "needed": needed,
             "opened_at": standing.opened_at if standing else one.asked_at,
             "deadline_at": standing.deadline_at if standing else one.deadline_at,
-            "answered": [
-                {
-                    "worker": answer.worker,
-                    "num_examples": answer.num_examples,
-                    "after_s": answer.after_s,
-                    "train_s": answer.train_s,
-                    "bytes": answer.bytes,
-                }
-                for answer in one.answers.values()
-            ],
+            "answered": [asdict(answer) for answer in one.answers.values()],
             "missing": [
-                {"worker": name, "doing": self.roster.doing(name, current, _why(failed, name))}
+                {"worker": name, "doing": self._doing(name, current, failed.get(name))}
                 for name in asked
                 if name not in one.answers
             ],
         }
 
-
-def _why(failed: Mapping[str, str], worker: str) -> str | None:
-    return clipped(failed[worker], 300) if worker in failed else None
+    def _doing(self, worker: str, current: int, failed: str | None) -> str:
+        row = self.view.workers.get(worker)
+        if row is None and failed is None:
+            return "not heard of yet"
+        why = None if failed is None else clipped(failed, 300)
+        return (row or WorkerView(worker)).doing(current, why)

@@ -60,7 +60,7 @@ class Live:
             return None
         for worker in state.workers.values():
             seen_at = round(worker.last_seen + self._epoch, 3)
-            self.feed.board.roster.sign_of_life(seen_at, worker.name, said(worker))
+            self.feed.board.view.workers.sign_of_life(seen_at, worker.name, said(worker))
         return standing(state, self._epoch)
 
 

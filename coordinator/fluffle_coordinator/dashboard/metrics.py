@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from fluffle_common.errors import CAUSES
 from fluffle_coordinator.dashboard.board import PHASES
 from fluffle_coordinator.dashboard.feed import Feed
-from fluffle_coordinator.dashboard.rounds import latest
+from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.observe.tally import OUTCOMES, STEPS
 
 _VERSION = version("fluffle")
@@ -77,7 +77,7 @@ class BoardCollector(Collector):
             "fluffle_workers",
             "Workers that were heard of, by what they do.",
             "state",
-            self._feed.board.roster.by_state(),
+            self._feed.board.view.workers.by_state(),
         )
         yield from self._queues()
 
@@ -102,7 +102,7 @@ class BoardCollector(Collector):
                 yield _gauge(name, words, value)
 
     def _counters(self) -> Iterator[Metric]:
-        tally = self._feed.board.tally
+        tally = self._feed.board.view.tally
         for name, words, value in (
             ("fluffle_rounds_committed", "Rounds committed.", tally.rounds),
             ("fluffle_worker_failures", "Times that a worker's task failed.", tally.failures),

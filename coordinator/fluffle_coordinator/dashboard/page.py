@@ -36,7 +36,7 @@ class Page(Live):
 
     def remember(self, rounds: Iterable[Mapping[str, Any]]) -> None:
         """Show the rounds of an earlier coordinator of the same run."""
-        self.feed.board.remember(rounds)
+        self.feed.board.view.remember(rounds)
 
     async def beside(self, run: Coroutine[Any, Any, T]) -> T:
         """Answer requests for as long as the run takes; return what it returns."""

@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 
 from fluffle_common.protocol.events import Committed, Counted, Doing, Opened, Waiting, from_fields
 from fluffle_common.protocol.messages import Event
-from fluffle_coordinator.observe.run_view import Answer, RoundView, RunView
+from fluffle_coordinator.observe.round_view import Answer, RoundView
+from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.worker_view import Departure
 
 _ROUNDS_OF = (Opened, Counted, Committed)
 
@@ -68,7 +70,12 @@ class Explanation:
     @property
     def present(self) -> set[str]:
         """The workers that are here."""
-        return self.view.present
+        return self.view.workers.present
+
+    def went(self, worker: str) -> tuple[float, Departure] | None:
+        """Return when and how a worker has departed; None when it has not."""
+        known = self.view.workers.get(worker)
+        return known.went if known else None
 
     @property
     def missing(self) -> list[str]:
