@@ -131,7 +131,7 @@ def worker(**options: Any) -> None:
 
     \b
       fluffle worker --federation letters --data data/client-1
-      fluffle worker --federation digits --task examples/digits.py:task --data shard:0/3
+      fluffle worker --federation digits --task digits.py:task --data shard:0/3
     """
     from fluffle_common.cli.settings import check_federation, check_worker
 

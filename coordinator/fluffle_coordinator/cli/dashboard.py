@@ -32,7 +32,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
 
     \b
       fluffle dashboard --federation letters
-      fluffle dashboard --federation letters --listen 0.0.0.0:9090 --url amqp://host
+      fluffle dashboard --federation letters --listen 0.0.0.0:9090
     """
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.printing import echo
