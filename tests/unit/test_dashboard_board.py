@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import CAUSES
 from fluffle_common.protocol.events import from_fields
-from fluffle_coordinator.dashboard.board import Board, Standing
-from fluffle_coordinator.dashboard.coordinator_source import standing
+from fluffle_coordinator.dashboard.board import Board
+from fluffle_coordinator.dashboard.coordinator_source import bring_up_to_date
 from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
-from fluffle_coordinator.machine.state import Rules
+from fluffle_coordinator.machine.state import Phase, Rules, State, Table, Worker
 from fluffle_coordinator.observe.tally import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
 
@@ -100,16 +100,26 @@ class TestOpenRound:
         assert board.snapshot(110.0)["open"] is None
         assert board.snapshot(110.0)["run"]["words"] == "between two rounds"
 
+    def test_a_quorum_that_shrinks_is_told_at_once(self) -> None:
+        shrunk = ("quorum", {"round": 1, "needed": 1, "was": 2, "reason": "south has left"})
+        board = told(STARTED, *JOINED, opened(1, "north", "south"), shrunk)
+        assert board.run()["words"] == "round 1 is open: 0 of 1 updates"
+
     def test_the_coordinator_knows_better_than_its_events(self) -> None:
         board = told(STARTED, CONNECTED, *JOINED, opened(1, "north", "south"))
-        knows = Standing(
-            phase="open", round=1, rounds=6, linked=True, updates=1, needed=1, present=1, gate=1,
-            has_weights=True, opened_at=103.0, deadline_at=300.0, asked=("north",), failed={},
+        here = Worker("north", "s", 5, (), 2.0, last_seen=8.0, state="training", step=3, steps=8)
+        state = State(
+            Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, phase=Phase.OPEN, link=1,
+            workers=Table({"north": here}), asked=Table({"north": 1.0}), opened_at=4.0,
         )  # fmt: skip
-        shown = board.snapshot(110.0, knows)
-        assert shown["run"]["words"] == "round 1 is open: 1 of 1 updates"
-        assert (shown["open"]["needed"], shown["open"]["deadline_at"]) == (1, 300.0)
+        bring_up_to_date(board.view, state, epoch=100.0, now=10.0)
+        shown = board.snapshot(110.0)
+        assert shown["run"]["words"] == "round 1 is open: 0 of 1 updates"
+        assert (shown["open"]["needed"], shown["open"]["deadline_at"]) == (1, 164.0)
+        assert shown["open"]["missing"] == [{"worker": "north", "doing": "training 3/8"}]
         assert shown["run"]["rounds"] == 6
+        bring_up_to_date(board.view, state.but(quorum_at=9.0), epoch=100.0, now=10.0)
+        assert board.snapshot(110.0)["open"]["deadline_at"] == 114.0
 
 
 class TestRun:
@@ -158,12 +168,13 @@ class TestRun:
         assert {row["counted"] for row in shown["workers"]} == {0}
         assert board.view.tally.rounds == 1  # what is counted for Prometheus never goes down
 
-    def test_what_a_state_of_the_machine_says(self) -> None:
-        knows = standing(start(Rules(rounds=3, min_workers=2), RUN, now=5.0), epoch=1000.0)
-        assert (knows.phase, knows.round, knows.rounds, knows.gate) == ("waiting", 1, 3, 2)
-        assert not knows.linked
-        run = told(STARTED, CONNECTED).run(knows)
-        assert (run["words"], run["linked"]) == ("waiting for workers: 0 of 2 are here", False)
+    def test_what_a_machine_that_waits_says(self) -> None:
+        board = told(STARTED, CONNECTED)
+        state = start(Rules(rounds=3, min_workers=2), RUN, now=5.0).but(link=1)
+        bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
+        run = board.run()
+        assert (run["phase"], run["round"], run["rounds"]) == ("waiting", 1, 3)
+        assert run["words"].startswith("waiting for workers: 0 of 2 are here")
 
 
 class TestRounds:

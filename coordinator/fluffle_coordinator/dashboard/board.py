@@ -9,53 +9,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.dashboard.snapshot import ending, results
-from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 
 _JOURNAL_LINES = 100
 
 PHASES = ("standby", "waiting", "open", "committing", "evaluating", "ended")
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What a coordinator knows of its run at this moment, better than its events can tell.
-
-    Args:
-        phase: one of ``PHASES``.
-        round: the round that is open or will be.
-        rounds: how many the run has.
-        linked: whether there is a broker.
-        updates: how many are in the running sum.
-        needed: how many close the round.
-        present, gate: how many workers are here, and how many must be to open a round.
-        has_weights: whether there are weights to begin with.
-        opened_at: when the round was opened; None where none is open.
-        deadline_at: when its time is up.
-        asked: who was asked.
-        failed: who could not, and why.
-    """
-
-    phase: str
-    round: int
-    rounds: int
-    linked: bool
-    updates: int
-    needed: int
-    present: int
-    gate: int
-    has_weights: bool
-    opened_at: float | None
-    deadline_at: float | None
-    asked: tuple[str, ...]
-    failed: Mapping[str, str]
 
 
 class Board:
@@ -121,52 +86,38 @@ class Board:
 
     # --- giving out ----------------------------------------------------------------------------
 
-    def snapshot(self, now: float, standing: Standing | None = None) -> dict[str, Any]:
-        """Return the whole page as plain data, one key a section.
-
-        Args:
-            now: the time.
-            standing: what the coordinator itself says, where this runs inside it.
-        """
-        current = self._current(standing)
-        run = self.run(standing)
-        is_open = run["phase"] == "open" or (run["phase"] == "committing" and standing is not None)
+    def snapshot(self, now: float) -> dict[str, Any]:
+        """Return the whole page at a time as plain data, one key a section."""
         return {
             "now": now,
-            "run": run,
-            "open": self._open_section(current, standing) if is_open else None,
-            **results(self.view, current),
+            "run": self.run(),
+            "open": self._open_section(),
+            **results(self.view, self._current),
             "queues": {"figures": self.figures, "note": self.figures_note},
             "journal": list(self._journal),
         }
 
-    def _current(self, standing: Standing | None) -> int:
-        """Return the round that is open or will be."""
-        if standing is not None:
-            return standing.round
+    @property
+    def _current(self) -> int:
+        """The round that is open or will be."""
         return self.view.open.number if self.view.open is not None else self.view.next
 
-    def run(self, standing: Standing | None = None) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Return the section ``run``: where the run stands, in figures and in words."""
-        current = self._current(standing)
-        view = self.view
-        phase = view.phase if standing is None or view.phase == "ended" else standing.phase
-        words = self._words(phase, current, standing)
-        if self._abandoned and phase != "ended":
+        current, view, words = self._current, self.view, self._words()
+        if self._abandoned and view.phase != "ended":
             words = f"no coordinator is connected; last heard: {words}"
-        linked = self._linked and (standing is None or standing.linked)
-        rounds = view.planned if standing is None else standing.rounds
         return {
             "federation": self.federation,
             "source": self.source,
             "run": view.run,
-            "phase": phase,
-            "outcome": view.ended[1].name if view.ended and phase == "ended" else None,
+            "phase": view.phase,
+            "outcome": view.ended[1].name if view.ended else None,
             "words": words,
-            "round": min(current, rounds) if rounds else current,
-            "rounds": rounds,
+            "round": min(current, view.planned) if view.planned else current,
+            "rounds": view.planned,
             "committed": view.committed,
-            "linked": linked,
+            "linked": self._linked,
             "link": self._link_words,
         }
 
@@ -178,49 +129,43 @@ class Board:
             queue["name"] == presence and queue.get("consumers") == 0 for queue in self.figures
         )
 
-    def _words(self, phase: str, current: int, standing: Standing | None) -> str:
-        if phase == "open":
-            updates, needed = self.filling(standing)
-            return f"round {current} is open: {updates} of {needed} updates"
-        if phase == "committing":
-            return f"round {current}: averaging and writing the checkpoint"
-        if phase == "evaluating":
-            return "all rounds are done; the last model is being evaluated"
-        if phase == "ended":
-            return ending(self.view.ended[1] if self.view.ended else None)
-        if phase == "standby":
-            return "waiting as a standby"
-        if standing is None:
-            reason = self.view.waiting[1].reason if self.view.waiting else ""
-            return reason or ("between two rounds" if self.view.committed else "starting")
-        if standing.present < standing.gate:
-            return f"waiting for workers: {standing.present} of {standing.gate} are here"
-        return "about to open a round" if standing.has_weights else "waiting for the first weights"
+    def _words(self) -> str:
+        match self.view.phase:
+            case "open":
+                updates, needed = self.filling
+                return f"round {self._current} is open: {updates} of {needed} updates"
+            case "committing":
+                return f"round {self._current}: averaging and writing the checkpoint"
+            case "evaluating":
+                return "all rounds are done; the last model is being evaluated"
+            case "ended":
+                return ending(self.view.ended[1] if self.view.ended else None)
+            case "standby":
+                return "waiting as a standby"
+        reason = self.view.waiting[1].reason if self.view.waiting else ""
+        return reason or ("between two rounds" if self.view.committed else "starting")
 
-    def filling(self, standing: Standing | None = None) -> tuple[int, int]:
-        """Return how many updates the open round has, and how many close it."""
-        if standing is not None:
-            return standing.updates, standing.needed
+    @property
+    def filling(self) -> tuple[int, int]:
+        """How many updates the open round has, and how many close it."""
         one = self.view.open
         return (len(one.answers), one.needed or len(one.asked)) if one else (0, 0)
 
-    def _open_section(self, current: int, standing: Standing | None) -> dict[str, Any]:
+    def _open_section(self) -> dict[str, Any] | None:
         one = self.view.open
-        if one is None or one.number != current:
-            one = RoundView(current)
-        asked = standing.asked if standing else one.asked
-        failed = standing.failed if standing else one.failures
-        updates, needed = self.filling(standing)
+        if one is None or self.view.phase not in ("open", "committing"):
+            return None
+        updates, needed = self.filling
         return {
-            "round": current,
+            "round": one.number,
             "updates": updates,
             "needed": needed,
-            "opened_at": standing.opened_at if standing else one.asked_at,
-            "deadline_at": standing.deadline_at if standing else one.deadline_at,
+            "opened_at": one.asked_at,
+            "deadline_at": one.deadline_at,
             "answered": [asdict(answer) for answer in one.answers.values()],
             "missing": [
-                {"worker": name, "doing": self._doing(name, current, failed.get(name))}
-                for name in asked
+                {"worker": name, "doing": self._doing(name, one.number, one.failures.get(name))}
+                for name in one.asked
                 if name not in one.answers
             ],
         }

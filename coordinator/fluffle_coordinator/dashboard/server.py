@@ -196,7 +196,7 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         return PlainTextResponse("alive\n")
 
     async def readyz(_: Request) -> Response:
-        run = feed.board.run(feed.standing())
+        run = feed.board.run()
         if not run["linked"]:
             return PlainTextResponse(f"not ready: {run['link']}\n", 503)
         if run["phase"] == "ended" and run["source"] == "coordinator":

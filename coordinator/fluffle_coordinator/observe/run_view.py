@@ -241,6 +241,10 @@ class RunView:
             one.failures.pop(worker, None)
             one.needed = event.needed or one.needed
 
+    def _quorum(self, _: float, event: run_events.Quorum) -> None:
+        for one in self._known(event.round):
+            one.needed = event.needed or one.needed
+
     def _failure(self, at: float, event: run_events.Failure) -> None:
         for one in self._known(event.round):
             one.note(at, event)
@@ -345,6 +349,7 @@ _TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Opened: RunView._opened,
     run_events.Reopened: RunView._reopened,
     run_events.Counted: RunView._counted,
+    run_events.Quorum: RunView._quorum,
     run_events.Failure: RunView._failure,
     run_events.Committed: RunView._committed,
     run_events.Evaluated: RunView._evaluated,
