@@ -75,7 +75,8 @@ class TestOpenRound:
         assert (shown["round"], shown["updates"], shown["needed"]) == (1, 1, 2)
         assert (shown["opened_at"], shown["deadline_at"]) == (103.0, 163.0)
         assert [(one["worker"], one["after_s"]) for one in shown["answered"]] == [("north", 1.0)]
-        assert shown["missing"] == [{"worker": "south", "doing": "training 3/9"}]
+        south = {"worker": "south", "doing": "training 3/9", "hopeless": False}
+        assert shown["missing"] == [south]
 
     def test_a_worker_that_failed_or_is_gone_is_said_to_be(self) -> None:
         board = told(
@@ -85,7 +86,9 @@ class TestOpenRound:
             ("failure", {"worker": "north", "round": 1, "reason": "no memory"}),
             ("gone", {"worker": "south", "silent_s": 12.0}),
         )
-        doing = {one["worker"]: one["doing"] for one in board.snapshot(110.0)["open"]["missing"]}
+        missing = board.snapshot(110.0)["open"]["missing"]
+        assert all(one["hopeless"] for one in missing)
+        doing = {one["worker"]: one["doing"] for one in missing}
         assert doing == {"north": "failed: no memory", "south": "is gone"}
 
     def test_reopened_keeps_who_has_answered(self) -> None:
@@ -116,7 +119,7 @@ class TestOpenRound:
         shown = board.snapshot(110.0)
         assert shown["run"]["words"] == "round 1 is open: 0 of 1 updates"
         assert (shown["open"]["needed"], shown["open"]["deadline_at"]) == (1, 164.0)
-        assert shown["open"]["missing"] == [{"worker": "north", "doing": "training 3/8"}]
+        assert [one["doing"] for one in shown["open"]["missing"]] == ["training 3/8"]
         assert shown["run"]["rounds"] == 6
         bring_up_to_date(board.view, state.but(quorum_at=9.0), epoch=100.0, now=10.0)
         assert board.snapshot(110.0)["open"]["deadline_at"] == 114.0

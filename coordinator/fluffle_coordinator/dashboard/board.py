@@ -164,15 +164,17 @@ class Board:
             "deadline_at": one.deadline_at,
             "answered": [asdict(answer) for answer in one.answers.values()],
             "missing": [
-                {"worker": name, "doing": self._doing(name, one.number, one.failures.get(name))}
+                self._missing(name, one.number, one.failures.get(name))
                 for name in one.asked
                 if name not in one.answers
             ],
         }
 
-    def _doing(self, worker: str, current: int, failed: str | None) -> str:
+    def _missing(self, worker: str, current: int, failed: str | None) -> dict[str, Any]:
+        """Say what a worker does that was asked and has not answered; whether that is hopeless."""
         row = self.view.workers.get(worker)
         if row is None and failed is None:
-            return "not heard of yet"
-        why = None if failed is None else clipped(failed, 300)
-        return (row or WorkerView(worker)).doing(current, why)
+            return {"worker": worker, "doing": "not heard of yet", "hopeless": False}
+        row = row or WorkerView(worker)
+        doing = row.doing(current, None if failed is None else clipped(failed, 300))
+        return {"worker": worker, "doing": doing, "hopeless": failed is not None or not row.is_here}

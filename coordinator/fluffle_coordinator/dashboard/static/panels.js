@@ -91,8 +91,7 @@ function open(board, now) {
     (one) => one.worker,
     () => make("li", {}, make("i", { "aria-hidden": "true" }), make("b"), make("span")),
     (row, one) => {
-      const failed = !one.in && /^(failed|is gone|has left|was refused)/.test(one.doing);
-      mark(row, "data-state", one.in ? "in" : failed ? "bad" : "out");
+      mark(row, "data-state", one.in ? "in" : one.hopeless ? "bad" : "out");
       say(row.children[1], one.worker);
       const told = one.in
         ? [`${whole(one.num_examples)} examples`, `after ${span(one.after_s)}`, one.bytes && size(one.bytes)]
@@ -239,7 +238,6 @@ function journal(board) {
     () => make("li", {}, make("time"), make("span")),
     (row, line) => {
       mark(row, "data-tone", line.tone);
-      mark(row, "data-event", line.event);
       say(row.firstChild, clock(line.time));
       say(row.lastChild, line.text);
     },
