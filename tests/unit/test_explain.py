@@ -120,7 +120,7 @@ def test_a_worker_that_came_back_is_no_longer_gone():
     story.add(30, "joined", worker="c", num_examples=80)
     told, text = story.explained(now=40)
     assert "Still waiting for c: connected, no update yet." in text
-    assert told.present == {"a", "b", "c"}
+    assert told.view.workers.present == {"a", "b", "c"}
 
 
 def test_a_worker_that_joined_late_is_waited_for_too():
@@ -143,7 +143,7 @@ def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_
     assert f"Committed at {clock(at(34))}, 24 s after the opening, with a, c, 160 examples." in text
     assert "adding up 2 ms, averaging 1 ms, the checkpoint 30 ms" in text
     assert "loss 0.5000, accuracy 0.9000 on 60 held-out examples" in text
-    assert "the update of b came late and was discarded" in text
+    assert "update of b came late and was discarded." in text
     assert "b did not answer" not in text
     assert (
         "The longest wait was for c: it trained for 19 s and answered 23 s after the opening, "
@@ -167,10 +167,10 @@ def test_what_was_refused_is_told_in_its_own_words():
     story.add(15, "refused", worker="x", reason="other classes")
     story.add(16, "resend", worker="a", reason="its parts are gone")
     _, text = story.explained(now=20)
-    assert "a message of b was rejected: tensor 'w': NaN or infinite." in text
-    assert "a message was rejected: not a msgpack array of [header, payload]." in text
-    assert "x was refused: other classes" in text
-    assert "a was asked for its update again: its parts are gone" in text
+    assert "rejected a message: tensor 'w': NaN or infinite (b)." in text
+    assert "rejected a message: not a msgpack array of [header, payload]." in text
+    assert "refused: other classes (x)." in text
+    assert "asking a for its update again: its parts are gone." in text
 
 
 def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
@@ -179,8 +179,8 @@ def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
     told, text = story.explained(now=620)
     assert told.left_s == pytest.approx(590)
     assert told.missing == ["b"]
-    assert list(told.answers) == ["a"]
-    assert "it was opened again: round 7 has 1 of 3" in text
+    assert list(told.round.answers) == ["a"]
+    assert "round 7 has 1 of 3; opened again for a, b." in text
 
 
 def test_an_outage_puts_the_deadline_off():
@@ -302,7 +302,7 @@ def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
     told = explain(story.events, *_which(story.events, None, None), at(10))
     text = "\n".join(sentences(told))
     assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")
-    assert f"At {clock(at(3))} b was refused: it has other classes." in text
+    assert f"At {clock(at(3))}: refused: it has other classes (b)." in text
     assert "waiting for workers: 1 of 2" in text
     assert as_dict(told)["round"] == 0
 
@@ -311,7 +311,7 @@ def test_other_runs_are_left_out():
     story = begun().add(20, "counted", run="other", round=7, worker="a", num_examples=1)
     story.add(21, "gone", run="other", worker="c", silent_s=1.0)
     told, _ = story.explained(now=30)
-    assert not told.answers
+    assert not told.round.answers
     assert told.missing == ["a", "b", "c"]
 
 
@@ -414,6 +414,6 @@ def test_no_journal_is_too_strange_to_be_explained(events, number, now):
     told = explain(events, "r", number, at(now))
     assert all(isinstance(line, str) for line in sentences(told))
     data = as_dict(told)
-    assert {one["worker"] for one in data["missing"]}.isdisjoint(told.answers)
+    assert {one["worker"] for one in data["missing"]}.isdisjoint(told.round.answers)
     for have in runs_of(events).values():
         assert len(have) == len(set(have))

@@ -8,7 +8,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import Failure, Late, Left, RunEvent
 from fluffle_coordinator.observe.explain import Explanation, Wait, longest_wait, moment
-from fluffle_coordinator.observe.round_view import Answer, Note
+from fluffle_coordinator.observe.round_view import Answer
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
@@ -69,7 +69,7 @@ def _absence(at: float, event: Departure) -> str:
 
 def _before_the_first(about: Explanation) -> list[str]:
     """Say what a run that has opened no round waits for."""
-    here = sorted(about.present)
+    here = sorted(about.view.workers.present)
     lines = [f"Run {about.run} has opened no round yet."]
     if here:
         are = "is" if len(here) == 1 else "are"
@@ -108,7 +108,7 @@ def as_dict(about: Explanation) -> dict[str, Any]:
                 "num_examples": one.num_examples,
                 "train_s": one.train_s,
             }
-            for one in about.answers.values()
+            for one in about.round.answers.values()
         ],
         "missing": [{"worker": w, "why": why_missing(about, w)} for w in about.missing],
         "deadline_at": _iso(this.deadline_at) if about.is_open else None,
@@ -161,9 +161,9 @@ def _opening(about: Explanation) -> Iterator[str]:
 
 
 def _answers(about: Explanation) -> Iterator[str]:
-    if not about.answers:
+    if not about.round.answers:
         yield "No update is counted."
-    for one in about.answers.values():
+    for one in about.round.answers.values():
         yield _answer(about, one)
 
 
@@ -197,28 +197,9 @@ def _notes(about: Explanation) -> Iterator[str]:
     this = about.round
     for note in this.notes:
         if not isinstance(note.event, Failure) or note.worker not in this.failures:
-            yield f"At {clock(note.at)} {_note(note)}."
-
-
-def _note(note: Note) -> str:
-    worker = note.worker or "somebody"
-    match note.event:
-        case run_events.Late():
-            return f"the update of {worker} came late and was discarded"
-        case run_events.Duplicate():
-            return f"the update of {worker} came again; it was counted once"
-        case run_events.Rejected():
-            sender = f" of {note.worker}" if note.worker else ""
-            return f"a message{sender} was rejected: {note.reason}"
-        case run_events.Refused():
-            return f"{worker} was refused: {note.reason}"
-        case run_events.Resend():
-            return f"{worker} was asked for its update again: {note.reason}"
-        case run_events.Failure():
-            return f"the task of {worker} failed: {note.reason}"
-        case run_events.Reopened():
-            return f"it was opened again: {note.reason}"
-    return f"it was closed with what was there: {note.reason}"
+            said = note.event.sentence().removeprefix(f"round {this.number}: ")
+            sender = note.worker and note.worker not in said
+            yield f"At {clock(note.at)}: {said}{f' ({note.worker})' if sender else ''}."
 
 
 def _standing(about: Explanation) -> Iterator[str]:
@@ -236,9 +217,9 @@ def _standing(about: Explanation) -> Iterator[str]:
         )
         return
     if this.needed is not None:
-        lacking = this.needed - len(about.answers)
+        lacking = this.needed - len(about.round.answers)
         more = f"{lacking} more needed" if lacking > 0 else "enough to close it"
-        yield f"{_number(len(about.answers), 'update')} of {this.needed}: {more}."
+        yield f"{_number(len(about.round.answers), 'update')} of {this.needed}: {more}."
     if about.view.unlinked_since is not None:
         lost = clock(about.view.unlinked_since)
         yield (
@@ -313,11 +294,11 @@ def _longest(about: Explanation) -> Iterator[str]:
 
 def _waited_for(about: Explanation, wait: Wait) -> str:
     """Say who answered last; everyone else's update was there before."""
-    last = about.answers[wait.until]
+    last = about.round.answers[wait.until]
     trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
     after = ""
     if wait.after:
-        after = f", {duration(last.at - about.answers[wait.after].at)} after {wait.after}"
+        after = f", {duration(last.at - about.round.answers[wait.after].at)} after {wait.after}"
     return (
         f"The longest wait was for {wait.until}: it {trained}answered {duration(wait.seconds)} "
         f"after the opening{after}."

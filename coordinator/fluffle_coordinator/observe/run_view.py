@@ -14,12 +14,7 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent, from_fields
-from fluffle_coordinator.observe.round_view import (
-    Answer,
-    RoundView,
-    late_updates,
-    remembered,
-)
+from fluffle_coordinator.observe.round_view import Answer, RoundView, late_updates, remembered
 from fluffle_coordinator.observe.tally import Tally, cause_of
 from fluffle_coordinator.observe.worker_view import Departure, Workers
 
@@ -100,23 +95,19 @@ class RunView:
             if number in self.rounds:
                 self.rounds[number].came_late.add(name)
         for row in rows:  # at the end: the name in a message that was refused may be anybody's
+            one = self.rounds.get(row["round"], self.before)
             for fields in row.get("rejections", ()):
-                event = from_fields("rejected", fields)
-                if isinstance(event, run_events.Rejected):
-                    at = (
-                        self.rounds[row["round"]].committed_at if row["round"] in self.rounds else 0
-                    )
-                    self._reject(at or 0.0, row["round"], event)
-                    known_worker = self.workers.get(event.worker or "")
-                    if known_worker is not None:
-                        known_worker.rejected += 1
+                event = from_fields(run_events.Rejected.name, fields)
+                self.workers.add(one.committed_at or 0.0, event)
+                self._reject(one.committed_at or 0.0, one.number, event)
         if not self._whole:
             for number in sorted(self.rounds)[:-_DETAILED]:
                 self.rounds[number].let_go_of_details()
 
-    def _reject(self, at: float, during: int, event: run_events.Rejected) -> None:
-        self.causes[cause_of(event)] += 1
-        self.rejections.append((at, during, event))
+    def _reject(self, at: float, during: int, event: RunEvent) -> None:
+        if isinstance(event, run_events.Rejected):
+            self.causes[cause_of(event)] += 1
+            self.rejections.append((at, during, event))
 
     @property
     def done(self) -> list[RoundView]:
