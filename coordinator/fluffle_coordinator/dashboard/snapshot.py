@@ -119,13 +119,13 @@ def latest(view: RunView, metric: str) -> float | None:
 def _round(one: RoundView) -> dict[str, Any]:
     row: dict[str, Any] = {"round": one.number}
     if one.committed_at is not None:
-        answers = one.answers
+        answers, counted = one.answers, set(one.participants)
         row |= {
             "participants": list(one.participants),
             "examples": [
                 answers[name].num_examples if name in answers else None for name in one.participants
             ],
-            "asked": [name for name in one.asked if name not in one.participants],
+            "asked": [name for name in one.asked if name not in counted],
             "came_late": sorted(one.came_late),
             "opened_at": one.asked_at,
             "committed_at": one.committed_at,
