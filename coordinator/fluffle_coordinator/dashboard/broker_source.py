@@ -32,7 +32,7 @@ _KINDS = ("hello", "heartbeat", "bye")
 _NOBODY_YET_S = 2.0
 
 
-class Beside:
+class BrokerSource:
     """Follows a federation through the broker, and keeps a board of it.
 
     Args:

@@ -18,7 +18,7 @@ _IN_A_HEARTBEAT = (
 )  # fmt: skip
 
 
-class Live:
+class CoordinatorSource:
     """A watcher of a run (``watchers.Watcher``) that keeps a board for the page.
 
     To be shown the run's state costs one assignment; it is read when somebody looks.
