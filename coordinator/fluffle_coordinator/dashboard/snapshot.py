@@ -41,9 +41,13 @@ def ending(event: RunEvent | None) -> str:
 
 
 def curves(view: RunView) -> dict[str, Any]:
-    """Return what was measured of each round: one list a metric, all as long as ``rounds``."""
+    """Return what was measured of each round: one list a metric, all as long as ``rounds``.
+
+    The training loss is in histories alone: of a live run it would end where the run was resumed.
+    """
     told = [
-        (one, {"loss": one.loss, "training loss": train_loss(one.answers.values()),
+        (one, {"loss": one.loss,
+               "training loss": train_loss(one.answers.values()) if view.whole else None,
                "epsilon": one.epsilon, **_metrics(one)})
         for one in view.done
     ]  # fmt: skip

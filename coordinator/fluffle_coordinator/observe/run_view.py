@@ -50,7 +50,7 @@ class RunView:
 
     def __init__(self, only: int | None = None, *, whole: bool = False) -> None:
         self._only, self._most = only, math.inf if whole else _ROUNDS
-        self._whole = whole
+        self.whole = whole
         self.run: str | None = None
         self.planned: int | None = None
         self.phase = "waiting"
@@ -100,7 +100,7 @@ class RunView:
                 event = from_fields(run_events.Rejected.name, fields)
                 self.workers.add(one.committed_at or 0.0, event)
                 self._reject(one.committed_at or 0.0, one.number, event)
-        if not self._whole:
+        if not self.whole:
             for number in sorted(self.rounds)[:-_DETAILED]:
                 self.rounds[number].let_go_of_details()
 
@@ -117,7 +117,7 @@ class RunView:
     @property
     def detailed(self) -> list[RoundView]:
         """Those of them that are kept in full."""
-        return self.done if self._whole else self.done[-_DETAILED:]
+        return self.done if self.whole else self.done[-_DETAILED:]
 
     @property
     def open(self) -> RoundView | None:
