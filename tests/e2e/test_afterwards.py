@@ -69,6 +69,8 @@ def test_a_report_draws_itself_without_a_network_and_without_a_complaint(
         assert seen.wait("#workers-count") == "2 took part"
         assert len(seen.page.locator("#checkpoints tr").all()) == 3
         assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
+        too_wide = "tiles => tiles.filter(one => one.scrollWidth > one.clientWidth).length"
+        assert seen.page.locator("#tiles div, #tiles dd").evaluate_all(too_wide) == 0
         assert seen.complaints == []  # of the policy, too
 
 

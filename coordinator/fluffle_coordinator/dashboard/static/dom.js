@@ -150,6 +150,13 @@ export function clock(seconds) {
   return typeof seconds === "number" ? new Date(1000 * seconds).toTimeString().slice(0, 8) : "–";
 }
 
+/** From when to when, to the minute. */
+export function period(from, to) {
+  const [first, last] = [moment(from), moment(to)];
+  const sameDay = first.slice(0, 10) === last.slice(0, 10);
+  return `${first.slice(0, 16)} to ${last.slice(sameDay ? 11 : 0, 16)} UTC`;
+}
+
 /** The day and the time, the same wherever it is read. */
 export function moment(seconds) {
   if (typeof seconds !== "number") return "–";

@@ -1,6 +1,6 @@
 // One function a panel: each is given the whole board and draws its part of it.
 
-import { $, ago, clock, either, figure, keyed, make, mark, moment, say, size, span, whole } from "./dom.js";
+import { $, ago, clock, either, figure, keyed, make, mark, moment, period, say, size, span, whole } from "./dom.js";
 import { frozen, reached, results } from "./results.js";
 
 const QUEUES = ["updates", "presence", "journal", "rejected", "unrouted", "inbox", "outbox"];
@@ -27,8 +27,8 @@ function run(board) {
   const { run } = board;
   document.title = `${run.federation}: ${run.words}`;
   say($("federation"), run.federation);
-  const first = board.rounds?.[0]?.opened_at;
-  const when = frozen(board) && first ? ` · ${moment(first)} to ${moment(board.rounds.at(-1).committed_at)}` : "";
+  const first = frozen(board) && board.rounds[0]?.opened_at;
+  const when = first ? ` · ${period(first, board.rounds.at(-1).committed_at)}` : "";
   say($("run"), run.run ? `run ${run.run}${when}` : "");
   say($("phase"), run.words);
   mark($("phase"), "data-phase", run.outcome ?? run.phase);
