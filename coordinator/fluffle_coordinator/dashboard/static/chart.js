@@ -217,11 +217,17 @@ export function matrix(node, { title, columns, rows }) {
       });
       svg.append(draw("text", { x: left + pitch * columns.length + 8, y: middle, class: "tick" }, row.end));
     });
-    const named = Math.ceil(24 / pitch);
+    const named = Math.ceil((columns.length > 99 ? 32 : 24) / pitch);
     columns.forEach((label, place) => {
       if (place % named) return;
       svg.append(draw("text", { x: left + pitch * (place + 0.5), y: height - 5, class: "tick middle" }, label));
     });
     node.replaceChildren(svg);
+    for (const name of svg.querySelectorAll(".name")) {
+      if (name.getComputedTextLength() > left - 10) {
+        mark(name, "textLength", left - 10);
+        mark(name, "lengthAdjust", "spacingAndGlyphs");
+      }
+    }
   });
 }
