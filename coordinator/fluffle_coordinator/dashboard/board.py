@@ -60,13 +60,9 @@ class Board:
 
     def _follow_link(self, event: RunEvent) -> None:
         match event:
-            case run_events.Connected(address=address) | run_events.Reconnected(address=address):
-                self.link(True, f"linked to the broker at {address}" if address else "linked")
-            case run_events.Disconnected(reason=reason):
-                self.link(False, f"lost the broker ({reason or ''}); connecting again")
-            case run_events.NoBroker(address=address):
-                self.link(False, f"no broker at {address or ''}; trying again")
-            case run_events.Standby():
+            case run_events.Connected() | run_events.Reconnected():
+                self.link(True, event.sentence())
+            case run_events.Disconnected() | run_events.NoBroker() | run_events.Standby():
                 self.link(False, event.sentence())
 
     def _note(self, at: float, event: RunEvent) -> None:

@@ -155,8 +155,8 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
     """
     one = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:
-        opened_at = moment(row.get("opened_at"))
-        one.asked_at, one.committed_at = opened_at, moment(row.get("committed_at")) or 0.0
+        opened_at = epoch_seconds(row.get("opened_at"))
+        one.asked_at, one.committed_at = opened_at, epoch_seconds(row.get("committed_at")) or 0.0
         one.asked = tuple(row.get("asked", ()))
         one.answers = {
             each["worker"]: _answer(each, opened_at) for each in row.get("participants", ())
@@ -214,11 +214,11 @@ def finite(value: Any) -> float | None:
     return None
 
 
-def moment(text: Any) -> float | None:
+def epoch_seconds(text: Any) -> float | None:
     """Return an ISO 8601 time as seconds since 1970; None when it is none.
 
     Example:
-        >>> moment("1970-01-01T00:01:00.500+00:00"), moment("soon")
+        >>> epoch_seconds("1970-01-01T00:01:00.500+00:00"), epoch_seconds("soon")
         (60.5, None)
     """
     try:
