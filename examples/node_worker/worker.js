@@ -194,6 +194,7 @@ class Worker {
   async fit(header, payload, tell, signal) {
     if (!this.hasAnswered(header)) {
       const { run, round, base, plan, attempt = 0 } = header;
+      if (plan.extra) throw new Error('this worker makes no extra tensors');
       // The evaluation goes while we train.
       const told = header.evaluate
         ? this.evaluate({ ...header, round: round - 1 }, payload, tell, signal) : undefined;

@@ -37,13 +37,13 @@ from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
-from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker import machine
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, weights_of
+from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, read_work
 from fluffle_worker.job import Job
+from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import Task
@@ -93,6 +93,9 @@ class WorkerService:
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
         self._refusals = Refusals(topology, settings.worker)
+        rule = getattr(task, "local_rule", None)
+        if settings.state_dir is not None and isinstance(rule, BoundRule):
+            rule.keep_in(settings.state_dir)
         self._state = machine.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._welcomed: tuple[str, int, int] | None = None
@@ -313,7 +316,7 @@ class WorkerService:
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
-                self._ask(Work("init", message.run, 0), message, {})
+                self._ask(Job(Work("init", message.run, 0), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
                 announced(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
@@ -354,15 +357,15 @@ class WorkerService:
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
-        weights = weights_of(message, payload)
+        weights, broadcast = read_work(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         attempt = message.attempt if isinstance(message, Fit) else 0
         work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
-        self._ask(work, message, weights)
+        self._ask(Job(work, message, weights, broadcast))
 
-    def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
-        if work not in self._jobs:
-            self._jobs[work] = Job(work, message, weights)
+    def _ask(self, job: Job) -> None:
+        work = job.work
+        self._jobs.setdefault(work, job)
         self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
         self._advance(machine.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)

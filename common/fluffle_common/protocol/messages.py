@@ -27,6 +27,8 @@ from pydantic import (
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.tensors.table import (
+    MAX_DIMENSIONS,
+    MAX_TENSOR_NAME,
     MAX_TENSORS,
     MOST_TENSORS_KEPT,
     TABLES_KEPT,
@@ -92,6 +94,20 @@ def names_a_codec(how: str) -> str:
 
 
 Compress = Annotated[str, AfterValidator(names_a_codec)]
+Extra = (
+    Literal["model"]
+    | Annotated[
+        dict[
+            Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)],
+            Annotated[
+                tuple[Annotated[int, Field(ge=0)], ...],
+                Strict(False),
+                Field(max_length=MAX_DIMENSIONS),
+            ],
+        ],
+        Field(min_length=1, max_length=1000),
+    ]
+)
 Classes = Annotated[
     tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
     Strict(False),
@@ -158,8 +174,9 @@ class Plan(_Model):
     """How to train in this round; the same for every worker.
 
     ``deadline_s`` counts from the opening of the round; ``compress`` names the codec of updates,
-    with its settings (see ``tensors.codecs``), or None for plain ones; ``config`` is free for a
-    task's own use.
+    with its settings (see ``tensors.codecs``), or None for plain ones; ``extra`` says which tensors
+    an update has to bring besides (see ``tensors.groups``); ``config`` is free for a task's own
+    use.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
@@ -168,6 +185,7 @@ class Plan(_Model):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     deadline_s: Seconds | None = None
     compress: Compress | None = None
+    extra: Extra | None = None
     config: Config = Field(default_factory=dict)
 
 
@@ -525,7 +543,7 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"]["TensorEntry"] = {
         "type": "object",
         "properties": dict(zip(TensorEntry._fields, entry["prefixItems"], strict=True)),
-        "required": list(TensorEntry._fields),
+        "required": [n for n in TensorEntry._fields if n not in TensorEntry._field_defaults],
         "additionalProperties": False,
     }
     return schema

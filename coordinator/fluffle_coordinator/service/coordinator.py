@@ -301,7 +301,9 @@ class Coordinator:
                 self._committer.record_end(self.state.committed, outcome, reason)
                 self._outbox.perform(effect, self.state, None)
             case _:
-                self._outbox.perform(effect, self.state, self._aggregator.weights)
+                self._outbox.perform(
+                    effect, self.state, self._aggregator.weights, self._aggregator.broadcast
+                )
 
     def _record(self, event: run_events.RunEvent) -> None:
         self._committer.counts.note(event)

@@ -22,11 +22,12 @@ from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
+from fluffle_common.tensors.groups import ExtraForm
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.run_store import read_history_lines
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.contribution import decode_contribution, decode_extra
 from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 
@@ -127,7 +128,7 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     base = before.weights
     committed, _ = read_checkpoint(run / line.get("checkpoint", checkpoint_name(number)))
     contributions = [
-        _kept(update_path(run, number, place, one["worker"]), line, one, base)
+        _kept(update_path(run, number, place, one["worker"]), line, one, base, strategy.needs.extra)
         for place, one in enumerate(participants, start=1)
     ]
     state = strategy.init(base) if number == 1 else strategy.load(before.kept, base)
@@ -160,7 +161,11 @@ def _committed_by(line: Mapping[str, Any]) -> str:
 
 
 def _kept(
-    path: Path, line: Mapping[str, Any], participant: Mapping[str, Any], base: Weights
+    path: Path,
+    line: Mapping[str, Any],
+    participant: Mapping[str, Any],
+    base: Weights,
+    extra: ExtraForm | None,
 ) -> Contribution:
     """Read a kept update as the coordinator read it when it came."""
     worker = participant["worker"]
@@ -187,13 +192,16 @@ def _kept(
             raise UsageError(
                 f"the update of {worker} is missing its tensors: there is no {missing}"
             )
-        delta, _ = decode_contribution(message, inside if payload is None else payload, base)
+        payload = inside if payload is None else payload
+        delta, _ = decode_contribution(message, payload, base)
+        besides = decode_extra(message, payload, extra, base)
     except MalformedMessage as wrong:
         raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
     return Contribution(
         worker=worker,
         num_examples=participant["num_examples"],
         delta=delta,
+        extra=besides,
         metrics=message.metrics,
     )
 

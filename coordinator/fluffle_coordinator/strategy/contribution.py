@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fluffle_common.errors import Cause, MalformedMessage
-from fluffle_common.protocol.codec import announced, read_tensors
+from fluffle_common.protocol.codec import announced, read_groups, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.tensors.compression import check_announced_signature, decompress
-from fluffle_common.tensors.weights import NotFinite, Weights, check_delta
+from fluffle_common.tensors.groups import EXTRA, ExtraForm, check_extra, forms_of
+from fluffle_common.tensors.table import MODEL
+from fluffle_common.tensors.weights import NotFinite, Weights, check_delta, check_finite
 
 
-def check_announced(message: Update | FirstWeights, base: Weights | None) -> None:
+def check_announced(
+    message: Update | FirstWeights, base: Weights | None, extra: ExtraForm | None = None
+) -> None:
     """Look at what an update in parts announces, before any of it is fetched.
 
     Args:
         message: the announcement.
         base: the model's weights; None for the first ones.
+        extra: which extra tensors were asked for.
 
     Raises:
         MalformedMessage: of cause ``tensors``, where that cannot be what it says, or is no delta
@@ -23,9 +30,14 @@ def check_announced(message: Update | FirstWeights, base: Weights | None) -> Non
     layout = announced(message)
     if base is None or not isinstance(message, Update):
         return
-    form = {name: (place.dtype, place.shape) for name, place in layout.places.items()}
+    forms = {
+        group: {name: (place.dtype, place.shape) for name, place in of.places.items()}
+        for group, of in layout.layouts.items()
+    }
     try:
-        check_announced_signature(form, message.encoding, base)
+        _check_groups(forms)
+        check_announced_signature(forms[MODEL], message.encoding, base)
+        check_extra(forms.get(EXTRA, {}), extra, base)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
 
@@ -55,3 +67,39 @@ def decode_contribution(
         cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
         raise MalformedMessage(str(wrong), cause) from None
     return delta, norm
+
+
+def decode_extra(
+    message: Update, payload: memoryview, extra: ExtraForm | None, base: Weights
+) -> Weights:
+    """Read what an update brings besides its delta, and check it.
+
+    Args:
+        message: the update, with its table of tensors.
+        payload: the bytes of its tensors.
+        extra: which extra tensors were asked for.
+        base: the weights of the model.
+
+    Returns:
+        The tensors, views into ``payload``; none if none were asked for.
+
+    Raises:
+        MalformedMessage: of cause ``tensors`` or ``not_finite``, if it is anything else than what
+            was asked for.
+    """
+    groups = read_groups(message.tensors, payload)
+    found: Weights = groups.get(EXTRA, {})
+    try:
+        _check_groups(groups)
+        check_extra(forms_of(found), extra, base)
+        check_finite(found)
+    except ValueError as wrong:
+        cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
+        raise MalformedMessage(str(wrong), cause) from None
+    return found
+
+
+def _check_groups(groups: Mapping[str, object]) -> None:
+    unknown = sorted(groups.keys() - {MODEL, EXTRA})
+    if unknown:
+        raise ValueError(f"tensors of the group '{unknown[0]}' were not asked for")
