@@ -102,6 +102,15 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     ), MODEL  # fmt: skip
     yield "update with extra tensors", m.Update(**update), Grouped(MODEL, CONTROL)
     yield "stop", m.Stop(**RUN, round=6, reason="6 rounds are done"), {}
+    yield "fit that wants a codec", m.Fit(
+        **work, evaluate=False, plan=m.Plan(compress=m.Compression.parse("topk:0.01"))
+    ), MODEL  # fmt: skip
+    phase = {**RUN, "name": "secagg", "phase": "keys", "round": 2}
+    yield "exchange", m.Exchange(**phase, **W), {"key": np.arange(32, dtype=np.uint8)}
+    yield "exchange of the coordinator, without tensors", m.Exchange(**phase), {}
+    yield "signed", m.Stop(
+        **RUN, round=6, reason="6 rounds are done", key_id="k1", signature="c2lnbmF0dXJl"
+    ), {}  # fmt: skip
     yield "echo", m.Echo(**F, session="c0", number=1), {}
     yield "event", m.Event(**journal, **happened, fields=fields), {}
     happening = m.Happening(**happened, fields=fields)
@@ -149,6 +158,11 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "a duration that is NaN", {**header, "seconds": float("nan")}, two, "malformed"
     yield "a metric that is infinite", {**header, "metrics": {"x": float("inf")}}, two, "malformed"
     yield "an unknown key that is critical", {**header, "critical": ["x"], "x": 1}, two, "malformed"
+    fit = {**header, "kind": "fit", "evaluate": True}
+    yield "a fit whose codec is a text", {**fit, "plan": {"compress": "int8"}}, two, "malformed"
+    topk = {"compress": {"kind": "topk", "fraction": 1.5}}
+    yield "a fit that wants more than everything", {**fit, "plan": topk}, two, "malformed"
+    yield "a payload that is sealed", {**header, "sealed": "aes-256-gcm"}, two, "sealed"
     yield "a header that is no map", [1, 2], two, "malformed"
     yield "an unknown dtype", table(dtype="complex64"), two, "tensors"
     yield "a shape that does not go with its bytes", table(shape=[3]), two, "tensors"

@@ -38,13 +38,17 @@ const reason = text(0, 2000);
 const round = int(0, 1e9);
 const scalar = (v) => bool(v) || number(v) || typeof v === 'string';
 
+const COMPRESS = {
+  kind: text(1, 32), fraction: maybe((v) => number(v) && v > 0 && v < 1),
+  settings: maybe(text(1, 64)),
+};
 const PLAN = {
   epochs: maybe(int(1)),
   batch_size: maybe(int(1)),
   learning_rate: maybe((v) => number(v) && v > 0),
   seed: maybe(int(0, 2 ** 63)), // one above 2^53 is read inexactly, which is as good for a seed
   deadline_s: maybe(number),
-  compress: maybe(text(0, 100)),
+  compress: maybe((v) => map(v) && fields(v, COMPRESS)),
   extra: maybe((v) => v === 'model' || (map(v) && Object.values(v).every(list(32, int())))),
   config: maybe((v) => map(v) && Object.values(v).every(scalar)),
 };
@@ -59,6 +63,8 @@ const COMMON = {
   protocol: (v) => v === PROTOCOL,
   federation: (v) => typeof v === 'string' && /^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$/.test(v),
   kind: text(1, 64), critical: maybe(list(32, text(1, 64))), ext: maybe(map),
+  key_id: maybe(text(1, 64)), signature: maybe(text(1, 2000)),
+  sealed: (v) => v === undefined || v === null, // this worker can open nothing
   pad: maybe((v) => v instanceof Uint8Array),
 };
 const TENSORS = { tensors: Array.isArray, transfer: maybe(map) };

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from fluffle_common.errors import UsageError
-from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.messages import Compression
 from fluffle_coordinator.cli.coordinator import CompressType, coordinator
 from fluffle_coordinator.service import app as main
 
@@ -24,7 +24,7 @@ from fluffle_coordinator.service import app as main
 )
 def test_what_may_be_asked_for_is_what_a_plan_can_carry(text, how):
     assert CompressType().convert(text, None, None) == how
-    assert Plan(compress=how).compress == how
+    assert str(Compression.parse(how)) == how
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from fluffle_common.tensors.codecs.base import (
     CodecError,
     UnknownCodec,
 )
-from fluffle_common.tensors.codecs.registry import CODECS, Registry, encoding_of
+from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.groups import ExtraForm, check_extra, forms_of
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
@@ -181,9 +181,9 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     """
     if plan.compress is None:
         return None
-    name = encoding_of(plan.compress)
+    name = plan.compress.kind
     try:
-        return codecs.parse(plan.compress)
+        return codecs.parse(str(plan.compress))
     except BrokenCodec as why:
         raise TaskError(str(why)) from why.__cause__
     except UnknownCodec:

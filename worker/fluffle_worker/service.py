@@ -22,8 +22,10 @@ from fluffle_common.errors import (
     TaskError,
 )
 from fluffle_common.protocol.codec import Assembly, announced, decode
+from fluffle_common.protocol.exchanges import Exchanges
 from fluffle_common.protocol.messages import (
     Evaluate,
+    Exchange,
     Fit,
     InitRequest,
     Part,
@@ -38,6 +40,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
+from fluffle_common.transport.messaging import Route, send
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker import machine
 from fluffle_worker.heartbeat import Presence
@@ -74,6 +77,7 @@ class WorkerService:
         training: where the task's code runs; a thread of its own unless told.
         form: what the task's model is made of; None: it is found out here.
         codecs: those that updates may be encoded by.
+        exchanges: who handles protocols in several phases.
     """
 
     def __init__(
@@ -88,11 +92,13 @@ class WorkerService:
         training: Training | None = None,
         form: Signature | None = None,
         codecs: Registry = CODECS,
+        exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
         self._refusals = Refusals(topology, settings.worker)
+        self._exchanges = exchanges or Exchanges()
         rule = getattr(task, "local_rule", None)
         if settings.state_dir is not None and isinstance(rule, BoundRule):
             rule.keep_in(settings.state_dir)
@@ -296,7 +302,10 @@ class WorkerService:
         async for delivery in mail:
             try:
                 message, payload = decode(delivery.body, self._settings.federation)
-                self._receive(message, payload)
+                if isinstance(message, Exchange):
+                    await self._exchange(link, message, payload)
+                else:
+                    self._receive(message, payload)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
                 await self._refusals.refuse(link, delivery, wrong)
@@ -334,6 +343,14 @@ class WorkerService:
                 pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
                 raise no_mail(message)
+
+    async def _exchange(self, link: Link, message: Exchange, payload: memoryview) -> None:
+        """Take part in a protocol in several phases; the answers are sent in their order."""
+        if message.run != self._run:
+            return  # as work of an earlier run
+        for sent, body in self._exchanges.receive(message, payload):
+            key = f"{sent.message.kind}.{self._settings.worker}"
+            await send(link, sent.message, Route(self._topology.results, [key]), body)
 
     def _judged(self, verdict: Verdict) -> None:
         """Take what became of an update that does not count."""

@@ -28,6 +28,7 @@ from fluffle_common.protocol.messages import (
     Message,
     Part,
     Refusal,
+    TensorHeader,
     Transfer,
     WithTensors,
     parse,
@@ -85,7 +86,7 @@ def encode(
     pieces = payload if isinstance(payload, list) else [payload]
     nbytes = sum(map(len, pieces))
     header = message.model_dump(exclude=_APART, exclude_none=True)
-    if isinstance(message, WithTensors):
+    if isinstance(message, TensorHeader):
         header["tensors"] = as_maps(message.tensors if table is None else table)
     if nbytes:
         header["pad"] = b""  # the last, so that it can be filled up behind its length

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
 from fluffle_common.protocol.events import RunEvent, Untold, Waiting
+from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
     PROTOCOL,
     Evaluate,
@@ -201,6 +202,12 @@ class Outbox:
             case _:
                 return
         self._put(job)
+
+    def exchange(self, sent: Sent, body: bytes) -> None:
+        """Send a message of a protocol in several phases."""
+        route = Route(self._topology.work, sent.workers)
+        if sent.workers:
+            self._put(lambda link: send(link, sent.message, route, body))
 
     def refuse(self, to: Greeting, reason: str, code: str) -> None:
         """Tell a worker that it is not in: once in each of its sessions, in its own version."""
