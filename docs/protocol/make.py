@@ -105,6 +105,9 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     yield "fit that wants a codec", m.Fit(
         **work, evaluate=False, plan=m.Plan(compress=m.Compression.parse("topk:0.01"))
     ), MODEL  # fmt: skip
+    yield "fit that trains a part of the model", m.Fit(
+        **work, evaluate=False, plan=m.Plan(train=("kernel*",))
+    ), MODEL  # fmt: skip
     phase = {**RUN, "name": "secagg", "phase": "keys", "round": 2}
     yield "exchange", m.Exchange(**phase, **W), {"key": np.arange(32, dtype=np.uint8)}
     yield "exchange of the coordinator, without tensors", m.Exchange(**phase), {}

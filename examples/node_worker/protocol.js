@@ -50,6 +50,7 @@ const PLAN = {
   deadline_s: maybe(number),
   compress: maybe((v) => map(v) && fields(v, COMPRESS)),
   extra: maybe((v) => v === 'model' || (map(v) && Object.values(v).every(list(32, int())))),
+  train: maybe(list(1000, text(1, 500))),
   config: maybe((v) => map(v) && Object.values(v).every(scalar)),
 };
 const TRANSFER = {

@@ -9,6 +9,10 @@ import { Regression } from './regression.js';
 
 const IDLE = { state: 'idle', step: 0, steps: 0, loss: undefined };
 
+/** Whether an update brings this tensor: names, or beginnings of names with a * behind them. */
+const trains = ({ train }, name) => !train || train.some((one) => (
+  one.endsWith('*') ? name.startsWith(one.slice(0, -1)) : name === one));
+
 class Worker {
   constructor(options) {
     this.options = options;
@@ -207,7 +211,7 @@ class Worker {
         signal,
       );
       await told;
-      const packed = pack(delta);
+      const packed = pack(delta.filter(({ name }) => trains(plan, name)));
       this.answered = {
         attempt, payload: packed.payload,
         header: {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol import codec
+from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_coordinator.cli.run_folder import replay
+from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.strategy.base import Needs
 from fluffle_worker.local.bound import BoundRule
@@ -208,5 +211,63 @@ def test_a_broadcast_that_cannot_be_sent_stops_the_run(federated):
         federation.worker("a", Descent("a"))
         with pytest.raises(TaskError, match=r"in broadcast\(\): .* tensor 'c' has 1 values"):
             await coordinator.end()
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("compress", [None, "int8"])
+@pytest.mark.parametrize("part_bytes", [codec.PART_BYTES, 256])
+def test_what_the_plan_does_not_train_stays_bit_by_bit_and_does_not_travel(
+    federated, monkeypatch, compress, part_bytes
+):
+    monkeypatch.setattr(codec, "PART_BYTES", part_bytes)
+    monkeypatch.setattr("fluffle_coordinator.service.outbox.PART_BYTES", part_bytes)
+
+    class Three(Adder):
+        def init(self, seed: int) -> Any:
+            ones = np.ones(2000, np.float32)
+            steps = np.array(7, np.int64)
+            return {
+                "body/w": ones * np.float32(0.1),
+                "head/w": ones,
+                "head/b": ones[:3],
+                "n": steps,
+            }
+
+    async def scenario(federation):
+        how = Compression.parse(compress) if compress else None
+        plan = Plan(train=("head/*", "n"), compress=how)
+        coordinator = federation.coordinator(rounds=2, plan=plan, keep_updates=True)
+        for name, value in (("a", 1.0), ("b", 3.0)):
+            federation.worker(name, Three(federation.loop, value))
+        assert (await coordinator.end()).outcome == "finished"
+        assert not coordinator.log.of("rejected")
+        before, after = federation.weights(0), federation.weights(2)
+        assert after["body/w"].tobytes() == before["body/w"].tobytes()
+        np.testing.assert_allclose(after["head/w"], before["head/w"] + 4, rtol=1e-6)
+        np.testing.assert_allclose(after["head/b"], before["head/b"] + 4, rtol=1e-6)
+        assert after["n"] == 11
+        sent = [one["bytes"] for line in federation.history() for one in line["participants"]]
+        assert max(sent) < (2500 if compress else 8500)
+        # What the coordinator of a real run notes of its plan.
+        noted = configuration(coordinator.service._settings, federation.topology)
+        run = json.dumps({"configurations": [{"from_round": 1, **noted}]})
+        (federation.folder / "run.json").write_text(run)
+        words = [str(federation.folder), "--round", "2"]
+        shown = CliRunner().invoke(replay, words)
+        assert (shown.exit_code, "equal: all 4 tensors" in shown.output) == (0, True)
+
+    federated(scenario)
+
+
+def test_a_plan_that_trains_nothing_of_the_model_is_told(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(
+            rounds=1, min_workers=1, plan=Plan(train=("head/*", "tail"))
+        )
+        federation.worker("a", Adder(federation.loop))
+        told = (await coordinator.log.until("failure"))["reason"]
+        assert "the federation trains the tensors head/*, tail, and this task's model has" in told
+        await coordinator.kill()
 
     federated(scenario)

@@ -50,7 +50,7 @@ def test_the_plan_says_what_the_flags_ask_for(monkeypatch, flags, compress):
     asked = []
     monkeypatch.setattr(main, "run_coordinator", lambda rules, options: asked.append(options))
     CliRunner().invoke(coordinator, ["--federation", "f", *flags], catch_exceptions=False)
-    assert main._compress(asked[0]) == compress
+    assert str(main._compress(asked[0])) == str(compress)
 
 
 def test_one_of_them_is_enough():

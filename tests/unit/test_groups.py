@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol.codec import Assembly, decode, encode, lay_out, pack, read_groups
-from fluffle_common.protocol.messages import Part, Update
+from fluffle_common.protocol.messages import Part, Plan, Update
 from fluffle_common.tensors.groups import check_extra, forms_of
 from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry
-from fluffle_coordinator.strategy.contribution import check_announced, decode_extra
+from fluffle_coordinator.strategy.contribution import (
+    check_announced,
+    decode_contribution,
+    decode_extra,
+)
 
 MODEL = {"w": np.arange(5, dtype=np.float32), "n": np.array(3, np.int64)}
 EXTRA = {"w": np.full(5, 0.5, np.float32)}
@@ -56,7 +60,7 @@ def test_groups_come_back_as_they_were_and_each_in_one_piece(model, groups):
             assert found[group][name].dtype == tensor.dtype
             assert found[group][name].tobytes() == tensor.tobytes()
             assert not found[group][name].flags.writeable
-        assert found[group].layout is layout_for(one)
+        assert found[group].layout.table == layout_for(one).table
     assert wire.read_tensors(message.tensors, payload).keys() == model.keys()
 
 
@@ -78,7 +82,7 @@ def test_groups_travel_in_parts(monkeypatch):
     found = read_groups(message.tensors, assembly.payload())
     assert found["extra"]["w"].tolist() == [0.5] * 5
     assert transfer.digest == wire.digest_of(MODEL, {"extra": EXTRA})
-    check_announced(message, MODEL, "model")
+    check_announced(message, MODEL, Plan(extra="model"))
     with pytest.raises(MalformedMessage, match="the extra tensor 'w' was not asked for") as wrong:
         check_announced(message, MODEL)
     assert wrong.value.cause == "tensors"
@@ -125,20 +129,39 @@ def test_one_name_may_be_in_two_groups_and_not_twice_in_one():
 def test_the_coordinator_takes_the_extra_tensors_that_it_asked_for(wanted, extra, cause, told):
     message, payload = sent(extra)
     with pytest.raises(MalformedMessage, match=told) as wrong:
-        decode_extra(message, payload, wanted, MODEL)
+        decode_extra(message, payload, MODEL, Plan(extra=wanted))
     assert wrong.value.cause == cause
 
 
 def test_a_group_that_nobody_asked_for_is_refused():
     message, payload = sent({"k": np.ones(1)}, "keys")
     with pytest.raises(MalformedMessage, match="of the group 'keys' were not asked for"):
-        decode_extra(message, payload, None, MODEL)
+        decode_extra(message, payload, MODEL, Plan())
 
 
 def test_what_was_asked_for_is_taken():
-    found = decode_extra(*sent(EXTRA), "model", MODEL)
+    found = decode_extra(*sent(EXTRA), MODEL, Plan(extra="model"))
     assert found["w"].tolist() == [0.5] * 5
     steps = {"steps": np.array(3.0)}
-    assert decode_extra(*sent(steps), {"steps": ()}, MODEL)["steps"] == 3
-    assert not decode_extra(*sent({}), None, MODEL)
+    assert decode_extra(*sent(steps), MODEL, Plan(extra={"steps": ()}))["steps"] == 3
+    assert not decode_extra(*sent({}), MODEL, Plan())
     check_extra(forms_of(EXTRA), {"w": (5,)}, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [("w", "unknown w"), ("", "missing n"), ("nm", "unknown m")]
+)
+def test_an_update_brings_the_tensors_of_the_plan_and_no_others(names, told):
+    """``n`` is to be trained, ``w`` is not."""
+    weights = {name: MODEL.get(name, MODEL["n"]) for name in names}
+    message, payload = decode(pack(update(), weights)[1])
+    with pytest.raises(MalformedMessage, match=told) as wrong:
+        decode_contribution(message, payload, MODEL, Plan(train=("n",)))
+    assert wrong.value.cause == "tensors"
+
+
+def test_what_is_not_trained_has_a_delta_of_zero():
+    message, payload = decode(pack(update(), {"n": MODEL["n"]})[1])
+    delta, norm = decode_contribution(message, payload, MODEL, Plan(train=("n",)))
+    assert list(delta) == list(MODEL)
+    assert (delta["w"].tolist(), int(delta["n"]), norm) == ([0.0] * 5, 3, 3.0)

@@ -29,7 +29,7 @@ from fluffle_common.tensors.codecs.base import (
 )
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
-from fluffle_common.tensors.groups import ExtraForm, check_extra, forms_of
+from fluffle_common.tensors.groups import ExtraForm, check_extra, chosen, forms_of
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
@@ -147,9 +147,26 @@ def _trained(
         learnt = delta(trained.weights, job.weights)
     except ValueError as wrong:
         raise TaskError(f"train() returned other weights than it was given: {wrong}") from None
+    learnt = _chosen(learnt, fit.plan)
     sent = rule.sent if isinstance(rule, BoundRule) else {}
     job.extra = _extra(fit.plan.extra, {**sent, **trained.extra}, job.weights)
     return _update(ids, fit.round, trained, seconds), learnt
+
+
+def _chosen(learnt: Weights, plan: Plan) -> Weights:
+    """Return what is sent of a delta; what else the training changed stays here.
+
+    Raises:
+        TaskError: if that is nothing.
+    """
+    found = chosen(learnt, plan.train)
+    if not found:
+        names = ", ".join(plan.train or ())
+        raise TaskError(
+            f"the federation trains the tensors {names[:200]}, and this task's model has none of "
+            "them; its names are in 'fluffle peek' and in every checkpoint"
+        )
+    return found
 
 
 def _extra(wanted: ExtraForm | None, found: Weights, model: Weights) -> Weights:

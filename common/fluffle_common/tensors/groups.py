@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +112,25 @@ def _moved(table: tuple[TensorEntry, ...], by: int, group: str) -> tuple[TensorE
     if not by and all(entry.group == group for entry in table):
         return table
     return tuple([e._replace(offset=e.offset + by, group=group) for e in table])
+
+
+def chosen(weights: Weights, train: Sequence[str] | None) -> Weights:
+    """Return the tensors that a plan lets workers train.
+
+    Args:
+        weights: the model.
+        train: names, or beginnings of names with a ``*`` behind them; None chooses all.
+
+    Example:
+        >>> model = dict.fromkeys(["head/kernel", "head/bias", "body/kernel"], np.zeros(1))
+        >>> sorted(chosen(model, ["head/*"]))
+        ['head/bias', 'head/kernel']
+    """
+    if train is None:
+        return weights
+    names = {one for one in train if not one.endswith("*")}
+    beginnings = tuple(one[:-1] for one in train if one.endswith("*"))
+    return {n: w for n, w in weights.items() if n in names or n.startswith(beginnings)}
 
 
 def forms_of(tensors: Weights) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

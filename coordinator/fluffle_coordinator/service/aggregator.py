@@ -15,10 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
-from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.groups import ExtraForm
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone, fetch
@@ -30,6 +29,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy
 from fluffle_coordinator.strategy.contribution import (
+    EVERYTHING,
     check_announced,
     decode_contribution,
     decode_extra,
@@ -60,6 +60,7 @@ class Aggregator:
         link: the link of the moment, None where there is none.
         post: given the events for the round machine.
         strategy: how a round is averaged; what is not ours may take its time, and gets a thread.
+        plan: what workers were told about training.
         resumed: the round that the weights are of, and what the strategy kept in its checkpoint;
             None where the run begins.
         keep_updates: whether what is folded is kept.
@@ -78,6 +79,7 @@ class Aggregator:
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         strategy: NamedStrategy = FEDAVG,
+        plan: Plan = EVERYTHING,
         resumed: tuple[int, Weights] | None = None,
         keep_updates: bool = False,
         verify_users: bool = False,
@@ -87,7 +89,7 @@ class Aggregator:
         self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
         self._topology, self._committer, self._max_bytes = topology, committer, max_model_bytes
         self._link, self._post = link, post
-        self._strategy, self._keep_updates = strategy, keep_updates
+        self._strategy, self._plan, self._keep_updates = strategy, plan, keep_updates
         self._verify_users, self._averaged = verify_users, averaged
         self._jobs = SerialQueue()
         self._at_once_bytes = _AT_ONCE_BYTES if strategy is FEDAVG else -1
@@ -141,7 +143,7 @@ class Aggregator:
         """How long the header of an update may be, or of the first weights."""
         if self._max_header is None and self.weights is not None:  # it stays as it is, in a run
             shapes = [(name, tensor.shape) for name, tensor in self.weights.items()]
-            extra = self._extra or {}
+            extra = self._plan.extra or {}
             shapes += shapes if extra == "model" else [(n, tuple(s)) for n, s in extra.items()]
             self._max_header = header_room(shapes)
         return MAX_HEADER_BYTES if self._max_header is None else self._max_header
@@ -150,11 +152,6 @@ class Aggregator:
     def _quick(self) -> bool:
         """Whether what is over at once may be done at once: nothing that was asked for waits."""
         return self._jobs.idle and size_bytes(self._base) <= self._at_once_bytes
-
-    @property
-    def _extra(self) -> ExtraForm | None:
-        """Which tensors workers send besides their deltas."""
-        return self._strategy.strategy.needs.extra
 
     @property
     def _base(self) -> Weights:
@@ -232,7 +229,7 @@ class Aggregator:
         assert isinstance(message, Update)
         began = time.monotonic()
         # Read-only: it may still have to be kept as it came.
-        delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
+        delta, norm = decode_contribution(message, payload.toreadonly(), self._base, self._plan)
         if norm > held.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
@@ -243,7 +240,7 @@ class Aggregator:
             worker=message.worker,
             num_examples=held.num_examples,
             delta=delta,
-            extra=decode_extra(message, payload.toreadonly(), self._extra, self._base),
+            extra=decode_extra(message, payload.toreadonly(), self._base, self._plan),
             metrics=message.metrics,
         )
         self._state = self._in_round(message.round).fold(self._state, one)
@@ -273,7 +270,7 @@ class Aggregator:
         transfer = held.message.transfer
         if transfer is None:
             return held.payload
-        check_announced(held.message, self.weights, self._extra)
+        check_announced(held.message, self.weights, self._plan)
         link = self._link()
         if link is None:
             raise LinkLost("the link was lost")

@@ -66,6 +66,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
             learning_rate=options["learning_rate"],
             compress=_compress(options),
             config=parse_config(options["config"]),
+            train=options["train"] or None,
         ),
         strategy=strategy,
         classes=parse_classes(options["classes"]),

@@ -152,6 +152,7 @@ class Coordinator:
             link=lambda: self._link,
             post=self._post,
             strategy=settings.strategy,
+            plan=settings.whole_plan,
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             keep_updates=settings.keep_updates,
             verify_users=settings.verify_users,

@@ -70,13 +70,7 @@ class Outbox:
     ) -> None:
         self._topology, self._run, self._settings = topology, run, settings
         self._link, self._a_link, self._record = link, a_link, record
-        self._plan = settings.plan.model_copy(
-            update={
-                "seed": settings.rules.seed,
-                "deadline_s": settings.rules.deadline_s,
-                "extra": settings.strategy.strategy.needs.extra,
-            }
-        )
+        self._plan = settings.whole_plan
         # Of which weights, of what is broadcast with them, and what it is.
         self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
         self._refused: dict[tuple[str, str], None] = {}  # worker and session, told once

@@ -61,6 +61,11 @@ Extra = (
         Field(min_length=1, max_length=1000),
     ]
 )
+Train = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
+    Strict(False),
+    Field(min_length=1, max_length=1000),
+]
 Classes = Annotated[
     tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
     Strict(False),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fluffle_common.protocol.messages.base import Header, Model, TransferHeader
-from fluffle_common.protocol.messages.fields import Config, Extra, Id, Round, Seconds, Text
+from fluffle_common.protocol.messages.fields import Config, Extra, Id, Round, Seconds, Text, Train
 from fluffle_common.tensors.table import Encoding
 
 # fluffle's own codecs take these settings and no others; those of others take any.
@@ -55,7 +56,8 @@ class Compression(Model):
 
     def __str__(self) -> str:
         """Return it as a text that ``parse``, and a codec, understands."""
-        settings = self.settings if self.fraction is None else f"{self.fraction!r}"
+        number = self.fraction
+        settings = self.settings if number is None else format(Decimal(repr(number)), "f")
         return self.kind if settings is None else f"{self.kind}:{settings}"
 
 
@@ -64,7 +66,8 @@ class Plan(Model):
 
     ``deadline_s`` counts from the opening of the round; ``compress`` says by which codec
     updates are encoded (see ``tensors.codecs``), None that they are plain; ``extra`` says which
-    tensors an update has to bring besides (see ``tensors.groups``); ``config`` is free for a task's
+    tensors an update has to bring besides, and ``train`` which of the model's it brings, None all
+    of them (see ``tensors.groups``); ``config`` is free for a task's
     own use.
     """
 
@@ -75,6 +78,7 @@ class Plan(Model):
     deadline_s: Seconds | None = None
     compress: Compression | None = None
     extra: Extra | None = None
+    train: Train | None = None
     config: Config = Field(default_factory=dict)
 
 
