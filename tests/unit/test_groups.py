@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import Assembly, decode, encode, lay_out, pack, read_groups
+from fluffle_common.protocol.codec import decode, encode, lay_out, pack, read_groups
 from fluffle_common.protocol.messages import Part, Plan, Update
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.groups import check_extra, forms_of
 from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry

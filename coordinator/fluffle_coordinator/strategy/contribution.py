@@ -10,7 +10,15 @@ from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol.codec import announced, read_groups, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
 from fluffle_common.tensors.compression import check_announced_signature, decompress
-from fluffle_common.tensors.groups import EXTRA, check_extra, chosen, forms_of
+from fluffle_common.tensors.groups import (
+    EXTRA,
+    GroupedLayout,
+    Groups,
+    check_extra,
+    chosen,
+    forms_of,
+)
+from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import (
     NotFinite,
@@ -26,7 +34,7 @@ EVERYTHING = Plan()
 
 def check_announced(
     message: Update | FirstWeights, base: Weights | None, plan: Plan = EVERYTHING
-) -> None:
+) -> GroupedLayout:
     """Look at what an update in parts announces, before any of it is fetched.
 
     Args:
@@ -34,13 +42,16 @@ def check_announced(
         base: the model's weights; None for the first ones.
         plan: which tensors were asked for.
 
+    Returns:
+        How its tensors lie in what is fetched.
+
     Raises:
         MalformedMessage: of cause ``tensors``, where that cannot be what it says, or is no delta
             for ``base``.
     """
     layout = announced(message)
     if base is None or not isinstance(message, Update):
-        return
+        return layout
     forms = {
         group: {name: (place.dtype, place.shape) for name, place in of.places.items()}
         for group, of in layout.layouts.items()
@@ -51,16 +62,20 @@ def check_announced(
         check_extra(forms.get(EXTRA, {}), plan.extra, base)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
+    return layout
 
 
 def decode_contribution(
-    message: Update, payload: memoryview, base: Weights, plan: Plan = EVERYTHING
+    message: Update,
+    payload: memoryview | InPieces,
+    base: Weights,
+    plan: Plan = EVERYTHING,
 ) -> tuple[Weights, float]:
     """Read an update's tensors, decode them, and check them against the model.
 
     Args:
         message: the update, with its table of tensors and their encoding.
-        payload: the bytes of its tensors.
+        payload: the bytes of its tensors; or the tensors themselves, if they stay in pieces.
         base: the weights that it is to be added to.
         plan: which tensors were asked for.
 
@@ -71,7 +86,9 @@ def decode_contribution(
     Raises:
         MalformedMessage: of cause ``tensors`` or ``not_finite``, where it is no delta for ``base``.
     """
-    tensors = read_tensors(message.tensors, payload)
+    tensors: Weights = (
+        payload if isinstance(payload, InPieces) else read_tensors(message.tensors, payload)
+    )
     try:
         trained = chosen(base, plan.train)
         delta = decompress(tensors, message.encoding, trained)
@@ -87,12 +104,14 @@ def decode_contribution(
     return delta, norm
 
 
-def decode_extra(message: Update, payload: memoryview, base: Weights, plan: Plan) -> Weights:
+def decode_extra(
+    message: Update, payload: memoryview | InPieces, base: Weights, plan: Plan
+) -> Weights:
     """Read what an update brings besides its delta, and check it.
 
     Args:
         message: the update, with its table of tensors.
-        payload: the bytes of its tensors.
+        payload: as for ``decode_contribution``.
         base: the weights of the model.
         plan: which tensors were asked for.
 
@@ -103,7 +122,11 @@ def decode_extra(message: Update, payload: memoryview, base: Weights, plan: Plan
         MalformedMessage: of cause ``tensors`` or ``not_finite``, if it is anything else than what
             was asked for.
     """
-    groups = read_groups(message.tensors, payload)
+    groups: Groups = (
+        {MODEL: payload}  # only a delta alone stays in pieces
+        if isinstance(payload, InPieces)
+        else read_groups(message.tensors, payload)
+    )
     found: Weights = groups.get(EXTRA, {})
     try:
         _check_groups(groups)
