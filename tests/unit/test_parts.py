@@ -21,6 +21,7 @@ from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol.codec import decode, pack
 from fluffle_common.protocol.messages import Part, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.layout import FLOATS, Array, Tensors, layout_for
 from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import NotFinite, check_delta, finite_norm
@@ -31,8 +32,9 @@ from fluffle_coordinator.service import spool
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Average
 from fluffle_coordinator.service.held_updates import Held
-from fluffle_coordinator.strategy.base import Contribution
+from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_coordinator.strategy.pipeline import pipeline, replace
 from fluffle_coordinator.strategy.weighted import weighted
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -168,8 +170,9 @@ def values(seed: int) -> dict[str, Array]:
 class Sum:
     """An aggregator, what it reports, and the broker from which it fetches."""
 
-    def __init__(self, link: MemoryLink, folder: Path) -> None:
+    def __init__(self, link: MemoryLink, folder: Path, **options: Any) -> None:
         self.link: Any = link
+        self.kept: list[bytes] = []
         self.news: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.averages: asyncio.Queue[Average] = asyncio.Queue()
         self.model = in_one_piece(values(0))
@@ -181,18 +184,25 @@ class Sum:
             link=lambda: self.link,
             post=self.news.put_nowait,
             folder=folder,
+            **options,
         )
+
+    async def keep(self, place: int, held: Held, payload: Any) -> None:
+        self.kept.append(b"".join(map(bytes, payload)))
 
     def commit(self, average: Average) -> None:
         self.averages.put_nowait(average)
 
     async def send(
-        self, worker: str, tensors: Any, change: Callable[[list[bytes]], list[bytes]] = list
+        self,
+        worker: str,
+        tensors: Any,
+        change: Callable[[list[bytes]], list[bytes]] = list,
+        encoding: str | None = None,
     ) -> Held:
         """Put the parts of an update into the worker's outbox; return its announcement."""
-        message = Update(
-            federation="f", run="r", round=1, base="b", worker=worker, num_examples=3, seconds=0.0
-        )
+        of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": worker}
+        message = Update(**of, num_examples=3, seconds=0.0, encoding=encoding)
         _, body, parts = pack(message, tensors)
         for part in change(list(parts)):
             await self.link.publish(
@@ -230,10 +240,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def summing(tmp_path: Path) -> AsyncIterator[Sum]:
+async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Sum]:
     link = await MemoryBroker().open()
     await link.declare([*TOPOLOGY.shared(), *(q for w in WORKERS for q in TOPOLOGY.of_worker(w))])
-    found = Sum(link, tmp_path)
+    found = Sum(link, tmp_path, **getattr(request, "param", {}))
     running = asyncio.ensure_future(found.aggregator.run())
     yield found
     running.cancel()
@@ -408,4 +418,31 @@ async def test_a_disk_that_is_full_costs_memory_and_no_update(summing, monkeypat
     monkeypatch.setattr(spool.SpoolFile, "write", full)
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     right = [expected(summing.model[name], [(values(1)[name], 3)]) for name in SHAPES]
+    assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
+
+
+@pytest.mark.parametrize("summing", [{"keep_updates": True}], indirect=True)
+async def test_an_update_in_pieces_is_kept_as_it_came(summing):
+    assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
+    assert summing.kept == [bytes(in_one_piece(values(1)).memory)]
+
+
+OWN = NamedStrategy("own", pipeline(mean=weighted(), server=replace()))
+
+
+@pytest.mark.parametrize("summing", [{}, {"strategy": OWN}], ids=["fedavg", "own"], indirect=True)
+@pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk:0.5"])
+async def test_updates_in_parts_are_averaged_whatever_their_encoding_and_strategy(
+    summing, encoding
+):
+    updates = []
+    for number, worker in enumerate("abc", start=1):
+        sent, name = values(number), encoding and encoding.partition(":")[0]
+        if encoding is not None:
+            sent, _ = compress(sent, encoding, {})
+        held = await summing.send(worker, sent, encoding=name)
+        assert held.message.transfer is not None
+        assert isinstance(await summing.fold(held), ev.Folded)
+        updates.append((decompress(sent, name, summing.model), 3))
+    right = [expected(summing.model[n], [(u[n], c) for u, c in updates]) for n in SHAPES]
     assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)

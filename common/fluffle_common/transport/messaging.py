@@ -222,7 +222,7 @@ async def fetch(
         if taking is not None:
             await asyncio.shield(taking)
     finally:
-        if taking is not None and not taking.done():
+        if taking is not None:
             # A thread cannot be stopped: nothing is to be kept any more once this has returned.
             await asyncio.wait([taking])
             taking.exception()  # of two reasons to give up, the first one is raised

@@ -143,6 +143,8 @@ class Coordinator:
             record=self._record,
             post=self._post,
             strategy=settings.strategy.name,
+            hooks=settings.hooks,
+            rounds=settings.rules.rounds,
         )
         self._aggregator = Aggregator(
             topology,

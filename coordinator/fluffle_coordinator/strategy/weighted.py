@@ -52,7 +52,7 @@ class Vector:
 
     Args:
         layout: the model's.
-        rest: the second piece; None where there is none yet.
+        rest: the second piece, of an earlier round; a new one if None.
     """
 
     def __init__(self, layout: Layout, rest: Array | None = None) -> None:
