@@ -113,6 +113,14 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
     help="Seconds to wait while another worker has this id: a connection that was cut lives on in "
     "the broker for a while.",
 )
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where a local rule keeps what it needs in later rounds.  "
+    "[default: runs/workers/FEDERATION/ID]",
+    show_default=False,
+)
 @click.option("--stay", is_flag=True, help="Wait for another run when one has ended.")
 @click.option(
     "--wait-broker",
@@ -194,6 +202,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         task=options["task"],
         heartbeat_s=options["heartbeat"],
         occupied_s=options["wait_id"],
+        state_dir=options["state_dir"] or Path("runs/workers", federation, name),
         stay=options["stay"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )

@@ -22,8 +22,10 @@ from fluffle_common.errors import (
     TaskError,
 )
 from fluffle_common.protocol.codec import announced, decode
+from fluffle_common.protocol.exchanges import Exchanges
 from fluffle_common.protocol.messages import (
     Evaluate,
+    Exchange,
     Fit,
     InitRequest,
     Part,
@@ -38,13 +40,14 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
-from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
+from fluffle_common.transport.messaging import Route, send
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker import machine
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, weights_of
+from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, read_work
 from fluffle_worker.job import Job
+from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import Task
@@ -75,6 +78,7 @@ class WorkerService:
         training: where the task's code runs; a thread of its own unless told.
         form: what the task's model is made of; None: it is found out here.
         codecs: those that updates may be encoded by.
+        exchanges: who handles protocols in several phases.
     """
 
     def __init__(
@@ -89,11 +93,16 @@ class WorkerService:
         training: Training | None = None,
         form: Signature | None = None,
         codecs: Registry = CODECS,
+        exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._task = settings, task
         self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
         self._refusals = Refusals(topology, settings.worker)
+        self._exchanges = exchanges or Exchanges()
+        rule = getattr(task, "local_rule", None)
+        if settings.state_dir is not None and isinstance(rule, BoundRule):
+            rule.keep_in(settings.state_dir)
         self._state = machine.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._welcomed: tuple[str, int, int] | None = None
@@ -294,7 +303,10 @@ class WorkerService:
         async for delivery in mail:
             try:
                 message, payload = decode(delivery.body, self._settings.federation)
-                self._receive(message, payload)
+                if isinstance(message, Exchange):
+                    await self._exchange(link, message, payload)
+                else:
+                    self._receive(message, payload)
             except MalformedMessage as wrong:
                 self._tell("rejected", {"reason": str(wrong)})
                 await self._refusals.refuse(link, delivery, wrong)
@@ -314,7 +326,7 @@ class WorkerService:
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
-                self._ask(Work("init", message.run, 0), message, {})
+                self._ask(Job(Work("init", message.run, 0), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
                 announced(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
@@ -332,6 +344,14 @@ class WorkerService:
                 pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
                 raise no_mail(message)
+
+    async def _exchange(self, link: Link, message: Exchange, payload: memoryview) -> None:
+        """Take part in a protocol in several phases; the answers are sent in their order."""
+        if message.run != self._run:
+            return  # as work of an earlier run
+        for sent, body in self._exchanges.receive(message, payload):
+            key = f"{sent.message.kind}.{self._settings.worker}"
+            await send(link, sent.message, Route(self._topology.results, [key]), body)
 
     def _judged(self, verdict: Verdict) -> None:
         """Take what became of an update that does not count."""
@@ -355,15 +375,15 @@ class WorkerService:
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
-        weights = weights_of(message, payload)
+        weights, broadcast = read_work(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         attempt = message.attempt if isinstance(message, Fit) else 0
         work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
-        self._ask(work, message, weights)
+        self._ask(Job(work, message, weights, broadcast))
 
-    def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
-        if work not in self._jobs:
-            self._jobs[work] = Job(work, message, weights)
+    def _ask(self, job: Job) -> None:
+        work = job.work
+        self._jobs.setdefault(work, job)
         self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
         self._advance(machine.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)

@@ -31,11 +31,13 @@ class TrainResult:
         weights: the trained weights; names, shapes and dtypes as received.
         num_examples: on how many examples they were trained; the weight in the average.
         metrics: anything worth knowing; ``loss`` is the mean training loss.
+        extra: tensors for a strategy that asks for some (``Needs.extra``); not sent to another.
     """
 
     weights: Weights
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    extra: Weights = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

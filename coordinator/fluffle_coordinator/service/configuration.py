@@ -20,7 +20,8 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
     named = settings.strategy
     return {
         "rules": asdict(settings.rules),
-        "plan": settings.plan.model_dump(exclude={"seed", "deadline_s"}),  # the rules have these
+        # Without what the rules and the strategy decide.
+        "plan": settings.plan.model_dump(exclude={"seed", "deadline_s", "extra"}),
         "strategy": named.name,
         **({"strategy_file": named.file} if named.file else {}),
         "classes": settings.classes,
