@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ def test_every_public_name_is_there_and_documented():
     for name in set(fluffle.__all__) - types:
         assert getattr(fluffle, name).__doc__, name
     assert set(fluffle.__all__) <= set(dir(fluffle))
+    assert fluffle.__version__ == version("fluffle")
     with pytest.raises(AttributeError, match="module 'fluffle' has no attribute 'nothing'"):
         fluffle.nothing  # noqa: B018
 
