@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ class Committer:
         self._record(run_events.FirstWeights(tensors=len(weights), parameters=parameters))
         return base
 
-    async def keep(self, place: int, held: Held, payload: memoryview) -> None:
+    async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
         """Keep an update that was just folded, as the one of this place in the sum."""
         message, body = held.message, held.delivery.body
         assert isinstance(message, Update)

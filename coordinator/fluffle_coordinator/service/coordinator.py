@@ -153,6 +153,7 @@ class Coordinator:
             keep_updates=settings.keep_updates,
             verify_users=settings.verify_users,
             averaged=self._outbox.prepare,
+            folder=store.folder,
         )
         self.state = machine.start(
             settings.rules,

@@ -197,7 +197,12 @@ class RunStore:
         return path
 
     def keep_update(
-        self, number: int, place: int, worker: str, body: Body, payload: memoryview | None
+        self,
+        number: int,
+        place: int,
+        worker: str,
+        body: Body,
+        payload: Iterable[memoryview] | None,
     ) -> None:
         """Keep an update that is in the sum of round ``number``; see ``update_archive``.
 
