@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fluffle.models import load_model
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.storage.round_stats import weighted_mean
+from fluffle_common.protocol.metric_names import lower_is_better
+from fluffle_coordinator.storage.round_stats import seconds_of, weighted_mean
 from fluffle_coordinator.storage.run_store import read_history
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class History(Sequence[Round]):
         if not known:
             names = ", ".join(self.columns) or "nothing"
             raise UsageError(f"no round has the metric '{metric}'; known are {names}")
-        sign = 1 if metric.endswith(("loss", "error")) else -1
+        sign = 1 if lower_is_better(metric) else -1
         return min(known, key=lambda one: sign * one.values()[metric])
 
     def __len__(self) -> int:
@@ -182,7 +183,7 @@ def _round(row: Mapping[str, Any], folder: Path) -> Round:
         loss=row.get("loss"),
         metrics={n: value for n, value in metrics.items() if not n.startswith(_TEST)},
         test={n.removeprefix(_TEST): v for n, v in metrics.items() if n.startswith(_TEST)},
-        seconds=sum(seconds for name, seconds in row["timings"].items() if name != "fold_s"),
+        seconds=seconds_of(row["timings"]),
         late=row.get("late", 0),
         rejected=row.get("rejected", 0),
     )

@@ -71,7 +71,7 @@ def test_one_file_describes_a_federation(federation: Federation, tmp_path: Path)
     hooks.write_text(HOOKS)
     file = tmp_path / "federation.toml"
     file.write_text(
-        f'quorum = 3\nrounds = 1\nevaluate = "{hooks}:evaluate"\non-round = "{hooks}:on_round"\n'
+        f'quorum = 3\nrounds = 1\nmonitor = "test/slope"\nevaluate = "{hooks}:evaluate"\non-round = "{hooks}:on_round"\n'
         "[config]\nlearning_rate = 0.3\n"
     )
     coordinator = federation.coordinator(file, "--rounds", 6)
@@ -82,6 +82,7 @@ def test_one_file_describes_a_federation(federation: Federation, tmp_path: Path)
     slopes = [one.weights["slopes"][0] for one in run.history]
     assert run.history["test/slope"] == slopes
     assert len(slopes) == 2
+    assert fluffle.load_model(federation.run / "best.safetensors")["slopes"][0] == max(slopes)
 
 
 SCRIPT = """

@@ -23,3 +23,13 @@ def beside(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str, T]:
         f"{_PREFIX}{name}" if name in fields or name.startswith(_PREFIX) else name: value
         for name, value in metrics.items()
     }
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether the lowest value of a metric is the best, which its name says.
+
+    Example:
+        >>> [lower_is_better(name) for name in ("loss", "test/loss", "error", "accuracy")]
+        [True, True, True, False]
+    """
+    return metric.endswith(("loss", "error"))
