@@ -71,7 +71,8 @@ def test_one_file_describes_a_federation(federation: Federation, tmp_path: Path)
     hooks.write_text(HOOKS)
     file = tmp_path / "federation.toml"
     file.write_text(
-        f'quorum = 3\nrounds = 1\nmonitor = "test/slope"\nevaluate = "{hooks}:evaluate"\non-round = "{hooks}:on_round"\n'
+        f'quorum = 3\nrounds = 1\nevaluate = "{hooks}:evaluate"\non-round = "{hooks}:on_round"\n'
+        'monitor = "test/slope"\n'
         "[config]\nlearning_rate = 0.3\n"
     )
     coordinator = federation.coordinator(file, "--rounds", 6)
