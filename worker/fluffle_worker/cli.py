@@ -132,7 +132,7 @@ def worker(**options: Any) -> None:
 
     \b
       fluffle worker --federation letters --data data/client-1
-      fluffle worker --federation digits --task examples/digits.py:task --data shard:0/3
+      fluffle worker --federation digits --task digits.py:task --data shard:0/3
       fluffle worker worker.toml --id hospital-7
 
     Every option may also stand in a TOML file, as a key of the same name. A flag overrides its key.

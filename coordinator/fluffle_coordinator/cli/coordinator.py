@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
 
 _MOST_COUNT = 2**31 - 1
-_UNBOUNDED = 10_000
 
 
 class QuorumType(click.ParamType[Any]):
@@ -279,7 +279,7 @@ def coordinator(**options: Any) -> None:
 
     \b
       fluffle coordinator --federation letters --quorum 3
-      fluffle coordinator --federation letters --quorum 0.5 --grace 10 --deadline 300
+      fluffle coordinator --federation letters --quorum 0.5 --deadline 300
       fluffle coordinator federation.toml --rounds 12
 
     Every option may also stand in a TOML file, as a key of the same name: 'rounds = 6'. A flag
@@ -342,9 +342,9 @@ def history(folder: Path, as_json: bool) -> None:
     if as_json:
         echo_json(rounds)
     else:
-        shown = screen(width_in_a_pipe=120)
-        # A pipe has no width of its own, and whoever reads it looks for names.
-        shown.print(history_table(rounds, shown.width if shown.is_terminal else _UNBOUNDED))
+        # `| tail` ends on a terminal all the same; COLUMNS says how wide one is.
+        shown = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
+        shown.print(history_table(rounds, shown.width))
 
 
 @click.command()
