@@ -15,7 +15,7 @@ from typing import Any
 from fluffle_common.clock import timestamp
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.metric_names import beside
+from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
 from fluffle_common.tensors.checkpoint import checkpoint_name
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
@@ -23,7 +23,7 @@ from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, read_only
 from fluffle_coordinator.service.serial_queue import SerialQueue
-from fluffle_coordinator.service.stopping import NO_STOPPING, TEST, Standing, Stopping
+from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.round_stats import Clock, Counts
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
@@ -184,7 +184,7 @@ class Committer:
         weights = read_only(weights)
         test = await self._calls.test(number, weights)
         if test:
-            measured = {f"{TEST}{name}": value for name, value in test.items()}
+            measured = of_a_test(test)
             line = {"event": "tested", "round": number, **measured, "tested_at": timestamp()}
             await self._on_disk(lambda: self._store.append(line))
             await self._monitor(number, measured)

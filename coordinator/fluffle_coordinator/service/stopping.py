@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_common.protocol.metric_names import lower_is_better
+from fluffle_common.protocol.metric_names import TEST, lower_is_better
 from fluffle_coordinator.storage.round_stats import seconds_of
 
 
@@ -39,8 +39,6 @@ class Stopping:
 
 
 NO_STOPPING = Stopping()
-TEST = "test/"
-"""How what the coordinator itself measured is called in the history: ``test/NAME``."""
 
 
 class Standing:
