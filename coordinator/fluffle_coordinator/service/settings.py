@@ -9,6 +9,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
+from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -32,6 +33,7 @@ class CoordinatorSettings:
             than its id.
         keep_updates: keep every update that is counted, as it came.
         hooks: what is called after each commit.
+        stopping: when the run has done enough, before all of its rounds.
         backoff: how to wait for a broker that is away.
         waiting_every_s: how often to say what is waited for.
     """
@@ -48,6 +50,7 @@ class CoordinatorSettings:
     verify_users: bool = False
     keep_updates: bool = False
     hooks: Hooks = NO_HOOKS
+    stopping: Stopping = NO_STOPPING
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0
 
