@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, read_tensors
+from fluffle_common.protocol.codec import Assembly, announced, decode, read_tensors
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights, check_finite
@@ -29,8 +29,12 @@ def check_mail(body: Body, federation: str) -> None:
     message, payload = decode(body, federation)
     if not isinstance(message, ToWorker | Part):
         raise no_mail(message)
-    if isinstance(message, Fit | Evaluate) and message.transfer is None:
-        weights_of(message, payload)
+    if isinstance(message, Fit | Evaluate):
+        if message.transfer is None:
+            weights_of(message, payload)
+        else:
+            announced(message)
+            Assembly(message.transfer, message.transfer.nbytes)
 
 
 def no_mail(message: Message) -> MalformedMessage:
