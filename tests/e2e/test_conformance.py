@@ -45,4 +45,11 @@ def test_a_minimal_worker_is_told_what_it_lacks(federation: Federation) -> None:
 
 
 # As docs/protocol.md says, under "Try your own worker".
-LACKS = {"same fit again", "same fit while at work", "unknown critical key", "unsound weights"}
+LACKS = {
+    "last work",
+    "same fit again",
+    "same fit while at work",
+    "unknown critical key",
+    "unsound weights",
+    "well formed",
+}

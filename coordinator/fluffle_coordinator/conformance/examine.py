@@ -14,8 +14,9 @@ from fluffle_common.transport.base import QueueInUse, Transport
 from fluffle_coordinator.conformance.ending import ENDING, LOOKING_BACK
 from fluffle_coordinator.conformance.findings import Finding, Outcome, Skipped, Unmet
 from fluffle_coordinator.conformance.greeting import GREETING
+from fluffle_coordinator.conformance.listener import Conduct
 from fluffle_coordinator.conformance.mail import MAIL
-from fluffle_coordinator.conformance.probe import Conduct, Probe
+from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.scenario import Scenario
 from fluffle_coordinator.conformance.work import WORK
 

@@ -20,7 +20,8 @@ from fluffle_common.protocol.messages import (
 from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
-from fluffle_coordinator.conformance.probe import RUNS, Probe, a_name, altered
+from fluffle_coordinator.conformance.listener import RUNS
+from fluffle_coordinator.conformance.probe import Probe, a_name, altered
 from fluffle_coordinator.conformance.scenario import (
     FROM_COORDINATOR,
     LIFE,

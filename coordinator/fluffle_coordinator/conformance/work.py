@@ -5,7 +5,8 @@ from __future__ import annotations
 from fluffle_common.protocol.messages import Evaluation, Update, Verdict
 from fluffle_coordinator.conformance.findings import Taken, Unmet, same_answer
 from fluffle_coordinator.conformance.greeting import last_work
-from fluffle_coordinator.conformance.probe import Asked, Probe, a_name
+from fluffle_coordinator.conformance.listener import Asked
+from fluffle_coordinator.conformance.probe import Probe, a_name
 from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, OUTCOME, demands
 
 
@@ -169,7 +170,7 @@ async def evaluate_during_training(probe: Probe) -> str:
 
 def _difference(one: Taken, other: Taken) -> str:
     if one.update.seconds != other.update.seconds:
-        return f"{one.update.seconds:.3f} s of training, then {other.update.seconds:.3f} s"
+        return f"{one.update.seconds:.6f} s of training, then {other.update.seconds:.6f} s"
     return "the two updates differ"
 
 
