@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import Assembly, announced, decode, read_tensors
+from fluffle_common.protocol.codec import announced, decode, read_tensors
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.weights import Weights, check_finite
 from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject

@@ -224,7 +224,7 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
     has to start anew. docs/brokers.md has the limits.
 
     \b
-      fluffle broker apply-policy --federation letters --url amqp://admin:secret@host
+      fluffle broker apply-policy --federation letters --url amqp://admin:pw@host
       fluffle broker apply-policy --federation letters --print
     """
     from urllib.parse import unquote

@@ -28,6 +28,7 @@ from fluffle_common.protocol.messages import (
     WithTensors,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable
 from fluffle_common.transport.messaging import PartsGone, fetch
@@ -183,13 +184,10 @@ class Probe(Listener):
             return inside
         try:
             check_announced(message, self.weights or None)
-            return await fetch(
-                self.link,
-                self.topology.outbox(message.worker),
-                message.transfer,
-                _MAX_MODEL_BYTES,
-                self.topology.rejected,
-            )
+            whole = Assembly(message.transfer, _MAX_MODEL_BYTES)
+            outbox = self.topology.outbox(message.worker)
+            await fetch(self.link, outbox, whole, self.topology.rejected)
+            return whole.payload()
         except MalformedMessage as wrong:
             raise Unmet(f"parts that are not those announced: {wrong}") from None
 
