@@ -3,7 +3,7 @@
 What a worker does in each state is not written down a second time: the table is what
 ``fluffle_worker.machine.advance`` does. The coordinator's timers are the fields of its ``Rules``,
 with their defaults; only what follows from each is said
-here.
+here. The demands are those of ``fluffle conformance``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 
 from fluffle_coordinator.cli.coordinator import coordinator
+from fluffle_coordinator.conformance.examine import SCENARIOS
 from fluffle_coordinator.machine.state import Rules
 from fluffle_worker import machine as m
 from fluffle_worker.machine import State, Work
@@ -152,6 +153,12 @@ def timers() -> str:
             f"| {_value(name, default)} | {follows} |"
         )
     return "\n".join(rows)
+
+
+def demands() -> str:
+    """Return the table of what ``fluffle conformance`` demands."""
+    rows = (f"| {one.name} | {one.demand} |" for one in SCENARIOS)
+    return "\n".join(["| scenario | demand |", "|---|---|", *rows])
 
 
 def forgotten() -> set[str]:

@@ -27,7 +27,7 @@ async def hello(probe: Probe) -> str:
     )
 
 
-@demands(FROM_COORDINATOR, "a welcome is followed by a heartbeat at once")
+@demands(FROM_COORDINATOR, "a welcome is followed by a heartbeat")
 async def welcome(probe: Probe) -> str:
     """Welcome it once more, and wait for a sign of life."""
     since = len(probe.signs)

@@ -75,7 +75,7 @@ async def same_fit_while_at_work(probe: Probe) -> str:
     return f"{len(updates)} update{'s, the same' if len(updates) > 1 else ''}"
 
 
-@demands(LIFE, "the next fit may come before the update before it is confirmed")
+@demands(LIFE, "the next fit is answered also if it comes before the last update is confirmed")
 async def next_fit_at_once(probe: Probe) -> str:
     """Play rounds without a pause between them."""
     for _ in range(3):
@@ -147,7 +147,9 @@ async def rejected_update(probe: Probe) -> str:
     return f"another update, after {anew.update.seconds:.2f} s of training"
 
 
-@demands(FROM_COORDINATOR, "an evaluate is always answered, with its round and base")
+@demands(
+    FROM_COORDINATOR, "an evaluate is answered with its round and base, also without held-out data"
+)
 async def evaluate(probe: Probe) -> str:
     """Have the weights evaluated."""
     asked_of = probe.round
