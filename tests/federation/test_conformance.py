@@ -14,7 +14,7 @@ import pytest
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import codec
 from fluffle_common.protocol.codec import read_tensors
-from fluffle_common.protocol.messages import Evaluate, Heartbeat, Stop
+from fluffle_common.protocol.messages import Evaluate, Heartbeat, Hello, Stop
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
 from fluffle_coordinator.conformance.findings import Finding
 from fluffle_worker import job, machine, service, uploader
@@ -96,6 +96,23 @@ def test_a_worker_that_stays_is_as_good(federated):
     federated(scenario)
 
 
+def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(federated):
+    async def scenario(federation):
+        earlier = federation.worker("w", Slowing(federation.loop))
+        found = await examined(federation)
+        assert found["hello"].outcome == "ok"
+        await earlier.end(60)
+        await federation.worker("dead").kill()
+        here = federation.worker("w", Slowing(federation.loop))
+        await asyncio.sleep(5)
+        found = await examined(federation, worker="w")
+        assert failed(found) == [], [one for one in found.values() if one.outcome == "failed"]
+        assert "worker w was here before" in found["hello"].seen
+        await here.end(60)
+
+    federated(scenario)
+
+
 def test_a_federation_with_a_coordinator_or_with_real_work_is_left_alone(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1000)
@@ -118,8 +135,21 @@ def test_a_federation_with_a_coordinator_or_with_real_work_is_left_alone(federat
 
 def test_without_a_worker_it_gives_up(federated):
     async def scenario(federation):
-        with pytest.raises(RunError, match="no worker said hello"):
+        with pytest.raises(RunError, match="no worker was heard"):
             await examined(federation, wait_s=20)
+
+    federated(scenario)
+
+
+def test_a_malformed_hello_is_told(federated, monkeypatch):
+    monkeypatch.setattr(Hello, "model_dump", lambda self, **_: {"kind": "hello", "protocol": 2})
+
+    async def scenario(federation):
+        federation.worker("w")
+        found = await examined(federation)
+        assert failed(found) == ["hello", "well formed"]
+        assert "malformed: in letters.presence: hello.federation" in found["hello"].seen
+        assert found["fit"].seen == "not tried: hello failed"
 
     federated(scenario)
 

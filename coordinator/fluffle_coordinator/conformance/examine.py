@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fluffle_common.errors import BrokerError, LinkLost, RunError
-from fluffle_common.protocol.messages import Hello
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import QueueInUse, Transport
 from fluffle_coordinator.conformance.ending import ENDING, LOOKING_BACK
@@ -86,6 +85,8 @@ async def _probe(transport: Transport, topology: Topology, how: Conduct) -> Asyn
             "name one with --url"
         ) from None
     try:
+        if await link.counts(topology.presence) is not None:
+            await link.purge(topology.presence)  # from before: whoever is alive speaks up again
         journal = topology.journal_stream()
         await link.declare([one for one in topology.shared() if one != journal])
         yield Probe(link, topology, how)
@@ -117,14 +118,14 @@ async def _first_come(reading: asyncio.Future[None], work: Coroutine[Any, Any, _
 
 
 async def _hello(probe: Probe, wait_s: float) -> None:
-    """Wait until a worker greets."""
+    """Wait until a worker is heard."""
     try:
-        await probe.sign(Hello, 0, "hello", within_s=wait_s)
+        await probe.until(lambda: probe.signs or None, "hello", within_s=wait_s)
     except Unmet:
         seen = f"; malformed: {probe.faults[0]}" if probe.faults else ""
         raise RunError(
-            f"no worker said hello in federation {probe.topology.federation} within {wait_s:g} s"
-            f"{seen}; start it after this command (--wait)"
+            f"no worker was heard in federation {probe.topology.federation} within {wait_s:g} s"
+            f"{seen}; start it, or give it more time with --wait"
         ) from None
 
 

@@ -6,7 +6,7 @@ from fluffle_common.protocol.messages import PROTOCOL, Heartbeat, Hello, InitReq
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.weights import check_finite
-from fluffle_coordinator.conformance.findings import Unmet
+from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, TO_COORDINATOR, demands
 
@@ -18,7 +18,11 @@ from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, TO_
 )
 async def hello(probe: Probe) -> str:
     """Look at the hello."""
-    greeted = await probe.sign(Hello, 0, "well-formed hello")
+    greeted = _first(probe)
+    if not isinstance(greeted, Hello):
+        if probe.faults:
+            raise Unmet(f"malformed: {probe.faults[0]}")
+        raise Skipped(f"worker {greeted.worker} was here before; start it after this command")
     if PROTOCOL not in greeted.protocols:
         raise Unmet(f"protocols are {list(greeted.protocols)}")
     return (
@@ -55,7 +59,7 @@ async def first_weights(probe: Probe) -> str:
     except ValueError as wrong:
         raise Unmet(str(wrong)) from None
     form = model_form(weights)
-    announced = (await probe.sign(Hello, 0, "hello")).model
+    announced = _first(probe).model
     probe.begin_with(weights)
     if announced is not None and announced.digest != form.digest:
         raise Unmet(f"{form.summary} of digest {form.digest}; the hello says {announced.digest}")
@@ -74,6 +78,12 @@ async def last_work(probe: Probe) -> str:
     if beat.base not in (None, update.base):
         raise Unmet(f"it says that it began with {beat.base}, not with {update.base}")
     return f"idle after round {beat.round}"
+
+
+def _first(probe: Probe) -> Hello | Heartbeat:
+    """Return how the worker introduced itself."""
+    signs = (one.message for one in probe.signs)
+    return next(one for one in signs if isinstance(one, Hello | Heartbeat))
 
 
 GREETING = (hello, welcome, first_weights)

@@ -83,7 +83,7 @@ class Listener:
         link: the way to the broker.
         topology: the names on it.
         how: how to conduct the examination.
-        greeted: called when the worker says hello.
+        greeted: called when the worker says hello, or is heard for the first time.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class Listener:
             return delivery.ack()  # a coordinator that was here before talked to itself
         self._keep_off_real_runs(message)
         delivery.ack()
-        if isinstance(message, Hello) and self.worker in (None, message.worker):
+        present = isinstance(message, Hello | Heartbeat) and self.worker in (None, message.worker)
+        if present and (isinstance(message, Hello) or not self.signs):
             self.worker = message.worker
             await self._greeted()
         if message.worker != self.worker:
