@@ -1,17 +1,19 @@
 """Makes what a worker in another language is tried against: a schema, and messages to read.
 
-    python docs/protocol/make.py            writes schema.json and vectors.json
+    python docs/protocol/make.py            writes schema.json, vectors.json, and the tables of
+                                            ../protocol.md between their marks
     python docs/protocol/make.py --check    ends with 1 if they are not what fluffle says today
 
 ``schema.json`` is a JSON schema of every header. ``vectors.json`` holds whole bodies in base64: one
-of each kind with the header that it decodes to, others with what is wrong with them and the cause
-that they are rejected with, encoded updates with the numbers they stand for, and the digest of a
-payload in parts.
+of each kind with the header that it decodes to, updates and fits with what is wrong with them and
+the cause that they are rejected with, encoded updates with the numbers they stand for, and the
+digest of a payload in parts. The tables are made from the machines by ``tables.py``.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -187,6 +189,58 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "NaN", header, np.array([1, np.nan], np.float32).tobytes(), "not_finite"
 
 
+def unsound_fits() -> Iterator[tuple[str, Any, bytes, str]]:
+    """Yield what is wrong with a ``fit``, its header, its payload, and the cause.
+
+    A worker does none of this work.
+    """
+    entry: dict[str, Any] = {
+        "name": "w", "dtype": "float32", "shape": [2], "offset": 0, "nbytes": 8,
+    }  # fmt: skip
+    header: dict[str, Any] = {
+        "protocol": 2, **RUN, "kind": "fit", "round": 2, "base": "ba5e", "evaluate": False,
+        "plan": {"epochs": 1, "batch_size": 32, "seed": 0}, "tensors": [entry],
+    }  # fmt: skip
+    parts = {"id": "t", "parts": 2, "nbytes": PART_BYTES + 64}
+
+    def plan(**changes: Any) -> dict[str, Any]:
+        return {**header, "plan": {**header["plan"], **changes}}
+
+    def table(*entries: dict[str, Any]) -> dict[str, Any]:
+        return {**header, "tensors": list(entries)}
+
+    two = np.array([1, 2], np.float32).tobytes()
+    yield "another version", {**header, "protocol": 1}, two, "malformed"
+    yield "another federation", {**header, "federation": "digits"}, two, "malformed"
+    yield "an unknown key that is critical", {**header, "critical": ["x"], "x": 1}, two, "malformed"
+    yield "no base", {k: v for k, v in header.items() if k != "base"}, two, "malformed"
+    yield "no plan", {k: v for k, v in header.items() if k != "plan"}, two, "malformed"
+    yield "round 0", {**header, "round": 0}, two, "malformed"
+    yield "a round that is a bool", {**header, "round": True}, two, "malformed"
+    yield "evaluate that is an int", {**header, "evaluate": 1}, two, "malformed"
+    yield "a negative attempt", {**header, "attempt": -1}, two, "malformed"
+    yield "no epoch", plan(epochs=0), two, "malformed"
+    yield "a learning rate of 0", plan(learning_rate=0.0), two, "malformed"
+    yield "a learning rate that is NaN", plan(learning_rate=float("nan")), two, "malformed"
+    yield "a negative seed", plan(seed=-1), two, "malformed"
+    yield "a config with a list in it", plan(config={"x": [1]}), two, "malformed"
+    yield "an update instead", {
+        **header, "kind": "update", "worker": "client-1", "num_examples": 1, "seconds": 0.0,
+    }, two, "kind"  # fmt: skip
+    yield "an unknown dtype", table({**entry, "dtype": "complex64"}), two, "tensors"
+    yield "a shape that does not go with its bytes", table({**entry, "shape": [3]}), two, "tensors"
+    yield "a name that is there twice", table(entry, entry), two, "tensors"
+    yield "more payload than tensors", header, two + bytes(64), "tensors"
+    yield "too short a payload", header, two[:4], "tensors"
+    yield "parts that do not go with its bytes", {
+        **table({**entry, "dtype": "uint8", "shape": [PART_BYTES + 64], "nbytes": PART_BYTES + 64}),
+        "transfer": {**parts, "parts": 3},
+    }, b"", "malformed"  # fmt: skip
+    yield "a transfer that its tensors do not fill", {**header, "transfer": parts}, b"", "tensors"
+    yield "NaN", header, np.array([1, np.nan], np.float32).tobytes(), "not_finite"
+    yield "an infinity", header, np.array([np.inf, 1], np.float32).tobytes(), "not_finite"
+
+
 def encodings() -> Iterator[dict[str, Any]]:
     """Yield encoded tensors with the delta that they stand for."""
     rng = np.random.default_rng(0)
@@ -256,6 +310,14 @@ def vectors() -> dict[str, Any]:
         "about": "made by make.py; see docs/protocol.md",
         "sound": good,
         "unsound": bad,
+        "unsound_fits": [
+            {
+                "name": name,
+                "body": base64.b64encode(msgpack.packb([header, payload])).decode(),
+                "cause": cause,
+            }
+            for name, header, payload, cause in unsound_fits()
+        ],
         "encoded": list(encodings()),
         "digest": {
             "of": "a payload of zeros, in parts of 4 MiB as ever",
@@ -266,12 +328,30 @@ def vectors() -> dict[str, Any]:
     }
 
 
+def page(text: str) -> str:
+    """Return protocol.md with its tables made anew."""
+    spec = importlib.util.spec_from_file_location("tables", HERE / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for name in ("worker", "timers", "demands"):
+        made = getattr(tables, name)()
+        begin, end = f"<!-- {name}: made by docs/protocol/make.py -->", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{made}\n{end}{after}"
+    return text
+
+
 def files() -> dict[Path, str]:
     """Return what is to be in each file."""
-    return {
+    made = {
         HERE / name: json.dumps(value, indent=1) + "\n"
         for name, value in (("schema.json", m.json_schema()), ("vectors.json", vectors()))
     }
+    document = HERE.parent / "protocol.md"
+    return {**made, document: page(document.read_text(encoding="utf-8"))}
 
 
 def main() -> int:
@@ -280,7 +360,7 @@ def main() -> int:
     if "--check" in sys.argv:
         return int(any(not p.exists() or p.read_text() != text for p, text in made.items()))
     for path, text in made.items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

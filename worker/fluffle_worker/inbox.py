@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, read_groups
+from fluffle_common.protocol.codec import announced, decode, read_groups
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite
@@ -31,8 +32,12 @@ def check_mail(body: Body, federation: str) -> None:
     message, payload = decode(body, federation)
     if not isinstance(message, ToWorker | Part):
         raise no_mail(message)
-    if isinstance(message, Fit | Evaluate) and message.transfer is None:
-        read_work(message, payload)
+    if isinstance(message, Fit | Evaluate):
+        if message.transfer is None:
+            read_work(message, payload)
+        else:
+            announced(message)
+            Assembly(message.transfer, message.transfer.nbytes)
 
 
 def no_mail(message: Message) -> MalformedMessage:
