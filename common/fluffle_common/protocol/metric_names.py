@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+TEST = "test/"
+"""What the names of metrics of the coordinator's own test begin with, beside the federated ones."""
+
 _PREFIX = "metric/"
 
 

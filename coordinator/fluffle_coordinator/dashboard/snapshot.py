@@ -141,7 +141,9 @@ def _round(one: RoundView) -> dict[str, Any]:
             "rejected": one.rejected,
         }
     if one.evaluated:
-        row |= {"loss": one.loss, "metrics": _metrics(one), "evaluated_on": one.evaluated_on}
+        row |= {"loss": one.loss, "evaluated_on": one.evaluated_on}
+    if one.evaluated or one.metrics:
+        row["metrics"] = _metrics(one)
     return row
 
 

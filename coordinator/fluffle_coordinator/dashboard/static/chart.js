@@ -58,9 +58,12 @@ export function metrics(curves) {
   return [...FIRST, ...rest].filter((name) => curves[name]?.some((value) => value !== null));
 }
 
+/** Whether a metric is an accuracy, of the workers' held-out data or of the coordinator's test. */
+const isAccuracy = (name) => /(^|\/)accuracy$/.test(name);
+
 /** How the values of a metric are written. */
 export function wording(name) {
-  return name === "accuracy" ? percent : figure;
+  return isAccuracy(name) ? percent : figure;
 }
 
 /** The newest value of a metric; undefined where there is none. */
@@ -99,7 +102,7 @@ export function chart(node, curves, rounds) {
 
 function panel(svg, names, curves, x, top, width, tall) {
   const values = names.flatMap((name) => curves[name]).filter((value) => value !== null);
-  const is_share = names[0] === "accuracy" && values.every((value) => value >= 0 && value <= 1);
+  const is_share = isAccuracy(names[0]) && values.every((value) => value >= 0 && value <= 1);
   const low = is_share ? 0 : Math.min(0, ...values);
   const most = Math.max(...values);
   const high = is_share ? 1 : most + (most - low || 1) * 0.06;

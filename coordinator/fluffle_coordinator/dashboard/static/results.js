@@ -55,7 +55,7 @@ function rounds(board) {
         column("committed", (round) => moment(round.committed_at), { n: false }),
         column("examples", (round) => whole(round.num_examples)),
         column("training loss", (round) => figure(round.train_loss)),
-        ...others.map((name) => column(name, (round) => figure(round.metrics?.[name]))),
+        ...others.map((name) => column(name, (round) => wording(name)(round.metrics?.[name]))),
         column("received", (round) => (round.bytes ? size(round.bytes) : "–")),
         column("late", (round) => round.late || "–"),
         column("rejected", (round) => round.rejected || "–"),
