@@ -94,7 +94,12 @@ function open(board, now) {
       mark(row, "data-state", one.in ? "in" : one.hopeless ? "bad" : "out");
       say(row.children[1], one.worker);
       const told = one.in
-        ? [`${whole(one.num_examples)} examples`, `after ${span(one.after_s)}`, one.bytes && size(one.bytes)]
+        ? [
+            `${whole(one.num_examples)} examples`,
+            `after ${span(one.after_s)}`,
+            one.bytes && size(one.bytes),
+            one.staleness && `${one.staleness} versions behind`,
+          ]
         : [one.doing];
       say(row.children[2], told.filter(Boolean).join(" · "));
     },
