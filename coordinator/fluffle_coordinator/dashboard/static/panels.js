@@ -61,7 +61,6 @@ tiles.of = ["run", "workers", "curves", "rejected", "rounds"];
 
 function open(board, now) {
   const { open } = board;
-  mark($("open"), "hidden", open ? null : "");
   say($("open-title"), open ? `Round ${open.round}` : "The open round");
   if (!either("open", open !== null)) {
     const done = over(board) || board.run.phase === "evaluating";
