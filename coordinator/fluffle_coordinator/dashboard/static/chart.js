@@ -27,7 +27,7 @@ function picture(width, height, label) {
 }
 
 /** Steps of 1, 2 or 5 times a power of ten: at most `most` of them from low to high. */
-export function ticks(low, high, most) {
+function ticks(low, high, most) {
   const range = high - low || 1;
   const power = 10 ** Math.floor(Math.log10(range / most));
   const step = [1, 2, 5, 10].map((times) => times * power).find((each) => range / each <= most);
@@ -204,7 +204,7 @@ export function matrix(node, { title, columns, rows }) {
     rows.forEach((row, index) => {
       const top = HIGH * index;
       const middle = top + HIGH / 2 + 4;
-      const name = draw("text", { x: left - 8, y: middle, class: "name end" }, names[index]);
+      const name = draw("text", { x: left - 8, y: middle, class: "label end" }, names[index]);
       name.append(draw("title", {}, row.name));
       svg.append(name);
       row.cells.forEach((cell, place) => {
@@ -226,7 +226,7 @@ export function matrix(node, { title, columns, rows }) {
       svg.append(draw("text", { x: left + pitch * (place + 0.5), y: height - 5, class: "tick middle" }, label));
     });
     node.replaceChildren(svg);
-    for (const name of svg.querySelectorAll(".name")) {
+    for (const name of svg.querySelectorAll(".label")) {
       if (name.getComputedTextLength() > left - 10) {
         mark(name, "textLength", left - 10);
         mark(name, "lengthAdjust", "spacingAndGlyphs");
