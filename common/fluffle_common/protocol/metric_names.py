@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+TEST = "test/"
+"""What the names of metrics of the coordinator's own test begin with, beside the federated ones."""
+
 _PREFIX = "metric/"
 TEST = "test/"
 """What the coordinator's own test measures is called ``test/NAME`` beside the federated metrics."""
