@@ -195,7 +195,7 @@ class Federation:
             task if task is not None else Adder(self.loop),
             transport=line,
             topology=self.topology,
-            tell=lambda what, fields: log.lines.append((time.monotonic(), what, fields)),
+            tell=log.record,
             bar=lambda *_: None,
             training=training,
             form=getattr(task, "form", None),
