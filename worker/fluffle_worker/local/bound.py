@@ -45,6 +45,11 @@ class BoundRule:
         self._kept: list[_Kept] = []
 
     @property
+    def per_example(self) -> bool:
+        """Whether it takes the gradient of each example, not that of their mean."""
+        return bool(getattr(self._rule, "per_example", False))
+
+    @property
     def changes_nothing(self) -> bool:
         """Whether it is the identity."""
         return isinstance(self._rule, Identity)
@@ -77,10 +82,11 @@ class BoundRule:
                 f"given: '{differ!s:.60}' is on one side only"
             )
         for name, old in gradient.items():
-            if np.shape(changed[name]) != np.shape(old):
+            shape = np.shape(old)[1:] if self.per_example else np.shape(old)
+            if np.shape(changed[name]) != shape:
                 raise TaskError(
                     f"gradient() of the local rule {self._name} returned '{name}' of shape "
-                    f"{np.shape(changed[name])}, expected {np.shape(old)}"
+                    f"{np.shape(changed[name])}, expected {shape}"
                 )
         return dict(changed), state
 
@@ -104,6 +110,8 @@ class BoundRule:
     def _do(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
+        except TaskError:
+            raise
         except Exception as why:
             trace = why.__traceback__  # its first frame is ours
             own = why.with_traceback(trace.tb_next if trace and trace.tb_next else trace)
