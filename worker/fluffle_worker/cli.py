@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 @click.option(
     "--local-rule",
     metavar="NAME",
-    help="What is done to each gradient of the training: path.py:name, or the name of an installed "
-    "rule.  [default: nothing]",
+    help="What is done to each gradient of the training: proximal:MU, clip:NORM, "
+    "dp_sgd:CLIP,NOISE, path.py:name, or several with a + between them (docs/tasks.md).  "
+    "[default: nothing]",
     show_default=False,
 )
 @click.option(

@@ -47,6 +47,18 @@ class EvalResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class RoundPlan(Plan):
+    """The plan of one round, as a task gets it: its ``seed`` is the round's own.
+
+    Args:
+        run: the id of the run.
+        round: the number of the round, from 1.
+    """
+
+    run: str = ""
+    round: int = 0
+
+
 class Task(Protocol):
     """One data owner's model and data.
 
@@ -67,7 +79,7 @@ class Task(Protocol):
     def init(self, seed: int) -> Weights:
         """Make first weights; the same for the same seed, whichever worker is asked."""
 
-    def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
+    def train(self, weights: Weights, plan: RoundPlan, progress: Progress) -> TrainResult:
         """Train these weights on the local data; called in a thread of its own."""
 
     def evaluate(self, weights: Weights) -> EvalResult | None:

@@ -35,6 +35,7 @@ from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.strategy_loading import check_needs, check_same, load_strategy
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
@@ -62,10 +63,14 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         rules=rules,
         plan=Plan(
             epochs=options["epochs"],
+            steps=options["steps"],
             batch_size=options["batch_size"],
             learning_rate=options["learning_rate"],
             compress=_compress(options),
             config=parse_config(options["config"]),
+        ),
+        learning_rate_schedule=schedule_of(
+            options["learning_rate_schedule"], options["learning_rate"]
         ),
         strategy=strategy,
         classes=parse_classes(options["classes"]),

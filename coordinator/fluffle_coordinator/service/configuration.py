@@ -21,6 +21,7 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
     return {
         "rules": asdict(settings.rules),
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s"}),  # the rules have these
+        "learning_rate_schedule": str(settings.learning_rate_schedule),
         "strategy": named.name,
         **({"strategy_file": named.file} if named.file else {}),
         "classes": settings.classes,

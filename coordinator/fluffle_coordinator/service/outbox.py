@@ -19,6 +19,7 @@ from fluffle_common.protocol.messages import (
     Fit,
     InitRequest,
     Message,
+    Plan,
     Refusal,
     Stop,
     Verdict,
@@ -30,6 +31,7 @@ from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject, send, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.learning_rate import CONSTANT
 from fluffle_coordinator.service.serial_queue import SerialQueue
 
 if TYPE_CHECKING:
@@ -159,7 +161,7 @@ class Outbox:
                     base=state.base,
                     evaluate=evaluate,
                     attempt=attempt,
-                    plan=self._plan,
+                    plan=self._plan_of(state),
                 )
                 job = self._with_weights(fit, weights, workers)
             case fx.SendEvaluate(workers):
@@ -180,6 +182,14 @@ class Outbox:
             case _:
                 return
         self._put(job)
+
+    def _plan_of(self, state: rs.State) -> Plan:
+        """Return the plan of the open round, with the learning rate of that round."""
+        base, schedule = self._plan.learning_rate, self._settings.learning_rate_schedule
+        if base is None or schedule == CONSTANT:
+            return self._plan
+        rate = schedule.at(state.round, state.rules.rounds, base)
+        return self._plan.model_copy(update={"learning_rate": rate})
 
     def refuse(self, to: Greeting, reason: str, code: str) -> None:
         """Tell a worker that it is not in: once in each of its sessions, in its own version."""
