@@ -326,7 +326,7 @@ def test_dp_sgd_without_noise_or_clipping_is_sgd_and_tells_no_loss():
     expected = train(plain, weights, 0)
     for name in expected:
         np.testing.assert_allclose(result.weights[name], expected[name], rtol=1e-5)
-    assert result.metrics == {}
+    assert result.metrics == {"steps": 6}
     assert set(seen) == {None}
 
 

@@ -162,9 +162,10 @@ class FlaxTask:
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, nnx.Param)), optimizer_state[0])
         self._personal.keep(run, number, parts.personal(learnt))
-        # Of what a private training saw, only the weights may tell.
-        mean = {} if rule.per_example else {"loss": float(np.mean([float(one) for one in losses]))}
-        return TrainResult(parts.travelling(learnt), self.num_examples, mean)
+        metrics = {"steps": float(len(losses))}
+        if not rule.per_example:  # of what a private training saw, only the weights may tell
+            metrics["loss"] = float(np.mean([float(one) for one in losses]))
+        return TrainResult(parts.travelling(learnt), self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """See ``task.Task``; with the personal tensors as the last training left them."""

@@ -15,7 +15,8 @@ from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.local.optax import named, tensor_name
 
-_LEARNT = nnx.Any(nnx.Param, nnx.BatchStat)
+AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
+"""What training changes, and may travel."""
 
 
 class AtHome(NamedTuple):
@@ -48,8 +49,8 @@ class ModelParts:
     def __init__(
         self, model: Callable[[nnx.Rngs], nnx.Module], federated: Any, frozen: Any
     ) -> None:
-        self._frozen = nnx.All(_LEARNT, frozen)
-        self._federated = nnx.All(_LEARNT, nnx.Not(frozen), federated)
+        self._frozen = nnx.All(AVERAGED, frozen)
+        self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
         # Its form is known without making it; and made, it is in one piece, not operation by
         # operation, each of which would be compiled by itself.
         compiled: Callable[[Any], Any] = jax.jit
@@ -61,7 +62,7 @@ class ModelParts:
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
         self._check(
-            [*self.form, *self._personal_form], named(nnx.filter_state(nnx.state(like), _LEARNT))
+            [*self.form, *self._personal_form], named(nnx.filter_state(nnx.state(like), AVERAGED))
         )
         self.at_home: AtHome = compiled(lambda: self._split(model(nnx.Rngs(0)))[2])()
         self.init: Callable[[Any], Any] = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
@@ -97,7 +98,7 @@ class ModelParts:
         return statistics, rest
 
     def _split(self, model: Any) -> tuple[Any, Any, AtHome]:
-        split: Any = nnx.split(model, self._frozen, self._federated, _LEARNT, ...)
+        split: Any = nnx.split(model, self._frozen, self._federated, AVERAGED, ...)
         graph, frozen, travelling, personal, rest = split
         return graph, travelling, AtHome(personal, frozen, rest)
 

@@ -109,7 +109,7 @@ class SklearnTask:
             progress(step, steps, None)
         trained = {name: getattr(estimator, name) for name in _TENSORS}
         loss = float(self._loss(estimator, inputs, targets))
-        return TrainResult(trained, self.num_examples, {"loss": loss})
+        return TrainResult(trained, self.num_examples, {"loss": loss, "steps": steps})
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """See ``task.Task``."""
