@@ -35,14 +35,19 @@ class BoundRule:
 
     def __init__(self, rule: LocalRule[Any] | None = None, name: str = "") -> None:
         self._rule: LocalRule[Any] = Identity() if rule is None else rule
-        self.name = name or type(self._rule).__name__
+        self._name = name or type(self._rule).__name__
         missing = [one for one in _METHODS if not callable(getattr(self._rule, one, None))]
         if isinstance(rule, type) or missing:
             what = "is a class; name an instance of it" if isinstance(rule, type) else ""
             told = what or f"has no method '{missing[0]}'"
-            raise UsageError(f"the local rule {self.name} {told} (docs/tasks.md)")
+            raise UsageError(f"the local rule {self._name} {told} (docs/codecs.md)")
         self._at = ("", 0)
         self._kept: list[_Kept] = []
+
+    @property
+    def name(self) -> str:
+        """What it is called, for people."""
+        return self._name
 
     @property
     def per_example(self) -> bool:
@@ -71,21 +76,21 @@ class BoundRule:
         found = self._do("gradient", self._rule.gradient, gradient, weights, state)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Mapping):
             raise TaskError(
-                f"gradient() of the local rule {self.name} returned a {type(found).__name__}; "
+                f"gradient() of the local rule {self._name} returned a {type(found).__name__}; "
                 "(gradient, state) is expected"
             )
         changed, state = found
         if changed.keys() != gradient.keys():
             differ = min(changed.keys() ^ gradient.keys(), key=str)
             raise TaskError(
-                f"gradient() of the local rule {self.name} returned other tensors than it was "
+                f"gradient() of the local rule {self._name} returned other tensors than it was "
                 f"given: '{differ!s:.60}' is on one side only"
             )
         for name, old in gradient.items():
             shape = np.shape(old)[1:] if self.per_example else np.shape(old)
             if np.shape(changed[name]) != shape:
                 raise TaskError(
-                    f"gradient() of the local rule {self.name} returned '{name}' of shape "
+                    f"gradient() of the local rule {self._name} returned '{name}' of shape "
                     f"{np.shape(changed[name])}, expected {shape}"
                 )
         return dict(changed), state
@@ -95,7 +100,7 @@ class BoundRule:
         found = self._do("end", self._rule.end, trained, state)
         if not isinstance(found, Mapping):
             raise TaskError(
-                f"end() of the local rule {self.name} returned a {type(found).__name__}; a "
+                f"end() of the local rule {self._name} returned a {type(found).__name__}; a "
                 "mapping of names to arrays is expected, an empty one to keep nothing"
             )
         kept = _Kept(*self._at, {name: np.array(array) for name, array in found.items()})
@@ -116,5 +121,5 @@ class BoundRule:
             trace = why.__traceback__  # its first frame is ours
             own = why.with_traceback(trace.tb_next if trace and trace.tb_next else trace)
             raise TaskError(
-                f"{what}() of the local rule {self.name} fails: {one_line(own)}"
+                f"{what}() of the local rule {self._name} fails: {one_line(own)}"
             ) from own

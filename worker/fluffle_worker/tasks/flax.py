@@ -22,7 +22,6 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.local.kept import Kept
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.examples import (
@@ -35,6 +34,7 @@ from fluffle_worker.tasks.examples import (
     picked,
 )
 from fluffle_worker.tasks.model_parts import ModelParts
+from fluffle_worker.tasks.personal import Personal
 
 Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
@@ -118,7 +118,7 @@ class FlaxTask:
         self._valid: Any = jax.device_put(valid_data) if held_out else None
         self._sample_seed = sample_seed
         self._parts = ModelParts(model, federated, frozen)
-        self._personal = Kept()
+        self._personal = Personal()
         self._steps: dict[BoundRule, Any] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)

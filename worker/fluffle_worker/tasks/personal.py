@@ -1,4 +1,4 @@
-"""What a worker keeps from one round of a run to later ones."""
+"""Personal tensors: what a task keeps from one round of a run to later ones."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class _Round(NamedTuple):
     arrays: Named
 
 
-class Kept:
+class Personal:
     """Named arrays, by the run and the round that kept them; in memory only.
 
     A round that is trained again begins with what it began with the first time.
 
-    >>> kept = Kept()
+    >>> kept = Personal()
     >>> kept.keep("r", 1, {"w": 0.5})
     >>> kept.before("r", 2), kept.before("r", 1), kept.before("another", 2)
     ({'w': array(0.5)}, {}, {})
