@@ -150,6 +150,21 @@ def test_all_travels_together_or_apart_and_the_step_is_the_same():
     assert all(np.allclose(part[name], whole[name], rtol=1e-6) for name in part)
 
 
+def test_the_trained_model_is_scored_beside_the_received_one():
+    task = task_of(
+        Normed,
+        federated=nnx.Not(nnx.PathContains("head")),
+        valid_data=numbers(1),
+        metrics={"off": lambda outputs, targets: jnp.abs(outputs - targets)},
+        score_trained=True,
+    )
+    weights = task.init(0)
+    result = task.train(weights, RoundPlan(epochs=2, batch_size=4, round=1), lambda *_: None)
+    found = task.evaluate(result.weights)  # with the head that was trained with them
+    assert result.metrics["personal_loss"] == pytest.approx(found.loss)
+    assert result.metrics["personal_off"] == pytest.approx(found.metrics["off"])
+
+
 @pytest.mark.parametrize(
     ("filters", "told"),
     [

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fluffle_common.protocol.events import RunEvent
     from fluffle_worker.inbox import Tell
     from fluffle_worker.service import WorkerService
+    from fluffle_worker.task import Task
 
 
 @click.command(context_settings={"show_default": True})
@@ -131,30 +132,17 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
     from fluffle_worker.leaving import leave
-    from fluffle_worker.local.loading import use_local_rule
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task
-    from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
-    from fluffle_worker.task_loading import load_task
+    from fluffle_worker.task import classes_of, num_examples_of
 
     # Asked for again and again: our own node may be started later, and elsewhere.
     find = functools.partial(broker_url, options["url"])
     transport = AmqpTransport(find, f"fluffle worker {name} of {federation}")
-    classes = options["classes"]
-    task = load_task(
-        options["task"],
-        TaskOptions(
-            data=options["data"],
-            worker=name,
-            seed=options["seed"],
-            classes=tuple(classes.split(",")) if classes else None,
-        ),
-    )
+    task = _task(name, options)
     for codec in options["codecs"]:
         load_codec(codec, "--codec")
-    if options["local_rule"]:
-        use_local_rule(task, options["local_rule"])
     form = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,
@@ -190,6 +178,27 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     if at_work:
         leave(code)
     sys.exit(code)
+
+
+def _task(worker: str, options: dict[str, Any]) -> Task:
+    """Make the task of a worker, with the local rule that its owner wants."""
+    from fluffle_worker.local.loading import use_local_rule
+    from fluffle_worker.task import TaskOptions
+    from fluffle_worker.task_loading import load_task
+
+    classes = options["classes"]
+    task = load_task(
+        options["task"],
+        TaskOptions(
+            data=options["data"],
+            worker=worker,
+            seed=options["seed"],
+            classes=tuple(classes.split(",")) if classes else None,
+        ),
+    )
+    if options["local_rule"]:
+        use_local_rule(task, options["local_rule"])
+    return task
 
 
 def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[int, bool]:

@@ -76,6 +76,9 @@ class FlaxTask:
         frozen: a Flax filter of the tensors that neither travel nor train: each worker has them
             as ``model`` makes them of ``nnx.Rngs(0)``.
         num_examples: how many examples a streamed epoch has.
+        score_trained: after each training, evaluate what was trained on ``valid_data`` as well, as
+            the metrics ``personal_loss`` and so on: how well the model does here once it has
+            learnt from this data, beside the evaluation of the one that was received.
 
     Raises:
         TaskError: if the arrays have different lengths, or the filters leave nothing to train or
@@ -101,6 +104,7 @@ class FlaxTask:
         federated: Any = True,
         frozen: Any = False,
         num_examples: int | None = None,
+        score_trained: bool = False,
     ) -> None:
         keep_compiled()
         self.classes = classes
@@ -116,7 +120,7 @@ class FlaxTask:
         self.num_examples = self._data.num_examples
         held_out = valid_data is not None and count_of(valid_data, "valid_data")
         self._valid: Any = jax.device_put(valid_data) if held_out else None
-        self._sample_seed = sample_seed
+        self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         self._personal = Personal()
         self._steps: dict[BoundRule, Any] = {}
@@ -165,13 +169,20 @@ class FlaxTask:
         metrics = {"steps": float(len(losses))}
         if not rule.per_example:  # of what a private training saw, only the weights may tell
             metrics["loss"] = float(np.mean([float(one) for one in losses]))
+        if self._score_trained and self._valid is not None:
+            scores = self._scores(learnt, frozen, parts.at_home.rest)
+            metrics |= {f"personal_{name}": value for name, value in scores.items()}
         return TrainResult(parts.travelling(learnt), self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """See ``task.Task``; with the personal tensors as the last training left them."""
         if self._valid is None:
             return None
-        states = self._states(weights)
+        scores = self._scores(*self._states(weights))
+        return EvalResult(scores.pop("loss"), count_of(self._valid, "valid_data"), scores)
+
+    def _scores(self, *states: Any) -> dict[str, float]:
+        """Return the mean loss and metrics of a model on the held-out data."""
         count = count_of(self._valid, "valid_data")
         size = min(_EVALUATION_BATCH, count)
         totals: dict[str, float] = {}
@@ -185,8 +196,7 @@ class FlaxTask:
                 found = self._evaluate_batch(*states, self._valid, real)
             for name, values in found.items():
                 totals[name] = totals.get(name, 0.0) + _total(values, len(real))
-        means = {name: total / count for name, total in totals.items()}
-        return EvalResult(means.pop("loss"), count, means)
+        return {name: total / count for name, total in totals.items()}
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError where these are not weights of this model."""
