@@ -15,6 +15,8 @@ from flax import nnx
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.clip import Clip
 from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks import flax as training
@@ -178,7 +180,7 @@ def test_filters_that_leave_nothing_are_refused(filters, told):
         task_of(Normed, **filters)
 
 
-def test_statistics_that_are_frozen_are_used_and_not_updated():
+def test_statistics_that_are_frozen_are_not_updated():
     task = task_of(Normed, frozen=nnx.PathContains("norm"), valid_data=numbers(1))
     before = jax.tree.map(np.asarray, task._parts.at_home.frozen)
     trained = train(task, task.init(0))
@@ -330,6 +332,16 @@ def test_an_optimizer_that_looks_at_its_learning_rate_is_compiled_for_each():
     weights = task.init(0)
     assert not moved(train(task, weights, learning_rate=0.1), weights)
     assert moved(train(task, weights, learning_rate=0.001), weights)
+
+
+def test_another_local_rule_of_the_same_form_is_another_step():
+    task = task_of(Line)
+    weights, lengths = task.init(0), []
+    for norm in (0.5, 0.25):
+        task.local_rule = BoundRule(Clip(norm))
+        trained = train(task, weights, steps=1, batch_size=COUNT, learning_rate=1.0)
+        lengths.append(np.sqrt(sum(((trained[n] - weights[n]) ** 2).sum() for n in weights)))
+    assert lengths == pytest.approx([0.5, 0.25], rel=1e-5)
 
 
 def test_dp_sgd_without_noise_or_clipping_is_sgd_and_tells_no_loss():

@@ -166,6 +166,7 @@ def test_the_rules_of_a_chain_follow_each_other_and_keep_what_is_their_own():
         ("proximal:0.1", Proximal(0.1)),
         ("proximal:mu=1e-2", Proximal(0.01)),
         ("clip:1", Clip(1.0)),
+        ("clip:1e+3", Clip(1000.0)),
         ("dp_sgd:1,1.1", DpSgd(1.0, 1.1)),
         ("dp_sgd:noise=1.1, clip=1", DpSgd(1.0, 1.1)),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,6 +19,7 @@ from fluffle_worker.user_code import one_line
 
 GROUP = "fluffle.local_rules"
 _OPTION = "--local-rule"
+_JOIN = re.compile(r"\+(?!\d)")  # not the plus of 1e+3
 OWN = {
     "clip": "fluffle_worker.local.clip:Clip",
     "dp_sgd": "fluffle_worker.local.dp_sgd:DpSgd",
@@ -53,7 +55,7 @@ def find_rule(name: str) -> Any:
         UsageError: if there is none, or it does not take these settings.
         TaskError: if it fails to load.
     """
-    parts = name.split("+")
+    parts = _JOIN.split(name)
     if len(parts) == 1 or Path(name.rpartition(":")[0]).is_file():
         return _find_one(name)
     rules = [_find_one(part) for part in parts]

@@ -7,6 +7,7 @@ state of random number generators, such as dropout's, never travels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -223,7 +224,9 @@ class FlaxTask:
         """Return the compiled step: one for each local rule, whatever the learning rate."""
         if self.local_rule not in self._steps:
             fixed = () if _traces(self._optimizer, params) else (0,)
-            self._steps[self.local_rule] = jax.jit(self._train_step, static_argnums=fixed)
+            # A function of its own: what JAX has traced of an equal one, it does not trace again.
+            own = functools.partial(self._train_step)
+            self._steps[self.local_rule] = jax.jit(own, static_argnums=fixed)
         return self._steps[self.local_rule]
 
     def _train_step(  # noqa: PLR0917 - all of them traced, by position
