@@ -17,9 +17,8 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from fluffle_worker.task import Task, TaskOptions
+from fluffle import Task, TaskOptions, accuracy, flax_task
 from fluffle_worker.tasks.examples import Examples
-from fluffle_worker.tasks.flax import accuracy, flax_task
 
 
 class MLP(nnx.Module):

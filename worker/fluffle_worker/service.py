@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
-from fluffle_common.protocol.codec import Assembly, announced
+from fluffle_common.protocol.codec import announced
 from fluffle_common.protocol.events import (
     Abandoned,
     Begun,
@@ -35,6 +35,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights
