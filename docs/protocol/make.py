@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -32,7 +32,20 @@ W: dict[str, Any] = {"worker": "client-1"}
 MODEL = {"kernel": np.array([[0.5, -1.0], [2.0, 0.0]], np.float32), "steps": np.array(3, np.int64)}
 
 
-def sound() -> Iterator[tuple[str, m.Message, dict[str, np.ndarray]]]:
+CONTROL = {"kernel": np.array([[0.25, 0.0], [0.0, -0.25]], np.float32)}
+
+
+class Grouped(NamedTuple):
+    """The tensors of a message that has those of the model and others."""
+
+    model: dict[str, np.ndarray]
+    extra: dict[str, np.ndarray]
+
+
+Carried = dict[str, np.ndarray] | Grouped
+
+
+def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     """Yield one message of each kind, with its tensors."""
     about = {**F, **W, "session": "5e5510", "num_examples": 57, "task": "letters"}
     of_it = {**RUN, **W, "round": 2, "base": "ba5e"}
@@ -78,7 +91,29 @@ def sound() -> Iterator[tuple[str, m.Message, dict[str, np.ndarray]]]:
     plan = m.Plan(epochs=2, learning_rate=0.1, deadline_s=600.0, config={"dropout": 0.5})
     yield "fit", m.Fit(**work, evaluate=True, attempt=1, plan=plan), MODEL
     yield "evaluate", m.Evaluate(**work), MODEL
+    asks = m.Plan(extra="model")
+    yield (
+        "fit with a broadcast beside the model, for which extra tensors come back",
+        m.Fit(**work, evaluate=False, plan=asks),
+        Grouped(MODEL, CONTROL),
+    )
+    yield "fit that asks for a number", m.Fit(
+        **work, evaluate=False, plan=m.Plan(extra={"steps": ()})
+    ), MODEL  # fmt: skip
+    yield "update with extra tensors", m.Update(**update), Grouped(MODEL, CONTROL)
     yield "stop", m.Stop(**RUN, round=6, reason="6 rounds are done"), {}
+    yield "fit that wants a codec", m.Fit(
+        **work, evaluate=False, plan=m.Plan(compress=m.Compression.parse("topk:0.01"))
+    ), MODEL  # fmt: skip
+    yield "fit that trains a part of the model", m.Fit(
+        **work, evaluate=False, plan=m.Plan(train=("kernel*",))
+    ), MODEL  # fmt: skip
+    phase = {**RUN, "name": "secagg", "phase": "keys", "round": 2}
+    yield "exchange", m.Exchange(**phase, **W), {"key": np.arange(32, dtype=np.uint8)}
+    yield "exchange of the coordinator, without tensors", m.Exchange(**phase), {}
+    yield "signed", m.Stop(
+        **RUN, round=6, reason="6 rounds are done", key_id="k1", signature="c2lnbmF0dXJl"
+    ), {}  # fmt: skip
     yield "echo", m.Echo(**F, session="c0", number=1), {}
     yield "event", m.Event(**journal, **happened, fields=fields), {}
     happening = m.Happening(**happened, fields=fields)
@@ -86,8 +121,11 @@ def sound() -> Iterator[tuple[str, m.Message, dict[str, np.ndarray]]]:
     yield "keys of a later version", m.Stop(**RUN, round=6, reason="done", ext={"mine": 1}), {}
 
 
-def packed(message: m.Message, tensors: dict[str, np.ndarray]) -> bytes:
+def packed(message: m.Message, tensors: Carried) -> bytes:
     """Return the body of a message."""
+    if isinstance(tensors, Grouped):
+        table, pieces = lay_out(tensors.model, {"extra": tensors.extra})
+        return encode(message, pieces, table)
     if isinstance(message, m.Part):
         return encode(message, lay_out(tensors)[1])
     if tensors:
@@ -123,6 +161,11 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "a duration that is NaN", {**header, "seconds": float("nan")}, two, "malformed"
     yield "a metric that is infinite", {**header, "metrics": {"x": float("inf")}}, two, "malformed"
     yield "an unknown key that is critical", {**header, "critical": ["x"], "x": 1}, two, "malformed"
+    fit = {**header, "kind": "fit", "evaluate": True}
+    yield "a fit whose codec is a text", {**fit, "plan": {"compress": "int8"}}, two, "malformed"
+    topk = {"compress": {"kind": "topk", "fraction": 1.5}}
+    yield "a fit that wants more than everything", {**fit, "plan": topk}, two, "malformed"
+    yield "a payload that is sealed", {**header, "sealed": "aes-256-gcm"}, two, "sealed"
     yield "a header that is no map", [1, 2], two, "malformed"
     yield "an unknown dtype", table(dtype="complex64"), two, "tensors"
     yield "a shape that does not go with its bytes", table(shape=[3]), two, "tensors"
@@ -131,6 +174,16 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "a negative shape", table(shape=[-2]), two, "malformed"
     yield "a name that is there twice", {**header, "tensors": [entry, entry]}, two, "tensors"
     yield "too short a payload", header, two[:4], "tensors"
+    yield "a group in two pieces", {
+        **header,
+        "tensors": [
+            {**entry, "name": name, "offset": 64 * place, **group}
+            for place, (name, group) in enumerate(
+                [("v", {}), ("c", {"group": "extra"}), ("w", {})]
+            )
+        ],
+    }, bytes(128) + two, "tensors"  # fmt: skip
+    yield "an unknown key in an entry", table(x=1), two, "malformed"
     yield "NaN", header, np.array([1, np.nan], np.float32).tobytes(), "not_finite"
 
 

@@ -342,10 +342,15 @@ async def test_results_go_to_their_queue_by_kind_and_the_rest_to_unrouted(bench)
 
     for key in (
         *("update.w.1", "evaluation.w", "first_weights.w", "hello.w.1", "heartbeat.w", "bye.w"),
-        *("failure.w", "part.w.1", "part.w", "updates.w", "nonsense", "part.w.2"),
+        *("failure.w", "exchange.w", "part.w.1", "part.w", "updates.w", "nonsense", "part.w.2"),
     ):
         await send(key)
-    assert await drain(link, names.updates) == [b"update.w.1", b"evaluation.w", b"first_weights.w"]
+    assert await drain(link, names.updates) == [
+        b"update.w.1",
+        b"evaluation.w",
+        b"first_weights.w",
+        b"exchange.w",
+    ]
     assert await drain(link, names.presence) == [
         b"hello.w.1",
         b"heartbeat.w",

@@ -17,7 +17,7 @@ from flax import nnx
 
 from fluffle_common.cli.objects import load_object
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_coordinator.cli.coordinator import CompressType
 from fluffle_worker.local import loading
@@ -67,7 +67,7 @@ def test_a_federation_encodes_by_the_codec_of_a_file(federated, documented):
     how = CompressType().convert(f"{path}:Signs", None, None)
 
     async def scenario(federation):
-        coordinator = federation.coordinator(rounds=3, plan=Plan(compress=how))
+        coordinator = federation.coordinator(rounds=3, plan=Plan(compress=Compression.parse(how)))
         for value, name in ((1.0, "a"), (3.0, "b")):
             task = Adder(federation.loop, value, size=SIZE)
             federation.worker(name, task, codecs=registry_with(path))
@@ -86,7 +86,9 @@ def test_a_worker_without_the_codec_says_which_and_the_round_goes_on(federated, 
     how = CompressType().convert(f"{path}:Signs", None, None)
 
     async def scenario(federation):
-        coordinator = federation.coordinator(rounds=2, number=2, plan=Plan(compress=how))
+        coordinator = federation.coordinator(
+            rounds=2, number=2, plan=Plan(compress=Compression.parse(how))
+        )
         for name in "ab":
             task = Adder(federation.loop, size=SIZE)
             federation.worker(name, task, codecs=registry_with(path))
@@ -111,7 +113,7 @@ def test_settings_that_a_workers_codec_refuses_are_told(federated, documented):
 
     async def scenario(federation):
         coordinator = federation.coordinator(
-            rounds=1, number=1, min_workers=2, plan=Plan(compress=how)
+            rounds=1, number=1, min_workers=2, plan=Plan(compress=Compression.parse(how))
         )
         federation.worker("a", Adder(federation.loop, size=SIZE), codecs=registry_with(path))
         b = federation.worker("b", Adder(federation.loop, size=SIZE), codecs=registry_with(old))
@@ -131,7 +133,7 @@ def test_an_encode_that_fails_costs_its_worker_the_round(federated, documented):
 
     async def scenario(federation):
         coordinator = federation.coordinator(
-            rounds=2, number=1, min_workers=2, plan=Plan(compress=how)
+            rounds=2, number=1, min_workers=2, plan=Plan(compress=Compression.parse(how))
         )
         federation.worker("a", Adder(federation.loop, size=SIZE), codecs=registry_with(path))
         b = federation.worker("b", Adder(federation.loop, size=SIZE, steps=1))
@@ -160,7 +162,9 @@ def test_an_update_that_the_codec_fails_to_decode_is_rejected_and_trained_anew(
     how = CompressType().convert(f"{bad}:Signs", None, None)
 
     async def scenario(federation):
-        coordinator = federation.coordinator(rounds=1, number=2, plan=Plan(compress=how))
+        coordinator = federation.coordinator(
+            rounds=1, number=2, plan=Plan(compress=Compression.parse(how))
+        )
         for name in "ab":
             task = Adder(federation.loop, size=SIZE)
             federation.worker(name, task, codecs=registry_with(good))

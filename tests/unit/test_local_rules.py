@@ -86,9 +86,9 @@ def test_scaffold_is_the_papers_option_two():
                 gradient = {"w": (weights - target) * (k + 1)}
                 changed, state = rule.gradient(gradient, {"w": weights}, state)
                 weights = weights - rate * changed["w"]
-            kept[k] = rule.end({"w": weights}, state)
+            kept[k], extra = rule.end({"w": weights}, state)
             trained.append(weights)
-            extras.append(rule.extra(state)["w"])
+            extras.append(extra["w"])
         x, c = np.mean(ends, axis=0), c + np.mean(changes, axis=0)
         model = {"w": np.mean(trained, axis=0)}
         broadcast = {"w": broadcast["w"] + np.mean(extras, axis=0)}
@@ -146,7 +146,7 @@ class Remembers:
         return {name: one + state for name, one in gradient.items()}, state
 
     def end(self, trained: Any, state: Any) -> Any:
-        return {"n": state}
+        return {"n": state}, {"by": 1}
 
 
 def test_the_rules_of_a_chain_follow_each_other_and_keep_what_is_their_own():
@@ -154,7 +154,7 @@ def test_the_rules_of_a_chain_follow_each_other_and_keep_what_is_their_own():
     state = chain.begin({"w": 1.0}, {"by": 2}, {"0/n": 10, "2/n": 100})
     changed, state = chain.gradient({"w": 0.0}, {"w": 3.0}, state)
     assert changed == {"w": (10 + 2) + (3.0 - 1.0) + (100 + 2)}
-    assert chain.end({"w": 3.0}, state) == {"0/n": 12, "2/n": 102}
+    assert chain.end({"w": 3.0}, state) == ({"0/n": 12, "2/n": 102}, {"by": 1})
 
 
 # --- names -------------------------------------------------------------------------------------

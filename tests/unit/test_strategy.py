@@ -270,7 +270,7 @@ def needing(**needs):
     ("needs", "rules", "told"),
     [
         ({"all_updates": True}, {}, "all updates of a round at once, which this version does not"),
-        ({"extra": ("c",)}, {}, r"extra tensors \(c\)"),
+        ({"extra": ("c",)}, {}, r"has needs.extra \('c',\); a mapping of names to shapes"),
         ({"min_updates": 3}, {"least": 2}, "close with 2; give --min-workers of 3 or more"),
         (
             {"min_updates": 3},

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     "--local-rule",
     metavar="NAME",
     help="What is done to each gradient of the training: proximal:MU, clip:NORM, "
-    "dp_sgd:CLIP,NOISE, path.py:name, or several with a + between them (docs/tasks.md).  "
+    "dp_sgd:CLIP,NOISE, scaffold, path.py:name, or several with a + between them (docs/tasks.md).  "
     "[default: nothing]",
     show_default=False,
 )
@@ -84,6 +84,14 @@ if TYPE_CHECKING:
     default=45.0,
     help="Seconds to wait while another worker has this id: a connection that was cut lives on in "
     "the broker for a while.",
+)
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where this worker keeps what it needs in later rounds: of its local rule, and tensors "
+    "that do not travel.  [default: runs/workers/FEDERATION/ID]",
+    show_default=False,
 )
 @click.option("--stay", is_flag=True, help="Wait for another run when one has ended.")
 @click.option(
@@ -154,6 +162,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         task=options["task"],
         heartbeat_s=options["heartbeat"],
         occupied_s=options["wait_id"],
+        state_dir=options["state_dir"] or Path("runs/workers", federation, name),
         stay=options["stay"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, RefusedError
@@ -58,7 +58,7 @@ class Connection:
         topology: Topology,
         tell: Tell,
         opened: Callable[[], object],
-        receive: Callable[[Message, memoryview], object],
+        receive: Callable[[Link, Message, memoryview], Awaitable[object]],
         joined: Callable[[], bool],
     ) -> None:
         self._settings, self._presence = settings, presence
@@ -161,7 +161,7 @@ class Connection:
         async for delivery in mail:
             try:
                 message, payload = decode(delivery.body, self._settings.federation)
-                self._receive(message, payload)
+                await self._receive(link, message, payload)
             except MalformedMessage as wrong:
                 self._tell(Rejected(reason=str(wrong), cause=wrong.cause))
                 await self._refusals.refuse(link, delivery, wrong)

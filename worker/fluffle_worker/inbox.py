@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Callable
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, read_tensors
+from fluffle_common.protocol.codec import decode, read_groups
 from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite
 from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject
@@ -30,7 +32,7 @@ def check_mail(body: Body, federation: str) -> None:
     if not isinstance(message, ToWorker | Part):
         raise no_mail(message)
     if isinstance(message, Fit | Evaluate) and message.transfer is None:
-        weights_of(message, payload)
+        read_work(message, payload)
 
 
 def no_mail(message: Message) -> MalformedMessage:
@@ -38,18 +40,23 @@ def no_mail(message: Message) -> MalformedMessage:
     return MalformedMessage(f"a message of kind {message.kind} is no mail for a worker", "kind")
 
 
-def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
-    """Return the weights that work brings.
+def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, Weights]:
+    """Return the weights that work brings, and what the strategy broadcasts with them.
+
+    Groups of tensors that are not known here are passed over.
 
     Raises:
         MalformedMessage: where they are not what the message says, or not finite.
     """
-    weights = read_tensors(message.tensors, payload)
+    groups = read_groups(message.tensors, payload)
+    weights: Weights = groups[MODEL]
+    broadcast: Weights = groups.get(EXTRA, {})
     try:
         check_finite(weights)
+        check_finite(broadcast)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "not_finite") from None
-    return weights
+    return weights, broadcast
 
 
 class Refusals:

@@ -22,8 +22,10 @@ from fluffle_common.protocol.events import (
     Sent,
     Welcomed,
 )
+from fluffle_common.protocol.exchanges import Exchanges
 from fluffle_common.protocol.messages import (
     Evaluate,
+    Exchange,
     Fit,
     InitRequest,
     Message,
@@ -38,13 +40,14 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
-from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Transport
+from fluffle_common.transport.base import Link, Transport
+from fluffle_common.transport.messaging import Route, send
 from fluffle_worker import machine
 from fluffle_worker.connection import Connection
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Tell, no_mail, weights_of
+from fluffle_worker.inbox import Tell, no_mail, read_work
 from fluffle_worker.job import Job
+from fluffle_worker.local.kept import keep_in
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task
@@ -67,6 +70,7 @@ class WorkerService:
         training: where the task's code runs; a thread of its own unless told.
         form: what the task's model is made of; None: it is found out here.
         codecs: those that updates may be encoded by.
+        exchanges: who handles protocols in several phases.
     """
 
     def __init__(
@@ -81,9 +85,13 @@ class WorkerService:
         training: Training | None = None,
         form: Signature | None = None,
         codecs: Registry = CODECS,
+        exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._task = settings, task
         self._tell, self._bar = tell, bar
+        self._topology, self._exchanges = topology, exchanges or Exchanges()
+        if settings.state_dir is not None:
+            keep_in(settings.state_dir, task)
         self._state = machine.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._welcomed: tuple[str, int, int] | None = None
@@ -101,7 +109,7 @@ class WorkerService:
             topology=topology,
             tell=tell,
             opened=self._opened,
-            receive=self._receive,
+            receive=self._take,
             joined=lambda: self._run is not None,
         )
         self._answers = Uploader(
@@ -182,6 +190,12 @@ class WorkerService:
         """Forget what came over the last link: it comes again over this one."""
         self._assembly = self._welcomed = None
 
+    async def _take(self, link: Link, message: Message, payload: memoryview) -> None:
+        if isinstance(message, Exchange):
+            await self._exchange(link, message, payload)
+        else:
+            self._receive(message, payload)
+
     def _receive(self, message: Message, payload: memoryview) -> None:
         match message:
             case Welcome(run=run, round=number, rounds=rounds):
@@ -195,7 +209,7 @@ class WorkerService:
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
-                self._ask(Work("init", message.run, 0), message, {})
+                self._ask(Job(Work("init", message.run, 0), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
                 announced(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
@@ -213,6 +227,14 @@ class WorkerService:
                 pass  # it was for an earlier process of this worker, or of an earlier run
             case _:
                 raise no_mail(message)
+
+    async def _exchange(self, link: Link, message: Exchange, payload: memoryview) -> None:
+        """Take part in a protocol in several phases; the answers are sent in their order."""
+        if message.run != self._run:
+            return  # as work of an earlier run
+        for sent, body in self._exchanges.receive(message, payload):
+            key = f"{sent.message.kind}.{self._settings.worker}"
+            await send(link, sent.message, Route(self._topology.results, [key]), body)
 
     def _judged(self, verdict: Verdict) -> None:
         """Take what became of an update that does not count."""
@@ -238,15 +260,15 @@ class WorkerService:
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
-        weights = weights_of(message, payload)
+        weights, broadcast = read_work(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         attempt = message.attempt if isinstance(message, Fit) else 0
         work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
-        self._ask(work, message, weights)
+        self._ask(Job(work, message, weights, broadcast))
 
-    def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
-        if work not in self._jobs:
-            self._jobs[work] = Job(work, message, weights)
+    def _ask(self, job: Job) -> None:
+        work = job.work
+        self._jobs.setdefault(work, job)
         self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
         self._advance(machine.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)

@@ -264,6 +264,6 @@ def lock_of(queue: str) -> str:
 
 _LOCK_PURPOSE = "always empty; held by the one who alone reads the queue it is named after"
 _TAP_PURPOSE = "copies of the traffic for someone who looks ('fluffle tap'); goes with them"
-UPDATE_KINDS = ("update", "evaluation", "first_weights")
+UPDATE_KINDS = ("update", "evaluation", "first_weights", "exchange")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")
 _REJECTING = "rejected"

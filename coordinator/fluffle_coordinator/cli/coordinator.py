@@ -189,6 +189,14 @@ def run_option(command: Any) -> Any:
     "[default: neither]",
     show_default=False,
 )
+@click.option(
+    "--train",
+    multiple=True,
+    metavar="TENSOR",
+    help="Train this tensor of the model, or all that begin so, as with 'head/*'; may be given "
+    "several times. The others stay as they are, and do not travel back.  [default: all]",
+    show_default=False,
+)
 @click.option("--seed", type=SEED, default=0, help="Seed of everything random.")
 @click.option(
     "--classes",

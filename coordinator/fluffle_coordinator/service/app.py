@@ -23,7 +23,7 @@ from fluffle_common.cli.settings import (
 )
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
 from fluffle_common.tensors.weights import check_finite, check_signature
@@ -109,6 +109,7 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
             learning_rate=options["learning_rate"],
             compress=_compress(options),
             config=parse_config(options["config"]),
+            train=options["train"] or None,
         ),
         learning_rate_schedule=schedule_of(
             options["learning_rate_schedule"], options["learning_rate"]
@@ -123,12 +124,12 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
     )
 
 
-def _compress(options: dict[str, Any]) -> str | None:
+def _compress(options: dict[str, Any]) -> Compression | None:
     """Return how workers are to encode their updates; None: not at all."""
     if options["compress"] is not None:
-        return str(options["compress"])
+        return Compression.parse(options["compress"])
     dtype: str = options["upload_dtype"]
-    return None if dtype == "float32" else dtype
+    return None if dtype == "float32" else Compression(kind=dtype)
 
 
 async def coordinate(

@@ -21,7 +21,7 @@ class CoordinatorSettings:
     Args:
         federation: whose queues to use.
         rules: the rules of the rounds.
-        plan: what workers are told about training; its seed and deadline come from the rules.
+        plan: what workers are told about training; ``whole_plan`` adds what is decided elsewhere.
         learning_rate_schedule: how the plan's learning rate changes from round to round.
         strategy: how a round is averaged.
         classes: the classes that workers must have; None lets the first worker say.
@@ -53,3 +53,14 @@ class CoordinatorSettings:
     hooks: Hooks = NO_HOOKS
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0
+
+    @property
+    def whole_plan(self) -> Plan:
+        """The plan, with the rules' seed and deadline and the strategy's extra tensors."""
+        return self.plan.model_copy(
+            update={
+                "seed": self.rules.seed,
+                "deadline_s": self.rules.deadline_s,
+                "extra": self.strategy.strategy.needs.extra,
+            }
+        )

@@ -45,9 +45,9 @@ class LocalRule(Protocol[S]):
 
         Args:
             received: the weights that have gradients, as received.
-            broadcast: what the strategy sends besides the model; empty for now.
-            kept: what ``end`` returned in an earlier round of this run; empty at first, and after
-                a restart of the worker.
+            broadcast: what the strategy sends besides the model, by its own names; empty for most
+                strategies.
+            kept: what ``end`` kept in an earlier round of this run; empty at first.
         """
         ...
 
@@ -61,9 +61,17 @@ class LocalRule(Protocol[S]):
         """
         ...
 
-    def end(self, trained: Named, state: S) -> Named:
-        """Return what to keep for the next round; an empty mapping keeps nothing."""
+    def end(self, trained: Named, state: S) -> Named | tuple[Named, Named]:
+        """Return what to keep for the next round; an empty mapping keeps nothing.
+
+        For a strategy that asks for extra tensors, return them too: ``(kept, extra)``.
+        """
         ...
+
+
+def ended(found: Any) -> tuple[Any, Any]:
+    """Return what ``end`` returned as ``(kept, extra)``."""
+    return found if isinstance(found, tuple) and len(found) == 2 else (found, {})
 
 
 def check_number(rule: str, name: str, value: float, *, zero: bool = False) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fluffle_common.errors import UsageError
-from fluffle_worker.local.base import LocalRule, Named
+from fluffle_worker.local.base import LocalRule, Named, ended
 
 
 class Chain:
@@ -49,13 +49,15 @@ class Chain:
             after.append(new)
         return gradient, after
 
-    def end(self, trained: Named, state: list[Any]) -> Named:
-        """See ``LocalRule``."""
-        return {
-            f"{number}/{name}": array
-            for number, (rule, own) in enumerate(zip(self._rules, state, strict=True))
-            for name, array in rule.end(trained, own).items()
-        }
+    def end(self, trained: Named, state: list[Any]) -> tuple[Named, Named]:
+        """See ``LocalRule``; what they send goes to the one strategy that there is."""
+        kept: dict[str, Any] = {}
+        sent: dict[str, Any] = {}
+        for number, (rule, own) in enumerate(zip(self._rules, state, strict=True)):
+            keeps, extra = ended(rule.end(trained, own))
+            kept |= {f"{number}/{name}": array for name, array in keeps.items()}
+            sent |= extra
+        return kept, sent
 
 
 def _of(number: int, kept: Named) -> Named:

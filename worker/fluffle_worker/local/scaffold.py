@@ -61,10 +61,6 @@ class Scaffold:
         }
         return corrected, state._replace(mean=mean, steps=steps)
 
-    def end(self, trained: Named, state: ControlVariates) -> Named:
-        """See ``LocalRule``; kept is the new ``c_k``."""
-        return state.mean
-
-    def extra(self, state: ControlVariates) -> Named:
-        """Return what the server needs besides the weights: by how much ``c_k`` changed."""
-        return {name: one - state.own[name] for name, one in state.mean.items()}
+    def end(self, trained: Named, state: ControlVariates) -> tuple[Named, Named]:
+        """See ``LocalRule``; kept is the new ``c_k``, and sent by how much it changed."""
+        return state.mean, {name: one - state.own[name] for name, one in state.mean.items()}

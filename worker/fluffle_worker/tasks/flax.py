@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.kept import KeptTensors
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.examples import (
@@ -35,7 +37,6 @@ from fluffle_worker.tasks.examples import (
     picked,
 )
 from fluffle_worker.tasks.model_parts import ModelParts
-from fluffle_worker.tasks.personal import Personal
 
 Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
@@ -73,7 +74,7 @@ class FlaxTask:
         sample_seed: makes this worker's batches its own.
         local_rule: changes each gradient before the optimizer sees it.
         federated: a Flax filter of the tensors that travel. The others are personal: trained here,
-            and kept from round to round of a run, in memory.
+            and kept from round to round of a run, by a worker in its state folder too.
         frozen: a Flax filter of the tensors that neither travel nor train: each worker has them
             as ``model`` makes them of ``nnx.Rngs(0)``.
         num_examples: how many examples a streamed epoch has.
@@ -123,10 +124,14 @@ class FlaxTask:
         self._valid: Any = jax.device_put(valid_data) if held_out else None
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
-        self._personal = Personal()
+        self._personal = KeptTensors()
         self._steps: dict[BoundRule, Any] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep the personal tensors in this folder, from where they are read after a restart."""
+        self._personal = KeptTensors(folder, "personal")
 
     def model_form(self) -> dict[str, Any]:
         """See ``task.Task``."""
