@@ -18,6 +18,7 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.clip import Clip
 from fluffle_worker.local.dp_sgd import DpSgd
+from fluffle_worker.local.scaffold import Scaffold
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks import flax as training
 from fluffle_worker.tasks.flax import FlaxTask, flax_task
@@ -189,6 +190,28 @@ def test_statistics_that_are_frozen_are_not_updated():
     assert not task._personal.latest()
 
 
+def test_a_plan_may_train_a_part_of_the_model_and_the_rest_stays_as_it_is():
+    task = task_of(Normed, optimizer=optax.adam)
+    weights = task.init(0)
+    trained = train(task, weights, train=("head/*",))
+    assert sorted(moved(trained, weights)) == ["head/bias", "head/kernel", "norm/mean", "norm/var"]
+    whole = train(task, weights)
+    assert "body/kernel" in moved(whole, weights)  # and the next round may train all of it
+
+
+def test_personal_tensors_outlive_their_worker(tmp_path):
+    filters = {"federated": nnx.PathContains("body")}
+    task, alone = task_of(Normed, **filters), task_of(Normed, **filters)
+    task.keep_in(tmp_path)
+    weights = task.init(0)
+    first = train(task, weights, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["personal-0001.safetensors"]
+    train(alone, weights, 1)
+    again = task_of(Normed, **filters)
+    again.keep_in(tmp_path)
+    assert not moved(train(again, first, 2), train(alone, first, 2))
+
+
 # --- data --------------------------------------------------------------------------------------
 
 
@@ -342,6 +365,23 @@ def test_another_local_rule_of_the_same_form_is_another_step():
         trained = train(task, weights, steps=1, batch_size=COUNT, learning_rate=1.0)
         lengths.append(np.sqrt(sum(((trained[n] - weights[n]) ** 2).sum() for n in weights)))
     assert lengths == pytest.approx([0.5, 0.25], rel=1e-5)
+
+
+def test_the_control_variate_of_a_compiled_training_is_its_mean_gradient():
+    task, rate = task_of(Line, local_rule=Scaffold()), 0.05
+    weights = task.init(0)
+    zeros = {name: np.zeros_like(one) for name, one in weights.items()}
+    task.local_rule.of_round("r", 1, zeros)
+    first = train(task, weights, 1)
+    for name, one in task.local_rule.sent.items():
+        np.testing.assert_allclose(one, (weights[name] - first[name]) / (6 * rate), rtol=1e-4)
+    task.local_rule.of_round("r", 2, zeros)
+    kept = task.local_rule.begin(weights).own
+    corrected = train(task, weights, 2)
+    raw = {name: kept[name] + task.local_rule.sent[name] for name in kept}
+    for name in weights:  # each step used g - c_k
+        used = (weights[name] - corrected[name]) / (6 * rate)
+        np.testing.assert_allclose(used, raw[name] - kept[name], rtol=1e-3, atol=1e-5)
 
 
 def test_dp_sgd_without_noise_or_clipping_is_sgd_and_tells_no_loss():

@@ -21,6 +21,7 @@ from flax import nnx
 from fluffle_common.cli.settings import cache_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.groups import chosen
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
@@ -41,6 +42,7 @@ from fluffle_worker.tasks.model_parts import ModelParts
 Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
 _EVALUATION_BATCH = 256
+_NOTHING = np.zeros(0)
 
 
 def accuracy(outputs: Any, targets: Any) -> Any:
@@ -125,7 +127,7 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         self._personal = KeptTensors()
-        self._steps: dict[BoundRule, Any] = {}
+        self._steps: dict[tuple[BoundRule, Any], Any] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
@@ -152,11 +154,12 @@ class FlaxTask:
             )
         run, number = (plan.run, plan.round) if isinstance(plan, RoundPlan) else ("", 0)
         learnt = parts.learnt(weights, self._personal.before(run, number))
-        params = nnx.filter_state(learnt, nnx.Param)
+        trained = _trained(plan)
+        params = nnx.filter_state(learnt, trained)
         _, frozen, rest = parts.at_home
         learning_rate = plan.learning_rate or self._learning_rate
         optimizer_state = self._transform(learning_rate).init(params)
-        step, steps = self._step(params), data.steps(plan)
+        step, steps = self._step(plan, params), data.steps(plan)
         losses: list[Any] = []
         key = jax.random.key(plan.seed ^ self._sample_seed)
         for done, batch in enumerate(data.batches(plan), start=1):
@@ -170,7 +173,7 @@ class FlaxTask:
             seen = float(losses[-2]) if done > 1 else None
             progress(done, max(done, steps), None if rule.per_example else seen)
         if not rule.changes_nothing:
-            rule.end(named(nnx.filter_state(learnt, nnx.Param)), optimizer_state[0])
+            rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
         self._personal.keep(run, number, parts.personal(learnt))
         metrics = {"steps": float(len(losses))}
         if not rule.per_example:  # of what a private training saw, only the weights may tell
@@ -225,17 +228,19 @@ class FlaxTask:
             return optimizer
         return optax.chain(gradient_transformation(self.local_rule), optimizer)
 
-    def _step(self, params: Any) -> Any:
+    def _step(self, plan: Plan, params: Any) -> Any:
         """Return the compiled step: one for each local rule, whatever the learning rate."""
-        if self.local_rule not in self._steps:
+        which = self.local_rule, plan.train
+        if which not in self._steps:
             fixed = () if _traces(self._optimizer, params) else (0,)
             # A function of its own: what JAX has traced of an equal one, it does not trace again.
-            own = functools.partial(self._train_step)
-            self._steps[self.local_rule] = jax.jit(own, static_argnums=fixed)
-        return self._steps[self.local_rule]
+            own = functools.partial(self._train_step, _trained(plan))
+            self._steps[which] = jax.jit(own, static_argnums=fixed)
+        return self._steps[which]
 
     def _train_step(  # noqa: PLR0917 - all of them traced, by position
         self,
+        trained: Any,
         learning_rate: Any,
         learnt: Any,
         frozen: Any,
@@ -248,10 +253,10 @@ class FlaxTask:
         inputs, targets = picked(source, batch)
         if self._augment is not None:
             inputs = self._augment(key, inputs)
-        params, others = nnx.split_state(learnt, nnx.Param, ...)
+        params, still, others = nnx.split_state(learnt, trained, nnx.Param, ...)
 
         def mean_loss(params: Any, examples: Examples) -> Any:
-            model = self._parts.module(nnx.merge_state(params, others), frozen, rest)
+            model = self._parts.module(nnx.merge_state(params, still, others), frozen, rest)
             model.train()
             value = jnp.mean(self._loss(call(model, examples[0]), examples[1]))
             return value, self._parts.after(model)
@@ -263,7 +268,7 @@ class FlaxTask:
         transform = self._transform(learning_rate)
         change, optimizer_state = transform.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, change)
-        return nnx.merge_state(params, others), rest, optimizer_state, value
+        return nnx.merge_state(params, still, others), rest, optimizer_state, value
 
     def _forward_step(self, learnt: Any, frozen: Any, rest: Any, inputs: Any) -> Any:
         model = self._parts.module(learnt, frozen, rest)
@@ -281,6 +286,15 @@ class FlaxTask:
 
 flax_task = FlaxTask
 """The name under which a user's task file calls it."""
+
+
+def _trained(plan: Plan) -> Any:
+    """Return a filter of the parameters that a plan trains."""
+    if plan.train is None:
+        return nnx.Param
+    return nnx.All(
+        nnx.Param, lambda path, _: bool(chosen({tensor_name(path): _NOTHING}, plan.train))
+    )
 
 
 def _total(values: Any, count: int) -> float:
