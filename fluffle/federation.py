@@ -202,7 +202,12 @@ class Federation:
         await self._linked.wait()  # else it would look for a coordinator every now and then
         settings = self._settings
         service = WorkerService(
-            WorkerSettings(settings.federation, task.name, type(task.task).__name__),
+            WorkerSettings(
+                settings.federation,
+                task.name,
+                type(task.task).__name__,
+                state_dir=self._store.folder / "workers" / task.name,
+            ),
             task,
             transport=self._transport(f"worker {task.name}"),
             topology=self._topology,

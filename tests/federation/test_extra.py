@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import fluffle
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol import codec
 from fluffle_common.protocol.messages import Compression, Plan
@@ -271,3 +272,14 @@ def test_a_plan_that_trains_nothing_of_the_model_is_told(federated):
         await coordinator.kill()
 
     federated(scenario)
+
+
+def test_a_run_in_this_process_goes_on_with_what_its_rules_kept(tmp_path):
+    for rounds in (2, 4):
+        tasks = {name: Descent(name) for name in TARGETS}
+        fluffle.run(
+            tasks, rounds=rounds, strategy=f"{FILE}:scaffold", folder=tmp_path, progress=False
+        )
+    for number, expected in enumerate(reference(4), start=1):
+        weights = fluffle.load_model(tmp_path / f"round-{number:04d}.safetensors")
+        np.testing.assert_allclose(weights["w"], expected, rtol=1e-5)
