@@ -103,6 +103,10 @@ __all__ = [  # noqa: PLE0604 - the table above says it
 
 def __getattr__(name: str) -> Any:
     """Load a name of the public API when it is first used."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fluffle")
     if name not in _WHERE:
         raise AttributeError(f"module 'fluffle' has no attribute '{name}'")
     found = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)

@@ -161,3 +161,13 @@ def test_what_the_machine_waits_for_comes_as_facts():
         {"worker": "a", "state": "training", "step": 3, "steps": 8},
         {"worker": "b", "state": "gone"},
     ]
+
+
+def test_a_test_of_the_coordinator_stands_beside_the_federated_metrics():
+    view = view_of(
+        committed(1),
+        run_events.Tested(round=1, metrics={"accuracy": 0.25}),
+        run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75}),
+    )
+    (one,) = view.done
+    assert one.metrics == {"test/accuracy": 0.25, "accuracy": 0.75}

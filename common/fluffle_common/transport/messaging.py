@@ -267,7 +267,7 @@ async def _one_by_one(link: Link, queue: str) -> AsyncGenerator[Delivery]:
 
 async def _streamed(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
     """Consume so many messages of a queue."""
-    async with contextlib.aclosing(await link.consume(queue, prefetch=_WINDOW)) as deliveries:
+    async with contextlib.aclosing(await link.consume(queue, prefetch=2 * _WINDOW)) as deliveries:
         for _ in range(count):
             try:
                 async with asyncio.timeout(_PART_PATIENCE_S):

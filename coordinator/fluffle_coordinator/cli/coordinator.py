@@ -23,6 +23,7 @@ from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.stopping import stopping_options
 
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
@@ -145,6 +146,7 @@ def run_option(command: Any) -> Any:
     help="A function of your own that is shown every commit; a reason that it returns ends the "
     "run there.",
 )
+@stopping_options
 @click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
 @click.option(
     "--steps",

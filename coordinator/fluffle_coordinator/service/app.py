@@ -39,6 +39,7 @@ from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import as_named, check_needs, check_same
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
@@ -120,6 +121,12 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
         hooks=Hooks.load(options["evaluate"], options["on_round"]),
+        stopping=Stopping(
+            monitor=options["monitor"],
+            target=options["target"],
+            patience=options["patience"],
+            time_budget_s=options["time_budget"],
+        ),
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
 

@@ -30,6 +30,7 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
         "verify_users": settings.verify_users,
         "keep_updates": settings.keep_updates,
         **settings.hooks.names(),
+        "stopping": asdict(settings.stopping),
         "queue_type": topology.queue_type,
         "versions": versions(),
     }

@@ -144,6 +144,7 @@ class Coordinator:
             post=self._post,
             strategy=settings.strategy.name,
             hooks=settings.hooks,
+            stopping=settings.stopping,
             rounds=settings.rules.rounds,
         )
         self._aggregator = Aggregator(

@@ -10,6 +10,7 @@ from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
 from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
+from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -34,6 +35,7 @@ class CoordinatorSettings:
             than its id.
         keep_updates: keep every update that is counted, as it came.
         hooks: what is called after each commit.
+        stopping: when the run has done enough, before all of its rounds.
         backoff: how to wait for a broker that is away.
         waiting_every_s: how often to say what is waited for.
     """
@@ -51,6 +53,7 @@ class CoordinatorSettings:
     verify_users: bool = False
     keep_updates: bool = False
     hooks: Hooks = NO_HOOKS
+    stopping: Stopping = NO_STOPPING
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0
 
