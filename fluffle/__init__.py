@@ -55,11 +55,13 @@ if TYPE_CHECKING:
     from fluffle_coordinator.strategy.weighted import weighted as weighted
     from fluffle_worker.task import EvalResult as EvalResult
     from fluffle_worker.task import Progress as Progress
+    from fluffle_worker.task import RoundPlan as RoundPlan
     from fluffle_worker.task import Task as Task
     from fluffle_worker.task import TaskOptions as TaskOptions
     from fluffle_worker.task import TrainResult as TrainResult
     from fluffle_worker.tasks.flax import accuracy as accuracy
     from fluffle_worker.tasks.flax import flax_task as flax_task
+    from fluffle_worker.tasks.sklearn import sklearn_task as sklearn_task
 
 _FROM = {
     "fluffle.history": ("History", "Round"),
@@ -81,8 +83,16 @@ _FROM = {
     "fluffle_coordinator.strategy.fedavg": ("fedavg",),
     "fluffle_coordinator.strategy.pipeline": ("pipeline", "replace"),
     "fluffle_coordinator.strategy.weighted": ("weighted",),
-    "fluffle_worker.task": ("EvalResult", "Progress", "Task", "TaskOptions", "TrainResult"),
+    "fluffle_worker.task": (
+        "EvalResult",
+        "Progress",
+        "RoundPlan",
+        "Task",
+        "TaskOptions",
+        "TrainResult",
+    ),
     "fluffle_worker.tasks.flax": ("accuracy", "flax_task"),
+    "fluffle_worker.tasks.sklearn": ("sklearn_task",),
 }
 _WHERE = {name: module for module, names in _FROM.items() for name in names}
 

@@ -148,7 +148,7 @@ class Federation:
     def coordinator(self, rounds: int = 3, **options: Any) -> Process:
         """Start a coordinator."""
         of_settings = {"classes", "init", "verify_users", "max_workers", "max_model_bytes", "plan"}
-        of_settings |= {"strategy", "keep_updates", "hooks", "stopping"}
+        of_settings |= {"learning_rate_schedule", "strategy", "keep_updates", "hooks", "stopping"}
         given = {name: options.pop(name) for name in of_settings & options.keys()}
         number, exchanges = options.pop("number", None), options.pop("exchanges", None)
         quorum = Quorum(number=number) if number else options.pop("quorum", Quorum())
@@ -196,7 +196,7 @@ class Federation:
             task if task is not None else Adder(self.loop),
             transport=line,
             topology=self.topology,
-            tell=lambda what, fields: log.lines.append((time.monotonic(), what, fields)),
+            tell=log.record,
             bar=lambda *_: None,
             training=training,
             form=getattr(task, "form", None),

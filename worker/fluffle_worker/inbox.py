@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import announced, decode, read_groups
+from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
@@ -17,7 +17,7 @@ from fluffle_common.tensors.weights import Weights, check_finite
 from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject
 
-Tell = Callable[[str, dict[str, Any]], None]
+Tell = Callable[[RunEvent], object]
 
 _MOST_WAITING = 100
 _TRY_AGAIN_S = 0.05
@@ -125,7 +125,7 @@ async def drain(
         try:
             check(delivery.body)
         except MalformedMessage as wrong:
-            tell("rejected", {"reason": str(wrong)})
+            tell(Rejected(reason=str(wrong), cause=wrong.cause))
             await refusals.refuse(link, delivery, wrong)
         else:
             delivery.ack()

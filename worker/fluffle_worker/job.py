@@ -37,7 +37,7 @@ from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
-from fluffle_worker.task import EvalResult, Progress, Task, TrainResult
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task, TrainResult
 from fluffle_worker.user_code import one_line
 
 
@@ -127,7 +127,7 @@ def execute(
     if codec is None:
         job.answer, job.residual = (update, learnt), Residual(job.work)
     else:
-        seed = _seeded(message).seed
+        seed = _plan_of(message).seed
         job.answer, left = _encoded(update, learnt, codec, residual().before(job.work), seed)
         job.residual = Residual(job.work, left)
     job.weights, job.broadcast = {}, {}  # the answer is kept for a while, these need not be
@@ -141,7 +141,7 @@ def _trained(
     if isinstance(rule, BoundRule):
         rule.of_round(job.work.run, job.work.round, job.broadcast)
     began = time.monotonic()
-    trained = results.trained(task.train(lent(job.weights, task), _seeded(fit), step))
+    trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), step))
     seconds = time.monotonic() - began
     try:
         learnt = delta(trained.weights, job.weights)
@@ -236,14 +236,15 @@ def _first_weights(task: Task, seed: int) -> Weights:
     return made if getattr(task, "only_reads", False) else copied(made)
 
 
-def _seeded(message: Fit) -> Plan:
+def _plan_of(message: Fit) -> RoundPlan:
     """Give each round a seed of its own, the same whenever the round is trained again.
 
     The task may do with the plan's ``config`` what it likes.
     """
     seed = (message.plan.seed * 1_000_003 + message.round) % 2**63
     own = {"seed": seed, "config": dict(message.plan.config)}
-    return message.plan.model_copy(update=own)
+    at = {"run": message.run, "round": message.round}
+    return RoundPlan(**{**dict(message.plan), **own, **at})
 
 
 def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
+from fluffle_common.protocol.events import Unsent
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.groups import EXTRA
@@ -100,7 +101,7 @@ class Uploader:
                     await self._send(link, job)
                 except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
-                    self._tell("unsent", {"round": job.work.round, "reason": str(why)})
+                    self._tell(Unsent(round=job.work.round, reason=str(why)))
                     await asyncio.sleep(_FULL_PAUSE_S)
                 except _NotWanted:
                     break

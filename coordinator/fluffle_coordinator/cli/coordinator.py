@@ -148,12 +148,24 @@ def run_option(command: Any) -> Any:
 )
 @stopping_options
 @click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
+@click.option(
+    "--steps",
+    type=count(),
+    help="Local training steps a round, in place of --epochs.",
+)
 @click.option("--batch-size", type=count(), default=32, help="Local batch size.")
 @click.option(
     "--learning-rate",
     type=FiniteFloat(0, min_open=True),
     help="Local learning rate.  [default: the task's own]",
     show_default=False,
+)
+@click.option(
+    "--learning-rate-schedule",
+    default="constant",
+    metavar="NAME",
+    help="How --learning-rate changes from round to round: constant, cosine, exponential:FACTOR, "
+    "or step:ROUNDS,FACTOR.",
 )
 @click.option(
     "--config",

@@ -37,6 +37,7 @@ from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
+from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import as_named, check_needs, check_same
@@ -104,11 +105,15 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         rules=rules,
         plan=Plan(
             epochs=options["epochs"],
+            steps=options["steps"],
             batch_size=options["batch_size"],
             learning_rate=options["learning_rate"],
             compress=_compress(options),
             config=parse_config(options["config"]),
             train=options["train"] or None,
+        ),
+        learning_rate_schedule=schedule_of(
+            options["learning_rate_schedule"], options["learning_rate"]
         ),
         strategy=strategy,
         classes=parse_classes(options["classes"]),

@@ -22,6 +22,7 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
         "rules": asdict(settings.rules),
         # Without what the rules and the strategy decide.
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s", "extra"}),
+        "learning_rate_schedule": str(settings.learning_rate_schedule),
         "strategy": named.name,
         **({"strategy_file": named.file} if named.file else {}),
         "classes": settings.classes,

@@ -376,7 +376,7 @@ class Coordinator:
             self._read_presence(presence),
             self._send_echoes(link, number),
             self._consume_updates(link, number),
-            tell_of_blocking(link, lambda *of: self._record(run_events.from_fields(*of))),
+            tell_of_blocking(link, self._record),
         ]
         await run_all(*works, *([self._journal.publish(link)] if self._journal else []))
 

@@ -20,6 +20,7 @@ from fluffle_common.protocol.messages import (
     Fit,
     InitRequest,
     Message,
+    Plan,
     Refusal,
     Stop,
     Verdict,
@@ -32,6 +33,7 @@ from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject, send, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.learning_rate import CONSTANT
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.strategy.base import NO_TENSORS
 
@@ -175,7 +177,7 @@ class Outbox:
                     base=state.base,
                     evaluate=evaluate,
                     attempt=attempt,
-                    plan=self._plan,
+                    plan=self._plan_of(state),
                 )
                 job = self._with_weights(fit, weights, workers, broadcast)
             case fx.SendEvaluate(workers):
@@ -196,6 +198,14 @@ class Outbox:
             case _:
                 return
         self._put(job)
+
+    def _plan_of(self, state: rs.State) -> Plan:
+        """Return the plan of the open round, with the learning rate of that round."""
+        base, schedule = self._plan.learning_rate, self._settings.learning_rate_schedule
+        if base is None or schedule == CONSTANT:
+            return self._plan
+        rate = schedule.at(state.round, state.rules.rounds, base)
+        return self._plan.model_copy(update={"learning_rate": rate})
 
     def exchange(self, sent: Sent, body: bytes) -> None:
         """Send a message of a protocol in several phases."""

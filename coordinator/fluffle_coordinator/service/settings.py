@@ -9,6 +9,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
+from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
 from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -22,6 +23,7 @@ class CoordinatorSettings:
         federation: whose queues to use.
         rules: the rules of the rounds.
         plan: what workers are told about training; ``whole_plan`` adds what is decided elsewhere.
+        learning_rate_schedule: how the plan's learning rate changes from round to round.
         strategy: how a round is averaged.
         classes: the classes that workers must have; None lets the first worker say.
         init: a checkpoint to begin with; None asks a worker.
@@ -41,6 +43,7 @@ class CoordinatorSettings:
     federation: str
     rules: rs.Rules
     plan: Plan = field(default_factory=Plan)
+    learning_rate_schedule: LearningRateSchedule = CONSTANT
     strategy: NamedStrategy = FEDAVG
     classes: tuple[str, ...] | None = None
     init: Path | None = None

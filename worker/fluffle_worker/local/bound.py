@@ -11,7 +11,7 @@ import numpy as np
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Weights
-from fluffle_worker.local.base import Identity, LocalRule, Named
+from fluffle_worker.local.base import Identity, LocalRule, Named, ended
 from fluffle_worker.local.kept import KeptTensors
 from fluffle_worker.user_code import one_line
 
@@ -38,11 +38,21 @@ class BoundRule:
         if isinstance(rule, type) or missing:
             what = "is a class; name an instance of it" if isinstance(rule, type) else ""
             told = what or f"has no method '{missing[0]}'"
-            raise UsageError(f"the local rule {self._name} {told} (docs/codecs.md)")
+            raise UsageError(f"the local rule {self._name} {told} (docs/tasks.md)")
         self._at = ("", 0)
         self._broadcast: Named = NOTHING
         self._kept = KeptTensors()
         self.sent: Weights = {}
+
+    @property
+    def name(self) -> str:
+        """What it is called, for people."""
+        return self._name
+
+    @property
+    def per_example(self) -> bool:
+        """Whether it takes the gradient of each example, not that of their mean."""
+        return bool(getattr(self._rule, "per_example", False))
 
     @property
     def changes_nothing(self) -> bool:
@@ -85,17 +95,18 @@ class BoundRule:
                 f"given: '{differ!s:.60}' is on one side only"
             )
         for name, old in gradient.items():
-            if np.shape(changed[name]) != np.shape(old):
+            shape = np.shape(old)[1:] if self.per_example else np.shape(old)
+            if np.shape(changed[name]) != shape:
                 raise TaskError(
                     f"gradient() of the local rule {self._name} returned '{name}' of shape "
-                    f"{np.shape(changed[name])}, expected {np.shape(old)}"
+                    f"{np.shape(changed[name])}, expected {shape}"
                 )
         return dict(changed), state
 
     def end(self, trained: Named, state: Any) -> None:
         """Keep what the rule keeps, and take what it sends."""
         found = self._do("end", self._rule.end, trained, state)
-        kept, extra = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+        kept, extra = ended(found)
         if not isinstance(kept, Mapping) or not isinstance(extra, Mapping):
             raise TaskError(
                 f"end() of the local rule {self._name} returned a {type(found).__name__}; a "
@@ -113,6 +124,8 @@ class BoundRule:
     def _do(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
+        except TaskError:
+            raise
         except Exception as why:
             trace = why.__traceback__  # its first frame is ours
             own = why.with_traceback(trace.tb_next if trace and trace.tb_next else trace)

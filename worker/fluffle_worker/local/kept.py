@@ -1,10 +1,11 @@
-"""What a local rule keeps from round to round, in memory and in the worker's state folder.
+"""What a worker keeps from round to round, in memory and in its state folder.
 
 ::
 
     runs/workers/letters/client-1/
-        local-rule-0007.safetensors    what the rule kept in round 7
+        local-rule-0007.safetensors    what its local rule kept in round 7
         local-rule-0006.safetensors    a round that is trained again needs what the one before kept
+        personal-0007.safetensors      the tensors that its task does not send
 
 A file is on disk, whole, before the update of its round is sent.
 """
@@ -12,7 +13,7 @@ A file is on disk, whole, before the update of its round is sent.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from fluffle_common.tensors.layout import Weights, check_signature
 from fluffle_worker.local.base import Named
 
 _ROUNDS_KEPT = 2
-_NAME = "local-rule-{:04d}.safetensors"
 
 
 class _Kept(NamedTuple):
@@ -36,19 +36,25 @@ class KeptTensors:
 
     Args:
         folder: where they are kept; None: in memory only.
+        whose: what the files are called.
 
     Raises:
         TaskError: from any method, if the disk refuses or a file is damaged.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, whose: str = "local-rule") -> None:
+        self._folder, self._whose = folder, whose
         self._rounds: list[_Kept] | None = None if folder else []
 
     def before(self, run: str, number: int) -> Weights:
         """Return what was kept in the last round of ``run`` before this one; none at first."""
         before = [one for one in self._known() if one.run == run and one.round < number]
         return max(before, key=lambda one: one.round).arrays if before else {}
+
+    def latest(self) -> Weights:
+        """Return what was kept last."""
+        known = self._known()
+        return max(known, key=lambda one: one.round).arrays if known else {}
 
     def keep(self, run: str, number: int, arrays: Named) -> None:
         """Keep tensors as those of a round; an empty mapping keeps nothing of it.
@@ -69,30 +75,43 @@ class KeptTensors:
     def _known(self) -> list[_Kept]:
         if self._rounds is None:
             assert self._folder is not None
-            self._rounds = [_read(path) for path in _files(self._folder)]
+            self._rounds = [_read(path) for path in self._files(self._folder)]
         return self._rounds
 
     def _write(self, folder: Path, run: str, number: int, found: Weights) -> None:
-        path = folder / _NAME.format(number)
+        path = folder / self._name(number)
         try:
             make_folder(folder)
             if found:
                 save_checkpoint(path, found, {"run": run, "round": str(number)})
             else:
                 path.unlink(missing_ok=True)
-            still = {_NAME.format(one.round) for one in self._known() if one.arrays}
-            for other in _files(folder):
+            still = {self._name(one.round) for one in self._known() if one.arrays}
+            for other in self._files(folder):
                 if other.name not in still:
                     other.unlink(missing_ok=True)
         except OSError as why:
             raise TaskError(
-                f"what the local rule keeps cannot be written to {path} ({why.strerror}); make "
+                f"what the worker keeps cannot be written to {path} ({why.strerror}); make "
                 "room there, or name another folder by --state-dir"
             ) from None
 
+    def _name(self, number: int) -> str:
+        return f"{self._whose}-{number:04d}.safetensors"
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_NAME.replace("{:04d}", "*")))
+    def _files(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob(f"{self._whose}-*.safetensors"))
+
+
+def keep_in(folder: Path, task: Any) -> None:
+    """Let a task, and its local rule, keep what they keep in a folder too.
+
+    Both may have a method ``keep_in(folder)``; most tasks keep nothing.
+    """
+    for one in (task, getattr(task, "local_rule", None)):
+        keeps = getattr(one, "keep_in", None)
+        if callable(keeps):
+            keeps(folder)
 
 
 def _read(path: Path) -> _Kept:
@@ -101,5 +120,5 @@ def _read(path: Path) -> _Kept:
         return _Kept(metadata["run"], int(metadata["round"]), arrays)
     except (UsageError, KeyError, ValueError) as wrong:
         raise TaskError(
-            f"what the local rule kept is damaged: {wrong}; remove {path} to go on without it"
+            f"what the worker kept is damaged: {wrong}; remove {path} to go on without it"
         ) from None
