@@ -11,12 +11,12 @@ import asyncio
 import bisect
 import contextlib
 import itertools
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from fluffle_common.clock import wall_time
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
@@ -201,7 +201,7 @@ class MemoryLink(Link):
     ) -> None:
         """See ``base.Link``."""
         await self._unblocked()
-        stored = _Stored(body, properties, exchange, tuple(keys), float(int(time.time())))
+        stored = _Stored(body, properties, exchange, tuple(keys), float(int(wall_time())))
         if exchange and exchange not in self._broker.exchanges:  # as RabbitMQ closes the channel
             self.cut()
             raise LinkLost(f"there is no exchange '{exchange}'")

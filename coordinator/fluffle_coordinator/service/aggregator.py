@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
 from fluffle_common.protocol.messages import Update
@@ -145,7 +145,7 @@ class Aggregator:
         """Save the first weights, and use them."""
         base = await self._committer.begin_with(weights)
         self.weights, self._state = weights, self._in_round(1).init(weights)
-        self._post(ev.WeightsReady(time.monotonic(), base))
+        self._post(ev.WeightsReady(monotonic(), base))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
@@ -161,9 +161,9 @@ class Aggregator:
                 held.free()
                 return  # they come again
             except PartsGone:
-                self._post(ev.InitLost(time.monotonic(), message.worker))
+                self._post(ev.InitLost(monotonic(), message.worker))
             except (MalformedMessage, ValueError) as wrong:
-                self._post(ev.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
+                self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
                 await self.begin_with(weights)
         held.delivery.ack()
@@ -179,9 +179,9 @@ class Aggregator:
             nbytes = max(len(payload), size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone) as gone:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
+            self._post(ev.FoldFailed(monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
+            self._post(ev.FoldFailed(monotonic(), worker, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
                 await self._committer.keep(len(self._in_the_sum) + 1, held, payload)
@@ -191,7 +191,7 @@ class Aggregator:
         try:
             norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
-            now, worker = time.monotonic(), held.message.worker
+            now, worker = monotonic(), held.message.worker
             self._post(ev.FoldFailed(now, worker, str(wrong), wrong.cause))
         else:
             self._folded(held, len(held.payload), norm)
@@ -200,7 +200,7 @@ class Aggregator:
         """Take an update into the sum; return the norm of its delta."""
         message = held.message
         assert isinstance(message, Update)
-        began = time.monotonic()
+        began = monotonic()
         # Read-only: it may still have to be kept as it came.
         delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
         if norm > held.max_norm:
@@ -216,11 +216,11 @@ class Aggregator:
             metrics=message.metrics,
         )
         self._state = self._in_round(message.round).fold(self._state, one)
-        self._clock.fold_s += time.monotonic() - began
+        self._clock.fold_s += monotonic() - began
         return norm
 
     def _folded(self, held: Held, nbytes: int, norm: float) -> None:
-        message, now = held.message, time.monotonic()
+        message, now = held.message, monotonic()
         assert isinstance(message, Update)
         participant: dict[str, Any] = {
             "worker": message.worker,

@@ -7,12 +7,11 @@ machine hear of it (``Committed``), send the new weights, and acknowledge the up
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluffle_common.clock import timestamp
+from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import beside
@@ -82,7 +81,7 @@ class Committer:
         self._store, self._metadata = store, metadata
         self._record, self._post, self._strategy = record, post, strategy
         self._lines = SerialQueue()
-        self._committed_at = time.monotonic()
+        self._committed_at = monotonic()
 
     async def run(self) -> None:
         """Write what is asked for, for ever."""
@@ -147,12 +146,12 @@ class Committer:
 
         def write() -> None:
             self._store.save_weights(number, average.weights, metadata, average.kept)
-            line["timings"] = clock.timings(self._committed_at, time.monotonic())
+            line["timings"] = clock.timings(self._committed_at, monotonic())
             line["committed_at"] = timestamp()
             self._store.append(line)
 
         await self._on_disk(write)
-        self._committed_at = time.monotonic()
+        self._committed_at = monotonic()
         num_examples = sum(one["num_examples"] for one in average.participants)
         self._post(ev.Committed(self._committed_at, number, base, num_examples, line["timings"]))
 
