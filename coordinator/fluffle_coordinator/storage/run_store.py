@@ -121,6 +121,12 @@ class RunStore:
         self._lock = lock
         return True
 
+    def unlock(self) -> None:
+        """Let another coordinator have the folder; the end of the process does that, too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def start_afresh(self) -> Path | None:
         """Move an earlier run out of the way; return where it is now, None where there was none."""
         kept = [path for path in self.folder.iterdir() if path.name != "lock"]

@@ -1,0 +1,1 @@
+"""fluffle: federated learning over a message broker."""
