@@ -17,7 +17,7 @@ class Device:
 
     Args:
         step_s: seconds that one training step takes.
-        round_s: seconds that a piece of work takes besides, however many steps it has.
+        round_s: seconds that a training takes besides, however many steps it has.
         bytes_per_s: what its line carries, either way; infinity where that takes no time.
     """
 
@@ -25,10 +25,13 @@ class Device:
     round_s: float = 0.0
     bytes_per_s: float = float("inf")
 
-    def seconds(self, steps: int, nbytes_down: int, nbytes_up: int) -> float:
-        """Return how long it takes to receive, train and send."""
-        moved_s = (nbytes_down + nbytes_up) / self.bytes_per_s
-        return moved_s + self.round_s + steps * self.step_s
+    def moving_s(self, nbytes: int) -> float:
+        """Return how long its line is busy with so many bytes."""
+        return nbytes / self.bytes_per_s
+
+    def training_s(self, steps: int) -> float:
+        """Return how long it trains."""
+        return self.round_s + steps * self.step_s
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,8 @@ def parse_spread(text: str) -> Spread:
         values = []
     known = {"constant": 1, "classes": None, "lognormal": 2, "uniform": 2}
     number = known.get(kind, 0)
-    if (
-        not values
-        or min(values) < 0
-        or max(values) == float("inf")
-        or number
-        not in {
-            None,
-            len(values),
-        }
-    ):
+    fits = len(values) == number if number else bool(values) and kind in known
+    if not fits or not all(0 <= value < float("inf") for value in values):
         raise UsageError(
             f"'{text}' is no spread: a number, classes:A,B,C, lognormal:MEDIAN,SIGMA or "
             "uniform:LOW,HIGH is expected, of numbers from 0 on"

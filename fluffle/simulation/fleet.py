@@ -239,8 +239,10 @@ class Fleet:
             client.at_work = None
             await self._send(failure)
             return
-        nbytes_up = size_bytes(job.answer[1]) if job.answer is not None else 0
-        seconds = client.device.seconds(steps, nbytes_down, nbytes_up)
+        moved = nbytes_down + (size_bytes(job.answer[1]) if job.answer is not None else 0)
+        seconds = client.device.moving_s(moved)
+        if job.work.kind == "fit":
+            seconds += client.device.training_s(steps)
         await self._pass(client, job.work, steps, seconds)
         client.at_work = None
         await self._answer(client, job, seconds)
