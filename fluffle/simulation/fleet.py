@@ -16,7 +16,7 @@ from typing import Any
 from fluffle.simulation.devices import Device
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import TaskError
-from fluffle_common.protocol.codec import Assembly, decode
+from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import (
     Evaluate,
     Failure,
@@ -30,6 +30,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights, size_bytes

@@ -17,7 +17,7 @@ from typing import Any
 from fluffle_common.errors import RunError
 
 
-class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _Selector(selectors.DefaultSelector):
     """Waits for nothing: where the loop would, its time moves on instead."""
 
     loop: SimulatedLoop

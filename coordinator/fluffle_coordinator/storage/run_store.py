@@ -108,7 +108,9 @@ class RunStore:
             ) from None
 
     def try_lock(self) -> bool:
-        """Take the folder for this process; False where another coordinator has it."""
+        """Take the folder for this store; False where another coordinator has it."""
+        if self._lock is not None:
+            return True
         lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +197,12 @@ class RunStore:
         return path
 
     def keep_update(
-        self, number: int, place: int, worker: str, body: Body, payload: memoryview | None
+        self,
+        number: int,
+        place: int,
+        worker: str,
+        body: Body,
+        payload: Iterable[memoryview] | None,
     ) -> None:
         """Keep an update that is in the sum of round ``number``; see ``update_archive``.
 
