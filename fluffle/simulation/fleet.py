@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -284,17 +284,3 @@ class Fleet:
             Route(results, [f"{message.kind}.{name}"]),
             parts=Route(results, [f"part.{name}"], durable=False),
         )
-
-
-def fleet_of(tasks: Mapping[str, Task], devices: list[Device] | None = None) -> list[Client]:
-    """Return a client for each task, by name.
-
-    Args:
-        tasks: by the names of the clients.
-        devices: one for each; None: nothing takes any time.
-    """
-    owned = devices if devices is not None else [Device()] * len(tasks)
-    return [
-        Client(name, task, device)
-        for (name, task), device in zip(tasks.items(), owned, strict=True)
-    ]

@@ -51,6 +51,9 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         """Return the simulated time in seconds since 1970, UTC; see ``fluffle_common.clock``."""
         return self._began_at + self._now_s
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Do nothing: there is no thread to wait for, and time does not pass for one."""
+
     def pass_time(self, seconds: float) -> None:
         """Let time move on."""
         self._now_s += seconds

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import numpy as np
 import pytest
 
 from fluffle.simulation.devices import Device, devices
-from fluffle.simulation.fleet import fleet_of
+from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Shards
 from fluffle.simulation.population import dealt, each_its_own, names
-from fluffle.simulation.simulate import Simulated, simulate
+from fluffle.simulation.simulate import clients_of, simulate_run
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
-from fluffle_coordinator.machine.state import Quorum, Rules
+from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
@@ -51,14 +53,30 @@ class Told(Watcher):
         self.events.append(event)
 
 
+@dataclass(frozen=True)
+class Simulated:
+    state: State
+    simulated_s: float
+
+
+def simulated(
+    folder: Path, settings: CoordinatorSettings, clients: list[Any], watcher: Watcher
+) -> Simulated:
+    store, loop = RunStore(folder), SimulatedLoop()
+    assert store.try_lock()
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            state = runner.run(simulate_run(settings, clients, store, watcher))
+    finally:
+        store.unlock()
+    return Simulated(state, loop.time())
+
+
 def run(
     folder: Path, tasks: Mapping[str, Any], owned: list[Device] | None = None, **rules: Any
 ) -> tuple[Simulated, list[dict[str, Any]]]:
-    store = RunStore(folder)
-    assert store.try_lock()
     settings = CoordinatorSettings("sim", Rules(**{"min_workers": len(tasks), **rules}))
-    found = simulate(settings, fleet_of(tasks, owned), store, Told())
-    store.unlock()
+    found = simulated(folder, settings, clients_of(tasks, owned), Told())
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return found, [line for line in lines if line["event"] == "committed"]
 
@@ -128,13 +146,10 @@ def test_a_task_that_fails_is_left_out_and_named(tmp_path):
         def train(self, weights: Any, plan: Any, progress: Any) -> TrainResult:
             raise ValueError("no data today")
 
-    store = RunStore(tmp_path)
-    assert store.try_lock()
     told = Told()
     rules = Rules(rounds=2, min_workers=3, quorum=Quorum(number=2))
-    clients = fleet_of({"a": Adder(1.0), "b": Failing(1.0), "c": Adder(3.0)})
-    found = simulate(CoordinatorSettings("sim", rules), clients, store, told)
-    store.unlock()
+    clients = clients_of({"a": Adder(1.0), "b": Failing(1.0), "c": Adder(3.0)})
+    found = simulated(tmp_path, CoordinatorSettings("sim", rules), clients, told)
     assert found.state.outcome == "finished"
     reasons = [event.reason for event in told.events if event.name == "failure"]
     assert reasons
