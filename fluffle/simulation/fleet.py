@@ -19,6 +19,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import (
     Evaluate,
+    Evaluation,
     Failure,
     Fit,
     Heartbeat,
@@ -32,12 +33,13 @@ from fluffle_common.protocol.messages import (
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
+from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import weights_of
+from fluffle_worker.inbox import read_work
 from fluffle_worker.job import Job, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
@@ -100,7 +102,9 @@ class Fleet:
         self._results = Results(say=say, trace=say)
         self._forms: dict[int, Signature] = {}
         self._link: Link
-        self._read: tuple[Body, Message, memoryview, Weights] | None = None
+        # What was decoded last, and the work that it brings, once that is read.
+        self._read: tuple[Body, Message, memoryview] | None = None
+        self._brought: tuple[Weights, Weights] | None = None
 
     async def run(self) -> None:
         """Take part until cancelled.
@@ -144,8 +148,8 @@ class Fleet:
             "heartbeat_s": _HEARTBEAT_S,
         }
 
-    async def _send(self, message: Hello | Heartbeat | Failure | Message) -> None:
-        worker: str = message.worker  # type: ignore[union-attr]
+    async def _send(self, message: Hello | Heartbeat | Failure | Evaluation) -> None:
+        worker = message.worker
         await send(self._link, message, Route(self._topology.results, [f"{message.kind}.{worker}"]))
 
     # --- what comes in -------------------------------------------------------------------------
@@ -160,17 +164,19 @@ class Fleet:
         message, payload = self._decoded(body)
         match message:
             case InitRequest():
-                self._begin(client, Work("init", message.run, 0), message, {})
+                self._begin(client, Job(Work("init", message.run, 0), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
                 client.assembly = message, Assembly(message.transfer, _MAX_MODEL_BYTES)
             case Fit() | Evaluate():
-                self._work(client, message, self._weights(message, payload))
+                if self._brought is None:
+                    self._brought = read_work(message, payload)
+                self._work(client, message, *self._brought)
             case Part() if client.assembly is not None:
                 whole, assembly = client.assembly
                 assembly.add(message, payload)
                 if assembly.complete:
                     client.assembly = None
-                    self._work(client, whole, weights_of(whole, assembly.payload()))
+                    self._work(client, whole, *read_work(whole, assembly.payload()))
             case Refusal():
                 raise TaskError(f"the coordinator refuses {client.name}: {message.reason}")
             case _:
@@ -179,38 +185,27 @@ class Fleet:
     def _decoded(self, body: Body) -> tuple[Message, memoryview]:
         """Decode a message; one that went to many is decoded once."""
         if self._read is None or self._read[0] is not body:
-            self._read = (body, *decode(body, self._federation), {})
+            self._read, self._brought = (body, *decode(body, self._federation)), None
         return self._read[1], self._read[2]
-
-    def _weights(self, message: Fit | Evaluate, payload: memoryview) -> Weights:
-        assert self._read is not None
-        if not self._read[3]:
-            self._read = (*self._read[:3], weights_of(message, payload))
-        return self._read[3]
 
     # --- work ----------------------------------------------------------------------------------
 
-    def _work(self, client: Client, message: Fit | Evaluate, weights: Weights) -> None:
+    def _work(
+        self, client: Client, message: Fit | Evaluate, weights: Weights, broadcast: Weights
+    ) -> None:
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         attempt = message.attempt if isinstance(message, Fit) else 0
         work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
-        self._begin(client, work, message, weights)
+        self._begin(client, Job(work, message, weights, broadcast))
 
-    def _begin(
-        self,
-        client: Client,
-        work: Work,
-        message: Fit | Evaluate | InitRequest,
-        weights: Weights,
-    ) -> None:
+    def _begin(self, client: Client, job: Job) -> None:
         """Begin a piece of work, unless it is being done; the newest wins."""
         if client.at_work is not None:
             doing, task = client.at_work
-            if doing == work:
+            if doing == job.work:
                 return
             task.cancel()
-        doing_it = asyncio.ensure_future(self._do(client, Job(work, message, weights)))
-        client.at_work = work, doing_it
+        client.at_work = job.work, asyncio.ensure_future(self._do(client, job))
 
     async def _do(self, client: Client, job: Job) -> None:
         steps = 0
@@ -282,5 +277,6 @@ class Fleet:
             message,
             weights,
             Route(results, [f"{message.kind}.{name}"]),
+            beside={EXTRA: job.extra},
             parts=Route(results, [f"part.{name}"], durable=False),
         )

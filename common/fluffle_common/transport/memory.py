@@ -319,10 +319,7 @@ class MemoryBroker(Transport):
         elif isinstance(entity, Queue):
             known = self.queues.setdefault(entity.name, MemoryQueue(entity)).spec
             if known.arguments != entity.arguments:
-                raise OtherArguments(
-                    f"the broker has '{entity.name}' with other settings; use the same "
-                    "--queue-type everywhere, or delete the old queue"
-                )
+                raise OtherArguments(_otherwise(entity, known))
 
     def delete(self, queue: str) -> None:
         """Delete a queue and what is bound to it."""
@@ -351,3 +348,14 @@ class MemoryBroker(Transport):
         if not found and alternate:
             return self._targets(alternate, key)
         return found
+
+
+def _otherwise(wanted: Queue, known: Queue) -> str:
+    """Say what is there with other arguments, and what to do about it."""
+    wanted_type, known_type = (one.arguments.get("x-queue-type") for one in (wanted, known))
+    if wanted_type != known_type:
+        return (
+            f"the broker has '{wanted.name}' with other settings; use the same --queue-type "
+            "everywhere, or delete the old queue"
+        )
+    return f"queue '{wanted.name}' was made by another version of fluffle; delete it"

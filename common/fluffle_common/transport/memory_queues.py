@@ -8,9 +8,10 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fluffle_common.protocol.topology import Binding, Queue
+from fluffle_common.protocol.topology import ArgumentValue, Binding, Queue
 from fluffle_common.transport.base import NAMED, Body, Properties, QueueFull
 
 if TYPE_CHECKING:
@@ -61,23 +62,28 @@ class MemoryQueue:
         """How much waits in it."""
         return sum(len(stored.body) for stored in self.ready)
 
+    @cached_property
+    def limits(self) -> dict[str, ArgumentValue]:
+        """What it was declared with, and what a policy would say; here it is always applied."""
+        declared = {key.removeprefix("x-"): of for key, of in self.spec.arguments.items()}
+        return {**self.spec.limits, **declared}
+
     def put(self, stored: Stored) -> None:
         """Take a message in; raises ``QueueFull`` where it has no room and says so."""
-        arguments = self.spec.arguments
-        most, most_bytes = arguments.get("x-max-length"), arguments.get("x-max-length-bytes")
+        limits = self.limits
+        most, most_bytes = limits.get("max-length"), limits.get("max-length-bytes")
 
-        def over(count: int, nbytes: int) -> bool:
-            return (most is not None and count > int(most)) or (
-                most_bytes is not None and nbytes > int(most_bytes)
-            )
+        def over(*one_more: Stored) -> bool:
+            if most is not None and len(self.ready) + len(one_more) > int(most):
+                return True
+            nbytes = sum(len(one.body) for one in one_more)
+            return most_bytes is not None and self.ready_bytes + nbytes > int(most_bytes)
 
-        if arguments.get("x-overflow") == "reject-publish" and over(
-            len(self.ready) + 1, self.ready_bytes + len(stored.body)
-        ):
+        if limits.get("overflow") == "reject-publish" and over(stored):
             raise QueueFull(f"queue '{self.spec.name}' is full")
         stored.number = next(self.numbers)
         self.ready.append(stored)
-        while self.ready and over(len(self.ready), self.ready_bytes):
+        while self.ready and over():
             self.ready.popleft()
         for news in self.news:
             news.set()
