@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
 from fluffle_common.protocol.messages import Plan, Update
@@ -187,7 +187,7 @@ class Aggregator:
         base = await self._committer.begin_with(weights)
         self.weights = weights
         self._init(weights)
-        self._post(ev.WeightsReady(time.monotonic(), base))
+        self._post(ev.WeightsReady(monotonic(), base))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
@@ -204,9 +204,9 @@ class Aggregator:
                 held.free()
                 return  # they come again
             except PartsGone:
-                self._post(ev.InitLost(time.monotonic(), message.worker))
+                self._post(ev.InitLost(monotonic(), message.worker))
             except (MalformedMessage, ValueError) as wrong:
-                self._post(ev.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
+                self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
                 await self.begin_with(weights)
         held.delivery.ack()
@@ -225,9 +225,9 @@ class Aggregator:
             nbytes = max(received, size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone, OSError) as gone:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
+            self._post(ev.FoldFailed(monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
+            self._post(ev.FoldFailed(monotonic(), worker, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
                 pieces = [payload] if isinstance(payload, memoryview) else payload.pieces
@@ -238,7 +238,7 @@ class Aggregator:
         try:
             norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
-            now, worker = time.monotonic(), held.message.worker
+            now, worker = monotonic(), held.message.worker
             self._post(ev.FoldFailed(now, worker, str(wrong), wrong.cause))
         else:
             self._folded(held, len(held.payload), norm)
@@ -247,7 +247,7 @@ class Aggregator:
         """Take an update into the sum; return the norm of its delta."""
         message = held.message
         assert isinstance(message, Update)
-        began = time.monotonic()
+        began = monotonic()
         if isinstance(payload, memoryview):
             payload = payload.toreadonly()  # it may still have to be kept as it came
         delta, norm = decode_contribution(message, payload, self._base, self._plan)
@@ -265,11 +265,11 @@ class Aggregator:
             metrics=message.metrics,
         )
         self._state = self._in_round(message.round).fold(self._state, one)
-        self._clock.fold_s += time.monotonic() - began
+        self._clock.fold_s += monotonic() - began
         return norm
 
     def _folded(self, held: Held, nbytes: int, norm: float) -> None:
-        message, now = held.message, time.monotonic()
+        message, now = held.message, monotonic()
         assert isinstance(message, Update)
         participant: dict[str, Any] = {
             "worker": message.worker,

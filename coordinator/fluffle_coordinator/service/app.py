@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from fluffle_common.cli.settings import (
     parse_classes,
     parse_config,
 )
+from fluffle_common.clock import monotonic
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
@@ -248,9 +248,9 @@ async def _locked(store: RunStore, watcher: Watcher) -> None:
     told_at = -_STANDBY_TOLD_S
     try:
         while not store.try_lock():
-            if time.monotonic() - told_at >= _STANDBY_TOLD_S:
+            if monotonic() - told_at >= _STANDBY_TOLD_S:
                 watcher.record(run_events.Standby(what=str(store.folder)))
-                told_at = time.monotonic()
+                told_at = monotonic()
             await asyncio.sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
         watcher.record(run_events.Interrupted(folder=str(store.folder)))

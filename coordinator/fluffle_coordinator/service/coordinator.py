@@ -17,12 +17,12 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import time
 import uuid
 from collections import deque
 from dataclasses import replace
 from typing import Any
 
+from fluffle_common.clock import monotonic
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, TaskError
 from fluffle_common.protocol import events as run_events
@@ -125,7 +125,7 @@ class Coordinator:
         self._look_at = 0.0  # when it is asked next what time has brought
         # What was last waited for, and when that is reported again.
         self._waits_for: tuple[str | None, ...] = ()
-        self._say_at = time.monotonic() + settings.waiting_every_s
+        self._say_at = monotonic() + settings.waiting_every_s
         self._waiting_since: tuple[object, ...] = ()
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
@@ -165,7 +165,7 @@ class Coordinator:
         self.state = machine.start(
             settings.rules,
             saved.run,
-            time.monotonic(),
+            monotonic(),
             committed=saved.committed,
             participants=saved.participants,
             announced=saved.announced,
@@ -268,13 +268,13 @@ class Coordinator:
 
     def _look(self) -> None:
         """Ask what time has brought; at many events, that is not asked at each of them."""
-        self._post(ev.Tick(time.monotonic()))
-        left_s = min(self._say_at, machine.wakeup(self.state)) - time.monotonic()
+        self._post(ev.Tick(monotonic()))
+        left_s = min(self._say_at, machine.wakeup(self.state)) - monotonic()
         self._look_in(left_s if left_s > 0 else _LOOK_EVERY_S)
 
     def _look_in(self, seconds: float) -> None:
         self._next_look.cancel()
-        self._look_at = time.monotonic() + seconds
+        self._look_at = monotonic() + seconds
         self._next_look = asyncio.get_running_loop().call_later(seconds, self._look)
 
     def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
@@ -360,7 +360,7 @@ class Coordinator:
                     self._link = None
                     self._linked.clear()
                     self._room.link_lost()
-                    self._post(ev.Disconnected(time.monotonic()))
+                    self._post(ev.Disconnected(monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
         journal = self._topology.journal_stream()
@@ -371,7 +371,7 @@ class Coordinator:
         self._link = link
         self._linked.set()
         self._caught_up.clear()
-        self._post(ev.Connected(time.monotonic(), number))
+        self._post(ev.Connected(monotonic(), number))
         works = [
             self._read_presence(presence),
             self._send_echoes(link, number),
@@ -419,7 +419,7 @@ class Coordinator:
                 )
                 self._check_sender(message, delivery)
                 if isinstance(message, Hello | Heartbeat):
-                    message = self._greetings.admit(message, time.monotonic())
+                    message = self._greetings.admit(message, monotonic())
                 if message is not None:
                     self._presence(message)
             except MalformedMessage as wrong:
@@ -454,7 +454,7 @@ class Coordinator:
         self._outbox.refuse(hello, reason, code)
 
     def _presence(self, message: Any) -> None:
-        now = time.monotonic()
+        now = monotonic()
         match message:
             case Hello() | Heartbeat():
                 self._outbox.bind(message.worker, message.session, again=isinstance(message, Hello))
@@ -506,7 +506,7 @@ class Coordinator:
     def _update(
         self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
     ) -> None:
-        now = time.monotonic()
+        now = monotonic()
         match message:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload, self._room)
