@@ -76,7 +76,7 @@ def sound() -> Iterator[tuple[str, m.Message, dict[str, np.ndarray]]]:
     ), {}  # fmt: skip
     yield "init request", m.InitRequest(**RUN, seed=0), {}
     plan = m.Plan(epochs=2, learning_rate=0.1, deadline_s=600.0, config={"dropout": 0.5})
-    yield "fit", m.Fit(**work, evaluate=True, attempt=1, plan=plan), MODEL
+    yield "fit", m.Fit(**work, evaluate=True, sequence=2, attempt=1, plan=plan), MODEL
     yield "evaluate", m.Evaluate(**work), MODEL
     yield "stop", m.Stop(**RUN, round=6, reason="6 rounds are done"), {}
     yield "echo", m.Echo(**F, session="c0", number=1), {}

@@ -135,7 +135,7 @@ def _trained(
     """Train; return the update, yet without its tensors, and what was learnt."""
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
-        rule.of_round(job.work.run, job.work.round)
+        rule.of_round(job.work.run, fit.sequence or fit.round)
     began = time.monotonic()
     trained = results.trained(task.train(lent(job.weights, task), _seeded(fit), step))
     seconds = time.monotonic() - began
@@ -143,7 +143,7 @@ def _trained(
         learnt = delta(trained.weights, job.weights)
     except ValueError as wrong:
         raise TaskError(f"train() returned other weights than it was given: {wrong}") from None
-    return _update(ids, fit.round, trained, seconds), learnt
+    return _update(ids, fit, trained, seconds), learnt
 
 
 def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
@@ -193,11 +193,11 @@ def _first_weights(task: Task, seed: int) -> Weights:
 
 
 def _seeded(message: Fit) -> Plan:
-    """Give each round a seed of its own, the same whenever the round is trained again.
+    """Give each piece of work a seed of its own, the same whenever it is done again.
 
     The task may do with the plan's ``config`` what it likes.
     """
-    seed = (message.plan.seed * 1_000_003 + message.round) % 2**63
+    seed = (message.plan.seed * 1_000_003 + (message.sequence or message.round)) % 2**63
     own = {"seed": seed, "config": dict(message.plan.config)}
     return message.plan.model_copy(update=own)
 
@@ -212,10 +212,11 @@ def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluati
     )
 
 
-def _update(ids: dict[str, Any], number: int, trained: TrainResult, seconds: float) -> Update:
+def _update(ids: dict[str, Any], fit: Fit, trained: TrainResult, seconds: float) -> Update:
     return Update(
         **ids,
-        round=number,
+        round=fit.round,
+        sequence=fit.sequence,
         num_examples=trained.num_examples,
         seconds=seconds,
         metrics=dict(trained.metrics),

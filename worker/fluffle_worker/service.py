@@ -339,7 +339,8 @@ class WorkerService:
         told = {"round": verdict.round, "reason": verdict.reason}
         self._tell("late" if verdict.outcome == "late" else "not_counted", told)
         if verdict.train_again:
-            self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base))
+            sequence = verdict.sequence or verdict.round
+            self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base, sequence))
 
     def _part(self, part: Part, payload: memoryview) -> None:
         if self._assembly is None:
@@ -355,9 +356,11 @@ class WorkerService:
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights = weights_of(message, payload)
-        kind = "fit" if isinstance(message, Fit) else "evaluate"
-        attempt = message.attempt if isinstance(message, Fit) else 0
-        work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
+        of = message.run, message.round, message.base
+        if isinstance(message, Fit):
+            work = Work("fit", *of, message.attempt, message.sequence or message.round)
+        else:
+            work = Work("evaluate", *of)
         self._ask(work, message, weights)
 
     def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:

@@ -58,6 +58,7 @@ Federation = Annotated[str, Field(pattern=FEDERATION_PATTERN)]
 WorkerId = Annotated[str, Field(pattern=WORKER_PATTERN)]
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Round = Annotated[int, Field(ge=0, le=10**9)]
+Sequence = Annotated[int, Field(ge=1, le=10**12)]
 NumExamples = Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metric = Annotated[float, Field(allow_inf_nan=False)]
@@ -187,7 +188,11 @@ class _Header(_Model):
     @property
     def identity(self) -> str:
         """What makes two messages the same message: the AMQP ``message_id``, kept on a resend."""
-        return "/".join(map(str, told_of(self, _IDENTITY).values()))
+        told = [str(value) for value in told_of(self, _IDENTITY).values()]
+        sequence = getattr(self, "sequence", None)
+        if sequence not in (None, getattr(self, "round", None)):
+            told.append(str(sequence))
+        return "/".join(told)
 
 
 class _WithTensors(_Header):
@@ -231,14 +236,15 @@ class Refusal(_Header):
 class Verdict(_Header):
     """What became of an update that does not count; one that counts is told of by the next work.
 
-    ``attempt`` is that of the ``fit`` that the update answered. ``train_again``: the same update is
-    no answer any more; if the round is asked for again, it is to be trained anew.
+    ``sequence`` is that of the ticket that the update brought back. ``train_again``: the same
+    update is no answer any more; if its work is asked for again, it is to be trained anew.
     """
 
     kind: Literal["verdict"] = "verdict"
     run: Id
     round: Annotated[Round, Field(ge=1)]
     base: Id
+    sequence: Sequence | None = None
     outcome: Literal["late", "rejected"]
     cause: Annotated[str, Field(max_length=64)] | None = None
     reason: Text
@@ -258,14 +264,17 @@ class Fit(_WithTensors):
 
     The tensors are the weights that round ``round - 1`` committed (round 0: the first weights).
     ``base`` names them: what is learnt from them says so, and is worth nothing elsewhere.
-    ``attempt`` counts how often this worker's update of the round was rejected: at another attempt,
-    the same update is no answer, and the weights are trained anew.
+    (run, worker, ``sequence``) is the ticket of this piece of work, which its update brings back: it
+    grows with every new piece of work that a worker is given, and is the round where each worker is
+    asked once a round. ``attempt`` counts how often the update of this ticket was rejected: at
+    another attempt, the same update is no answer, and the weights are trained anew.
     """
 
     kind: Literal["fit"] = "fit"
     run: Id
     round: Annotated[Round, Field(ge=1)]
     base: Id
+    sequence: Sequence | None = None
     evaluate: bool
     attempt: Annotated[int, Field(ge=0, le=10**6)] = 0
     plan: Plan
@@ -309,7 +318,8 @@ class ModelForm(_Model):
 class _Presence(_Header):
     """Who a worker is, and what it does.
 
-    ``round`` of ``run`` is what it works on or did last, beginning with the weights ``base``.
+    ``round`` of ``run`` is what it works on or did last, beginning with the weights ``base``, and
+    ``sequence`` is the ticket of that, where it trains.
     ``model`` is what its own task would begin with; None where that is not known.
     """
 
@@ -324,6 +334,7 @@ class _Presence(_Header):
     run: Id | None = None
     round: Round = 0
     base: Id | None = None
+    sequence: Sequence | None = None
     step: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 0
     loss: Metric | None = None
@@ -381,14 +392,16 @@ class FirstWeights(_WithTensors):
 class Update(_WithTensors):
     """What a worker learnt in a round: the tensors are trained - received, perhaps encoded.
 
-    (run, round, worker) is its identity: it is counted at most once, however often it is sent, and
-    only where ``base``, which came with the weights it was trained from, is that of the round.
+    (run, worker, ``sequence``), the ticket that its work came with, is its identity: it is counted
+    at most once, however often it is sent, and only where ``base``, which came with the weights it
+    was trained from, is that of ``round``. Without a ``sequence``, it counts as its round's.
     """
 
     kind: Literal["update"] = "update"
     run: Id
     round: Annotated[Round, Field(ge=1)]
     base: Id
+    sequence: Sequence | None = None
     worker: WorkerId
     num_examples: NumExamples
     seconds: Seconds
