@@ -26,7 +26,7 @@ class Work(NamedTuple):
     ``base`` names the weights that it begins with; those of a round are others after a coordinator
     that died has averaged the round before it again. ``attempt`` counts how often the answer was
     rejected: after that, the work is done anew. ``sequence`` is the ticket of a training: it grows
-    with every piece of work, also where that begins with the same weights; the round, if it has none.
+    with every piece of work, also if that begins with the same weights.
     """
 
     kind: Literal["init", "fit", "evaluate"]

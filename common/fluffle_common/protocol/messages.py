@@ -264,10 +264,10 @@ class Fit(_WithTensors):
 
     The tensors are the weights that round ``round - 1`` committed (round 0: the first weights).
     ``base`` names them: what is learnt from them says so, and is worth nothing elsewhere.
-    (run, worker, ``sequence``) is the ticket of this piece of work, which its update brings back: it
-    grows with every new piece of work that a worker is given, and is the round where each worker is
-    asked once a round. ``attempt`` counts how often the update of this ticket was rejected: at
-    another attempt, the same update is no answer, and the weights are trained anew.
+    (run, worker, ``sequence``) is the ticket of this piece of work, which its update brings back.
+    ``sequence`` grows with every new piece of work that a worker is given; where each is asked once
+    a round, it is the round. ``attempt`` counts how often the update of this ticket was rejected:
+    at another attempt, the same update is no answer, and the weights are trained anew.
     """
 
     kind: Literal["fit"] = "fit"

@@ -25,8 +25,7 @@ from fluffle_coordinator.machine.effects import (
     SendFit,
 )
 from fluffle_coordinator.machine.hearing import clock
-from fluffle_coordinator.machine.selection import sample_size, select
-from fluffle_coordinator.machine.state import Outcome, Phase, State, Table, Worker
+from fluffle_coordinator.machine.state import Issued, Outcome, Phase, State, Table, Worker
 
 
 def progress(state: State, now: float, out: Effects) -> State:
@@ -68,7 +67,7 @@ def _due(state: State) -> float:
     times.append(state.gate_until)
     if state.quorum_at is not None:
         if state.phase is Phase.OPEN:
-            times.append(state.quorum_at + rules.grace_s)
+            times.append(state.schedule.wakeup(state))
     elif state.phase is Phase.WAITING:
         times.append(state.waiting_since + rules.wait_s)
         if state.init_asked is not None and not state.has_weights:
@@ -91,16 +90,40 @@ def stall_times(state: State, worker: Worker) -> Iterator[float]:
 
 
 def work(state: State, workers: tuple[str, ...]) -> list[Effect]:
-    """Return the effects that send the work of the moment to these workers."""
+    """Return the effects that send the work of the moment to these workers, who were asked."""
     if state.phase is Phase.EVALUATING:
         return [SendEvaluate(workers)]
-    by_attempt: dict[int, list[str]] = {}
+    alike: dict[tuple[int, int], list[str]] = {}
     for name in workers:
-        by_attempt.setdefault(state.attempts.get(name, 0), []).append(name)
+        key = state.asked[name].sequence, state.attempts.get(name, 0)
+        alike.setdefault(key, []).append(name)
     return [
-        SendFit(tuple(names), evaluate=state.evaluate_pending, attempt=attempt)
-        for attempt, names in sorted(by_attempt.items())
+        SendFit(tuple(names), state.evaluate_pending, sequence, attempt)
+        for (sequence, attempt), names in sorted(alike.items())
     ]
+
+
+def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
+    """Send the open version to workers that have nothing to do, each with a ticket."""
+    if not workers:
+        return state
+    sequence = state.sequence + state.schedule.continuous  # else the round's, the same for all
+    issued = Issued(now, sequence, state.round)
+    state = state.but(sequence=sequence)
+    for name in workers:
+        state = state.of(name, asked=state.asked.insert(name, issued))
+    out += work(state, workers)
+    return state
+
+
+def send_again(state: State, worker: str, now: float, out: Effects) -> State:
+    """Send a worker again what it was asked for, or other work if there are newer weights."""
+    issued = state.asked[worker]
+    if state.phase is Phase.OPEN and issued.round != state.round:
+        return give_work(state, (worker,), now, out)
+    state = state.of(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
+    out += work(state, (worker,))
+    return state
 
 
 # --- before a round ----------------------------------------------------------------------------
@@ -162,16 +185,12 @@ def _says_nothing(worker: Worker) -> bool:
 
 
 def _open(state: State, now: float, out: Effects) -> State:
-    rules = state.rules
-    size = sample_size(rules.fraction, len(state.workers))
-    chosen = select(state.workers, size, rules.seed, state.round)
-    # Updates that were confirmed to an earlier coordinator may be here already.
-    asked = Table({**dict.fromkeys(chosen, now), **dict.fromkeys(state.received, -math.inf)})
     state = state.recounted(
         phase=Phase.OPEN,
         opened_at=now,
         began_at=now,
-        asked=asked,
+        sequence=max(state.round, state.sequence + 1),
+        asked=_at_work(state),
         failed=Table(),
         doubted=Table(),
         attempts=Table(),
@@ -179,18 +198,48 @@ def _open(state: State, now: float, out: Effects) -> State:
         gate=1,
         gate_until=math.inf,
     )
+    chosen = state.schedule.cohort(state)
+    issued = Issued(now, state.sequence, state.round)
+    # Updates that were confirmed to an earlier coordinator may be here already.
+    early = {} if state.schedule.continuous else _answered(state)
+    asked = {**dict.fromkeys(chosen, issued), **early}
+    state = state.recounted(asked=Table({**state.asked, **asked}))
     opened = run_events.Opened(
         round=state.round,
-        asked=tuple(sorted(asked)),
+        asked=tuple(sorted(state.asked)),
         needed=state.needed,
-        deadline_s=rules.deadline_s,
+        deadline_s=state.rules.deadline_s,
     )
     out.append(Opened())
-    waiting = tuple(name for name in chosen if name not in state.received)
+    waiting = tuple(name for name in chosen if name not in early)
     if waiting:
         out += work(state, waiting)
     out.append(Record(opened))
     return _try_to_commit(state, now, out)
+
+
+def _at_work(state: State) -> Table[str, Issued]:
+    """Return who goes on with what it was asked for before, where work outlives its round."""
+    if not state.schedule.continuous:
+        return Table()
+    return Table(
+        {
+            name: issued
+            for name, issued in state.asked.items()
+            if name in state.workers
+            and name not in state.failed
+            and (name not in state.doubted or state.busy(name))
+        }
+    )
+
+
+def _answered(state: State) -> dict[str, Issued]:
+    """Return who has answered the open round, as asked in it."""
+    return {
+        ticket.worker: Issued(-math.inf, ticket.sequence, state.round)
+        for ticket, update in state.received.items()
+        if update.round == state.round
+    }
 
 
 # --- an open round -----------------------------------------------------------------------------
@@ -200,7 +249,7 @@ def _try_to_commit(state: State, now: float, out: Effects) -> State:
     if state.quorum_at is None and state.folded >= state.needed:
         state = state.but(quorum_at=now)
     if state.quorum_at is not None:  # whoever is asked from now on does not undo the quorum
-        if not state.tally.unfolded or now >= state.quorum_at + state.rules.grace_s:
+        if state.schedule.closes(state, now):
             return _commit(state, out)
         return state
     if len(state.failed) >= len(state.asked) > 0 and _all_failed(state):
@@ -235,21 +284,22 @@ def _standing(state: State, seconds: float) -> str:
 def _commit(state: State, out: Effects) -> State:
     state = _record_evaluation(state, out, whole=False)
     state = _tell_of_outliers(state, out)
-    out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before}))))
+    in_it = {ticket.worker for ticket in state.received}
+    out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before, *in_it}))))
     return state.but(phase=Phase.COMMITTING)
 
 
 def _tell_of_outliers(state: State, out: Effects) -> State:
     """Let people know of updates whose norm is far outside the round's distribution."""
-    norms = {name: u.norm for name, u in state.received.items() if u.folded and u.norm > 0}
+    norms = {t: u.norm for t, u in state.received.items() if u.folded and u.norm > 0}
     if not norms:
         return state
     ratio, middle = state.rules.outlier_ratio, median(norms.values())
     if len(norms) <= 2 and state.median_norm:
         middle = state.median_norm  # two alone have no middle
-    for name, norm in sorted(norms.items()):
+    for (worker, _), norm in sorted(norms.items()):
         if norm > ratio * middle:
-            outlier = run_events.Outlier(round=state.round, worker=name, norm=norm, median=middle)
+            outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=middle)
             out.append(Record(outlier))
     return state.but(median_norm=middle)
 
@@ -277,13 +327,20 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 
 def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
-    chosen = _sample_again(state)
-    asked = Table({**dict.fromkeys(state.received, -math.inf), **dict.fromkeys(chosen, now)})
-    lacking = tuple(n for n in chosen if n not in state.received and not state.busy(n))
+    continuous, answered = state.schedule.continuous, _answered(state)
+    before = state.asked_before.union(state.asked)
+    busy = {name for name in state.asked if state.busy(name)}
+    if continuous:  # who is neither at work nor heard of has lost its work
+        kept = {name: issued for name, issued in state.asked.items() if name in busy}
+        state = state.recounted(asked=Table(kept))
+    chosen = state.schedule.again(state)
+    state = state.but(sequence=state.sequence + continuous)
+    issued = Issued(now, state.sequence, state.round)
+    asked = {**(state.asked if continuous else answered), **dict.fromkeys(chosen, issued)}
     state = state.recounted(
         opened_at=now,
-        asked=asked,
-        asked_before=state.asked_before.union(state.asked),
+        asked=Table(asked),
+        asked_before=before,
         failed=Table(),
         doubted=Table(),
         draws=state.draws + 1,
@@ -295,22 +352,11 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         deadline_s=state.rules.deadline_s,
         reason=reason,
     )
+    lacking = tuple(n for n in chosen if n not in answered and not state.busy(n))
     out.append(Record(reopened))
     if lacking:
         out += work(state, lacking)
     return state
-
-
-def _sample_again(state: State) -> tuple[str, ...]:
-    """Draw a new sample: whoever advances stays, those who did not answer come last."""
-    rules, present = state.rules, state.workers
-    size = sample_size(rules.fraction, len(present))
-    staying = {n for n in present if n in state.received or state.advancing(n)}
-    others = [name for name in present if name not in staying]
-    drawn = select(
-        others, size - len(staying), rules.seed, state.round, draw=state.draws, last=state.asked
-    )
-    return tuple(sorted(n for n in (*staying, *drawn) if n not in state.received))
 
 
 # --- evaluations, and the end ------------------------------------------------------------------
@@ -330,7 +376,7 @@ def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> Sta
 def _evaluate_only(state: State, now: float, out: Effects) -> State:
     """All rounds are done: ask for the evaluation of the last model, where it is wanted."""
     present = tuple(sorted(state.workers))
-    asked = Table(dict.fromkeys(present, now))
+    asked = Table(dict.fromkeys(present, Issued(now, state.sequence, state.round - 1)))
     state = state.recounted(phase=Phase.EVALUATING, opened_at=now, began_at=now, asked=asked)
     if state.evaluate_pending and present:
         out += work(state, present)

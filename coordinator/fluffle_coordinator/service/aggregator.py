@@ -8,7 +8,6 @@ exactly what was folded before.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,9 +21,10 @@ from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone, fetch
 from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine.effects import Fold
 from fluffle_coordinator.service.committer import Average, Committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.held_updates import Held, ticket_of
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
@@ -102,9 +102,10 @@ class Aggregator:
         """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
         self._jobs.put(lambda: self._take_first(held))
 
-    def fold(self, held: Held, num_examples: int, max_norm: float = math.inf) -> None:
-        """Check an update and fold it, with this weight; reports ``Folded`` or ``FoldFailed``."""
-        held.num_examples, held.max_norm = num_examples, max_norm
+    def fold(self, held: Held, how: Fold, number: int) -> None:
+        """Check an update and fold it into a round; reports ``Folded`` or ``FoldFailed``."""
+        held.num_examples, held.max_norm, held.into = how.num_examples, how.max_norm, number
+        held.staleness, held.discount = how.staleness, how.discount
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
@@ -172,27 +173,29 @@ class Aggregator:
     async def _fold(self, held: Held) -> None:
         if self._closing:
             return
-        worker = held.message.worker
+        assert isinstance(held.message, Update)
+        ticket = ticket_of(held.message)
         try:
             payload = await self._payload(held)
             # However few bytes came, they are folded into all of the model.
             nbytes = max(len(payload), size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone) as gone:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
+            self._post(ev.FoldFailed(time.monotonic(), ticket, str(gone), again=True))
         except MalformedMessage as wrong:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
+            self._post(ev.FoldFailed(time.monotonic(), ticket, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
                 await self._committer.keep(len(self._in_the_sum) + 1, held, payload)
             self._folded(held, len(payload), norm)
 
     def _fold_at_once(self, held: Held) -> None:
+        assert isinstance(held.message, Update)
         try:
             norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
-            now, worker = time.monotonic(), held.message.worker
-            self._post(ev.FoldFailed(now, worker, str(wrong), wrong.cause))
+            now, ticket = time.monotonic(), ticket_of(held.message)
+            self._post(ev.FoldFailed(now, ticket, str(wrong), wrong.cause))
         else:
             self._folded(held, len(held.payload), norm)
 
@@ -213,9 +216,11 @@ class Aggregator:
             worker=message.worker,
             num_examples=held.num_examples,
             delta=delta,
+            staleness=held.staleness,
+            discount=held.discount,
             metrics=message.metrics,
         )
-        self._state = self._in_round(message.round).fold(self._state, one)
+        self._state = self._in_round(held.into).fold(self._state, one)
         self._clock.fold_s += time.monotonic() - began
         return norm
 
@@ -224,6 +229,7 @@ class Aggregator:
         assert isinstance(message, Update)
         participant: dict[str, Any] = {
             "worker": message.worker,
+            "sequence": ticket_of(message).sequence,
             "num_examples": held.num_examples,
             "train_loss": message.metrics.get("loss"),
             "seconds": message.seconds,
@@ -231,12 +237,14 @@ class Aggregator:
             "bytes": nbytes,
             "norm": norm,
         }
+        if held.staleness or held.discount != 1.0:
+            participant |= {"staleness": held.staleness, "discount": held.discount}
         metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
         self._in_the_sum.append(participant)
         held.forget()  # only now: what is rejected is kept as it came
-        self._post(ev.Folded(now, message.worker, message.seconds, nbytes, norm))
+        self._post(ev.Folded(now, ticket_of(message), message.seconds, nbytes, norm))
 
     async def _payload(self, held: Held) -> memoryview:
         transfer = held.message.transfer

@@ -62,7 +62,7 @@ from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.greetings import Greetings
-from fluffle_coordinator.service.held_updates import Held, Room
+from fluffle_coordinator.service.held_updates import Held, Room, ticket_of
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved
@@ -156,8 +156,11 @@ class Coordinator:
             settings.rules,
             saved.run,
             time.monotonic(),
+            schedule=settings.schedule,
             committed=saved.committed,
-            participants=saved.participants,
+            counted=saved.counted,
+            sequence=saved.sequence,
+            earlier=saved.earlier,
             announced=saved.announced,
             evaluated=saved.evaluated,
             has_weights=saved.weights is not None,
@@ -278,9 +281,8 @@ class Coordinator:
         match effect:  # what comes often is first
             case fx.Record(event):
                 self._record(event)
-            case fx.Fold(handle, _, num_examples, max_norm):
-                held = self._deliveries[handle]
-                self._aggregator.fold(held, num_examples, max_norm)
+            case fx.Fold(handle):
+                self._aggregator.fold(self._deliveries[handle], effect, self.state.round)
             case fx.Ack(handle):
                 done = self._deliveries.pop(handle, None)
                 if done is not None:
@@ -490,7 +492,7 @@ class Coordinator:
         match message:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload, self._room)
-                about = (message.run, message.round, message.worker, message.num_examples)
+                about = message.run, message.round, ticket_of(message), message.num_examples
                 self._post(ev.Arrived(now, handle, *about, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)

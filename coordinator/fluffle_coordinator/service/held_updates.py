@@ -18,6 +18,12 @@ from dataclasses import dataclass, field
 
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.transport.base import Delivery
+from fluffle_coordinator.machine.state import Ticket
+
+
+def ticket_of(update: Update) -> Ticket:
+    """Return the ticket that an update brings back; one that brings none has its round's."""
+    return Ticket(update.worker, update.sequence or update.round)
 
 
 @dataclass(eq=False)
@@ -28,8 +34,11 @@ class Held:
     message: Update | FirstWeights
     payload: memoryview
     room: Room | None = None
-    num_examples: int = 0  # the weight that it has in the average
+    num_examples: int = 0  # how many it counts with in the average
     max_norm: float = math.inf
+    into: int = 0  # the round that it is folded into
+    staleness: int = 0  # of it then
+    discount: float = 1.0
     size_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:

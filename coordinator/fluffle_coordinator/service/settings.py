@@ -8,6 +8,8 @@ from pathlib import Path
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -19,6 +21,8 @@ class CoordinatorSettings:
     Args:
         federation: whose queues to use.
         rules: the rules of the rounds.
+        schedule: how rounds follow each other.
+        schedule_name: what that is called.
         plan: what workers are told about training; its seed and deadline come from the rules.
         strategy: how a round is averaged.
         classes: the classes that workers must have; None lets the first worker say.
@@ -36,6 +40,8 @@ class CoordinatorSettings:
 
     federation: str
     rules: rs.Rules
+    schedule: Schedule[rs.State] = QUORUM
+    schedule_name: str = "quorum"
     plan: Plan = field(default_factory=Plan)
     strategy: NamedStrategy = FEDAVG
     classes: tuple[str, ...] | None = None

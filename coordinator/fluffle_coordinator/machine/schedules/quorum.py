@@ -1,0 +1,58 @@
+"""Synchronous rounds: a cohort is asked, and the round closes when a quorum has answered.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
+2017, algorithm 1; with a quorum in place of all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.selection import sample_size, select
+from fluffle_coordinator.machine.state import State
+
+
+@dataclass(frozen=True)
+class QuorumRounds(Schedule[State]):
+    """Rounds that close at the quorum, after the grace that the others have."""
+
+    def needed(self, state: State) -> int:
+        """Return the quorum of those asked that answered or still will."""
+        rules = state.rules
+        return max(rules.quorum.of(state.tally.expected), rules.least)
+
+    def cohort(self, state: State) -> tuple[str, ...]:
+        """Draw the round's sample of the workers present."""
+        rules = state.rules
+        size = sample_size(rules.fraction, len(state.workers))
+        return select(state.workers, size, rules.seed, state.round)
+
+    def again(self, state: State) -> tuple[str, ...]:
+        """Draw a new sample: whoever advances stays, those who did not answer come last."""
+        rules, present = state.rules, state.workers
+        size = sample_size(rules.fraction, len(present))
+        answered = {ticket.worker for ticket in state.received}
+        staying = {n for n in present if n in answered or state.advancing(n)}
+        others = [name for name in present if name not in staying]
+        drawn = select(
+            others, size - len(staying), rules.seed, state.round, draw=state.draws, last=state.asked
+        )
+        return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
+
+    def idle(self, state: State, worker: str) -> tuple[str, ...]:
+        """Ask whoever joins late, unless the round is that of a sample."""
+        return (worker,) if state.rules.fraction >= 1 else ()
+
+    def closes(self, state: State, now: float) -> bool:
+        """Close when all have answered, or at the end of the grace."""
+        return not state.tally.unfolded or now >= self.wakeup(state)
+
+    def wakeup(self, state: State) -> float:
+        """Return when the grace ends."""
+        return math.inf if state.quorum_at is None else state.quorum_at + state.rules.grace_s
+
+
+QUORUM = QuorumRounds()
+"""The schedule of a run that names none."""
