@@ -672,7 +672,7 @@ class World:
         for message in self.broker.published:
             assert bool(message.fate) != (id(message) in alive), f"{message} has two ends or none"
         safe = {
-            message.identity
+            (message.identity.ticket, message.identity.base)
             for message in (*self.broker.updates, *self.broker.unacked.values())
             if message.kind == "update" and not message.flaw
         }
@@ -680,7 +680,9 @@ class World:
         if self.disk.bases:
             valid[open_round] = self.disk.bases[-1]
         counted = {ticket for some in self.disk.counted for ticket in some}
-        for identity in self.confirmed - safe:
+        for identity in self.confirmed:
+            if (identity.ticket, identity.base) in safe:
+                continue
             too_old = identity.round < open_round - self.schedule.max_staleness
             if open_round <= self.rules.rounds and not too_old and identity.ticket not in counted:
                 taken_back = identity.base != valid.get(identity.round)

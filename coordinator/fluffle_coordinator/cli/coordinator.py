@@ -21,6 +21,7 @@ from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
 
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
@@ -125,6 +126,7 @@ def run_option(command: Any) -> Any:
     default=1.0,
     help="Part of the workers present that is asked in a round.",
 )
+@schedule_options
 @click.option(
     "--strategy",
     default="fedavg",
@@ -269,6 +271,7 @@ def coordinator(**options: Any) -> None:
 
     if options["compress"] and options["upload_dtype"] != "float32":
         raise UsageError("--upload-dtype and --compress exclude each other; give one of them")
+    check_schedule_options(options)
     run_coordinator(rules_of(options), options)
 
 

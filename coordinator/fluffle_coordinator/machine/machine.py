@@ -62,6 +62,7 @@ from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import (
+    TICKETS_LEFT_OUT,
     Phase,
     State,
     Table,
@@ -73,9 +74,6 @@ from fluffle_coordinator.machine.transitions import progress, wakeup
 
 __all__ = ["advance", "start", "wakeup"]
 
-# How many tickets a coordinator leaves out that goes on with a run: the one before it may have
-# issued some that nobody has counted yet.
-_LEFT_OUT = 10_000
 # What comes the way that signs of life come.
 _HEARD = (Seen, Left, Failed, Echoed)
 
@@ -118,8 +116,6 @@ def start(
         decided_by: who set those two, for people.
     """
     resumed = has_weights and committed > 0
-    if resumed and schedule.continuous:
-        sequence += _LEFT_OUT
     # Every living worker speaks up in this time, if it keeps the default of a heartbeat in 2 s.
     slowest = 2.0 * rules.patience
     state = State(
@@ -128,7 +124,8 @@ def start(
         round=committed + 1,
         schedule=schedule,
         base=base,
-        sequence=sequence,
+        # The one before may have issued some that nobody has counted yet.
+        sequence=sequence + TICKETS_LEFT_OUT * has_weights,
         evaluate_pending=not evaluated,
         has_weights=has_weights,
         met=Table({ticket.worker: None for ticket in counted.get(committed, ())}),

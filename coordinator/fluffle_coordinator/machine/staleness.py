@@ -83,3 +83,7 @@ class Discount:
     def __str__(self) -> str:
         """Return what ``parse`` reads."""
         return ":".join([self.kind, ",".join(f"{one:g}" for one in self.args)]).rstrip(":")
+
+
+POLYNOMIAL = Discount()
+"""The one that is used if none is named: 1 / sqrt(1 + s)."""

@@ -22,6 +22,8 @@ __all__ = ["Quorum", "Rules", "State", "Table"]
 Table = HashTrieMap
 
 Outcome = Literal["finished", "stopped"]
+TICKETS_LEFT_OUT = 10_000
+"""How many sequences a coordinator leaves out that begins with a model that is there already."""
 # Of so many rounds it is remembered what is in them, so that a copy is not taken for late.
 _REMEMBERED = 3
 
@@ -156,7 +158,7 @@ class State:
     base: str = ""  # names the weights that this round is trained from
     # And those of the rounds before whose updates still count.
     earlier: Mapping[int, str] = field(default_factory=empty)
-    sequence: int = 0  # the last that was issued
+    sequence: int = 0  # the last that was issued; meant where work outlives its round
     # What is counted in the last rounds: when an acknowledgement is lost, an update comes again.
     counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=empty)
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet

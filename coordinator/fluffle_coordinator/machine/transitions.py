@@ -107,13 +107,18 @@ def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) 
     """Send the open version to workers that have nothing to do, each with a ticket."""
     if not workers:
         return state
-    sequence = state.sequence + state.schedule.continuous  # else the round's, the same for all
-    issued = Issued(now, sequence, state.round)
-    state = state.but(sequence=sequence)
+    state = _next_sequence(state)
+    issued = Issued(now, state.sequence, state.round)
     for name in workers:
         state = state.of(name, asked=state.asked.insert(name, issued))
     out += work(state, workers)
     return state
+
+
+def _next_sequence(state: State) -> State:
+    """Count on for new work; where each worker is asked once a round, it is the round."""
+    continuous = state.schedule.continuous
+    return state.but(sequence=state.sequence + 1 if continuous else state.round)
 
 
 def send_again(state: State, worker: str, now: float, out: Effects) -> State:
@@ -189,7 +194,6 @@ def _open(state: State, now: float, out: Effects) -> State:
         phase=Phase.OPEN,
         opened_at=now,
         began_at=now,
-        sequence=max(state.round, state.sequence + 1),
         asked=_at_work(state),
         failed=Table(),
         doubted=Table(),
@@ -198,6 +202,7 @@ def _open(state: State, now: float, out: Effects) -> State:
         gate=1,
         gate_until=math.inf,
     )
+    state = _next_sequence(state)
     chosen = state.schedule.cohort(state)
     issued = Issued(now, state.sequence, state.round)
     # Updates that were confirmed to an earlier coordinator may be here already.
@@ -333,8 +338,8 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
     if continuous:  # who is neither at work nor heard of has lost its work
         kept = {name: issued for name, issued in state.asked.items() if name in busy}
         state = state.recounted(asked=Table(kept))
+    state = _next_sequence(state)
     chosen = state.schedule.again(state)
-    state = state.but(sequence=state.sequence + continuous)
     issued = Issued(now, state.sequence, state.round)
     asked = {**(state.asked if continuous else answered), **dict.fromkeys(chosen, issued)}
     state = state.recounted(

@@ -15,6 +15,7 @@ from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Recor
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
 from fluffle_coordinator.machine.state import (
+    TICKETS_LEFT_OUT,
     Issued,
     Phase,
     Received,
@@ -30,7 +31,7 @@ from fluffle_coordinator.machine.transitions import give_work, send_again
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
     """Take in that an update has come: fold it, hold it, or say why not."""
-    handle, ticket = event.handle, event.ticket
+    handle, ticket = event.handle, _ticket(state, event)
     if event.run != state.run:
         out.append(Reject(handle, f"it is of run {event.run}, this is run {state.run}", "run"))
         return state
@@ -41,7 +42,7 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
         ]
         return state
     if event.round < state.round and not (_takes(state) and _discount(state, event.round)):
-        return _too_old(state, event, out)
+        return _too_old(state, event, ticket, out)
     if event.round > state.round or not _takes(state):
         _reject(event, f"round {event.round} has not been opened", out)
         return state
@@ -50,9 +51,11 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
         trained = f"it was trained from the weights {event.base}, round {event.round} began with"
         _reject(event, f"{trained} {began_with}", out)
         return state
-    if ticket.sequence > max(state.sequence, event.round):
+    if ticket.sequence > max(state.sequence, event.round) + TICKETS_LEFT_OUT:
         _reject(event, f"ticket {ticket.sequence} of {ticket.worker} was not issued", out)
         return state
+    if state.schedule.continuous:  # an earlier coordinator may have issued more than this one yet
+        state = state.but(sequence=max(state.sequence, ticket.sequence))
     held = state.received.get(ticket)
     if held is not None:
         return _again(state, ticket, held, event, out)
@@ -60,6 +63,11 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     if state.phase is not Phase.COMMITTING:  # else it is looked at once the commit is on disk
         out.append(_fold(state, ticket, update))
     return _with(state, ticket, update)
+
+
+def _ticket(state: State, event: Arrived) -> Ticket:
+    """Return an update's ticket; where each worker is asked once a round, that is the round's."""
+    return event.ticket if state.schedule.continuous else Ticket(event.ticket.worker, event.round)
 
 
 def _is_counted(state: State, ticket: Ticket, number: int) -> bool:
@@ -131,14 +139,14 @@ def _max_norm(state: State) -> float:
     return ratio * middle
 
 
-def _too_old(state: State, event: Arrived, out: Effects) -> State:
+def _too_old(state: State, event: Arrived, ticket: Ticket, out: Effects) -> State:
     """Let go of an update that counts no more; its worker gets other work."""
     out += [
         Ack(event.handle),
-        _late(event.ticket.worker, event.round, event.num_examples),
-        _too_late(event.ticket, event.round, event.base),
+        _late(ticket.worker, event.round, event.num_examples),
+        _too_late(ticket, event.round, event.base),
     ]
-    return _without_work(state, event.ticket, event.now, out)
+    return _without_work(state, ticket, event.now, out)
 
 
 def _without_work(state: State, ticket: Ticket, now: float, out: Effects) -> State:

@@ -24,7 +24,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
 from fluffle_coordinator.service.committer import Average, Committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-from fluffle_coordinator.service.held_updates import Held, ticket_of
+from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
@@ -104,8 +104,7 @@ class Aggregator:
 
     def fold(self, held: Held, how: Fold, number: int) -> None:
         """Check an update and fold it into a round; reports ``Folded`` or ``FoldFailed``."""
-        held.num_examples, held.max_norm, held.into = how.num_examples, how.max_norm, number
-        held.staleness, held.discount = how.staleness, how.discount
+        held.how, held.into = how, number
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
@@ -173,8 +172,8 @@ class Aggregator:
     async def _fold(self, held: Held) -> None:
         if self._closing:
             return
-        assert isinstance(held.message, Update)
-        ticket = ticket_of(held.message)
+        assert held.how is not None
+        ticket = held.how.ticket
         try:
             payload = await self._payload(held)
             # However few bytes came, they are folded into all of the model.
@@ -190,34 +189,35 @@ class Aggregator:
             self._folded(held, len(payload), norm)
 
     def _fold_at_once(self, held: Held) -> None:
-        assert isinstance(held.message, Update)
+        assert held.how is not None
         try:
             norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
-            now, ticket = time.monotonic(), ticket_of(held.message)
+            now, ticket = time.monotonic(), held.how.ticket
             self._post(ev.FoldFailed(now, ticket, str(wrong), wrong.cause))
         else:
             self._folded(held, len(held.payload), norm)
 
     def _check_and_fold(self, held: Held, payload: memoryview) -> float:
         """Take an update into the sum; return the norm of its delta."""
-        message = held.message
+        message, how = held.message, held.how
         assert isinstance(message, Update)
+        assert how is not None
         began = time.monotonic()
         # Read-only: it may still have to be kept as it came.
         delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
-        if norm > held.max_norm:
+        if norm > how.max_norm:
             raise MalformedMessage(
-                f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
+                f"the norm of the update is {norm:.3g}, at most {how.max_norm:.3g} is taken "
                 "(--max-norm-ratio)",
                 "norm",
             )
         one = Contribution(
             worker=message.worker,
-            num_examples=held.num_examples,
+            num_examples=how.num_examples,
             delta=delta,
-            staleness=held.staleness,
-            discount=held.discount,
+            staleness=how.staleness,
+            discount=how.discount,
             metrics=message.metrics,
         )
         self._state = self._in_round(held.into).fold(self._state, one)
@@ -225,26 +225,27 @@ class Aggregator:
         return norm
 
     def _folded(self, held: Held, nbytes: int, norm: float) -> None:
-        message, now = held.message, time.monotonic()
+        message, how, now = held.message, held.how, time.monotonic()
         assert isinstance(message, Update)
+        assert how is not None
         participant: dict[str, Any] = {
             "worker": message.worker,
-            "sequence": ticket_of(message).sequence,
-            "num_examples": held.num_examples,
+            "sequence": how.ticket.sequence,
+            "num_examples": how.num_examples,
             "train_loss": message.metrics.get("loss"),
             "seconds": message.seconds,
             "counted_s": round(now - self._clock.opened_at, 6),
             "bytes": nbytes,
             "norm": norm,
         }
-        if held.staleness or held.discount != 1.0:
-            participant |= {"staleness": held.staleness, "discount": held.discount}
+        if how.staleness:
+            participant |= {"staleness": how.staleness, "discount": how.discount}
         metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
         self._in_the_sum.append(participant)
         held.forget()  # only now: what is rejected is kept as it came
-        self._post(ev.Folded(now, ticket_of(message), message.seconds, nbytes, norm))
+        self._post(ev.Folded(now, how.ticket, message.seconds, nbytes, norm))
 
     async def _payload(self, held: Held) -> memoryview:
         transfer = held.message.transfer

@@ -8,7 +8,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.strategy_loading import check_needs, check_same, load_strategy
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
@@ -57,6 +58,8 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     federation = check_federation(options["federation"])
     strategy = load_strategy(options["strategy"])
     check_needs(strategy, rules)
+    timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
+    schedule_name, schedule = load_schedule(timing)
     settings = CoordinatorSettings(
         federation=federation,
         rules=rules,
@@ -68,6 +71,8 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
             config=parse_config(options["config"]),
         ),
         strategy=strategy,
+        schedule=schedule,
+        schedule_name=schedule_name,
         classes=parse_classes(options["classes"]),
         init=options["init"],
         verify_users=options["verify_users"],

@@ -23,6 +23,7 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s"}),  # the rules have these
         "strategy": named.name,
         **({"strategy_file": named.file} if named.file else {}),
+        "schedule": settings.schedule_name,
         "classes": settings.classes,
         "init": None if settings.init is None else str(settings.init),
         "verify_users": settings.verify_users,

@@ -62,7 +62,7 @@ from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.greetings import Greetings
-from fluffle_coordinator.service.held_updates import Held, Room, ticket_of
+from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved
@@ -492,7 +492,8 @@ class Coordinator:
         match message:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload, self._room)
-                about = message.run, message.round, ticket_of(message), message.num_examples
+                ticket = rs.Ticket(message.worker, message.sequence or message.round)
+                about = message.run, message.round, ticket, message.num_examples
                 self._post(ev.Arrived(now, handle, *about, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)

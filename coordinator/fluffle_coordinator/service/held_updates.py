@@ -12,18 +12,12 @@ of the room.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.transport.base import Delivery
-from fluffle_coordinator.machine.state import Ticket
-
-
-def ticket_of(update: Update) -> Ticket:
-    """Return the ticket that an update brings back; one that brings none has its round's."""
-    return Ticket(update.worker, update.sequence or update.round)
+from fluffle_coordinator.machine.effects import Fold
 
 
 @dataclass(eq=False)
@@ -34,11 +28,8 @@ class Held:
     message: Update | FirstWeights
     payload: memoryview
     room: Room | None = None
-    num_examples: int = 0  # how many it counts with in the average
-    max_norm: float = math.inf
-    into: int = 0  # the round that it is folded into
-    staleness: int = 0  # of it then
-    discount: float = 1.0
+    how: Fold | None = None  # how it is to be added to the sum
+    into: int = 0  # of this round
     size_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:

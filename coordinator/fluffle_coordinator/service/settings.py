@@ -21,10 +21,10 @@ class CoordinatorSettings:
     Args:
         federation: whose queues to use.
         rules: the rules of the rounds.
-        schedule: how rounds follow each other.
-        schedule_name: what that is called.
         plan: what workers are told about training; its seed and deadline come from the rules.
         strategy: how a round is averaged.
+        schedule: how rounds follow each other.
+        schedule_name: what that is called, with its settings.
         classes: the classes that workers must have; None lets the first worker say.
         init: a checkpoint to begin with; None asks a worker.
         max_workers: the most updates that may be held unacknowledged, give or take a few; where
@@ -40,10 +40,10 @@ class CoordinatorSettings:
 
     federation: str
     rules: rs.Rules
-    schedule: Schedule[rs.State] = QUORUM
-    schedule_name: str = "quorum"
     plan: Plan = field(default_factory=Plan)
     strategy: NamedStrategy = FEDAVG
+    schedule: Schedule[rs.State] = QUORUM
+    schedule_name: str = "quorum"
     classes: tuple[str, ...] | None = None
     init: Path | None = None
     max_workers: int = 1024

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.selection import select
-from fluffle_coordinator.machine.staleness import Discount
+from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
 
@@ -30,7 +30,7 @@ class Buffered(Schedule[State]):
     buffer: int = 10
     concurrency: int | None = None
     max_staleness: int = 20
-    phi: Discount = Discount()
+    phi: Discount = POLYNOMIAL
 
     @property
     def continuous(self) -> bool:

@@ -11,12 +11,25 @@ from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.selection import sample_size, select
+from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
 
 @dataclass(frozen=True)
 class QuorumRounds(Schedule[State]):
-    """Rounds that close at the quorum, after the grace that the others have."""
+    """Rounds that close at the quorum, after the grace that the others have.
+
+    Args:
+        max_staleness: of how many rounds before late updates count; they close no round.
+        phi: what part of its weight such an update keeps.
+    """
+
+    max_staleness: int = 0
+    phi: Discount = POLYNOMIAL
+
+    def discount(self, staleness: int) -> float:
+        """Return what part of its weight a late update keeps that is so many rounds old."""
+        return self.phi(staleness)
 
     def needed(self, state: State) -> int:
         """Return the quorum of those asked that answered or still will."""
