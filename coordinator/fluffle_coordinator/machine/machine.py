@@ -124,8 +124,7 @@ def start(
         round=committed + 1,
         schedule=schedule,
         base=base,
-        # The one before may have issued some that nobody has counted yet.
-        sequence=sequence + TICKETS_LEFT_OUT * has_weights,
+        sequence=sequence + TICKETS_LEFT_OUT,
         evaluate_pending=not evaluated,
         has_weights=has_weights,
         met=Table({ticket.worker: None for ticket in counted.get(committed, ())}),

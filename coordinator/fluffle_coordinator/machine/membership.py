@@ -13,7 +13,7 @@ from fluffle_coordinator.machine.agreement import refuse, unfit
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.hearing import clock
-from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
+from fluffle_coordinator.machine.state import Issued, Phase, State, Ticket, Worker
 from fluffle_coordinator.machine.transitions import give_work, send_again, stall_times, work
 
 
@@ -83,7 +83,7 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     )
     at_work = state.busy(name) and not broken_off
     if issued is None:
-        return _without_work(state, worker, at_work, event.now, out)
+        return _take_in(state, worker, at_work, event.now, out)
     if at_work:
         return state
     if state.done(name):
@@ -93,7 +93,7 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     return state
 
 
-def _without_work(state: State, worker: Worker, at_work: bool, now: float, out: Effects) -> State:
+def _take_in(state: State, worker: Worker, at_work: bool, now: float, out: Effects) -> State:
     """Take in a worker that was not asked: an earlier coordinator asked it, or it joins late."""
     name = worker.name
     if state.phase is Phase.EVALUATING:
@@ -102,10 +102,11 @@ def _without_work(state: State, worker: Worker, at_work: bool, now: float, out: 
         if not at_work:
             out += work(state, (name,))
         return state
-    chosen = state.schedule.idle(state, name)
+    chosen, ticket = state.schedule.idle(state, name), Ticket(name, worker.sequence or worker.round)
+    # What it says of its work may be older than its update.
+    at_work &= not (ticket in state.received or state.has_counted(ticket))
     if at_work and (state.schedule.continuous or name in chosen):  # we wait for it
-        number = worker.round
-        issued = Issued(now, worker.sequence or number, number)
+        issued = Issued(now, ticket.sequence, worker.round)
         return state.of(name, asked=state.asked.insert(name, issued))
     return give_work(state, chosen, now, out)
 

@@ -23,7 +23,11 @@ Table = HashTrieMap
 
 Outcome = Literal["finished", "stopped"]
 TICKETS_LEFT_OUT = 10_000
-"""How many sequences a coordinator leaves out that begins with a model that is there already."""
+"""How many sequences a coordinator leaves out, where work outlives its round.
+
+The one before it may have issued some that nobody has counted yet. And they are greater than the
+round, which is the sequence of those that bring no ticket back.
+"""
 # Of so many rounds it is remembered what is in them, so that a copy is not taken for late.
 _REMEMBERED = 3
 
@@ -276,6 +280,11 @@ class State:
         if found is None and issued.sequence != issued.round:  # it does not bring tickets back
             found = self.received.get(Ticket(worker, issued.round))
         return found
+
+    def has_counted(self, ticket: Ticket, since: int = 0) -> bool:
+        """Whether an update is in one of the last rounds, or of those ``since`` one."""
+        before = self.counted_before.items()
+        return any(ticket in counted for number, counted in before if number >= since)
 
     def base_of(self, number: int) -> str | None:
         """Return what the weights are named that a round began with, if they still matter."""

@@ -35,7 +35,7 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     if event.run != state.run:
         out.append(Reject(handle, f"it is of run {event.run}, this is run {state.run}", "run"))
         return state
-    if _is_counted(state, ticket, event.round):
+    if state.has_counted(ticket, event.round):
         out += [
             Ack(handle),
             Record(run_events.Duplicate(worker=ticket.worker, round=event.round)),
@@ -68,12 +68,6 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
 def _ticket(state: State, event: Arrived) -> Ticket:
     """Return an update's ticket; where each worker is asked once a round, that is the round's."""
     return event.ticket if state.schedule.continuous else Ticket(event.ticket.worker, event.round)
-
-
-def _is_counted(state: State, ticket: Ticket, number: int) -> bool:
-    """Whether an update that was trained from a round's weights is in that round or a later one."""
-    before = state.counted_before.items()
-    return any(ticket in counted for counted_in, counted in before if counted_in >= number)
 
 
 def _with(state: State, ticket: Ticket, update: Received) -> State:
