@@ -1,4 +1,4 @@
-"""The options of ``fluffle coordinator`` that say how rounds follow each other."""
+"""The options of ``fluffle coordinator`` for how rounds follow each other, and who is asked."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from typing import Any
 
 import click
 
-from fluffle_common.cli.app import count
+from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.errors import UsageError
 
-_OF_ROUNDS = ("quorum", "grace", "fraction")
+_OF_ROUNDS = {
+    "quorum": "--quorum",
+    "grace": "--grace",
+    "fraction": "--fraction",
+    "clients": "--clients",
+    "over_provision": "--over-provision",
+}
 
 
 class DiscountType(click.ParamType[Any]):
@@ -29,7 +35,53 @@ class DiscountType(click.ParamType[Any]):
             self.fail(f"{wrong}", param, ctx)
 
 
+class SelectionType(click.ParamType[Any]):
+    """The name of a rule of selection, perhaps with its settings."""
+
+    name = "selection"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Find it."""
+        from fluffle_coordinator.machine.selection import Selection
+        from fluffle_coordinator.service.schedule_loading import load_selection
+
+        if isinstance(value, Selection):
+            return value
+        try:
+            return load_selection(str(value).strip())
+        except ValueError as wrong:
+            self.fail(f"{wrong}", param, ctx)
+
+
 _OPTIONS = [
+    click.option(
+        "--fraction",
+        type=FiniteFloat(0, 1, min_open=True),
+        default=1.0,
+        help="Part of the workers present that is asked in a round.",
+    ),
+    click.option(
+        "--clients",
+        type=count(),
+        metavar="N",
+        help="How many of the workers present are asked in a round, in place of --fraction.",
+    ),
+    click.option(
+        "--over-provision",
+        type=FiniteFloat(1, 100),
+        default=1.0,
+        metavar="P",
+        help="Ask P times as many workers as --fraction or --clients says, and take the first: "
+        "1.3 asks 130 % of them.",
+    ),
+    click.option(
+        "--select",
+        type=SelectionType(),
+        default="uniform",
+        metavar="uniform|poisson|weighted|round-robin|fastest[:FLOOR]|PATH.PY:NAME",
+        help="Who is asked where not all are: at random, each by a chance of its own, by numbers "
+        "of examples, by turns, or the fastest with a part of the places by turns.",
+    ),
     click.option(
         "--schedule",
         default="quorum",
@@ -91,10 +143,10 @@ def check_schedule_options(options: dict[str, Any]) -> None:
         UsageError: naming the first.
     """
     context = click.get_current_context()
-    for name in _OF_ROUNDS:
+    for name, option in _OF_ROUNDS.items():
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if given and options["schedule"] == "buffered":
             raise UsageError(
-                f"--{name} is for synchronous rounds, and --schedule buffered has none; "
+                f"{option} is for synchronous rounds, and --schedule buffered has none; "
                 "--buffer says how many updates make a version, --concurrency who trains"
             )

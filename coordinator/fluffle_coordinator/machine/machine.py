@@ -92,6 +92,8 @@ def start(
     has_weights: bool = False,
     base: str = "",
     earlier: Mapping[int, str] = MappingProxyType({}),
+    asked_in: Mapping[str, int] = MappingProxyType({}),
+    train_s: Mapping[str, float] = MappingProxyType({}),
     classes: tuple[str, ...] | None = None,
     model: ModelForm | None = None,
     decided_by: str = "",
@@ -111,6 +113,8 @@ def start(
         has_weights: whether there are weights to begin with.
         base: what they are named.
         earlier: what those were named that the rounds before began with.
+        asked_in: the last round that each worker was asked in.
+        train_s: how long each worker's last training took.
         classes: the classes that workers must have; None lets the workers say.
         model: what the weights are made of; None lets the workers say.
         decided_by: who set those two, for people.
@@ -129,6 +133,8 @@ def start(
         has_weights=has_weights,
         met=Table({ticket.worker: None for ticket in counted.get(committed, ())}),
         announced=Table(announced),
+        asked_in=Table(asked_in),
+        train_s=Table(train_s),
         classes=classes,
         model=model,
         decided_by=decided_by,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fluffle_coordinator.machine.selection import sample_size
+from fluffle_coordinator.machine.selection import UNIFORM, Selection, sample_size
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Rules:
         max_examples: the largest weight that an update may have; None bounds it only by the number
             of examples that its worker announced.
         fraction: which part of the workers present is asked in a round.
+        clients: how many are asked, in place of a fraction.
+        over_provision: how many times as many are asked as that, and as are waited for.
+        selection: who is asked.
         seed: decides who is asked.
         patience: how many heartbeats may fail to come before a worker counts as gone.
         max_reopenings: how often in a row a round is reopened with nothing new: no update, and no
@@ -72,6 +76,9 @@ class Rules:
     min_updates: int = 1
     max_examples: int | None = None
     fraction: float = 1.0
+    clients: int | None = None
+    over_provision: float = 1.0
+    selection: Selection = UNIFORM
     seed: int = 0
     patience: int = 5
     max_reopenings: int = 3
@@ -87,4 +94,21 @@ class Rules:
     def enough(self, present: int) -> bool:
         """Whether so many workers make a round that can close: the sample of them is no smaller."""
         least = max(self.least, self.quorum.number or 1)
-        return self.fraction >= 1 or sample_size(self.fraction, present) >= least
+        return not self.samples or min(present, self.sample(present)) >= least
+
+    @property
+    def samples(self) -> bool:
+        """Whether only some of the workers present are asked."""
+        return self.fraction < 1 or self.clients is not None or not self.selection.fixed
+
+    def sample(self, present: int) -> int:
+        """Return how many of the workers present a round is to have."""
+        return self.clients or sample_size(self.fraction, present)
+
+    def ask(self, present: int) -> int:
+        """Return how many of the workers present are asked for that."""
+        return math.ceil(self.over_provision * self.sample(present) - 1e-9)
+
+    def waited_for(self, asked: int) -> int:
+        """Return of how many, of those asked, the quorum is taken."""
+        return max(1, math.floor(asked / self.over_provision + 1e-9))

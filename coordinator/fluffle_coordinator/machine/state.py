@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from rpds import HashTrieMap
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine.rules import Quorum, Rules
 from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.selection import Candidate
 
 __all__ = ["Quorum", "Rules", "State", "Table"]
 
@@ -195,6 +196,8 @@ class State:
     met: Table[str, None] = field(default_factory=Table)  # who was here: all are told of the end
     received: Table[Ticket, Received] = field(default_factory=Table)
     folded: int = 0  # how many of those that can close the round are in the running sum
+    asked_in: Table[str, int] = field(default_factory=Table)  # the last round of each
+    train_s: Table[str, float] = field(default_factory=Table)  # how long its last training took
     median_norm: float = 0.0  # of the updates in the last round that was averaged
     evaluations: Table[str, Evaluated] = field(default_factory=Table)
     tally: Tally = NOBODY
@@ -280,6 +283,16 @@ class State:
         if found is None and issued.sequence != issued.round:  # it does not bring tickets back
             found = self.received.get(Ticket(worker, issued.round))
         return found
+
+    def candidates(self, names: Iterable[str]) -> Iterator[Candidate]:
+        """Yield what a selection may know of these workers."""
+        for name in names:
+            yield Candidate(
+                name,
+                self.announced.get(name) or 1,
+                self.asked_in.get(name) or 0,
+                self.train_s.get(name),
+            )
 
     def has_counted(self, ticket: Ticket, since: int = 0) -> bool:
         """Whether an update is in one of the last rounds, or of those ``since`` one."""

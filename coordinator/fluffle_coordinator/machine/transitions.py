@@ -112,7 +112,15 @@ def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) 
     for name in workers:
         state = state.of(name, asked=state.asked.insert(name, issued))
     out += work(state, workers)
-    return state
+    return _noted(state, workers)
+
+
+def _noted(state: State, workers: tuple[str, ...]) -> State:
+    """Note in which round workers were asked last, for whoever selects them by turns."""
+    asked_in = state.asked_in
+    for name in workers:
+        asked_in = asked_in.insert(name, state.round)
+    return state.but(asked_in=asked_in)
 
 
 def _next_sequence(state: State) -> State:
@@ -208,7 +216,7 @@ def _open(state: State, now: float, out: Effects) -> State:
     # Updates that were confirmed to an earlier coordinator may be here already.
     early = {} if state.schedule.continuous else _answered(state)
     asked = {**dict.fromkeys(chosen, issued), **early}
-    state = state.recounted(asked=Table({**state.asked, **asked}))
+    state = _noted(state.recounted(asked=Table({**state.asked, **asked})), chosen)
     opened = run_events.Opened(
         round=state.round,
         asked=tuple(sorted(state.asked)),
@@ -350,6 +358,7 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         doubted=Table(),
         draws=state.draws + 1,
     )
+    state = _noted(state, chosen)
     reopened = run_events.Reopened(
         round=state.round,
         asked=tuple(sorted(asked)),

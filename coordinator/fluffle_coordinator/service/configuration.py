@@ -19,7 +19,7 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
     """
     named = settings.strategy
     return {
-        "rules": asdict(settings.rules),
+        "rules": {**asdict(settings.rules), "selection": settings.rules.selection.name},
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s"}),  # the rules have these
         "strategy": named.name,
         **({"strategy_file": named.file} if named.file else {}),

@@ -161,6 +161,8 @@ class Coordinator:
             counted=saved.counted,
             sequence=saved.sequence,
             earlier=saved.earlier,
+            asked_in=saved.asked_in,
+            train_s=saved.train_s,
             announced=saved.announced,
             evaluated=saved.evaluated,
             has_weights=saved.weights is not None,

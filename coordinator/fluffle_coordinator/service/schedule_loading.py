@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fluffle_common.cli.loading import Place
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
+from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -93,6 +94,28 @@ def _refuse(options: dict[str, Any], why: str) -> None:
     for option, value in options.items():
         if value is not None:
             raise UsageError(f"{option} {why}; leave it out, or name that")
+
+
+def load_selection(text: str) -> Selection:
+    """Return the rule of selection that ``--select`` names.
+
+    Raises:
+        ValueError: where there is none of this name.
+        UsageError: where a user's file has none.
+        TaskError: where a user's own code fails while it is loaded.
+    """
+    where, _, _ = text.rpartition(":")
+    if not where or text.startswith("fastest:"):
+        return parse_selection(text)
+    place = Place.parse("select", text)
+    found = place.load(_CALLERS)
+    if not callable(found) or isinstance(found, type):
+        raise UsageError(
+            f"--select {text} names no function; it is given the candidates, how many to choose "
+            "and the draw, and returns their names (docs/schedules.md)"
+        )
+    name = Path(place.where).name if place.is_file else place.where
+    return Selection(f"{name}:{place.attribute}", cast("Choose", found))
 
 
 def _of_a_file(name: str) -> tuple[str, Schedule[State]]:

@@ -58,7 +58,8 @@ class Saved:
     ``strategy`` made the last committed round, and ``kept`` is what it kept of its state there.
     ``base`` names the weights, and ``earlier`` those that each round began with. ``announced`` is
     how many examples each worker counted with at most, ``counted`` the tickets of each round, and
-    ``sequence`` the highest of all.
+    ``sequence`` the highest of all. ``asked_in`` is the last round that each worker was asked in,
+    ``train_s`` how long its last training took.
     """
 
     run: str
@@ -67,6 +68,8 @@ class Saved:
     counted: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)
     sequence: int = 0
     earlier: Mapping[int, str] = field(default_factory=dict)
+    asked_in: Mapping[str, int] = field(default_factory=dict)
+    train_s: Mapping[str, float] = field(default_factory=dict)
     evaluated: bool = True
     weights: dict[str, Array] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -184,6 +187,13 @@ class RunStore:
             counted=counted,
             sequence=max((t.sequence for some in counted.values() for t in some), default=0),
             earlier=self._bases(commits),
+            asked_in={name: x["round"] for x in commits for name in x.get("asked", ())},
+            train_s={
+                one["worker"]: one["seconds"]
+                for x in commits
+                for one in x["participants"]
+                if one.get("seconds") is not None
+            },
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=sound.weights if sound else None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import select
+from fluffle_coordinator.machine.selection import Draw, chosen_by
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -62,4 +62,5 @@ class Buffered(Schedule[State]):
         room = len(idle)
         if self.concurrency is not None:
             room = max(0, self.concurrency - state.tally.unfolded)
-        return select(idle, room, state.rules.seed, state.sequence)
+        rules, candidates = state.rules, state.candidates(idle)
+        return chosen_by(rules.selection, candidates, room, Draw(rules.seed, state.sequence))

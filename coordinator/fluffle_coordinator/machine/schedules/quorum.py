@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import sample_size, select
+from fluffle_coordinator.machine.selection import Draw, chosen_by
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -33,30 +33,31 @@ class QuorumRounds(Schedule[State]):
 
     def needed(self, state: State) -> int:
         """Return the quorum of those asked that answered or still will."""
-        rules = state.rules
-        return max(rules.quorum.of(state.tally.expected), rules.least)
+        rules, expected = state.rules, state.tally.expected
+        if rules.over_provision > 1:
+            expected = min(expected, rules.waited_for(len(state.asked)))
+        return max(rules.quorum.of(expected), rules.least)
 
     def cohort(self, state: State) -> tuple[str, ...]:
         """Draw the round's sample of the workers present."""
         rules = state.rules
-        size = sample_size(rules.fraction, len(state.workers))
-        return select(state.workers, size, rules.seed, state.round)
+        size, draw = rules.ask(len(state.workers)), Draw(rules.seed, state.round)
+        return chosen_by(rules.selection, state.candidates(state.workers), size, draw)
 
     def again(self, state: State) -> tuple[str, ...]:
         """Draw a new sample: whoever advances stays, those who did not answer come last."""
         rules, present = state.rules, state.workers
-        size = sample_size(rules.fraction, len(present))
+        size, draw = rules.ask(len(present)), Draw(rules.seed, state.round, state.draws)
         answered = {ticket.worker for ticket in state.received}
         staying = {n for n in present if n in answered or state.advancing(n)}
         others = [name for name in present if name not in staying]
-        drawn = select(
-            others, size - len(staying), rules.seed, state.round, draw=state.draws, last=state.asked
-        )
+        room, candidates = size - len(staying), state.candidates(others)
+        drawn = chosen_by(rules.selection, candidates, room, draw, last=state.asked)
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
         """Ask whoever joins late, unless the round is that of a sample."""
-        return (worker,) if state.rules.fraction >= 1 else ()
+        return () if state.rules.samples else (worker,)
 
     def closes(self, state: State, now: float) -> bool:
         """Close when all have answered, or at the end of the grace."""
