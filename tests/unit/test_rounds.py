@@ -1087,7 +1087,7 @@ _STEPS = {
     "hello": lambda run, name: run.seen(name, hello=True),
     "at work": lambda run, name: run.at_work(name),
     "left": lambda run, name: run.left(name),
-    "failed": lambda run, name: run.failed(name, run.state.at_work_on),
+    "failed": lambda run, name: run.failed(name, run.state.at_work_on(name)),
     "update": lambda run, name: run.state.answer(name) is None and run.update(name),
     "evaluation": lambda run, name: run.evaluation(name, run.state.round - 1),
     "committed": lambda run, _: (

@@ -199,7 +199,7 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
     return state.but(
         link=event.link,
         caught_up=False,
-        greeted=frozenset(),
+        greeted=Table(),
         heard_at=event.now,
         workers=Table(workers),
         asked=Table({n: issued._replace(at=-math.inf) for n, issued in state.asked.items()}),

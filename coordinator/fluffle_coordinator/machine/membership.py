@@ -14,7 +14,14 @@ from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.state import Issued, Phase, State, Ticket, Worker
-from fluffle_coordinator.machine.transitions import give_work, send_again, stall_times, work
+from fluffle_coordinator.machine.transitions import (
+    first_due,
+    give_work,
+    send_again,
+    stall_times,
+    watched,
+    work,
+)
 
 
 def seen(state: State, event: Seen, out: Effects) -> State:
@@ -54,7 +61,7 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         failed=failed,
         met=state.met if worker.name in state.met else state.met.insert(worker.name, None),
     )
-    state = settle_doubt(state, worker.name)
+    state = watched(settle_doubt(state, worker.name), worker.name)
     return _offer(state, worker, event, restarted or event.hello, out)
 
 
@@ -63,7 +70,7 @@ def _greet(state: State, name: str, out: Effects) -> State:
     if name in state.greeted or name in state.workers:
         return state
     out.append(Welcome(name))
-    return state.but(greeted=state.greeted | {name})
+    return state.but(greeted=state.greeted.insert(name, None))
 
 
 def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects) -> State:
@@ -98,7 +105,7 @@ def _take_in(state: State, worker: Worker, at_work: bool, now: float, out: Effec
     name = worker.name
     if state.phase is Phase.EVALUATING:
         issued = Issued(now, state.sequence, state.round - 1)
-        state = state.of(name, asked=state.asked.insert(name, issued))
+        state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
         if not at_work:
             out += work(state, (name,))
         return state
@@ -107,7 +114,7 @@ def _take_in(state: State, worker: Worker, at_work: bool, now: float, out: Effec
     at_work &= not (ticket in state.received or state.has_counted(ticket))
     if at_work and (state.schedule.continuous or name in chosen):  # we wait for it
         issued = Issued(now, ticket.sequence, worker.round)
-        return state.of(name, asked=state.asked.insert(name, issued))
+        return watched(state.of(name, asked=state.asked.insert(name, issued)), name)
     return give_work(state, chosen, now, out)
 
 
@@ -153,6 +160,8 @@ def tick(state: State, event: Tick, out: Effects) -> State:
     if not state.link:
         return state
     now = clock(state, event.now)
+    if now < state.due_at:
+        return state
     gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
     for worker in sorted(gone, key=lambda worker: worker.name):
         silent_s = round(now - worker.last_seen, 1)
@@ -160,7 +169,7 @@ def tick(state: State, event: Tick, out: Effects) -> State:
         state = state.without(worker.name)
     for worker in list(state.workers.values()):
         state = _look_for_a_stall(state, worker, now, out)
-    return state
+    return state.but(due_at=first_due(state))
 
 
 def _look_for_a_stall(state: State, worker: Worker, now: float, out: Effects) -> State:

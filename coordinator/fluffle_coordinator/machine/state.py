@@ -172,6 +172,8 @@ class State:
     caught_up: bool = False  # everything that waited in the broker before this link is read
     unlinked_since: float = 0.0  # meant where there is none
     heard_at: float = 0.0  # when anybody was last heard, the coordinator's own echo included
+    # No worker is gone or stands still before this, whose every time would else be looked at again.
+    due_at: float = -math.inf
     quickest_s: float = math.inf  # the shortest time between the heartbeats of any worker
     has_weights: bool = False
     init_asked: str | None = None
@@ -186,7 +188,9 @@ class State:
     waiting_since: float = 0.0
     workers: Table[str, Worker] = field(default_factory=Table)
     announced: Table[str, int] = field(default_factory=Table)  # how many examples each has
-    greeted: frozenset[str] = frozenset()  # whose old signs of life were answered on this link
+    greeted: Table[str, None] = field(
+        default_factory=Table
+    )  # whose old signs of life were answered on this link
     refused: Table[str, str] = field(default_factory=Table)  # and in which of its sessions
     asked: Table[str, Issued] = field(default_factory=Table)
     attempts: Table[str, int] = field(default_factory=Table)  # whose update was rejected, how often

@@ -62,9 +62,7 @@ def wakeup(state: State) -> float:
 
 def _due(state: State) -> float:
     rules = state.rules
-    times = [worker.deadline(rules) for worker in state.workers.values()]
-    times += [at for worker in state.workers.values() for at in stall_times(state, worker)]
-    times.append(state.gate_until)
+    times = [state.gate_until, first_due(state) if math.isinf(state.due_at) else state.due_at]
     if state.quorum_at is not None:
         if state.phase is Phase.OPEN:
             times.append(state.schedule.wakeup(state))
@@ -77,6 +75,21 @@ def _due(state: State) -> float:
         if state.phase is Phase.OPEN:
             times.append(state.began_at + rules.max_round_s)
     return min(times)
+
+
+def first_due(state: State) -> float:
+    """Return when the first worker is gone or stands still, unless it is heard of before."""
+    return min((_worker_due(state, worker) for worker in state.workers.values()), default=math.inf)
+
+
+def watched(state: State, name: str) -> State:
+    """See to it that a worker is looked at in time, of which something has changed."""
+    due = _worker_due(state, state.workers[name]) if name in state.workers else math.inf
+    return state.but(due_at=due) if due < state.due_at else state
+
+
+def _worker_due(state: State, worker: Worker) -> float:
+    return min(worker.deadline(state.rules), *stall_times(state, worker), math.inf)
 
 
 def stall_times(state: State, worker: Worker) -> Iterator[float]:
@@ -110,7 +123,7 @@ def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) 
     state = _next_sequence(state)
     issued = Issued(now, state.sequence, state.round)
     for name in workers:
-        state = state.of(name, asked=state.asked.insert(name, issued))
+        state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
     out += work(state, workers)
     return _noted(state, workers)
 
@@ -202,6 +215,7 @@ def _open(state: State, now: float, out: Effects) -> State:
         phase=Phase.OPEN,
         opened_at=now,
         began_at=now,
+        due_at=-math.inf,
         asked=_at_work(state),
         failed=Table(),
         doubted=Table(),
@@ -354,6 +368,7 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         opened_at=now,
         asked=Table(asked),
         asked_before=before,
+        due_at=-math.inf,
         failed=Table(),
         doubted=Table(),
         draws=state.draws + 1,
@@ -392,6 +407,7 @@ def _evaluate_only(state: State, now: float, out: Effects) -> State:
     present = tuple(sorted(state.workers))
     asked = Table(dict.fromkeys(present, Issued(now, state.sequence, state.round - 1)))
     state = state.recounted(phase=Phase.EVALUATING, opened_at=now, began_at=now, asked=asked)
+    state = state.but(due_at=-math.inf)
     if state.evaluate_pending and present:
         out += work(state, present)
     return _try_to_finish(state, now, out)

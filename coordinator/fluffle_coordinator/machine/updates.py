@@ -201,6 +201,7 @@ def folded(state: State, event: Folded, out: Effects) -> State:
         train_s=state.train_s.insert(worker, event.train_s),
         failed=state.failed.discard(worker),
         doubted=state.doubted.discard(worker),
+        due_at=-math.inf if worker in state.failed else state.due_at,
     )
     counted = run_events.Counted(
         worker=worker,
