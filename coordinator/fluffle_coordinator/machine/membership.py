@@ -13,7 +13,7 @@ from fluffle_coordinator.machine.agreement import refuse, unfit
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.hearing import clock
-from fluffle_coordinator.machine.state import Issued, Phase, State, Ticket, Worker
+from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
 from fluffle_coordinator.machine.transitions import (
     first_due,
     give_work,
@@ -109,12 +109,10 @@ def _take_in(state: State, worker: Worker, at_work: bool, now: float, out: Effec
         if not at_work:
             out += work(state, (name,))
         return state
-    chosen, ticket = state.schedule.idle(state, name), Ticket(name, worker.sequence or worker.round)
-    # What it says of its work may be older than its update.
-    at_work &= not (ticket in state.received or state.has_counted(ticket))
-    if at_work and (state.schedule.continuous or name in chosen):  # we wait for it
-        issued = Issued(now, ticket.sequence, worker.round)
-        return watched(state.of(name, asked=state.asked.insert(name, issued)), name)
+    chosen = state.schedule.idle(state, name)
+    before = state.issued_before(worker, now) if at_work else None
+    if before and (state.schedule.continuous or name in chosen):  # we wait for it
+        return watched(state.of(name, asked=state.asked.insert(name, before)), name)
     return give_work(state, chosen, now, out)
 
 

@@ -337,6 +337,17 @@ class State:
         """Whether a worker is at work on what is asked for, and got further since the opening."""
         return self.busy(worker) and self.workers[worker].moved_at > self.opened_at
 
+    def issued_before(self, worker: Worker, now: float) -> Issued | None:
+        """Return what an earlier coordinator asked of a worker that is at it; None if it is not.
+
+        What a worker says of its work may be older than its update.
+        """
+        ticket = Ticket(worker.name, worker.sequence or worker.round)
+        over = ticket in self.received or self.has_counted(ticket)
+        if over or worker.name in self.asked or not self.busy(worker.name):
+            return None
+        return Issued(now, ticket.sequence, worker.round)
+
     def _is_at_it(self, worker: Worker) -> bool:
         """Whether a worker is at what it was asked for, or did it last.
 

@@ -216,7 +216,7 @@ def _open(state: State, now: float, out: Effects) -> State:
         opened_at=now,
         began_at=now,
         due_at=-math.inf,
-        asked=_at_work(state),
+        asked=_at_work(state, now),
         failed=Table(),
         doubted=Table(),
         attempts=Table(),
@@ -245,19 +245,17 @@ def _open(state: State, now: float, out: Effects) -> State:
     return _try_to_commit(state, now, out)
 
 
-def _at_work(state: State) -> Table[str, Issued]:
+def _at_work(state: State, now: float) -> Table[str, Issued]:
     """Return who goes on with what it was asked for before, where work outlives its round."""
     if not state.schedule.continuous:
         return Table()
-    return Table(
-        {
-            name: issued
-            for name, issued in state.asked.items()
-            if name in state.workers
-            and name not in state.failed
-            and (name not in state.doubted or state.busy(name))
-        }
-    )
+    here = {worker.name: state.issued_before(worker, now) for worker in state.workers.values()}
+    asked = {name: issued for name, issued in here.items() if issued}
+    for name, issued in state.asked.items():
+        sound = name not in state.doubted or state.busy(name)
+        if name in state.workers and name not in state.failed and sound:
+            asked[name] = issued
+    return Table(asked)
 
 
 def _answered(state: State) -> dict[str, Issued]:
