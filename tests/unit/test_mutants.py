@@ -17,7 +17,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from fluffle_coordinator.machine import agreement, hearing, updates
+from fluffle_coordinator.machine import agreement, hearing, updates, work
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import membership as members
 from fluffle_coordinator.machine import transitions as progress
@@ -213,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "gives two pieces of work one ticket",
-        progress,
+        work,
         "state.sequence + 1 if continuous else state.round",
         "state.round",
         "test_each_piece_of_work_has_a_ticket_of_its_own",
@@ -344,7 +344,7 @@ MUTANTS = [
     ),
 ]
 # The parts of the coordinator's machine, each after those that it imports.
-PARTS = [quorum, hearing, agreement, progress, members, updates, rounds]
+PARTS = [quorum, hearing, agreement, work, progress, members, updates, rounds]
 UNCHANGED = Mutant("nothing is broken", rounds, "", "")
 
 

@@ -14,7 +14,7 @@ from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
-from fluffle_coordinator.machine.transitions import (
+from fluffle_coordinator.machine.work import (
     first_due,
     give_work,
     send_again,

@@ -7,7 +7,7 @@ out)`` is called after every event, returns the next state and adds what is to b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from statistics import median
 
 from fluffle_common.protocol import events as run_events
@@ -15,17 +15,15 @@ from fluffle_coordinator.machine.agreement import decide
 from fluffle_coordinator.machine.effects import (
     AskInit,
     Commit,
-    Effect,
     Effects,
     End,
     Opened,
     Record,
     RecordEvaluation,
-    SendEvaluate,
-    SendFit,
 )
 from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.state import Issued, Outcome, Phase, State, Table, Worker
+from fluffle_coordinator.machine.work import first_due, next_sequence, noted, work
 
 
 def progress(state: State, now: float, out: Effects) -> State:
@@ -75,81 +73,6 @@ def _due(state: State) -> float:
         if state.phase is Phase.OPEN:
             times.append(state.began_at + rules.max_round_s)
     return min(times)
-
-
-def first_due(state: State) -> float:
-    """Return when the first worker is gone or stands still, unless it is heard of before."""
-    return min((_worker_due(state, worker) for worker in state.workers.values()), default=math.inf)
-
-
-def watched(state: State, name: str) -> State:
-    """See to it that a worker is looked at in time, of which something has changed."""
-    due = _worker_due(state, state.workers[name]) if name in state.workers else math.inf
-    return state.but(due_at=due) if due < state.due_at else state
-
-
-def _worker_due(state: State, worker: Worker) -> float:
-    return min(worker.deadline(state.rules), *stall_times(state, worker), math.inf)
-
-
-def stall_times(state: State, worker: Worker) -> Iterator[float]:
-    """Yield when a worker that does not advance is told of, and when it counts as failed."""
-    rules = state.rules
-    if worker.has_steps and worker.name in state.asked and worker.name not in state.failed:
-        if not worker.stalled:
-            yield worker.moved_at + rules.stall_s
-        if rules.stall_timeout_s is not None and state.busy(worker.name):
-            yield worker.moved_at + rules.stall_timeout_s
-
-
-def work(state: State, workers: tuple[str, ...]) -> list[Effect]:
-    """Return the effects that send the work of the moment to these workers, who were asked."""
-    if state.phase is Phase.EVALUATING:
-        return [SendEvaluate(workers)]
-    alike: dict[tuple[int, int], list[str]] = {}
-    for name in workers:
-        key = state.asked[name].sequence, state.attempts.get(name, 0)
-        alike.setdefault(key, []).append(name)
-    return [
-        SendFit(tuple(names), state.evaluate_pending, sequence, attempt)
-        for (sequence, attempt), names in sorted(alike.items())
-    ]
-
-
-def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
-    """Send the open version to workers that have nothing to do, each with a ticket."""
-    if not workers:
-        return state
-    state = _next_sequence(state)
-    issued = Issued(now, state.sequence, state.round)
-    for name in workers:
-        state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
-    out += work(state, workers)
-    return _noted(state, workers)
-
-
-def _noted(state: State, workers: tuple[str, ...]) -> State:
-    """Note in which round workers were asked last, for whoever selects them by turns."""
-    asked_in = state.asked_in
-    for name in workers:
-        asked_in = asked_in.insert(name, state.round)
-    return state.but(asked_in=asked_in)
-
-
-def _next_sequence(state: State) -> State:
-    """Count on for new work; where each worker is asked once a round, it is the round."""
-    continuous = state.schedule.continuous
-    return state.but(sequence=state.sequence + 1 if continuous else state.round)
-
-
-def send_again(state: State, worker: str, now: float, out: Effects) -> State:
-    """Send a worker again what it was asked for, or other work if there are newer weights."""
-    issued = state.asked[worker]
-    if state.phase is Phase.OPEN and issued.round != state.round:
-        return give_work(state, (worker,), now, out)
-    state = state.of(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
-    out += work(state, (worker,))
-    return state
 
 
 # --- before a round ----------------------------------------------------------------------------
@@ -224,13 +147,13 @@ def _open(state: State, now: float, out: Effects) -> State:
         gate=1,
         gate_until=math.inf,
     )
-    state = _next_sequence(state)
+    state = next_sequence(state)
     chosen = state.schedule.cohort(state)
     issued = Issued(now, state.sequence, state.round)
     # Updates that were confirmed to an earlier coordinator may be here already.
     early = {} if state.schedule.continuous else _answered(state)
     asked = {**dict.fromkeys(chosen, issued), **early}
-    state = _noted(state.recounted(asked=Table({**state.asked, **asked})), chosen)
+    state = noted(state.recounted(asked=Table({**state.asked, **asked})), chosen)
     opened = run_events.Opened(
         round=state.round,
         asked=tuple(sorted(state.asked)),
@@ -358,7 +281,7 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
     if continuous:  # who is neither at work nor heard of has lost its work
         kept = {name: issued for name, issued in state.asked.items() if name in busy}
         state = state.recounted(asked=Table(kept))
-    state = _next_sequence(state)
+    state = next_sequence(state)
     chosen = state.schedule.again(state)
     issued = Issued(now, state.sequence, state.round)
     asked = {**(state.asked if continuous else answered), **dict.fromkeys(chosen, issued)}
@@ -371,7 +294,7 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         doubted=Table(),
         draws=state.draws + 1,
     )
-    state = _noted(state, chosen)
+    state = noted(state, chosen)
     reopened = run_events.Reopened(
         round=state.round,
         asked=tuple(sorted(asked)),

@@ -26,7 +26,7 @@ from fluffle_coordinator.machine.state import (
     remembered,
     still_matter,
 )
-from fluffle_coordinator.machine.transitions import give_work, send_again
+from fluffle_coordinator.machine.work import give_work, send_again
 
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
