@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant(
         "lets go of what came during the commit, though it still counts",
         updates,
-        "        elif event.round < state.rules.rounds and _counts_later(state, update):\n",
+        "        elif not last and _counts_later(state, update):\n",
         "        elif False:\n",
         "test_what_comes_during_the_commit_is_in_the_next_version",
     ),
@@ -341,6 +341,14 @@ MUTANTS = [
         session,
         "(state.next, state.sending, state.answered) if",
         "(state.sending, state.answered) if",
+    ),
+    Mutant(
+        "goes on after a commit that is enough",
+        progress,
+        "past_the_last = state.round > state.rules.rounds or state.enough",
+        "past_the_last = state.round > state.rules.rounds",
+        "test_no_round_opens_after_a_commit_that_is_enough",
+        random=False,
     ),
 ]
 # The parts of the coordinator's machine, each after those that it imports.

@@ -198,7 +198,9 @@ def test_the_names_are_entry_points(monkeypatch):
     broken = EntryPoint("broken", "nothing_of_that_name:x", "fluffle.strategies")
     monkeypatch.setattr(module, "entry_points", lambda group: [other, broken])
     assert load_strategy("other") == NamedStrategy("other", fedavg)
-    with pytest.raises(UsageError, match="no strategy 'x'.* known are broken, fedavg, other, and"):
+    with pytest.raises(
+        UsageError, match="no strategy 'x'.* known are broken, fedavg, other, scaffold, and"
+    ):
         load_strategy("x")
     with pytest.raises(TaskError, match="broken of nothing_of_that_name:x fails to load"):
         load_strategy("broken")
@@ -223,7 +225,10 @@ def make():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("nope", "there is no strategy 'nope' .*known are fedavg, and path.py:name takes one"),
+        (
+            "nope",
+            "there is no strategy 'nope' .*known are fedavg, scaffold, and path.py:name takes one",
+        ),
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
         ("gone_too:x", r"there is no module gone_too \(--strategy\)"),
         ("mine.py:", "--strategy wants module:name or path.py:name, not 'mine.py:'"),
@@ -270,7 +275,7 @@ def needing(**needs):
     ("needs", "rules", "told"),
     [
         ({"all_updates": True}, {}, "all updates of a round at once, which this version does not"),
-        ({"extra": ("c",)}, {}, r"extra tensors \(c\)"),
+        ({"extra": ("c",)}, {}, r"has needs.extra \('c',\); a mapping of names to shapes"),
         ({"min_updates": 3}, {"least": 2}, "close with 2; give --min-workers of 3 or more"),
         (
             {"min_updates": 3},

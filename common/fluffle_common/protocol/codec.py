@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
-import numpy as np
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import (
@@ -28,12 +27,14 @@ from fluffle_common.protocol.messages import (
     Message,
     Part,
     Refusal,
+    TensorHeader,
     Transfer,
     WithTensors,
     parse,
     told_of,
 )
 from fluffle_common.tensors.digest import blake3_of
+from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of, placed
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -42,9 +43,8 @@ from fluffle_common.tensors.layout import (
     as_maps,
     bytes_of,
     layout_for,
-    layout_of,
 )
-from fluffle_common.tensors.table import MAX_TENSORS, TensorEntry
+from fluffle_common.tensors.table import MAX_TENSORS, MODEL, TensorEntry
 
 # Of any message; enough for as many tensors as there may be, with names of an ordinary length.
 MAX_HEADER_BYTES = 16 * 2**20
@@ -85,7 +85,7 @@ def encode(
     pieces = payload if isinstance(payload, list) else [payload]
     nbytes = sum(map(len, pieces))
     header = message.model_dump(exclude=_APART, exclude_none=True)
-    if isinstance(message, WithTensors):
+    if isinstance(message, TensorHeader):
         header["tensors"] = as_maps(message.tensors if table is None else table)
     if nbytes:
         header["pad"] = b""  # the last, so that it can be filled up behind its length
@@ -206,8 +206,14 @@ def _payload(view: memoryview, start: int) -> memoryview:
     return payload
 
 
-def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]]:
+def lay_out(
+    weights: Weights, beside: Groups = NO_GROUPS
+) -> tuple[tuple[TensorEntry, ...], list[memoryview]]:
     """Lay tensors out one behind the other in a payload.
+
+    Args:
+        weights: the tensors of the model's group.
+        beside: those of other groups, which follow; an empty group does not travel.
 
     Returns:
         The tensor table, and the pieces (views of the arrays, and padding between them) that
@@ -218,30 +224,52 @@ def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]
         ValueError: for a dtype that does not travel.
     """
     layout = layout_for(weights)
-    if isinstance(weights, Tensors) and weights.memory is not None:
-        return layout.table, [weights.memory]
+    table, pieces, end = layout.table, _pieces(layout, weights), layout.nbytes
+    for group, tensors in beside.items():
+        if not tensors:
+            continue
+        layout = layout_for(tensors)
+        start = end + -end % ALIGNMENT
+        if start > end:
+            pieces.append(memoryview(bytes(start - end)))
+        table += placed(layout, group, start)
+        pieces += _pieces(layout, tensors)
+        end = start + layout.nbytes
+    return table, pieces
+
+
+def _pieces(layout: Layout, tensors: Weights) -> list[memoryview]:
+    if isinstance(tensors, Tensors) and tensors.memory is not None:
+        return [tensors.memory]
     pieces: list[memoryview] = []
     end = 0
-    for entry, tensor in zip(layout.table, weights.values(), strict=True):
+    for entry, tensor in zip(layout.table, tensors.values(), strict=True):
         if entry.offset > end:
             pieces.append(memoryview(bytes(entry.offset - end)))
         if entry.nbytes:
             pieces.append(bytes_of(tensor))
         end = entry.offset + entry.nbytes
-    return layout.table, pieces
+    return pieces
 
 
-def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors:
-    """Return the tensors of a table as read-only views into the payload.
+def read_groups(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str, Tensors]:
+    """Return the tensors of a table, group by group, as read-only views into the payload.
+
+    The group of the model is there in any case, if only an empty one.
 
     Raises:
         MalformedMessage: of cause ``tensors``, where an entry is not what it says, or does not lie
             in the payload behind the entry before it.
     """
     try:
-        return layout_of(table).over(payload)
+        return groups_of(table).over(payload)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
+
+
+def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors:
+    """Return the tensors of the model's group; see ``read_groups``."""
+    return read_groups(table, payload)[MODEL]
 
 
 class Packing:
@@ -249,15 +277,16 @@ class Packing:
 
     Args:
         message: the header, yet without its table of tensors.
-        weights: the tensors.
+        weights: the tensors of the model's group.
+        beside: those of other groups.
 
     Raises:
         ValueError: for a dtype that does not travel.
     """
 
-    def __init__(self, message: WithTensors, weights: Weights) -> None:
+    def __init__(self, message: WithTensors, weights: Weights, beside: Groups = NO_GROUPS) -> None:
         self._message = message
-        self._table, self._pieces = lay_out(weights)
+        self._table, self._pieces = lay_out(weights, beside)
         self.nbytes = sum(map(len, self._pieces))
         fits = self.nbytes <= PART_BYTES
         self.parts = 0 if fits else -(-self.nbytes // PART_BYTES)
@@ -283,14 +312,16 @@ class Packing:
         return _digest(self._pieces)
 
 
-def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
+def pack(
+    message: WithTensors, weights: Weights, beside: Groups = NO_GROUPS
+) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
     """Pack a message that carries tensors.
 
     Returns:
         The transfer that it announces, its body, and the bodies of its parts: none of either where
         the payload fits into the message itself. Parts are made one at a time, as asked for.
     """
-    packing = Packing(message, weights)
+    packing = Packing(message, weights, beside)
     if not packing.parts:
         return None, packing.body(), iter(())
     body = packing.body(packing.digest())
@@ -299,9 +330,9 @@ def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes
     return announced.transfer, body, packing.bodies()
 
 
-def digest_of(weights: Weights) -> str:
-    """Return the digest with which weights travel, where they travel in parts."""
-    return _digest(lay_out(weights)[1])
+def digest_of(weights: Weights, beside: Groups = NO_GROUPS) -> str:
+    """Return the digest with which tensors travel, where they travel in parts."""
+    return _digest(lay_out(weights, beside)[1])
 
 
 def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
@@ -321,14 +352,15 @@ def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _digest(pieces: list[memoryview]) -> str:
-    return _digest_of_parts(map(blake3_of, _cuts(pieces)))
+    return digest_of_parts(map(blake3_of, _cuts(pieces)))
 
 
-def _digest_of_parts(hashes: Iterable[bytes]) -> str:
+def digest_of_parts(hashes: Iterable[bytes]) -> str:
+    """Return the digest of a transfer: that of the BLAKE3 of its parts, in their order."""
     return blake3_of(hashes).hex()
 
 
-def announced(message: WithTensors) -> Layout:
+def announced(message: WithTensors) -> GroupedLayout:
     """Return how the tensors lie in a payload that is announced, before anything of it is fetched.
 
     Raises:
@@ -337,7 +369,7 @@ def announced(message: WithTensors) -> Layout:
     assert message.transfer is not None
     nbytes = message.transfer.nbytes
     try:
-        layout = layout_of(message.tensors)
+        layout = groups_of(message.tensors)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
     if layout.nbytes != nbytes:
@@ -352,87 +384,6 @@ def announced(message: WithTensors) -> Layout:
             "tensors",
         )
     return layout
-
-
-class Assembly:
-    """Puts the parts of one transfer together again, in any order, each at most once.
-
-    Args:
-        transfer: what was announced.
-        max_bytes: the most that may be announced.
-
-    Raises:
-        MalformedMessage: where more is announced than ``max_bytes``, or the number of parts does
-            not go with the number of bytes.
-    """
-
-    def __init__(self, transfer: Transfer, max_bytes: int) -> None:
-        if transfer.nbytes > max_bytes:
-            raise MalformedMessage(
-                f"a transfer of {transfer.nbytes} bytes is announced, at most {max_bytes} are taken"
-            )
-        if transfer.parts != -(-transfer.nbytes // PART_BYTES):
-            raise MalformedMessage(
-                f"{transfer.parts} parts of {PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
-            )
-        self.transfer = transfer
-        self._missing = set(range(transfer.parts))
-        self._hashed: dict[int, bytes] = {}
-        try:
-            # Untouched pages cost nothing: an announcement alone takes addresses, no memory.
-            self._whole = np.empty(transfer.nbytes, np.uint8)
-        except MemoryError:
-            raise MalformedMessage(f"there is no room for {transfer.nbytes} bytes") from None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every part is there."""
-        return not self._missing
-
-    @property
-    def done_parts(self) -> int:
-        """How many parts are there."""
-        return self.transfer.parts - len(self._missing)
-
-    def add(self, part: Part, payload: memoryview) -> None:
-        """Take one part; one that is there already, or belongs elsewhere, is passed over.
-
-        Raises:
-            MalformedMessage: where it has not the size that its number asks for.
-        """
-        if part.transfer != self.transfer.id or part.part not in self._missing:
-            return
-        last = part.part == self.transfer.parts - 1
-        expected = self.transfer.nbytes - part.part * PART_BYTES if last else PART_BYTES
-        if len(payload) != expected:
-            raise MalformedMessage(
-                f"part {part.part} has {len(payload)} bytes, {expected} were announced"
-            )
-        start = part.part * PART_BYTES
-        place = self._whole[start : start + expected]
-        place[:] = np.frombuffer(payload, np.uint8)
-        if self.transfer.digest is not None:
-            # At once, while it is in the processor's cache: elsewhere it takes twice the time.
-            self._hashed[part.part] = blake3_of([payload])
-        self._missing.discard(part.part)
-
-    def payload(self) -> memoryview:
-        """Return the payload, read-only, once it is complete.
-
-        Raises:
-            MalformedMessage: of cause ``tensors``, where it is not what was announced.
-        """
-        assert self.complete
-        if self.transfer.digest is None:
-            return self._whole.data.toreadonly()
-        found = _digest_of_parts(self._hashed[part] for part in range(self.transfer.parts))
-        if found != self.transfer.digest:
-            raise MalformedMessage(
-                f"the parts have the digest {found}, {self.transfer.digest} was announced: "
-                "some were replaced or damaged on their way",
-                "tensors",
-            )
-        return self._whole.data.toreadonly()
 
 
 def describe(message: Message) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fluffle_common.tensors.table import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
+    MODEL,
     MOST_TENSORS_KEPT,
     TABLES_KEPT,
     TensorEntry,
@@ -125,7 +126,7 @@ class Layout:
             [(name, p.dtype, p.shape) for name, p in self.places.items()]
         )
         self.floats = all(map(is_float, dtypes))
-        self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all tensors; None: of several
         ends = [entry.offset + entry.nbytes for entry in table]
         starts = [entry.offset for entry in table[1:]]
         self._gaps = [(a, b) for a, b in zip(ends, starts, strict=False) if a < b]
@@ -139,16 +140,9 @@ class Layout:
             ValueError: where it has not ``nbytes`` bytes.
         """
         if len(memory) != self.nbytes:
-            raise ValueError(self._misfit(len(memory)))
-        flat = None if self._one_dtype is None else np.frombuffer(memory, self._one_dtype)
+            raise ValueError(misfit(self.table, self.nbytes, len(memory)))
+        flat = None if self.dtype is None else np.frombuffer(memory, self.dtype)
         return Tensors(self, memoryview(memory), flat)
-
-    def _misfit(self, there: int) -> str:
-        for entry in self.table:
-            end = entry.offset + entry.nbytes
-            if end > there:
-                return f"tensor '{entry.name}' ends at byte {end}, the payload has {there}"
-        return f"{there - self.nbytes} bytes of the payload belong to no tensor"
 
     def empty(self) -> Tensors:
         """Return tensors with any values; what is between them is 0, since it travels with them."""
@@ -161,10 +155,11 @@ class Layout:
         for start, end in self._gaps:
             memory[start:end] = bytes(end - start)
 
-    def zero_between(self, flat: Array) -> bool:
+    def zero_between(self, flat: Array, start: int = 0) -> bool:
         """Whether ``flat``, of this layout, is known to hold 0 wherever no tensor is.
 
-        Gaps are as small as alignment asks for; into larger ones nobody looks.
+        Gaps are as small as alignment asks for; into larger ones nobody looks. ``flat`` may be a
+        piece of the vector, from the element ``start`` on.
         """
         if not self._small_gaps:
             return False
@@ -172,7 +167,11 @@ class Layout:
             size = flat.dtype.itemsize
             gaps = [np.arange(start // size, end // size) for start, end in self._gaps]
             self._between = np.concatenate(gaps) if gaps else np.empty(0, np.intp)
-        return not flat[self._between].any()
+        between = self._between
+        if flat.nbytes < self.nbytes:
+            first, end = np.searchsorted(between, (start, start + flat.size))
+            between = between[first:end] - start
+        return not flat[between].any()
 
     def empty_as(self, dtype: np.dtype[Any]) -> Tensors:
         """Return tensors of the same names and shapes in another dtype, with any values.
@@ -180,12 +179,12 @@ class Layout:
         Where all of this layout have one dtype, they are of this layout too: each element has the
         place in ``flat`` that it has here.
         """
-        if self._one_dtype is None:
+        if self.dtype is None:
             places = self.places.items()
             return layout_of_signature(
                 tuple([(n, dtype, place.shape) for n, place in places])
             ).empty()
-        return Tensors(self, None, np.empty(self.nbytes // self._one_dtype.itemsize, dtype))
+        return Tensors(self, None, np.empty(self.nbytes // self.dtype.itemsize, dtype))
 
 
 def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
@@ -253,6 +252,15 @@ def layout_of_signature(form: Signature) -> Layout:
     return _layout_of_signature(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
 
 
+def misfit(table: tuple[TensorEntry, ...], nbytes: int, there: int) -> str:
+    """Say why a payload of ``there`` bytes does not go with a table that ends at ``nbytes``."""
+    for entry in table:
+        end = entry.offset + entry.nbytes
+        if end > there:
+            return f"tensor '{entry.name}' ends at byte {end}, the payload has {there}"
+    return f"{there - nbytes} bytes of the payload belong to no tensor"
+
+
 def bytes_of(tensor: Array) -> memoryview:
     """Return a tensor as it travels; one that is little-endian and C-contiguous is not copied."""
     if not tensor.size:
@@ -263,12 +271,19 @@ def bytes_of(tensor: Array) -> memoryview:
 
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     """Return a table as it is on the wire."""
-    return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [e._asdict() for e in table]
+    return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [*map(_as_map, table)]
 
 
 @functools.lru_cache(TABLES_KEPT)
 def _as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
-    return [entry._asdict() for entry in table]
+    return [*map(_as_map, table)]
+
+
+def _as_map(entry: TensorEntry) -> dict[str, Any]:
+    told = entry._asdict()
+    if entry.group == MODEL:
+        del told["group"]
+    return told
 
 
 @functools.lru_cache(TABLES_KEPT)
@@ -333,7 +348,7 @@ def _told(name: object) -> str:
 def _checked(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
     places: dict[str, Place] = {}
     end = 0
-    for name, called, shape, offset, nbytes in table:
+    for name, called, shape, offset, nbytes, _ in table:
         dtype = _READ.get(called)
         if dtype is None:
             raise ValueError(f"tensor '{name}' has the unknown dtype '{called}'")

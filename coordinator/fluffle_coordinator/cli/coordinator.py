@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,18 @@ from fluffle_common.cli.app import (
     seconds,
     url_option,
 )
+from fluffle_common.cli.config_file import ConfiguredCommand, KeyValue
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.compress import CompressType
 from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
+from fluffle_coordinator.cli.stopping import stopping_options
 
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
 
 _MOST_COUNT = 2**31 - 1
-_UNBOUNDED = 10_000
 
 
 class QuorumType(click.ParamType[Any]):
@@ -77,7 +79,7 @@ def run_option(command: Any) -> Any:
     )(command)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
 @click.option("--rounds", type=count(), default=6, help="How many rounds to run.")
@@ -128,7 +130,25 @@ def run_option(command: Any) -> Any:
     help="How updates become the next model: a strategy by its name, or an object in a file of "
     "your own.",
 )
+@click.option(
+    "--evaluate",
+    metavar="path.py:name",
+    help="A function of your own that tests every round's model here: it gets the weights by name "
+    "and returns metrics by name. The next round waits for it.",
+)
+@click.option(
+    "--on-round",
+    metavar="path.py:name",
+    help="A function of your own that is shown every commit; a reason that it returns ends the "
+    "run there.",
+)
+@stopping_options
 @click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
+@click.option(
+    "--steps",
+    type=count(),
+    help="Local training steps a round, in place of --epochs.",
+)
 @click.option("--batch-size", type=count(), default=32, help="Local batch size.")
 @click.option(
     "--learning-rate",
@@ -137,7 +157,15 @@ def run_option(command: Any) -> Any:
     show_default=False,
 )
 @click.option(
+    "--learning-rate-schedule",
+    default="constant",
+    metavar="NAME",
+    help="How --learning-rate changes from round to round: constant, cosine, exponential:FACTOR, "
+    "or step:ROUNDS,FACTOR.",
+)
+@click.option(
     "--config",
+    type=KeyValue(),
     multiple=True,
     metavar="KEY=VALUE",
     help="Anything else a task wants to know; may be given several times.",
@@ -157,6 +185,14 @@ def run_option(command: Any) -> Any:
     "largest values, such as topk:0.01 for one in a hundred. What is not sent is added to the "
     "worker's next update. Or encode them by a codec of your own (docs/codecs.md).  "
     "[default: neither]",
+    show_default=False,
+)
+@click.option(
+    "--train",
+    multiple=True,
+    metavar="TENSOR",
+    help="Train this tensor of the model, or all that begin so, as with 'head/*'; may be given "
+    "several times. The others stay as they are, and do not travel back.  [default: all]",
     show_default=False,
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of everything random.")
@@ -259,7 +295,11 @@ def coordinator(**options: Any) -> None:
 
     \b
       fluffle coordinator --federation letters --quorum 3
-      fluffle coordinator --federation letters --quorum 0.5 --grace 10 --deadline 300
+      fluffle coordinator --federation letters --quorum 0.5 --deadline 300
+      fluffle coordinator federation.toml --rounds 12
+
+    Every option may also stand in a TOML file, as a key of the same name: 'rounds = 6'. A flag
+    overrides its key.
     """
     from fluffle_coordinator.service.app import run_coordinator
 
@@ -326,9 +366,9 @@ def history(folder: Path, as_json: bool) -> None:
     if as_json:
         echo_json(rounds)
     else:
-        shown = screen(width_in_a_pipe=120)
-        # A pipe has no width of its own, and whoever reads it looks for names.
-        shown.print(history_table(rounds, shown.width if shown.is_terminal else _UNBOUNDED))
+        # `| tail` ends on a terminal all the same; COLUMNS says how wide one is.
+        shown = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
+        shown.print(history_table(rounds, shown.width))
 
 
 @click.command()

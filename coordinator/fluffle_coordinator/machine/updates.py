@@ -254,11 +254,11 @@ def committed(state: State, event: Committed, out: Effects) -> State:
     counted = set()
     late: dict[Ticket, Received] = {}
     carried: dict[Ticket, Received] = {}
-    let_go = []
+    let_go, last = [], event.round >= state.rules.rounds or bool(event.enough)
     for ticket, update in state.received.items():
         if update.folded:
             counted.add(ticket)
-        elif event.round < state.rules.rounds and _counts_later(state, update):
+        elif not last and _counts_later(state, update):
             carried[ticket] = update
             continue
         else:
@@ -301,6 +301,7 @@ def _next_round(
         phase=Phase.WAITING,
         round=event.round + 1,
         base=event.base,
+        enough=event.enough,
         evaluate_pending=True,
         evaluations=Table(),
         received=Table(carried),

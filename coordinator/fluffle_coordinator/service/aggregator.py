@@ -10,29 +10,44 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
-from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
-from fluffle_common.transport.messaging import PartsGone, fetch
+from fluffle_common.transport.messaging import PartsGone
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
 from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.service.fetcher import Fetcher, Payload
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
-from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
-from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
+from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy
+from fluffle_coordinator.strategy.contribution import (
+    EVERYTHING,
+    decode_contribution,
+    decode_extra,
+)
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
+
+
+class _Next(NamedTuple):
+    """What a round ends with, and the next begins with; ``kept`` is of the strategy's state."""
+
+    weights: Weights
+    state: Any
+    kept: Weights
+    broadcast: Weights
 
 
 class Aggregator:
@@ -46,11 +61,14 @@ class Aggregator:
         link: the link of the moment, None where there is none.
         post: given the events for the round machine.
         strategy: how a round is averaged; what is not ours may take its time, and gets a thread.
+        plan: what workers were told about training.
         resumed: the round that the weights are of, and what the strategy kept in its checkpoint;
             None where the run begins.
         keep_updates: whether what is folded is kept.
         verify_users: whether the parts of an update have to come from its worker's own user.
-        averaged: given new weights, which will be sent once they are on disk.
+        averaged: given new weights, and what is broadcast with them, which will be sent once they
+            are on disk.
+        folder: where large updates wait until they are checked.
     """
 
     def __init__(
@@ -63,24 +81,36 @@ class Aggregator:
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         strategy: NamedStrategy = FEDAVG,
+        plan: Plan = EVERYTHING,
         resumed: tuple[int, Weights] | None = None,
         keep_updates: bool = False,
         verify_users: bool = False,
-        averaged: Callable[[Weights], object] = lambda _: None,
+        averaged: Callable[[Weights, Weights], object] = lambda *_: None,
+        folder: Path | None = None,
     ) -> None:
         self.weights = weights
-        self._topology, self._committer, self._max_bytes = topology, committer, max_model_bytes
-        self._link, self._post = link, post
-        self._strategy, self._keep_updates = strategy, keep_updates
-        self._verify_users, self._averaged = verify_users, averaged
-        self._jobs = SerialQueue()
+        self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
+        self._committer, self._post = committer, post
+        self._strategy, self._plan, self._keep_updates = strategy, plan, keep_updates
+        self._averaged, self._jobs = averaged, SerialQueue()
+        self._fetcher = Fetcher(
+            topology,
+            link=link,
+            weights=lambda: self.weights,
+            plan=plan,
+            in_pieces=strategy is FEDAVG,  # a user's strategy sees tensors by their names
+            max_bytes=max_model_bytes,
+            verify_users=verify_users,
+            folder=folder,
+        )
         self._at_once_bytes = _AT_ONCE_BYTES if strategy is FEDAVG else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
             number, kept = resumed
             self._state = self._in_round(number + 1).load(kept, weights)
+            self.broadcast = self._in_round(number + 1).broadcast(self._state)
         elif weights is not None:
-            self._state = self._in_round(1).init(weights)
+            self._init(weights)
         self._in_the_sum: list[dict[str, Any]] = []
         self._closing = False
         self._max_header: int | None = None
@@ -88,7 +118,10 @@ class Aggregator:
 
     async def run(self) -> None:
         """Do what is asked for, for ever."""
-        await self._jobs.run()
+        try:
+            await self._jobs.run()
+        finally:
+            await self._fetcher.close()
 
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""
@@ -108,13 +141,14 @@ class Aggregator:
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
+            self._fetcher.expect(held)
             self._jobs.put(lambda: self._fold(held))
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
         """Average the round, and have it committed; what is not being folded yet stays out."""
         self._clock.close()
         if self._quick:
-            self._close(number, asked, *self._finish(number))
+            self._close(number, asked, self._finish(number))
         else:
             self._closing = True
             self._jobs.put(lambda: self._average(number, asked))
@@ -124,6 +158,8 @@ class Aggregator:
         """How long the header of an update may be, or of the first weights."""
         if self._max_header is None and self.weights is not None:  # it stays as it is, in a run
             shapes = [(name, tensor.shape) for name, tensor in self.weights.items()]
+            extra = self._plan.extra or {}
+            shapes += shapes if extra == "model" else [(n, tuple(s)) for n, s in extra.items()]
             self._max_header = header_room(shapes)
         return MAX_HEADER_BYTES if self._max_header is None else self._max_header
 
@@ -141,17 +177,24 @@ class Aggregator:
     def _in_round(self, number: int) -> GuardedStrategy:
         return GuardedStrategy(self._strategy, number)
 
+    def _init(self, weights: Weights) -> None:
+        strategy = self._in_round(1)
+        self._state = strategy.init(weights)
+        self.broadcast = strategy.broadcast(self._state)
+
     async def begin_with(self, weights: Weights) -> None:
         """Save the first weights, and use them."""
         base = await self._committer.begin_with(weights)
-        self.weights, self._state = weights, self._in_round(1).init(weights)
+        self.weights = weights
+        self._init(weights)
         self._post(ev.WeightsReady(time.monotonic(), base))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
         if self.weights is None:
             try:
-                payload = await self._payload(held)
+                payload = await self._fetcher.payload(held)
+                assert isinstance(payload, memoryview)
                 weights = read_tensors(message.tensors, payload)
                 if not weights:
                     raise ValueError("there is no tensor")
@@ -171,22 +214,26 @@ class Aggregator:
 
     async def _fold(self, held: Held) -> None:
         if self._closing:
+            await self._fetcher.drop(held)
             return
         assert held.how is not None
         ticket = held.how.ticket
         try:
-            payload = await self._payload(held)
+            payload = await self._fetcher.payload(held)
+            self._fetcher.fetch_next()
+            received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # However few bytes came, they are folded into all of the model.
-            nbytes = max(len(payload), size_bytes(self._base))
+            nbytes = max(received, size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
-        except (LinkLost, PartsGone) as gone:
+        except (LinkLost, PartsGone, OSError) as gone:
             self._post(ev.FoldFailed(time.monotonic(), ticket, str(gone), again=True))
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), ticket, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
-                await self._committer.keep(len(self._in_the_sum) + 1, held, payload)
-            self._folded(held, len(payload), norm)
+                pieces = [payload] if isinstance(payload, memoryview) else payload.pieces
+                await self._committer.keep(len(self._in_the_sum) + 1, held, pieces)
+            self._folded(held, received, norm)
 
     def _fold_at_once(self, held: Held) -> None:
         assert held.how is not None
@@ -198,14 +245,15 @@ class Aggregator:
         else:
             self._folded(held, len(held.payload), norm)
 
-    def _check_and_fold(self, held: Held, payload: memoryview) -> float:
+    def _check_and_fold(self, held: Held, payload: Payload) -> float:
         """Take an update into the sum; return the norm of its delta."""
         message, how = held.message, held.how
         assert isinstance(message, Update)
         assert how is not None
         began = time.monotonic()
-        # Read-only: it may still have to be kept as it came.
-        delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
+        if isinstance(payload, memoryview):
+            payload = payload.toreadonly()  # it may still have to be kept as it came
+        delta, norm = decode_contribution(message, payload, self._base, self._plan)
         if norm > how.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is {norm:.3g}, at most {how.max_norm:.3g} is taken "
@@ -218,6 +266,7 @@ class Aggregator:
             delta=delta,
             staleness=how.staleness,
             discount=how.discount,
+            extra=decode_extra(message, payload, self._base, self._plan),
             metrics=message.metrics,
         )
         self._state = self._in_round(held.into).fold(self._state, one)
@@ -247,42 +296,23 @@ class Aggregator:
         held.forget()  # only now: what is rejected is kept as it came
         self._post(ev.Folded(now, how.ticket, message.seconds, nbytes, norm))
 
-    async def _payload(self, held: Held) -> memoryview:
-        transfer = held.message.transfer
-        if transfer is None:
-            return held.payload
-        check_announced(held.message, self.weights)
-        link = self._link()
-        if link is None:
-            raise LinkLost("the link was lost")
-        worker = held.message.worker
-        return await fetch(
-            link,
-            self._topology.outbox(worker),
-            transfer,
-            self._max_bytes,
-            self._topology.rejected,
-            user=worker if self._verify_users else None,
-        )
-
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
         found = await self._off_loop(size_bytes(self._base), self._finish, number)
-        self._close(number, asked, *found)
+        self._close(number, asked, found)
 
-    def _finish(self, number: int) -> tuple[Weights, Any, Weights]:
-        """Return the next weights, the next state, and what is kept of that."""
+    def _finish(self, number: int) -> _Next:
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
-        return weights, state, strategy.dump(state)
+        return _Next(weights, state, strategy.dump(state), strategy.broadcast(state))
 
-    def _close(
-        self, number: int, asked: tuple[str, ...], weights: Weights, state: Any, kept: Weights
-    ) -> None:
+    def _close(self, number: int, asked: tuple[str, ...], found: _Next) -> None:
         """Have the average committed, and begin the next sum."""
         self._clock.average()
-        self._committer.commit(Average(number, weights, asked, self._in_the_sum, self._clock, kept))
-        self._averaged(weights)
-        self.weights, self._state, self._clock = weights, state, Clock()
+        average = Average(number, found.weights, asked, self._in_the_sum, self._clock, found.kept)
+        self._committer.commit(average)
+        self._averaged(found.weights, found.broadcast)
+        self.weights, self._state, self.broadcast = found.weights, found.state, found.broadcast
+        self._clock = Clock()
         self._in_the_sum, self._closing = [], False
 
     async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.clock import timestamp
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.metric_names import beside
+from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
 from fluffle_common.tensors.checkpoint import checkpoint_name
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, read_only
 from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
+from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.round_stats import Clock, Counts
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
-from fluffle_coordinator.storage.run_store import RunStore, new_base
+from fluffle_coordinator.storage.run_store import RunStore, new_base, read_history_lines
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _DISK_RETRY_S = 5.0
@@ -33,7 +36,7 @@ _DISK_RETRY_S = 5.0
 _FIELDS = frozenset(
     "asked base bytes checkpoint committed_at ended_at evaluated_at evaluators event federation "
     "late late_updates loss metrics num_examples opened_at outcome participants reason rejected "
-    "rejections round rounds run strategy time timings train_loss".split()
+    "rejections round rounds run strategy tested_at time timings train_loss".split()
 )
 
 
@@ -67,6 +70,9 @@ class Committer:
         record: given what happened.
         post: given the events for the round machine.
         strategy: the name of the strategy.
+        hooks: what is called after each commit.
+        rounds: how many rounds the run is to have, for the hooks.
+        stopping: when the run has done enough, and which model is its best.
     """
 
     def __init__(
@@ -77,10 +83,19 @@ class Committer:
         record: Callable[[run_events.RunEvent], None],
         post: Callable[[ev.Event], None],
         strategy: str = FEDAVG.name,
+        hooks: Hooks = NO_HOOKS,
+        rounds: int = 0,
+        stopping: Stopping = NO_STOPPING,
     ) -> None:
         self.counts = Counts()
         self._store, self._metadata = store, metadata
         self._record, self._post, self._strategy = record, post, strategy
+        self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
+        # The round that was evaluated last, and its federated metrics.
+        self._evaluated: tuple[int, dict[str, float]] = 0, {}
+        self._stopping, self._best, self._warned = stopping, 0, False
+        asked = stopping != NO_STOPPING and store.history_path.exists()
+        self._standing = Standing(stopping, read_history_lines(store.folder) if asked else ())
         self._lines = SerialQueue()
         self._committed_at = time.monotonic()
 
@@ -101,7 +116,7 @@ class Committer:
         self._record(run_events.FirstWeights(tensors=len(weights), parameters=parameters))
         return base
 
-    async def keep(self, place: int, held: Held, payload: memoryview) -> None:
+    async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
         """Keep an update that was just folded, as the one of this place in the sum."""
         message, body = held.message, held.delivery.body
         assert isinstance(message, Update)
@@ -153,8 +168,49 @@ class Committer:
 
         await self._on_disk(write)
         self._committed_at = time.monotonic()
-        num_examples = sum(one["num_examples"] for one in average.participants)
-        self._post(ev.Committed(self._committed_at, number, base, num_examples, line["timings"]))
+        participants = {one["worker"]: one["num_examples"] for one in average.participants}
+        self._standing.took(line["timings"])
+        enough = await self._call_hooks(number, average.weights, participants)
+        enough = enough or self._standing.enough()
+        about = base, sum(participants.values()), line["timings"], enough
+        self._post(ev.Committed(time.monotonic(), number, *about))
+
+    async def _call_hooks(
+        self, number: int, weights: Weights, participants: Mapping[str, int]
+    ) -> str:
+        """Test and show a round that is on disk; return why no further round is wanted."""
+        if not self._hooks:
+            return ""
+        weights = read_only(weights)
+        test = await self._calls.test(number, weights)
+        if test:
+            measured = of_a_test(test)
+            line = {"event": "tested", "round": number, **measured, "tested_at": timestamp()}
+            await self._on_disk(lambda: self._store.append(line))
+            await self._monitor(number, measured)
+            self._record(run_events.Tested(round=number, metrics=test))
+        commit = Commit(
+            round=number,
+            rounds=self._rounds,
+            weights=weights,
+            participants=participants,
+            checkpoint=self._store.folder / checkpoint_name(number),
+            test=test,
+            evaluation=self._evaluated[1] if self._evaluated[0] == number - 1 else {},
+        )
+        return await self._calls.look(commit)
+
+    async def _monitor(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Take note of how good a round's model is, and keep it if it is the best."""
+        self._standing.note(number, metrics)
+        missing = self._standing.missing(metrics)
+        if missing and not self._warned:
+            self._warned = True
+            self._record(run_events.Note(what=missing))
+        best = self._standing.best
+        if self._stopping.monitor and best and best != self._best:
+            await self._on_disk(lambda: keep_best(self._store.folder, best))
+            self._best = best
 
     def _not_counted(self) -> dict[str, Any]:
         """Return what was not counted since this was last asked."""
@@ -173,6 +229,8 @@ class Committer:
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }
+        self._evaluated = number, {"loss": averages["loss"], **extra}
+        await self._monitor(number, self._evaluated[1])
         self._record(
             run_events.Evaluated(
                 round=number,
@@ -221,6 +279,6 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     return {
         "num_examples": sum(one.num_examples for one in everyone),
         "loss": mean([(one.num_examples, one.loss) for one in everyone]),
-        **beside(metrics, _FIELDS),
+        **beside(metrics, _FIELDS | {name for name in metrics if name.startswith(TEST)}),
         "evaluators": sorted(evaluations),
     }

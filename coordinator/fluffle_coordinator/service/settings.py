@@ -10,6 +10,9 @@ from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
+from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
+from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
+from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -21,7 +24,8 @@ class CoordinatorSettings:
     Args:
         federation: whose queues to use.
         rules: the rules of the rounds.
-        plan: what workers are told about training; its seed and deadline come from the rules.
+        plan: what workers are told about training; ``whole_plan`` adds what is decided elsewhere.
+        learning_rate_schedule: how the plan's learning rate changes from round to round.
         strategy: how a round is averaged.
         schedule: how rounds follow each other.
         schedule_name: what that is called, with its settings.
@@ -34,6 +38,8 @@ class CoordinatorSettings:
         verify_users: reject what a worker sends while logged in to the broker under another name
             than its id.
         keep_updates: keep every update that is counted, as it came.
+        hooks: what is called after each commit.
+        stopping: when the run has done enough, before all of its rounds.
         backoff: how to wait for a broker that is away.
         waiting_every_s: how often to say what is waited for.
     """
@@ -41,6 +47,7 @@ class CoordinatorSettings:
     federation: str
     rules: rs.Rules
     plan: Plan = field(default_factory=Plan)
+    learning_rate_schedule: LearningRateSchedule = CONSTANT
     strategy: NamedStrategy = FEDAVG
     schedule: Schedule[rs.State] = QUORUM
     schedule_name: str = "quorum"
@@ -51,5 +58,18 @@ class CoordinatorSettings:
     max_model_bytes: int = 8 * 2**30
     verify_users: bool = False
     keep_updates: bool = False
+    hooks: Hooks = NO_HOOKS
+    stopping: Stopping = NO_STOPPING
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0
+
+    @property
+    def whole_plan(self) -> Plan:
+        """The plan, with the rules' seed and deadline and the strategy's extra tensors."""
+        return self.plan.model_copy(
+            update={
+                "seed": self.rules.seed,
+                "deadline_s": self.rules.deadline_s,
+                "extra": self.strategy.strategy.needs.extra,
+            }
+        )

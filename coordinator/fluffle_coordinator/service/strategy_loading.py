@@ -6,17 +6,22 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fluffle_common.cli.loading import Place
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.storage.run_store import Saved
-from fluffle_coordinator.strategy.base import NamedStrategy, Needs
+from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.strategy.scaffold import scaffold
 
 _GROUP = "fluffle.strategies"
 _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")
 _CALLERS = frozenset({__file__})
+_OWN = (FEDAVG, NamedStrategy("scaffold", scaffold()))
 
 
 def load_strategy(name: str) -> NamedStrategy:
@@ -26,8 +31,9 @@ def load_strategy(name: str) -> NamedStrategy:
         UsageError: where there is no such thing, or it is no strategy.
         TaskError: where its own code fails while it is loaded.
     """
-    if name == FEDAVG.name:
-        return FEDAVG
+    for own in _OWN:
+        if name == own.name:
+            return own
     if ":" not in name:
         return NamedStrategy(name, _checked(name, _by_name(name)))
     place = Place.parse("strategy", name)
@@ -42,7 +48,7 @@ def load_strategy(name: str) -> NamedStrategy:
 
 
 def _by_name(name: str) -> Any:
-    known = {FEDAVG.name}
+    known = {own.name for own in _OWN}
     for point in entry_points(group=_GROUP):
         known.add(point.name)
         if point.name == name:
@@ -94,7 +100,6 @@ def check_needs(named: NamedStrategy, rules: Rules) -> None:
     not_yet = {
         "all updates of a round at once": needs.all_updates,
         "equal weights": needs.equal_weights,
-        f"extra tensors ({', '.join(needs.extra)})": bool(needs.extra),
         f"at least {needs.min_examples} examples a round": needs.min_examples > 1,
     }
     for what, wanted in not_yet.items():
@@ -103,6 +108,13 @@ def check_needs(named: NamedStrategy, rules: Rules) -> None:
                 f"the strategy {named.name} needs {what}, which this version does not offer; "
                 "choose another with --strategy"
             )
+    try:
+        Plan(extra=needs.extra)
+    except ValidationError:
+        raise UsageError(
+            f"the strategy {named.name} has needs.extra {needs.extra!r:.80}; a mapping of names to "
+            'shapes, such as {"steps": ()}, or "model" is expected'
+        ) from None
     closes = rules.on_deadline == "close"
     fewest = min(rules.least, rules.min_updates) if closes else rules.least
     if needs.min_updates > fewest:
@@ -125,3 +137,18 @@ def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
             f"{saved.committed}, and this command names {named.name}; give --strategy "
             f"{saved.strategy} to go on with it, or --fresh to begin a new run"
         )
+
+
+def as_named(given: str | Strategy[Any]) -> NamedStrategy:
+    """Return a strategy that is given by its name, see ``load_strategy``, or as an object.
+
+    Raises:
+        UsageError: where it is none.
+        TaskError: where its own code fails while it is loaded.
+    """
+    if isinstance(given, str):
+        return load_strategy(given)
+    if given is FEDAVG.strategy:
+        return FEDAVG
+    name = type(given).__name__
+    return NamedStrategy(name, _checked(name, given))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+from fluffle_common.tensors.groups import ExtraForm
 from fluffle_common.tensors.weights import Array, Weights
 
 S = TypeVar("S")
@@ -35,7 +36,7 @@ class Contribution:
             integers in int64. All values are finite.
         staleness: how many versions were committed since the one that it was trained from.
         discount: what part of its weight it keeps, for being stale; 1 in synchronous rounds.
-        extra: what else the worker sent.
+        extra: what ``Needs.extra`` asked for, of the shapes that it says; floats, all finite.
         metrics: what the worker measured while training.
     """
 
@@ -60,14 +61,15 @@ class Needs:
     Args:
         all_updates: all updates of a round at once, instead of one at a time.
         equal_weights: that every worker counts the same.
-        extra: names of tensors that workers have to send besides their deltas.
+        extra: the tensors that workers have to send besides their deltas: names with shapes, or
+            ``"model"``, which is one for each tensor that they train, of its name and shape.
         min_updates: the fewest updates that a round may be made of.
         min_examples: the fewest examples that a round may be made of.
     """
 
     all_updates: bool = False
     equal_weights: bool = False
-    extra: tuple[str, ...] = ()
+    extra: ExtraForm | None = None
     min_updates: int = 1
     min_examples: int = 1
 
@@ -92,7 +94,11 @@ class Strategy(Protocol[S]):
         """Return the state that a run begins with."""
 
     def broadcast(self, state: S) -> Weights:
-        """Return the tensors that travel to the workers beside the model; none by default."""
+        """Return the tensors that travel to the workers beside the model; none by default.
+
+        It is asked when a round opens, of the state that the round begins with, and has to return
+        the same for what ``load`` makes of that state's ``dump``. A worker's local rule gets them.
+        """
         return NO_TENSORS
 
     def fold(self, state: S, one: Contribution) -> S:
