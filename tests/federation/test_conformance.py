@@ -17,7 +17,7 @@ from fluffle_common.protocol.codec import read_tensors
 from fluffle_common.protocol.messages import Evaluate, Heartbeat, Hello, Stop
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
 from fluffle_coordinator.conformance.findings import Finding
-from fluffle_worker import job, machine, service, uploader
+from fluffle_worker import connection, job, machine, service, uploader
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
 from tests.federation.harness import Adder
@@ -199,7 +199,7 @@ def knows_no_critical_keys(patch):
             body = msgpack.packb([header, payload])
         return codec.decode(body, federation)
 
-    patch(service, "decode", lenient)
+    patch(connection, "decode", lenient)
 
 
 def does_not_look_at_the_weights(patch):
