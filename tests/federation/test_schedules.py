@@ -217,13 +217,19 @@ def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
 def test_updates_in_parts_count_from_older_versions_too(federated):
     async def scenario(federation):
         size = 3 * 2**20
-        federation.worker("a", Adder(federation.loop, size=size))
+        for name in "abc":  # they come all at once: some wait while a version is closed
+            federation.worker(name, Adder(federation.loop, size=size))
         federation.worker("slow", Adder(federation.loop, size=size, step_s=1.0))
         schedule = Buffered(buffer=1)
-        coordinator = federation.coordinator(rounds=7, schedule=schedule)
+        coordinator = federation.coordinator(rounds=20, schedule=schedule, min_workers=4)
         await coordinator.end()
-        check_weights(federation, {"a": 1.0, "slow": 1.0})
+        check_weights(federation, {"a": 1.0, "b": 1.0, "c": 1.0, "slow": 1.0})
         assert any(worker == "slow" for worker, _ in tickets(federation))
+        assert not coordinator.log.of("resend")
+        stale = [
+            one.get("staleness", 0) for line in federation.history() for one in line["participants"]
+        ]
+        assert max(stale) >= 2
 
     federated(scenario)
 

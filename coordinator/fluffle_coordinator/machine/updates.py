@@ -279,7 +279,8 @@ def committed(state: State, event: Committed, out: Effects) -> State:
     for ticket in late:
         state = _without_work(state, ticket, event.now, out)
     state = _next_round(state, event, frozenset(counted), carried)
-    out += [_fold(state, ticket, update) for ticket, update in sorted(carried.items())]
+    in_order = sorted(carried, key=lambda ticket: carried[ticket].handle)  # in which they came
+    out += [_fold(state, ticket, carried[ticket]) for ticket in in_order]
     return state
 
 

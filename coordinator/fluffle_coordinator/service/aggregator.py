@@ -69,6 +69,7 @@ class Aggregator:
         averaged: given new weights, and what is broadcast with them, which will be sent once they
             are on disk.
         folder: where large updates wait until they are checked.
+        carries: whether what comes too late for one sum may be in the next.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Aggregator:
         verify_users: bool = False,
         averaged: Callable[[Weights, Weights], object] = lambda *_: None,
         folder: Path | None = None,
+        carries: bool = False,
     ) -> None:
+        self._carries = carries
         self.weights = weights
         self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
         self._committer, self._post = committer, post
@@ -143,6 +146,11 @@ class Aggregator:
         else:
             self._fetcher.expect(held)
             self._jobs.put(lambda: self._fold(held))
+
+    def let_go(self, held: Held) -> None:
+        """Note that an update is over; it may have been waiting for the next sum."""
+        if self._carries and held.how is not None and held.message.transfer is not None:
+            self._jobs.put(lambda: self._fetcher.drop(held))
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
         """Average the round, and have it committed; what is not being folded yet stays out."""
@@ -214,7 +222,10 @@ class Aggregator:
 
     async def _fold(self, held: Held) -> None:
         if self._closing:
-            await self._fetcher.drop(held)
+            if self._carries:  # it may be in the next sum
+                self._fetcher.postpone(held)
+            else:
+                await self._fetcher.drop(held)
             return
         assert held.how is not None
         ticket = held.how.ticket

@@ -161,6 +161,7 @@ class Coordinator:
             verify_users=settings.verify_users,
             averaged=self._outbox.prepare,
             folder=store.folder,
+            carries=settings.schedule.max_staleness > 0,
         )
         self.state = machine.start(
             settings.rules,
@@ -308,6 +309,7 @@ class Coordinator:
                 if done is not None:
                     done.delivery.ack()
                     done.free()
+                    self._aggregator.let_go(done)
             case fx.Opened():
                 self._aggregator.opened()
             case fx.Reject(handle, reason, cause):
