@@ -9,13 +9,16 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fluffle_common.protocol.topology import ArgumentValue, Binding, Queue
 from fluffle_common.transport.base import NAMED, Body, Properties, QueueFull
 
-if TYPE_CHECKING:
-    from fluffle_common.transport.memory import MemoryLink
+
+class Holder(Protocol):
+    """Whoever has taken deliveries and not settled them: a link."""
+
+    held: list[MemoryDelivery]
 
 
 @dataclass(eq=False)
@@ -35,7 +38,7 @@ class Stored:
 class Consumer:
     """Whoever takes what comes into a queue."""
 
-    link: MemoryLink
+    link: Holder
     prefetch: int
     exclusive: bool
     deliveries: asyncio.Queue[MemoryDelivery] = field(default_factory=asyncio.Queue)
@@ -108,7 +111,7 @@ class MemoryDelivery:
     """See ``base.Delivery``."""
 
     def __init__(
-        self, queue: MemoryQueue, stored: Stored, link: MemoryLink, consumer: Consumer | None
+        self, queue: MemoryQueue, stored: Stored, link: Holder, consumer: Consumer | None
     ) -> None:
         self.body: Body = stored.body
         self.properties = stored.properties

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
+from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import as_named, check_needs, check_same
@@ -100,6 +101,8 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
     """
     strategy = as_named(options["strategy"])
     check_needs(strategy, rules)
+    timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
+    schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
         rules=rules,
@@ -116,6 +119,8 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
             options["learning_rate_schedule"], options["learning_rate"]
         ),
         strategy=strategy,
+        schedule=schedule,
+        schedule_name=schedule_name,
         classes=parse_classes(options["classes"]),
         init=options["init"],
         verify_users=options["verify_users"],

@@ -119,7 +119,7 @@ class Committer:
         """Keep an update that was just folded, as the one of this place in the sum."""
         message, body = held.message, held.delivery.body
         assert isinstance(message, Update)
-        number, worker = message.round, message.worker
+        number, worker = held.into, message.worker
         apart = None if message.transfer is None else payload
         await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
 

@@ -161,13 +161,19 @@ class Coordinator:
             verify_users=settings.verify_users,
             averaged=self._outbox.prepare,
             folder=store.folder,
+            carries=settings.schedule.max_staleness > 0,
         )
         self.state = machine.start(
             settings.rules,
             saved.run,
             monotonic(),
+            schedule=settings.schedule,
             committed=saved.committed,
-            participants=saved.participants,
+            counted=saved.counted,
+            sequence=saved.sequence,
+            earlier=saved.earlier,
+            asked_in=saved.asked_in,
+            train_s=saved.train_s,
             announced=saved.announced,
             evaluated=saved.evaluated,
             has_weights=saved.weights is not None,
@@ -296,14 +302,14 @@ class Coordinator:
         match effect:  # what comes often is first
             case fx.Record(event):
                 self._record(event)
-            case fx.Fold(handle, _, num_examples, max_norm):
-                held = self._deliveries[handle]
-                self._aggregator.fold(held, num_examples, max_norm)
+            case fx.Fold(handle):
+                self._aggregator.fold(self._deliveries[handle], effect, self.state.round)
             case fx.Ack(handle):
                 done = self._deliveries.pop(handle, None)
                 if done is not None:
                     done.delivery.ack()
                     done.free()
+                    self._aggregator.let_go(done)
             case fx.Opened():
                 self._aggregator.opened()
             case fx.Reject(handle, reason, cause):
@@ -510,7 +516,8 @@ class Coordinator:
         match message:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload, self._room)
-                about = (message.run, message.round, message.worker, message.num_examples)
+                ticket = rs.Ticket(message.worker, message.sequence or message.round)
+                about = message.run, message.round, ticket, message.num_examples
                 self._post(ev.Arrived(now, handle, *about, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)

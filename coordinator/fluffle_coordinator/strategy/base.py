@@ -35,6 +35,7 @@ class Contribution:
         delta: trained - received, with the names and shapes of the model; in its dtypes, of
             integers in int64. All values are finite.
         staleness: how many versions were committed since the one that it was trained from.
+        discount: what part of its weight it keeps, for being stale; 1 in synchronous rounds.
         extra: what ``Needs.extra`` asked for, of the shapes that it says; floats, all finite.
         metrics: what the worker measured while training.
     """
@@ -43,8 +44,14 @@ class Contribution:
     num_examples: int
     delta: Weights
     staleness: int = 0
+    discount: float = 1.0
     extra: Weights = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> float:
+        """What it weighs in an average by examples."""
+        return self.num_examples * self.discount
 
 
 @dataclass(frozen=True, slots=True)
