@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,9 +167,12 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 def _round(row: Mapping[str, Any], folder: Path) -> Round:
     participants = row["participants"]
     metrics = metrics_of(row)
+    counted: Counter[str] = Counter()  # an asynchronous round may count a worker more than once
+    for one in participants:
+        counted[one["worker"]] += one["num_examples"]
     return Round(
         number=row["round"],
-        participants={one["worker"]: one["num_examples"] for one in participants},
+        participants=dict(counted),
         checkpoint=folder / row["checkpoint"],
         train_loss=weighted_mean(
             (one["num_examples"], one["train_loss"])

@@ -212,7 +212,7 @@ def folded(state: State, event: Folded, out: Effects) -> State:
         train_s=event.train_s,
         bytes=event.size_bytes,
         staleness=staleness or None,
-        discount=_discount(state, held.round) if staleness else None,
+        weight=held.num_examples * _discount(state, held.round) if staleness else None,
     )
     out.append(Record(counted))
     return _without_work(state, ticket, event.now, out)

@@ -91,6 +91,14 @@ class RoundView:
     evaluated_on: int | None = None
     evaluated: bool = False
 
+    def place_of(self, worker: str, updates: int) -> str:
+        """Return the key of a worker's answer, if it makes so many ``updates``.
+
+        An asynchronous round can count a worker more than once: then it says which one it is.
+        """
+        again = worker in self.answers and updates > len(self.answers)
+        return f"{worker} ({updates})" if again else worker
+
     @property
     def is_done(self) -> bool:
         """Whether there is a result of it."""
@@ -158,10 +166,9 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
         opened_at = epoch_seconds(row.get("opened_at"))
         one.asked_at, one.committed_at = opened_at, epoch_seconds(row.get("committed_at")) or 0.0
         one.asked = tuple(row.get("asked", ()))
-        one.answers = {
-            each["worker"]: _answer(each, opened_at) for each in row.get("participants", ())
-        }
-        one.participants = tuple(one.answers)
+        for number, each in enumerate(row.get("participants", ()), start=1):
+            one.answers[one.place_of(each["worker"], number)] = _answer(each, opened_at)
+        one.participants = tuple(dict.fromkeys(each.worker for each in one.answers.values()))
         one.num_examples = sum(each.num_examples or 0 for each in one.answers.values())
         one.timings = row.get("timings") or {}
         one.late, one.rejected = row.get("late", 0), row.get("rejected", 0)

@@ -220,7 +220,7 @@ class RunView:
         worker = event.worker or ""
         for one in self._round(event.round):
             after_s = None if one.asked_at is None else max(0.0, at - one.asked_at)
-            one.answers[worker] = Answer(
+            one.answers[one.place_of(worker, event.updates or 0)] = Answer(
                 worker,
                 at,
                 event.num_examples,

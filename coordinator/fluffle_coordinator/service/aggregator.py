@@ -299,7 +299,8 @@ class Aggregator:
             "norm": norm,
         }
         if how.staleness:
-            participant |= {"staleness": how.staleness, "discount": how.discount}
+            weight = how.num_examples * how.discount
+            participant |= {"staleness": how.staleness, "discount": how.discount, "weight": weight}
         metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics

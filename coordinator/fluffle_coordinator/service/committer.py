@@ -7,6 +7,7 @@ machine hear of it (``Committed``), send the new weights, and acknowledge the up
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,7 +168,9 @@ class Committer:
 
         await self._on_disk(write)
         self._committed_at = monotonic()
-        participants = {one["worker"]: one["num_examples"] for one in average.participants}
+        participants: Counter[str] = Counter()  # one can be in it more than once
+        for one in average.participants:
+            participants[one["worker"]] += one["num_examples"]
         self._standing.took(line["timings"])
         enough = await self._call_hooks(number, average.weights, participants)
         enough = enough or self._standing.enough()

@@ -62,7 +62,7 @@ class Quorum(RunEvent):
 class Counted(RunEvent):
     """An update is in the sum; ``updates`` are there so far.
 
-    One that is ``staleness`` versions old keeps the part ``discount`` of its weight.
+    One that is ``staleness`` versions old counts with ``weight`` examples.
     """
 
     worker: Text = None
@@ -73,14 +73,14 @@ class Counted(RunEvent):
     train_s: Number = None
     bytes: Whole = None
     staleness: Whole = None
-    discount: Number = None
+    weight: Number = None
 
     def sentence(self) -> str:
         """See ``RunEvent``."""
         stale = ""
         if self.staleness:
             versions = "1 version" if self.staleness == 1 else f"{self.staleness} versions"
-            stale = f", {versions} old: weighs {self.discount or 0.0:.2f} of that"
+            stale = f", {versions} old, which weigh {self.weight or 0.0:.1f}"
         return self.words.format_map({**self._spoken(), "stale": stale})
 
 
