@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
@@ -273,6 +274,46 @@ def test_a_schedule_from_a_file(federated):
         assert federation.participants() == [["a", "b"]] * 3
         times = [at for at, what, _ in coordinator.log.lines if what == "committed"]
         assert all(later - at >= 60 for at, later in pairwise(times))
+
+    federated(scenario)
+
+
+def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated, tmp_path):
+    original = (Path(__file__).parent / "windows.py").read_text()
+    never = original.replace("window_s: float = 60.0", "window_s: float = float('inf')")
+    (tmp_path / "never.py").write_text(never)
+    _, schedule = load_schedule(Timing(schedule=f"{tmp_path}/never.py:minutes"))
+
+    async def scenario(federation):
+        federation.workers(2)
+        coordinator = federation.coordinator(rounds=2, schedule=schedule, max_round_s=300)
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b"]] * 2
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("needed(self, state): return 'two'", "in needed(): it returned 'two', not a number"),
+        ("cohort(self, state): return ['nobody']", "it named 'nobody', and no such worker"),
+        ("cohort(self, state): return state.nothing", "in cohort(): AttributeError"),
+        ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
+    ],
+)
+def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(federated, tmp_path, method, told):
+    original = (Path(__file__).parent / "windows.py").read_text()
+    broken = original.replace("minutes = Windows()", f"    def {method}\n\n\nminutes = Windows()")
+    (tmp_path / "broken.py").write_text(broken)
+    _, schedule = load_schedule(Timing(schedule=f"{tmp_path}/broken.py:minutes"))
+
+    async def scenario(federation):
+        federation.workers(2)
+        coordinator = federation.coordinator(rounds=2, schedule=schedule)
+        with pytest.raises(TaskError, match=re.escape(told)) as wrong:
+            await coordinator.end()
+        assert "no update is lost" in str(wrong.value)
 
     federated(scenario)
 

@@ -144,7 +144,8 @@ def check_schedule_options(options: dict[str, Any]) -> None:
     """
     context = click.get_current_context()
     for name, option in _OF_ROUNDS.items():
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        source = context.get_parameter_source(name)
+        given = source not in (None, click.core.ParameterSource.DEFAULT)
         if given and options["schedule"] == "buffered":
             raise UsageError(
                 f"{option} is for synchronous rounds, and --schedule buffered has none; "

@@ -64,6 +64,7 @@ def _due(state: State) -> float:
     if state.quorum_at is not None:
         if state.phase is Phase.OPEN:
             times.append(state.schedule.wakeup(state))
+            times.append(state.began_at + rules.max_round_s)
     elif state.phase is Phase.WAITING:
         times.append(state.waiting_since + rules.wait_s)
         if state.init_asked is not None and not state.has_weights:
@@ -197,7 +198,8 @@ def _try_to_commit(state: State, now: float, out: Effects) -> State:
     if state.quorum_at is None and state.folded >= state.needed:
         state = state.but(quorum_at=now)
     if state.quorum_at is not None:  # whoever is asked from now on does not undo the quorum
-        if state.schedule.closes(state, now):
+        too_long = now >= state.began_at + state.rules.max_round_s
+        if too_long or state.schedule.closes(state, now):
             return _commit(state, out)
         return state
     if len(state.failed) >= len(state.asked) > 0 and _all_failed(state):

@@ -14,6 +14,7 @@ from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarded_choice
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
 _CALLERS = frozenset({__file__})
@@ -114,8 +115,9 @@ def load_selection(text: str) -> Selection:
             f"--select {text} names no function; it is given the candidates, how many to choose "
             "and the draw, and returns their names (docs/schedules.md)"
         )
-    name = Path(place.where).name if place.is_file else place.where
-    return Selection(f"{name}:{place.attribute}", cast("Choose", found))
+    where = Path(place.where).name if place.is_file else place.where
+    name = f"{where}:{place.attribute}"
+    return Selection(name, guarded_choice(name, cast("Choose", found)))
 
 
 def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
@@ -140,4 +142,5 @@ def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
             f"{', '.join(missing)}; inherit from fluffle_coordinator.machine.schedule.Schedule"
         )
     where = Path(place.where).name if place.is_file else place.where
-    return f"{where}:{place.attribute}", found
+    called = f"{where}:{place.attribute}"
+    return called, GuardedSchedule(called, found, found.max_staleness, found.continuous)
