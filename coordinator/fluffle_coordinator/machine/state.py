@@ -289,6 +289,11 @@ class State:
             found = self.received.get(Ticket(worker, issued.round))
         return found
 
+    @property
+    def selects(self) -> bool:
+        """Whether not all are asked, so that it matters who was before, and how fast they were."""
+        return self.rules.samples or self.schedule.continuous
+
     def candidates(self, names: Iterable[str]) -> Iterator[Candidate]:
         """Yield what a selection may know of these workers."""
         for name in names:

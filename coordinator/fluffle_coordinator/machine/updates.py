@@ -198,7 +198,7 @@ def folded(state: State, event: Folded, out: Effects) -> State:
         received=state.received.insert(ticket, update),
         folded=state.folded + closes_with_it,
         asked=asked,
-        train_s=state.train_s.insert(worker, event.train_s),
+        train_s=state.train_s.insert(worker, event.train_s) if state.selects else state.train_s,
         failed=state.failed.discard(worker),
         doubted=state.doubted.discard(worker),
         due_at=-math.inf if worker in state.failed else state.due_at,

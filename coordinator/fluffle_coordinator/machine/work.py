@@ -65,6 +65,8 @@ def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) 
 
 def noted(state: State, workers: tuple[str, ...]) -> State:
     """Note in which round workers were asked last, for whoever selects them by turns."""
+    if not state.selects:
+        return state
     asked_in = state.asked_in
     for name in workers:
         asked_in = asked_in.insert(name, state.round)
