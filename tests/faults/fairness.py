@@ -24,6 +24,9 @@ _QUORUM_EVENTS = frozenset({"opened", "reopened", "quorum", "counted", "closed",
 _JUDGED_FOR = timedelta(seconds=15)
 # So long after the end of a fault on the lines everybody is heard again.
 _SETTLED_AFTER = timedelta(seconds=8)
+# Whoever is silent for so long when nobody can be heard any more is nearly gone: a worker counts as
+# gone after five heartbeats of a second, of which half may pass while nobody is heard.
+_HALF_GONE = timedelta(seconds=1.5)
 # The faults after which a worker may not be heard of for a while; who was started anew is known.
 _ON_THE_LINE = frozenset({"broker", "cut", "stall", "half-close"})
 
@@ -205,13 +208,18 @@ def _until(faults: list[Line], one: Unheard) -> datetime:
 
 
 def _disturbed(faults: list[Line], one: Unheard) -> bool:
-    """Whether a fault before it lasted so long that somebody could not be heard afterwards."""
-    return any(
-        line["kind"] in _ON_THE_LINE
-        and _time(line) < one.began
-        and _time(line) + timedelta(seconds=line["lasts_s"]) + _SETTLED_AFTER > one.ended
-        for line in faults
-    )
+    """Whether a fault of the line before it lasted into it.
+
+    Then somebody was silent while others were heard, and may be gone for that; or somebody could
+    not be heard afterwards.
+    """
+    for line in faults:
+        if line["kind"] in _ON_THE_LINE and _time(line) < one.began:
+            over = _time(line) + timedelta(seconds=line["lasts_s"])
+            silent_before = over > one.began and _time(line) < one.began - _HALF_GONE
+            if silent_before or over + _SETTLED_AFTER > one.ended:
+                return True
+    return False
 
 
 def _time(line: Line) -> datetime:

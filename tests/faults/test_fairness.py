@@ -214,6 +214,7 @@ def test_a_standby_that_takes_the_run_of_a_coordinator_that_is_stopped_is_found(
         ([BEFORE, said("gone", 41, worker="w1")], {}),  # much later, and for another reason
         ([BEFORE, GONE], {"faults": [fault("cut", 25.0005, 25.0005)]}),  # the next fault
         ([BEFORE, GONE], {"faults": [fault("stall", 9, 9, 9.0)]}),  # one that was not over
+        ([BEFORE, GONE], {"faults": [fault("stall", 7, 7, 4.0)]}),  # it was silent for 3 s before
         ([BEFORE, said("left", 9.5, worker="w1"), opened(2, 1, 26, asked=["w0"])], {}),
     ],
 )
