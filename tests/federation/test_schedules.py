@@ -104,6 +104,8 @@ def test_a_slow_worker_is_counted_discounted_and_visible(federated):
             assert one["discount"] == (1 + one["staleness"]) ** -0.5
         told = [one for one in coordinator.log.of("counted") if one["worker"] == "slow"]
         assert [one["staleness"] for one in told] == [one["staleness"] for one in slow]
+        evaluated = [line["round"] for line in federation.history("evaluated")]
+        assert sorted(evaluated) == list(range(1, 31))
 
     federated(scenario)
 

@@ -248,6 +248,27 @@ def test_a_worker_that_lost_its_work_gets_the_newest():
     assert run.tickets["b"][1] == run.state.round
 
 
+def test_an_older_version_is_evaluated_once_by_the_first_that_comes_to_it():
+    run = running("a", "slow", "slower")
+    for _ in range(2):
+        run.counts("a")
+        run.counts("a")
+        run.on_disk()
+    run.counts("a")  # it evaluates nothing
+    run.counts("a")
+    run.on_disk()
+    found = rs.Evaluated(10, 0.5, {})
+
+    def evaluates(number: int, base: str) -> list[fx.Effect]:
+        event = ev.EvaluationArrived(run.now, RUN, number, "slow", found, base)
+        return only(run.on(event), fx.RecordEvaluation)
+
+    assert not evaluates(1, "elsewhere")
+    assert evaluates(1, "b1") == [fx.RecordEvaluation(1, {"slow": found})]
+    assert not evaluates(1, "b1")
+    assert evaluates(2, "b2") == [fx.RecordEvaluation(2, {"slow": found})]
+
+
 # --- late updates of synchronous rounds --------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import membership, updates
-from fluffle_coordinator.machine.effects import Ack, Effects, Record
+from fluffle_coordinator.machine.effects import Ack, Effects, Record, RecordEvaluation
 from fluffle_coordinator.machine.events import (
     Arrived,
     Committed,
@@ -224,7 +224,14 @@ def _weights_ready(state: State, event: WeightsReady, _: Effects) -> State:
     return state.but(has_weights=True, base=event.base)
 
 
-def _evaluation(state: State, event: EvaluationArrived, _: Effects) -> State:
+def _evaluation(state: State, event: EvaluationArrived, out: Effects) -> State:
+    number = event.round
+    if number in state.unevaluated and (event.run, event.base) == (
+        state.run,
+        state.base_of(number + 1),
+    ):  # the first that is heard of an older version, from whoever began with it
+        out.append(RecordEvaluation(number, {event.worker: event.evaluated}))
+        return state.but(unevaluated=state.unevaluated - {number})
     wanted = (state.run, state.round - 1, state.base)
     if (event.run, event.round, event.base) != wanted or not state.evaluate_pending:
         return state  # its model's line is written already; late is only late

@@ -167,6 +167,7 @@ class State:
     # What is counted in the last rounds: when an acknowledgement is lost, an update comes again.
     counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=empty)
     enough: str = ""  # why no further round is wanted, before all of them are done
+    unevaluated: frozenset[int] = frozenset()  # older versions that somebody may yet evaluate
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
     link: int = 0  # which link we are on; 0: none

@@ -290,6 +290,15 @@ def _counts_later(state: State, update: Received) -> bool:
     return staleness <= state.schedule.max_staleness and state.schedule.discount(staleness) > 0
 
 
+def _unevaluated(state: State) -> frozenset[int]:
+    """Return the versions without an evaluation that some worker may be at work on."""
+    if not state.schedule.continuous:
+        return frozenset()
+    known = {number - 1 for number in state.earlier}
+    pending = {state.round - 1} if state.evaluate_pending else set()
+    return frozenset((state.unevaluated & known) | pending)
+
+
 def _next_round(
     state: State,
     event: Committed,
@@ -303,6 +312,7 @@ def _next_round(
         round=event.round + 1,
         base=event.base,
         enough=event.enough,
+        unevaluated=_unevaluated(state),
         evaluate_pending=True,
         evaluations=Table(),
         received=Table(carried),
