@@ -144,15 +144,7 @@ def _evaluated(
     found = results.evaluated(lambda: task.evaluate(lent(weights, task)))
     if found is None and isinstance(message, Evaluate):
         found = EvalResult(0.0, 0)  # an answer, too, so that nobody waits for another
-    if found is None:
-        return None
-    return Evaluation(
-        **ids,
-        round=number,
-        num_examples=found.num_examples,
-        loss=found.loss,
-        metrics=dict(found.metrics),
-    )
+    return None if found is None else _evaluation(ids, number, found)
 
 
 def _trained(
@@ -268,6 +260,16 @@ def _plan_of(message: Fit) -> RoundPlan:
     own = {"seed": seed, "config": dict(message.plan.config)}
     at = {"run": message.run, "round": message.round, "sequence": ticket}
     return RoundPlan(**{**dict(message.plan), **own, **at})
+
+
+def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:
+    return Evaluation(
+        **ids,
+        round=number,
+        num_examples=found.num_examples,
+        loss=found.loss,
+        metrics=dict(found.metrics),
+    )
 
 
 def _update(ids: dict[str, Any], fit: Fit, trained: TrainResult, seconds: float) -> Update:
