@@ -55,10 +55,13 @@ class RoundPlan(Plan):
     Args:
         run: the id of the run.
         round: the number of the round, from 1.
+        sequence: the number of this worker's ticket: the round, unless the federation is
+            asynchronous; then one more with each piece of work.
     """
 
     run: str = ""
     round: int = 0
+    sequence: int = 0
 
 
 class Task(Protocol):
