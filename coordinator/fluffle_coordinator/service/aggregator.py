@@ -28,7 +28,11 @@ from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
-from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
+from fluffle_coordinator.strategy.contribution import (
+    check_announced,
+    check_metrics,
+    decode_contribution,
+)
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
@@ -74,7 +78,7 @@ class Aggregator:
         self._strategy, self._keep_updates = strategy, keep_updates
         self._verify_users, self._averaged = verify_users, averaged
         self._jobs = SerialQueue()
-        self._at_once_bytes = _AT_ONCE_BYTES if strategy is FEDAVG else -1
+        self._at_once_bytes = _AT_ONCE_BYTES if strategy.name == FEDAVG.name else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
             number, kept = resumed
@@ -201,6 +205,8 @@ class Aggregator:
         message = held.message
         assert isinstance(message, Update)
         began = time.monotonic()
+        needs = self._strategy.strategy.needs
+        check_metrics(message, needs.metrics)
         # Read-only: it may still have to be kept as it came.
         delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
         if norm > held.max_norm:
@@ -209,6 +215,8 @@ class Aggregator:
                 "(--max-norm-ratio)",
                 "norm",
             )
+        if needs.all_updates:
+            delta = self._committer.spooled(delta)
         one = Contribution(
             worker=message.worker,
             num_examples=held.num_examples,

@@ -36,7 +36,7 @@ from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.strategy_loading import check_needs, check_same, load_strategy
+from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     """
     federation = check_federation(options["federation"])
     strategy = load_strategy(options["strategy"])
-    check_needs(strategy, rules)
+    rules = rules_for(strategy, rules)
     settings = CoordinatorSettings(
         federation=federation,
         rules=rules,

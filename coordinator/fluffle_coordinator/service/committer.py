@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.clock import timestamp
+from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import beside
 from fluffle_common.tensors.checkpoint import checkpoint_name
+from fluffle_common.tensors.spool import spooled
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -108,6 +110,20 @@ class Committer:
         number, worker = message.round, message.worker
         apart = None if message.transfer is None else payload
         await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
+
+    def spooled(self, delta: Weights) -> Weights:
+        """Lay an update of the open round on the disk of the run; see ``spool``.
+
+        Raises:
+            RunError: where the disk refuses.
+        """
+        try:
+            return spooled(delta, self._store.folder)
+        except OSError as why:
+            raise RunError(
+                f"cannot lay an update of the open round in {self._store.folder} ({why.strerror}); "
+                "make room there and run the same command again: no update is lost"
+            ) from None
 
     def commit(self, average: Average) -> None:
         """Commit a round; reports ``Committed``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.storage.run_store import Saved
+from fluffle_coordinator.strategy.arguments import nearest
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs
-from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
 
 _GROUP = "fluffle.strategies"
 _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")
@@ -20,15 +22,19 @@ _CALLERS = frozenset({__file__})
 
 
 def load_strategy(name: str) -> NamedStrategy:
-    """Find what ``--strategy`` names: a name, ``path.py:name`` or ``module:name``.
+    """Find what ``--strategy`` names: parts by their names, ``path.py:name`` or ``module:name``.
 
     Raises:
         UsageError: where there is no such thing, or it is no strategy.
         TaskError: where its own code fails while it is loaded.
     """
-    if name == FEDAVG.name:
-        return FEDAVG
-    if ":" not in name:
+    if is_name(name):
+        try:
+            return named_strategy(name)
+        except ValueError as wrong:
+            raise UsageError(f"--strategy {name}: {wrong}") from None
+    where, colon, attribute = name.rpartition(":")
+    if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
         return NamedStrategy(name, _checked(name, _by_name(name)))
     place = Place.parse("strategy", name)
     found = place.load(_CALLERS)
@@ -42,7 +48,7 @@ def load_strategy(name: str) -> NamedStrategy:
 
 
 def _by_name(name: str) -> Any:
-    known = {FEDAVG.name}
+    known = set(PARTS)
     for point in entry_points(group=_GROUP):
         known.add(point.name)
         if point.name == name:
@@ -54,8 +60,8 @@ def _by_name(name: str) -> Any:
                     f"the strategy {name} of {point.value} fails to load: {one_line(why)}"
                 ) from why
     raise UsageError(
-        f"there is no strategy '{name}' (--strategy); known are {', '.join(sorted(known))}, and "
-        "path.py:name takes one from a file of your own"
+        f"there is no strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
+        "'fluffle strategies' explains them, and path.py:name takes one from a file of your own"
     )
 
 
@@ -84,16 +90,17 @@ def _checked(name: str, found: Any) -> Any:
     return found
 
 
-def check_needs(named: NamedStrategy, rules: Rules) -> None:
-    """Check that a run of these rules gives a strategy what it needs.
+def rules_for(named: NamedStrategy, rules: Rules) -> Rules:
+    """Return the rules of a run, so that its strategy gets what it needs.
+
+    Where the operator asks for fewer workers or updates than that, they are raised: those are the
+    fewest. A quorum that is a number is how many updates close a round, and is refused instead.
 
     Raises:
-        UsageError: naming what it does not get, and the remedy.
+        UsageError: naming what the strategy does not get, and the remedy.
     """
     needs: Needs = named.strategy.needs
     not_yet = {
-        "all updates of a round at once": needs.all_updates,
-        "equal weights": needs.equal_weights,
         f"extra tensors ({', '.join(needs.extra)})": bool(needs.extra),
         f"at least {needs.min_examples} examples a round": needs.min_examples > 1,
     }
@@ -103,14 +110,18 @@ def check_needs(named: NamedStrategy, rules: Rules) -> None:
                 f"the strategy {named.name} needs {what}, which this version does not offer; "
                 "choose another with --strategy"
             )
-    closes = rules.on_deadline == "close"
-    fewest = min(rules.least, rules.min_updates) if closes else rules.least
-    if needs.min_updates > fewest:
-        options = "--min-updates and --min-workers" if closes else "--min-workers"
+    fewest, quorum = needs.min_updates, rules.quorum.number
+    if quorum is not None and quorum < fewest:
         raise UsageError(
-            f"the strategy {named.name} needs {needs.min_updates} updates a round, and a round may "
-            f"close with {fewest}; give {options} of {needs.min_updates} or more"
+            f"the strategy {named.name} needs {fewest} updates a round, and --quorum {quorum} "
+            f"closes it with {quorum}; give --quorum {fewest} or more, or all"
         )
+    return replace(
+        rules,
+        min_workers=max(rules.min_workers, fewest),
+        least=max(rules.least, fewest),
+        min_updates=max(rules.min_updates, fewest),
+    )
 
 
 def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:

@@ -51,15 +51,16 @@ class Needs:
     """What a strategy asks of the coordinator, which refuses to run it where it cannot give that.
 
     Args:
-        all_updates: all updates of a round at once, instead of one at a time.
-        equal_weights: that every worker counts the same.
+        all_updates: that its state may hold all updates of a round: each is laid on disk before
+            it is folded, and its arrays are read from there.
+        metrics: names of metrics that every update must have; one without is refused.
         extra: names of tensors that workers have to send besides their deltas.
         min_updates: the fewest updates that a round may be made of.
         min_examples: the fewest examples that a round may be made of.
     """
 
     all_updates: bool = False
-    equal_weights: bool = False
+    metrics: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     min_updates: int = 1
     min_examples: int = 1
@@ -122,7 +123,8 @@ class NamedStrategy:
     """A strategy, and what it is called.
 
     Args:
-        name: as run.json and the history have it: ``fedavg``, ``module:name`` or ``file.py:name``.
+        name: as run.json and the history have it: ``fedavg``, another name of ``names`` with all
+            arguments, ``module:name`` or ``file.py:name``.
         strategy: the strategy.
         file: where it comes from, if that is a file.
     """

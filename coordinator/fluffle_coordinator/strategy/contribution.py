@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol.codec import announced, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Update
@@ -28,6 +30,20 @@ def check_announced(message: Update | FirstWeights, base: Weights | None) -> Non
         check_announced_signature(form, message.encoding, base)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
+
+
+def check_metrics(message: Update, names: Iterable[str]) -> None:
+    """Check that an update has the metrics that the strategy needs.
+
+    Raises:
+        MalformedMessage: naming the one that is missing.
+    """
+    for name in names:
+        if name not in message.metrics:
+            raise MalformedMessage(
+                f"the update has no metric '{name}', which the strategy of this run needs; let the "
+                "task report it"
+            )
 
 
 def decode_contribution(
