@@ -44,7 +44,7 @@ from fluffle_coordinator.strategy.blocks import in_blocks
 
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
-_ELEMENTS = 2**20  # of all updates together that are in memory at a time, 8 MiB
+_ELEMENTS = 2**18  # of all updates together that are in memory at a time, 2 MiB
 _CLOSE_ENOUGH = 1e-6
 
 Updates = tuple[Contribution, ...]
@@ -156,7 +156,7 @@ def multi_krum(f: int = 1, m: int = 2) -> OfAll:
     within("m", m, 1)
 
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
-        chosen = _best(updates, f)[:m]
+        chosen = _best(updates, delta, f)[:m]
         shares = np.zeros(len(updates))
         shares[chosen] = 1 / len(chosen)
         _combine(updates, shares, delta)
@@ -164,16 +164,17 @@ def multi_krum(f: int = 1, m: int = 2) -> OfAll:
     return OfAll(rule, Needs(all_updates=True, min_updates=max(2 * f + 3, m + f + 2)))
 
 
-def rfa(iterations: int = 10, nu: float = 1e-6) -> OfAll:
+def rfa(iterations: int = 100, nu: float = 1e-6) -> OfAll:
     """Take the geometric median: the point of the least sum of distances to all updates.
 
     Pillutla et al., "Robust Aggregation for Federated Learning", IEEE Transactions on Signal
     Processing 2022, algorithm 2: the smoothed Weiszfeld algorithm. It begins at the weights that
-    were sent out, so that an update counts no more for being large, and reads all updates once an
-    iteration; it ends early where an iteration changes no share by more than a millionth.
+    were sent out, so that an update counts no more for being large. The updates are read twice,
+    however many iterations there are: their scalar products tell all distances.
 
     Args:
-        iterations: the most iterations, from 1. The paper needs 3.
+        iterations: the most iterations, from 1; it ends where one changes no share by more than a
+            millionth. The paper, where each is a round of messages, makes do with 3.
         nu: a distance below this counts as this, above 0.
 
     Raises:
@@ -183,14 +184,14 @@ def rfa(iterations: int = 10, nu: float = 1e-6) -> OfAll:
     within("nu", nu, 0, above=True)
 
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
-        shares = np.zeros(len(updates))  # the point is the sum of the updates by their shares
-        for _ in range(iterations):
-            closeness = 1 / np.maximum(_distances(updates, shares, delta), nu)
-            if not closeness.any():  # all are too far away for float64
-                closeness += 1
-            before, shares = shares, closeness / closeness.sum()
-            if np.abs(shares - before).max() <= _CLOSE_ENOUGH:
-                break
+        products, norms = _geometry(updates, delta)
+        shares = np.zeros(len(updates))
+        (near,) = np.isfinite(norms).nonzero()  # the others are too far away to be measured
+        if near.size:
+            seen = products[np.ix_(near, near)]
+            shares[near] = _geometric_median(seen, norms[near], iterations, nu)
+        else:
+            shares += 1 / len(updates)
         _combine(updates, shares, delta)
 
     return OfAll(rule, Needs(all_updates=True, min_updates=3))
@@ -206,22 +207,26 @@ def _stacked(updates: Sequence[Weights], delta: Tensors) -> Iterator[tuple[Array
     size = max(1024, _ELEMENTS // len(updates))
     for into, *blocks in in_blocks(delta, *updates, size=size):
         rows = np.empty((len(blocks), into.size), _FLOAT)
-        for row, block in zip(rows, blocks, strict=True):
+        for row, block, update in zip(rows, blocks, updates, strict=True):
             row[...] = block
-        for update in updates:
-            let_go(update)
+            let_go(update)  # a touch may have brought far more than the block into memory
         yield into, rows
 
 
 def _average_middle(updates: Sequence[Weights], delta: Tensors, cut: int) -> None:
     """Write the mean of each coordinate without the ``cut`` values at each of its ends."""
-    count = len(updates) - 2 * cut
     for into, rows in _stacked(updates, delta):
-        columns = np.ascontiguousarray(rows.T)
-        columns.sort(axis=1)
-        # Divided first, no sum is beyond the end of float64 by more than a rounding.
-        np.sum(columns[:, cut : cut + count] / count, axis=1, out=into)
-        np.clip(into, -_END, _END, out=into)
+        into[...] = _middle(rows, cut)
+
+
+def _middle(rows: Array, cut: int) -> Array:
+    """Return the mean of each column without the ``cut`` values at each of its ends."""
+    columns = rows.T.copy()  # with the values of a column side by side
+    columns.sort(axis=1)
+    left = columns[:, cut : columns.shape[1] - cut]
+    # Divided first, no sum is beyond the end of float64 by more than a rounding.
+    mean: Array = np.clip((left / left.shape[1]).sum(axis=1), -_END, _END)
+    return mean
 
 
 def _combine(updates: Sequence[Weights], shares: Array, delta: Tensors) -> None:
@@ -234,27 +239,40 @@ def _combine(updates: Sequence[Weights], shares: Array, delta: Tensors) -> None:
         np.clip(into, -_END, _END, out=into)
 
 
-def _distances(updates: Sequence[Weights], shares: Array, like: Tensors) -> Array:
-    """Return how far each update is from the sum of all of them by their shares."""
-    squares = np.zeros(len(updates))
-    for _, rows in _stacked(updates, like):
-        apart = rows - shares @ rows
-        squares += np.vecdot(apart, apart)
-    return np.sqrt(squares)
+def _geometry(updates: Sequence[Weights], like: Tensors) -> tuple[Array, Array]:
+    """Return the products of the updates, seen from their median, and their own squared norms.
 
-
-def _best(updates: Sequence[Weights], f: int) -> list[int]:
-    """Return the places of the updates by their scores in Krum, the best first."""
+    Distances follow from the products, in one pass over the updates. As seen from the median, those
+    that agree are near: what rounding does to them is small, however far away others are.
+    """
     count = len(updates)
-    squares, norms = np.zeros((count, count)), np.zeros(count)
-    like = layout_for(updates[0]).empty_as(_FLOAT)
+    products, norms = np.zeros((count, count)), np.zeros(count)
     for _, rows in _stacked(updates, like):
         norms += np.vecdot(rows, rows)
-        for place, row in enumerate(rows[:-1]):
-            apart = rows[place + 1 :] - row
-            squares[place, place + 1 :] += np.vecdot(apart, apart)
-    squares = np.minimum(squares + squares.T, _END)
-    np.fill_diagonal(squares, np.inf)  # nobody is a neighbour of oneself
-    closest = np.sort(squares, axis=1)[:, : max(1, count - f - 2)]
-    scores = closest.sum(axis=1)
-    return [int(place) for place in np.lexsort((norms, scores))]
+        np.subtract(rows, _middle(rows, (count - 1) // 2), out=rows)
+        products += rows @ rows.T
+    return products, norms
+
+
+def _best(updates: Sequence[Weights], like: Tensors, f: int) -> list[int]:
+    """Return the places of the updates by their scores in Krum, the best first."""
+    products, norms = _geometry(updates, like)
+    own = np.diag(products)
+    apart = np.nan_to_num(own[:, None] + own[None, :] - 2 * products, nan=_END, posinf=_END)
+    np.fill_diagonal(apart, np.inf)  # nobody is a neighbour of oneself
+    closest = np.sort(apart, axis=1)[:, : max(1, len(updates) - f - 2)]
+    return [int(place) for place in np.lexsort((norms, closest.sum(axis=1)))]
+
+
+def _geometric_median(products: Array, norms: Array, iterations: int, nu: float) -> Array:
+    """Return the shares of the updates in the point that is closest to all of them."""
+    apart = np.sqrt(norms)  # from the weights that were sent out
+    shares = np.zeros(len(norms))
+    for _ in range(iterations):
+        closeness = 1 / np.maximum(apart, nu)
+        before, shares = shares, closeness / closeness.sum()
+        if np.abs(shares - before).max() <= _CLOSE_ENOUGH:
+            break
+        pull = products @ shares
+        apart = np.sqrt(np.maximum(np.diag(products) - 2 * pull + shares @ pull, 0))
+    return shares

@@ -135,7 +135,8 @@ class FlaxTask:
         if not self.local_rule.changes_nothing:
             self.local_rule.end(named(nnx.filter_state(state, nnx.Param)), optimizer_state[0])
         mean = float(np.mean([float(loss) for loss in losses]))
-        return TrainResult(_to_weights(state), self.num_examples, {"loss": mean})
+        metrics = {"loss": mean, "steps": float(len(batches))}
+        return TrainResult(_to_weights(state), self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """See ``task.Task``."""
