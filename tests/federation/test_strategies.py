@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fluffle_common.errors import RunError, TaskError
+from fluffle_common.errors import RunError, TaskError, UsageError
 from fluffle_common.tensors.checkpoint import (
     checkpoint_name,
     read_checkpoint,
@@ -210,6 +210,32 @@ def test_an_update_without_the_metric_that_the_strategy_needs_is_refused(federat
         assert refused["worker"] == "b"
         assert "the update has no metric 'steps', which the strategy" in refused["reason"]
         assert federation.participants() == [["a"]]
+
+    federated(scenario)
+
+
+def test_privacy_is_in_the_history_and_a_crash_forgets_none_of_it(federated):
+    strategy = load_strategy("dp:clip=1,noise=4,workers=2,budget=2+fedavgm:momentum=0.5")
+    most = strategy.strategy.needs.max_rounds
+    assert most == 4
+
+    async def scenario(federation):
+        rules = {"rounds": most, "strategy": strategy, "keep_updates": True}
+        first = federation.coordinator(**rules)
+        federation.workers(2)
+        await first.log.until("committed", 2)
+        await first.kill()
+        again = federation.coordinator(**rules)
+        await again.end()
+        spent = [line["privacy"] for line in federation.history()]
+        assert spent == [strategy.strategy.spent(number) for number in range(1, most + 1)]
+        assert [one["delta"] for one in spent] == [1e-5] * most
+        assert spent[-1]["epsilon"] <= 2 < strategy.strategy.spent(most + 1)["epsilon"]
+        told = [note["what"] for note in again.log.of("note")]
+        assert f"privacy spent up to round {most}: epsilon 1.993, delta 1e-05" in told
+        words = [str(federation.folder), "--round", "1"]
+        with pytest.raises(UsageError, match="made with noise that is kept nowhere .dp:clip=1"):
+            CliRunner().invoke(replay, words, catch_exceptions=False, standalone_mode=False)
 
     federated(scenario)
 

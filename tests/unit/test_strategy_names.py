@@ -97,7 +97,7 @@ def test_a_file_may_be_called_as_a_part(tmp_path, monkeypatch):
     assert load_strategy("median.py:median").name == "median.py:median"
 
 
-ARGUMENTS = {"clip": ":1", "optax": ":sgd,learning_rate=0.1"}
+ARGUMENTS = {"clip": ":1", "dp": ":clip=99,noise=0.01,workers=5", "optax": ":sgd,learning_rate=0.1"}
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -279,7 +279,10 @@ class Aggregator:
     ) -> None:
         """Have the average committed, and begin the next sum."""
         self._clock.average()
-        self._committer.commit(Average(number, weights, asked, self._in_the_sum, self._clock, kept))
+        spent = self._in_round(number).spent(number)
+        self._committer.commit(
+            Average(number, weights, asked, self._in_the_sum, self._clock, kept, spent)
+        )
         self._averaged(weights)
         self.weights, self._state, self._clock = weights, state, Clock()
         self._in_the_sum, self._closing = [], False

@@ -143,6 +143,9 @@ async def _run(
         watcher.record(run_events.Resumed(run=run, rounds=rounds, round=saved.committed))
     else:
         watcher.record(run_events.Started(run=run, rounds=rounds, folder=folder))
+    if rounds == settings.strategy.strategy.needs.max_rounds:
+        most = f"the strategy {settings.strategy.name} allows no more than {rounds} rounds"
+        watcher.record(run_events.Note(what=most))
     if saved.committed >= settings.rules.rounds:
         done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
         watcher.record(run_events.Note(what=done))

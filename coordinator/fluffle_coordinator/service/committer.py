@@ -34,8 +34,8 @@ _DISK_RETRY_S = 5.0
 # whoever reads them puts them together. No metric is called like one of these.
 _FIELDS = frozenset(
     "asked base bytes checkpoint committed_at ended_at evaluated_at evaluators event federation "
-    "late late_updates loss metrics num_examples opened_at outcome participants reason rejected "
-    "rejections round rounds run strategy time timings train_loss".split()
+    "late late_updates loss metrics num_examples opened_at outcome participants privacy reason "
+    "rejected rejections round rounds run strategy time timings train_loss".split()
 )
 
 
@@ -50,6 +50,7 @@ class Average:
         participants: what the history tells of each update in the sum, in the order of the sum.
         clock: where its time went.
         kept: what the strategy keeps of its state.
+        spent: what all rounds so far cost of privacy; empty where that is not counted.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Average:
     participants: list[dict[str, Any]]
     clock: Clock
     kept: Weights = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 class Committer:
@@ -160,6 +162,8 @@ class Committer:
         }
         if self._strategy != FEDAVG.name:
             line["strategy"] = self._strategy
+        if average.spent:
+            line["privacy"] = dict(average.spent)
 
         def write() -> None:
             self._store.save_weights(number, average.weights, metadata, average.kept)
@@ -169,6 +173,9 @@ class Committer:
 
         await self._on_disk(write)
         self._committed_at = time.monotonic()
+        if average.spent:
+            cost = ", ".join(f"{name} {value:.4g}" for name, value in average.spent.items())
+            self._record(run_events.Note(what=f"privacy spent up to round {number}: {cost}"))
         num_examples = sum(one["num_examples"] for one in average.participants)
         self._post(ev.Committed(self._committed_at, number, base, num_examples, line["timings"]))
 

@@ -16,7 +16,13 @@ from fluffle_common.errors import TaskError
 from fluffle_common.tensors.checkpoint import as_kept
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, same_form
-from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy, Needs
+from fluffle_coordinator.strategy.base import (
+    NO_TENSORS,
+    Accounted,
+    Contribution,
+    NamedStrategy,
+    Needs,
+)
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
@@ -85,6 +91,11 @@ class GuardedStrategy:
         except ValueError as wrong:
             raise self._wrong("dump()", f"it returned no state that can be kept: {wrong}") from None
         return {name: np.asarray(tensor) for name, tensor in found.items()}
+
+    def spent(self, number: int) -> dict[str, float]:
+        """Return what so many rounds cost of privacy."""
+        strategy = self.named.strategy
+        return dict(strategy.spent(number)) if isinstance(strategy, Accounted) else {}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
         """Return the state that was kept."""

@@ -94,7 +94,8 @@ def rules_for(named: NamedStrategy, rules: Rules) -> Rules:
     """Return the rules of a run, so that its strategy gets what it needs.
 
     Where the operator asks for fewer workers or updates than that, they are raised: those are the
-    fewest. A quorum that is a number is how many updates close a round, and is refused instead.
+    fewest. A quorum that is a number is how many updates close a round, and is refused instead. The
+    rounds are as many as the strategy allows.
 
     Raises:
         UsageError: naming what the strategy does not get, and the remedy.
@@ -116,8 +117,10 @@ def rules_for(named: NamedStrategy, rules: Rules) -> Rules:
             f"the strategy {named.name} needs {fewest} updates a round, and --quorum {quorum} "
             f"closes it with {quorum}; give --quorum {fewest} or more, or all"
         )
+    most = rules.rounds if needs.max_rounds is None else needs.max_rounds
     return replace(
         rules,
+        rounds=min(rules.rounds, most),
         min_workers=max(rules.min_workers, fewest),
         least=max(rules.least, fewest),
         min_updates=max(rules.min_updates, fewest),

@@ -20,7 +20,8 @@ def read_arguments(make: Callable[..., Any], text: str) -> dict[str, Any]:
     """Return the arguments of ``make``, its defaults included, in the order of its parameters.
 
     Args:
-        make: its parameters are annotated as float, int, bool or str; ``**`` takes any others.
+        make: its parameters are annotated as float, int, bool or str, or as one of these or None;
+            ``**`` takes any others.
         text: ``value`` of the first parameter, ``name=value``, or both, with commas between.
 
     Raises:
@@ -43,7 +44,9 @@ def read_arguments(make: Callable[..., Any], text: str) -> dict[str, Any]:
         if name in given:
             raise ValueError(f"'{name}' is given twice")
         if name in parameters:
-            given[name] = _converted(name, value, str(parameters[name].annotation))
+            given[name] = _converted(
+                name, value, str(parameters[name].annotation).removesuffix(" | None")
+            )
         elif open_ended and equals:
             given[name] = _guessed(name, value)
         else:
@@ -56,7 +59,7 @@ def read_arguments(make: Callable[..., Any], text: str) -> dict[str, Any]:
 
 
 def write_arguments(arguments: Mapping[str, Any]) -> str:
-    """Return arguments as ``read_arguments`` reads them.
+    """Return arguments as ``read_arguments`` reads them; those that are None are left out.
 
     >>> write_arguments({"lr": 0.5, "bias_correction": False})
     'lr=0.5,bias_correction=false'
@@ -64,6 +67,7 @@ def write_arguments(arguments: Mapping[str, Any]) -> str:
     return ",".join(
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in arguments.items()
+        if value is not None
     )
 
 

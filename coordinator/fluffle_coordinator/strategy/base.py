@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fluffle_common.tensors.weights import Array, Weights
 
@@ -57,6 +57,8 @@ class Needs:
         extra: names of tensors that workers have to send besides their deltas.
         min_updates: the fewest updates that a round may be made of.
         min_examples: the fewest examples that a round may be made of.
+        max_rounds: the most rounds that a run may have; None sets no bound.
+        repeatable: whether the same updates make the same model again; not so with secret noise.
     """
 
     all_updates: bool = False
@@ -64,6 +66,8 @@ class Needs:
     extra: tuple[str, ...] = ()
     min_updates: int = 1
     min_examples: int = 1
+    max_rounds: int | None = None
+    repeatable: bool = True
 
 
 NO_NEEDS = Needs()
@@ -116,6 +120,14 @@ class Strategy(Protocol[S]):
             weights: the model of the round that was closed.
         """
         return self.init(weights)
+
+
+@runtime_checkable
+class Accounted(Protocol):
+    """A strategy or a mean that counts what it gives away of its workers."""
+
+    def spent(self, rounds: int) -> Mapping[str, float]:
+        """Return what so many rounds cost, such as epsilon and delta; nothing if none counts."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.optax_step import optax_step
 from fluffle_coordinator.strategy.pipeline import pipeline, replace
+from fluffle_coordinator.strategy.private import private
 from fluffle_coordinator.strategy.weighted import weighted
 
 _JOIN = re.compile(r"\+(?=\s*[A-Za-z_])")  # not the plus of 1e+3
@@ -53,6 +54,7 @@ PARTS = {
     "krum": Part("mean", robust.krum, "the update closest to its neighbours"),
     "multikrum": Part("mean", robust.multi_krum, "the mean of the m best of krum"),
     "rfa": Part("mean", robust.rfa, "the geometric median"),
+    "dp": Part("mean", private, "clipped updates with noise, for differential privacy"),
     "fedavgm": Part("server step", server_steps.momentum, "momentum"),
     "fedadagrad": Part("server step", server_steps.adagrad, "Adagrad"),
     "fedadam": Part("server step", server_steps.adam, "Adam"),
