@@ -33,7 +33,7 @@ from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.names import named_strategy
 
 _REFERENCE = "fedavg"
-_STRATEGIES = (_REFERENCE, "median", "trimmed:0.2", "krum:f=2", "rfa", "fedadam")
+_STRATEGIES = (_REFERENCE, "median", "trimmed:0.2", "krum:f=2", "rfa", "clip:1+median", "fedadam")
 
 
 def _peak_mb() -> float:
@@ -56,11 +56,15 @@ def one_round(name: str, size_mb: float, updates: int, folder: Path) -> dict[str
             numbers.standard_normal(out=tensor, dtype=tensor.dtype)
         began = time.perf_counter()
         check_delta(delta, weights)
-        taken = spooled(delta, folder) if strategy.needs.all_updates else delta
-        one = Contribution(worker=f"w{place:03d}", num_examples=100 + place, delta=taken)
+        one = Contribution(
+            worker=f"w{place:03d}",
+            num_examples=100 + place,
+            delta=delta,
+            lay_on_disk=lambda tensors: spooled(tensors, folder),
+        )
         state = strategy.fold(state, one)
         fold_s += time.perf_counter() - began
-        del payload, delta, taken, one
+        del payload, delta, one
     began = time.perf_counter()
     strategy.finish(state, weights)
     finish_s = time.perf_counter() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections.abc import Mapping
 
 import numpy as np
@@ -163,6 +164,19 @@ def test_every_form_of_tensor_block_by_block_and_from_disk(name, tmp_path, monke
         n: t.tobytes() for n, t in whole.items()
     }
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_mean_of_all_updates_holds_is_on_disk_also_after_a_transform(tmp_path):
+    strategy, base = named_strategy("clip:1+median").strategy, {"w": np.zeros(3)}
+    one = Contribution(
+        worker="a",
+        num_examples=1,
+        delta={"w": np.full(3, 9.0)},
+        lay_on_disk=lambda tensors: spooled(tensors, tmp_path),
+    )
+    ((_, held),) = strategy.fold(strategy.init(base), one).mean
+    assert isinstance(held.memory.obj, mmap.mmap)
+    np.testing.assert_allclose(held["w"], np.full(3, 1 / np.sqrt(3)))
 
 
 def test_large_tensors_are_taken_block_by_block(monkeypatch):

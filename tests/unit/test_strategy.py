@@ -284,7 +284,7 @@ def test_a_strategy_that_does_not_get_what_it_needs_is_refused(needs, rules, tol
 def test_a_strategy_that_gets_what_it_needs_is_taken():
     plain, five = Rules(rounds=1), Rules(rounds=1, min_workers=5, least=5, min_updates=5)
     assert rules_for(FEDAVG, plain) == plain
-    assert rules_for(needing(min_updates=5, all_updates=True), plain) == five
+    assert rules_for(needing(min_updates=5), plain) == five
     assert rules_for(needing(min_updates=3), five) == five
 
 

@@ -205,8 +205,7 @@ class Aggregator:
         message = held.message
         assert isinstance(message, Update)
         began = time.monotonic()
-        needs = self._strategy.strategy.needs
-        check_metrics(message, needs.metrics)
+        check_metrics(message, self._strategy.strategy.needs.metrics)
         # Read-only: it may still have to be kept as it came.
         delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
         if norm > held.max_norm:
@@ -215,13 +214,12 @@ class Aggregator:
                 "(--max-norm-ratio)",
                 "norm",
             )
-        if needs.all_updates:
-            delta = self._committer.spooled(delta)
         one = Contribution(
             worker=message.worker,
             num_examples=held.num_examples,
             delta=delta,
             metrics=message.metrics,
+            lay_on_disk=self._committer.spooled,
         )
         self._state = self._in_round(message.round).fold(self._state, one)
         self._clock.fold_s += time.monotonic() - began

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fluffle_common.cli.user_code import one_line, warn_in_full
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import RunError, TaskError
 from fluffle_common.tensors.checkpoint import as_kept
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, same_form
@@ -134,6 +134,8 @@ class GuardedStrategy:
     def _call(self, what: str, function: Callable[..., _T], *on: Any) -> _T:
         try:
             return function(*on)
+        except RunError:  # of the disk, when it keeps an update there
+            raise
         except (Exception, SystemExit) as why:
             if not self._trusted:
                 warn_in_full(why, "strategy", _CALLERS)

@@ -12,7 +12,7 @@ every round, and looks into it nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -36,6 +36,8 @@ class Contribution:
         staleness: how many versions were committed since the one that it was trained from.
         extra: what else the worker sent.
         metrics: what the worker measured while training.
+        lay_on_disk: returns the same tensors, to be read from disk; in memory, if that is all there
+            is.
     """
 
     worker: str
@@ -44,6 +46,15 @@ class Contribution:
     staleness: int = 0
     extra: Weights = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    lay_on_disk: Callable[[Weights], Weights] = lambda tensors: tensors
+
+    def kept(self) -> Weights:
+        """Return the delta for a state that holds all updates of a round: it takes no memory.
+
+        Raises:
+            RunError: where the disk refuses, which ends the run; no update is lost.
+        """
+        return self.lay_on_disk(self.delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,6 @@ class Needs:
     """What a strategy asks of the coordinator, which refuses to run it where it cannot give that.
 
     Args:
-        all_updates: that its state may hold all updates of a round: each is laid on disk before
-            it is folded, and its arrays are read from there.
         metrics: names of metrics that every update must have; one without is refused.
         extra: names of tensors that workers have to send besides their deltas.
         min_updates: the fewest updates that a round may be made of.
@@ -61,7 +70,6 @@ class Needs:
         repeatable: whether the same updates make the same model again; not so with secret noise.
     """
 
-    all_updates: bool = False
     metrics: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     min_updates: int = 1

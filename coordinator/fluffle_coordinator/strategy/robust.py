@@ -1,7 +1,7 @@
 """Means that hold although some of the workers send anything they like.
 
-They need all updates of a round at once. The coordinator lays each on disk as it comes, and here
-they are read in blocks, so that memory stays that of the model, however many workers there are.
+They need all updates of a round at once. Each is laid on disk as it comes, and they are read from
+there in blocks, so that memory stays that of the model, however many workers there are.
 Updates are taken in the order of their workers' names: the order in which they came changes no bit.
 Every worker counts the same, since the number of examples is its own claim.
 
@@ -47,7 +47,7 @@ _END = largest(_FLOAT)
 _ELEMENTS = 2**18  # of all updates together that are in memory at a time, 2 MiB
 _CLOSE_ENOUGH = 1e-6
 
-Updates = tuple[Contribution, ...]
+Updates = tuple[tuple[str, Weights], ...]  # whose it is, and the delta
 
 
 class Rule(Protocol):
@@ -59,11 +59,11 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class OfAll:
-    """A mean of all updates at once; its state are the updates of the round.
+    """A mean of all updates at once, which are its state.
 
     Args:
         rule: what is made of them.
-        needs: that it needs all of them, and at least how many.
+        needs: how many updates it needs at least.
     """
 
     rule: Rule
@@ -74,8 +74,8 @@ class OfAll:
         return ()
 
     def fold(self, state: Updates, one: Contribution) -> Updates:
-        """Keep an update, which lies on disk."""
-        return (*state, one)
+        """Keep an update, on disk."""
+        return (*state, (one.worker, one.kept()))
 
     def finish(self, state: Updates, weights: Weights) -> tuple[Weights, Updates]:
         """Return the mean delta in float64; integers beyond 2**53 are rounded.
@@ -86,9 +86,9 @@ class OfAll:
         if not state:
             raise ValueError("no update was folded: there is nothing to average")
         delta = layout_for(weights).empty_as(_FLOAT)
-        in_order = sorted(state, key=lambda one: one.worker)
+        in_order = sorted(state, key=lambda one: one[0])
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            self.rule([one.delta for one in in_order], delta)
+            self.rule([update for _, update in in_order], delta)
         return delta, ()
 
 
@@ -102,7 +102,7 @@ def median() -> OfAll:
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
         _average_middle(updates, delta, cut=(len(updates) - 1) // 2)
 
-    return OfAll(rule, Needs(all_updates=True, min_updates=3))
+    return OfAll(rule, Needs(min_updates=3))
 
 
 def trimmed_mean(fraction: float = 0.2) -> OfAll:
@@ -123,7 +123,7 @@ def trimmed_mean(fraction: float = 0.2) -> OfAll:
         _average_middle(updates, delta, cut=_part(fraction, len(updates)))
 
     fewest = max(3, math.ceil(1 / fraction - _CLOSE_ENOUGH))
-    return OfAll(rule, Needs(all_updates=True, min_updates=fewest))
+    return OfAll(rule, Needs(min_updates=fewest))
 
 
 def krum(f: int = 1) -> OfAll:
@@ -161,7 +161,7 @@ def multi_krum(f: int = 1, m: int = 2) -> OfAll:
         shares[chosen] = 1 / len(chosen)
         _combine(updates, shares, delta)
 
-    return OfAll(rule, Needs(all_updates=True, min_updates=max(2 * f + 3, m + f + 2)))
+    return OfAll(rule, Needs(min_updates=max(2 * f + 3, m + f + 2)))
 
 
 def rfa(iterations: int = 100, nu: float = 1e-6) -> OfAll:
@@ -194,7 +194,7 @@ def rfa(iterations: int = 100, nu: float = 1e-6) -> OfAll:
             shares += 1 / len(updates)
         _combine(updates, shares, delta)
 
-    return OfAll(rule, Needs(all_updates=True, min_updates=3))
+    return OfAll(rule, Needs(min_updates=3))
 
 
 def _part(fraction: float, count: int) -> int:
