@@ -45,6 +45,8 @@ from fluffle_coordinator.strategy.blocks import in_blocks
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
 _ELEMENTS = 2**18  # of all updates together that are in memory at a time, 2 MiB
+# So many multiplications BLAS does in one thread; handing small products to several is far slower.
+_IN_ONE_THREAD = 2**17
 _CLOSE_ENOUGH = 1e-6
 
 Updates = tuple[tuple[str, Weights], ...]  # whose it is, and the delta
@@ -247,10 +249,13 @@ def _geometry(updates: Sequence[Weights], like: Tensors) -> tuple[Array, Array]:
     """
     count = len(updates)
     products, norms = np.zeros((count, count)), np.zeros(count)
+    width = max(32, _IN_ONE_THREAD // count**2)
     for _, rows in _stacked(updates, like):
-        norms += np.vecdot(rows, rows)
+        norms += np.square(rows).sum(axis=1)
         np.subtract(rows, _middle(rows, (count - 1) // 2), out=rows)
-        products += rows @ rows.T
+        for start in range(0, rows.shape[1], width):
+            piece = rows[:, start : start + width]
+            products += piece @ piece.T
     return products, norms
 
 
