@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # Progress where a terminal shows it, nothing but errors elsewhere.
 PIP_FLAGS := --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
-.PHONY: install demo test test-fast check browser bench bench-flower chaos format lock clean
+.PHONY: install demo test test-fast test-long coverage check browser bench bench-flower chaos format lock clean
 
 install: $(STAMP)
 
@@ -41,6 +41,17 @@ FAST := $(filter-out $(SLOW:%=tests/unit/test_%.py),$(wildcard tests/unit/test_*
 
 test-fast: install
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) tests/federation $(ARGS)
+
+# What the pure core leaves untried, line by line; most of it is there for people to read.
+PURE := fluffle_coordinator.machine fluffle_coordinator.strategy fluffle_common.tensors \
+	fluffle_common.protocol
+
+coverage: install
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) tests/federation --cov-branch \
+		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
+
+# Before a release: everything, and a hundred faults.
+test-long: test coverage chaos
 
 # For the test of the live page: installed where it is missing and may be.
 browser:

@@ -17,7 +17,7 @@ import grimp
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("architecture.md")
-SIDES = ("broker", "coordinator", "worker", "common")
+SIDES = ("fluffle", "broker", "coordinator", "worker", "common")
 BEGIN, END = "<!-- rooms: made by docs/rooms.py -->", "<!-- rooms: end -->"
 
 
@@ -25,17 +25,21 @@ def rooms() -> dict[str, Path]:
     """Return every folder that holds modules, by the name it is imported under."""
     found = {}
     for side in SIDES:
-        base = ROOT / side
-        for init in sorted(base.glob(f"fluffle_{side}/**/__init__.py")):
+        base = ROOT if side == "fluffle" else ROOT / side
+        for init in sorted(base.glob(f"{_package(side)}/**/__init__.py")):
             if init.parent.parent == base and len(list(init.parent.glob("*.py"))) == 1:
                 continue  # nothing but rooms
             found[".".join(init.parent.relative_to(base).parts)] = init.parent
     return found
 
 
+def _package(side: str) -> str:
+    return side if side == "fluffle" else f"fluffle_{side}"
+
+
 def arrows(names: set[str]) -> list[tuple[str, str]]:
     """Return which room imports which, each pair once, none from a room to itself."""
-    graph = grimp.build_graph(*(f"fluffle_{side}" for side in SIDES))
+    graph = grimp.build_graph(*map(_package, SIDES))
     pairs = {
         (_room(module, names), _room(imported, names))
         for module in graph.modules

@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from fluffle_worker.task import Task, TaskOptions
-from fluffle_worker.tasks.flax import Examples, accuracy, flax_task
+from fluffle import Task, TaskOptions, accuracy, flax_task
+from fluffle_worker.tasks.flax import Examples
 
 
 class MLP(nnx.Module):

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluffle_common.protocol.messages import Plan
-from fluffle_common.tensors.weights import Weights
-from fluffle_worker.task import EvalResult, Progress, TaskOptions, TrainResult
+from fluffle import EvalResult, Plan, Progress, TaskOptions, TrainResult, Weights
 
 SLOPES = np.array([2.0, -3.0, 0.5])
 INTERCEPT = 4.0

@@ -20,6 +20,7 @@ from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.transport.base import (
     NAMED,
     Delivery,
@@ -1212,9 +1213,11 @@ async def test_parts_are_taken_from_the_user_who_may_send_them_and_no_other(
     for user, taken in (("guest", True), ("mallory", False)):
         await soon(send_tensors(link, update, weights, Route("", [updates]), parts=to_outbox))
         announced, _ = decode((await soon(link.get(updates))).body)
-        fetching = fetch(link, outbox, announced.transfer, 10_000, rejected, user=user)
+        into = Assembly(announced.transfer, 10_000)
+        fetching = fetch(link, outbox, into, rejected, user=user)
         if taken:
-            assert await soon(fetching) == weights["w"].tobytes()
+            await soon(fetching)
+            assert into.payload() == weights["w"].tobytes()
         else:
             with pytest.raises(PartsGone):
                 await soon(fetching)

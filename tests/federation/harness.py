@@ -148,7 +148,7 @@ class Federation:
     def coordinator(self, rounds: int = 3, **options: Any) -> Process:
         """Start a coordinator."""
         of_settings = {"classes", "init", "verify_users", "max_workers", "max_model_bytes", "plan"}
-        of_settings |= {"strategy", "keep_updates"}
+        of_settings |= {"strategy", "keep_updates", "hooks"}
         given = {name: options.pop(name) for name in of_settings & options.keys()}
         number = options.pop("number", None)
         quorum = Quorum(number=number) if number else options.pop("quorum", Quorum())

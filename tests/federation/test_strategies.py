@@ -20,7 +20,7 @@ from fluffle_common.tensors.checkpoint import (
     read_whole,
     save_checkpoint,
 )
-from fluffle_common.tensors.spool import spooled
+from fluffle_common.tensors.on_disk import laid_on_disk
 from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.service import committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
@@ -154,11 +154,11 @@ def test_a_strategy_of_all_updates_finds_them_on_the_disk_of_the_run(federated, 
     laid = []
 
     def lay(delta, folder):
-        found = spooled(delta, folder)
+        found = laid_on_disk(delta, folder)
         laid.append((folder, isinstance(found.memory.obj, mmap.mmap)))
         return found
 
-    monkeypatch.setattr(committer, "spooled", lay)
+    monkeypatch.setattr(committer, "laid_on_disk", lay)
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, min_workers=3, strategy=MEDIAN)
@@ -183,7 +183,7 @@ def test_a_disk_without_room_for_the_updates_of_a_round_ends_the_run_and_loses_n
         for name, task in zip("abc", tasks, strict=True):
             federation.worker(name, task)
         with monkeypatch.context() as patch:
-            patch.setattr(committer, "spooled", full)
+            patch.setattr(committer, "laid_on_disk", full)
             coordinator = federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN)
             with pytest.raises(RunError, match=r"\(No space left on device\); make room there"):
                 await coordinator.end()

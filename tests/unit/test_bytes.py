@@ -15,6 +15,7 @@ from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol.codec import decode, pack
 from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Transfer, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import delta
@@ -221,8 +222,9 @@ async def test_parts_of_another_user_never_get_into_an_update(link):
         await link.publish(delivery.body, delivery.properties, **about)
         delivery.ack()
     outbox = TOPOLOGY.outbox("w")
-    got = await fetch(link, outbox, transfer, 1000, TOPOLOGY.rejected, user="w")
-    assert got == payload
+    into = Assembly(transfer, 1000)
+    await fetch(link, outbox, into, TOPOLOGY.rejected, user="w")
+    assert into.payload() == payload
     for _ in range(transfer.parts):
         rejected = await link.get(TOPOLOGY.rejected)
         assert rejected.properties.headers["cause"] == "sender"
@@ -237,8 +239,10 @@ async def test_where_users_are_not_verified_replaced_parts_are_found_out(link):
     about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
     await link.publish(wire.encode(false, bytes(64)), Properties(), **about)
     first.ack()
+    into = Assembly(transfer, 1000)
+    await fetch(link, TOPOLOGY.outbox("w"), into, TOPOLOGY.rejected)
     with pytest.raises(MalformedMessage, match="replaced or damaged") as caught:
-        await fetch(link, TOPOLOGY.outbox("w"), transfer, 1000, TOPOLOGY.rejected)
+        into.payload()
     assert caught.value.cause == "tensors"
 
 
@@ -246,7 +250,9 @@ async def test_where_users_are_not_verified_replaced_parts_are_found_out(link):
 async def test_only_foreign_parts_are_as_good_as_none(link):
     transfer = (await send_as(link, "mallory")).transfer
     with pytest.raises(PartsGone):
-        await fetch(link, TOPOLOGY.outbox("w"), transfer, 1000, TOPOLOGY.rejected, user="w")
+        await fetch(
+            link, TOPOLOGY.outbox("w"), Assembly(transfer, 1000), TOPOLOGY.rejected, user="w"
+        )
     assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
 
 

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol import messages
-from fluffle_common.protocol.codec import Assembly, decode, describe, encode, pack, read_tensors
+from fluffle_common.protocol.codec import decode, describe, encode, pack, read_tensors
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -32,6 +32,7 @@ from fluffle_common.protocol.messages import (
     Transfer,
     Update,
 )
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.weights import BFLOAT16, DTYPES, Weights
 
 DIGEST = "0" * 64
@@ -243,7 +244,7 @@ def test_an_announcement_that_no_memory_can_hold_is_refused(monkeypatch):
     def full(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(wire.np, "empty", full)
+    monkeypatch.setattr(np, "empty", full)
     with pytest.raises(MalformedMessage, match="no room for 1000 bytes"):
         Assembly(Transfer(id="t", parts=1, nbytes=1000, digest=DIGEST), 1000)
 

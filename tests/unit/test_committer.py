@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.dashboard.report_numbers import read_numbers
+from fluffle_coordinator.dashboard.report import read_report
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.service.committer import Average, Committer
 from fluffle_coordinator.storage.round_stats import Clock
@@ -83,8 +83,9 @@ async def test_what_came_too_late_for_the_last_round_is_in_the_history_too(run):
     (row,) = read_history(run.folder)
     assert (row["late"], row["late_updates"]) == (1, [LATE])
     assert (row["rejected"], row["rejections"]) == (1, [{"reason": "it has a NaN"}])
-    (shown,) = read_numbers(run.folder).rounds
-    assert (shown.late, shown.rejected) == (1, 1)
+    shown = read_report(run.folder, 0.0)
+    assert [(one["late"], one["rejected"]) for one in shown["rounds"]] == [(1, 1)]
+    assert shown["run"]["phase"] == "ended"
 
 
 async def test_a_run_that_ended_before_its_first_round_has_no_line_of_it(run):

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import CAUSES
 from fluffle_common.protocol.events import from_fields
-from fluffle_coordinator.dashboard.board import Board, Standing
-from fluffle_coordinator.dashboard.coordinator_source import standing
+from fluffle_coordinator.dashboard.board import Board
+from fluffle_coordinator.dashboard.coordinator_source import bring_up_to_date
 from fluffle_coordinator.dashboard.feed import as_json
-from fluffle_coordinator.dashboard.roster import Roster
-from fluffle_coordinator.dashboard.rounds import latest
+from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
-from fluffle_coordinator.machine.state import Rules
+from fluffle_coordinator.machine.state import Phase, Rules, State, Table, Worker
 from fluffle_coordinator.observe.tally import OUTCOMES
+from fluffle_coordinator.observe.worker_view import Workers
 
 RUN = "0123456789ab"
 
@@ -68,14 +68,15 @@ COMMITTED = (
 class TestOpenRound:
     def test_it_names_who_answered_and_what_the_others_do(self) -> None:
         board = told(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1))
-        board.roster.sign_of_life(
+        board.view.workers.sign_of_life(
             105.0, "south", {"state": "training", "round": 1, "step": 3, "steps": 9}
         )
         shown = board.snapshot(106.0)["open"]
         assert (shown["round"], shown["updates"], shown["needed"]) == (1, 1, 2)
         assert (shown["opened_at"], shown["deadline_at"]) == (103.0, 163.0)
         assert [(one["worker"], one["after_s"]) for one in shown["answered"]] == [("north", 1.0)]
-        assert shown["missing"] == [{"worker": "south", "doing": "training 3/9"}]
+        south = {"worker": "south", "doing": "training 3/9", "hopeless": False}
+        assert shown["missing"] == [south]
 
     def test_a_worker_that_failed_or_is_gone_is_said_to_be(self) -> None:
         board = told(
@@ -85,7 +86,9 @@ class TestOpenRound:
             ("failure", {"worker": "north", "round": 1, "reason": "no memory"}),
             ("gone", {"worker": "south", "silent_s": 12.0}),
         )
-        doing = {one["worker"]: one["doing"] for one in board.snapshot(110.0)["open"]["missing"]}
+        missing = board.snapshot(110.0)["open"]["missing"]
+        assert all(one["hopeless"] for one in missing)
+        doing = {one["worker"]: one["doing"] for one in missing}
         assert doing == {"north": "failed: no memory", "south": "is gone"}
 
     def test_reopened_keeps_who_has_answered(self) -> None:
@@ -100,16 +103,26 @@ class TestOpenRound:
         assert board.snapshot(110.0)["open"] is None
         assert board.snapshot(110.0)["run"]["words"] == "between two rounds"
 
+    def test_a_quorum_that_shrinks_is_told_at_once(self) -> None:
+        shrunk = ("quorum", {"round": 1, "needed": 1, "was": 2, "reason": "south has left"})
+        board = told(STARTED, *JOINED, opened(1, "north", "south"), shrunk)
+        assert board.run()["words"] == "round 1 is open: 0 of 1 updates"
+
     def test_the_coordinator_knows_better_than_its_events(self) -> None:
         board = told(STARTED, CONNECTED, *JOINED, opened(1, "north", "south"))
-        knows = Standing(
-            phase="open", round=1, rounds=6, linked=True, updates=1, needed=1, present=1, gate=1,
-            has_weights=True, opened_at=103.0, deadline_at=300.0, asked=("north",), failed={},
+        here = Worker("north", "s", 5, (), 2.0, last_seen=8.0, state="training", step=3, steps=8)
+        state = State(
+            Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, phase=Phase.OPEN, link=1,
+            workers=Table({"north": here}), asked=Table({"north": 1.0}), opened_at=4.0,
         )  # fmt: skip
-        shown = board.snapshot(110.0, knows)
-        assert shown["run"]["words"] == "round 1 is open: 1 of 1 updates"
-        assert (shown["open"]["needed"], shown["open"]["deadline_at"]) == (1, 300.0)
+        bring_up_to_date(board.view, state, epoch=100.0, now=10.0)
+        shown = board.snapshot(110.0)
+        assert shown["run"]["words"] == "round 1 is open: 0 of 1 updates"
+        assert (shown["open"]["needed"], shown["open"]["deadline_at"]) == (1, 164.0)
+        assert [one["doing"] for one in shown["open"]["missing"]] == ["training 3/8"]
         assert shown["run"]["rounds"] == 6
+        bring_up_to_date(board.view, state.but(quorum_at=9.0), epoch=100.0, now=10.0)
+        assert board.snapshot(110.0)["open"]["deadline_at"] == 114.0
 
 
 class TestRun:
@@ -142,7 +155,7 @@ class TestRun:
         board = told(STARTED, CONNECTED)
         assert board.run()["linked"]
         board.add(200.0, from_fields("disconnected", {"reason": "reset"}))
-        assert (board.run()["linked"], board.tally.outages) == (False, 1)
+        assert (board.run()["linked"], board.view.tally.outages) == (False, 1)
         assert "reset" in board.run()["link"]
 
     def test_beside_a_coordinator_its_link_is_not_ours(self) -> None:
@@ -156,14 +169,15 @@ class TestRun:
         shown = board.snapshot(201.0)
         assert shown["rounds"] == []
         assert {row["counted"] for row in shown["workers"]} == {0}
-        assert board.tally.rounds == 1  # what is counted for Prometheus never goes down
+        assert board.view.tally.rounds == 1  # what is counted for Prometheus never goes down
 
-    def test_what_a_state_of_the_machine_says(self) -> None:
-        knows = standing(start(Rules(rounds=3, min_workers=2), RUN, now=5.0), epoch=1000.0)
-        assert (knows.phase, knows.round, knows.rounds, knows.gate) == ("waiting", 1, 3, 2)
-        assert not knows.linked
-        run = told(STARTED, CONNECTED).run(knows)
-        assert (run["words"], run["linked"]) == ("waiting for workers: 0 of 2 are here", False)
+    def test_what_a_machine_that_waits_says(self) -> None:
+        board = told(STARTED, CONNECTED)
+        state = start(Rules(rounds=3, min_workers=2), RUN, now=5.0).but(link=1)
+        bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
+        run = board.run()
+        assert (run["phase"], run["round"], run["rounds"]) == ("waiting", 1, 3)
+        assert run["words"].startswith("waiting for workers: 0 of 2 are here")
 
 
 class TestRounds:
@@ -183,13 +197,17 @@ class TestRounds:
             "accuracy": [None, 0.75],
         }
         assert [one["round"] for one in shown["rounds"]] == [1, 2, 3]
-        assert shown["rounds"][0]["timings"] == {"waiting": 1.0, "open": 2.0, "fold": 0.25}
+        phases = shown["rounds"][0]["phases"]  # nobody is known to have trained in it
+        assert phases == {
+            "waiting": 1.0, "training": 0.0, "transfer": 1.75, "aggregation": 0.25,
+            "checkpoint": 0.0,
+        }  # fmt: skip
         assert (latest(board.view, "accuracy"), latest(board.view, "loss")) == (0.75, 0.25)
         assert latest(board.view, "nonsense") is None
 
     def test_history_is_shown_and_not_counted(self) -> None:
         board = Board("letters")
-        board.remember(
+        board.view.remember(
             [
                 {
                     "round": 1,
@@ -209,7 +227,7 @@ class TestRounds:
         assert [(row["name"], row["counted"], row["state"]) for row in shown["workers"]] == [
             ("north", 1, "gone")
         ]
-        assert board.tally.rounds == 0
+        assert board.view.tally.rounds == 0
         assert shown["run"]["round"] == 2
 
 
@@ -233,29 +251,47 @@ class TestWorkers:
         assert board.snapshot(120.0)["workers"] == []
 
     def test_an_old_farewell_does_not_undo_a_newer_sign_of_life(self) -> None:
-        roster = Roster()
-        roster.sign_of_life(50.0, "north", {"state": "training"})
-        roster.add(40.0, from_fields("left", {"worker": "north", "reason": "stopped by its owner"}))
-        assert roster.by_state()["training"] == 1
-        roster.add(60.0, from_fields("left", {"worker": "north", "reason": "stopped by its owner"}))
-        assert roster.by_state()["left"] == 1
+        workers = Workers()
+        workers.sign_of_life(50.0, "north", {"state": "training"})
+        farewell = from_fields("left", {"worker": "north", "reason": "stopped by its owner"})
+        workers.add(40.0, farewell)
+        assert workers.by_state()["training"] == 1
+        workers.add(60.0, farewell)
+        assert workers.by_state()["left"] == 1
 
     def test_whoever_is_here_comes_first(self) -> None:
         board = told(*JOINED, ("gone", {"worker": "north", "silent_s": 9.0}))
         assert [row["name"] for row in board.snapshot(120.0)["workers"]] == ["south", "north"]
 
     def test_a_worker_of_an_earlier_round_is_said_to_be_behind(self) -> None:
-        roster = Roster()
-        roster.sign_of_life(1.0, "north", {"state": "training", "round": 3, "step": 1, "steps": 2})
-        assert roster.doing("north", 4, None) == "training 1/2 of round 3"
+        workers = Workers()
+        workers.sign_of_life(1.0, "north", {"state": "training", "round": 3, "step": 1, "steps": 2})
+        assert workers["north"].doing(4) == "training 1/2 of round 3"
 
-    def test_they_are_bounded(self) -> None:
-        roster = Roster()
-        for number in range(2500):
-            roster.add(
-                float(number), from_fields("refused", {"worker": f"w{number}", "reason": "classes"})
-            )
-        assert len(roster.rows(1)) == 2000
+    def test_those_on_the_page_are_bounded(self) -> None:
+        refused = [("refused", {"worker": f"w{n}", "reason": "classes"}) for n in range(2500)]
+        assert len(told(*refused).snapshot(1.0)["workers"]) == 2000
+
+    def test_what_it_sent_and_how_long_it_trained(self) -> None:
+        rounds = [
+            told_of for n in (1, 2) for told_of in (opened(n, "north"), counted("north", n, 1))
+        ]
+        [row] = told(STARTED, *rounds).snapshot(120.0)["workers"]
+        assert (row["counted"], row["bytes"], row["train_s"]) == (2, 2000, 0.5)
+
+
+class TestAsynchrony:
+    def test_staleness_is_there_when_it_is_told(self) -> None:
+        board = Board("letters")
+        there = [
+            {"worker": "a", "num_examples": 100, "staleness": 0, "weight": 100.0},
+            {"worker": "b", "num_examples": 100, "staleness": 3, "weight": 50.0},
+        ]
+        board.view.remember([{"round": 1, "participants": there, "epsilon": 1.5}])
+        shown = board.snapshot(1.0)
+        assert shown["staleness"] == {"counts": {"0": 1, "3": 1}, "lost": 0.25}
+        assert shown["curves"] == {"rounds": [1], "epsilon": [1.5]}
+        assert told(STARTED, COMMITTED).snapshot(1.0)["staleness"] is None
 
 
 class TestRefusals:
@@ -266,17 +302,18 @@ class TestRefusals:
         assert latest["reason"] == "tensor 'a' is NaN"
         assert (latest["cause"], latest["worker"], latest["round"]) == ("not_finite", "north", 3)
         assert "tensor 'a' is NaN" in shown["journal"][-1]["text"]
-        assert board.tally.causes["not_finite"] == 1
-        assert board.tally.outcomes["rejected"] == 1
+        assert (shown["rejected"]["causes"], shown["rejected"]["total"]) == ({"not_finite": 1}, 1)
+        assert board.view.tally.causes["not_finite"] == 1
+        assert board.view.tally.outcomes["rejected"] == 1
 
     def test_causes_are_bounded(self) -> None:
         board = told(*[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)])
-        assert set(board.tally.causes) <= set(CAUSES)
+        assert set(board.view.tally.causes) <= set(CAUSES)
 
     def test_a_bad_heartbeat_is_no_bad_update(self) -> None:
         board = told(rejected(kind="heartbeat"))
-        assert board.tally.outcomes["rejected"] == 0
-        assert board.tally.causes["not_finite"] == 1
+        assert board.view.tally.outcomes["rejected"] == 0
+        assert board.view.tally.causes["not_finite"] == 1
 
 
 class TestJournal:
@@ -339,4 +376,4 @@ def test_whatever_happens_there_is_a_page(happened: list[tuple[str, dict[str, An
     if shown["open"] is not None:
         answered = {one["worker"] for one in shown["open"]["answered"]}
         assert not answered & {one["worker"] for one in shown["open"]["missing"]}
-    assert set(board.tally.outcomes) <= set(OUTCOMES)
+    assert set(board.view.tally.outcomes) <= set(OUTCOMES)

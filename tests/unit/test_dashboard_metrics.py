@@ -14,8 +14,8 @@ from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import PHASES, Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import ROLES, registry, role
-from fluffle_coordinator.dashboard.roster import ABSENT, STATES
 from fluffle_coordinator.observe.tally import OUTCOMES, STEPS
+from fluffle_coordinator.observe.worker_view import ABSENT, STATES
 
 _NO_BASE_UNITS = re.compile(
     r"_(milliseconds?|ms|microseconds?|minutes?|hours?|days?|kilobytes?|kb|megabytes?|mb|percent|"

@@ -12,7 +12,7 @@ import pytest
 
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
-from fluffle_coordinator.dashboard.coordinator_source import Live
+from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.server import is_loopback, listen, served, url_of
 
@@ -22,7 +22,7 @@ PATIENCE_S = 20.0
 class Site:
     """A page that is being served, and one way to ask it."""
 
-    def __init__(self, live: Live, port: int) -> None:
+    def __init__(self, live: CoordinatorSource, port: int) -> None:
         self.live, self.port = live, port
 
     async def ask(
@@ -66,7 +66,7 @@ class Site:
 
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
-    live = Live("letters")
+    live = CoordinatorSource("letters")
     listening = listen("127.0.0.1:0", "--dashboard")
     async with served(live.feed, listening):
         yield Site(live, listening.getsockname()[1])
@@ -161,7 +161,7 @@ async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) ->
 
 
 async def test_a_stream_ends_with_the_last_news_when_the_page_does() -> None:
-    live = Live("letters")
+    live = CoordinatorSource("letters")
     listening = listen("127.0.0.1:0", "--dashboard")
     site = Site(live, listening.getsockname()[1])
     async with contextlib.AsyncExitStack() as stack:
@@ -197,7 +197,7 @@ async def test_queues_that_cannot_be_asked_are_a_note() -> None:
     def ask() -> list[dict[str, object]]:
         raise ConnectionRefusedError("nobody there")
 
-    live = Live("letters", ask)
+    live = CoordinatorSource("letters", ask)
     await live.feed.ask_queues(0.0)
     assert "nobody there" in live.feed.board.snapshot(1.0)["queues"]["note"]
 
@@ -205,7 +205,7 @@ async def test_queues_that_cannot_be_asked_are_a_note() -> None:
 def test_an_event_that_cannot_be_shown_is_warned_of_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    live = Live("letters")
+    live = CoordinatorSource("letters")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live.feed.board, "add", lambda *_: 1 / 0)
         for _ in range(3):
@@ -222,7 +222,7 @@ async def test_a_page_that_fails_does_not_end_the_run(
         raise RuntimeError("no page today")
 
     monkeypatch.setattr("fluffle_coordinator.dashboard.server._Server.serve", fail)
-    async with served(Live("letters").feed, listen("127.0.0.1:0", "--dashboard")):
+    async with served(CoordinatorSource("letters").feed, listen("127.0.0.1:0", "--dashboard")):
         await asyncio.sleep(0)
     assert "no page today" in capsys.readouterr().err
 

@@ -126,10 +126,11 @@ async def test_the_sign_of_life_of_a_training_worker_in_words():
 
 
 async def test_an_event_of_the_journal_in_words():
-    fields = {"round": 2, "needed": 3}
+    fields = {"round": 2, "asked": ["a", "b"], "needed": 3, "timings": {"open_s": 1.0}}
     event = Event(federation="f", event="opened", time="t", session="s", number=1, fields=fields)
     (delivery,) = await through(encode(event))
-    assert facts(decode_message(delivery, "f")) == ["opened round=2 needed=3"]
+    said = ["round 2: opened for a, b, 3 updates needed"]
+    assert facts(decode_message(delivery, "f")) == said
 
 
 async def test_many_events_of_the_journal_are_counted():

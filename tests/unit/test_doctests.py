@@ -14,10 +14,11 @@ SIDES = ("broker", "common", "coordinator", "worker")
 
 def _with_examples() -> list[str]:
     found = []
-    for side in SIDES:
-        for path in sorted((ROOT / side).rglob("*.py")):
+    for base, folder in ((ROOT, "fluffle"), *((ROOT / side, f"fluffle_{side}") for side in SIDES)):
+        for path in sorted((base / folder).rglob("*.py")):
             if ">>> " in path.read_text():
-                found.append(".".join(path.relative_to(ROOT / side).with_suffix("").parts))
+                name = ".".join(path.relative_to(base).with_suffix("").parts)
+                found.append(name.removesuffix(".__init__"))
     return found
 
 

@@ -307,6 +307,14 @@ MUTANTS = [
         "(state.next, state.sending, state.answered) if",
         "(state.sending, state.answered) if",
     ),
+    Mutant(
+        "goes on after a commit that is enough",
+        progress,
+        "past_the_last = state.round > state.rules.rounds or state.enough",
+        "past_the_last = state.round > state.rules.rounds",
+        "test_no_round_opens_after_a_commit_that_is_enough",
+        random=False,
+    ),
 ]
 # The parts of the coordinator's machine, each after those that it imports.
 PARTS = [hearing, agreement, progress, members, rounds]

@@ -53,6 +53,18 @@ def test_no_number_is_infinite_negative_or_too_large(words, flag, kind):
     assert kind.max is not None or flag in ("--learning-rate", "--max-norm-ratio")
 
 
+def test_no_line_of_help_is_wider_than_a_terminal():
+    def look(command: click.Command, name: str, above: click.Context | None = None) -> None:
+        context = click.Context(command, info_name=name, parent=above, terminal_width=80)
+        wide = [line for line in command.get_help(context).splitlines() if len(line) > 80]
+        assert wide == []
+        if isinstance(command, click.Group):
+            for each in command.list_commands(context):
+                look(command.get_command(context, each), each, context)
+
+    look(fluffle, "fluffle")
+
+
 def test_the_command_says_it_in_one_line():
     for flags in (["--deadline", "nan"], ["--seed", str(2**63)], ["--fraction", "nan"]):
         found = CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *flags])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.cells import cell_len
@@ -92,6 +94,15 @@ def test_after_the_end_of_a_run_nothing_is_off():
     assert not unknown.at_rest
 
 
+def everything(terminal: int) -> bytes:
+    """Read a terminal until its other end is closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # that is how Linux says so
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    return shown
+
+
 def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, capsys):
     from fluffle_broker.cli.queues import _show
 
@@ -104,11 +115,12 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
     assert line in capsys.readouterr().out.splitlines()
     main, terminal = pty.openpty()
     monkeypatch.setenv("COLUMNS", "80")
-    with os.fdopen(terminal, "w") as stream:
-        monkeypatch.setattr("sys.stdout", stream)
-        _show(found)
-        stream.flush()
-        shown = os.read(main, 65536).decode()
+    with ThreadPoolExecutor() as reading:  # a terminal holds little, and gives it in pieces
+        shown_there = reading.submit(everything, main)
+        with os.fdopen(terminal, "w") as stream:
+            monkeypatch.setattr("sys.stdout", stream)
+            _show(found)
+        shown = shown_there.result().decode()
     os.close(main)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert max(cell_len(line) for line in plain.splitlines()) <= 80

@@ -240,7 +240,7 @@ def test_a_half_written_file_never_has_the_name(tmp_path, monkeypatch):
     path = kept.update_path(tmp_path, 1, 1, "a")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
     with pytest.raises(OSError, match="bad"):
-        kept.keep_update(path, b"body", memoryview(b"payload"))
+        kept.keep_update(path, b"body", [memoryview(b"pay"), memoryview(b"load")])
     assert files(tmp_path, 1) == []
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_coordinator.dashboard.report_numbers import train_loss
+from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.machine.state import Evaluated
+from fluffle_coordinator.observe.round_view import Answer
 from fluffle_coordinator.service.committer import federated
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
@@ -44,6 +45,6 @@ def test_an_evaluation_of_the_largest_losses_is_one():
 
 
 def test_a_training_loss_is_averaged_likewise():
-    told = [{"num_examples": 10, "train_loss": 1.7e308}] * 2
-    assert train_loss([*told, {"num_examples": 5, "train_loss": None}]) == 1.7e308
+    told = [Answer(worker, 0.0, num_examples=10, train_loss=1.7e308) for worker in "ab"]
+    assert train_loss([*told, Answer("c", 0.0, num_examples=5)]) == 1.7e308
     assert train_loss([]) is None

@@ -89,10 +89,10 @@ class Run:
     def update(self, name: str) -> list[fx.Effect]:
         return [*self.arrived(name), *self.folded(name)]
 
-    def committed(self, *participants: str) -> list[fx.Effect]:
+    def committed(self, *participants: str, enough: str = "") -> list[fx.Effect]:
         """Commit the round, of which these are the participants."""
         number = self.state.round
-        effects = self.on(ev.Committed(self.now, number, f"b{number}"))
+        effects = self.on(ev.Committed(self.now, number, f"b{number}", enough=enough))
         assert self.state.counted_before[number] == {*participants}
         return effects
 

@@ -122,3 +122,13 @@ def test_what_comes_again_of_the_rounds_before_is_a_duplicate():
     run.committed("a", "b")
     assert tells(run.arrived("a", round=1, base="b0")) == ["duplicate"]
     assert tells(run.arrived("a", round=2, base="b1")) == ["duplicate"]
+
+
+def test_no_round_opens_after_a_commit_that_is_enough():
+    run = committing("a", "b")
+    effects = run.committed("a", "b", enough="the loss is low")
+    assert not only(effects, fx.SendFit)
+    assert only(effects, fx.SendEvaluate) == [fx.SendEvaluate(("a", "b"))]
+    run.evaluation("a", 1)
+    effects = run.evaluation("b", 1)
+    assert only(effects, fx.End) == [fx.End("finished", "the loss is low", ("a", "b"))]

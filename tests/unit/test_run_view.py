@@ -6,7 +6,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State, Table, Worker
 from fluffle_coordinator.machine.state import Rules as RoundRules
-from fluffle_coordinator.observe.run_view import RoundView, RunView
+from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.waiting import waiting_for
 
 
@@ -83,8 +83,8 @@ def test_it_is_bounded():
     view = view_of(opened(1, "a"), *[rejected()] * 1100)
     assert len(view.rounds[1].notes) == 1000
     view = view_of(*(run_events.Gone(worker=f"w{number}") for number in range(10_100)))
-    assert len(view.absent) == 10_000
-    assert "w0" not in view.absent
+    assert len(view.workers.absent) == 10_000
+    assert "w0" not in view.workers.absent
 
 
 def test_of_old_rounds_the_result_alone_is_kept():
@@ -94,10 +94,56 @@ def test_of_old_rounds_the_result_alone_is_kept():
     assert view.rounds[1].participants == ("a",)
 
 
-def test_a_round_of_a_history_is_shown_as_it_was():
+def history(number: int, **more: object) -> dict[str, object]:
+    there = [{"worker": "a", "num_examples": 5, "seconds": 2.0, "counted_s": 3.0, "bytes": 40}]
+    return {
+        "round": number, "participants": there, "asked": ["a", "b"],
+        "opened_at": "1970-01-01T00:00:10.000+00:00",
+        "committed_at": "1970-01-01T00:00:15.000+00:00",
+        **more,
+    }  # fmt: skip
+
+
+def test_a_history_and_the_events_of_a_round_give_the_same_view():
+    told = view_of(
+        run_events.Opened(round=1, asked=("a", "b"), needed=1),
+        run_events.Counted(round=1, worker="a", num_examples=5, train_s=2.0, bytes=40),
+        run_events.Late(round=1, worker="b"),
+        run_events.Committed(round=1, participants=("a",), num_examples=5, timings={"open_s": 5.0}),
+        run_events.Evaluated(round=1, loss=0.5, num_examples=3, metrics={"accuracy": 0.75}),
+    )
+    remembered = RunView()
+    line = history(1, timings={"open_s": 5.0}, loss=0.5, accuracy=0.75)
+    late = history(2, late_updates=[{"worker": "b", "round": 1}], late=1)
+    remembered.remember([line | {"num_examples": 3}, late])
+    for view in (told, remembered):
+        one = view.rounds[1]
+        assert (one.asked, one.participants, one.num_examples) == (("a", "b"), ("a",), 5)
+        assert one.came_late == {"b"}
+        assert one.answers["a"].bytes == 40
+        assert (one.loss, one.metrics, one.evaluated_on) == (0.5, {"accuracy": 0.75}, 3)
+        assert one.phases is not None
+        assert sum(one.phases.values()) == 5.0
+    assert remembered.rounds[1].asked_at == 10.0
+    assert (remembered.committed, remembered.next) == (2, 3)
+
+
+def test_a_history_makes_a_worker_of_those_asked_and_of_nobody_else():
     view = RunView()
-    view.remember(RoundView(3, committed_at=5.0))
-    assert (view.committed, view.next) == (3, 4)
+    view.remember([history(1, rejected=1, rejections=[{"worker": "mallory", "reason": "NaN"}])])
+    assert view.workers.get("mallory") is None
+    assert [(row.name, row.counted, row.state) for row in view.workers.in_order()] == [
+        ("a", 1, "gone"), ("b", 0, "gone"),
+    ]  # fmt: skip
+    assert view.tally.rounds == 0  # Prometheus counts what happens while it is watched
+
+
+def test_a_whole_history_keeps_every_round_in_full():
+    rows = [history(number) for number in range(1, 71)]
+    for whole, kept in ((True, 70), (False, 50)):
+        view = RunView(whole=whole)
+        view.remember(rows)
+        assert len(view.detailed) == sum(bool(one.answers) for one in view.done) == kept
 
 
 def test_what_the_machine_waits_for_comes_as_facts():

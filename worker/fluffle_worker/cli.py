@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import SEED, federation_option, queue_type_option, seconds, url_option
+from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo
 from fluffle_worker.task import DEFAULT_TASK
@@ -54,7 +55,7 @@ _ANSWERS = {"init": "first weights", "fit": "update", "evaluate": "evaluation"}
 _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
 @click.option(
@@ -131,7 +132,10 @@ def worker(**options: Any) -> None:
 
     \b
       fluffle worker --federation letters --data data/client-1
-      fluffle worker --federation digits --task examples/digits.py:task --data shard:0/3
+      fluffle worker --federation digits --task digits.py:task --data shard:0/3
+      fluffle worker worker.toml --id hospital-7
+
+    Every option may also stand in a TOML file, as a key of the same name. A flag overrides its key.
     """
     from fluffle_common.cli.settings import check_federation, check_worker
 

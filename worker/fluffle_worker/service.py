@@ -21,7 +21,7 @@ from fluffle_common.errors import (
     RunError,
     TaskError,
 )
-from fluffle_common.protocol.codec import Assembly, announced, decode
+from fluffle_common.protocol.codec import announced, decode
 from fluffle_common.protocol.messages import (
     Evaluate,
     Fit,
@@ -35,6 +35,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights

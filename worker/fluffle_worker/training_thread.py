@@ -23,7 +23,7 @@ class TrainingThread:
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def put(self, work: Callable[[], object]) -> None:
@@ -33,6 +33,12 @@ class TrainingThread:
             self._thread = threading.Thread(target=self._run, name="training", daemon=True)
             self._thread.start()
 
+    def end(self, patience_s: float) -> None:
+        """Let the thread end when all that was put before is done; wait so long for that."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(patience_s)
+
     def _run(self) -> None:
-        while True:
-            self._queue.get()()
+        while (work := self._queue.get()) is not None:
+            work()

@@ -173,7 +173,8 @@ def permissions(**options: Any) -> None:
     a worker is who it logs in as. docs/rights.md says what each right is for.
 
     \b
-      fluffle broker permissions --federation letters --coordinator --worker alice --worker bob
+      fluffle broker permissions --federation letters --coordinator
+      fluffle broker permissions --federation letters --worker alice --worker bob
       fluffle broker permissions --federation letters --worker alice --apply
     """
     from fluffle_broker.node import permissions

@@ -108,7 +108,7 @@ def _show(peeked: Peeked, now: float) -> None:
 
 def show_reading(reading: DecodedMessage, now: float, before: str = "") -> None:
     """Print one message in full, but for tensors beyond ``MOST_ROWS``."""
-    from fluffle_broker.inspect.formatting import age, facts, size
+    from fluffle_broker.inspect.formatting import age, facts, size, words
 
     whom = f" of {reading.worker}" if reading.worker else ""
     headline = ", ".join([f"{reading.kind}{whom}", *facts(reading)])
@@ -125,7 +125,7 @@ def show_reading(reading: DecodedMessage, now: float, before: str = "") -> None:
     said = reading.said()
     rest = {key: said[key] for key in ("run", "seconds", "session", "task", "plan") if key in said}
     if rest:
-        echo("   " + ", ".join(f"{key} {value}" for key, value in rest.items()))
+        echo("   " + ", ".join(f"{key} {words(value)}" for key, value in rest.items()))
     if reading.header("reason") is not None:
         cause = reading.header("cause") or "unknown"
         echo(f"   refused ({cause}): {reading.header('reason')}")

@@ -50,7 +50,7 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
     \b
       fluffle rejected --federation letters
       fluffle rejected show 3 --federation letters
-      fluffle rejected requeue 3 --federation letters      once what was wrong is put right
+      fluffle rejected requeue 3 --federation letters    once its cause is mended
       fluffle rejected requeue --all --federation letters
       fluffle rejected purge --federation letters
     """

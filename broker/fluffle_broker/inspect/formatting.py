@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from fluffle_broker.inspect.decode import DecodedMessage, part_of
+from fluffle_common.protocol.events import from_fields
 
 
 def size(count: float) -> str:
@@ -47,9 +49,26 @@ def rate(per_second: float | None) -> str:
     return f"{per_second:.1f}" if 0 < per_second < 10 else f"{per_second:.0f}"
 
 
+def words(value: Any) -> str:
+    """Return a value of a message in words; what a mapping leaves open is left out.
+
+    >>> words({"config": {"lr": 0.05}, "seed": None, "classes": ["A", "B"]})
+    '(config (lr 0.05), classes A B)'
+    """
+    match value:
+        case Mapping():
+            known = ((name, one) for name, one in value.items() if one not in (None, {}, [], ()))
+            return f"({', '.join(f'{name} {words(one)}' for name, one in known)})"
+        case list() | tuple():
+            return " ".join(map(words, value))
+    return str(value)
+
+
 def facts(reading: DecodedMessage) -> list[str]:
     """Return what matters most of a message, but for its kind and who it is of, in words."""
     said = reading.said()
+    if "event" in said:  # its sentence says all
+        return [from_fields(said["event"], said.get("fields", {})).sentence()]
     told = [] if reading.round is None else [f"round {reading.round}"]
     if "num_examples" in said:
         told.append(f"{said['num_examples']} example{'' if said['num_examples'] == 1 else 's'}")
@@ -59,9 +78,6 @@ def facts(reading: DecodedMessage) -> list[str]:
         step = f" {said['step']}/{said['steps']}" if said.get("steps") else ""
         told.append(f"{said['state']}{step}")
     told += [f"{name} {value:.4g}" for name, value in _numbers(said)]
-    if "event" in said:
-        fields = said.get("fields", {}).items()
-        told.append(" ".join([said["event"], *(f"{key}={value}" for key, value in fields)]))
     if "events" in said:
         kinds = Counter(one["event"] for one in said["events"])
         told.append(", ".join(f"{count} x {kind}" for kind, count in kinds.items()))

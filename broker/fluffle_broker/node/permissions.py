@@ -13,6 +13,7 @@ from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Exchange, Queue, Topology, lock_of
 
 NOTHING = "^$"
+_LINE = 77  # signs, before the backslash of a line that goes on
 # To publish to a queue by its name, and to send there what a queue gives up, takes write on this.
 _DEFAULT_EXCHANGE = "amq.default"
 _REPLACED = re.compile(r"[^A-Za-z0-9_-]")
@@ -55,7 +56,7 @@ def worker_rights(topology: Topology, worker: str) -> Rights:
 
     Example:
         >>> worker_rights(Topology("letters"), "site.7").configure
-        '^(letters\\\\.inbox\\\\.site\\\\.7|letters\\\\.outbox\\\\.site\\\\.7)$'
+        '^letters\\\\.(inbox\\\\.site\\\\.7|outbox\\\\.site\\\\.7)$'
     """
     own = [queue.name for queue in topology.queues_of(worker)]
     locks = [lock_of(topology.inbox(worker))] if topology.queue_type == "quorum" else []
@@ -85,11 +86,17 @@ def coordinator_rights(topology: Topology, user: str) -> Rights:
 
 
 def shell_lines(rights: Rights, vhost: str) -> list[str]:
-    """Write out what to type where the broker runs."""
-    lines = [["add_user", rights.user], *rights.commands(vhost)]
-    written = [" ".join(["rabbitmqctl", *map(shlex.quote, line)]) for line in lines]
-    written[0] += "   # asks for a password; only if there is no such user yet"
-    return written
+    """Write out what to type where the broker runs, in lines that fit a terminal."""
+    lines = [f"# if there is no user {rights.user} yet; asks for a password"]
+    for command in (["add_user", rights.user], *rights.commands(vhost)):
+        lines.append("rabbitmqctl")
+        for word in map(shlex.quote, command):
+            if len(lines[-1]) + len(word) < _LINE:
+                lines[-1] += f" {word}"
+            else:
+                lines[-1] += " \\"
+                lines.append(f"  {word}")
+    return lines
 
 
 def apply(rights: Rights, vhost: str, run: Run, password: str | None = None) -> str | None:
@@ -140,8 +147,13 @@ def runner(rabbitmqctl: Sequence[str]) -> Run:
 
 
 def _one_of(names: Sequence[str]) -> str:
-    """Return a pattern that matches just these names."""
-    return f"^({'|'.join(map(_literal, names))})$" if len(names) > 1 else f"^{_literal(names[0])}$"
+    """Return a pattern that matches just these names; what they begin with stands there once."""
+    if len(names) == 1:
+        return f"^{_literal(names[0])}$"
+    first = f"{names[0].partition('.')[0]}."
+    common = first if all(name.startswith(first) for name in names) else ""
+    rest = "|".join(_literal(name.removeprefix(common)) for name in names)
+    return f"^{_literal(common)}({rest})$"
 
 
 def _literal(name: str) -> str:

@@ -100,10 +100,10 @@ def fluffle() -> None:
     and opens the next round. Start them in any order, on any machines that reach the broker:
 
     \b
-      fluffle broker up                                   a private RabbitMQ on this machine
-      fluffle coordinator --federation letters            opens rounds, averages, saves
-      fluffle worker --federation letters --data DIR      one for each data owner
-      fluffle queues --federation letters                 what is in the queues, in plain words
+      fluffle broker up                                a private RabbitMQ
+      fluffle coordinator --federation letters         opens rounds, averages
+      fluffle worker --federation letters --data DIR   one for each data owner
+      fluffle queues --federation letters              what is in the queues
     """
 
 

@@ -108,8 +108,10 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
 def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
     """Parse ``KEY=VALUE`` pairs; a value that is a number, true or false becomes one.
 
-    >>> parse_config(["momentum=0.9", "name=a=b"])
-    {'momentum': 0.9, 'name': 'a=b'}
+    What looks like one and is text stands in quotes.
+
+    >>> parse_config(["momentum=0.9", "name=a=b", 'version="0.9"'])
+    {'momentum': 0.9, 'name': 'a=b', 'version': '0.9'}
 
     Raises:
         UsageError: where a pair is none, or has a number that no task can be told.
@@ -129,5 +131,5 @@ def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
             raise UsageError(f"--config {pair}: {text} is not a finite number")
         if type(value) is int and not -(2**63) <= value < 2**63:
             raise UsageError(f"--config {key} does not fit into 64 bits: {text}")
-        config[key] = value if isinstance(value, bool | int | float) else text
+        config[key] = value if isinstance(value, bool | int | float | str) else text
     return config

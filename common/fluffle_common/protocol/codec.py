@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
-import numpy as np
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import (
@@ -321,10 +320,11 @@ def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _digest(pieces: list[memoryview]) -> str:
-    return _digest_of_parts(map(blake3_of, _cuts(pieces)))
+    return digest_of_parts(map(blake3_of, _cuts(pieces)))
 
 
-def _digest_of_parts(hashes: Iterable[bytes]) -> str:
+def digest_of_parts(hashes: Iterable[bytes]) -> str:
+    """Return the digest of a transfer: that of the BLAKE3 of its parts, in their order."""
     return blake3_of(hashes).hex()
 
 
@@ -352,87 +352,6 @@ def announced(message: WithTensors) -> Layout:
             "tensors",
         )
     return layout
-
-
-class Assembly:
-    """Puts the parts of one transfer together again, in any order, each at most once.
-
-    Args:
-        transfer: what was announced.
-        max_bytes: the most that may be announced.
-
-    Raises:
-        MalformedMessage: where more is announced than ``max_bytes``, or the number of parts does
-            not go with the number of bytes.
-    """
-
-    def __init__(self, transfer: Transfer, max_bytes: int) -> None:
-        if transfer.nbytes > max_bytes:
-            raise MalformedMessage(
-                f"a transfer of {transfer.nbytes} bytes is announced, at most {max_bytes} are taken"
-            )
-        if transfer.parts != -(-transfer.nbytes // PART_BYTES):
-            raise MalformedMessage(
-                f"{transfer.parts} parts of {PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
-            )
-        self.transfer = transfer
-        self._missing = set(range(transfer.parts))
-        self._hashed: dict[int, bytes] = {}
-        try:
-            # Untouched pages cost nothing: an announcement alone takes addresses, no memory.
-            self._whole = np.empty(transfer.nbytes, np.uint8)
-        except MemoryError:
-            raise MalformedMessage(f"there is no room for {transfer.nbytes} bytes") from None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every part is there."""
-        return not self._missing
-
-    @property
-    def done_parts(self) -> int:
-        """How many parts are there."""
-        return self.transfer.parts - len(self._missing)
-
-    def add(self, part: Part, payload: memoryview) -> None:
-        """Take one part; one that is there already, or belongs elsewhere, is passed over.
-
-        Raises:
-            MalformedMessage: where it has not the size that its number asks for.
-        """
-        if part.transfer != self.transfer.id or part.part not in self._missing:
-            return
-        last = part.part == self.transfer.parts - 1
-        expected = self.transfer.nbytes - part.part * PART_BYTES if last else PART_BYTES
-        if len(payload) != expected:
-            raise MalformedMessage(
-                f"part {part.part} has {len(payload)} bytes, {expected} were announced"
-            )
-        start = part.part * PART_BYTES
-        place = self._whole[start : start + expected]
-        place[:] = np.frombuffer(payload, np.uint8)
-        if self.transfer.digest is not None:
-            # At once, while it is in the processor's cache: elsewhere it takes twice the time.
-            self._hashed[part.part] = blake3_of([payload])
-        self._missing.discard(part.part)
-
-    def payload(self) -> memoryview:
-        """Return the payload, read-only, once it is complete.
-
-        Raises:
-            MalformedMessage: of cause ``tensors``, where it is not what was announced.
-        """
-        assert self.complete
-        if self.transfer.digest is None:
-            return self._whole.data.toreadonly()
-        found = _digest_of_parts(self._hashed[part] for part in range(self.transfer.parts))
-        if found != self.transfer.digest:
-            raise MalformedMessage(
-                f"the parts have the digest {found}, {self.transfer.digest} was announced: "
-                "some were replaced or damaged on their way",
-                "tensors",
-            )
-        return self._whole.data.toreadonly()
 
 
 def describe(message: Message) -> dict[str, Any]:

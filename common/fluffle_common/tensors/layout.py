@@ -125,7 +125,7 @@ class Layout:
             [(name, p.dtype, p.shape) for name, p in self.places.items()]
         )
         self.floats = all(map(is_float, dtypes))
-        self._one_dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all tensors; None: of several
         ends = [entry.offset + entry.nbytes for entry in table]
         starts = [entry.offset for entry in table[1:]]
         self._gaps = [(a, b) for a, b in zip(ends, starts, strict=False) if a < b]
@@ -140,7 +140,7 @@ class Layout:
         """
         if len(memory) != self.nbytes:
             raise ValueError(self._misfit(len(memory)))
-        flat = None if self._one_dtype is None else np.frombuffer(memory, self._one_dtype)
+        flat = None if self.dtype is None else np.frombuffer(memory, self.dtype)
         return Tensors(self, memoryview(memory), flat)
 
     def _misfit(self, there: int) -> str:
@@ -161,10 +161,11 @@ class Layout:
         for start, end in self._gaps:
             memory[start:end] = bytes(end - start)
 
-    def zero_between(self, flat: Array) -> bool:
+    def zero_between(self, flat: Array, start: int = 0) -> bool:
         """Whether ``flat``, of this layout, is known to hold 0 wherever no tensor is.
 
-        Gaps are as small as alignment asks for; into larger ones nobody looks.
+        Gaps are as small as alignment asks for; into larger ones nobody looks. ``flat`` may be a
+        piece of the vector, from the element ``start`` on.
         """
         if not self._small_gaps:
             return False
@@ -172,7 +173,11 @@ class Layout:
             size = flat.dtype.itemsize
             gaps = [np.arange(start // size, end // size) for start, end in self._gaps]
             self._between = np.concatenate(gaps) if gaps else np.empty(0, np.intp)
-        return not flat[self._between].any()
+        between = self._between
+        if flat.nbytes < self.nbytes:
+            first, end = np.searchsorted(between, (start, start + flat.size))
+            between = between[first:end] - start
+        return not flat[between].any()
 
     def empty_as(self, dtype: np.dtype[Any]) -> Tensors:
         """Return tensors of the same names and shapes in another dtype, with any values.
@@ -180,12 +185,12 @@ class Layout:
         Where all of this layout have one dtype, they are of this layout too: each element has the
         place in ``flat`` that it has here.
         """
-        if self._one_dtype is None:
+        if self.dtype is None:
             places = self.places.items()
             return layout_of_signature(
                 tuple([(n, dtype, place.shape) for n, place in places])
             ).empty()
-        return Tensors(self, None, np.empty(self.nbytes // self._one_dtype.itemsize, dtype))
+        return Tensors(self, None, np.empty(self.nbytes // self.dtype.itemsize, dtype))
 
 
 def layout_of(table: tuple[TensorEntry, ...]) -> Layout:

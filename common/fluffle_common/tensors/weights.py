@@ -21,6 +21,7 @@ from fluffle_common.tensors.layout import (
     FLOATS,
     INTEGERS,
     Array,
+    Layout,
     Signature,
     Tensors,
     Weights,
@@ -31,6 +32,7 @@ from fluffle_common.tensors.layout import (
     layout_of_signature,
     signature_of,
 )
+from fluffle_common.tensors.pieces import InPieces
 
 __all__ = [
     "BFLOAT16",
@@ -147,6 +149,8 @@ def check_delta(update: Weights, base: Weights) -> float:
         NotFinite: naming the first tensor that holds NaN or an infinity.
         ValueError: naming the first tensor that differs, and how.
     """
+    if isinstance(update, InPieces) and update.layout is layout_for(base):
+        return _norm_of_pieces(update)
     if not _same_layout(update, base):
         _same_names(update, base)
         for name, expected in base.items():
@@ -203,6 +207,30 @@ def finite_norm(weights: Weights) -> float:
         if bad:
             raise _not_finite(name, bad)
         norm = math.hypot(norm, part)
+    return min(norm, sys.float_info.max)
+
+
+def norm_of_piece(layout: Layout, vector: Array, start: int) -> float | None:
+    """Return the norm of a piece of all tensors, from the element ``start`` on.
+
+    None where not all of it is finite, or where it is not known to be 0 between the tensors: then
+    each tensor has to be looked at.
+    """
+    norm, bad = _measure(vector)
+    return None if bad or not layout.zero_between(vector, start) else norm
+
+
+def _norm_of_pieces(update: InPieces) -> float:
+    """Do what ``finite_norm`` does, without putting the pieces together."""
+    if update.norm is not None:
+        return update.norm
+    norm, found = 0.0, dict.fromkeys(update, 0)
+    for name, values in update.by_tensor():
+        part, bad = _measure(values)
+        norm, found[name] = math.hypot(norm, part), found[name] + bad
+    for name, bad in found.items():
+        if bad:
+            raise _not_finite(name, bad)
     return min(norm, sys.float_info.max)
 
 

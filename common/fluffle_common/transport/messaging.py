@@ -12,13 +12,13 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import (
     SMALL_HEADER_BYTES,
-    Assembly,
     Packing,
     decode,
     describe,
     encode,
 )
-from fluffle_common.protocol.messages import Message, Part, Transfer, WithTensors
+from fluffle_common.protocol.messages import Message, Part, WithTensors
+from fluffle_common.protocol.transfer import Incoming
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import NAMED, Body, Delivery, HeaderValue, Link, Properties
 
@@ -187,48 +187,57 @@ def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryvi
 
 
 async def fetch(
-    link: Link,
-    queue: str,
-    transfer: Transfer,
-    max_bytes: int,
-    rejected: str,
-    *,
-    user: str | None = None,
-) -> memoryview:
-    """Pull the parts of a transfer out of a queue.
+    link: Link, queue: str, into: Incoming, rejected: str, *, user: str | None = None
+) -> None:
+    """Pull the parts of a transfer out of a queue; each is taken in while the next one comes.
 
     They are acknowledged as they come: their sender has them still, and sends them again when it is
     asked. So are the parts of other transfers, which nobody will ask for; what is no part at all
     goes to the queue ``rejected``, and so does what another than ``user`` has sent, where that is
     given.
 
-    Returns:
-        The payload.
-
     Raises:
         PartsGone: where some are missing.
-        MalformedMessage: where the announcement contradicts itself, or the parts are not those
-            that it announced.
     """
-    assembly = Assembly(transfer, max_bytes)
+    parts = into.transfer.parts
     there = await link.counts(queue)  # all of them, since they were sent before the announcement
-    if there is None or there.ready < transfer.parts:
-        raise PartsGone(f"{there.ready if there else 0} of {transfer.parts} parts are there")
-    few = transfer.parts <= _FEW_PARTS
-    parts = _one_by_one(link, queue) if few else _streamed(link, queue, there.ready)
-    async with contextlib.aclosing(parts) as deliveries:
-        async for delivery in deliveries:
-            try:
-                check_user(user, delivery)
-                message, payload = read_part(delivery.body)
-                assembly.add(message, payload)
-            except MalformedMessage as wrong:
-                await reject(link, delivery, wrong, rejected)
-                continue
-            delivery.ack()
-            if assembly.complete:
-                return await asyncio.to_thread(assembly.payload)
-    raise PartsGone(f"{assembly.done_parts} of {transfer.parts} parts came")
+    if there is None or there.ready < parts:
+        raise PartsGone(f"{there.ready if there else 0} of {parts} parts are there")
+    few = parts <= _FEW_PARTS
+    coming = _one_by_one(link, queue) if few else _streamed(link, queue, there.ready)
+    taking: asyncio.Task[None] | None = None
+    try:
+        async with contextlib.aclosing(coming) as deliveries:
+            async for delivery in deliveries:
+                if taking is not None:
+                    await asyncio.shield(taking)
+                taking = asyncio.create_task(_take(link, delivery, into, rejected, user))
+                if into.done_parts >= parts - 1:  # it may be the last one
+                    await asyncio.shield(taking)
+                if into.complete:
+                    break
+        if taking is not None:
+            await asyncio.shield(taking)
+    finally:
+        if taking is not None:
+            # A thread cannot be stopped: nothing is to be kept any more once this has returned.
+            await asyncio.wait([taking])
+            taking.exception()  # of two reasons to give up, the first one is raised
+    if not into.complete:
+        raise PartsGone(f"{into.done_parts} of {parts} parts came")
+
+
+async def _take(
+    link: Link, delivery: Delivery, into: Incoming, rejected: str, user: str | None
+) -> None:
+    try:
+        check_user(user, delivery)
+        part, payload = read_part(delivery.body)
+        await asyncio.to_thread(into.add, part, payload)
+    except MalformedMessage as wrong:
+        await reject(link, delivery, wrong, rejected)
+    else:
+        delivery.ack()
 
 
 def check_user(user: str | None, delivery: Delivery) -> None:
@@ -255,7 +264,7 @@ async def _one_by_one(link: Link, queue: str) -> AsyncGenerator[Delivery]:
 
 async def _streamed(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
     """Consume so many messages of a queue."""
-    async with contextlib.aclosing(await link.consume(queue, prefetch=2 * _WINDOW)) as deliveries:
+    async with contextlib.aclosing(await link.consume(queue, prefetch=_WINDOW)) as deliveries:
         for _ in range(count):
             try:
                 async with asyncio.timeout(_PART_PATIENCE_S):

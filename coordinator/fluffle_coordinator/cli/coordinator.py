@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from fluffle_common.cli.app import (
     seconds,
     url_option,
 )
+from fluffle_common.cli.config_file import ConfiguredCommand, KeyValue
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
 
 _MOST_COUNT = 2**31 - 1
-_UNBOUNDED = 10_000
 
 
 class QuorumType(click.ParamType[Any]):
@@ -76,7 +77,7 @@ def run_option(command: Any) -> Any:
     )(command)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
 @click.option("--rounds", type=count(), default=6, help="How many rounds to run.")
@@ -132,6 +133,18 @@ def run_option(command: Any) -> Any:
     help="How updates become the next model: such as fedadam:lr=0.03, median or "
     "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or an object in a file of your own.",
 )
+@click.option(
+    "--evaluate",
+    metavar="path.py:name",
+    help="A function of your own that tests every round's model here: it gets the weights by name "
+    "and returns metrics by name. The next round waits for it.",
+)
+@click.option(
+    "--on-round",
+    metavar="path.py:name",
+    help="A function of your own that is shown every commit; a reason that it returns ends the "
+    "run there.",
+)
 @click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
 @click.option("--batch-size", type=count(), default=32, help="Local batch size.")
 @click.option(
@@ -142,6 +155,7 @@ def run_option(command: Any) -> Any:
 )
 @click.option(
     "--config",
+    type=KeyValue(),
     multiple=True,
     metavar="KEY=VALUE",
     help="Anything else a task wants to know; may be given several times.",
@@ -263,7 +277,11 @@ def coordinator(**options: Any) -> None:
 
     \b
       fluffle coordinator --federation letters --quorum 3
-      fluffle coordinator --federation letters --quorum 0.5 --grace 10 --deadline 300
+      fluffle coordinator --federation letters --quorum 0.5 --deadline 300
+      fluffle coordinator federation.toml --rounds 12
+
+    Every option may also stand in a TOML file, as a key of the same name: 'rounds = 6'. A flag
+    overrides its key.
     """
     from fluffle_coordinator.service.app import run_coordinator
 
@@ -322,9 +340,9 @@ def history(folder: Path, as_json: bool) -> None:
     if as_json:
         echo_json(rounds)
     else:
-        shown = screen(width_in_a_pipe=120)
-        # A pipe has no width of its own, and whoever reads it looks for names.
-        shown.print(history_table(rounds, shown.width if shown.is_terminal else _UNBOUNDED))
+        # `| tail` ends on a terminal all the same; COLUMNS says how wide one is.
+        shown = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
+        shown.print(history_table(rounds, shown.width))
 
 
 @click.command()

@@ -32,7 +32,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
 
     \b
       fluffle dashboard --federation letters
-      fluffle dashboard --federation letters --listen 0.0.0.0:9090 --url amqp://host
+      fluffle dashboard --federation letters --listen 0.0.0.0:9090
     """
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.printing import echo
@@ -43,7 +43,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     from fluffle_coordinator.dashboard import needs
 
     with needs():
-        from fluffle_coordinator.dashboard.broker_source import Beside
+        from fluffle_coordinator.dashboard.broker_source import BrokerSource
         from fluffle_coordinator.dashboard.server import exposure, listen, url_of
     from fluffle_coordinator.dashboard.feed import queue_asker
 
@@ -51,7 +51,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     broker = broker_url(url)
     transport = AmqpTransport(broker, f"fluffle dashboard of {federation}")
     asker = queue_asker(topology, broker, management_of(broker, management))
-    page = Beside(topology, transport, asker)
+    page = BrokerSource(topology, transport, asker)
     with listen(address, "--listen") as listening:
         echo(f"the page is at {url_of(listening)}")
         if (exposed := exposure(listening)) is not None:

@@ -10,10 +10,10 @@ from fluffle_common.cli.printing import table
 if TYPE_CHECKING:
     from rich.table import Table
 
-from fluffle_coordinator.dashboard.report_numbers import train_loss
+from fluffle_coordinator.dashboard.snapshot import train_loss
+from fluffle_coordinator.observe.round_view import metrics_of, remembered
 
 _BLUE, _RUST = "#1f5fa8", "#c1502e"
-_KNOWN = {"round", "participants", "num_examples", "loss", "late", "rejected"}
 
 
 def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
@@ -30,14 +30,9 @@ def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
 
 
 def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Table:
-    metrics = sorted(
-        {
-            name
-            for one in rounds
-            for name, value in one.items()
-            if name not in _KNOWN and isinstance(value, float)
-        }
-    )
+    metrics = sorted({name for one in rounds for name in metrics_of(one)})
+    if any(one.get("epsilon") is not None for one in rounds):
+        metrics.append("epsilon")
     counts = [
         name for name in ("late", "rejected") if not short or any(one.get(name) for one in rounds)
     ]
@@ -48,13 +43,12 @@ def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Tabl
             name, justify="left" if name == "participants" else "right", overflow="fold"
         )
     for one in rounds:
-        there = one.get("participants", [])
-        names = ", ".join(sorted(p["worker"] for p in there))
+        view = remembered(one)
         rows.add_row(
-            str(one["round"]),
-            str(len(there)) if short else names,
-            str(sum(p["num_examples"] for p in there)),
-            _number(train_loss(there)),
+            str(view.number),
+            str(len(view.participants)) if short else ", ".join(sorted(view.participants)),
+            str(view.num_examples or 0),
+            _number(train_loss(view.answers.values())),
             *(_number(one.get(name)) for name in ("loss", *metrics)),
             *(str(one.get(name, "")) for name in counts),
         )

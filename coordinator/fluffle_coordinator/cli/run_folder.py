@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,29 +135,29 @@ def _words(distance: Distance) -> str:
     metavar="HTML",
     help="Where to write the page.  [default: report.html in the run's folder]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the page's numbers instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the page draws instead.")
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write everything about a run as one page that needs nothing else, to keep or to send.
 
-    RUN is the run's folder, such as runs/letters; the run may still be going on. The page has the
+    It is the live page as the run left it, drawn by the JavaScript in it, without a network: the
     curves, who took part in which round, where the time went, what was late or rejected and why,
-    how the run was configured, its versions, and its checkpoints with their SHA-256.
+    how the run was configured, its versions, and its checkpoints with their SHA-256. RUN is the
+    run's folder, such as runs/letters; the run may still be going on.
 
     \b
       fluffle report runs/letters --out report.html
     """
     from fluffle_common.tensors.checkpoint import replacing
-    from fluffle_coordinator.dashboard.report_numbers import read_numbers
-    from fluffle_coordinator.dashboard.report_page import page
+    from fluffle_coordinator.dashboard.report import page, read_report
 
-    numbers = read_numbers(folder)
+    shown = read_report(folder, time.time())
     if as_json:
-        echo_json(numbers.as_json())
+        echo_json(shown)
         return
     out = out or folder / "report.html"
     try:
         with replacing(out) as file:
-            file.write(page(numbers).encode())
+            file.write(page(shown).encode())
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"report written to {out}")

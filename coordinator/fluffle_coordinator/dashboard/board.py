@@ -9,54 +9,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.dashboard.roster import Roster, clipped
-from fluffle_coordinator.dashboard.rounds import curves, detailed, remembered
-from fluffle_coordinator.observe.run_view import RoundView, RunView
-from fluffle_coordinator.observe.tally import Tally, cause_of
+from fluffle_coordinator.dashboard.snapshot import ending, results
+from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 
 _JOURNAL_LINES = 100
-_REJECTED_LINES = 30
 
 PHASES = ("standby", "waiting", "open", "committing", "evaluating", "ended")
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What a coordinator knows of its run at this moment, better than its events can tell.
-
-    Args:
-        phase: one of ``PHASES``.
-        round: the round that is open or will be.
-        rounds: how many the run has.
-        linked: whether there is a broker.
-        updates: how many are in the running sum.
-        needed: how many close the round.
-        present, gate: how many workers are here, and how many must be to open a round.
-        has_weights: whether there are weights to begin with.
-        opened_at: when the round was opened; None where none is open.
-        deadline_at: when its time is up.
-        asked: who was asked.
-        failed: who could not, and why.
-    """
-
-    phase: str
-    round: int
-    rounds: int
-    linked: bool
-    updates: int
-    needed: int
-    present: int
-    gate: int
-    has_weights: bool
-    opened_at: float | None
-    deadline_at: float | None
-    asked: tuple[str, ...]
-    failed: Mapping[str, str]
 
 
 class Board:
@@ -70,12 +34,9 @@ class Board:
     def __init__(self, federation: str, source: str = "coordinator") -> None:
         self.federation, self.source = federation, source
         self.view = RunView()
-        self.tally = Tally()
-        self.roster = Roster()
         self._linked = False
         self._link_words = "not connected to the broker yet"
         self._journal: deque[dict[str, Any]] = deque(maxlen=_JOURNAL_LINES)
-        self._rejected: deque[dict[str, Any]] = deque(maxlen=_REJECTED_LINES)
         self._numbered = 0
         self.figures: list[Mapping[str, Any]] = []
         self.figures_note: str | None = "not asked yet"
@@ -83,30 +44,11 @@ class Board:
     # --- taking in -----------------------------------------------------------------------------
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Take an event in.
-
-        Args:
-            at: when it run_events.
-            event: what run_events.
-            run: the run it belongs to, where that is known apart from the event.
-        """
-        before = self.view.run
+        """Take in an event of ``run``, when that is known apart from the event."""
         self.view.add(at, event, run)
-        if before is not None and before != self.view.run:
-            self.roster.another_run()
-        self.tally.add(at, event)
-        self.roster.add(at, event)
         if self.source == "coordinator":
             self._follow_link(event)
-        if isinstance(event, run_events.Rejected):
-            self._note_rejected(at, event)
         self._note(at, event)
-
-    def remember(self, rounds: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the rounds of a history (``store.read_history``): they are shown, not counted."""
-        for line in rounds:
-            self.view.remember(remembered(line))
-            self.roster.remember(line.get("participants") or (), line["round"])
 
     def link(self, linked: bool, words: str) -> None:
         """Take in whether the broker can be reached by whoever feeds this board."""
@@ -118,27 +60,10 @@ class Board:
 
     def _follow_link(self, event: RunEvent) -> None:
         match event:
-            case run_events.Connected(address=address) | run_events.Reconnected(address=address):
-                self.link(True, f"linked to the broker at {address}" if address else "linked")
-            case run_events.Disconnected(reason=reason):
-                self.link(False, f"lost the broker ({reason or ''}); connecting again")
-            case run_events.NoBroker(address=address):
-                self.link(False, f"no broker at {address or ''}; trying again")
-            case run_events.Standby():
+            case run_events.Connected() | run_events.Reconnected():
+                self.link(True, event.sentence())
+            case run_events.Disconnected() | run_events.NoBroker() | run_events.Standby():
                 self.link(False, event.sentence())
-
-    def _note_rejected(self, at: float, event: run_events.Rejected) -> None:
-        self._numbered += 1
-        known = {"kind": event.kind, "worker": event.worker, "round": event.round}
-        self._rejected.append(
-            {
-                "id": self._numbered,
-                "time": at,
-                "cause": cause_of(event),
-                "reason": clipped(event.reason or "", 500),
-                **{name: value for name, value in known.items() if value},
-            }
-        )
 
     def _note(self, at: float, event: RunEvent) -> None:
         self._numbered += 1
@@ -157,55 +82,38 @@ class Board:
 
     # --- giving out ----------------------------------------------------------------------------
 
-    def snapshot(self, now: float, standing: Standing | None = None) -> dict[str, Any]:
-        """Return the whole page as plain data, one key a section.
-
-        Args:
-            now: the time.
-            standing: what the coordinator itself says, where this runs inside it.
-        """
-        current = self._current(standing)
-        run = self.run(standing)
-        is_open = run["phase"] == "open" or (run["phase"] == "committing" and standing is not None)
+    def snapshot(self, now: float) -> dict[str, Any]:
+        """Return the whole page at a time as plain data, one key a section."""
         return {
             "now": now,
-            "run": run,
-            "open": self._open_section(current, standing) if is_open else None,
-            "rounds": detailed(self.view),
-            "curves": curves(self.view),
-            "workers": self.roster.rows(current),
+            "run": self.run(),
+            "open": self._open_section(),
+            **results(self.view, self._current),
             "queues": {"figures": self.figures, "note": self.figures_note},
             "journal": list(self._journal),
-            "rejected": {"latest": list(self._rejected), "causes": dict(self.tally.causes)},
         }
 
-    def _current(self, standing: Standing | None) -> int:
-        """Return the round that is open or will be."""
-        if standing is not None:
-            return standing.round
+    @property
+    def _current(self) -> int:
+        """The round that is open or will be."""
         return self.view.open.number if self.view.open is not None else self.view.next
 
-    def run(self, standing: Standing | None = None) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Return the section ``run``: where the run stands, in figures and in words."""
-        current = self._current(standing)
-        view = self.view
-        phase = view.phase if standing is None or view.phase == "ended" else standing.phase
-        words = self._words(phase, current, standing)
-        if self._abandoned and phase != "ended":
+        current, view, words = self._current, self.view, self._words()
+        if self._abandoned and view.phase != "ended":
             words = f"no coordinator is connected; last heard: {words}"
-        linked = self._linked and (standing is None or standing.linked)
-        rounds = view.planned if standing is None else standing.rounds
         return {
             "federation": self.federation,
             "source": self.source,
             "run": view.run,
-            "phase": phase,
-            "outcome": view.ended[1].name if view.ended and phase == "ended" else None,
+            "phase": view.phase,
+            "outcome": view.ended[1].name if view.ended else None,
             "words": words,
-            "round": min(current, rounds) if rounds else current,
-            "rounds": rounds,
+            "round": min(current, view.planned) if view.planned else current,
+            "rounds": view.planned,
             "committed": view.committed,
-            "linked": linked,
+            "linked": self._linked,
             "link": self._link_words,
         }
 
@@ -217,69 +125,52 @@ class Board:
             queue["name"] == presence and queue.get("consumers") == 0 for queue in self.figures
         )
 
-    def _words(self, phase: str, current: int, standing: Standing | None) -> str:
-        if phase == "open":
-            updates, needed = self.filling(standing)
-            return f"round {current} is open: {updates} of {needed} updates"
-        if phase == "committing":
-            return f"round {current}: averaging and writing the checkpoint"
-        if phase == "evaluating":
-            return "all rounds are done; the last model is being evaluated"
-        if phase == "ended":
-            return self._ending()
-        if phase == "standby":
-            return "waiting as a standby"
-        if standing is None:
-            reason = self.view.waiting[1].reason if self.view.waiting else ""
-            return reason or ("between two rounds" if self.view.committed else "starting")
-        if standing.present < standing.gate:
-            return f"waiting for workers: {standing.present} of {standing.gate} are here"
-        return "about to open a round" if standing.has_weights else "waiting for the first weights"
+    def _words(self) -> str:
+        match self.view.phase:
+            case "open":
+                updates, needed = self.filling
+                return f"round {self._current} is open: {updates} of {needed} updates"
+            case "committing":
+                return f"round {self._current}: averaging and writing the checkpoint"
+            case "evaluating":
+                return "all rounds are done; the last model is being evaluated"
+            case "ended":
+                return ending(self.view.ended[1] if self.view.ended else None)
+            case "standby":
+                return "waiting as a standby"
+        reason = self.view.waiting[1].reason if self.view.waiting else ""
+        return reason or ("between two rounds" if self.view.committed else "starting")
 
-    def _ending(self) -> str:
-        event = self.view.ended[1] if self.view.ended else None
-        match event:
-            case run_events.Finished(reason=reason) | run_events.Stopped(reason=reason):
-                return f"{event.name}: {reason or ''}"
-        return "interrupted: the same command (without --fresh) goes on from there"
-
-    def filling(self, standing: Standing | None = None) -> tuple[int, int]:
-        """Return how many updates the open round has, and how many close it."""
-        if standing is not None:
-            return standing.updates, standing.needed
+    @property
+    def filling(self) -> tuple[int, int]:
+        """How many updates the open round has, and how many close it."""
         one = self.view.open
         return (len(one.answers), one.needed or len(one.asked)) if one else (0, 0)
 
-    def _open_section(self, current: int, standing: Standing | None) -> dict[str, Any]:
+    def _open_section(self) -> dict[str, Any] | None:
         one = self.view.open
-        if one is None or one.number != current:
-            one = RoundView(current)
-        asked = standing.asked if standing else one.asked
-        failed = standing.failed if standing else one.failures
-        updates, needed = self.filling(standing)
+        if one is None or self.view.phase not in ("open", "committing"):
+            return None
+        updates, needed = self.filling
         return {
-            "round": current,
+            "round": one.number,
             "updates": updates,
             "needed": needed,
-            "opened_at": standing.opened_at if standing else one.asked_at,
-            "deadline_at": standing.deadline_at if standing else one.deadline_at,
-            "answered": [
-                {
-                    "worker": answer.worker,
-                    "num_examples": answer.num_examples,
-                    "after_s": answer.after_s,
-                    "train_s": answer.train_s,
-                    "bytes": answer.bytes,
-                }
-                for answer in one.answers.values()
-            ],
+            "opened_at": one.asked_at,
+            "deadline_at": one.deadline_at,
+            "answered": [asdict(answer) for answer in one.answers.values()],
             "missing": [
-                {"worker": name, "doing": self.roster.doing(name, current, _why(failed, name))}
-                for name in asked
+                self._missing(name, one.number, one.failures.get(name))
+                for name in one.asked
                 if name not in one.answers
             ],
         }
 
-
-def _why(failed: Mapping[str, str], worker: str) -> str | None:
-    return clipped(failed[worker], 300) if worker in failed else None
+    def _missing(self, worker: str, current: int, failed: str | None) -> dict[str, Any]:
+        """Say what a worker does that was asked and has not answered; whether that is hopeless."""
+        row = self.view.workers.get(worker)
+        if row is None and failed is None:
+            return {"worker": worker, "doing": "not heard of yet", "hopeless": False}
+        row = row or WorkerView(worker)
+        doing = row.doing(current, None if failed is None else clipped(failed, 300))
+        return {"worker": worker, "doing": doing, "hopeless": failed is not None or not row.is_here}

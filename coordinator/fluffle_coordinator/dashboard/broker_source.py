@@ -32,7 +32,7 @@ _KINDS = ("hello", "heartbeat", "bye")
 _NOBODY_YET_S = 2.0
 
 
-class Beside:
+class BrokerSource:
     """Follows a federation through the broker, and keeps a board of it.
 
     Args:
@@ -113,9 +113,9 @@ class Beside:
         now = round(time.time(), 3)
         match said:
             case Hello() | Heartbeat():
-                self._board.roster.sign_of_life(now, said.worker, said.model_dump())
+                self._board.view.workers.sign_of_life(now, said.worker, said.model_dump())
             case Bye():
-                self._board.roster.add(now, Left(worker=said.worker, reason=said.reason))
+                self._board.view.workers.add(now, Left(worker=said.worker, reason=said.reason))
             case _:
                 return
         self.feed.touch()

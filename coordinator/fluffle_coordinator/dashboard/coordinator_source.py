@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.dashboard.board import Board, Standing
+from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed, Figures
-from fluffle_coordinator.machine.state import Phase, State, Worker
+from fluffle_coordinator.machine.state import Phase, State
+from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.waiting import waiting_for
 
 _CLOCK_STEP_S = 0.5
+_IN_A_HEARTBEAT = (
+    "state", "num_examples", "run", "round", "step", "steps", "loss", "heartbeat_s",
+)  # fmt: skip
 
 
-class Live:
+class CoordinatorSource:
     """A watcher of a run (``watchers.Watcher``) that keeps a board for the page.
 
     To be shown the run's state costs one assignment; it is read when somebody looks.
@@ -37,9 +41,8 @@ class Live:
         self._clock, self._monotonic = clock, monotonic
         self._epoch = clock() - monotonic()
         self._state: State | None = None
-        self.feed = Feed(
-            Board(federation), refresh=self._refresh, ask_queues=ask_queues, clock=clock
-        )
+        self._board = Board(federation)
+        self.feed = Feed(self._board, refresh=self._refresh, ask_queues=ask_queues, clock=clock)
 
     def record(self, event: RunEvent) -> None:
         """Take an event of the run."""
@@ -50,60 +53,38 @@ class Live:
         self._state = state
         self.feed.touch()
 
-    def _refresh(self) -> Standing | None:
+    def _refresh(self) -> None:
         # The clock is set, a laptop sleeps: only then, so that times do not tremble.
         epoch = self._clock() - self._monotonic()
         if abs(epoch - self._epoch) > _CLOCK_STEP_S:
             self._epoch = epoch
-        state = self._state
-        if state is None:
-            return None
-        for worker in state.workers.values():
-            seen_at = round(worker.last_seen + self._epoch, 3)
-            self.feed.board.roster.sign_of_life(seen_at, worker.name, said(worker))
-        return standing(state, self._epoch)
+        if self._state is not None:
+            bring_up_to_date(self._board.view, self._state, self._epoch, self._monotonic())
 
 
-def said(worker: Worker) -> dict[str, Any]:
-    """Return what a worker said of itself, as in its heartbeat."""
-    return {
-        "state": worker.state,
-        "num_examples": worker.num_examples,
-        "run": worker.run,
-        "round": worker.round,
-        "step": worker.step,
-        "steps": worker.steps,
-        "loss": worker.loss,
-        "heartbeat_s": worker.heartbeat_s,
-    }
-
-
-def standing(state: State, epoch: float) -> Standing:
-    """Return what the page wants to know of a run's state.
+def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> None:
+    """Tell a view of the run what its machine knows better than its events can tell.
 
     Args:
+        view: of the run's events.
         state: the state of the round machine.
         epoch: what to add to its times for seconds since 1970.
+        now: the time by its clock.
     """
-    is_open = state.phase in (Phase.OPEN, Phase.COMMITTING)
-    if not is_open:
-        deadline_at = None
-    elif state.quorum_at is not None:
-        deadline_at = round(state.quorum_at + state.rules.grace_s + epoch, 3)
-    else:
-        deadline_at = round(state.opened_at + state.rules.deadline_s + epoch, 3)
-    return Standing(
-        phase=str(state.phase),
-        round=state.round,
-        rounds=state.rules.rounds,
-        linked=state.link > 0,
-        updates=state.folded,
-        needed=state.needed,
-        present=len(state.workers),
-        gate=state.gate,
-        has_weights=state.has_weights,
-        opened_at=round(state.opened_at + epoch, 3) if is_open else None,
-        deadline_at=deadline_at,
-        asked=tuple(sorted(state.asked)),
-        failed=dict(state.failed),
-    )
+    view.planned = state.rules.rounds
+    if view.ended is None:
+        view.phase = str(state.phase)
+    if state.phase is Phase.WAITING:
+        waiting = waiting_for(state, now)
+        view.waiting = None if waiting is None else (now + epoch, waiting)
+    one = view.open
+    if one is not None and one.number == state.round:
+        one.asked, one.needed = tuple(sorted(state.asked)), state.needed
+        one.failures = dict(state.failed)
+        ends_at = state.opened_at + state.rules.deadline_s
+        if state.quorum_at is not None:
+            ends_at = state.quorum_at + state.rules.grace_s
+        one.deadline_at = round(ends_at + epoch, 3)
+    for worker in state.workers.values():
+        told = {name: getattr(worker, name) for name in _IN_A_HEARTBEAT}
+        view.workers.sign_of_life(round(worker.last_seen + epoch, 3), worker.name, told)

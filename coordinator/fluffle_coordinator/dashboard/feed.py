@@ -16,7 +16,7 @@ from fluffle_common.cli.console import warn
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import UNTOLD, queue_figures
-from fluffle_coordinator.dashboard.board import Board, Standing
+from fluffle_coordinator.dashboard.board import Board
 
 Figures = Iterable[Mapping[str, Any]]
 _AFTER_A_FAILURE_S = 10.0
@@ -27,8 +27,7 @@ class Feed:
 
     Args:
         board: what is shown.
-        refresh: brings the board up to date before it is looked at; returns what the coordinator
-            itself knows, None where this does not run inside one.
+        refresh: brings the board up to date before it is looked at.
         ask_queues: asks for the figures of the queues, off the event loop; None where nobody can.
         clock: the time, in seconds since 1970.
     """
@@ -37,11 +36,11 @@ class Feed:
         self,
         board: Board,
         *,
-        refresh: Callable[[], Standing | None] = lambda: None,
+        refresh: Callable[[], object] = lambda: None,
         ask_queues: Callable[[], Figures] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.board, self.clock = board, clock
+        self._board, self.clock = board, clock
         self.version = 0
         self.closed = False
         self._refresh, self._ask_queues = refresh, ask_queues
@@ -55,7 +54,7 @@ class Feed:
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
         """Take an event in; what the board cannot take is warned of once, and left out."""
         try:
-            self.board.add(at, event, run)
+            self._board.add(at, event, run)
         except Exception as why:  # a page that cannot follow must not stop what it watches
             if not self._failed:
                 what = f"an event '{event.name}' ({why!r})"
@@ -79,15 +78,17 @@ class Feed:
             self._news.clear()
             await self._news.wait()
 
-    def standing(self) -> Standing | None:
-        """Bring the board up to date; return what the coordinator knows."""
-        return self._refresh()
+    @property
+    def board(self) -> Board:
+        """The board, as it is at this moment."""
+        self._refresh()
+        return self._board
 
     def sections(self) -> dict[str, str]:
         """Return the page as JSON, one text a section, the same object while nothing changes."""
         if self._sections_of != self.version:
             self._sections_of = self.version
-            snapshot = self.board.snapshot(self.clock(), self.standing())
+            snapshot = self.board.snapshot(self.clock())
             self._sections = {name: as_json(section) for name, section in snapshot.items()}
         return self._sections
 
@@ -103,10 +104,10 @@ class Feed:
                 figures = list(await asyncio.to_thread(self._ask_queues))
             except UNTOLD as why:
                 reason = getattr(why, "reason", None) or why
-                self.board.queues((), f"RabbitMQ's management API does not answer ({reason})")
+                self._board.queues((), f"RabbitMQ's management API does not answer ({reason})")
                 self._ask_again_at = loop.time() + max(max_age_s, _AFTER_A_FAILURE_S)
             else:
-                self.board.queues(figures)
+                self._board.queues(figures)
                 self._ask_again_at = loop.time() + max_age_s
         self.touch()
 

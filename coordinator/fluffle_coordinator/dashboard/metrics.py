@@ -19,10 +19,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from fluffle_common.errors import CAUSES
-from fluffle_coordinator.dashboard.board import PHASES
+from fluffle_coordinator.dashboard.board import PHASES, Board
 from fluffle_coordinator.dashboard.feed import Feed
-from fluffle_coordinator.dashboard.rounds import latest
-from fluffle_coordinator.observe.tally import OUTCOMES, STEPS
+from fluffle_coordinator.dashboard.snapshot import latest
+from fluffle_coordinator.observe.tally import OUTCOMES, STEPS, Tally
 
 _VERSION = version("fluffle")
 
@@ -68,89 +68,90 @@ class BoardCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric."""
+        board = self._feed.board
         yield _labelled(
             "fluffle_build_info", "The version that runs; always 1.", "version", {_VERSION: 1}
         )
-        yield from self._run()
-        yield from self._counters()
+        yield from _run(board)
+        yield from _counters(board.view.tally)
         yield _labelled(
             "fluffle_workers",
             "Workers that were heard of, by what they do.",
             "state",
-            self._feed.board.roster.by_state(),
+            board.view.workers.by_state(),
         )
-        yield from self._queues()
+        yield from _queues(board)
 
-    def _run(self) -> Iterator[Metric]:
-        board, standing = self._feed.board, self._feed.standing()
-        run = board.run(standing)
-        updates, needed = board.filling(standing)
-        yield _gauge("fluffle_broker_linked", "Whether there is a broker, 1 or 0.", run["linked"])
-        yield _labelled(
-            "fluffle_phase",
-            "Where the run stands: 1 for the phase it is in, 0 for the others.",
-            "phase",
-            {phase: int(phase == run["phase"]) for phase in PHASES},
-        )
-        yield _gauge("fluffle_round", "The round that is open or will be.", run["round"])
-        if run["rounds"] is not None:
-            yield _gauge("fluffle_rounds_planned", "How many rounds the run has.", run["rounds"])
-        yield _gauge("fluffle_quorum_received_updates", "Updates that the open round has.", updates)
-        yield _gauge("fluffle_quorum_needed_updates", "Updates that close the open round.", needed)
-        for metric, name, words in _EVALUATIONS:
-            if (value := latest(board.view, metric)) is not None:
-                yield _gauge(name, words, value)
 
-    def _counters(self) -> Iterator[Metric]:
-        tally = self._feed.board.tally
-        for name, words, value in (
-            ("fluffle_rounds_committed", "Rounds committed.", tally.rounds),
-            ("fluffle_worker_failures", "Times that a worker's task failed.", tally.failures),
-            ("fluffle_broker_outages", "Times that the broker was lost.", tally.outages),
-            (
-                "fluffle_received_update_bytes",
-                "Bytes of the updates that were counted, as they came.",
-                tally.update_bytes,
-            ),
-        ):
-            yield CounterMetricFamily(name, words, value)
-        outcomes = CounterMetricFamily(
-            "fluffle_updates", "Updates, by what became of them.", labels=["outcome"]
-        )
-        for outcome in OUTCOMES:
-            outcomes.add_metric([outcome], tally.outcomes[outcome])
-        yield outcomes
-        rejected = CounterMetricFamily(
-            "fluffle_rejected_messages", "Messages that were refused, by cause.", labels=["cause"]
-        )
-        for cause in CAUSES:
-            rejected.add_metric([cause], tally.causes[cause])
-        yield rejected
-        steps = SummaryMetricFamily(
-            "fluffle_round_step_seconds",
-            "Seconds that committed rounds spent in each step.",
-            labels=["step"],
-        )
-        for step in STEPS:
-            steps.add_metric([step], tally.step_rounds[step], tally.step_seconds[step])
-        yield steps
-        if tally.committed_at is not None:
-            yield _gauge(
-                "fluffle_last_commit_timestamp_seconds",
-                "When the last round was committed, in seconds since 1970.",
-                tally.committed_at,
-            )
+def _run(board: Board) -> Iterator[Metric]:
+    run = board.run()
+    updates, needed = board.filling
+    yield _gauge("fluffle_broker_linked", "Whether there is a broker, 1 or 0.", run["linked"])
+    yield _labelled(
+        "fluffle_phase",
+        "Where the run stands: 1 for the phase it is in, 0 for the others.",
+        "phase",
+        {phase: int(phase == run["phase"]) for phase in PHASES},
+    )
+    yield _gauge("fluffle_round", "The round that is open or will be.", run["round"])
+    if run["rounds"] is not None:
+        yield _gauge("fluffle_rounds_planned", "How many rounds the run has.", run["rounds"])
+    yield _gauge("fluffle_quorum_received_updates", "Updates that the open round has.", updates)
+    yield _gauge("fluffle_quorum_needed_updates", "Updates that close the open round.", needed)
+    for metric, name, words in _EVALUATIONS:
+        if (value := latest(board.view, metric)) is not None:
+            yield _gauge(name, words, value)
 
-    def _queues(self) -> Iterator[Metric]:
-        board = self._feed.board
-        for figure, (name, words) in _QUEUE_FIGURES.items():
-            sums: dict[str, float] = {}
-            for queue in board.figures:
-                if queue.get(figure) is not None:
-                    of = role(str(queue["name"]), board.federation)
-                    sums[of] = sums.get(of, 0) + queue[figure]
-            if sums:
-                yield _labelled(name, words, "queue", sums)
+
+def _counters(tally: Tally) -> Iterator[Metric]:
+    for name, words, value in (
+        ("fluffle_rounds_committed", "Rounds committed.", tally.rounds),
+        ("fluffle_worker_failures", "Times that a worker's task failed.", tally.failures),
+        ("fluffle_broker_outages", "Times that the broker was lost.", tally.outages),
+        (
+            "fluffle_received_update_bytes",
+            "Bytes of the updates that were counted, as they came.",
+            tally.update_bytes,
+        ),
+    ):
+        yield CounterMetricFamily(name, words, value)
+    outcomes = CounterMetricFamily(
+        "fluffle_updates", "Updates, by what became of them.", labels=["outcome"]
+    )
+    for outcome in OUTCOMES:
+        outcomes.add_metric([outcome], tally.outcomes[outcome])
+    yield outcomes
+    rejected = CounterMetricFamily(
+        "fluffle_rejected_messages", "Messages that were refused, by cause.", labels=["cause"]
+    )
+    for cause in CAUSES:
+        rejected.add_metric([cause], tally.causes[cause])
+    yield rejected
+    steps = SummaryMetricFamily(
+        "fluffle_round_step_seconds",
+        "Seconds that committed rounds spent in each step.",
+        labels=["step"],
+    )
+    for step in STEPS:
+        steps.add_metric([step], tally.step_rounds[step], tally.step_seconds[step])
+    yield steps
+    if tally.committed_at is not None:
+        yield _gauge(
+            "fluffle_last_commit_timestamp_seconds",
+            "When the last round was committed, in seconds since 1970.",
+            tally.committed_at,
+        )
+
+
+def _queues(board: Board) -> Iterator[Metric]:
+    for figure, (name, words) in _QUEUE_FIGURES.items():
+        sums: dict[str, float] = {}
+        for queue in board.figures:
+            if queue.get(figure) is not None:
+                of = role(str(queue["name"]), board.federation)
+                sums[of] = sums.get(of, 0) + queue[figure]
+        if sums:
+            yield _labelled(name, words, "queue", sums)
 
 
 def _gauge(name: str, words: str, value: float) -> Metric:

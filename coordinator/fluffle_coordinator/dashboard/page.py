@@ -7,15 +7,17 @@ from typing import Any, TypeVar
 
 from fluffle_common.cli.console import warn
 from fluffle_common.protocol.topology import Topology
-from fluffle_coordinator.dashboard.coordinator_source import Live
+from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import queue_asker
 from fluffle_coordinator.dashboard.server import exposure, listen, served, url_of
 
 T = TypeVar("T")
 
 
-class Page(Live):
-    """See above; the port is taken at once, and requests are answered in ``beside``.
+class Page(CoordinatorSource):
+    """The page of the coordinator in this process.
+
+    The port is taken at once, and requests are answered in ``beside``.
 
     Args:
         address: ``HOST:PORT``, port 0 for any free one.
@@ -36,7 +38,7 @@ class Page(Live):
 
     def remember(self, rounds: Iterable[Mapping[str, Any]]) -> None:
         """Show the rounds of an earlier coordinator of the same run."""
-        self.feed.board.remember(rounds)
+        self.feed.board.view.remember(rounds)
 
     async def beside(self, run: Coroutine[Any, Any, T]) -> T:
         """Answer requests for as long as the run takes; return what it returns."""

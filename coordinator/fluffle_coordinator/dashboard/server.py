@@ -18,6 +18,8 @@ import ipaddress
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import PurePath
 from typing import Any
 
 import uvicorn
@@ -41,15 +43,12 @@ _QUEUES_EVERY_S = 3.0
 _QUEUES_FOR_METRICS_S = 5.0
 _FAREWELL_S = 2.0
 
-_FILES = {
-    "page.html": "text/html; charset=utf-8",
-    "page.css": "text/css; charset=utf-8",
-    "theme.js": "text/javascript; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
-    "panels.js": "text/javascript; charset=utf-8",
-    "chart.js": "text/javascript; charset=utf-8",
-    "dom.js": "text/javascript; charset=utf-8",
-    "icon.svg": "image/svg+xml",
+_STATIC = files("fluffle_coordinator.dashboard") / "static"
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
 _HEADERS = [
     (
@@ -197,7 +196,7 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         return PlainTextResponse("alive\n")
 
     async def readyz(_: Request) -> Response:
-        run = feed.board.run(feed.standing())
+        run = feed.board.run()
         if not run["linked"]:
             return PlainTextResponse(f"not ready: {run['link']}\n", 503)
         if run["phase"] == "ended" and run["source"] == "coordinator":
@@ -215,17 +214,17 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", prometheus),
-        Route("/", _file("page.html")),
-        *(Route(f"/{name}", _file(name)) for name in _FILES if name != "page.html"),
+        Route("/", _file(_STATIC / "page.html")),
+        *(Route(f"/{file.name}", _file(file)) for file in _STATIC.iterdir()),
     ]
     return Guard(Starlette(routes=routes), hosts)
 
 
-def _file(name: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-    body = (files("fluffle_coordinator.dashboard") / "static" / name).read_bytes()
+def _file(file: Traversable) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    body, media_type = file.read_bytes(), _MEDIA_TYPES[PurePath(file.name).suffix]
 
     async def answer(_: Request) -> Response:
-        return Response(body, media_type=_FILES[name])
+        return Response(body, media_type=media_type)
 
     return answer
 

@@ -135,10 +135,12 @@ class EvaluationArrived(Event):
 class Committed(Event):
     """The round's weights, named ``base``, and its history line are on disk.
 
-    ``num_examples`` are in it, and ``timings`` say where its time went, in seconds.
+    ``num_examples`` are in it, and ``timings`` say where its time went, in seconds. ``enough`` says
+    why no further round is wanted; it is empty where only ``Rules.rounds`` decides.
     """
 
     round: int
     base: str
     num_examples: int | None = None
     timings: Mapping[str, float] | None = None
+    enough: str = ""

@@ -410,6 +410,7 @@ def _next_round(
         phase=Phase.WAITING,
         round=event.round + 1,
         base=event.base,
+        enough=event.enough,
         evaluate_pending=True,
         evaluations=Table(),
         received=Table(),

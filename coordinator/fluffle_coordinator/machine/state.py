@@ -212,6 +212,7 @@ class State:
     base: str = ""  # names the weights that this round is trained from
     # Who took part in the last rounds: an acknowledgement that was lost lets an update come again.
     counted_before: Mapping[int, frozenset[str]] = field(default_factory=empty)
+    enough: str = ""  # why no further round is wanted, before all of them are done
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
     link: int = 0  # which link we are on; 0: none

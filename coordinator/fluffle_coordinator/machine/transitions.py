@@ -38,7 +38,7 @@ def progress(state: State, now: float, out: Effects) -> State:
         state = state.but(gate=1, gate_until=math.inf)
     match state.phase:
         case Phase.WAITING:
-            past_the_last = state.round > state.rules.rounds
+            past_the_last = state.round > state.rules.rounds or state.enough
             return (_evaluate_only if past_the_last else _try_to_open)(state, now, out)
         case Phase.OPEN:
             return _try_to_commit(_record_evaluation(state, out), now, out)
@@ -328,7 +328,7 @@ def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> Sta
 
 
 def _evaluate_only(state: State, now: float, out: Effects) -> State:
-    """All rounds are done: ask for the evaluation of the last model, where it is wanted."""
+    """No further round is wanted: ask for the evaluation of the last model, where it is wanted."""
     present = tuple(sorted(state.workers))
     asked = Table(dict.fromkeys(present, now))
     state = state.recounted(phase=Phase.EVALUATING, opened_at=now, began_at=now, asked=asked)
@@ -344,7 +344,8 @@ def _try_to_finish(state: State, now: float, out: Effects) -> State:
         if not waited and (listening or state.tally.unevaluated):
             return state
         state = _record_evaluation(state, out, whole=False)
-    return _end(state, "finished", f"{state.round - 1} rounds are done", out)
+    reason = state.enough or f"{state.round - 1} rounds are done"
+    return _end(state, "finished", reason, out)
 
 
 def _end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:

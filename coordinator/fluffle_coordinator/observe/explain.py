@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 
 from fluffle_common.protocol.events import Committed, Counted, Doing, Opened, Waiting, from_fields
 from fluffle_common.protocol.messages import Event
-from fluffle_coordinator.observe.run_view import Answer, RoundView, RunView
+from fluffle_coordinator.observe.round_view import RoundView
+from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.worker_view import Departure
 
 _ROUNDS_OF = (Opened, Counted, Committed)
 
@@ -60,15 +62,10 @@ class Explanation:
         """Whether the round is open and a coordinator may still close it."""
         return self.is_open and self.view.ended is None
 
-    @property
-    def answers(self) -> dict[str, Answer]:
-        """The updates that were counted, in their order."""
-        return self.round.answers
-
-    @property
-    def present(self) -> set[str]:
-        """The workers that are here."""
-        return self.view.present
+    def went(self, worker: str) -> tuple[float, Departure] | None:
+        """Return when and how a worker has departed; None when it has not."""
+        known = self.view.workers.get(worker)
+        return known.went if known else None
 
     @property
     def missing(self) -> list[str]:

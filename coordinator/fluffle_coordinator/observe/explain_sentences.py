@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.events import Failure, Gone, Late, Left, RunEvent
+from fluffle_common.protocol.events import Failure, Late, Left, RunEvent
 from fluffle_coordinator.observe.explain import Explanation, Wait, longest_wait, moment
-from fluffle_coordinator.observe.formatting import duration
-from fluffle_coordinator.observe.run_view import Answer, Note
+from fluffle_coordinator.observe.round_view import Answer
+from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
 # A wait that is shorter is not worth a sentence.
@@ -42,8 +42,8 @@ def why_missing(about: Explanation, worker: str) -> str:
     this = about.round
     if worker in this.failures:
         return f"it failed: {this.failures[worker]}"
-    if worker in about.view.absent:
-        return f"it {_absence(*about.view.absent[worker])}"
+    if (went := about.went(worker)) is not None:
+        return f"it {_absence(*went)}"
     joined_at = this.joined.get(worker)
     joined = "" if joined_at is None else f", joined at {clock(joined_at)}"
     if not about.waits:
@@ -60,7 +60,7 @@ def _doing(about: Explanation, worker: str) -> str:
     return f"{known[1].sentence()} at {clock(known[0])}"
 
 
-def _absence(at: float, event: Left | Gone) -> str:
+def _absence(at: float, event: Departure) -> str:
     if isinstance(event, Left):
         return f"left at {clock(at)}{f' ({event.reason})' if event.reason else ''}"
     heard = "" if event.silent_s is None else f" (no heartbeat for {event.silent_s:.0f} s)"
@@ -69,12 +69,12 @@ def _absence(at: float, event: Left | Gone) -> str:
 
 def _before_the_first(about: Explanation) -> list[str]:
     """Say what a run that has opened no round waits for."""
-    here = sorted(about.present)
+    here = sorted(about.view.workers.present)
     lines = [f"Run {about.run} has opened no round yet."]
     if here:
         are = "is" if len(here) == 1 else "are"
         lines.append(f"Connected {are} {_names(here)}.")
-    lines += [f"{worker} {_absence(*how)}." for worker, how in about.view.absent.items()]
+    lines += [f"{worker} {_absence(*how)}." for worker, how in about.view.workers.absent.items()]
     lines += _notes(about)
     if about.coordinated is False:
         lines += _no_coordinator(about)
@@ -108,7 +108,7 @@ def as_dict(about: Explanation) -> dict[str, Any]:
                 "num_examples": one.num_examples,
                 "train_s": one.train_s,
             }
-            for one in about.answers.values()
+            for one in about.round.answers.values()
         ],
         "missing": [{"worker": w, "why": why_missing(about, w)} for w in about.missing],
         "deadline_at": _iso(this.deadline_at) if about.is_open else None,
@@ -161,9 +161,9 @@ def _opening(about: Explanation) -> Iterator[str]:
 
 
 def _answers(about: Explanation) -> Iterator[str]:
-    if not about.answers:
+    if not about.round.answers:
         yield "No update is counted."
-    for one in about.answers.values():
+    for one in about.round.answers.values():
         yield _answer(about, one)
 
 
@@ -186,7 +186,7 @@ def _missing(about: Explanation) -> Iterator[str]:
         why = why_missing(about, worker)
         if about.waits:
             yield f"Still waiting for {worker}: {why}."
-        elif worker in this.failures or worker in about.view.absent:
+        elif worker in this.failures or about.went(worker) is not None:
             yield f"{worker} did not answer: {why}."
         elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
             # What it sent since waits in the broker, for the coordinator that goes on.
@@ -197,28 +197,9 @@ def _notes(about: Explanation) -> Iterator[str]:
     this = about.round
     for note in this.notes:
         if not isinstance(note.event, Failure) or note.worker not in this.failures:
-            yield f"At {clock(note.at)} {_note(note)}."
-
-
-def _note(note: Note) -> str:
-    worker = note.worker or "somebody"
-    match note.event:
-        case run_events.Late():
-            return f"the update of {worker} came late and was discarded"
-        case run_events.Duplicate():
-            return f"the update of {worker} came again; it was counted once"
-        case run_events.Rejected():
-            sender = f" of {note.worker}" if note.worker else ""
-            return f"a message{sender} was rejected: {note.reason}"
-        case run_events.Refused():
-            return f"{worker} was refused: {note.reason}"
-        case run_events.Resend():
-            return f"{worker} was asked for its update again: {note.reason}"
-        case run_events.Failure():
-            return f"the task of {worker} failed: {note.reason}"
-        case run_events.Reopened():
-            return f"it was opened again: {note.reason}"
-    return f"it was closed with what was there: {note.reason}"
+            said = note.event.sentence().removeprefix(f"round {this.number}: ")
+            sender = note.worker and note.worker not in said
+            yield f"At {clock(note.at)}: {said}{f' ({note.worker})' if sender else ''}."
 
 
 def _standing(about: Explanation) -> Iterator[str]:
@@ -236,9 +217,9 @@ def _standing(about: Explanation) -> Iterator[str]:
         )
         return
     if this.needed is not None:
-        lacking = this.needed - len(about.answers)
+        lacking = this.needed - len(about.round.answers)
         more = f"{lacking} more needed" if lacking > 0 else "enough to close it"
-        yield f"{_number(len(about.answers), 'update')} of {this.needed}: {more}."
+        yield f"{_number(len(about.round.answers), 'update')} of {this.needed}: {more}."
     if about.view.unlinked_since is not None:
         lost = clock(about.view.unlinked_since)
         yield (
@@ -299,26 +280,28 @@ def _longest(about: Explanation) -> Iterator[str]:
     if about.waits and about.coordinated is False:
         return  # nobody waits
     lasted = duration(wait.seconds)
-    since = f"after the update of {wait.after}" if wait.after else "after the opening"
+    since = f"since {wait.after} answered" if wait.after else "since the opening"
     if wait.until == "commit":
-        yield f"Closing it took longest: {lasted} {since}."
+        after = f"{wait.after} answered" if wait.after else "the opening"
+        yield f"The longest wait was for the commit: it came {lasted} after {after}."
     elif wait.until:
         yield _waited_for(about, wait)
+    elif about.missing and about.waits:
+        yield f"The longest wait is for {_names(about.missing)}: {lasted} so far, {since}."
     elif about.missing:
-        still = ", and still does" if about.waits else ""
-        yield f"It waited longest for {_names(about.missing)}{still}: {lasted} {since}."
+        yield f"The longest wait was for {_names(about.missing)}: {lasted} {since}."
 
 
 def _waited_for(about: Explanation, wait: Wait) -> str:
     """Say who answered last; everyone else's update was there before."""
-    last = about.answers[wait.until]
-    trained = "" if last.train_s is None else f" (it trained for {duration(last.train_s)})"
-    if not wait.after:
-        return f"It waited for {wait.until}{trained}: {duration(wait.seconds)} after the opening."
-    later_s = last.at - about.answers[wait.after].at
+    last = about.round.answers[wait.until]
+    trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
+    after = ""
+    if wait.after:
+        after = f", {duration(last.at - about.round.answers[wait.after].at)} after {wait.after}"
     return (
-        f"It waited longest for {wait.until}{trained}, the last to answer: "
-        f"{duration(wait.seconds)} after the opening, {duration(later_s)} after {wait.after}."
+        f"The longest wait was for {wait.until}: it {trained}answered {duration(wait.seconds)} "
+        f"after the opening{after}."
     )
 
 
@@ -347,3 +330,21 @@ def _names(names: tuple[str, ...] | list[str]) -> str:
 
 def _number(count: float, thing: str) -> str:
     return f"{count:.0f} {thing}{'' if count == 1 else 's'}"
+
+
+def duration(value: float) -> str:
+    """Return a duration in seconds, in the unit that suits it.
+
+    >>> duration(0.0123), duration(3.21), duration(125), duration(7260), duration(0)
+    ('12 ms', '3.2 s', '2 min 5 s', '2 h 1 min', '0 s')
+    """
+    if value == 0:
+        return "0 s"
+    if value < 1:
+        return f"{value * 1000:.2g} ms" if value < 0.01 else f"{value * 1000:.0f} ms"
+    if value < 60:
+        return f"{value:.3g} s" if value >= 10 else f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"

@@ -7,92 +7,22 @@ raises. Taking an event in is O(open rounds), and whatever can grow without end 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.events import RunEvent
+from fluffle_common.protocol.events import RunEvent, from_fields
+from fluffle_coordinator.observe.round_view import Answer, RoundView, late_updates, remembered
+from fluffle_coordinator.observe.tally import Tally, cause_of
+from fluffle_coordinator.observe.worker_view import Departure, Workers
 
 _ROUNDS = 2000
 _DETAILED = 50  # of older rounds, only the result is kept
-_NOTES = 1000
-_ABSENT = 10_000  # many more than take part; names are for whoever joins to choose
+_FAILURES = 10_000
+_REJECTIONS = 30
 _A_CENTURY_S = 3.2e9
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An update that was counted."""
-
-    worker: str
-    at: float
-    num_examples: int | None
-    train_s: float | None
-    bytes: int | None
-    after_s: float | None  # since the round was last opened or opened again
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something else that happened to a round."""
-
-    at: float
-    event: RunEvent
-
-    @property
-    def worker(self) -> str | None:
-        """The worker that it is about; None for the round itself, or nobody known."""
-        return getattr(self.event, "worker", None) or None
-
-    @property
-    def reason(self) -> str:
-        """Why; "" where nothing is said of it."""
-        return getattr(self.event, "reason", None) or ""
-
-
-@dataclass
-class RoundView:
-    """A round. ``needed`` is the quorum of the moment: it falls when someone who was asked goes.
-
-    ``deadline_at`` is put off by an outage, as the coordinator does it; None where it is unknown.
-    """
-
-    number: int
-    opened_at: float | None = None
-    asked_at: float | None = None  # when it was last opened, or opened again
-    asked: tuple[str, ...] = ()
-    needed: int | None = None
-    deadline_at: float | None = None
-    openings: int = 0  # more than 1: a coordinator was started again while the round was open
-    restarted_at: float | None = None  # meant until the round is opened again
-    answers: dict[str, Answer] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
-    joined: dict[str, float] = field(default_factory=dict)  # while the round was open
-    committed_at: float | None = None
-    participants: tuple[str, ...] = ()
-    num_examples: int | None = None
-    timings: Mapping[str, float] = field(default_factory=dict)
-    loss: float | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    evaluated_on: int | None = None
-    evaluated: bool = False
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is a result of it."""
-        return self.committed_at is not None or self.evaluated
-
-    @property
-    def is_open(self) -> bool:
-        """Whether updates are still waited for."""
-        return self.opened_at is not None and self.committed_at is None
-
-    def note(self, at: float, event: RunEvent) -> None:
-        """Remember an event that is about the round."""
-        if len(self.notes) < _NOTES:
-            self.notes.append(Note(at, event))
 
 
 class RunView:
@@ -100,6 +30,7 @@ class RunView:
 
     Args:
         only: the one round that is of interest; None for the latest ``_ROUNDS``.
+        whole: keep every round of a history, in full.
 
     Attributes:
         run: its id; None where it is not known yet.
@@ -107,22 +38,30 @@ class RunView:
         phase: ``standby``, ``waiting``, ``open``, ``committing`` or ``ended``.
         rounds: by their numbers.
         before: what happened while there was no round.
-        present: the workers that are here, as far as is known.
-        absent: those that are not: when they went, and how.
+        workers: everybody who was heard of.
+        rejections: the latest messages that were rejected: when, in which round (0: none was
+            open), and what is known of them.
+        causes: how many messages were rejected, by cause.
+        tally: what is counted across runs, for Prometheus.
         waiting: what the coordinator last said it waits for, and when.
         ended: how the run has ended, and when.
         unlinked_since: when the coordinator lost the broker; None while it has it.
     """
 
-    def __init__(self, only: int | None = None) -> None:
-        self._only = only
+    def __init__(self, only: int | None = None, *, whole: bool = False) -> None:
+        self._only, self._most = only, math.inf if whole else _ROUNDS
+        self.whole = whole
         self.run: str | None = None
         self.planned: int | None = None
         self.phase = "waiting"
         self.rounds: dict[int, RoundView] = {}
         self.before = RoundView(0)
-        self.present: set[str] = set()
-        self.absent: dict[str, tuple[float, run_events.Left | run_events.Gone]] = {}
+        self.workers = Workers()
+        self.tally = Tally()
+        self.causes: Counter[str] = Counter()
+        self.rejections: deque[tuple[float, int, run_events.Rejected]] = deque(
+            maxlen=None if whole else _REJECTIONS
+        )
         self.waiting: tuple[float, run_events.Waiting] | None = None
         self.ended: tuple[float, RunEvent] | None = None
         self.unlinked_since: float | None = None
@@ -134,14 +73,51 @@ class RunView:
         if run and run != self.run:
             self._begin(run)
         self.phase = _PHASE_AFTER.get(type(event), self.phase)
+        self.workers.add(at, event)
+        self.tally.add(at, event)
         take = _TAKE.get(type(event))
         if take is not None:
             take(self, at, event)
 
-    def remember(self, one: RoundView) -> None:
-        """Take in a round of a history."""
-        for known in self._round(one.number):
-            self.rounds[known.number] = one
+    def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the rounds of a history (``run_store.read_history``): shown, not tallied."""
+        rows = sorted(rows, key=lambda row: row["round"])
+        for row in rows:
+            for known in self._round(row["round"]):
+                self.rounds[known.number] = one = remembered(row)
+                for name in one.asked:
+                    self.workers.remember(name)
+                for answer in one.answers.values():
+                    worker = self.workers.remember(answer.worker)
+                    worker.count(answer.num_examples, answer.bytes, answer.train_s)
+        for number, name in late_updates(rows):
+            self.workers.remember(name).late += 1
+            if number in self.rounds:
+                self.rounds[number].came_late.add(name)
+        for row in rows:  # at the end: the name in a message that was refused may be anybody's
+            one = self.rounds.get(row["round"], self.before)
+            for fields in row.get("rejections", ()):
+                event = from_fields(run_events.Rejected.name, fields)
+                self.workers.add(one.committed_at or 0.0, event)
+                self._reject(one.committed_at or 0.0, one.number, event)
+        if not self.whole:
+            for number in sorted(self.rounds)[:-_DETAILED]:
+                self.rounds[number].let_go_of_details()
+
+    def _reject(self, at: float, during: int, event: RunEvent) -> None:
+        if isinstance(event, run_events.Rejected):
+            self.causes[cause_of(event)] += 1
+            self.rejections.append((at, during, event))
+
+    @property
+    def done(self) -> list[RoundView]:
+        """The rounds that there is a result of, in their order."""
+        return [self.rounds[n] for n in sorted(self.rounds) if self.rounds[n].is_done]
+
+    @property
+    def detailed(self) -> list[RoundView]:
+        """Those of them that are kept in full."""
+        return self.done if self.whole else self.done[-_DETAILED:]
 
     @property
     def open(self) -> RoundView | None:
@@ -162,26 +138,23 @@ class RunView:
     def _begin(self, run: str) -> None:
         if self.run is not None:
             self.rounds, self._open, self.planned = {}, {}, None
+            self.causes.clear()
+            self.rejections.clear()
+            self.workers.another_run()
         self.run = run
 
     # --- who is here ---------------------------------------------------------------------------
 
     def _joined(self, at: float, event: run_events.Joined) -> None:
         worker = event.worker or ""
-        self.present.add(worker)
-        self.absent.pop(worker, None)
         self.before.failures.pop(worker, None)
         for one in self._open.values():
             one.failures.pop(worker, None)  # a process that was started again is asked again
             if worker not in one.asked:
                 one.joined[worker] = at
 
-    def _went(self, at: float, event: run_events.Left | run_events.Gone) -> None:
+    def _went(self, _: float, event: Departure) -> None:
         worker = event.worker or ""
-        self.present.discard(worker)
-        self.absent[worker] = (at, event)
-        if len(self.absent) > _ABSENT:
-            del self.absent[next(iter(self.absent))]
         for one in (self._open if self._only is None else self.rounds).values():
             one.joined.pop(worker, None)
 
@@ -192,8 +165,7 @@ class RunView:
         self.planned = event.rounds or self.planned
         for one in self._open.values():
             one.restarted_at, one.deadline_at = at, None
-        self.present.clear()
-        self.absent.clear()
+        self.workers.another_coordinator()
         self.waiting = self.ended = self.unlinked_since = None
 
     def _connected(self, at: float, _: RunEvent) -> None:
@@ -248,15 +220,26 @@ class RunView:
         for one in self._round(event.round):
             after_s = None if one.asked_at is None else max(0.0, at - one.asked_at)
             one.answers[worker] = Answer(
-                worker, at, event.num_examples, event.train_s, event.bytes, after_s
+                worker,
+                at,
+                event.num_examples,
+                event.train_s,
+                event.bytes,
+                after_s,
+                staleness=getattr(event, "staleness", None),
+                weight=getattr(event, "weight", None),
             )
             one.failures.pop(worker, None)
+            one.needed = event.needed or one.needed
+
+    def _quorum(self, _: float, event: run_events.Quorum) -> None:
+        for one in self._known(event.round):
             one.needed = event.needed or one.needed
 
     def _failure(self, at: float, event: run_events.Failure) -> None:
         for one in self._known(event.round):
             one.note(at, event)
-            if len(one.failures) < _ABSENT:
+            if len(one.failures) < _FAILURES:
                 one.failures[event.worker or ""] = event.reason or ""
 
     def _committed(self, at: float, event: run_events.Committed) -> None:
@@ -266,6 +249,7 @@ class RunView:
             one.participants = event.participants or ()
             one.num_examples = event.num_examples
             one.timings = event.timings or {}
+            one.epsilon = getattr(event, "epsilon", None)
             self._open.pop(one.number, None)
         if self._only is None:
             self._let_go_of_details()
@@ -275,16 +259,28 @@ class RunView:
             one.loss, one.metrics = event.loss, event.metrics or {}
             one.evaluated_on, one.evaluated = event.num_examples, True
 
-    def _noted(
-        self, at: float, event: run_events.Closed | run_events.Late | run_events.Duplicate
-    ) -> None:
+    def _noted(self, at: float, event: run_events.Closed | run_events.Duplicate) -> None:
         for one in self._known(event.round):
             one.note(at, event)
 
-    def _rejected(
+    def _late(self, at: float, event: run_events.Late) -> None:
+        for one in self._known(event.round):
+            one.note(at, event)
+            one.came_late.add(event.worker or "")
+        if self.rounds:
+            (self.open or self.rounds[max(self.rounds)]).late += 1
+
+    def _rejected(self, at: float, event: run_events.Rejected) -> None:
+        now = self.open
+        if now is not None:
+            now.rejected += 1
+        self._reject(at, now.number if now else 0, event)
+        self._of_no_round(at, event)
+
+    def _of_no_round(
         self, at: float, event: run_events.Rejected | run_events.Refused | run_events.Resend
     ) -> None:
-        """Take in what need not name a round: it is of that which was open when it run_events."""
+        """Take in what need not name a round: it is of that which was open when it happened."""
         number = getattr(event, "round", None)
         about = {one.number: one for one in (*self._known(number), *self._open.values())}
         if not self.rounds:
@@ -298,7 +294,7 @@ class RunView:
         """Yield the round of this number, if it is kept."""
         if number is None or self._only not in (None, number):
             return
-        if number not in self.rounds and len(self.rounds) >= _ROUNDS:
+        if number not in self.rounds and len(self.rounds) >= self._most:
             oldest = min(self.rounds)
             del self.rounds[oldest]
             self._open.pop(oldest, None)
@@ -313,8 +309,7 @@ class RunView:
 
     def _let_go_of_details(self) -> None:
         for number in sorted(self.rounds)[-_DETAILED - 2 : -_DETAILED]:
-            one = self.rounds[number]
-            one.answers, one.notes, one.failures, one.joined = {}, [], {}, {}
+            self.rounds[number].let_go_of_details()
 
 
 _PHASE_AFTER: dict[type[RunEvent], str] = {
@@ -345,13 +340,14 @@ _TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Opened: RunView._opened,
     run_events.Reopened: RunView._reopened,
     run_events.Counted: RunView._counted,
+    run_events.Quorum: RunView._quorum,
     run_events.Failure: RunView._failure,
     run_events.Committed: RunView._committed,
     run_events.Evaluated: RunView._evaluated,
     run_events.Closed: RunView._noted,
-    run_events.Late: RunView._noted,
+    run_events.Late: RunView._late,
     run_events.Duplicate: RunView._noted,
     run_events.Rejected: RunView._rejected,
-    run_events.Refused: RunView._rejected,
-    run_events.Resend: RunView._rejected,
+    run_events.Refused: RunView._of_no_round,
+    run_events.Resend: RunView._of_no_round,
 }

@@ -11,6 +11,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fluffle_common.errors import LinkLost, MalformedMessage
@@ -20,19 +21,16 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
-from fluffle_common.transport.messaging import PartsGone, fetch
+from fluffle_common.transport.messaging import PartsGone
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.service.fetcher import Fetcher, Payload
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
-from fluffle_coordinator.strategy.contribution import (
-    check_announced,
-    check_metrics,
-    decode_contribution,
-)
+from fluffle_coordinator.strategy.contribution import check_metrics, decode_contribution
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
@@ -55,6 +53,7 @@ class Aggregator:
         keep_updates: whether what is folded is kept.
         verify_users: whether the parts of an update have to come from its worker's own user.
         averaged: given new weights, which will be sent once they are on disk.
+        folder: where large updates wait until they are checked.
     """
 
     def __init__(
@@ -71,14 +70,23 @@ class Aggregator:
         keep_updates: bool = False,
         verify_users: bool = False,
         averaged: Callable[[Weights], object] = lambda _: None,
+        folder: Path | None = None,
     ) -> None:
         self.weights = weights
-        self._topology, self._committer, self._max_bytes = topology, committer, max_model_bytes
-        self._link, self._post = link, post
+        self._committer, self._post = committer, post
         self._strategy, self._keep_updates = strategy, keep_updates
-        self._verify_users, self._averaged = verify_users, averaged
-        self._jobs = SerialQueue()
-        self._at_once_bytes = _AT_ONCE_BYTES if strategy.name == FEDAVG.name else -1
+        averages = strategy.name == FEDAVG.name
+        self._averaged, self._jobs = averaged, SerialQueue()
+        self._fetcher = Fetcher(
+            topology,
+            link=link,
+            weights=lambda: self.weights,
+            in_pieces=averages,  # any other strategy sees tensors by their names
+            max_bytes=max_model_bytes,
+            verify_users=verify_users,
+            folder=folder,
+        )
+        self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
             number, kept = resumed
@@ -92,7 +100,10 @@ class Aggregator:
 
     async def run(self) -> None:
         """Do what is asked for, for ever."""
-        await self._jobs.run()
+        try:
+            await self._jobs.run()
+        finally:
+            await self._fetcher.close()
 
     async def drained(self) -> None:
         """Return when everything that was asked for is done."""
@@ -112,6 +123,7 @@ class Aggregator:
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
+            self._fetcher.expect(held)
             self._jobs.put(lambda: self._fold(held))
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
@@ -155,7 +167,8 @@ class Aggregator:
         message = held.message
         if self.weights is None:
             try:
-                payload = await self._payload(held)
+                payload = await self._fetcher.payload(held)
+                assert isinstance(payload, memoryview)
                 weights = read_tensors(message.tensors, payload)
                 if not weights:
                     raise ValueError("there is no tensor")
@@ -175,21 +188,25 @@ class Aggregator:
 
     async def _fold(self, held: Held) -> None:
         if self._closing:
+            await self._fetcher.drop(held)
             return
         worker = held.message.worker
         try:
-            payload = await self._payload(held)
+            payload = await self._fetcher.payload(held)
+            self._fetcher.fetch_next()
+            received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # However few bytes came, they are folded into all of the model.
-            nbytes = max(len(payload), size_bytes(self._base))
+            nbytes = max(received, size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
-        except (LinkLost, PartsGone) as gone:
+        except (LinkLost, PartsGone, OSError) as gone:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
         except MalformedMessage as wrong:
             self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
-                await self._committer.keep(len(self._in_the_sum) + 1, held, payload)
-            self._folded(held, len(payload), norm)
+                pieces = [payload] if isinstance(payload, memoryview) else payload.pieces
+                await self._committer.keep(len(self._in_the_sum) + 1, held, pieces)
+            self._folded(held, received, norm)
 
     def _fold_at_once(self, held: Held) -> None:
         try:
@@ -200,14 +217,15 @@ class Aggregator:
         else:
             self._folded(held, len(held.payload), norm)
 
-    def _check_and_fold(self, held: Held, payload: memoryview) -> float:
+    def _check_and_fold(self, held: Held, payload: Payload) -> float:
         """Take an update into the sum; return the norm of its delta."""
         message = held.message
         assert isinstance(message, Update)
         began = time.monotonic()
         check_metrics(message, self._strategy.strategy.needs.metrics)
-        # Read-only: it may still have to be kept as it came.
-        delta, norm = decode_contribution(message, payload.toreadonly(), self._base)
+        if isinstance(payload, memoryview):
+            payload = payload.toreadonly()  # it may still have to be kept as it came
+        delta, norm = decode_contribution(message, payload, self._base)
         if norm > held.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
@@ -219,7 +237,7 @@ class Aggregator:
             num_examples=held.num_examples,
             delta=delta,
             metrics=message.metrics,
-            lay_on_disk=self._committer.spooled,
+            lay_on_disk=self._committer.lay_on_disk,
         )
         self._state = self._in_round(message.round).fold(self._state, one)
         self._clock.fold_s += time.monotonic() - began
@@ -243,24 +261,6 @@ class Aggregator:
         self._in_the_sum.append(participant)
         held.forget()  # only now: what is rejected is kept as it came
         self._post(ev.Folded(now, message.worker, message.seconds, nbytes, norm))
-
-    async def _payload(self, held: Held) -> memoryview:
-        transfer = held.message.transfer
-        if transfer is None:
-            return held.payload
-        check_announced(held.message, self.weights)
-        link = self._link()
-        if link is None:
-            raise LinkLost("the link was lost")
-        worker = held.message.worker
-        return await fetch(
-            link,
-            self._topology.outbox(worker),
-            transfer,
-            self._max_bytes,
-            self._topology.rejected,
-            user=worker if self._verify_users else None,
-        )
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
         found = await self._off_loop(size_bytes(self._base), self._finish, number)

@@ -27,6 +27,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
 from fluffle_common.tensors.weights import check_finite, check_signature
+from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine.state import Rules, State
@@ -35,8 +36,9 @@ from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
+from fluffle_coordinator.service.strategy_loading import as_named, check_same, rules_for
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
 if TYPE_CHECKING:
@@ -54,26 +56,8 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         TaskError: where the strategy fails.
         SystemExit: after a signal, with 128 + its number.
     """
-    federation = check_federation(options["federation"])
-    strategy = load_strategy(options["strategy"])
-    rules = rules_for(strategy, rules)
-    settings = CoordinatorSettings(
-        federation=federation,
-        rules=rules,
-        plan=Plan(
-            epochs=options["epochs"],
-            batch_size=options["batch_size"],
-            learning_rate=options["learning_rate"],
-            compress=_compress(options),
-            config=parse_config(options["config"]),
-        ),
-        strategy=strategy,
-        classes=parse_classes(options["classes"]),
-        init=options["init"],
-        verify_users=options["verify_users"],
-        keep_updates=options["keep_updates"],
-        backoff=Backoff(give_up_s=options["wait_broker"]),
-    )
+    settings = settings_of(rules, options)
+    federation = settings.federation
     # Asked for again and again: our own node may be started later, and elsewhere.
     find = functools.partial(broker_url, options["url"])
     transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
@@ -86,7 +70,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         if page:
             url = page.url
             console.line("page", lambda: f"the page is at {url}", {"url": url})
-        run = _run(
+        run = coordinate(
             settings,
             transport,
             topology,
@@ -105,6 +89,34 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         raise RunError(f"the run stopped: {state.reason}; {how}")
 
 
+def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
+    """Turn options into what the operator decided.
+
+    Raises:
+        UsageError: where they are wrong, or do not fit together.
+        TaskError: where the file of a strategy or a hook fails to load.
+    """
+    strategy = as_named(options["strategy"])
+    return CoordinatorSettings(
+        federation=check_federation(options["federation"]),
+        rules=rules_for(strategy, rules),
+        plan=Plan(
+            epochs=options["epochs"],
+            batch_size=options["batch_size"],
+            learning_rate=options["learning_rate"],
+            compress=_compress(options),
+            config=parse_config(options["config"]),
+        ),
+        strategy=strategy,
+        classes=parse_classes(options["classes"]),
+        init=options["init"],
+        verify_users=options["verify_users"],
+        keep_updates=options["keep_updates"],
+        hooks=Hooks.load(options["evaluate"], options["on_round"]),
+        backoff=Backoff(give_up_s=options["wait_broker"]),
+    )
+
+
 def _compress(options: dict[str, Any]) -> str | None:
     """Return how workers are to encode their updates; None: not at all."""
     if options["compress"] is not None:
@@ -113,17 +125,37 @@ def _compress(options: dict[str, Any]) -> str | None:
     return None if dtype == "float32" else dtype
 
 
-async def _run(
+async def coordinate(
     settings: CoordinatorSettings,
-    transport: AmqpTransport,
+    transport: Transport,
     topology: Topology,
     store: RunStore,
     watcher: Watcher,
     *,
-    journal: Journal,
-    page: Page | None,
-    fresh: bool,
+    journal: Journal | None,
+    page: Page | None = None,
+    fresh: bool = False,
 ) -> State:
+    """Run a federation in its folder, from wherever it stands, to its end.
+
+    Args:
+        settings: what the operator decided.
+        transport: the way to the broker.
+        topology: the names on it.
+        store: the run's folder; waited for while another coordinator has it.
+        watcher: told what happens; one of those it tells is the journal.
+        journal: what publishes the events, if anything does.
+        page: the live page, told of the rounds that are done already.
+        fresh: move an earlier run aside.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        RunError: where the folder cannot be used.
+        TaskError: where the strategy fails.
+        UsageError: where the folder holds a run that these settings do not continue.
+    """
     with _usable(store.folder):
         await _locked(store, watcher)
         if fresh:
@@ -163,8 +195,9 @@ async def _run(
     )
     state = await coordinator.run()
     if state.outcome == "finished" and saved.committed < settings.rules.rounds:
-        how = endings.after_the_end(store.folder, settings.rules.rounds)
-        watcher.record(run_events.Note(what=how))
+        early = state.committed < settings.rules.rounds
+        advice = endings.after_an_early_end if early else endings.after_the_end
+        watcher.record(run_events.Note(what=advice(store.folder, state.committed)))
     return state
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,12 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import beside
 from fluffle_common.tensors.checkpoint import checkpoint_name
-from fluffle_common.tensors.spool import spooled
+from fluffle_common.tensors.on_disk import laid_on_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, read_only
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock, Counts
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
@@ -35,8 +36,9 @@ _DISK_RETRY_S = 5.0
 _FIELDS = frozenset(
     "asked base bytes checkpoint committed_at ended_at evaluated_at evaluators event federation "
     "late late_updates loss metrics num_examples opened_at outcome participants privacy reason "
-    "rejected rejections round rounds run strategy time timings train_loss".split()
+    "rejected rejections round rounds run strategy tested_at time timings train_loss".split()
 )
+_TEST = "test/"  # what the coordinator itself measured is called so in the history
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Committer:
         record: given what happened.
         post: given the events for the round machine.
         strategy: the name of the strategy.
+        hooks: what is called after each commit.
+        rounds: how many rounds the run is to have, for the hooks.
     """
 
     def __init__(
@@ -81,10 +85,15 @@ class Committer:
         record: Callable[[run_events.RunEvent], None],
         post: Callable[[ev.Event], None],
         strategy: str = FEDAVG.name,
+        hooks: Hooks = NO_HOOKS,
+        rounds: int = 0,
     ) -> None:
         self.counts = Counts()
         self._store, self._metadata = store, metadata
         self._record, self._post, self._strategy = record, post, strategy
+        self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
+        # The round that was evaluated last, and its federated metrics.
+        self._evaluated: tuple[int, dict[str, float]] = 0, {}
         self._lines = SerialQueue()
         self._committed_at = time.monotonic()
 
@@ -105,7 +114,7 @@ class Committer:
         self._record(run_events.FirstWeights(tensors=len(weights), parameters=parameters))
         return base
 
-    async def keep(self, place: int, held: Held, payload: memoryview) -> None:
+    async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
         """Keep an update that was just folded, as the one of this place in the sum."""
         message, body = held.message, held.delivery.body
         assert isinstance(message, Update)
@@ -113,14 +122,14 @@ class Committer:
         apart = None if message.transfer is None else payload
         await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
 
-    def spooled(self, delta: Weights) -> Weights:
-        """Lay an update of the open round on the disk of the run; see ``spool``.
+    def lay_on_disk(self, delta: Weights) -> Weights:
+        """Lay an update of the open round on the disk of the run; see ``tensors.on_disk``.
 
         Raises:
             RunError: where the disk refuses.
         """
         try:
-            return spooled(delta, self._store.folder)
+            return laid_on_disk(delta, self._store.folder)
         except OSError as why:
             raise RunError(
                 f"cannot lay an update of the open round in {self._store.folder} ({why.strerror}); "
@@ -176,8 +185,34 @@ class Committer:
         if average.spent:
             cost = ", ".join(f"{name} {value:.4g}" for name, value in average.spent.items())
             self._record(run_events.Note(what=f"privacy spent up to round {number}: {cost}"))
-        num_examples = sum(one["num_examples"] for one in average.participants)
-        self._post(ev.Committed(self._committed_at, number, base, num_examples, line["timings"]))
+        participants = {one["worker"]: one["num_examples"] for one in average.participants}
+        enough = await self._call_hooks(number, average.weights, participants)
+        about = base, sum(participants.values()), line["timings"], enough
+        self._post(ev.Committed(time.monotonic(), number, *about))
+
+    async def _call_hooks(
+        self, number: int, weights: Weights, participants: Mapping[str, int]
+    ) -> str:
+        """Test and show a round that is on disk; return why no further round is wanted."""
+        if not self._hooks:
+            return ""
+        weights = read_only(weights)
+        test = await self._calls.test(number, weights)
+        if test:
+            line: dict[str, Any] = {f"{_TEST}{name}": value for name, value in test.items()}
+            line |= {"event": "tested", "round": number, "tested_at": timestamp()}
+            await self._on_disk(lambda: self._store.append(line))
+            self._record(run_events.Tested(round=number, metrics=test))
+        commit = Commit(
+            round=number,
+            rounds=self._rounds,
+            weights=weights,
+            participants=participants,
+            checkpoint=self._store.folder / checkpoint_name(number),
+            test=test,
+            evaluation=self._evaluated[1] if self._evaluated[0] == number - 1 else {},
+        )
+        return await self._calls.look(commit)
 
     def _not_counted(self) -> dict[str, Any]:
         """Return what was not counted since this was last asked."""
@@ -196,6 +231,7 @@ class Committer:
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }
+        self._evaluated = number, {"loss": averages["loss"], **extra}
         self._record(
             run_events.Evaluated(
                 round=number,
@@ -244,6 +280,6 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     return {
         "num_examples": sum(one.num_examples for one in everyone),
         "loss": mean([(one.num_examples, one.loss) for one in everyone]),
-        **beside(metrics, _FIELDS),
+        **beside(metrics, _FIELDS | {name for name in metrics if name.startswith(_TEST)}),
         "evaluators": sorted(evaluations),
     }

@@ -27,6 +27,7 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
         "init": None if settings.init is None else str(settings.init),
         "verify_users": settings.verify_users,
         "keep_updates": settings.keep_updates,
+        **settings.hooks.names(),
         "queue_type": topology.queue_type,
         "versions": versions(),
     }

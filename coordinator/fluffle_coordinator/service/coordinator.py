@@ -138,6 +138,8 @@ class Coordinator:
             record=self._record,
             post=self._post,
             strategy=settings.strategy.name,
+            hooks=settings.hooks,
+            rounds=settings.rules.rounds,
         )
         self._aggregator = Aggregator(
             topology,
@@ -151,6 +153,7 @@ class Coordinator:
             keep_updates=settings.keep_updates,
             verify_users=settings.verify_users,
             averaged=self._outbox.prepare,
+            folder=store.folder,
         )
         self.state = machine.start(
             settings.rules,

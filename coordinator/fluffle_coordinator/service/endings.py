@@ -25,6 +25,19 @@ def after_the_end(folder: Path, rounds: int) -> str:
     )
 
 
+def after_an_early_end(folder: Path, committed: int) -> str:
+    """Say how a run goes on that was ended, by its own hook, before all rounds were done.
+
+    >>> after_an_early_end(Path("runs/letters"), 3)
+    "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
+goes on with round 4"
+    """
+    return (
+        f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds; the same command "
+        f"(without --fresh) goes on with round {committed + 1}"
+    )
+
+
 def done_already(folder: Path, committed: int, rounds: int) -> str:
     """Say that a run has nothing left to do when it is started again.
 

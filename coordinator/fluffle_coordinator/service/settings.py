@@ -8,6 +8,7 @@ from pathlib import Path
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -30,6 +31,7 @@ class CoordinatorSettings:
         verify_users: reject what a worker sends while logged in to the broker under another name
             than its id.
         keep_updates: keep every update that is counted, as it came.
+        hooks: what is called after each commit.
         backoff: how to wait for a broker that is away.
         waiting_every_s: how often to say what is waited for.
     """
@@ -45,5 +47,6 @@ class CoordinatorSettings:
     max_model_bytes: int = 8 * 2**30
     verify_users: bool = False
     keep_updates: bool = False
+    hooks: Hooks = NO_HOOKS
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0

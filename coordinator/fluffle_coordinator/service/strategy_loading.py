@@ -13,7 +13,8 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy.arguments import nearest
-from fluffle_coordinator.strategy.base import NamedStrategy, Needs
+from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
+from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
 
 _GROUP = "fluffle.strategies"
@@ -139,3 +140,18 @@ def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
             f"{saved.committed}, and this command names {named.name}; give --strategy "
             f"{saved.strategy} to go on with it, or --fresh to begin a new run"
         )
+
+
+def as_named(given: str | Strategy[Any]) -> NamedStrategy:
+    """Return a strategy that is given by its name, see ``load_strategy``, or as an object.
+
+    Raises:
+        UsageError: where it is none.
+        TaskError: where its own code fails while it is loaded.
+    """
+    if isinstance(given, str):
+        return load_strategy(given)
+    if given is FEDAVG.strategy:
+        return FEDAVG
+    name = type(given).__name__
+    return NamedStrategy(name, _checked(name, given))

@@ -108,7 +108,9 @@ class RunStore:
             ) from None
 
     def try_lock(self) -> bool:
-        """Take the folder for this process; False where another coordinator has it."""
+        """Take the folder for this store; False where another coordinator has it."""
+        if self._lock is not None:
+            return True
         lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,6 +122,12 @@ class RunStore:
             raise
         self._lock = lock
         return True
+
+    def unlock(self) -> None:
+        """Let another coordinator have the folder; the end of the process does that, too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def start_afresh(self) -> Path | None:
         """Move an earlier run out of the way; return where it is now, None where there was none."""
@@ -189,7 +197,12 @@ class RunStore:
         return path
 
     def keep_update(
-        self, number: int, place: int, worker: str, body: Body, payload: memoryview | None
+        self,
+        number: int,
+        place: int,
+        worker: str,
+        body: Body,
+        payload: Iterable[memoryview] | None,
     ) -> None:
         """Keep an update that is in the sum of round ``number``; see ``update_archive``.
 

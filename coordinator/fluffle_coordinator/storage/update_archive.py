@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from fluffle_common.tensors.checkpoint import make_folder, replacing
@@ -38,13 +39,13 @@ def update_path(run: Path, number: int, place: int, worker: str) -> Path:
     return round_folder(run, number) / f"{place:04d}-{worker}.msgpack"
 
 
-def keep_update(path: Path, body: Body, payload: memoryview | None) -> None:
+def keep_update(path: Path, body: Body, payload: Iterable[memoryview] | None) -> None:
     """Write one update; nothing with the final name is there before all of it is.
 
     Args:
         path: what ``update_path`` says.
         body: the message as it came.
-        payload: its tensors where they came in parts, None where they are in the body.
+        payload: its tensors, in pieces, where they came in parts; None where they are in the body.
 
     Raises:
         OSError: where the disk refuses; call again for another try.
@@ -52,7 +53,7 @@ def keep_update(path: Path, body: Body, payload: memoryview | None) -> None:
     make_folder(path.parent)
     if payload is not None:  # first: a message is only there when all that it needs is
         with replacing(path.with_suffix(".payload")) as file:
-            file.write(payload)
+            file.writelines(payload)
     with replacing(path) as file:
         file.write(body)
 

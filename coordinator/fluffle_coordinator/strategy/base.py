@@ -147,8 +147,10 @@ class NamedStrategy:
             arguments, ``module:name`` or ``file.py:name``.
         strategy: the strategy.
         file: where it comes from, if that is a file.
+        ours: it is fluffle's: what it returns is sound, and is nobody else's.
     """
 
     name: str
     strategy: Strategy[Any]
     file: str | None = None
+    ours: bool = False

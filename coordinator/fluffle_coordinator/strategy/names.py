@@ -111,4 +111,5 @@ def named_strategy(text: str) -> NamedStrategy:
     transforms = [made for _, made in parts["transform"]]
     means = [made for _, made in parts["mean"]] or [weighted()]
     servers = [made for _, made in parts["server step"]] or [replace()]
-    return NamedStrategy(full, pipeline(*transforms, mean=means[0], server=servers[0]))
+    made = pipeline(*transforms, mean=means[0], server=servers[0])
+    return NamedStrategy(full, made, ours=True)

@@ -1,7 +1,8 @@
 """The sample-weighted mean of a round, ``sum(n_k * delta_k) / sum(n_k)``, exact where it can be.
 
-Floats are summed in float64. A model whose tensors are all of one dtype, and lie in one piece, is
-summed as one vector, however many tensors it has. Integers are summed in 128 bits.
+Floats are summed in float64. A model whose tensors are all of one float dtype is summed as one
+vector, however many tensors it has; an update may come in pieces of it. Integers are summed in 128
+bits.
 
 Example:
     >>> base = {"w": np.zeros(2, np.float32)}
@@ -17,12 +18,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from fluffle_common.tensors.layout import Tensors, layout_for, layout_of_signature
+from fluffle_common.tensors.layout import Layout, Tensors, layout_for, layout_of_signature
+from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import (
     BFLOAT16,
     Array,
@@ -43,6 +45,31 @@ _SCALE = 2.0**-64
 _FLOAT, _INTEGER = np.dtype(np.float64), np.dtype(np.int64)
 
 
+class Vector:
+    """The sums of a model of one float dtype: a vector of float64 in two pieces of memory.
+
+    The first is as large as the model, and becomes the next one: an average is written over sums
+    that were read already, and takes no memory of its own. The second serves all rounds.
+
+    Args:
+        layout: the model's.
+        rest: the second piece, of an earlier round; a new one if None.
+    """
+
+    def __init__(self, layout: Layout, rest: Array | None = None) -> None:
+        assert layout.dtype is not None
+        size, begin = layout.nbytes // layout.dtype.itemsize, layout.nbytes // _FLOAT.itemsize
+        self.layout = layout
+        self.memory = np.empty(layout.nbytes, np.uint8)  # untouched, it takes addresses only
+        self.first = self.memory[: begin * _FLOAT.itemsize].view(_FLOAT)
+        self.rest = np.empty(size - begin, _FLOAT) if rest is None else rest
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        return self.memory.nbytes + self.rest.nbytes
+
+
 @dataclass(frozen=True)
 class Sum:
     """The running sum of a round: sum(n_k * delta_k), and sum(n_k).
@@ -52,21 +79,21 @@ class Sum:
     lower halves (see ``integer_sum``).
     """
 
-    totals: Tensors
+    totals: Vector | Tensors
     num_examples: int = 0
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """The mean that ``weighted`` makes. It reuses the memory of one sum in all rounds."""
+    """The mean that ``weighted`` makes. It reuses the memory of the sum in all rounds."""
 
     needs: Needs = NO_NEEDS
 
     def init(self, weights: Weights) -> Sum:
         """Return an empty sum."""
         layout = layout_for(weights)
-        if layout.floats:
-            return Sum(layout.empty_as(_FLOAT))
+        if layout.floats and layout.dtype is not None:
+            return Sum(Vector(layout))
         form = [
             (name, _FLOAT, place.shape)
             if is_float(place.dtype)
@@ -118,7 +145,11 @@ class Weighted:
         """
         count = _counted(state)
         layout = layout_for(weights)
-        averaged = layout.empty()
+        if isinstance(state.totals, Vector):
+            averaged = layout.over(state.totals.memory.data)
+            emptied = Sum(Vector(layout, state.totals.rest))
+        else:
+            averaged, emptied = layout.empty(), Sum(state.totals)
         for total, base, result in _side_by_side(state.totals, weights, averaged):
             if is_float(base.dtype):
                 _average(result, total, base, count * _SCALE)
@@ -126,7 +157,7 @@ class Weighted:
                 _average_integers(result, total, base, count)
         assert averaged.memory is not None
         layout.clear_gaps(averaged.memory)  # what updates had there goes no further
-        return averaged, Sum(state.totals)
+        return averaged, emptied
 
 
 def weighted() -> Weighted:
@@ -169,18 +200,50 @@ def _counted(state: Sum) -> int:
     return state.num_examples
 
 
-def _side_by_side(totals: Tensors, *others: Weights) -> Iterator[tuple[Array, ...]]:
-    """Yield what belongs together, as vectors: tensor by tensor, or everything in one piece."""
-    flat = [
-        other.flat
-        for other in (totals, *others)
-        if isinstance(other, Tensors) and other.layout is totals.layout and other.flat is not None
-    ]
-    if len(flat) == 1 + len(others):
-        yield tuple(flat)
+def _side_by_side(totals: Vector | Tensors, *others: Weights) -> Iterator[tuple[Array, ...]]:
+    """Yield what belongs together, as vectors: tensor by tensor, or of all of them as one."""
+    if isinstance(totals, Vector):
+        layout = totals.layout
+        yield from _cut_alike((totals.first, totals.rest), *(_vectors(o, layout) for o in others))
     else:
         for name, total in totals.items():
             yield total.reshape(-1), *(other[name].reshape(-1) for other in others)
+
+
+def _vectors(weights: Weights, layout: Layout) -> Iterable[Array]:
+    """Return the vectors that make up all tensors, one behind the other, as ``layout`` has them."""
+    if isinstance(weights, Tensors | InPieces) and weights.layout is layout:
+        if isinstance(weights, InPieces):
+            return weights.vectors()
+        if weights.flat is not None:
+            return (weights.flat,)
+    return _one_by_one(weights, layout)
+
+
+def _one_by_one(weights: Weights, layout: Layout) -> Iterator[Array]:
+    assert layout.dtype is not None
+    end = 0
+    for name, place in layout.places.items():
+        begin = place.offset // layout.dtype.itemsize
+        yield np.zeros(begin - end, layout.dtype)
+        yield weights[name].reshape(-1)
+        end = begin + place.size
+
+
+def _cut_alike(*several: Iterable[Array]) -> Iterator[tuple[Array, ...]]:
+    """Cut vectors that come in pieces, all of one length, so that their pieces match.
+
+    >>> [a.size for a, _ in _cut_alike([np.ones(5), np.ones(2)], [np.ones(3), np.ones(4)])]
+    [3, 2, 2]
+    """
+    left = [filter(len, pieces) for pieces in several]
+    now = [next(pieces, None) for pieces in left]
+    while (size := min(0 if piece is None else piece.size for piece in now)) > 0:
+        yield tuple(piece[:size] for piece in now if piece is not None)
+        now = [
+            next(pieces, None) if piece is None or piece.size == size else piece[size:]
+            for piece, pieces in zip(now, left, strict=True)
+        ]
 
 
 def _set_scaled(total: Array, values: Array, factor: float) -> None:
@@ -220,17 +283,18 @@ def _halves(total: Array) -> tuple[Array, Array]:
 
 
 def _average(result: Array, total: Array, base: Array, count: float) -> None:
-    """Write ``base + total / count`` into ``result``, in blocks; uses ``total`` up.
+    """Write ``base + total / count`` into ``result``, in blocks from the first to the last.
 
-    A page that was never touched is slow to touch: so the sum's memory serves all rounds.
+    ``result`` may lie over ``total`` and before it: each block is read before it is written over.
     """
     end = largest(base.dtype)
     narrow = base.dtype.itemsize < total.dtype.itemsize
     # What is beyond the end of float64 is clipped to its end, as is what the dtype cannot hold.
+    scratch = np.empty(min(_BLOCK, total.size), np.float64)
     with np.errstate(over="raise" if narrow else "ignore", invalid="ignore"):
         for start in range(0, total.size, _BLOCK):
-            mean, part = total[start : start + _BLOCK], result[start : start + _BLOCK]
-            mean /= count
+            part = result[start : start + _BLOCK]
+            mean = np.divide(total[start : start + _BLOCK], count, out=scratch[: part.size])
             if not narrow:
                 np.clip(mean, -end, end, out=mean)  # it may be beyond by a rounding
             mean += base[start : start + _BLOCK]

@@ -76,7 +76,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     the workers fit on held-out letters so that the model is right as often as it is sure.
 
     \b
-      fluffle predict --model runs/letters/round-0006.safetensors --image a.png b.png
+      fluffle predict --model runs/letters/round-0006.safetensors --image a.png
     """
     try:
         from fluffle_worker.letters.images import inverted_note, read_picture

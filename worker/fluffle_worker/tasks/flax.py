@@ -30,7 +30,7 @@ Examples = tuple[Array, Array]
 PerExample = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
 _EVALUATION_BATCH = 256
-_AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
+AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 
 
 def accuracy(outputs: Any, targets: Any) -> Any:
@@ -243,7 +243,7 @@ flax_task = FlaxTask
 
 
 def _split(model: Any) -> Any:
-    return nnx.split(model, _AVERAGED, ...)
+    return nnx.split(model, AVERAGED, ...)
 
 
 def _to_weights(state: Any) -> dict[str, Array]:

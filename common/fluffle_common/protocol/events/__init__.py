@@ -34,6 +34,7 @@ from fluffle_common.protocol.events.of_rounds import (
     Reopened,
     Resend,
     Stalled,
+    Tested,
 )
 from fluffle_common.protocol.events.of_runs import (
     Blocked,
@@ -110,6 +111,7 @@ __all__ = [
     "Standby",
     "Started",
     "Stopped",
+    "Tested",
     "Unblocked",
     "Untold",
     "Waiting",

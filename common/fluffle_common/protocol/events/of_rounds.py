@@ -189,6 +189,20 @@ class Evaluated(RunEvent):
 
     def sentence(self) -> str:
         """See ``RunEvent``."""
-        metrics = (self.metrics or {}).items()
-        more = "".join(f", {name} {value:.4f}" for name, value in metrics)
-        return self.words.format_map({**self._spoken(), "more": more})
+        return self.words.format_map({**self._spoken(), "more": _listed(self.metrics)})
+
+
+@event("tested", "round {round}: tested by the coordinator{more}", "good")
+class Tested(RunEvent):
+    """The coordinator's own test of a round's model."""
+
+    round: Whole = None
+    metrics: Numbers = None
+
+    def sentence(self) -> str:
+        """See ``RunEvent``."""
+        return self.words.format_map({**self._spoken(), "more": _listed(self.metrics)})
+
+
+def _listed(metrics: Numbers) -> str:
+    return "".join(f", {name} {value:.4f}" for name, value in (metrics or {}).items())

@@ -1,42 +1,29 @@
-// Curves over rounds, one panel a metric over one axis of rounds, drawn as SVG.
+// Charts as SVG, as wide as the node they are in: curves, stacked bars, and a matrix, over rounds.
 
 import { draw, figure, make, mark, percent, say } from "./dom.js";
 
-const HEIGHT = 128;
 const LEFT = 46;
 const RIGHT = 14;
 const TOP = 20;
 const BOTTOM = 8;
 const AXIS = 20;
+const TALL = 128; // a panel of one or two
+const LOW = 96; // a panel of many
+const DOTS = 40; // points; a longer curve is a line only
 
-let shown = null; // {node, curves, rounds, x, panels}: what is drawn now, for the pointer
+const painters = new WeakMap();
 
-/** Draw the curves into a node, as wide as it is; and again whenever its width changes. */
-export function chart(node, curves, rounds) {
-  if (!shown || shown.node !== node) {
-    shown = { node, curves, rounds };
-    new ResizeObserver(() => paint()).observe(node);
-    node.addEventListener("pointermove", (event) => point(event.clientX));
-    node.addEventListener("pointerleave", () => point(null));
-  }
-  shown.curves = curves;
-  shown.rounds = rounds;
-  paint();
+/** Paint into a node at its width, and again whenever that changes. */
+function fit(node, paint) {
+  const painted = painters.get(node);
+  painters.set(node, paint);
+  if (!painted) new ResizeObserver(() => fit(node, painters.get(node))).observe(node);
+  const width = Math.floor(node.clientWidth);
+  if (width >= 80) paint(width);
 }
 
-/** Every metric that is told: accuracy and the loss first. */
-function metrics(curves) {
-  const rest = Object.keys(curves).filter((name) => !["rounds", "loss", "accuracy"].includes(name));
-  return ["accuracy", "loss", ...rest].filter((name) => curves[name]?.some((value) => value !== null));
-}
-
-/** What is drawn: accuracy and the loss, or what is told instead. The pointer finds the others. */
-function drawn(curves) {
-  return metrics(curves).slice(0, 2);
-}
-
-function words(name) {
-  return name === "accuracy" ? percent : figure;
+function picture(width, height, label) {
+  return draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
 }
 
 /** Steps of 1, 2 or 5 times a power of ten: at most `most` of them from low to high. */
@@ -45,60 +32,89 @@ export function ticks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10(range / most));
   const step = [1, 2, 5, 10].map((times) => times * power).find((each) => range / each <= most);
   const found = [];
-  for (let count = Math.ceil(low / step - 1e-9); count * step <= high + step * 1e-9; count += 1) found.push(count * step);
+  for (let count = Math.ceil(low / step - 1e-9); count * step <= high + step * 1e-9; count += 1) found.push(count * step + 0); // no -0
   return found;
 }
 
-function scale(name, values) {
-  const told = values.filter((value) => value !== null);
-  let low = Math.min(...told);
-  let high = Math.max(...told);
-  if (name === "accuracy") [low, high] = [0, 1];
-  else if (low >= 0) low = 0;
-  if (high === low) high = low + 1;
-  if (name !== "accuracy") high += (high - low) * 0.06;
-  return { low, high };
-}
-
-function paint() {
-  const { node, curves, rounds } = shown;
-  const width = Math.floor(node.clientWidth);
-  if (width < 80) return;
-  const names = drawn(curves);
-  const height = names.length * HEIGHT + AXIS;
-  const last = Math.max(rounds ?? 0, curves.rounds.at(-1), 2);
-  const x = (round) => LEFT + ((width - LEFT - RIGHT) * (round - 1)) / (last - 1);
-  const told = names.map((name) => `${name} ${words(name)(curves[name].findLast((value) => value !== null))}`);
-  const svg = draw("svg", {
-    width,
-    height,
-    viewBox: `0 0 ${width} ${height}`,
-    role: "img",
-    "aria-label": `After round ${curves.rounds.at(-1)}: ${told.join(", ")}`,
-  });
-  shown.x = x;
-  shown.panels = names.map((name, index) => panel(svg, name, curves, x, index * HEIGHT, width));
-  for (const round of ticks(1, last, Math.max(2, Math.min(last - 1, Math.floor(width / 60))))) {
-    if (!Number.isInteger(round)) continue;
-    svg.append(draw("text", { x: x(round), y: height - 5, class: "tick middle" }, round));
-  }
-  svg.append(draw("text", { x: 2, y: height - 5, class: "tick" }, "round"));
-  shown.line = draw("line", { y1: TOP, y2: names.length * HEIGHT - BOTTOM, class: "cross", visibility: "hidden" });
-  svg.append(shown.line);
-  shown.tip ??= make("div", { class: "tip", hidden: "" });
-  node.replaceChildren(svg, shown.tip);
-}
-
-function panel(svg, name, curves, x, top, width) {
-  const { low, high } = scale(name, curves[name]);
-  const base = top + HEIGHT - BOTTOM;
-  const y = (value) => base - ((base - top - TOP) * (value - low)) / (high - low);
-  svg.append(draw("text", { x: LEFT, y: top + 12, class: "title", "data-metric": name }, name));
-  for (const value of ticks(low, high, 4)) {
+/** Draw the lines of a scale with their values. */
+function scale(svg, low, high, y, width, words, most = 4) {
+  for (const value of ticks(low, high, most)) {
     svg.append(draw("line", { x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value), class: "grid" }));
-    const text = name === "accuracy" ? `${Math.round(100 * value)} %` : String(Number(value.toPrecision(6)));
-    svg.append(draw("text", { x: LEFT - 7, y: y(value) + 3.5, class: "tick end" }, text));
+    svg.append(draw("text", { x: LEFT - 7, y: y(value) + 3.5, class: "tick end" }, words(value)));
   }
+}
+
+const plain = (value) => String(Number(value.toPrecision(6)));
+
+// --- curves --------------------------------------------------------------------------------------
+
+/** The curves that stand beside another one, in its panel, and not in one of their own. */
+const BESIDE = { "training loss": "loss" };
+const FIRST = ["accuracy", "loss", "training loss", "epsilon"];
+
+/** Every metric that is told, the best known first. */
+export function metrics(curves) {
+  const rest = Object.keys(curves).filter((name) => name !== "rounds" && !FIRST.includes(name));
+  return [...FIRST, ...rest].filter((name) => curves[name]?.some((value) => value !== null));
+}
+
+/** How the values of a metric are written. */
+export function wording(name) {
+  return name === "accuracy" ? percent : figure;
+}
+
+/** The newest value of a metric; undefined where there is none. */
+export function newest(curves, name) {
+  return curves[name]?.findLast((value) => value !== null);
+}
+
+/** Draw curves, a panel a metric, over one axis of rounds; the pointer tells the values. */
+export function chart(node, curves, rounds) {
+  const names = metrics(curves);
+  const panels = names.filter((name) => !names.includes(BESIDE[name]));
+  const each = panels.length > 2 ? LOW : TALL;
+  fit(node, (width) => {
+    const height = panels.length * each + AXIS;
+    const last = Math.max(rounds ?? 0, curves.rounds.at(-1), 2);
+    const x = (round) => LEFT + ((width - LEFT - RIGHT) * (round - 1)) / (last - 1);
+    const told = names.map((name) => `${name} ${wording(name)(newest(curves, name))}`);
+    const svg = picture(width, height, `After round ${curves.rounds.at(-1)}: ${told.join(", ")}`);
+    panels.forEach((name, index) => {
+      const beside = names.filter((other) => BESIDE[other] === name);
+      panel(svg, [name, ...beside], curves, x, index * each, width, each);
+    });
+    for (const round of ticks(1, last, Math.max(2, Math.min(last - 1, Math.floor(width / 60))))) {
+      if (Number.isInteger(round)) svg.append(draw("text", { x: x(round), y: height - 5, class: "tick middle" }, round));
+    }
+    svg.append(draw("text", { x: 2, y: height - 5, class: "tick" }, "round"));
+    const line = draw("line", { y1: TOP, y2: height - AXIS - BOTTOM, class: "cross", visibility: "hidden" });
+    svg.append(line);
+    const tip = make("div", { class: "tip", hidden: "" });
+    node.replaceChildren(svg, tip);
+    const told_at = (event) => point(node, curves, names, x, tip, line, event?.clientX ?? null);
+    node.onpointermove = told_at;
+    node.onpointerleave = () => told_at(null);
+  });
+}
+
+function panel(svg, names, curves, x, top, width, tall) {
+  const values = names.flatMap((name) => curves[name]).filter((value) => value !== null);
+  const is_share = names[0] === "accuracy" && values.every((value) => value >= 0 && value <= 1);
+  const low = is_share ? 0 : Math.min(0, ...values);
+  const most = Math.max(...values);
+  const high = is_share ? 1 : most + (most - low || 1) * 0.06;
+  const base = top + tall - BOTTOM;
+  const y = (value) => base - ((base - top - TOP) * (value - low)) / (high - low);
+  let from = LEFT;
+  for (const name of names) {
+    svg.append(draw("text", { x: from, y: top + 12, class: "title", "data-metric": name }, name));
+    from += 16 + 7 * name.length;
+  }
+  scale(svg, low, high, y, width, is_share ? (value) => `${Math.round(100 * value)} %` : plain);
+  for (const name of names) curve(svg, name, curves, x, y, base);
+}
+
+function curve(svg, name, curves, x, y, base) {
   const points = curves.rounds
     .map((round, index) => [x(round), curves[name][index]])
     .filter(([, value]) => value !== null)
@@ -106,35 +122,112 @@ function panel(svg, name, curves, x, top, width) {
   const path = points.map(([at, value]) => `${at.toFixed(1)},${value.toFixed(1)}`).join(" L");
   if (points.length > 1) {
     const area = `M${points[0][0].toFixed(1)},${base} L${path} L${points.at(-1)[0].toFixed(1)},${base} Z`;
-    svg.append(draw("path", { d: area, class: "area", "data-metric": name }));
+    if (!(name in BESIDE)) svg.append(draw("path", { d: area, class: "area", "data-metric": name }));
     svg.append(draw("path", { d: `M${path}`, class: "curve", "data-metric": name }));
   }
-  const dots = points.length <= 40 ? points : points.slice(-1);
+  const dots = points.length <= DOTS ? points : points.slice(-1);
   for (const [at, value] of dots) {
     svg.append(draw("circle", { cx: at, cy: value, r: 3, class: "dot", "data-metric": name }));
   }
-  return { name, y };
 }
 
 /** Show what was told of the round nearest to the pointer. */
-function point(clientX) {
-  const { node, curves, x, tip, line } = shown;
-  if (!tip) return;
-  if (clientX === null || !curves.rounds.length) {
-    mark(tip, "hidden", "");
-    mark(line, "visibility", "hidden");
-    return;
-  }
+function point(node, curves, names, x, tip, line, clientX) {
+  mark(tip, "hidden", clientX === null ? "" : null);
+  mark(line, "visibility", clientX === null ? "hidden" : "visible");
+  if (clientX === null) return;
   const at = clientX - node.getBoundingClientRect().left;
   const distance = (index) => Math.abs(x(curves.rounds[index]) - at);
   const nearest = curves.rounds.reduce((best, _, index) => (distance(index) < distance(best) ? index : best), 0);
-  const told = metrics(curves).map((name) => `${name} ${words(name)(curves[name][nearest])}`);
+  const told = names.map((name) => `${name} ${wording(name)(curves[name][nearest])}`);
   say(tip, [`round ${curves.rounds[nearest]}`, ...told].join("\n"));
-  mark(tip, "hidden", null);
   const place = x(curves.rounds[nearest]);
   mark(line, "x1", place);
   mark(line, "x2", place);
-  mark(line, "visibility", "visible");
   const room = node.clientWidth - tip.offsetWidth - 4;
   tip.style.setProperty("left", `${Math.max(0, Math.min(place + 12, room))}px`);
+}
+
+// --- bars ----------------------------------------------------------------------------------------
+
+/**
+ * Draw a bar for each label, its parts one above the other.
+ * bars: [{label, told, parts: {name: value}}]; names: the parts from below; words: of a value.
+ */
+export function stacks(node, { title, axis, bars, names, words, height }) {
+  fit(node, (width) => {
+    const svg = picture(width, height + AXIS, title);
+    const sums = bars.map((bar) => names.reduce((sum, name) => sum + (bar.parts[name] ?? 0), 0));
+    const high = Math.max(...sums, 0) * 1.04 || 1;
+    const y = (value) => height - ((height - 8) * value) / high;
+    const pitch = (width - LEFT - RIGHT) / bars.length;
+    const thick = Math.min(48, Math.max(1, pitch * 0.72));
+    const named = Math.ceil(bars.length / Math.max(2, Math.floor(width / 60)));
+    scale(svg, 0, high, y, width, words, Math.max(2, Math.floor(height / 45)));
+    bars.forEach((bar, index) => {
+      const middle = LEFT + pitch * (index + 0.5);
+      let below = 0;
+      for (const name of names.filter((each) => bar.parts[each] > 0)) {
+        const value = bar.parts[name];
+        const box = { x: middle - thick / 2, width: thick, y: y(below + value), height: y(below) - y(below + value) };
+        const part = draw("rect", { ...box, class: "part", "data-part": name });
+        part.append(draw("title", {}, `${axis} ${bar.label}: ${name} ${words(value)}`));
+        svg.append(part);
+        below += value;
+      }
+      if (index % named === 0) svg.append(draw("text", { x: middle, y: height + AXIS - 5, class: "tick middle" }, bar.label));
+    });
+    svg.append(draw("text", { x: 2, y: height + AXIS - 5, class: "tick" }, axis));
+    node.replaceChildren(svg);
+  });
+}
+
+// --- the matrix ----------------------------------------------------------------------------------
+
+/**
+ * Draw a row a name, a column a label.
+ * rows: [{name, end, cells: [{kind, text, told, strength}]}]; it is as wide as it has to be.
+ */
+export function matrix(node, { title, columns, rows }) {
+  const HIGH = 26;
+  const names = rows.map((row) => (row.name.length > 22 ? `${row.name.slice(0, 21)}…` : row.name));
+  const left = 12 + 7 * Math.max(...names.map((name) => name.length), 4);
+  const right = 12 + 7 * Math.max(...rows.map((row) => row.end.length), 0);
+  fit(node, (width) => {
+    const pitch = Math.max(8, Math.min(56, (width - left - right) / columns.length));
+    const gap = pitch > 14 ? 3 : 1;
+    const height = HIGH * rows.length + AXIS;
+    const svg = picture(Math.max(width, left + pitch * columns.length + right), height, title);
+    rows.forEach((row, index) => {
+      const top = HIGH * index;
+      const middle = top + HIGH / 2 + 4;
+      const name = draw("text", { x: left - 8, y: middle, class: "name end" }, names[index]);
+      name.append(draw("title", {}, row.name));
+      svg.append(name);
+      row.cells.forEach((cell, place) => {
+        const x = left + pitch * place;
+        const box = { x: x + gap / 2, y: top + 1.5, width: pitch - gap, height: HIGH - 3, rx: Math.min(4, pitch / 5) };
+        const drawn = draw("rect", { ...box, class: "cell", "data-part": cell.kind });
+        drawn.style.setProperty("--strength", cell.strength);
+        drawn.append(draw("title", {}, cell.told));
+        svg.append(drawn);
+        if (cell.text && cell.text.length * 7 < pitch - gap) {
+          svg.append(draw("text", { x: x + pitch / 2, y: middle, class: "inside middle" }, cell.text));
+        }
+      });
+      svg.append(draw("text", { x: left + pitch * columns.length + 8, y: middle, class: "tick" }, row.end));
+    });
+    const named = Math.ceil((columns.length > 99 ? 32 : 24) / pitch);
+    columns.forEach((label, place) => {
+      if (place % named) return;
+      svg.append(draw("text", { x: left + pitch * (place + 0.5), y: height - 5, class: "tick middle" }, label));
+    });
+    node.replaceChildren(svg);
+    for (const name of svg.querySelectorAll(".name")) {
+      if (name.getComputedTextLength() > left - 10) {
+        mark(name, "textLength", left - 10);
+        mark(name, "lengthAdjust", "spacingAndGlyphs");
+      }
+    }
+  });
 }

@@ -1,5 +1,13 @@
 // Small tools to change the page only where it changes.
 
+export const $ = (id) => document.getElementById(id);
+
+/** Show either a panel's content or the words for having none. */
+export function either(id, there) {
+  mark($(`${id}-empty`), "hidden", there ? "" : null);
+  return there;
+}
+
 /** Make an element: make("td", {class: "number"}, "7"). Text is only ever text. */
 export function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -51,6 +59,39 @@ export function keyed(parent, items, key, create, update) {
   for (const node of before.values()) node.remove();
 }
 
+/**
+ * Fill the body of a table, and its head. A column is {name, of(item) -> text}; with n it is of
+ * numbers, with fill(cell, item) it is drawn, and title(item) says more of a cell.
+ */
+export function table(body, columns, items, key) {
+  const kinds = ({ n, wide, code }) => [n && "n", wide && "wide", code && "code"].filter(Boolean).join(" ");
+  const head = columns.map((column) => make("th", { scope: "col", class: kinds(column) }, column.name));
+  const row = body.closest("table").tHead.rows[0];
+  if (row.textContent !== head.map((cell) => cell.textContent).join("")) {
+    row.replaceChildren(...head);
+    body.replaceChildren();
+  }
+  keyed(
+    body,
+    items,
+    key,
+    () => {
+      const cells = columns.map((column, place) =>
+        make(place ? "td" : "th", { class: kinds(column), ...(place ? {} : { scope: "row" }) }),
+      );
+      return make("tr", {}, ...cells);
+    },
+    (made, item) => {
+      columns.forEach((column, place) => {
+        const cell = made.children[place];
+        if (column.fill) column.fill(cell, item);
+        else say(cell, column.of(item));
+        if (column.title) mark(cell, "title", column.title(item));
+      });
+    },
+  );
+}
+
 // --- words for numbers ---------------------------------------------------------------------------
 
 const WHOLE = new Intl.NumberFormat("en");
@@ -82,8 +123,9 @@ export function span(seconds) {
   if (seconds < 1) return `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
   if (seconds < 10 && !Number.isInteger(seconds)) return `${seconds.toFixed(1)} s`;
   if (seconds < 120) return `${seconds.toFixed(0)} s`;
-  if (seconds < 7200) return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
-  return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
+  const [unit, less, names] = seconds < 7200 ? [60, 1, ["min", "s"]] : [3600, 60, ["h", "min"]];
+  const rest = Math.floor((seconds % unit) / less);
+  return `${Math.floor(seconds / unit)} ${names[0]}${rest ? ` ${rest} ${names[1]}` : ""}`;
 }
 
 /** How long ago, in words. */
@@ -106,4 +148,17 @@ export function size(bytes) {
 /** The time of day. */
 export function clock(seconds) {
   return typeof seconds === "number" ? new Date(1000 * seconds).toTimeString().slice(0, 8) : "–";
+}
+
+/** From when to when, to the minute. */
+export function period(from, to) {
+  const [first, last] = [moment(from), moment(to)];
+  const sameDay = first.slice(0, 10) === last.slice(0, 10);
+  return `${first.slice(0, 16)} to ${last.slice(sameDay ? 11 : 0, 16)} UTC`;
+}
+
+/** The day and the time, the same wherever it is read. */
+export function moment(seconds) {
+  if (typeof seconds !== "number") return "–";
+  return `${new Date(1000 * seconds).toISOString().slice(0, 19).replace("T", " ")} UTC`;
 }

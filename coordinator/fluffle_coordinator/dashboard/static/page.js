@@ -1,13 +1,14 @@
 // The page: listens to the coordinator, keeps what it said, and draws what changed of it.
+// A report is the same page with everything in it already: then there is nobody to listen to.
 
-import { mark, say, span } from "./dom.js";
+import { $, mark, moment, say, span } from "./dom.js";
 import { panels, tick } from "./panels.js";
 
 const SILENT_MS = 35000; // the server speaks every 10 s at least
 const AGAIN_MS = 2000;
 
-const $ = (id) => document.getElementById(id);
 const board = {};
+const snapshot = $("snapshot"); // what a report is of; a live page has none
 let stream = null;
 let heardAt = Date.now();
 let lostAt = null;
@@ -39,7 +40,8 @@ function heard(news) {
   Object.assign(board, news);
   if (news.now) offsetS = news.now - Date.now() / 1000;
   for (const paint of panels) {
-    if (paint.of.some((name) => name in news)) paint(board, now());
+    const isNew = paint.of.some((name) => name in news);
+    if (isNew && paint.of.every((name) => name in board)) paint(board, now());
   }
   link();
 }
@@ -49,7 +51,10 @@ function link() {
   const pill = $("link");
   let state = "good";
   let words = "live";
-  if (lostAt !== null) {
+  if (snapshot) {
+    state = "frozen";
+    words = `report of ${moment(board.now).slice(0, 10)}`;
+  } else if (lostAt !== null) {
     const ended = board.run?.phase === "ended" && board.run.source === "coordinator";
     state = ended ? "wait" : "bad";
     words = ended
@@ -67,7 +72,7 @@ function link() {
   say($("link-words"), words);
 }
 
-setInterval(() => {
+function watch() {
   if (Date.now() - heardAt > SILENT_MS && stream.readyState === EventSource.OPEN) {
     lostAt ??= Date.now();
     listen();
@@ -75,7 +80,7 @@ setInterval(() => {
   }
   link();
   if (lostAt === null) tick(board, now());
-}, 1000);
+}
 
 // --- light and dark ------------------------------------------------------------------------------
 
@@ -89,4 +94,9 @@ $("theme").addEventListener("click", () => {
   }
 });
 
-listen();
+if (snapshot) {
+  heard(JSON.parse(snapshot.textContent));
+} else {
+  listen();
+  setInterval(watch, 1000);
+}

@@ -1,20 +1,24 @@
 // One function a panel: each is given the whole board and draws its part of it.
 
-import { ago, clock, figure, keyed, make, mark, percent, say, size, span, whole } from "./dom.js";
-import { chart } from "./chart.js";
+import { $, ago, clock, either, figure, keyed, make, mark, moment, period, say, size, span, whole } from "./dom.js";
+import { frozen, reached, results } from "./results.js";
 
-const $ = (id) => document.getElementById(id);
-const STEPS = ["waiting", "open", "fold", "average", "checkpoint"];
 const QUEUES = ["updates", "presence", "journal", "rejected", "unrouted", "inbox", "outbox"];
+const SOURCES = {
+  coordinator: "Told by the coordinator itself; read-only.",
+  journal: "Told by the journal, the signs of life and the management API; read-only.",
+};
 const ABSENT = new Set(["left", "gone", "refused"]);
 
 /** Whether the run has ended: then silence, and queues that nobody reads, are as they should be. */
-const over = (board) => board.run?.phase === "ended";
+const over = (board) => board.run?.phase === "ended" || frozen(board);
 
-/** Show either a panel's content or the words for having none. */
-function either(id, there) {
-  mark($(`${id}-empty`), "hidden", there ? "" : null);
-  return there;
+const isHere = (worker) => !ABSENT.has(worker.state);
+
+/** How many workers, and what of them: whoever is here, or took part in what is over. */
+function people(board) {
+  if (!over(board)) return ["here", board.workers.filter(isHere).length];
+  return ["took part", board.workers.filter((worker) => worker.counted > 0).length];
 }
 
 // --- where the run stands ------------------------------------------------------------------------
@@ -23,56 +27,35 @@ function run(board) {
   const { run } = board;
   document.title = `${run.federation}: ${run.words}`;
   say($("federation"), run.federation);
-  say($("run"), run.run ? `run ${run.run}` : "");
+  const first = frozen(board) && board.rounds[0]?.opened_at;
+  const when = first ? ` · ${period(first, board.rounds.at(-1).committed_at)}` : "";
+  say($("run"), run.run ? `run ${run.run}${when}` : "");
   say($("phase"), run.words);
   mark($("phase"), "data-phase", run.outcome ?? run.phase);
   const bar = $("rounds-bar");
   bar.max = run.rounds ?? Math.max(1, run.committed);
   bar.value = Math.min(run.committed, bar.max);
   say($("rounds-words"), run.rounds ? `${run.committed} of ${run.rounds} rounds` : `${run.committed} rounds`);
-  say(
-    $("source"),
-    run.source === "coordinator"
-      ? "Told by the coordinator itself; read-only."
-      : "Told by the journal, the signs of life and the management API; read-only.",
-  );
+  say($("source"), SOURCES[run.source] ?? `Written by fluffle ${run.version}, ${moment(board.now)}.`);
 }
 run.of = ["run"];
 
 function tiles(board) {
-  const here = board.workers.filter((worker) => !ABSENT.has(worker.state));
-  const { curves } = board;
-  const last = (name) => curves[name]?.findLast((value) => value !== null);
-  const others = Object.keys(curves).filter((name) => !["rounds", "loss", "accuracy"].includes(name));
-  const refused = Object.values(board.rejected.causes).reduce((sum, count) => sum + count, 0);
-  const shown = [
-    ["accuracy" in curves ? "accuracy" : others[0], last("accuracy" in curves ? "accuracy" : others[0])],
-    ["loss", last("loss")],
-    ["workers", here.length],
-    ["rejected", refused],
-  ].filter(([name]) => name);
+  const [what, many] = people(board);
+  const shown = reached(board, [what === "here" ? "workers" : what, whole(many)]);
   keyed(
     $("tiles"),
     shown,
     ([name]) => name,
     () => make("div", {}, make("dt"), make("dd")),
-    (tile, [name, value]) => {
+    (tile, [name, words, tone]) => {
       say(tile.firstChild, name);
-      const metric = name === "loss" || name in curves;
-      say(tile.lastChild, name === "accuracy" ? percent(value) : metric ? figure(value) : whole(value));
-      mark(tile, "data-tone", name === "rejected" && value > 0 ? "bad" : null);
+      say(tile.lastChild, words);
+      mark(tile, "data-tone", tone);
     },
   );
 }
-tiles.of = ["run", "workers", "curves", "rejected"];
-
-// --- the chart -----------------------------------------------------------------------------------
-
-function curves(board) {
-  if (either("chart", board.curves.rounds.length > 0)) chart($("chart"), board.curves, board.run.rounds);
-  else $("chart").replaceChildren();
-}
-curves.of = ["curves"];
+tiles.of = ["run", "workers", "curves", "rejected", "rounds"];
 
 // --- the open round ------------------------------------------------------------------------------
 
@@ -81,8 +64,8 @@ function open(board, now) {
   mark($("open"), "hidden", open ? null : "");
   say($("open-title"), open ? `Round ${open.round}` : "The open round");
   if (!either("open", open !== null)) {
-    const over = board.run.phase === "ended" || board.run.phase === "evaluating";
-    say($("open-empty"), over ? "All rounds are done." : "No round is open.");
+    const done = over(board) || board.run.phase === "evaluating";
+    say($("open-empty"), done ? "All rounds are done." : "No round is open.");
     return;
   }
   const reached = open.updates >= open.needed;
@@ -108,8 +91,7 @@ function open(board, now) {
     (one) => one.worker,
     () => make("li", {}, make("i", { "aria-hidden": "true" }), make("b"), make("span")),
     (row, one) => {
-      const failed = !one.in && /^(failed|is gone|has left|was refused)/.test(one.doing);
-      mark(row, "data-state", one.in ? "in" : failed ? "bad" : "out");
+      mark(row, "data-state", one.in ? "in" : one.hopeless ? "bad" : "out");
       say(row.children[1], one.worker);
       const told = one.in
         ? [`${whole(one.num_examples)} examples`, `after ${span(one.after_s)}`, one.bytes && size(one.bytes)]
@@ -138,8 +120,8 @@ function deadline(board, now) {
 // --- workers -------------------------------------------------------------------------------------
 
 function workers(board, now) {
-  const here = board.workers.filter((worker) => !ABSENT.has(worker.state)).length;
-  say($("workers-count"), board.workers.length ? `${here} here` : "");
+  const [what, many] = people(board);
+  say($("workers-count"), board.workers.length ? `${whole(many)} ${what}` : "");
   either("workers", board.workers.length > 0);
   keyed(
     $("workers"),
@@ -151,31 +133,36 @@ function workers(board, now) {
         "tr",
         {},
         make("th", { scope: "row" }),
-        make("td", {}, make("span", { class: "chip" })),
-        make("td", { class: "wide" }, bar),
-        ...["loss", "examples", "counted", "late", "rejected", "seen"].map((name) =>
+        make("td", { class: "live" }, make("span", { class: "chip" })),
+        make("td", { class: "live wide" }, bar),
+        make("td", { class: "live n", "data-label": "loss" }),
+        ...["examples", "counted", "late", "rejected", "training", "sent"].map((name) =>
           make("td", { class: "n", "data-label": name }),
         ),
+        make("td", { class: "live n", "data-label": "seen" }),
       );
     },
     (row, worker) => {
-      const [name, doing, training, loss, examples, counted, late, refused] = row.children;
+      const [name, doing, progressing, loss, examples, counted, late, refused, training, sent] = row.children;
+      const state = over(board) && isHere(worker) ? "done" : worker.state;
       say(name, worker.name);
-      mark(row, "data-absent", ABSENT.has(worker.state) ? "" : null);
-      say(doing.firstChild, worker.state);
-      mark(doing.firstChild, "data-state", worker.state);
+      mark(row, "data-absent", isHere(worker) || frozen(board) ? null : "");
+      say(doing.firstChild, state);
+      mark(doing.firstChild, "data-state", state);
       mark(doing.firstChild, "title", worker.why || null);
-      progress(training.firstChild, worker);
+      progress(progressing.firstChild, state === "done" ? { name: worker.name } : worker);
       say(loss, figure(worker.loss));
       say(examples, whole(worker.num_examples));
       say(counted, whole(worker.counted));
       alarming(late, worker.late);
       alarming(refused, worker.rejected);
+      say(training, span(worker.train_s));
+      say(sent, worker.bytes ? size(worker.bytes) : "–");
     },
   );
   seen(board, now);
 }
-workers.of = ["workers"];
+workers.of = ["workers", "run"];
 
 function progress(bar, worker) {
   const [gauge, words] = bar.children;
@@ -200,55 +187,9 @@ function seen(board, now) {
     const age = worker.last_seen === null ? null : Math.max(0, now - worker.last_seen);
     say(cell, age === null ? "–" : ago(age));
     const silent =
-      !over(board) && age !== null && age > 3 * (worker.heartbeat_s ?? 10) && !ABSENT.has(worker.state);
+      !over(board) && age !== null && age > 3 * (worker.heartbeat_s ?? 10) && isHere(worker);
     mark(cell, "data-tone", silent ? "bad" : null);
   }
-}
-
-// --- rounds --------------------------------------------------------------------------------------
-
-function history(board) {
-  const rounds = board.rounds.filter((round) => round.committed_at).reverse();
-  either("history", rounds.length > 0);
-  keyed(
-    $("history"),
-    rounds,
-    (round) => round.round,
-    () =>
-      make(
-        "tr",
-        {},
-        make("th", { scope: "row", class: "n" }),
-        ...Array.from({ length: 4 }, () => make("td", { class: "n" })),
-        make("td", { class: "wide" }, make("div", { class: "steps", role: "img" })),
-      ),
-    (row, round) => {
-      const [number, accuracy, loss, updates, took, steps] = row.children;
-      say(number, round.round);
-      say(accuracy, percent(round.metrics?.accuracy));
-      say(loss, figure(round.loss));
-      say(updates, whole(round.participants?.length));
-      mark(updates, "title", round.participants?.join(", "));
-      say(took, round.opened_at ? span(round.committed_at - round.opened_at) : "–");
-      timings(steps.firstChild, round.timings ?? {});
-    },
-  );
-}
-history.of = ["rounds"];
-
-function timings(bar, told) {
-  const known = STEPS.filter((step) => told[step] > 0);
-  const sum = known.reduce((total, step) => total + told[step], 0);
-  const words = known.map((step) => `${step} ${span(told[step])}`).join(", ");
-  mark(bar, "aria-label", words || "not told");
-  mark(bar, "title", words || null);
-  keyed(
-    bar,
-    known,
-    (step) => step,
-    (step) => make("i", { "data-step": step }),
-    (piece, step) => piece.style.setProperty("flex-grow", Math.max(0.004, told[step] / sum)),
-  );
 }
 
 // --- queues --------------------------------------------------------------------------------------
@@ -297,7 +238,6 @@ function journal(board) {
     () => make("li", {}, make("time"), make("span")),
     (row, line) => {
       mark(row, "data-tone", line.tone);
-      mark(row, "data-event", line.event);
       say(row.firstChild, clock(line.time));
       say(row.lastChild, line.text);
     },
@@ -306,8 +246,9 @@ function journal(board) {
 journal.of = ["journal"];
 
 function rejected(board) {
-  const { latest, causes } = board.rejected;
+  const { latest, causes, total } = board.rejected;
   const told = Object.entries(causes).map(([cause, count]) => `${count} ${cause}`);
+  if (total > latest.length) told.push(`${total - latest.length} more are not listed`);
   say($("rejected-count"), told.join(", "));
   either("rejected", latest.length > 0);
   keyed(
@@ -316,7 +257,7 @@ function rejected(board) {
     (line) => line.id,
     () => make("li", { "data-tone": "bad" }, make("time"), make("span", { class: "chip" }), make("span")),
     (row, line) => {
-      say(row.children[0], clock(line.time));
+      say(row.children[0], frozen(board) ? `in round ${line.during}` : clock(line.time));
       say(row.children[1], line.cause);
       const of = [line.kind, line.worker && `of ${line.worker}`, line.round && `round ${line.round}`];
       const who = of.filter(Boolean).join(", ");
@@ -328,14 +269,7 @@ rejected.of = ["rejected"];
 
 // -------------------------------------------------------------------------------------------------
 
-function legend() {
-  const pieces = STEPS.map((step) => make("span", {}, make("i", { "data-step": step }), step));
-  $("legend").replaceChildren(...pieces);
-}
-
-legend();
-
-export const panels = [run, tiles, curves, open, workers, history, queues, journal, rejected];
+export const panels = [run, tiles, open, workers, queues, journal, rejected, ...results];
 
 /** What changes by time alone: ages and countdowns. */
 export function tick(board, now) {

@@ -13,7 +13,7 @@ from fluffle_common.tensors.layout import Tensors, bytes_of, layout_for
 from fluffle_common.tensors.weights import Weights
 
 
-def spooled(tensors: Weights, folder: Path) -> Tensors:
+def laid_on_disk(tensors: Weights, folder: Path) -> Tensors:
     """Return the same tensors, read-only, in a file instead of in memory.
 
     Args:

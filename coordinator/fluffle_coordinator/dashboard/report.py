@@ -1,0 +1,151 @@
+"""The report of a run: the live page, frozen. One file that needs no network and no other file.
+
+It has the page's own HTML, style and scripts (``static/``) in it, and the snapshot that they draw:
+what ``/api/board`` answers, as the run's folder tells it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fluffle_common.errors import UsageError
+from fluffle_common.protocol.events import from_fields
+from fluffle_coordinator.dashboard.feed import as_json
+from fluffle_coordinator.dashboard.snapshot import ending, results
+from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.storage.run_store import read_history, read_history_lines
+
+_SCRIPTS = ("dom.js", "chart.js", "results.js", "panels.js", "page.js")  # each after what it uses
+_LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
+_IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
+
+
+def read_report(folder: Path, now: float) -> dict[str, Any]:
+    """Return everything that a report shows of a run; every checkpoint in its folder is hashed.
+
+    Args:
+        folder: of the run, which may still be going on.
+        now: the time, in seconds since 1970.
+
+    Raises:
+        UsageError: when there is no run in it, or its files cannot be read.
+    """
+    rows, last = read_history(folder), read_history_lines(folder)[-1:]
+    path = folder / "run.json"
+    try:
+        identity = json.loads(path.read_text())
+    except FileNotFoundError:
+        identity = {}
+    except (OSError, ValueError):
+        raise UsageError(f"{path} cannot be read") from None
+    checkpoints = [_checkpoint(file) for file in sorted(folder.glob("round-*.safetensors"))]
+    end = next((line for line in last if line["event"] == "ended"), None)
+    return snapshot(rows, identity, checkpoints, end, now)
+
+
+def snapshot(
+    rows: Iterable[Mapping[str, Any]],
+    identity: Mapping[str, Any],
+    checkpoints: Sequence[Mapping[str, Any]],
+    end: Mapping[str, Any] | None,
+    now: float,
+) -> dict[str, Any]:
+    """Work out what a report shows.
+
+    Args:
+        rows: the history, a row a round.
+        identity: what run.json says.
+        checkpoints: the model files.
+        end: the line of the history that tells how the run ended; None when it goes on.
+        now: the time, in seconds since 1970.
+    """
+    view = RunView(whole=True)
+    view.remember(rows)
+    configurations = list(identity.get("configurations", ()))
+    planned = configurations[-1].get("rules", {}).get("rounds") if configurations else None
+    done = f"{view.committed} of {planned}" if planned else str(view.committed)
+    words = f"{done} rounds are committed; the run had not ended when this was written"
+    if end is not None:
+        words = ending(from_fields(str(end.get("outcome")), end))
+    run = {
+        "federation": str(identity.get("federation") or "a federation"),
+        "source": "history",
+        "run": str(identity.get("run", "")),
+        "version": version("fluffle"),
+        "phase": "waiting" if end is None else "ended",
+        "outcome": None if end is None else end.get("outcome"),
+        "words": words,
+        "round": view.committed,
+        "rounds": planned,
+        "committed": view.committed,
+    }
+    return {
+        "now": now,
+        "run": run,
+        **results(view, view.next),
+        "configurations": configurations,
+        "checkpoints": list(checkpoints),
+    }
+
+
+def page(shown: Mapping[str, Any]) -> str:
+    """Return the page of a snapshot; nothing in that is ever read as HTML or as a script."""
+    icon = base64.b64encode(_static("icon.svg").encode()).decode()
+    style, theme = _static("page.css"), _static("theme.js")
+    script = "\n".join(_IMPORTS.sub("", _static(name)) for name in _SCRIPTS)
+    script = re.sub(r"^export ", "", script, flags=re.MULTILINE)
+    policy = (
+        '<meta http-equiv="Content-Security-Policy" content="'
+        f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f'style-src {_hash(style)}; script-src {_hash(theme)} {_hash(script)}">'
+    )
+    # In JSON, these stand in texts alone, where the escape means the same.
+    data = as_json(shown).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    html = _LIVE_ONLY.sub("", _static("page.html"))
+    for part, becomes in (
+        ('href="icon.svg"', f'href="data:image/svg+xml;base64,{icon}"'),
+        ('src="icon.svg"', f'src="data:image/svg+xml;base64,{icon}"'),
+        ('<link rel="stylesheet" href="page.css">', f"<style>{style}</style>"),
+        ('<script src="theme.js"></script>', f"<script>{theme}</script>"),
+        (
+            '<script src="page.js" type="module"></script>',
+            f'<script type="module">{script}</script>',
+        ),
+        (
+            "<body>",
+            f'<body data-frozen>\n<script type="application/json" id="snapshot">{data}</script>',
+        ),
+        ("<title>fluffle</title>", f"<title>{escape(shown['run']['federation'])}: report</title>"),
+        ('<meta charset="utf-8">', f'<meta charset="utf-8">\n  {policy}'),
+    ):
+        before, found, after = html.partition(part)
+        assert found, part
+        html = before + becomes + after
+    return html
+
+
+def _static(name: str) -> str:
+    return (files("fluffle_coordinator.dashboard") / "static" / name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    """Return what a Content-Security-Policy calls this very text by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"file": path.name, "size_bytes": file.tell(), "sha256": digest}
+    except OSError as why:
+        raise UsageError(f"{path} cannot be read ({why.strerror})") from None

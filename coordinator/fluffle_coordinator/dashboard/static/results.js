@@ -1,0 +1,232 @@
+// One function a panel, as in panels.js: what a run has left behind, and how it was set up.
+
+import { $, either, figure, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
+import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
+
+/** Where the time between two commits goes, as the coordinator names it. */
+const PHASES = ["waiting", "training", "transfer", "aggregation", "checkpoint"];
+const MOST_CELLS = { history: 40000, live: 4000 };
+
+/** Whether this is a report: a run as it was, from its folder. */
+export const frozen = (board) => board.run?.source === "history";
+
+const total = (rounds, value) => rounds.reduce((sum, round) => sum + (value(round) ?? 0), 0);
+const committed = (board) => board.rounds.filter((round) => round.committed_at !== undefined);
+const seconds = (round) => round.phases && Object.values(round.phases).reduce((sum, value) => sum + value, 0);
+
+// --- figures -------------------------------------------------------------------------------------
+
+/** The best known metric besides the loss. */
+const leading = (curves) => metrics(curves).find((name) => !["loss", "training loss", "epsilon"].includes(name));
+
+/** The tiles of what was reached: [name, words, tone]; `people` is how many took or take part. */
+export function reached(board, people) {
+  const { curves, rejected } = board;
+  const tile = (name) => name in curves && [name, wording(name)(newest(curves, name))];
+  const lead = leading(curves);
+  const done = committed(board);
+  const late = total(done, (round) => round.late);
+  return [
+    lead && tile(lead),
+    tile("loss"),
+    tile("epsilon"),
+    people,
+    frozen(board) && ["updates", whole(total(done, (round) => round.participants.length))],
+    frozen(board) && ["time", span(total(done, seconds))],
+    late > 0 && ["late", whole(late), "odd"],
+    ["rejected", whole(rejected.total), rejected.total > 0 ? "bad" : null],
+  ].filter(Boolean);
+}
+
+function curves(board) {
+  if (either("chart", board.curves.rounds.length > 0)) chart($("chart"), board.curves, board.run.rounds);
+  else $("chart").replaceChildren();
+}
+curves.of = ["curves", "run"];
+
+// --- rounds --------------------------------------------------------------------------------------
+
+function rounds(board) {
+  const shown = committed(board).reverse();
+  const others = metrics(board.curves).filter((name) => !["accuracy", "loss", "training loss", "epsilon"].includes(name));
+  const column = (name, of, more = {}) => ({ name, of, n: true, ...more });
+  const report = frozen(board)
+    ? [
+        column("committed", (round) => moment(round.committed_at), { n: false }),
+        column("examples", (round) => whole(round.num_examples)),
+        column("training loss", (round) => figure(round.train_loss)),
+        ...others.map((name) => column(name, (round) => figure(round.metrics?.[name]))),
+        column("received", (round) => (round.bytes ? size(round.bytes) : "–")),
+        column("late", (round) => round.late || "–"),
+        column("rejected", (round) => round.rejected || "–"),
+      ]
+    : [];
+  const columns = [
+    column("round", (round) => round.round),
+    column("accuracy", (round) => percent(round.metrics?.accuracy)),
+    column("loss", (round) => figure(round.loss)),
+    column("updates", (round) => whole(round.participants?.length), { title: (round) => round.participants?.join(", ") }),
+    ...report,
+    column("took", (round) => (round.opened_at ? span(round.committed_at - round.opened_at) : "–")),
+    { name: "where the time went", wide: true, fill: (cell, round) => shares(cell, round.phases ?? {}) },
+  ];
+  either("history", shown.length > 0);
+  table($("history"), columns, shown, (round) => round.round);
+}
+rounds.of = ["rounds"];
+
+/** One bar that is as long whatever the round took: its parts are shares. */
+function shares(cell, phases) {
+  const known = PHASES.filter((name) => phases[name] > 0);
+  const sum = known.reduce((before, name) => before + phases[name], 0);
+  const words = known.map((name) => `${name} ${span(phases[name])}`).join(", ");
+  const bar = make("div", { class: "steps", role: "img", "aria-label": words || "not told", title: words });
+  for (const name of known) {
+    const piece = make("i", { "data-part": name });
+    piece.style.setProperty("flex-grow", Math.max(0.004, phases[name] / sum));
+    bar.append(piece);
+  }
+  cell.replaceChildren(bar);
+}
+
+function legend(id, pieces) {
+  $(id).replaceChildren(...pieces.map(([part, words]) => make("span", {}, make("i", { "data-part": part }), words)));
+}
+
+function time(board) {
+  const timed = committed(board).filter((round) => round.phases);
+  if (!either("time", timed.length > 0)) return;
+  const all = total(timed, seconds) || 1;
+  const of = (name) => total(timed, (round) => round.phases[name]);
+  const bars = timed.map((round) => ({ label: round.round, parts: round.phases }));
+  legend("time-legend", PHASES.map((name) => [name, `${name} ${span(of(name))} (${percent(of(name) / all)})`]));
+  stacks($("time"), { title: "Seconds of each phase by round", axis: "round", bars, names: PHASES, words: span, height: 180 });
+}
+time.of = ["rounds"];
+
+// --- who took part -------------------------------------------------------------------------------
+
+function participation(board) {
+  const shown = committed(board);
+  const names = [...new Set(shown.flatMap((one) => [...one.participants, ...one.asked, ...one.came_late]))].sort();
+  if (!either("participation", names.length > 0)) return;
+  const room = Math.max(1, Math.floor((frozen(board) ? MOST_CELLS.history : MOST_CELLS.live) / shown.length));
+  const examples = shown.map((one) => new Map(one.participants.map((name, place) => [name, one.examples[place]])));
+  const asked = shown.map((one) => new Set(one.asked));
+  const late = shown.map((one) => new Set(one.came_late));
+  const most = Math.max(...examples.flatMap((one) => [...one.values()]), 1);
+  const cell = (name, place) => {
+    const count = examples[place].get(name);
+    if (count !== undefined) {
+      return { kind: "counted", text: whole(count), words: `counted, ${whole(count)} examples`, strength: (count ?? 0) / most };
+    }
+    if (late[place].has(name)) return { kind: "late", text: "late", words: "came late" };
+    return asked[place].has(name) ? { kind: "missing", words: "did not answer" } : { kind: "absent", words: "was not asked" };
+  };
+  const rows = names.slice(0, room).map((name) => {
+    const cells = shown.map((one, place) => {
+      const { words, ...found } = cell(name, place);
+      return { strength: 0, ...found, told: `${name}, round ${one.round}: ${words}` };
+    });
+    return { name, cells, end: `${cells.filter((each) => each.kind === "counted").length} of ${shown.length}` };
+  });
+  legend("participation-legend", [
+    ["counted", "counted, with its number of examples"],
+    ["late", "late"],
+    ["missing", "asked, no answer counted"],
+    ["absent", "not asked"],
+  ]);
+  const left = names.length - rows.length;
+  say($("participation-note"), left > 0 ? `${whole(left)} more workers are not drawn.` : "");
+  matrix($("participation"), { title: "Who was counted in which round", columns: shown.map((one) => one.round), rows });
+}
+participation.of = ["rounds"];
+
+function staleness(board) {
+  const { staleness } = board;
+  mark($("staleness").closest("section"), "hidden", staleness ? null : "");
+  if (!staleness) return;
+  const bars = Object.entries(staleness.counts).map(([label, updates]) => ({ label, parts: { updates } }));
+  const lost = staleness.lost === null ? "" : `; ${percent(staleness.lost)} of the weight lost to it`;
+  say($("staleness-words"), `updates by the versions they were behind${lost}`);
+  stacks($("staleness"), { title: "Updates by staleness", axis: "versions", bars, names: ["updates"], words: whole, height: 110 });
+}
+staleness.of = ["staleness"];
+
+// --- late and rejected ---------------------------------------------------------------------------
+
+function refusals(board) {
+  const shown = committed(board);
+  const any = shown.some((round) => round.late || round.rejected);
+  mark($("refusals"), "hidden", any ? null : "");
+  if (!any) return;
+  const bars = shown.map((round) => ({ label: round.round, parts: { late: round.late, rejected: round.rejected } }));
+  const title = "Late updates and rejected messages, by the round that was open when they came";
+  stacks($("refusals"), { title, axis: "round", bars, names: ["late", "rejected"], words: whole, height: 70 });
+}
+refusals.of = ["rounds"];
+
+// --- how it was set up ---------------------------------------------------------------------------
+
+function configuration(board) {
+  const all = board.configurations;
+  mark($("configuration").closest("section"), "hidden", all.length ? null : "");
+  if (!all.length) return;
+  const flats = all.map((one) => flat(one));
+  const kept = ([name]) => name !== "from round" && name !== "since";
+  const settings = Object.entries(flats.at(-1)).filter(kept);
+  $("configuration").replaceChildren(
+    ...settings.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))),
+  );
+  const changes = flats.slice(1).flatMap((after, index) => {
+    const before = flats[index];
+    const names = Object.keys({ ...before, ...after }).filter((name) => kept([name]) && before[name] !== after[name]);
+    return names.sort().map((name) => ({ round: after["from round"], name, was: before[name], now: after[name] }));
+  });
+  mark($("changes").closest("table"), "hidden", changes.length ? null : "");
+  const columns = [
+    { name: "changed from round", n: true, of: (one) => one.round },
+    { name: "setting", of: (one) => one.name },
+    { name: "was", of: (one) => one.was ?? "–" },
+    { name: "became", of: (one) => one.now ?? "–" },
+  ];
+  table($("changes"), columns, changes, (one) => `${one.round} ${one.name}`);
+}
+configuration.of = ["configurations"];
+
+/** The leaves of a configuration by their names, in words. */
+function flat(tree, above = "") {
+  const leaves = {};
+  for (const [key, value] of Object.entries(tree)) {
+    const name = `${above}${key}`.replaceAll("_", " ");
+    if (key === "quorum" && value && typeof value === "object") {
+      leaves.quorum = value.number ? whole(value.number) : value.fraction === 1 ? "all" : `${percent(value.fraction)} of those asked`;
+    } else if (value && typeof value === "object" && !Array.isArray(value) && Object.keys(value).length) {
+      Object.assign(leaves, flat(value, key === "rules" || key === "plan" ? "" : `${name} `));
+    } else if (key.endsWith("_s") && typeof value === "number") {
+      leaves[name.slice(0, -2)] = span(value);
+    } else {
+      leaves[name] = words(value);
+    }
+  }
+  return leaves;
+}
+
+function words(value) {
+  if (value === null || value === "" || (typeof value === "object" && !Object.keys(value).length)) return "–";
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  return Array.isArray(value) ? value.map(words).join(", ") : String(value);
+}
+
+function checkpoints(board) {
+  mark($("checkpoints").closest("section"), "hidden", null);
+  const columns = [
+    { name: "file", of: (one) => one.file },
+    { name: "size", n: true, of: (one) => size(one.size_bytes) },
+    { name: "SHA-256", code: true, of: (one) => one.sha256 },
+  ];
+  table($("checkpoints"), columns, board.checkpoints, (one) => one.file);
+}
+checkpoints.of = ["checkpoints"];
+
+export const results = [curves, rounds, time, participation, staleness, refusals, configuration, checkpoints];

@@ -1,0 +1,104 @@
+"""Federated learning over a message broker, from Python: what there is to import.
+
+``fluffle.run`` runs a federation, in this process or over RabbitMQ; ``fluffle.Run`` opens a folder
+that any coordinator has written. Each name is loaded when it is first used, so that the import is
+quick and needs nothing that is not installed: JAX, for one, is needed by ``flax_task`` only.
+
+Example:
+    >>> import fluffle
+    >>> import numpy as np
+    >>> class Mean:
+    ...     '''Learns the mean of its numbers.'''
+    ...     def __init__(self, numbers):
+    ...         self.numbers, self.num_examples = np.array(numbers), len(numbers)
+    ...     def init(self, seed):
+    ...         return {"mean": np.zeros(())}
+    ...     def train(self, weights, plan, progress):
+    ...         return fluffle.TrainResult({"mean": self.numbers.mean()}, self.num_examples)
+    ...     def evaluate(self, weights):
+    ...         error = self.numbers - weights["mean"]
+    ...         return fluffle.EvalResult(float((error**2).mean()), self.num_examples)
+    >>> done = fluffle.run([Mean([1.0, 2.0, 3.0]), Mean([10.0])], rounds=2)
+    >>> float(done.weights["mean"]), done.history["loss"]
+    (4.0, [12.5, 12.5])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fluffle.history import History as History
+    from fluffle.history import Round as Round
+    from fluffle.local import arun as arun
+    from fluffle.local import run as run
+    from fluffle.models import load_into as load_into
+    from fluffle.models import load_model as load_model
+    from fluffle.results import Run as Run
+    from fluffle_common.errors import BrokerError as BrokerError
+    from fluffle_common.errors import FluffleError as FluffleError
+    from fluffle_common.errors import RefusedError as RefusedError
+    from fluffle_common.errors import RunError as RunError
+    from fluffle_common.errors import TaskError as TaskError
+    from fluffle_common.errors import UsageError as UsageError
+    from fluffle_common.protocol.messages import Plan as Plan
+    from fluffle_common.tensors.weights import Weights as Weights
+    from fluffle_coordinator.service.hooks import Commit as Commit
+    from fluffle_coordinator.service.hooks import StopRun as StopRun
+    from fluffle_coordinator.strategy.base import Contribution as Contribution
+    from fluffle_coordinator.strategy.base import Needs as Needs
+    from fluffle_coordinator.strategy.base import Strategy as Strategy
+    from fluffle_coordinator.strategy.fedavg import fedavg as fedavg
+    from fluffle_coordinator.strategy.pipeline import pipeline as pipeline
+    from fluffle_coordinator.strategy.pipeline import replace as replace
+    from fluffle_coordinator.strategy.weighted import weighted as weighted
+    from fluffle_worker.task import EvalResult as EvalResult
+    from fluffle_worker.task import Progress as Progress
+    from fluffle_worker.task import Task as Task
+    from fluffle_worker.task import TaskOptions as TaskOptions
+    from fluffle_worker.task import TrainResult as TrainResult
+    from fluffle_worker.tasks.flax import accuracy as accuracy
+    from fluffle_worker.tasks.flax import flax_task as flax_task
+
+_FROM = {
+    "fluffle.history": ("History", "Round"),
+    "fluffle.local": ("arun", "run"),
+    "fluffle.models": ("load_into", "load_model"),
+    "fluffle.results": ("Run",),
+    "fluffle_common.errors": (
+        "BrokerError",
+        "FluffleError",
+        "RefusedError",
+        "RunError",
+        "TaskError",
+        "UsageError",
+    ),
+    "fluffle_common.protocol.messages": ("Plan",),
+    "fluffle_common.tensors.weights": ("Weights",),
+    "fluffle_coordinator.service.hooks": ("Commit", "StopRun"),
+    "fluffle_coordinator.strategy.base": ("Contribution", "Needs", "Strategy"),
+    "fluffle_coordinator.strategy.fedavg": ("fedavg",),
+    "fluffle_coordinator.strategy.pipeline": ("pipeline", "replace"),
+    "fluffle_coordinator.strategy.weighted": ("weighted",),
+    "fluffle_worker.task": ("EvalResult", "Progress", "Task", "TaskOptions", "TrainResult"),
+    "fluffle_worker.tasks.flax": ("accuracy", "flax_task"),
+}
+_WHERE = {name: module for module, names in _FROM.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 - the table above says it
+    *sorted(_WHERE)
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name of the public API when it is first used."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fluffle' has no attribute '{name}'")
+    found = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    """Return the names of the public API."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,80 @@
+"""What ``fluffle.run`` shows while it runs: a bar on a terminal, a line a round in a notebook."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from fluffle_common.cli.printing import echo, is_terminal, printable
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import RunEvent
+from fluffle_coordinator.machine.state import Phase, State
+from fluffle_coordinator.observe.waiting import missing, waiting_for
+from fluffle_coordinator.observe.watchers import Watcher
+
+_LOOK_EVERY_S = 0.2
+
+
+class Progress(Watcher):
+    """Follows a run on stderr.
+
+    Args:
+        wanted: None shows it to people only: on a terminal, and in a notebook.
+        rounds: how many rounds the run is to have.
+    """
+
+    def __init__(self, wanted: bool | None, rounds: int) -> None:
+        terminal = is_terminal(sys.stderr)
+        self._bar: Any = None
+        self._lines = bool(wanted) or (wanted is None and "ipykernel" in sys.modules)
+        self._rounds, self._latest, self._look_at = rounds, "", 0.0
+        if terminal and wanted is not False:
+            from fluffle_common.cli.progress_bars import progress_on
+
+            self._lines, self._bar = False, progress_on(sys.stderr)
+            self._task = self._bar.add_task("", label="rounds", total=rounds)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def record(self, event: RunEvent) -> None:
+        """Show what became of a round, and what is not as it should be."""
+        if isinstance(event, run_events.Evaluated | run_events.Tested):
+            self._latest = event.sentence()
+            self._say(self._latest, only=self._lines)
+        elif event.severity in ("odd", "bad"):
+            self._say(event.sentence(), only=self._lines or self._bar is not None)
+
+    def _say(self, text: str, *, only: bool) -> None:
+        if not only:
+            return
+        if self._bar is not None:
+            self._bar.console.print(printable(text), markup=False)
+        else:
+            echo(text, err=True)
+
+    def show(self, state: State, now: float) -> None:
+        """Move the bar."""
+        if self._bar is None or (time.monotonic() < self._look_at and state.phase != Phase.ENDED):
+            return
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        text = self._latest
+        if state.phase is Phase.WAITING and (waiting := waiting_for(state, now)) is not None:
+            text = waiting.sentence()
+        elif not text and state.phase is Phase.OPEN:
+            text = missing(state, now)
+        done = min(state.committed, self._rounds)
+        self._bar.update(self._task, completed=done, description=printable(text))

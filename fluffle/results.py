@@ -1,0 +1,117 @@
+"""A run as its folder has it: rounds, models, how it ended. It need not have been ours."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluffle.history import History, Round
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.storage.run_store import read_history_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fluffle_common.tensors.weights import Array
+
+
+class Run:
+    """A run, read from its folder: what ``fluffle.run`` returns, or any folder of a coordinator.
+
+    Args:
+        folder: such as ``runs/letters``.
+
+    Raises:
+        UsageError: where there is no run, or one that has committed no round yet.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._lines = read_history_lines(self.folder)
+
+    @cached_property
+    def history(self) -> History:
+        """The rounds; ``run.history["loss"]`` is a column."""
+        return History.read(self.folder)
+
+    @property
+    def weights(self) -> dict[str, Array]:
+        """The last round's model: its arrays by name, read from disk at every use."""
+        return self.history[-1].weights
+
+    @property
+    def best(self) -> Round:
+        """The round with the lowest federated loss; else of the test; else the last.
+
+        ``run.history.best("accuracy")`` goes by another metric.
+        """
+        for metric in ("loss", "test/loss"):
+            if metric in self.history.columns:
+                return self.history.best(metric)
+        return self.history[-1]
+
+    @property
+    def id(self) -> str:
+        """What the run is called on the wire and in its files."""
+        return str(json.loads((self.folder / "run.json").read_text())["run"])
+
+    @property
+    def reason(self) -> str:
+        """Why the run ended, such as ``6 rounds are done``; empty if it may still go on."""
+        last = self._lines[-1]
+        return str(last["reason"]) if last["event"] == "ended" else ""
+
+    def plot(self, file: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw every loss, and every other metric, after each round.
+
+        Args:
+            file: where to write the figure, as well; its ending says how, such as ``.png``.
+
+        Returns:
+            A figure of matplotlib, which a notebook shows.
+
+        Raises:
+            UsageError: without matplotlib, or where there is nothing to draw.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise UsageError("plot() needs matplotlib: pip install 'fluffle[plot]'") from None
+        names = self.history.columns
+        if not names:
+            raise UsageError(f"no round of {self.folder} has a loss or a metric to draw")
+        losses = [name for name in names if name.endswith("loss")]
+        panels = [some for some in (losses, [n for n in names if n not in losses]) if some]
+        figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+        numbers = [one.number for one in self.history]
+        for axes, some in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            for name in some:
+                axes.plot(numbers, _without_none(self.history[name]), "o-", label=name)
+            axes.set_xlabel("round")
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if file is not None:
+            figure.savefig(file, dpi=150)
+        return figure
+
+    def __repr__(self) -> str:
+        return f"{self._headline()}\n{self.history!r}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self._headline())}</p>{self.history._repr_html_()}"
+
+    def _headline(self) -> str:
+        count = len(self.history)
+        end = f"; {self.reason}" if self.reason else ""
+        return f"Run {self.id}: {count} round{'s'[: count != 1]} in {self.folder}{end}"
+
+
+def _without_none(values: list[float | None]) -> list[Any]:
+    return [float("nan") if value is None else value for value in values]

@@ -1,0 +1,122 @@
+"""The page of a report in a real browser: what it draws of few and of many rounds, and of spite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser
+
+from fluffle_coordinator.dashboard.report import page, snapshot
+from tests.browser import Window, chromium, window
+
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\u2028"
+# What lies outside the drawing that it belongs to, in pixels beyond a rounding.
+OUTSIDE = """drawings => drawings.flatMap(svg => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("rect, text, circle, line, path")].filter(one => {
+    const own = one.getBoundingClientRect();
+    return own.left < box.left - 1 || own.right > box.right + 1
+      || own.top < box.top - 1 || own.bottom > box.bottom + 1;
+  }).map(one => one.outerHTML);
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+def row(number: int, *workers: str, **more: Any) -> dict[str, Any]:
+    told = {"num_examples": 100, "train_loss": 2.0 / number, "seconds": 4.0, "counted_s": 5.0}
+    return {
+        "round": number,
+        "participants": [{"worker": worker, "bytes": 1000, **told} for worker in workers],
+        "asked": ["a", "b", *workers],
+        "opened_at": "2026-03-01T10:00:00+00:00",
+        "committed_at": "2026-03-01T10:00:30+00:00",
+        "timings": {"waiting_s": 1.0, "open_s": 10.0, "fold_s": 0.5, "checkpoint_s": 2.0},
+        "loss": 1.0 / number,
+        "accuracy": 1.0 - 0.9 / number,
+        "late": int(number == 2),
+        "late_updates": [{"worker": "b", "round": 1}] if number == 2 else [],
+        **more,
+    }
+
+
+def drawn(rows: list[dict[str, Any]], folder: Path, federation: str = "letters") -> str:
+    """Return the address of the report of these rounds."""
+    settings = {"rules": {"rounds": len(rows), "quorum": {"number": 2}}, "from_round": 1}
+    identity = {"federation": federation, "run": "abc", "configurations": [settings]}
+    file = folder / "report.html"
+    file.write_text(page(snapshot(rows, identity, [], None, 1_800_000_000.0)))
+    return file.as_uri()
+
+
+def texts(seen: Window, selector: str) -> list[str]:
+    return seen.page.locator(selector).all_inner_texts()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("rounds", [1, 2, 40, 500])
+def test_drawings_of_few_and_of_many_rounds_keep_inside(
+    browser: Browser, tmp_path: Path, rounds: int, width: int
+) -> None:
+    rows = [row(number, "a", "w" * 64) for number in range(1, rounds + 1)]
+    with window(browser, drawn(rows, tmp_path), width=width) as seen:
+        seen.wait("#phase", f"{rounds} of {rounds} rounds are committed")
+        assert seen.page.locator("svg").evaluate_all(OUTSIDE) == []
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == width
+        assert seen.page.locator("#participation rect").count() == 3 * rounds
+        assert len(texts(seen, "#history tr")) == rounds
+        for drawing in ("#chart", "#time"):
+            named = seen.page.locator(f"{drawing} text.middle").all_text_contents()
+            assert 1 <= len(named) <= width // 40
+            assert len(set(named)) == len(named)
+        assert seen.complaints == []
+
+
+def test_who_took_part_and_what_came_late(browser: Browser, tmp_path: Path) -> None:
+    with window(browser, drawn([row(1, "a"), row(2, "a", "b")], tmp_path)) as seen:
+        seen.wait("#phase", "2 of 2 rounds are committed")
+        cells = seen.page.locator("#participation rect title").all_text_contents()
+        assert cells == [
+            "a, round 1: counted, 100 examples", "a, round 2: counted, 100 examples",
+            "b, round 1: came late", "b, round 2: counted, 100 examples",
+        ]  # fmt: skip
+        assert texts(seen, "#tiles dt") == [
+            "accuracy", "loss", "took part", "updates", "time", "late", "rejected",
+        ]  # fmt: skip
+        assert texts(seen, "#tiles dd") == ["55.0 %", "0.500", "2", "3", "26 s", "1", "0"]
+        assert "took part" in seen.wait("#workers-count")
+        assert not seen.page.locator(".staleness").is_visible()
+
+
+def test_staleness_and_privacy_are_there_when_a_run_has_them(
+    browser: Browser, tmp_path: Path
+) -> None:
+    stale = [
+        {"worker": "a", "num_examples": 100, "staleness": 0, "weight": 100.0},
+        {"worker": "b", "num_examples": 100, "staleness": 2, "weight": 50.0},
+    ]
+    rows = [row(1, participants=stale, epsilon=0.5), row(2, participants=stale, epsilon=0.75)]
+    with window(browser, drawn(rows, tmp_path)) as seen:
+        seen.wait("#staleness-words", "25.0 % of the weight lost")
+        bars = seen.page.locator("#staleness rect title").all_text_contents()
+        assert bars == ["versions 0: updates 2", "versions 2: updates 2"]
+        assert "0.750" in texts(seen, "#tiles dd")
+        assert seen.page.locator('#chart path.curve[data-metric="epsilon"]').count() == 1
+
+
+def test_whatever_came_from_outside_is_text(browser: Browser, tmp_path: Path) -> None:
+    said = dict.fromkeys(("reason", "cause", "kind", "worker"), EVIL)
+    rows = [row(1, EVIL, asked=[EVIL], rejected=1, rejections=[said], **{EVIL: 0.5})]
+    with window(browser, drawn(rows, tmp_path, EVIL)) as seen:
+        seen.page.on("dialog", lambda _: seen.complaints.append("a script was run"))
+        assert seen.wait("h1").startswith("<img src=x")
+        assert texts(seen, "#workers th")[0].startswith("<img src=x")
+        assert seen.page.locator("body script:not(#snapshot), main img").count() == 0
+        assert seen.complaints == []

@@ -1,0 +1,150 @@
+"""What a user's own code after each commit sees, and what it may do to a run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.service.hooks import Hooks, StopRun
+from fluffle_coordinator.storage.run_store import read_history
+from tests.federation.harness import Adder
+
+
+def test_every_round_is_tested_and_shown_before_the_next_one_opens(federated):
+    seen = []
+
+    async def scenario(federation):
+        def evaluate(weights):
+            return {"first": weights["w"][0], "trained": np.int64(len(federation.trained))}
+
+        federation.trained = tasks[0].trained
+        hooks = Hooks(evaluate, seen.append)
+        coordinator = federation.coordinator(3, hooks=hooks)
+        for task, name in zip(tasks, "ab", strict=True):
+            task.loop = federation.loop
+            federation.worker(name, task)
+        assert (await coordinator.end()).outcome == "finished"
+        rows = {row["round"]: row for row in read_history(federation.folder)}
+        # Nobody has begun the next round while this one is tested.
+        for number in (1, 2, 3):
+            assert rows[number]["test/first"] == number
+            assert rows[number]["test/trained"] == number
+        assert coordinator.log.of("tested")[0]["metrics"]["first"] == 1.0
+        for number, commit in enumerate(seen, start=1):
+            assert (commit.round, commit.rounds, commit.num_examples) == (number, 3, 20)
+            assert commit.participants == {"a": 10, "b": 10}
+            assert commit.test == {"first": number, "trained": number}
+            # Of the model that the round began with; the first weights are not evaluated.
+            before = {"loss": number - 1.0, "accuracy": 0.5}
+            assert commit.evaluation == (before if number > 1 else {})
+            assert commit.checkpoint == federation.folder / f"round-{number:04}.safetensors"
+            np.testing.assert_array_equal(commit.weights["w"], federation.weights(number)["w"])
+            with pytest.raises(ValueError, match="read-only"):
+                commit.weights["w"][0] = 7
+
+    tasks = [Adder(None), Adder(None)]
+    federated(scenario)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_hook_ends_the_run_where_it_is_and_the_same_command_goes_on(federated, raises):
+    def enough(commit):
+        if commit.round == 2:
+            if raises:
+                raise StopRun("good enough")
+            return "good enough"
+        return None
+
+    async def scenario(federation):
+        first = federation.coordinator(5, hooks=Hooks(on_round=enough))
+        workers = federation.workers(2)
+        state = await first.end()
+        assert (state.outcome, state.reason, state.committed) == ("finished", "good enough", 2)
+        for worker in workers:
+            assert await worker.end() == "good enough"
+            assert worker.service.verdict() is None
+        # The model that it ends with is evaluated as the last of any run.
+        assert [line["round"] for line in federation.history("evaluated")] == [1, 2]
+        assert federation.history("ended")[-1]["reason"] == "good enough"
+        again = federation.coordinator(5)
+        federation.workers(2)
+        assert (await again.end()).committed == 5
+
+    federated(scenario)
+
+
+def test_a_hook_that_fails_is_told_once_with_its_traceback_and_loses_no_round(federated, capsys):
+    def evaluate(weights):
+        raise KeyError("accuracy")
+
+    def on_round(commit):
+        return 7
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(3, hooks=Hooks(evaluate, on_round))
+        federation.workers(2)
+        assert (await coordinator.end()).committed == 3
+        notes = [one["what"] for one in coordinator.log.of("note")]
+        assert len(notes) == 2
+        assert notes[0].startswith(
+            "round 1 is kept, but its evaluate hook failed: KeyError: 'accuracy' (test_hooks.py:"
+        )
+        assert notes[1].startswith(
+            "round 1 is kept, but its on_round hook failed: TypeError: it returned int; None or a "
+            "reason is expected"
+        )
+        lines = (federation.folder / "history.jsonl").read_text().splitlines()
+        assert not any("test" in json.loads(line)["event"] for line in lines)
+
+    federated(scenario)
+    told = capsys.readouterr().err
+    assert told.count("Traceback") == 2
+    assert 'raise KeyError("accuracy")' in told
+
+
+@pytest.mark.parametrize("wrong", [0.5, {"accuracy": "high"}, {"accuracy": np.zeros(2)}])
+def test_what_is_no_metric_is_told(federated, capsys, wrong):
+    async def scenario(federation):
+        coordinator = federation.coordinator(1, hooks=Hooks(lambda _: wrong))
+        federation.workers(2)
+        await coordinator.end()
+        (note,) = coordinator.log.of("note")
+        assert "evaluate hook failed: TypeError: " in note["what"]
+
+    federated(scenario)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_called_like_a_test_is_kept_apart_from_it(federated):
+    class Confusing(Adder):
+        def evaluate(self, weights):
+            found = super().evaluate(weights)
+            return type(found)(found.loss, found.num_examples, {"test/accuracy": 0.25})
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(1, hooks=Hooks(lambda _: {"accuracy": 0.75}))
+        federation.worker("a", Confusing(federation.loop))
+        federation.worker("b", Confusing(federation.loop))
+        await coordinator.end()
+        row = read_history(federation.folder)[-1]
+        assert row["test/accuracy"] == 0.75
+        assert row["metric/test/accuracy"] == 0.25
+
+    federated(scenario)
+
+
+def test_hooks_of_a_file_are_found_by_name(tmp_path):
+    file = tmp_path / "hooks.py"
+    file.write_text("def stop(commit):\n    return 'enough'\nnumber = 7\n")
+    hooks = Hooks.load(on_round=f"{file}:stop")
+    assert hooks.on_round(None) == "enough"
+    assert hooks.names() == {"on_round": "stop"}
+    assert not Hooks.load()
+    with pytest.raises(UsageError, match="--evaluate is int; a function is expected"):
+        Hooks.load(evaluate=f"{file}:number")
+    with pytest.raises(UsageError, match="has nothing called 'absent' \\(--evaluate\\)"):
+        Hooks.load(evaluate=f"{file}:absent")

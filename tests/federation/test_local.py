@@ -1,0 +1,427 @@
+"""``fluffle.run``: whole federations in this process, in real time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+import fluffle
+from fluffle_common.protocol.messages import Plan
+
+ROOT = Path(__file__).parents[2]
+
+
+class Adder:
+    """Adds 1 to its weights, a step at a time."""
+
+    num_examples = 10
+
+    def __init__(self, *, steps: int = 1, step_s: float = 0.0):
+        self.steps, self.step_s = steps, step_s
+        self.trained = 0
+
+    def init(self, seed):
+        return {"w": np.full(2, float(seed))}
+
+    def train(self, weights, plan, progress):
+        for step in range(self.steps):
+            progress(step + 1, self.steps, 1.0)
+            time.sleep(self.step_s)
+        self.trained += 1
+        return fluffle.TrainResult({"w": weights["w"] + 1}, self.num_examples, {"loss": 0.5})
+
+    def evaluate(self, weights):
+        return fluffle.EvalResult(float(weights["w"].max()), 5, {"accuracy": 0.5})
+
+
+class Softmax:
+    """Softmax regression on handwritten digits, in float64, by stochastic gradient descent."""
+
+    def __init__(self, inputs, targets):
+        self.inputs, self.targets, self.num_examples = inputs, targets, len(inputs)
+
+    def init(self, seed):
+        rng = np.random.default_rng(seed)
+        return {"w": rng.normal(0, 0.01, (64, 10)), "b": np.zeros(10)}
+
+    def train(self, weights, plan, progress):
+        w, b = weights["w"].copy(), weights["b"].copy()
+        rng = np.random.default_rng(plan.seed)
+        for _ in range(plan.epochs):
+            order = rng.permutation(self.num_examples)
+            for start in range(0, len(order), plan.batch_size):
+                batch = order[start : start + plan.batch_size]
+                error = self._errors(w, b, batch)
+                w -= plan.learning_rate * self.inputs[batch].T @ error / len(batch)
+                b -= plan.learning_rate * error.mean(axis=0)
+                progress(start, len(order), None)
+        return fluffle.TrainResult({"w": w, "b": b}, self.num_examples)
+
+    def evaluate(self, weights):
+        right = self.accuracy(weights)
+        return fluffle.EvalResult(1 - right, self.num_examples, {"accuracy": right})
+
+    def accuracy(self, weights):
+        found = (self.inputs @ weights["w"] + weights["b"]).argmax(axis=1)
+        return float((found == self.targets).mean())
+
+    def _errors(self, w, b, batch):
+        logits = self.inputs[batch] @ w + b
+        raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+        raised /= raised.sum(axis=1, keepdims=True)
+        raised[np.arange(len(batch)), self.targets[batch]] -= 1
+        return raised
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Three owners of different size, each with more of some digits than of others."""
+    found = load_digits()
+    order = np.argsort(found.target[:1500], kind="stable")
+    inputs, targets = found.data[:1500][order] / 16, found.target[:1500][order]
+    return {
+        name: Softmax(inputs[start::3][:size], targets[start::3][:size])
+        for name, start, size in (("north", 0, 500), ("south", 1, 300), ("west", 2, 407))
+    }
+
+
+def federated_averaging(tasks, rounds, seed, **plan):
+    """Return what plain NumPy makes of these rounds, in float64, in the order of the tasks."""
+    weights = next(iter(tasks.values())).init(seed)
+    total = sum(task.num_examples for task in tasks.values())
+    for number in range(1, rounds + 1):
+        of_round = Plan(seed=(seed * 1_000_003 + number) % 2**63, **plan)
+        trained = [
+            (task.num_examples, task.train(weights, of_round, lambda *_: None).weights)
+            for task in tasks.values()
+        ]
+        for name, old in weights.items():
+            moved = np.zeros_like(old)
+            for count, new in trained:
+                moved += count * (new[name] - old)
+            weights = {**weights, name: moved / total + old}
+    return weights
+
+
+def test_the_digits_come_out_bit_by_bit_as_plain_numpy_averages_them(digits):
+    plan = {"epochs": 2, "batch_size": 20, "learning_rate": 0.1}
+    run = fluffle.run(digits, rounds=4, seed=7, **plan)
+    expected = federated_averaging(digits, 4, 7, **plan)
+    assert [list(one.participants) for one in run.history] == [list(digits)] * 4
+    for name, tensor in expected.items():
+        assert run.weights[name].tobytes() == tensor.tobytes(), name
+    assert run.history[-1].participants == {"north": 500, "south": 300, "west": 407}
+    accuracy = run.history["accuracy"]
+    assert accuracy[-1] > max(0.85, accuracy[0])
+    assert run.best.number == 1 + int(np.argmin(run.history["loss"]))
+
+
+def test_a_run_is_shown_as_text_and_as_a_table():
+    run = fluffle.run(
+        {"north": Adder()}, rounds=2, evaluate=lambda weights: {"<w>": weights["w"][0]}
+    )
+    assert run.reason == "2 rounds are done"
+    assert str(run).splitlines() == [
+        f"Run {run.id}: 2 rounds in {run.folder}; 2 rounds are done",
+        "round  workers  examples  train_loss    loss  accuracy  test/<w>",
+        "    1        1        10      0.5000  1.0000    0.5000    1.0000",
+        "    2        1        10      0.5000  2.0000    0.5000    2.0000",
+    ]
+    page = run._repr_html_()
+    assert "<th>test/&lt;w&gt;</th>" in page
+    assert page.count("<tr>") == 3
+
+
+def test_a_figure_has_every_column(tmp_path):
+    run = fluffle.run([Adder()], rounds=2, evaluate=lambda _: {"loss": 1.0, "f1": 0.5})
+    figure = run.plot(tmp_path / "run.png")
+    drawn = [[line.get_label() for line in axes.lines] for axes in figure.axes]
+    assert drawn == [["train_loss", "loss", "test/loss"], ["accuracy", "test/f1"]]
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
+    class Silent(Adder):
+        def train(self, weights, plan, progress):
+            return fluffle.TrainResult(weights, self.num_examples)
+
+        def evaluate(self, weights):
+            return None
+
+    run = fluffle.run([Silent()], rounds=1)
+    with pytest.raises(fluffle.UsageError, match="no round of .* has a loss or a metric to draw"):
+        run.plot()
+    assert (run.best, run.history.columns) == (run.history[-1], ())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(fluffle.UsageError, match=r"pip install 'fluffle\[plot\]'"):
+        run.plot()
+
+
+def test_a_temporary_folder_goes_with_its_run(tmp_path):
+    run = fluffle.run([Adder()], rounds=1)
+    folder = run.folder
+    assert (folder / "round-0001.safetensors").exists()
+    del run
+    assert not folder.exists()
+
+
+def test_a_folder_is_kept_gone_on_from_and_opened_again(tmp_path):
+    folder = tmp_path / "run"
+    task = Adder()
+    fluffle.run([task], rounds=2, folder=folder)
+    run = fluffle.run([task], rounds=3, folder=folder)
+    assert task.trained == 3
+    assert run.weights["w"].tolist() == [3.0, 3.0]
+    assert fluffle.run([task], rounds=3, folder=folder).history == run.history
+    assert task.trained == 3
+    again = fluffle.Run(folder)
+    assert again.history == run.history
+    assert again.id == run.id
+    fresh = fluffle.run([task], rounds=1, folder=folder, fresh=True)
+    assert fresh.weights["w"].tolist() == [1.0, 1.0]
+    assert (tmp_path / "run.1").is_dir()
+
+
+async def test_it_runs_in_a_cell_of_a_notebook_whose_loop_is_running():
+    run = fluffle.run([Adder(), Adder()], rounds=2)
+    assert run.weights["w"].tolist() == [2.0, 2.0]
+
+
+async def test_a_callers_loop_goes_on_meanwhile():
+    inside = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    go_on = threading.Event()
+
+    def on_round(commit):
+        loop.call_soon_threadsafe(inside.set)
+        assert go_on.wait(60)
+
+    running = asyncio.create_task(fluffle.arun([Adder()], rounds=1, on_round=on_round))
+    await inside.wait()  # which needs this loop, while the run waits for us
+    go_on.set()
+    assert (await running).weights["w"].tolist() == [1.0, 1.0]
+
+
+async def test_who_is_cancelled_cancels_the_run_and_the_same_call_goes_on(tmp_path):
+    third = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_round(commit):
+        if commit.round == 3:
+            loop.call_soon_threadsafe(third.set)
+
+    task = Adder(steps=100, step_s=0.001)
+    arguments = {"rounds": 1000, "folder": tmp_path, "on_round": on_round}
+    running = asyncio.create_task(fluffle.arun([task], **arguments))
+    await third.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    committed = len(fluffle.Run(tmp_path).history)
+    assert 3 <= committed < 1000
+    run = await fluffle.arun([task], rounds=committed + 1, folder=tmp_path)
+    assert run.weights["w"].tolist() == [committed + 1.0] * 2
+
+
+INTERRUPTED = """
+import sys, time
+import fluffle
+from tests.federation.test_local import Adder
+
+def on_round(commit):
+    print(commit.round, flush=True)
+
+fluffle.run([Adder(steps=100, step_s=0.001)], rounds=1000, on_round=on_round, **eval(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, kept):
+    options = {"folder": str(tmp_path / "run")} if kept else {}
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, repr(options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert told.rstrip().endswith("KeyboardInterrupt")
+    (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
+    committed = len(fluffle.Run(folder).history)
+    assert committed >= 1
+    if not kept:
+        assert (
+            f"the same call with folder={str(folder)!r} goes on with round {committed + 1}" in told
+        )
+    run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
+    assert run.weights["w"].tolist() == [committed + 1.0] * 2
+
+
+class Broken(Adder):
+    """Fails in one of its methods."""
+
+    def __init__(self, where, *, at=1):
+        super().__init__()
+        self.where, self.at = where, at
+
+    def _perhaps(self, where):
+        if where == self.where and self.trained + 1 >= self.at:
+            raise ZeroDivisionError("mine")
+
+    def init(self, seed):
+        self._perhaps("init")
+        return super().init(seed)
+
+    def train(self, weights, plan, progress):
+        self._perhaps("train")
+        return super().train(weights, plan, progress)
+
+    def evaluate(self, weights):
+        self._perhaps("evaluate")
+        return super().evaluate(weights)
+
+
+def test_an_error_of_a_task_is_raised_with_its_name_and_its_own_traceback(tmp_path, capsys):
+    with pytest.raises(fluffle.TaskError) as caught:
+        fluffle.run({"north": Adder(), "south": Broken("train", at=2)}, folder=tmp_path)
+    assert str(caught.value).startswith(
+        "the task 'south' failed in round 2: ZeroDivisionError: mine (test_local.py:"
+    )
+    cause = caught.value.__cause__
+    assert isinstance(cause, ZeroDivisionError)
+    frames = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
+    assert frames == ["train", "_perhaps"]
+    assert capsys.readouterr().err == ""  # it is not told twice
+    assert len(fluffle.Run(tmp_path).history) == 1
+    assert fluffle.run([Adder(), Adder()], rounds=2, folder=tmp_path).weights["w"][0] == 2.0
+
+
+def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(capsys):
+    with pytest.raises(
+        fluffle.TaskError, match="'worker-0' cannot make first weights: Zero"
+    ) as one:
+        fluffle.run([Broken("init")])
+    assert isinstance(one.value.__cause__, ZeroDivisionError)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_evaluation_that_fails_is_told_and_costs_the_evaluation_only(capsys):
+    run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
+    assert run.history["loss"] == [1.0, 2.0]
+    told = capsys.readouterr().err
+    assert "the task 'south': evaluate() fails, and this worker trains without it" in told
+    assert told.count("ZeroDivisionError: mine\n") == 1
+
+
+def test_a_run_that_stops_raises_why_and_how_it_goes_on(tmp_path):
+    class Late(Adder):
+        def train(self, weights, plan, progress):
+            while self.trained:
+                progress(1, 2, None)
+                time.sleep(0.01)
+            return super().train(weights, plan, progress)
+
+    with pytest.raises(fluffle.RunError, match=r"the run stopped: .*goes on with round 2$"):
+        fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
+
+
+def test_a_hook_ends_a_run_which_is_then_returned():
+    def on_round(commit):
+        if commit.test["w"] >= 2:
+            raise fluffle.StopRun("far enough")
+
+    run = fluffle.run(
+        [Adder()], rounds=9, evaluate=lambda weights: {"w": weights["w"][0]}, on_round=on_round
+    )
+    assert (len(run.history), run.reason) == (2, "far enough")
+
+
+def test_who_need_not_be_waited_for_trains_at_the_same_time():
+    both = threading.Barrier(2, timeout=60)
+
+    class Together(Adder):
+        def train(self, weights, plan, progress):
+            both.wait()
+            return super().train(weights, plan, progress)
+
+    assert len(fluffle.run([Together(), Together()], rounds=2, parallel=True).history) == 2
+    assert len(fluffle.run([Together(), Together()], rounds=1, quorum="99%").history) == 1
+
+
+def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
+    class Half(fluffle.Strategy):
+        def init(self, weights):
+            return []
+
+        def fold(self, state, one):
+            return [*state, one.delta["w"]]
+
+        def finish(self, state, weights):
+            return {"w": weights["w"] + sum(state) / 2 / len(state)}, []
+
+    run = fluffle.run({"north": Adder, "south": lambda: Adder(steps=2)}, rounds=3, strategy=Half())
+    assert run.weights["w"].tolist() == [1.5, 1.5]
+    assert fluffle.run([Adder()], rounds=1, strategy=fluffle.fedavg).weights["w"][0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "said"),
+    [
+        ([], {}, "has no tasks; give some, or url="),
+        ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
+        ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
+        ([Adder()], {"quorum": 2}, "quorum = 2 is more than the 1 tasks"),
+        ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the 1 tasks"),
+        ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
+        ([Adder()], {"verify_users": True}, "has no verify_users=: "),
+        ([Adder()], {"run": "runs/x"}, "has no run=: folder= says where the run is kept"),
+        ([Adder()], {"strategy": "nosuch"}, "there is no strategy 'nosuch'"),
+        ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
+        ([Adder()], {"evaluate": 7}, "--evaluate is int; a function is expected"),
+        ({"a b": Adder()}, {}, "'a b' cannot be the id of a worker"),
+        ([object()], {}, "no method 'init'"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_runs(tasks, options, said):
+    with pytest.raises(fluffle.UsageError) as wrong:
+        fluffle.run(tasks, **options)
+    assert said in str(wrong.value)
+    assert "\n" not in str(wrong.value)
+
+
+def test_a_folder_that_is_in_use_is_named(tmp_path):
+    def on_round(commit):
+        with pytest.raises(fluffle.RunError, match="another coordinator is at work in"):
+            fluffle.run([Adder()], folder=tmp_path)
+
+    assert fluffle.run([Adder()], rounds=1, folder=tmp_path, on_round=on_round).reason
+
+
+def test_how_far_it_is_is_told_to_those_who_want_it(capsys):
+    fluffle.run([Adder()], rounds=1, progress=True)
+    assert "round 1: loss 1.0000, accuracy 0.5000 on 5 held-out examples" in capsys.readouterr().err
+    fluffle.run([Adder()], rounds=1)  # no terminal
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_thread_is_left_behind():
+    before = set(threading.enumerate())
+    fluffle.run([Adder(), Adder()], rounds=2, parallel=True)
+    assert set(threading.enumerate()) <= before

@@ -1,0 +1,170 @@
+"""Options from a TOML file and from keyword arguments, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fluffle_common.cli.app import FiniteFloat, count
+from fluffle_common.cli.config_file import ConfiguredCommand, KeyValue, options_from
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.coordinator import coordinator
+from fluffle_worker.cli import worker
+
+
+@click.command(cls=ConfiguredCommand)
+@click.option("--name", required=True)
+@click.option("--rounds", type=count(), default=6)
+@click.option("--grace", type=FiniteFloat(0), default=0.0)
+@click.option("--url", envvar="TEST_URL")
+@click.option("--fresh", is_flag=True)
+@click.option("--data", "where", type=click.Path(path_type=Path))
+@click.option("--codec", "codecs", multiple=True)
+@click.option("--config", type=KeyValue(), multiple=True)
+def command(**options):
+    for name, value in options.items():
+        click.echo(f"{name}={value!r}")
+
+
+def invoke(file, *flags, **environment):
+    return CliRunner(env=environment).invoke(command, [str(file), *flags])
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "federation.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_key_is_a_flag_without_its_dashes(written):
+    file = written(
+        'name = "north"\nrounds = 12\ngrace = 2\nfresh = true\ndata = "a"\ncodec = ["x", "y"]\n'
+        '[config]\nmomentum = 0.9\nversion = "0.9"\n'
+    )
+    assert invoke(file).output.splitlines() == [
+        "name='north'",
+        "rounds=12",
+        "grace=2.0",
+        "url=None",
+        "fresh=True",
+        f"where={Path('a')!r}",
+        "codecs=('x', 'y')",
+        "config=('momentum=0.9', 'version=\"0.9\"')",
+    ]
+
+
+def test_a_flag_overrides_the_environment_that_the_file_and_that_the_default(written):
+    file = written('name = "file"\nrounds = 12\nurl = "file"')
+    assert "url='file'" in invoke(file).output
+    assert "url='env'" in invoke(file, TEST_URL="env").output
+    assert "url='flag'" in invoke(file, "--url", "flag", TEST_URL="env").output
+    assert "rounds=3" in invoke(file, "--rounds", "3").output
+
+
+def test_what_holds_is_printed_as_a_file_that_says_the_same(written):
+    file = written('name = "a\\"b"\ngrace = 2\n[config]\nmomentum = 0.9\n')
+    printed = invoke(file, "--rounds", "3", "--print-config", TEST_URL="amqp://me:secret@h/v")
+    assert printed.exit_code == 0
+    assert tomllib.loads(printed.output) == {
+        "name": 'a"b',
+        "rounds": 3,
+        "grace": 2,
+        "url": "amqp://me:***@h/v",
+        "fresh": False,
+        "config": {"momentum": 0.9},
+    }
+    origins = dict(line.split("  # ") for line in printed.output.splitlines())
+    by_key = {text.split()[0]: origin for text, origin in origins.items()}
+    assert by_key["rounds"] == "--rounds"
+    assert by_key["grace"] == str(file)
+    assert by_key["url"] == "$TEST_URL"
+    assert by_key["fresh"] == "default"
+    again = invoke(written(printed.output), "--print-config")
+    assert tomllib.loads(again.output) == tomllib.loads(printed.output)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("ruonds = 1", "unknown key 'ruonds'; did you mean 'rounds'?"),
+        ("where = 'a'", "unknown key 'where'; known are codec, config, data, fresh"),
+        ("[privacy]\nepsilon = 1", "unknown key 'privacy'"),
+        ("rounds = 2.5", "rounds = 2.5: a whole number is expected"),
+        ("rounds = true", "rounds = true: a whole number is expected"),
+        ('rounds = "3"', 'rounds = "3": a whole number is expected'),
+        ("rounds = 0", "rounds = 0: 0 is not in the range"),
+        ("grace = nan", "grace = nan: nan is not a finite number"),
+        ('grace = "1"', "a number is expected"),
+        ("fresh = 1", "true or false is expected"),
+        ("url = 7", "text in quotes is expected"),
+        ('codec = "x"', 'a list is expected, as codec = ["…"]'),
+        ("config = 3", "a table is expected"),
+        ("config = {a = [1]}", "a is to be true, false, a number or text"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_the_remedy(written, line, said):
+    file = written(f'# mine\nname = "north"\n{line}\n')
+    wrong = invoke(file).exception
+    assert isinstance(wrong, UsageError)
+    assert str(wrong).startswith(f"{file}:3: ")
+    assert said in str(wrong)
+    assert "\n" not in str(wrong)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"rounds = ", "is no TOML: Invalid value"), (b"\xff", "is no text in UTF-8")],
+)
+def test_a_file_that_is_none_is_named(tmp_path, content, said):
+    file = tmp_path / "federation.toml"
+    file.write_bytes(content)
+    assert said in str(invoke(file).exception)
+    assert f"there is no file {tmp_path / 'x'}" in str(invoke(tmp_path / "x").exception)
+
+
+def test_a_required_option_may_be_in_neither_place(written):
+    assert "Missing option '--name'" in invoke(written("rounds = 1")).output
+
+
+def test_keyword_arguments_are_options_too(monkeypatch):
+    monkeypatch.setenv("TEST_URL", "not asked for")
+    given = {"name": "north", "rounds": 2, "config": {"a": 1}, "data": Path("x"), "grace": None}
+    assert options_from(command, given, "fluffle.run") == {
+        "name": "north",
+        "rounds": 2,
+        "grace": 0.0,
+        "url": None,
+        "fresh": False,
+        "where": Path("x"),
+        "codecs": (),
+        "config": ("a=1",),
+    }
+    with pytest.raises(UsageError, match=r"^fluffle.run\(\): rounds = 2.5: a whole number"):
+        options_from(command, {"rounds": 2.5}, "fluffle.run")
+    with pytest.raises(UsageError, match="unknown keyword 'ronds'; did you mean 'rounds'"):
+        options_from(command, {"ronds": 2}, "fluffle.run")
+
+
+@pytest.mark.parametrize(
+    "value", ["quorum = 2", "quorum = 0.5", 'quorum = "50%"', 'quorum = "all"']
+)
+def test_a_type_of_our_own_takes_text_and_numbers(written, value):
+    file = written(f'federation = "letters"\nmin-workers = 4\n{value}\n')
+    printed = CliRunner().invoke(coordinator, [str(file), "--print-config"])
+    assert tomllib.loads(printed.output)["quorum"] == value.removeprefix("quorum = ").strip('"')
+    assert tomllib.loads(printed.output)["min-workers"] == 4
+
+
+def test_a_worker_has_a_file_too(written):
+    file = written('federation = "letters"\ndata = "data/a"\nid = "a"\ncodec = ["c.py:zip"]\n')
+    printed = CliRunner().invoke(worker, [str(file), "--id", "b", "--print-config"])
+    told = tomllib.loads(printed.output)
+    assert (told["data"], told["id"], told["codec"]) == ("data/a", "b", ["c.py:zip"])

@@ -1,0 +1,136 @@
+"""``import fluffle``: every public name, models in files and in modules, the history of a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import fluffle
+from fluffle_common.tensors.checkpoint import save_checkpoint
+
+
+def test_every_public_name_is_there_and_documented():
+    types = {"Progress", "Weights"}
+    for name in set(fluffle.__all__) - types:
+        assert getattr(fluffle, name).__doc__, name
+    assert set(fluffle.__all__) <= set(dir(fluffle))
+    with pytest.raises(AttributeError, match="module 'fluffle' has no attribute 'nothing'"):
+        fluffle.nothing  # noqa: B018
+
+
+def test_type_checkers_are_told_of_every_public_name():
+    text = Path(fluffle.__file__).read_text()
+    told = {line.split()[-1] for line in text.splitlines() if line.startswith("    from fluffle")}
+    assert told == set(fluffle.__all__)
+
+
+def test_the_import_loads_what_is_used_and_no_more():
+    code = """if True:
+        import sys, fluffle
+        assert not {"numpy", "jax", "click", "aio_pika", "fluffle_common"} & sys.modules.keys()
+        fluffle.run, fluffle.Run, fluffle.Strategy, fluffle.Task, fluffle.load_model
+        assert not {"jax", "flax", "optax", "matplotlib", "sklearn"} & sys.modules.keys()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs, width=3):
+        self.hidden = nnx.Linear(2, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.norm(self.hidden(inputs))
+
+
+def task():
+    inputs = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    return fluffle.flax_task(
+        Model,
+        lambda outputs, targets: ((outputs - targets) ** 2).mean(axis=-1),
+        optax.sgd(0.1),
+        (inputs, np.ones((8, 3), np.float32)),
+    )
+
+
+def test_a_model_file_fills_a_module(tmp_path):
+    weights = task().init(1)
+    file = tmp_path / "model.safetensors"
+    save_checkpoint(file, weights, {})
+    loaded = fluffle.load_model(file)
+    assert loaded.keys() == weights.keys()
+    for source in (file, loaded):
+        module = Model(nnx.Rngs(7))
+        assert (np.asarray(module.hidden.kernel[...]) != weights["hidden/kernel"]).any()
+        fluffle.load_into(module, source)
+        np.testing.assert_array_equal(module.hidden.kernel[...], weights["hidden/kernel"])
+        np.testing.assert_array_equal(module.norm.mean[...], weights["norm/mean"])
+
+
+def test_a_module_of_another_form_is_left_as_it_was_and_the_differences_are_named(tmp_path):
+    weights = {name: tensor for name, tensor in task().init(1).items() if name != "norm/var"}
+    weights["extra"] = np.zeros(1)
+    module = Model(nnx.Rngs(7), width=4)
+    before = np.asarray(module.hidden.kernel[...])
+    with pytest.raises(fluffle.UsageError) as wrong:
+        fluffle.load_into(module, weights)
+    assert str(wrong.value) == (
+        "the model does not fit Model: the file lacks norm/var; the module lacks extra; "
+        "hidden/bias is float32[3] in the file, float32[4] in the module; "
+        "hidden/kernel is float32[2, 3] in the file, float32[2, 4] in the module; "
+        "norm/bias is float32[3] in the file, float32[4] in the module"
+    )
+    np.testing.assert_array_equal(module.hidden.kernel[...], before)
+
+
+def test_a_damaged_or_missing_file_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_checkpoint(file, {"w": np.zeros(4)}, {})
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(fluffle.UsageError, match="its bytes are not what their digest says"):
+        fluffle.load_model(str(file))
+    with pytest.raises(fluffle.UsageError, match="there is no model file"):
+        fluffle.load_model(tmp_path / "absent")
+
+
+def test_a_history_has_rows_and_columns():
+    rounds = [
+        fluffle.Round(1, {"a": 10}, Path("x"), loss=0.5, metrics={"accuracy": 0.2}),
+        fluffle.Round(2, {"a": 10, "b": 5}, Path("x"), loss=0.25, metrics={"accuracy": 0.4}),
+        fluffle.Round(3, {"b": 5}, Path("x"), train_loss=0.1, test={"accuracy": 0.3}),
+    ]
+    history = fluffle.History(tuple(rounds))
+    assert history["loss"] == [0.5, 0.25, None]
+    assert history["test/accuracy"] == [None, None, 0.3]
+    assert history.columns == ("loss", "accuracy", "train_loss", "test/accuracy")
+    assert (len(history), history[-1], history[1:]) == (
+        3,
+        rounds[2],
+        fluffle.History(tuple(rounds[1:])),
+    )
+    assert [one.num_examples for one in history] == [10, 15, 5]
+    assert (history.best().number, history.best("accuracy").number) == (2, 2)
+    assert history.best("test/accuracy").number == 3
+    with pytest.raises(fluffle.UsageError, match="no round has the metric 'f1'; known are loss"):
+        history.best("f1")
+    with pytest.raises(KeyError, match="known are loss"):
+        history["f1"]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(fluffle.UsageError, match="there is no history in"):
+        fluffle.Run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"run": "r", "federation": "f"}))
+    with pytest.raises(fluffle.UsageError, match="has committed no round yet"):
+        fluffle.Run(tmp_path)

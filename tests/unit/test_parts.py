@@ -1,0 +1,448 @@
+"""Updates in parts: what becomes of them is bit for bit what becomes of whole ones, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import threading
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_common.errors import LinkLost
+from fluffle_common.protocol import codec as wire
+from fluffle_common.protocol.codec import decode, pack
+from fluffle_common.protocol.messages import Part, Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.compression import compress, decompress
+from fluffle_common.tensors.layout import FLOATS, Array, Tensors, layout_for
+from fluffle_common.tensors.pieces import InPieces
+from fluffle_common.tensors.weights import NotFinite, check_delta, finite_norm
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.service import spool
+from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.committer import Average
+from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
+from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_coordinator.strategy.pipeline import pipeline, replace
+from fluffle_coordinator.strategy.weighted import weighted
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
+    """Lay tensors out as they travel."""
+    whole = layout_for(tensors).empty()
+    for name, into in whole.items():
+        into[...] = tensors[name]
+    return whole
+
+
+def cut(whole: Tensors, size: int) -> InPieces:
+    """Cut what is in one piece of memory, into one buffer that is used again and again."""
+    assert whole.memory is not None
+    memory, buffer = whole.memory, memoryview(bytearray(size))
+
+    class Pieces:
+        def __iter__(self) -> Any:
+            for start in range(0, len(memory), size):
+                piece = buffer[: len(memory) - start]
+                piece[:] = memory[start : start + size]
+                yield piece
+
+    return InPieces(whole.layout, Pieces())
+
+
+def drawn(seed: int, dtype: np.dtype[Any], shapes: list[tuple[int, ...]]) -> Tensors:
+    rng = np.random.default_rng(seed)
+    return in_one_piece(
+        {
+            f"t{i}": (rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 4)).astype(dtype)
+            for i, shape in enumerate(shapes)
+        }
+    )
+
+
+def expected(base: Array, updates: list[tuple[Array, int]]) -> Array:
+    """Average as NumPy does, in float64, scaled as the coordinator scales."""
+    scale, total = 2.0**-64, sum(n for _, n in updates)
+    summed = np.zeros(base.shape)
+    for learnt, n in updates:
+        summed += learnt.astype(np.float64) * (n * scale)
+    return (base.astype(np.float64) + summed / (total * scale)).astype(base.dtype)
+
+
+models = st.lists(
+    st.sampled_from([(), (0,), (1,), (3,), (16,), (5, 7), (64,), (300,)]), min_size=1, max_size=6
+)
+
+
+@given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40), st.data())
+def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes, cells, data):
+    dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
+    model = drawn(seed, dtype, shapes)
+    base: Mapping[str, Array] = data.draw(st.sampled_from([model, dict(model)]))
+    counts = data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=4))
+    updates = [drawn(seed + i + 1, dtype, shapes) for i in range(len(counts))]
+    forms: dict[str, Callable[[Tensors], Any]] = {
+        "pieces": lambda whole: cut(whole, 8 * cells),
+        "whole": lambda whole: whole,
+        "named": dict,
+    }
+    averages = []
+    for form in (*forms.values(), data.draw(st.sampled_from(list(forms.values())))):
+        state = fedavg.init(base)
+        for _ in range(2):  # the memory of the first round serves the second
+            for update, n in zip(updates, counts, strict=True):
+                one = Contribution(worker="a", num_examples=n, delta=form(update))
+                state = fedavg.fold(state, one)
+            average, state = fedavg.finish(state, base)
+            averages.append(average)
+    for average in averages:
+        for tensor in base:
+            both = [(update[tensor], n) for update, n in zip(updates, counts, strict=True)]
+            assert average[tensor].tobytes() == averages[0][tensor].tobytes()
+            if name in ("float32", "float64"):  # the others are rounded in two steps by NumPy
+                assert average[tensor].tobytes() == expected(base[tensor], both).tobytes()
+
+
+@given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
+def test_the_mean_delta_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
+    dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
+    base, update = drawn(seed, dtype, shapes), drawn(seed + 1, dtype, shapes)
+    mean, found = weighted(), []
+    for delta in (update, cut(update, 8 * cells)):
+        state = mean.fold(mean.init(base), Contribution(worker="a", num_examples=3, delta=delta))
+        found.append(mean.finish(state, base)[0])
+    assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in base)
+
+
+@given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
+def test_the_norm_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
+    dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
+    whole = drawn(seed, dtype, shapes)
+    assert check_delta(cut(whole, 8 * cells), whole) == pytest.approx(finite_norm(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [8, 24, 64, 80, 4096])
+def test_what_is_not_finite_is_counted_by_the_tensor_it_is_in(size):
+    whole = in_one_piece({"a": np.ones(5, np.float32), "b": np.ones((7, 3), np.float32)})
+    whole["b"][2:4] = np.nan
+    with pytest.raises(NotFinite, match="tensor 'b' has 6 values that are NaN or infinite"):
+        check_delta(cut(whole, size), whole)
+
+
+def test_what_lies_between_tensors_means_nothing():
+    whole = in_one_piece({"a": np.full(5, 3.0, np.float32), "b": np.full(1, 4.0, np.float32)})
+    model = in_one_piece({name: np.zeros_like(tensor) for name, tensor in whole.items()})
+    whole.flat[5:16] = np.nan
+    delta = cut(whole, 24)
+    assert check_delta(delta, model) == pytest.approx(7.81024967)
+    state = fedavg.fold(fedavg.init(model), Contribution(worker="a", num_examples=3, delta=delta))
+    average, _ = fedavg.finish(state, model)
+    assert average["b"].tolist() == [4.0]
+    assert not any(average.memory[20:64])
+
+
+# --- through a broker ----------------------------------------------------------------------------
+
+TOPOLOGY = Topology("f")
+PART = 2**10
+SHAPES = {"kernel": (40, 50), "bias": (50,), "scale": ()}
+WORKERS = ("a", "b", "c", "mallory")
+
+
+def values(seed: int) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {name: np.asarray(rng.standard_normal(s), np.float32) for name, s in SHAPES.items()}
+
+
+class Sum:
+    """An aggregator, what it reports, and the broker from which it fetches."""
+
+    def __init__(self, link: MemoryLink, folder: Path, **options: Any) -> None:
+        self.link: Any = link
+        self.kept: list[bytes] = []
+        self.news: asyncio.Queue[ev.Event] = asyncio.Queue()
+        self.averages: asyncio.Queue[Average] = asyncio.Queue()
+        self.model = in_one_piece(values(0))
+        self.aggregator = Aggregator(
+            TOPOLOGY,
+            self.model,
+            self,  # type: ignore[arg-type]
+            max_model_bytes=2**20,
+            link=lambda: self.link,
+            post=self.news.put_nowait,
+            folder=folder,
+            **options,
+        )
+
+    async def keep(self, place: int, held: Held, payload: Any) -> None:
+        self.kept.append(b"".join(map(bytes, payload)))
+
+    def commit(self, average: Average) -> None:
+        self.averages.put_nowait(average)
+
+    async def send(
+        self,
+        worker: str,
+        tensors: Any,
+        change: Callable[[list[bytes]], list[bytes]] = list,
+        encoding: str | None = None,
+    ) -> Held:
+        """Put the parts of an update into the worker's outbox; return its announcement."""
+        of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": worker}
+        message = Update(**of, num_examples=3, seconds=0.0, encoding=encoding)
+        _, body, parts = pack(message, tensors)
+        for part in change(list(parts)):
+            await self.link.publish(
+                part, Properties(), exchange=TOPOLOGY.results, keys=[f"part.{worker}"]
+            )
+        announced, payload = decode(body)
+        assert isinstance(announced, Update)
+        return Held(Delivered(body), announced, payload)
+
+    async def fold(self, held: Held) -> ev.Event:
+        self.aggregator.fold(held, held.message.num_examples)
+        return await self.news.get()
+
+    async def average(self) -> bytes:
+        self.aggregator.commit(1, WORKERS)
+        weights = (await self.averages.get()).weights
+        return b"".join(weights[name].tobytes() for name in SHAPES)
+
+
+class Delivered:
+    """A delivery of an announcement."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    def ack(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PART_BYTES", PART)
+    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 3 * PART)
+    monkeypatch.setattr(spool, "_PIECE_BYTES", PART // 4)
+
+
+@pytest.fixture
+async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Sum]:
+    link = await MemoryBroker().open()
+    await link.declare([*TOPOLOGY.shared(), *(q for w in WORKERS for q in TOPOLOGY.of_worker(w))])
+    found = Sum(link, tmp_path, **getattr(request, "param", {}))
+    running = asyncio.ensure_future(found.aggregator.run())
+    yield found
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
+    rng = np.random.default_rng(7)
+    for number, worker in enumerate("abc", start=1):
+        held = await summing.send(
+            worker, values(number), lambda parts: [*parts[:2], *rng.permutation(parts)]
+        )
+        folded = await summing.fold(held)
+        assert isinstance(folded, ev.Folded)
+        assert folded.norm == pytest.approx(finite_norm(values(number)), rel=1e-6)
+    updates = [values(number) for number in (1, 2, 3)]
+    right = [expected(summing.model[n], [(u[n], 3) for u in updates]) for n in SHAPES]
+    assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
+
+
+def replaced(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
+    """Change the payload of one part, which stays a well-formed message."""
+
+    def change_part(parts: list[bytes]) -> list[bytes]:
+        message, payload = decode(parts[number])
+        assert isinstance(message, Part)
+        parts[number] = wire.encode(message, change(bytes(payload)))
+        return parts
+
+    return change_part
+
+
+def flipped(payload: bytes) -> bytes:
+    return bytes([payload[0] ^ 1, *payload[1:]])
+
+
+def with_nan_at_the_end() -> dict[str, Array]:
+    return {**values(9), "scale": np.array(np.nan, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "change", "cause", "told"),
+    [
+        (values(9), replaced(-2, flipped), "tensors", "replaced or damaged"),
+        (values(9), replaced(3, lambda payload: payload[:-4]), None, "8 of 9 parts came"),
+        (values(9), lambda parts: parts[:-1], None, "8 of 9 parts are there"),
+        (with_nan_at_the_end(), list, "not_finite", "tensor 'scale' has 1 values"),
+    ],
+    ids=["digest", "length", "missing", "NaN in the last part"],
+)
+async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
+    summing, tensors, change, cause, told
+):
+    assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
+    failed = await summing.fold(await summing.send("mallory", tensors, change))
+    assert isinstance(failed, ev.FoldFailed)
+    assert told in failed.reason
+    assert (failed.again, failed.cause if not failed.again else None) == (cause is None, cause)
+    assert isinstance(await summing.fold(await summing.send("b", values(2))), ev.Folded)
+    right = [expected(summing.model[n], [(values(i)[n], 3) for i in (1, 2)]) for n in SHAPES]
+    assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
+
+
+class Cut:
+    """A link that is lost after so many messages were taken."""
+
+    def __init__(self, link: MemoryLink, left: int) -> None:
+        self._link, self._left = link, left
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    async def consume(self, queue: str, **how: Any) -> Any:
+        async def until_cut() -> Any:
+            async for delivery in await self._link.consume(queue, **how):
+                if not self._left:
+                    raise LinkLost("cut")
+                self._left -= 1
+                yield delivery
+
+        return until_cut()
+
+
+async def test_a_link_lost_in_the_middle_of_a_transfer_leaves_the_sum_as_it_was(summing):
+    assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
+    held, whole = await summing.send("b", values(2)), summing.link
+    summing.link = Cut(whole, 5)
+    failed = await summing.fold(held)
+    assert isinstance(failed, ev.FoldFailed)
+    assert (failed.again, failed.reason) == (True, "cut")
+    summing.link = whole
+    await whole.purge(TOPOLOGY.outbox("b"))
+    assert isinstance(await summing.fold(await summing.send("b", values(2))), ev.Folded)
+    right = [expected(summing.model[n], [(values(i)[n], 3) for i in (1, 2)]) for n in SHAPES]
+    assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
+
+
+async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch):
+    many, parts = 2**18, 2**20 // (64 * PART)
+    monkeypatch.setattr(wire, "PART_BYTES", 64 * PART)
+    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 2 * 64 * PART)
+    model = in_one_piece({"kernel": np.zeros(many, np.float32)})
+    summing.aggregator.weights = model
+    summing.aggregator._state = fedavg.init(model)
+    fold, held_bytes = type(fedavg).fold, []
+
+    def looked_at(*on: Any) -> Any:
+        gc.collect()
+        held_bytes.append(tracemalloc.get_traced_memory()[0])
+        return fold(*on)
+
+    monkeypatch.setattr(type(fedavg), "fold", looked_at)
+    gc.collect()
+    tracemalloc.start()  # the sum is there already
+    try:
+        held = await summing.send("a", {"kernel": np.ones(many, np.float32)})
+        assert held.message.transfer.parts == parts == 16
+        assert tracemalloc.get_traced_memory()[0] > 2**20  # on the broker
+        assert isinstance(await summing.fold(held), ev.Folded)
+    finally:
+        tracemalloc.stop()
+    assert held_bytes[0] < 2**20 // 4
+
+
+async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_other_round(
+    summing, monkeypatch
+):
+    begun, fetched, go_on = asyncio.Event(), asyncio.Event(), threading.Event()
+    count = itertools.count()
+    loop, fold, payload = asyncio.get_running_loop(), type(fedavg).fold, spool.Spool.payload
+
+    def held_up(*on: Any) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(60)
+        return fold(*on)
+
+    def whole(one: spool.Spool) -> InPieces:
+        if next(count):  # the second one
+            fetched.set()
+        return payload(one)
+
+    monkeypatch.setattr(type(fedavg), "fold", held_up)
+    monkeypatch.setattr(spool.Spool, "payload", whole)
+    monkeypatch.setattr(summing.aggregator, "_at_once_bytes", 0)
+    one, other = await summing.send("a", values(1)), await summing.send("b", values(2))
+    summing.aggregator.fold(one, 3)
+    summing.aggregator.fold(other, 3)
+    async with asyncio.timeout(60):
+        await begun.wait()
+        await fetched.wait()  # of which the first is being folded
+    summing.aggregator.commit(1, WORKERS)
+    go_on.set()
+    first = (await summing.averages.get()).weights
+    assert first["bias"].tobytes() == expected(
+        summing.model["bias"], [(values(1)["bias"], 3)]
+    ).tobytes()  # fmt: skip
+    assert isinstance(await summing.news.get(), ev.Folded)
+    await summing.aggregator.drained()
+    assert summing.news.empty()
+    assert isinstance(await summing.fold(await summing.send("c", values(3))), ev.Folded)
+    summing.aggregator.commit(2, WORKERS)
+    second = (await summing.averages.get()).weights
+    assert second["bias"].tobytes() == expected(
+        first["bias"], [(values(3)["bias"], 3)]
+    ).tobytes()  # fmt: skip
+
+
+async def test_a_disk_that_is_full_costs_memory_and_no_update(summing, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool.SpoolFile, "write", full)
+    assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
+    right = [expected(summing.model[name], [(values(1)[name], 3)]) for name in SHAPES]
+    assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
+
+
+@pytest.mark.parametrize("summing", [{"keep_updates": True}], indirect=True)
+async def test_an_update_in_pieces_is_kept_as_it_came(summing):
+    assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
+    assert summing.kept == [bytes(in_one_piece(values(1)).memory)]
+
+
+OWN = NamedStrategy("own", pipeline(mean=weighted(), server=replace()))
+
+
+@pytest.mark.parametrize("summing", [{}, {"strategy": OWN}], ids=["fedavg", "own"], indirect=True)
+@pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk:0.5"])
+async def test_updates_in_parts_are_averaged_whatever_their_encoding_and_strategy(
+    summing, encoding
+):
+    updates = []
+    for number, worker in enumerate("abc", start=1):
+        sent, name = values(number), encoding and encoding.partition(":")[0]
+        if encoding is not None:
+            sent, _ = compress(sent, encoding, {})
+        held = await summing.send(worker, sent, encoding=name)
+        assert held.message.transfer is not None
+        assert isinstance(await summing.fold(held), ev.Folded)
+        updates.append((decompress(sent, name, summing.model), 3))
+    right = [expected(summing.model[n], [(u[n], c) for u, c in updates]) for n in SHAPES]
+    assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
