@@ -34,8 +34,8 @@ _DISK_RETRY_S = 5.0
 # What else a round's lines in the history, and the event that tells of its evaluation, may say:
 # whoever reads them puts them together. No metric is called like one of these.
 _FIELDS = frozenset(
-    "asked base bytes checkpoint committed_at ended_at evaluated_at evaluators event federation "
-    "late late_updates loss metrics num_examples opened_at outcome participants privacy reason "
+    "asked base bytes checkpoint committed_at delta ended_at epsilon evaluated_at evaluators event "
+    "federation late late_updates loss metrics num_examples opened_at outcome participants reason "
     "rejected rejections round rounds run strategy tested_at time timings train_loss".split()
 )
 _TEST = "test/"  # what the coordinator itself measured is called so in the history
@@ -171,8 +171,7 @@ class Committer:
         }
         if self._strategy != FEDAVG.name:
             line["strategy"] = self._strategy
-        if average.spent:
-            line["privacy"] = dict(average.spent)
+        line |= average.spent
 
         def write() -> None:
             self._store.save_weights(number, average.weights, metadata, average.kept)
@@ -183,8 +182,7 @@ class Committer:
         await self._on_disk(write)
         self._committed_at = time.monotonic()
         if average.spent:
-            cost = ", ".join(f"{name} {value:.4g}" for name, value in average.spent.items())
-            self._record(run_events.Note(what=f"privacy spent up to round {number}: {cost}"))
+            self._record(run_events.Privacy(round=number, **average.spent))
         participants = {one["worker"]: one["num_examples"] for one in average.participants}
         enough = await self._call_hooks(number, average.weights, participants)
         about = base, sum(participants.values()), line["timings"], enough

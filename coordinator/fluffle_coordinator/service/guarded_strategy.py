@@ -92,9 +92,12 @@ class GuardedStrategy:
         return {name: np.asarray(tensor) for name, tensor in found.items()}
 
     def spent(self, number: int) -> dict[str, float]:
-        """Return what so many rounds cost of privacy."""
+        """Return what so many rounds cost of privacy; nothing if that is not counted."""
         strategy = self.named.strategy
-        return dict(strategy.spent(number)) if isinstance(strategy, Accounted) else {}
+        if not isinstance(strategy, Accounted):
+            return {}
+        found = self._call("spent()", strategy.spent, number)
+        return {name: float(found[name]) for name in ("epsilon", "delta") if name in found}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
         """Return the state that was kept."""

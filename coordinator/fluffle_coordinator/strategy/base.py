@@ -132,10 +132,10 @@ class Strategy(Protocol[S]):
 
 @runtime_checkable
 class Accounted(Protocol):
-    """A strategy or a mean that counts what it gives away of its workers."""
+    """A strategy or a mean that counts the privacy that its models cost."""
 
     def spent(self, rounds: int) -> Mapping[str, float]:
-        """Return what so many rounds cost, such as epsilon and delta; nothing if none counts."""
+        """Return ``epsilon`` and ``delta`` of so many rounds; nothing if it does not count them."""
 
 
 @dataclass(frozen=True)
