@@ -6,9 +6,11 @@ import dataclasses
 
 import numpy as np
 
-from fluffle_common.tensors.weights import Weights, finite_norm, is_float
+from fluffle_common.tensors.layout import layout_for
+from fluffle_common.tensors.weights import Weights, finite_norm
 from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import Contribution
+from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.pipeline import Transform
 
 
@@ -41,8 +43,7 @@ def clip(norm: float) -> Transform:
 
 
 def _scaled(delta: Weights, factor: float) -> Weights:
-    scaled = {}
-    for name, tensor in delta.items():
-        wide = tensor if is_float(tensor.dtype) else tensor.astype(np.float64)
-        scaled[name] = np.asarray(wide * np.asarray(factor, wide.dtype)).astype(tensor.dtype)
+    scaled = layout_for(delta).empty()
+    for into, values in in_blocks(scaled, delta):
+        into[...] = values.astype(np.float64) * factor
     return scaled
