@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import command, figures
 from benchmarks.processes import scratch
 from fluffle_common.protocol.codec import decode, encode, lay_out
-from fluffle_common.protocol.messages import Fit, Plan, Update
+from fluffle_common.protocol.messages import Compression, Fit, Plan, Update
 from fluffle_common.tensors.compression import compress, decompress, encoding_of
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_coordinator.strategy.base import Contribution
@@ -156,7 +156,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 tasks, judge = letters(folder / "data", options.workers, options.per_client, seed)
         for how in options.encodings:
             print(f"seed {seed}, {how}", file=sys.stderr, flush=True)
-            plan = Plan(seed=seed, epochs=options.epochs, compress=None if how == PLAIN else how)
+            plan = Plan(
+                seed=seed,
+                epochs=options.epochs,
+                compress=None if how == PLAIN else Compression.parse(how),
+            )
             runs[how].append(one_run(tasks, judge, plan, options.rounds))
     weights = make_weights(int(options.size_mb * 1e6))
     times = {

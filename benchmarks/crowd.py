@@ -12,10 +12,21 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.noop import Noop
 from fluffle_common.cli.runtime import run_until_signalled
+from fluffle_common.protocol.events import (
+    Disconnected,
+    Failure,
+    NoBroker,
+    Occupied,
+    Rejected,
+    RunEvent,
+    Unsent,
+)
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_worker.service import WorkerService
 from fluffle_worker.settings import WorkerSettings
+
+_TROUBLE = (Disconnected, Failure, NoBroker, Occupied, Rejected, Unsent)
 
 
 @dataclass(frozen=True)
@@ -54,16 +65,16 @@ async def attend(crowd: Crowd, number: int) -> None:
         Noop(crowd.size_bytes, number, keep=False),
         transport=AmqpTransport(crowd.url, f"benchmark worker {name}"),
         topology=Topology(crowd.federation),
-        tell=lambda what, fields: _say(name, what, fields),
+        tell=lambda event: _say(name, event),
         bar=lambda *_: None,
     )
     await service.run()
 
 
-def _say(name: str, what: str, fields: object) -> None:
+def _say(name: str, event: RunEvent) -> None:
     """Write down what is out of the ordinary."""
-    if what in ("disconnected", "no_broker", "occupied", "unsent", "failure", "rejected"):
-        print(name, what, fields, flush=True)
+    if isinstance(event, _TROUBLE):
+        print(name, event.sentence(), flush=True)
 
 
 async def attend_all(crowd: Crowd) -> None:

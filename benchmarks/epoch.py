@@ -46,7 +46,7 @@ def bare_loop(task: Any, plan: Any) -> Callable[[Mapping[str, Any]], float]:
 
     from fluffle_worker.letters.task import CNN, LEARNING_RATE, shifted
 
-    inputs, targets = task._train
+    inputs, targets = task._data.source
     graph, start = nnx.split(CNN(len(task.classes), nnx.Rngs(0)))
     adam = optax.adam(LEARNING_RATE)
 
@@ -66,7 +66,7 @@ def bare_loop(task: Any, plan: Any) -> Callable[[Mapping[str, Any]], float]:
     def run(_: Mapping[str, Any]) -> float:
         state, moments, losses = start, adam.init(start), []
         key = jax.random.key(plan.seed)
-        for number, batch in enumerate(task._batches(plan)):
+        for number, batch in enumerate(task._data.batches(plan)):
             state, moments, loss = step(state, moments, batch, jax.random.fold_in(key, number))
             losses.append(loss)
         return float(jnp.mean(jnp.stack(losses)))
@@ -96,7 +96,7 @@ def local_fit(options: argparse.Namespace, data: Path) -> dict[str, Any]:
     later = {name: times[1:] for name, times in seconds.items()}
     return {
         "examples": task.num_examples,
-        "steps": len(task._batches(plan)),
+        "steps": task._data.steps(plan),
         **{name: figures.summary(times) for name, times in later.items()},
         "first_s": {name: round(times[0], 3) for name, times in seconds.items()},
         "ratio": round(figures.ratio(later["fluffle"], later["bare"]), 3),

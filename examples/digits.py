@@ -18,7 +18,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from fluffle import Task, TaskOptions, accuracy, flax_task
-from fluffle_worker.tasks.flax import Examples
+from fluffle_worker.tasks.examples import Examples
 
 
 class MLP(nnx.Module):

@@ -55,11 +55,13 @@ if TYPE_CHECKING:
     from fluffle_coordinator.strategy.weighted import weighted as weighted
     from fluffle_worker.task import EvalResult as EvalResult
     from fluffle_worker.task import Progress as Progress
+    from fluffle_worker.task import RoundPlan as RoundPlan
     from fluffle_worker.task import Task as Task
     from fluffle_worker.task import TaskOptions as TaskOptions
     from fluffle_worker.task import TrainResult as TrainResult
     from fluffle_worker.tasks.flax import accuracy as accuracy
     from fluffle_worker.tasks.flax import flax_task as flax_task
+    from fluffle_worker.tasks.sklearn import sklearn_task as sklearn_task
 
 _FROM = {
     "fluffle.history": ("History", "Round"),
@@ -81,8 +83,16 @@ _FROM = {
     "fluffle_coordinator.strategy.fedavg": ("fedavg",),
     "fluffle_coordinator.strategy.pipeline": ("pipeline", "replace"),
     "fluffle_coordinator.strategy.weighted": ("weighted",),
-    "fluffle_worker.task": ("EvalResult", "Progress", "Task", "TaskOptions", "TrainResult"),
+    "fluffle_worker.task": (
+        "EvalResult",
+        "Progress",
+        "RoundPlan",
+        "Task",
+        "TaskOptions",
+        "TrainResult",
+    ),
     "fluffle_worker.tasks.flax": ("accuracy", "flax_task"),
+    "fluffle_worker.tasks.sklearn": ("sklearn_task",),
 }
 _WHERE = {name: module for module, names in _FROM.items() for name in names}
 
@@ -93,6 +103,10 @@ __all__ = [  # noqa: PLE0604 - the table above says it
 
 def __getattr__(name: str) -> Any:
     """Load a name of the public API when it is first used."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fluffle")
     if name not in _WHERE:
         raise AttributeError(f"module 'fluffle' has no attribute '{name}'")
     found = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)

@@ -12,6 +12,7 @@ from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.protocol.events import Failure, RunEvent, Traceback, Unfit
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Transport
@@ -201,11 +202,16 @@ class Federation:
         await self._linked.wait()  # else it would look for a coordinator every now and then
         settings = self._settings
         service = WorkerService(
-            WorkerSettings(settings.federation, task.name, type(task.task).__name__),
+            WorkerSettings(
+                settings.federation,
+                task.name,
+                type(task.task).__name__,
+                state_dir=self._store.folder / "workers" / task.name,
+            ),
             task,
             transport=self._transport(f"worker {task.name}"),
             topology=self._topology,
-            tell=lambda what, fields: _heed(task, failure, what, fields),
+            tell=lambda event: _heed(task, failure, event),
             bar=lambda *_: None,
             training=self._threads[task.name],
             form=task.form,
@@ -221,17 +227,16 @@ class Federation:
         return AmqpTransport(lambda: url, f"fluffle {who} of {self._settings.federation}")
 
 
-def _heed(
-    task: LocalTask, failure: asyncio.Future[None], what: str, fields: Mapping[str, Any]
-) -> None:
+def _heed(task: LocalTask, failure: asyncio.Future[None], event: RunEvent) -> None:
     """Take what a worker tells: a failure ends the run, what is not fit for use is shown."""
-    if what == "failure" and not failure.done():
-        where = f"in round {fields['round']}" if fields["round"] else "at the first weights"
-        failure.set_exception(task.failure(f"failed {where}: {fields['reason']}"))
-    elif what == "unfit":
-        warn(f"the task '{task.name}': {fields['reason']}")
-    elif what == "traceback" and task.error is None:
-        echo(*str(fields["text"]).splitlines(), err=True)
+    match event:
+        case Failure(round=number, reason=reason) if not failure.done():
+            where = f"in round {number}" if number else "at the first weights"
+            failure.set_exception(task.failure(f"failed {where}: {reason}"))
+        case Unfit(reason=reason):
+            warn(f"the task '{task.name}': {reason}")
+        case Traceback() if task.error is None:
+            echo(*event.sentence().splitlines(), err=True)
 
 
 class _Linked(Watcher):

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fluffle.models import load_model
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.storage.round_stats import weighted_mean
+from fluffle_common.protocol.metric_names import TEST, lower_is_better, of_a_test
+from fluffle_coordinator.observe.round_view import metrics_of
+from fluffle_coordinator.storage.round_stats import seconds_of, weighted_mean
 from fluffle_coordinator.storage.run_store import read_history
 
 if TYPE_CHECKING:
     from fluffle_common.tensors.weights import Array
-
-_TEST = "test/"
-# What a row of history.jsonl says of a federated evaluation besides the metrics.
-_NO_METRIC = frozenset({"round", "loss", "num_examples", "late", "rejected"})
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Round:
         loss: the federated loss of the model: on what the workers hold out, weighted by examples.
         metrics: the federated metrics of the model.
         test: what the ``evaluate`` hook measured of the model.
+        epsilon: the privacy spent up to here, if the run accounts for it.
         seconds: of wall-clock time since the commit before, or since the coordinator started.
         late: how many updates came too late.
         rejected: how many messages were rejected.
@@ -45,6 +44,7 @@ class Round:
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     test: Mapping[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
     seconds: float = 0.0
     late: int = 0
     rejected: int = 0
@@ -62,7 +62,7 @@ class Round:
     def values(self) -> dict[str, float]:
         """Return every number that is known of the model, by the names of the columns."""
         known = {"train_loss": self.train_loss, "loss": self.loss, **self.metrics}
-        known |= {f"{_TEST}{name}": value for name, value in self.test.items()}
+        known |= {**of_a_test(self.test), "epsilon": self.epsilon}
         return {name: value for name, value in known.items() if value is not None}
 
 
@@ -72,7 +72,7 @@ class History(Sequence[Round]):
 
     ``history[-1]`` is the last round, ``history["loss"]`` a column: one number a round, None where
     it is not known. ``columns`` are ``train_loss``, ``loss``, the federated metrics by their names,
-    and what the ``evaluate`` hook measured, as ``test/NAME``.
+    what the ``evaluate`` hook measured, as ``test/NAME``, and ``epsilon``.
 
     Example:
         >>> rounds = [Round(n, {"north": 80}, Path("x"), loss=1 / n) for n in (1, 2)]
@@ -115,7 +115,7 @@ class History(Sequence[Round]):
         if not known:
             names = ", ".join(self.columns) or "nothing"
             raise UsageError(f"no round has the metric '{metric}'; known are {names}")
-        sign = 1 if metric.endswith(("loss", "error")) else -1
+        sign = 1 if lower_is_better(metric) else -1
         return min(known, key=lambda one: sign * one.values()[metric])
 
     def __len__(self) -> int:
@@ -165,11 +165,7 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 
 def _round(row: Mapping[str, Any], folder: Path) -> Round:
     participants = row["participants"]
-    metrics = {
-        name: value
-        for name, value in row.items()
-        if isinstance(value, float) and name not in _NO_METRIC
-    }
+    metrics = metrics_of(row)
     return Round(
         number=row["round"],
         participants={one["worker"]: one["num_examples"] for one in participants},
@@ -180,9 +176,10 @@ def _round(row: Mapping[str, Any], folder: Path) -> Round:
             if one.get("train_loss") is not None
         ),
         loss=row.get("loss"),
-        metrics={n: value for n, value in metrics.items() if not n.startswith(_TEST)},
-        test={n.removeprefix(_TEST): v for n, v in metrics.items() if n.startswith(_TEST)},
-        seconds=sum(seconds for name, seconds in row["timings"].items() if name != "fold_s"),
+        metrics={n: value for n, value in metrics.items() if not n.startswith(TEST)},
+        test={n.removeprefix(TEST): v for n, v in metrics.items() if n.startswith(TEST)},
+        epsilon=row.get("epsilon"),
+        seconds=seconds_of(row["timings"]),
         late=row.get("late", 0),
         rejected=row.get("rejected", 0),
     )

@@ -64,7 +64,7 @@ def load_into(module: nnx.Module, source: str | os.PathLike[str] | Weights) -> N
     from flax import nnx
 
     from fluffle_worker.local.optax import tensor_name
-    from fluffle_worker.tasks.flax import AVERAGED
+    from fluffle_worker.tasks.model_parts import AVERAGED
 
     weights = source if isinstance(source, Mapping) else load_model(source)
     form = nnx.to_flat_state(nnx.state(module, AVERAGED))

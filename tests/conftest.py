@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -30,6 +32,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Let tests run on the event loop that the programs run on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def _forget_modules_of_tests() -> Iterator[None]:
+    """Let no test find a module that another has written, imported, and left."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(tempfile.gettempdir()):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

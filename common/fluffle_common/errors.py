@@ -16,7 +16,18 @@
 
 from typing import Literal, get_args
 
-Cause = Literal["malformed", "kind", "run", "round", "tensors", "not_finite", "norm", "sender"]
+Cause = Literal[
+    "malformed",
+    "kind",
+    "run",
+    "round",
+    "tensors",
+    "not_finite",
+    "norm",
+    "sender",
+    "exchange",
+    "sealed",
+]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 """Why a message is refused: not a message; of the wrong kind for its queue; of another run; of a
 round that is not open; not the model's tensors; NaN or infinite; far larger than

@@ -1,22 +1,24 @@
 """Makes what a worker in another language is tried against: a schema, and messages to read.
 
-    python docs/protocol/make.py            writes schema.json and vectors.json
+    python docs/protocol/make.py            writes schema.json, vectors.json, and the tables of
+                                            ../protocol.md between their marks
     python docs/protocol/make.py --check    ends with 1 if they are not what fluffle says today
 
 ``schema.json`` is a JSON schema of every header. ``vectors.json`` holds whole bodies in base64: one
-of each kind with the header that it decodes to, others with what is wrong with them and the cause
-that they are rejected with, encoded updates with the numbers they stand for, and the digest of a
-payload in parts.
+of each kind with the header that it decodes to, updates and fits with what is wrong with them and
+the cause that they are rejected with, encoded updates with the numbers they stand for, and the
+digest of a payload in parts. The tables are made from the machines by ``tables.py``.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -32,7 +34,20 @@ W: dict[str, Any] = {"worker": "client-1"}
 MODEL = {"kernel": np.array([[0.5, -1.0], [2.0, 0.0]], np.float32), "steps": np.array(3, np.int64)}
 
 
-def sound() -> Iterator[tuple[str, m.Message, dict[str, np.ndarray]]]:
+CONTROL = {"kernel": np.array([[0.25, 0.0], [0.0, -0.25]], np.float32)}
+
+
+class Grouped(NamedTuple):
+    """The tensors of a message that has those of the model and others."""
+
+    model: dict[str, np.ndarray]
+    extra: dict[str, np.ndarray]
+
+
+Carried = dict[str, np.ndarray] | Grouped
+
+
+def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     """Yield one message of each kind, with its tensors."""
     about = {**F, **W, "session": "5e5510", "num_examples": 57, "task": "letters"}
     of_it = {**RUN, **W, "round": 2, "base": "ba5e"}
@@ -78,7 +93,29 @@ def sound() -> Iterator[tuple[str, m.Message, dict[str, np.ndarray]]]:
     plan = m.Plan(epochs=2, learning_rate=0.1, deadline_s=600.0, config={"dropout": 0.5})
     yield "fit", m.Fit(**work, evaluate=True, attempt=1, plan=plan), MODEL
     yield "evaluate", m.Evaluate(**work), MODEL
+    asks = m.Plan(extra="model")
+    yield (
+        "fit with a broadcast beside the model, for which extra tensors come back",
+        m.Fit(**work, evaluate=False, plan=asks),
+        Grouped(MODEL, CONTROL),
+    )
+    yield "fit that asks for a number", m.Fit(
+        **work, evaluate=False, plan=m.Plan(extra={"steps": ()})
+    ), MODEL  # fmt: skip
+    yield "update with extra tensors", m.Update(**update), Grouped(MODEL, CONTROL)
     yield "stop", m.Stop(**RUN, round=6, reason="6 rounds are done"), {}
+    yield "fit that wants a codec", m.Fit(
+        **work, evaluate=False, plan=m.Plan(compress=m.Compression.parse("topk:0.01"))
+    ), MODEL  # fmt: skip
+    yield "fit that trains a part of the model", m.Fit(
+        **work, evaluate=False, plan=m.Plan(train=("kernel*",))
+    ), MODEL  # fmt: skip
+    phase = {**RUN, "name": "secagg", "phase": "keys", "round": 2}
+    yield "exchange", m.Exchange(**phase, **W), {"key": np.arange(32, dtype=np.uint8)}
+    yield "exchange of the coordinator, without tensors", m.Exchange(**phase), {}
+    yield "signed", m.Stop(
+        **RUN, round=6, reason="6 rounds are done", key_id="k1", signature="c2lnbmF0dXJl"
+    ), {}  # fmt: skip
     yield "echo", m.Echo(**F, session="c0", number=1), {}
     yield "event", m.Event(**journal, **happened, fields=fields), {}
     happening = m.Happening(**happened, fields=fields)
@@ -86,8 +123,11 @@ def sound() -> Iterator[tuple[str, m.Message, dict[str, np.ndarray]]]:
     yield "keys of a later version", m.Stop(**RUN, round=6, reason="done", ext={"mine": 1}), {}
 
 
-def packed(message: m.Message, tensors: dict[str, np.ndarray]) -> bytes:
+def packed(message: m.Message, tensors: Carried) -> bytes:
     """Return the body of a message."""
+    if isinstance(tensors, Grouped):
+        table, pieces = lay_out(tensors.model, {"extra": tensors.extra})
+        return encode(message, pieces, table)
     if isinstance(message, m.Part):
         return encode(message, lay_out(tensors)[1])
     if tensors:
@@ -123,6 +163,11 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "a duration that is NaN", {**header, "seconds": float("nan")}, two, "malformed"
     yield "a metric that is infinite", {**header, "metrics": {"x": float("inf")}}, two, "malformed"
     yield "an unknown key that is critical", {**header, "critical": ["x"], "x": 1}, two, "malformed"
+    fit = {**header, "kind": "fit", "evaluate": True}
+    yield "a fit whose codec is a text", {**fit, "plan": {"compress": "int8"}}, two, "malformed"
+    topk = {"compress": {"kind": "topk", "fraction": 1.5}}
+    yield "a fit that wants more than everything", {**fit, "plan": topk}, two, "malformed"
+    yield "a payload that is sealed", {**header, "sealed": "aes-256-gcm"}, two, "sealed"
     yield "a header that is no map", [1, 2], two, "malformed"
     yield "an unknown dtype", table(dtype="complex64"), two, "tensors"
     yield "a shape that does not go with its bytes", table(shape=[3]), two, "tensors"
@@ -131,7 +176,69 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "a negative shape", table(shape=[-2]), two, "malformed"
     yield "a name that is there twice", {**header, "tensors": [entry, entry]}, two, "tensors"
     yield "too short a payload", header, two[:4], "tensors"
+    yield "a group in two pieces", {
+        **header,
+        "tensors": [
+            {**entry, "name": name, "offset": 64 * place, **group}
+            for place, (name, group) in enumerate(
+                [("v", {}), ("c", {"group": "extra"}), ("w", {})]
+            )
+        ],
+    }, bytes(128) + two, "tensors"  # fmt: skip
+    yield "an unknown key in an entry", table(x=1), two, "malformed"
     yield "NaN", header, np.array([1, np.nan], np.float32).tobytes(), "not_finite"
+
+
+def unsound_fits() -> Iterator[tuple[str, Any, bytes, str]]:
+    """Yield what is wrong with a ``fit``, its header, its payload, and the cause.
+
+    A worker does none of this work.
+    """
+    entry: dict[str, Any] = {
+        "name": "w", "dtype": "float32", "shape": [2], "offset": 0, "nbytes": 8,
+    }  # fmt: skip
+    header: dict[str, Any] = {
+        "protocol": 2, **RUN, "kind": "fit", "round": 2, "base": "ba5e", "evaluate": False,
+        "plan": {"epochs": 1, "batch_size": 32, "seed": 0}, "tensors": [entry],
+    }  # fmt: skip
+    parts = {"id": "t", "parts": 2, "nbytes": PART_BYTES + 64}
+
+    def plan(**changes: Any) -> dict[str, Any]:
+        return {**header, "plan": {**header["plan"], **changes}}
+
+    def table(*entries: dict[str, Any]) -> dict[str, Any]:
+        return {**header, "tensors": list(entries)}
+
+    two = np.array([1, 2], np.float32).tobytes()
+    yield "another version", {**header, "protocol": 1}, two, "malformed"
+    yield "another federation", {**header, "federation": "digits"}, two, "malformed"
+    yield "an unknown key that is critical", {**header, "critical": ["x"], "x": 1}, two, "malformed"
+    yield "no base", {k: v for k, v in header.items() if k != "base"}, two, "malformed"
+    yield "no plan", {k: v for k, v in header.items() if k != "plan"}, two, "malformed"
+    yield "round 0", {**header, "round": 0}, two, "malformed"
+    yield "a round that is a bool", {**header, "round": True}, two, "malformed"
+    yield "evaluate that is an int", {**header, "evaluate": 1}, two, "malformed"
+    yield "a negative attempt", {**header, "attempt": -1}, two, "malformed"
+    yield "no epoch", plan(epochs=0), two, "malformed"
+    yield "a learning rate of 0", plan(learning_rate=0.0), two, "malformed"
+    yield "a learning rate that is NaN", plan(learning_rate=float("nan")), two, "malformed"
+    yield "a negative seed", plan(seed=-1), two, "malformed"
+    yield "a config with a list in it", plan(config={"x": [1]}), two, "malformed"
+    yield "an update instead", {
+        **header, "kind": "update", "worker": "client-1", "num_examples": 1, "seconds": 0.0,
+    }, two, "kind"  # fmt: skip
+    yield "an unknown dtype", table({**entry, "dtype": "complex64"}), two, "tensors"
+    yield "a shape that does not go with its bytes", table({**entry, "shape": [3]}), two, "tensors"
+    yield "a name that is there twice", table(entry, entry), two, "tensors"
+    yield "more payload than tensors", header, two + bytes(64), "tensors"
+    yield "too short a payload", header, two[:4], "tensors"
+    yield "parts that do not go with its bytes", {
+        **table({**entry, "dtype": "uint8", "shape": [PART_BYTES + 64], "nbytes": PART_BYTES + 64}),
+        "transfer": {**parts, "parts": 3},
+    }, b"", "malformed"  # fmt: skip
+    yield "a transfer that its tensors do not fill", {**header, "transfer": parts}, b"", "tensors"
+    yield "NaN", header, np.array([1, np.nan], np.float32).tobytes(), "not_finite"
+    yield "an infinity", header, np.array([np.inf, 1], np.float32).tobytes(), "not_finite"
 
 
 def encodings() -> Iterator[dict[str, Any]]:
@@ -203,6 +310,14 @@ def vectors() -> dict[str, Any]:
         "about": "made by make.py; see docs/protocol.md",
         "sound": good,
         "unsound": bad,
+        "unsound_fits": [
+            {
+                "name": name,
+                "body": base64.b64encode(msgpack.packb([header, payload])).decode(),
+                "cause": cause,
+            }
+            for name, header, payload, cause in unsound_fits()
+        ],
         "encoded": list(encodings()),
         "digest": {
             "of": "a payload of zeros, in parts of 4 MiB as ever",
@@ -213,12 +328,30 @@ def vectors() -> dict[str, Any]:
     }
 
 
+def page(text: str) -> str:
+    """Return protocol.md with its tables made anew."""
+    spec = importlib.util.spec_from_file_location("tables", HERE / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for name in ("worker", "timers", "demands"):
+        made = getattr(tables, name)()
+        begin, end = f"<!-- {name}: made by docs/protocol/make.py -->", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{made}\n{end}{after}"
+    return text
+
+
 def files() -> dict[Path, str]:
     """Return what is to be in each file."""
-    return {
+    made = {
         HERE / name: json.dumps(value, indent=1) + "\n"
         for name, value in (("schema.json", m.json_schema()), ("vectors.json", vectors()))
     }
+    document = HERE.parent / "protocol.md"
+    return {**made, document: page(document.read_text(encoding="utf-8"))}
 
 
 def main() -> int:
@@ -227,7 +360,7 @@ def main() -> int:
     if "--check" in sys.argv:
         return int(any(not p.exists() or p.read_text() != text for p, text in made.items()))
     for path, text in made.items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

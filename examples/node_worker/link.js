@@ -9,7 +9,6 @@ const STALLED_MS = 60_000;
 const USED_MS = 5 * 60_000;
 const AHEAD = 4; // parts on their way at once
 const DURABLE = new Set(['update', 'evaluation', 'first_weights', 'failure']);
-const BYTES = 8589934592;
 
 /** What another attempt would not mend. */
 export class Final extends Error {}
@@ -85,13 +84,9 @@ export class Link {
 
   /** Declare both queues, which counts as a use of them. */
   async use() {
-    const each = { 'x-queue-type': this.queueType, 'x-expires': 1800000, 'x-max-length-bytes': BYTES };
-    const [inbox] = await Promise.all([
-      [this.inbox, 'drop-head'], [this.outbox, 'reject-publish'],
-    ].map(([name, overflow]) => this.control.assertQueue(name, {
-      durable: true, arguments: { ...each, 'x-overflow': overflow },
-    })));
-    return inbox;
+    const how = { durable: true, arguments: { 'x-queue-type': this.queueType, 'x-expires': 1800000 } };
+    const both = [this.inbox, this.outbox].map((name) => this.control.assertQueue(name, how));
+    return (await Promise.all(both))[0];
   }
 
   /** Wait for the exchange that a coordinator declares; asking in vain costs a channel. */

@@ -4,6 +4,7 @@ import { decode, encode } from '@msgpack/msgpack';
 
 export const PROTOCOL = 2;
 export const PART = 4 * 2 ** 20;
+const MODEL = 'model'; // the group of tensors that this worker knows; it passes over the others
 const EMPTY = new Uint8Array();
 const HEADER_BYTES = 64 * 2 ** 10;
 const TABLE_BYTES = 16 * 2 ** 20;
@@ -37,13 +38,19 @@ const reason = text(0, 2000);
 const round = int(0, 1e9);
 const scalar = (v) => bool(v) || number(v) || typeof v === 'string';
 
+const COMPRESS = {
+  kind: text(1, 32), fraction: maybe((v) => number(v) && v > 0 && v < 1),
+  settings: maybe(text(1, 64)),
+};
 const PLAN = {
   epochs: maybe(int(1)),
   batch_size: maybe(int(1)),
   learning_rate: maybe((v) => number(v) && v > 0),
   seed: maybe(int(0, 2 ** 63)), // one above 2^53 is read inexactly, which is as good for a seed
   deadline_s: maybe(number),
-  compress: maybe(text(0, 100)),
+  compress: maybe((v) => map(v) && fields(v, COMPRESS)),
+  extra: maybe((v) => v === 'model' || (map(v) && Object.values(v).every(list(32, int())))),
+  train: maybe(list(1000, text(1, 500))),
   config: maybe((v) => map(v) && Object.values(v).every(scalar)),
 };
 const TRANSFER = {
@@ -51,12 +58,14 @@ const TRANSFER = {
 };
 const ENTRY = {
   name: text(1, 500), dtype: (v) => Object.hasOwn(SIZES, v), shape: list(32, int()),
-  offset: int(), nbytes: int(),
+  offset: int(), nbytes: int(), group: maybe((v) => /^[a-z][a-z0-9_-]{0,31}$/.test(v)),
 };
 const COMMON = {
   protocol: (v) => v === PROTOCOL,
   federation: (v) => typeof v === 'string' && /^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$/.test(v),
   kind: text(1, 64), critical: maybe(list(32, text(1, 64))), ext: maybe(map),
+  key_id: maybe(text(1, 64)), signature: maybe(text(1, 2000)),
+  sealed: (v) => v === undefined || v === null, // this worker can open nothing
   pad: maybe((v) => v instanceof Uint8Array),
 };
 const TENSORS = { tensors: Array.isArray, transfer: maybe(map) };
@@ -145,14 +154,21 @@ export function read(body, federation) {
 
 function checkTable(table, bytes) {
   const names = new Set();
+  const groups = new Set();
+  let last;
   let end = 0;
   for (const entry of table) {
     need(map(entry), 'an entry of tensors is no map');
     fields(entry, ENTRY);
-    need(Object.keys(entry).length === 5, 'an unknown key in an entry of tensors');
-    const { name, dtype, shape, offset, nbytes } = entry;
-    need(!names.has(name), `${name} is there twice`);
-    names.add(name);
+    need(Object.keys(entry).every((key) => Object.hasOwn(ENTRY, key)),
+      'an unknown key in an entry of tensors');
+    const { name, dtype, shape, offset, nbytes, group = MODEL } = entry;
+    const key = `${group}:${name}`;
+    need(!names.has(key), `${name} is there twice`);
+    names.add(key);
+    need(group === last || !groups.has(group), `the group ${group} is not in one piece`);
+    groups.add(group);
+    last = group;
     need(nbytes === count(shape) * SIZES[dtype], `${name} cannot have ${nbytes} bytes`);
     need(offset % 64 === 0 && offset >= end && offset - end <= 4096, `${name}: wrong offset`);
     end = offset + nbytes;
@@ -162,9 +178,10 @@ function checkTable(table, bytes) {
 
 const count = (shape) => shape.reduce((product, n) => product * n, 1);
 
-/** The tensors of a message; each with bytes of its own, since those of a body lie anywhere. */
+/** The model's tensors; each with bytes of its own, since those of a body lie anywhere. */
 export function tensors(table, payload) {
-  return table.map(({ name, dtype, shape, offset, nbytes }) => ({
+  const ofTheModel = table.filter(({ group = MODEL }) => group === MODEL);
+  return ofTheModel.map(({ name, dtype, shape, offset, nbytes }) => ({
     name, dtype, shape, count: count(shape),
     bytes: new Uint8Array(payload.subarray(offset, offset + nbytes)),
   }));

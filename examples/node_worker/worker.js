@@ -9,6 +9,10 @@ import { Regression } from './regression.js';
 
 const IDLE = { state: 'idle', step: 0, steps: 0, loss: undefined };
 
+/** Whether an update brings this tensor: names, or beginnings of names with a * behind them. */
+const trains = ({ train }, name) => !train || train.some((one) => (
+  one.endsWith('*') ? name.startsWith(one.slice(0, -1)) : name === one));
+
 class Worker {
   constructor(options) {
     this.options = options;
@@ -194,6 +198,7 @@ class Worker {
   async fit(header, payload, tell, signal) {
     if (!this.hasAnswered(header)) {
       const { run, round, base, plan, attempt = 0 } = header;
+      if (plan.extra) throw new Error('this worker makes no extra tensors');
       // The evaluation goes while we train.
       const told = header.evaluate
         ? this.evaluate({ ...header, round: round - 1 }, payload, tell, signal) : undefined;
@@ -206,7 +211,7 @@ class Worker {
         signal,
       );
       await told;
-      const packed = pack(delta);
+      const packed = pack(delta.filter(({ name }) => trains(plan, name)));
       this.answered = {
         attempt, payload: packed.payload,
         header: {

@@ -25,6 +25,7 @@ from fluffle_common.transport.base import (
     NAMED,
     Delivery,
     Link,
+    OtherArguments,
     Properties,
     QueueFull,
     QueueInUse,
@@ -231,8 +232,11 @@ async def test_declaring_again_changes_nothing(bench):
 async def test_a_queue_that_exists_with_other_arguments_is_an_error_that_says_what_to_do(bench):
     link = await bench.open()
     await bench.queue(link, "q", x_max_length=5)
-    with pytest.raises(BrokerError, match="queue-type"):
+    with pytest.raises(OtherArguments, match="another version of fluffle.*delete"):
         await bench.queue(link, "q", x_max_length=6)
+    link = await bench.open()
+    with pytest.raises(OtherArguments, match="the same --queue-type everywhere"):
+        await bench.queue(link, "q", x_max_length=5, x_queue_type="quorum")
 
 
 # --- publishing --------------------------------------------------------------------------------
@@ -342,10 +346,15 @@ async def test_results_go_to_their_queue_by_kind_and_the_rest_to_unrouted(bench)
 
     for key in (
         *("update.w.1", "evaluation.w", "first_weights.w", "hello.w.1", "heartbeat.w", "bye.w"),
-        *("failure.w", "part.w.1", "part.w", "updates.w", "nonsense", "part.w.2"),
+        *("failure.w", "exchange.w", "part.w.1", "part.w", "updates.w", "nonsense", "part.w.2"),
     ):
         await send(key)
-    assert await drain(link, names.updates) == [b"update.w.1", b"evaluation.w", b"first_weights.w"]
+    assert await drain(link, names.updates) == [
+        b"update.w.1",
+        b"evaluation.w",
+        b"first_weights.w",
+        b"exchange.w",
+    ]
     assert await drain(link, names.presence) == [
         b"hello.w.1",
         b"heartbeat.w",

@@ -13,10 +13,9 @@ x = np.random.default_rng(7).normal(size=(60, 3))
 y = x @ [2.0, -3.0, 0.5] + 4.0  # the last ten examples are held out
 channel = pika.BlockingConnection(pika.URLParameters(URL)).channel()
 channel.confirm_delivery()
-outbox = {"x-queue-type": "classic", "x-expires": 1800000}
-inbox = {**outbox, "x-max-length-bytes": 8589934592, "x-overflow": "drop-head"}
-channel.queue_declare(f"{F}.inbox.{W}", durable=True, arguments=inbox)
-channel.queue_declare(f"{F}.outbox.{W}", durable=True, arguments=outbox)
+for name in ("inbox", "outbox"):
+    how = {"x-queue-type": "classic", "x-expires": 1800000}
+    channel.queue_declare(f"{F}.{name}.{W}", durable=True, arguments=how)
 
 
 def send(kind, ids=(), tensors=(), **fields):
@@ -28,7 +27,8 @@ def send(kind, ids=(), tensors=(), **fields):
         payload += array.tobytes()
     header = {"protocol": 2, "federation": F, "kind": kind, "worker": W, **dict(ids), **fields}
     body = msgpack.packb([{**header, "tensors": table} if table else header, payload])
-    told = pika.BasicProperties("application/msgpack", type=kind, message_id=f"{kind} {ids} {W}")
+    name = f"{kind} {ids} {W}"
+    told = pika.BasicProperties("application/msgpack", type=kind, message_id=name, delivery_mode=2)
     channel.basic_publish(f"{F}.results", f"{kind}.{W}", body, told, mandatory=True)
 
 
@@ -38,7 +38,11 @@ for method, _, body in channel.consume(f"{F}.inbox.{W}", exclusive=True, inactiv
     if method is None:
         continue
     channel.basic_ack(method.delivery_tag)
-    header, payload = msgpack.unpackb(body)
+    try:
+        header, payload = msgpack.unpackb(body)
+    except ValueError:
+        continue
+    began = time.time()
     kind, ids = header["kind"], {k: header[k] for k in ("run", "round", "base") if k in header}
     if table := header.get("tensors"):
         flat = [np.frombuffer(payload[t["offset"] :][: t["nbytes"]], t["dtype"]) for t in table]
@@ -53,5 +57,5 @@ for method, _, body in channel.consume(f"{F}.inbox.{W}", exclusive=True, inactiv
         send("evaluation", {**ids, "round": ids["round"] - (kind == "fit")}, **told)
     if kind == "fit":
         delta = {"slopes": -0.1 * x[:50].T @ error[:50] / 50, "intercept": -0.1 * error[:50].mean()}
-        send("update", ids, delta, num_examples=50, seconds=0.0)
+        send("update", ids, delta, num_examples=50, seconds=time.time() - began)
 send("bye", session=HELLO["session"], reason="the run has ended")

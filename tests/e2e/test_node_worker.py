@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
-from tests.e2e.programs import ROOT, Federation, Program
+from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 
 HERE = ROOT / "examples/node_worker"
 NODE, NPM = shutil.which("node"), shutil.which("npm")
@@ -102,6 +102,19 @@ def test_it_is_counted_in_every_round(federation: Federation, installed: Path, q
     last = load_file(federation.run / "round-0005.safetensors")
     np.testing.assert_allclose(last["slopes"], [2.0, -3.0, 0.5], atol=0.2)
     np.testing.assert_allclose(last["intercept"], 4.0, atol=0.2)
+
+
+@pytest.mark.rabbit
+def test_it_meets_every_demand_of_the_document(federation: Federation, installed: Path) -> None:
+    where = ("--federation", federation.name, "--url", federation.url)
+    check = federation.start(FLUFFLE, "conformance", *where, "--large", "--twice", "--patience", 30)
+    first = start(federation, installed)
+    check.wait_for("start worker js once more")
+    assert first.end() == 0
+    second = start(federation, installed)
+    assert check.end() == 0, "\n".join(check.lines)
+    assert check.lines[-1] == "27 ok, 0 failed, 0 skipped"
+    assert second.end() == 1  # refused
 
 
 @pytest.mark.rabbit

@@ -4,10 +4,12 @@ import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 
-from fluffle_common.tensors.checkpoint import read_whole
+from fluffle_common.tensors.checkpoint import read_checkpoint, read_whole
 from tests.e2e.programs import FLUFFLE, ROOT, Federation
+from tests.federation.test_extra import STEPS, TARGETS, reference
 
 pytestmark = pytest.mark.rabbit
 ROUNDS = 60
@@ -63,3 +65,26 @@ def test_a_strategy_that_fails_ends_the_coordinator_with_its_line_and_loses_noth
     mine.write_text(source)
     again = federation.coordinator(*flags)
     assert [program.end() for program in (again, *workers)] == [0, 0, 0]
+
+
+def test_a_strategy_and_its_local_rule_outlive_the_coordinator_and_the_workers(
+    federation: Federation,
+) -> None:
+    shutil.copy(ROOT / "tests/federation/scaffold.py", federation.folder / "mine.py")
+    flags = ("--quorum", 2, "--strategy", "mine.py:scaffold", "--rounds")
+    task = f"{ROOT / 'tests/e2e/descent_task.py'}:task"
+
+    def everybody(rounds: int) -> None:
+        programs = [federation.coordinator(*flags, rounds)]
+        for name, target in TARGETS.items():
+            rule = ("--id", name, "--local-rule", "mine.py:controlled")
+            programs.append(federation.worker(f"{target}/{STEPS[name]}", *rule, task=task))
+        assert [program.end() for program in programs] == [0, 0, 0]
+
+    everybody(3)
+    everybody(6)
+    for number, expected in enumerate(reference(6), start=1):
+        weights, _ = read_checkpoint(federation.run / f"round-{number:04d}.safetensors")
+        np.testing.assert_allclose(weights["w"], expected, rtol=1e-5)
+    kept = federation.folder / "runs/workers" / federation.name / "a"
+    assert (kept / "local-rule-0006.safetensors").exists()

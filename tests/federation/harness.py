@@ -148,9 +148,9 @@ class Federation:
     def coordinator(self, rounds: int = 3, **options: Any) -> Process:
         """Start a coordinator."""
         of_settings = {"classes", "init", "verify_users", "max_workers", "max_model_bytes", "plan"}
-        of_settings |= {"strategy", "keep_updates", "hooks"}
+        of_settings |= {"learning_rate_schedule", "strategy", "keep_updates", "hooks", "stopping"}
         given = {name: options.pop(name) for name in of_settings & options.keys()}
-        number = options.pop("number", None)
+        number, exchanges = options.pop("number", None), options.pop("exchanges", None)
         quorum = Quorum(number=number) if number else options.pop("quorum", Quorum())
         rules = Rules(rounds=rounds, quorum=quorum, **options)
         backoff = Backoff(first_s=0.2, most_s=1.0, give_up_s=3600.0)
@@ -172,6 +172,7 @@ class Federation:
                     saved=store.load(NAME),
                     watcher=Watchers(log, journal),
                     journal=journal,
+                    exchanges=exchanges,
                 )
                 state: State = await process.service.run()
                 return state
@@ -186,7 +187,7 @@ class Federation:
     def worker(self, name: str, task: Any = None, **options: Any) -> Process:
         """Start a worker; its task adds 1 unless told otherwise."""
         backoff = Backoff(first_s=0.2, most_s=1.0, give_up_s=36000.0)
-        codecs = options.pop("codecs", CODECS)
+        codecs, exchanges = options.pop("codecs", CODECS), options.pop("exchanges", None)
         settings = WorkerSettings(NAME, name, "adder", backoff=backoff, **options)
         line, log, training = Line(self.broker), Log(), Training(self.loop)
         process = Process(name, line, log, None, training=training)  # type: ignore[arg-type]
@@ -195,11 +196,12 @@ class Federation:
             task if task is not None else Adder(self.loop),
             transport=line,
             topology=self.topology,
-            tell=lambda what, fields: log.lines.append((time.monotonic(), what, fields)),
+            tell=log.record,
             bar=lambda *_: None,
             training=training,
             form=getattr(task, "form", None),
             codecs=codecs,
+            exchanges=exchanges,
         )
         process.running = asyncio.ensure_future(process.service.run())
         self.processes.append(process)

@@ -96,28 +96,33 @@ def digits():
     }
 
 
-def federated_averaging(tasks, rounds, seed, **plan):
-    """Return what plain NumPy makes of these rounds, in float64, in the order of the tasks."""
+def federated_averaging(tasks, orders, seed, **plan):
+    """Return what plain NumPy makes of the rounds, in float64.
+
+    ``orders`` names the tasks of each round, in the order in which their updates are added.
+    """
     weights = next(iter(tasks.values())).init(seed)
     total = sum(task.num_examples for task in tasks.values())
-    for number in range(1, rounds + 1):
+    for number, order in enumerate(orders, start=1):
         of_round = Plan(seed=(seed * 1_000_003 + number) % 2**63, **plan)
         trained = [
-            (task.num_examples, task.train(weights, of_round, lambda *_: None).weights)
-            for task in tasks.values()
+            (tasks[name].num_examples, tasks[name].train(weights, of_round, lambda *_: None))
+            for name in order
         ]
+        averaged = {}
         for name, old in weights.items():
             moved = np.zeros_like(old)
-            for count, new in trained:
-                moved += count * (new[name] - old)
-            weights = {**weights, name: moved / total + old}
+            for count, found in trained:
+                moved += count * (found.weights[name] - old)
+            averaged[name] = moved / total + old
+        weights = averaged
     return weights
 
 
 def test_the_digits_come_out_bit_by_bit_as_plain_numpy_averages_them(digits):
     plan = {"epochs": 2, "batch_size": 20, "learning_rate": 0.1}
     run = fluffle.run(digits, rounds=4, seed=7, **plan)
-    expected = federated_averaging(digits, 4, 7, **plan)
+    expected = federated_averaging(digits, [list(digits)] * 4, 7, **plan)
     assert [list(one.participants) for one in run.history] == [list(digits)] * 4
     for name, tensor in expected.items():
         assert run.weights[name].tobytes() == tensor.tobytes(), name

@@ -17,7 +17,7 @@ from benchmarks.logs import read_events
 from benchmarks.processes import Died
 from benchmarks.sides import compare
 from fluffle_common.cli.console import Console
-from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.messages import Compression, Plan
 from tests.e2e.pull_task import COUNT, Pull, target
 
 
@@ -177,7 +177,7 @@ def test_what_a_program_tells_is_read_back_with_its_time(tmp_path):
 
 @pytest.mark.parametrize(("how", "part"), [("none", 1), ("bf16", 0.5), ("int8", 0.26)])
 def test_a_simulated_federation_learns_in_as_many_bytes_as_its_encoding_takes(how, part):
-    plan = Plan(compress=None if how == "none" else how)
+    plan = Plan(compress=None if how == "none" else Compression.parse(how))
     federation = Federation([Pull(1), Pull(2)], plan)
     nbytes = [federation.round(number) for number in range(1, 9)]
     assert max(nbytes) <= part * 4 * COUNT

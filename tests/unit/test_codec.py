@@ -33,6 +33,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.tensors.table import MAX_TENSORS
 from fluffle_common.tensors.weights import BFLOAT16, DTYPES, Weights
 
 DIGEST = "0" * 64
@@ -484,7 +485,8 @@ def test_a_size_that_is_only_claimed_is_not_allocated(claim, kind):
 def test_deep_nesting_is_refused(depth, unit, field):
     # Spliced in behind a valid field, since packing it would itself recurse.
     told = {key: value for key, value in header().items() if key != field}
-    spoilt = bytes([0x80 + len(told) + 1]) + msgpack.packb(told)[1:]
+    pairs = b"".join(msgpack.packb(key) + msgpack.packb(value) for key, value in told.items())
+    spoilt = msgpack.Packer().pack_map_header(len(told) + 1) + pairs
     body = b"\x92" + spoilt + msgpack.packb(field) + unit * depth + b"\xc0\xc4\x00"
     refused(body, f"{field}|not valid msgpack")
 
@@ -507,7 +509,7 @@ def test_a_table_that_equals_one_that_was_right_is_still_refused_for_its_types(a
 
 
 def test_a_table_with_too_many_tensors_is_refused():
-    many = [entry(name=f"w{n}", shape=[0], nbytes=0) for n in range(messages.MAX_TENSORS + 1)]
+    many = [entry(name=f"w{n}", shape=[0], nbytes=0) for n in range(MAX_TENSORS + 1)]
     with pytest.raises(MalformedMessage, match="tensors|array"):
         decode(packed(header(*many)))
 

@@ -12,7 +12,7 @@ import pytest
 
 from fluffle_common.cli.objects import load_codec, load_object
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.messages import Compression
 from fluffle_common.tensors.codecs import registry
 from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
@@ -252,7 +252,7 @@ def test_no_name_on_the_wire_makes_a_process_import_a_file(tmp_path):
         with pytest.raises(UnknownCodec):
             Registry().get(name)
     with pytest.raises(ValueError, match="names no codec"):
-        Plan(compress=f"{tmp_path}/codec.py:Codec")
+        Compression.parse(f"{tmp_path}/codec.py:Codec")
 
 
 CODEC = """
@@ -276,7 +276,7 @@ class Tenths:
 def test_compress_takes_a_codec_from_a_file_and_tells_workers_its_name(codecs, tmp_path, settings):
     (tmp_path / "queue.py").write_text(CODEC)  # it replaces no module
     how = CompressType().convert(f"{tmp_path}/queue.py:Tenths{settings}", None, None)
-    assert Plan(compress=how).compress == f"tenths{settings}"
+    assert str(Compression.parse(how)) == f"tenths{settings}"
     assert decompress(compress(DELTA, how, {})[0], "tenths", DELTA)["w"].shape == (30, 100)
 
 

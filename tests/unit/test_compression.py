@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import decode, encode, lay_out
-from fluffle_common.protocol.messages import Plan, Update, parse
+from fluffle_common.protocol.messages import Compression, Plan, Update, parse
 from fluffle_common.tensors.compression import BLOCK, SMALLEST, compress, decompress, encoding_of
 from fluffle_common.tensors.weights import check_delta, size_bytes
 from fluffle_coordinator.strategy.contribution import decode_contribution
@@ -325,9 +325,11 @@ def test_whatever_comes_is_a_delta_or_refused(sent, encoding, dtype):
 # --- the messages ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [*HOWS, "topk:0.000001", None])
+@pytest.mark.parametrize("how", [*HOWS, "topk:0.000001"])
 def test_a_plan_carries_what_is_wanted(how):
-    assert Plan(compress=how).compress == how
+    compress = Compression.parse(how)
+    assert str(compress) == how
+    assert Plan.model_validate(Plan(compress=compress).model_dump()).compress == compress
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,6 @@ def test_a_plan_carries_what_is_wanted(how):
         "topk:",
         "topk:1",
         "topk:0.0",
-        "topk:0.10",
         "int8:4",
         "a.py:b",
         "x:",
@@ -347,12 +348,25 @@ def test_a_plan_carries_what_is_wanted(how):
     ],
 )
 def test_a_plan_carries_nothing_else(how):
+    with pytest.raises(ValueError, match="names no codec; bf16, f16, int8, topk:0.01 or NAME"):
+        Compression.parse(how)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "int8", {}, {"kind": "topk"}, {"kind": "int8", "fraction": 0.5},
+        {"kind": "topk", "fraction": 1.0}, {"kind": "f16", "settings": "4"},
+        {"kind": "x", "fraction": 0.5}, {"kind": "topk", "fraction": "0.1"},
+    ],
+)  # fmt: skip
+def test_on_the_wire_it_is_a_map_whose_settings_are_its_codecs(said):
     with pytest.raises(ValueError, match="compress"):
-        Plan(compress=how)
+        Plan.model_validate({"compress": said})
 
 
 def test_a_plan_may_ask_for_the_codec_of_someone_else():
-    assert [Plan(compress=how).compress for how in ("zip", "zip:4,x=1")] == ["zip", "zip:4,x=1"]
+    assert [str(Compression.parse(how)) for how in ("zip", "zip:4,x=1")] == ["zip", "zip:4,x=1"]
 
 
 def test_what_is_no_name_of_an_encoding_is_malformed():

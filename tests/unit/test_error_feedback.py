@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 import numpy as np
 
 from fluffle_common.protocol.codec import decode, read_tensors
-from fluffle_common.protocol.messages import Fit, Plan, Update
+from fluffle_common.protocol.events import Connected, RunEvent, Sent
+from fluffle_common.protocol.messages import Compression, Fit, Plan, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.compression import decompress
 from fluffle_common.transport.memory import MemoryBroker
@@ -56,7 +57,7 @@ class Coordinator:
     ) -> bytes:
         """Ask for a round; return the update as it came."""
         ids = {"federation": "f", "run": run, "round": number, "base": base}
-        fit = Fit(**ids, evaluate=False, plan=Plan(compress=how))
+        fit = Fit(**ids, evaluate=False, plan=Plan(compress=how and Compression.parse(how)))
         await send_tensors(self.link, fit, WEIGHTS, Route(TOPOLOGY.work, ["w"]))
         delivery = await anext(self.updates)
         delivery.ack()
@@ -78,11 +79,11 @@ async def at_work(
     await coordinator.connect()
     connected, sent = asyncio.Event(), asyncio.Queue[int]()
 
-    def tell(what, fields):
-        if what == "connected":
+    def tell(event: RunEvent) -> None:
+        if isinstance(event, Connected):
             connected.set()
-        elif what == "sent":
-            sent.put_nowait(fields["round"])
+        elif isinstance(event, Sent):
+            sent.put_nowait(event.round)
 
     service = WorkerService(
         WorkerSettings("f", "w", "steps"), task or Steps(), transport=coordinator.broker,

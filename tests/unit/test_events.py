@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from fluffle_common.protocol.events import (
     REGISTRY,
+    Begun,
     Doing,
     Evaluated,
     Joined,
+    Loaded,
     Other,
+    Sent,
     Waiting,
     field_names,
     from_fields,
@@ -74,6 +77,31 @@ def test_the_metrics_of_an_evaluation_stand_beside_its_fields_too():
 )
 def test_what_another_version_writes_is_passed_over(name, fields, sentence):
     assert from_fields(name, fields).sentence() == sentence
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        (Loaded(task="t", num_examples=3, classes=("A", "B")), "task t: 3 examples, classes A, B"),
+        (Loaded(task="t", num_examples=3), "task t: 3 examples"),
+        (Begun(round=0, kind="init"), "round 0: making the first weights"),
+        (
+            Sent(round=2, kind="fit", metrics={"loss": 0.5}),
+            "round 2: update sent, training loss 0.5000",
+        ),
+        (Sent(round=2, kind="evaluate"), "round 2: evaluation sent"),
+    ],
+)
+def test_a_worker_says_what_it_is_at(event, sentence):
+    assert event.sentence() == sentence
+    assert not event.journalled
+
+
+def test_no_metric_of_a_task_hides_a_field_of_the_line_that_tells_of_its_update():
+    event = Sent(round=2, kind="fit", metrics={"round": 9.0, "metrics": 1.0, "loss": 0.5})
+    fields = event.fields()
+    assert (fields["round"], fields["metric/round"], fields["loss"]) == (2, 9.0, 0.5)
+    assert from_fields("sent", fields) == event
 
 
 def test_an_unknown_event_keeps_its_fields():

@@ -279,7 +279,7 @@ def test_training_learns(shared):
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_an_epoch_shows_every_example_and_batches_have_one_size(batch_size, epochs):
     task = line()
-    batches = task._batches(Plan(epochs=epochs, batch_size=batch_size))
+    batches = list(task._data.batches(Plan(epochs=epochs, batch_size=batch_size)))
     size = min(batch_size, COUNT)
     assert {len(batch) for batch in batches} == {size}
     each = -(-COUNT // size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ def test_every_public_name_is_there_and_documented():
     for name in set(fluffle.__all__) - types:
         assert getattr(fluffle, name).__doc__, name
     assert set(fluffle.__all__) <= set(dir(fluffle))
+    assert fluffle.__version__ == version("fluffle")
     with pytest.raises(AttributeError, match="module 'fluffle' has no attribute 'nothing'"):
         fluffle.nothing  # noqa: B018
 
@@ -108,12 +110,12 @@ def test_a_history_has_rows_and_columns():
     rounds = [
         fluffle.Round(1, {"a": 10}, Path("x"), loss=0.5, metrics={"accuracy": 0.2}),
         fluffle.Round(2, {"a": 10, "b": 5}, Path("x"), loss=0.25, metrics={"accuracy": 0.4}),
-        fluffle.Round(3, {"b": 5}, Path("x"), train_loss=0.1, test={"accuracy": 0.3}),
+        fluffle.Round(3, {"b": 5}, Path("x"), train_loss=0.1, test={"accuracy": 0.3}, epsilon=2.0),
     ]
     history = fluffle.History(tuple(rounds))
     assert history["loss"] == [0.5, 0.25, None]
     assert history["test/accuracy"] == [None, None, 0.3]
-    assert history.columns == ("loss", "accuracy", "train_loss", "test/accuracy")
+    assert history.columns == ("loss", "accuracy", "train_loss", "test/accuracy", "epsilon")
     assert (len(history), history[-1], history[1:]) == (
         3,
         rounds[2],

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
+import pytest
+
 from fluffle_common.errors import MalformedMessage
+from fluffle_common.protocol.codec import decode, pack
+from fluffle_common.protocol.messages import Fit, Plan
 from fluffle_common.protocol.topology import Exchange, Topology
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker
-from fluffle_worker.inbox import Refusals
+from fluffle_worker.inbox import Refusals, check_mail, read_work
 
 NAMES = Topology("f")
 WRONG = MalformedMessage("it is no mail", "kind")
@@ -62,3 +67,22 @@ async def test_what_waits_is_let_go_of_with_its_link():
     await refusals.send_waiting(again)
     assert await again.get(NAMES.rejected) is None
     assert (await again.get(NAMES.inbox("w"))).redelivered
+
+
+def fit_with(beside: dict[str, dict[str, np.ndarray]]) -> bytes:
+    fit = Fit(federation="f", run="r", round=1, base="b", evaluate=False, plan=Plan())
+    return pack(fit, {"w": np.ones(3, np.float32)}, beside)[1]
+
+
+def test_a_worker_takes_what_is_broadcast_and_passes_over_groups_that_it_does_not_know():
+    body = fit_with({"later": {"w": np.array([np.nan])}, "extra": {"c": np.full(2, 0.5)}})
+    check_mail(body, "f")
+    weights, broadcast = read_work(*decode(body))
+    assert {name: one.tolist() for name, one in weights.items()} == {"w": [1, 1, 1]}
+    assert {name: one.tolist() for name, one in broadcast.items()} == {"c": [0.5, 0.5]}
+
+
+def test_a_broadcast_that_is_not_finite_is_refused():
+    with pytest.raises(MalformedMessage, match="tensor 'c' has 1 values that are NaN") as wrong:
+        check_mail(fit_with({"extra": {"c": np.array([np.nan])}}), "f")
+    assert wrong.value.cause == "not_finite"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluffle_common.protocol.messages import Evaluate, Fit, Plan, Update
+from fluffle_common.protocol.messages import Compression, Evaluate, Fit, Plan, Update
 from fluffle_common.tensors.compression import decompress
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, execute
@@ -50,7 +50,7 @@ class Steps:
 
 def answered(how: str | None, number: int = 1, residual: Residual | None = None) -> Job:
     ids = {"federation": "f", "run": "r", "round": number, "base": "b"}
-    fit = Fit(**ids, evaluate=False, plan=Plan(compress=how))
+    fit = Fit(**ids, evaluate=False, plan=Plan(compress=how and Compression.parse(how)))
     job = Job(Work("fit", "r", number, "b"), fit, {"w": np.zeros(COUNT, np.float32)})
     execute(
         job, Steps(), {"federation": "f", "worker": "w"},

@@ -14,7 +14,9 @@ import pytest
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec, messages
+from fluffle_coordinator.conformance.scenario import SECTIONS
 from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_worker.inbox import check_mail
 
 FOLDER = Path(__file__).parents[2] / "docs/protocol"
 SCHEMA = json.loads((FOLDER / "schema.json").read_text())
@@ -27,18 +29,25 @@ def each(part: str):
     return [pytest.param(one, id=one["name"]) for one in VECTORS[part]]
 
 
+def loaded(name: str):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_they_are_what_fluffle_says_today():
-    spec = importlib.util.spec_from_file_location("make", FOLDER / "make.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
-    for path, text in make.files().items():
-        assert path.read_text() == text, "run: python docs/protocol/make.py"
+    made = loaded("make").files()
+    assert {path.name for path in made} == {"schema.json", "vectors.json", "protocol.md"}
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text, "run: python docs/protocol/make.py"
 
 
 def test_there_is_one_of_every_kind():
     kinds = set(messages.kinds_of(messages.Message))
     assert {one["header"]["kind"] for one in VECTORS["sound"]} == kinds
     assert len(VECTORS["unsound"]) >= 20
+    assert len(VECTORS["unsound_fits"]) >= 20
 
 
 @pytest.mark.parametrize("one", each("sound"))
@@ -58,6 +67,13 @@ def test_an_unsound_message_is_refused_with_its_cause(one):
     with pytest.raises(MalformedMessage) as refused:
         message, payload = codec.decode(base64.b64decode(one["body"]), "letters")
         decode_contribution(message, payload, BASE)
+    assert refused.value.cause == one["cause"]
+
+
+@pytest.mark.parametrize("one", each("unsound_fits"))
+def test_an_unsound_fit_is_refused_with_its_cause(one):
+    with pytest.raises(MalformedMessage) as refused:
+        check_mail(base64.b64decode(one["body"]), "letters")
     assert refused.value.cause == one["cause"]
 
 
@@ -96,3 +112,41 @@ def test_the_digest_is_blake3_of_the_blake3_of_each_part():
     parts = [bytes(codec.PART_BYTES), bytes(told["nbytes"] - codec.PART_BYTES)]
     assert len(parts) == told["parts"]
     assert blake3(b"".join(blake3(part).digest() for part in parts)).hexdigest() == told["digest"]
+
+
+# --- the tables of the document ------------------------------------------------------------------
+
+
+def row(table: str, first: str) -> dict[str, str]:
+    """Return a row of a table in Markdown by the names of its columns."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    (found,) = [cells for cells in lines if cells and cells[0] == first]
+    head = next(cells for cells in lines if len(cells) == len(found))
+    return dict(zip(head, found, strict=True))
+
+
+def test_the_workers_table_says_what_its_machine_does():
+    made = loaded("tables").worker()
+    again = row(made, "the same `fit` again")
+    assert again["idle"] == "begins it"
+    assert again["at work"] == again["sending, not confirmed"] == "nothing"
+    assert again["answered"] == "sends the same answer again"
+    newer = row(made, "a `fit` of a newer round")
+    assert newer["at work"] == "gives the work up at its next step, then begins this"
+    assert row(made, "a `fit` of an older round")["at work"] == "nothing"
+    assert row(made, "a `verdict` on it, `train_again`")["answered"] == "forgets its answer"
+
+
+def test_every_timer_of_the_coordinator_is_in_the_table():
+    tables = loaded("tables")
+    assert tables.forgotten() == set()
+    assert row(tables.timers(), "deadline")["default"] == "600 s"
+
+
+def test_the_sections_that_conformance_names_are_there():
+    headings = {
+        line.removeprefix("## ")
+        for line in (FOLDER.parent / "protocol.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("## ")
+    }
+    assert set(SECTIONS) <= headings

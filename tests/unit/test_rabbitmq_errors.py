@@ -133,6 +133,19 @@ def test_while_declaring_arguments_and_types_are_told_apart(text, error):
         raise aiormq.exceptions.ChannelClosed(0, text)
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("x-queue-type", "use the same --queue-type everywhere"),
+        ("x-max-length-bytes", "made by another version .* 'rabbitmqctl delete_queue f.updates'"),
+    ],
+)
+def test_a_queue_with_other_arguments_is_told_with_the_remedy(argument, said):
+    text = f"PRECONDITION_FAILED - inequivalent arg '{argument}' for queue 'f.updates' in vhost '/'"
+    with pytest.raises(OtherArguments, match=said), declaring(), as_ours("w", "configure"):
+        raise aiormq.exceptions.ChannelClosed(406, text)
+
+
 def test_a_runtime_error_of_our_own_is_a_mistake_and_no_lost_link():
     with pytest.raises(RuntimeError, match="a mistake"), as_ours():
         raise RuntimeError("a mistake of ours")

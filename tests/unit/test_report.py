@@ -154,6 +154,16 @@ def test_an_older_history_tells_less_and_that_is_no_error():
     assert (told["curves"], told["configurations"]) == ({"rounds": []}, [])
 
 
+def test_a_report_has_every_worker_round_and_metric():
+    names = [f"w{number}" for number in range(2100)]
+    metrics = {f"metric-{number}": 0.5 for number in range(12)}
+    rows = [committed(1, *map(participant, names)) | evaluated(1, **metrics)]
+    told = shown(rows + [committed(number) for number in range(2, 61)])
+    assert (len(told["rounds"]), len(told["rounds"][0]["participants"])) == (60, 2100)
+    assert len(told["workers"]) == 2100 + 2  # "a" and "b" were asked
+    assert metrics.keys() <= told["curves"].keys()
+
+
 def test_how_the_run_stands():
     rules = {"configurations": [{"rules": {"rounds": 9}}]}
     assert "3 of 9 rounds are committed" in shown(identity=rules)["run"]["words"]

@@ -128,6 +128,17 @@ def test_a_history_and_the_events_of_a_round_give_the_same_view():
     assert (remembered.committed, remembered.next) == (2, 3)
 
 
+def test_a_test_of_the_coordinator_stands_beside_the_federated_evaluation():
+    tested = run_events.Tested(round=1, metrics={"accuracy": 0.5})
+    evaluated = run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75})
+    told = view_of(opened(1, "a"), committed(1), tested, evaluated).rounds[1]
+    assert told.metrics == {"accuracy": 0.75, "test/accuracy": 0.5}
+    remembered = RunView()
+    remembered.remember([history(1) | {"test/accuracy": 0.5}])
+    assert remembered.rounds[1].metrics == {"test/accuracy": 0.5}
+    assert not remembered.rounds[1].evaluated
+
+
 def test_a_history_makes_a_worker_of_those_asked_and_of_nobody_else():
     view = RunView()
     view.remember([history(1, rejected=1, rejections=[{"worker": "mallory", "reason": "NaN"}])])
@@ -161,3 +172,13 @@ def test_what_the_machine_waits_for_comes_as_facts():
         {"worker": "a", "state": "training", "step": 3, "steps": 8},
         {"worker": "b", "state": "gone"},
     ]
+
+
+def test_a_test_of_the_coordinator_stands_beside_the_federated_metrics():
+    view = view_of(
+        committed(1),
+        run_events.Tested(round=1, metrics={"accuracy": 0.25}),
+        run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75}),
+    )
+    (one,) = view.done
+    assert one.metrics == {"test/accuracy": 0.25, "accuracy": 0.75}

@@ -267,7 +267,7 @@ def needing(**needs):
 @pytest.mark.parametrize(
     ("needs", "rules", "told"),
     [
-        ({"extra": ("c",)}, {}, r"extra tensors \(c\)"),
+        ({"extra": ("c",)}, {}, r"has needs.extra \('c',\); a mapping of names to shapes"),
         ({"min_examples": 9}, {}, "at least 9 examples a round, which this version does not"),
         (
             {"min_updates": 3},

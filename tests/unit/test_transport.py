@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from fluffle_common.errors import LinkLost
+from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Blocking, Properties, tell_of_blocking
 from fluffle_common.transport.memory import MemoryBroker
@@ -93,11 +94,11 @@ async def test_what_is_not_there_can_neither_be_bound_nor_published_to():
 async def test_the_blocking_of_a_broker_is_told_and_its_end():
     broker = MemoryBroker()
     link = await broker.open()
-    told: asyncio.Queue[tuple[str, dict[str, object]]] = asyncio.Queue()
-    telling = asyncio.ensure_future(tell_of_blocking(link, lambda *what: told.put_nowait(what)))
+    told: asyncio.Queue[RunEvent] = asyncio.Queue()
+    telling = asyncio.ensure_future(tell_of_blocking(link, told.put_nowait))
     await asyncio.sleep(0)
     broker.block("low on memory")
-    assert await told.get() == ("blocked", {"reason": "low on memory"})
+    assert await told.get() == Blocked(reason="low on memory")
     broker.block(None)
-    assert await told.get() == ("unblocked", {})
+    assert await told.get() == Unblocked()
     telling.cancel()

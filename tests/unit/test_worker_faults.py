@@ -14,6 +14,7 @@ import pytest
 
 from fluffle_common.errors import RunError, TaskError
 from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import (
     Failure,
     Fit,
@@ -77,8 +78,9 @@ class Federation:
         self.running = asyncio.ensure_future(self.service.run())
         assert isinstance(await self.sign(Hello), Hello)
 
-    def _tell(self, what: str, fields: dict[str, Any]) -> None:
-        self.told.append((what, fields))
+    def _tell(self, event: RunEvent) -> None:
+        assert event.sentence()
+        self.told.append((event.name, event.fields()))
         self._news.set()
 
     async def hear(self, what: str) -> None:

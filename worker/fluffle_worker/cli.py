@@ -20,39 +20,10 @@ from fluffle_worker.task import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from fluffle_common.cli.console import Console
-    from fluffle_common.transport.base import Transport
+    from fluffle_common.protocol.events import RunEvent
     from fluffle_worker.inbox import Tell
     from fluffle_worker.service import WorkerService
-
-_SENTENCES = {
-    "loaded": "task {task}: {num_examples} examples{classes}",
-    "connected": "connected to the broker at {address}",
-    "disconnected": "lost the broker ({reason}); connecting again",
-    "alone": "nobody has made the queues of federation {federation} yet; waiting for a coordinator",
-    "blocked": "the broker takes no messages for now ({reason}); what there is to send waits",
-    "unblocked": "the broker takes messages again",
-    "occupied": "another worker has this id; waiting up to {pause_s:.0f} s, in case it is a "
-    "connection of our own that was cut and lives on in the broker",
-    "no_broker": "no broker at {address} ({reason}); trying again in {pause_s:.1f} s "
-    "('fluffle broker up' starts one here)",
-    "waiting": "no coordinator of this federation has answered for {waited_s:.0f} s; it may be "
-    "started at any time",
-    "welcome": "joined run {run}, round {round} of {rounds}",
-    "begin": "round {round}: {verb}",
-    "abandoned": "round {round}: closed without us; taking the next",
-    "sent": "round {round}: {answer} sent{loss}",
-    "unsent": "round {round}: not sent yet ({reason}); trying again",
-    "unfit": "the task: {reason}",
-    "failure": "round {round}: the task failed: {reason}",
-    "late": "round {round}: the update came too late and was discarded",
-    "not_counted": "round {round}: the update was refused: {reason}; it is trained anew if the "
-    "round is asked for again",
-    "rejected": "rejected a message: {reason}",
-    "ended": "the run has ended: {reason}",
-    "interrupted": "left; the same command joins again",
-}
-_ANSWERS = {"init": "first weights", "fit": "update", "evaluate": "evaluation"}
-_VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
+    from fluffle_worker.task import Task
 
 
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
@@ -81,8 +52,9 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
 @click.option(
     "--local-rule",
     metavar="NAME",
-    help="What is done to each gradient of the training: path.py:name, or the name of an installed "
-    "rule.  [default: nothing]",
+    help="What is done to each gradient of the training: proximal:MU, clip:NORM, "
+    "dp_sgd:CLIP,NOISE, scaffold, path.py:name, or several with a + between them (docs/tasks.md).  "
+    "[default: nothing]",
     show_default=False,
 )
 @click.option(
@@ -112,6 +84,14 @@ _VERBS = {"init": "making the first weights", "fit": "training", "evaluate": "ev
     default=45.0,
     help="Seconds to wait while another worker has this id: a connection that was cut lives on in "
     "the broker for a while.",
+)
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where this worker keeps what it needs in later rounds: of its local rule, and tensors "
+    "that do not travel.  [default: runs/workers/FEDERATION/ID]",
+    show_default=False,
 )
 @click.option("--stay", is_flag=True, help="Wait for another run when one has ended.")
 @click.option(
@@ -159,34 +139,22 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.objects import load_codec
     from fluffle_common.cli.settings import broker_url
+    from fluffle_common.protocol.events import Loaded
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
     from fluffle_worker.leaving import leave
-    from fluffle_worker.local.loading import use_local_rule
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task
-    from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
-    from fluffle_worker.task_loading import load_task
+    from fluffle_worker.task import classes_of, num_examples_of
 
     # Asked for again and again: our own node may be started later, and elsewhere.
     find = functools.partial(broker_url, options["url"])
     transport = AmqpTransport(find, f"fluffle worker {name} of {federation}")
-    classes = options["classes"]
-    task = load_task(
-        options["task"],
-        TaskOptions(
-            data=options["data"],
-            worker=name,
-            seed=options["seed"],
-            classes=tuple(classes.split(",")) if classes else None,
-        ),
-    )
+    task = _task(name, options)
     for codec in options["codecs"]:
         load_codec(codec, "--codec")
-    if options["local_rule"]:
-        use_local_rule(task, options["local_rule"])
     form = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,
@@ -194,11 +162,12 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         task=options["task"],
         heartbeat_s=options["heartbeat"],
         occupied_s=options["wait_id"],
+        state_dir=options["state_dir"] or Path("runs/workers", federation, name),
         stay=options["stay"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
-        tell = _teller(console, options["log_format"], transport)
+        tell = _teller(console, options["log_format"])
 
         def service() -> WorkerService:
             return WorkerService(
@@ -211,14 +180,38 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
                 form=form,
             )
 
-        found = classes_of(task)
-        told = f", classes {', '.join(found)}" if found else ""
-        num_examples = num_examples_of(task)
-        tell("loaded", {"task": settings.task, "num_examples": num_examples, "classes": told})
+        tell(
+            Loaded(
+                task=settings.task,
+                num_examples=num_examples_of(task),
+                classes=classes_of(task) or None,
+            )
+        )
         code, at_work = _until_the_end(service, tell)
     if at_work:
         leave(code)
     sys.exit(code)
+
+
+def _task(worker: str, options: dict[str, Any]) -> Task:
+    """Make the task of a worker, with the local rule that its owner wants."""
+    from fluffle_worker.local.loading import use_local_rule
+    from fluffle_worker.task import TaskOptions
+    from fluffle_worker.task_loading import load_task
+
+    classes = options["classes"]
+    task = load_task(
+        options["task"],
+        TaskOptions(
+            data=options["data"],
+            worker=worker,
+            seed=options["seed"],
+            classes=tuple(classes.split(",")) if classes else None,
+        ),
+    )
+    if options["local_rule"]:
+        use_local_rule(task, options["local_rule"])
+    return task
 
 
 def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[int, bool]:
@@ -226,6 +219,7 @@ def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[in
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.errors import FluffleError
+    from fluffle_common.protocol.events import Leaving
 
     made: list[WorkerService] = []
 
@@ -240,7 +234,7 @@ def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[in
         run_until_signalled(run())
         wrong = made[0].verdict()
     except Interrupted as signalled:
-        tell("interrupted", {})
+        tell(Leaving())
         return signalled.exit_code, at_work()
     except FluffleError as why:
         wrong = why
@@ -255,22 +249,15 @@ def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[in
     return 0, at_work()
 
 
-def _teller(console: Console, log_format: str, transport: Transport) -> Tell:
+def _teller(console: Console, log_format: str) -> Tell:
     """Return what tells of events: in lines for people, or for programs."""
+    from fluffle_common.protocol.events import Traceback
 
-    def tell(what: str, fields: dict[str, Any]) -> None:
-        if what == "traceback" and log_format != "json":
+    def tell(event: RunEvent) -> None:
+        if isinstance(event, Traceback) and log_format != "json":
             # It is for whoever wrote the task, at once and as it is.
-            echo(*str(fields["text"]).splitlines(), err=True)
+            echo(*event.sentence().splitlines(), err=True)
         else:
-            console.line(what, lambda: sentence(what, fields), fields)
-
-    def sentence(what: str, fields: dict[str, Any]) -> str:
-        words = {"address": transport.address, **fields}
-        words["verb"] = _VERBS.get(str(fields.get("kind")), "")
-        words["answer"] = _ANSWERS.get(str(fields.get("kind")), "")
-        loss = fields.get("loss")
-        words["loss"] = "" if loss is None else f", training loss {loss:.4f}"
-        return _SENTENCES[what].format(**words)
+            console.line(event.name, event.sentence, event.fields())
 
     return tell

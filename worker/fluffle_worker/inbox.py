@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, read_tensors
+from fluffle_common.protocol.codec import announced, decode, read_groups
+from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite
 from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject
 
-Tell = Callable[[str, dict[str, Any]], None]
+Tell = Callable[[RunEvent], object]
 
 _MOST_WAITING = 100
 _TRY_AGAIN_S = 0.05
@@ -29,8 +32,12 @@ def check_mail(body: Body, federation: str) -> None:
     message, payload = decode(body, federation)
     if not isinstance(message, ToWorker | Part):
         raise no_mail(message)
-    if isinstance(message, Fit | Evaluate) and message.transfer is None:
-        weights_of(message, payload)
+    if isinstance(message, Fit | Evaluate):
+        if message.transfer is None:
+            read_work(message, payload)
+        else:
+            announced(message)
+            Assembly(message.transfer, message.transfer.nbytes)
 
 
 def no_mail(message: Message) -> MalformedMessage:
@@ -38,18 +45,23 @@ def no_mail(message: Message) -> MalformedMessage:
     return MalformedMessage(f"a message of kind {message.kind} is no mail for a worker", "kind")
 
 
-def weights_of(message: Fit | Evaluate, payload: memoryview) -> Weights:
-    """Return the weights that work brings.
+def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, Weights]:
+    """Return the weights that work brings, and what the strategy broadcasts with them.
+
+    Groups of tensors that are not known here are passed over.
 
     Raises:
         MalformedMessage: where they are not what the message says, or not finite.
     """
-    weights = read_tensors(message.tensors, payload)
+    groups = read_groups(message.tensors, payload)
+    weights: Weights = groups[MODEL]
+    broadcast: Weights = groups.get(EXTRA, {})
     try:
         check_finite(weights)
+        check_finite(broadcast)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "not_finite") from None
-    return weights
+    return weights, broadcast
 
 
 class Refusals:
@@ -113,7 +125,7 @@ async def drain(
         try:
             check(delivery.body)
         except MalformedMessage as wrong:
-            tell("rejected", {"reason": str(wrong)})
+            tell(Rejected(reason=str(wrong), cause=wrong.cause))
             await refusals.refuse(link, delivery, wrong)
         else:
             delivery.ack()

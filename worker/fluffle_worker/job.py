@@ -27,16 +27,17 @@ from fluffle_common.tensors.codecs.base import (
     CodecError,
     UnknownCodec,
 )
-from fluffle_common.tensors.codecs.registry import CODECS, Registry, encoding_of
+from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
+from fluffle_common.tensors.groups import ExtraForm, check_extra, chosen, forms_of
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
-from fluffle_common.tensors.weights import Weights, delta
+from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
-from fluffle_worker.task import EvalResult, Progress, Task, TrainResult
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task, TrainResult
 from fluffle_worker.user_code import one_line
 
 
@@ -48,16 +49,19 @@ class NotWanted(Exception):
 class Job:
     """A work with its input, and its answer when there is one.
 
-    ``residual`` is what the answer leaves unsent.
+    ``broadcast`` came beside the weights; ``extra`` goes beside the answer's tensors; ``residual``
+    is what the answer leaves unsent.
     """
 
     work: Work
     message: Fit | Evaluate | InitRequest
     weights: Weights
+    broadcast: Weights = field(default_factory=dict)
     wanted: bool = True
     evaluation: Evaluation | None = None
     evaluation_sent: bool = False
     answer: tuple[Update | FirstWeights, Weights] | None = None
+    extra: Weights = field(default_factory=dict)
     residual: Residual = field(default_factory=Residual)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -123,10 +127,10 @@ def execute(
     if codec is None:
         job.answer, job.residual = (update, learnt), Residual(job.work)
     else:
-        seed = _seeded(message).seed
+        seed = _plan_of(message).seed
         job.answer, left = _encoded(update, learnt, codec, residual().before(job.work), seed)
         job.residual = Residual(job.work, left)
-    job.weights = {}  # the answer is kept for a while, these need not be
+    job.weights, job.broadcast = {}, {}  # the answer is kept for a while, these need not be
 
 
 def _trained(
@@ -135,15 +139,55 @@ def _trained(
     """Train; return the update, yet without its tensors, and what was learnt."""
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
-        rule.of_round(job.work.run, job.work.round)
+        rule.of_round(job.work.run, job.work.round, job.broadcast)
     began = time.monotonic()
-    trained = results.trained(task.train(lent(job.weights, task), _seeded(fit), step))
+    trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), step))
     seconds = time.monotonic() - began
     try:
         learnt = delta(trained.weights, job.weights)
     except ValueError as wrong:
         raise TaskError(f"train() returned other weights than it was given: {wrong}") from None
+    learnt = _chosen(learnt, fit.plan)
+    sent = rule.sent if isinstance(rule, BoundRule) else {}
+    job.extra = _extra(fit.plan.extra, {**sent, **trained.extra}, job.weights)
     return _update(ids, fit.round, trained, seconds), learnt
+
+
+def _chosen(learnt: Weights, plan: Plan) -> Weights:
+    """Return what is sent of a delta; what else the training changed stays here.
+
+    Raises:
+        TaskError: if that is nothing.
+    """
+    found = chosen(learnt, plan.train)
+    if not found:
+        names = ", ".join(plan.train or ())
+        raise TaskError(
+            f"the federation trains the tensors {names[:200]}, and this task's model has none of "
+            "them; its names are in 'fluffle peek' and in every checkpoint"
+        )
+    return found
+
+
+def _extra(wanted: ExtraForm | None, found: Weights, model: Weights) -> Weights:
+    """Return what is sent beside a delta: what was asked for, and nothing if nothing was.
+
+    Raises:
+        TaskError: if it is not there, or is not what was asked for.
+    """
+    if wanted is None:
+        return {}
+    if not found:
+        raise TaskError(
+            "the federation's strategy asks for extra tensors, and this worker's training makes "
+            "none; add the strategy's own rule by --local-rule"
+        )
+    try:
+        check_extra(forms_of(found), wanted, model)
+        check_finite(found)
+    except ValueError as wrong:
+        raise TaskError(f"not what the federation's strategy asks for: {wrong}") from None
+    return found
 
 
 def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
@@ -154,9 +198,9 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     """
     if plan.compress is None:
         return None
-    name = encoding_of(plan.compress)
+    name = plan.compress.kind
     try:
-        return codecs.parse(plan.compress)
+        return codecs.parse(str(plan.compress))
     except BrokenCodec as why:
         raise TaskError(str(why)) from why.__cause__
     except UnknownCodec:
@@ -192,14 +236,15 @@ def _first_weights(task: Task, seed: int) -> Weights:
     return made if getattr(task, "only_reads", False) else copied(made)
 
 
-def _seeded(message: Fit) -> Plan:
+def _plan_of(message: Fit) -> RoundPlan:
     """Give each round a seed of its own, the same whenever the round is trained again.
 
     The task may do with the plan's ``config`` what it likes.
     """
     seed = (message.plan.seed * 1_000_003 + message.round) % 2**63
     own = {"seed": seed, "config": dict(message.plan.config)}
-    return message.plan.model_copy(update=own)
+    at = {"run": message.run, "round": message.round}
+    return RoundPlan(**{**dict(message.plan), **own, **at})
 
 
 def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:

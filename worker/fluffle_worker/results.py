@@ -66,7 +66,8 @@ class Results:
                 "expected: on how many examples these weights were trained"
             )
         metrics = self._metrics("train", getattr(found, "metrics", None))
-        return TrainResult(arrays(found.weights, "train()"), num_examples, metrics)
+        extra = arrays(getattr(found, "extra", None) or {}, "train()", "the extra tensors")
+        return TrainResult(arrays(found.weights, "train()"), num_examples, metrics, extra)
 
     def evaluated(self, evaluate: Callable[[], Any]) -> EvalResult | None:
         """Return what ``evaluate`` returns; a result of no examples where it is of no use.
@@ -193,7 +194,7 @@ def count(value: Any) -> int:
         raise ValueError(f"is {_shown(value)}, a whole number is expected") from None
 
 
-def arrays(given: Any, whose: str) -> dict[str, Array]:
+def arrays(given: Any, whose: str, what: str = "the weights") -> dict[str, Array]:
     """Return the tensors that a task gives as NumPy arrays.
 
     Raises:
@@ -201,8 +202,7 @@ def arrays(given: Any, whose: str) -> dict[str, Array]:
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{whose} returned the weights {_shown(given)}; a mapping of names to arrays is "
-            "expected"
+            f"{whose} returned {what} {_shown(given)}; a mapping of names to arrays is expected"
         )
     made = {}
     for name, value in given.items():

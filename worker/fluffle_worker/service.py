@@ -7,25 +7,28 @@ acknowledged when it has been received, so that the broker never waits for train
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
-from fluffle_common.concurrency import run_all
-from fluffle_common.errors import (
-    FluffleError,
-    LinkLost,
-    MalformedMessage,
-    RefusedError,
-    RunError,
-    TaskError,
+from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
+from fluffle_common.protocol.codec import announced
+from fluffle_common.protocol.events import (
+    Abandoned,
+    Begun,
+    Ended,
+    Failure,
+    Late,
+    NotCounted,
+    Sent,
+    Welcomed,
 )
-from fluffle_common.protocol.codec import announced, decode
+from fluffle_common.protocol.exchanges import Exchanges
 from fluffle_common.protocol.messages import (
     Evaluate,
+    Exchange,
     Fit,
     InitRequest,
+    Message,
     Part,
     Refusal,
     Stop,
@@ -33,33 +36,25 @@ from fluffle_common.protocol.messages import (
     Verdict,
     Welcome,
 )
-from fluffle_common.protocol.metric_names import beside
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
-from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
-from fluffle_common.transport.reconnect import reconnecting
+from fluffle_common.transport.base import Link, Transport
+from fluffle_common.transport.messaging import Route, send
 from fluffle_worker import machine
+from fluffle_worker.connection import Connection
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Refusals, Tell, check_mail, drain, no_mail, weights_of
+from fluffle_worker.inbox import Tell, no_mail, read_work
 from fluffle_worker.job import Job
+from fluffle_worker.local.kept import keep_in
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
+from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task
 from fluffle_worker.trainer import Trainer
 from fluffle_worker.training_thread import Training
 from fluffle_worker.uploader import Uploader
-
-_INBOX_PREFETCH = 8
-_WAITING_EVERY_S = 15.0
-# A queue of ours that nobody uses for half an hour expires.
-_RENEW_EVERY_S = 600.0
-# What a line that tells of an update says besides its metrics.
-_FIELDS = frozenset({"event", "federation", "kind", "round", "time", "worker"})
-# How often a worker that was here first looks whether a coordinator has come.
-_LOOK_AGAIN_S = 0.5
 
 
 class WorkerService:
@@ -75,6 +70,7 @@ class WorkerService:
         training: where the task's code runs; a thread of its own unless told.
         form: what the task's model is made of; None: it is found out here.
         codecs: those that updates may be encoded by.
+        exchanges: who handles protocols in several phases.
     """
 
     def __init__(
@@ -89,11 +85,13 @@ class WorkerService:
         training: Training | None = None,
         form: Signature | None = None,
         codecs: Registry = CODECS,
+        exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._task = settings, task
-        self._transport, self._topology = transport, topology
         self._tell, self._bar = tell, bar
-        self._refusals = Refusals(topology, settings.worker)
+        self._topology, self._exchanges = topology, exchanges or Exchanges()
+        if settings.state_dir is not None:
+            keep_in(settings.state_dir, task)
         self._state = machine.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._welcomed: tuple[str, int, int] | None = None
@@ -102,16 +100,28 @@ class WorkerService:
         self._trained = False  # whether it has trained any round of this run
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
+        form = signature_of_task(task) if form is None else form
+        self._presence = Presence(settings, task, topology, form)
+        self._connection = Connection(
+            settings,
+            self._presence,
+            transport=transport,
+            topology=topology,
+            tell=tell,
+            opened=self._opened,
+            receive=self._take,
+            joined=lambda: self._run is not None,
+        )
         self._answers = Uploader(
             topology,
             settings.worker,
-            link=self._a_link,
+            link=self._connection.link,
             wanted=lambda job: self._jobs.get(job.work) is job,
             due=lambda job: self._state.sending == job.work,
             taken=self._sent,
             tell=tell,
             sent=self._sent_parts,
-            renew=self._renew_queues,
+            renew=self._connection.renew_queues,
         )
         self._trainer = Trainer(
             task,
@@ -124,9 +134,6 @@ class WorkerService:
             form=form,
             codecs=codecs,
         )
-        self._presence = Presence(settings, task, topology, self._trainer.form)
-        self._link: Link | None = None
-        self._linked = asyncio.Event()
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> str:
@@ -137,7 +144,7 @@ class WorkerService:
             BrokerError: where there has been no broker for too long.
         """
         tasks: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(self._links()),
+            asyncio.ensure_future(self._connection.run()),
             asyncio.ensure_future(self._answers.run()),
         ]
         try:
@@ -146,10 +153,10 @@ class WorkerService:
                 if task.done():
                     task.result()
             reason = self._ended.result()
-            await self._presence.bye(self._link, reason)
+            await self._presence.bye(self._connection.current, reason)
             return reason
         except asyncio.CancelledError:
-            await self._presence.bye(self._link, "stopped by its owner")
+            await self._presence.bye(self._connection.current, "stopped by its owner")
             raise
         finally:
             for job in self._jobs.values():
@@ -177,131 +184,19 @@ class WorkerService:
         """Whether the task's code may be at something; only the end of the process ends that."""
         return self._trainer.at_work
 
-    # --- the broker ----------------------------------------------------------------------------
-
-    async def _links(self) -> None:
-        def no_broker(reason: str, pause_s: float) -> None:
-            self._tell("no_broker", {"reason": reason, "pause_s": pause_s})
-
-        first, occupied_since = True, 0.0
-        async with contextlib.aclosing(
-            reconnecting(self._transport, self._settings.backoff, no_broker)
-        ) as opened:
-            async for link in opened:
-                try:
-                    await self._serve(link, first=first)
-                except QueueInUse:
-                    now = time.monotonic()
-                    patience = {"pause_s": self._settings.occupied_s}
-                    if first and not occupied_since:
-                        self._tell("occupied", patience)
-                    occupied_since = occupied_since or now
-                    # One who was in takes it for its own old connection, however long that lives.
-                    if first and now - occupied_since >= self._settings.occupied_s:
-                        raise RefusedError(
-                            f"another worker with the id '{self._settings.worker}' is connected to "
-                            f"federation {self._settings.federation}; give this one another --id"
-                        ) from None
-                    continue
-                except LinkLost as gone:
-                    self._tell("disconnected", {"reason": str(gone)})
-                finally:
-                    self._link = None
-                    self._linked.clear()
-                first, occupied_since = False, 0.0
-
-    async def _serve(self, link: Link, *, first: bool) -> None:
-        worker = self._settings.worker
-        inbox = self._topology.inbox(worker)
-        self._refusals.forget()
-        await link.declare(self._topology.queues_of(worker))
-        if first:
-            await self._drop_old_mail(link, inbox)
-        mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
-        self._assembly = self._welcomed = None
-        self._link = link
-        self._linked.set()
-        self._tell("connected", {})
-        await run_all(
-            self._read(link, mail),
-            self._be_heard(link),
-            self._until_lost(link),
-            self._say_that_we_wait(),
-            self._keep_queues(link),
-            tell_of_blocking(link, self._tell),
-        )
-
-    async def _drop_old_mail(self, link: Link, inbox: str) -> None:
-        """Drop what was meant for an earlier process, before any of it is delivered to this one."""
-        there = await link.counts(inbox)
-        if there is not None and not there.consumers:  # else it is another worker's mail
-            federation = self._settings.federation
-            await drain(
-                link,
-                inbox,
-                lambda body: check_mail(body, federation),
-                self._refusals,
-                self._tell,
-            )
-
-    async def _be_heard(self, link: Link) -> None:
-        """Give signs of life, once there is where they go: it is the coordinator that makes it."""
-        told = False
-        while not await link.exists(self._topology.results):
-            if not told:
-                self._tell("alone", {"federation": self._settings.federation})
-            told = True
-            await asyncio.sleep(_LOOK_AGAIN_S)
-        await self._refusals.send_waiting(link)
-        await self._presence.signs_of_life(link)
-
-    async def _keep_queues(self, link: Link) -> None:
-        """Let the broker know that our queues are wanted: those that nobody uses expire."""
-        while True:
-            await asyncio.sleep(_RENEW_EVERY_S)
-            await self._renew_queues(link)
-
-    async def _renew_queues(self, link: Link) -> None:
-        """Declare our queues again; an outbox that was gone has to be bound by the coordinator.
-
-        The inbox, which we consume, does not expire.
-        """
-        worker = self._settings.worker
-        gone = await link.counts(self._topology.outbox(worker)) is None
-        await link.declare(self._topology.queues_of(worker))
-        if gone:
-            await self._presence.greet(link)
-
-    async def _say_that_we_wait(self) -> None:
-        began = time.monotonic()
-        while self._run is None:
-            await asyncio.sleep(_WAITING_EVERY_S)
-            if self._run is None:
-                self._tell("waiting", {"waited_s": time.monotonic() - began})
-
-    async def _a_link(self) -> Link:
-        while self._link is None:
-            await self._linked.wait()
-        return self._link
-
-    async def _until_lost(self, link: Link) -> None:
-        await link.lost()
-        raise LinkLost("the link was lost")
-
     # --- what comes in -------------------------------------------------------------------------
 
-    async def _read(self, link: Link, mail: AsyncIterator[Delivery]) -> None:
-        async for delivery in mail:
-            try:
-                message, payload = decode(delivery.body, self._settings.federation)
-                self._receive(message, payload)
-            except MalformedMessage as wrong:
-                self._tell("rejected", {"reason": str(wrong)})
-                await self._refusals.refuse(link, delivery, wrong)
-            else:
-                delivery.ack()
+    def _opened(self) -> None:
+        """Forget what came over the last link: it comes again over this one."""
+        self._assembly = self._welcomed = None
 
-    def _receive(self, message: Any, payload: memoryview) -> None:
+    async def _take(self, link: Link, message: Message, payload: memoryview) -> None:
+        if isinstance(message, Exchange):
+            await self._exchange(link, message, payload)
+        else:
+            self._receive(message, payload)
+
+    def _receive(self, message: Message, payload: memoryview) -> None:
         match message:
             case Welcome(run=run, round=number, rounds=rounds):
                 if run != self._run:
@@ -310,11 +205,11 @@ class WorkerService:
                 self._presence.speak_up()
                 if self._welcomed != (run, number, rounds):  # else said already
                     self._welcomed = (run, number, rounds)
-                    self._tell("welcome", {"run": run, "round": number, "rounds": rounds})
+                    self._tell(Welcomed(run=run, round=number, rounds=rounds))
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
-                self._ask(Work("init", message.run, 0), message, {})
+                self._ask(Job(Work("init", message.run, 0), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
                 announced(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
@@ -333,12 +228,22 @@ class WorkerService:
             case _:
                 raise no_mail(message)
 
+    async def _exchange(self, link: Link, message: Exchange, payload: memoryview) -> None:
+        """Take part in a protocol in several phases; the answers are sent in their order."""
+        if message.run != self._run:
+            return  # as work of an earlier run
+        for sent, body in self._exchanges.receive(message, payload):
+            key = f"{sent.message.kind}.{self._settings.worker}"
+            await send(link, sent.message, Route(self._topology.results, [key]), body)
+
     def _judged(self, verdict: Verdict) -> None:
         """Take what became of an update that does not count."""
         if verdict.run != self._run:
             return
-        told = {"round": verdict.round, "reason": verdict.reason}
-        self._tell("late" if verdict.outcome == "late" else "not_counted", told)
+        if verdict.outcome == "late":
+            self._tell(Late(worker=self._settings.worker, round=verdict.round))
+        else:
+            self._tell(NotCounted(round=verdict.round, reason=verdict.reason))
         if verdict.train_again:
             self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base))
 
@@ -355,15 +260,15 @@ class WorkerService:
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
-        weights = weights_of(message, payload)
+        weights, broadcast = read_work(message, payload)
         kind = "fit" if isinstance(message, Fit) else "evaluate"
         attempt = message.attempt if isinstance(message, Fit) else 0
         work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
-        self._ask(work, message, weights)
+        self._ask(Job(work, message, weights, broadcast))
 
-    def _ask(self, work: Work, message: Fit | Evaluate | InitRequest, weights: Weights) -> None:
-        if work not in self._jobs:
-            self._jobs[work] = Job(work, message, weights)
+    def _ask(self, job: Job) -> None:
+        work = job.work
+        self._jobs.setdefault(work, job)
         self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
         self._advance(machine.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
@@ -380,7 +285,7 @@ class WorkerService:
                     self._begin(self._jobs[work])
                 case machine.Abandon(work):
                     self._jobs[work].wanted = False
-                    self._tell("abandoned", {"round": work.round})
+                    self._tell(Abandoned(round=work.round))
                 case machine.Send(work):
                     self._presence.now("sending", work)
                     self._answers.put(self._jobs[work])
@@ -388,11 +293,13 @@ class WorkerService:
                     self._jobs.pop(work).wanted = False
                 case machine.Report(work, reason):
                     self._failed_with = reason
-                    self._tell("failure", {"round": work.round, "reason": reason})
+                    self._tell(
+                        Failure(worker=self._settings.worker, round=work.round, reason=reason)
+                    )
                     self._presence.now("idle", work)
-                    self._presence.failed(self._link, work, reason)
+                    self._presence.failed(self._connection.current, work, reason)
                 case machine.Leave(reason):
-                    self._tell("ended", {"reason": reason})
+                    self._tell(Ended(reason=reason))
                     if self._settings.stay:
                         self._forget()
                     elif not self._ended.done():
@@ -412,7 +319,7 @@ class WorkerService:
             isinstance(job.message, Fit) and job.message.evaluate
         )
         self._presence.now("evaluating" if evaluating else "training", job.work)
-        self._tell("begin", {"round": job.work.round, "kind": job.work.kind})
+        self._tell(Begun(round=job.work.round, kind=job.work.kind))
 
         def evaluated() -> None:
             self._answers.put(job)
@@ -443,6 +350,5 @@ class WorkerService:
         if self._state.answered == job.work:  # there is no newer work yet
             self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None
-        metrics = answer.metrics if isinstance(answer, Update) else {}
-        told = {"round": job.work.round, "kind": job.work.kind, **beside(metrics, _FIELDS)}
-        self._tell("sent", told)
+        metrics = answer.metrics if isinstance(answer, Update) else None
+        self._tell(Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))

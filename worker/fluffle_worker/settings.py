@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fluffle_common.transport.reconnect import Backoff
 
@@ -20,6 +21,7 @@ class WorkerSettings:
             that was cut lives on in the broker for up to two of its heartbeats.
         stay: wait for another run when one has ended.
         max_model_bytes: the largest model taken.
+        state_dir: where a local rule's tensors are kept for a restart; None: in memory only.
         backoff: how to wait for a broker that is away.
     """
 
@@ -30,4 +32,5 @@ class WorkerSettings:
     occupied_s: float = 45.0
     stay: bool = False
     max_model_bytes: int = 8 * 2**30
+    state_dir: Path | None = None
     backoff: Backoff = field(default_factory=Backoff)

@@ -32,11 +32,13 @@ class TrainResult:
         num_examples: on how many examples they were trained; the weight in the average.
         metrics: anything worth knowing; ``loss`` is the mean training loss, and ``steps`` the
             number of local steps (the strategies qfedavg and fednova need them).
+        extra: tensors for a strategy that asks for some (``Needs.extra``); not sent to another.
     """
 
     weights: Weights
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    extra: Weights = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class EvalResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class RoundPlan(Plan):
+    """The plan of one round, as a task gets it: its ``seed`` is the round's own.
+
+    Args:
+        run: the id of the run.
+        round: the number of the round, from 1.
+    """
+
+    run: str = ""
+    round: int = 0
+
+
 class Task(Protocol):
     """One data owner's model and data.
 
@@ -57,6 +71,7 @@ class Task(Protocol):
     - ``only_reads = True``: it never writes to them, and so gets views instead of copies;
     - ``local_rule``: a ``local.bound.BoundRule`` that ``train`` applies to its gradients;
       ``--local-rule`` puts another in its place;
+    - ``keep_in(folder)``: where it may keep what has to outlive a restart of the worker;
     - ``model_form()``: the names of its tensors, with anything that has their ``dtype`` and
       ``shape``, such as ``jax.eval_shape`` returns. Otherwise ``init(0)`` is called for that when
       the worker starts.
@@ -68,7 +83,7 @@ class Task(Protocol):
     def init(self, seed: int) -> Weights:
         """Make first weights; the same for the same seed, whichever worker is asked."""
 
-    def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
+    def train(self, weights: Weights, plan: RoundPlan, progress: Progress) -> TrainResult:
         """Train these weights on the local data; called in a thread of its own."""
 
     def evaluate(self, weights: Weights) -> EvalResult | None:

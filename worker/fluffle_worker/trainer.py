@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
@@ -17,7 +18,6 @@ from fluffle_worker.inbox import Tell
 from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task
 from fluffle_worker.training_thread import Training, TrainingThread
 from fluffle_worker.user_code import one_line
@@ -33,8 +33,8 @@ class Trainer:
         progress: told of each step: ``(work, step, steps, loss)``.
         done: told what has become of a job.
         tell: told, once each, what of the task's is not fit for use, and of its tracebacks.
+        form: what the task's model is made of.
         training: where the task's code runs; a thread of its own unless told.
-        form: what the task's model is made of; None: it is found out here.
         codecs: those that updates may be encoded by.
     """
 
@@ -47,18 +47,17 @@ class Trainer:
         progress: Callable[[Work, int, int, float | None], object],
         done: Callable[[machine.Event], object],
         tell: Tell,
+        form: Signature,
         training: Training | None = None,
-        form: Signature | None = None,
         codecs: Registry = CODECS,
     ) -> None:
-        self.form = signature_of_task(task) if form is None else form
-        self._task, self._sender, self._codecs = task, sender, codecs
+        self._task, self._sender, self._form, self._codecs = task, sender, form, codecs
         self._residual, self._progress, self._done = residual, progress, done
         self._training: Training = training or TrainingThread()
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         self._results = Results(
-            say=lambda reason: self._to_loop(tell, "unfit", {"reason": reason}),
-            trace=lambda text: self._to_loop(tell, "traceback", {"text": text}),
+            say=lambda reason: self._to_loop(tell, Unfit(reason=reason)),
+            trace=lambda text: self._to_loop(tell, Traceback(text=text)),
         )
         self._under_way = 0
         self._cut_short = False
@@ -92,7 +91,7 @@ class Trainer:
                 progress=functools.partial(self._to_loop, self._progress, job.work),
                 residual=self._residual,
                 results=self._results,
-                form=self.form,
+                form=self._form,
                 codecs=self._codecs,
             )
         except NotWanted:

@@ -9,8 +9,10 @@ from collections.abc import Awaitable, Callable
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
+from fluffle_common.protocol.events import Unsent
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, read_part, send, send_tensors
@@ -99,7 +101,7 @@ class Uploader:
                     await self._send(link, job)
                 except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
-                    self._tell("unsent", {"round": job.work.round, "reason": str(why)})
+                    self._tell(Unsent(round=job.work.round, reason=str(why)))
                     await asyncio.sleep(_FULL_PAUSE_S)
                 except _NotWanted:
                     break
@@ -151,6 +153,7 @@ class Uploader:
                 message,
                 weights,
                 Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
+                beside={EXTRA: job.extra},
                 # Kept here until there is newer work, and sent again when asked: so not on disk
                 # there.
                 parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli.app import federation_option, queue_type_option
+from fluffle_common.cli.app import (
+    federation_option,
+    management_option,
+    queue_type_option,
+    url_option,
+)
 from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable
 
 if TYPE_CHECKING:
@@ -57,6 +62,7 @@ def broker() -> None:
       fluffle broker status        is it up, since when, how much memory
       fluffle broker down          stop it; its data stays for the next 'up'
       fluffle broker permissions   the least that a worker's user needs
+      fluffle broker apply-policy  how much the queues may hold, on another broker
     """
 
 
@@ -200,6 +206,42 @@ def permissions(**options: Any) -> None:
         made_up = permissions.apply(each, options["vhost"], run, password)
         shown = f"; made with the password {made_up}" if made_up else ""
         echo(f"user {each.user} has its rights in vhost {options['vhost']}{shown}")
+
+
+@broker.command("apply-policy")
+@federation_option
+@url_option
+@management_option
+@click.option("--print", "prints", is_flag=True, help="Print rabbitmqctl lines instead.")
+def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
+    """Set how much a federation's queues may hold, on a broker of your own.
+
+    As policies, by the management API, which takes a user with the tag policymaker; with --print,
+    as rabbitmqctl lines. Once for each federation, before or after its queues are made. The node
+    of 'fluffle broker up' has them for every federation already.
+
+    To change a limit later, set the policy again with another number: it holds at once, and nobody
+    has to start anew. docs/brokers.md has the limits.
+
+    \b
+      fluffle broker apply-policy --federation letters --url amqp://admin:pw@host
+      fluffle broker apply-policy --federation letters --print
+    """
+    from urllib.parse import unquote
+
+    from fluffle_broker.node import policies
+    from fluffle_common.cli.settings import broker_url, check_federation, management_of
+    from fluffle_common.protocol import topology
+    from fluffle_common.transport.rabbitmq.management import vhost
+
+    wanted = topology.policies(check_federation(federation))
+    address = broker_url(url)
+    where = unquote(vhost(address))
+    if prints:
+        echo(*policies.shell_lines(wanted, where))
+        return
+    policies.apply(wanted, address, management_of(address, management))
+    echo(f"the queues of federation {federation} are bounded by {len(wanted)} policies in {where}")
 
 
 def _rabbitmqctl(state: Path) -> str:

@@ -137,6 +137,8 @@ def show_reading(reading: DecodedMessage, now: float, before: str = "") -> None:
 
 def _tensors(reading: DecodedMessage, *, wide: bool) -> Table:
     """Draw a row a tensor; a narrow terminal has no room for the least, mean and largest value."""
+    from fluffle_common.tensors.table import MODEL
+
     shown = reading.tensors[:MOST_ROWS]
     left = len(reading.tensors) - len(shown)
     more = f"   … and {left} more tensors; --json has them all" if left else None
@@ -148,7 +150,7 @@ def _tensors(reading: DecodedMessage, *, wide: bool) -> Table:
     for tensor in shown:
         numbers = [getattr(tensor, name) for name in values]
         rows.add_row(
-            f"   {tensor.name}",
+            f"   {tensor.name}" + f" ({tensor.group})" * (tensor.group != MODEL),
             tensor.dtype,
             "x".join(map(str, tensor.shape)) or "scalar",
             *("-" if number is None else f"{number:.4g}" for number in numbers),

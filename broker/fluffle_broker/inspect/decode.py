@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, read_tensors
+from fluffle_common.protocol.codec import decode, read_groups
 from fluffle_common.protocol.messages import Message, Part, Transfer
-from fluffle_common.tensors.table import TensorEntry
-from fluffle_common.tensors.weights import Array
+from fluffle_common.tensors.table import MODEL, TensorEntry
+from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Delivery
 
 _FIRST_BYTES = 48
@@ -32,6 +32,7 @@ class TensorFacts:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    group: str = MODEL
     norm: float | None = None
     min: float | None = None
     max: float | None = None
@@ -166,14 +167,15 @@ def part_of(reading: DecodedMessage) -> tuple[int, int | None] | None:
 
 
 def _facts(table: tuple[TensorEntry, ...], payload: memoryview | None) -> tuple[TensorFacts, ...]:
-    values: Mapping[str, Array] = {} if payload is None else read_tensors(table, payload)
+    groups: Mapping[str, Weights] = {} if payload is None else read_groups(table, payload)
     return tuple(
         TensorFacts(
             entry.name,
             entry.dtype,
             entry.shape,
             entry.nbytes,
-            **_measured(values[entry.name]) if entry.name in values else {},
+            group=entry.group,
+            **_measured(groups[entry.group][entry.name]) if groups else {},
         )
         for entry in table
     )

@@ -95,12 +95,27 @@ def hints(found: Look) -> list[str]:
             lines.append(printable(f"{name}: {hint}"))
     if absent:
         lines.append(printable(_not_connected(absent)))
+    if unbounded := [found.short_name(queue) for queue in found.queues if queue.limited is False]:
+        lines.append(printable(_unbounded(unbounded, found.topology.federation)))
     return lines
+
+
+def _unbounded(names: Sequence[str], federation: str) -> str:
+    which = f"queue {names[0]}" if len(names) == 1 else f"these {len(names)} queues"
+    listed = "" if len(names) == 1 else f" ({_listed(names)})"
+    return (
+        f"no policy limits how much {which} may hold{listed}: "
+        f"fluffle broker apply-policy --federation {federation}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - _MOST_NAMES
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{', '.join(names[:_MOST_NAMES])}{more}"
 
 
 def _not_connected(workers: Sequence[str]) -> str:
     if len(workers) == 1:
         return f"worker {workers[0]} is not connected"
-    rest = len(workers) - _MOST_NAMES
-    more = f" and {rest} more" if rest > 0 else ""
-    return f"{len(workers)} workers are not connected: {', '.join(workers[:_MOST_NAMES])}{more}"
+    return f"{len(workers)} workers are not connected: {_listed(workers)}"

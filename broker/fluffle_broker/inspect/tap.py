@@ -25,7 +25,7 @@ LOOK_AGAIN_S = 10.0
 # While there is nothing to be bound to: nobody has come to this federation yet.
 LOOK_SOON_S = 1.0
 WORK_KINDS = kinds_of(ToWorker)
-KINDS = (*WORK_KINDS, *UPDATE_KINDS, *PRESENCE_KINDS, "part")
+KINDS = tuple(dict.fromkeys((*WORK_KINDS, *UPDATE_KINDS, *PRESENCE_KINDS, "part")))
 _WITH_A_WORKER = ("hello", "heartbeat")
 
 

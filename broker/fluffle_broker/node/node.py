@@ -17,10 +17,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fluffle_broker.node import container, launch, network, packages, processes, record
+from fluffle_broker.node import (
+    container,
+    launch,
+    network,
+    packages,
+    policies,
+    processes,
+    record,
+)
 from fluffle_broker.node.packages import Installation
 from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
+from fluffle_common.protocol import topology
 
 __all__ = ["NodeInfo", "Ports", "down", "running_node", "up"]
 
@@ -124,6 +133,7 @@ def _start(
         info = dataclasses.replace(info, pid=pid, born=processes.birth(pid))
         record.save(info)
         if ready := _await_ready(info):
+            _bound(ready, say)
             return ready
         raise BrokerError(launch.why_it_failed(info))
     except BaseException:  # Ctrl-C as well: what was begun is ended
@@ -137,12 +147,22 @@ def _start_container(info: NodeInfo, extra_conf: str, say: Say) -> NodeInfo:
     try:
         container.start(info, extra_conf)
         if ready := _await_ready(info):
+            _bound(ready, say)
             return ready
         raise BrokerError("the container ended at once; 'docker ps --all' lists it")
     except BaseException:
         with contextlib.suppress(BrokerError):  # the first error tells more
             _forget(info)
         raise
+
+
+def _bound(info: NodeInfo, say: Say) -> None:
+    """Bound the queues of every federation, unless an operator has said otherwise before."""
+    base = info.management_url.rstrip("/")
+    try:
+        policies.apply(topology.policies(), info.url, base, keep=True)
+    except BrokerError as why:  # such as guest's password, which its operator has changed
+        say(f"the limits of queues are not set: {why}")
 
 
 def _await_ready(info: NodeInfo) -> NodeInfo | None:

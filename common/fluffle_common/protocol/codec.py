@@ -27,12 +27,14 @@ from fluffle_common.protocol.messages import (
     Message,
     Part,
     Refusal,
+    TensorHeader,
     Transfer,
     WithTensors,
     parse,
     told_of,
 )
 from fluffle_common.tensors.digest import blake3_of
+from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of, placed
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -41,9 +43,8 @@ from fluffle_common.tensors.layout import (
     as_maps,
     bytes_of,
     layout_for,
-    layout_of,
 )
-from fluffle_common.tensors.table import MAX_TENSORS, TensorEntry
+from fluffle_common.tensors.table import MAX_TENSORS, MODEL, TensorEntry
 
 # Of any message; enough for as many tensors as there may be, with names of an ordinary length.
 MAX_HEADER_BYTES = 16 * 2**20
@@ -84,7 +85,7 @@ def encode(
     pieces = payload if isinstance(payload, list) else [payload]
     nbytes = sum(map(len, pieces))
     header = message.model_dump(exclude=_APART, exclude_none=True)
-    if isinstance(message, WithTensors):
+    if isinstance(message, TensorHeader):
         header["tensors"] = as_maps(message.tensors if table is None else table)
     if nbytes:
         header["pad"] = b""  # the last, so that it can be filled up behind its length
@@ -205,8 +206,14 @@ def _payload(view: memoryview, start: int) -> memoryview:
     return payload
 
 
-def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]]:
+def lay_out(
+    weights: Weights, beside: Groups = NO_GROUPS
+) -> tuple[tuple[TensorEntry, ...], list[memoryview]]:
     """Lay tensors out one behind the other in a payload.
+
+    Args:
+        weights: the tensors of the model's group.
+        beside: those of other groups, which follow; an empty group does not travel.
 
     Returns:
         The tensor table, and the pieces (views of the arrays, and padding between them) that
@@ -217,30 +224,52 @@ def lay_out(weights: Weights) -> tuple[tuple[TensorEntry, ...], list[memoryview]
         ValueError: for a dtype that does not travel.
     """
     layout = layout_for(weights)
-    if isinstance(weights, Tensors) and weights.memory is not None:
-        return layout.table, [weights.memory]
+    table, pieces, end = layout.table, _pieces(layout, weights), layout.nbytes
+    for group, tensors in beside.items():
+        if not tensors:
+            continue
+        layout = layout_for(tensors)
+        start = end + -end % ALIGNMENT
+        if start > end:
+            pieces.append(memoryview(bytes(start - end)))
+        table += placed(layout, group, start)
+        pieces += _pieces(layout, tensors)
+        end = start + layout.nbytes
+    return table, pieces
+
+
+def _pieces(layout: Layout, tensors: Weights) -> list[memoryview]:
+    if isinstance(tensors, Tensors) and tensors.memory is not None:
+        return [tensors.memory]
     pieces: list[memoryview] = []
     end = 0
-    for entry, tensor in zip(layout.table, weights.values(), strict=True):
+    for entry, tensor in zip(layout.table, tensors.values(), strict=True):
         if entry.offset > end:
             pieces.append(memoryview(bytes(entry.offset - end)))
         if entry.nbytes:
             pieces.append(bytes_of(tensor))
         end = entry.offset + entry.nbytes
-    return layout.table, pieces
+    return pieces
 
 
-def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors:
-    """Return the tensors of a table as read-only views into the payload.
+def read_groups(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str, Tensors]:
+    """Return the tensors of a table, group by group, as read-only views into the payload.
+
+    The group of the model is there in any case, if only an empty one.
 
     Raises:
         MalformedMessage: of cause ``tensors``, where an entry is not what it says, or does not lie
             in the payload behind the entry before it.
     """
     try:
-        return layout_of(table).over(payload)
+        return groups_of(table).over(payload)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
+
+
+def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors:
+    """Return the tensors of the model's group; see ``read_groups``."""
+    return read_groups(table, payload)[MODEL]
 
 
 class Packing:
@@ -248,15 +277,16 @@ class Packing:
 
     Args:
         message: the header, yet without its table of tensors.
-        weights: the tensors.
+        weights: the tensors of the model's group.
+        beside: those of other groups.
 
     Raises:
         ValueError: for a dtype that does not travel.
     """
 
-    def __init__(self, message: WithTensors, weights: Weights) -> None:
+    def __init__(self, message: WithTensors, weights: Weights, beside: Groups = NO_GROUPS) -> None:
         self._message = message
-        self._table, self._pieces = lay_out(weights)
+        self._table, self._pieces = lay_out(weights, beside)
         self.nbytes = sum(map(len, self._pieces))
         fits = self.nbytes <= PART_BYTES
         self.parts = 0 if fits else -(-self.nbytes // PART_BYTES)
@@ -282,14 +312,16 @@ class Packing:
         return _digest(self._pieces)
 
 
-def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
+def pack(
+    message: WithTensors, weights: Weights, beside: Groups = NO_GROUPS
+) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
     """Pack a message that carries tensors.
 
     Returns:
         The transfer that it announces, its body, and the bodies of its parts: none of either where
         the payload fits into the message itself. Parts are made one at a time, as asked for.
     """
-    packing = Packing(message, weights)
+    packing = Packing(message, weights, beside)
     if not packing.parts:
         return None, packing.body(), iter(())
     body = packing.body(packing.digest())
@@ -298,9 +330,9 @@ def pack(message: WithTensors, weights: Weights) -> tuple[Transfer | None, bytes
     return announced.transfer, body, packing.bodies()
 
 
-def digest_of(weights: Weights) -> str:
-    """Return the digest with which weights travel, where they travel in parts."""
-    return _digest(lay_out(weights)[1])
+def digest_of(weights: Weights, beside: Groups = NO_GROUPS) -> str:
+    """Return the digest with which tensors travel, where they travel in parts."""
+    return _digest(lay_out(weights, beside)[1])
 
 
 def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
@@ -328,7 +360,7 @@ def digest_of_parts(hashes: Iterable[bytes]) -> str:
     return blake3_of(hashes).hex()
 
 
-def announced(message: WithTensors) -> Layout:
+def announced(message: WithTensors) -> GroupedLayout:
     """Return how the tensors lie in a payload that is announced, before anything of it is fetched.
 
     Raises:
@@ -337,7 +369,7 @@ def announced(message: WithTensors) -> Layout:
     assert message.transfer is not None
     nbytes = message.transfer.nbytes
     try:
-        layout = layout_of(message.tensors)
+        layout = groups_of(message.tensors)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
     if layout.nbytes != nbytes:

@@ -2,14 +2,18 @@
 
 The coordinator declares what is shared, and binds. A worker declares its own two queues and needs
 no right to anything else. Declaring again with the same arguments changes nothing, with others it
-is an error: so all arguments live here.
+is an error for everybody. So an argument is only what belongs to the meaning of a queue, and how
+much it may hold is a policy, which an operator can change at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
+
+from fluffle_common.protocol.messages import FEDERATION_PATTERN
 
 ArgumentValue = str | int | bool
 QueueType = Literal["classic", "quorum"]
@@ -39,11 +43,36 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Queue:
-    """A queue to declare; always durable. ``purpose`` is what ``fluffle queues`` says of it."""
+    """A queue to declare; always durable.
+
+    Args:
+        name: of the queue.
+        purpose: what ``fluffle queues`` says of it.
+        arguments: what it is declared with.
+        limits: how much it may hold, in the words of a policy; nobody declares that.
+    """
 
     name: str
     purpose: str
     arguments: dict[str, ArgumentValue] = field(default_factory=dict)
+    limits: dict[str, ArgumentValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The limits of some queues, as RabbitMQ takes them.
+
+    Args:
+        name: of the policy.
+        pattern: a regular expression; the queues whose names it is found in.
+        definition: the limits.
+        priority: of the policies that match a queue, the one with the highest counts, alone.
+    """
+
+    name: str
+    pattern: str
+    definition: dict[str, ArgumentValue]
+    priority: int
 
 
 @dataclass(frozen=True)
@@ -130,15 +159,15 @@ class Topology:
             self._queue(
                 self.unrouted,
                 "results that no queue was bound for; should be empty",
-                {"x-max-length": _REJECTED_MESSAGES, "x-overflow": "drop-head"},
+                limits={"max-length": _REJECTED_MESSAGES, "overflow": "drop-head"},
             ),
             self._queue(
                 self.rejected,
                 "messages that were refused, each with its reason in its headers",
-                {
-                    "x-max-length": _REJECTED_MESSAGES,
-                    "x-max-length-bytes": _REJECTED_BYTES,
-                    "x-overflow": "drop-head",
+                limits={
+                    "max-length": _REJECTED_MESSAGES,
+                    "max-length-bytes": _REJECTED_BYTES,
+                    "overflow": "drop-head",
                 },
             ),
             self._queue(
@@ -147,21 +176,17 @@ class Topology:
                 "unacknowledged until their round is committed",
                 {
                     "x-single-active-consumer": True,
-                    # Full means wait: the sender is told, keeps its update and tries again.
-                    "x-max-length-bytes": _UPDATES_BYTES,
-                    "x-overflow": "reject-publish",
                     "x-dead-letter-exchange": "",
                     "x-dead-letter-routing-key": self.rejected,
                 },
+                # Full means wait: the sender is told, keeps its update and tries again.
+                {"max-length-bytes": _UPDATES_BYTES, "overflow": "reject-publish"},
             ),
             self._queue(
                 self.presence,
                 "signs of life from the workers: hello, heartbeat, bye, failure",
-                {
-                    "x-message-ttl": _PRESENCE_TTL_MS,
-                    "x-max-length": _PRESENCE_MESSAGES,
-                    "x-overflow": "drop-head",
-                },
+                {"x-message-ttl": _PRESENCE_TTL_MS},  # an older one tells nothing
+                {"max-length": _PRESENCE_MESSAGES, "overflow": "drop-head"},
             ),
             self.journal_stream(),
             *(Binding(self.updates, self.results, f"{kind}.#") for kind in UPDATE_KINDS),
@@ -177,10 +202,10 @@ class Topology:
             "every event of the federation, to be read again at any time; nothing is taken out",
             {
                 "x-queue-type": "stream",
-                "x-max-length-bytes": _JOURNAL_BYTES,
-                "x-max-age": _JOURNAL_AGE,
+                # The oldest segment goes as a whole. No policy cuts a stream that exists anew.
                 "x-stream-max-segment-size-bytes": _JOURNAL_BYTES // 16,
             },
+            {"max-length-bytes": _JOURNAL_BYTES, "max-age": _JOURNAL_AGE},
         )
 
     def of_worker(self, worker: str) -> list[Entity]:
@@ -200,20 +225,15 @@ class Topology:
             self._queue(
                 self.inbox(worker),
                 f"mail for worker {worker}: the work of a round",
-                {
-                    "x-expires": _ABSENT_MS,
-                    "x-max-length-bytes": _INBOX_BYTES,
-                    "x-overflow": "drop-head",
-                },
+                # Without it, the queues of workers that never come again would stay for good.
+                {"x-expires": _ABSENT_MS},
+                {"max-length-bytes": _INBOX_BYTES, "overflow": "drop-head"},
             ),
             self._queue(
                 self.outbox(worker),
                 f"parts of an update of worker {worker} that is too large for one message",
-                {
-                    "x-expires": _ABSENT_MS,
-                    "x-max-length-bytes": _INBOX_BYTES,
-                    "x-overflow": "reject-publish",
-                },
+                {"x-expires": _ABSENT_MS},
+                {"max-length-bytes": _INBOX_BYTES, "overflow": "reject-publish"},
             ),
         ]
 
@@ -248,8 +268,34 @@ class Topology:
                 entities = self.queues_of(queue.removeprefix(prefix))
         return next((e for e in entities if isinstance(e, Queue) and e.name == queue), None)
 
-    def _queue(self, name: str, purpose: str, arguments: dict[str, ArgumentValue]) -> Queue:
-        return Queue(name, purpose, {"x-queue-type": self.queue_type, **arguments})
+    def _queue(
+        self,
+        name: str,
+        purpose: str,
+        arguments: Mapping[str, ArgumentValue] = MappingProxyType({}),
+        limits: Mapping[str, ArgumentValue] = MappingProxyType({}),
+    ) -> Queue:
+        own = {"x-queue-type": self.queue_type, **arguments}
+        return Queue(name, purpose, own, dict(limits))
+
+
+def policies(federation: str | None = None) -> list[Policy]:
+    """Return the policies that bound a federation's queues; None: those of every federation.
+
+    >>> [one.name for one in policies("letters")][:2]
+    ['fluffle.letters.unrouted', 'fluffle.letters.rejected']
+    """
+    # What is said of one federation counts for more than what is said of all.
+    name, priority = (f"fluffle.{federation}", 1) if federation else ("fluffle", 0)
+    head = federation or FEDERATION_PATTERN.strip("^$")
+    topology = Topology(federation or "any")
+    shared = [one for one in topology.shared() if isinstance(one, Queue)]
+    found = []
+    for queue in (*shared, *topology.queues_of("W")):
+        kind = queue.name.split(".")[1]
+        tail = rf"{kind}\..+" if queue.name.endswith(".W") else kind
+        found.append(Policy(f"{name}.{kind}", rf"^{head}\.{tail}$", queue.limits, priority))
+    return found
 
 
 def lock_of(queue: str) -> str:
@@ -264,6 +310,6 @@ def lock_of(queue: str) -> str:
 
 _LOCK_PURPOSE = "always empty; held by the one who alone reads the queue it is named after"
 _TAP_PURPOSE = "copies of the traffic for someone who looks ('fluffle tap'); goes with them"
-UPDATE_KINDS = ("update", "evaluation", "first_weights")
+UPDATE_KINDS = ("update", "evaluation", "first_weights", "exchange")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")
 _REJECTING = "rejected"

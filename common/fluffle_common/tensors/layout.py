@@ -19,6 +19,7 @@ from fluffle_common.tensors.table import (
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
+    MODEL,
     MOST_TENSORS_KEPT,
     TABLES_KEPT,
     TensorEntry,
@@ -139,16 +140,9 @@ class Layout:
             ValueError: where it has not ``nbytes`` bytes.
         """
         if len(memory) != self.nbytes:
-            raise ValueError(self._misfit(len(memory)))
+            raise ValueError(misfit(self.table, self.nbytes, len(memory)))
         flat = None if self.dtype is None else np.frombuffer(memory, self.dtype)
         return Tensors(self, memoryview(memory), flat)
-
-    def _misfit(self, there: int) -> str:
-        for entry in self.table:
-            end = entry.offset + entry.nbytes
-            if end > there:
-                return f"tensor '{entry.name}' ends at byte {end}, the payload has {there}"
-        return f"{there - self.nbytes} bytes of the payload belong to no tensor"
 
     def empty(self) -> Tensors:
         """Return tensors with any values; what is between them is 0, since it travels with them."""
@@ -258,6 +252,15 @@ def layout_of_signature(form: Signature) -> Layout:
     return _layout_of_signature(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
 
 
+def misfit(table: tuple[TensorEntry, ...], nbytes: int, there: int) -> str:
+    """Say why a payload of ``there`` bytes does not go with a table that ends at ``nbytes``."""
+    for entry in table:
+        end = entry.offset + entry.nbytes
+        if end > there:
+            return f"tensor '{entry.name}' ends at byte {end}, the payload has {there}"
+    return f"{there - nbytes} bytes of the payload belong to no tensor"
+
+
 def bytes_of(tensor: Array) -> memoryview:
     """Return a tensor as it travels; one that is little-endian and C-contiguous is not copied."""
     if not tensor.size:
@@ -268,12 +271,19 @@ def bytes_of(tensor: Array) -> memoryview:
 
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     """Return a table as it is on the wire."""
-    return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [e._asdict() for e in table]
+    return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [*map(_as_map, table)]
 
 
 @functools.lru_cache(TABLES_KEPT)
 def _as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
-    return [entry._asdict() for entry in table]
+    return [*map(_as_map, table)]
+
+
+def _as_map(entry: TensorEntry) -> dict[str, Any]:
+    told = entry._asdict()
+    if entry.group == MODEL:
+        del told["group"]
+    return told
 
 
 @functools.lru_cache(TABLES_KEPT)
@@ -338,7 +348,7 @@ def _told(name: object) -> str:
 def _checked(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
     places: dict[str, Place] = {}
     end = 0
-    for name, called, shape, offset, nbytes in table:
+    for name, called, shape, offset, nbytes, _ in table:
         dtype = _READ.get(called)
         if dtype is None:
             raise ValueError(f"tensor '{name}' has the unknown dtype '{called}'")

@@ -28,9 +28,10 @@ from collections.abc import (
 )
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from fluffle_common.errors import BrokerError
+from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
 from fluffle_common.protocol.topology import Binding, Entity, Queue
 
 HeaderValue = str | int | float | bool
@@ -287,11 +288,11 @@ class Transport(Protocol):
         """
 
 
-async def tell_of_blocking(link: Link, tell: Callable[[str, dict[str, Any]], object]) -> None:
+async def tell_of_blocking(link: Link, tell: Callable[[RunEvent], object]) -> None:
     """Tell, for ever, when the broker begins to take nothing from us, and when that ends."""
     async with contextlib.aclosing(link.blocking()) as news:
         async for reason in news:
             if reason is not None:
-                tell("blocked", {"reason": reason})
+                tell(Blocked(reason=reason))
             else:
-                tell("unblocked", {})
+                tell(Unblocked())

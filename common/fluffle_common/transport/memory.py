@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
+from fluffle_common.protocol.topology import ArgumentValue, Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
     NAMED,
     Blocking,
@@ -72,16 +72,22 @@ class _Queue:
     def ready_bytes(self) -> int:
         return sum(len(stored.body) for stored in self.ready)
 
+    @property
+    def limits(self) -> dict[str, ArgumentValue]:
+        """What it was declared with, and what a policy would say; here it is always applied."""
+        declared = {key.removeprefix("x-"): of for key, of in self.spec.arguments.items()}
+        return {**self.spec.limits, **declared}
+
     def put(self, stored: _Stored) -> None:
-        arguments = self.spec.arguments
-        most, most_bytes = arguments.get("x-max-length"), arguments.get("x-max-length-bytes")
+        limits = self.limits
+        most, most_bytes = limits.get("max-length"), limits.get("max-length-bytes")
 
         def over(count: int, nbytes: int) -> bool:
             return (most is not None and count > int(most)) or (
                 most_bytes is not None and nbytes > int(most_bytes)
             )
 
-        if arguments.get("x-overflow") == "reject-publish" and over(
+        if limits.get("overflow") == "reject-publish" and over(
             len(self.ready) + 1, self.ready_bytes + len(stored.body)
         ):
             raise QueueFull(f"queue '{self.spec.name}' is full")
@@ -428,10 +434,7 @@ class MemoryBroker(Transport):
         elif isinstance(entity, Queue):
             known = self.queues.setdefault(entity.name, _Queue(entity)).spec
             if known.arguments != entity.arguments:
-                raise OtherArguments(
-                    f"the broker has '{entity.name}' with other settings; use the same "
-                    "--queue-type everywhere, or delete the old queue"
-                )
+                raise OtherArguments(_otherwise(entity, known))
 
     def delete(self, queue: str) -> None:
         """Delete a queue and what is bound to it."""
@@ -462,6 +465,17 @@ class MemoryBroker(Transport):
         if not found and spec.alternate:
             return self._targets(spec.alternate, key)
         return found
+
+
+def _otherwise(wanted: Queue, known: Queue) -> str:
+    """Say what is there with other arguments, and what to do about it."""
+    wanted_type, known_type = (one.arguments.get("x-queue-type") for one in (wanted, known))
+    if wanted_type != known_type:
+        return (
+            f"the broker has '{wanted.name}' with other settings; use the same --queue-type "
+            "everywhere, or delete the old queue"
+        )
+    return f"queue '{wanted.name}' was made by another version of fluffle; delete it"
 
 
 def _matches(exchange: Exchange, pattern: str, key: str) -> bool:

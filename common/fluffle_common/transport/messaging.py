@@ -19,6 +19,7 @@ from fluffle_common.protocol.codec import (
 )
 from fluffle_common.protocol.messages import Message, Part, WithTensors
 from fluffle_common.protocol.transfer import Incoming
+from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import NAMED, Body, Delivery, HeaderValue, Link, Properties
 
@@ -66,6 +67,7 @@ async def send_tensors(
     weights: Weights,
     route: Route,
     *,
+    beside: Groups = NO_GROUPS,
     parts: Route | None = None,
     before_parts: Callable[[], Awaitable[None]] | None = None,
     progress: Progress | None = None,
@@ -76,15 +78,16 @@ async def send_tensors(
     Args:
         link: the way to the broker.
         message: the header, yet without its table of tensors.
-        weights: the tensors.
+        weights: the tensors of the model's group.
         route: where the message goes.
+        beside: tensors of other groups.
         parts: where its parts go, ahead of it; None sends them after it, the same way.
         before_parts: called first, if there are parts at all.
         progress: told how many parts of how many the broker has taken.
-        digest: what ``codec.digest_of`` returns for the weights, where somebody works it out
+        digest: what ``codec.digest_of`` returns for the tensors, where somebody works it out
             already.
     """
-    packing = Packing(message, weights)
+    packing = Packing(message, weights, beside)
     if not packing.parts:
         await _publish(link, message, packing.body(), route)
         return
@@ -264,7 +267,7 @@ async def _one_by_one(link: Link, queue: str) -> AsyncGenerator[Delivery]:
 
 async def _streamed(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
     """Consume so many messages of a queue."""
-    async with contextlib.aclosing(await link.consume(queue, prefetch=_WINDOW)) as deliveries:
+    async with contextlib.aclosing(await link.consume(queue, prefetch=2 * _WINDOW)) as deliveries:
         for _ in range(count):
             try:
                 async with asyncio.timeout(_PART_PATIENCE_S):

@@ -51,7 +51,7 @@ def _other_codec(text: str) -> str | None:
         UsageError: if it is no codec, or does not take these settings.
     """
     from fluffle_common.cli.objects import load_codec
-    from fluffle_common.protocol.messages import names_a_codec
+    from fluffle_common.protocol.messages import Compression
     from fluffle_common.tensors.codecs.base import UnknownCodec
     from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, encoding_of
 
@@ -64,7 +64,7 @@ def _other_codec(text: str) -> str | None:
     else:
         how = text
     try:
-        names_a_codec(how)
+        Compression.parse(how)
     except ValueError as why:
         if not dot_py:
             return None

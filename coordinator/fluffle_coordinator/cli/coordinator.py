@@ -23,6 +23,7 @@ from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.stopping import stopping_options
 
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
@@ -145,13 +146,26 @@ def run_option(command: Any) -> Any:
     help="A function of your own that is shown every commit; a reason that it returns ends the "
     "run there.",
 )
+@stopping_options
 @click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
+@click.option(
+    "--steps",
+    type=count(),
+    help="Local training steps a round, in place of --epochs.",
+)
 @click.option("--batch-size", type=count(), default=32, help="Local batch size.")
 @click.option(
     "--learning-rate",
     type=FiniteFloat(0, min_open=True),
     help="Local learning rate.  [default: the task's own]",
     show_default=False,
+)
+@click.option(
+    "--learning-rate-schedule",
+    default="constant",
+    metavar="NAME",
+    help="How --learning-rate changes from round to round: constant, cosine, exponential:FACTOR, "
+    "or step:ROUNDS,FACTOR.",
 )
 @click.option(
     "--config",
@@ -175,6 +189,14 @@ def run_option(command: Any) -> Any:
     "largest values, such as topk:0.01 for one in a hundred. What is not sent is added to the "
     "worker's next update. Or encode them by a codec of your own (docs/codecs.md).  "
     "[default: neither]",
+    show_default=False,
+)
+@click.option(
+    "--train",
+    multiple=True,
+    metavar="TENSOR",
+    help="Train this tensor of the model, or all that begin so, as with 'head/*'; may be given "
+    "several times. The others stay as they are, and do not travel back.  [default: all]",
     show_default=False,
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of everything random.")

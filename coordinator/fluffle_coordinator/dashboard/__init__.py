@@ -2,8 +2,10 @@
 
 ::
 
-    events, signs of life ──> board (pure) ──> feed ──> server (page, SSE, JSON, health)
-                                          └──> metrics (Prometheus)
+    events, signs of life ──> RunView ──> board ──> feed ──> server (page, SSE, JSON, health)
+                                 │          │          └───> metrics (Prometheus)
+                                 │          └── snapshot ──> static/: what draws it
+    a run's folder ──────────> RunView ─────────── snapshot ──> report: the same page, in one file
 
 ``coordinator_source`` feeds a board inside the coordinator; ``broker_source`` feeds one from the
 broker, for a page that runs anywhere. Both only read.

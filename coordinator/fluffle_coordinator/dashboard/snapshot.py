@@ -17,17 +17,19 @@ from fluffle_coordinator.observe.tally import cause_of
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
+# At most, on a live page; a report has them all.
 _WORKERS = 2000
 _METRICS = 6
 
 
 def results(view: RunView, current: int) -> dict[str, Any]:
     """Return the sections that a run leaves behind; ``current`` is the round at work."""
+    workers = view.workers.in_order()[: None if view.whole else _WORKERS]
     return {
         "rounds": [_round(one) for one in view.detailed],
         "curves": curves(view),
         "staleness": staleness(view),
-        "workers": [_worker(row, current) for row in view.workers.in_order()[:_WORKERS]],
+        "workers": [_worker(row, current) for row in workers],
         "rejected": rejected(view),
     }
 
@@ -46,15 +48,14 @@ def curves(view: RunView) -> dict[str, Any]:
     The training loss is in histories alone: of a live run it would end where the run was resumed.
     """
     told = [
-        (one, {"loss": one.loss,
-               "training loss": train_loss(one.answers.values()) if view.whole else None,
-               "epsilon": one.epsilon, **_metrics(one)})
+        (one, {**_metrics(one), "loss": one.loss, "epsilon": one.epsilon,
+               "training loss": train_loss(one.answers.values()) if view.whole else None})
         for one in view.done
     ]  # fmt: skip
     told = [(one, values) for one, values in told if any(v is not None for v in values.values())]
     named = {n: None for _, values in told for n, value in values.items() if value is not None}
     own = [name for name in ("loss", "training loss", "epsilon") if name in named]
-    names = [*own, *sorted(named.keys() - own)[:_METRICS]]
+    names = [*own, *sorted(named.keys() - own)[: None if view.whole else _METRICS]]
     return {
         "rounds": [one.number for one, _ in told],
         **{name: [values.get(name) for _, values in told] for name in names},
@@ -141,7 +142,9 @@ def _round(one: RoundView) -> dict[str, Any]:
             "rejected": one.rejected,
         }
     if one.evaluated:
-        row |= {"loss": one.loss, "metrics": _metrics(one), "evaluated_on": one.evaluated_on}
+        row |= {"loss": one.loss, "evaluated_on": one.evaluated_on}
+    if one.evaluated or one.metrics:
+        row["metrics"] = _metrics(one)
     return row
 
 

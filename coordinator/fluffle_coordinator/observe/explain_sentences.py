@@ -175,6 +175,7 @@ def _answer(about: Explanation, one: Answer) -> str:
     words = [
         _number(one.num_examples, "example") if one.num_examples is not None else "",
         f"{duration(one.train_s)} of training" if one.train_s is not None else "",
+        f"{_number(one.staleness, 'version')} behind" if one.staleness else "",
     ]
     more = ", ".join(filter(None, words))
     return f"{one.worker} answered at {clock(one.at)}{after}{f': {more}' if more else ''}."

@@ -169,7 +169,7 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
     if "loss" in row:
         one.evaluated, one.loss = True, finite(row["loss"])
         one.evaluated_on = row.get("num_examples")
-        one.metrics = metrics_of(row)
+    one.metrics = metrics_of(row)
     return one
 
 

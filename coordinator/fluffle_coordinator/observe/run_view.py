@@ -14,6 +14,7 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent, from_fields
+from fluffle_common.protocol.metric_names import of_a_test
 from fluffle_coordinator.observe.round_view import Answer, RoundView, late_updates, remembered
 from fluffle_coordinator.observe.tally import Tally, cause_of
 from fluffle_coordinator.observe.worker_view import Departure, Workers
@@ -259,8 +260,12 @@ class RunView:
 
     def _evaluated(self, _: float, event: run_events.Evaluated) -> None:
         for one in self._round(event.round):
-            one.loss, one.metrics = event.loss, event.metrics or {}
+            one.loss, one.metrics = event.loss, {**one.metrics, **(event.metrics or {})}
             one.evaluated_on, one.evaluated = event.num_examples, True
+
+    def _tested(self, _: float, event: run_events.Tested) -> None:
+        for one in self._round(event.round):
+            one.metrics = {**one.metrics, **of_a_test(event.metrics or {})}
 
     def _noted(self, at: float, event: run_events.Closed | run_events.Duplicate) -> None:
         for one in self._known(event.round):
@@ -348,6 +353,7 @@ _TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Committed: RunView._committed,
     run_events.Evaluated: RunView._evaluated,
     run_events.Privacy: RunView._privacy,
+    run_events.Tested: RunView._tested,
     run_events.Closed: RunView._noted,
     run_events.Late: RunView._late,
     run_events.Duplicate: RunView._noted,

@@ -12,11 +12,11 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
-from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
@@ -29,12 +29,26 @@ from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.storage.round_stats import Clock
-from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
-from fluffle_coordinator.strategy.contribution import check_metrics, decode_contribution
+from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy
+from fluffle_coordinator.strategy.contribution import (
+    EVERYTHING,
+    check_metrics,
+    decode_contribution,
+    decode_extra,
+)
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
+
+
+class _Next(NamedTuple):
+    """What a round ends with, and the next begins with; ``kept`` is of the strategy's state."""
+
+    weights: Weights
+    state: Any
+    kept: Weights
+    broadcast: Weights
 
 
 class Aggregator:
@@ -48,11 +62,13 @@ class Aggregator:
         link: the link of the moment, None where there is none.
         post: given the events for the round machine.
         strategy: how a round is averaged; what is not ours may take its time, and gets a thread.
+        plan: what workers were told about training.
         resumed: the round that the weights are of, and what the strategy kept in its checkpoint;
             None where the run begins.
         keep_updates: whether what is folded is kept.
         verify_users: whether the parts of an update have to come from its worker's own user.
-        averaged: given new weights, which will be sent once they are on disk.
+        averaged: given new weights, and what is broadcast with them, which will be sent once they
+            are on disk.
         folder: where large updates wait until they are checked.
     """
 
@@ -66,21 +82,24 @@ class Aggregator:
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         strategy: NamedStrategy = FEDAVG,
+        plan: Plan = EVERYTHING,
         resumed: tuple[int, Weights] | None = None,
         keep_updates: bool = False,
         verify_users: bool = False,
-        averaged: Callable[[Weights], object] = lambda _: None,
+        averaged: Callable[[Weights, Weights], object] = lambda *_: None,
         folder: Path | None = None,
     ) -> None:
         self.weights = weights
+        self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
         self._committer, self._post = committer, post
-        self._strategy, self._keep_updates = strategy, keep_updates
+        self._strategy, self._plan, self._keep_updates = strategy, plan, keep_updates
         averages = strategy.name == FEDAVG.name
         self._averaged, self._jobs = averaged, SerialQueue()
         self._fetcher = Fetcher(
             topology,
             link=link,
             weights=lambda: self.weights,
+            plan=plan,
             in_pieces=averages,  # any other strategy sees tensors by their names
             max_bytes=max_model_bytes,
             verify_users=verify_users,
@@ -91,8 +110,9 @@ class Aggregator:
         if weights is not None and resumed is not None:
             number, kept = resumed
             self._state = self._in_round(number + 1).load(kept, weights)
+            self.broadcast = self._in_round(number + 1).broadcast(self._state)
         elif weights is not None:
-            self._state = self._in_round(1).init(weights)
+            self._init(weights)
         self._in_the_sum: list[dict[str, Any]] = []
         self._closing = False
         self._max_header: int | None = None
@@ -130,7 +150,7 @@ class Aggregator:
         """Average the round, and have it committed; what is not being folded yet stays out."""
         self._clock.close()
         if self._quick:
-            self._close(number, asked, *self._finish(number))
+            self._close(number, asked, self._finish(number))
         else:
             self._closing = True
             self._jobs.put(lambda: self._average(number, asked))
@@ -140,6 +160,8 @@ class Aggregator:
         """How long the header of an update may be, or of the first weights."""
         if self._max_header is None and self.weights is not None:  # it stays as it is, in a run
             shapes = [(name, tensor.shape) for name, tensor in self.weights.items()]
+            extra = self._plan.extra or {}
+            shapes += shapes if extra == "model" else [(n, tuple(s)) for n, s in extra.items()]
             self._max_header = header_room(shapes)
         return MAX_HEADER_BYTES if self._max_header is None else self._max_header
 
@@ -157,10 +179,16 @@ class Aggregator:
     def _in_round(self, number: int) -> GuardedStrategy:
         return GuardedStrategy(self._strategy, number)
 
+    def _init(self, weights: Weights) -> None:
+        strategy = self._in_round(1)
+        self._state = strategy.init(weights)
+        self.broadcast = strategy.broadcast(self._state)
+
     async def begin_with(self, weights: Weights) -> None:
         """Save the first weights, and use them."""
         base = await self._committer.begin_with(weights)
-        self.weights, self._state = weights, self._in_round(1).init(weights)
+        self.weights = weights
+        self._init(weights)
         self._post(ev.WeightsReady(time.monotonic(), base))
 
     async def _take_first(self, held: Held) -> None:
@@ -225,7 +253,7 @@ class Aggregator:
         check_metrics(message, self._strategy.strategy.needs.metrics)
         if isinstance(payload, memoryview):
             payload = payload.toreadonly()  # it may still have to be kept as it came
-        delta, norm = decode_contribution(message, payload, self._base)
+        delta, norm = decode_contribution(message, payload, self._base, self._plan)
         if norm > held.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
@@ -236,6 +264,7 @@ class Aggregator:
             worker=message.worker,
             num_examples=held.num_examples,
             delta=delta,
+            extra=decode_extra(message, payload, self._base, self._plan),
             metrics=message.metrics,
             lay_on_disk=self._committer.lay_on_disk,
         )
@@ -264,25 +293,29 @@ class Aggregator:
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
         found = await self._off_loop(size_bytes(self._base), self._finish, number)
-        self._close(number, asked, *found)
+        self._close(number, asked, found)
 
-    def _finish(self, number: int) -> tuple[Weights, Any, Weights]:
-        """Return the next weights, the next state, and what is kept of that."""
+    def _finish(self, number: int) -> _Next:
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
-        return weights, state, strategy.dump(state)
+        return _Next(weights, state, strategy.dump(state), strategy.broadcast(state))
 
-    def _close(
-        self, number: int, asked: tuple[str, ...], weights: Weights, state: Any, kept: Weights
-    ) -> None:
+    def _close(self, number: int, asked: tuple[str, ...], found: _Next) -> None:
         """Have the average committed, and begin the next sum."""
         self._clock.average()
-        spent = self._in_round(number).spent(number)
-        self._committer.commit(
-            Average(number, weights, asked, self._in_the_sum, self._clock, kept, spent)
+        average = Average(
+            number,
+            found.weights,
+            asked,
+            self._in_the_sum,
+            self._clock,
+            found.kept,
+            self._in_round(number).spent(number),
         )
-        self._averaged(weights)
-        self.weights, self._state, self._clock = weights, state, Clock()
+        self._committer.commit(average)
+        self._averaged(found.weights, found.broadcast)
+        self.weights, self._state, self.broadcast = found.weights, found.state, found.broadcast
+        self._clock = Clock()
         self._in_the_sum, self._closing = [], False
 
     async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:

@@ -23,7 +23,7 @@ from fluffle_common.cli.settings import (
 )
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
 from fluffle_common.tensors.weights import check_finite, check_signature
@@ -37,7 +37,9 @@ from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
+from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import as_named, check_same, rules_for
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
@@ -102,10 +104,15 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         rules=rules_for(strategy, rules),
         plan=Plan(
             epochs=options["epochs"],
+            steps=options["steps"],
             batch_size=options["batch_size"],
             learning_rate=options["learning_rate"],
             compress=_compress(options),
             config=parse_config(options["config"]),
+            train=options["train"] or None,
+        ),
+        learning_rate_schedule=schedule_of(
+            options["learning_rate_schedule"], options["learning_rate"]
         ),
         strategy=strategy,
         classes=parse_classes(options["classes"]),
@@ -113,16 +120,22 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
         hooks=Hooks.load(options["evaluate"], options["on_round"]),
+        stopping=Stopping(
+            monitor=options["monitor"],
+            target=options["target"],
+            patience=options["patience"],
+            time_budget_s=options["time_budget"],
+        ),
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
 
 
-def _compress(options: dict[str, Any]) -> str | None:
+def _compress(options: dict[str, Any]) -> Compression | None:
     """Return how workers are to encode their updates; None: not at all."""
     if options["compress"] is not None:
-        return str(options["compress"])
+        return Compression.parse(options["compress"])
     dtype: str = options["upload_dtype"]
-    return None if dtype == "float32" else dtype
+    return None if dtype == "float32" else Compression(kind=dtype)
 
 
 async def coordinate(

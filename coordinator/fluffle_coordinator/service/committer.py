@@ -16,7 +16,7 @@ from fluffle_common.clock import timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.metric_names import beside
+from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
 from fluffle_common.tensors.checkpoint import checkpoint_name
 from fluffle_common.tensors.on_disk import laid_on_disk
 from fluffle_common.tensors.weights import Weights
@@ -25,9 +25,11 @@ from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, read_only
 from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
+from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.round_stats import Clock, Counts
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
-from fluffle_coordinator.storage.run_store import RunStore, new_base
+from fluffle_coordinator.storage.run_store import RunStore, new_base, read_history_lines
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _DISK_RETRY_S = 5.0
@@ -38,7 +40,6 @@ _FIELDS = frozenset(
     "federation late late_updates loss metrics num_examples opened_at outcome participants reason "
     "rejected rejections round rounds run strategy tested_at time timings train_loss".split()
 )
-_TEST = "test/"  # what the coordinator itself measured is called so in the history
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Committer:
         strategy: the name of the strategy.
         hooks: what is called after each commit.
         rounds: how many rounds the run is to have, for the hooks.
+        stopping: when the run has done enough, and which model is its best.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Committer:
         strategy: str = FEDAVG.name,
         hooks: Hooks = NO_HOOKS,
         rounds: int = 0,
+        stopping: Stopping = NO_STOPPING,
     ) -> None:
         self.counts = Counts()
         self._store, self._metadata = store, metadata
@@ -94,6 +97,9 @@ class Committer:
         self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
         # The round that was evaluated last, and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
+        self._stopping, self._best, self._warned = stopping, 0, False
+        asked = stopping != NO_STOPPING and store.history_path.exists()
+        self._standing = Standing(stopping, read_history_lines(store.folder) if asked else ())
         self._lines = SerialQueue()
         self._committed_at = time.monotonic()
 
@@ -184,7 +190,9 @@ class Committer:
         if average.spent:
             self._record(run_events.Privacy(round=number, **average.spent))
         participants = {one["worker"]: one["num_examples"] for one in average.participants}
+        self._standing.took(line["timings"])
         enough = await self._call_hooks(number, average.weights, participants)
+        enough = enough or self._standing.enough()
         about = base, sum(participants.values()), line["timings"], enough
         self._post(ev.Committed(time.monotonic(), number, *about))
 
@@ -197,9 +205,10 @@ class Committer:
         weights = read_only(weights)
         test = await self._calls.test(number, weights)
         if test:
-            line: dict[str, Any] = {f"{_TEST}{name}": value for name, value in test.items()}
-            line |= {"event": "tested", "round": number, "tested_at": timestamp()}
+            measured = of_a_test(test)
+            line = {"event": "tested", "round": number, **measured, "tested_at": timestamp()}
             await self._on_disk(lambda: self._store.append(line))
+            await self._monitor(number, measured)
             self._record(run_events.Tested(round=number, metrics=test))
         commit = Commit(
             round=number,
@@ -211,6 +220,18 @@ class Committer:
             evaluation=self._evaluated[1] if self._evaluated[0] == number - 1 else {},
         )
         return await self._calls.look(commit)
+
+    async def _monitor(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Take note of how good a round's model is, and keep it if it is the best."""
+        self._standing.note(number, metrics)
+        missing = self._standing.missing(metrics)
+        if missing and not self._warned:
+            self._warned = True
+            self._record(run_events.Note(what=missing))
+        best = self._standing.best
+        if self._stopping.monitor and best and best != self._best:
+            await self._on_disk(lambda: keep_best(self._store.folder, best))
+            self._best = best
 
     def _not_counted(self) -> dict[str, Any]:
         """Return what was not counted since this was last asked."""
@@ -230,6 +251,7 @@ class Committer:
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }
         self._evaluated = number, {"loss": averages["loss"], **extra}
+        await self._monitor(number, self._evaluated[1])
         self._record(
             run_events.Evaluated(
                 round=number,
@@ -278,6 +300,6 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     return {
         "num_examples": sum(one.num_examples for one in everyone),
         "loss": mean([(one.num_examples, one.loss) for one in everyone]),
-        **beside(metrics, _FIELDS | {name for name in metrics if name.startswith(_TEST)}),
+        **beside(metrics, _FIELDS | {name for name in metrics if name.startswith(TEST)}),
         "evaluators": sorted(evaluations),
     }

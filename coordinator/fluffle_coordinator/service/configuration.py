@@ -20,7 +20,9 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
     named = settings.strategy
     return {
         "rules": asdict(settings.rules),
-        "plan": settings.plan.model_dump(exclude={"seed", "deadline_s"}),  # the rules have these
+        # Without what the rules and the strategy decide.
+        "plan": settings.plan.model_dump(exclude={"seed", "deadline_s", "extra"}),
+        "learning_rate_schedule": str(settings.learning_rate_schedule),
         "strategy": named.name,
         **({"strategy_file": named.file} if named.file else {}),
         "classes": settings.classes,
@@ -28,6 +30,7 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
         "verify_users": settings.verify_users,
         "keep_updates": settings.keep_updates,
         **settings.hooks.names(),
+        "stopping": asdict(settings.stopping),
         "queue_type": topology.queue_type,
         "versions": versions(),
     }

@@ -27,11 +27,13 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, TaskError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, greeting
+from fluffle_common.protocol.exchanges import Exchanges, Sent
 from fluffle_common.protocol.messages import (
     PROTOCOL,
     Bye,
     Echo,
     Evaluation,
+    Exchange,
     Failure,
     FirstWeights,
     Heartbeat,
@@ -92,6 +94,7 @@ class Coordinator:
         saved: what was found in it.
         watcher: who is told what happens.
         journal: one of those, which needs a link to publish what it is told; None keeps none.
+        exchanges: who handles protocols in several phases.
     """
 
     def __init__(
@@ -104,9 +107,11 @@ class Coordinator:
         saved: Saved,
         watcher: Watcher,
         journal: Journal | None = None,
+        exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
+        self._exchanges = exchanges or Exchanges()
         self._events: deque[ev.Event] = deque()
         self._taking = False
         self._ended: asyncio.Future[None]
@@ -139,6 +144,7 @@ class Coordinator:
             post=self._post,
             strategy=settings.strategy.name,
             hooks=settings.hooks,
+            stopping=settings.stopping,
             rounds=settings.rules.rounds,
         )
         self._aggregator = Aggregator(
@@ -149,6 +155,7 @@ class Coordinator:
             link=lambda: self._link,
             post=self._post,
             strategy=settings.strategy,
+            plan=settings.whole_plan,
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             keep_updates=settings.keep_updates,
             verify_users=settings.verify_users,
@@ -214,6 +221,14 @@ class Coordinator:
         finished = self.state.outcome == "finished"
         kind = run_events.Finished if finished else run_events.Stopped
         self._record(kind(reason=self.state.reason))
+
+    def exchange(self, sent: Sent) -> None:
+        """Begin, or go on with, a protocol in several phases; a link that is lost may lose it.
+
+        Raises:
+            ValueError: see ``Sent.body``.
+        """
+        self._outbox.exchange(sent, sent.body())
 
     # --- the machine ---------------------------------------------------------------------------
 
@@ -304,7 +319,9 @@ class Coordinator:
                 self._committer.record_end(self.state.committed, outcome, reason)
                 self._outbox.perform(effect, self.state, None)
             case _:
-                self._outbox.perform(effect, self.state, self._aggregator.weights)
+                self._outbox.perform(
+                    effect, self.state, self._aggregator.weights, self._aggregator.broadcast
+                )
 
     def _record(self, event: run_events.RunEvent) -> None:
         self._committer.counts.note(event)
@@ -359,7 +376,7 @@ class Coordinator:
             self._read_presence(presence),
             self._send_echoes(link, number),
             self._consume_updates(link, number),
-            tell_of_blocking(link, lambda *of: self._record(run_events.from_fields(*of))),
+            tell_of_blocking(link, self._record),
         ]
         await run_all(*works, *([self._journal.publish(link)] if self._journal else []))
 
@@ -502,7 +519,11 @@ class Coordinator:
                 delivery.ack()
             case FirstWeights() if message.run == self.state.run:
                 self._first_weights(Held(delivery, message, payload, self._room), message.worker)
-            case FirstWeights():
+            case Exchange(worker=str()) if message.run == self.state.run:
+                for sent, body in self._exchanges.receive(message, payload):
+                    self._outbox.exchange(sent, body)
+                delivery.ack()
+            case FirstWeights() | Exchange(worker=str()):
                 raise MalformedMessage(
                     f"it is of run {message.run}, this is run {self.state.run}", "run"
                 )

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.messages import FirstWeights, Update
+from fluffle_common.protocol.messages import FirstWeights, Plan, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
-from fluffle_common.tensors.layout import Layout, layout_for
+from fluffle_common.tensors.groups import GroupedLayout
+from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.pieces import InPieces
+from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import fetch
@@ -34,6 +36,7 @@ class Fetcher:
         topology: where the parts lie.
         link: the link of the moment, None where there is none.
         weights: the model of the moment, None where there is none.
+        plan: which tensors were asked for.
         in_pieces: whether updates may stay in pieces.
         max_bytes: the most that a transfer may have.
         verify_users: whether parts have to come from the worker's own user.
@@ -46,12 +49,14 @@ class Fetcher:
         *,
         link: Callable[[], Link | None],
         weights: Callable[[], Weights | None],
+        plan: Plan,
         in_pieces: bool,
         max_bytes: int,
         verify_users: bool,
         folder: Path | None,
     ) -> None:
-        self._topology, self._link, self._weights = topology, link, weights
+        self._topology, self._link = topology, link
+        self._weights, self._plan = weights, plan
         self._in_pieces, self._max_bytes, self._verify_users = in_pieces, max_bytes, verify_users
         self._files = itertools.cycle((SpoolFile(folder), SpoolFile(folder)))
         self._expected: deque[Held] = deque()
@@ -77,7 +82,7 @@ class Fetcher:
             self._ahead = None
             return await task
         self._forget(held)
-        return await self._fetch(held, check_announced(held.message, self._weights()))
+        return await self._fetch(held, check_announced(held.message, self._weights(), self._plan))
 
     def fetch_next(self) -> None:
         """Begin with the next update that is expected."""
@@ -85,7 +90,7 @@ class Fetcher:
             return
         held = self._expected[0]
         try:
-            layout = check_announced(held.message, self._weights())
+            layout = check_announced(held.message, self._weights(), self._plan)
         except MalformedMessage:
             return  # raised when it is asked for
         if self._stays_in_pieces(held.message, layout):
@@ -110,14 +115,16 @@ class Fetcher:
         if held in self._expected:
             self._expected.remove(held)
 
-    async def _fetch(self, held: Held, layout: Layout) -> Payload:
+    async def _fetch(self, held: Held, layout: GroupedLayout) -> Payload:
         message, link = held.message, self._link()
         if link is None:
             raise LinkLost("the link was lost")
         assert message.transfer is not None
         into: Spool | Assembly
         if self._stays_in_pieces(message, layout):
-            into = Spool(message.transfer, self._max_bytes, layout, next(self._files))
+            into = Spool(
+                message.transfer, self._max_bytes, layout.layouts[MODEL], next(self._files)
+            )
         else:
             into = Assembly(message.transfer, self._max_bytes)
         await fetch(
@@ -129,10 +136,11 @@ class Fetcher:
         )
         return into.payload()
 
-    def _stays_in_pieces(self, message: Update | FirstWeights, layout: Layout) -> bool:
+    def _stays_in_pieces(self, message: Update | FirstWeights, layout: GroupedLayout) -> bool:
         """Whether an update need not be put together, as for a codec or for several dtypes."""
         weights = self._weights()
         if weights is None or not isinstance(message, Update) or message.encoding is not None:
             return False
-        plain = layout.floats and layout.dtype is not None and layout is layout_for(weights)
-        return self._in_pieces and plain
+        model = layout.layouts[MODEL]
+        alone = len(layout.layouts) == 1 and model is layout_for(weights)
+        return self._in_pieces and alone and model.floats and model.dtype is not None

@@ -52,18 +52,19 @@ class GuardedStrategy:
 
     def init(self, weights: Weights) -> Any:
         """Return the state that a run begins with."""
-        state = self._call("init()", self.named.strategy.init, self._shown(weights))
-        self.broadcast(state)
-        return state
+        return self._call("init()", self.named.strategy.init, self._shown(weights))
 
     def broadcast(self, state: Any) -> Weights:
-        """Check that workers need nothing but the model."""
+        """Return what travels beside the model: finite, in one piece, and nobody else's."""
         found = self._call("broadcast()", self.named.strategy.broadcast, state)
-        if found:
-            raise self._wrong(
-                "broadcast()", "it returned tensors, which workers cannot be sent yet; return {}"
-            )
-        return NO_TENSORS
+        if isinstance(found, Mapping) and not found:
+            return NO_TENSORS
+        try:
+            _check_tensors(found)
+            check_finite(found)
+        except ValueError as wrong:
+            raise self._wrong("broadcast()", f"it returned what cannot be sent: {wrong}") from None
+        return _own(found, found)
 
     def fold(self, state: Any, one: Contribution) -> Any:
         """Take one contribution in."""
@@ -102,9 +103,7 @@ class GuardedStrategy:
     def load(self, saved: Weights, weights: Weights) -> Any:
         """Return the state that was kept."""
         shown = self._shown(weights)
-        state = self._call("load()", self.named.strategy.load, saved, shown)
-        self.broadcast(state)
-        return state
+        return self._call("load()", self.named.strategy.load, saved, shown)
 
     def _shown(self, weights: Weights) -> Weights:
         """Return weights as a user's strategy sees them: it cannot change them by mistake."""
@@ -128,10 +127,7 @@ class GuardedStrategy:
             check_finite(new)
         except ValueError as wrong:
             raise self._wrong("finish()", f"it returned no model: {wrong}") from None
-        kept = layout_for(weights).empty()
-        for name, into in kept.items():  # a copy: the strategy may go on using its own
-            into[...] = new[name]
-        return kept, emptied
+        return _own(new, weights), emptied
 
     def _call(self, what: str, function: Callable[..., _T], *on: Any) -> _T:
         try:
@@ -148,6 +144,14 @@ class GuardedStrategy:
             f"the strategy {self.named.name} failed in round {self.number}, in {what}: {why}; fix "
             "it and run the same command again: no update is lost"
         )
+
+
+def _own(found: Weights, like: Weights) -> Tensors:
+    """Copy tensors into one piece of memory: the strategy may go on using its own."""
+    copy = layout_for(like).empty()
+    for name, into in copy.items():
+        into[...] = found[name]
+    return copy
 
 
 def _check_tensors(found: Any) -> None:

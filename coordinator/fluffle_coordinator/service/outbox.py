@@ -13,24 +13,29 @@ from typing import TYPE_CHECKING
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
 from fluffle_common.protocol.events import RunEvent, Untold, Waiting
+from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
     PROTOCOL,
     Evaluate,
     Fit,
     InitRequest,
     Message,
+    Plan,
     Refusal,
     Stop,
     Verdict,
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject, send, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.learning_rate import CONSTANT
 from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.strategy.base import NO_TENSORS
 
 if TYPE_CHECKING:
     from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -67,10 +72,9 @@ class Outbox:
     ) -> None:
         self._topology, self._run, self._settings = topology, run, settings
         self._link, self._a_link, self._record = link, a_link, record
-        self._plan = settings.plan.model_copy(
-            update={"seed": settings.rules.seed, "deadline_s": settings.rules.deadline_s}
-        )
-        self._digest: tuple[Weights, asyncio.Future[str]] | None = None
+        self._plan = settings.whole_plan
+        # Of which weights, of what is broadcast with them, and what it is.
+        self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
         self._refused: dict[tuple[str, str], None] = {}  # worker and session, told once
         # The session of each worker whose queues were bound, over the link of the moment.
         self._bound: dict[str, str] = {}
@@ -97,16 +101,17 @@ class Outbox:
         """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
         self._put(lambda link: reject(link, delivery, wrong, self._topology.rejected))
 
-    def prepare(self, weights: Weights) -> asyncio.Future[str] | None:
+    def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
         """Begin to work out the digest of weights: once, for all whom they are sent to.
 
-        None where they travel in one piece.
+        None where they travel in one piece, together with what is broadcast beside them.
         """
-        if size_bytes(weights) <= PART_BYTES:
+        if size_bytes(weights) + size_bytes(extra) <= PART_BYTES:
             self._digest = None
-        elif self._digest is None or self._digest[0] is not weights:
-            self._digest = weights, asyncio.ensure_future(asyncio.to_thread(digest_of, weights))
-        return self._digest and self._digest[1]
+        elif self._digest is None or self._digest[0] is not weights or self._digest[1] is not extra:
+            hashing = asyncio.to_thread(digest_of, weights, {EXTRA: extra})
+            self._digest = weights, extra, asyncio.ensure_future(hashing)
+        return self._digest and self._digest[2]
 
     def bind(self, worker: str, session: str, *, again: bool) -> None:
         """Bind a worker's own queues, before anything is sent to it.
@@ -124,8 +129,21 @@ class Outbox:
         if there and link is self._bound_over:  # else its next sign of life asks for it again
             self._bound[worker] = session
 
-    def perform(self, effect: fx.Effect, state: rs.State, weights: Weights | None) -> None:
-        """Send what an effect asks for; ``weights`` are those of this moment."""
+    def perform(
+        self,
+        effect: fx.Effect,
+        state: rs.State,
+        weights: Weights | None,
+        broadcast: Weights = NO_TENSORS,
+    ) -> None:
+        """Send what an effect asks for.
+
+        Args:
+            effect: the effect.
+            state: the machine's, of this moment.
+            weights: of this moment.
+            broadcast: what travels with them to those who are to train.
+        """
         federation, run = self._settings.federation, self._run
         job: Job
         match effect:
@@ -159,9 +177,9 @@ class Outbox:
                     base=state.base,
                     evaluate=evaluate,
                     attempt=attempt,
-                    plan=self._plan,
+                    plan=self._plan_of(state),
                 )
-                job = self._with_weights(fit, weights, workers)
+                job = self._with_weights(fit, weights, workers, broadcast)
             case fx.SendEvaluate(workers):
                 evaluation = Evaluate(
                     federation=federation, run=run, round=state.round - 1, base=state.base
@@ -180,6 +198,20 @@ class Outbox:
             case _:
                 return
         self._put(job)
+
+    def _plan_of(self, state: rs.State) -> Plan:
+        """Return the plan of the open round, with the learning rate of that round."""
+        base, schedule = self._plan.learning_rate, self._settings.learning_rate_schedule
+        if base is None or schedule == CONSTANT:
+            return self._plan
+        rate = schedule.at(state.round, state.rules.rounds, base)
+        return self._plan.model_copy(update={"learning_rate": rate})
+
+    def exchange(self, sent: Sent, body: bytes) -> None:
+        """Send a message of a protocol in several phases."""
+        route = Route(self._topology.work, sent.workers)
+        if sent.workers:
+            self._put(lambda link: send(link, sent.message, route, body))
 
     def refuse(self, to: Greeting, reason: str, code: str) -> None:
         """Tell a worker that it is not in: once in each of its sessions, in its own version."""
@@ -230,11 +262,20 @@ class Outbox:
         return once
 
     def _with_weights(
-        self, message: Fit | Evaluate, weights: Weights | None, workers: Sequence[str]
+        self,
+        message: Fit | Evaluate,
+        weights: Weights | None,
+        workers: Sequence[str],
+        extra: Weights = NO_TENSORS,
     ) -> Job:
         """Send weights to all of them in one publish; the checkpoint is their durable copy."""
         assert weights is not None
         route = Route(self._topology.work, workers, durable=False)
         return lambda link: send_tensors(
-            link, message, weights, route, digest=self.prepare(weights)
+            link,
+            message,
+            weights,
+            route,
+            beside={EXTRA: extra},
+            digest=self.prepare(weights, extra),
         )

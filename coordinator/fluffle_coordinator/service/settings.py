@@ -9,6 +9,8 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
+from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
+from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -20,7 +22,8 @@ class CoordinatorSettings:
     Args:
         federation: whose queues to use.
         rules: the rules of the rounds.
-        plan: what workers are told about training; its seed and deadline come from the rules.
+        plan: what workers are told about training; ``whole_plan`` adds what is decided elsewhere.
+        learning_rate_schedule: how the plan's learning rate changes from round to round.
         strategy: how a round is averaged.
         classes: the classes that workers must have; None lets the first worker say.
         init: a checkpoint to begin with; None asks a worker.
@@ -32,6 +35,7 @@ class CoordinatorSettings:
             than its id.
         keep_updates: keep every update that is counted, as it came.
         hooks: what is called after each commit.
+        stopping: when the run has done enough, before all of its rounds.
         backoff: how to wait for a broker that is away.
         waiting_every_s: how often to say what is waited for.
     """
@@ -39,6 +43,7 @@ class CoordinatorSettings:
     federation: str
     rules: rs.Rules
     plan: Plan = field(default_factory=Plan)
+    learning_rate_schedule: LearningRateSchedule = CONSTANT
     strategy: NamedStrategy = FEDAVG
     classes: tuple[str, ...] | None = None
     init: Path | None = None
@@ -48,5 +53,17 @@ class CoordinatorSettings:
     verify_users: bool = False
     keep_updates: bool = False
     hooks: Hooks = NO_HOOKS
+    stopping: Stopping = NO_STOPPING
     backoff: Backoff = field(default_factory=Backoff)
     waiting_every_s: float = 10.0
+
+    @property
+    def whole_plan(self) -> Plan:
+        """The plan, with the rules' seed and deadline and the strategy's extra tensors."""
+        return self.plan.model_copy(
+            update={
+                "seed": self.rules.seed,
+                "deadline_s": self.rules.deadline_s,
+                "extra": self.strategy.strategy.needs.extra,
+            }
+        )

@@ -24,7 +24,7 @@ from fluffle_common.tensors.layout import Layout
 from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import norm_of_piece
 
-_IN_MEMORY_BYTES = 12 * 2**20
+_IN_MEMORY_BYTES = 8 * 2**20
 _PIECE_BYTES = 2**20  # of the file, read at a time: it stays in the processor's cache
 
 

@@ -7,9 +7,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fluffle_common.cli.loading import Place
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy.arguments import nearest
@@ -103,7 +106,6 @@ def rules_for(named: NamedStrategy, rules: Rules) -> Rules:
     """
     needs: Needs = named.strategy.needs
     not_yet = {
-        f"extra tensors ({', '.join(needs.extra)})": bool(needs.extra),
         f"at least {needs.min_examples} examples a round": needs.min_examples > 1,
     }
     for what, wanted in not_yet.items():
@@ -112,6 +114,13 @@ def rules_for(named: NamedStrategy, rules: Rules) -> Rules:
                 f"the strategy {named.name} needs {what}, which this version does not offer; "
                 "choose another with --strategy"
             )
+    try:
+        Plan(extra=needs.extra)
+    except ValidationError:
+        raise UsageError(
+            f"the strategy {named.name} has needs.extra {needs.extra!r:.80}; a mapping of names to "
+            'shapes, such as {"steps": ()}, or "model" is expected'
+        ) from None
     fewest, quorum = needs.min_updates, rules.quorum.number
     if quorum is not None and quorum < fewest:
         raise UsageError(

@@ -20,13 +20,13 @@ import numpy as np
 
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.codec import decode
-from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.run_store import read_history_lines
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.contribution import decode_contribution, decode_extra
 from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 
@@ -98,11 +98,26 @@ def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
     """
     name = _committed_by(_committed_line(run, number))
     file = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        for one in json.loads((run / "run.json").read_text())["configurations"]:
-            if one["from_round"] <= number and one.get("strategy") == name:
-                file = one.get("strategy_file")
+    for one in _configurations(run, number):
+        if one.get("strategy") == name:
+            file = one.get("strategy_file")
     return name, file
+
+
+def _configurations(run: Path, number: int) -> list[dict[str, Any]]:
+    """Return how the run was configured up to a round, the last time last."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((run / "run.json").read_text())["configurations"]
+        return [one for one in found if one["from_round"] <= number]
+    return []
+
+
+def _plan(run: Path, number: int, strategy: Strategy[Any]) -> Plan:
+    """Return which tensors the workers were asked for in a round."""
+    train = None
+    for one in _configurations(run, number):
+        train = one.get("plan", {}).get("train")
+    return Plan(train=train, extra=strategy.needs.extra)
 
 
 def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
@@ -126,8 +141,9 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     before = read_whole(run / checkpoint_name(number - 1))
     base = before.weights
     committed, _ = read_checkpoint(run / line.get("checkpoint", checkpoint_name(number)))
+    plan = _plan(run, number, strategy)
     contributions = [
-        _kept(update_path(run, number, place, one["worker"]), line, one, base)
+        _kept(update_path(run, number, place, one["worker"]), line, one, base, plan)
         for place, one in enumerate(participants, start=1)
     ]
     state = strategy.init(base) if number == 1 else strategy.load(before.kept, base)
@@ -160,7 +176,11 @@ def _committed_by(line: Mapping[str, Any]) -> str:
 
 
 def _kept(
-    path: Path, line: Mapping[str, Any], participant: Mapping[str, Any], base: Weights
+    path: Path,
+    line: Mapping[str, Any],
+    participant: Mapping[str, Any],
+    base: Weights,
+    plan: Plan,
 ) -> Contribution:
     """Read a kept update as the coordinator read it when it came."""
     worker = participant["worker"]
@@ -187,13 +207,16 @@ def _kept(
             raise UsageError(
                 f"the update of {worker} is missing its tensors: there is no {missing}"
             )
-        delta, _ = decode_contribution(message, inside if payload is None else payload, base)
+        payload = inside if payload is None else payload
+        delta, _ = decode_contribution(message, payload, base, plan)
+        extra = decode_extra(message, payload, base, plan)
     except MalformedMessage as wrong:
         raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
     return Contribution(
         worker=worker,
         num_examples=participant["num_examples"],
         delta=delta,
+        extra=extra,
         metrics=message.metrics,
     )
 

@@ -106,3 +106,12 @@ class Clock:
         return {
             name: round(seconds, 6) for name, seconds in {**told, "fold_s": self.fold_s}.items()
         }
+
+
+def seconds_of(timings: Mapping[str, float]) -> float:
+    """Return how long a round took in all, from the commit before to its own.
+
+    >>> seconds_of({"waiting_s": 1.0, "open_s": 2.0, "average_s": 0.5, "fold_s": 1.5})
+    3.5
+    """
+    return sum(seconds for name, seconds in timings.items() if name != "fold_s")

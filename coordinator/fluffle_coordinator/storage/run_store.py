@@ -7,6 +7,7 @@
         history.jsonl             a line when a round is committed, when it is evaluated, and when
                                   the run ends
         round-0000.safetensors    the first weights, then one file a round
+        best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: what was averaged (see ``update_archive``)
         lock                      held by the coordinator that writes here
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from fluffle_common.tensors.groups import ExtraForm
 from fluffle_common.tensors.weights import Array, Weights
 
 S = TypeVar("S")
@@ -34,7 +35,7 @@ class Contribution:
         delta: trained - received, with the names and shapes of the model; in its dtypes, of
             integers in int64. All values are finite.
         staleness: how many versions were committed since the one that it was trained from.
-        extra: what else the worker sent.
+        extra: what ``Needs.extra`` asked for, of the shapes that it says; floats, all finite.
         metrics: what the worker measured while training.
         lay_on_disk: returns the same tensors, to be read from disk; in memory, if that is all there
             is.
@@ -63,7 +64,8 @@ class Needs:
 
     Args:
         metrics: names of metrics that every update must have; one without is refused.
-        extra: names of tensors that workers have to send besides their deltas.
+        extra: the tensors that workers have to send besides their deltas: names with shapes, or
+            ``"model"``, which is one for each tensor that they train, of its name and shape.
         min_updates: the fewest updates that a round may be made of.
         min_examples: the fewest examples that a round may be made of.
         max_rounds: the most rounds that a run may have; None sets no bound.
@@ -71,7 +73,7 @@ class Needs:
     """
 
     metrics: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
+    extra: ExtraForm | None = None
     min_updates: int = 1
     min_examples: int = 1
     max_rounds: int | None = None
@@ -98,7 +100,11 @@ class Strategy(Protocol[S]):
         """Return the state that a run begins with."""
 
     def broadcast(self, state: S) -> Weights:
-        """Return the tensors that travel to the workers beside the model; none by default."""
+        """Return the tensors that travel to the workers beside the model; none by default.
+
+        It is asked when a round opens, of the state that the round begins with, and has to return
+        the same for what ``load`` makes of that state's ``dump``. A worker's local rule gets them.
+        """
         return NO_TENSORS
 
     def fold(self, state: S, one: Contribution) -> S:

@@ -23,6 +23,7 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.optax_step import optax_step
 from fluffle_coordinator.strategy.pipeline import pipeline, replace
 from fluffle_coordinator.strategy.private import private
+from fluffle_coordinator.strategy.scaffold import scaffold
 from fluffle_coordinator.strategy.weighted import weighted
 
 _JOIN = re.compile(r"\+(?=\s*[A-Za-z_])")  # not the plus of 1e+3
@@ -38,7 +39,7 @@ class Part:
         about: what it does, in one line.
     """
 
-    kind: Literal["transform", "mean", "server step"]
+    kind: Literal["transform", "mean", "server step", "whole strategy"]
     make: Callable[..., Any]
     about: str
 
@@ -60,6 +61,7 @@ PARTS = {
     "fedadam": Part("server step", server_steps.adam, "Adam"),
     "fedyogi": Part("server step", server_steps.yogi, "Yogi"),
     "optax": Part("server step", optax_step, "any optimizer of optax, such as optax:adamw"),
+    "scaffold": Part("whole strategy", scaffold, "control variates, for workers whose data differ"),
 }
 """The parts by their names. ``docs/algorithms.md`` says when to use which."""
 
@@ -85,7 +87,12 @@ def named_strategy(text: str) -> NamedStrategy:
         >>> named_strategy("fedavgm:0.5+clip:10").name
         'clip:norm=10.0+fedavgm:lr=0.5,momentum=0.9'
     """
-    parts: dict[str, list[tuple[str, Any]]] = {"transform": [], "mean": [], "server step": []}
+    parts: dict[str, list[tuple[str, Any]]] = {
+        "transform": [],
+        "mean": [],
+        "server step": [],
+        "whole strategy": [],
+    }
     for words in _JOIN.split(text):
         name, _, arguments = (word.strip() for word in words.partition(":"))
         if name not in PARTS:
@@ -96,13 +103,18 @@ def named_strategy(text: str) -> NamedStrategy:
             made = part.make(**given)
         except ValueError as wrong:
             raise ValueError(f"{name}: {wrong}") from None
-        full = f"{name}:{write_arguments(given)}" if given else name
+        arguments = write_arguments(given)
+        full = f"{name}:{arguments}" if arguments else name
         parts[part.kind].append((full, made))
     for kind in ("mean", "server step"):
         if len(parts[kind]) > 1:
             raise ValueError(
                 f"{' and '.join(full for full, _ in parts[kind])} are two {kind}s; give one"
             )
+    for full, whole in parts.pop("whole strategy"):
+        if any(parts.values()):
+            raise ValueError(f"{full} is a whole strategy; give it alone")
+        return NamedStrategy(full, whole)
     if [full for full, _ in parts["mean"]] == [FEDAVG.name]:
         parts["mean"].clear()
     full = "+".join(full for several in parts.values() for full, _ in several)

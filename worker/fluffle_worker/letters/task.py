@@ -15,7 +15,8 @@ from fluffle_common.cli.console import warn
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.letters.images import SIDE, Images, read_images, split
 from fluffle_worker.task import EvalResult, TaskOptions
-from fluffle_worker.tasks.flax import Examples, FlaxTask, accuracy
+from fluffle_worker.tasks.examples import Examples
+from fluffle_worker.tasks.flax import FlaxTask, accuracy
 
 HELD_OUT = 0.1
 LEARNING_RATE = 1e-3

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
+
+from fluffle_common.errors import UsageError
 
 Named = Mapping[str, Any]
 """Arrays by the names of the model's tensors, of NumPy or of the task's framework."""
@@ -31,6 +34,10 @@ class LocalRule(Protocol[S]):
         >>> rule = Proximal()
         >>> rule.gradient({"w": 1.0}, {"w": 3.0}, rule.begin({"w": 1.0}, {}, {}))[0]
         {'w': 1.2}
+
+    A rule with an attribute ``per_example = True`` gets the gradient of each example: arrays with a
+    first axis of examples, of which it returns one gradient. ``flax_task`` then lets no training
+    loss leave the worker.
     """
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> S:
@@ -38,9 +45,9 @@ class LocalRule(Protocol[S]):
 
         Args:
             received: the weights that have gradients, as received.
-            broadcast: what the strategy sends besides the model; empty for now.
-            kept: what ``end`` returned in an earlier round of this run; empty at first, and after
-                a restart of the worker.
+            broadcast: what the strategy sends besides the model, by its own names; empty for most
+                strategies.
+            kept: what ``end`` kept in an earlier round of this run; empty at first.
         """
         ...
 
@@ -54,9 +61,30 @@ class LocalRule(Protocol[S]):
         """
         ...
 
-    def end(self, trained: Named, state: S) -> Named:
-        """Return what to keep for the next round; an empty mapping keeps nothing."""
+    def end(self, trained: Named, state: S) -> Named | tuple[Named, Named]:
+        """Return what to keep for the next round; an empty mapping keeps nothing.
+
+        For a strategy that asks for extra tensors, return them too: ``(kept, extra)``.
+        """
         ...
+
+
+def ended(found: Any) -> tuple[Any, Any]:
+    """Return what ``end`` returned as ``(kept, extra)``."""
+    return found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+
+
+def check_number(rule: str, name: str, value: float, *, zero: bool = False) -> None:
+    """Check a setting of a rule: a finite number above 0, or 0 where ``zero`` says so.
+
+    Raises:
+        UsageError: saying what it is instead.
+    """
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        bound = "of 0 or more" if zero else "above 0"
+        raise UsageError(
+            f"'{name}' of the local rule '{rule}' is {value:g}; a finite number {bound} is expected"
+        )
 
 
 class Identity:

@@ -1,14 +1,15 @@
-"""A task from a Flax model: the local epochs, compiled once, on any data that fits in memory.
+"""A task from a Flax model: the local training, compiled once.
 
-What is averaged is every ``nnx.Param`` and every ``nnx.BatchStat``, by name: running statistics
-that stay behind ruin a federated model with batch normalization. The state of random number
-generators, such as dropout's, never travels.
+What is averaged is every ``nnx.Param`` and every ``nnx.BatchStat``, by name, unless a filter says
+otherwise: running statistics that stay behind ruin a federated model with batch normalization. The
+state of random number generators, such as dropout's, never travels.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,17 +21,28 @@ from flax import nnx
 from fluffle_common.cli.settings import cache_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.groups import chosen
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.kept import KeptTensors
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
-from fluffle_worker.task import EvalResult, Progress, TrainResult
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.tasks.examples import (
+    Examples,
+    InMemory,
+    Stream,
+    Streamed,
+    call,
+    count_of,
+    picked,
+)
+from fluffle_worker.tasks.model_parts import ModelParts
 
-Examples = tuple[Array, Array]
-PerExample = Callable[[Any, Any], Any]
+Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
 _EVALUATION_BATCH = 256
-AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
+_NOTHING = np.zeros(0)
 
 
 def accuracy(outputs: Any, targets: Any) -> Any:
@@ -43,23 +55,38 @@ class FlaxTask:
 
     JAX never writes to the arrays that it is given: the task gets views of the weights.
 
-    The optimizer's state is fresh in every round: unless its local rule keeps something, a worker
-    keeps nothing between rounds, so that one that was restarted, or joined late, does exactly what
-    it would have done otherwise.
+    The optimizer's state is fresh in every round: unless its local rule keeps something, or some of
+    its tensors stay at home, a worker keeps nothing between rounds, so that one that was restarted,
+    or joined late, does exactly what it would have done otherwise.
 
     Args:
-        model: ``(rngs) -> module``; the module is called with a batch of inputs.
-        loss: ``(outputs, targets) -> losses``, one for each example, shape [batch].
+        model: ``(rngs) -> module``; the module is called with a batch of inputs: a dict of arrays
+            by keywords, a tuple or list of them by position.
+        loss: ``(outputs, targets) -> losses``, one for each example, shape [batch]; or one number
+            for the whole batch.
         optimizer: any optax transformation, or a function of the learning rate such as
             ``optax.adam``, which lets the coordinator's ``--learning-rate`` decide.
-        train_data: (inputs, targets), arrays with the same first axis.
-        valid_data: the same, held out; None: this worker does not evaluate.
+        train_data: (inputs, targets), each an array or a dict, tuple or list of arrays, with the
+            same first axis; or, for data larger than memory, ``(epoch, rng) -> batches`` of these.
+        valid_data: arrays as above, held out; None: this worker does not evaluate.
         learning_rate: for an ``optimizer`` that takes one and a plan that names none.
         metrics: more numbers of the form of ``loss``, such as ``{"accuracy": accuracy}``.
         augment: ``(key, inputs) -> inputs``, random changes to a training batch.
         classes: the names of the outputs, for a classifier.
         sample_seed: makes this worker's batches its own.
         local_rule: changes each gradient before the optimizer sees it.
+        federated: a Flax filter of the tensors that travel. The others are personal: trained here,
+            and kept from round to round of a run, by a worker in its state folder too.
+        frozen: a Flax filter of the tensors that neither travel nor train: each worker has them
+            as ``model`` makes them of ``nnx.Rngs(0)``.
+        num_examples: how many examples a streamed epoch has.
+        score_trained: after each training, evaluate what was trained on ``valid_data`` as well, as
+            the metrics ``personal_loss`` and so on: how well the model does here once it has
+            learnt from this data, beside the evaluation of the one that was received.
+
+    Raises:
+        TaskError: if the arrays have different lengths, or the filters leave nothing to train or
+            to send.
     """
 
     only_reads = True
@@ -67,201 +94,247 @@ class FlaxTask:
     def __init__(
         self,
         model: Callable[[nnx.Rngs], nnx.Module],
-        loss: PerExample,
+        loss: Loss,
         optimizer: optax.GradientTransformation | Callable[[float], optax.GradientTransformation],
-        train_data: Examples,
+        train_data: Examples | Stream,
         valid_data: Examples | None = None,
         *,
         learning_rate: float = 1e-3,
-        metrics: Mapping[str, PerExample] | None = None,
+        metrics: Mapping[str, Loss] | None = None,
         augment: Augment | None = None,
         classes: tuple[str, ...] = (),
         sample_seed: int = 0,
         local_rule: LocalRule[Any] | None = None,
+        federated: Any = True,
+        frozen: Any = False,
+        num_examples: int | None = None,
+        score_trained: bool = False,
     ) -> None:
         keep_compiled()
-        self.num_examples = len(train_data[0])
         self.classes = classes
         self.local_rule = BoundRule(local_rule)
         self._loss, self._metrics = loss, dict(metrics or {})
         self._augment = augment
         self._optimizer, self._learning_rate = optimizer, learning_rate
-        # On the device once: a batch is a gather there, not a copy from here.
-        self._train = jax.device_put(train_data)
-        self._valid = jax.device_put(valid_data) if valid_data and len(valid_data[0]) else None
-        self._sample_seed = sample_seed
-        # Its form is known without making it; and made, it is in one piece, not operation by
-        # operation, each of which would be compiled by itself.
-        compiled: Callable[[Any], Any] = jax.jit
-        try:
-            like = nnx.eval_shape(lambda: model(nnx.Rngs(0)))
-        except jax.errors.JAXTypeError:  # it looks at its own values while it is made
-            like, compiled = model(nnx.Rngs(0)), lambda make: make
-        self._graph, averaged, _ = _split(like)
-        self._form = nnx.to_flat_state(averaged)
-        _check_names([tensor_name(path) for path, _ in self._form])
-        self._rest = compiled(lambda: _split(model(nnx.Rngs(0)))[2])()
-        self._init = compiled(lambda key: _split(model(nnx.Rngs(key)))[1])
-        self._steps: dict[tuple[float, BoundRule], tuple[Any, Any]] = {}
+        self._data = (
+            Streamed(train_data, num_examples, sample_seed)
+            if callable(train_data)
+            else InMemory(train_data, sample_seed)
+        )
+        self.num_examples = self._data.num_examples
+        held_out = valid_data is not None and count_of(valid_data, "valid_data")
+        self._valid: Any = jax.device_put(valid_data) if held_out else None
+        self._sample_seed, self._score_trained = sample_seed, score_trained
+        self._parts = ModelParts(model, federated, frozen)
+        self._personal = KeptTensors()
+        self._steps: dict[tuple[BoundRule, Any], Any] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
+    def keep_in(self, folder: Path) -> None:
+        """Keep the personal tensors in this folder, from where they are read after a restart."""
+        self._personal = KeptTensors(folder, "personal")
+
     def model_form(self) -> dict[str, Any]:
         """See ``task.Task``."""
-        return {tensor_name(path): leaf.get_value() for path, leaf in self._form}
+        return {tensor_name(path): leaf.get_value() for path, leaf in self._parts.form}
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
-        return _to_weights(self._init(jax.random.key(seed)))
+        return self._parts.travelling(self._parts.init(jax.random.key(seed)))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """See ``task.Task``."""
-        transform, step = self._step(plan.learning_rate or self._learning_rate)
-        state = self._to_state(weights)
-        rest = self._rest
-        optimizer_state = transform.init(nnx.filter_state(state, nnx.Param))
-        batches = self._batches(plan)
-        losses = []
-        key = jax.random.key(plan.seed ^ self._sample_seed)
-        for number, batch in enumerate(batches, start=1):
-            state, rest, optimizer_state, loss = step(
-                state, rest, optimizer_state, self._train, batch, jax.random.fold_in(key, number)
+        self.check(weights)
+        parts, data, rule = self._parts, self._data, self.local_rule
+        if rule.per_example and parts.has_statistics:
+            raise TaskError(
+                f"the local rule {rule.name} takes the gradient of each example, and batch "
+                "normalization mixes the examples of a batch; use layer or group normalization"
             )
+        run, number = (plan.run, plan.round) if isinstance(plan, RoundPlan) else ("", 0)
+        learnt = parts.learnt(weights, self._personal.before(run, number))
+        trained = _trained(plan)
+        params = nnx.filter_state(learnt, trained)
+        _, frozen, rest = parts.at_home
+        learning_rate = plan.learning_rate or self._learning_rate
+        optimizer_state = self._transform(learning_rate).init(params)
+        step, steps = self._step(plan, params), data.steps(plan)
+        losses: list[Any] = []
+        key = jax.random.key(plan.seed ^ self._sample_seed)
+        for done, batch in enumerate(data.batches(plan), start=1):
+            learnt, rest, optimizer_state, loss = step(
+                learning_rate, learnt, frozen, rest, optimizer_state, data.source, batch,
+                jax.random.fold_in(key, done),
+            )  # fmt: skip
             losses.append(loss)
             # JAX runs ahead; reading the loss of an earlier step keeps it from running far ahead
             # of what is reported, and costs nothing.
-            seen = float(losses[-2]) if number > 1 else None
-            progress(number, len(batches), seen)
-        if not self.local_rule.changes_nothing:
-            self.local_rule.end(named(nnx.filter_state(state, nnx.Param)), optimizer_state[0])
-        mean = float(np.mean([float(loss) for loss in losses]))
-        metrics = {"loss": mean, "steps": float(len(batches))}
-        return TrainResult(_to_weights(state), self.num_examples, metrics)
+            seen = float(losses[-2]) if done > 1 else None
+            progress(done, max(done, steps), None if rule.per_example else seen)
+        if not rule.changes_nothing:
+            rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
+        self._personal.keep(run, number, parts.personal(learnt))
+        metrics = {"steps": float(len(losses))}
+        if not rule.per_example:  # of what a private training saw, only the weights may tell
+            metrics["loss"] = float(np.mean([float(one) for one in losses]))
+        if self._score_trained and self._valid is not None:
+            scores = self._scores(learnt, frozen, parts.at_home.rest)
+            metrics |= {f"personal_{name}": value for name, value in scores.items()}
+        return TrainResult(parts.travelling(learnt), self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """See ``task.Task``."""
+        """See ``task.Task``; with the personal tensors as the last training left them."""
         if self._valid is None:
             return None
-        state = self._to_state(weights)
-        count = len(self._valid[0])
+        scores = self._scores(*self._states(weights))
+        return EvalResult(scores.pop("loss"), count_of(self._valid, "valid_data"), scores)
+
+    def _scores(self, *states: Any) -> dict[str, float]:
+        """Return the mean loss and metrics of a model on the held-out data."""
+        count = count_of(self._valid, "valid_data")
         size = min(_EVALUATION_BATCH, count)
         totals: dict[str, float] = {}
         for start in range(0, count, size):
             # The last batch is filled up, so that all have one shape and are compiled once.
             wanted = np.arange(start, start + size)
-            found = self._evaluate_batch(state, self._valid, np.minimum(wanted, count - 1))
+            real = wanted[wanted < count]
+            found = self._evaluate_batch(*states, self._valid, np.minimum(wanted, count - 1))
+            if len(real) < size and any(not values.shape for values in found.values()):
+                # Numbers of a whole batch would count what fills it up.
+                found = self._evaluate_batch(*states, self._valid, real)
             for name, values in found.items():
-                real = np.asarray(values, np.float64)[wanted < count]
-                totals[name] = totals.get(name, 0.0) + float(real.sum())
-        means = {name: total / count for name, total in totals.items()}
-        return EvalResult(means.pop("loss"), count, means)
+                totals[name] = totals.get(name, 0.0) + _total(values, len(real))
+        return {name: total / count for name, total in totals.items()}
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError where these are not weights of this model."""
         same_form(weights, self.model_form())
 
-    def outputs(self, weights: Weights, inputs: Array) -> Array:
+    def outputs(self, weights: Weights, inputs: Any) -> Array:
         """Return the model's outputs for a batch of inputs, shape [batch, …]."""
-        return np.asarray(self._forward(self._to_state(weights), inputs))
+        return np.asarray(self._forward(*self._states(weights), inputs))
 
-    def _batches(self, plan: Plan) -> list[Array]:
-        """Return index arrays of one size: a fresh order each epoch, its last batch filled up.
-
-        A last batch of another size would be compiled a second time; filling it up from the start
-        of the epoch's order shows a few examples twice.
-        """
-        count = self.num_examples
-        size = min(plan.batch_size, count)
-        rng = np.random.default_rng([plan.seed, self._sample_seed])
-        batches = []
-        for _ in range(plan.epochs):
-            order = rng.permutation(count).astype(np.int32)
-            filled = np.resize(order, -(-count // size) * size)
-            batches += np.split(filled, len(filled) // size)
-        return batches
-
-    def _step(self, learning_rate: float) -> tuple[Any, Any]:
-        """Return the optimizer and its compiled step; one for each learning rate ever asked."""
-        key_of_step = learning_rate, self.local_rule
-        if key_of_step not in self._steps:
-            optimizer = self._optimizer
-            transform = (
-                optimizer
-                if isinstance(optimizer, optax.GradientTransformation)
-                else optimizer(learning_rate)
-            )
-            if not self.local_rule.changes_nothing:
-                transform = optax.chain(gradient_transformation(self.local_rule), transform)
-
-            def step(  # noqa: PLR0917 - all of them traced, by position
-                state: Any, rest: Any, optimizer_state: Any, data: Any, batch: Any, key: Any
-            ) -> Any:
-                inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
-                if self._augment is not None:
-                    inputs = self._augment(key, inputs)
-                params, others = nnx.split_state(state, nnx.Param, ...)
-
-                def mean_loss(params: Any) -> Any:
-                    model = nnx.merge(self._graph, params, others, rest, copy=True)
-                    model.train()
-                    value = self._loss(model(inputs), targets).mean()
-                    return value, nnx.state(model)
-
-                grad = jax.value_and_grad(mean_loss, has_aux=True)
-                (value, after), gradient = grad(params)
-                change, optimizer_state = transform.update(gradient, optimizer_state, params)
-                params = optax.apply_updates(params, change)
-                _, others, rest = nnx.split_state(after, nnx.Param, nnx.BatchStat, ...)
-                return nnx.merge_state(params, others), rest, optimizer_state, value
-
-            self._steps[key_of_step] = transform, jax.jit(step)
-        return self._steps[key_of_step]
-
-    def _forward_step(self, state: Any, inputs: Any) -> Any:
-        model = nnx.merge(self._graph, state, self._rest, copy=True)
-        model.eval()
-        return model(inputs)
-
-    def _evaluate_step(self, state: Any, data: Any, batch: Any) -> dict[str, Any]:
-        inputs, targets = (jnp.take(part, batch, axis=0) for part in data)
-        outputs = self._forward_step(state, inputs)
-        functions = {"loss": self._loss, **self._metrics}
-        return {name: function(outputs, targets) for name, function in functions.items()}
-
-    def _to_state(self, weights: Weights) -> Any:
+    def _states(self, weights: Weights) -> tuple[Any, Any, Any]:
         self.check(weights)
-        return nnx.from_flat_state(
-            [
-                (path, leaf.replace(jnp.asarray(weights[tensor_name(path)])))
-                for path, leaf in self._form
-            ]
-        )
+        _, frozen, rest = self._parts.at_home
+        return self._parts.learnt(weights, self._personal.latest()), frozen, rest
+
+    def _transform(self, learning_rate: Any) -> optax.GradientTransformation:
+        optimizer = self._optimizer
+        if not isinstance(optimizer, optax.GradientTransformation):
+            optimizer = optimizer(learning_rate)
+        if self.local_rule.changes_nothing:
+            return optimizer
+        return optax.chain(gradient_transformation(self.local_rule), optimizer)
+
+    def _step(self, plan: Plan, params: Any) -> Any:
+        """Return the compiled step: one for each local rule, whatever the learning rate."""
+        which = self.local_rule, plan.train
+        if which not in self._steps:
+            fixed = () if _traces(self._optimizer, params) else (0,)
+            # A function of its own: what JAX has traced of an equal one, it does not trace again.
+            own = functools.partial(self._train_step, _trained(plan))
+            self._steps[which] = jax.jit(own, static_argnums=fixed)
+        return self._steps[which]
+
+    def _train_step(  # noqa: PLR0917 - all of them traced, by position
+        self,
+        trained: Any,
+        learning_rate: Any,
+        learnt: Any,
+        frozen: Any,
+        rest: Any,
+        optimizer_state: Any,
+        source: Any,
+        batch: Any,
+        key: Any,
+    ) -> Any:
+        inputs, targets = picked(source, batch)
+        if self._augment is not None:
+            inputs = self._augment(key, inputs)
+        params, still, others = nnx.split_state(learnt, trained, nnx.Param, ...)
+
+        def mean_loss(params: Any, examples: Examples) -> Any:
+            model = self._parts.module(nnx.merge_state(params, still, others), frozen, rest)
+            model.train()
+            value = jnp.mean(self._loss(call(model, examples[0]), examples[1]))
+            return value, self._parts.after(model)
+
+        grad = jax.value_and_grad(mean_loss, has_aux=True)
+        if self.local_rule.per_example:
+            grad = _each(grad)
+        (value, (others, rest)), gradient = grad(params, (inputs, targets))
+        transform = self._transform(learning_rate)
+        change, optimizer_state = transform.update(gradient, optimizer_state, params)
+        params = optax.apply_updates(params, change)
+        return nnx.merge_state(params, still, others), rest, optimizer_state, value
+
+    def _forward_step(self, learnt: Any, frozen: Any, rest: Any, inputs: Any) -> Any:
+        model = self._parts.module(learnt, frozen, rest)
+        model.eval()
+        return call(model, inputs)
+
+    def _evaluate_step(
+        self, learnt: Any, frozen: Any, rest: Any, source: Any, batch: Any
+    ) -> dict[str, Any]:
+        inputs, targets = picked(source, batch)
+        outputs = self._forward_step(learnt, frozen, rest, inputs)
+        functions = {"loss": self._loss, **self._metrics}
+        return {name: jnp.asarray(one(outputs, targets)) for name, one in functions.items()}
 
 
 flax_task = FlaxTask
 """The name under which a user's task file calls it."""
 
 
-def _split(model: Any) -> Any:
-    return nnx.split(model, AVERAGED, ...)
+def _trained(plan: Plan) -> Any:
+    """Return a filter of the parameters that a plan trains."""
+    if plan.train is None:
+        return nnx.Param
+    return nnx.All(
+        nnx.Param, lambda path, _: bool(chosen({tensor_name(path): _NOTHING}, plan.train))
+    )
 
 
-def _to_weights(state: Any) -> dict[str, Array]:
-    return {name: np.asarray(array) for name, array in named(state).items()}
+def _total(values: Any, count: int) -> float:
+    """Return the sum over a batch: of its examples' own numbers, or of the one for all of them."""
+    found = np.asarray(values, np.float64)
+    if not found.shape:
+        return float(found) * count
+    return float(found[:count].reshape(count, -1).mean(axis=1).sum())
 
 
-def _check_names(names: list[str]) -> None:
-    """Check that each tensor has a name of its own.
+def _each(grad: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``grad`` for each example of a batch by itself, as a batch of one."""
 
-    Raises:
-        TaskError: naming the first that has not.
+    def of_one(params: Any, example: Any) -> Any:
+        return grad(params, jax.tree.map(lambda part: part[None], example))
+
+    def of_all(params: Any, examples: Any) -> Any:
+        (values, states), gradients = jax.vmap(of_one, in_axes=(None, 0))(params, examples)
+        return (values.mean(), jax.tree.map(lambda part: part[0], states)), gradients
+
+    return of_all
+
+
+def _traces(optimizer: Any, params: Any) -> bool:
+    """Whether an optimizer is the same function of any learning rate: one compiled step then does.
+
+    Else it looks at the number, and each learning rate is compiled by itself.
     """
-    twice = [name for name, number in Counter(names).items() if number > 1]
-    if twice:
-        raise TaskError(
-            f"two tensors of the model are called '{twice[0]}', such as one whose own name has a "
-            "'/' in it and one inside another module; rename one of them"
-        )
+    if isinstance(optimizer, optax.GradientTransformation):
+        return True
+
+    def update(learning_rate: Any, params: Any) -> Any:
+        made = optimizer(learning_rate)
+        return made.update(params, made.init(params), params)
+
+    try:
+        jax.eval_shape(update, 0.1, params)
+    except Exception:  # of a mistake in it, the step itself tells
+        return False
+    return True
 
 
 def keep_compiled() -> None:

@@ -1,6 +1,6 @@
 """The one vocabulary of a run: a frozen class for every event, with its fields and its sentence.
 
-The machine and the shell around it make these; log, journal, explain, page and history read them.
+Machines and the shells around them make these; log, journal, explain, page and history read them.
 Their names and fields are those on the wire (``docs/protocol.md``).
 
 >>> Counted(round=7, worker="north", num_examples=80, updates=2).sentence()
@@ -66,9 +66,28 @@ from fluffle_common.protocol.events.of_runs import (
     Untold,
     Waiting,
 )
+from fluffle_common.protocol.events.of_workers import (
+    Abandoned,
+    Alone,
+    Begun,
+    Ended,
+    Leaving,
+    Loaded,
+    NotCounted,
+    Occupied,
+    OfAWorker,
+    Sent,
+    Traceback,
+    Unfit,
+    Unsent,
+    Welcomed,
+)
 
 __all__ = [
     "REGISTRY",
+    "Abandoned",
+    "Alone",
+    "Begun",
     "Blocked",
     "Classes",
     "Closed",
@@ -79,6 +98,7 @@ __all__ = [
     "Disk",
     "Doing",
     "Duplicate",
+    "Ended",
     "Evaluated",
     "Failure",
     "Finished",
@@ -89,10 +109,15 @@ __all__ = [
     "Interrupted",
     "Joined",
     "Late",
+    "Leaving",
     "Left",
+    "Loaded",
     "NoBroker",
     "NoJournal",
+    "NotCounted",
     "Note",
+    "Occupied",
+    "OfAWorker",
     "OfTheBroker",
     "Opened",
     "Other",
@@ -108,15 +133,20 @@ __all__ = [
     "Resend",
     "Resumed",
     "RunEvent",
+    "Sent",
     "Severity",
     "Stalled",
     "Standby",
     "Started",
     "Stopped",
     "Tested",
+    "Traceback",
     "Unblocked",
+    "Unfit",
+    "Unsent",
     "Untold",
     "Waiting",
+    "Welcomed",
     "field_names",
     "from_fields",
 ]

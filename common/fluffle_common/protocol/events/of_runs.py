@@ -42,7 +42,7 @@ class OfTheBroker(RunEvent):
 
 @event("connected", "connected to the broker")
 class Connected(OfTheBroker):
-    """The coordinator has its first link to the broker."""
+    """There is a first link to the broker; a worker says so of each."""
 
     def sentence(self) -> str:
         """See ``RunEvent``."""
@@ -148,8 +148,9 @@ class Waiting(RunEvent):
     """What the run waits for; ``reason`` says it for people.
 
     ``what`` is ``workers``, ``first_weights``, ``updates``, ``evaluations`` or ``room`` (on the
-    broker). In an open round, ``round`` is its number, ``missing`` says what each worker does that
-    has not answered, and ``short`` how many workers there are too few for the quorum.
+    broker); in a worker's own log, ``coordinator``. In an open round, ``round`` is its number,
+    ``missing`` says what each worker does that has not answered, and ``short`` how many workers
+    there are too few for the quorum.
     """
 
     reason: Text = None

@@ -51,6 +51,7 @@ _TOO_LARGE = re.compile(r"message size (?P<size>\d+) is larger than (?:configure
 _OTHER_USER = re.compile(
     r"user_id property set to '[^']*' but authenticated user was '(?P<user>[^']*)'"
 )
+_ARGUMENT = re.compile(r"inequivalent arg '(?P<argument>[^']*)' for queue '(?P<name>[^']*)'")
 _QUEUE_TYPE = re.compile(
     r"invalid arg 'x-queue-type'|queue.type|of type 'rabbit_\w+_queue'|NOT_IMPLEMENTED"
 )
@@ -108,16 +109,27 @@ def declaring() -> Iterator[None]:
         yield
     except LinkLost as gone:
         text = str(gone)
-        if _QUEUE_TYPE.search(text):
+        if "inequivalent arg" not in text and _QUEUE_TYPE.search(text):
             raise UnknownQueueType(
                 f"the broker does not have this type of queue ({text})"
             ) from None
         if "PRECONDITION_FAILED" not in text:
             raise
-        raise OtherArguments(
+        raise OtherArguments(_otherwise(text)) from None
+
+
+def _otherwise(text: str) -> str:
+    """Say what is there with other arguments, and what to do about it."""
+    found = _ARGUMENT.search(text)
+    if found is None or found["argument"] in ("x-queue-type", "type"):
+        return (
             f"the broker has it with other settings ({text}); use the same --queue-type "
             "everywhere, or delete the old queue"
-        ) from None
+        )
+    return (
+        f"queue '{found['name']}' was made by another version of fluffle ({text}); stop who uses "
+        f"it, delete it with 'rabbitmqctl delete_queue {found['name']}', and start again"
+    )
 
 
 def meaning(text: str, user: str = "", right: Right | None = None) -> Error:

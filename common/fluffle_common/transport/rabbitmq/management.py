@@ -33,7 +33,8 @@ class QueueFigures:
     second, published to the queue and handed out of it (redeliveries too). ``growth_rate`` is by
     how many messages per second ``ready`` grows. ``oldest_s`` is the age of the message at its
     head, in seconds. ``published`` and ``settled`` count messages since the broker started: what
-    came in, and what was acknowledged or taken without an acknowledgement.
+    came in, and what was acknowledged or taken without an acknowledgement. ``limited`` says whether
+    a policy bounds it, where one should.
     """
 
     name: str
@@ -51,20 +52,24 @@ class QueueFigures:
     published: int | None = None
     settled: int | None = None
     state: str = "running"
+    limited: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
         return asdict(self)
 
 
-def ask(base: str, path: str, url: str, *, timeout_s: float = 5) -> Any:
-    """Get one answer, parsed.
+def ask(
+    base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None, timeout_s: float = 5
+) -> Any:
+    """Get one answer, parsed; None where it is empty.
 
     Args:
         base: where the API is, without a slash at the end.
         path: what is asked, from ``/api/`` on.
         url: the broker's AMQP URL, for the user, the password and the options of TLS in it; of
             several, the first.
+        put: what to put there; None only asks.
         timeout_s: how long to wait for the answer.
 
     Raises:
@@ -75,8 +80,11 @@ def ask(base: str, path: str, url: str, *, timeout_s: float = 5) -> Any:
     split = urllib.parse.urlsplit(split_urls(url)[0])
     user, password = (urllib.parse.unquote(s or "guest") for s in (split.username, split.password))
     login = base64.b64encode(f"{user}:{password}".encode()).decode()
-    headers = {"Authorization": f"Basic {login}"}
-    request = urllib.request.Request(base + path, headers=headers)  # noqa: S310 - http(s)
+    headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+    body = None if put is None else json.dumps(put).encode()
+    request = urllib.request.Request(  # noqa: S310 - http(s)
+        base + path, body, headers, method="GET" if put is None else "PUT"
+    )
     # Never by way of a proxy: it is the broker's own host, which AMQP reaches directly too; and
     # trusted as the URL says.
     context = tls_context(split_urls(url)[0])
@@ -84,8 +92,13 @@ def ask(base: str, path: str, url: str, *, timeout_s: float = 5) -> Any:
         urllib.request.ProxyHandler({}),
         *([urllib.request.HTTPSHandler(context=context)] if context else []),
     )
-    with direct.open(request, timeout=timeout_s) as answer:
-        return json.load(answer)
+    try:
+        with direct.open(request, timeout=timeout_s) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as no:
+        no.close()  # it holds the connection
+        raise
+    return json.loads(text) if text else None
 
 
 def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> str:
@@ -179,8 +192,17 @@ def read_queue(told: Mapping[str, Any], topology: Topology, now: float) -> Queue
         oldest_s=max(0.0, now - oldest) if isinstance(oldest, int | float) else None,
         published=None if stats is None else stats.get("publish", 0),
         state=told.get("state", "running"),
+        limited=_limited(told, topology),
         settled=None if stats is None else sum(stats.get(each, 0) for each in _SETTLED),
     )
+
+
+def _limited(told: Mapping[str, Any], topology: Topology) -> bool | None:
+    """Whether a policy bounds a queue that should be bounded, whoever made it, and whatever to."""
+    queue = topology.find(told["name"])
+    if queue is None or not queue.limits or "effective_policy_definition" not in told:
+        return None
+    return any(key.startswith("max-") for key in told["effective_policy_definition"] or {})
 
 
 def _rate(stats: Mapping[str, Any] | None, what: str) -> float | None:

@@ -27,7 +27,7 @@ function picture(width, height, label) {
 }
 
 /** Steps of 1, 2 or 5 times a power of ten: at most `most` of them from low to high. */
-export function ticks(low, high, most) {
+function ticks(low, high, most) {
   const range = high - low || 1;
   const power = 10 ** Math.floor(Math.log10(range / most));
   const step = [1, 2, 5, 10].map((times) => times * power).find((each) => range / each <= most);
@@ -58,9 +58,12 @@ export function metrics(curves) {
   return [...FIRST, ...rest].filter((name) => curves[name]?.some((value) => value !== null));
 }
 
+/** Whether a metric is an accuracy, of the workers' held-out data or of the coordinator's test. */
+const isAccuracy = (name) => /(^|\/)accuracy$/.test(name);
+
 /** How the values of a metric are written. */
 export function wording(name) {
-  return name === "accuracy" ? percent : figure;
+  return isAccuracy(name) ? percent : figure;
 }
 
 /** The newest value of a metric; undefined where there is none. */
@@ -99,7 +102,7 @@ export function chart(node, curves, rounds) {
 
 function panel(svg, names, curves, x, top, width, tall) {
   const values = names.flatMap((name) => curves[name]).filter((value) => value !== null);
-  const is_share = names[0] === "accuracy" && values.every((value) => value >= 0 && value <= 1);
+  const is_share = isAccuracy(names[0]) && values.every((value) => value >= 0 && value <= 1);
   const low = is_share ? 0 : Math.min(0, ...values);
   const most = Math.max(...values);
   const high = is_share ? 1 : most + (most - low || 1) * 0.06;
@@ -201,7 +204,7 @@ export function matrix(node, { title, columns, rows }) {
     rows.forEach((row, index) => {
       const top = HIGH * index;
       const middle = top + HIGH / 2 + 4;
-      const name = draw("text", { x: left - 8, y: middle, class: "name end" }, names[index]);
+      const name = draw("text", { x: left - 8, y: middle, class: "label end" }, names[index]);
       name.append(draw("title", {}, row.name));
       svg.append(name);
       row.cells.forEach((cell, place) => {
@@ -223,7 +226,7 @@ export function matrix(node, { title, columns, rows }) {
       svg.append(draw("text", { x: left + pitch * (place + 0.5), y: height - 5, class: "tick middle" }, label));
     });
     node.replaceChildren(svg);
-    for (const name of svg.querySelectorAll(".name")) {
+    for (const name of svg.querySelectorAll(".label")) {
       if (name.getComputedTextLength() > left - 10) {
         mark(name, "textLength", left - 10);
         mark(name, "lengthAdjust", "spacingAndGlyphs");

@@ -4,6 +4,7 @@ export const $ = (id) => document.getElementById(id);
 
 /** Show either a panel's content or the words for having none. */
 export function either(id, there) {
+  mark($(id), "hidden", there ? null : "");
   mark($(`${id}-empty`), "hidden", there ? "" : null);
   return there;
 }

@@ -61,7 +61,6 @@ tiles.of = ["run", "workers", "curves", "rejected", "rounds"];
 
 function open(board, now) {
   const { open } = board;
-  mark($("open"), "hidden", open ? null : "");
   say($("open-title"), open ? `Round ${open.round}` : "The open round");
   if (!either("open", open !== null)) {
     const done = over(board) || board.run.phase === "evaluating";
@@ -94,7 +93,12 @@ function open(board, now) {
       mark(row, "data-state", one.in ? "in" : one.hopeless ? "bad" : "out");
       say(row.children[1], one.worker);
       const told = one.in
-        ? [`${whole(one.num_examples)} examples`, `after ${span(one.after_s)}`, one.bytes && size(one.bytes)]
+        ? [
+            `${whole(one.num_examples)} examples`,
+            `after ${span(one.after_s)}`,
+            one.bytes && size(one.bytes),
+            one.staleness && `${one.staleness} versions behind`,
+          ]
         : [one.doing];
       say(row.children[2], told.filter(Boolean).join(" · "));
     },

@@ -40,7 +40,6 @@ export function reached(board, people) {
 
 function curves(board) {
   if (either("chart", board.curves.rounds.length > 0)) chart($("chart"), board.curves, board.run.rounds);
-  else $("chart").replaceChildren();
 }
 curves.of = ["curves", "run"];
 
@@ -55,7 +54,7 @@ function rounds(board) {
         column("committed", (round) => moment(round.committed_at), { n: false }),
         column("examples", (round) => whole(round.num_examples)),
         column("training loss", (round) => figure(round.train_loss)),
-        ...others.map((name) => column(name, (round) => figure(round.metrics?.[name]))),
+        ...others.map((name) => column(name, (round) => wording(name)(round.metrics?.[name]))),
         column("received", (round) => (round.bytes ? size(round.bytes) : "–")),
         column("late", (round) => round.late || "–"),
         column("rejected", (round) => round.rejected || "–"),
@@ -95,6 +94,7 @@ function legend(id, pieces) {
 
 function time(board) {
   const timed = committed(board).filter((round) => round.phases);
+  mark($("time-legend"), "hidden", timed.length > 0 ? null : "");
   if (!either("time", timed.length > 0)) return;
   const all = total(timed, seconds) || 1;
   const of = (name) => total(timed, (round) => round.phases[name]);
@@ -109,6 +109,7 @@ time.of = ["rounds"];
 function participation(board) {
   const shown = committed(board);
   const names = [...new Set(shown.flatMap((one) => [...one.participants, ...one.asked, ...one.came_late]))].sort();
+  mark($("participation-legend"), "hidden", names.length > 0 ? null : "");
   if (!either("participation", names.length > 0)) return;
   const room = Math.max(1, Math.floor((frozen(board) ? MOST_CELLS.history : MOST_CELLS.live) / shown.length));
   const examples = shown.map((one) => new Map(one.participants.map((name, place) => [name, one.examples[place]])));

@@ -1,16 +1,23 @@
-"""The page of a report in a real browser: what it draws of few and of many rounds, and of spite."""
+"""The page in a real browser, without a broker: what it draws of few and of many rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser
 
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import RunEvent
+from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.report import page, snapshot
-from tests.browser import Window, chromium, window
+from fluffle_coordinator.dashboard.server import listen, served, url_of
+from tests.browser import PATIENCE_MS, Window, chromium, window
 
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\u2028"
 # What lies outside the drawing that it belongs to, in pixels beyond a rounding.
@@ -119,4 +126,59 @@ def test_whatever_came_from_outside_is_text(browser: Browser, tmp_path: Path) ->
         assert seen.wait("h1").startswith("<img src=x")
         assert texts(seen, "#workers th")[0].startswith("<img src=x")
         assert seen.page.locator("body script:not(#snapshot), main img").count() == 0
+        assert seen.complaints == []
+
+
+def one_round() -> list[RunEvent]:
+    return [
+        run_events.Opened(round=1, asked=("a",), needed=1, deadline_s=60.0),
+        run_events.Counted(worker="a", round=1, num_examples=5, train_s=1.0),
+        run_events.Committed(round=1, participants=("a",), timings={"open_s": 2.0}),
+        run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75}),
+    ]
+
+
+@contextmanager
+def serving(source: CoordinatorSource) -> Iterator[tuple[str, Callable[..., None]]]:
+    """Serve a page from a thread; yields its address, and what tells it of events."""
+    listening = listen("127.0.0.1:0", "--dashboard")
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def serve() -> None:
+        ended = asyncio.Event()
+        async with served(source.feed, listening):
+            started.set_result((asyncio.get_running_loop(), ended))
+            await ended.wait()
+
+    def happen(*events: RunEvent) -> None:
+        for event in events:
+            loop.call_soon_threadsafe(source.record, event)
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(asyncio.run, serve())
+        loop, ended = started.result(PATIENCE_MS / 1000)
+        try:
+            yield url_of(listening), happen
+        finally:
+            loop.call_soon_threadsafe(ended.set)
+            done.result(PATIENCE_MS / 1000)
+
+
+def test_a_live_page_draws_another_run_afresh(browser: Browser) -> None:
+    drawings = [f"#{name} svg" for name in ("chart", "time", "participation")]
+    with (
+        serving(CoordinatorSource("letters")) as (url, happen),
+        window(browser, url) as seen,
+    ):
+        happen(run_events.Started(run="first"), *one_round())
+        for drawing in drawings:
+            seen.page.locator(drawing).wait_for()
+        happen(run_events.Started(run="second"))
+        for drawing in drawings:
+            seen.page.locator(drawing).wait_for(state="hidden")
+        happen(*one_round(), run_events.Finished(reason="1 round is done"))
+        for drawing in drawings:
+            seen.page.locator(drawing).wait_for()
+        seen.wait("#workers-count", "1 took part")
+        assert seen.wait("#workers .chip") == "done"
         assert seen.complaints == []

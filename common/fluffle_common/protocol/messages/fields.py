@@ -1,0 +1,83 @@
+"""The fields of messages: their types, bounds and patterns, one name for each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, Strict
+
+from fluffle_common.tensors.table import MAX_DIMENSIONS, MAX_TENSOR_NAME
+
+MAX_NUM_EXAMPLES = 10**12
+MAX_METRICS = MAX_METRIC_NAME = MAX_ID = 64
+MAX_CLASS_NAME = 100
+# A worker says these of itself every few seconds, and the coordinator keeps them of each.
+MAX_TASK_CHARACTERS = 200
+MAX_CLASSES, MAX_CLASSES_BYTES = 5_000, 32 * 2**10
+
+# Names end up in queue names and routing keys. A federation has no dot, so that its names on the
+# broker cannot be mistaken for another federation's.
+FEDERATION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+WORKER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+
+Federation = Annotated[str, Field(pattern=FEDERATION_PATTERN)]
+WorkerId = Annotated[str, Field(pattern=WORKER_PATTERN)]
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+Round = Annotated[int, Field(ge=0, le=10**9)]
+NumExamples = Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Metric = Annotated[float, Field(allow_inf_nan=False)]
+Metrics = Annotated[
+    dict[Annotated[str, Field(max_length=MAX_METRIC_NAME)], Metric], Field(max_length=MAX_METRICS)
+]
+Text = Annotated[str, Field(max_length=2000)]
+TaskName = Annotated[str, Field(max_length=MAX_TASK_CHARACTERS)]
+
+
+def _not_too_long(classes: tuple[str, ...]) -> tuple[str, ...]:
+    size_bytes = sum(len(name.encode()) for name in classes)
+    if size_bytes > MAX_CLASSES_BYTES:
+        raise ValueError(
+            f"the names of {len(classes)} classes have {size_bytes} bytes, "
+            f"at most {MAX_CLASSES_BYTES} are taken"
+        )
+    return classes
+
+
+KeyId = Annotated[str, Field(min_length=1, max_length=64)]
+Signature = Annotated[str, Field(min_length=1, max_length=2000)]
+Scheme = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,31}$")]
+Extra = (
+    Literal["model"]
+    | Annotated[
+        dict[
+            Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)],
+            Annotated[
+                tuple[Annotated[int, Field(ge=0)], ...],
+                Strict(False),
+                Field(max_length=MAX_DIMENSIONS),
+            ],
+        ],
+        Field(min_length=1, max_length=1000),
+    ]
+)
+Train = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
+    Strict(False),
+    Field(min_length=1, max_length=1000),
+]
+Classes = Annotated[
+    tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
+    Strict(False),
+    Field(max_length=MAX_CLASSES),
+    AfterValidator(_not_too_long),
+]
+Value = bool | int | float | Annotated[str, Field(max_length=2000)]
+Extension = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max_length=100)]
+Config = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max_length=100)]
+
+Critical = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=64)], ...],
+    Strict(False),
+    Field(max_length=32),
+]

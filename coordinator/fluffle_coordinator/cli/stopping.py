@@ -1,0 +1,43 @@
+"""The options that say when a run has done enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fluffle_common.cli.app import FiniteFloat, count, seconds
+
+_OPTIONS = [
+    click.option(
+        "--monitor",
+        metavar="METRIC",
+        help="Keep the best model by this metric as best.safetensors: a federated one, such as "
+        "accuracy, or test/NAME of --evaluate. Of a loss or an error the lowest is the best.",
+    ),
+    click.option(
+        "--target",
+        type=FiniteFloat(),
+        metavar="VALUE",
+        help="End the run when a model's --monitor metric, else its loss, is this good.",
+    ),
+    click.option(
+        "--patience",
+        type=count(),
+        metavar="ROUNDS",
+        help="End the run when the best model, by the same metric, is so many rounds old.",
+    ),
+    click.option(
+        "--time-budget",
+        type=seconds(min_open=True),
+        metavar="SECONDS",
+        help="End the run with the round at which its rounds have taken so long.",
+    ),
+]
+
+
+def stopping_options(command: Any) -> Any:
+    """Add them to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

@@ -1,0 +1,1 @@
+"""Plays a coordinator against somebody's worker, and judges what the worker does."""

@@ -1,0 +1,103 @@
+"""When a run has done enough: at a target, without progress, or out of time. Pure.
+
+What is monitored is a metric of the federated evaluation, which is there one round later, since
+workers evaluate what they are sent; or, as ``test/NAME``, of the coordinator's own test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fluffle_common.protocol.metric_names import TEST, lower_is_better
+from fluffle_coordinator.storage.round_stats import seconds_of
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What the operator decided; what is None is not asked.
+
+    Args:
+        monitor: the metric that the others go by; the best model by it is kept. None is the loss,
+            and keeps none.
+        target: end the run when a model is this good.
+        patience: end the run when the best model is so many rounds old.
+        time_budget_s: end the run when its rounds have taken so long, also before a restart.
+    """
+
+    monitor: str | None = None
+    target: float | None = None
+    patience: int | None = None
+    time_budget_s: float | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric that is gone by."""
+        return self.monitor or "loss"
+
+
+NO_STOPPING = Stopping()
+
+
+class Standing:
+    """How far a run has come, by what its operator monitors.
+
+    Args:
+        stopping: what the operator decided.
+        lines: of the run's history so far.
+
+    Example:
+        >>> standing = Standing(Stopping("accuracy", patience=2))
+        >>> for number, accuracy in enumerate([0.5, 0.75, 0.75, 0.7], start=1):
+        ...     standing.note(number, {"accuracy": accuracy})
+        >>> standing.best, standing.enough()
+        (2, 'accuracy is no better than 0.7500, of round 2, for 2 rounds (--patience)')
+    """
+
+    def __init__(self, stopping: Stopping, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._stopping = stopping
+        self._sign = -1 if lower_is_better(stopping.metric) else 1
+        self.best: int | None = None  # the round with the best model
+        self._value, self._latest, self._seconds = math.nan, 0, 0.0
+        for line in lines:
+            if line["event"] in ("evaluated", "tested"):
+                self.note(line["round"], line)
+            elif line["event"] == "committed":
+                self.took(line["timings"])
+
+    def took(self, timings: Mapping[str, float]) -> None:
+        """Count the time of a round."""
+        self._seconds += seconds_of(timings)
+
+    def note(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Take note of what is known of a round's model."""
+        value = metrics.get(self._stopping.metric)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return
+        self._latest = max(self._latest, number)
+        if self.best is None or self._sign * value > self._sign * self._value:
+            self.best, self._value = number, value
+
+    def missing(self, metrics: Mapping[str, Any]) -> str | None:
+        """Say that these metrics are without the one that is asked for."""
+        rules, name = self._stopping, self._stopping.metric
+        asked = (rules.monitor, rules.target, rules.patience) != (None, None, None)
+        of_a_test = any(one.startswith(TEST) for one in metrics)
+        if not asked or name in metrics or name.startswith(TEST) != of_a_test:
+            return None
+        return f"no round has the metric '{name}' (--monitor); known are {', '.join(metrics)}"
+
+    def enough(self) -> str:
+        """Return why no further round is wanted; empty if one is."""
+        rules, name = self._stopping, self._stopping.metric
+        if self.best is not None:
+            of = f"{self._value:.4f}, of round {self.best}"
+            if rules.target is not None and self._sign * (self._value - rules.target) >= 0:
+                return f"{name} is {of} (--target {rules.target:g})"
+            if rules.patience is not None and self._latest - self.best >= rules.patience:
+                return f"{name} is no better than {of}, for {rules.patience} rounds (--patience)"
+        if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:
+            return f"its rounds took {self._seconds:.0f} s (--time-budget {rules.time_budget_s:g})"
+        return ""

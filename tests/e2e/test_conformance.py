@@ -1,0 +1,55 @@
+"""``fluffle conformance`` as a user runs it, against our own worker and a minimal one."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
+
+pytestmark = pytest.mark.rabbit
+
+LARGE = f"{ROOT / 'tests/e2e/large_task.py'}:task"
+
+
+def conformance(federation: Federation, *flags: object) -> Program:
+    where = ("--federation", federation.name, "--url", federation.url)
+    return federation.start(FLUFFLE, "conformance", *where, "--patience", 30, *flags)
+
+
+@pytest.mark.parametrize("queues", ["classic", "quorum"])
+def test_our_worker_meets_every_demand(federation: Federation, queues: str) -> None:
+    kind = ("--queue-type", queues)
+    check = conformance(federation, "--twice", *kind)
+    first = federation.worker("shard:0/3", *kind, task=LARGE)
+    check.wait_for("start worker shard-0-3 once more")
+    assert first.end() == 0
+    second = federation.worker("shard:0/3", *kind, task=LARGE)
+    assert check.end() == 0, "\n".join(check.lines)
+    assert check.lines[-1] == "27 ok, 0 failed, 0 skipped"
+    assert second.end() == 6  # refused
+
+
+def test_a_minimal_worker_is_told_what_it_lacks(federation: Federation) -> None:
+    script = ROOT / "tests/e2e/pika_worker.py"
+    check = conformance(federation, "--json", "--worker", "pika")
+    check.wait_for("waiting for worker pika")
+    federation.start(sys.executable, script, federation.url, federation.name, "pika")
+    assert check.end() == 1
+    told = json.loads("\n".join(check.lines[1:]))
+    assert told["ok"] is False
+    failed = {one["scenario"] for one in told["findings"] if one["outcome"] == "failed"}
+    assert failed == LACKS
+
+
+# As docs/protocol.md says, under "Try your own worker".
+LACKS = {
+    "last work",
+    "same fit again",
+    "same fit while at work",
+    "unknown critical key",
+    "unsound weights",
+    "well formed",
+}

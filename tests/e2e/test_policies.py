@@ -1,0 +1,156 @@
+"""Limits of queues on a real broker: set by its own node, missing elsewhere, changed at will."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pika
+import pytest
+
+from fluffle_broker.node.node import NodeInfo
+from fluffle_common.protocol import topology
+from fluffle_common.protocol.topology import Queue, Topology
+from fluffle_common.transport.base import Properties, QueueFull
+from fluffle_common.transport.rabbitmq.management import ask
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from tests.e2e.programs import FLUFFLE, PATIENCE_S, Federation, Program
+
+pytestmark = pytest.mark.rabbit
+
+
+class Elsewhere:
+    """A vhost that nobody has set a policy in, as on a broker of somebody else's."""
+
+    def __init__(self, info: NodeInfo) -> None:
+        self.info, self.vhost = info, f"else-{uuid.uuid4().hex[:8]}"
+        self.url = f"{info.url}{self.vhost}"
+        self.base = info.management_url.rstrip("/")
+        self.api(f"/api/vhosts/{self.vhost}", {})
+        everything = dict.fromkeys(("configure", "write", "read"), ".*")
+        self.api(f"/api/permissions/{self.vhost}/guest", everything)
+
+    def api(self, path: str, put: dict[str, Any] | None = None) -> Any:
+        return ask(self.base, path, self.info.url, put=put)
+
+    def rabbitmqctl(self, *words: str) -> str:
+        ctl = str(self.info.folder / "rabbitmqctl")
+        done = subprocess.run([ctl, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def elsewhere(broker_node: NodeInfo) -> Iterator[Elsewhere]:
+    if broker_node.started_as == "docker":
+        pytest.skip("the node's rabbitmqctl is in its container")
+    made = Elsewhere(broker_node)
+    yield made
+    made.rabbitmqctl("delete_vhost", made.vhost)
+
+
+def run(federation: Federation, *words: object) -> Program:
+    program = federation.start(FLUFFLE, *words)
+    program.end()
+    return program
+
+
+async def declare(url: str, names: Topology) -> None:
+    link = await AmqpTransport(url, "test").open()
+    await link.declare([*names.shared(), *names.of_worker("w")])
+    await link.close()
+
+
+def wait_for_limits(
+    ask_api: Callable[[str], Any], vhost: str, names: Topology, *, none: bool = False
+) -> None:
+    """Wait until RabbitMQ's statistics, which come late, say that the limits are in force."""
+    queues = [*names.shared(), *names.queues_of("w")]
+    wanted = {one.name: {} if none else one.limits for one in queues if isinstance(one, Queue)}
+    ends = time.monotonic() + PATIENCE_S
+    while True:
+        told = {one["name"]: one for one in ask_api(f"/api/queues/{vhost}")}
+        limits = {name: told.get(name, {}).get("effective_policy_definition") for name in wanted}
+        if {name: {} if one == [] else one for name, one in limits.items()} == wanted:
+            return
+        assert time.monotonic() < ends, limits
+        time.sleep(0.2)
+
+
+async def test_without_a_policy_queues_says_so_and_apply_policy_sets_them(
+    federation: Federation, elsewhere: Elsewhere
+) -> None:
+    names = Topology(federation.name)
+    await declare(elsewhere.url, names)
+    where = ("--federation", names.federation, "--url", elsewhere.url)
+    where = (*where, "--management", elsewhere.base)
+    wait_for_limits(elsewhere.api, elsewhere.vhost, names, none=True)
+    told = run(federation, "queues", *where).lines
+    assert any("no policy limits how much these 7 queues may hold" in line for line in told), told
+    applied = run(federation, "broker", "apply-policy", *where)
+    assert applied.process.returncode == 0, applied.lines
+    wait_for_limits(elsewhere.api, elsewhere.vhost, names)
+    assert not any("no policy" in line for line in run(federation, "queues", *where).lines)
+
+
+async def test_the_lines_that_are_printed_set_the_same(
+    federation: Federation, elsewhere: Elsewhere
+) -> None:
+    names = Topology(federation.name)
+    await declare(elsewhere.url, names)
+    where = ("--federation", names.federation, "--url", elsewhere.url)
+    for line in run(federation, "broker", "apply-policy", "--print", *where).lines:
+        program, *words = shlex.split(line)
+        assert program == "rabbitmqctl"
+        elsewhere.rabbitmqctl(*words)
+    wait_for_limits(elsewhere.api, elsewhere.vhost, names)
+
+
+async def test_a_limit_that_is_changed_holds_at_once_and_declares_nothing_anew(
+    federation: Federation, elsewhere: Elsewhere
+) -> None:
+    names = Topology(federation.name)
+    await declare(elsewhere.url, names)
+    link = await AmqpTransport(elsewhere.url, "test").open()
+
+    async def publish() -> None:
+        await link.publish(b"x", Properties(), exchange=names.results, keys=["update.w"])
+
+    (policy,) = (one for one in topology.policies(names.federation) if "updates" in one.name)
+    small = {**policy.definition, "max-length": 1}
+    value = {"pattern": policy.pattern, "definition": small, "priority": 1, "apply-to": "queues"}
+    elsewhere.api(f"/api/policies/{elsewhere.vhost}/{policy.name}", value)
+    await publish()
+    with pytest.raises(QueueFull):
+        await publish()
+    await link.declare(names.shared())  # nobody has to know of it
+    await link.close()
+
+
+async def test_our_own_node_bounds_every_federation(
+    federation: Federation, broker_node: NodeInfo
+) -> None:
+    names = Topology(federation.name)
+    await declare(broker_node.url, names)
+    base, url = broker_node.management_url.rstrip("/"), broker_node.url
+    wait_for_limits(lambda path: ask(base, path, url), "%2F", names)
+
+
+def test_a_queue_of_an_earlier_version_is_named_with_the_remedy(
+    federation: Federation, elsewhere: Elsewhere, tmp_path: Path
+) -> None:
+    connection = pika.BlockingConnection(pika.URLParameters(elsewhere.url))
+    old = {"x-queue-type": "classic", "x-max-length": 1000, "x-overflow": "drop-head"}
+    queue = f"{federation.name}.unrouted"
+    connection.channel().queue_declare(queue, durable=True, arguments=old)
+    connection.close()
+    where = ("--federation", federation.name, "--url", elsewhere.url, "--run", tmp_path / "run")
+    program = run(federation, "coordinator", *where)
+    assert program.process.returncode == 3, program.lines
+    assert f"rabbitmqctl delete_queue {queue}" in program.lines[-1]
+    assert "another version" in program.lines[-1]

@@ -1,0 +1,87 @@
+"""A federation of adapted models: only the adapters travel, and they are what is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fluffle_common.protocol.messages import Plan
+from fluffle_worker.task import RoundPlan
+from fluffle_worker.tasks.flax import flax_task
+
+WIDE = 64
+PLAN = Plan(epochs=2, batch_size=4)
+
+
+class Adapted(nnx.Module):
+    """A frozen backbone of 64 by 64 with an adapter of rank 1, and a head of the worker's own."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.backbone = nnx.LoRALinear(WIDE, WIDE, lora_rank=1, rngs=rngs)
+        self.head = nnx.Linear(WIDE, 1, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.head(self.backbone(inputs))[:, 0]
+
+
+@pytest.fixture
+def _compiled_elsewhere(tmp_path: Path) -> Iterator[None]:
+    """Keep what JAX compiles away from the user's cache."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def adapted(seed: int) -> Any:
+    inputs = np.random.default_rng(seed).normal(size=(8, WIDE)).astype(np.float32)
+    return flax_task(
+        Adapted,
+        lambda outputs, targets: (outputs - targets) ** 2,
+        optax.sgd(0.01),
+        (inputs, inputs[:, seed]),
+        federated=nnx.LoRAParam,
+        frozen=nnx.All(nnx.PathContains("backbone"), nnx.Not(nnx.LoRAParam)),
+    )
+
+
+def trained_alone(rounds: int) -> list[Any]:
+    """Return the average after each round, made without a federation."""
+    tasks = [adapted(seed) for seed in (0, 1)]
+    weights, found = tasks[0].init(0), []
+    for number in range(1, rounds + 1):
+        plan = RoundPlan(**{**dict(PLAN), "seed": number, "run": "r", "round": number})
+        ends = [task.train(weights, plan, lambda *_: None).weights for task in tasks]
+        weights = {name: (ends[0][name] + ends[1][name]) / 2 for name in weights}
+        found.append(weights)
+    return found
+
+
+@pytest.mark.usefixtures("_compiled_elsewhere")
+def test_only_adapters_travel_while_each_worker_keeps_a_head_of_its_own(federated):
+    expected = trained_alone(2)
+    tasks = [adapted(seed) for seed in (0, 1)]
+    for task in tasks:  # compiled before: in the tests' time no thread may take long
+        task.train(task.init(0), PLAN, lambda *_: None)
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, plan=PLAN)
+        for name, task in zip("ab", tasks, strict=True):
+            federation.worker(name, task)
+        await coordinator.end()
+        for number, weights in enumerate(expected, start=1):
+            found = federation.weights(number)
+            assert found.keys() == {"backbone/lora/lora_a", "backbone/lora/lora_b"}
+            for name, array in found.items():
+                np.testing.assert_allclose(array, weights[name], rtol=1e-4, atol=1e-6)
+        for line in federation.history():  # two adapters of 64 float32 each; the rest has 16 KiB
+            assert [one["bytes"] for one in line["participants"]] == [2 * 4 * WIDE] * 2
+
+    federated(scenario)

@@ -1,0 +1,299 @@
+"""``fluffle conformance`` passes our own worker, and finds the mistakes of others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import uuid
+from typing import Any
+
+import msgpack
+import pytest
+
+from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol import codec
+from fluffle_common.protocol.codec import read_tensors
+from fluffle_common.protocol.messages import Evaluate, Heartbeat, Hello, Stop
+from fluffle_coordinator.conformance.examine import SCENARIOS, examine
+from fluffle_coordinator.conformance.findings import Finding
+from fluffle_worker import connection, job, machine, service, uploader
+from fluffle_worker.heartbeat import Presence
+from fluffle_worker.service import WorkerService
+from tests.federation.harness import Adder
+
+LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
+
+
+class Slowing(Adder):
+    """Takes longer each time, so that two trainings can be told apart by their seconds."""
+
+    def train(self, weights, plan, progress):
+        self.step_s += 0.01
+        return super().train(weights, plan, progress)
+
+
+async def examined(federation, **how: Any) -> dict[str, Finding]:
+    found = [
+        one async for one in examine(federation.broker, federation.topology, patience_s=30, **how)
+    ]
+    assert [one.scenario for one in found] == [one.name for one in SCENARIOS]
+    return {one.scenario: one for one in found}
+
+
+def failed(found: dict[str, Finding]) -> list[str]:
+    return [name for name, one in found.items() if one.outcome == "failed"]
+
+
+def skipped(found: dict[str, Finding]) -> list[str]:
+    return [name for name, one in found.items() if one.outcome == "skipped"]
+
+
+def test_our_worker_does_what_the_document_demands(federated):
+    async def scenario(federation):
+        worker = federation.worker("w", Slowing(federation.loop))
+        found = await examined(federation)
+        assert failed(found) == [], [one for one in found.values() if one.outcome == "failed"]
+        assert skipped(found) == ["lost part", "update in parts", "refusal"]
+        await worker.end(60)
+
+    federated(scenario)
+
+
+def test_it_does_so_with_a_model_in_parts_and_when_it_is_refused(federated):
+    async def scenario(federation):
+        def tell(line: str) -> None:
+            if "once more" in line:
+                federation.worker("w", Slowing(federation.loop, size=LARGE))
+
+        federation.worker("w", Slowing(federation.loop, size=LARGE))
+        found = await examined(federation, twice=True, tell=tell)
+        assert failed(found) == [], [one for one in found.values() if one.outcome == "failed"]
+        assert skipped(found) == []
+        assert "3 parts" in found["lost part"].seen
+
+    federated(scenario)
+
+
+def test_without_a_round_nothing_further_is_tried(federated):
+    async def scenario(federation):
+        federation.worker("w")  # which trains its own model only
+        found = await examined(federation, large=True)
+        assert failed(found) == ["fit"]
+        assert "'conformance/large' is not in this task's model" in found["fit"].seen
+        assert found["stop"].seen == "not tried: fit failed"
+
+    federated(scenario)
+
+
+def test_a_worker_that_stays_is_as_good(federated):
+    async def scenario(federation):
+        federation.worker("w", Slowing(federation.loop), stay=True)
+        found = await examined(federation)
+        assert failed(found) == [], [one for one in found.values() if one.outcome == "failed"]
+        assert "stays" in found["stop"].seen
+
+    federated(scenario)
+
+
+def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(federated):
+    async def scenario(federation):
+        earlier = federation.worker("w", Slowing(federation.loop))
+        found = await examined(federation)
+        assert found["hello"].outcome == "ok"
+        await earlier.end(60)
+        await federation.worker("dead").kill()
+        here = federation.worker("w", Slowing(federation.loop))
+        await asyncio.sleep(5)
+        found = await examined(federation, worker="w")
+        assert failed(found) == [], [one for one in found.values() if one.outcome == "failed"]
+        assert "worker w was here before" in found["hello"].seen
+        await here.end(60)
+
+    federated(scenario)
+
+
+def test_a_federation_with_a_coordinator_or_with_real_work_is_left_alone(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1000)
+        workers = federation.workers(2)
+        await coordinator.log.until("committed", 2)
+        with pytest.raises(RunError, match="has a coordinator"):
+            await examined(federation)
+        await coordinator.kill()
+        waiting = federation.broker.queues[federation.topology.updates].ready
+        while not waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        for worker in workers:
+            await worker.kill()
+        with pytest.raises(UsageError, match="has messages of run"):
+            await examined(federation)
+        assert waiting
+
+    federated(scenario)
+
+
+def test_without_a_worker_it_gives_up(federated):
+    async def scenario(federation):
+        with pytest.raises(RunError, match="no worker was heard"):
+            await examined(federation, wait_s=20)
+
+    federated(scenario)
+
+
+def test_a_malformed_hello_is_told(federated, monkeypatch):
+    monkeypatch.setattr(Hello, "model_dump", lambda self, **_: {"kind": "hello", "protocol": 2})
+
+    async def scenario(federation):
+        federation.worker("w")
+        found = await examined(federation)
+        assert failed(found) == ["hello", "well formed"]
+        assert "malformed: in letters.presence: hello.federation" in found["hello"].seen
+        assert found["fit"].seen == "not tried: hello failed"
+
+    federated(scenario)
+
+
+# --- mistakes of workers -------------------------------------------------------------------------
+
+
+def trains_again(patch):
+    real = machine._asked
+
+    def asked(state, work):
+        if work != state.answered:
+            return real(state, work)
+        return real(state._replace(answered=None), work)
+
+    patch(machine, "_asked", asked)
+
+
+def answers_any_attempt(patch):
+    real = WorkerService._work
+
+    def work(self, message, payload):
+        if not isinstance(message, Evaluate):
+            message = message.model_copy(update={"attempt": 0})
+        real(self, message, payload)
+
+    patch(WorkerService, "_work", work)
+    patch(WorkerService, "_judged", lambda self, verdict: None)
+
+
+def leaves_at_any_stop(patch):
+    real = WorkerService._receive
+
+    def receive(self, message, payload):
+        if isinstance(message, Stop):
+            message = message.model_copy(update={"run": self._run})
+        real(self, message, payload)
+
+    patch(WorkerService, "_receive", receive)
+
+
+def knows_no_critical_keys(patch):
+    def lenient(body, federation):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            header, payload = msgpack.unpackb(body)
+            header.pop("critical", None)
+            body = msgpack.packb([header, payload])
+        return codec.decode(body, federation)
+
+    patch(connection, "decode", lenient)
+
+
+def does_not_look_at_the_weights(patch):
+    patch(service, "read_work", lambda work, payload: (read_tensors(work.tensors, payload), {}))
+
+
+def hides_that_it_receives(patch):
+    real = Presence.now
+
+    def now(self, state, work, *, steps=0):
+        real(self, "idle" if state == "receiving" else state, work, steps=steps)
+
+    patch(Presence, "now", now)
+
+
+def forgets_what_it_did(patch):
+    real = Presence.speak_up
+
+    def speak_up(self):
+        self._doing |= {"run": None, "round": 0, "base": None}
+        real(self)
+
+    patch(Presence, "speak_up", speak_up)
+
+
+def leaves_without_a_word(patch):
+    async def bye(self, link, reason):
+        return None
+
+    patch(Presence, "bye", bye)
+
+
+def is_never_the_same(patch):
+    real = Presence.speak_up
+
+    def speak_up(self):
+        self._ids["session"] = uuid.uuid4().hex
+        real(self)
+
+    patch(Presence, "speak_up", speak_up)
+
+
+def sends_what_a_broker_forgets(patch):
+    real = uploader.send_tensors
+
+    async def send_tensors(link, message, weights, route, **how):
+        await real(link, message, weights, dataclasses.replace(route, durable=False), **how)
+
+    patch(uploader, "send_tensors", send_tensors)
+
+
+def evaluates_another_round(patch):
+    real = job._evaluation
+
+    def evaluation(ids, number, result):
+        return real(ids, number + 1, result)
+
+    patch(job, "_evaluation", evaluation)
+
+
+def is_silent_at_work(patch):
+    real = Presence._begin_to_say
+
+    def begin_to_say(self, link, message):
+        if not isinstance(message, Heartbeat) or message.state == "idle":
+            real(self, link, message)
+
+    patch(Presence, "_begin_to_say", begin_to_say)
+
+
+MISTAKES = {
+    trains_again: {"same fit again"},
+    answers_any_attempt: {"rejected update"},
+    leaves_at_any_stop: {"end of others"},
+    knows_no_critical_keys: {"unknown critical key"},
+    does_not_look_at_the_weights: {"unsound weights"},
+    hides_that_it_receives: {"lost part"},
+    forgets_what_it_did: {"last work"},
+    leaves_without_a_word: {"stop"},
+    is_never_the_same: {"one session"},
+    sends_what_a_broker_forgets: {"well formed"},
+    evaluates_another_round: {"evaluation before the update", "evaluate"},
+    is_silent_at_work: {"heartbeats"},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_is_found_by_the_scenario_that_is_about_it(federated, monkeypatch, mistake):
+    mistake(monkeypatch.setattr)
+
+    async def scenario(federation):
+        size = LARGE if mistake is hides_that_it_receives else 4
+        step_s = 5.0 if mistake is is_silent_at_work else 0.25
+        federation.worker("w", Slowing(federation.loop, size=size, step_s=step_s))
+        assert set(failed(await examined(federation))) == MISTAKES[mistake]
+
+    federated(scenario)

@@ -1,0 +1,101 @@
+"""A protocol in two phases that fluffle knows nothing of, and what nobody handles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.protocol import codec
+from fluffle_common.protocol.exchanges import Exchanges, Sent
+from fluffle_common.protocol.messages import Exchange
+from tests.federation.harness import NAME, Adder
+
+
+def said(phase: str, **fields: Any) -> Exchange:
+    return Exchange(federation=NAME, name="sum", phase=phase, round=1, **fields)
+
+
+def slow(federation) -> Adder:
+    return Adder(federation.loop, steps=40)
+
+
+async def began(coordinator) -> str:
+    """Return the run, once a round of it has begun."""
+    await coordinator.log.until("opened")
+    return coordinator.service.state.run
+
+
+def test_a_protocol_goes_back_and_forth_by_its_name(federated):
+    numbers = {"a": 3.0, "b": 4.0}
+    totals: dict[str, list[float]] = {name: [] for name in numbers}
+    shares: dict[str, float] = {}
+
+    def collect(message: Exchange, tensors: Any) -> list[Sent]:
+        shares[message.worker] = float(tensors["share"])
+        if shares.keys() < numbers.keys():
+            return []
+        total = {"total": np.array(sum(shares.values()))}
+        return [Sent(said("total", run=message.run), total, tuple(numbers))]
+
+    def takes_part(worker: str) -> Any:
+        def handle(message: Exchange, tensors: Any) -> list[Sent]:
+            if message.phase == "begin":
+                share = {"share": np.array(numbers[worker])}
+                return [Sent(said("share", run=message.run, worker=worker), share)]
+            totals[worker].append(float(tensors["total"]))
+            return []
+
+        return handle
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, exchanges=Exchanges({"sum": collect}))
+        for name in numbers:
+            exchanges = Exchanges({"sum": takes_part(name)})
+            federation.worker(name, slow(federation), exchanges=exchanges)
+        run = await began(coordinator)
+        begin = Sent(said("begin", run=run), {}, tuple(numbers))
+        coordinator.service.exchange(begin)
+        assert (await coordinator.end()).outcome == "finished"
+        assert totals == {"a": [7.0], "b": [7.0]}
+        assert not coordinator.log.of("rejected")
+
+    federated(scenario)
+
+
+def test_what_nobody_handles_is_refused_on_both_sides(federated):
+    def asks(message: Exchange, tensors: Any) -> list[Sent]:
+        return [Sent(said("more", run=message.run, worker="a"))]
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1)
+        federation.worker("a", slow(federation), exchanges=Exchanges({"sum": asks}))
+        b = federation.worker("b", slow(federation), exchanges=Exchanges({"product": asks}))
+        run = await began(coordinator)
+        begin = Sent(said("begin", run=run), {}, ("a", "b"))
+        coordinator.service.exchange(begin)
+        assert (await coordinator.end()).outcome == "finished"
+        told = "nobody here handles the exchange 'sum' (handled: {})"
+        (rejected,) = coordinator.log.of("rejected")
+        assert rejected["reason"] == told.format("none")
+        assert rejected["cause"] == "exchange"
+        assert [one["reason"] for one in b.log.of("rejected")] == [told.format("product")]
+
+    federated(scenario)
+
+
+def test_a_handler_that_fails_is_a_refusal_in_one_line():
+    def fails(message: Exchange, tensors: Any) -> list[Sent]:
+        raise RuntimeError("no\nkey")
+
+    message, payload = codec.decode(Sent(said("begin", run="r")).body())
+    with pytest.raises(MalformedMessage, match="of the exchange 'sum' fails: RuntimeError: no key"):
+        Exchanges({"sum": fails}).receive(message, payload)
+
+
+def test_an_exchange_travels_in_one_piece():
+    large = {"x": np.zeros(codec.PART_BYTES + 1, np.uint8)}
+    with pytest.raises(ValueError, match=r"have 4194305 bytes, at most 4194304 travel"):
+        Sent(said("begin", run="r"), large).body()

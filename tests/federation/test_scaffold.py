@@ -1,0 +1,96 @@
+"""SCAFFOLD by name, on both sides: workers whose data differ, followed in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fluffle_coordinator.service.strategy_loading import load_strategy
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.loading import use_local_rule
+from fluffle_worker.task import EvalResult, TrainResult
+
+TARGETS = {"a": 1.0, "b": 4.0}
+CURVES = {"a": 1.0, "b": 3.0}
+STEPS = {"a": 2, "b": 5}
+RATE = 0.125
+SIZE = 4
+
+
+class Descent:
+    """Gradient descent on a quadratic whose curvature and target are the worker's own."""
+
+    num_examples = 10
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.local_rule = BoundRule()
+        use_local_rule(self, "scaffold")
+
+    def init(self, seed: int) -> Any:
+        return {"w": np.zeros(SIZE, np.float32), "steps": np.zeros((), np.int64)}
+
+    def evaluate(self, weights: Any) -> EvalResult:
+        return EvalResult(0.0, 1)
+
+    def train(self, weights: Any, plan: Any, progress: Any) -> TrainResult:
+        w, steps = weights["w"], STEPS[self.name]
+        state = self.local_rule.begin({"w": w})
+        for number in range(1, steps + 1):
+            gradient = np.float32(CURVES[self.name]) * (w - np.float32(TARGETS[self.name]))
+            changed, state = self.local_rule.gradient({"w": gradient}, {"w": w}, state)
+            w = w - np.float32(RATE) * changed["w"]
+            progress(number, steps, None)
+        self.local_rule.end({"w": w}, state)
+        return TrainResult({"w": w, "steps": weights["steps"] + steps}, self.num_examples)
+
+
+def reference(rounds: int) -> list[float]:
+    """Return x after each round: Karimireddy et al. 2020, algorithm 1, option II."""
+    x, c, own, found = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
+    for _ in range(rounds):
+        ends, changed = [], []
+        for name, target in TARGETS.items():
+            y = x
+            for _ in range(STEPS[name]):
+                y -= RATE * (CURVES[name] * (y - target) + c - own[name])
+            new = own[name] - c + (x - y) / (STEPS[name] * RATE)
+            ends.append(y)
+            changed.append(new - own[name])
+            own[name] = new
+        x = float(np.mean(ends))
+        c += sum(changed) / len(TARGETS)
+        found.append(x)
+    return found
+
+
+def check(federation: Any, rounds: int) -> None:
+    for number, expected in enumerate(reference(rounds), start=1):
+        np.testing.assert_allclose(federation.weights(number)["w"], expected, rtol=1e-5)
+
+
+def test_scaffold_by_name_is_what_its_paper_says_also_after_a_restart_of_all(federated, tmp_path):
+    async def scenario(federation):
+        for rounds in (2, 5):  # the second coordinator, and its workers, go on from the first
+            strategy = load_strategy("scaffold")
+            coordinator = federation.coordinator(rounds=rounds, strategy=strategy)
+            for name in TARGETS:
+                federation.worker(name, Descent(name), state_dir=tmp_path / name)
+            assert (await coordinator.end()).outcome == "finished"
+            assert not coordinator.log.of("rejected")
+        check(federation, 5)
+
+    federated(scenario)
+
+
+def test_the_rule_without_the_strategy_says_what_is_missing(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1)
+        workers = [federation.worker(name, Descent(name)) for name in TARGETS]
+        await coordinator.log.until("failure")
+        reason = workers[0].log.of("failure")[0]["reason"]
+        assert "let it run with --strategy scaffold" in reason
+        await coordinator.kill()
+
+    federated(scenario)

@@ -1,0 +1,125 @@
+"""When a run has done enough before all of its rounds, and which model is its best."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_coordinator.service.hooks import Hooks
+from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
+from fluffle_worker.task import EvalResult
+from tests.federation.harness import Adder
+
+ACCURACY = {0: 0.1, 1: 0.5, 2: 0.8, 3: 0.7, 4: 0.9, 5: 0.85, 6: 0.86, 7: 0.2, 8: 0.3}
+
+
+class Scored(Adder):
+    """Its model of round r, whose weights are r, has the accuracy above."""
+
+    def evaluate(self, weights):
+        return EvalResult(1.0, 5, {"accuracy": ACCURACY[int(weights["w"][0])]})
+
+
+def of_the_model(weights):
+    return {"accuracy": ACCURACY[int(weights["w"][0])]}
+
+
+def run_with(federation, stopping, rounds=8, **options):
+    coordinator = federation.coordinator(rounds, stopping=stopping, **options)
+    for name in "ab":
+        federation.worker(name, Scored(federation.loop))
+    return coordinator
+
+
+def best_of(federation):
+    return read_checkpoint(federation.folder / "best.safetensors")[1]["round"]
+
+
+@pytest.mark.parametrize(
+    ("stopping", "rounds", "reason"),
+    [
+        # The federated accuracy of round 2 is known when round 3 is committed.
+        (
+            Stopping("accuracy", target=0.8),
+            3,
+            "accuracy is 0.8000, of round 2 (--target 0.8)",
+        ),
+        (
+            Stopping("accuracy", patience=2),
+            7,
+            "accuracy is no better than 0.9000, of round 4, for 2 rounds (--patience)",
+        ),
+        (
+            Stopping(patience=3),
+            5,
+            "loss is no better than 1.0000, of round 1, for 3 rounds (--patience)",
+        ),
+        (Stopping("accuracy", target=0.95, patience=9), 8, "8 rounds are done"),
+        (NO_STOPPING, 8, "8 rounds are done"),
+    ],
+)
+def test_a_run_ends_when_it_has_done_enough(federated, stopping, rounds, reason):
+    async def scenario(federation):
+        state = await run_with(federation, stopping).end()
+        assert (state.outcome, state.committed, state.reason) == ("finished", rounds, reason)
+        there = (federation.folder / "best.safetensors").exists()
+        assert there == (stopping.monitor is not None)
+
+    federated(scenario)
+
+
+def test_a_test_of_the_coordinators_is_known_at_once(federated):
+    async def scenario(federation):
+        stopping = Stopping("test/accuracy", target=0.8)
+        state = await run_with(federation, stopping, hooks=Hooks(of_the_model)).end()
+        assert (state.committed, best_of(federation)) == (2, "2")
+
+    federated(scenario)
+
+
+def test_the_best_model_is_kept_also_by_a_coordinator_that_was_started_again(federated):
+    async def scenario(federation):
+        first = run_with(federation, Stopping("accuracy"))
+        await first.log.until("evaluated", 4)
+        await first.kill()
+        assert best_of(federation) == "4"
+        (federation.folder / "best.safetensors").unlink()  # as if it had died before that
+        again = federation.coordinator(8, stopping=Stopping("accuracy"))
+        assert (await again.end()).committed == 8
+        assert best_of(federation) == "4"
+
+    federated(scenario)
+
+
+def test_time_counts_that_was_spent_before_a_restart(federated):
+    async def scenario(federation):
+        state = await run_with(federation, Stopping(time_budget_s=2.5)).end()
+        assert state.committed < 8
+        assert "(--time-budget 2.5)" in state.reason
+        again = federation.coordinator(8, stopping=Stopping(time_budget_s=2.5))
+        federation.workers(2)
+        assert (await again.end()).committed == state.committed + 1
+
+    federated(scenario)
+
+
+def test_a_metric_that_there_is_not_is_told_once(federated):
+    async def scenario(federation):
+        coordinator = run_with(federation, Stopping("acuracy", patience=1), rounds=3)
+        assert (await coordinator.end()).committed == 3
+        notes = [one["what"] for one in coordinator.log.of("note")]
+        assert notes == ["no round has the metric 'acuracy' (--monitor); known are loss, accuracy"]
+
+    federated(scenario)
+
+
+def test_a_value_that_is_none_is_no_best():
+    standing = Standing(Stopping("loss", target=0.1))
+    standing.note(1, {"loss": float("nan")})
+    standing.note(2, {"loss": None})
+    assert (standing.best, standing.enough()) == (None, "")
+    standing.note(3, {"loss": 0.2})
+    standing.note(4, {"loss": 0.2})
+    assert (standing.best, standing.enough()) == (3, "")
+    standing.note(5, {"loss": 0.1})
+    assert standing.enough() == "loss is 0.1000, of round 5 (--target 0.1)"

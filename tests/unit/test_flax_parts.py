@@ -1,0 +1,416 @@
+"""What of a Flax model travels, stays at home or is frozen; the forms that its data may have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.weights import Weights
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.clip import Clip
+from fluffle_worker.local.dp_sgd import DpSgd
+from fluffle_worker.local.scaffold import Scaffold
+from fluffle_worker.task import RoundPlan
+from fluffle_worker.tasks import flax as training
+from fluffle_worker.tasks.flax import FlaxTask, flax_task
+
+COUNT, FEATURES = 12, 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what JAX compiles away from the user's cache."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+class Adapted(nnx.Module):
+    """A backbone with a low-rank adapter, and a bias beside it."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.backbone = nnx.LoRALinear(FEATURES, 1, lora_rank=2, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.backbone(inputs)[:, 0]
+
+
+class Normed(nnx.Module):
+    """A body, batch normalization, a head."""
+
+    traces = 0
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.body = nnx.Linear(FEATURES, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.head = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        Normed.traces += 1
+        return self.head(self.norm(self.body(inputs)))[:, 0]
+
+
+class Line(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(FEATURES, 1, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.linear(inputs)[:, 0]
+
+
+def squared(outputs: Any, targets: Any) -> Any:
+    return (outputs - targets) ** 2
+
+
+def numbers(seed: int = 0, count: int = COUNT) -> tuple[np.ndarray, np.ndarray]:
+    inputs = np.random.default_rng(seed).normal(size=(count, FEATURES)).astype(np.float32)
+    return inputs, (inputs @ np.array([1, -2, 3], np.float32) + 1).astype(np.float32)
+
+
+def task_of(model: Any, **changes: Any) -> FlaxTask:
+    told = {"optimizer": optax.sgd, "train_data": numbers(), "learning_rate": 0.05} | changes
+    return flax_task(model, told.pop("loss", squared), **told)
+
+
+def train(task: FlaxTask, weights: Weights, number: int = 1, **plan: Any) -> Weights:
+    told = {"epochs": 2, "batch_size": 4, "run": "r"} | plan
+    return task.train(weights, RoundPlan(round=number, **told), lambda *_: None).weights
+
+
+def moved(one: Weights, other: Weights) -> list[str]:
+    return [name for name in one if not np.array_equal(one[name], other[name])]
+
+
+# --- what travels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"frozen": nnx.Not(nnx.LoRAParam)},
+        {"federated": nnx.LoRAParam, "frozen": nnx.Not(nnx.LoRAParam)},
+    ],
+)
+def test_of_an_adapted_model_only_the_adapters_travel_and_train(filters):
+    task = task_of(Adapted, valid_data=numbers(1), **filters)
+    weights = task.init(3)
+    assert {name: one.shape for name, one in weights.items()} == {
+        "backbone/lora/lora_a": (FEATURES, 2),
+        "backbone/lora/lora_b": (2, 1),
+    }
+    frozen = jax.tree.map(np.asarray, task._parts.at_home.frozen)
+    trained = train(task, weights, epochs=6)
+    assert trained.keys() == weights.keys()
+    assert moved(trained, weights)
+    kernel = Adapted(nnx.Rngs(0)).backbone.kernel.get_value()
+    inputs, targets = numbers(1)
+    product = trained["backbone/lora/lora_a"] @ trained["backbone/lora/lora_b"]
+    expected = ((inputs @ (np.asarray(kernel) + product))[:, 0] - targets) ** 2
+    assert task.evaluate(trained).loss == pytest.approx(expected.mean(), rel=1e-4)
+    assert task.evaluate(trained).loss < task.evaluate(weights).loss
+    jax.tree.map(np.testing.assert_array_equal, frozen, task._parts.at_home.frozen)
+
+
+def test_normalization_that_stays_at_home_is_trained_and_kept():
+    """FedBN: Li et al., ICLR 2021."""
+    task = task_of(Normed, valid_data=numbers(1), federated=nnx.Not(nnx.PathContains("norm")))
+    weights = task.init(0)
+    assert sorted(weights) == ["body/bias", "body/kernel", "head/bias", "head/kernel"]
+    first = train(task, weights)
+    kept = dict(task._personal.latest())
+    assert sorted(kept) == ["norm/bias", "norm/mean", "norm/scale", "norm/var"]
+    fresh = task_of(Normed, federated=nnx.Not(nnx.PathContains("norm")))
+    assert moved(train(task, first, 2), train(fresh, first, 2))  # it went on from what it kept
+    assert moved(dict(task._personal.latest()), kept)
+
+
+def test_a_personal_head_lives_as_long_as_its_run_and_a_repeated_round_begins_as_before():
+    """FedPer: Arivazhagan et al., 2019."""
+    task = task_of(Normed, federated=nnx.PathContains("body"))
+    weights = task.init(0)
+    first = train(task, weights, 1)
+    second = train(task, weights, 2)
+    assert moved(first, second)
+    assert not moved(train(task, weights, 2), second)  # as after a lost update
+    assert not moved(train(task, weights, 1, run="another"), first)
+
+
+def test_all_travels_together_or_apart_and_the_step_is_the_same():
+    together, apart = task_of(Normed), task_of(Normed, federated=nnx.PathContains("body"))
+    weights = together.init(0)
+    whole = train(together, weights)
+    part = train(apart, {name: weights[name] for name in apart.model_form()})
+    assert all(np.allclose(part[name], whole[name], rtol=1e-6) for name in part)
+
+
+def test_the_trained_model_is_scored_beside_the_received_one():
+    task = task_of(
+        Normed,
+        federated=nnx.Not(nnx.PathContains("head")),
+        valid_data=numbers(1),
+        metrics={"off": lambda outputs, targets: jnp.abs(outputs - targets)},
+        score_trained=True,
+    )
+    weights = task.init(0)
+    result = task.train(weights, RoundPlan(epochs=2, batch_size=4, round=1), lambda *_: None)
+    found = task.evaluate(result.weights)  # with the head that was trained with them
+    assert result.metrics["personal_loss"] == pytest.approx(found.loss)
+    assert result.metrics["personal_off"] == pytest.approx(found.metrics["off"])
+
+
+@pytest.mark.parametrize(
+    ("filters", "told"),
+    [
+        ({"federated": False}, "none of the model's tensors travels .* it has body/bias, "),
+        ({"frozen": True}, "none of the model's tensors travels"),
+        ({"frozen": nnx.Param}, "none of the model's parameters trains"),
+    ],
+)
+def test_filters_that_leave_nothing_are_refused(filters, told):
+    with pytest.raises(TaskError, match=told):
+        task_of(Normed, **filters)
+
+
+def test_statistics_that_are_frozen_are_not_updated():
+    task = task_of(Normed, frozen=nnx.PathContains("norm"), valid_data=numbers(1))
+    before = jax.tree.map(np.asarray, task._parts.at_home.frozen)
+    trained = train(task, task.init(0))
+    assert sorted(trained) == ["body/bias", "body/kernel", "head/bias", "head/kernel"]
+    jax.tree.map(np.testing.assert_array_equal, before, task._parts.at_home.frozen)
+    assert not task._personal.latest()
+
+
+def test_a_plan_may_train_a_part_of_the_model_and_the_rest_stays_as_it_is():
+    task = task_of(Normed, optimizer=optax.adam)
+    weights = task.init(0)
+    trained = train(task, weights, train=("head/*",))
+    assert sorted(moved(trained, weights)) == ["head/bias", "head/kernel", "norm/mean", "norm/var"]
+    whole = train(task, weights)
+    assert "body/kernel" in moved(whole, weights)  # and the next round may train all of it
+
+
+def test_personal_tensors_outlive_their_worker(tmp_path):
+    filters = {"federated": nnx.PathContains("body")}
+    task, alone = task_of(Normed, **filters), task_of(Normed, **filters)
+    task.keep_in(tmp_path)
+    weights = task.init(0)
+    first = train(task, weights, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["personal-0001.safetensors"]
+    train(alone, weights, 1)
+    again = task_of(Normed, **filters)
+    again.keep_in(tmp_path)
+    assert not moved(train(again, first, 2), train(alone, first, 2))
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+class Masked(nnx.Module):
+    """Takes two inputs by their names; the mask says which features count."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(FEATURES, 1, rngs=rngs)
+
+    def __call__(self, values: Any, mask: Any) -> Any:
+        return self.linear(values * mask)[:, 0]
+
+
+def test_several_inputs_come_by_their_names_or_in_their_order():
+    inputs, targets = numbers()
+    mask = (np.random.default_rng(5).random(inputs.shape) < 0.5).astype(np.float32)
+    plain = task_of(Line, train_data=(inputs * mask, targets), valid_data=(inputs * mask, targets))
+    weights = plain.init(0)
+    expected = train(plain, weights)
+    for given in ({"mask": mask, "values": inputs}, (inputs, mask)):
+        task = task_of(Masked, train_data=(given, targets), valid_data=(given, targets))
+        trained = train(task, weights)
+        for name in expected:
+            np.testing.assert_allclose(trained[name], expected[name], rtol=1e-6)
+        assert task.evaluate(weights).loss == pytest.approx(plain.evaluate(weights).loss)
+
+
+@pytest.mark.parametrize("count", [8, 11])
+def test_a_loss_may_look_at_the_whole_batch(monkeypatch, count):
+    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+
+    def spread(outputs: Any, targets: Any) -> Any:
+        return jnp.var(outputs - targets)
+
+    inputs, targets = numbers(2, count)
+    task = task_of(Line, loss=spread, valid_data=(inputs, targets), metrics={"mse": squared})
+    weights = task.init(0)
+    wrong = (inputs @ weights["linear/kernel"])[:, 0] - targets
+    parts = [wrong[start : start + 4] for start in range(0, count, 4)]
+    found = task.evaluate(weights)
+    expected = sum(len(part) * part.var() for part in parts) / count
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert found.metrics["mse"] == pytest.approx((wrong**2).mean(), rel=1e-5)
+    assert task.evaluate(train(task, weights)).loss < found.loss
+
+
+def test_arrays_of_different_lengths_are_refused():
+    inputs, targets = numbers()
+    with pytest.raises(TaskError, match="arrays of train_data have 11, 12 examples"):
+        task_of(Line, train_data=(inputs, targets[:-1]))
+
+
+def test_a_stream_is_trained_as_the_arrays_that_it_comes_from():
+    inputs, targets = numbers()
+    seen: list[tuple[int, int]] = []
+
+    def batches(epoch: int, rng: np.random.Generator) -> Iterator[Any]:
+        order = rng.permutation(COUNT)
+        seen.append((epoch, int(order[0])))
+        for start in range(0, COUNT, 5):  # 5, 5 and 2
+            chosen = order[start : start + 5]
+            yield inputs[chosen], targets[chosen]
+
+    task = task_of(Line, train_data=batches, num_examples=COUNT)
+    weights, told = task.init(0), list[tuple[int, int]]()
+    plan = RoundPlan(epochs=2, batch_size=5, seed=7)
+    result = task.train(weights, plan, lambda *step: told.append(step[:2]))
+    assert told == [(step, 6) for step in range(1, 7)]
+    assert result.num_examples == COUNT
+    assert [epoch for epoch, _ in seen] == [0, 1]
+    kernel, bias = weights["linear/kernel"][:, 0].astype(np.float64), 0.0
+    for epoch in (0, 1):
+        order = np.random.default_rng([7, 0, epoch]).permutation(COUNT)
+        for start in range(0, COUNT, 5):
+            chosen = order[start : start + 5]
+            wrong = inputs[chosen] @ kernel + bias - targets[chosen]
+            kernel = kernel - 0.05 * 2 * (wrong[:, None] * inputs[chosen]).mean(axis=0)
+            bias -= 0.05 * 2 * wrong.mean()
+    np.testing.assert_allclose(result.weights["linear/kernel"][:, 0], kernel, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_plan_may_say_steps_instead_of_epochs(steps):
+    inputs, targets = numbers()
+
+    def batches(epoch: int, rng: np.random.Generator) -> Iterator[Any]:
+        for start in range(0, COUNT, 4):
+            yield inputs[start : start + 4], targets[start : start + 4]
+
+    told: list[tuple[int, int]] = []
+    for data in ({"train_data": (inputs, targets)}, {"train_data": batches, "num_examples": COUNT}):
+        task = task_of(Line, **data)
+        plan = Plan(epochs=9, steps=steps, batch_size=4)
+        task.train(task.init(0), plan, lambda *step: told.append(step[:2]))
+    assert told == 2 * [(number, steps) for number in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"train_data": lambda epoch, rng: iter(())}, "give num_examples="),
+        ({"train_data": lambda epoch, rng: iter(()), "num_examples": 5}, "no batch in epoch 0"),
+    ],
+)
+def test_a_stream_of_nothing_is_refused(data, told):
+    with pytest.raises(TaskError, match=told):
+        train(task_of(Line, **data), task_of(Line).init(0))
+
+
+def test_gradients_are_accumulated_by_an_optimizer_that_waits():
+    def accumulated(learning_rate: float) -> Any:
+        every = optax.MultiSteps(optax.adam(learning_rate), every_k_schedule=3)
+        return every.gradient_transformation()
+
+    small, large = task_of(Line, optimizer=accumulated), task_of(Line, optimizer=optax.adam)
+    weights = small.init(0)
+    found = train(small, weights, batch_size=4)
+    expected = train(large, weights, batch_size=COUNT)
+    assert moved(found, weights)
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+# --- the learning rate, and rules of single examples -------------------------------------------
+
+
+def test_another_learning_rate_is_not_compiled_again():
+    task = task_of(Normed, optimizer=optax.adam)
+    weights = task.init(0)
+    Normed.traces = 0
+    one, two = (train(task, weights, learning_rate=rate) for rate in (0.1, 0.001))
+    assert Normed.traces == 1
+    assert moved(one, two)
+
+
+def test_an_optimizer_that_looks_at_its_learning_rate_is_compiled_for_each():
+    def cautious(learning_rate: float) -> optax.GradientTransformation:
+        return optax.sgd(learning_rate if learning_rate < 0.01 else 0.0)
+
+    task = task_of(Line, optimizer=cautious)
+    weights = task.init(0)
+    assert not moved(train(task, weights, learning_rate=0.1), weights)
+    assert moved(train(task, weights, learning_rate=0.001), weights)
+
+
+def test_another_local_rule_of_the_same_form_is_another_step():
+    task = task_of(Line)
+    weights, lengths = task.init(0), []
+    for norm in (0.5, 0.25):
+        task.local_rule = BoundRule(Clip(norm))
+        trained = train(task, weights, steps=1, batch_size=COUNT, learning_rate=1.0)
+        lengths.append(np.sqrt(sum(((trained[n] - weights[n]) ** 2).sum() for n in weights)))
+    assert lengths == pytest.approx([0.5, 0.25], rel=1e-5)
+
+
+def test_the_control_variate_of_a_compiled_training_is_its_mean_gradient():
+    task, rate = task_of(Line, local_rule=Scaffold()), 0.05
+    weights = task.init(0)
+    zeros = {name: np.zeros_like(one) for name, one in weights.items()}
+    task.local_rule.of_round("r", 1, zeros)
+    first = train(task, weights, 1)
+    for name, one in task.local_rule.sent.items():
+        np.testing.assert_allclose(one, (weights[name] - first[name]) / (6 * rate), rtol=1e-4)
+    task.local_rule.of_round("r", 2, zeros)
+    kept = task.local_rule.begin(weights).own
+    corrected = train(task, weights, 2)
+    raw = {name: kept[name] + task.local_rule.sent[name] for name in kept}
+    for name in weights:  # each step used g - c_k
+        used = (weights[name] - corrected[name]) / (6 * rate)
+        np.testing.assert_allclose(used, raw[name] - kept[name], rtol=1e-3, atol=1e-5)
+
+
+def test_dp_sgd_without_noise_or_clipping_is_sgd_and_tells_no_loss():
+    plain, private = task_of(Line), task_of(Line, local_rule=DpSgd(1e6, 0.0))
+    weights, seen = plain.init(0), list[Any]()
+    result = private.train(
+        weights, RoundPlan(epochs=2, batch_size=4), lambda *step: seen.append(step[2])
+    )
+    expected = train(plain, weights, 0)
+    for name in expected:
+        np.testing.assert_allclose(result.weights[name], expected[name], rtol=1e-5)
+    assert result.metrics == {"steps": 6}
+    assert set(seen) == {None}
+
+
+def test_no_example_moves_a_private_training_by_more_than_its_share():
+    inputs, targets = numbers()
+    wild = targets.copy()
+    wild[0] = 1e6
+    plan = {"epochs": 1, "batch_size": COUNT, "learning_rate": 1.0}
+    rule = DpSgd(0.5, 0.0)
+    one = train(task_of(Line, local_rule=rule), task_of(Line).init(0), **plan)
+    data = {"train_data": (inputs, wild)}
+    two = train(task_of(Line, local_rule=rule, **data), task_of(Line).init(0), **plan)
+    distance = np.sqrt(sum(((one[name] - two[name]) ** 2).sum() for name in one))
+    assert 0 < distance <= 2 * 0.5 / COUNT * 1.001
+
+
+def test_dp_sgd_refuses_batch_normalization():
+    task = task_of(Normed, local_rule=DpSgd(1.0, 1.0))
+    with pytest.raises(TaskError, match="DpSgd .* batch normalization mixes the examples"):
+        train(task, task.init(0))

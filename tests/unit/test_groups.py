@@ -1,0 +1,168 @@
+"""Tensors in groups: how they lie in one payload, and what is taken of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.protocol import codec as wire
+from fluffle_common.protocol.codec import decode, encode, lay_out, pack, read_groups
+from fluffle_common.protocol.messages import Part, Plan, Update
+from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.tensors.groups import check_extra, forms_of
+from fluffle_common.tensors.layout import as_maps, layout_for
+from fluffle_common.tensors.table import TensorEntry
+from fluffle_coordinator.strategy.contribution import (
+    check_announced,
+    decode_contribution,
+    decode_extra,
+)
+
+MODEL = {"w": np.arange(5, dtype=np.float32), "n": np.array(3, np.int64)}
+EXTRA = {"w": np.full(5, 0.5, np.float32)}
+OF = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
+
+
+def update(**fields: Any) -> Update:
+    return Update(**OF, num_examples=1, seconds=0.0, **fields)
+
+
+def sent(extra: Any, group: str = "extra") -> tuple[Update, memoryview]:
+    message, payload = decode(pack(update(), MODEL, {group: extra})[1])
+    assert isinstance(message, Update)
+    return message, payload
+
+
+tensors = st.dictionaries(
+    st.sampled_from("abc"),
+    st.tuples(
+        st.sampled_from(["float32", "bfloat16", "int8", "float64"]),
+        st.sampled_from([(), (0,), (3,), (2, 17), (0, 4)]),
+    ).map(lambda form: np.ones(form[1], form[0])),
+)
+
+
+@given(model=tensors, groups=st.dictionaries(st.sampled_from(["extra", "keys"]), tensors))
+def test_groups_come_back_as_they_were_and_each_in_one_piece(model, groups):
+    table, pieces = lay_out(model, groups)
+    body = encode(update(), pieces, table)
+    message, payload = decode(body)
+    found = read_groups(message.tensors, payload)
+    expected = {"model": model} | {name: one for name, one in groups.items() if one}
+    assert found.keys() == expected.keys()
+    for group, one in expected.items():
+        assert list(found[group]) == list(one)
+        for name, tensor in one.items():
+            assert found[group][name].dtype == tensor.dtype
+            assert found[group][name].tobytes() == tensor.tobytes()
+            assert not found[group][name].flags.writeable
+        assert found[group].layout.table == layout_for(one).table
+    assert wire.read_tensors(message.tensors, payload).keys() == model.keys()
+
+
+def test_the_group_of_the_model_is_not_said():
+    table, _ = lay_out(MODEL, {"extra": EXTRA})
+    assert [entry.get("group") for entry in as_maps(table)] == [None, None, "extra"]
+
+
+def test_groups_travel_in_parts(monkeypatch):
+    monkeypatch.setattr(wire, "PART_BYTES", 64)
+    transfer, body, parts = pack(update(), MODEL, {"extra": EXTRA})
+    assert transfer is not None
+    assembly = Assembly(transfer, 10**6)
+    for one in parts:
+        part, payload = decode(one)
+        assert isinstance(part, Part)
+        assembly.add(part, payload)
+    message, _ = decode(body)
+    found = read_groups(message.tensors, assembly.payload())
+    assert found["extra"]["w"].tolist() == [0.5] * 5
+    assert transfer.digest == wire.digest_of(MODEL, {"extra": EXTRA})
+    check_announced(message, MODEL, Plan(extra="model"))
+    with pytest.raises(MalformedMessage, match="the extra tensor 'w' was not asked for") as wrong:
+        check_announced(message, MODEL)
+    assert wrong.value.cause == "tensors"
+
+
+@pytest.mark.parametrize(
+    ("groups", "offsets", "told"),
+    [
+        (["model", "extra", "model"], [0, 64, 128], "of the group 'model' do not follow each"),
+        (["model", "extra"], [0, 4], "'b' has the wrong offset 4"),
+        (["model", "extra", "extra"], [0, 128, 64], "'c' has the wrong offset -64"),
+        (["extra", "model"], [64, 0], "'b' has the wrong offset 0"),
+        (["model", "extra"], [0, 192], "'b' ends at byte 200, the payload has 72"),
+    ],
+)
+def test_groups_that_do_not_lie_as_they_say_are_refused(groups, offsets, told):
+    table = tuple(
+        TensorEntry(name, "float32", (2,), offset, 8, group)
+        for name, group, offset in zip("abc", groups, offsets, strict=False)
+    )
+    with pytest.raises(MalformedMessage, match=told) as wrong:
+        read_groups(table, memoryview(bytes(72)))
+    assert wrong.value.cause == "tensors"
+
+
+def test_one_name_may_be_in_two_groups_and_not_twice_in_one():
+    entries = [TensorEntry("w", "float32", (1,), 64 * n, 4, "extra") for n in range(2)]
+    with pytest.raises(MalformedMessage, match="'w' is there twice"):
+        read_groups(tuple(entries), memoryview(bytes(68)))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "extra", "cause", "told"),
+    [
+        (None, EXTRA, "tensors", "the extra tensor 'w' was not asked for"),
+        ("model", {}, "tensors", "the extra tensors that were asked for are missing"),
+        ("model", {"v": np.ones(5)}, "tensors", "'v' was not asked for"),
+        ("model", {"w": np.ones(1)}, "tensors", r"'w' is float64 \(1,\), expected floats of sha"),
+        ({"k": (2,)}, {"k": np.ones(2, np.int8)}, "tensors", "'k' is int8"),
+        ({"k": (2,)}, {"l": np.ones(2)}, "tensors", "'k' is missing"),
+        ({"k": (2,)}, {"k": np.array([1, np.inf])}, "not_finite", "'k' has 1 values that are NaN"),
+    ],
+)
+def test_the_coordinator_takes_the_extra_tensors_that_it_asked_for(wanted, extra, cause, told):
+    message, payload = sent(extra)
+    with pytest.raises(MalformedMessage, match=told) as wrong:
+        decode_extra(message, payload, MODEL, Plan(extra=wanted))
+    assert wrong.value.cause == cause
+
+
+def test_a_group_that_nobody_asked_for_is_refused():
+    message, payload = sent({"k": np.ones(1)}, "keys")
+    with pytest.raises(MalformedMessage, match="of the group 'keys' were not asked for"):
+        decode_extra(message, payload, MODEL, Plan())
+
+
+def test_what_was_asked_for_is_taken():
+    found = decode_extra(*sent(EXTRA), MODEL, Plan(extra="model"))
+    assert found["w"].tolist() == [0.5] * 5
+    steps = {"steps": np.array(3.0)}
+    assert decode_extra(*sent(steps), MODEL, Plan(extra={"steps": ()}))["steps"] == 3
+    assert not decode_extra(*sent({}), MODEL, Plan())
+    check_extra(forms_of(EXTRA), {"w": (5,)}, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [("w", "unknown w"), ("", "missing n"), ("nm", "unknown m")]
+)
+def test_an_update_brings_the_tensors_of_the_plan_and_no_others(names, told):
+    """``n`` is to be trained, ``w`` is not."""
+    weights = {name: MODEL.get(name, MODEL["n"]) for name in names}
+    message, payload = decode(pack(update(), weights)[1])
+    with pytest.raises(MalformedMessage, match=told) as wrong:
+        decode_contribution(message, payload, MODEL, Plan(train=("n",)))
+    assert wrong.value.cause == "tensors"
+
+
+def test_what_is_not_trained_has_a_delta_of_zero():
+    message, payload = decode(pack(update(), {"n": MODEL["n"]})[1])
+    delta, norm = decode_contribution(message, payload, MODEL, Plan(train=("n",)))
+    assert list(delta) == list(MODEL)
+    assert (delta["w"].tolist(), int(delta["n"]), norm) == ([0.0] * 5, 3, 3.0)

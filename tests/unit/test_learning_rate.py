@@ -1,0 +1,57 @@
+"""The learning rate of each round, as the operator schedules it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluffle_common.errors import UsageError
+from fluffle_common.protocol.messages import Plan
+from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule, schedule_of
+
+
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [
+        ("constant", [0.8, 0.8, 0.8, 0.8]),
+        ("cosine", [0.8, 0.4 * (1 + 0.5**0.5), 0.4, 0.4 * (1 - 0.5**0.5)]),
+        ("exponential:0.5", [0.8, 0.4, 0.2, 0.1]),
+        ("step:3,0.25", [0.8, 0.8, 0.8, 0.2]),
+    ],
+)
+def test_a_rate_follows_its_schedule(text, rates):
+    schedule = LearningRateSchedule.parse(text)
+    assert str(schedule) == text
+    assert [schedule.at(number, 4, 0.8) for number in (1, 2, 3, 4)] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("text", ["cosine", "exponential:0.1", "step:1,0.001"])
+def test_a_plan_can_carry_the_rate_of_any_round(text):
+    schedule = LearningRateSchedule.parse(text)
+    for number in (1, 999, 10_000, 2**31):
+        Plan(learning_rate=schedule.at(number, 10_000, 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cosin", "there is no schedule 'cosin' .* did you mean cosine"),
+        ("", "known are constant, cosine, exponential:FACTOR, step:ROUNDS,FACTOR"),
+        ("cosine:0.5", "is 'cosine:0.5'; expected is cosine"),
+        ("exponential", "expected is exponential:FACTOR"),
+        ("exponential:2", "a FACTOR above 0 and at most 1"),
+        ("exponential:nan", "a FACTOR above 0"),
+        ("step:0,0.5", "expected is step:ROUNDS,FACTOR"),
+        ("step:2", "expected is step:ROUNDS,FACTOR"),
+        ("step:x,0.5", "expected is step:ROUNDS,FACTOR"),
+    ],
+)
+def test_what_is_no_schedule_is_refused_with_what_would_be(text, told):
+    with pytest.raises(UsageError, match=told):
+        LearningRateSchedule.parse(text)
+
+
+def test_a_schedule_needs_a_rate_to_begin_with():
+    assert schedule_of("constant", None) == CONSTANT
+    assert schedule_of("cosine", 0.1).kind == "cosine"
+    with pytest.raises(UsageError, match="cosine needs .* add --learning-rate"):
+        schedule_of("cosine", None)

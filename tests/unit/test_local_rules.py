@@ -1,0 +1,211 @@
+"""fluffle's own local rules: what they make of a gradient, their names, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.chain import Chain
+from fluffle_worker.local.clip import Clip
+from fluffle_worker.local.dp_sgd import DpSgd
+from fluffle_worker.local.loading import find_rule
+from fluffle_worker.local.proximal import Proximal
+from fluffle_worker.local.scaffold import Scaffold
+
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what JAX compiles away from the user's cache."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def tensors(seed: int, first: tuple[int, ...] = ()) -> Arrays:
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (3, 2), "b": (2,)}
+    return {n: rng.normal(size=(*first, *s)).astype(np.float32) for n, s in shapes.items()}
+
+
+def flat(named: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(named[name])) for name in sorted(named)])
+
+
+# --- clip --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("norm", [0.25, 100.0])
+def test_a_gradient_is_no_longer_than_its_norm_and_keeps_its_direction(make, norm):
+    gradient = tensors(0)
+    given = {name: make(one) for name, one in gradient.items()}
+    clipped, _ = Clip(norm).gradient(given, given, None)
+    length = np.linalg.norm(flat(gradient))
+    np.testing.assert_allclose(flat(clipped), flat(gradient) * min(1, norm / length), rtol=1e-6)
+    assert {one.dtype.name for one in clipped.values()} == {"float32"}
+
+
+def test_a_gradient_of_zeros_stays_one():
+    zeros = {"w": np.zeros(3, np.float32)}
+    assert Clip(1.0).gradient(zeros, zeros, None)[0]["w"].tolist() == [0, 0, 0]
+
+
+# --- scaffold ----------------------------------------------------------------------------------
+
+
+def test_scaffold_is_the_papers_option_two():
+    """Karimireddy et al. 2020, algorithm 1, on quadratics, in NumPy."""
+    rate, steps, rng = 0.05, 4, np.random.default_rng(1)
+    targets = [rng.normal(size=3), rng.normal(size=3)]
+    x, c, own = np.zeros(3), np.zeros(3), [np.zeros(3), np.zeros(3)]
+    rule, kept, broadcast, model = Scaffold(), [{}, {}], {"w": np.zeros(3)}, {"w": np.zeros(3)}
+    for _ in range(5):
+        ends, changes, trained, extras = [], [], [], []
+        for k, target in enumerate(targets):
+            y = x.copy()
+            for _ in range(steps):
+                y -= rate * ((y - target) * (k + 1) - own[k] + c)
+            new = own[k] - c + (x - y) / (steps * rate)
+            ends.append(y)
+            changes.append(new - own[k])
+            own[k] = new
+
+            state = rule.begin(model, broadcast, kept[k])
+            weights = model["w"].copy()
+            for _ in range(steps):
+                gradient = {"w": (weights - target) * (k + 1)}
+                changed, state = rule.gradient(gradient, {"w": weights}, state)
+                weights = weights - rate * changed["w"]
+            kept[k], extra = rule.end({"w": weights}, state)
+            trained.append(weights)
+            extras.append(extra["w"])
+        x, c = np.mean(ends, axis=0), c + np.mean(changes, axis=0)
+        model = {"w": np.mean(trained, axis=0)}
+        broadcast = {"w": broadcast["w"] + np.mean(extras, axis=0)}
+        np.testing.assert_allclose(model["w"], x, rtol=1e-12)
+        np.testing.assert_allclose(broadcast["w"], c, rtol=1e-10)
+
+
+def test_scaffold_without_a_server_that_takes_part_is_refused():
+    with pytest.raises(TaskError, match="--strategy scaffold"):
+        BoundRule(Scaffold(), "scaffold").begin({"w": np.zeros(1)})
+
+
+# --- dp_sgd ------------------------------------------------------------------------------------
+
+
+def test_dp_sgd_without_noise_is_the_mean_of_the_clipped_gradients():
+    rule, gradients = DpSgd(0.5, 0.0), tensors(3, (7,))
+    private, _ = rule.gradient(gradients, {}, rule.begin({}, {}, {}))
+    expected = np.zeros(8)
+    for number in range(7):
+        one = flat({name: array[number] for name, array in gradients.items()})
+        expected += one * min(1, 0.5 / np.linalg.norm(one)) / 7
+    np.testing.assert_allclose(flat(private), expected, rtol=1e-5)
+
+
+def test_the_noise_of_dp_sgd_has_the_size_that_the_proof_needs_and_is_never_the_same():
+    rule, size = DpSgd(2.0, 1.5), 20_000
+    zeros = {"w": np.zeros((4, size), np.float32)}
+    first, after = rule.gradient(zeros, {}, rule.begin({}, {}, {}))
+    second, _ = rule.gradient(zeros, {}, after)
+    other, _ = rule.gradient(zeros, {}, rule.begin({}, {}, {}))
+    for one in (first, second, other):  # 1.5 * 2 / 4, of 20,000 draws: five sigmas
+        assert float(np.std(one["w"])) == pytest.approx(0.75, rel=5 / np.sqrt(2 * size))
+    assert abs(float(np.corrcoef(first["w"], second["w"])[0, 1])) < 5 / np.sqrt(size)
+    assert abs(float(np.corrcoef(first["w"], other["w"])[0, 1])) < 5 / np.sqrt(size)
+
+
+def test_a_rule_of_single_examples_returns_one_gradient():
+    rule = BoundRule(DpSgd(1.0, 0.0), "dp_sgd")
+    gradients = tensors(3, (7,))
+    changed, _ = rule.gradient(gradients, {}, rule.begin({}))
+    assert {name: one.shape for name, one in changed.items()} == {"w": (3, 2), "b": (2,)}
+
+
+# --- chains ------------------------------------------------------------------------------------
+
+
+class Remembers:
+    """Keeps a number, and counts up from what it kept."""
+
+    def begin(self, received: Any, broadcast: Any, kept: Any) -> Any:
+        return kept.get("n", 0) + broadcast.get("by", 1)
+
+    def gradient(self, gradient: Any, weights: Any, state: Any) -> Any:
+        return {name: one + state for name, one in gradient.items()}, state
+
+    def end(self, trained: Any, state: Any) -> Any:
+        return {"n": state}, {"by": 1}
+
+
+def test_the_rules_of_a_chain_follow_each_other_and_keep_what_is_their_own():
+    chain = Chain([Remembers(), Proximal(1.0), Remembers()])
+    state = chain.begin({"w": 1.0}, {"by": 2}, {"0/n": 10, "2/n": 100})
+    changed, state = chain.gradient({"w": 0.0}, {"w": 3.0}, state)
+    assert changed == {"w": (10 + 2) + (3.0 - 1.0) + (100 + 2)}
+    assert chain.end({"w": 3.0}, state) == ({"0/n": 12, "2/n": 102}, {"by": 1})
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("proximal:0.1", Proximal(0.1)),
+        ("proximal:mu=1e-2", Proximal(0.01)),
+        ("clip:1", Clip(1.0)),
+        ("clip:1e+3", Clip(1000.0)),
+        ("dp_sgd:1,1.1", DpSgd(1.0, 1.1)),
+        ("dp_sgd:noise=1.1, clip=1", DpSgd(1.0, 1.1)),
+    ],
+)
+def test_a_rule_is_named_with_its_settings(name, rule):
+    assert find_rule(name) == rule
+
+
+def test_rules_are_chained_with_a_plus(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from fluffle_worker.local.proximal import Proximal\nrule = Proximal(1.0)\n"
+    )
+    chain = find_rule(f"clip:2+{tmp_path}/mine.py:rule+proximal:1")
+    changed, _ = chain.gradient(
+        {"w": np.float32([4.0])}, {"w": np.float32([3.0])}, chain.begin({"w": 0.0}, {}, {})
+    )
+    assert changed["w"].tolist() == [2 + 3 + 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("proxmal:0.1", "there is no local rule 'proxmal' .* did you mean proximal"),
+        ("momentum", "known are clip, dp_sgd, proximal, scaffold, and path.py:name"),
+        ("proximal", "has the settings ''; expected is proximal:MU"),
+        ("dp_sgd:1", "has the settings '1'; expected is dp_sgd:CLIP,NOISE"),
+        ("dp_sgd:1,2,3", "has the settings '1,2,3'; expected is dp_sgd:CLIP,NOISE"),
+        ("dp_sgd:clip=1,niose=2", "expected is dp_sgd:CLIP,NOISE; did you mean noise="),
+        ("dp_sgd:1,clip=2", "expected is dp_sgd:CLIP,NOISE"),
+        ("scaffold:1", "has the settings '1'; expected is scaffold"),
+        ("clip:much", "'norm' of the local rule 'clip' is 'much'; a number is expected"),
+        ("clip:0", "'norm' .* is 0; a finite number above 0 is expected"),
+        ("proximal:-1", "'mu' .* is -1; a finite number of 0 or more is expected"),
+        ("dp_sgd:1,nan", "'noise' .* is nan; a finite number of 0 or more is expected"),
+        ("clip:inf", "'norm' .* is inf; a finite number"),
+        ("clip:1+dp_sgd:1,1", "takes the gradient of each example, .*; name it first"),
+        ("clip:1+", "there is no local rule ''"),
+    ],
+)
+def test_what_names_no_rule_is_refused_with_what_would(name, told):
+    with pytest.raises(UsageError, match=told):
+        find_rule(name)

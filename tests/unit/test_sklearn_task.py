@@ -1,0 +1,127 @@
+"""The task made from an estimator of scikit-learn: it trains as the estimator itself does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+from sklearn.linear_model import LinearRegression, Perceptron, SGDClassifier, SGDRegressor
+from sklearn.naive_bayes import GaussianNB
+
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.weights import same_form
+from fluffle_worker.task import RoundPlan
+from fluffle_worker.tasks.batches import index_batches
+from fluffle_worker.tasks.sklearn import sklearn_task
+
+COUNT, FEATURES = 60, 4
+INPUTS = np.random.default_rng(0).normal(size=(COUNT, FEATURES))
+CLASSES = INPUTS[:, :3].argmax(axis=1)
+NUMBERS = INPUTS @ np.array([1.0, -2.0, 0.5, 0.0]) + 3
+PLAN = Plan(epochs=3, batch_size=8, seed=5)
+
+
+def ignore(*_: object) -> None:
+    pass
+
+
+def classifier(**options: Any) -> SGDClassifier:
+    return SGDClassifier(loss="log_loss", alpha=1e-4, **options)
+
+
+def test_a_training_is_what_the_estimator_makes_of_the_same_batches():
+    task = sklearn_task(classifier(), (INPUTS, CLASSES), sample_seed=3)
+    own = classifier(random_state=5)
+    for batch in index_batches(PLAN, COUNT, 3):
+        own.partial_fit(INPUTS[batch], CLASSES[batch], classes=[0, 1, 2])
+    told: list[tuple[int, int]] = []
+    trained = task.train(task.init(0), PLAN, lambda *step: told.append(step[:2]))
+    np.testing.assert_allclose(trained.weights["coef_"], own.coef_, rtol=1e-12)
+    np.testing.assert_allclose(trained.weights["intercept_"], own.intercept_, rtol=1e-12)
+    assert told == [(step, 24) for step in range(1, 25)]
+    assert trained.num_examples == COUNT
+
+
+@pytest.mark.parametrize(
+    ("estimator", "targets", "first", "last"),
+    [
+        (SGDClassifier(loss="log_loss", alpha=0.01), CLASSES, np.log(3), 0.6),
+        (Perceptron(), CLASSES, 1.0, 0.3),
+        (SGDRegressor(), NUMBERS, float((NUMBERS**2).mean()), 0.1),
+    ],
+)
+def test_rounds_of_training_learn(estimator, targets, first, last):
+    task = sklearn_task(estimator, (INPUTS, targets), (INPUTS, targets))
+    weights = task.init(0)
+    assert task.evaluate(weights).loss <= first + 1e-9
+    for number in range(1, 7):
+        plan = RoundPlan(epochs=5, batch_size=8, seed=number, round=number)
+        result = task.train(weights, plan, ignore)
+        same_form(result.weights, weights)
+        weights = result.weights
+    found = task.evaluate(weights)
+    assert found.loss < last
+    assert found.loss == pytest.approx(result.metrics["loss"])
+    assert set(found.metrics) == ({"accuracy"} if targets is CLASSES else set())
+
+
+def test_a_training_depends_on_the_weights_and_the_plan_only():
+    task = sklearn_task(classifier(), (INPUTS, CLASSES))
+    weights = task.init(0)
+    kept = {name: one.copy() for name, one in weights.items()}
+    first = task.train(weights, PLAN, ignore).weights
+    again = task.train(weights, PLAN, ignore).weights
+    for name, one in first.items():
+        assert np.array_equal(one, again[name])
+        assert np.array_equal(weights[name], kept[name])
+
+
+def test_the_plans_learning_rate_is_that_of_every_step():
+    task = sklearn_task(SGDRegressor(alpha=0.0), (INPUTS[:1], NUMBERS[:1]))
+    found = task.train(task.init(0), Plan(learning_rate=0.25), ignore).weights
+    np.testing.assert_allclose(found["coef_"], 0.25 * NUMBERS[0] * INPUTS[0], rtol=1e-12)
+
+
+def test_the_estimators_own_schedule_goes_on_from_round_to_round():
+    data = INPUTS[:8], NUMBERS[:8]
+    task = sklearn_task(SGDRegressor(learning_rate="invscaling"), data)
+    alone = sklearn_task(SGDRegressor(learning_rate="invscaling"), data)
+    weights = task.init(0)
+    rounds = [
+        task.train(weights, RoundPlan(epochs=2, batch_size=8, round=number), ignore).weights
+        for number in (1, 2)
+    ]
+    own = SGDRegressor(learning_rate="invscaling", random_state=0)
+    own.partial_fit(*(part[:1] for part in data))
+    own.coef_, own.intercept_, own.t_ = np.zeros(FEATURES), np.zeros(1), 1.0 + 16
+    for batch in index_batches(Plan(epochs=2, batch_size=8), 8, 0):
+        own.partial_fit(data[0][batch], data[1][batch])
+    np.testing.assert_allclose(rounds[1]["coef_"], own.coef_, rtol=1e-12)
+    assert not np.allclose(rounds[0]["coef_"], rounds[1]["coef_"])
+    late = alone.train(weights, RoundPlan(epochs=2, batch_size=8, round=2), ignore).weights
+    assert np.array_equal(late["coef_"], rounds[1]["coef_"])
+
+
+def test_a_worker_may_lack_classes_of_the_federation():
+    few = CLASSES < 2
+    task = sklearn_task(classifier(), (csr_matrix(INPUTS[few]), CLASSES[few]), classes=[0, 1, 2])
+    assert task.classes == ("0", "1", "2")
+    assert task.init(0)["coef_"].shape == (3, FEATURES)
+    task.train(task.init(0), PLAN, ignore)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: sklearn_task(LinearRegression(), (INPUTS, NUMBERS)), "with partial_fit"),
+        (lambda: sklearn_task(classifier(average=True), (INPUTS, CLASSES)), "without average="),
+        (lambda: sklearn_task(GaussianNB(), (INPUTS, CLASSES)), "GaussianNB has no coef_"),
+        (lambda: sklearn_task(classifier(), (INPUTS, CLASSES[1:])), "60 inputs and 59 targets"),
+    ],
+)
+def test_what_cannot_be_trained_in_rounds_is_refused(make, told):
+    with pytest.raises(TaskError, match=told):
+        make()

@@ -1,0 +1,202 @@
+"""A worker's link to the broker: opened again whenever it is lost; its queues and its mail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from fluffle_common.concurrency import run_all
+from fluffle_common.errors import LinkLost, MalformedMessage, RefusedError
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.events import (
+    Alone,
+    Connected,
+    Disconnected,
+    NoBroker,
+    Occupied,
+    Rejected,
+    Waiting,
+)
+from fluffle_common.protocol.messages import Message
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
+from fluffle_common.transport.reconnect import reconnecting
+from fluffle_worker.heartbeat import Presence
+from fluffle_worker.inbox import Refusals, Tell, check_mail, drain
+from fluffle_worker.settings import WorkerSettings
+
+_INBOX_PREFETCH = 8
+_WAITING_EVERY_S = 15.0
+# A queue of ours that nobody uses for half an hour expires.
+_RENEW_EVERY_S = 600.0
+# How often a worker that was here first looks whether a coordinator has come.
+_LOOK_AGAIN_S = 0.5
+
+
+class Connection:
+    """The link, and all that goes on while there is one.
+
+    Args:
+        settings: what the data owner decided.
+        presence: gives signs of life over each link.
+        transport: the way to the broker.
+        topology: the names on it.
+        tell: told what happens.
+        opened: called for each link, before its mail is read.
+        receive: takes a message with its payload; what it finds malformed is rejected.
+        joined: whether a coordinator has answered yet.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        presence: Presence,
+        *,
+        transport: Transport,
+        topology: Topology,
+        tell: Tell,
+        opened: Callable[[], object],
+        receive: Callable[[Link, Message, memoryview], Awaitable[object]],
+        joined: Callable[[], bool],
+    ) -> None:
+        self._settings, self._presence = settings, presence
+        self._transport, self._topology = transport, topology
+        self._tell, self._opened = tell, opened
+        self._receive, self._joined = receive, joined
+        self._refusals = Refusals(topology, settings.worker)
+        self._linked = asyncio.Event()
+        self.current: Link | None = None
+
+    async def link(self) -> Link:
+        """Return the link, once there is one."""
+        while self.current is None:
+            await self._linked.wait()
+        return self.current
+
+    async def run(self) -> None:
+        """Keep a link, until cancelled.
+
+        Raises:
+            RefusedError: where the broker, or the coordinator, will not have this worker.
+            BrokerError: where there has been no broker for too long.
+        """
+
+        def no_broker(reason: str, pause_s: float) -> None:
+            self._tell(NoBroker(address=self._transport.address, reason=reason, pause_s=pause_s))
+
+        first, occupied_since = True, 0.0
+        async with contextlib.aclosing(
+            reconnecting(self._transport, self._settings.backoff, no_broker)
+        ) as opened:
+            async for link in opened:
+                try:
+                    await self._serve(link, first=first)
+                except QueueInUse:
+                    now = time.monotonic()
+                    if first and not occupied_since:
+                        self._tell(Occupied(pause_s=self._settings.occupied_s))
+                    occupied_since = occupied_since or now
+                    # One who was in takes it for its own old connection, however long that lives.
+                    if first and now - occupied_since >= self._settings.occupied_s:
+                        raise RefusedError(
+                            f"another worker with the id '{self._settings.worker}' is connected to "
+                            f"federation {self._settings.federation}; give this one another --id"
+                        ) from None
+                    continue
+                except LinkLost as gone:
+                    self._tell(Disconnected(address=self._transport.address, reason=str(gone)))
+                finally:
+                    self.current = None
+                    self._linked.clear()
+                first, occupied_since = False, 0.0
+
+    async def renew_queues(self, link: Link) -> None:
+        """Declare our queues again; an outbox that was gone has to be bound by the coordinator.
+
+        The inbox, which we consume, does not expire.
+        """
+        worker = self._settings.worker
+        gone = await link.counts(self._topology.outbox(worker)) is None
+        await link.declare(self._topology.queues_of(worker))
+        if gone:
+            await self._presence.greet(link)
+
+    async def _serve(self, link: Link, *, first: bool) -> None:
+        worker = self._settings.worker
+        inbox = self._topology.inbox(worker)
+        self._refusals.forget()
+        await link.declare(self._topology.queues_of(worker))
+        if first:
+            await self._drop_old_mail(link, inbox)
+        mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
+        self._opened()
+        self.current = link
+        self._linked.set()
+        self._tell(Connected(address=self._transport.address))
+        await run_all(
+            self._read(link, mail),
+            self._be_heard(link),
+            _until_lost(link),
+            self._say_that_we_wait(),
+            self._keep_queues(link),
+            tell_of_blocking(link, self._tell),
+        )
+
+    async def _drop_old_mail(self, link: Link, inbox: str) -> None:
+        """Drop what was meant for an earlier process, before any of it is delivered to this one."""
+        there = await link.counts(inbox)
+        if there is not None and not there.consumers:  # else it is another worker's mail
+            federation = self._settings.federation
+            await drain(
+                link,
+                inbox,
+                lambda body: check_mail(body, federation),
+                self._refusals,
+                self._tell,
+            )
+
+    async def _read(self, link: Link, mail: AsyncIterator[Delivery]) -> None:
+        async for delivery in mail:
+            try:
+                message, payload = decode(delivery.body, self._settings.federation)
+                await self._receive(link, message, payload)
+            except MalformedMessage as wrong:
+                self._tell(Rejected(reason=str(wrong), cause=wrong.cause))
+                await self._refusals.refuse(link, delivery, wrong)
+            else:
+                delivery.ack()
+
+    async def _be_heard(self, link: Link) -> None:
+        """Give signs of life, once there is where they go: it is the coordinator that makes it."""
+        told = False
+        while not await link.exists(self._topology.results):
+            if not told:
+                self._tell(Alone(federation=self._settings.federation))
+            told = True
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        await self._refusals.send_waiting(link)
+        await self._presence.signs_of_life(link)
+
+    async def _keep_queues(self, link: Link) -> None:
+        """Let the broker know that our queues are wanted: those that nobody uses expire."""
+        while True:
+            await asyncio.sleep(_RENEW_EVERY_S)
+            await self.renew_queues(link)
+
+    async def _say_that_we_wait(self) -> None:
+        began = time.monotonic()
+        while not self._joined():
+            await asyncio.sleep(_WAITING_EVERY_S)
+            if not self._joined():
+                reason = (
+                    "no coordinator of this federation has answered for "
+                    f"{time.monotonic() - began:.0f} s; it may be started at any time"
+                )
+                self._tell(Waiting(reason=reason, what="coordinator"))
+
+
+async def _until_lost(link: Link) -> None:
+    await link.lost()
+    raise LinkLost("the link was lost")

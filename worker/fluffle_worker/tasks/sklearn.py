@@ -1,0 +1,149 @@
+"""A task from an estimator of scikit-learn that has ``partial_fit``, such as ``SGDClassifier``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.base import is_classifier
+from sklearn.metrics import accuracy_score, log_loss, mean_squared_error
+
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.weights import Array, Weights
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.tasks.batches import batch_size_of, index_batches, steps_of
+
+Score = Callable[[Any, Any, Any], float]
+_TENSORS = ("coef_", "intercept_")
+
+
+class SklearnTask:
+    """A task from a linear estimator of scikit-learn.
+
+    What travels is ``coef_`` and ``intercept_``. Everything else begins afresh in each round, but
+    for the counter of updates, by which the estimator's own schedule lowers its learning rate: it
+    is set to what it would be if this worker had trained in every round before.
+
+    Args:
+        estimator: unfitted, with ``partial_fit``, such as ``SGDClassifier(loss="log_loss")``.
+        train_data: (inputs, targets); inputs of shape [n, features], an array or a sparse matrix.
+        valid_data: the same, held out; None: this worker does not evaluate.
+        classes: all classes of the federation, for a classifier; None: those of its own data.
+        loss: ``(estimator, inputs, targets) -> loss``; None: the log loss of a classifier that
+            gives probabilities, the error rate of any other, the mean squared error of a regressor.
+        metrics: more numbers of this form; None: ``accuracy`` for a classifier.
+        sample_seed: makes this worker's batches its own.
+
+    Raises:
+        TaskError: if the estimator cannot be trained in rounds, or the data are not all of a size.
+    """
+
+    only_reads = True
+
+    def __init__(
+        self,
+        estimator: Any,
+        train_data: tuple[Any, Any],
+        valid_data: tuple[Any, Any] | None = None,
+        *,
+        classes: Sequence[Any] | None = None,
+        loss: Score | None = None,
+        metrics: Mapping[str, Score] | None = None,
+        sample_seed: int = 0,
+    ) -> None:
+        called = type(estimator).__name__
+        if not callable(getattr(estimator, "partial_fit", None)) or getattr(
+            estimator, "average", False
+        ):
+            raise TaskError(
+                f"{called} is of no use here: an estimator with partial_fit() and without average= "
+                "is expected, such as SGDClassifier"
+            )
+        for what, data in (("train_data", train_data), ("valid_data", valid_data)):
+            if data is not None and data[0].shape[0] != len(data[1]):
+                raise TaskError(
+                    f"{what} has {data[0].shape[0]} inputs and {len(data[1])} targets; one target "
+                    "for each input is expected"
+                )
+        inputs, targets = train_data
+        self.num_examples = len(targets)
+        self._train, self._valid, self._sample_seed = train_data, valid_data, sample_seed
+        classifies = is_classifier(estimator)
+        self._loss = loss or (_error if classifies else _squared)
+        self._metrics = {"accuracy": _accuracy} if metrics is None and classifies else metrics or {}
+        first: dict[str, Any] = {}
+        if classifies:
+            known = np.unique(targets) if classes is None else np.asarray(classes)
+            self.classes = tuple(map(str, known))
+            first = {"classes": known}
+        self._fresh = copy.deepcopy(estimator).partial_fit(inputs[:1], targets[:1], **first)
+        if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
+            raise TaskError(
+                f"{called} has no coef_ and intercept_ once it is fitted; a linear estimator is "
+                "expected, such as SGDClassifier"
+            )
+
+    def init(self, seed: int) -> Weights:
+        """Return zeros, whatever the seed: what these estimators begin with."""
+        return {name: np.zeros_like(getattr(self._fresh, name)) for name in _TENSORS}
+
+    def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
+        """See ``task.Task``; a learning rate of the plan is used as it is, at every step."""
+        estimator = self._with(weights)
+        changes: dict[str, Any] = {"random_state": plan.seed % 2**32}
+        if plan.learning_rate is not None:
+            changes |= {"eta0": plan.learning_rate, "learning_rate": "constant"}
+        known = estimator.get_params()
+        estimator.set_params(**{name: one for name, one in changes.items() if name in known})
+        inputs, targets = self._train
+        steps = steps_of(plan, self.num_examples)
+        if hasattr(estimator, "t_") and isinstance(plan, RoundPlan):
+            before = max(plan.round - 1, 0) * steps * batch_size_of(plan, self.num_examples)
+            estimator.t_ = 1.0 + before
+        batches = index_batches(plan, self.num_examples, self._sample_seed)
+        for step, batch in enumerate(batches, start=1):
+            estimator.partial_fit(inputs[batch], targets[batch])
+            progress(step, steps, None)
+        trained = {name: getattr(estimator, name) for name in _TENSORS}
+        loss = float(self._loss(estimator, inputs, targets))
+        return TrainResult(trained, self.num_examples, {"loss": loss, "steps": steps})
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """See ``task.Task``."""
+        if self._valid is None or not len(self._valid[1]):
+            return None
+        estimator = self._with(weights)
+        found = {name: float(one(estimator, *self._valid)) for name, one in self._metrics.items()}
+        loss = float(self._loss(estimator, *self._valid))
+        return EvalResult(loss, len(self._valid[1]), found)
+
+    def _with(self, weights: Mapping[str, Array]) -> Any:
+        """Return an estimator of these weights, as if it had seen nothing yet."""
+        estimator = copy.deepcopy(self._fresh)
+        for name in _TENSORS:
+            setattr(estimator, name, np.array(weights[name]))
+        if hasattr(estimator, "t_"):
+            estimator.t_ = 1.0
+        return estimator
+
+
+sklearn_task = SklearnTask
+"""The name under which a user's task file calls it."""
+
+
+def _error(estimator: Any, inputs: Any, targets: Any) -> float:
+    if hasattr(estimator, "predict_proba"):
+        labels = estimator.classes_
+        return float(log_loss(targets, estimator.predict_proba(inputs), labels=labels))
+    return 1 - _accuracy(estimator, inputs, targets)
+
+
+def _accuracy(estimator: Any, inputs: Any, targets: Any) -> float:
+    return float(accuracy_score(targets, estimator.predict(inputs)))
+
+
+def _squared(estimator: Any, inputs: Any, targets: Any) -> float:
+    return float(mean_squared_error(targets, estimator.predict(inputs)))
