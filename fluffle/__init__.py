@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fluffle.models import load_into as load_into
     from fluffle.models import load_model as load_model
     from fluffle.results import Run as Run
+    from fluffle.simulation.devices import Device as Device
+    from fluffle.simulation.local import simulate as simulate
     from fluffle_common.errors import BrokerError as BrokerError
     from fluffle_common.errors import FluffleError as FluffleError
     from fluffle_common.errors import RefusedError as RefusedError
@@ -68,6 +70,8 @@ _FROM = {
     "fluffle.local": ("arun", "run"),
     "fluffle.models": ("load_into", "load_model"),
     "fluffle.results": ("Run",),
+    "fluffle.simulation.devices": ("Device",),
+    "fluffle.simulation.local": ("simulate",),
     "fluffle_common.errors": (
         "BrokerError",
         "FluffleError",

@@ -26,10 +26,15 @@ class Background(Generic[T]):
 
     Args:
         body: the work; it is given a function that runs a coroutine to its end.
+        loop: makes the event loop.
     """
 
-    def __init__(self, body: Callable[[Callable[[Coroutine[Any, Any, Any]], Any]], T]) -> None:
-        self._body = body
+    def __init__(
+        self,
+        body: Callable[[Callable[[Coroutine[Any, Any, Any]], Any]], T],
+        loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+    ) -> None:
+        self._body, self._make_loop = body, loop
         self._result: Future[T] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any]
@@ -76,7 +81,7 @@ class Background(Generic[T]):
                 self._task.cancel()
             return await self._task
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=self._make_loop) as runner:
             return runner.run(main())
 
     def _cancel(self) -> None:

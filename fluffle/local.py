@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fluffle.background import Background
 from fluffle.federation import Federation, Tasks, named_tasks
+from fluffle.place import locked, place_of
 from fluffle.progress import Progress
 from fluffle.results import Run
 from fluffle_common.cli.config_file import options_from
-from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_coordinator.cli.coordinator import coordinator, rules_of
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.service.app import settings_of
-from fluffle_coordinator.storage.run_store import RunStore, read_history_lines
 
 if TYPE_CHECKING:
     from fluffle_coordinator.service.hooks import Evaluate, OnRound
@@ -169,7 +163,7 @@ def _start(
 
     def body(complete: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         rounds = settings.rules.rounds
-        with _place(folder) as place, Progress(progress, rounds) as shown, _locked(place) as store:
+        with place_of(folder) as place, Progress(progress, rounds) as shown, locked(place) as store:
             federation = Federation(
                 settings,
                 Topology(settings.federation, options["queue_type"]),
@@ -207,63 +201,3 @@ def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
                 f"{_CALLER}(): {name} = {wanted} is more than the {workers} tasks; give it more "
                 f"tasks, or a lower {name}"
             )
-
-
-class _Place:
-    """Where a run is kept: a folder of the user's, or a temporary one.
-
-    A temporary one goes when its run is no longer in use. If something goes wrong, it stays as long
-    as there is a round to go on from, and the user is told of it.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self.temporary = folder is None
-        self.path = Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)
-
-    def handed_over(self, run: Run) -> Run:
-        """Let a temporary folder go with a run."""
-        if self.temporary:
-            weakref.finalize(run, shutil.rmtree, self.path, ignore_errors=True)
-        return run
-
-    def how_to_go_on(self) -> str:
-        """Say how a run goes on that has committed a round; nothing of any other."""
-        done = _committed(self.path)
-        call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
-        return f"; {call}" if done else ""
-
-    def left(self, why: BaseException) -> None:
-        """Say what is left of a run that did not come to its end."""
-        if self.temporary and not _committed(self.path):
-            shutil.rmtree(self.path, ignore_errors=True)
-        elif self.temporary and not isinstance(why, RunError):  # which says so itself
-            warn(f"the run is kept{self.how_to_go_on()}")
-
-
-@contextlib.contextmanager
-def _place(folder: str | os.PathLike[str] | None) -> Iterator[_Place]:
-    place = _Place(folder)
-    try:
-        yield place
-    except BaseException as why:
-        place.left(why)
-        raise
-
-
-@contextlib.contextmanager
-def _locked(place: _Place) -> Iterator[RunStore]:
-    store = RunStore(place.path)
-    if not store.try_lock():
-        raise RunError(f"another coordinator is at work in {place.path}; give another folder=")
-    try:
-        yield store
-    finally:
-        store.unlock()
-
-
-def _committed(folder: Path) -> int:
-    """Return how many rounds a folder holds."""
-    try:
-        return max(int(line["round"]) for line in read_history_lines(folder))
-    except UsageError:
-        return 0

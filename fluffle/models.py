@@ -40,12 +40,16 @@ def load_model(file: str | os.PathLike[str]) -> dict[str, Array]:
     return weights
 
 
-def load_into(module: nnx.Module, source: str | os.PathLike[str] | Weights) -> None:
+def load_into(
+    module: nnx.Module, source: str | os.PathLike[str] | Weights, *, federated: Any = True
+) -> None:
     """Fill a Flax module with a model: every ``nnx.Param`` and every ``nnx.BatchStat``, by name.
 
     Args:
         module: changed in place; of the same form as the module that was trained.
         source: a checkpoint, or arrays by name, such as ``fluffle.Run.weights``.
+        federated: a Flax filter of the tensors that the model has, such as ``nnx.LoRAParam`` for
+            adapters; the others stay as they are.
 
     Raises:
         UsageError: where the file cannot be read, or its names, shapes or dtypes are not the
@@ -67,7 +71,7 @@ def load_into(module: nnx.Module, source: str | os.PathLike[str] | Weights) -> N
     from fluffle_worker.tasks.model_parts import AVERAGED
 
     weights = source if isinstance(source, Mapping) else load_model(source)
-    form = nnx.to_flat_state(nnx.state(module, AVERAGED))
+    form = nnx.to_flat_state(nnx.state(module, nnx.All(AVERAGED, federated)))
     like = {tensor_name(path): leaf.get_value() for path, leaf in form}
     differences = _differences(weights, like)
     if differences:

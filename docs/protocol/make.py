@@ -91,7 +91,7 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     ), {}  # fmt: skip
     yield "init request", m.InitRequest(**RUN, seed=0), {}
     plan = m.Plan(epochs=2, learning_rate=0.1, deadline_s=600.0, config={"dropout": 0.5})
-    yield "fit", m.Fit(**work, evaluate=True, attempt=1, plan=plan), MODEL
+    yield "fit", m.Fit(**work, evaluate=True, sequence=2, attempt=1, plan=plan), MODEL
     yield "evaluate", m.Evaluate(**work), MODEL
     asks = m.Plan(extra="model")
     yield (

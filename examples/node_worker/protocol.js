@@ -75,12 +75,12 @@ const KINDS = {
   refusal: { session: id, reason, code: maybe(text(0, 64)) },
   verdict: {
     run: id, round, base: id, outcome: text(1, 64), reason, cause: maybe(text(0, 64)),
-    train_again: maybe(bool),
+    train_again: maybe(bool), sequence: maybe(int(1)),
   },
   init_request: { run: id, seed: int(0, 2 ** 63) },
   fit: {
     run: id, round: int(1, 1e9), base: id, evaluate: bool, plan: (v) => map(v) && fields(v, PLAN),
-    attempt: maybe(int()), ...TENSORS,
+    sequence: maybe(int(1)), attempt: maybe(int()), ...TENSORS,
   },
   evaluate: { run: id, round, base: id, ...TENSORS },
   stop: { run: id, round, outcome: text(1, 64), reason },

@@ -197,7 +197,7 @@ class Worker {
 
   async fit(header, payload, tell, signal) {
     if (!this.hasAnswered(header)) {
-      const { run, round, base, plan, attempt = 0 } = header;
+      const { run, round, base, sequence, plan, attempt = 0 } = header;
       if (plan.extra) throw new Error('this worker makes no extra tensors');
       // The evaluation goes while we train.
       const told = header.evaluate
@@ -215,7 +215,8 @@ class Worker {
       this.answered = {
         attempt, payload: packed.payload,
         header: {
-          run, round, base, worker: this.options.id, num_examples: this.task.training.length,
+          run, round, base, sequence, worker: this.options.id,
+          num_examples: this.task.training.length,
           seconds: (performance.now() - began) / 1000, metrics: { loss }, tensors: packed.tensors,
         },
       };
@@ -250,9 +251,9 @@ class Worker {
   }
 }
 
-/** Whether two headers are of the same weights of the same round. */
+/** Whether two headers are of the same ticket, from the same weights of the same round. */
 function same(one, other) {
-  return one !== undefined && ['run', 'round', 'base'].every((key) => one[key] === other[key]);
+  return one !== undefined && ['run', 'round', 'base', 'sequence'].every((key) => one[key] === other[key]);
 }
 
 const { values } = parseArgs({

@@ -25,11 +25,11 @@ def test_our_worker_meets_every_demand(federation: Federation, queues: str) -> N
     check = conformance(federation, "--twice", *kind)
     first = federation.worker("shard:0/3", *kind, task=LARGE)
     check.wait_for("start worker shard-0-3 once more")
-    assert first.end() == 0
+    assert first.end() == 0, "\n".join(first.lines)
     second = federation.worker("shard:0/3", *kind, task=LARGE)
     assert check.end() == 0, "\n".join(check.lines)
     assert check.lines[-1] == "27 ok, 0 failed, 0 skipped"
-    assert second.end() == 6  # refused
+    assert second.end() == 6, "\n".join(second.lines)  # refused
 
 
 def test_a_minimal_worker_is_told_what_it_lacks(federation: Federation) -> None:

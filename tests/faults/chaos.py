@@ -1,6 +1,7 @@
 """A federation under a seeded rain of faults, and an independent verdict on what it did.
 
     python -m tests.faults.chaos --faults 100 --seed 7          make chaos FAULTS=100 SEED=7
+    python -m tests.faults.chaos --faults 100 --seed 7 --schedule buffered
 
 One coordinator and a standby on the same run folder, four workers, and a real RabbitMQ behind a
 proxy. The sequence of faults, with the pauses between them, follows from the seed alone. When all
@@ -43,6 +44,10 @@ _SLOW_BYTES_S = 500e3
 _KERNEL = 2**15  # elements: a model of 131 kB, a quarter of a second on such a line
 _STALLED_FOR_S = 60.0  # without a single round, the run counts as hanging
 _END_S = 90.0
+SYNCHRONOUS = ("--quorum", "all")
+ASYNCHRONOUS = ("--schedule", "buffered", "--buffer", 3, "--max-staleness", 50)
+# In how many of the latest rounds everybody takes part, if all is well.
+_LATEST = {SYNCHRONOUS: 1, ASYNCHRONOUS: 4}
 
 
 class Chaos:
@@ -54,6 +59,7 @@ class Chaos:
         broker: the broker.
         proxy: what is between the two.
         say: told one line a fault.
+        timing: the coordinator's options that say how rounds follow each other.
     """
 
     def __init__(
@@ -63,7 +69,9 @@ class Chaos:
         broker: node.NodeInfo,
         proxy: Proxy,
         say: Callable[[str], None],
+        timing: tuple[str | int, ...],
     ) -> None:
+        self._timing = timing
         self.federation, self.proxy, self._say = federation, proxy, say
         self._state, self._broker = state, broker
         self._began = time.monotonic()
@@ -97,9 +105,8 @@ class Chaos:
         began = time.monotonic()
         everybody = {f"w{number}" for number in range(WORKERS)}
         while True:
-            there = {
-                one["worker"] for one in self.federation.history("committed")[-1]["participants"]
-            }
+            latest = self.federation.history("committed")[-_LATEST[self._timing] :]
+            there = {one["worker"] for line in latest for one in line["participants"]}
             if there == everybody:
                 return
             missing = ", ".join(sorted(everybody - there))
@@ -274,7 +281,7 @@ class Chaos:
 
     def _coordinator(self, min_workers: int = 2) -> Program:
         return self.federation.coordinator(
-            "--rounds", self._last_round, "--quorum", "all", "--min-workers", min_workers,
+            "--rounds", self._last_round, *self._timing, "--min-workers", min_workers,
             "--deadline", 20, "--config", f"train_s={_TRAIN_S}", "--config", f"slow_s={_SLOW_S}",
         )  # fmt: skip
 
@@ -299,7 +306,14 @@ def _has_begun(coordinator: Program) -> bool:
     return bool(coordinator.events("started") or coordinator.events("resumed"))
 
 
-def rain(faults: int, seed: int, rounds: int, folder: Path, say: Callable[[str], None]) -> Verdict:
+def rain(
+    faults: int,
+    seed: int,
+    rounds: int,
+    folder: Path,
+    say: Callable[[str], None],
+    timing: tuple[str | int, ...] = SYNCHRONOUS,
+) -> Verdict:
     """Run a federation under faults, end everything, and judge it.
 
     Raises:
@@ -313,7 +327,7 @@ def rain(faults: int, seed: int, rounds: int, folder: Path, say: Callable[[str],
                 url = broker.url.replace(f":{broker.ports.amqp}", f":{proxy.port}")
                 management = broker.ports.management
                 with Federation(folder, broker.url, management, url=url) as federation:
-                    chaos = Chaos(federation, state, broker, proxy, say)
+                    chaos = Chaos(federation, state, broker, proxy, say, timing)
                     chaos.run(schedule(seed, faults), rounds)
                     federation.gather()
         finally:
@@ -329,6 +343,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=30, help="at least so many")
     parser.add_argument("--folder", type=Path, help="keep everything here")
+    parser.add_argument("--schedule", choices=["quorum", "buffered"], default="quorum")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="fluffle-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -339,7 +354,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     began = time.monotonic()
     try:
-        verdict = rain(given.faults, given.seed, given.rounds, folder, _say)
+        timing = ASYNCHRONOUS if given.schedule == "buffered" else SYNCHRONOUS
+        verdict = rain(given.faults, given.seed, given.rounds, folder, _say, timing)
     except KeyboardInterrupt:
         _say(f"interrupted; what there is is in {folder}")
         return 130

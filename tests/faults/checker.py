@@ -8,20 +8,22 @@ The folder is one of `harness.Federation`. What is checked, each with what it ne
     line gives the round's model a name of its own, which the model's file has too.
 2.  *Averages*: each committed model is, to 1e-6, base + sum(n * delta) / sum(n) in float64 over
     exactly the updates that its history line names, as they were sent (integers: rounded to the
-    nearest), and each such delta was really trained from the base by that worker.
-3.  *Once*: no worker twice in a round, no round twice; whoever is named has sent that update, and
-    said that it was trained from the weights that the round begins with, by their name. What was
-    sent for a round names those weights, or such as are in no history: a coordinator died before
-    they were on disk, and they were taken back.
-4.  *None missing*: a round that closed by everybody's quorum has every confirmed update of those
-    who were there. Who was there, in the coordinator's eyes, is nothing that the files prove; what
-    they do prove is the order. The queue is first in, first out, across redeliveries too, and a
-    round is committed with everything that was read before. So: if the update of worker w for round
-    r was confirmed at the time t, and round r was committed without it, then no participant of r
-    began to send its own first copy after t. In words: an update may be left out only if it came
-    after the last one that was counted, which is when its worker was taken for dead and nobody
-    waited for it. All times are of one machine's monotonic clock. What was trained from weights
-    that were taken back can be in no round, and is not missing.
+    nearest), and each such delta was really trained from the base by that worker. In an
+    asynchronous run, it was trained from the model of the version that its staleness s says, and
+    weighs n / sqrt(1 + s).
+3.  *Once*: no ticket twice, so no worker twice in a synchronous round, no round twice; whoever is
+    named has sent that update, and said that it was trained from the weights that the round begins
+    with, by their name. What was sent for a round names those weights, or such as are in no
+    history: a coordinator died before they were on disk, and they were taken back.
+4.  *None missing*: a synchronous round that closed by everybody's quorum has every confirmed update
+    of those who were there. Who was there, in the coordinator's eyes, is nothing that the files
+    prove; what they do prove is the order. The queue is first in, first out, across redeliveries
+    too, and a round is committed with everything that was read before. So: if the update of worker
+    w for round r was confirmed at the time t, and round r was committed without it, then no
+    participant of r began to send its own first copy after t. In words: an update may be left out
+    only if it came after the last one that was counted, which is when its worker was taken for dead
+    and nobody waited for it. All times are of one machine's monotonic clock. What was trained from
+    weights that were taken back can be in no round, and is not missing.
 5.  *Accounted for*: every confirmed update was counted, was told to be late or a duplicate, is in
     the rejected queue with a reason, or is of the round that was open at the very end. One that
     was trained from weights that were taken back is never counted; where its worker is counted with
@@ -59,7 +61,9 @@ from tests.faults import fairness
 from tests.faults.harness import whole_lines
 
 Tensors = dict[str, np.ndarray[Any, Any]]
-Identity = tuple[int, str, str]  # round, worker, and the name of the weights it was trained from
+# The sequence of its ticket (of a synchronous round, the round), its worker, and the name of the
+# weights that it was trained from.
+Identity = tuple[int, str, str]
 
 _TOLERANCE = 1e-6
 _REJECTED_BOUND = 1000
@@ -73,6 +77,7 @@ class Sent:
     began: float = float("inf")
     confirmed: float = float("inf")
     bodies: set[Path] = field(default_factory=set)
+    round: int = 0
 
     @property
     def is_confirmed(self) -> bool:
@@ -163,13 +168,14 @@ def _averages(
 ) -> Iterator[str]:
     trained = _trained(folder)
     base = load_file(folder / "run/round-0000.safetensors")
+    digests = {bases[1]: digest(base)}
     for line in commits:
         number = line["round"]
         model = load_file(folder / "run" / line["checkpoint"])
         totals = {name: np.zeros(tensor.shape, np.float64) for name, tensor in base.items()}
-        examples = 0
+        examples, weights = 0, 0.0
         for one in line["participants"]:
-            identity = (number, one["worker"], bases.get(number, ""))
+            identity, staleness = _identity(line, one, bases), one.get("staleness", 0)
             told = list(_contents(sent[identity])) if identity in sent else []
             if not told:
                 yield f"round {number} counts {one['worker']}, which sent nothing for it"
@@ -179,14 +185,18 @@ def _averages(
                 yield f"round {number}: {one['worker']} sent updates that differ"
             if header["num_examples"] != one["num_examples"]:
                 yield f"round {number}: {one['worker']} sent another num_examples than the line has"
-            if (one["worker"], digest(base), digest(delta)) not in trained:
+            if (one["worker"], digests.get(identity[2], ""), digest(delta)) not in trained:
                 yield f"round {number}: {one['worker']} never trained this delta from this base"
-            examples += header["num_examples"]
-            for name in totals:
-                totals[name] += header["num_examples"] * delta[name].astype(np.float64)
+            weight = header["num_examples"] / (1 + staleness) ** 0.5
+            examples, weights = examples + header["num_examples"], weights + weight
+            for name, tensor in base.items():
+                exact = tensor.dtype.kind in "iu"  # they are averaged by examples alone
+                part = header["num_examples"] if exact else weight
+                totals[name] += part * delta[name].astype(np.float64)
         for name, tensor in base.items():
-            mean = tensor.astype(np.float64) + totals[name] / max(examples, 1)
-            if tensor.dtype.kind in "iu":
+            exact = tensor.dtype.kind in "iu"
+            mean = tensor.astype(np.float64) + totals[name] / max(examples if exact else weights, 1)
+            if exact:
                 mean = np.rint(mean)
             got = model[name]
             if got.dtype != tensor.dtype or got.shape != tensor.shape:
@@ -194,35 +204,48 @@ def _averages(
             elif not np.allclose(got.astype(np.float64), mean, rtol=_TOLERANCE, atol=_TOLERANCE):
                 yield f"round {number}: '{name}' is not the average of the updates it names"
         base = model
+        digests[line["base"]] = digest(base)
+
+
+def _identity(line: dict[str, Any], one: dict[str, Any], bases: dict[int, str]) -> Identity:
+    """Return what a round's history line counts, as one of its participants."""
+    number = line["round"]
+    began_with = bases.get(number - one.get("staleness", 0), "")
+    return one.get("sequence", number), one["worker"], began_with
 
 
 def _once(
     commits: list[dict[str, Any]], bases: dict[int, str], sent: dict[Identity, Sent]
 ) -> Iterator[str]:
-    counted = Counter(
-        (line["round"], one["worker"]) for line in commits for one in line["participants"]
-    )
-    for (number, worker), times in counted.items():
-        if times > 1:
-            yield f"round {number} counts {worker} {times} times"
-        named = sorted(base for at, who, base in sent if (at, who) == (number, worker))
+    counted: dict[tuple[int, str], list[tuple[int, str]]] = defaultdict(list)
+    for line in commits:
+        for one in line["participants"]:
+            sequence, worker, begins = _identity(line, one, bases)
+            counted[sequence, worker].append((line["round"], begins))
+    for (sequence, worker), times in counted.items():
+        number, begins = times[-1]
+        if len(times) > 1:
+            yield f"round {number} counts {worker} {len(times)} times"
+        named = sorted(base for at, who, base in sent if (at, who) == (sequence, worker))
         if not named:
             yield f"round {number} counts {worker}, which never sent it"
-        elif (begins := bases.get(number)) not in named:
+        elif begins not in named:
             yield (
                 f"round {number} counts {worker}, which trained from the weights "
                 f"{', '.join(named)}, and began with {begins}"
             )
     rounds = {base: number for number, base in bases.items()}
-    for number, worker, base in sent:
-        if rounds.get(base, number) != number:
-            yield f"{worker} answered round {number} with the weights of {rounds[base]}"
+    for (_, worker, base), update in sent.items():
+        if rounds.get(base, update.round) != update.round:
+            yield f"{worker} answered round {update.round} with the weights of {rounds[base]}"
 
 
 def _none_missing(
     commits: list[dict[str, Any]], bases: dict[int, str], sent: dict[Identity, Sent]
 ) -> Iterator[str]:
     there = _participants(commits)
+    if any(one.round != sequence for (sequence, _, _), one in sent.items()):
+        return  # it is asynchronous
     for (number, worker, base), one in sent.items():
         if number not in there or worker in there[number] or not one.is_confirmed:
             continue
@@ -248,12 +271,13 @@ def _accounted(
     rejected: list[dict[str, Any]],
     folder: Path,
 ) -> Iterator[str]:
-    there = _participants(commits)
+    there = {_identity(line, one, bases)[:2] for line in commits for one in line["participants"]}
     open_at_the_end = len(commits) + 1
     refused = {line["sha256"] for line in rejected if line["reason"]}
-    for (number, worker, base), one in sent.items():
+    for (sequence, worker, base), one in sent.items():
+        number = one.round
         # Who is there is counted with this one, or with another of the right base: see `_once`.
-        if not one.is_confirmed or worker in there.get(number, ()) or number == open_at_the_end:
+        if not one.is_confirmed or (sequence, worker) in there or number == open_at_the_end:
             continue
         told = said["late"][number, worker] + said["duplicate"][number, worker]
         if not told and not refused & {path.stem for path in one.bodies}:
@@ -303,18 +327,20 @@ def _nothing_left(folder: Path) -> Iterator[str]:
 def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
     """Read what the workers published; replays are copies of it, and come after it."""
     sent: dict[Identity, Sent] = defaultdict(Sent)
-    named: dict[Path, str] = {}
+    headers: dict[Path, dict[str, Any]] = {}
     for path in sorted(folder.glob("sent/*/*.jsonl")):
         for line in whole_lines(path):
             if line["type"] != "update":
                 continue
-            kind, of_run, number, worker = line["message_id"].split("/")
+            kind, of_run, number, worker, *_ = line["message_id"].split("/")
             assert (kind, of_run) == ("update", run), line
             body = path.parent / f"{line['sha256']}.msgpack"
-            if body not in named:
-                named[body] = _unpacked(body)[0]["base"]
-            one = sent[int(number), worker, named[body]]
+            if body not in headers:
+                headers[body] = _unpacked(body)[0]
+            header = headers[body]
+            one = sent[header.get("sequence", int(number)), worker, header["base"]]
             one.bodies.add(body)
+            one.round = int(number)
             if line["event"] == "began":
                 one.began = min(one.began, line["at"])
             elif line["event"] == "confirmed":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -111,13 +112,16 @@ def _mutely(number: int, was: int, now: int) -> str:
 
 def _floor(configurations: list[Line], number: int) -> tuple[int, str]:
     """Return the fewest updates that the operator allows a round to have, and in which words."""
-    holding = [one["rules"] for one in configurations if one["from_round"] <= number]
+    holding = [one for one in configurations if one["from_round"] <= number]
     if not holding:
         return 1, "a round"
-    quorum, workers = holding[-1]["quorum"], holding[-1]["min_workers"]
+    schedule, rules = holding[-1].get("schedule", "quorum"), holding[-1]["rules"]
+    if found := re.match(r"buffered:buffer=(\d+)", schedule):
+        return int(found[1]), f"--buffer {found[1]}"
+    quorum, workers = rules["quorum"], rules["min_workers"]
     if quorum["number"] is not None:
         return quorum["number"], f"--quorum {quorum['number']}"
-    asked = _share(holding[-1]["fraction"], workers)
+    asked = _share(rules["fraction"], workers)
     words = "all" if quorum["fraction"] == 1 else f"{quorum['fraction']:.0%}"
     return _share(quorum["fraction"], asked), f"--quorum {words} of --min-workers {workers}"
 

@@ -149,6 +149,7 @@ class Federation:
         """Start a coordinator."""
         of_settings = {"classes", "init", "verify_users", "max_workers", "max_model_bytes", "plan"}
         of_settings |= {"learning_rate_schedule", "strategy", "keep_updates", "hooks", "stopping"}
+        of_settings |= {"schedule"}
         given = {name: options.pop(name) for name in of_settings & options.keys()}
         number, exchanges = options.pop("number", None), options.pop("exchanges", None)
         quorum = Quorum(number=number) if number else options.pop("quorum", Quorum())

@@ -19,7 +19,10 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.machine.state import Handle, Phase, Rules
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
+from fluffle_coordinator.machine.state import Handle, Phase, Rules, Ticket
 from fluffle_worker import machine as session
 
 RUN = "run-a"
@@ -31,12 +34,17 @@ Flaw = Literal["", "bad", "torn"]  # sound; its tensors are refused; they do not
 
 
 class Identity(NamedTuple):
-    """An update's (run, round, worker), and the weights that it was trained from."""
+    """An update's (run, worker, sequence), and the weights that it was trained from."""
 
     run: str
     round: int
     worker: str
     base: str
+    sequence: int = 0  # of those that bring no ticket back, the round
+
+    @property
+    def ticket(self) -> Ticket:
+        return Ticket(self.worker, self.sequence or self.round)
 
 
 @dataclass(eq=False)
@@ -58,6 +66,7 @@ class Order(NamedTuple):
     base: str = ""
     evaluate: bool = False
     attempt: int = 0
+    sequence: int = 0
 
 
 class Broker:
@@ -98,6 +107,7 @@ class Disk:
     first_weights: bool
     checkpoint: int = 0
     history: list[frozenset[str]] = field(default_factory=list)  # the participants of each round
+    counted: list[frozenset[Ticket]] = field(default_factory=list)  # and their tickets
     bases: list[str] = field(default_factory=list)  # the names of all weights, the first ones too
     evaluated: set[int] = field(default_factory=set)
 
@@ -115,18 +125,23 @@ class CoordinatorModel:
         self.lines: deque[tuple[Any, ...]] = deque()  # and onto the disk
         self.out: deque[tuple[Any, ...]] = deque()
         self.deliveries: dict[Handle, Message] = {}
-        self.sum: set[str] = set()
+        self.sum: set[Ticket] = set()
+        self.in_a_sum = {ticket for some in disk.counted for ticket in some}  # of an earlier round
         self.closing = False
         last = len(disk.history)
         self.averaged = last
         # What each round is trained from, as far as this process knows.
-        self.issued = {last + 1: disk.bases[-1]} if disk.bases else {}
+        self.issued = {number + 1: base for number, base in enumerate(disk.bases)}
+        counted = dict(enumerate(disk.counted, start=1))
         self.state = world.machine.start(
             world.rules,
             RUN,
             world.now,
+            schedule=world.schedule,
             committed=last,
-            participants=disk.history[-1] if last else (),
+            counted=counted,
+            sequence=max((t.sequence for some in disk.counted for t in some), default=0),
+            earlier=self.issued,
             evaluated=not last or last in disk.evaluated,
             has_weights=disk.first_weights,
             base=disk.bases[-1] if disk.bases else "",
@@ -158,11 +173,12 @@ class CoordinatorModel:
         if not self.link or not self.state.caught_up or not self.broker.updates:
             return False
         handle, message = self.broker.deliver(self.link)
-        now, (run, number, worker, base) = self.world.now, message.identity
+        now, (run, number, worker, base, _) = self.world.now, message.identity
+        ticket = message.identity.ticket
         match message.kind:
             case "update":
                 self.deliveries[handle] = message
-                self.events.append(ev.Arrived(now, handle, run, number, worker, NUM_EXAMPLES, base))
+                self.events.append(ev.Arrived(now, handle, run, number, ticket, NUM_EXAMPLES, base))
             case "evaluation":
                 found = rs.Evaluated(10, 0.5, {})
                 self.events.append(ev.EvaluationArrived(now, run, number, worker, found, base))
@@ -225,8 +241,9 @@ class CoordinatorModel:
                 self.out.append(("settle", handle, "rejected"))
             case fx.AskInit(worker):
                 self.out.append(("send", (worker,), Order("init", RUN, 0)))
-            case fx.SendFit(workers, evaluate, attempt):
-                order = Order("fit", RUN, number, self.state.base, evaluate, attempt)
+            case fx.SendFit(workers, evaluate, sequence, attempt):
+                order = Order("fit", RUN, number, self.state.base, evaluate, attempt, sequence)
+                self.world.check_tickets(workers, order)
                 self.out.append(("send", workers, order))
             case fx.SendEvaluate(workers):
                 order = Order("evaluate", RUN, number - 1, self.state.base)
@@ -261,6 +278,7 @@ class CoordinatorModel:
             case "commit", number:
                 assert number == self.averaged + 1
                 done = number, frozenset(self.sum), self.world.new_base()
+                self.in_a_sum |= self.sum
                 self.averaged, self.issued[number + 1] = number, done[2]
                 self.sum, self.closing = set(), False
                 self.lines.append(("checkpoint", *done))
@@ -282,9 +300,10 @@ class CoordinatorModel:
             case "checkpoint", *done:
                 disk.checkpoint = done[0]
                 self.lines.appendleft(("line", *done))
-            case "line", number, participants, base:
-                self.world.check_commit(number, participants)
-                disk.history.append(participants)
+            case "line", number, tickets, base:
+                self.world.check_commit(number, tickets)
+                disk.history.append(frozenset(ticket.worker for ticket in tickets))
+                disk.counted.append(tickets)
                 disk.bases.append(base)
                 self.events.append(ev.Committed(self.world.now, number, base))
             case "evaluated", number:
@@ -294,17 +313,20 @@ class CoordinatorModel:
         return True
 
     def _fold(self, message: Message) -> None:
-        worker, now = message.identity.worker, self.world.now
+        identity, now = message.identity, self.world.now
+        ticket = identity.ticket
         if message.flaw:
             torn = message.flaw == "torn"
-            self.events.append(ev.FoldFailed(now, worker, "it is " + message.flaw, again=torn))
+            self.events.append(ev.FoldFailed(now, ticket, "it is " + message.flaw, again=torn))
             return
         number = self.averaged + 1
-        open_round = Identity(RUN, number, worker, self.issued[number])
-        assert message.identity == open_round, f"{message.identity} folded into {open_round}"
-        assert worker not in self.sum, f"{message.identity} folded twice"
-        self.sum.add(worker)
-        self.events.append(ev.Folded(now, worker, 1.0, 100))
+        told = f"{identity} folded into round {number}"
+        assert identity.run == RUN, told
+        assert identity.base == self.issued.get(identity.round), told
+        assert 0 <= number - identity.round <= self.world.schedule.max_staleness, told
+        assert ticket not in self.sum | self.in_a_sum, f"{identity} folded twice"
+        self.sum.add(ticket)
+        self.events.append(ev.Folded(now, ticket, 1.0, 100))
 
     def break_off_fold(self) -> bool:
         """Lose the link while an update's parts are fetched."""
@@ -312,8 +334,8 @@ class CoordinatorModel:
             return False
         _, message = self.jobs.popleft()
         self.lose_link()
-        name = message.identity.worker
-        self.events.append(ev.FoldFailed(self.world.now, name, "the link was lost", again=True))
+        ticket = message.identity.ticket
+        self.events.append(ev.FoldFailed(self.world.now, ticket, "the link was lost", again=True))
         return True
 
     def knows(self, handle: Handle) -> bool:
@@ -395,7 +417,7 @@ class WorkerModel:
         if order.kind == "stop":
             self._advance(self.world.session.Stopped("the run has ended"))
             return True
-        work = self.world.session.Work(*order[:4], order.attempt)
+        work = self.world.session.Work(*order[:4], order.attempt, order.sequence)
         self.evaluates.setdefault(work, order.evaluate or order.kind == "evaluate")
         self._advance(self.world.session.Asked(work))
         state = self.state
@@ -448,7 +470,7 @@ class WorkerModel:
         if work.kind == "init":
             self.broker.publish(Message("init", Identity(work.run, 0, self.name, "")))
         elif work.kind == "fit":
-            identity = Identity(work.run, work.round, self.name, work.base)
+            identity = Identity(work.run, work.round, self.name, work.base, work.sequence)
             self.broker.publish(Message("update", identity, flaw))
             if confirmed and not flaw:
                 self.world.confirmed.add(identity)
@@ -487,6 +509,7 @@ class WorkerModel:
 
     def _now(self, state: str, work: session.Work) -> None:
         self.told = {"state": state, "run": work.run, "round": work.round, "base": work.base}
+        self.told["sequence"] = work.sequence or None
 
     def _check_order(self, before: session.State) -> None:
         """Check that nothing under way was replaced by something older of the same run."""
@@ -505,16 +528,19 @@ class World:
         names: str,
         *,
         first_weights: bool,
+        schedule: Schedule[rs.State] = QUORUM,
         machine: ModuleType = rounds,
         worker_machine: ModuleType = session,
     ) -> None:
         self.rules, self.machine, self.session = rules, machine, worker_machine
+        self.schedule = schedule
         self.now = 100.0
         self.broker = Broker()
         self.bases = 0
         self.disk = Disk(first_weights, bases=[self.new_base()] if first_weights else [])
         self.in_parts = False  # whether updates are too large for one message
         self.confirmed: set[Identity] = set()  # updates whose sender knows them to be safe
+        self.tickets: dict[tuple[str, int], str] = {}  # what was trained for each
         self.workers = {name: WorkerModel(self, name) for name in names}
         self.coordinator: CoordinatorModel | None = None
 
@@ -591,6 +617,7 @@ class World:
         living = sum(worker.alive for worker in self.workers.values())
         enough = living >= max(self.rules.min_workers, self.rules.least, number or 1)
         enough &= self.rules.enough(living)
+        enough |= self.schedule.continuous and living >= self.rules.min_workers and not ended
         enough &= self.rules.fraction == 1.0 or number is None
         enough &= self.rules.fraction == 1.0 or self.rules.on_deadline != "stop"
         enough &= not ended
@@ -609,10 +636,18 @@ class World:
 
     # --- what must hold ---
 
-    def check_commit(self, number: int, participants: frozenset[str]) -> None:
+    def check_tickets(self, workers: tuple[str, ...], order: Order) -> None:
+        """Check that work from other weights has another ticket."""
+        for name in workers:
+            known = self.tickets.setdefault((name, order.sequence), order.base)
+            assert not self.schedule.continuous or known == order.base, f"{order} has an old ticket"
+
+    def check_commit(self, number: int, participants: frozenset[Ticket]) -> None:
         assert number == len(self.disk.history) + 1, f"round {number} is committed out of order"
         assert self.disk.checkpoint == number
         wanted, strict = self.rules.quorum.number, self.rules.on_deadline != "close"
+        if isinstance(self.schedule, Buffered):
+            wanted = self.schedule.buffer
         if wanted is not None and strict:
             assert len(participants) >= wanted, f"round {number} is committed below its quorum"
         assert participants
@@ -622,7 +657,12 @@ class World:
         coordinator = self.coordinator
         if coordinator is not None:
             state = coordinator.state
-            assert state.folded == sum(one.folded for one in state.received.values())
+            closing = [
+                one
+                for one in state.received.values()
+                if self.schedule.continuous or one.round == state.round
+            ]
+            assert state.folded == sum(one.folded for one in closing)
             assert state.tally == state.recounted().tally
         if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
             for handle, message in self.broker.unacked.items():
@@ -632,14 +672,18 @@ class World:
         for message in self.broker.published:
             assert bool(message.fate) != (id(message) in alive), f"{message} has two ends or none"
         safe = {
-            message.identity
+            (message.identity.ticket, message.identity.base)
             for message in (*self.broker.updates, *self.broker.unacked.values())
             if message.kind == "update" and not message.flaw
         }
         valid = {**(coordinator.issued if coordinator is not None else {})}
         if self.disk.bases:
             valid[open_round] = self.disk.bases[-1]
-        for identity in self.confirmed - safe:
-            if identity.round >= open_round:  # else it is committed
+        counted = {ticket for some in self.disk.counted for ticket in some}
+        for identity in self.confirmed:
+            if (identity.ticket, identity.base) in safe:
+                continue
+            too_old = identity.round < open_round - self.schedule.max_staleness
+            if open_round <= self.rules.rounds and not too_old and identity.ticket not in counted:
                 taken_back = identity.base != valid.get(identity.round)
                 assert taken_back, f"{identity} was confirmed, and is lost"

@@ -163,7 +163,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
         aggregator.take_first(Held(Delivered(1), message, memoryview(b"")))
     else:
         held = Held(Delivered(1), update(tensors=table, transfer=transfer), memoryview(b""))
-        aggregator.fold(held, 10)
+        aggregator.fold(held, fx.Fold(rs.Handle(1, 1), rs.Ticket("w", 1), 10), 1)
     running = asyncio.ensure_future(aggregator.run())
     await aggregator.drained()
     running.cancel()

@@ -16,7 +16,8 @@ from fluffle_coordinator.dashboard.coordinator_source import bring_up_to_date
 from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
-from fluffle_coordinator.machine.state import Phase, Rules, State, Table, Worker
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
+from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Table, Worker
 from fluffle_coordinator.observe.tally import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
 
@@ -112,8 +113,9 @@ class TestOpenRound:
         board = told(STARTED, CONNECTED, *JOINED, opened(1, "north", "south"))
         here = Worker("north", "s", 5, (), 2.0, last_seen=8.0, state="training", step=3, steps=8)
         state = State(
-            Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, phase=Phase.OPEN, link=1,
-            workers=Table({"north": here}), asked=Table({"north": 1.0}), opened_at=4.0,
+            Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, QUORUM, phase=Phase.OPEN, link=1,
+            workers=Table({"north": here}), asked=Table({"north": Issued(1.0, 1, 1)}),
+            opened_at=4.0,
         )  # fmt: skip
         bring_up_to_date(board.view, state, epoch=100.0, now=10.0)
         shown = board.snapshot(110.0)

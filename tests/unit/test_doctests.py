@@ -29,7 +29,7 @@ def test_the_modules_with_examples_are_found():
     assert {
         "fluffle_common.tensors.weights",
         "fluffle_coordinator.service.committer",
-        "fluffle_coordinator.machine.state",
+        "fluffle_coordinator.machine.rules",
         "fluffle_coordinator.strategy.fedavg",
         "fluffle_worker.cli",
         "fluffle_worker.letters.images",

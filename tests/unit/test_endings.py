@@ -13,7 +13,8 @@ import pytest
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.checkpoint import checkpoint_name, save_checkpoint
-from fluffle_coordinator.machine.state import Phase, Rules, State, Worker
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
+from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Ticket, Worker
 from fluffle_coordinator.observe.waiting import waiting_for
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service import app as main
@@ -48,7 +49,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
     watchers = Watchers(before, Broken(), after)
     for _ in range(3):
         watchers.record(run_events.Committed(round=1))
-        watchers.show(State(Rules(1), "r", 1), 0.0)
+        watchers.show(State(Rules(1), "r", 1, QUORUM), 0.0)
     assert len(before.events) == len(after.events) == after.shown == 3
     said = capsys.readouterr().err
     assert said.count("fluffle: Broken cannot show the event 'committed'") == 1
@@ -60,7 +61,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
 
 
 def test_a_stop_names_the_command_that_really_goes_on():
-    state = State(Rules(6), "r", 4, counted_before={3: frozenset("a")})
+    state = State(Rules(6), "r", 4, QUORUM, counted_before={3: frozenset([Ticket("a", 3)])})
     said = endings.after_a_stop(state, FOLDER)
     assert said == (
         "once that is put right, the same command (without --fresh) goes on with round 4"
@@ -70,7 +71,7 @@ def test_a_stop_names_the_command_that_really_goes_on():
         assert "if the model or the classes have changed" in said
         assert "--fresh begins a new run" in said
         assert said.endswith("the same command (without --fresh) goes on with round 4")
-    assert endings.after_a_stop(State(Rules(6), "r", 1), FOLDER).endswith("with round 1")
+    assert endings.after_a_stop(State(Rules(6), "r", 1, QUORUM), FOLDER).endswith("with round 1")
 
 
 @pytest.fixture
@@ -156,7 +157,16 @@ def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, sai
     worker = Worker(
         "a", "s", 5, (), 2.0, last_seen=8.0, state=state, run="r", round=number, step=3, steps=8
     )
-    run = State(Rules(6), "r", 4, phase=Phase.OPEN, link=1, workers={"a": worker}, asked={"a": 1.0})
+    run = State(
+        Rules(6),
+        "r",
+        4,
+        QUORUM,
+        phase=Phase.OPEN,
+        link=1,
+        workers={"a": worker},
+        asked={"a": Issued(1.0, 4, 4)},
+    )
     waiting = waiting_for(run, 10.0)
     assert waiting is not None
     assert waiting.sentence().endswith(f"; {said}")

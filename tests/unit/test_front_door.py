@@ -78,6 +78,17 @@ def test_a_model_file_fills_a_module(tmp_path):
         np.testing.assert_array_equal(module.norm.mean[...], weights["norm/mean"])
 
 
+def test_a_part_of_a_model_fills_that_part_of_a_module():
+    weights = {n: one for n, one in task().init(1).items() if n.startswith("hidden/")}
+    module = Model(nnx.Rngs(7))
+    scale = np.asarray(module.norm.scale[...])
+    with pytest.raises(fluffle.UsageError, match="the file lacks norm/bias"):
+        fluffle.load_into(module, weights)
+    fluffle.load_into(module, weights, federated=nnx.PathContains("hidden"))
+    np.testing.assert_array_equal(module.hidden.kernel[...], weights["hidden/kernel"])
+    np.testing.assert_array_equal(module.norm.scale[...], scale)
+
+
 def test_a_module_of_another_form_is_left_as_it_was_and_the_differences_are_named(tmp_path):
     weights = {name: tensor for name, tensor in task().init(1).items() if name != "norm/var"}
     weights["extra"] = np.zeros(1)

@@ -135,6 +135,20 @@ def test_with_the_same_steps_fednova_is_fedavg_and_without_fairness_q_is_uniform
     np.testing.assert_allclose(fair, [3.0, 0.0])
 
 
+def test_a_stale_update_counts_with_its_discount():
+    base, metrics = {"w": np.zeros(1)}, {"steps": 2.0, "loss": 1.0}
+    for name in ("uniform", "fednova", "qfedavg:q=0"):
+        mean = named_strategy(name).strategy.mean
+        state = mean.init(base)
+        for value, discount in ((1.0, 1.0), (4.0, 0.5)):
+            delta = {"w": np.array([value])}
+            one = Contribution(
+                worker="a", num_examples=7, delta=delta, metrics=metrics, discount=discount
+            )
+            state = mean.fold(state, one)
+        np.testing.assert_allclose(mean.finish(state, base)[0]["w"], [2.0])
+
+
 # --- forms -------------------------------------------------------------------------------------
 
 

@@ -17,13 +17,19 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-import fluffle_coordinator.machine
-from fluffle_coordinator.machine import agreement, hearing
+from fluffle_coordinator.machine import agreement, hearing, updates, work
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import membership as members
 from fluffle_coordinator.machine import transitions as progress
+from fluffle_coordinator.machine.schedules import quorum
 from fluffle_worker import machine as session
-from tests.unit import test_rounds, test_rounds_commit, test_rounds_in_use, test_rounds_machine
+from tests.unit import (
+    test_rounds,
+    test_rounds_buffered,
+    test_rounds_commit,
+    test_rounds_in_use,
+    test_rounds_machine,
+)
 from tests.unit.test_rounds_machine import Federation
 
 
@@ -39,54 +45,46 @@ class Mutant:
     random: bool = True
 
 
-_LATE = (
-    "    if event.round < state.round:\n        return _of_an_earlier_round(state, event, out)\n"
-)
-_EARLY = """\
-    if event.round > state.round or not _takes(state):
-        _reject(event, f"round {event.round} has not been opened", out)
-        return state
-"""
 MUTANTS = [
     Mutant(
         "acknowledges when folded, not when the commit is on disk",
-        rounds,
-        "    update = Received(held.handle, held.num_examples, True, held.spares, event.norm)\n",
-        "    update = Received(held.handle, held.num_examples, True, held.spares, event.norm)\n"
+        updates,
+        "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n",
+        "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n"
         "    out.append(Ack(held.handle))\n",
         "test_nothing_is_acknowledged_before_the_commit_is_on_disk",
     ),
     Mutant(
         "lets go of late updates before the commit is on disk",
-        rounds,
-        "    if event.round < state.round:\n",
-        "    if event.round < state.round or state.phase is Phase.COMMITTING:\n",
+        updates,
+        "    if event.round < state.round and not (",
+        "    if state.phase is Phase.COMMITTING or event.round < state.round and not (",
         "test_what_comes_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
         "folds duplicates",
-        rounds,
+        updates,
         "    if held is not None:\n        return _again",
         "    if False:\n        return _again",
         "test_a_duplicate_of_what_we_hold_is_acknowledged",
     ),
     Mutant(
         "folds late updates into the next round",
-        rounds,
-        _LATE + _EARLY + "    if event.base != state.base:\n",
-        _EARLY + "    if event.round == state.round and event.base != state.base:\n",
+        updates,
+        "    if staleness > schedule.max_staleness:\n",
+        "    if False:\n",
         "test_a_late_update_is_acknowledged_and_told",
     ),
     Mutant(
         "folds what comes during the commit",
-        rounds,
-        "    if state.phase is not Phase.COMMITTING:  # else it is late",
-        "    if True:  # else it is late",
+        updates,
+        "    if state.phase is not Phase.COMMITTING:  # else it is looked at",
+        "    if True:  # else it is looked at",
         "test_what_comes_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
         "folds a copy while the round is being committed",
-        rounds,
+        updates,
         "        if state.phase is not Phase.COMMITTING:  # then",
         "        if True:  # then",
         "test_a_copy_is_not_folded_while_the_round_is_being_committed",
@@ -94,14 +92,14 @@ MUTANTS = [
     ),
     Mutant(
         "takes another run's updates",
-        rounds,
+        updates,
         "    if event.run != state.run:\n        out.append(Reject",
         "    if False:\n        out.append(Reject",
         "test_what_is_not_of_this_round_is_rejected_with_the_reason",
     ),
     Mutant(
         "takes updates of rounds to come",
-        rounds,
+        updates,
         "    if event.round > state.round or not",
         "    if not",
         "test_what_is_not_of_this_round_is_rejected_with_the_reason",
@@ -109,14 +107,14 @@ MUTANTS = [
     ),
     Mutant(
         "forgets the copies",
-        rounds,
+        updates,
         "    if held.spares:\n",
         "    if False:\n",
         "test_the_copy_is_used_if_the_first_is_refused",
     ),
     Mutant(
         "trusts the first of several copies after an outage",
-        rounds,
+        updates,
         "    if held.folded and held.handle.link == event.handle.link:\n",
         "    if held.folded:\n",
         "test_a_redelivery_is_held_in_place_of_the_void_one",
@@ -124,39 +122,39 @@ MUTANTS = [
     ),
     Mutant(
         "does not know its own update again after the commit",
-        rounds,
-        "worker in state.counted_before.get(number, ())",
-        "False",
+        updates,
+        "    if state.has_counted(ticket, event.round):\n",
+        "    if False:\n",
         "test_a_redelivery_after_the_commit_is_a_duplicate",
         random=False,
     ),
     Mutant(
         "averages what was trained from weights that were taken back",
-        rounds,
-        "    if event.base != state.base:\n",
+        updates,
+        "    if event.base != began_with:\n",
         "    if False:\n",
         "test_what_was_trained_from_other_weights_is_refused",
     ),
     Mutant(
         "counts as a participant whose update is not in the sum",
-        rounds,
-        "frozenset(n for n, one in state.received.items() if one.folded)",
-        "frozenset(state.received)",
+        updates,
+        "        if update.folded:\n            counted.add(ticket)\n",
+        "        if True:\n            counted.add(ticket)\n",
         "test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk",
         random=False,
     ),
     Mutant(
         "puts into the next sum what comes while a round is being written",
-        rounds,
-        "state.phase is not Phase.COMMITTING:  # else",
-        "True:  # else",
+        updates,
+        "    staleness = state.round + 1 - update.round\n",
+        "    staleness = state.round - update.round\n",
         "test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk",
     ),
     Mutant(
         "forgets who was asked before the sample was drawn again",
         progress,
-        "{*state.asked, *state.asked_before}",
-        "{*state.asked}",
+        "{*state.asked, *state.asked_before, *in_it}",
+        "{*state.asked, *in_it}",
         "test_a_commit_says_who_was_asked_also_before_the_sample_was_drawn_again",
         random=False,
     ),
@@ -197,6 +195,43 @@ MUTANTS = [
         "    if stuck > rules.max_reopenings:",
         "    if False:",
         "test_reopenings_without_a_new_update_are_bounded",
+    ),
+    Mutant(
+        "forgets what is at work when a version is committed",
+        updates,
+        "    if state.schedule.continuous:  # who is at work stays at it\n",
+        "    if False:\n",
+        "test_who_is_at_work_goes_on_with_it",
+        random=False,
+    ),
+    Mutant(
+        "lets go of what came during the commit, though it still counts",
+        updates,
+        "        elif not last and _counts_later(state, update):\n",
+        "        elif False:\n",
+        "test_what_comes_during_the_commit_is_in_the_next_version",
+    ),
+    Mutant(
+        "gives two pieces of work one ticket",
+        work,
+        "state.sequence + 1 if continuous else state.round",
+        "state.round",
+        "test_each_piece_of_work_has_a_ticket_of_its_own",
+    ),
+    Mutant(
+        "discounts nothing",
+        updates,
+        "    return schedule.discount(staleness) if staleness or schedule.continuous else 1.0\n",
+        "    return 1.0\n",
+        "test_a_stale_update_weighs_less",
+        random=False,
+    ),
+    Mutant(
+        "closes a round with late updates",
+        updates,
+        "    closes_with_it = state.schedule.continuous or not staleness\n",
+        "    closes_with_it = True\n",
+        "test_a_late_update_counts_in_the_open_round_and_does_not_close_it",
     ),
     Mutant(
         "spins while the grace outlasts the deadline",
@@ -245,7 +280,7 @@ MUTANTS = [
     ),
     Mutant(
         "believes any weight",
-        rounds,
+        updates,
         "    return min(claimed, limit)\n",
         "    return claimed\n",
         "test_an_update_weighs_no_more_than_its_worker_announced",
@@ -261,15 +296,15 @@ MUTANTS = [
     ),
     Mutant(
         "asks the hung ones again",
-        progress,
-        "draw=state.draws, last=state.asked\n",
-        "draw=0\n",
+        quorum,
+        "room, draw, last=state.asked)\n",
+        "room, Draw(rules.seed, state.round))\n",
         "test_a_reopened_round_asks_others",
         random=False,
     ),
     Mutant(
         "asks for the same update again after a rejection",
-        rounds,
+        updates,
         "state.attempts.get(worker, 0) + 1),\n",
         "state.attempts.get(worker, 0)),\n",
         "test_a_round_asked_again_after_a_rejection_is_another_attempt",
@@ -317,7 +352,7 @@ MUTANTS = [
     ),
 ]
 # The parts of the coordinator's machine, each after those that it imports.
-PARTS = [hearing, agreement, progress, members, rounds]
+PARTS = [quorum, hearing, agreement, work, progress, members, updates, rounds]
 UNCHANGED = Mutant("nothing is broken", rounds, "", "")
 
 
@@ -344,7 +379,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mutant], tuple[ModuleType
         for module in PARTS[PARTS.index(mutant.module) + 1 :]:
             name = changed.__name__
             monkeypatch.setitem(sys.modules, name, changed)
-            monkeypatch.setattr(fluffle_coordinator.machine, name.rpartition(".")[2], changed)
+            package = sys.modules[name.rpartition(".")[0]]
+            monkeypatch.setattr(package, name.rpartition(".")[2], changed)
             changed = _executed(module, inspect.getsource(module))
         return changed, session
 
@@ -361,7 +397,7 @@ def _fails(check: Callable[[], object]) -> bool:
 
 def _rule(name: str) -> Callable[[], object]:
     """Return one test of the rules with all its parameters, as a function without any."""
-    modules = (test_rounds, test_rounds_commit, test_rounds_in_use)
+    modules = (test_rounds, test_rounds_commit, test_rounds_in_use, test_rounds_buffered)
     test = next(found for module in modules if (found := getattr(module, name, None)))
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
     if not marks:

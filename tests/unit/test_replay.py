@@ -26,6 +26,8 @@ from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.cli.run_folder import replay as replay_command
 from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine.effects import Fold
+from fluffle_coordinator.machine.state import Handle, Ticket
 from fluffle_coordinator.service import committer as module
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
@@ -109,7 +111,8 @@ class Run:
         told, payload = decode(delivery.body)
         assert isinstance(told, Update)
         held = Held(delivery, told, payload)
-        self.aggregator.fold(held, num_examples)
+        how = Fold(Handle(1, 1), Ticket(worker, number), num_examples)
+        self.aggregator.fold(held, how, number)
         return held
 
     async def commit(self, number: int) -> None:

@@ -20,7 +20,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.selection import sample_size, select
-from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 
 _E = TypeVar("_E", bound=fx.Effect)
 RUN = "run-a"
@@ -38,6 +38,9 @@ class Run:
         rules = rules or Rules(rounds=2, min_workers=2)
         if not hearing:  # these rules are about other things: all time counts
             rules = replace(rules, hearing_s=math.inf)
+        if participants := start.pop("participants", ()):
+            last = start["committed"]
+            start["counted"] = {last: frozenset(Ticket(name, last) for name in participants)}
         start = {"has_weights": True, "base": "b0", **start}
         self.state = rounds.start(rules, RUN, self.now, **start)
 
@@ -62,7 +65,7 @@ class Run:
         return self.on(ev.Seen(self.now, worker, hello))
 
     def at_work(self, name: str, state: str = "training") -> list[fx.Effect]:
-        return self.seen(name, state=state, run=RUN, round=self.state.at_work_on)
+        return self.seen(name, state=state, run=RUN, round=self.state.at_work_on(name))
 
     def left(self, name: str, session: str | None = None) -> list[fx.Effect]:
         return self.on(ev.Left(self.now, name, session or f"{name}-1", "it is late"))
@@ -74,17 +77,19 @@ class Run:
         handle = Handle(self.link, self.deliveries)
         number = self.state.round if round is None else round
         base = self.state.base if base is None else base
-        return self.on(ev.Arrived(self.now, handle, run, number, name, 10, base))
+        ticket = Ticket(name, number)
+        return self.on(ev.Arrived(self.now, handle, run, number, ticket, 10, base))
 
     @property
     def last_handle(self) -> Handle:
         return Handle(self.link, self.deliveries)
 
     def folded(self, name: str) -> list[fx.Effect]:
-        return self.on(ev.Folded(self.now, name, 1.0, 100))
+        return self.on(ev.Folded(self.now, Ticket(name, self.state.round), 1.0, 100))
 
     def fold_failed(self, name: str, *, again: bool = False) -> list[fx.Effect]:
-        return self.on(ev.FoldFailed(self.now, name, "it has a NaN", "not_finite", again=again))
+        ticket = Ticket(name, self.state.round)
+        return self.on(ev.FoldFailed(self.now, ticket, "it has a NaN", "not_finite", again=again))
 
     def update(self, name: str) -> list[fx.Effect]:
         return [*self.arrived(name), *self.folded(name)]
@@ -93,7 +98,7 @@ class Run:
         """Commit the round, of which these are the participants."""
         number = self.state.round
         effects = self.on(ev.Committed(self.now, number, f"b{number}", enough=enough))
-        assert self.state.counted_before[number] == {*participants}
+        assert {t.worker for t in self.state.counted_before[number]} == {*participants}
         return effects
 
     def evaluation(self, name: str, round: int, base: str | None = None) -> list[fx.Effect]:
@@ -142,7 +147,7 @@ def came_late(worker: str) -> fx.Record:
 
 
 def too_late(worker: str, base: str = "b0") -> fx.Judge:
-    return fx.Judge(worker, 1, base, "late", "round 1 was committed without it")
+    return fx.Judge(Ticket(worker, 1), 1, base, "late", "round 1 was committed without it")
 
 
 def only(effects: Iterable[fx.Effect], kind: type[_E]) -> list[_E]:
@@ -293,7 +298,7 @@ def test_the_quorum_commits(quorum, enough):
 def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
     run = opened("a", "b")
     run.update("a")
-    assert only(run.arrived("b"), fx.Fold) == [fx.Fold(run.last_handle, "b", 10)]
+    assert only(run.arrived("b"), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 10)]
     assert run.state.phase is Phase.OPEN
     run.folded("b")
     assert run.state.phase is Phase.COMMITTING
@@ -610,7 +615,7 @@ def test_the_copy_is_used_if_the_first_is_refused():
     effects = run.fold_failed("a")
     assert effects == [
         fx.Reject(first, "it has a NaN", "not_finite"),
-        fx.Fold(run.last_handle, "a", 10),
+        fx.Fold(run.last_handle, Ticket("a", 1), 10),
     ]
     run.folded("a")
     assert run.state.folded == 1
@@ -638,7 +643,7 @@ def test_a_redelivery_that_comes_while_the_void_one_is_folded_is_used_if_that_fa
     run.connect()
     run.arrived("a")
     effects = run.fold_failed("a", again=True)
-    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, "a", 10)]
+    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
     assert not asked(effects)
     assert fx.Ack(run.last_handle) not in effects
 
@@ -741,7 +746,7 @@ def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason, cause
     run = opened("a", "b")
     effects = run.arrived("a", **of)
     assert only(effects, fx.Reject) == [fx.Reject(run.last_handle, reason, cause)]
-    judged = [fx.Judge("a", 2, "b0", "rejected", reason, cause, train_again=True)]
+    judged = [fx.Judge(Ticket("a", 2), 2, "b0", "rejected", reason, cause, train_again=True)]
     assert only(effects, fx.Judge) == ([] if "run" in of else judged)
 
 
@@ -1082,11 +1087,12 @@ _STEPS = {
     "hello": lambda run, name: run.seen(name, hello=True),
     "at work": lambda run, name: run.at_work(name),
     "left": lambda run, name: run.left(name),
-    "failed": lambda run, name: run.failed(name, run.state.at_work_on),
-    "update": lambda run, name: name not in run.state.received and run.update(name),
+    "failed": lambda run, name: run.failed(name, run.state.at_work_on(name)),
+    "update": lambda run, name: run.state.answer(name) is None and run.update(name),
     "evaluation": lambda run, name: run.evaluation(name, run.state.round - 1),
     "committed": lambda run, _: (
-        run.state.phase is Phase.COMMITTING and run.committed(*run.state.received)
+        run.state.phase is Phase.COMMITTING
+        and run.committed(*(ticket.worker for ticket in run.state.received))
     ),
     "disconnect": lambda run, _: run.disconnect(),
     "connect": lambda run, _: run.state.link or run.connect(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluffle_coordinator.machine import effects as fx
-from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from tests.unit import test_rounds
 from tests.unit.test_rounds import Run, asked, came_late, only, opened, tells, too_late
 
@@ -75,7 +75,7 @@ def test_what_was_trained_from_other_weights_is_refused():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
     told = "it was trained from the weights elsewhere, round 1 began with b0"
-    judged = fx.Judge("a", 1, "elsewhere", "rejected", told, "round", train_again=True)
+    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", told, "round", train_again=True)
     assert effects == [fx.Reject(run.last_handle, told, "round"), judged]
     assert not run.state.received
     assert only(run.update("a"), fx.Fold)
@@ -85,7 +85,9 @@ def test_a_worker_is_told_that_its_update_was_rejected_and_is_to_be_trained_agai
     run = opened("a", "b")
     run.arrived("a")
     assert only(run.fold_failed("a"), fx.Judge) == [
-        fx.Judge("a", 1, "b0", "rejected", "it has a NaN", "not_finite", train_again=True)
+        fx.Judge(
+            Ticket("a", 1), 1, "b0", "rejected", "it has a NaN", "not_finite", train_again=True
+        )
     ]
     run.arrived("b")
     assert not only(run.fold_failed("b", again=True), fx.Judge)  # it is only asked for again

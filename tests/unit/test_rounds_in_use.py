@@ -14,7 +14,7 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from tests.unit.test_rounds import RUN, Run, asked, let_pass, only, tells
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
@@ -141,29 +141,30 @@ def test_time_stops_before_who_speaks_often_would_be_gone():
 def says(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
     run.deliveries += 1
     handle = Handle(run.link, run.deliveries)
-    return run.on(ev.Arrived(run.now, handle, RUN, 1, name, num_examples, run.state.base))
+    ticket = Ticket(name, 1)
+    return run.on(ev.Arrived(run.now, handle, RUN, 1, ticket, num_examples, run.state.base))
 
 
 def test_an_update_weighs_no_more_than_its_worker_announced():
     run = heard("a", "b")
     effects = says(run, "a", 10**12)
-    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, "a", 10)]
+    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
     expected = run_events.Overweight(worker="a", round=1, num_examples=10**12, limit=10)
     assert recorded(effects) == [expected]
-    assert run.state.received["a"].num_examples == 10
+    assert run.state.received[Ticket("a", 1)].num_examples == 10
 
 
 def test_nobody_elses_hello_makes_an_update_weigh_less():
     run = heard("a", "b")
     impostor = rs.Worker("a", "another", 1, (), 2.0, run.now)
     run.on(ev.Seen(run.now, impostor, hello=True))
-    assert only(says(run, "a", 10), fx.Fold) == [fx.Fold(run.last_handle, "a", 10)]
+    assert only(says(run, "a", 10), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
 
 
 def test_an_update_weighs_no_more_than_the_operator_allows():
     run = heard("a", "b", rules=Rules(rounds=1, max_examples=7))
-    assert only(says(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, "a", 7)]
-    assert only(says(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, "b", 5)]
+    assert only(says(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 7)]
+    assert only(says(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 5)]
 
 
 def test_who_was_never_heard_weighs_no_more_than_anybody_else():
@@ -172,8 +173,8 @@ def test_who_was_never_heard_weighs_no_more_than_anybody_else():
 
 
 def folded(run: Run, name: str, norm: float) -> list[fx.Effect]:
-    effects = says(run, name, 10) if name not in run.state.received else []
-    return [*effects, *run.on(ev.Folded(run.now, name, 1.0, 100, norm))]
+    effects = says(run, name, 10) if run.state.answer(name) is None else []
+    return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), 1.0, 100, norm))]
 
 
 def test_an_update_far_outside_its_round_is_told():
@@ -332,10 +333,10 @@ def test_a_round_asked_again_after_a_rejection_is_another_attempt():
     run.arrived("b")
     run.fold_failed("b")
     effects = let_pass(run, 62, "ab")
-    assert fx.SendFit(("b",), evaluate=False, attempt=1) in effects
+    assert fx.SendFit(("b",), evaluate=False, sequence=1, attempt=1) in effects
     run.arrived("b")
     run.fold_failed("b")
-    assert fx.SendFit(("b",), evaluate=False, attempt=2) in let_pass(run, 62, "ab")
+    assert fx.SendFit(("b",), evaluate=False, sequence=1, attempt=2) in let_pass(run, 62, "ab")
 
 
 # --- whose classes, whose model ----------------------------------------------------------------
@@ -409,7 +410,7 @@ def test_the_work_of_a_round_grows_with_its_workers_not_with_their_square():
     grows = (dict, set, frozenset, list)
     copied = {name for name, value in vars(run.state).items() if isinstance(value, grows)}
     # Changed once a round, once a link, once a deadline.
-    assert copied <= {"counted_before", "greeted", "asked_before"}
+    assert copied <= {"counted_before", "earlier", "asked_before"}
 
 
 def test_the_tally_is_what_counting_anew_would_give():

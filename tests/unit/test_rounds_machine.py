@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fluffle_coordinator.machine import machine as rounds
-from fluffle_coordinator.machine.state import Quorum, Rules
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.machine.schedules.quorum import QUORUM, QuorumRounds
+from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_worker import machine as session
 from tests.unit.federation_model import RUN, Identity, Message, Order, World
 
@@ -33,6 +36,16 @@ rules = st.builds(
     max_reopenings=st.integers(1, 2),
     wait_s=st.just(120.0),
 )
+# Half of the time, rounds are synchronous.
+schedules = st.one_of(
+    st.sampled_from([QUORUM, QUORUM, QuorumRounds(max_staleness=2)]),
+    st.builds(
+        Buffered,
+        buffer=st.integers(1, 3),
+        concurrency=st.sampled_from([None, None, 1, 2]),
+        max_staleness=st.integers(0, 3),
+    ),
+)
 
 
 class Federation(RuleBasedStateMachine):
@@ -42,14 +55,26 @@ class Federation(RuleBasedStateMachine):
     worker_machine: ModuleType = session
 
     @initialize(
-        rules=rules, names=st.integers(2, 4), first_weights=st.booleans(), afresh=st.booleans()
+        rules=rules,
+        schedule=schedules,
+        names=st.integers(2, 4),
+        first_weights=st.booleans(),
+        afresh=st.booleans(),
     )
-    def found(self, rules: Rules, names: int, first_weights: bool, afresh: bool) -> None:
+    def found(
+        self,
+        rules: Rules,
+        schedule: Schedule[State],
+        names: int,
+        first_weights: bool,
+        afresh: bool,
+    ) -> None:
         self.afresh = afresh
         self.world = World(
             rules,
             NAMES,
             first_weights=first_weights,
+            schedule=schedule,
             machine=self.machine,
             worker_machine=self.worker_machine,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.machine.state import Phase, State, Table, Worker
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table, Worker
 from fluffle_coordinator.machine.state import Rules as RoundRules
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.waiting import waiting_for
@@ -161,9 +162,10 @@ def test_what_the_machine_waits_for_comes_as_facts():
     training = Worker(
         "a", "s", 5, (), 2.0, last_seen=8.0, state="training", run="r", round=4, step=3, steps=8
     )
-    asked = Table({"a": 1.0, "b": 1.0})
+    asked = Table({"a": Issued(1.0, 4, 4), "b": Issued(1.0, 4, 4)})
+    workers = Table({"a": training})
     state = State(
-        RoundRules(6), "r", 4, phase=Phase.OPEN, link=1, workers=Table({"a": training}), asked=asked
+        RoundRules(6), "r", 4, QUORUM, phase=Phase.OPEN, link=1, workers=workers, asked=asked
     )
     waiting = waiting_for(state, 10.0)
     assert waiting is not None

@@ -25,6 +25,7 @@ from fluffle_common.tensors.checkpoint import (
     save_checkpoint,
 )
 from fluffle_common.tensors.weights import NotFinite, check_delta
+from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service import strategy_loading as module
 from fluffle_coordinator.service.app import _begin_with
@@ -279,6 +280,17 @@ def needing(**needs):
 def test_a_strategy_that_does_not_get_what_it_needs_is_refused(needs, rules, told):
     with pytest.raises(UsageError, match=told):
         rules_for(needing(**needs), Rules(rounds=1, **rules))
+
+
+def test_a_schedule_that_does_not_give_what_a_strategy_needs_is_refused():
+    rules = Rules(rounds=1)
+    with pytest.raises(UsageError, match="needs 5 updates a version, and --buffer 3 closes it"):
+        rules_for(needing(min_updates=5), rules, "buffered:buffer=3", Buffered(buffer=3))
+    rules_for(needing(min_updates=5), rules, "buffered:buffer=5", Buffered(buffer=5))
+    rules_for(needing(once=True), rules, "quorum")
+    for schedule in ("buffered:buffer=3", "quorum:late=discount", "mine.py:mine"):
+        with pytest.raises(UsageError, match="needs synchronous rounds in which late updates do"):
+            rules_for(needing(once=True), rules, schedule)
 
 
 def test_a_strategy_that_gets_what_it_needs_is_taken():

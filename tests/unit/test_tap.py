@@ -211,7 +211,7 @@ async def test_a_tap_leaves_nothing_behind(watched):
     before = (set(watched.broker.queues), set(watched.broker.bindings))
     async with watched.tap(Wanted(), "w1"):
         assert len(watched.broker.queues) == len(before[0]) + 1
-    assert (set(watched.broker.queues), watched.broker.bindings) == before
+    assert (set(watched.broker.queues), set(watched.broker.bindings)) == before
 
 
 # --- lines ---------------------------------------------------------------------------------------

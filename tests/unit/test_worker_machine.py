@@ -22,6 +22,7 @@ works = st.builds(
     st.integers(0, 3),
     st.sampled_from(["base-1", "base-2"]),
     st.integers(0, 2),
+    st.integers(1, 2),
 )
 
 _KINDS = ("init", "fit", "evaluate")
@@ -32,8 +33,8 @@ def later(one: Work, other: Work) -> bool:
     return one.run == other.run and _place(one) > _place(other)
 
 
-def _place(work: Work) -> tuple[int, int, int]:
-    return work.round, _KINDS.index(work.kind), work.attempt
+def _place(work: Work) -> tuple[int, ...]:
+    return work.round, _KINDS.index(work.kind), work.sequence, work.attempt
 
 
 class Worker(RuleBasedStateMachine):

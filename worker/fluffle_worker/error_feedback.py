@@ -27,10 +27,12 @@ class Residual:
     def before(self, work: Work) -> Mapping[str, Array]:
         """Return what goes into this work's update.
 
-        That is nothing in another run, and nothing where the residual is of this round or a later
-        one: a round that is trained again after its update was sent, as after a coordinator went
-        back to an earlier checkpoint, would take what is in that update already.
+        That is nothing in another run, and nothing where the residual is of this work or a later
+        one: work that is done again after its update was sent, as after a coordinator went back to
+        an earlier checkpoint, would take what is in that update already.
         """
-        if self.work is None or self.work.run != work.run or self.work.round >= work.round:
+        if self.work is None or self.work.run != work.run:
+            return {}
+        if (self.work.round, self.work.sequence) >= (work.round, work.sequence):
             return {}
         return self.tensors

@@ -81,6 +81,7 @@ class Presence:
             "run": None,
             "round": 0,
             "base": None,
+            "sequence": None,
             "step": 0,
             "steps": 0,
         }
@@ -97,6 +98,7 @@ class Presence:
             "run": work.run,
             "round": work.round,
             "base": work.base or None,
+            "sequence": getattr(work, "sequence", None) or None,  # an `evaluate` has none
             "step": 0,
             "steps": steps,
         }

@@ -139,7 +139,7 @@ def _trained(
     """Train; return the update, yet without its tensors, and what was learnt."""
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
-        rule.of_round(job.work.run, job.work.round, job.broadcast)
+        rule.of_round(job.work.run, fit.sequence or fit.round, job.broadcast)
     began = time.monotonic()
     trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), step))
     seconds = time.monotonic() - began
@@ -150,7 +150,7 @@ def _trained(
     learnt = _chosen(learnt, fit.plan)
     sent = rule.sent if isinstance(rule, BoundRule) else {}
     job.extra = _extra(fit.plan.extra, {**sent, **trained.extra}, job.weights)
-    return _update(ids, fit.round, trained, seconds), learnt
+    return _update(ids, fit, trained, seconds), learnt
 
 
 def _chosen(learnt: Weights, plan: Plan) -> Weights:
@@ -237,11 +237,11 @@ def _first_weights(task: Task, seed: int) -> Weights:
 
 
 def _plan_of(message: Fit) -> RoundPlan:
-    """Give each round a seed of its own, the same whenever the round is trained again.
+    """Give each piece of work a seed of its own, the same whenever it is done again.
 
     The task may do with the plan's ``config`` what it likes.
     """
-    seed = (message.plan.seed * 1_000_003 + message.round) % 2**63
+    seed = (message.plan.seed * 1_000_003 + (message.sequence or message.round)) % 2**63
     own = {"seed": seed, "config": dict(message.plan.config)}
     at = {"run": message.run, "round": message.round}
     return RoundPlan(**{**dict(message.plan), **own, **at})
@@ -257,10 +257,11 @@ def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluati
     )
 
 
-def _update(ids: dict[str, Any], number: int, trained: TrainResult, seconds: float) -> Update:
+def _update(ids: dict[str, Any], fit: Fit, trained: TrainResult, seconds: float) -> Update:
     return Update(
         **ids,
-        round=number,
+        round=fit.round,
+        sequence=fit.sequence,
         num_examples=trained.num_examples,
         seconds=seconds,
         metrics=dict(trained.metrics),

@@ -25,7 +25,8 @@ class Work(NamedTuple):
 
     ``base`` names the weights that it begins with; those of a round are others after a coordinator
     that died has averaged the round before it again. ``attempt`` counts how often the answer was
-    rejected: after that, the work is done anew.
+    rejected: after that, the work is done anew. ``sequence`` is the ticket of a training: it grows
+    with every piece of work, also if that begins with the same weights.
     """
 
     kind: Literal["init", "fit", "evaluate"]
@@ -33,6 +34,7 @@ class Work(NamedTuple):
     round: int
     base: str = ""
     attempt: int = 0
+    sequence: int = 0
 
 
 class State(NamedTuple):
@@ -91,6 +93,7 @@ class Rejected:
     run: str
     round: int
     base: str
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,10 @@ def advance(state: State, event: Event) -> tuple[State, list[Effect]]:
 
 def _rejected(state: State, event: Rejected) -> tuple[State, list[Effect]]:
     """Forget an answer that was taken: asked for again, its work is done anew."""
-    work, of = state.answered, (event.run, event.round, event.base)
-    if work is None or work.kind != "fit" or (work.run, work.round, work.base) != of:
+    work, of = state.answered, (event.run, event.round, event.base, event.sequence)
+    if work is None or work.kind != "fit":
+        return state, []
+    if (work.run, work.round, work.base, work.sequence) != of:
         return state, []
     return state._replace(answered=None), [Drop(work)]
 
@@ -217,5 +222,6 @@ def _newer(known: Work | None, work: Work) -> bool:
     return _order(known) > _order(work)
 
 
-def _order(work: Work) -> tuple[int, int, int]:
-    return work.round, ("init", "fit", "evaluate").index(work.kind), work.attempt
+def _order(work: Work) -> tuple[int, ...]:
+    kind = ("init", "fit", "evaluate").index(work.kind)
+    return work.round, kind, work.sequence, work.attempt

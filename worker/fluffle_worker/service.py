@@ -245,7 +245,8 @@ class WorkerService:
         else:
             self._tell(NotCounted(round=verdict.round, reason=verdict.reason))
         if verdict.train_again:
-            self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base))
+            sequence = verdict.sequence or verdict.round
+            self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base, sequence))
 
     def _part(self, part: Part, payload: memoryview) -> None:
         if self._assembly is None:
@@ -261,9 +262,11 @@ class WorkerService:
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights, broadcast = read_work(message, payload)
-        kind = "fit" if isinstance(message, Fit) else "evaluate"
-        attempt = message.attempt if isinstance(message, Fit) else 0
-        work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
+        of = message.run, message.round, message.base
+        if isinstance(message, Fit):
+            work = Work("fit", *of, message.attempt, message.sequence or message.round)
+        else:
+            work = Work("evaluate", *of)
         self._ask(Job(work, message, weights, broadcast))
 
     def _ask(self, job: Job) -> None:

@@ -33,6 +33,9 @@ _PRINTS = f"{__name__}.prints"
 _FILE = f"{__name__}.file"
 _PASSWORD = re.compile(r"(://[^:/@,\s]*):[^@/,\s]*@")
 
+TABLES = ("simulation",)
+"""The tables that some command has for its own."""
+
 Style: TypeAlias = Literal["key", "keyword"]
 
 
@@ -51,7 +54,13 @@ class ConfiguredCommand(click.Command):
 
     A flag overrides its environment variable, that its key in the file, and that the default.
     ``--print-config`` prints what holds, as such a file, instead of running.
+
+    One file may serve several commands: what only some of them know is in a table of its own, which
+    the others pass over.
     """
+
+    own_table: str | None = None
+    """The table of a file whose keys are options of this command, too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,7 +113,18 @@ def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as why:
         raise UsageError(f"{path} is no TOML: {why}") from None
+    given = _of_this_command(ctx.command, given, path)
     ctx.default_map = {**(ctx.default_map or {}), **_checked(ctx, given, _InFile(path, text))}
+
+
+def _of_this_command(command: click.Command, given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the keys of a file that are a command's, those of its own table among them."""
+    ours = getattr(command, "own_table", None)
+    keys = {name: value for name, value in given.items() if name not in TABLES}
+    own = given.get(ours, {}) if ours else {}
+    if not isinstance(own, Mapping):
+        raise UsageError(f"{path}: {ours} is to be a table, [{ours}]")
+    return {**keys, **own}
 
 
 def _text_of(path: Path) -> str:

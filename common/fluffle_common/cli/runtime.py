@@ -10,7 +10,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import uvloop
@@ -36,10 +36,17 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
-def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
+def run_until_signalled(
+    main: Coroutine[Any, Any, T],
+    loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+) -> T:
     """Run a coroutine; SIGINT, SIGTERM and SIGHUP cancel it, a second one ends the process at once.
 
     SIGHUP, of a terminal that was closed, stays ignored under ``nohup``.
+
+    Args:
+        main: the coroutine.
+        loop: makes the event loop that it runs on.
 
     Raises:
         Interrupted: after a signal, when the coroutine has cleaned up.
@@ -52,7 +59,7 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         _keep_memory()
-        loop = asyncio.get_running_loop()
+        running = asyncio.get_running_loop()
         task = asyncio.ensure_future(main)
         ending = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -62,17 +69,17 @@ def run_until_signalled(main: Coroutine[Any, Any, T]) -> T:
             received.append(number)
             task.cancel()
             for each in ending:
-                loop.remove_signal_handler(each)
+                running.remove_signal_handler(each)
                 signal.signal(each, signal.SIG_DFL)
 
         for each in ending:
-            loop.add_signal_handler(each, stop, each)
+            running.add_signal_handler(each, stop, each)
             _once(each)
         return await task
 
     with (
         contextlib.suppress(asyncio.CancelledError),
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        asyncio.Runner(loop_factory=loop) as runner,
     ):
         return runner.run(watched())
     raise Interrupted(received[0] if received else signal.SIGTERM)

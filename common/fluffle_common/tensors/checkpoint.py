@@ -176,6 +176,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     return found.weights, found.metadata
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read what is said of a checkpoint's weights, without the weights.
+
+    Raises:
+        UsageError: where there is no such file, or it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as why:
+        raise UsageError(f"{path} is not a whole model file ({why})") from None
+
+
 def read_whole(path: Path) -> Checkpoint:
     """Read a checkpoint, with what the strategy kept in it.
 

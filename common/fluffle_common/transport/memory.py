@@ -8,19 +8,16 @@ simulations, and to be held to ``tests/contract`` beside the real one.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
-import itertools
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
+from fluffle_common.clock import wall_time
 from fluffle_common.errors import LinkLost
-from fluffle_common.protocol.topology import ArgumentValue, Binding, Entity, Exchange, Queue
+from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
-    NAMED,
     Blocking,
     Body,
     Counts,
@@ -34,127 +31,13 @@ from fluffle_common.transport.base import (
     Transport,
     Unroutable,
 )
-
-
-@dataclass(eq=False)
-class _Stored:
-    body: Body
-    properties: Properties
-    exchange: str
-    keys: tuple[str, ...]
-    sent_at: float
-    redelivered: bool = False
-    number: int = 0  # its place in its queue
-
-
-@dataclass(eq=False)
-class _Consumer:
-    link: MemoryLink
-    prefetch: int
-    exclusive: bool
-    deliveries: asyncio.Queue[MemoryDelivery] = field(default_factory=asyncio.Queue)
-    unacked: int = 0
-
-
-@dataclass(eq=False)
-class _Queue:
-    spec: Queue
-    ready: deque[_Stored] = field(default_factory=deque)
-    consumers: list[_Consumer] = field(default_factory=list)
-    numbers: Iterator[int] = field(default_factory=itertools.count)
-    news: set[asyncio.Event] = field(default_factory=set)  # one for each who follows
-
-    @property
-    def is_stream(self) -> bool:
-        return self.spec.arguments.get("x-queue-type") == "stream"
-
-    @property
-    def ready_bytes(self) -> int:
-        return sum(len(stored.body) for stored in self.ready)
-
-    @property
-    def limits(self) -> dict[str, ArgumentValue]:
-        """What it was declared with, and what a policy would say; here it is always applied."""
-        declared = {key.removeprefix("x-"): of for key, of in self.spec.arguments.items()}
-        return {**self.spec.limits, **declared}
-
-    def put(self, stored: _Stored) -> None:
-        limits = self.limits
-        most, most_bytes = limits.get("max-length"), limits.get("max-length-bytes")
-
-        def over(count: int, nbytes: int) -> bool:
-            return (most is not None and count > int(most)) or (
-                most_bytes is not None and nbytes > int(most_bytes)
-            )
-
-        if limits.get("overflow") == "reject-publish" and over(
-            len(self.ready) + 1, self.ready_bytes + len(stored.body)
-        ):
-            raise QueueFull(f"queue '{self.spec.name}' is full")
-        stored.number = next(self.numbers)
-        self.ready.append(stored)
-        while self.ready and over(len(self.ready), self.ready_bytes):
-            self.ready.popleft()
-        for news in self.news:
-            news.set()
-        self.dispatch()
-
-    def dispatch(self) -> None:
-        """Hand out what is ready to whoever has room, in turn."""
-        able = list(self.consumers)
-        if self.spec.arguments.get("x-single-active-consumer"):
-            able = able[:1]
-        while self.ready:
-            consumer = next((c for c in able if c.unacked < c.prefetch), None)
-            if consumer is None:
-                return
-            stored = self.ready.popleft()
-            consumer.unacked += 1
-            consumer.deliveries.put_nowait(MemoryDelivery(self, stored, consumer.link, consumer))
-            able.append(able.pop(able.index(consumer)))
-
-
-class MemoryDelivery:
-    """See ``base.Delivery``."""
-
-    def __init__(
-        self, queue: _Queue, stored: _Stored, link: MemoryLink, consumer: _Consumer | None
-    ) -> None:
-        self.body: Body = stored.body
-        self.properties = stored.properties
-        self.redelivered = stored.redelivered
-        self.queue = queue.spec.name
-        self.exchange = stored.exchange
-        self.keys = stored.keys if len(stored.keys) <= NAMED else stored.keys[:1]
-        self.sent_at: float | None = stored.sent_at
-        self.offset = stored.number if queue.is_stream else None
-        self.consumer = consumer
-        self._source, self._stored, self._link = queue, stored, link
-        link.held.append(self)
-
-    def ack(self) -> None:
-        """See ``base.Delivery``."""
-        if self._settle():
-            self._source.dispatch()
-
-    def release(self) -> None:
-        """See ``base.Delivery``."""
-        self.give_back()
-        self._source.dispatch()
-
-    def give_back(self) -> None:
-        """Return to its place in the queue, marked as redelivered, without dispatching it."""
-        if self._settle():
-            bisect.insort(self._source.ready, self._stored, key=lambda stored: stored.number)
-            self._stored.redelivered = True
-
-    def _settle(self) -> bool:
-        if self not in self._link.held:
-            return False
-        self._link.held.remove(self)
-        if self.consumer is not None:
-            self.consumer.unacked -= 1
-        return True
+from fluffle_common.transport.memory_queues import (
+    Bindings,
+    Consumer,
+    MemoryDelivery,
+    MemoryQueue,
+    Stored,
+)
 
 
 class MemoryLink(Link):
@@ -207,7 +90,7 @@ class MemoryLink(Link):
     ) -> None:
         """See ``base.Link``."""
         await self._unblocked()
-        stored = _Stored(body, properties, exchange, tuple(keys), float(int(time.time())))
+        stored = Stored(body, properties, exchange, tuple(keys), float(int(wall_time())))
         if exchange and exchange not in self._broker.exchanges:  # as RabbitMQ closes the channel
             self.cut()
             raise LinkLost(f"there is no exchange '{exchange}'")
@@ -221,12 +104,14 @@ class MemoryLink(Link):
         source = self._find(queue)
         if source.consumers and (exclusive or source.consumers[0].exclusive):
             raise QueueInUse(f"queue '{queue}' has another consumer")
-        consumer = _Consumer(self, prefetch, exclusive)
+        consumer = Consumer(self, prefetch, exclusive)
         source.consumers.append(consumer)
         source.dispatch()
         return self._deliveries(source, consumer)
 
-    async def _deliveries(self, source: _Queue, consumer: _Consumer) -> AsyncGenerator[Delivery]:
+    async def _deliveries(
+        self, source: MemoryQueue, consumer: Consumer
+    ) -> AsyncGenerator[Delivery]:
         gone = asyncio.ensure_future(self._gone.wait())
         try:
             while True:
@@ -251,7 +136,7 @@ class MemoryLink(Link):
         self._check()
         return self._entries(self._find(stream, reads=True), since)
 
-    async def _entries(self, source: _Queue, since: Since) -> AsyncGenerator[Delivery]:
+    async def _entries(self, source: MemoryQueue, since: Since) -> AsyncGenerator[Delivery]:
         offset = since if isinstance(since, int) else 0
         at = since.timestamp() if isinstance(since, datetime) else 0.0
         news = asyncio.Event()
@@ -269,7 +154,7 @@ class MemoryLink(Link):
         finally:
             source.news.discard(news)
 
-    async def _copy(self, source: _Queue, stored: _Stored) -> Delivery:
+    async def _copy(self, source: MemoryQueue, stored: Stored) -> Delivery:
         copy = MemoryDelivery(source, stored, self, None)
         copy.ack()  # nothing is taken out of a stream, so nothing may be given back to it
         return copy
@@ -365,7 +250,7 @@ class MemoryLink(Link):
                 one.cancel()
         self._check()
 
-    def _find(self, queue: str, *, reads: bool = False) -> _Queue:
+    def _find(self, queue: str, *, reads: bool = False) -> MemoryQueue:
         found = self._broker.queues.get(queue)
         if found is None:  # as RabbitMQ closes the channel
             self.cut()
@@ -385,8 +270,8 @@ class MemoryBroker(Transport):
 
     def __init__(self) -> None:
         self.exchanges: dict[str, Exchange] = {}
-        self.queues: dict[str, _Queue] = {}
-        self.bindings: set[Binding] = set()
+        self.queues: dict[str, MemoryQueue] = {}
+        self.bindings = Bindings()
         self.links: set[MemoryLink] = set()
         self.blocking = Blocking()
         self.up = True
@@ -424,7 +309,7 @@ class MemoryBroker(Transport):
         """Bind what is there; return whether it is."""
         there = binding.queue in self.queues and binding.exchange in self.exchanges
         if there:
-            self.bindings.add(binding)
+            self.bindings.add(binding, self.exchanges[binding.exchange].type)
         return there
 
     def declare(self, entity: Exchange | Queue) -> None:
@@ -432,16 +317,16 @@ class MemoryBroker(Transport):
         if isinstance(entity, Exchange):
             self.exchanges.setdefault(entity.name, entity)
         elif isinstance(entity, Queue):
-            known = self.queues.setdefault(entity.name, _Queue(entity)).spec
+            known = self.queues.setdefault(entity.name, MemoryQueue(entity)).spec
             if known.arguments != entity.arguments:
                 raise OtherArguments(_otherwise(entity, known))
 
     def delete(self, queue: str) -> None:
         """Delete a queue and what is bound to it."""
         self.queues.pop(queue, None)
-        self.bindings = {binding for binding in self.bindings if binding.queue != queue}
+        self.bindings.forget(queue)
 
-    def route(self, stored: _Stored, exchange: str, keys: Sequence[str]) -> None:
+    def route(self, stored: Stored, exchange: str, keys: Sequence[str]) -> None:
         """Put a message into every queue that one of the keys leads to, once each."""
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
@@ -458,12 +343,10 @@ class MemoryBroker(Transport):
     def _targets(self, exchange: str, key: str) -> set[str]:
         if not exchange:  # the default exchange: every queue is bound to it under its own name
             return {key} & self.queues.keys()
-        spec = self.exchanges[exchange]
-        found = {
-            b.queue for b in self.bindings if b.exchange == exchange and _matches(spec, b.key, key)
-        }
-        if not found and spec.alternate:
-            return self._targets(spec.alternate, key)
+        found = self.bindings.queues(exchange, key)
+        alternate = self.exchanges[exchange].alternate
+        if not found and alternate:
+            return self._targets(alternate, key)
         return found
 
 
@@ -476,11 +359,3 @@ def _otherwise(wanted: Queue, known: Queue) -> str:
             "everywhere, or delete the old queue"
         )
     return f"queue '{wanted.name}' was made by another version of fluffle; delete it"
-
-
-def _matches(exchange: Exchange, pattern: str, key: str) -> bool:
-    if exchange.type == "fanout":
-        return True
-    if exchange.type == "topic" and pattern.endswith(".#"):
-        return key == pattern[:-2] or key.startswith(pattern[:-1])
-    return pattern == key

@@ -23,6 +23,7 @@ from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
 from fluffle_coordinator.cli.stopping import stopping_options
 
 if TYPE_CHECKING:
@@ -121,12 +122,7 @@ def run_option(command: Any) -> Any:
     default=1,
     help="Fewest updates that '--on-deadline close' commits with.",
 )
-@click.option(
-    "--fraction",
-    type=FiniteFloat(0, 1, min_open=True),
-    default=1.0,
-    help="Part of the workers present that is asked in a round.",
-)
+@schedule_options
 @click.option(
     "--strategy",
     default="fedavg",
@@ -309,18 +305,23 @@ def coordinator(**options: Any) -> None:
 
     if options["compress"] and options["upload_dtype"] != "float32":
         raise UsageError("--upload-dtype and --compress exclude each other; give one of them")
+    check_schedule_options(options)
     run_coordinator(rules_of(options), options)
 
 
 def rules_of(options: dict[str, Any]) -> Rules:
     """Turn options into the rules of a run."""
-    from fluffle_coordinator.machine.selection import sample_size
+    from fluffle_coordinator.machine.selection import UNIFORM, sample_size
     from fluffle_coordinator.machine.state import Rules
 
     quorum: Quorum = options["quorum"]
     fraction: float = options["fraction"]
     written = options["min_workers"]
-    least = quorum.of(sample_size(fraction, written)) if written else quorum.number or 1
+    clients: int | None = options.get("clients")
+    if clients is not None and fraction < 1:
+        raise UsageError("--fraction and --clients exclude each other; give one of them")
+    sample = min(clients, written or clients) if clients else sample_size(fraction, written or 1)
+    least = quorum.of(sample) if written else quorum.number or 1
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
             f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}: a "
@@ -336,6 +337,9 @@ def rules_of(options: dict[str, Any]) -> Rules:
         on_deadline=options["on_deadline"],
         min_updates=options["min_updates"],
         fraction=fraction,
+        clients=clients,
+        over_provision=options.get("over_provision", 1.0),
+        selection=options.get("select") or UNIFORM,
         max_examples=options["max_examples"],
         max_norm_ratio=options["max_norm_ratio"],
         max_round_s=options["max_round"],

@@ -165,6 +165,7 @@ class Probe(Listener):
             payload = await self._payload(update, inside)
         except PartsGone as why:
             if crossed:
+                await self.idle()  # whatever else was under way has arrived
                 return await self.update(await self.ask(asked.fit))
             raise Unmet(f"an update without its parts: {why}") from None
         try:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fluffle_common.errors import Cause
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome
+from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, Ticket
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Judge(Effect):
     ``train_again``: the same update is no answer any more.
     """
 
-    worker: str
+    ticket: Ticket
     round: int
     base: str
     outcome: Literal["late", "rejected"]
@@ -73,12 +73,13 @@ class Opened(Effect):
 class SendFit(Effect):
     """Send the open round's work to these workers, in one publish.
 
-    ``attempt`` counts how often their update of this round was rejected: after that, the same one
-    is no answer.
+    Each gets the ticket (worker, ``sequence``). ``attempt`` counts how often its update of that was
+    rejected: after that, the same one is no answer.
     """
 
     workers: tuple[str, ...]
     evaluate: bool
+    sequence: int
     attempt: int = 0
 
 
@@ -93,14 +94,16 @@ class SendEvaluate(Effect):
 class Fold(Effect):
     """Check an update's tensors and add them to the running sum.
 
-    ``num_examples`` is the weight that it has there. One whose norm is above ``max_norm`` is not
-    added.
+    It weighs ``num_examples * discount`` there, as one that was trained from weights ``staleness``
+    versions old. One whose norm is above ``max_norm`` is not added.
     """
 
     handle: Handle
-    worker: str
+    ticket: Ticket
     num_examples: int
     max_norm: float = math.inf
+    staleness: int = 0
+    discount: float = 1.0
 
 
 @dataclass(frozen=True)

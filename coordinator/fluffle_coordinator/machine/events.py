@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fluffle_common.errors import Cause
-from fluffle_coordinator.machine.state import Evaluated, Handle, Worker
+from fluffle_coordinator.machine.state import Evaluated, Handle, Ticket, Worker
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,15 @@ class WeightsReady(Event):
 
 @dataclass(frozen=True)
 class Arrived(Event):
-    """An update's header was read and is in order; its tensors are yet to be checked."""
+    """An update's header was read and is in order; its tensors are yet to be checked.
+
+    It was trained from the weights ``base``, which ``round`` began with.
+    """
 
     handle: Handle
     run: str
     round: int
-    worker: str
+    ticket: Ticket
     num_examples: int
     base: str
 
@@ -104,7 +107,7 @@ class Folded(Event):
     norm ``norm``.
     """
 
-    worker: str
+    ticket: Ticket
     train_s: float
     size_bytes: int
     norm: float = 0.0
@@ -114,7 +117,7 @@ class Folded(Event):
 class FoldFailed(Event):
     """An update was not folded; ``again``: its tensors did not arrive whole, ask for them again."""
 
-    worker: str
+    ticket: Ticket
     reason: str
     cause: Cause = "tensors"
     again: bool = False

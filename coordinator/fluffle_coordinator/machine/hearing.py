@@ -40,6 +40,7 @@ def put_off(state: State, seconds: float) -> State:
     )
     return state.but(
         workers=workers,
+        due_at=state.due_at + seconds,
         opened_at=state.opened_at + seconds,
         began_at=state.began_at + seconds,
         quorum_at=None if state.quorum_at is None else state.quorum_at + seconds,

@@ -13,32 +13,33 @@ leaves, crashes, redeliveries and deadlines can be tried in tests, thousands a s
 
 A round opens when the one before it is on disk: what a worker is sent is always a checkpoint. Where
 a damaged one takes a run back, what was trained from it is told apart by its ``base`` and refused.
+Each piece of work has a ticket, (worker, sequence), which its update brings back.
 
 The rules that hold whatever happens, which the tests check under random interleavings:
 
 1. Rounds are committed in order, each once.
-2. An update, known by (run, round, worker), is folded at most once; a copy of it is only held.
+2. An update, known by (run, worker, sequence), is folded at most once; a copy of it is only held.
 3. The last copy of a folded update is acknowledged only after the commit of its round is on disk.
 4. Every delivery ends acknowledged, or rejected with a reason; what is late is said to be late.
 5. Time alone leads to progress or to a declared stop; time without a link does not count.
 
-This file takes the events in; ``transitions`` has what follows from the state they lead to.
+This file takes the events in, ``updates`` those about updates, ``membership`` those about workers;
+``transitions`` has what follows from the state they lead to. What distinguishes synchronous rounds
+from asynchronous ones is in the run's ``schedule``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from statistics import median
 from types import MappingProxyType
 from typing import Any
 
-from fluffle_common.errors import Cause
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
-from fluffle_coordinator.machine import membership
-from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Record, Reject
+from fluffle_coordinator.machine import membership, updates
+from fluffle_coordinator.machine.effects import Ack, Effects, Record
 from fluffle_coordinator.machine.events import (
     Arrived,
     Committed,
@@ -57,21 +58,22 @@ from fluffle_coordinator.machine.events import (
     WeightsReady,
 )
 from fluffle_coordinator.machine.hearing import heard, put_off
+from fluffle_coordinator.machine.rules import Rules
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import (
-    Handle,
+    TICKETS_LEFT_OUT,
     Phase,
-    Received,
-    Rules,
     State,
     Table,
-    Tally,
+    Ticket,
+    remembered,
+    still_matter,
 )
-from fluffle_coordinator.machine.transitions import progress, wakeup, work
+from fluffle_coordinator.machine.transitions import progress, wakeup
 
 __all__ = ["advance", "start", "wakeup"]
 
-# Of so many rounds it is remembered who took part.
-_REMEMBERED = 3
 # What comes the way that signs of life come.
 _HEARD = (Seen, Left, Failed, Echoed)
 
@@ -81,12 +83,17 @@ def start(
     run: str,
     now: float,
     *,
+    schedule: Schedule[State] = QUORUM,
     committed: int = 0,
-    participants: Iterable[str] = (),
+    counted: Mapping[int, frozenset[Ticket]] = MappingProxyType({}),
+    sequence: int = 0,
     announced: Mapping[str, int] = MappingProxyType({}),
     evaluated: bool = True,
     has_weights: bool = False,
     base: str = "",
+    earlier: Mapping[int, str] = MappingProxyType({}),
+    asked_in: Mapping[str, int] = MappingProxyType({}),
+    train_s: Mapping[str, float] = MappingProxyType({}),
     classes: tuple[str, ...] | None = None,
     model: ModelForm | None = None,
     decided_by: str = "",
@@ -97,12 +104,17 @@ def start(
         rules: what the operator decided.
         run: the run's id.
         now: the time.
+        schedule: how rounds follow each other.
         committed: the last round on disk; 0 for a new run.
-        participants: who took part in it.
+        counted: what is counted in the last rounds.
+        sequence: the highest that is counted in any.
         announced: how many examples those who took part in any round had.
         evaluated: whether its model's evaluation is on disk.
         has_weights: whether there are weights to begin with.
         base: what they are named.
+        earlier: what those were named that the rounds before began with.
+        asked_in: the last round that each worker was asked in.
+        train_s: how long each worker's last training took.
         classes: the classes that workers must have; None lets the workers say.
         model: what the weights are made of; None lets the workers say.
         decided_by: who set those two, for people.
@@ -110,16 +122,19 @@ def start(
     resumed = has_weights and committed > 0
     # Every living worker speaks up in this time, if it keeps the default of a heartbeat in 2 s.
     slowest = 2.0 * rules.patience
-    return State(
+    state = State(
         rules=rules,
         run=run,
         round=committed + 1,
+        schedule=schedule,
         base=base,
-        counted_before={committed: frozenset(participants)},
+        sequence=sequence + TICKETS_LEFT_OUT,
         evaluate_pending=not evaluated,
         has_weights=has_weights,
-        met=Table(dict.fromkeys(participants)),
+        met=Table({ticket.worker: None for ticket in counted.get(committed, ())}),
         announced=Table(announced),
+        asked_in=Table(asked_in),
+        train_s=Table(train_s),
         classes=classes,
         model=model,
         decided_by=decided_by,
@@ -129,6 +144,8 @@ def start(
         unlinked_since=now,
         heard_at=now,
     )
+    before = {n: name for n, name in earlier.items() if n <= committed}
+    return state.but(counted_before=remembered(state, counted), earlier=still_matter(state, before))
 
 
 def advance(state: State, event: Event) -> tuple[State, Effects]:
@@ -174,7 +191,7 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
     if state.link == 0:
         state = put_off(state, event.now - state.unlinked_since)
     workers = {n: replace(w, last_seen=event.now) for n, w in state.workers.items()}
-    received = {w: update._replace(spares=()) for w, update in state.received.items()}
+    received = {t: update._replace(spares=()) for t, update in state.received.items()}
     # What was being sent has an unknown outcome: whoever is idle at its next sign of life is sent
     # the work again. And every delivery that we hold is void: it will come again.
     for update in state.received.values():
@@ -182,10 +199,10 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
     return state.but(
         link=event.link,
         caught_up=False,
-        greeted=frozenset(),
+        greeted=Table(),
         heard_at=event.now,
         workers=Table(workers),
-        asked=Table(dict.fromkeys(state.asked, -math.inf)),
+        asked=Table({n: issued._replace(at=-math.inf) for n, issued in state.asked.items()}),
         received=Table(received),
         init_asked=None,
     )
@@ -207,226 +224,12 @@ def _weights_ready(state: State, event: WeightsReady, _: Effects) -> State:
     return state.but(has_weights=True, base=event.base)
 
 
-def _arrived(state: State, event: Arrived, out: Effects) -> State:
-    handle, worker = event.handle, event.worker
-    if event.run != state.run:
-        out.append(Reject(handle, f"it is of run {event.run}, this is run {state.run}", "run"))
-        return state
-    if event.round < state.round:
-        return _of_an_earlier_round(state, event, out)
-    if event.round > state.round or not _takes(state):
-        _reject(event, f"round {event.round} has not been opened", out)
-        return state
-    if event.base != state.base:
-        trained = f"it was trained from the weights {event.base}, round {event.round} began with"
-        _reject(event, f"{trained} {state.base}", out)
-        return state
-    held = state.received.get(worker)
-    if held is not None:
-        return _again(state, worker, held, event, out)
-    weight = _weight(state, event, out)
-    if state.phase is not Phase.COMMITTING:  # else it is late, once the commit is on disk
-        out.append(Fold(handle, worker, weight, _max_norm(state)))
-    return state.of(worker, received=state.received.insert(worker, Received(handle, weight)))
-
-
-def _reject(event: Arrived, reason: str, out: Effects) -> None:
-    """Refuse an update of a round, or from weights, that this run does not have."""
-    out += [
-        Reject(event.handle, reason, "round"),
-        _judged(event.worker, event.round, event.base, reason, "round"),
-    ]
-
-
-def _judged(worker: str, number: int, base: str, reason: str, cause: Cause) -> Judge:
-    return Judge(worker, number, base, "rejected", reason, cause, train_again=True)
-
-
-def _weight(state: State, event: Arrived, out: Effects) -> int:
-    """Return the weight of an update: what it says, within what its worker announced."""
-    claimed = event.num_examples
-    limit = state.announced.get(event.worker)
-    if limit is None:  # it is gone, and we never heard it
-        limit = max(state.announced.values(), default=claimed)
-    if state.rules.max_examples is not None:
-        limit = min(limit, state.rules.max_examples)
-    if claimed > limit:
-        overweight = run_events.Overweight(
-            worker=event.worker, round=event.round, num_examples=claimed, limit=limit
-        )
-        out.append(Record(overweight))
-    return min(claimed, limit)
-
-
-def _max_norm(state: State) -> float:
-    """Return the largest norm that an update may have to be counted."""
-    ratio = state.rules.max_norm_ratio
-    if ratio is None:
-        return math.inf
-    middle = state.median_norm
-    if not middle:  # the first round has only itself
-        norms = [update.norm for update in state.received.values() if update.folded]
-        middle = median(norms) if len(norms) >= 2 else math.inf
-    return ratio * middle
-
-
-def _of_an_earlier_round(state: State, event: Arrived, out: Effects) -> State:
-    worker, number = event.worker, event.round
-    out.append(Ack(event.handle))
-    if worker in state.counted_before.get(number, ()):
-        out.append(Record(run_events.Duplicate(worker=worker, round=number)))
-    else:
-        out.append(_late(worker, number, event.num_examples))
-        out.append(_too_late(worker, number, event.base))
-    return state
-
-
-def _too_late(worker: str, number: int, base: str) -> Judge:
-    return Judge(worker, number, base, "late", f"round {number} was committed without it")
-
-
-def _late(worker: str, number: int, num_examples: int) -> Record:
-    return Record(run_events.Late(worker=worker, round=number, num_examples=num_examples))
-
-
-def _takes(state: State) -> bool:
-    """Whether updates of ``state.round`` can exist: it has a base and is not past the last."""
-    return state.has_weights and state.phase is not Phase.EVALUATING
-
-
-def _again(state: State, worker: str, held: Received, event: Arrived, out: Effects) -> State:
-    """Take another copy of an update that we hold: never folded twice, never lost.
-
-    Where we still hold the very delivery that was folded, a copy is not needed. Where that one is
-    void, or not folded yet, we cannot know which copy is sound, and keep them all.
-    """
-    if held.folded and held.handle.link == event.handle.link:
-        out.append(Ack(event.handle))
-        return state
-    update = held._replace(spares=(*held.spares, event.handle))
-    return state.of(worker, received=state.received.insert(worker, update))
-
-
-def _folded(state: State, event: Folded, out: Effects) -> State:
-    worker, held = event.worker, state.received[event.worker]
-    update = Received(held.handle, held.num_examples, True, held.spares, event.norm)
-    if held.spares and held.handle.link == state.link:
-        out.extend(Ack(spare) for spare in held.spares)
-        update = Received(held.handle, held.num_examples, True, (), event.norm)
-    asked = state.asked
-    if state.phase is Phase.OPEN and worker not in asked:
-        asked = asked.insert(worker, -math.inf)
-    state = state.of(
-        worker,
-        received=state.received.insert(worker, update),
-        folded=state.folded + 1,
-        asked=asked,
-        failed=state.failed.discard(worker),
-        doubted=state.doubted.discard(worker),
-    )
-    counted = run_events.Counted(
-        worker=worker,
-        round=state.round,
-        num_examples=held.num_examples,
-        updates=state.folded,
-        needed=state.needed,
-        train_s=event.train_s,
-        bytes=event.size_bytes,
-    )
-    out.append(Record(counted))
-    return state
-
-
-def _fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
-    worker, held = event.worker, state.received[event.worker]
-    if event.again:
-        resend = run_events.Resend(worker=worker, reason=event.reason)
-        out += [Ack(held.handle), Record(resend)]
-    else:
-        out.append(Reject(held.handle, event.reason, event.cause))
-    if held.spares:
-        first, *rest = held.spares
-        update = held._replace(handle=first, spares=tuple(rest))
-        if state.phase is not Phase.COMMITTING:  # then it would get into the next round's sum
-            out.append(Fold(first, worker, held.num_examples, _max_norm(state)))
-        return state.of(worker, received=state.received.insert(worker, update))
-    state = state.of(worker, received=state.received.discard(worker))
-    if not event.again:  # asked again, it would send the same again: if it was the worker at all
-        out.append(_judged(worker, state.round, state.base, event.reason, event.cause))
-        state = state.but(
-            doubted=state.doubted.insert(worker, event.reason),
-            # So when it is asked again, that is another attempt.
-            attempts=state.attempts.insert(worker, state.attempts.get(worker, 0) + 1),
-        )
-        return membership.settle_doubt(state, worker)
-    if worker in state.workers and state.phase is Phase.OPEN:
-        out += work(state, (worker,))
-    return state
-
-
 def _evaluation(state: State, event: EvaluationArrived, _: Effects) -> State:
     wanted = (state.run, state.round - 1, state.base)
     if (event.run, event.round, event.base) != wanted or not state.evaluate_pending:
         return state  # its model's line is written already; late is only late
     evaluations = state.evaluations.insert(event.worker, event.evaluated)
     return state.of(event.worker, evaluations=evaluations)
-
-
-def _committed(state: State, event: Committed, out: Effects) -> State:
-    late, participants = {}, frozenset(n for n, one in state.received.items() if one.folded)
-    for handle, worker, num_examples in _deliveries(state):
-        out.append(Ack(handle))
-        if worker not in participants:
-            late[worker] = _late(worker, event.round, num_examples)
-    out += late.values()
-    out += [_too_late(worker, event.round, state.base) for worker in late]
-    committed = run_events.Committed(
-        round=event.round,
-        participants=tuple(sorted(participants)),
-        num_examples=event.num_examples,
-        timings=event.timings,
-    )
-    out.append(Record(committed))
-    recent = {n: who for n, who in state.counted_before.items() if n > event.round - _REMEMBERED}
-    return _next_round(state, event, {**recent, event.round: participants})
-
-
-def _deliveries(state: State) -> tuple[tuple[Handle, str, int], ...]:
-    """Return every delivery of an update of this round that we hold."""
-    return tuple(
-        sorted(
-            (handle, worker, update.num_examples)
-            for worker, update in state.received.items()
-            for handle in (update.handle, *update.spares)
-        )
-    )
-
-
-def _next_round(
-    state: State, event: Committed, counted_before: Mapping[int, frozenset[str]]
-) -> State:
-    return state.but(
-        counted_before=counted_before,
-        phase=Phase.WAITING,
-        round=event.round + 1,
-        base=event.base,
-        enough=event.enough,
-        evaluate_pending=True,
-        evaluations=Table(),
-        received=Table(),
-        folded=0,
-        asked=Table(),
-        asked_before=frozenset(),
-        attempts=Table(),
-        failed=Table(),
-        doubted=Table(),
-        tally=Tally(),
-        quorum_at=None,
-        reopenings=0,
-        reopened_with=0,
-        gate=1,
-        waiting_since=event.now,
-    )
 
 
 _TAKE: Mapping[type[Event], Callable[[State, Any, Effects], State]] = {
@@ -438,10 +241,10 @@ _TAKE: Mapping[type[Event], Callable[[State, Any, Effects], State]] = {
     Failed: membership.failed,
     InitLost: _init_lost,
     WeightsReady: _weights_ready,
-    Arrived: _arrived,
-    Folded: _folded,
-    FoldFailed: _fold_failed,
+    Arrived: updates.arrived,
+    Folded: updates.folded,
+    FoldFailed: updates.fold_failed,
     EvaluationArrived: _evaluation,
-    Committed: _committed,
+    Committed: updates.committed,
     Tick: membership.tick,
 }

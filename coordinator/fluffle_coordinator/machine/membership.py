@@ -13,8 +13,15 @@ from fluffle_coordinator.machine.agreement import refuse, unfit
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.hearing import clock
-from fluffle_coordinator.machine.state import Phase, State, Worker
-from fluffle_coordinator.machine.transitions import stall_times, work
+from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
+from fluffle_coordinator.machine.work import (
+    first_due,
+    give_work,
+    send_again,
+    stall_times,
+    watched,
+    work,
+)
 
 
 def seen(state: State, event: Seen, out: Effects) -> State:
@@ -54,7 +61,7 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         failed=failed,
         met=state.met if worker.name in state.met else state.met.insert(worker.name, None),
     )
-    state = settle_doubt(state, worker.name)
+    state = watched(settle_doubt(state, worker.name), worker.name)
     return _offer(state, worker, event, restarted or event.hello, out)
 
 
@@ -63,38 +70,50 @@ def _greet(state: State, name: str, out: Effects) -> State:
     if name in state.greeted or name in state.workers:
         return state
     out.append(Welcome(name))
-    return state.but(greeted=state.greeted | {name})
+    return state.but(greeted=state.greeted.insert(name, None))
 
 
 def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects) -> State:
     """Send the open work to a worker that lacks it: it is new, or came back, or it was lost."""
-    name = worker.name
-    answered = state.received if state.phase is Phase.OPEN else state.evaluations
-    if state.phase not in (Phase.OPEN, Phase.EVALUATING) or name in answered:
+    name, issued = worker.name, state.asked.get(worker.name)
+    if state.phase not in (Phase.OPEN, Phase.EVALUATING) or name in state.failed:
         return state
-    if name in state.failed:
+    evaluating = state.phase is Phase.EVALUATING
+    if name in state.evaluations if evaluating else state.answer(name) is not None:
         return state
-    sent_at = state.asked.get(name)
-    if sent_at is None and state.rules.fraction < 1 and state.phase is Phase.OPEN:
-        return state  # not chosen for this round
     # The rest of a model in parts was lost with a link, the worker's or ours.
-    patience_s = state.rules.resend_s
+    patience_s, sent_at = state.rules.resend_s, issued.at if issued else 0.0
     broken_off = worker.state == "receiving" and (
         event.hello
         or sent_at == -math.inf
-        or event.now - max(worker.moved_at, sent_at or 0.0) >= patience_s
+        or event.now - max(worker.moved_at, sent_at) >= patience_s
     )
-    if state.busy(name) and not broken_off:
-        # An earlier coordinator asked it, or it came back: either way we wait for it.
-        if sent_at is not None:
-            return state
-        return state.of(name, asked=state.asked.insert(name, event.now))
+    at_work = state.busy(name) and not broken_off
+    if issued is None:
+        return _take_in(state, worker, at_work, event.now, out)
+    if at_work:
+        return state
     if state.done(name):
         patience_s *= 4  # its update may just be under way
-    if sent_at is None or fresh or broken_off or event.now - sent_at >= patience_s:
-        state = state.of(name, asked=state.asked.insert(name, event.now))
-        out += work(state, (name,))
+    if fresh or broken_off or event.now - sent_at >= patience_s:
+        return send_again(state, name, event.now, out)
     return state
+
+
+def _take_in(state: State, worker: Worker, at_work: bool, now: float, out: Effects) -> State:
+    """Take in a worker that was not asked: an earlier coordinator asked it, or it joins late."""
+    name = worker.name
+    if state.phase is Phase.EVALUATING:
+        issued = Issued(now, state.sequence, state.round - 1)
+        state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
+        if not at_work:
+            out += work(state, (name,))
+        return state
+    chosen = state.schedule.idle(state, name)
+    before = state.issued_before(worker, now) if at_work else None
+    if before and (state.schedule.continuous or name in chosen):  # we wait for it
+        return watched(state.of(name, asked=state.asked.insert(name, before)), name)
+    return give_work(state, chosen, now, out)
 
 
 def settle_doubt(state: State, worker: str) -> State:
@@ -129,7 +148,7 @@ def failed(state: State, event: Failed, out: Effects) -> State:
         return state
     if event.worker == state.init_asked and event.round == 0:
         state = state.but(init_asked=None)
-    elif event.round != state.at_work_on or event.worker not in state.asked:
+    elif event.worker not in state.asked or event.round != state.at_work_on(event.worker):
         return state
     return state.of(event.worker, failed=state.failed.insert(event.worker, event.reason))
 
@@ -139,6 +158,8 @@ def tick(state: State, event: Tick, out: Effects) -> State:
     if not state.link:
         return state
     now = clock(state, event.now)
+    if now < state.due_at:
+        return state
     gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
     for worker in sorted(gone, key=lambda worker: worker.name):
         silent_s = round(now - worker.last_seen, 1)
@@ -146,7 +167,7 @@ def tick(state: State, event: Tick, out: Effects) -> State:
         state = state.without(worker.name)
     for worker in list(state.workers.values()):
         state = _look_for_a_stall(state, worker, now, out)
-    return state
+    return state.but(due_at=first_due(state))
 
 
 def _look_for_a_stall(state: State, worker: Worker, now: float, out: Effects) -> State:

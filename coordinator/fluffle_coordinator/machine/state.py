@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -12,13 +12,25 @@ from typing import Any, Literal, NamedTuple
 from rpds import HashTrieMap
 
 from fluffle_common.protocol.messages import ModelForm
-from fluffle_coordinator.machine.selection import sample_size
+from fluffle_coordinator.machine.rules import Quorum, Rules
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.selection import Candidate
+
+__all__ = ["Quorum", "Rules", "State", "Table"]
 
 # A mapping that shares what it has with the one it was made from, so that a change takes the same
 # time with four workers and with four thousand.
 Table = HashTrieMap
 
 Outcome = Literal["finished", "stopped"]
+TICKETS_LEFT_OUT = 10_000
+"""How many sequences a coordinator leaves out, where work outlives its round.
+
+The one before it may have issued some that nobody has counted yet. And they are greater than the
+round, which is the sequence of those that bring no ticket back.
+"""
+# Of so many rounds it is remembered what is in them, so that a copy is not taken for late.
+_REMEMBERED = 3
 
 
 class Phase(StrEnum):
@@ -38,86 +50,19 @@ class Handle(NamedTuple):
     number: int
 
 
-@dataclass(frozen=True)
-class Quorum:
-    """How many updates close a round: a number, or a fraction of those expected.
+class Ticket(NamedTuple):
+    """What an update brings back: whose it is, and which piece of that worker's work it answers."""
 
-    Example:
-        >>> Quorum(number=2).of(3), Quorum(fraction=0.5).of(3), Quorum().of(3)
-        (2, 2, 3)
-    """
-
-    number: int | None = None
-    fraction: float = 1.0
-
-    def of(self, expected: int) -> int:
-        """Return how many of ``expected`` workers must have answered; at least 1."""
-        if self.number is not None:
-            return self.number
-        return sample_size(self.fraction, expected)
+    worker: str
+    sequence: int
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What the operator decided. Times in seconds.
+class Issued(NamedTuple):
+    """What a worker was asked for: when (-inf: what was sent may be lost), and from which round."""
 
-    Args:
-        rounds: how many rounds the run has.
-        min_workers: how many workers must be present before the first round opens.
-        least: the fewest updates that a round commits with, whoever is lost, unless ``close`` says
-            otherwise at its deadline.
-        quorum: how many updates close a round.
-        grace_s: how long to wait for the others after the quorum.
-        deadline_s: how long a round may stay open without a quorum.
-        on_deadline: what happens then. ``reopen``: ask whoever is there now; ``close``: commit with
-            what came if that is ``min_updates``, else reopen; ``stop``: end the run.
-        min_updates: the fewest updates that ``close`` commits with.
-        max_examples: the largest weight that an update may have; None bounds it only by the number
-            of examples that its worker announced.
-        fraction: which part of the workers present is asked in a round.
-        seed: decides who is asked.
-        patience: how many heartbeats may fail to come before a worker counts as gone.
-        max_reopenings: how often in a row a round is reopened with nothing new: no update, and no
-            worker whose steps advance.
-        max_round_s: how long a round may be open in all, however far its workers have come.
-        stall_s: how long a training may stand still before people are told.
-        stall_timeout_s: how long a training may stand still before it counts as failed; None waits.
-        outlier_ratio: an update is far out if its norm is so many times the median of its round's.
-        max_norm_ratio: refuse an update whose norm is more than so many times the median of the
-            updates counted before it; None refuses none.
-        wait_s: how long to wait for enough workers before the run stops.
-        resend_s: how long a worker may be idle after work was sent to it before it is sent again.
-        hearing_s: how long nobody may be heard, not even the coordinator's own echo, before time
-            stops to count (see ``hearing``); less where workers speak so often that they would be
-            gone by then. Infinity lets all time count.
-    """
-
-    rounds: int
-    min_workers: int = 2
-    least: int = 1
-    quorum: Quorum = Quorum()
-    grace_s: float = 0.0
-    deadline_s: float = 600.0
-    on_deadline: Literal["reopen", "close", "stop"] = "reopen"
-    min_updates: int = 1
-    max_examples: int | None = None
-    fraction: float = 1.0
-    seed: int = 0
-    patience: int = 5
-    max_reopenings: int = 3
-    max_round_s: float = 86400.0
-    stall_s: float = 120.0
-    stall_timeout_s: float | None = None
-    outlier_ratio: float = 10.0
-    max_norm_ratio: float | None = None
-    wait_s: float = 86400.0
-    resend_s: float = 15.0
-    hearing_s: float = 3.0
-
-    def enough(self, present: int) -> bool:
-        """Whether so many workers make a round that can close: the sample of them is no smaller."""
-        least = max(self.least, self.quorum.number or 1)
-        return self.fraction >= 1 or sample_size(self.fraction, present) >= least
+    at: float
+    sequence: int
+    round: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +79,7 @@ class Worker:
     run: str | None = None
     round: int = 0
     base: str | None = None
+    sequence: int | None = None
     step: int = 0
     steps: int = 0
     loss: float | None = None
@@ -150,7 +96,7 @@ class Worker:
     @property
     def at(self) -> tuple[object, ...]:
         """What it says of its work: where that changes, it advances."""
-        return self.session, self.state, self.run, self.round, self.base, self.step
+        return self.session, self.state, self.run, self.round, self.sequence, self.base, self.step
 
     @property
     def has_steps(self) -> bool:
@@ -159,10 +105,14 @@ class Worker:
 
 
 class Received(NamedTuple):
-    """An update that was taken in this round; ``num_examples`` is the weight that it has."""
+    """An update that was taken in this round; ``num_examples`` is the weight that it has.
+
+    It was trained from the weights that ``round`` began with, this one or one before.
+    """
 
     handle: Handle
     num_examples: int
+    round: int
     folded: bool = False
     spares: tuple[Handle, ...] = ()  # other copies, until we hold one that is known to be sound
     norm: float = 0.0
@@ -209,9 +159,13 @@ class State:
     rules: Rules
     run: str
     round: int  # the round that is open or will be; round - 1 is the last committed
+    schedule: Schedule[State]
     base: str = ""  # names the weights that this round is trained from
-    # Who took part in the last rounds: an acknowledgement that was lost lets an update come again.
-    counted_before: Mapping[int, frozenset[str]] = field(default_factory=empty)
+    # And those of the rounds before whose updates still count.
+    earlier: Mapping[int, str] = field(default_factory=empty)
+    sequence: int = 0  # the last that was issued; meant where work outlives its round
+    # What is counted in the last rounds: when an acknowledgement is lost, an update comes again.
+    counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=empty)
     enough: str = ""  # why no further round is wanted, before all of them are done
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
@@ -219,6 +173,8 @@ class State:
     caught_up: bool = False  # everything that waited in the broker before this link is read
     unlinked_since: float = 0.0  # meant where there is none
     heard_at: float = 0.0  # when anybody was last heard, the coordinator's own echo included
+    # No worker is gone or stands still before this, whose every time would else be looked at again.
+    due_at: float = -math.inf
     quickest_s: float = math.inf  # the shortest time between the heartbeats of any worker
     has_weights: bool = False
     init_asked: str | None = None
@@ -233,16 +189,20 @@ class State:
     waiting_since: float = 0.0
     workers: Table[str, Worker] = field(default_factory=Table)
     announced: Table[str, int] = field(default_factory=Table)  # how many examples each has
-    greeted: frozenset[str] = frozenset()  # whose old signs of life were answered on this link
+    greeted: Table[str, None] = field(
+        default_factory=Table
+    )  # whose old signs of life were answered on this link
     refused: Table[str, str] = field(default_factory=Table)  # and in which of its sessions
-    asked: Table[str, float] = field(default_factory=Table)  # when
+    asked: Table[str, Issued] = field(default_factory=Table)
     attempts: Table[str, int] = field(default_factory=Table)  # whose update was rejected, how often
     failed: Table[str, str] = field(default_factory=Table)  # who could not, and why
     # Something unsound came in its name; it has failed if it says itself that it sent its update.
     doubted: Table[str, str] = field(default_factory=Table)
     met: Table[str, None] = field(default_factory=Table)  # who was here: all are told of the end
-    received: Table[str, Received] = field(default_factory=Table)
-    folded: int = 0  # how many of them are in the running sum
+    received: Table[Ticket, Received] = field(default_factory=Table)
+    folded: int = 0  # how many of those that can close the round are in the running sum
+    asked_in: Table[str, int] = field(default_factory=Table)  # the last round of each
+    train_s: Table[str, float] = field(default_factory=Table)  # how long its last training took
     median_norm: float = 0.0  # of the updates in the last round that was averaged
     evaluations: Table[str, Evaluated] = field(default_factory=Table)
     tally: Tally = NOBODY
@@ -290,7 +250,7 @@ class State:
         """Whether it is expected, and as that unfolded and unevaluated."""
         if worker not in self.asked:
             return False, False, False
-        update = self.received.get(worker)
+        update = self.answer(worker)
         if update is not None:
             return True, not update.folded, False
         expected = worker in self.workers and worker not in self.failed
@@ -312,29 +272,63 @@ class State:
     @property
     def needed(self) -> int:
         """How many updates close the open round."""
-        return max(self.rules.quorum.of(self.tally.expected), self.rules.least)
+        return self.schedule.needed(self)
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Who was asked and has not answered."""
-        return tuple(sorted(w for w in self.asked if w not in self.received))
+        return tuple(sorted(w for w in self.asked if self.answer(w) is None))
 
-    @property
-    def at_work_on(self) -> int:
-        """The round that workers name while they are at what they were asked for."""
-        return self.round - 1 if self.phase is Phase.EVALUATING else self.round
+    def answer(self, worker: str) -> Received | None:
+        """Return the update that a worker was asked for, if it is there."""
+        issued = self.asked.get(worker)
+        if issued is None:
+            return None
+        found = self.received.get(Ticket(worker, issued.sequence))
+        if found is None and issued.sequence != issued.round:  # it does not bring tickets back
+            found = self.received.get(Ticket(worker, issued.round))
+        return found
+
+    def candidates(self, names: Iterable[str]) -> Iterator[Candidate]:
+        """Yield what a selection may know of these workers."""
+        for name in names:
+            yield Candidate(
+                name,
+                self.announced.get(name) or 1,
+                self.asked_in.get(name) or 0,
+                self.train_s.get(name),
+            )
+
+    def has_counted(self, ticket: Ticket, since: int = 0) -> bool:
+        """Whether an update is in one of the last rounds, or of those ``since`` one."""
+        before = self.counted_before.items()
+        return any(ticket in counted for number, counted in before if number >= since)
+
+    def base_of(self, number: int) -> str | None:
+        """Return what the weights are named that a round began with, if they still matter."""
+        return self.base if number == self.round else self.earlier.get(number)
+
+    def at_work_on(self, worker: str) -> int:
+        """Return the round that a worker names while it is at what it was asked for."""
+        if self.phase is Phase.EVALUATING:
+            return self.round - 1
+        issued = self.asked.get(worker)
+        return self.round if issued is None else issued.round
 
     def done(self, worker: str) -> bool:
-        """Whether a worker says that it has sent its update of this round."""
+        """Whether a worker says that it has sent the update that it was asked for."""
         known = self.workers.get(worker)
-        if known is None or known.state != "idle":
+        if known is None or known.state != "idle" or self.phase is Phase.EVALUATING:
             return False
-        return self._is_at(known, self.round)
+        return self._is_at_it(known)
 
     def busy(self, worker: str) -> bool:
-        """Whether a worker says that it is at work on what is asked for."""
+        """Whether a worker says that it is at work on what is asked for.
+
+        Of one that was not asked: on what would count.
+        """
         known = self.workers.get(worker)
-        if known is None or not self._is_at(known, self.at_work_on):
+        if known is None or not self._is_at_it(known):
             return False
         # Still training for the last round, it has not taken the order to evaluate its model.
         away = ("idle", "training") if self.phase is Phase.EVALUATING else ("idle",)
@@ -344,10 +338,44 @@ class State:
         """Whether a worker is at work on what is asked for, and got further since the opening."""
         return self.busy(worker) and self.workers[worker].moved_at > self.opened_at
 
-    def _is_at(self, worker: Worker, number: int) -> bool:
-        """Whether a worker is at a round of this run, or did it last, from our weights.
+    def issued_before(self, worker: Worker, now: float) -> Issued | None:
+        """Return what an earlier coordinator asked of a worker that is at it; None if it is not.
 
-        Not all say which weights they began with.
+        What a worker says of its work may be older than its update.
         """
-        same_round = (worker.run, worker.round) == (self.run, number)
-        return same_round and worker.base in (None, self.base)
+        ticket = Ticket(worker.name, worker.sequence or worker.round)
+        over = ticket in self.received or self.has_counted(ticket)
+        if over or worker.name in self.asked or not self.busy(worker.name):
+            return None
+        return Issued(now, ticket.sequence, worker.round)
+
+    def _is_at_it(self, worker: Worker) -> bool:
+        """Whether a worker is at what it was asked for, or did it last.
+
+        Not all say which ticket they have, and which weights they began with.
+        """
+        if worker.run != self.run:
+            return False
+        if self.phase is Phase.EVALUATING:
+            return worker.round == self.round - 1 and worker.base in (None, self.base)
+        issued = self.asked.get(worker.name)
+        if issued is None:
+            base = self.base_of(worker.round)
+            return base is not None and worker.base in (None, base)
+        if worker.round != issued.round or worker.sequence not in (None, issued.sequence):
+            return False
+        return worker.base in (None, self.base_of(issued.round))
+
+
+def remembered(
+    state: State, counted: Mapping[int, frozenset[Ticket]]
+) -> Mapping[int, frozenset[Ticket]]:
+    """Keep what is counted in the last rounds; a copy of what is in an older one is late anyway."""
+    oldest = max(counted, default=0) - max(_REMEMBERED, state.schedule.max_staleness + 1)
+    return {number: tickets for number, tickets in counted.items() if number > oldest}
+
+
+def still_matter(state: State, bases: Mapping[int, str]) -> Mapping[int, str]:
+    """Keep the names of the weights that earlier rounds began with whose updates still count."""
+    oldest = max(bases, default=0) - state.schedule.max_staleness
+    return {number: base for number, base in bases.items() if number > oldest}

@@ -7,7 +7,7 @@ out)`` is called after every event, returns the next state and adds what is to b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from statistics import median
 
 from fluffle_common.protocol import events as run_events
@@ -15,18 +15,15 @@ from fluffle_coordinator.machine.agreement import decide
 from fluffle_coordinator.machine.effects import (
     AskInit,
     Commit,
-    Effect,
     Effects,
     End,
     Opened,
     Record,
     RecordEvaluation,
-    SendEvaluate,
-    SendFit,
 )
 from fluffle_coordinator.machine.hearing import clock
-from fluffle_coordinator.machine.selection import sample_size, select
-from fluffle_coordinator.machine.state import Outcome, Phase, State, Table, Worker
+from fluffle_coordinator.machine.state import Issued, Outcome, Phase, State, Table, Worker
+from fluffle_coordinator.machine.work import first_due, next_sequence, noted, work
 
 
 def progress(state: State, now: float, out: Effects) -> State:
@@ -63,12 +60,10 @@ def wakeup(state: State) -> float:
 
 def _due(state: State) -> float:
     rules = state.rules
-    times = [worker.deadline(rules) for worker in state.workers.values()]
-    times += [at for worker in state.workers.values() for at in stall_times(state, worker)]
-    times.append(state.gate_until)
+    times = [state.gate_until, first_due(state) if math.isinf(state.due_at) else state.due_at]
     if state.quorum_at is not None:
         if state.phase is Phase.OPEN:
-            times.append(state.quorum_at + rules.grace_s)
+            times.append(state.schedule.wakeup(state))
     elif state.phase is Phase.WAITING:
         times.append(state.waiting_since + rules.wait_s)
         if state.init_asked is not None and not state.has_weights:
@@ -78,29 +73,6 @@ def _due(state: State) -> float:
         if state.phase is Phase.OPEN:
             times.append(state.began_at + rules.max_round_s)
     return min(times)
-
-
-def stall_times(state: State, worker: Worker) -> Iterator[float]:
-    """Yield when a worker that does not advance is told of, and when it counts as failed."""
-    rules = state.rules
-    if worker.has_steps and worker.name in state.asked and worker.name not in state.failed:
-        if not worker.stalled:
-            yield worker.moved_at + rules.stall_s
-        if rules.stall_timeout_s is not None and state.busy(worker.name):
-            yield worker.moved_at + rules.stall_timeout_s
-
-
-def work(state: State, workers: tuple[str, ...]) -> list[Effect]:
-    """Return the effects that send the work of the moment to these workers."""
-    if state.phase is Phase.EVALUATING:
-        return [SendEvaluate(workers)]
-    by_attempt: dict[int, list[str]] = {}
-    for name in workers:
-        by_attempt.setdefault(state.attempts.get(name, 0), []).append(name)
-    return [
-        SendFit(tuple(names), evaluate=state.evaluate_pending, attempt=attempt)
-        for attempt, names in sorted(by_attempt.items())
-    ]
 
 
 # --- before a round ----------------------------------------------------------------------------
@@ -162,16 +134,12 @@ def _says_nothing(worker: Worker) -> bool:
 
 
 def _open(state: State, now: float, out: Effects) -> State:
-    rules = state.rules
-    size = sample_size(rules.fraction, len(state.workers))
-    chosen = select(state.workers, size, rules.seed, state.round)
-    # Updates that were confirmed to an earlier coordinator may be here already.
-    asked = Table({**dict.fromkeys(chosen, now), **dict.fromkeys(state.received, -math.inf)})
     state = state.recounted(
         phase=Phase.OPEN,
         opened_at=now,
         began_at=now,
-        asked=asked,
+        due_at=-math.inf,
+        asked=_at_work(state, now),
         failed=Table(),
         doubted=Table(),
         attempts=Table(),
@@ -179,18 +147,47 @@ def _open(state: State, now: float, out: Effects) -> State:
         gate=1,
         gate_until=math.inf,
     )
+    state = next_sequence(state)
+    chosen = state.schedule.cohort(state)
+    issued = Issued(now, state.sequence, state.round)
+    # Updates that were confirmed to an earlier coordinator may be here already.
+    early = {} if state.schedule.continuous else _answered(state)
+    asked = {**dict.fromkeys(chosen, issued), **early}
+    state = noted(state.recounted(asked=Table({**state.asked, **asked})), chosen)
     opened = run_events.Opened(
         round=state.round,
-        asked=tuple(sorted(asked)),
+        asked=tuple(sorted(state.asked)),
         needed=state.needed,
-        deadline_s=rules.deadline_s,
+        deadline_s=state.rules.deadline_s,
     )
     out.append(Opened())
-    waiting = tuple(name for name in chosen if name not in state.received)
+    waiting = tuple(name for name in chosen if name not in early)
     if waiting:
         out += work(state, waiting)
     out.append(Record(opened))
     return _try_to_commit(state, now, out)
+
+
+def _at_work(state: State, now: float) -> Table[str, Issued]:
+    """Return who goes on with what it was asked for before, where work outlives its round."""
+    if not state.schedule.continuous:
+        return Table()
+    here = {worker.name: state.issued_before(worker, now) for worker in state.workers.values()}
+    asked = {name: issued for name, issued in here.items() if issued}
+    for name, issued in state.asked.items():
+        sound = name not in state.doubted or state.busy(name)
+        if name in state.workers and name not in state.failed and sound:
+            asked[name] = issued
+    return Table(asked)
+
+
+def _answered(state: State) -> dict[str, Issued]:
+    """Return who has answered the open round, as asked in it."""
+    return {
+        ticket.worker: Issued(-math.inf, ticket.sequence, state.round)
+        for ticket, update in state.received.items()
+        if update.round == state.round
+    }
 
 
 # --- an open round -----------------------------------------------------------------------------
@@ -200,7 +197,7 @@ def _try_to_commit(state: State, now: float, out: Effects) -> State:
     if state.quorum_at is None and state.folded >= state.needed:
         state = state.but(quorum_at=now)
     if state.quorum_at is not None:  # whoever is asked from now on does not undo the quorum
-        if not state.tally.unfolded or now >= state.quorum_at + state.rules.grace_s:
+        if state.schedule.closes(state, now):
             return _commit(state, out)
         return state
     if len(state.failed) >= len(state.asked) > 0 and _all_failed(state):
@@ -235,21 +232,22 @@ def _standing(state: State, seconds: float) -> str:
 def _commit(state: State, out: Effects) -> State:
     state = _record_evaluation(state, out, whole=False)
     state = _tell_of_outliers(state, out)
-    out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before}))))
+    in_it = {ticket.worker for ticket in state.received}
+    out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before, *in_it}))))
     return state.but(phase=Phase.COMMITTING)
 
 
 def _tell_of_outliers(state: State, out: Effects) -> State:
     """Let people know of updates whose norm is far outside the round's distribution."""
-    norms = {name: u.norm for name, u in state.received.items() if u.folded and u.norm > 0}
+    norms = {t: u.norm for t, u in state.received.items() if u.folded and u.norm > 0}
     if not norms:
         return state
     ratio, middle = state.rules.outlier_ratio, median(norms.values())
     if len(norms) <= 2 and state.median_norm:
         middle = state.median_norm  # two alone have no middle
-    for name, norm in sorted(norms.items()):
+    for (worker, _), norm in sorted(norms.items()):
         if norm > ratio * middle:
-            outlier = run_events.Outlier(round=state.round, worker=name, norm=norm, median=middle)
+            outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=middle)
             out.append(Record(outlier))
     return state.but(median_norm=middle)
 
@@ -277,17 +275,26 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 
 def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
-    chosen = _sample_again(state)
-    asked = Table({**dict.fromkeys(state.received, -math.inf), **dict.fromkeys(chosen, now)})
-    lacking = tuple(n for n in chosen if n not in state.received and not state.busy(n))
+    continuous, answered = state.schedule.continuous, _answered(state)
+    before = state.asked_before.union(state.asked)
+    busy = {name for name in state.asked if state.busy(name)}
+    if continuous:  # who is neither at work nor heard of has lost its work
+        kept = {name: issued for name, issued in state.asked.items() if name in busy}
+        state = state.recounted(asked=Table(kept))
+    state = next_sequence(state)
+    chosen = state.schedule.again(state)
+    issued = Issued(now, state.sequence, state.round)
+    asked = {**(state.asked if continuous else answered), **dict.fromkeys(chosen, issued)}
     state = state.recounted(
         opened_at=now,
-        asked=asked,
-        asked_before=state.asked_before.union(state.asked),
+        asked=Table(asked),
+        asked_before=before,
+        due_at=-math.inf,
         failed=Table(),
         doubted=Table(),
         draws=state.draws + 1,
     )
+    state = noted(state, chosen)
     reopened = run_events.Reopened(
         round=state.round,
         asked=tuple(sorted(asked)),
@@ -295,22 +302,11 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
         deadline_s=state.rules.deadline_s,
         reason=reason,
     )
+    lacking = tuple(n for n in chosen if n not in answered and not state.busy(n))
     out.append(Record(reopened))
     if lacking:
         out += work(state, lacking)
     return state
-
-
-def _sample_again(state: State) -> tuple[str, ...]:
-    """Draw a new sample: whoever advances stays, those who did not answer come last."""
-    rules, present = state.rules, state.workers
-    size = sample_size(rules.fraction, len(present))
-    staying = {n for n in present if n in state.received or state.advancing(n)}
-    others = [name for name in present if name not in staying]
-    drawn = select(
-        others, size - len(staying), rules.seed, state.round, draw=state.draws, last=state.asked
-    )
-    return tuple(sorted(n for n in (*staying, *drawn) if n not in state.received))
 
 
 # --- evaluations, and the end ------------------------------------------------------------------
@@ -330,8 +326,9 @@ def _record_evaluation(state: State, out: Effects, *, whole: bool = True) -> Sta
 def _evaluate_only(state: State, now: float, out: Effects) -> State:
     """No further round is wanted: ask for the evaluation of the last model, where it is wanted."""
     present = tuple(sorted(state.workers))
-    asked = Table(dict.fromkeys(present, now))
+    asked = Table(dict.fromkeys(present, Issued(now, state.sequence, state.round - 1)))
     state = state.recounted(phase=Phase.EVALUATING, opened_at=now, began_at=now, asked=asked)
+    state = state.but(due_at=-math.inf)
     if state.evaluate_pending and present:
         out += work(state, present)
     return _try_to_finish(state, now, out)

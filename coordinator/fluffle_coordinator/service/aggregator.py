@@ -8,12 +8,11 @@ exactly what was folded before.
 from __future__ import annotations
 
 import asyncio
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
 from fluffle_common.protocol.messages import Plan, Update
@@ -23,6 +22,7 @@ from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone
 from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine.effects import Fold
 from fluffle_coordinator.service.committer import Average, Committer
 from fluffle_coordinator.service.fetcher import Fetcher, Payload
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
@@ -70,6 +70,7 @@ class Aggregator:
         averaged: given new weights, and what is broadcast with them, which will be sent once they
             are on disk.
         folder: where large updates wait until they are checked.
+        carries: whether what comes too late for one sum may be in the next.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class Aggregator:
         verify_users: bool = False,
         averaged: Callable[[Weights, Weights], object] = lambda *_: None,
         folder: Path | None = None,
+        carries: bool = False,
     ) -> None:
+        self._carries = carries
         self.weights = weights
         self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
         self._committer, self._post = committer, post
@@ -137,14 +140,19 @@ class Aggregator:
         """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
         self._jobs.put(lambda: self._take_first(held))
 
-    def fold(self, held: Held, num_examples: int, max_norm: float = math.inf) -> None:
-        """Check an update and fold it, with this weight; reports ``Folded`` or ``FoldFailed``."""
-        held.num_examples, held.max_norm = num_examples, max_norm
+    def fold(self, held: Held, how: Fold, number: int) -> None:
+        """Check an update and fold it into a round; reports ``Folded`` or ``FoldFailed``."""
+        held.how, held.into = how, number
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
             self._fetcher.expect(held)
             self._jobs.put(lambda: self._fold(held))
+
+    def let_go(self, held: Held) -> None:
+        """Note that an update is over; it may have been waiting for the next sum."""
+        if self._carries and held.how is not None and held.message.transfer is not None:
+            self._jobs.put(lambda: self._fetcher.drop(held))
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
         """Average the round, and have it committed; what is not being folded yet stays out."""
@@ -189,7 +197,7 @@ class Aggregator:
         base = await self._committer.begin_with(weights)
         self.weights = weights
         self._init(weights)
-        self._post(ev.WeightsReady(time.monotonic(), base))
+        self._post(ev.WeightsReady(monotonic(), base))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
@@ -206,9 +214,9 @@ class Aggregator:
                 held.free()
                 return  # they come again
             except PartsGone:
-                self._post(ev.InitLost(time.monotonic(), message.worker))
+                self._post(ev.InitLost(monotonic(), message.worker))
             except (MalformedMessage, ValueError) as wrong:
-                self._post(ev.Failed(time.monotonic(), message.worker, message.run, 0, str(wrong)))
+                self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
                 await self.begin_with(weights)
         held.delivery.ack()
@@ -216,9 +224,13 @@ class Aggregator:
 
     async def _fold(self, held: Held) -> None:
         if self._closing:
-            await self._fetcher.drop(held)
+            if self._carries:  # it may be in the next sum
+                self._fetcher.postpone(held)
+            else:
+                await self._fetcher.drop(held)
             return
-        worker = held.message.worker
+        assert held.how is not None
+        ticket = held.how.ticket
         try:
             payload = await self._fetcher.payload(held)
             self._fetcher.fetch_next()
@@ -227,9 +239,9 @@ class Aggregator:
             nbytes = max(received, size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone, OSError) as gone:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(gone), again=True))
+            self._post(ev.FoldFailed(monotonic(), ticket, str(gone), again=True))
         except MalformedMessage as wrong:
-            self._post(ev.FoldFailed(time.monotonic(), worker, str(wrong), wrong.cause))
+            self._post(ev.FoldFailed(monotonic(), ticket, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
                 pieces = [payload] if isinstance(payload, memoryview) else payload.pieces
@@ -237,59 +249,67 @@ class Aggregator:
             self._folded(held, received, norm)
 
     def _fold_at_once(self, held: Held) -> None:
+        assert held.how is not None
         try:
             norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
-            now, worker = time.monotonic(), held.message.worker
-            self._post(ev.FoldFailed(now, worker, str(wrong), wrong.cause))
+            now, ticket = monotonic(), held.how.ticket
+            self._post(ev.FoldFailed(now, ticket, str(wrong), wrong.cause))
         else:
             self._folded(held, len(held.payload), norm)
 
     def _check_and_fold(self, held: Held, payload: Payload) -> float:
         """Take an update into the sum; return the norm of its delta."""
-        message = held.message
+        message, how = held.message, held.how
         assert isinstance(message, Update)
-        began = time.monotonic()
+        assert how is not None
+        began = monotonic()
         check_metrics(message, self._strategy.strategy.needs.metrics)
         if isinstance(payload, memoryview):
             payload = payload.toreadonly()  # it may still have to be kept as it came
         delta, norm = decode_contribution(message, payload, self._base, self._plan)
-        if norm > held.max_norm:
+        if norm > how.max_norm:
             raise MalformedMessage(
-                f"the norm of the update is {norm:.3g}, at most {held.max_norm:.3g} is taken "
+                f"the norm of the update is {norm:.3g}, at most {how.max_norm:.3g} is taken "
                 "(--max-norm-ratio)",
                 "norm",
             )
         one = Contribution(
             worker=message.worker,
-            num_examples=held.num_examples,
+            num_examples=how.num_examples,
             delta=delta,
+            staleness=how.staleness,
+            discount=how.discount,
             extra=decode_extra(message, payload, self._base, self._plan),
             metrics=message.metrics,
             lay_on_disk=self._committer.lay_on_disk,
         )
-        self._state = self._in_round(message.round).fold(self._state, one)
-        self._clock.fold_s += time.monotonic() - began
+        self._state = self._in_round(held.into).fold(self._state, one)
+        self._clock.fold_s += monotonic() - began
         return norm
 
     def _folded(self, held: Held, nbytes: int, norm: float) -> None:
-        message, now = held.message, time.monotonic()
+        message, how, now = held.message, held.how, monotonic()
         assert isinstance(message, Update)
+        assert how is not None
         participant: dict[str, Any] = {
             "worker": message.worker,
-            "num_examples": held.num_examples,
+            "sequence": how.ticket.sequence,
+            "num_examples": how.num_examples,
             "train_loss": message.metrics.get("loss"),
             "seconds": message.seconds,
             "counted_s": round(now - self._clock.opened_at, 6),
             "bytes": nbytes,
             "norm": norm,
         }
+        if how.staleness:
+            participant |= {"staleness": how.staleness, "discount": how.discount}
         metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
         self._in_the_sum.append(participant)
         held.forget()  # only now: what is rejected is kept as it came
-        self._post(ev.Folded(now, message.worker, message.seconds, nbytes, norm))
+        self._post(ev.Folded(now, how.ticket, message.seconds, nbytes, norm))
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
         found = await self._off_loop(size_bytes(self._base), self._finish, number)

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import functools
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from fluffle_common.cli.settings import (
     parse_classes,
     parse_config,
 )
+from fluffle_common.clock import monotonic
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
@@ -38,6 +38,7 @@ from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
+from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import as_named, check_same, rules_for
@@ -99,9 +100,11 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         TaskError: where the file of a strategy or a hook fails to load.
     """
     strategy = as_named(options["strategy"])
+    timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
+    schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
-        rules=rules_for(strategy, rules),
+        rules=rules_for(strategy, rules, schedule_name, schedule),
         plan=Plan(
             epochs=options["epochs"],
             steps=options["steps"],
@@ -115,6 +118,8 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
             options["learning_rate_schedule"], options["learning_rate"]
         ),
         strategy=strategy,
+        schedule=schedule,
+        schedule_name=schedule_name,
         classes=parse_classes(options["classes"]),
         init=options["init"],
         verify_users=options["verify_users"],
@@ -250,9 +255,9 @@ async def _locked(store: RunStore, watcher: Watcher) -> None:
     told_at = -_STANDBY_TOLD_S
     try:
         while not store.try_lock():
-            if time.monotonic() - told_at >= _STANDBY_TOLD_S:
+            if monotonic() - told_at >= _STANDBY_TOLD_S:
                 watcher.record(run_events.Standby(what=str(store.folder)))
-                told_at = time.monotonic()
+                told_at = monotonic()
             await asyncio.sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
         watcher.record(run_events.Interrupted(folder=str(store.folder)))

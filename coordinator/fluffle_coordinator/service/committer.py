@@ -7,12 +7,11 @@ machine hear of it (``Committed``), send the new weights, and acknowledge the up
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluffle_common.clock import timestamp
+from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
@@ -101,7 +100,7 @@ class Committer:
         asked = stopping != NO_STOPPING and store.history_path.exists()
         self._standing = Standing(stopping, read_history_lines(store.folder) if asked else ())
         self._lines = SerialQueue()
-        self._committed_at = time.monotonic()
+        self._committed_at = monotonic()
 
     async def run(self) -> None:
         """Write what is asked for, for ever."""
@@ -124,7 +123,7 @@ class Committer:
         """Keep an update that was just folded, as the one of this place in the sum."""
         message, body = held.message, held.delivery.body
         assert isinstance(message, Update)
-        number, worker = message.round, message.worker
+        number, worker = held.into, message.worker
         apart = None if message.transfer is None else payload
         await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
 
@@ -181,12 +180,12 @@ class Committer:
 
         def write() -> None:
             self._store.save_weights(number, average.weights, metadata, average.kept)
-            line["timings"] = clock.timings(self._committed_at, time.monotonic())
+            line["timings"] = clock.timings(self._committed_at, monotonic())
             line["committed_at"] = timestamp()
             self._store.append(line)
 
         await self._on_disk(write)
-        self._committed_at = time.monotonic()
+        self._committed_at = monotonic()
         if average.spent:
             self._record(run_events.Privacy(round=number, **average.spent))
         participants = {one["worker"]: one["num_examples"] for one in average.participants}
@@ -194,7 +193,7 @@ class Committer:
         enough = await self._call_hooks(number, average.weights, participants)
         enough = enough or self._standing.enough()
         about = base, sum(participants.values()), line["timings"], enough
-        self._post(ev.Committed(time.monotonic(), number, *about))
+        self._post(ev.Committed(monotonic(), number, *about))
 
     async def _call_hooks(
         self, number: int, weights: Weights, participants: Mapping[str, int]

@@ -19,12 +19,13 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
     """
     named = settings.strategy
     return {
-        "rules": asdict(settings.rules),
+        "rules": {**asdict(settings.rules), "selection": settings.rules.selection.name},
         # Without what the rules and the strategy decide.
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s", "extra"}),
         "learning_rate_schedule": str(settings.learning_rate_schedule),
         "strategy": named.name,
         **({"strategy_file": named.file} if named.file else {}),
+        "schedule": settings.schedule_name,
         "classes": settings.classes,
         "init": None if settings.init is None else str(settings.init),
         "verify_users": settings.verify_users,

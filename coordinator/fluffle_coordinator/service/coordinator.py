@@ -17,12 +17,12 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import time
 import uuid
 from collections import deque
 from dataclasses import replace
 from typing import Any
 
+from fluffle_common.clock import monotonic
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, TaskError
 from fluffle_common.protocol import events as run_events
@@ -125,7 +125,7 @@ class Coordinator:
         self._look_at = 0.0  # when it is asked next what time has brought
         # What was last waited for, and when that is reported again.
         self._waits_for: tuple[str | None, ...] = ()
-        self._say_at = time.monotonic() + settings.waiting_every_s
+        self._say_at = monotonic() + settings.waiting_every_s
         self._waiting_since: tuple[object, ...] = ()
         self._task = saved.metadata.get("task", "")
         known = json.loads(saved.metadata.get("classes", "null"))
@@ -161,13 +161,19 @@ class Coordinator:
             verify_users=settings.verify_users,
             averaged=self._outbox.prepare,
             folder=store.folder,
+            carries=settings.schedule.max_staleness > 0,
         )
         self.state = machine.start(
             settings.rules,
             saved.run,
-            time.monotonic(),
+            monotonic(),
+            schedule=settings.schedule,
             committed=saved.committed,
-            participants=saved.participants,
+            counted=saved.counted,
+            sequence=saved.sequence,
+            earlier=saved.earlier,
+            asked_in=saved.asked_in,
+            train_s=saved.train_s,
             announced=saved.announced,
             evaluated=saved.evaluated,
             has_weights=saved.weights is not None,
@@ -268,13 +274,13 @@ class Coordinator:
 
     def _look(self) -> None:
         """Ask what time has brought; at many events, that is not asked at each of them."""
-        self._post(ev.Tick(time.monotonic()))
-        left_s = min(self._say_at, machine.wakeup(self.state)) - time.monotonic()
+        self._post(ev.Tick(monotonic()))
+        left_s = min(self._say_at, machine.wakeup(self.state)) - monotonic()
         self._look_in(left_s if left_s > 0 else _LOOK_EVERY_S)
 
     def _look_in(self, seconds: float) -> None:
         self._next_look.cancel()
-        self._look_at = time.monotonic() + seconds
+        self._look_at = monotonic() + seconds
         self._next_look = asyncio.get_running_loop().call_later(seconds, self._look)
 
     def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
@@ -296,14 +302,14 @@ class Coordinator:
         match effect:  # what comes often is first
             case fx.Record(event):
                 self._record(event)
-            case fx.Fold(handle, _, num_examples, max_norm):
-                held = self._deliveries[handle]
-                self._aggregator.fold(held, num_examples, max_norm)
+            case fx.Fold(handle):
+                self._aggregator.fold(self._deliveries[handle], effect, self.state.round)
             case fx.Ack(handle):
                 done = self._deliveries.pop(handle, None)
                 if done is not None:
                     done.delivery.ack()
                     done.free()
+                    self._aggregator.let_go(done)
             case fx.Opened():
                 self._aggregator.opened()
             case fx.Reject(handle, reason, cause):
@@ -360,7 +366,7 @@ class Coordinator:
                     self._link = None
                     self._linked.clear()
                     self._room.link_lost()
-                    self._post(ev.Disconnected(time.monotonic()))
+                    self._post(ev.Disconnected(monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
         journal = self._topology.journal_stream()
@@ -371,7 +377,7 @@ class Coordinator:
         self._link = link
         self._linked.set()
         self._caught_up.clear()
-        self._post(ev.Connected(time.monotonic(), number))
+        self._post(ev.Connected(monotonic(), number))
         works = [
             self._read_presence(presence),
             self._send_echoes(link, number),
@@ -419,7 +425,7 @@ class Coordinator:
                 )
                 self._check_sender(message, delivery)
                 if isinstance(message, Hello | Heartbeat):
-                    message = self._greetings.admit(message, time.monotonic())
+                    message = self._greetings.admit(message, monotonic())
                 if message is not None:
                     self._presence(message)
             except MalformedMessage as wrong:
@@ -454,7 +460,7 @@ class Coordinator:
         self._outbox.refuse(hello, reason, code)
 
     def _presence(self, message: Any) -> None:
-        now = time.monotonic()
+        now = monotonic()
         match message:
             case Hello() | Heartbeat():
                 self._outbox.bind(message.worker, message.session, again=isinstance(message, Hello))
@@ -506,11 +512,12 @@ class Coordinator:
     def _update(
         self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
     ) -> None:
-        now = time.monotonic()
+        now = monotonic()
         match message:
             case Update():
                 self._deliveries[handle] = Held(delivery, message, payload, self._room)
-                about = (message.run, message.round, message.worker, message.num_examples)
+                ticket = rs.Ticket(message.worker, message.sequence or message.round)
+                about = message.run, message.round, ticket, message.num_examples
                 self._post(ev.Arrived(now, handle, *about, message.base))
             case Evaluation():
                 found = rs.Evaluated(message.num_examples, message.loss, message.metrics)

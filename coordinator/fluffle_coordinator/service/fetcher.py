@@ -64,8 +64,13 @@ class Fetcher:
 
     def expect(self, held: Held) -> None:
         """Note that an update will be asked for, after those noted before."""
-        if held.message.transfer is not None:
+        here = self._ahead is not None and self._ahead[0] is held
+        if held.message.transfer is not None and not here:
             self._expected.append(held)
+
+    def postpone(self, held: Held) -> None:
+        """Note that an update will be asked for later, before all others; its parts are kept."""
+        self._forget(held)
 
     async def payload(self, held: Held) -> Payload:
         """Return the bytes of an update's tensors, or the tensors where they stay in pieces.

@@ -12,12 +12,12 @@ of the room.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.transport.base import Delivery
+from fluffle_coordinator.machine.effects import Fold
 
 
 @dataclass(eq=False)
@@ -28,8 +28,8 @@ class Held:
     message: Update | FirstWeights
     payload: memoryview
     room: Room | None = None
-    num_examples: int = 0  # the weight that it has in the average
-    max_norm: float = math.inf
+    how: Fold | None = None  # how it is to be added to the sum
+    into: int = 0  # of this round
     size_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:

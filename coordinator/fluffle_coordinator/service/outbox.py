@@ -154,12 +154,13 @@ class Outbox:
             case fx.Refuse(worker, session, reason, code):
                 self.refuse(Greeting(PROTOCOL, worker, session), reason, code)
                 return
-            case fx.Judge(worker, number, base, outcome, reason, cause, train_again):
+            case fx.Judge((worker, sequence), number, base, outcome, reason, cause, train_again):
                 verdict = Verdict(
                     federation=federation,
                     run=run,
                     round=number,
                     base=base,
+                    sequence=sequence,
                     outcome=outcome,
                     cause=cause,
                     reason=reason[:_REASON_CHARACTERS],
@@ -169,13 +170,14 @@ class Outbox:
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
-            case fx.SendFit(workers, evaluate, attempt):
+            case fx.SendFit(workers, evaluate, sequence, attempt):
                 fit = Fit(
                     federation=federation,
                     run=run,
                     round=state.round,
                     base=state.base,
                     evaluate=evaluate,
+                    sequence=sequence,
                     attempt=attempt,
                     plan=self._plan_of(state),
                 )

@@ -8,6 +8,8 @@ from pathlib import Path
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
 from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
 from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
@@ -25,6 +27,8 @@ class CoordinatorSettings:
         plan: what workers are told about training; ``whole_plan`` adds what is decided elsewhere.
         learning_rate_schedule: how the plan's learning rate changes from round to round.
         strategy: how a round is averaged.
+        schedule: how rounds follow each other.
+        schedule_name: what that is called, with its settings.
         classes: the classes that workers must have; None lets the first worker say.
         init: a checkpoint to begin with; None asks a worker.
         max_workers: the most updates that may be held unacknowledged, give or take a few; where
@@ -45,6 +49,8 @@ class CoordinatorSettings:
     plan: Plan = field(default_factory=Plan)
     learning_rate_schedule: LearningRateSchedule = CONSTANT
     strategy: NamedStrategy = FEDAVG
+    schedule: Schedule[rs.State] = QUORUM
+    schedule_name: str = "quorum"
     classes: tuple[str, ...] | None = None
     init: Path | None = None
     max_workers: int = 1024

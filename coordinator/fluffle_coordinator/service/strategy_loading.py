@@ -94,7 +94,9 @@ def _checked(name: str, found: Any) -> Any:
     return found
 
 
-def rules_for(named: NamedStrategy, rules: Rules) -> Rules:
+def rules_for(
+    named: NamedStrategy, rules: Rules, schedule_name: str = "quorum", schedule: object = None
+) -> Rules:
     """Return the rules of a run, so that its strategy gets what it needs.
 
     Where the operator asks for fewer workers or updates than that, they are raised: those are the
@@ -126,6 +128,17 @@ def rules_for(named: NamedStrategy, rules: Rules) -> Rules:
         raise UsageError(
             f"the strategy {named.name} needs {fewest} updates a round, and --quorum {quorum} "
             f"closes it with {quorum}; give --quorum {fewest} or more, or all"
+        )
+    buffer = getattr(schedule, "buffer", fewest)  # of asynchronous rounds
+    if buffer < fewest:
+        raise UsageError(
+            f"the strategy {named.name} needs {fewest} updates a version, and --buffer {buffer} "
+            f"closes it with {buffer}; give --buffer {fewest} or more"
+        )
+    if needs.once and schedule_name != "quorum":
+        raise UsageError(
+            f"the strategy {named.name} needs synchronous rounds in which late updates do not "
+            f"count, and not the schedule {schedule_name}; leave --schedule and --late out"
         )
     most = rules.rounds if needs.max_rounds is None else needs.max_rounds
     return replace(

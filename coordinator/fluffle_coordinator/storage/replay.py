@@ -198,7 +198,9 @@ def _kept(
             raise MalformedMessage(f"a message of kind {message.kind} is no update")
         # It may say more examples than it was counted with.
         num_examples = min(message.num_examples, participant["num_examples"])
-        found = (message.run, message.round, message.worker, num_examples)
+        # A stale one was trained from an earlier round's weights.
+        number = message.round + participant.get("staleness", 0)
+        found = (message.run, number, message.worker, num_examples)
         counted = (line["run"], line["round"], worker, participant["num_examples"])
         if found != counted:
             raise MalformedMessage(f"(run, round, worker, examples) is {found}, not {counted}")
@@ -216,6 +218,8 @@ def _kept(
         worker=worker,
         num_examples=participant["num_examples"],
         delta=delta,
+        staleness=participant.get("staleness", 0),
+        discount=participant.get("discount", 1.0),
         extra=extra,
         metrics=message.metrics,
     )
@@ -225,6 +229,7 @@ def _second_opinion(base: Weights, contributions: Sequence[Contribution]) -> Cal
     """Return what gives the average of one tensor, by other means than ``fedavg``."""
     deltas = [one.delta for one in contributions]
     examples = [one.num_examples for one in contributions]
+    weights = [one.weight for one in contributions]
 
     def average(name: str) -> Array:
         dtype = base[name].dtype
@@ -233,7 +238,7 @@ def _second_opinion(base: Weights, contributions: Sequence[Contribution]) -> Cal
         # Halved so often that no sum is beyond the end of float64.
         several = [np.ldexp(delta[name].astype(np.float64), -64) for delta in deltas]
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the ends of the dtype
-            mean = np.ldexp(np.average(several, axis=0, weights=examples), 64)
+            mean = np.ldexp(np.average(several, axis=0, weights=weights), 64)
             return np.asarray(base[name] + mean).astype(dtype)
 
     return average

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import sub
 from typing import Any
 
-from fluffle_common.clock import timestamp
+from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.protocol.events import Late, Rejected, RunEvent
 
 _TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
@@ -73,7 +72,7 @@ class Clock:
     ``opened`` is the time of the opening for people.
     """
 
-    opened_at: float = field(default_factory=time.monotonic)
+    opened_at: float = field(default_factory=monotonic)
     opened: str = ""
     closed_at: float = 0.0
     averaged_at: float = 0.0
@@ -81,15 +80,15 @@ class Clock:
 
     def open(self) -> None:
         """Note that the round is open."""
-        self.opened_at, self.opened = time.monotonic(), timestamp()
+        self.opened_at, self.opened = monotonic(), timestamp()
 
     def close(self) -> None:
         """Note that nothing more is folded."""
-        self.closed_at = time.monotonic()
+        self.closed_at = monotonic()
 
     def average(self) -> None:
         """Note that the average is known."""
-        self.averaged_at = time.monotonic()
+        self.averaged_at = monotonic()
 
     def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
         """Tell what the time from commit to commit was spent on.

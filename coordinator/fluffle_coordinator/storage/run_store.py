@@ -37,6 +37,7 @@ from fluffle_common.tensors.checkpoint import (
     Checkpoint,
     checkpoint_name,
     make_folder,
+    read_metadata,
     read_whole,
     replacing,
     save_checkpoint,
@@ -44,6 +45,7 @@ from fluffle_common.tensors.checkpoint import (
 )
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
+from fluffle_coordinator.machine.state import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.round_stats import with_later
 from fluffle_coordinator.strategy.base import NO_TENSORS
@@ -55,19 +57,31 @@ class Saved:
     """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one.
 
     ``strategy`` made the last committed round, and ``kept`` is what it kept of its state there.
-    ``base`` names the weights; ``announced`` is how many examples each worker counted with at most.
+    ``base`` names the weights, and ``earlier`` those that each round began with. ``announced`` is
+    how many examples each worker counted with at most, ``counted`` the tickets of each round, and
+    ``sequence`` the highest of all. ``asked_in`` is the last round that each worker was asked in,
+    ``train_s`` how long its last training took.
     """
 
     run: str
     committed: int = 0
-    participants: frozenset[str] = frozenset()
     announced: Mapping[str, int] = field(default_factory=dict)
+    counted: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)
+    sequence: int = 0
+    earlier: Mapping[int, str] = field(default_factory=dict)
+    asked_in: Mapping[str, int] = field(default_factory=dict)
+    train_s: Mapping[str, float] = field(default_factory=dict)
     evaluated: bool = True
     weights: dict[str, Array] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
     strategy: str = FEDAVG.name
     kept: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def participants(self) -> frozenset[str]:
+        """Who took part in the last committed round."""
+        return frozenset(ticket.worker for ticket in self.counted.get(self.committed, ()))
 
     @property
     def base(self) -> str:
@@ -85,6 +99,13 @@ def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
     for one in (one for line in lines for one in line["participants"]):
         most[one["worker"]] = max(one["num_examples"], most.get(one["worker"], 0))
     return most
+
+
+def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
+    """Return what is counted in a round; a line of an earlier version names no sequence."""
+    return frozenset(
+        Ticket(one["worker"], one.get("sequence", line["round"])) for one in line["participants"]
+    )
 
 
 class RunStore:
@@ -166,11 +187,22 @@ class RunStore:
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
         line = committed.get(last, {})
+        commits = [x for x in lines if x["event"] == "committed"]
+        counted = {x["round"]: _tickets(x) for x in commits}
         return Saved(
             run=identity,
             committed=last,
-            participants=frozenset(p["worker"] for p in line.get("participants", ())),
-            announced=_most_examples(x for x in lines if x["event"] == "committed"),
+            announced=_most_examples(commits),
+            counted=counted,
+            sequence=max((t.sequence for some in counted.values() for t in some), default=0),
+            earlier=self._bases(commits),
+            asked_in={name: x["round"] for x in commits for name in x.get("asked", ())},
+            train_s={
+                one["worker"]: one["seconds"]
+                for x in commits
+                for one in x["participants"]
+                if one.get("seconds") is not None
+            },
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=sound.weights if sound else None,
@@ -179,6 +211,13 @@ class RunStore:
             strategy=line.get("strategy", FEDAVG.name),
             kept=sound.kept if sound else {},
         )
+
+    def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
+        """Return what the weights are named that each round began with, if that is known."""
+        bases = {line["round"] + 1: line["base"] for line in committed if "base" in line}
+        with contextlib.suppress(UsageError):
+            bases[1] = read_metadata(self.folder / checkpoint_name(0)).get("base", "unnamed")
+        return bases
 
     def save_weights(
         self,

@@ -35,6 +35,7 @@ class Contribution:
         delta: trained - received, with the names and shapes of the model; in its dtypes, of
             integers in int64. All values are finite.
         staleness: how many versions were committed since the one that it was trained from.
+        discount: what part of its weight it keeps, for being stale; 1 in synchronous rounds.
         extra: what ``Needs.extra`` asked for, of the shapes that it says; floats, all finite.
         metrics: what the worker measured while training.
         lay_on_disk: returns the same tensors, to be read from disk; in memory, if that is all there
@@ -45,6 +46,7 @@ class Contribution:
     num_examples: int
     delta: Weights
     staleness: int = 0
+    discount: float = 1.0
     extra: Weights = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     lay_on_disk: Callable[[Weights], Weights] = lambda tensors: tensors
@@ -56,6 +58,11 @@ class Contribution:
             RunError: where the disk refuses, which ends the run; no update is lost.
         """
         return self.lay_on_disk(self.delta)
+
+    @property
+    def weight(self) -> float:
+        """What it weighs in an average by examples."""
+        return self.num_examples * self.discount
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,7 @@ class Needs:
         min_updates: the fewest updates that a round may be made of.
         min_examples: the fewest examples that a round may be made of.
         max_rounds: the most rounds that a run may have; None sets no bound.
+        once: that a worker counts once a round at most: synchronous rounds, without late updates.
         repeatable: whether the same updates make the same model again; not so with secret noise.
     """
 
@@ -77,6 +85,7 @@ class Needs:
     min_updates: int = 1
     min_examples: int = 1
     max_rounds: int | None = None
+    once: bool = False
     repeatable: bool = True
 
 

@@ -93,7 +93,9 @@ class Linear:
 
 def uniform() -> Linear:
     """Average all updates with the same weight, however many examples they were trained on."""
-    return Linear(lambda one: (1.0, 1.0, 0.0), lambda count, _: 1 / count, Needs())
+    return Linear(
+        lambda one: (one.discount, one.discount, 0.0), lambda count, _: 1 / count, Needs()
+    )
 
 
 def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
@@ -116,7 +118,8 @@ def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
     def factor(one: Contribution) -> tuple[float, float, float]:
         loss = min(max(one.metrics["loss"], _LOSSES[0]), _LOSSES[1])
         square = finite_norm(one.delta) ** 2 if q else 0.0
-        return loss**q, loss**q + q * loss ** (q - 1) * square / lr, 0.0
+        share = loss**q + q * loss ** (q - 1) * square / lr
+        return one.discount * loss**q, one.discount * share, 0.0
 
     return Linear(factor, lambda terms, _: 1 / terms, Needs(metrics=("loss",)))
 
@@ -132,6 +135,6 @@ def normalised() -> Linear:
 
     def factor(one: Contribution) -> tuple[float, float, float]:
         steps = min(max(one.metrics["steps"], _STEPS[0]), _STEPS[1])
-        return one.num_examples / steps, one.num_examples * steps, one.num_examples
+        return one.weight / steps, one.weight * steps, one.weight
 
     return Linear(factor, lambda taken, examples: taken / examples**2, Needs(metrics=("steps",)))

@@ -11,6 +11,7 @@ and is kept nowhere: so such a round cannot be computed again by ``fluffle repla
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import secrets
 from collections.abc import Mapping
@@ -92,10 +93,10 @@ def private(
     within("noise", noise, 0, above=True)
     within("workers", workers, 1)
     within("delta", delta, 0, 1, above=True, below=True)
-    needs = Needs(repeatable=False)
+    needs = Needs(repeatable=False, once=True)
     if budget is not None:
         within("budget", budget, 0, above=True)
-        needs = Needs(repeatable=False, max_rounds=_rounds_within(budget, noise, delta))
+        needs = dataclasses.replace(needs, max_rounds=_rounds_within(budget, noise, delta))
 
     def factor(one: Contribution) -> tuple[float, float, float]:
         norm = finite_norm(one.delta) * (1 + _NORM_ERROR)

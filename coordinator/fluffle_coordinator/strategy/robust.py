@@ -3,7 +3,7 @@
 They need all updates of a round at once. Each is laid on disk as it comes, and they are read from
 there in blocks, so that memory stays that of the model, however many workers there are.
 Updates are taken in the order of their workers' names: the order in which they came changes no bit.
-Every worker counts the same, since the number of examples is its own claim.
+Every update counts the same, since the number of examples is its worker's own claim.
 
 =================  ========================================  =============================
 mean               source                                    withstands, of n updates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,8 +43,8 @@ class Scaffold(Strategy[Controlled]):
 
     @property
     def needs(self) -> Needs:
-        """By how much each worker's control variate has changed; workers keep their own."""
-        return Needs(extra="model")
+        """What the model's own strategy needs, and by how much each worker's variate changed."""
+        return dataclasses.replace(self.model.needs, extra="model")
 
     def init(self, weights: Weights) -> Controlled:
         """Return control variates of zeros."""

@@ -1,8 +1,12 @@
-"""The sample-weighted mean of a round, ``sum(n_k * delta_k) / sum(n_k)``, exact where it can be.
+"""The sample-weighted mean of a round, ``sum(w_k * delta_k) / sum(w_k)``, exact where it can be.
+
+A contribution weighs ``w_k = n_k * phi(s_k)``: its number of examples, and if it is stale, the
+schedule's discount. The weights are divided by their sum, so that on average over a round they are
+1, however stale its updates are.
 
 Floats are summed in float64. A model whose tensors are all of one float dtype is summed as one
 vector, however many tensors it has; an update may come in pieces of it. Integers are summed in 128
-bits.
+bits, by examples alone: a discount is no integer, and their sums are to be exact.
 
 Example:
     >>> base = {"w": np.zeros(2, np.float32)}
@@ -72,7 +76,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Sum:
-    """The running sum of a round: sum(n_k * delta_k), and sum(n_k).
+    """The running sum of a round: sum(w_k * delta_k), sum(n_k) and sum(w_k).
 
     As long as that is 0, ``totals`` are memory for it and nothing else. Of floats they are the sums
     in float64, times ``_SCALE``; of integers the upper halves of the sums, and behind them the
@@ -81,6 +85,7 @@ class Sum:
 
     totals: Vector | Tensors
     num_examples: int = 0
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ class Weighted:
                 if total.dtype == _INTEGER:
                     _add_integers(total, values, num_examples, anew=not num_so_far)
                 else:
-                    add(total, values, num_examples * _SCALE)
-        return Sum(state.totals, num_so_far + num_examples)
+                    add(total, values, one.weight * _SCALE)
+        return Sum(state.totals, num_so_far + num_examples, state.weight + one.weight)
 
     def finish(self, state: Sum, weights: Weights) -> tuple[Weights, Sum]:
         """Return the mean delta in float64, in memory of its own, and an empty sum.
@@ -134,7 +139,7 @@ class Weighted:
                 if total.dtype == _INTEGER:
                     result[:] = integer_sum.mean(*_halves(total), count)
                 else:
-                    np.divide(total, count * _SCALE, out=result)
+                    np.divide(total, state.weight * _SCALE, out=result)
         return mean, Sum(state.totals)
 
     def replaced(self, state: Sum, weights: Weights) -> tuple[Tensors, Sum]:
@@ -152,7 +157,7 @@ class Weighted:
             averaged, emptied = layout.empty(), Sum(state.totals)
         for total, base, result in _side_by_side(state.totals, weights, averaged):
             if is_float(base.dtype):
-                _average(result, total, base, count * _SCALE)
+                _average(result, total, base, state.weight * _SCALE)
             else:
                 _average_integers(result, total, base, count)
         assert averaged.memory is not None

@@ -59,6 +59,15 @@ class BoundRule:
         """Whether it is the identity."""
         return isinstance(self._rule, Identity)
 
+    @property
+    def key(self) -> int:
+        """What the rule itself is known by: the same for all that are made of it by ``anew``."""
+        return id(self._rule)
+
+    def anew(self) -> BoundRule:
+        """Return the same rule with nothing kept, for another worker in this process."""
+        return BoundRule(self._rule, self._name)
+
     def keep_in(self, folder: Path) -> None:
         """Keep what the rule keeps in this folder, from where it is read after a restart."""
         self._kept = KeptTensors(folder)

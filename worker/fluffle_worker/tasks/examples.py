@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,14 @@ class InMemory:
         self.num_examples = count_of(data, "train_data")
         self.source: Any = jax.device_put(data)
         self._sample_seed = sample_seed
+        self._rows: Array | None = None  # those of a part
+
+    def part(self, rows: Array, sample_seed: int) -> InMemory:
+        """Return some of the examples, by their indices; their arrays are the same."""
+        made = copy.copy(self)
+        made.num_examples, made._rows = len(rows), np.asarray(rows, np.int32)
+        made._sample_seed = sample_seed
+        return made
 
     def steps(self, plan: Plan) -> int:
         """Return how many steps a training takes."""
@@ -42,7 +51,8 @@ class InMemory:
 
     def batches(self, plan: Plan) -> Iterator[Array]:
         """Yield the indices of each batch; see ``index_batches``."""
-        return index_batches(plan, self.num_examples, self._sample_seed)
+        batches = index_batches(plan, self.num_examples, self._sample_seed)
+        return batches if self._rows is None else (self._rows[batch] for batch in batches)
 
 
 class Streamed:

@@ -7,6 +7,7 @@ state of random number generators, such as dropout's, never travels.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -111,6 +112,7 @@ class FlaxTask:
         score_trained: bool = False,
     ) -> None:
         keep_compiled()
+        self.whole: FlaxTask = self
         self.classes = classes
         self.local_rule = BoundRule(local_rule)
         self._loss, self._metrics = loss, dict(metrics or {})
@@ -127,13 +129,35 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         self._personal = KeptTensors()
-        self._steps: dict[tuple[BoundRule, Any], Any] = {}
+        self._steps: dict[tuple[int, Any], Any] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
     def keep_in(self, folder: Path) -> None:
         """Keep the personal tensors in this folder, from where they are read after a restart."""
         self._personal = KeptTensors(folder, "personal")
+
+    @property
+    def labels(self) -> Array:
+        """The targets of the training examples, in memory; see ``fluffle.simulation``."""
+        return np.asarray(self._data.source[1])
+
+    def part(self, rows: Array, sample_seed: int) -> FlaxTask:
+        """Return a task on some of the training examples; it holds nothing out.
+
+        Parts share the data and what is compiled, so that a thousand of them are soon made.
+
+        Args:
+            rows: their indices, shape [examples of the part].
+            sample_seed: makes the batches of this part its own.
+        """
+        made = copy.copy(self)
+        assert isinstance(self._data, InMemory)
+        made.whole, made._data = self, self._data.part(rows, sample_seed)
+        made.num_examples, made._sample_seed = len(rows), sample_seed
+        made._valid, made._personal = None, KeptTensors()
+        made.local_rule = self.local_rule.anew()
+        return made
 
     def model_form(self) -> dict[str, Any]:
         """See ``task.Task``."""
@@ -230,7 +254,7 @@ class FlaxTask:
 
     def _step(self, plan: Plan, params: Any) -> Any:
         """Return the compiled step: one for each local rule, whatever the learning rate."""
-        which = self.local_rule, plan.train
+        which = self.local_rule.key, plan.train
         if which not in self._steps:
             fixed = () if _traces(self._optimizer, params) else (0,)
             # A function of its own: what JAX has traced of an equal one, it does not trace again.

@@ -56,10 +56,14 @@ class Quorum(RunEvent):
 
 @event(
     "counted",
-    "round {round}: update of {worker} counted, {num_examples} examples ({updates}/{needed})",
+    "round {round}: update of {worker} counted, {num_examples} examples{stale} "
+    "({updates}/{needed})",
 )
 class Counted(RunEvent):
-    """An update is in the sum; ``updates`` are there so far."""
+    """An update is in the sum; ``updates`` are there so far.
+
+    One that is ``staleness`` versions old keeps the part ``discount`` of its weight.
+    """
 
     worker: Text = None
     round: Whole = None
@@ -68,6 +72,16 @@ class Counted(RunEvent):
     needed: Whole = None
     train_s: Number = None
     bytes: Whole = None
+    staleness: Whole = None
+    discount: Number = None
+
+    def sentence(self) -> str:
+        """See ``RunEvent``."""
+        stale = ""
+        if self.staleness:
+            versions = "1 version" if self.staleness == 1 else f"{self.staleness} versions"
+            stale = f", {versions} old: weighs {self.discount or 0.0:.2f} of that"
+        return self.words.format_map({**self._spoken(), "stale": stale})
 
 
 @event("late", "round {round}: update of {worker} came late and was discarded", "odd")

@@ -97,7 +97,11 @@ class Header(Model):
     @property
     def identity(self) -> str:
         """What makes two messages the same message: the AMQP ``message_id``, kept on a resend."""
-        return "/".join(map(str, told_of(self, _IDENTITY).values()))
+        told = [str(value) for value in told_of(self, _IDENTITY).values()]
+        sequence = getattr(self, "sequence", None)
+        if sequence not in (None, getattr(self, "round", None)):
+            told.append(str(sequence))
+        return "/".join(told)
 
 
 class TensorHeader(Header):

@@ -13,6 +13,7 @@ from fluffle_common.protocol.messages.fields import (
     Metric,
     NumExamples,
     Round,
+    Sequence,
     TaskName,
     Text,
     WorkerId,
@@ -32,7 +33,8 @@ class ModelForm(Model):
 class _Presence(Header):
     """Who a worker is, and what it does.
 
-    ``round`` of ``run`` is what it works on or did last, beginning with the weights ``base``.
+    ``round`` of ``run`` is what it works on or did last, beginning with the weights ``base``, and
+    ``sequence`` is the ticket of that, where it trains.
     ``model`` is what its own task would begin with; None where that is not known.
     """
 
@@ -47,6 +49,7 @@ class _Presence(Header):
     run: Id | None = None
     round: Round = 0
     base: Id | None = None
+    sequence: Sequence | None = None
     step: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 0
     loss: Metric | None = None

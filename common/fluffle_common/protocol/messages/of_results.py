@@ -15,6 +15,7 @@ from fluffle_common.protocol.messages.fields import (
     NumExamples,
     Round,
     Seconds,
+    Sequence,
     Text,
     WorkerId,
 )
@@ -32,14 +33,16 @@ class FirstWeights(TransferHeader):
 class Update(TransferHeader):
     """What a worker learnt in a round: the tensors are trained - received, perhaps encoded.
 
-    (run, round, worker) is its identity: it is counted at most once, however often it is sent, and
-    only where ``base``, which came with the weights it was trained from, is that of the round.
+    (run, worker, ``sequence``), the ticket that its work came with, is its identity: it is counted
+    at most once, however often it is sent, and only where ``base``, which came with the weights it
+    was trained from, is that of ``round``. Without a ``sequence``, it counts as its round's.
     """
 
     kind: Literal["update"] = "update"
     run: Id
     round: Annotated[Round, Field(ge=1)]
     base: Id
+    sequence: Sequence | None = None
     worker: WorkerId
     num_examples: NumExamples
     seconds: Seconds
@@ -66,14 +69,15 @@ class Evaluation(Header):
 class Verdict(Header):
     """What became of an update that does not count; one that counts is told of by the next work.
 
-    ``attempt`` is that of the ``fit`` that the update answered. ``train_again``: the same update is
-    no answer any more; if the round is asked for again, it is to be trained anew.
+    ``sequence`` is that of the ticket that the update brought back. ``train_again``: the same
+    update is no answer any more; if its work is asked for again, it is to be trained anew.
     """
 
     kind: Literal["verdict"] = "verdict"
     run: Id
     round: Annotated[Round, Field(ge=1)]
     base: Id
+    sequence: Sequence | None = None
     outcome: Literal["late", "rejected"]
     cause: Annotated[str, Field(max_length=64)] | None = None
     reason: Text

@@ -8,7 +8,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fluffle_common.protocol.messages.base import Header, Model, TransferHeader
-from fluffle_common.protocol.messages.fields import Config, Extra, Id, Round, Seconds, Text, Train
+from fluffle_common.protocol.messages.fields import (
+    Config,
+    Extra,
+    Id,
+    Round,
+    Seconds,
+    Sequence,
+    Text,
+    Train,
+)
 from fluffle_common.tensors.table import Encoding
 
 # fluffle's own codecs take these settings and no others; those of others take any.
@@ -96,14 +105,17 @@ class Fit(TransferHeader):
 
     The tensors are the weights that round ``round - 1`` committed (round 0: the first weights).
     ``base`` names them: what is learnt from them says so, and is worth nothing elsewhere.
-    ``attempt`` counts how often this worker's update of the round was rejected: at another attempt,
-    the same update is no answer, and the weights are trained anew.
+    (run, worker, ``sequence``) is the ticket of this piece of work, which its update brings back.
+    ``sequence`` grows with every new piece of work that a worker is given; where each is asked once
+    a round, it is the round. ``attempt`` counts how often the update of this ticket was rejected:
+    at another attempt, the same update is no answer, and the weights are trained anew.
     """
 
     kind: Literal["fit"] = "fit"
     run: Id
     round: Annotated[Round, Field(ge=1)]
     base: Id
+    sequence: Sequence | None = None
     evaluate: bool
     attempt: Annotated[int, Field(ge=0, le=10**6)] = 0
     plan: Plan

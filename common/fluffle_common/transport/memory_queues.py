@@ -1,0 +1,197 @@
+"""What the broker in memory keeps: queues with their messages, and where each key leads to."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+from fluffle_common.protocol.topology import ArgumentValue, Binding, Queue
+from fluffle_common.transport.base import NAMED, Body, Properties, QueueFull
+
+
+class Holder(Protocol):
+    """Whoever has taken deliveries and not settled them: a link."""
+
+    held: list[MemoryDelivery]
+
+
+@dataclass(eq=False)
+class Stored:
+    """A message in a queue."""
+
+    body: Body
+    properties: Properties
+    exchange: str
+    keys: tuple[str, ...]
+    sent_at: float
+    redelivered: bool = False
+    number: int = 0  # its place in its queue
+
+
+@dataclass(eq=False)
+class Consumer:
+    """Whoever takes what comes into a queue."""
+
+    link: Holder
+    prefetch: int
+    exclusive: bool
+    deliveries: asyncio.Queue[MemoryDelivery] = field(default_factory=asyncio.Queue)
+    unacked: int = 0
+
+
+@dataclass(eq=False)
+class MemoryQueue:
+    """A queue, or a stream."""
+
+    spec: Queue
+    ready: deque[Stored] = field(default_factory=deque)
+    consumers: list[Consumer] = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    news: set[asyncio.Event] = field(default_factory=set)  # one for each who follows
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether what is read stays in it."""
+        return self.spec.arguments.get("x-queue-type") == "stream"
+
+    @property
+    def ready_bytes(self) -> int:
+        """How much waits in it."""
+        return sum(len(stored.body) for stored in self.ready)
+
+    @cached_property
+    def limits(self) -> dict[str, ArgumentValue]:
+        """What it was declared with, and what a policy would say; here it is always applied."""
+        declared = {key.removeprefix("x-"): of for key, of in self.spec.arguments.items()}
+        return {**self.spec.limits, **declared}
+
+    def put(self, stored: Stored) -> None:
+        """Take a message in; raises ``QueueFull`` where it has no room and says so."""
+        limits = self.limits
+        most, most_bytes = limits.get("max-length"), limits.get("max-length-bytes")
+
+        def over(*one_more: Stored) -> bool:
+            if most is not None and len(self.ready) + len(one_more) > int(most):
+                return True
+            nbytes = sum(len(one.body) for one in one_more)
+            return most_bytes is not None and self.ready_bytes + nbytes > int(most_bytes)
+
+        if limits.get("overflow") == "reject-publish" and over(stored):
+            raise QueueFull(f"queue '{self.spec.name}' is full")
+        stored.number = next(self.numbers)
+        self.ready.append(stored)
+        while self.ready and over():
+            self.ready.popleft()
+        for news in self.news:
+            news.set()
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Hand out what is ready to whoever has room, in turn."""
+        able = list(self.consumers)
+        if self.spec.arguments.get("x-single-active-consumer"):
+            able = able[:1]
+        while self.ready:
+            consumer = next((c for c in able if c.unacked < c.prefetch), None)
+            if consumer is None:
+                return
+            stored = self.ready.popleft()
+            consumer.unacked += 1
+            consumer.deliveries.put_nowait(MemoryDelivery(self, stored, consumer.link, consumer))
+            able.append(able.pop(able.index(consumer)))
+
+
+class MemoryDelivery:
+    """See ``base.Delivery``."""
+
+    def __init__(
+        self, queue: MemoryQueue, stored: Stored, link: Holder, consumer: Consumer | None
+    ) -> None:
+        self.body: Body = stored.body
+        self.properties = stored.properties
+        self.redelivered = stored.redelivered
+        self.queue = queue.spec.name
+        self.exchange = stored.exchange
+        self.keys = stored.keys if len(stored.keys) <= NAMED else stored.keys[:1]
+        self.sent_at: float | None = stored.sent_at
+        self.offset = stored.number if queue.is_stream else None
+        self.consumer = consumer
+        self._source, self._stored, self._link = queue, stored, link
+        link.held.append(self)
+
+    def ack(self) -> None:
+        """See ``base.Delivery``."""
+        if self._settle():
+            self._source.dispatch()
+
+    def release(self) -> None:
+        """See ``base.Delivery``."""
+        self.give_back()
+        self._source.dispatch()
+
+    def give_back(self) -> None:
+        """Return to its place in the queue, marked as redelivered, without dispatching it."""
+        if self._settle():
+            bisect.insort(self._source.ready, self._stored, key=lambda stored: stored.number)
+            self._stored.redelivered = True
+
+    def _settle(self) -> bool:
+        if self not in self._link.held:
+            return False
+        self._link.held.remove(self)
+        if self.consumer is not None:
+            self.consumer.unacked -= 1
+        return True
+
+
+class Bindings:
+    """Which queues a message reaches: found by its key, however many thousands there are."""
+
+    def __init__(self) -> None:
+        self._exact: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        self._patterns: defaultdict[str, set[Binding]] = defaultdict(set)  # by exchange
+
+    def add(self, binding: Binding, exchange_type: str) -> None:
+        """Bind a queue to an exchange of this type."""
+        if exchange_type == "fanout" or (exchange_type == "topic" and binding.key.endswith(".#")):
+            self._patterns[binding.exchange].add(binding)
+        else:
+            self._exact[binding.exchange, binding.key].add(binding.queue)
+
+    def discard(self, binding: Binding) -> None:
+        """Take a binding away, if it is there."""
+        self._patterns[binding.exchange].discard(binding)
+        self._exact[binding.exchange, binding.key].discard(binding.queue)
+
+    def forget(self, queue: str) -> None:
+        """Take all bindings of a queue away."""
+        for queues in self._exact.values():
+            queues.discard(queue)
+        for exchange, bindings in self._patterns.items():
+            self._patterns[exchange] = {one for one in bindings if one.queue != queue}
+
+    def __iter__(self) -> Iterator[Binding]:
+        """Yield them all."""
+        for (exchange, key), queues in self._exact.items():
+            yield from (Binding(queue, exchange, key) for queue in queues)
+        for bindings in self._patterns.values():
+            yield from bindings
+
+    def queues(self, exchange: str, key: str) -> set[str]:
+        """Return the queues that a key leads to."""
+        found = set(self._exact.get((exchange, key), ()))
+        for binding in self._patterns.get(exchange, ()):
+            pattern = binding.key
+            if (
+                not pattern.endswith(".#")  # a fanout asks for no key
+                or key == pattern[:-2]
+                or key.startswith(pattern[:-1])
+            ):
+                found.add(binding.queue)
+        return found

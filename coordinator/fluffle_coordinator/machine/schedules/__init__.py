@@ -1,0 +1,1 @@
+"""The schedules that fluffle brings; one file each."""

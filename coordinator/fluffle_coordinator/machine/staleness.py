@@ -1,0 +1,89 @@
+"""What part of its weight an update keeps that was trained from an older version of the model.
+
+The functions are those of Xie et al., "Asynchronous Federated Optimization", 2019, section 5.2;
+FedBuff uses the polynomial with a = 0.5. All are 1 at staleness 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Function = Callable[[int, tuple[float, ...]], float]
+
+
+def _constant(staleness: int, _: tuple[float, ...]) -> float:
+    return 1.0
+
+
+def _polynomial(staleness: int, args: tuple[float, ...]) -> float:
+    return float((1 + staleness) ** -args[0])
+
+
+def _hinge(staleness: int, args: tuple[float, ...]) -> float:
+    a, b = args
+    return 1.0 if staleness <= b else 1.0 / (a * (staleness - b) + 1.0)
+
+
+def _threshold(staleness: int, args: tuple[float, ...]) -> float:
+    return float(staleness <= args[0])
+
+
+# By name: the function, and its arguments by default.
+_KINDS: dict[str, tuple[Function, tuple[float, ...]]] = {
+    "constant": (_constant, ()),
+    "polynomial": (_polynomial, (0.5,)),
+    "hinge": (_hinge, (10.0, 4.0)),
+    "threshold": (_threshold, (4.0,)),
+}
+
+
+@dataclass(frozen=True)
+class Discount:
+    """One of the functions with its arguments.
+
+    Example:
+        >>> phi = Discount.parse("polynomial:0.5")
+        >>> phi(0), phi(3)
+        (1.0, 0.5)
+        >>> Discount.parse("hinge:1,2")(4), Discount.parse("threshold:1")(2)
+        (0.3333333333333333, 0.0)
+    """
+
+    kind: str = "polynomial"
+    args: tuple[float, ...] = (0.5,)
+
+    def __call__(self, staleness: int) -> float:
+        """Return the part that is kept, from 0 to 1."""
+        return _KINDS[self.kind][0](staleness, self.args)
+
+    @classmethod
+    def parse(cls, text: str) -> Discount:
+        """Read ``constant``, ``polynomial[:a]``, ``hinge[:a,b]`` or ``threshold[:s]``.
+
+        Raises:
+            ValueError: saying what is expected instead.
+        """
+        kind, _, given = text.partition(":")
+        if kind not in _KINDS:
+            raise ValueError(f"'{text[:60]}' is none of {', '.join(_KINDS)}")
+        default = _KINDS[kind][1]
+        try:
+            args = tuple(float(one) for one in given.split(",")) if given else default
+        except ValueError:
+            args = (math.nan,)
+        if len(args) != len(default) or not all(0 <= one < math.inf for one in args):
+            example = ":".join([kind, ",".join(f"{one:g}" for one in default)]).rstrip(":")
+            raise ValueError(
+                f"'{text[:60]}' does not have {len(default)} numbers from 0 up, as {example} has"
+            )
+        return cls(kind, args)
+
+    def __str__(self) -> str:
+        """Return what ``parse`` reads."""
+        return ":".join([self.kind, ",".join(f"{one:g}" for one in self.args)]).rstrip(":")
+
+
+POLYNOMIAL = Discount()
+"""The one that is used if none is named: 1 / sqrt(1 + s)."""

@@ -1,0 +1,196 @@
+"""``fluffle simulate``: the coordinator's options, and those of the clients that there are not."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluffle_common.cli.app import count
+from fluffle_common.cli.config_file import ConfiguredCommand
+from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+
+if TYPE_CHECKING:
+    from fluffle_worker.task import Task
+
+# Of a broker, of people who wait, and of who is who: a file that has them may be simulated, too.
+_PASSED_OVER = {
+    "url",
+    "management",
+    "dashboard",
+    "queue_type",
+    "verify_users",
+    "wait_broker",
+    "wait_workers",
+    "min_workers",
+}
+
+
+class _Simulate(ConfiguredCommand):
+    own_table = "simulation"
+
+
+def _of_the_coordinator() -> list[click.Parameter]:
+    """Return the coordinator's options, as far as a simulation has a use for them."""
+    taken: list[click.Parameter] = []
+    for option in coordinator.params:
+        if not isinstance(option, click.Option) or not option.expose_value:
+            continue
+        ours = copy.copy(option)
+        ours.hidden = ours.hidden or option.name in _PASSED_OVER
+        if option.name == "federation":
+            ours.required, ours.default = False, "simulation"
+        taken.append(ours)
+    return taken
+
+
+@click.command(cls=_Simulate, context_settings={"show_default": True})
+@click.option(
+    "--task",
+    required=True,
+    metavar="MODULE:NAME|path.py:name",
+    help="What makes a task, as for a worker. If its task can be divided, as that of 'flax_task' "
+    "can, its training examples are dealt out to the clients.",
+)
+@click.option(
+    "--data",
+    default="",
+    metavar="TEXT",
+    help="The task's --data. A task that cannot be divided is made once for each client, and "
+    "'{client}' and '{clients}' in this are its number and how many there are.",
+)
+@click.option("--clients", type=count(), default=100, help="How many clients there are.")
+@click.option(
+    "--partition",
+    default="iid",
+    metavar="iid|dirichlet:A|shards:N|by:COLUMN",
+    help="How examples are dealt out: at random; by label, the more unevenly the smaller A; N "
+    "shards of one label each; or a client for each value of a column.",
+)
+@click.option(
+    "--step-time",
+    default="0.01",
+    metavar="SECONDS",
+    help="How long a training step takes a client: a number, classes:1,2,4 in turn, "
+    "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH.",
+)
+@click.option(
+    "--fit-time",
+    default="0",
+    metavar="SECONDS",
+    help="How long a training takes besides, likewise.",
+)
+@click.option(
+    "--bandwidth",
+    metavar="BYTES/S",
+    help="What a client's line carries, likewise.  [default: it takes no time]",
+    show_default=False,
+)
+@click.option(
+    "--test-every",
+    type=count(),
+    metavar="N",
+    help="Evaluate every Nth model on what a divided task holds out.  [default: every one]",
+    show_default=False,
+)
+def simulate(**options: Any) -> None:
+    """Run a federation of simulated clients, in this process and in time of its own.
+
+    The coordinator, its rounds, strategies and files are those of a real run; only the broker is in
+    memory, and time passes when nobody has anything left to do. So an hour of training on slow
+    devices takes as long as the training takes here, and the same seeds give the same run.
+
+    \b
+      fluffle simulate --task digits.py:task --clients 100 --fraction 0.1
+      fluffle simulate federation.toml --partition dirichlet:0.5
+      fluffle simulate --task digits.py:task --step-time classes:1,2,4
+
+    A file for the coordinator may have the options of this command in a table [simulation].
+    """
+    from fluffle.simulation.devices import devices
+    from fluffle.simulation.follower import Follower
+    from fluffle.simulation.loop import SimulatedLoop
+    from fluffle.simulation.simulate import clients_of, evaluated_every, simulate_run
+    from fluffle_common.cli.console import Console
+    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.errors import RunError
+    from fluffle_coordinator.observe.watchers import View
+    from fluffle_coordinator.service import endings
+    from fluffle_coordinator.service.app import settings_of
+    from fluffle_coordinator.storage.run_store import RunStore
+
+    number: int = options["clients"]
+    whole, tasks = _tasks(options)
+    settings = settings_of(rules_of({**options, "min_workers": number}), options)
+    store = RunStore(options["folder"] or Path("runs") / settings.federation)
+    if settings.hooks.evaluate is None and whole is not None:
+        every = options["test_every"] or 1
+        hooks = replace(settings.hooks, evaluate=evaluated_every(whole, every))
+        settings = replace(settings, hooks=hooks)
+    owned = devices(
+        number,
+        step_s=options["step_time"],
+        round_s=options["fit_time"],
+        bytes_per_s=options["bandwidth"],
+        seed=options["seed"],
+    )
+    loop, began = SimulatedLoop(), time.monotonic()
+    with Console(options["log_format"], {"federation": settings.federation}) as console:
+        run = simulate_run(
+            settings,
+            clients_of(tasks, owned),
+            store,
+            Follower(View(console)),
+            task=options["task"],
+            say=lambda what: console.line("unfit", lambda: what, {"reason": what}),
+            fresh=options["fresh"],
+        )
+        try:
+            state = run_until_signalled(run, lambda: loop)
+        except Interrupted as signalled:
+            sys.exit(signalled.exit_code)
+        took_s, simulated_s = time.monotonic() - began, loop.time()
+        fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
+        console.line("simulated", lambda: _told(simulated_s, took_s), fields)
+    if state.outcome == "stopped":
+        how = endings.after_a_stop(state, store.folder)
+        raise RunError(f"the run stopped: {state.reason}; {how}")
+
+
+simulate.params += _of_the_coordinator()
+
+
+def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
+    """Return the task that was divided, if one was, and the clients' tasks."""
+    from fluffle.simulation.partition import parse_partition
+    from fluffle.simulation.population import Divisible, dealt, each_its_own
+    from fluffle_worker.task import TaskOptions
+    from fluffle_worker.task_loading import load_task
+
+    number, seed = options["clients"], options["seed"]
+    partition = parse_partition(options["partition"])
+    if "{" in options["data"]:
+        make = lambda one: load_task(options["task"], one)  # noqa: E731
+        return None, each_its_own(make, options["data"], number, seed)
+    given = TaskOptions(data=options["data"], worker="simulation", seed=seed)
+    whole = load_task(options["task"], given)
+    if not isinstance(whole, Divisible):
+        from fluffle_common.errors import UsageError
+
+        raise UsageError(
+            f"the task {options['task']} cannot be divided among clients (it has no part()); "
+            "name the data of each with {client} in --data, such as --data 'shard:{client}/"
+            "{clients}'"
+        )
+    return whole, dealt(whole, partition, number, seed)
+
+
+def _told(simulated_s: float, took_s: float) -> str:
+    from fluffle_coordinator.observe.explain_sentences import duration
+
+    return f"simulated {duration(simulated_s)} in {took_s:.1f} s"

@@ -1,0 +1,282 @@
+"""The simulated clients of a federation: each speaks the protocol as a worker does.
+
+To the coordinator there is no difference: hello, fit, update and all else travel through the same
+queues. But one object plays all clients, over one link; what a client computes is computed when it
+is asked, and leaves when the client's device would have been done with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fluffle.simulation.devices import Device
+from fluffle_common.concurrency import run_all
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import (
+    Evaluate,
+    Evaluation,
+    Failure,
+    Fit,
+    Heartbeat,
+    Hello,
+    InitRequest,
+    Message,
+    Part,
+    Refusal,
+    Update,
+)
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.tensors.codecs.registry import CODECS, Registry
+from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.layout import Signature
+from fluffle_common.tensors.weights import Weights, size_bytes
+from fluffle_common.transport.base import Body, Delivery, Link, Transport
+from fluffle_common.transport.messaging import Route, send, send_tensors
+from fluffle_worker.error_feedback import Residual
+from fluffle_worker.inbox import read_work
+from fluffle_worker.job import Job, execute
+from fluffle_worker.machine import Work
+from fluffle_worker.results import Results
+from fluffle_worker.signature import described, signature_of_task
+from fluffle_worker.task import Task, classes_of, num_examples_of
+from fluffle_worker.user_code import one_line
+
+# How often a client that is at work says so. The rest of the time there is nothing to say: nobody
+# is gone.
+_HEARTBEAT_S = 60.0
+_MAX_MODEL_BYTES = 8 * 2**30
+_PREFETCH = 100
+
+
+@dataclass(eq=False)
+class Client:
+    """One simulated client.
+
+    Args:
+        name: its id.
+        task: its model and its data.
+        device: how quick it is.
+    """
+
+    name: str
+    task: Task
+    device: Device = field(default_factory=Device)
+    session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    at_work: tuple[Work, asyncio.Task[None]] | None = None
+    residual: Residual = field(default_factory=Residual)
+    assembly: tuple[Fit | Evaluate, Assembly] | None = None
+
+
+class Fleet:
+    """All clients of a federation.
+
+    Args:
+        clients: who there is.
+        federation: its name.
+        topology: the names on the broker.
+        transport: the way to it.
+        task: what the run's files call the task.
+        say: told, once each, what a task returns that is not fit for use.
+        codecs: those that updates may be encoded by.
+    """
+
+    def __init__(
+        self,
+        clients: list[Client],
+        *,
+        federation: str,
+        topology: Topology,
+        transport: Transport,
+        task: str,
+        say: Callable[[str], object] = lambda _: None,
+        codecs: Registry = CODECS,
+    ) -> None:
+        self._clients, self._federation, self._topology = clients, federation, topology
+        self._transport, self._task, self._codecs = transport, task, codecs
+        self._results = Results(say=say, trace=say)
+        self._forms: dict[int, Signature] = {}
+        self._link: Link
+        # What was decoded last, and the work that it brings, once that is read.
+        self._read: tuple[Body, Message, memoryview] | None = None
+        self._brought: tuple[Weights, Weights] | None = None
+
+    async def run(self) -> None:
+        """Take part until cancelled.
+
+        Raises:
+            TaskError: where the coordinator refuses a client.
+        """
+        self._link = await self._transport.open()
+        while not await self._link.exists(self._topology.results):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        readers = []
+        for client in self._clients:
+            await self._link.declare(self._topology.queues_of(client.name))
+            inbox = self._topology.inbox(client.name)
+            mail = await self._link.consume(inbox, prefetch=_PREFETCH)
+            readers.append(self._read_mail(client, mail))
+        await run_all(self._greet(), *readers)
+
+    async def _greet(self) -> None:
+        for client in self._clients:
+            form = self._form(client.task)
+            hello = Hello(**self._about(client), **self._introduction(client, form))
+            await self._send(hello)
+
+    def _form(self, task: Task) -> Signature:
+        """Return what a task's model is made of; the parts of one task are found out once."""
+        key = id(getattr(task, "whole", task))
+        if key not in self._forms:
+            self._forms[key] = signature_of_task(task)
+        return self._forms[key]
+
+    def _about(self, client: Client) -> dict[str, Any]:
+        return {"federation": self._federation, "worker": client.name, "session": client.session}
+
+    def _introduction(self, client: Client, form: Signature) -> dict[str, Any]:
+        return {
+            "num_examples": num_examples_of(client.task),
+            "task": self._task,
+            "classes": classes_of(client.task),
+            "model": described(form),
+            "heartbeat_s": _HEARTBEAT_S,
+        }
+
+    async def _send(self, message: Hello | Heartbeat | Failure | Evaluation) -> None:
+        worker = message.worker
+        await send(self._link, message, Route(self._topology.results, [f"{message.kind}.{worker}"]))
+
+    # --- what comes in -------------------------------------------------------------------------
+
+    async def _read_mail(self, client: Client, mail: Any) -> None:
+        delivery: Delivery
+        async for delivery in mail:
+            self._receive(client, delivery.body)
+            delivery.ack()
+
+    def _receive(self, client: Client, body: Body) -> None:
+        message, payload = self._decoded(body)
+        match message:
+            case InitRequest():
+                self._begin(client, Job(Work("init", message.run, 0), message, {}))
+            case Fit() | Evaluate() if message.transfer is not None:
+                client.assembly = message, Assembly(message.transfer, _MAX_MODEL_BYTES)
+            case Fit() | Evaluate():
+                if self._brought is None:
+                    self._brought = read_work(message, payload)
+                self._work(client, message, *self._brought)
+            case Part() if client.assembly is not None:
+                whole, assembly = client.assembly
+                assembly.add(message, payload)
+                if assembly.complete:
+                    client.assembly = None
+                    self._work(client, whole, *read_work(whole, assembly.payload()))
+            case Refusal():
+                raise TaskError(f"the coordinator refuses {client.name}: {message.reason}")
+            case _:
+                pass  # a client of a simulation has nothing to make of it
+
+    def _decoded(self, body: Body) -> tuple[Message, memoryview]:
+        """Decode a message; one that went to many is decoded once."""
+        if self._read is None or self._read[0] is not body:
+            self._read, self._brought = (body, *decode(body, self._federation)), None
+        return self._read[1], self._read[2]
+
+    # --- work ----------------------------------------------------------------------------------
+
+    def _work(
+        self, client: Client, message: Fit | Evaluate, weights: Weights, broadcast: Weights
+    ) -> None:
+        kind = "fit" if isinstance(message, Fit) else "evaluate"
+        attempt = message.attempt if isinstance(message, Fit) else 0
+        work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
+        self._begin(client, Job(work, message, weights, broadcast))
+
+    def _begin(self, client: Client, job: Job) -> None:
+        """Begin a piece of work, unless it is being done; the newest wins."""
+        if client.at_work is not None:
+            doing, task = client.at_work
+            if doing == job.work:
+                return
+            task.cancel()
+        client.at_work = job.work, asyncio.ensure_future(self._do(client, job))
+
+    async def _do(self, client: Client, job: Job) -> None:
+        steps = 0
+
+        def progress(_: int, of: int, __: float | None) -> None:
+            nonlocal steps
+            steps = of
+
+        nbytes_down = size_bytes(job.weights)
+        try:
+            execute(
+                job,
+                client.task,
+                {"federation": self._federation, "worker": client.name},
+                evaluated=lambda: None,
+                progress=progress,
+                residual=lambda: client.residual,
+                results=self._results,
+                form=self._form(client.task),
+                codecs=self._codecs,
+            )
+        except Exception as why:
+            self._results.failed(why)
+            failure = Failure(
+                **self._about(client), run=job.work.run, round=job.work.round, reason=one_line(why)
+            )
+            client.at_work = None
+            await self._send(failure)
+            return
+        moved = nbytes_down + (size_bytes(job.answer[1]) if job.answer is not None else 0)
+        seconds = client.device.moving_s(moved)
+        if job.work.kind == "fit":
+            seconds += client.device.training_s(steps)
+        await self._pass(client, job.work, steps, seconds)
+        client.at_work = None
+        await self._answer(client, job, seconds)
+
+    async def _pass(self, client: Client, work: Work, steps: int, seconds: float) -> None:
+        """Let the time of a piece of work pass, and be heard meanwhile."""
+        left_s = seconds
+        while left_s > _HEARTBEAT_S:
+            await asyncio.sleep(_HEARTBEAT_S)
+            left_s -= _HEARTBEAT_S
+            beat = Heartbeat(
+                **self._about(client),
+                **self._introduction(client, self._form(client.task)),
+                state="training",
+                run=work.run,
+                round=work.round,
+                base=work.base or None,
+                step=int(steps * (1 - left_s / seconds)),
+                steps=steps,
+            )
+            await self._send(beat)
+        await asyncio.sleep(left_s)
+
+    async def _answer(self, client: Client, job: Job, seconds: float) -> None:
+        if job.evaluation is not None:
+            await self._send(job.evaluation)
+        if job.answer is None:
+            return
+        message, weights = job.answer
+        if isinstance(message, Update):
+            message = message.model_copy(update={"seconds": seconds})
+            client.residual = job.residual
+        name, results = client.name, self._topology.results
+        await send_tensors(
+            self._link,
+            message,
+            weights,
+            Route(results, [f"{message.kind}.{name}"]),
+            beside={EXTRA: job.extra},
+            parts=Route(results, [f"part.{name}"], durable=False),
+        )

@@ -1,0 +1,155 @@
+"""``fluffle.simulate``: a federation of simulated clients, from Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fluffle.background import Background
+from fluffle.place import locked, place_of
+from fluffle.progress import Progress
+from fluffle.results import Run
+from fluffle.simulation.devices import Device, devices
+from fluffle.simulation.loop import SimulatedLoop
+from fluffle.simulation.partition import Partition, parse_partition
+from fluffle.simulation.population import Divisible, dealt, names
+from fluffle.simulation.simulate import clients_of, evaluated_every, simulate_run
+from fluffle_common.cli.config_file import options_from
+from fluffle_common.cli.console import warn
+from fluffle_common.errors import RunError, UsageError
+from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.service.app import settings_of
+from fluffle_worker.task import Task, check_task
+
+if TYPE_CHECKING:
+    from fluffle_coordinator.service.hooks import Evaluate, OnRound
+    from fluffle_coordinator.strategy.base import Strategy
+
+_CALLER = "fluffle.simulate"
+_CLIENTS = 100
+
+
+def simulate(
+    tasks: Task | Sequence[Task] | Mapping[str, Task],
+    *,
+    clients: int | None = None,
+    partition: str | Partition = "iid",
+    rounds: int | None = None,
+    fraction: float | None = None,
+    strategy: str | Strategy[Any] | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    step_s: float | str = 0.01,
+    fit_s: float | str = 0,
+    bytes_per_s: float | str | None = None,
+    owned: Sequence[Device] | None = None,
+    test_every: int = 1,
+    evaluate: Evaluate | str | None = None,
+    on_round: OnRound | str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Run:
+    """Run a federation of simulated clients, in time of its own.
+
+    It is the machine of ``fluffle.run`` and of ``fluffle coordinator``: only the broker is in
+    memory, and time passes when nobody has anything left to do. The same seeds give the same run.
+
+    Args:
+        tasks: one for each client, by name or in a list; or one that can be divided, such as a
+            ``flax_task``, whose training examples are dealt out to ``clients`` clients.
+        clients: how many clients a task is divided among.
+        partition: how: ``iid``, ``dirichlet:0.5``, ``shards:2``, ``by:COLUMN``, or an object.
+        rounds: how many rounds.
+        fraction: which part of the clients is asked in a round.
+        strategy: how updates become the next model: a name, ``path.py:name`` or an object.
+        epochs: local epochs a round.
+        batch_size: of the local training.
+        learning_rate: of the local training; None is the task's own.
+        seed: of everything random, the partition and the devices as well.
+        step_s: seconds that a training step takes a client: a number, or a spread such as
+            ``classes:1,2,4`` or ``lognormal:1,0.5``.
+        fit_s: seconds that a training takes besides, likewise.
+        bytes_per_s: what a client's line carries, likewise; None: it takes no time.
+        owned: the devices themselves, instead of the three above.
+        test_every: evaluate every so many rounds' model on what a divided task holds out.
+        evaluate: another test of a model, ``evaluate(weights) -> metrics``, after every round.
+        on_round: shown every ``Commit``; ends the run by returning a reason or raising ``StopRun``.
+        folder: where the run is kept, and goes on from; a temporary one if not given.
+        progress: show how far it is; None does on a terminal and in a notebook.
+        **options: any other option of ``fluffle coordinator``, with underscores.
+
+    Returns:
+        The run; its times are simulated ones.
+
+    Raises:
+        UsageError: for an argument that is wrong.
+        RunError: where the run stopped before its end, with the reason.
+    """
+    whole, by_name = _tasks(tasks, clients, partition, seed)
+    stated = {
+        "rounds": rounds,
+        "fraction": fraction,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "min_workers": len(by_name),
+        "federation": "simulation",
+        **options,
+    }
+    found = options_from(coordinator, stated, _CALLER)
+    found["strategy"] = found["strategy"] if strategy is None else strategy
+    found |= {"evaluate": evaluate, "on_round": on_round}
+    settings = settings_of(rules_of(found), found)
+    if evaluate is None and whole is not None:
+        hooks = replace(settings.hooks, evaluate=evaluated_every(whole, test_every))
+        settings = replace(settings, hooks=hooks)
+    bandwidth = None if bytes_per_s is None else str(bytes_per_s)
+    drawn = devices(
+        len(by_name), step_s=str(step_s), round_s=str(fit_s), bytes_per_s=bandwidth, seed=seed
+    )
+    everybody = clients_of(by_name, owned or drawn)
+
+    def body(complete: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
+        shown = Progress(progress, settings.rules.rounds)
+        with place_of(folder) as place, shown, locked(place) as store:
+            run = simulate_run(settings, everybody, store, shown, say=warn, fresh=found["fresh"])
+            state = complete(run)
+            if state.outcome == "stopped":
+                raise RunError(f"the run stopped: {state.reason}{place.how_to_go_on()}")
+            return place.handed_over(Run(place.path))
+
+    return Background(body, SimulatedLoop).wait()
+
+
+def _tasks(
+    tasks: Task | Sequence[Task] | Mapping[str, Task],
+    clients: int | None,
+    partition: str | Partition,
+    seed: int,
+) -> tuple[Task | None, dict[str, Task]]:
+    """Return the task that is divided, if one is, and the clients' tasks."""
+    if isinstance(tasks, Mapping):
+        given = {str(name): check_task(f"'{name}'", task) for name, task in tasks.items()}
+    elif isinstance(tasks, Sequence):
+        pairs = zip(names(len(tasks)), tasks, strict=True)
+        given = {name: check_task(f"'{name}'", task) for name, task in pairs}
+    elif isinstance(tasks, Divisible):
+        rule = parse_partition(partition) if isinstance(partition, str) else partition
+        return tasks, dealt(tasks, rule, clients or _CLIENTS, seed)
+    else:
+        raise UsageError(
+            f"{_CALLER}(): a {type(tasks).__name__} cannot be divided among clients (it has no "
+            "part()); give a list of tasks, one for each client"
+        )
+    if clients not in {None, len(given)}:
+        raise UsageError(f"{_CALLER}(): clients = {clients}, and there are {len(given)} tasks")
+    if not given:
+        raise UsageError(f"{_CALLER}() has no tasks")
+    return None, given

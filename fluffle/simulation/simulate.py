@@ -1,0 +1,117 @@
+"""A simulated run: the coordinator that is deployed, a broker in memory, and a fleet of clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from fluffle.simulation.devices import Device
+from fluffle.simulation.fleet import Client, Fleet
+from fluffle_common.errors import RunError
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.weights import Weights
+from fluffle_common.transport.memory import MemoryBroker
+from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.observe.watchers import Watcher
+from fluffle_coordinator.service.app import coordinate
+from fluffle_coordinator.service.hooks import Evaluate
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_worker.task import EvalResult, Task
+
+# A client says something when there is something to say: silence is no sign of anything.
+_NEVER = 10**9
+
+
+async def simulate_run(
+    settings: CoordinatorSettings,
+    clients: Sequence[Client],
+    store: RunStore,
+    watcher: Watcher,
+    *,
+    task: str = "simulation",
+    say: Callable[[str], object] = lambda _: None,
+    fresh: bool = False,
+) -> State:
+    """Run a federation of these clients to its end; on a ``SimulatedLoop``, in its time.
+
+    Args:
+        settings: as for any coordinator.
+        clients: who takes part.
+        store: the run's folder, locked; a run that is there goes on.
+        watcher: told what happens.
+        task: what the run's files call the task.
+        say: told, once each, what a task returns that is not fit for use.
+        fresh: move an earlier run aside.
+
+    Raises:
+        RunError: where nothing is due any more, and the run has not ended.
+        TaskError: where a client is refused.
+    """
+    never = float("inf")
+    rules = replace(settings.rules, patience=_NEVER, hearing_s=never, stall_s=never)
+    settings = replace(
+        settings,
+        rules=rules,
+        max_workers=max(settings.max_workers, len(clients)),
+        waiting_every_s=never,
+    )
+    broker, topology = MemoryBroker(), Topology(settings.federation)
+    fleet = Fleet(
+        list(clients),
+        federation=settings.federation,
+        topology=topology,
+        transport=broker,
+        task=task,
+        say=say,
+    )
+    run = asyncio.ensure_future(
+        coordinate(settings, broker, topology, store, watcher, journal=None, fresh=fresh)
+    )
+    taking_part = asyncio.ensure_future(fleet.run())
+    try:
+        await asyncio.wait({run, taking_part}, return_when=asyncio.FIRST_COMPLETED)
+        if not run.done():
+            taking_part.result()
+            raise RunError("the clients have left the simulation")
+        return run.result()
+    finally:
+        for one in (run, taking_part):
+            one.cancel()
+        await asyncio.gather(run, taking_part, return_exceptions=True)
+
+
+def clients_of(tasks: Mapping[str, Task], owned: Sequence[Device] | None = None) -> list[Client]:
+    """Return a client for each task, by name.
+
+    Args:
+        tasks: by the names of the clients.
+        owned: a device for each; None: nothing takes any time.
+    """
+    devices = [Device()] * len(tasks) if owned is None else owned
+    return [
+        Client(name, task, device)
+        for (name, task), device in zip(tasks.items(), devices, strict=True)
+    ]
+
+
+def evaluated_every(task: Task, every: int, begin: int = 0) -> Evaluate:
+    """Return a hook that evaluates every so many rounds' model on what a task holds out.
+
+    Args:
+        task: the task.
+        every: how many rounds lie between two tests.
+        begin: how many rounds there are already.
+    """
+    number = begin
+
+    def evaluate(weights: Weights) -> Mapping[str, float]:
+        nonlocal number
+        number += 1
+        if number % every:
+            return {}
+        found: EvalResult | None = task.evaluate(weights)
+        return {} if found is None else {"loss": found.loss, **found.metrics}
+
+    return evaluate

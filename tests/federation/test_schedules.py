@@ -1,0 +1,313 @@
+"""Whole federations under each schedule: asynchronous, with late updates, and from a file."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
+from fluffle_coordinator.machine.staleness import Discount
+from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
+from fluffle_coordinator.storage.replay import replay
+from tests.federation.harness import Adder
+
+SIXTEEN = [100.0] * 5 + [200.0] * 5 + [400.0] * 6
+EXTRA_S = 5.0
+
+
+def check_weights(federation, values):
+    """Check every model against weights of our own: examples, times 1 / sqrt(1 + staleness)."""
+    expected = 0.0
+    for line in federation.history():
+        there = line["participants"]
+        weights = [one["num_examples"] * (1 + one.get("staleness", 0)) ** -0.5 for one in there]
+        learnt = [values[one["worker"]] for one in there]
+        expected += float(np.average(learnt, weights=weights))
+        np.testing.assert_allclose(federation.weights(line["round"])["w"], expected, rtol=1e-6)
+
+
+def tickets(federation):
+    return [
+        (one["worker"], one["sequence"])
+        for line in federation.history()
+        for one in line["participants"]
+    ]
+
+
+def time_of(updates: int, seconds: list[float]) -> float:
+    """Return when so many updates are there, if nobody ever waits."""
+    due = [(each, number) for number, each in enumerate(seconds)]
+    heapq.heapify(due)
+    for _ in range(updates):
+        now, number = heapq.heappop(due)
+        heapq.heappush(due, (now + seconds[number], number))
+    return now
+
+
+def test_sixteen_devices_of_three_speeds_wait_for_nobody(federated):
+    """The published case: 100, 200 or 400 s a training, and 5 s more, in rounds and without."""
+    took, updates = {}, 192
+
+    def scenario_with(name, rounds, schedule):
+        async def scenario(federation):
+            federation.folder = federation.folder.with_name(name)
+            for number, seconds in enumerate(SIXTEEN):
+                step_s = (seconds + EXTRA_S) / 5
+                task = Adder(federation.loop, steps=5, step_s=step_s)
+                federation.worker(f"w{number}", task, heartbeat_s=20.0)
+            coordinator = federation.coordinator(
+                rounds=rounds, schedule=schedule, min_workers=16, deadline_s=6000
+            )
+            await coordinator.log.until("opened")
+            began = time.monotonic()
+            await coordinator.log.until("committed", rounds, within_s=1e5)
+            took[name] = time.monotonic() - began
+            assert len(tickets(federation)) == len(set(tickets(federation))) >= updates
+
+        return scenario
+
+    federated(scenario_with("rounds", updates // 16, QuorumRounds()))
+    federated(scenario_with("buffered", updates // 4, Buffered(buffer=4, max_staleness=100)))
+    seconds = [one + EXTRA_S for one in SIXTEEN]
+    expected = (updates // 16 * max(seconds)) / time_of(updates, seconds)
+    assert expected > 2
+    assert took["rounds"] / took["buffered"] == pytest.approx(expected, rel=0.05)
+
+
+def test_a_slow_worker_is_counted_discounted_and_visible(federated):
+    async def scenario(federation):
+        values = {"a": 1.0, "b": 2.0, "slow": 10.0}
+        federation.worker("a", Adder(federation.loop, value=1.0))
+        federation.worker("b", Adder(federation.loop, value=2.0, num_examples=30))
+        federation.worker("slow", Adder(federation.loop, value=10.0, step_s=2.5))
+        coordinator = federation.coordinator(rounds=30, schedule=Buffered(buffer=2), min_workers=3)
+        assert (await coordinator.end()).outcome == "finished"
+        check_weights(federation, values)
+        slow = [
+            one
+            for line in federation.history()
+            for one in line["participants"]
+            if one["worker"] == "slow"
+        ]
+        assert len(slow) >= 2
+        for one in slow:
+            assert one["staleness"] >= 3
+            assert one["discount"] == (1 + one["staleness"]) ** -0.5
+        told = [one for one in coordinator.log.of("counted") if one["worker"] == "slow"]
+        assert [one["staleness"] for one in told] == [one["staleness"] for one in slow]
+
+    federated(scenario)
+
+
+def test_one_worker_alone_fills_a_buffer_with_different_updates(federated):
+    async def scenario(federation):
+        task = Adder(federation.loop)
+        federation.worker("a", task)
+        coordinator = federation.coordinator(rounds=2, schedule=Buffered(buffer=3), min_workers=1)
+        await coordinator.end()
+        assert [len(line["participants"]) for line in federation.history()] == [3, 3]
+        assert len(set(task.trained)) == len(task.trained) >= 6  # each has a seed of its own
+
+    federated(scenario)
+
+
+def test_no_more_train_at_a_time_than_the_concurrency(federated):
+    async def scenario(federation):
+        at_work, most = set(), 0
+
+        class Counted(Adder):
+            def train(self, weights, plan, progress):
+                nonlocal most
+                at_work.add(self)
+                most = max(most, len(at_work))
+                try:
+                    return super().train(weights, plan, progress)
+                finally:
+                    at_work.discard(self)
+
+            __hash__ = object.__hash__
+
+        for name in "abcdef":
+            federation.worker(name, Counted(federation.loop))
+        schedule = Buffered(buffer=4, concurrency=2)
+        coordinator = federation.coordinator(rounds=6, schedule=schedule, min_workers=6)
+        await coordinator.end()
+        assert most == 2
+        assert {worker for worker, _ in tickets(federation)} == set("abcdef")
+
+    federated(scenario)
+
+
+def test_what_is_too_old_is_discarded_and_shown_and_its_worker_goes_on(federated):
+    async def scenario(federation):
+        federation.worker("a")
+        federation.worker("slow", Adder(federation.loop, step_s=2.5))
+        schedule = Buffered(buffer=1, max_staleness=2)
+        coordinator = federation.coordinator(rounds=30, schedule=schedule)
+        await coordinator.end()
+        late = coordinator.log.of("late")
+        assert len(late) >= 2
+        assert {one["worker"] for one in late} == {"slow"}
+        assert all(worker == "a" for worker, _ in tickets(federation))
+        assert sum(line["late"] for line in federation.history()) >= 2
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_coordinator_that_is_lost_in_every_version_loses_no_update(federated, how):
+    async def scenario(federation):
+        values = {"a": 1.0, "b": 2.0, "c": 4.0}
+        tasks = {
+            name: Adder(federation.loop, value=value, step_s=0.1 + 0.1 * value)
+            for name, value in values.items()
+        }
+        workers = [federation.worker(name, task) for name, task in tasks.items()]
+        schedule = Buffered(buffer=2, max_staleness=50)
+        rounds = 8
+        for lost_in in range(1, rounds):
+            coordinator = federation.coordinator(rounds=rounds, schedule=schedule)
+            while len(federation.history()) < lost_in:
+                await coordinator.log.until("committed", len(coordinator.log.of("committed")) + 1)
+            await coordinator.log.until("counted", len(coordinator.log.of("counted")) + 1)
+            assert not coordinator.log.of("late")
+            await getattr(coordinator, how)()
+        coordinator = federation.coordinator(rounds=rounds, schedule=schedule)
+        assert (await coordinator.end()).outcome == "finished"
+        check_weights(federation, values)
+        counted = tickets(federation)
+        assert len(counted) == len(set(counted))
+        # All that was sent is counted, but for what each was at when the run ended.
+        sent = sum(len([1 for one in w.log.of("sent") if one["kind"] == "fit"]) for w in workers)
+        assert sent - len(counted) <= len(workers)
+        assert {worker for worker, _ in counted} == set(values)
+
+    federated(scenario)
+
+
+def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
+    async def scenario(federation):
+        for number, name in enumerate("abc"):
+            task = Adder(federation.loop, value=0.1 + number, step_s=0.1 + number, num_examples=7)
+            federation.worker(name, task)
+        coordinator = federation.coordinator(
+            rounds=12, schedule=Buffered(buffer=2), min_workers=3, keep_updates=True
+        )
+        await coordinator.end()
+        stale = [
+            one.get("staleness", 0) for line in federation.history() for one in line["participants"]
+        ]
+        assert max(stale) > 0
+        for number in range(1, 13):
+            found = replay(federation.folder, number)
+            assert found.equal, number
+            assert all(one.second_opinion.ulps <= 2 for one in found.tensors)
+
+    federated(scenario)
+
+
+def test_updates_in_parts_count_from_older_versions_too(federated):
+    async def scenario(federation):
+        size = 3 * 2**20
+        for name in "abc":  # they come all at once: some wait while a version is closed
+            federation.worker(name, Adder(federation.loop, size=size))
+        federation.worker("slow", Adder(federation.loop, size=size, step_s=1.0))
+        schedule = Buffered(buffer=1)
+        coordinator = federation.coordinator(rounds=20, schedule=schedule, min_workers=4)
+        await coordinator.end()
+        check_weights(federation, {"a": 1.0, "b": 1.0, "c": 1.0, "slow": 1.0})
+        assert any(worker == "slow" for worker, _ in tickets(federation))
+        assert not coordinator.log.of("resend")
+        stale = [
+            one.get("staleness", 0) for line in federation.history() for one in line["participants"]
+        ]
+        assert max(stale) >= 2
+
+    federated(scenario)
+
+
+def test_a_late_update_of_a_synchronous_round_counts_in_the_next_by_option(federated):
+    async def scenario(federation):
+        values = {"a": 1.0, "b": 1.0, "c": 1.0, "slow": 5.0}
+        for name, value in values.items():
+            step_s = 0.6 if name == "slow" else 0.25
+            federation.worker(name, Adder(federation.loop, value=value, step_s=step_s))
+        schedule = QuorumRounds(max_staleness=3)
+        coordinator = federation.coordinator(
+            rounds=20, schedule=schedule, min_workers=4, number=1, fraction=0.5
+        )
+        await coordinator.end()
+        check_weights(federation, values)
+        stale = [
+            one
+            for line in federation.history()
+            for one in line["participants"]
+            if one.get("staleness")
+        ]
+        assert stale
+        assert {one["worker"] for one in stale} >= {"slow"}
+        for line in federation.history():  # a stale update closes no round
+            assert any(not one.get("staleness") for one in line["participants"])
+
+    federated(scenario)
+
+
+def test_a_schedule_from_a_file(federated):
+    where = Path(__file__).parent / "windows.py"
+    name, schedule = load_schedule(Timing(schedule=f"{where}:minutes"))
+    assert name == "windows.py:minutes"
+
+    async def scenario(federation):
+        federation.workers(2)
+        federation.worker("slow", Adder(federation.loop, step_s=20.0))
+        coordinator = federation.coordinator(rounds=3, schedule=schedule, min_workers=3)
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b"]] * 3
+        times = [at for at, what, _ in coordinator.log.lines if what == "committed"]
+        assert all(later - at >= 60 for at, later in pairwise(times))
+
+    federated(scenario)
+
+
+def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
+    async def scenario(federation):
+        hangs = Adder(federation.loop, odd=lambda step: step == 2 and federation.loop.sleep(1e9))
+        federation.worker("hangs", hangs)
+        a = federation.worker("a")
+        schedule = Buffered(buffer=4, concurrency=1)
+        coordinator = federation.coordinator(
+            rounds=2, schedule=schedule, deadline_s=60, max_reopenings=5, max_round_s=3000
+        )
+        await asyncio.sleep(30)
+        await a.stop()
+        federation.worker("a2")
+        assert (await coordinator.end()).outcome in ("finished", "stopped")
+        assert coordinator.service.state.reason
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize(
+    ("timing", "told"),
+    [
+        (Timing(schedule="async"), "there is no schedule 'async'"),
+        (Timing(buffer=3), "--buffer goes with --schedule buffered"),
+        (Timing(staleness=Discount()), "--staleness goes with"),
+        (Timing(schedule="buffered", late="discount"), "--late discount goes with"),
+        (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
+        (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is no schedule"),
+        (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
+    ],
+)
+def test_what_does_not_go_together_is_said_in_one_line(timing, told):
+    with pytest.raises(UsageError, match=told) as refused:
+        load_schedule(timing)
+    assert "\n" not in str(refused.value)

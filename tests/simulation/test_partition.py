@@ -1,0 +1,90 @@
+"""Dealing examples out: everything once, nobody without any, and as skewed as was asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle.simulation.partition import By, Dirichlet, Iid, Shards, counts, parse_partition
+from fluffle_common.errors import UsageError
+
+PARTITIONS = [Iid(), Dirichlet(0.1), Dirichlet(100.0), Shards(2)]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=40, max_size=200),
+    clients=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+)
+def test_each_example_goes_to_one_client_and_nobody_goes_without(partition, labels, clients, seed):
+    parts = partition.deal(np.array(labels), clients, seed)
+    assert len(parts) == clients
+    assert all(len(part) for part in parts)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    again = partition.deal(np.array(labels), clients, seed)
+    assert all(np.array_equal(one, other) for one, other in zip(parts, again, strict=True))
+
+
+def test_iid_parts_are_of_one_size_and_alike():
+    labels = np.repeat(np.arange(10), 600)
+    held = counts(labels, Iid().deal(labels, 10, seed=3))
+    assert held.sum(axis=1).tolist() == [600] * 10
+    assert np.all((held > 35) & (held < 90)), "60 of each are expected"
+
+
+def test_two_shards_a_client_are_two_labels_at_most():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60))
+    held = counts(labels, Shards(2).deal(labels, 100, seed=1))
+    assert held.sum(axis=1).tolist() == [6] * 100
+    assert (held > 0).sum(axis=1).max() == 2
+
+
+def test_a_smaller_alpha_gives_clients_fewer_labels():
+    labels = np.repeat(np.arange(10), 500)
+
+    def largest_share(alpha: float) -> float:
+        held = counts(labels, Dirichlet(alpha).deal(labels, 20, seed=5))
+        return float(np.mean(held.max(axis=1) / held.sum(axis=1)))
+
+    assert largest_share(0.1) > 0.5
+    assert largest_share(100.0) < 0.15
+
+
+def test_by_a_column_each_value_is_a_client():
+    writers = np.array(["x", "y", "x", "z"])
+    assert [part.tolist() for part in By("writer").deal(writers, 3, 0)] == [[0, 2], [1], [3]]
+    with pytest.raises(UsageError, match=r"column 'writer' has 3 values.*--clients 3"):
+        By("writer").deal(writers, 4, 0)
+
+
+def test_too_few_examples_are_refused():
+    with pytest.raises(UsageError, match="9 examples are too few for 5 clients of 2 shards"):
+        Shards(2).deal(np.zeros(9), 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "partition"),
+    [("iid", Iid()), ("dirichlet:0.5", Dirichlet(0.5)), ("shards:2", Shards(2)), ("by:w", By("w"))],
+)
+def test_a_partition_is_named_by_a_text(text, partition):
+    assert parse_partition(text) == partition
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("dirichlet", "needs a number above 0"),
+        ("dirichlet:nan", "needs a number above 0"),
+        ("dirichlet:0", "needs a number above 0"),
+        ("shards:1.5", "needs a whole number"),
+        ("dirchlet:1", "did you mean dirichlet"),
+        ("by:", "there is no partition 'by:'"),
+        ("iid:3", "there is no partition 'iid:3'"),
+    ],
+)
+def test_what_names_none_is_told_why(text, told):
+    with pytest.raises(UsageError, match=told):
+        parse_partition(text)

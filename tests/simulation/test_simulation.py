@@ -1,0 +1,209 @@
+"""Whole federations of simulated clients: the time that they take, and what comes out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluffle.simulation.devices import Device, devices
+from fluffle.simulation.loop import SimulatedLoop
+from fluffle.simulation.partition import Shards
+from fluffle.simulation.population import dealt, each_its_own, names
+from fluffle.simulation.simulate import clients_of, simulate_run
+from fluffle_common.errors import UsageError
+from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_coordinator.machine.state import Quorum, Rules, State
+from fluffle_coordinator.observe.watchers import Watcher
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_worker.task import EvalResult, TaskOptions, TrainResult
+
+
+class Adder:
+    """Adds ``value`` in ``steps`` steps."""
+
+    def __init__(self, value: float, num_examples: int = 10, size: int = 3) -> None:
+        self.value, self.num_examples, self.size = value, num_examples, size
+
+    def init(self, seed: int) -> dict[str, Any]:
+        return {"w": np.zeros(self.size, np.float32)}
+
+    def evaluate(self, weights: Mapping[str, Any]) -> EvalResult:
+        return EvalResult(float(weights["w"][0]), self.num_examples, {"value": self.value})
+
+    def train(self, weights: Mapping[str, Any], plan: Any, progress: Any) -> TrainResult:
+        for step in range(4):
+            progress(step + 1, 4, None)
+        return TrainResult({"w": weights["w"] + np.float32(self.value)}, self.num_examples)
+
+
+class Told(Watcher):
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def record(self, event: Any) -> None:
+        self.events.append(event)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    state: State
+    simulated_s: float
+
+
+def simulated(
+    folder: Path, settings: CoordinatorSettings, clients: list[Any], watcher: Watcher
+) -> Simulated:
+    store, loop = RunStore(folder), SimulatedLoop()
+    assert store.try_lock()
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            state = runner.run(simulate_run(settings, clients, store, watcher))
+    finally:
+        store.unlock()
+    return Simulated(state, loop.time())
+
+
+def run(
+    folder: Path, tasks: Mapping[str, Any], owned: list[Device] | None = None, **rules: Any
+) -> tuple[Simulated, list[dict[str, Any]]]:
+    settings = CoordinatorSettings("sim", Rules(**{"min_workers": len(tasks), **rules}))
+    found = simulated(folder, settings, clients_of(tasks, owned), Told())
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return found, [line for line in lines if line["event"] == "committed"]
+
+
+def test_the_average_is_that_of_a_federation(tmp_path):
+    tasks = {name: Adder(value, n) for name, value, n in (("a", 1.0, 10), ("b", 5.0, 30))}
+    found, rounds = run(tmp_path, tasks, rounds=3)
+    assert found.state.outcome == "finished"
+    assert [sorted(p["worker"] for p in one["participants"]) for one in rounds] == [["a", "b"]] * 3
+    weights, _ = read_checkpoint(tmp_path / "round-0003.safetensors")
+    np.testing.assert_array_equal(weights["w"], np.full(3, 12.0, np.float32))
+
+
+def test_a_round_takes_as_long_as_its_slowest_device(tmp_path):
+    tasks = {name: Adder(1.0) for name in names(3)}
+    owned = [Device(round_s=5.0, step_s=seconds / 4) for seconds in (100.0, 200.0, 400.0)]
+    found, rounds = run(tmp_path, tasks, owned, rounds=4)
+    assert found.state.outcome == "finished"
+    assert math.isclose(found.simulated_s, 4 * 405.0, rel_tol=0.01)
+    took = {p["worker"]: p["seconds"] for p in rounds[0]["participants"]}
+    assert took == {"client-0": 105.0, "client-1": 205.0, "client-2": 405.0}
+
+
+def test_a_quorum_waits_for_nobody_else(tmp_path):
+    tasks = {name: Adder(1.0) for name in names(3)}
+    owned = [Device(round_s=seconds) for seconds in (10.0, 20.0, 4000.0)]
+    found, rounds = run(tmp_path, tasks, owned, rounds=5, quorum=Quorum(number=2))
+    assert [one["asked"] for one in rounds] == [list(names(3))] * 5
+    assert math.isclose(found.simulated_s, 5 * 20.0, rel_tol=0.05)
+
+
+def test_a_line_takes_the_time_of_its_bytes(tmp_path):
+    tasks = {"a": Adder(1.0, size=250_000)}
+    found, _ = run(tmp_path, tasks, [Device(bytes_per_s=1e5)], rounds=2)
+    assert math.isclose(found.simulated_s, 60.0, rel_tol=0.01), "up, twice down and up, and down"
+
+
+def test_a_model_in_parts_arrives(tmp_path):
+    tasks = {name: Adder(1.0, size=1_500_000) for name in names(2)}
+    found, rounds = run(tmp_path, tasks, rounds=2)
+    assert (found.state.outcome, len(rounds)) == ("finished", 2)
+    weights, _ = read_checkpoint(tmp_path / "round-0002.safetensors")
+    assert np.all(weights["w"] == 2.0)
+
+
+def test_hundreds_of_clients_are_sampled_as_anywhere(tmp_path):
+    tasks = {name: Adder(1.0) for name in names(300)}
+    _, rounds = run(tmp_path, tasks, rounds=5, fraction=0.02, seed=4)
+    asked = [tuple(one["asked"]) for one in rounds]
+    assert [len(one) for one in asked] == [6] * 5
+    assert len(set(asked)) == 5
+    _, again = run(tmp_path / "again", tasks, rounds=5, fraction=0.02, seed=4)
+    assert [tuple(one["asked"]) for one in again] == asked
+
+
+def test_a_run_goes_on_where_it_was(tmp_path):
+    tasks = {name: Adder(1.0) for name in names(2)}
+    run(tmp_path, tasks, rounds=2)
+    _, rounds = run(tmp_path, tasks, rounds=4)
+    assert [one["round"] for one in rounds] == [1, 2, 3, 4]
+    weights, _ = read_checkpoint(tmp_path / "round-0004.safetensors")
+    assert np.all(weights["w"] == 4.0)
+
+
+def test_a_task_that_fails_is_left_out_and_named(tmp_path):
+    class Failing(Adder):
+        def train(self, weights: Any, plan: Any, progress: Any) -> TrainResult:
+            raise ValueError("no data today")
+
+    told = Told()
+    rules = Rules(rounds=2, min_workers=3, quorum=Quorum(number=2))
+    clients = clients_of({"a": Adder(1.0), "b": Failing(1.0), "c": Adder(3.0)})
+    found = simulated(tmp_path, CoordinatorSettings("sim", rules), clients, told)
+    assert found.state.outcome == "finished"
+    reasons = [event.reason for event in told.events if event.name == "failure"]
+    assert reasons
+    assert all("no data today" in reason for reason in reasons)
+
+
+class Letters:
+    """A whole data set, of which parts are made."""
+
+    labels = np.repeat(np.arange(4), 10)
+
+    def __init__(self, rows: Any = None) -> None:
+        self.rows = rows
+
+    def part(self, rows: Any, sample_seed: int) -> Any:
+        return Letters(rows)
+
+
+def test_a_data_set_is_dealt_out():
+    tasks = dealt(Letters(), Shards(1), clients=4)
+    held = [set(Letters.labels[task.rows].tolist()) for task in tasks.values()]
+    assert sorted(held, key=min) == [{0}, {1}, {2}, {3}]
+
+
+def test_clients_may_have_data_of_their_own():
+    given: list[TaskOptions] = []
+    each_its_own(lambda options: given.append(options) or Adder(1.0), "s:{client}/{clients}", 2)
+    assert [(one.worker, one.data) for one in given] == [
+        ("client-0", "s:0/2"),
+        ("client-1", "s:1/2"),
+    ]
+    with pytest.raises(UsageError, match=r"--data 's:\{x\}'"):
+        each_its_own(lambda _: Adder(1.0), "s:{x}", 2)
+
+
+class TestDevices:
+    def test_classes_are_dealt_in_turn(self):
+        owned = devices(4, step_s="classes:1,2,4", round_s="5")
+        assert [one.step_s for one in owned] == [1.0, 2.0, 4.0, 1.0]
+        assert {one.round_s for one in owned} == {5.0}
+
+    def test_the_same_seed_gives_the_same_devices(self):
+        spread = "lognormal:2,0.5"
+        first, second = devices(50, step_s=spread, seed=1), devices(50, step_s=spread, seed=1)
+        assert first == second != devices(50, step_s=spread, seed=2)
+        assert math.isclose(float(np.median([d.step_s for d in first])), 2.0, rel_tol=0.3)
+
+    @pytest.mark.parametrize(
+        "text", ["", "normal:1", "classes:", "lognormal:1", "-1", "nan", "inf"]
+    )
+    def test_what_is_no_spread_is_refused(self, text):
+        with pytest.raises(UsageError, match="is no spread"):
+            devices(2, step_s=text)
+
+    def test_a_line_that_carries_nothing_is_refused(self):
+        with pytest.raises(UsageError, match="carries nothing"):
+            devices(2, bytes_per_s="0")

@@ -1,0 +1,304 @@
+"""The rules of asynchronous rounds, and of late updates that count, one by one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluffle_coordinator.machine import effects as fx
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.rules import Rules
+from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
+from fluffle_coordinator.machine.staleness import Discount
+from fluffle_coordinator.machine.state import Handle, Phase, Ticket
+from tests.unit.test_rounds import RUN, Run, asked, only, tells
+
+
+class Asynchronous(Run):
+    """A run whose workers bring their tickets back."""
+
+    def __init__(self, schedule: Buffered, rounds: int = 9, **start) -> None:
+        super().__init__(Rules(rounds=rounds, min_workers=1), schedule=schedule, **start)
+        self.tickets: dict[str, tuple[int, int, str]] = {}  # sequence, round and base of each
+
+    def on(self, event: ev.Event) -> list[fx.Effect]:
+        effects = super().on(event)
+        for sent in only(effects, fx.SendFit):
+            work = sent.sequence, self.state.round, self.state.base
+            self.tickets |= dict.fromkeys(sent.workers, work)
+        return effects
+
+    def comes(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
+        """Let the update of a worker's latest work come, or of another."""
+        sequence, number, base = work or self.tickets[name]
+        self.deliveries += 1
+        handle, ticket = Handle(self.link, self.deliveries), Ticket(name, sequence)
+        return self.on(ev.Arrived(self.now, handle, RUN, number, ticket, 10, base))
+
+    def counts(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
+        """Let an update come and be folded."""
+        sequence, *_ = work or self.tickets[name]
+        effects = self.comes(name, work)
+        folded = ev.Folded(self.now, Ticket(name, sequence), 1.0, 100)
+        return [*effects, *self.on(folded)]
+
+    def on_disk(self) -> list[fx.Effect]:
+        number = self.state.round
+        return self.on(ev.Committed(self.now, number, f"b{number}"))
+
+
+def running(*workers: str, schedule: Buffered | None = None, **start) -> Asynchronous:
+    run = Asynchronous(schedule or Buffered(buffer=2), **start)
+    run.connect()
+    for name in workers:
+        run.seen(name, hello=True)
+    assert run.state.phase is Phase.OPEN
+    return run
+
+
+def test_whoever_is_idle_gets_the_newest_version_at_once():
+    run = running("a")
+    assert asked(run.seen("b", hello=True)) == ["b"]
+    assert asked(run.counts("a")) == ["a"]
+    assert run.tickets["a"][1:] == (1, "b0")
+    effects = run.counts("b")  # the buffer is full: there will be a newer one in a moment
+    assert only(effects, fx.Commit)
+    assert not asked(effects)
+    assert asked(run.on_disk()) == ["b"]
+    assert run.tickets["b"][1:] == (2, "b1")
+
+
+def test_each_piece_of_work_has_a_ticket_of_its_own():
+    run = running("a", schedule=Buffered(buffer=4))
+    seen = {run.tickets["a"][0]}
+    for _ in range(3):
+        run.counts("a")
+        seen.add(run.tickets["a"][0])
+    assert len(seen) == 4
+    assert min(seen) > run.state.rules.rounds  # which is no worker's sequence but a foreign one's
+
+
+def test_who_is_at_work_goes_on_with_it():
+    run = running("a", "slow")
+    work = run.tickets["slow"]
+    for _ in range(3):
+        run.counts("a")
+        run.counts("a")
+        run.on_disk()
+    assert run.tickets["slow"] == work
+    assert run.state.asked["slow"].round == 1
+    effects = run.counts("slow")
+    assert [one.staleness for one in only(effects, fx.Fold)] == [3]
+    assert asked(effects) == ["slow"]
+
+
+def test_a_stale_update_weighs_less():
+    run = running("a", "slow")
+    for _ in range(3):
+        run.counts("a")
+        run.counts("a")
+        run.on_disk()
+    folds = only(run.comes("slow"), fx.Fold)
+    assert [(one.staleness, one.discount, one.num_examples) for one in folds] == [(3, 0.5, 10)]
+
+
+def test_what_is_too_old_is_late_and_its_worker_gets_other_work():
+    run = running("a", "slow", schedule=Buffered(buffer=1, max_staleness=1))
+    for _ in range(2):
+        run.counts("a")
+        run.on_disk()
+    effects = run.comes("slow")
+    assert tells(effects) == ["late"]
+    assert asked(effects) == ["slow"]
+    assert only(effects, fx.Ack)
+
+
+def test_what_weighs_nothing_is_late():
+    schedule = Buffered(buffer=1, phi=Discount.parse("threshold:0"))
+    run = running("a", "slow", schedule=schedule)
+    run.counts("a")
+    run.on_disk()
+    assert tells(run.comes("slow")) == ["late"]
+
+
+def test_what_comes_during_the_commit_is_in_the_next_version():
+    run = running("a", "b", "c")
+    run.counts("a")
+    run.counts("b")
+    assert run.state.phase is Phase.COMMITTING
+    assert not only(run.comes("c"), fx.Fold)
+    effects = run.on_disk()
+    folds = only(effects, fx.Fold)
+    assert [(fold.ticket.worker, fold.staleness) for fold in folds] == [("c", 1)]
+    assert len(only(effects, fx.Ack)) == 2
+
+
+def test_after_the_last_version_what_comes_is_late():
+    run = running("a", "b", "c", rounds=1)
+    run.counts("a")
+    run.counts("b")
+    run.comes("c")
+    assert "late" in tells(run.on_disk())
+    assert tells(run.comes("a", (run.state.sequence, 1, "b0"))) == ["late"]
+
+
+def test_a_redelivery_is_known_by_its_ticket():
+    run = running("a", "b")
+    first = run.tickets["a"]
+    run.counts("a")
+    assert only(run.comes("a", first), fx.Ack)  # a copy of what is in the sum
+    run.counts("a")
+    run.on_disk()
+    assert tells(run.comes("a", first)) == ["duplicate"]
+    assert not run.state.received
+
+
+def test_an_update_from_weights_that_were_taken_back_is_refused():
+    run = running("a")
+    sequence, number, _ = run.tickets["a"]
+    (reject,) = only(run.comes("a", (sequence, number, "elsewhere")), fx.Reject)
+    assert "trained from the weights elsewhere" in reject.reason
+
+
+def test_a_ticket_that_nobody_issued_is_refused():
+    run = running("a")
+    (reject,) = only(run.comes("a", (10**12, 1, "b0")), fx.Reject)
+    assert "was not issued" in reject.reason
+
+
+def test_after_a_restart_what_was_sent_counts_and_what_is_trained_is_waited_for():
+    tickets = {3: frozenset({Ticket("a", 12_000)})}
+    run = Asynchronous(
+        Buffered(buffer=2), committed=3, counted=tickets, sequence=12_000, base="b3",
+        earlier={2: "b1", 3: "b2", 4: "b3"},
+    )  # fmt: skip
+    run.connect()
+    told = {"run": RUN, "round": 3, "base": "b2", "sequence": 12_007}
+    assert not asked(run.seen("a", state="training", **told))
+    run.seen("b", hello=True)
+    assert run.state.asked["a"].sequence == 12_007
+    assert run.tickets["b"][0] > 12_007
+    (fold,) = only(run.comes("a", (12_007, 3, "b2")), fx.Fold)
+    assert fold.staleness == 1
+    assert tells(run.comes("a", (12_000, 3, "b2"))) == ["duplicate"]
+
+
+def test_an_old_sign_of_life_takes_up_nothing_that_is_counted():
+    run = running("a", "b", schedule=Buffered(buffer=2, concurrency=1))
+    (busy,) = run.state.asked
+    sequence, number, base = run.tickets[busy]
+    run.counts(busy)
+    at = {"run": RUN, "round": number, "base": base, "sequence": sequence}
+    run.seen(busy, state="sending", **at)
+    issued = run.state.asked.get(busy)
+    assert issued is None or issued.sequence != sequence
+
+
+def test_no_more_are_at_work_than_the_concurrency():
+    run = running("a", "b", "c", "d", schedule=Buffered(buffer=3, concurrency=2))
+    for _ in range(12):
+        assert run.state.tally.unfolded == 2
+        run.counts(next(iter(run.state.asked)))
+        if run.state.phase is Phase.COMMITTING:
+            run.on_disk()
+        for name in "abcd":
+            run.seen(name)
+
+
+def test_who_brings_no_ticket_back_counts_once_a_version():
+    run = running("old")
+    foreign = (1, 1, "b0")
+    effects = run.counts("old", foreign)
+    assert "counted" in tells(effects)
+    assert not asked(effects)
+    assert only(run.comes("old", foreign), fx.Ack)
+    run.seen("a", hello=True)
+    run.counts("a")
+    assert set(asked(run.on_disk())) == {"a", "old"}
+    assert "counted" in tells(run.counts("old", (2, 2, "b1")))
+
+
+def test_a_rejected_worker_has_other_work_with_the_next_version():
+    run = running("bad", "a")
+    run.comes("bad")
+    sequence, *_ = run.tickets["bad"]
+    run.on(ev.FoldFailed(run.now, Ticket("bad", sequence), "NaN", "not_finite"))
+    run.seen("bad", state="idle", run=RUN, round=1, base="b0", sequence=sequence)
+    assert "bad" in run.state.failed
+    run.counts("a")
+    run.counts("a")
+    assert "bad" in asked(run.on_disk())
+    assert run.tickets["bad"][0] != sequence
+
+
+def test_a_worker_that_lost_its_work_gets_the_newest():
+    run = running("a", "b")
+    old = run.tickets["b"]
+    for _ in range(2):
+        run.counts("a")
+        run.counts("a") if run.state.phase is Phase.OPEN else None
+        run.on_disk()
+    assert asked(run.seen("b", hello=True, session="b-2")) == ["b"]
+    assert run.tickets["b"][0] > old[0]
+    assert run.tickets["b"][1] == run.state.round
+
+
+# --- late updates of synchronous rounds --------------------------------------------------------
+
+
+def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
+    rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=2))
+    run = Run(rules, schedule=QuorumRounds(max_staleness=1))
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True)
+    run.update("a")
+    run.update("b")
+    run.committed("a", "b")
+    (fold,) = only(run.arrived("c", round=1, base="b0"), fx.Fold)
+    assert (fold.ticket, fold.staleness) == (Ticket("c", 1), 1)
+    assert fold.discount == pytest.approx(math.sqrt(0.5))
+    run.on(ev.Folded(run.now, Ticket("c", 1), 1.0, 100))
+    run.update("a")
+    assert run.state.phase is Phase.OPEN
+    run.update("c")
+    assert run.state.phase is Phase.COMMITTING
+    run.committed("a", "c")
+    assert run.state.counted_before[2] == {Ticket("c", 1), Ticket("a", 2), Ticket("c", 2)}
+
+
+# --- what a stale update weighs ----------------------------------------------------------------
+
+discounts = st.one_of(
+    st.just("constant"),
+    st.builds("polynomial:{:g}".format, st.floats(0, 3)),
+    st.builds("hinge:{:g},{:g}".format, st.floats(0, 20), st.floats(0, 9)),
+    st.builds("threshold:{:g}".format, st.floats(0, 9)),
+)
+
+
+@given(discounts, st.integers(0, 1000))
+def test_a_discount_begins_at_1_and_never_grows(text, staleness):
+    phi = Discount.parse(text)
+    assert phi(0) == 1.0
+    assert 0 <= phi(staleness + 1) <= phi(staleness) <= 1.0
+    assert Discount.parse(str(phi)) == phi
+
+
+def test_the_discounts_of_the_papers():
+    assert [Discount()(s) for s in (0, 1, 3)] == pytest.approx([1, 0.70710678, 0.5])
+    assert [Discount.parse("hinge:10,4")(s) for s in (4, 5, 6)] == pytest.approx(
+        [1, 1 / 11, 1 / 21]
+    )
+    assert [Discount.parse("threshold:2")(s) for s in (2, 3)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["", "exponential", "hinge:1", "polynomial:-1", "polynomial:x"])
+def test_what_is_no_discount_is_said(text):
+    with pytest.raises(ValueError, match="is none of|does not have"):
+        Discount.parse(text)

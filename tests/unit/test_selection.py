@@ -1,0 +1,198 @@
+"""Who is asked: every rule, its frequencies, and that the same seed chooses the same workers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.machine.rules import Rules
+from fluffle_coordinator.machine.selection import (
+    UNIFORM,
+    Candidate,
+    Draw,
+    chosen_by,
+    parse_selection,
+)
+from fluffle_coordinator.service.schedule_loading import load_selection
+from tests.unit.test_rounds import asked, opened
+
+RULES = ["uniform", "poisson", "weighted", "round-robin", "fastest:0.25"]
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        st.text("abcdefgh", min_size=1, max_size=4),
+        st.integers(1, 10**12),
+        st.integers(0, 9),
+        st.none() | st.floats(0, 1e6),
+    ),
+    min_size=1,
+    max_size=20,
+    unique_by=lambda one: one.name,
+)
+draws = st.builds(Draw, st.integers(0, 2**63 - 1), st.integers(1, 10**6), st.integers(0, 3))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    there=candidates, count=st.integers(1, 25), draw=draws, rng=st.randoms(use_true_random=False)
+)
+@settings(max_examples=60, deadline=None)
+def test_the_same_seed_chooses_the_same_workers_in_any_order(rule, there, count, draw, rng):
+    chosen = chosen_by(parse_selection(rule), there, count, draw)
+    mixed = rng.sample(there, len(there))
+    assert chosen == chosen_by(parse_selection(rule), mixed, count, draw)
+    assert set(chosen) <= {one.name for one in there}
+    assert len(chosen) == len(set(chosen)) >= 1
+    if parse_selection(rule).fixed:
+        assert len(chosen) == min(count, len(there))
+
+
+@given(there=candidates, count=st.integers(1, 25), draw=draws)
+def test_who_did_not_answer_comes_last(there, count, draw):
+    last = {one.name for one in there[::2]}
+    chosen = set(chosen_by(UNIFORM, there, count, draw, last=last))
+    others = {one.name for one in there} - last
+    assert chosen >= others or chosen <= others
+
+
+def frequencies(rule, there, count, draws=3000):
+    seen = Counter()
+    for number in range(1, draws + 1):
+        seen.update(chosen_by(parse_selection(rule), there, count, Draw(7, number)))
+    return {one.name: seen[one.name] / draws for one in there}
+
+
+def within(share, expected, draws=3000):
+    """Whether a share is within four standard deviations of what is expected."""
+    return abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / draws)
+
+
+def test_poisson_asks_each_by_a_chance_of_its_own():
+    there = [Candidate(f"w{number}") for number in range(20)]
+    shares = frequencies("poisson", there, 5)
+    assert all(within(share, 0.25) for share in shares.values())
+    sizes = Counter(
+        len(chosen_by(parse_selection("poisson"), there, 5, Draw(7, number)))
+        for number in range(1, 400)
+    )
+    assert len(sizes) > 5  # the size is chance, too
+    assert min(sizes) >= 1
+
+
+def test_weighted_asks_in_proportion_to_the_examples():
+    there = [Candidate("a", 100), Candidate("b", 200), Candidate("c", 700)]
+    shares = frequencies("weighted", there, 1)
+    assert within(shares["a"], 0.1)
+    assert within(shares["b"], 0.2)
+    assert within(shares["c"], 0.7)
+    # Two without replacement: a is first, or second after b or c.
+    expected = 0.1 + 0.2 * 100 / 800 + 0.7 * 100 / 300
+    assert within(frequencies("weighted", there, 2)["a"], expected)
+
+
+def test_uniform_asks_all_alike_however_many_examples_they_have():
+    there = [Candidate("a", 1), Candidate("b", 10**6), Candidate("c", 5), Candidate("d", 70)]
+    assert all(within(share, 0.5) for share in frequencies("uniform", there, 2).values())
+
+
+def turns(rule, names, count, rounds, seconds=None):
+    """Let rounds pass, and return how often each was asked in each."""
+    asked_in: dict[str, int] = {}
+    rows = []
+    for number in range(1, rounds + 1):
+        there = [Candidate(n, 1, asked_in.get(n, 0), (seconds or {}).get(n)) for n in names]
+        chosen = chosen_by(parse_selection(rule), there, count, Draw(3, number))
+        asked_in |= dict.fromkeys(chosen, number)
+        rows.append(chosen)
+    return rows
+
+
+@given(present=st.integers(1, 12), count=st.integers(1, 12))
+def test_round_robin_asks_everyone_before_anyone_again(present, count):
+    names = [f"w{number}" for number in range(present)]
+    cycle = math.ceil(present / count)
+    rows = turns("round-robin", names, count, 3 * cycle)
+    for start in range(2 * cycle):
+        assert {name for row in rows[start : start + cycle] for name in row} == set(names)
+
+
+@given(present=st.integers(5, 12), count=st.integers(1, 5))
+def test_the_fastest_are_asked_and_the_slow_have_their_floor(present, count):
+    seconds = {f"w{number:02}": 1.0 + number for number in range(present)}
+    floor = math.ceil(0.25 * count)
+    rounds = 3 * math.ceil(present / floor)
+    rows = turns("fastest:0.25", list(seconds), count, rounds, seconds)
+    assert {name for row in rows for name in row} == set(seconds)  # nobody starves
+    fast = sorted(seconds)[: count - floor]
+    for row in rows:
+        assert len(set(fast) - set(row)) == 0
+
+
+def test_whom_nobody_has_seen_to_train_counts_as_the_fastest():
+    there = [Candidate("new"), Candidate("fast", train_s=1.0), Candidate("slow", train_s=9.0)]
+    assert chosen_by(parse_selection("fastest:0"), there, 1, Draw(0, 1)) == ("new",)
+
+
+@pytest.mark.parametrize("text", ["best", "fastest:2", "fastest:x", ""])
+def test_what_is_no_rule_is_said(text):
+    with pytest.raises(ValueError, match="is none of|needs a part"):
+        load_selection(text)
+
+
+def test_a_rule_from_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def alphabetical(candidates, count, draw):\n"
+        "    return [one.name for one in candidates][:count]\n"
+        "nothing = 3\n"
+    )
+    rule = load_selection(f"{tmp_path}/mine.py:alphabetical")
+    assert rule.name == "mine.py:alphabetical"
+    rules = Rules(rounds=1, min_workers=4, clients=2, selection=rule)
+    assert set(opened(*"dcba", rules=rules).state.asked) == {"a", "b"}
+    with pytest.raises(UsageError, match="names no function"):
+        load_selection(f"{tmp_path}/mine.py:nothing")
+
+
+# --- in the machine ----------------------------------------------------------------------------
+
+
+def test_a_number_of_workers_is_asked_in_place_of_a_fraction():
+    run = opened(*"abcdef", rules=Rules(rounds=1, min_workers=6, clients=2))
+    assert len(run.state.asked) == run.state.needed == 2
+    assert not asked(run.seen("g", hello=True))
+
+
+def test_over_provisioning_asks_more_and_takes_the_first():
+    names = [f"w{number:02}" for number in range(20)]
+    rules = Rules(rounds=1, min_workers=20, clients=10, over_provision=1.3)
+    run = opened(*names, rules=rules)
+    assert len(run.state.asked) == 13
+    assert run.state.needed == 10
+    chosen = sorted(run.state.asked)
+    for name in chosen[:9]:
+        run.update(name)
+    assert run.state.folded == 9
+    run.update(chosen[9])
+    assert run.state.phase == "committing"
+
+
+def test_over_provisioning_outlasts_the_loss_of_as_many():
+    names = [f"w{number:02}" for number in range(20)]
+    rules = Rules(rounds=1, min_workers=20, clients=10, over_provision=1.3)
+    run = opened(*names, rules=rules)
+    for name in sorted(run.state.asked)[:3]:
+        run.left(name)
+    assert run.state.needed == 10
+    run.left(sorted(run.state.asked)[3])
+    assert run.state.needed == 9
+
+
+@given(st.integers(1, 200), st.floats(1, 5))
+def test_as_many_are_waited_for_as_were_wanted(clients, over):
+    rules = Rules(rounds=1, clients=clients, over_provision=over)
+    assert rules.waited_for(rules.ask(1000)) == clients
