@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import command, figures
 from benchmarks.arrays import make_weights
 from benchmarks.processes import ROOT
-from fluffle_common.tensors.layout import layout_for
+from fluffle_common.tensors.layout import Layout, Tensors, layout_for
 from fluffle_common.tensors.on_disk import laid_on_disk
 from fluffle_common.tensors.weights import check_delta
 from fluffle_coordinator.strategy.base import Contribution
@@ -36,24 +36,35 @@ _REFERENCE = "fedavg"
 _STRATEGIES = (_REFERENCE, "median", "trimmed:0.2", "krum:f=2", "rfa", "clip:1+median", "fedadam")
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+def _memory_mb(line: str) -> float:
+    """Return what Linux says of this process: ``VmRSS``, or ``VmHWM``, the peak of that."""
+    (told,) = re.findall(rf"{line}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(told) * 1024 / 1e6
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _random_update(layout: Layout, numbers: np.random.Generator) -> Tensors:
+    delta = layout.over(memoryview(bytearray(layout.nbytes)))
+    for tensor in delta.values():
+        numbers.standard_normal(out=tensor, dtype=tensor.dtype)
+    return delta
 
 
 def one_round(name: str, size_mb: float, updates: int, folder: Path) -> dict[str, float]:
     """Run one round in this process; return its peak memory and its times."""
     strategy = named_strategy(name).strategy
     numbers = np.random.default_rng(0)
-    before = _peak_mb()
+    before = _memory_mb("VmRSS")
     weights = make_weights(round(size_mb * 1e6))
+    _forget_peak()  # that of making random weights
     layout = layout_for(weights)
     state = strategy.init(weights)
     fold_s = 0.0
     for place in range(updates):
-        payload = bytearray(layout.nbytes)
-        delta = layout.over(memoryview(payload))
-        for tensor in delta.values():
-            numbers.standard_normal(out=tensor, dtype=tensor.dtype)
+        delta = _random_update(layout, numbers)
         began = time.perf_counter()
         check_delta(delta, weights)
         one = Contribution(
@@ -64,12 +75,12 @@ def one_round(name: str, size_mb: float, updates: int, folder: Path) -> dict[str
         )
         state = strategy.fold(state, one)
         fold_s += time.perf_counter() - began
-        del payload, delta, one
+        del delta, one  # before the next is made
     began = time.perf_counter()
     strategy.finish(state, weights)
     finish_s = time.perf_counter() - began
     return {
-        "peak_mb": round(_peak_mb() - before, 1),
+        "peak_mb": round(_memory_mb("VmHWM") - before, 1),
         "fold_s": round(fold_s, 3),
         "finish_s": round(finish_s, 3),
     }
