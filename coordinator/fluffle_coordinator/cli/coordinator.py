@@ -126,9 +126,9 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--strategy",
     default="fedavg",
-    metavar="NAME|path.py:name",
-    help="How updates become the next model: a strategy by its name, or an object in a file of "
-    "your own.",
+    metavar="NAME[:ARGUMENTS]|path.py:name",
+    help="How updates become the next model: such as fedadam:lr=0.03, median or "
+    "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or an object in a file of your own.",
 )
 @click.option(
     "--evaluate",
