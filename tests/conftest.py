@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,12 +34,12 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 
 
 @pytest.fixture(autouse=True)
-def _forget_modules_of_tests() -> Iterator[None]:
+def _forget_modules_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let no test find a module that another has written, imported, and left."""
-    before = set(sys.modules)
+    before, written = set(sys.modules), str(tmp_path_factory.getbasetemp())
     yield
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(tempfile.gettempdir()):
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(written):
             del sys.modules[name]
 
 

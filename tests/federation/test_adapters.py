@@ -57,7 +57,9 @@ def trained_alone(rounds: int) -> list[Any]:
     tasks = [adapted(seed) for seed in (0, 1)]
     weights, found = tasks[0].init(0), []
     for number in range(1, rounds + 1):
-        plan = RoundPlan(**{**dict(PLAN), "seed": number, "run": "r", "round": number})
+        plan = RoundPlan(
+            **{**dict(PLAN), "seed": number, "run": "r", "round": number, "sequence": number}
+        )
         ends = [task.train(weights, plan, lambda *_: None).weights for task in tasks]
         weights = {name: (ends[0][name] + ends[1][name]) / 2 for name in weights}
         found.append(weights)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import mmap
+import os
 import re
 from pathlib import Path
 
@@ -9,20 +13,23 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import RunError, TaskError, UsageError
 from fluffle_common.tensors.checkpoint import (
     checkpoint_name,
     read_checkpoint,
     read_whole,
     save_checkpoint,
 )
+from fluffle_common.tensors.on_disk import laid_on_disk
 from fluffle_coordinator.cli.run_folder import replay
+from fluffle_coordinator.service import committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.strategy.base import Contribution
 from tests.federation.harness import Adder
 
 FILE = Path(__file__).with_name("momentum.py")
+MEDIAN = load_strategy("median")
 DOCS = Path(__file__).parents[2] / "docs" / "strategies.md"
 BROKEN = """
 import numpy as np
@@ -84,13 +91,22 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
     federated(scenario)
 
 
-def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated):
-    rounds, folders = 6, []
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        (f"{FILE}:momentum", {"w"}),
+        ("fedavgm:lr=0.5", {"w"}),
+        ("fedadam:lr=0.1", {"steps", "first/w", "second/w"}),
+        ("fedyogi:lr=0.1", {"steps", "first/w", "second/w"}),
+    ],
+)
+def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, name, kept):
+    rounds, folders, strategy = 6, [], load_strategy(name)
 
     async def uninterrupted(federation):
         federation.folder = federation.folder.with_name("whole")
         folders.append(federation.folder)
-        coordinator = federation.coordinator(rounds, strategy=momentum())
+        coordinator = federation.coordinator(rounds, strategy=strategy)
         federation.worker("a", Adder(federation.loop, 0.1))
         federation.worker("b", Adder(federation.loop, 0.3, num_examples=30))
         await coordinator.end()
@@ -101,20 +117,128 @@ def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated):
         federation.worker("a", Adder(federation.loop, 0.1))
         federation.worker("b", Adder(federation.loop, 0.3, num_examples=30))
         for when in ("first_weights", "committed", "opened"):
-            coordinator = federation.coordinator(rounds, strategy=momentum())
+            coordinator = federation.coordinator(rounds, strategy=strategy)
             await coordinator.log.until(when, 1 if when == "first_weights" else 2)
             await coordinator.kill()
-        assert (await federation.coordinator(rounds, strategy=momentum()).end()).round >= rounds
+        assert (await federation.coordinator(rounds, strategy=strategy).end()).round >= rounds
 
     federated(uninterrupted)
     federated(killed)
     for number in range(rounds + 1):
         one, other = (read_whole(folder / checkpoint_name(number)) for folder in folders)
-        assert one.kept.keys() == other.kept.keys() == ({"w"} if number else set())
+        assert one.kept.keys() == other.kept.keys() == (kept if number else set())
         for mine, theirs in ((one.weights, other.weights), (one.kept, other.kept)):
             assert {n: t.tobytes() for n, t in mine.items()} == {
                 n: t.tobytes() for n, t in theirs.items()
             }
+
+
+@pytest.mark.parametrize("name", ["fedadam:lr=0.1", "median+fedavgm", "multikrum:f=0,m=2"])
+def test_a_strategy_with_a_name_is_in_the_history_and_is_replayed(federated, name):
+    async def scenario(federation):
+        strategy = load_strategy(name)
+        coordinator = federation.coordinator(rounds=3, strategy=strategy, keep_updates=True)
+        for number, worker in enumerate("abcd"):
+            federation.worker(worker, Adder(federation.loop, 1.0 + number, num_examples=5))
+        assert (await coordinator.end()).outcome == "finished"
+        assert {line["strategy"] for line in federation.history()} == {strategy.name}
+        for number in (1, 2, 3):
+            words = [str(federation.folder), "--round", str(number)]
+            shown = CliRunner().invoke(replay, words, catch_exceptions=False)
+            assert "equal: all 1 tensors" in shown.output
+
+    federated(scenario)
+
+
+def test_a_strategy_of_all_updates_finds_them_on_the_disk_of_the_run(federated, monkeypatch):
+    laid = []
+
+    def lay(delta, folder):
+        found = laid_on_disk(delta, folder)
+        laid.append((folder, isinstance(found.memory.obj, mmap.mmap)))
+        return found
+
+    monkeypatch.setattr(committer, "laid_on_disk", lay)
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=3, strategy=MEDIAN)
+        for worker, value in (("a", 1.0), ("b", 2.0), ("c", 99.0)):
+            federation.worker(worker, Adder(federation.loop, value))
+        await coordinator.end()
+        assert federation.weights(2)["w"].tolist() == [4.0] * 4
+        assert laid == [(federation.folder, True)] * 6
+        assert not [path for path in federation.folder.iterdir() if path.name.startswith("tmp")]
+
+    federated(scenario)
+
+
+def test_a_disk_without_room_for_the_updates_of_a_round_ends_the_run_and_loses_nothing(
+    federated, monkeypatch
+):
+    def full(delta, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def scenario(federation):
+        tasks = [Adder(federation.loop, value) for value in (1.0, 2.0, 9.0)]
+        for name, task in zip("abc", tasks, strict=True):
+            federation.worker(name, task)
+        with monkeypatch.context() as patch:
+            patch.setattr(committer, "laid_on_disk", full)
+            coordinator = federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN)
+            with pytest.raises(RunError, match=r"\(No space left on device\); make room there"):
+                await coordinator.end()
+        await federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN).end()
+        assert federation.weights(1)["w"].tolist() == [2.0] * 4
+        assert [len(task.trained) for task in tasks] == [1, 1, 1]  # the same updates
+
+    federated(scenario)
+
+
+def test_an_update_without_the_metric_that_the_strategy_needs_is_refused(federated):
+    class Counting(Adder):
+        def train(self, weights, plan, progress):
+            found = super().train(weights, plan, progress)
+            return dataclasses.replace(found, metrics={"steps": 4.0})
+
+    async def scenario(federation):
+        strategy = load_strategy("fednova")
+        coordinator = federation.coordinator(rounds=1, number=1, strategy=strategy)
+        federation.worker("a", Counting(federation.loop, 3.0, step_s=1.0))
+        federation.worker("b", Adder(federation.loop, 5.0))
+        await coordinator.end()
+        (refused,) = coordinator.log.of("rejected")
+        assert refused["worker"] == "b"
+        assert "the update has no metric 'steps', which the strategy" in refused["reason"]
+        assert federation.participants() == [["a"]]
+
+    federated(scenario)
+
+
+def test_privacy_is_in_the_history_and_a_crash_forgets_none_of_it(federated):
+    strategy = load_strategy("dp:clip=1,noise=4,workers=2,budget=2+fedavgm:momentum=0.5")
+    most = strategy.strategy.needs.max_rounds
+    assert most == 4
+
+    async def scenario(federation):
+        rules = {"rounds": most, "strategy": strategy, "keep_updates": True}
+        first = federation.coordinator(**rules)
+        federation.workers(2)
+        await first.log.until("committed", 2)
+        await first.kill()
+        again = federation.coordinator(**rules)
+        await again.end()
+        spent = [
+            {name: line[name] for name in ("epsilon", "delta")} for line in federation.history()
+        ]
+        assert spent == [strategy.strategy.spent(number) for number in range(1, most + 1)]
+        assert [one["delta"] for one in spent] == [1e-5] * most
+        assert spent[-1]["epsilon"] <= 2 < strategy.strategy.spent(most + 1)["epsilon"]
+        assert again.log.of("privacy")[-1] == {"round": most, **spent[-1]}
+        words = [str(federation.folder), "--round", "1"]
+        with pytest.raises(UsageError, match="made with noise that is kept nowhere .dp:clip=1"):
+            CliRunner().invoke(replay, words, catch_exceptions=False, standalone_mode=False)
+
+    federated(scenario)
 
 
 @pytest.mark.parametrize("name", ["median", "momentum"])

@@ -84,7 +84,9 @@ def task_of(model: Any, **changes: Any) -> FlaxTask:
 
 def train(task: FlaxTask, weights: Weights, number: int = 1, **plan: Any) -> Weights:
     told = {"epochs": 2, "batch_size": 4, "run": "r"} | plan
-    return task.train(weights, RoundPlan(round=number, **told), lambda *_: None).weights
+    return task.train(
+        weights, RoundPlan(round=number, sequence=number, **told), lambda *_: None
+    ).weights
 
 
 def moved(one: Weights, other: Weights) -> list[str]:

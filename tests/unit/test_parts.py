@@ -27,7 +27,9 @@ from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import NotFinite, check_delta, finite_norm
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service import spool
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Average
@@ -212,8 +214,12 @@ class Sum:
         assert isinstance(announced, Update)
         return Held(Delivered(body), announced, payload)
 
+    def begin_to_fold(self, held: Held, num_examples: int, number: int) -> None:
+        ticket = rs.Ticket(held.message.worker, number)
+        self.aggregator.fold(held, fx.Fold(rs.Handle(1, 1), ticket, num_examples), number)
+
     async def fold(self, held: Held) -> ev.Event:
-        self.aggregator.fold(held, held.message.num_examples)
+        self.begin_to_fold(held, held.message.num_examples, held.message.round)
         return await self.news.get()
 
     async def average(self) -> bytes:
@@ -389,8 +395,8 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
     monkeypatch.setattr(spool.Spool, "payload", whole)
     monkeypatch.setattr(summing.aggregator, "_at_once_bytes", 0)
     one, other = await summing.send("a", values(1)), await summing.send("b", values(2))
-    summing.aggregator.fold(one, 3)
-    summing.aggregator.fold(other, 3)
+    summing.begin_to_fold(one, 3, 1)
+    summing.begin_to_fold(other, 3, 1)
     async with asyncio.timeout(60):
         await begun.wait()
         await fetched.wait()  # of which the first is being folded

@@ -152,7 +152,7 @@ def test_a_rule_from_a_file(tmp_path):
     )
     rule = load_selection(f"{tmp_path}/mine.py:alphabetical")
     assert rule.name == "mine.py:alphabetical"
-    rules = Rules(rounds=1, min_workers=4, clients=2, selection=rule)
+    rules = Rules(rounds=1, min_workers=4, sample=2, selection=rule)
     assert set(opened(*"dcba", rules=rules).state.asked) == {"a", "b"}
     with pytest.raises(UsageError, match="names no function"):
         load_selection(f"{tmp_path}/mine.py:nothing")
@@ -162,14 +162,14 @@ def test_a_rule_from_a_file(tmp_path):
 
 
 def test_a_number_of_workers_is_asked_in_place_of_a_fraction():
-    run = opened(*"abcdef", rules=Rules(rounds=1, min_workers=6, clients=2))
+    run = opened(*"abcdef", rules=Rules(rounds=1, min_workers=6, sample=2))
     assert len(run.state.asked) == run.state.needed == 2
     assert not asked(run.seen("g", hello=True))
 
 
 def test_over_provisioning_asks_more_and_takes_the_first():
     names = [f"w{number:02}" for number in range(20)]
-    rules = Rules(rounds=1, min_workers=20, clients=10, over_provision=1.3)
+    rules = Rules(rounds=1, min_workers=20, sample=10, over_provision=1.3)
     run = opened(*names, rules=rules)
     assert len(run.state.asked) == 13
     assert run.state.needed == 10
@@ -183,7 +183,7 @@ def test_over_provisioning_asks_more_and_takes_the_first():
 
 def test_over_provisioning_outlasts_the_loss_of_as_many():
     names = [f"w{number:02}" for number in range(20)]
-    rules = Rules(rounds=1, min_workers=20, clients=10, over_provision=1.3)
+    rules = Rules(rounds=1, min_workers=20, sample=10, over_provision=1.3)
     run = opened(*names, rules=rules)
     for name in sorted(run.state.asked)[:3]:
         run.left(name)
@@ -194,5 +194,5 @@ def test_over_provisioning_outlasts_the_loss_of_as_many():
 
 @given(st.integers(1, 200), st.floats(1, 5))
 def test_as_many_are_waited_for_as_were_wanted(clients, over):
-    rules = Rules(rounds=1, clients=clients, over_provision=over)
+    rules = Rules(rounds=1, sample=clients, over_provision=over)
     assert rules.waited_for(rules.ask(1000)) == clients

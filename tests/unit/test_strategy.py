@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -26,12 +25,13 @@ from fluffle_common.tensors.checkpoint import (
     save_checkpoint,
 )
 from fluffle_common.tensors.weights import NotFinite, check_delta
-from fluffle_coordinator.machine.state import Rules
+from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service import strategy_loading as module
 from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.strategy_loading import check_needs, check_same, load_strategy
+from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
 from fluffle_coordinator.storage.replay import strategy_of
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy, Needs, Strategy
@@ -190,16 +190,13 @@ def test_a_strategy_in_a_file_is_named_by_the_file_wherever_that_is(here):
     assert load_strategy("mine:momentum").name == "mine:momentum"
 
 
-def test_the_names_are_entry_points(monkeypatch):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (value,) = project["entry-points"]["fluffle.strategies"].values()
-    assert EntryPoint("fedavg", value, "fluffle.strategies").load() is fedavg
+def test_packages_add_names_by_entry_points(monkeypatch):
     other = EntryPoint("other", "fluffle_coordinator.strategy.fedavg:fedavg", "fluffle.strategies")
     broken = EntryPoint("broken", "nothing_of_that_name:x", "fluffle.strategies")
     monkeypatch.setattr(module, "entry_points", lambda group: [other, broken])
     assert load_strategy("other") == NamedStrategy("other", fedavg)
     with pytest.raises(
-        UsageError, match="no strategy 'x'.* known are broken, fedavg, other, scaffold, and"
+        UsageError, match="no strategy 'x'.* known are broken, clip, .*other, .*path.py:name"
     ):
         load_strategy("x")
     with pytest.raises(TaskError, match="broken of nothing_of_that_name:x fails to load"):
@@ -225,10 +222,7 @@ def make():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (
-            "nope",
-            "there is no strategy 'nope' .*known are fedavg, scaffold, and path.py:name takes one",
-        ),
+        ("nope", "there is no strategy 'nope' .*known are clip, .* path.py:name takes one"),
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
         ("gone_too:x", r"there is no module gone_too \(--strategy\)"),
         ("mine.py:", "--strategy wants module:name or path.py:name, not 'mine.py:'"),
@@ -274,24 +268,36 @@ def needing(**needs):
 @pytest.mark.parametrize(
     ("needs", "rules", "told"),
     [
-        ({"all_updates": True}, {}, "all updates of a round at once, which this version does not"),
         ({"extra": ("c",)}, {}, r"has needs.extra \('c',\); a mapping of names to shapes"),
-        ({"min_updates": 3}, {"least": 2}, "close with 2; give --min-workers of 3 or more"),
+        ({"min_examples": 9}, {}, "at least 9 examples a round, which this version does not"),
         (
             {"min_updates": 3},
-            {"least": 3, "on_deadline": "close"},
-            "close with 1; give --min-updates and --min-workers of 3 or more",
+            {"quorum": Quorum(number=2)},
+            "needs 3 updates a round, and --quorum 2 closes it with 2; give --quorum 3 or more, or",
         ),
     ],
 )
 def test_a_strategy_that_does_not_get_what_it_needs_is_refused(needs, rules, told):
     with pytest.raises(UsageError, match=told):
-        check_needs(needing(**needs), Rules(rounds=1, **rules))
+        rules_for(needing(**needs), Rules(rounds=1, **rules))
+
+
+def test_a_schedule_that_does_not_give_what_a_strategy_needs_is_refused():
+    rules = Rules(rounds=1)
+    with pytest.raises(UsageError, match="needs 5 updates a version, and --buffer 3 closes it"):
+        rules_for(needing(min_updates=5), rules, "buffered:buffer=3", Buffered(buffer=3))
+    rules_for(needing(min_updates=5), rules, "buffered:buffer=5", Buffered(buffer=5))
+    rules_for(needing(once=True), rules, "quorum")
+    for schedule in ("buffered:buffer=3", "quorum:late=discount", "mine.py:mine"):
+        with pytest.raises(UsageError, match="needs synchronous rounds in which late updates do"):
+            rules_for(needing(once=True), rules, schedule)
 
 
 def test_a_strategy_that_gets_what_it_needs_is_taken():
-    check_needs(FEDAVG, Rules(rounds=1))
-    check_needs(needing(min_updates=3), Rules(rounds=1, least=3))
+    plain, five = Rules(rounds=1), Rules(rounds=1, min_workers=5, least=5, min_updates=5)
+    assert rules_for(FEDAVG, plain) == plain
+    assert rules_for(needing(min_updates=5), plain) == five
+    assert rules_for(needing(min_updates=3), five) == five
 
 
 def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):

@@ -106,15 +106,10 @@ def execute(
     if differs:
         raise TaskError(differs)
     ids["base"] = message.base
-    found = None
-    if isinstance(message, Evaluate) or message.evaluate:
-        found = results.evaluated(lambda: task.evaluate(lent(job.weights, task)))
+    job.evaluation = _evaluated(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
-        # Where nothing is held out, that is the answer, so that nobody waits for another.
-        job.evaluation = _evaluation(ids, message.round, found or EvalResult(0.0, 0))
         return
-    if found is not None:
-        job.evaluation = _evaluation(ids, message.round - 1, found)
+    if job.evaluation is not None:
         evaluated()
 
     def step(number: int, steps: int, loss: float | None = None) -> None:
@@ -131,6 +126,25 @@ def execute(
         job.answer, left = _encoded(update, learnt, codec, residual().before(job.work), seed)
         job.residual = Residual(job.work, left)
     job.weights, job.broadcast = {}, {}  # the answer is kept for a while, these need not be
+
+
+def _evaluated(
+    weights: Weights,
+    message: Fit | Evaluate,
+    task: Task,
+    ids: dict[str, Any],
+    results: Results,
+) -> Evaluation | None:
+    """Evaluate, if that is asked for; return what is to be said of it."""
+    number = message.round
+    if isinstance(message, Fit):
+        number -= 1  # of the model that was received
+        if not message.evaluate:
+            return None
+    found = results.evaluated(lambda: task.evaluate(lent(weights, task)))
+    if found is None and isinstance(message, Evaluate):
+        found = EvalResult(0.0, 0)  # an answer, too, so that nobody waits for another
+    return None if found is None else _evaluation(ids, number, found)
 
 
 def _trained(
@@ -241,9 +255,10 @@ def _plan_of(message: Fit) -> RoundPlan:
 
     The task may do with the plan's ``config`` what it likes.
     """
-    seed = (message.plan.seed * 1_000_003 + (message.sequence or message.round)) % 2**63
+    ticket = message.sequence or message.round
+    seed = (message.plan.seed * 1_000_003 + ticket) % 2**63
     own = {"seed": seed, "config": dict(message.plan.config)}
-    at = {"run": message.run, "round": message.round}
+    at = {"run": message.run, "round": message.round, "sequence": ticket}
     return RoundPlan(**{**dict(message.plan), **own, **at})
 
 

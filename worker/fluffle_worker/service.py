@@ -87,11 +87,9 @@ class WorkerService:
         codecs: Registry = CODECS,
         exchanges: Exchanges | None = None,
     ) -> None:
-        self._settings, self._task = settings, task
-        self._tell, self._bar = tell, bar
-        self._topology, self._exchanges = topology, exchanges or Exchanges()
-        if settings.state_dir is not None:
-            keep_in(settings.state_dir, task)
+        self._settings, self._task, self._topology = settings, task, topology
+        self._tell, self._bar, self._exchanges = tell, bar, exchanges or Exchanges()
+        keep_in(settings.state_dir, task)
         self._state = machine.State()
         self._run: str | None = None  # the one that we are in, or were last
         self._welcomed: tuple[str, int, int] | None = None

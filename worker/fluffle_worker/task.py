@@ -30,7 +30,8 @@ class TrainResult:
     Args:
         weights: the trained weights; names, shapes and dtypes as received.
         num_examples: on how many examples they were trained; the weight in the average.
-        metrics: anything worth knowing; ``loss`` is the mean training loss.
+        metrics: anything worth knowing; ``loss`` is the mean training loss, and ``steps`` the
+            number of local steps (the strategies qfedavg and fednova need them).
         extra: tensors for a strategy that asks for some (``Needs.extra``); not sent to another.
     """
 
@@ -55,10 +56,13 @@ class RoundPlan(Plan):
     Args:
         run: the id of the run.
         round: the number of the round, from 1.
+        sequence: the number of this worker's ticket: the round, unless the federation is
+            asynchronous; then one more with each piece of work.
     """
 
     run: str = ""
     round: int = 0
+    sequence: int = 0
 
 
 class Task(Protocol):

@@ -126,9 +126,9 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--strategy",
     default="fedavg",
-    metavar="NAME|path.py:name",
-    help="How updates become the next model: a strategy by its name, or an object in a file of "
-    "your own.",
+    metavar="NAME[:ARGUMENTS]|path.py:name",
+    help="How updates become the next model: such as fedadam:lr=0.03, median or "
+    "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or an object in a file of your own.",
 )
 @click.option(
     "--evaluate",
@@ -317,10 +317,12 @@ def rules_of(options: dict[str, Any]) -> Rules:
     quorum: Quorum = options["quorum"]
     fraction: float = options["fraction"]
     written = options["min_workers"]
-    clients: int | None = options.get("clients")
-    if clients is not None and fraction < 1:
-        raise UsageError("--fraction and --clients exclude each other; give one of them")
-    sample = min(clients, written or clients) if clients else sample_size(fraction, written or 1)
+    asked_for: int | None = options.get("sample")
+    if asked_for is not None and fraction < 1:
+        raise UsageError("--fraction and --sample exclude each other; give one of them")
+    sample = (
+        min(asked_for, written or asked_for) if asked_for else sample_size(fraction, written or 1)
+    )
     least = quorum.of(sample) if written else quorum.number or 1
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
@@ -337,7 +339,7 @@ def rules_of(options: dict[str, Any]) -> Rules:
         on_deadline=options["on_deadline"],
         min_updates=options["min_updates"],
         fraction=fraction,
-        clients=clients,
+        sample=asked_for,
         over_provision=options.get("over_provision", 1.0),
         selection=options.get("select") or UNIFORM,
         max_examples=options["max_examples"],

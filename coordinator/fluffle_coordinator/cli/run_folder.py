@@ -85,6 +85,11 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
             f"round {number} of {folder} was made with the strategy {name}, not with {named.name}; "
             "name that one with --strategy"
         )
+    if not named.strategy.needs.repeatable:
+        raise UsageError(
+            f"round {number} of {folder} was made with noise that is kept nowhere ({name}): it "
+            "cannot be computed again"
+        )
     return GuardedStrategy(named, number)
 
 

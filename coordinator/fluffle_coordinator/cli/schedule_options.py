@@ -13,7 +13,7 @@ _OF_ROUNDS = {
     "quorum": "--quorum",
     "grace": "--grace",
     "fraction": "--fraction",
-    "clients": "--clients",
+    "sample": "--sample",
     "over_provision": "--over-provision",
 }
 
@@ -61,7 +61,7 @@ _OPTIONS = [
         help="Part of the workers present that is asked in a round.",
     ),
     click.option(
-        "--clients",
+        "--sample",
         type=count(),
         metavar="N",
         help="How many of the workers present are asked in a round, in place of --fraction.",
@@ -71,7 +71,7 @@ _OPTIONS = [
         type=FiniteFloat(1, 100),
         default=1.0,
         metavar="P",
-        help="Ask P times as many workers as --fraction or --clients says, and take the first: "
+        help="Ask P times as many workers as --fraction or --sample says, and take the first: "
         "1.3 asks 130 % of them.",
     ),
     click.option(

@@ -46,7 +46,7 @@ class Rules:
         max_examples: the largest weight that an update may have; None bounds it only by the number
             of examples that its worker announced.
         fraction: which part of the workers present is asked in a round.
-        clients: how many are asked, in place of a fraction.
+        sample: how many are asked, in place of a fraction.
         over_provision: how many times as many are asked as that, and as are waited for.
         selection: who is asked.
         seed: decides who is asked.
@@ -76,7 +76,7 @@ class Rules:
     min_updates: int = 1
     max_examples: int | None = None
     fraction: float = 1.0
-    clients: int | None = None
+    sample: int | None = None
     over_provision: float = 1.0
     selection: Selection = UNIFORM
     seed: int = 0
@@ -94,20 +94,20 @@ class Rules:
     def enough(self, present: int) -> bool:
         """Whether so many workers make a round that can close: the sample of them is no smaller."""
         least = max(self.least, self.quorum.number or 1)
-        return not self.samples or min(present, self.sample(present)) >= least
+        return not self.samples or min(present, self.sample_of(present)) >= least
 
     @property
     def samples(self) -> bool:
         """Whether only some of the workers present are asked."""
-        return self.fraction < 1 or self.clients is not None or not self.selection.fixed
+        return self.fraction < 1 or self.sample is not None or not self.selection.fixed
 
-    def sample(self, present: int) -> int:
+    def sample_of(self, present: int) -> int:
         """Return how many of the workers present a round is to have."""
-        return self.clients or sample_size(self.fraction, present)
+        return self.sample or sample_size(self.fraction, present)
 
     def ask(self, present: int) -> int:
         """Return how many of the workers present are asked for that."""
-        return math.ceil(self.over_provision * self.sample(present) - 1e-9)
+        return math.ceil(self.over_provision * self.sample_of(present) - 1e-9)
 
     def waited_for(self, asked: int) -> int:
         """Return of how many, of those asked, the quorum is taken."""

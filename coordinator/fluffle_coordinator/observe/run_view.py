@@ -243,6 +243,10 @@ class RunView:
             if len(one.failures) < _FAILURES:
                 one.failures[event.worker or ""] = event.reason or ""
 
+    def _privacy(self, _: float, event: run_events.Privacy) -> None:
+        for one in self._round(event.round):
+            one.epsilon = event.epsilon
+
     def _committed(self, at: float, event: run_events.Committed) -> None:
         self.waiting = None
         for one in self._round(event.round):
@@ -250,7 +254,6 @@ class RunView:
             one.participants = event.participants or ()
             one.num_examples = event.num_examples
             one.timings = event.timings or {}
-            one.epsilon = getattr(event, "epsilon", None)
             self._open.pop(one.number, None)
         if self._only is None:
             self._let_go_of_details()
@@ -349,6 +352,7 @@ _TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Failure: RunView._failure,
     run_events.Committed: RunView._committed,
     run_events.Evaluated: RunView._evaluated,
+    run_events.Privacy: RunView._privacy,
     run_events.Tested: RunView._tested,
     run_events.Closed: RunView._noted,
     run_events.Late: RunView._late,

@@ -32,6 +32,7 @@ from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy
 from fluffle_coordinator.strategy.contribution import (
     EVERYTHING,
+    check_metrics,
     decode_contribution,
     decode_extra,
 )
@@ -95,18 +96,19 @@ class Aggregator:
         self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
         self._committer, self._post = committer, post
         self._strategy, self._plan, self._keep_updates = strategy, plan, keep_updates
+        averages = strategy.name == FEDAVG.name
         self._averaged, self._jobs = averaged, SerialQueue()
         self._fetcher = Fetcher(
             topology,
             link=link,
             weights=lambda: self.weights,
             plan=plan,
-            in_pieces=strategy is FEDAVG,  # a user's strategy sees tensors by their names
+            in_pieces=averages,  # any other strategy sees tensors by their names
             max_bytes=max_model_bytes,
             verify_users=verify_users,
             folder=folder,
         )
-        self._at_once_bytes = _AT_ONCE_BYTES if strategy is FEDAVG else -1
+        self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
             number, kept = resumed
@@ -262,6 +264,7 @@ class Aggregator:
         assert isinstance(message, Update)
         assert how is not None
         began = monotonic()
+        check_metrics(message, self._strategy.strategy.needs.metrics)
         if isinstance(payload, memoryview):
             payload = payload.toreadonly()  # it may still have to be kept as it came
         delta, norm = decode_contribution(message, payload, self._base, self._plan)
@@ -279,6 +282,7 @@ class Aggregator:
             discount=how.discount,
             extra=decode_extra(message, payload, self._base, self._plan),
             metrics=message.metrics,
+            lay_on_disk=self._committer.lay_on_disk,
         )
         self._state = self._in_round(held.into).fold(self._state, one)
         self._clock.fold_s += monotonic() - began
@@ -320,7 +324,15 @@ class Aggregator:
     def _close(self, number: int, asked: tuple[str, ...], found: _Next) -> None:
         """Have the average committed, and begin the next sum."""
         self._clock.average()
-        average = Average(number, found.weights, asked, self._in_the_sum, self._clock, found.kept)
+        average = Average(
+            number,
+            found.weights,
+            asked,
+            self._in_the_sum,
+            self._clock,
+            found.kept,
+            self._in_round(number).spent(number),
+        )
         self._committer.commit(average)
         self._averaged(found.weights, found.broadcast)
         self.weights, self._state, self.broadcast = found.weights, found.state, found.broadcast

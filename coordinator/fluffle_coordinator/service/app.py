@@ -41,7 +41,7 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.service.strategy_loading import as_named, check_needs, check_same
+from fluffle_coordinator.service.strategy_loading import as_named, check_same, rules_for
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
 if TYPE_CHECKING:
@@ -100,12 +100,11 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         TaskError: where the file of a strategy or a hook fails to load.
     """
     strategy = as_named(options["strategy"])
-    check_needs(strategy, rules)
     timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
     schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
-        rules=rules,
+        rules=rules_for(strategy, rules, schedule_name, schedule),
         plan=Plan(
             epochs=options["epochs"],
             steps=options["steps"],
@@ -194,6 +193,9 @@ async def coordinate(
         watcher.record(run_events.Resumed(run=run, rounds=rounds, round=saved.committed))
     else:
         watcher.record(run_events.Started(run=run, rounds=rounds, folder=folder))
+    if rounds == settings.strategy.strategy.needs.max_rounds:
+        most = f"the strategy {settings.strategy.name} allows no more than {rounds} rounds"
+        watcher.record(run_events.Note(what=most))
     if saved.committed >= settings.rules.rounds:
         done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
         watcher.record(run_events.Note(what=done))

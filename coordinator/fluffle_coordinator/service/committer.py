@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluffle_common.clock import monotonic, timestamp
+from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
 from fluffle_common.tensors.checkpoint import checkpoint_name
+from fluffle_common.tensors.on_disk import laid_on_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -34,9 +36,9 @@ _DISK_RETRY_S = 5.0
 # What else a round's lines in the history, and the event that tells of its evaluation, may say:
 # whoever reads them puts them together. No metric is called like one of these.
 _FIELDS = frozenset(
-    "asked base bytes checkpoint committed_at ended_at evaluated_at evaluators event federation "
-    "late late_updates loss metrics num_examples opened_at outcome participants reason rejected "
-    "rejections round rounds run strategy tested_at time timings train_loss".split()
+    "asked base bytes checkpoint committed_at delta ended_at epsilon evaluated_at evaluators event "
+    "federation late late_updates loss metrics num_examples opened_at outcome participants reason "
+    "rejected rejections round rounds run strategy tested_at time timings train_loss".split()
 )
 
 
@@ -51,6 +53,7 @@ class Average:
         participants: what the history tells of each update in the sum, in the order of the sum.
         clock: where its time went.
         kept: what the strategy keeps of its state.
+        spent: what all rounds so far cost of privacy; empty where that is not counted.
     """
 
     number: int
@@ -59,6 +62,7 @@ class Average:
     participants: list[dict[str, Any]]
     clock: Clock
     kept: Weights = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 class Committer:
@@ -124,6 +128,20 @@ class Committer:
         apart = None if message.transfer is None else payload
         await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
 
+    def lay_on_disk(self, delta: Weights) -> Weights:
+        """Lay an update of the open round on the disk of the run; see ``tensors.on_disk``.
+
+        Raises:
+            RunError: where the disk refuses.
+        """
+        try:
+            return laid_on_disk(delta, self._store.folder)
+        except OSError as why:
+            raise RunError(
+                f"cannot lay an update of the open round in {self._store.folder} ({why.strerror}); "
+                "make room there and run the same command again: no update is lost"
+            ) from None
+
     def commit(self, average: Average) -> None:
         """Commit a round; reports ``Committed``."""
         self._lines.put(lambda: self._commit(average))
@@ -159,6 +177,7 @@ class Committer:
         }
         if self._strategy != FEDAVG.name:
             line["strategy"] = self._strategy
+        line |= average.spent
 
         def write() -> None:
             self._store.save_weights(number, average.weights, metadata, average.kept)
@@ -168,6 +187,8 @@ class Committer:
 
         await self._on_disk(write)
         self._committed_at = monotonic()
+        if average.spent:
+            self._record(run_events.Privacy(round=number, **average.spent))
         participants: Counter[str] = Counter()  # one can be in it more than once
         for one in average.participants:
             participants[one["worker"]] += one["num_examples"]

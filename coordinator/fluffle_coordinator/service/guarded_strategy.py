@@ -12,12 +12,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fluffle_common.cli.user_code import one_line, warn_in_full
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import RunError, TaskError
 from fluffle_common.tensors.checkpoint import as_kept
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, same_form
-from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy, Needs
-from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_coordinator.strategy.base import (
+    NO_TENSORS,
+    Accounted,
+    Contribution,
+    NamedStrategy,
+    Needs,
+)
 
 _T = TypeVar("_T")
 _CALLERS = frozenset({__file__})
@@ -43,7 +48,7 @@ class GuardedStrategy:
     @property
     def _trusted(self) -> bool:
         """Whether it is ours: what it returns is sound, and a closer look would take its time."""
-        return self.named.strategy is fedavg
+        return self.named.ours
 
     def init(self, weights: Weights) -> Any:
         """Return the state that a run begins with."""
@@ -87,6 +92,14 @@ class GuardedStrategy:
             raise self._wrong("dump()", f"it returned no state that can be kept: {wrong}") from None
         return {name: np.asarray(tensor) for name, tensor in found.items()}
 
+    def spent(self, number: int) -> dict[str, float]:
+        """Return what so many rounds cost of privacy; nothing if that is not counted."""
+        strategy = self.named.strategy
+        if not isinstance(strategy, Accounted):
+            return {}
+        found = self._call("spent()", strategy.spent, number)
+        return {name: float(found[name]) for name in ("epsilon", "delta") if name in found}
+
     def load(self, saved: Weights, weights: Weights) -> Any:
         """Return the state that was kept."""
         shown = self._shown(weights)
@@ -119,6 +132,8 @@ class GuardedStrategy:
     def _call(self, what: str, function: Callable[..., _T], *on: Any) -> _T:
         try:
             return function(*on)
+        except RunError:  # of the disk, when it keeps an update there
+            raise
         except (Exception, SystemExit) as why:
             if not self._trusted:
                 warn_in_full(why, "strategy", _CALLERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -14,27 +15,30 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.storage.run_store import Saved
+from fluffle_coordinator.strategy.arguments import nearest
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
-from fluffle_coordinator.strategy.scaffold import scaffold
+from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
 
 _GROUP = "fluffle.strategies"
 _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")
 _CALLERS = frozenset({__file__})
-_OWN = (FEDAVG, NamedStrategy("scaffold", scaffold()))
 
 
 def load_strategy(name: str) -> NamedStrategy:
-    """Find what ``--strategy`` names: a name, ``path.py:name`` or ``module:name``.
+    """Find what ``--strategy`` names: parts by their names, ``path.py:name`` or ``module:name``.
 
     Raises:
         UsageError: where there is no such thing, or it is no strategy.
         TaskError: where its own code fails while it is loaded.
     """
-    for own in _OWN:
-        if name == own.name:
-            return own
-    if ":" not in name:
+    if is_name(name):
+        try:
+            return named_strategy(name)
+        except ValueError as wrong:
+            raise UsageError(f"--strategy {name}: {wrong}") from None
+    where, colon, attribute = name.rpartition(":")
+    if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
         return NamedStrategy(name, _checked(name, _by_name(name)))
     place = Place.parse("strategy", name)
     found = place.load(_CALLERS)
@@ -48,7 +52,7 @@ def load_strategy(name: str) -> NamedStrategy:
 
 
 def _by_name(name: str) -> Any:
-    known = {own.name for own in _OWN}
+    known = set(PARTS)
     for point in entry_points(group=_GROUP):
         known.add(point.name)
         if point.name == name:
@@ -60,8 +64,8 @@ def _by_name(name: str) -> Any:
                     f"the strategy {name} of {point.value} fails to load: {one_line(why)}"
                 ) from why
     raise UsageError(
-        f"there is no strategy '{name}' (--strategy); known are {', '.join(sorted(known))}, and "
-        "path.py:name takes one from a file of your own"
+        f"there is no strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
+        "'fluffle strategies' explains them, and path.py:name takes one from a file of your own"
     )
 
 
@@ -90,16 +94,20 @@ def _checked(name: str, found: Any) -> Any:
     return found
 
 
-def check_needs(named: NamedStrategy, rules: Rules) -> None:
-    """Check that a run of these rules gives a strategy what it needs.
+def rules_for(
+    named: NamedStrategy, rules: Rules, schedule_name: str = "quorum", schedule: object = None
+) -> Rules:
+    """Return the rules of a run, so that its strategy gets what it needs.
+
+    Where the operator asks for fewer workers or updates than that, they are raised: those are the
+    fewest. A quorum that is a number is how many updates close a round, and is refused instead. The
+    rounds are as many as the strategy allows.
 
     Raises:
-        UsageError: naming what it does not get, and the remedy.
+        UsageError: naming what the strategy does not get, and the remedy.
     """
     needs: Needs = named.strategy.needs
     not_yet = {
-        "all updates of a round at once": needs.all_updates,
-        "equal weights": needs.equal_weights,
         f"at least {needs.min_examples} examples a round": needs.min_examples > 1,
     }
     for what, wanted in not_yet.items():
@@ -115,14 +123,31 @@ def check_needs(named: NamedStrategy, rules: Rules) -> None:
             f"the strategy {named.name} has needs.extra {needs.extra!r:.80}; a mapping of names to "
             'shapes, such as {"steps": ()}, or "model" is expected'
         ) from None
-    closes = rules.on_deadline == "close"
-    fewest = min(rules.least, rules.min_updates) if closes else rules.least
-    if needs.min_updates > fewest:
-        options = "--min-updates and --min-workers" if closes else "--min-workers"
+    fewest, quorum = needs.min_updates, rules.quorum.number
+    if quorum is not None and quorum < fewest:
         raise UsageError(
-            f"the strategy {named.name} needs {needs.min_updates} updates a round, and a round may "
-            f"close with {fewest}; give {options} of {needs.min_updates} or more"
+            f"the strategy {named.name} needs {fewest} updates a round, and --quorum {quorum} "
+            f"closes it with {quorum}; give --quorum {fewest} or more, or all"
         )
+    buffer = getattr(schedule, "buffer", fewest)  # of asynchronous rounds
+    if buffer < fewest:
+        raise UsageError(
+            f"the strategy {named.name} needs {fewest} updates a version, and --buffer {buffer} "
+            f"closes it with {buffer}; give --buffer {fewest} or more"
+        )
+    if needs.once and schedule_name != "quorum":
+        raise UsageError(
+            f"the strategy {named.name} needs synchronous rounds in which late updates do not "
+            f"count, and not the schedule {schedule_name}; leave --schedule and --late out"
+        )
+    most = rules.rounds if needs.max_rounds is None else needs.max_rounds
+    return replace(
+        rules,
+        rounds=min(rules.rounds, most),
+        min_workers=max(rules.min_workers, fewest),
+        least=max(rules.least, fewest),
+        min_updates=max(rules.min_updates, fewest),
+    )
 
 
 def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:

@@ -12,10 +12,10 @@ every round, and looks into it nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fluffle_common.tensors.groups import ExtraForm
 from fluffle_common.tensors.weights import Array, Weights
@@ -38,6 +38,8 @@ class Contribution:
         discount: what part of its weight it keeps, for being stale; 1 in synchronous rounds.
         extra: what ``Needs.extra`` asked for, of the shapes that it says; floats, all finite.
         metrics: what the worker measured while training.
+        lay_on_disk: returns the same tensors, to be read from disk; in memory, if that is all there
+            is.
     """
 
     worker: str
@@ -47,6 +49,15 @@ class Contribution:
     discount: float = 1.0
     extra: Weights = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    lay_on_disk: Callable[[Weights], Weights] = lambda tensors: tensors
+
+    def kept(self) -> Weights:
+        """Return the delta for a state that holds all updates of a round: it takes no memory.
+
+        Raises:
+            RunError: where the disk refuses, which ends the run; no update is lost.
+        """
+        return self.lay_on_disk(self.delta)
 
     @property
     def weight(self) -> float:
@@ -59,19 +70,23 @@ class Needs:
     """What a strategy asks of the coordinator, which refuses to run it where it cannot give that.
 
     Args:
-        all_updates: all updates of a round at once, instead of one at a time.
-        equal_weights: that every worker counts the same.
+        metrics: names of metrics that every update must have; one without is refused.
         extra: the tensors that workers have to send besides their deltas: names with shapes, or
             ``"model"``, which is one for each tensor that they train, of its name and shape.
         min_updates: the fewest updates that a round may be made of.
         min_examples: the fewest examples that a round may be made of.
+        max_rounds: the most rounds that a run may have; None sets no bound.
+        once: that a worker counts once a round at most: synchronous rounds, without late updates.
+        repeatable: whether the same updates make the same model again; not so with secret noise.
     """
 
-    all_updates: bool = False
-    equal_weights: bool = False
+    metrics: tuple[str, ...] = ()
     extra: ExtraForm | None = None
     min_updates: int = 1
     min_examples: int = 1
+    max_rounds: int | None = None
+    once: bool = False
+    repeatable: bool = True
 
 
 NO_NEEDS = Needs()
@@ -130,16 +145,27 @@ class Strategy(Protocol[S]):
         return self.init(weights)
 
 
+@runtime_checkable
+class Accounted(Protocol):
+    """A strategy or a mean that counts the privacy that its models cost."""
+
+    def spent(self, rounds: int) -> Mapping[str, float]:
+        """Return ``epsilon`` and ``delta`` of so many rounds; nothing if it does not count them."""
+
+
 @dataclass(frozen=True)
 class NamedStrategy:
     """A strategy, and what it is called.
 
     Args:
-        name: as run.json and the history have it: ``fedavg``, ``module:name`` or ``file.py:name``.
+        name: as run.json and the history have it: ``fedavg``, another name of ``names`` with all
+            arguments, ``module:name`` or ``file.py:name``.
         strategy: the strategy.
         file: where it comes from, if that is a file.
+        ours: it is fluffle's: what it returns is sound, and is nobody else's.
     """
 
     name: str
     strategy: Strategy[Any]
     file: str | None = None
+    ours: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -63,6 +63,20 @@ def check_announced(
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
     return layout
+
+
+def check_metrics(message: Update, names: Iterable[str]) -> None:
+    """Check that an update has the metrics that the strategy needs.
+
+    Raises:
+        MalformedMessage: naming the one that is missing.
+    """
+    for name in names:
+        if name not in message.metrics:
+            raise MalformedMessage(
+                f"the update has no metric '{name}', which the strategy of this run needs; let the "
+                "task report it"
+            )
 
 
 def decode_contribution(

@@ -28,5 +28,5 @@ averaged exactly and rounded to the nearest (half to even). Finite updates make 
 is beyond the end of a dtype is its end.
 """
 
-FEDAVG = NamedStrategy("fedavg", fedavg)
+FEDAVG = NamedStrategy("fedavg", fedavg, ours=True)
 """The strategy of a run that names none."""

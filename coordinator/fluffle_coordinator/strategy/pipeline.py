@@ -24,10 +24,11 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
 from fluffle_common.tensors.weights import Weights
-from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
+from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Accounted, Contribution, Needs
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta
 
 M = TypeVar("M")
@@ -145,6 +146,10 @@ class Pipeline(Generic[M, T]):
         delta, emptied = self.mean.finish(state.mean, weights)
         new, server = self.server.step(state.server, weights, delta)
         return new, Running(emptied, server)
+
+    def spent(self, rounds: int) -> Mapping[str, float]:
+        """Return what its mean has spent of privacy after so many rounds."""
+        return self.mean.spent(rounds) if isinstance(self.mean, Accounted) else {}
 
     def dump(self, state: Running[M, T]) -> Weights:
         """Return what the server step keeps; the mean of a closed round holds nothing."""

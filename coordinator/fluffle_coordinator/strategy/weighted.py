@@ -39,6 +39,7 @@ from fluffle_common.tensors.weights import (
 )
 from fluffle_coordinator.strategy import integer_sum
 from fluffle_coordinator.strategy.base import NO_NEEDS, Contribution, Needs
+from fluffle_coordinator.strategy.blocks import in_blocks
 
 # Elements handled at a time: a block of float64 and the slices it is added to stay in cache.
 _BLOCK = 32 * 1024
@@ -189,12 +190,12 @@ def apply_delta(weights: Weights, delta: Weights) -> Tensors:
     """
     check_finite(delta)
     moved = layout_for(weights).empty()
-    for name, base in weights.items():
-        result, change = moved[name].reshape(-1), delta[name].astype(np.float64).reshape(-1)
+    for result, base, change in in_blocks(moved, weights, delta):
+        exact = change.astype(np.float64)
         if is_float(base.dtype):
-            _average(result, change, base.reshape(-1), 1.0)
+            _average(result, exact, base, 1.0)
         else:
-            result[:] = integer_sum.moved(base.reshape(-1), change)
+            result[:] = integer_sum.moved(base, exact)
     return moved
 
 

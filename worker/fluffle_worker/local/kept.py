@@ -103,11 +103,13 @@ class KeptTensors:
         return sorted(folder.glob(f"{self._whose}-*.safetensors"))
 
 
-def keep_in(folder: Path, task: Any) -> None:
-    """Let a task, and its local rule, keep what they keep in a folder too.
+def keep_in(folder: Path | None, task: Any) -> None:
+    """Let a task, and its local rule, keep what they keep in a folder too, if there is one.
 
     Both may have a method ``keep_in(folder)``; most tasks keep nothing.
     """
+    if folder is None:
+        return
     for one in (task, getattr(task, "local_rule", None)):
         keeps = getattr(one, "keep_in", None)
         if callable(keeps):

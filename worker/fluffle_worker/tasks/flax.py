@@ -176,7 +176,7 @@ class FlaxTask:
                 f"the local rule {rule.name} takes the gradient of each example, and batch "
                 "normalization mixes the examples of a batch; use layer or group normalization"
             )
-        run, number = (plan.run, plan.round) if isinstance(plan, RoundPlan) else ("", 0)
+        run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
         learnt = parts.learnt(weights, self._personal.before(run, number))
         trained = _trained(plan)
         params = nnx.filter_state(learnt, trained)

@@ -184,6 +184,15 @@ class Committed(RunEvent):
     timings: Numbers = None
 
 
+@event("privacy", "round {round}: privacy spent so far: epsilon {epsilon:.4g} at delta {delta:g}")
+class Privacy(RunEvent):
+    """What all rounds up to this one cost of privacy, as (epsilon, delta)."""
+
+    round: Whole = None
+    epsilon: Number = None
+    delta: Number = None
+
+
 @event(
     "evaluated", "round {round}: loss {loss:.4f}{more} on {num_examples} held-out examples", "good"
 )

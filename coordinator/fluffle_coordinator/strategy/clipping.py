@@ -1,0 +1,49 @@
+"""Clipping: an update that is too large is made smaller, in the same direction."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from fluffle_common.tensors.layout import layout_for
+from fluffle_common.tensors.weights import Weights, finite_norm
+from fluffle_coordinator.strategy.arguments import within
+from fluffle_coordinator.strategy.base import Contribution
+from fluffle_coordinator.strategy.blocks import in_blocks
+from fluffle_coordinator.strategy.pipeline import Transform
+
+
+def clip(norm: float) -> Transform:
+    """Scale updates of a larger norm down to this norm, over all tensors together.
+
+    A worker then moves the mean by its share of ``norm`` at most. Tensors of integers count in the
+    norm, and are rounded towards zero.
+
+    Args:
+        norm: the largest Euclidean norm, above 0.
+
+    Raises:
+        ValueError: for a norm that is out of range.
+
+    Example:
+        >>> one = Contribution(worker="a", num_examples=1, delta={"w": np.array([3.0, 4.0])})
+        >>> clip(1.0)(one).delta["w"]
+        array([0.6, 0.8])
+    """
+    within("norm", norm, 0, above=True)
+
+    def clipped(one: Contribution) -> Contribution:
+        found = finite_norm(one.delta)
+        if found <= norm:
+            return one
+        return dataclasses.replace(one, delta=_scaled(one.delta, norm / found))
+
+    return clipped
+
+
+def _scaled(delta: Weights, factor: float) -> Weights:
+    scaled = layout_for(delta).empty()
+    for into, values in in_blocks(scaled, delta):
+        into[...] = values.astype(np.float64) * factor
+    return scaled

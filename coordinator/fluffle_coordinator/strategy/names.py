@@ -1,0 +1,127 @@
+"""The strategies that are known by name: parts with their arguments, put together with ``+``.
+
+::
+
+    fedadam:lr=0.03              the mean of fedavg, and Adam on the server
+    trimmed:0.2                  a mean; the result replaces the model
+    clip:10+median+fedavgm       a transform, a mean and a server step
+
+What is left out is as in ``fedavg``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fluffle_coordinator.strategy import clipping, linear, robust, server_steps
+from fluffle_coordinator.strategy.arguments import nearest, read_arguments, write_arguments
+from fluffle_coordinator.strategy.base import NamedStrategy
+from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.strategy.optax_step import optax_step
+from fluffle_coordinator.strategy.pipeline import pipeline, replace
+from fluffle_coordinator.strategy.private import private
+from fluffle_coordinator.strategy.scaffold import scaffold
+from fluffle_coordinator.strategy.weighted import weighted
+
+_JOIN = re.compile(r"\+(?=\s*[A-Za-z_])")  # not the plus of 1e+3
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that has a name.
+
+    Args:
+        kind: what it is in a pipeline.
+        make: makes it, given its arguments.
+        about: what it does, in one line.
+    """
+
+    kind: Literal["transform", "mean", "server step", "whole strategy"]
+    make: Callable[..., Any]
+    about: str
+
+
+PARTS = {
+    "clip": Part("transform", clipping.clip, "scale larger updates down to a norm"),
+    FEDAVG.name: Part("mean", weighted, "the mean by numbers of examples"),
+    "uniform": Part("mean", linear.uniform, "the mean with equal weights"),
+    "qfedavg": Part("mean", linear.q_fair, "more weight for workers of a larger loss"),
+    "fednova": Part("mean", linear.normalised, "the mean progress a local step"),
+    "median": Part("mean", robust.median, "the median of each coordinate"),
+    "trimmed": Part("mean", robust.trimmed_mean, "each coordinate's mean without both its ends"),
+    "krum": Part("mean", robust.krum, "the update closest to its neighbours"),
+    "multikrum": Part("mean", robust.multi_krum, "the mean of the m best of krum"),
+    "rfa": Part("mean", robust.rfa, "the geometric median"),
+    "dp": Part("mean", private, "clipped updates with noise, for differential privacy"),
+    "fedavgm": Part("server step", server_steps.momentum, "momentum"),
+    "fedadagrad": Part("server step", server_steps.adagrad, "Adagrad"),
+    "fedadam": Part("server step", server_steps.adam, "Adam"),
+    "fedyogi": Part("server step", server_steps.yogi, "Yogi"),
+    "optax": Part("server step", optax_step, "any optimizer of optax, such as optax:adamw"),
+    "scaffold": Part("whole strategy", scaffold, "control variates, for workers whose data differ"),
+}
+"""The parts by their names. ``docs/algorithms.md`` says when to use which."""
+
+
+def is_name(text: str) -> bool:
+    """Whether these words begin with the name of a part."""
+    return _JOIN.split(text)[0].partition(":")[0].strip() in PARTS
+
+
+def named_strategy(text: str) -> NamedStrategy:
+    """Return the strategy that is known by a name.
+
+    Args:
+        text: one part or several; at most one mean and one server step.
+
+    Returns:
+        The strategy; its own name has every argument, given or not, and its parts in order.
+
+    Raises:
+        ValueError: naming the part or the argument that is wrong, and the nearest right one.
+
+    Example:
+        >>> named_strategy("fedavgm:0.5+clip:10").name
+        'clip:norm=10.0+fedavgm:lr=0.5,momentum=0.9'
+    """
+    parts: dict[str, list[tuple[str, Any]]] = {
+        "transform": [],
+        "mean": [],
+        "server step": [],
+        "whole strategy": [],
+    }
+    for words in _JOIN.split(text):
+        name, _, arguments = (word.strip() for word in words.partition(":"))
+        if name not in PARTS:
+            raise ValueError(f"there is no part '{name}'; {nearest(name, PARTS)}")
+        part = PARTS[name]
+        try:
+            given = read_arguments(part.make, arguments)
+            made = part.make(**given)
+        except ValueError as wrong:
+            raise ValueError(f"{name}: {wrong}") from None
+        arguments = write_arguments(given)
+        full = f"{name}:{arguments}" if arguments else name
+        parts[part.kind].append((full, made))
+    for kind in ("mean", "server step"):
+        if len(parts[kind]) > 1:
+            raise ValueError(
+                f"{' and '.join(full for full, _ in parts[kind])} are two {kind}s; give one"
+            )
+    for full, whole in parts.pop("whole strategy"):
+        if any(parts.values()):
+            raise ValueError(f"{full} is a whole strategy; give it alone")
+        return NamedStrategy(full, whole)
+    if [full for full, _ in parts["mean"]] == [FEDAVG.name]:
+        parts["mean"].clear()
+    full = "+".join(full for several in parts.values() for full, _ in several)
+    if not full:
+        return FEDAVG
+    transforms = [made for _, made in parts["transform"]]
+    means = [made for _, made in parts["mean"]] or [weighted()]
+    servers = [made for _, made in parts["server step"]] or [replace()]
+    made = pipeline(*transforms, mean=means[0], server=servers[0])
+    return NamedStrategy(full, made, ours=True)

@@ -1,0 +1,89 @@
+"""A server step that is any optimizer of optax, where JAX is installed (``fluffle[worker]``).
+
+The mean delta, with its sign turned, is the gradient. Everything is computed in float32, on
+whatever device JAX takes. Tensors of integers take the mean itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fluffle_common.tensors.layout import layout_for
+from fluffle_common.tensors.weights import Weights, is_float
+from fluffle_coordinator.strategy.pipeline import Server
+from fluffle_coordinator.strategy.weighted import apply_delta
+
+
+@dataclass(frozen=True)
+class OptaxStep(Server[Any]):
+    """The server step that ``optax_step`` makes; its state is the optimizer's.
+
+    Args:
+        transformation: an ``optax.GradientTransformation``.
+    """
+
+    transformation: Any
+
+    def init(self, weights: Weights) -> Any:
+        """Return the state of the optimizer for these weights."""
+        return self.transformation.init(_floats(weights))
+
+    def step(self, state: Any, weights: Weights, delta: Weights) -> tuple[Weights, Any]:
+        """Let the optimizer take a step against the negated delta."""
+        parameters = _floats(weights)
+        gradient = {name: -_float32(delta[name]) for name in parameters}
+        update, state = self.transformation.update(gradient, state, parameters)
+        change = layout_for(weights).empty_as(np.dtype(np.float64))
+        for name, into in change.items():
+            into[...] = update[name] if name in update else delta[name]
+        return apply_delta(weights, change), state
+
+    def dump(self, state: Any) -> Weights:
+        """Return the leaves of the state, by their numbers."""
+        leaves = importlib.import_module("jax").tree_util.tree_leaves(state)
+        return {f"leaf-{number:05d}": np.asarray(leaf) for number, leaf in enumerate(leaves)}
+
+    def load(self, saved: Weights, weights: Weights) -> Any:
+        """Return the state that was kept."""
+        jax = importlib.import_module("jax")
+        shape = jax.tree_util.tree_structure(self.init(weights))
+        leaves = [jax.numpy.asarray(saved[name]) for name in sorted(saved)]
+        return jax.tree_util.tree_unflatten(shape, leaves)
+
+
+def optax_step(optimizer: str, **arguments: Any) -> OptaxStep:
+    """Make a server step of an optimizer of optax.
+
+    Args:
+        optimizer: its name there, such as ``adamw``.
+        arguments: what it is called with, such as ``learning_rate=0.1``.
+
+    Raises:
+        ValueError: where optax is not installed, or knows no such optimizer or argument.
+    """
+    try:
+        optax = importlib.import_module("optax")
+    except ModuleNotFoundError:
+        raise ValueError("it needs optax and JAX; pip install 'fluffle[worker]'") from None
+    make = getattr(optax, optimizer, None)
+    if make is None:
+        raise ValueError(f"optax has no optimizer '{optimizer}'")
+    try:
+        made = make(**arguments)
+    except Exception as wrong:
+        raise ValueError(f"optax.{optimizer} refuses its arguments: {wrong}") from None
+    if not isinstance(made, optax.GradientTransformation):
+        raise ValueError(f"optax.{optimizer} makes no optimizer; name one such as adamw")
+    return OptaxStep(made)
+
+
+def _floats(weights: Weights) -> dict[str, Any]:
+    return {name: _float32(one) for name, one in weights.items() if is_float(one.dtype)}
+
+
+def _float32(tensor: Any) -> Any:
+    return np.asarray(tensor, np.float32)

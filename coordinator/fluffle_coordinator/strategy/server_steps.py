@@ -1,0 +1,260 @@
+"""Server steps: the mean delta of a round as the pseudo-gradient of an ordinary optimizer.
+
+Momentum is FedAvgM (Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for
+Federated Visual Classification", 2019); Adagrad, Adam and Yogi are algorithm 2 of Reddi et al.,
+"Adaptive Federated Optimization", ICLR 2021. With the mean delta d of a round, in each coordinate:
+
+::
+
+    momentum    v = momentum v + d                             w = w + lr v
+    adagrad     m = d                    v = v + d²            w = w + lr m / (sqrt(v) + tau)
+    adam        m = b1 m + (1 - b1) d    v = b2 v + (1 - b2) d²
+    yogi        m = b1 m + (1 - b1) d    v = v - (1 - b2) d² sign(v - d²)
+
+All of them begin with m = v = 0. The paper allows any first v of at least tau²; zero is the usual
+choice, and ``tau`` alone then bounds the first step. Computed in float64. What is kept across
+rounds is float32, and float64 for tensors of float64; it is rounded once a round, so that a run
+that was resumed from a checkpoint goes on bit by bit as if it had not ended.
+
+A tensor of integers takes the mean itself, as in federated averaging: a step of ``lr`` would round
+to nothing.
+
+Example:
+    >>> base = {"w": np.zeros(1)}
+    >>> step = momentum(lr=0.5, momentum=0.9)
+    >>> weights, velocity = step.step(step.init(base), base, {"w": np.array([2.0])})
+    >>> weights["w"], velocity["w"]
+    (array([1.]), array([2.]))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fluffle_common.tensors.layout import Tensors, layout_for
+from fluffle_common.tensors.weights import Array, Weights, is_float, largest
+from fluffle_coordinator.strategy.arguments import within
+from fluffle_coordinator.strategy.blocks import in_blocks
+from fluffle_coordinator.strategy.pipeline import Server
+from fluffle_coordinator.strategy.weighted import apply_delta
+
+_FLOAT = np.dtype(np.float64)
+_STEPS = "steps"
+_FIRST, _SECOND = "first/", "second/"  # before a tensor's name in a checkpoint
+
+
+@dataclass(frozen=True)
+class Momentum(Server[Weights]):
+    """The server step that ``momentum`` makes; its state is the velocity."""
+
+    lr: float
+    momentum: float
+
+    def init(self, weights: Weights) -> Weights:
+        """Return a velocity of zero."""
+        return _zeros(weights)
+
+    def step(self, state: Weights, weights: Weights, delta: Weights) -> tuple[Weights, Weights]:
+        """Return the next weights and the next velocity."""
+        change, velocity = _change(weights, delta), _zeros(weights)
+        with np.errstate(over="ignore", under="ignore"):
+            for old, new, mean, moved in in_blocks(state, velocity, delta, change):
+                now = self.momentum * old.astype(_FLOAT) + mean
+                new[...] = _held(now, new)
+                moved[...] = _held(self.lr * now, moved)
+        return apply_delta(weights, change), velocity
+
+    def dump(self, state: Weights) -> Weights:
+        """Return the velocity, by the names of the tensors."""
+        return state
+
+    def load(self, saved: Weights, weights: Weights) -> Weights:
+        """Return the velocity that was kept."""
+        return {name: saved[name] for name in _zeros(weights)}
+
+
+def momentum(lr: float = 1.0, momentum: float = 0.9) -> Momentum:
+    """Heavy-ball momentum on the server (FedAvgM).
+
+    Args:
+        lr: the server's learning rate, above 0.
+        momentum: the part of the velocity that stays, from 0 and below 1; with 0 and ``lr=1`` this
+            is federated averaging.
+
+    Raises:
+        ValueError: for an argument that is out of range.
+    """
+    within("lr", lr, 0, above=True)
+    within("momentum", momentum, 0, 1, below=True)
+    return Momentum(lr, momentum)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The state of an adaptive step: the moments m and v of each tensor, and how many steps."""
+
+    first: Weights
+    second: Weights
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Adaptive(Server[Moments]):
+    """The server step that ``adagrad``, ``adam`` and ``yogi`` make.
+
+    Args:
+        lr: the server's learning rate.
+        beta1: the part of the first moment that stays.
+        beta2: for the correction of the bias only; the part of the second that stays.
+        tau: what is added to the root of the second moment.
+        second: ``(v, d²) -> v``.
+        bias_correction: as in Adam's own paper (Kingma and Ba, ICLR 2015).
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    tau: float
+    second: Callable[[Array, Array], Array]
+    bias_correction: bool = False
+
+    def init(self, weights: Weights) -> Moments:
+        """Return moments of zero."""
+        return Moments(_zeros(weights), _zeros(weights))
+
+    def step(self, state: Moments, weights: Weights, delta: Weights) -> tuple[Weights, Moments]:
+        """Return the next weights and the next moments."""
+        steps = state.steps + 1
+        change = _change(weights, delta)
+        first, second = _zeros(weights), _zeros(weights)
+        rate = self.lr
+        if self.bias_correction:
+            rate *= math.sqrt(1 - self.beta2**steps) / (1 - self.beta1**steps)
+        places = in_blocks(state.first, state.second, delta, first, second, change)
+        with np.errstate(over="ignore", under="ignore"):
+            for old_m, old_v, mean, new_m, new_v, moved in places:
+                m = self.beta1 * old_m.astype(_FLOAT) + (1 - self.beta1) * mean
+                squared = np.minimum(np.square(mean, dtype=_FLOAT), largest(_FLOAT))
+                v = self.second(old_v.astype(_FLOAT), squared)
+                new_m[...], new_v[...] = _held(m, new_m), _held(v, new_v)
+                moved[...] = _held(rate * m / (np.sqrt(v) + self.tau), moved)
+        return apply_delta(weights, change), Moments(first, second, steps)
+
+    def dump(self, state: Moments) -> Weights:
+        """Return both moments, and the number of steps."""
+        return {
+            _STEPS: np.array(state.steps, np.int64),
+            **{_FIRST + name: tensor for name, tensor in state.first.items()},
+            **{_SECOND + name: tensor for name, tensor in state.second.items()},
+        }
+
+    def load(self, saved: Weights, weights: Weights) -> Moments:
+        """Return the moments that were kept."""
+        names = list(_zeros(weights))
+        return Moments(
+            {name: saved[_FIRST + name] for name in names},
+            {name: saved[_SECOND + name] for name in names},
+            int(saved[_STEPS]),
+        )
+
+
+def adagrad(lr: float = 0.1, tau: float = 0.001) -> Adaptive:
+    """Adagrad on the server (FedAdagrad), without momentum, as in the paper's experiments.
+
+    Args:
+        lr: the server's learning rate, above 0.
+        tau: how adaptive it is, above 0: the smaller, the more.
+
+    Raises:
+        ValueError: for an argument that is out of range.
+    """
+    _check(lr, 0, 0, tau)
+    return Adaptive(lr, 0.0, 0.0, tau, lambda v, squared: v + squared)
+
+
+def adam(
+    lr: float = 0.01,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 0.001,
+    bias_correction: bool = False,
+) -> Adaptive:
+    """Adam on the server (FedAdam).
+
+    Args:
+        lr: the server's learning rate, above 0: about how far a weight moves a round.
+        beta1: the part of the first moment that stays, from 0 and below 1.
+        beta2: the same of the second.
+        tau: how adaptive it is, above 0: the smaller, the more.
+        bias_correction: correct both moments for their beginning at 0. Algorithm 2 of Reddi et al.
+            does not, and neither does the default: the first steps are then small.
+
+    Raises:
+        ValueError: for an argument that is out of range.
+    """
+    _check(lr, beta1, beta2, tau)
+    return Adaptive(
+        lr,
+        beta1,
+        beta2,
+        tau,
+        lambda v, squared: beta2 * v + (1 - beta2) * squared,
+        bias_correction,
+    )
+
+
+def yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 0.001) -> Adaptive:
+    """Yogi on the server (FedYogi): as ``adam``, and the second moment shrinks more slowly.
+
+    Args:
+        lr: the server's learning rate, above 0: about how far a weight moves a round.
+        beta1: the part of the first moment that stays, from 0 and below 1.
+        beta2: how slowly the second moment changes, from 0 and below 1.
+        tau: how adaptive it is, above 0: the smaller, the more.
+
+    Raises:
+        ValueError: for an argument that is out of range.
+    """
+    _check(lr, beta1, beta2, tau)
+    return Adaptive(
+        lr,
+        beta1,
+        beta2,
+        tau,
+        lambda v, squared: v - (1 - beta2) * squared * np.sign(v - squared),
+    )
+
+
+def _check(lr: float, beta1: float, beta2: float, tau: float) -> None:
+    within("lr", lr, 0, above=True)
+    within("beta1", beta1, 0, 1, below=True)
+    within("beta2", beta2, 0, 1, below=True)
+    within("tau", tau, 0, above=True)
+
+
+def _zeros(weights: Weights) -> dict[str, Array]:
+    """Return what is kept of each tensor of floats, at the beginning."""
+    return {
+        name: np.zeros(tensor.shape, _FLOAT if tensor.dtype == _FLOAT else np.float32)
+        for name, tensor in weights.items()
+        if is_float(tensor.dtype)
+    }
+
+
+def _change(weights: Weights, delta: Weights) -> Tensors:
+    """Return room for what is added to the weights; integers are there already."""
+    change = layout_for(weights).empty_as(_FLOAT)
+    for name, tensor in weights.items():
+        if not is_float(tensor.dtype):
+            change[name][...] = delta[name]
+    return change
+
+
+def _held(values: Array, into: Array) -> Array:
+    """Return values as a dtype can hold them: what is beyond its end is its end."""
+    end = largest(into.dtype)
+    return np.clip(values, -end, end)

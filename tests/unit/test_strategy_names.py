@@ -1,0 +1,140 @@
+"""Strategies by their names: parts put together, arguments read, and what is wrong in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fluffle_common.errors import MalformedMessage, UsageError
+from fluffle_common.protocol.messages import Update
+from fluffle_coordinator.cli.strategies import strategies
+from fluffle_coordinator.service.strategy_loading import load_strategy
+from fluffle_coordinator.strategy.arguments import within
+from fluffle_coordinator.strategy.base import Contribution
+from fluffle_coordinator.strategy.contribution import check_metrics
+from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.strategy.names import PARTS, named_strategy
+
+ALGORITHMS = Path(__file__).parents[2] / "docs" / "algorithms.md"
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("fedavg", "fedavg"),
+        ("fedavg+fedyogi:0.5", "fedyogi:lr=0.5,beta1=0.9,beta2=0.99,tau=0.001"),
+        ("fedadagrad:tau=1e-9", "fedadagrad:lr=0.1,tau=1e-09"),
+        ("trimmed:0.1", "trimmed:fraction=0.1"),
+        ("krum", "krum:f=1"),
+        ("scaffold", "scaffold"),
+        ("scaffold:10", "scaffold:workers=10"),
+        ("multikrum:f=2,m=3", "multikrum:f=2,m=3"),
+        ("multikrum:2, m=3", "multikrum:f=2,m=3"),
+        ("fedavgm:lr=1e+3", "fedavgm:lr=1000.0,momentum=0.9"),
+        ("fedadagrad + median + clip:2 + clip:1",
+         "clip:norm=2.0+clip:norm=1.0+median+fedadagrad:lr=0.1,tau=0.001"),
+        ("optax:adamw,learning_rate=0.1", "optax:optimizer=adamw,learning_rate=0.1"),
+    ],
+)  # fmt: skip
+def test_the_full_name_has_every_argument_and_names_the_same(text, full):
+    named = load_strategy(text)
+    assert (named.name, named.file) == (full, None)
+    assert load_strategy(full).name == full
+
+
+def test_fedavg_has_one_name_and_is_one_object():
+    assert named_strategy("fedavg") is load_strategy("fedavg") is FEDAVG
+    assert named_strategy("clip:9").name == "clip:norm=9.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("fedadm", "no strategy 'fedadm' .*did you mean 'fedadam'"),
+        ("fedadm:lr=0.1", "no strategy 'fedadm:lr=0.1' .*did you mean 'fedadam'"),
+        ("trimed:0.2", "did you mean 'trimmed'"),
+        ("median+fedadm", "there is no part 'fedadm'; did you mean 'fedadam'"),
+        ("fedadam:beta=1", "fedadam: there is no argument 'beta'; did you mean 'beta[12]'"),
+        ("fedadam:lr=0", "fedadam: lr=0 is out of range; a number above 0 is expected"),
+        ("fedadam:lr=nan", "lr='nan' is no value for it; a number is expected"),
+        ("fedadam:lr=inf", "lr='inf' is no value for it"),
+        ("fedadam:beta2=1", "beta2=1 is out of range; a number from 0 and below 1 is expected"),
+        ("fedadam:0.1,0.9", "there is no argument '0.9'"),
+        ("fedadam:lr=1,lr=2", "'lr' is given twice"),
+        ("fedadam:bias_correction=perhaps", "true or false is expected"),
+        ("trimmed:0.5", "fraction=0.5 is out of range; a number above 0 and below 0.5"),
+        ("krum:f=1.5", "f='1.5' is no value for it; a whole number is expected"),
+        ("krum:f=-1", "f=-1 is out of range"),
+        ("qfedavg:q=11", "q=11 is out of range; a number from 0 to 10"),
+        ("median:3", "median: it takes no arguments, and '3' is given"),
+        ("clip", "clip: 'norm' is missing: give norm="),
+        ("median+krum", "median and krum:f=1 are two means; give one"),
+        ("scaffold+median", "scaffold is a whole strategy; give it alone"),
+        ("scaffold:0", "workers=0 is out of range"),
+        ("fedadam+fedyogi", "are two server steps; give one"),
+        ("optax:adamm,learning_rate=1", "optax has no optimizer 'adamm'"),
+        ("optax:adam,rate=1", "optax.adam refuses its arguments: .*'rate'"),
+        ("optax:tree", "optax.tree refuses its arguments"),
+        ("optax:constant_schedule,value=1", "makes no optimizer; name one such as adamw"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(name, told):
+    with pytest.raises(UsageError, match=told) as wrong:
+        load_strategy(name)
+    assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_no_number_out_of_range_comes_from_code_either(value):
+    with pytest.raises(ValueError, match="out of range"):
+        within("x", value, 0)
+
+
+def test_a_file_may_be_called_as_a_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("median.py").write_text(
+        "from fluffle_coordinator.strategy.fedavg import fedavg as median\n"
+    )
+    assert load_strategy("median.py:median").name == "median.py:median"
+
+
+ARGUMENTS = {"clip": ":1", "dp": ":clip=99,noise=0.01,workers=5", "optax": ":sgd,learning_rate=0.1"}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_makes_a_finite_step_and_keeps_the_form(name):
+    strategy = named_strategy(name + ARGUMENTS.get(name, "")).strategy
+    weights = {"w": np.ones((2, 2), np.float32), "n": np.array(3, np.int8)}
+    state = strategy.init(weights)
+    for place in range(5):
+        delta = {"w": np.full((2, 2), 1 + place / 10, np.float32), "n": np.array(place)}
+        metrics = {"loss": 0.5, "steps": 3.0}
+        one = Contribution(worker=f"w{place}", num_examples=2, delta=delta, metrics=metrics)
+        state = strategy.fold(state, one)
+    new, state = strategy.finish(state, weights)
+    assert {n: (t.shape, t.dtype) for n, t in new.items()} == {
+        n: (t.shape, t.dtype) for n, t in weights.items()
+    }
+    assert (new["w"] > 1).all()
+    assert np.isfinite(new["w"]).all()
+
+
+def test_an_update_without_a_metric_that_is_needed_is_refused():
+    (needed,) = named_strategy("fednova").strategy.needs.metrics
+    update = Update.model_construct(metrics={"loss": 1.0})
+    check_metrics(update, ["loss"])
+    with pytest.raises(MalformedMessage, match="no metric 'steps', which the strategy"):
+        check_metrics(update, [needed])
+
+
+def test_the_command_and_the_document_know_every_part():
+    shown = CliRunner().invoke(strategies, [])
+    assert shown.exit_code == 0
+    document = ALGORITHMS.read_text()
+    for name, part in PARTS.items():
+        assert part.about in shown.output
+        assert f"`{name}" in document
+    assert "lr=0.01,beta1=0.9" in shown.output
