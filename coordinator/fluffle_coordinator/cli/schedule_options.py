@@ -78,9 +78,10 @@ _OPTIONS = [
         "--select",
         type=SelectionType(),
         default="uniform",
-        metavar="uniform|poisson|weighted|round-robin|fastest[:FLOOR]|PATH.PY:NAME",
-        help="Who is asked where not all are: at random, each by a chance of its own, by numbers "
-        "of examples, by turns, or the fastest with a part of the places by turns.",
+        metavar="NAME|PATH.PY:NAME",
+        help="Who is asked if not all are: uniform (at random), poisson (each by a chance of its "
+        "own), weighted (by examples), round-robin (by turns), or fastest:0.2 (a part of the "
+        "places by turns).",
     ),
     click.option(
         "--schedule",
@@ -115,8 +116,9 @@ _OPTIONS = [
     click.option(
         "--staleness",
         type=DiscountType(),
-        metavar="constant|polynomial[:a]|hinge[:a,b]|threshold[:s]",
-        help="What part of its weight a stale update keeps.  [default: polynomial:0.5]",
+        metavar="NAME[:ARGS]",
+        help="What part of its weight a stale update keeps: constant, polynomial:a, hinge:a,b or "
+        "threshold:s.  [default: polynomial:0.5]",
         show_default=False,
     ),
     click.option(
