@@ -21,7 +21,7 @@ def strategies() -> None:
 
     \b
       fluffle coordinator --federation letters --strategy fedadam:lr=0.03
-      fluffle coordinator --federation letters --strategy clip:10+trimmed:0.2+fedavgm:momentum=0.5
+      fluffle coordinator --federation letters --strategy clip:10+trimmed:0.2
     """
     from fluffle_coordinator.strategy.names import PARTS
 
