@@ -177,6 +177,7 @@ class Sum:
         self.kept: list[bytes] = []
         self.news: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.averages: asyncio.Queue[Average] = asyncio.Queue()
+        self.running: asyncio.Future[None]
         self.model = in_one_piece(values(0))
         self.aggregator = Aggregator(
             TOPOLOGY,
@@ -191,6 +192,9 @@ class Sum:
 
     async def keep(self, place: int, held: Held, payload: Any) -> None:
         self.kept.append(b"".join(map(bytes, payload)))
+
+    def lay_on_disk(self, tensors: Any) -> Any:
+        return tensors
 
     def commit(self, average: Average) -> None:
         self.averages.put_nowait(average)
@@ -220,7 +224,15 @@ class Sum:
 
     async def fold(self, held: Held) -> ev.Event:
         self.begin_to_fold(held, held.message.num_examples, held.message.round)
-        return await self.news.get()
+        return await self.heard()
+
+    async def heard(self) -> ev.Event:
+        """Return what it reports next; raises what ended it, if anything did."""
+        news = asyncio.ensure_future(self.news.get())
+        await asyncio.wait({news, self.running}, return_when=asyncio.FIRST_COMPLETED)
+        if not news.done():
+            self.running.result()
+        return await news
 
     async def average(self) -> bytes:
         self.aggregator.commit(1, WORKERS)
@@ -250,10 +262,10 @@ async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterat
     link = await MemoryBroker().open()
     await link.declare([*TOPOLOGY.shared(), *(q for w in WORKERS for q in TOPOLOGY.of_worker(w))])
     found = Sum(link, tmp_path, **getattr(request, "param", {}))
-    running = asyncio.ensure_future(found.aggregator.run())
+    found.running = asyncio.ensure_future(found.aggregator.run())
     yield found
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    found.running.cancel()
+    await asyncio.gather(found.running, return_exceptions=True)
 
 
 async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
@@ -406,7 +418,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
     assert first["bias"].tobytes() == expected(
         summing.model["bias"], [(values(1)["bias"], 3)]
     ).tobytes()  # fmt: skip
-    assert isinstance(await summing.news.get(), ev.Folded)
+    assert isinstance(await summing.heard(), ev.Folded)
     await summing.aggregator.drained()
     assert summing.news.empty()
     assert isinstance(await summing.fold(await summing.send("c", values(3))), ev.Folded)
