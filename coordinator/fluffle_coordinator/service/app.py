@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 
 _STANDBY_POLL_S = 0.5
 _STANDBY_TOLD_S = 30.0
+_UNCOUNTED = (
+    "epsilon is told as if every worker were in every round; sampling makes it smaller if the "
+    "strategy has rate=…"
+)
 
 
 def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
@@ -100,6 +104,11 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         TaskError: where the file of a strategy or a hook fails to load.
     """
     strategy = as_named(options["strategy"])
+    if options["keep_updates"] and not strategy.strategy.needs.repeatable:
+        raise UsageError(
+            f"--keep-updates would keep what the strategy {strategy.name} is to hide, and replay "
+            "cannot compute its rounds again; leave it out"
+        )
     timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
     schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
@@ -196,6 +205,9 @@ async def coordinate(
     if rounds == settings.strategy.strategy.needs.max_rounds:
         most = f"the strategy {settings.strategy.name} allows no more than {rounds} rounds"
         watcher.record(run_events.Note(what=most))
+    needs = settings.strategy.strategy.needs
+    if needs.once and needs.rate is None and settings.rules.samples:
+        watcher.record(run_events.Note(what=_UNCOUNTED))
     if saved.committed >= settings.rules.rounds:
         done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
         watcher.record(run_events.Note(what=done))

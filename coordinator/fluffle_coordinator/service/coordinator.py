@@ -68,6 +68,7 @@ from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved
+from fluffle_coordinator.storage.sampling_secret import sampling_secret
 
 # How long the end of a run may wait for the journal to be on the broker.
 _JOURNAL_DRAIN_S = 2.0
@@ -163,8 +164,11 @@ class Coordinator:
             folder=store.folder,
             carries=settings.schedule.max_staleness > 0,
         )
+        rules = settings.rules
+        if settings.strategy.strategy.needs.rate is not None:
+            rules = replace(rules, secret=sampling_secret(store.folder))
         self.state = machine.start(
-            settings.rules,
+            rules,
             saved.run,
             monotonic(),
             schedule=settings.schedule,

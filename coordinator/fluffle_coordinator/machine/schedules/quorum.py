@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Draw, chosen_by
+from fluffle_coordinator.machine.selection import Draw, by_chance, chosen_by
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -32,8 +32,10 @@ class QuorumRounds(Schedule[State]):
         return self.phi(staleness)
 
     def needed(self, state: State) -> int:
-        """Return the quorum of those asked that answered or still will."""
+        """Return the quorum of those asked that answered or still will; 0 if chance asks nobody."""
         rules, expected = state.rules, state.tally.expected
+        if rules.secret is not None and not state.asked:
+            return 0
         if rules.over_provision > 1:
             expected = min(expected, rules.waited_for(len(state.asked)))
         return max(rules.quorum.of(expected), rules.least)
@@ -41,6 +43,8 @@ class QuorumRounds(Schedule[State]):
     def cohort(self, state: State) -> tuple[str, ...]:
         """Draw the round's sample of the workers present."""
         rules = state.rules
+        if rules.secret is not None:
+            return _by_lot(state, rules.secret)
         size, draw = rules.ask(len(state.workers)), Draw(rules.seed, state.round)
         return chosen_by(rules.selection, state.candidates(state.workers), size, draw)
 
@@ -49,6 +53,8 @@ class QuorumRounds(Schedule[State]):
         rules, present = state.rules, state.workers
         size, draw = rules.ask(len(present)), Draw(rules.seed, state.round, state.draws)
         answered = {ticket.worker for ticket in state.received}
+        if rules.secret is not None:
+            return tuple(n for n in _by_lot(state, rules.secret) if n not in answered)
         staying = {n for n in present if n in answered or state.advancing(n)}
         others = [name for name in present if name not in staying]
         room, candidates = size - len(staying), state.candidates(others)
@@ -56,8 +62,11 @@ class QuorumRounds(Schedule[State]):
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
-        """Ask whoever joins late, unless the round is that of a sample."""
-        return () if state.rules.samples else (worker,)
+        """Ask whoever joins late, unless the round is that of a sample it would not be in."""
+        rules = state.rules
+        if rules.secret is not None:
+            return tuple(n for n in _by_lot(state, rules.secret) if n == worker)
+        return () if rules.samples else (worker,)
 
     def closes(self, state: State, now: float) -> bool:
         """Close when all have answered, or at the end of the grace."""
@@ -66,6 +75,15 @@ class QuorumRounds(Schedule[State]):
     def wakeup(self, state: State) -> float:
         """Return when the grace ends."""
         return math.inf if state.quorum_at is None else state.quorum_at + state.rules.grace_s
+
+
+def _by_lot(state: State, secret: int) -> tuple[str, ...]:
+    """Return those present whose lot of this round is drawn: the same, however often it is asked.
+
+    What a worker's chance depends on besides its own lot would tell of it.
+    """
+    draw = Draw(secret, state.round)
+    return tuple(by_chance(sorted(state.workers), state.rules.fraction, draw))
 
 
 QUORUM = QuorumRounds()
