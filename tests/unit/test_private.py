@@ -7,13 +7,19 @@ import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import RunError, UsageError
+from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.machine.selection import POISSON, parse_selection
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.service.strategy_loading import load_strategy, rules_for
+from fluffle_coordinator.service.strategy_loading import (
+    load_strategy,
+    rules_for,
+    uncounted_sampling,
+)
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
 from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy import private as module
@@ -211,6 +217,23 @@ def test_what_would_make_chances_depend_on_others_is_refused(rules, option):
 def test_a_bound_that_follows_from_other_updates_is_refused():
     with pytest.raises(UsageError, match="cannot have --max-norm-ratio"):
         rules_for(load_strategy("dp:1,noise=4,workers=2"), Rules(rounds=1, max_norm_ratio=3.0))
+
+
+@pytest.mark.usefixtures("installed")
+def test_sampling_that_is_not_counted_is_told():
+    plain, sampling = load_strategy("dp:1,noise=4,workers=2"), Rules(rounds=1, fraction=0.5)
+    (told,) = uncounted_sampling(plain, sampling)
+    assert "give rate=… to the strategy dp:clip=1.0" in told
+    assert not [*uncounted_sampling(plain, Rules(rounds=1))]
+    assert not [*uncounted_sampling(load_strategy("fedavg"), sampling)]
+    counted = load_strategy(SAMPLED)
+    assert not [*uncounted_sampling(counted, rules_for(counted, Rules(rounds=1)))]
+
+
+def test_updates_are_not_kept_that_are_to_be_hidden():
+    flags = ["--federation", "f", "--strategy", "dp:1,noise=4,workers=2", "--keep-updates"]
+    with pytest.raises(UsageError, match="--keep-updates would keep what the strategy dp:clip=1.0"):
+        CliRunner().invoke(coordinator, flags, catch_exceptions=False)
 
 
 def test_a_round_without_updates_is_noise_alone():

@@ -41,7 +41,12 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.service.strategy_loading import as_named, check_same, rules_for
+from fluffle_coordinator.service.strategy_loading import (
+    as_named,
+    check_same,
+    rules_for,
+    uncounted_sampling,
+)
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
 
 if TYPE_CHECKING:
@@ -49,10 +54,6 @@ if TYPE_CHECKING:
 
 _STANDBY_POLL_S = 0.5
 _STANDBY_TOLD_S = 30.0
-_UNCOUNTED = (
-    "epsilon is told as if every worker were in every round; sampling makes it smaller if the "
-    "strategy has rate=…"
-)
 
 
 def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
@@ -205,9 +206,8 @@ async def coordinate(
     if rounds == settings.strategy.strategy.needs.max_rounds:
         most = f"the strategy {settings.strategy.name} allows no more than {rounds} rounds"
         watcher.record(run_events.Note(what=most))
-    needs = settings.strategy.strategy.needs
-    if needs.once and needs.rate is None and settings.rules.samples:
-        watcher.record(run_events.Note(what=_UNCOUNTED))
+    for what in uncounted_sampling(settings.strategy, settings.rules):
+        watcher.record(run_events.Note(what=what))
     if saved.committed >= settings.rules.rounds:
         done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
         watcher.record(run_events.Note(what=done))

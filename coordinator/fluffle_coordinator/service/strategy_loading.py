@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,7 +18,7 @@ from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy.arguments import nearest
-from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
+from fluffle_coordinator.strategy.base import Accounted, NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
 
@@ -174,6 +175,18 @@ def _sampled(named: NamedStrategy, rules: Rules, rate: float) -> Rules:
             f"and wait for all of those, and not {option}; leave it out, or leave out rate"
         )
     return replace(rules, selection=POISSON, fraction=rate, least=1)
+
+
+def uncounted_sampling(named: NamedStrategy, rules: Rules) -> Iterator[str]:
+    """Yield what to tell of a private run whose rounds are samples that nobody accounts for."""
+    strategy = named.strategy
+    if not rules.samples or strategy.needs.rate is not None:
+        return
+    if isinstance(strategy, Accounted) and strategy.spent(1):
+        yield (
+            "epsilon is told as if every worker were in every round; give rate=… to the strategy "
+            f"{named.name} to count the sampling"
+        )
 
 
 def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
