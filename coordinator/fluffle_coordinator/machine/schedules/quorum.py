@@ -7,6 +7,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
@@ -44,17 +45,17 @@ class QuorumRounds(Schedule[State]):
         """Draw the round's sample of the workers present."""
         rules = state.rules
         if rules.secret is not None:
-            return _by_lot(state, rules.secret)
+            return _drawn(state, rules.secret, state.workers)
         size, draw = rules.ask(len(state.workers)), Draw(rules.seed, state.round)
         return chosen_by(rules.selection, state.candidates(state.workers), size, draw)
 
     def again(self, state: State) -> tuple[str, ...]:
         """Draw a new sample: whoever advances stays, those who did not answer come last."""
         rules, present = state.rules, state.workers
-        size, draw = rules.ask(len(present)), Draw(rules.seed, state.round, state.draws)
         answered = {ticket.worker for ticket in state.received}
         if rules.secret is not None:
-            return tuple(n for n in _by_lot(state, rules.secret) if n not in answered)
+            return tuple(n for n in _drawn(state, rules.secret, present) if n not in answered)
+        size, draw = rules.ask(len(present)), Draw(rules.seed, state.round, state.draws)
         staying = {n for n in present if n in answered or state.advancing(n)}
         others = [name for name in present if name not in staying]
         room, candidates = size - len(staying), state.candidates(others)
@@ -65,7 +66,7 @@ class QuorumRounds(Schedule[State]):
         """Ask whoever joins late, unless the round is that of a sample it would not be in."""
         rules = state.rules
         if rules.secret is not None:
-            return tuple(n for n in _by_lot(state, rules.secret) if n == worker)
+            return _drawn(state, rules.secret, (worker,))
         return () if rules.samples else (worker,)
 
     def closes(self, state: State, now: float) -> bool:
@@ -77,13 +78,12 @@ class QuorumRounds(Schedule[State]):
         return math.inf if state.quorum_at is None else state.quorum_at + state.rules.grace_s
 
 
-def _by_lot(state: State, secret: int) -> tuple[str, ...]:
-    """Return those present whose lot of this round is drawn: the same, however often it is asked.
+def _drawn(state: State, secret: int, workers: Iterable[str]) -> tuple[str, ...]:
+    """Return those whose lot of this round is drawn: the same, however often it is asked.
 
-    What a worker's chance depends on besides its own lot would tell of it.
+    The accounting of privacy knows of no other reason to be in a sample, or not to be.
     """
-    draw = Draw(secret, state.round)
-    return tuple(by_chance(sorted(state.workers), state.rules.fraction, draw))
+    return tuple(by_chance(sorted(workers), state.rules.fraction, Draw(secret, state.round)))
 
 
 QUORUM = QuorumRounds()
