@@ -34,7 +34,8 @@ from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.storage import replay
 from fluffle_coordinator.storage import update_archive as kept
-from fluffle_coordinator.storage.run_store import RunStore, read_history_lines
+from fluffle_coordinator.storage.history import read_history_lines
+from fluffle_coordinator.storage.run_store import RunStore
 
 RUN = "abc"
 TOPOLOGY = Topology("letters")

@@ -309,7 +309,7 @@ def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):
     store.note_configuration(configuration(settings, Topology("f")), 0)
     store.save_weights(1, model(), {"run": "r"}, {"v": np.ones(2)})
     line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
-    store.append(line)
+    store.history.append(line)
     saved = store.load("f")
     assert (saved.strategy, list(saved.kept), list(saved.weights)) == (
         mine.name, ["v"], sorted(model())
