@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -39,3 +40,30 @@ def test_the_files_to_look_in_are_there():
     for name in named:
         side, _, rest = name.partition("/")
         assert (root / side / f"fluffle_{side}" / rest).exists(), name
+
+
+SIDES = ("broker", "common", "coordinator", "fluffle", "worker")
+FILES = [path for side in SIDES for path in sorted((DOCS.parent / side).rglob("*.py"))]
+MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 400, 60
+
+
+def test_no_file_is_longer_than_a_sitting_takes():
+    long = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {name: lines for name, lines in long.items() if lines > MOST_OF_A_FILE}
+
+
+def test_no_function_is_longer_than_a_page():
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                code = node.body[ast.get_docstring(node) is not None :] or node.body
+                lines = node.end_lineno - code[0].lineno + 1 + code_of_the_head(node)
+                if lines > MOST_OF_A_FUNCTION:
+                    long.append(f"{path.name}: {node.name} has {lines} lines")
+    assert not long
+
+
+def code_of_the_head(node):
+    """Return how many lines the signature has."""
+    return node.body[0].lineno - node.lineno
