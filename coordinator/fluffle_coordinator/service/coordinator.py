@@ -39,7 +39,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.observe.journal_writer import Journal
-from fluffle_coordinator.observe.waiting import waiting_for
+from fluffle_coordinator.observe.waiting import WaitingReport
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
@@ -68,6 +68,9 @@ class Coordinator:
         exchanges: who handles protocols in several phases.
     """
 
+    _ended: asyncio.Future[None]
+    _next_look: asyncio.TimerHandle
+
     def __init__(
         self,
         settings: CoordinatorSettings,
@@ -82,17 +85,11 @@ class Coordinator:
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
-        self._events: deque[ev.Event] = deque()
-        self._taking = False
-        self._ended: asyncio.Future[None]
+        self._events, self._taking = deque[ev.Event](), False
         self._link: Link | None = None
         self._linked = asyncio.Event()
-        self._next_look: asyncio.TimerHandle
         self._look_at = 0.0  # when it is asked next what time has brought
-        # What was last waited for, and when that is reported again.
-        self._waits_for: tuple[str | None, ...] = ()
-        self._say_at = monotonic() + settings.waiting_every_s
-        self._waiting_since: tuple[object, ...] = ()
+        self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
             topology,
             saved.run,
@@ -115,17 +112,12 @@ class Coordinator:
             topology,
             saved.weights,
             self._committer,
-            max_model_bytes=settings.max_model_bytes,
+            settings,
             link=lambda: self._link,
             post=self._post,
-            strategy=settings.strategy,
-            plan=settings.whole_plan,
             resumed=(saved.committed, saved.kept) if saved.committed else None,
-            keep_updates=settings.keep_updates,
-            verify_users=settings.verify_users,
             averaged=self._outbox.prepare,
             folder=store.folder,
-            carries=settings.schedule.max_staleness > 0,
         )
         self._intake = Intake(
             settings,
@@ -219,11 +211,9 @@ class Coordinator:
         """Show where the run stands, and see to it that time is not forgotten."""
         phase = self.state.phase
         self._watcher.show(self.state, now)
-        state = self.state
-        waits_for = (phase is rs.Phase.WAITING, len(state.workers), state.init_asked, state.round)
-        if waits_for != self._waiting_since or now >= self._say_at:
-            self._waiting_since = waits_for
-            self._say_what_is_waited_for(now, just_told=just_told)
+        waiting = self._waiting.due(self.state, now, just_told=just_told)
+        if waiting is not None:
+            self._record(waiting)
         if phase is rs.Phase.ENDED and not self._ended.done():
             self._ended.set_result(None)
         if self._look_at > now + _LOOK_EVERY_S:
@@ -232,28 +222,13 @@ class Coordinator:
     def _look(self) -> None:
         """Ask what time has brought; at many events, that is not asked at each of them."""
         self._post(ev.Tick(monotonic()))
-        left_s = min(self._say_at, machine.wakeup(self.state)) - monotonic()
+        left_s = min(self._waiting.due_at, machine.wakeup(self.state)) - monotonic()
         self._look_in(left_s if left_s > 0 else _LOOK_EVERY_S)
 
     def _look_in(self, seconds: float) -> None:
         self._next_look.cancel()
         self._look_at = monotonic() + seconds
         self._next_look = asyncio.get_running_loop().call_later(seconds, self._look)
-
-    def _say_what_is_waited_for(self, now: float, *, just_told: bool) -> None:
-        state = self.state
-        waiting = waiting_for(state, now) if state.phase is rs.Phase.WAITING else None
-        kind: tuple[str | None, ...] = ()
-        if waiting is not None:
-            kind = waiting.what, state.init_asked if waiting.what == "first_weights" else None
-        if kind == self._waits_for and now < self._say_at:
-            return
-        waiting = waiting or waiting_for(state, now)
-        if waiting is not None:
-            if just_told and now < self._say_at:
-                return  # what was told just now says more; this, when nothing else happens
-            self._record(waiting)
-        self._say_at, self._waits_for = now + self._settings.waiting_every_s, kind
 
     def _perform(self, effect: fx.Effect) -> None:
         match effect:  # what comes often is first
