@@ -90,7 +90,8 @@ def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None
     is_flag=True,
     expose_value=False,
     callback=_remember_debug,
-    help="Show the traceback of an unexpected error; FLUFFLE_DEBUG=1 does the same.",
+    help="Show the traceback of an unexpected error, and each event with what follows from it; "
+    "FLUFFLE_DEBUG=1 does the same.",
 )
 def fluffle() -> None:
     """Federated learning over a message broker.
@@ -105,6 +106,10 @@ def fluffle() -> None:
       fluffle worker --federation letters --data DIR   one for each data owner
       fluffle queues --federation letters              what is in the queues
     """
+    if _debugging():
+        from fluffle_common.cli.debug_log import show_debug_log
+
+        show_debug_log()
 
 
 def url_option(command: Any) -> Any:

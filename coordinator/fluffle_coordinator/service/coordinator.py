@@ -22,6 +22,7 @@ from dataclasses import replace
 from fluffle_common.clock import monotonic
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, TaskError
+from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.exchanges import Exchanges, Sent
 from fluffle_common.protocol.model_form import model_form
@@ -48,6 +49,7 @@ from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
+_LOG = logger("coordinator.machine")
 # How long the end of a run may wait for the journal to be on the broker.
 _JOURNAL_DRAIN_S = 2.0
 # How often, at most, what is due is looked for while much happens.
@@ -197,6 +199,8 @@ class Coordinator:
             while self._events:
                 event = self._events.popleft()
                 self.state, asked_for = machine.advance(self.state, event)
+                if asked_for or not isinstance(event, ev.Tick | ev.Echoed):
+                    log_step(_LOG, event, asked_for)
                 for effect in asked_for:
                     self._perform(effect)
                 just_told |= bool(asked_for)

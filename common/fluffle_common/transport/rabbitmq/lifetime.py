@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.logs import logger
 from fluffle_common.transport.rabbitmq.errors import Right, as_ours, meaning, told
 
-_LOG = logging.getLogger("fluffle.transport.link")
+_LOG = logger("transport.link")
 
 
 class Lifetime:
@@ -38,7 +38,7 @@ class Lifetime:
         elif why is not None:
             meant = meaning(told(why), self._user)
             self._why = meant if isinstance(meant, BrokerError) else LinkLost(told(why))
-        _LOG.debug("link lost: %s", self._why)
+        _LOG.debug("lost the link: %s", self._why)
         self.end()
 
     def give_up(self, why: str) -> None:

@@ -22,6 +22,7 @@ from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
 
 from fluffle_common.errors import LinkLost
+from fluffle_common.logs import logger
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
     NAMED,
@@ -48,6 +49,7 @@ _LITTLE_BYTES = 16 * 2**10
 # How many copies of the traffic a tap fetches ahead: they may be parts of 4 MiB.
 _TAP_PREFETCH = 16
 
+_LOG = logger("transport.link")
 _T = TypeVar("_T")
 
 
@@ -103,6 +105,7 @@ class AmqpLink(Link):
         """See ``base.Link``."""
         self._lifetime.check()
         for entity in entities:
+            _LOG.debug("declaring %s", entity)
             right: Right = "bind" if isinstance(entity, Binding) else "configure"
             with declaring(), self._lifetime.asking(right):
                 channel = await self._get.get_underlay_channel()
