@@ -193,7 +193,9 @@ def test_a_strategy_in_a_file_is_named_by_the_file_wherever_that_is(here):
 def test_packages_add_names_by_entry_points(monkeypatch):
     other = EntryPoint("other", "fluffle_coordinator.strategy.fedavg:fedavg", "fluffle.strategies")
     broken = EntryPoint("broken", "nothing_of_that_name:x", "fluffle.strategies")
-    monkeypatch.setattr(module, "entry_points", lambda group: [other, broken])
+    monkeypatch.setattr(
+        module, "installed", lambda group: {one.name: one for one in (other, broken)}
+    )
     assert load_strategy("other") == NamedStrategy("other", fedavg)
     with pytest.raises(
         UsageError, match="no strategy 'x'.* known are broken, clip, .*other, .*path.py:name"
@@ -226,7 +228,7 @@ def make():
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
         ("gone_too:x", r"there is no module gone_too \(--strategy\)"),
         ("mine.py:", "--strategy wants module:name or path.py:name, not 'mine.py:'"),
-        ("mine.py:x", "mine.py has no 'x'"),
+        ("mine.py:x", "mine.py has nothing called 'x'"),
         ("mine.py:Half", "is a class, not a strategy; .* my_half = Half()"),
         ("mine.py:half", r"Half lacks broadcast\(\), finish\(\), dump\(\), load\(\), needs \("),
         ("mine.py:make", "function lacks .*call it there"),

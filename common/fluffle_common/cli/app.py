@@ -7,15 +7,17 @@ import math
 import os
 import sys
 import traceback
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from fluffle_common.cli.printing import ReaderGone, echo, one_line, prepare_streams, settle_streams
 from fluffle_common.errors import FluffleError
+from fluffle_common.installed import installed
 
+_GROUP = "fluffle.commands"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _FAILED = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -55,14 +57,12 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name every installed sub-command, in alphabetical order."""
-        return sorted({point.name for point in entry_points(group="fluffle.commands")})
+        return sorted(installed(_GROUP))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load the one command that was asked for."""
-        for point in entry_points(group="fluffle.commands", name=cmd_name):
-            command: click.Command = point.load()
-            return command
-        return None
+        point = installed(_GROUP).get(cmd_name)
+        return None if point is None else cast("click.Command", point.load())
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
