@@ -44,10 +44,7 @@ def missing(state: State, now: float) -> str:
 def _before_a_round(state: State) -> Waiting | None:
     present, gate = ", ".join(sorted(state.workers)) or "nobody", wanted(state)
     if len(state.workers) < gate:
-        reason = (
-            f"waiting for workers: {len(state.workers)} of {gate} are here ({present}), "
-            f"{gate - len(state.workers)} missing"
-        )
+        reason = f"waiting for workers: {len(state.workers)} of {gate} are here ({present})"
         return Waiting(reason=reason, what="workers")
     if state.has_weights:
         return None

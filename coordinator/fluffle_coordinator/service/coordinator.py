@@ -265,6 +265,8 @@ class Coordinator:
         state = self.state
         waits_for = (phase is rs.Phase.WAITING, len(state.workers), state.init_asked, state.round)
         if waits_for != self._waiting_since or now >= self._say_at:
+            if self._waiting_since[-1:] != (state.round,):  # who was asked has just been said
+                self._say_at = now + self._settings.waiting_every_s
             self._waiting_since = waits_for
             self._say_what_is_waited_for(now, just_told=just_told)
         if phase is rs.Phase.ENDED and not self._ended.done():
