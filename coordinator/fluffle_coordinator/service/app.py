@@ -47,7 +47,8 @@ from fluffle_coordinator.service.strategy_loading import (
     rules_for,
     uncounted_sampling,
 )
-from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
+from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.page import Page

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from fluffle_coordinator.strategy.arguments import nearest
+from fluffle_common.arguments import nearest
 
 _MOST_ROUNDS = 10**9
 _PLD_INTERVAL = 1e-4  # as dp-accounting's own accountant has it

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Array, Weights, finite_norm
 from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy.accountant import Accountant
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.linear import Folded, Linear
