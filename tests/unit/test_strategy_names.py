@@ -137,4 +137,4 @@ def test_the_command_and_the_document_know_every_part():
     for name, part in PARTS.items():
         assert part.about in shown.output
         assert f"`{name}" in document
-    assert "lr=0.01,beta1=0.9" in shown.output
+    assert "lr=0.01, beta1=0.9" in shown.output

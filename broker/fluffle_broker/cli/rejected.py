@@ -36,7 +36,7 @@ _anywhere = looking("Print JSON instead.", required=False)
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
-    """List what was refused, with the reason; or look at one, send it again, throw all away.
+    """List what was refused, and why; show, requeue or purge it.
 
     A message that cannot be counted (damaged, of another run, with NaN in it …) is not dropped: it
     goes with its reason into the federation's queue 'rejected', which keeps the latest 1,000

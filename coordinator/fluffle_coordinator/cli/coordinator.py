@@ -284,7 +284,7 @@ def run_option(command: Any) -> Any:
 @queue_type_option
 @log_format_option
 def coordinator(**options: Any) -> None:
-    """Run a federation: open rounds, average the updates, keep every model.
+    """Open rounds, average the updates, keep every model.
 
     It waits for workers, sends them the global weights, and as soon as a quorum has answered,
     averages what they learnt by their number of examples and opens the next round. Every round's

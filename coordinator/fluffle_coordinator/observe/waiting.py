@@ -28,6 +28,8 @@ class WaitingReport:
         looked_at = state.phase is Phase.WAITING, len(state.workers), state.init_asked, state.round
         if looked_at == self._looked_at and now < self.due_at:
             return None
+        if self._looked_at[-1:] != looked_at[-1:]:  # who was asked has just been said
+            self.due_at = now + self._every_s
         self._looked_at = looked_at
         waiting = waiting_for(state, now) if state.phase is Phase.WAITING else None
         kind: tuple[str | None, ...] = ()
@@ -77,10 +79,7 @@ def missing(state: State, now: float) -> str:
 def _before_a_round(state: State) -> Waiting | None:
     present, gate = ", ".join(sorted(state.workers)) or "nobody", wanted(state)
     if len(state.workers) < gate:
-        reason = (
-            f"waiting for workers: {len(state.workers)} of {gate} are here ({present}), "
-            f"{gate - len(state.workers)} missing"
-        )
+        reason = f"waiting for workers: {len(state.workers)} of {gate} are here ({present})"
         return Waiting(reason=reason, what="workers")
     if state.has_weights:
         return None
