@@ -263,9 +263,9 @@ class Coordinator:
         phase = self.state.phase
         self._watcher.show(self.state, now)
         state = self.state
-        waits_for = (phase is rs.Phase.WAITING, len(state.workers), state.init_asked, state.round)
+        waits_for = (phase is rs.Phase.WAITING, state.round, len(state.workers), state.init_asked)
         if waits_for != self._waiting_since or now >= self._say_at:
-            if self._waiting_since[-1:] != (state.round,):  # who was asked has just been said
+            if waits_for[:2] != self._waiting_since[:2]:  # the opening of a round says enough
                 self._say_at = now + self._settings.waiting_every_s
             self._waiting_since = waits_for
             self._say_what_is_waited_for(now, just_told=just_told)
