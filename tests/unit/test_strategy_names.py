@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from fluffle_common.arguments import within
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_coordinator.cli.strategies import strategies
 from fluffle_coordinator.service.strategy_loading import load_strategy
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.contribution import check_metrics
 from fluffle_coordinator.strategy.fedavg import FEDAVG

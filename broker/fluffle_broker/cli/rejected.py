@@ -78,7 +78,7 @@ def _where(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) -
 
 
 def _visit(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
-    from fluffle_broker.inspect.connect import open_once
+    from fluffle_common.transport.once import open_once
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
     async def visit() -> T:

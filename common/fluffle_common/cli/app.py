@@ -7,9 +7,9 @@ import math
 import os
 import sys
 import traceback
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -21,7 +21,9 @@ from fluffle_common.cli.printing import (
     settle_streams,
 )
 from fluffle_common.errors import FluffleError
+from fluffle_common.installed import installed
 
+_GROUP = "fluffle.commands"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _FAILED = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -121,14 +123,12 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name every installed sub-command, in alphabetical order."""
-        return sorted({point.name for point in entry_points(group="fluffle.commands")})
+        return sorted(installed(_GROUP))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load the one command that was asked for."""
-        for point in entry_points(group="fluffle.commands", name=cmd_name):
-            command: click.Command = point.load()
-            return command
-        return None
+        point = installed(_GROUP).get(cmd_name)
+        return None if point is None else cast("click.Command", point.load())
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write what the commands do, those of one purpose together."""
@@ -175,7 +175,8 @@ def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None
     is_flag=True,
     expose_value=False,
     callback=_remember_debug,
-    help="Show the traceback of an unexpected error; FLUFFLE_DEBUG=1 does the same.",
+    help="Show the traceback of an unexpected error, and each event with what follows from it; "
+    "FLUFFLE_DEBUG=1 does the same.",
 )
 def fluffle() -> None:
     """Federated learning over a message broker.
@@ -190,6 +191,10 @@ def fluffle() -> None:
       fluffle worker --federation letters --data DIR   one for each data owner
       fluffle queues --federation letters              what is in the queues
     """
+    if _debugging():
+        from fluffle_common.cli.debug_log import show_debug_log
+
+        show_debug_log()
 
 
 def url_option(command: Any) -> Any:

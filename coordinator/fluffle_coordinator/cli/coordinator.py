@@ -362,7 +362,7 @@ def history(folder: Path, as_json: bool) -> None:
     that the model is right as often as it is sure; 1 changes nothing.
     """
     from fluffle_coordinator.cli.history_table import history_table
-    from fluffle_coordinator.storage.run_store import read_history
+    from fluffle_coordinator.storage.history import read_history
 
     rounds = read_history(folder)
     if as_json:
@@ -385,7 +385,7 @@ def history(folder: Path, as_json: bool) -> None:
 def plot(folder: Path, out: Path) -> None:
     """Draw the federated accuracy and loss after each round."""
     from fluffle_coordinator.cli.history_table import draw_history
-    from fluffle_coordinator.storage.run_store import read_history
+    from fluffle_coordinator.storage.history import read_history
 
     rounds = [one for one in read_history(folder) if "loss" in one]
     if not rounds:

@@ -35,7 +35,7 @@ def strategies() -> None:
 
 
 def _arguments(make: Callable[..., Any]) -> str:
-    from fluffle_coordinator.strategy.arguments import write_arguments
+    from fluffle_common.arguments import write_arguments
 
     parameters = inspect.signature(make).parameters.values()
     open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters)
