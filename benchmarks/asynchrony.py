@@ -120,7 +120,7 @@ def as_text(told: Mapping[str, Any]) -> str:
             one["versions"],
             one["updates"],
             f"{one['test']['accuracy']:.3f}",
-            f"{one['test']['of_slow']:.3f}",
+            f"{one['test']['slow']:.3f}",
             one["slow"]["counted"],
             one["slow"]["mean_discount"],
         ]

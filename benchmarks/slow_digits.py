@@ -82,4 +82,4 @@ def test(weights: Mapping[str, Array]) -> dict[str, float]:
     inputs, labels = (all_of[_TRAINING:] for all_of in _digits())
     right = np.argmax(inputs @ weights["coef_"].T + weights["intercept_"], axis=1) == labels
     of_slow = np.isin(labels, _SLOW_DIGITS)
-    return {"accuracy": float(right.mean()), "of_slow": float(right[of_slow].mean())}
+    return {"accuracy": float(right.mean()), "slow": float(right[of_slow].mean())}
