@@ -100,6 +100,11 @@ class RoundView:
         return f"{worker} ({updates})" if again else worker
 
     @property
+    def has_work_of_others(self) -> bool:
+        """Whether updates are in it that other rounds asked for, or several of one worker."""
+        return any(one.staleness or key != one.worker for key, one in self.answers.items())
+
+    @property
     def is_done(self) -> bool:
         """Whether there is a result of it."""
         return self.committed_at is not None or self.evaluated
