@@ -200,8 +200,12 @@ def text_2nn(told: Mapping[str, Any]) -> str:
             means = [None if None in one else float(np.mean(one)) for one in by_rate.values()]
             rows.append([f"{target} {partition}", *means])
     lines = [figures.table(["rounds to, by learning rate", *map(str, RATES_2NN)], rows)]
-    lines += [f"{at}: {one['ratio']} times the rounds" for at, one in told["tuned"].items()]
-    return "\n".join([*lines, "the paper: 664 / 87 = 7.63"])
+    for target, found in told["tuned"].items():
+        ratio = found["ratio"] or f"unknown, one is over {told['rounds']} rounds"
+        lines.append(
+            f"shards:2 over iid, {target}: {ratio} (the paper: {found['published_ratio']})"
+        )
+    return "\n".join(lines)
 
 
 # --- FedNova -----------------------------------------------------------------------------------
