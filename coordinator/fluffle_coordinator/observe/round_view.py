@@ -16,7 +16,7 @@ PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """What the time between two commits goes to; see ``RoundView.phases``."""
 
 # What a line of the history says, as floating-point numbers, besides the metrics beside it.
-_NO_METRIC = {"loss", "epsilon"}
+_NO_METRIC = {"loss", "epsilon", "delta"}
 
 
 @dataclass(frozen=True)
