@@ -72,6 +72,12 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "shards of one label each; or a client for each value of a column.",
 )
 @click.option(
+    "--plot-partition",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw who holds what, before the first round.",
+)
+@click.option(
     "--step-time",
     default="0.01",
     metavar="SECONDS",
@@ -126,7 +132,6 @@ def simulate(**options: Any) -> None:
     from fluffle.simulation.loop import SimulatedLoop
     from fluffle.simulation.simulate import (
         clients_of,
-        first_present,
         simulate_run,
         tested_every,
     )
@@ -141,8 +146,9 @@ def simulate(**options: Any) -> None:
     number: int = options["clients"]
     availability = parse_availability(options["availability"])
     whole, tasks = _tasks(options)
-    gate = first_present(number, availability)
-    settings = settings_of(rules_of({**options, "min_workers": gate}), options)
+    if options["plot_partition"] is not None:
+        _plot(whole, options)
+    settings = settings_of(rules_of({**options, "min_workers": number}), options)
     store = RunStore(options["folder"] or Path("runs") / settings.federation)
     done = 0 if options["fresh"] else committed(store.folder)
     settings = tested_every(settings, whole, options["test_every"] or 1, done)
@@ -202,6 +208,21 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
             "{clients}'"
         )
     return whole, dealt(whole, partition, number, seed)
+
+
+def _plot(whole: Any, options: dict[str, Any]) -> None:
+    """Draw who holds what of a task that was divided."""
+    from fluffle.simulation.plot import plot_partition
+    from fluffle_common.errors import UsageError
+
+    if whole is None:
+        raise UsageError("--plot-partition: with {client} in --data, nothing is dealt out")
+    asked = {name: options[name] for name in ("clients", "partition", "seed")}
+    file = options["plot_partition"]
+    try:
+        plot_partition(whole, **asked).savefig(file, dpi=150)
+    except (OSError, ValueError) as why:
+        raise UsageError(f"--plot-partition: cannot write {file}: {why}") from None
 
 
 def _told(simulated_s: float, took_s: float) -> str:

@@ -17,7 +17,6 @@ from fluffle.simulation.partition import Partition, parse_partition
 from fluffle.simulation.population import Divisible, dealt, names
 from fluffle.simulation.simulate import (
     clients_of,
-    first_present,
     simulate_run,
     tested_every,
 )
@@ -124,7 +123,7 @@ def simulate(
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "seed": seed,
-        "min_workers": first_present(len(by_name), comings),
+        "min_workers": len(by_name),
         "federation": "simulation",
         **options,
     }

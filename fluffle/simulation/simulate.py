@@ -53,7 +53,14 @@ async def simulate_run(
         TaskError: where a client is refused.
     """
     never = float("inf")
-    rules = replace(settings.rules, patience=_NEVER, hearing_s=never, stall_s=never)
+    present = sum(client.present for client in clients)  # the first round is for all of these
+    rules = replace(
+        settings.rules,
+        min_workers=max(1, min(settings.rules.min_workers, present)),
+        patience=_NEVER,
+        hearing_s=never,
+        stall_s=never,
+    )
     settings = replace(
         settings,
         rules=rules,
@@ -113,11 +120,6 @@ def clients_of(
         present = availability.begin(rng)
         made.append(Client(name, task, device, availability, rng, present=present))
     return made
-
-
-def first_present(clients: int, availability: Availability) -> int | None:
-    """Return how many clients the first round waits for; None: as many as the quorum needs."""
-    return clients if availability == ALWAYS or clients == 1 else None
 
 
 def tested_every(
