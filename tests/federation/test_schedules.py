@@ -347,7 +347,7 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
         (Timing(schedule="buffered", late="discount"), "--late discount goes with"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is no schedule"),
-        (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
+        (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has nothing called 'x'"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(timing, told):

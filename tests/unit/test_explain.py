@@ -289,8 +289,8 @@ def test_without_a_coordinator_it_says_so_and_names_the_command(committed):
 
 def test_between_two_rounds_it_says_what_the_run_waits_for():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
-    story.add(20, "waiting", reason="waiting for workers: 0 of 2 are here (nobody), 2 missing")
-    assert story.explained(now=25)[1].endswith("0 of 2 are here (nobody), 2 missing.")
+    story.add(20, "waiting", reason="waiting for workers: 0 of 2 are here (nobody)")
+    assert story.explained(now=25)[1].endswith("0 of 2 are here (nobody).")
     assert "0 of 2" not in story.opened(30, number=8).explained(now=35)[1]
 
 
@@ -298,7 +298,7 @@ def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
     story = Story().add(0, "started", folder="runs/f").add(1, "connected")
     story.add(2, "joined", worker="a", num_examples=80)
     story.add(3, "refused", worker="b", reason="it has other classes")
-    story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a), 1 missing")
+    story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a)")
     told = explain(story.events, *_which(story.events, None, None), at(10))
     text = "\n".join(sentences(told))
     assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")

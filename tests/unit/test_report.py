@@ -285,9 +285,9 @@ def folder(tmp_path: Path) -> Path:
     store.load("letters")
     for number, row in enumerate(ROWS, start=1):
         metrics = {name: row[name] for name in ("accuracy", "temperature") if name in row}
-        store.append({**row, "event": "committed"})
+        store.history.append({**row, "event": "committed"})
         if metrics:
-            store.append(evaluated(number, **metrics))
+            store.history.append(evaluated(number, **metrics))
     (store.folder / "round-0001.safetensors").write_bytes(b"a model")
     return store.folder
 

@@ -45,7 +45,7 @@ _MOST_TRANSFERS = 256
 @looking("Print an object a line.")
 @management_option
 def tap(**options: Any) -> None:
-    """Follow the messages of a federation live, a line each, like 'tail -f'.
+    """Follow the messages of a federation live, one a line.
 
     \b
       fluffle tap --federation letters

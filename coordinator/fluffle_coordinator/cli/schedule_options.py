@@ -107,7 +107,7 @@ _OPTIONS = [
     ),
     click.option(
         "--max-staleness",
-        type=click.IntRange(0, 10_000),
+        type=count(0, 10_000),
         metavar="S",
         help="How many versions of the model old an update may be that still counts.  [default: 20 "
         "with 'buffered', 2 with '--late discount']",

@@ -157,7 +157,7 @@ class RoundView:
 
 
 def remembered(row: Mapping[str, Any]) -> RoundView:
-    """Return a round of a history, as ``run_store.read_history`` has it.
+    """Return a round of a history, as ``history.read_history`` has it.
 
     Older histories tell less: what a row does not have is None, or left out, never an error.
     """

@@ -42,7 +42,8 @@ from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import as_named, check_same, rules_for
-from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
+from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.page import Page

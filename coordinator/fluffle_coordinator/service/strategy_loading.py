@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fluffle_common.cli.loading import Place
-from fluffle_common.cli.user_code import one_line, warn_in_full
-from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.arguments import nearest
+from fluffle_common.cli.loading import Place, load_installed
+from fluffle_common.errors import UsageError
+from fluffle_common.installed import installed
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.storage.run_store import Saved
-from fluffle_coordinator.strategy.arguments import nearest
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
@@ -41,28 +40,17 @@ def load_strategy(name: str) -> NamedStrategy:
     if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
         return NamedStrategy(name, _checked(name, _by_name(name)))
     place = Place.parse("strategy", name)
-    found = place.load(_CALLERS)
-    if found is None:
-        raise UsageError(f"{place.where} has no '{place.attribute}' (--strategy)")
-    strategy = _checked(name, found)
+    strategy = _checked(name, place.found(_CALLERS))
     if not place.is_file:
         return NamedStrategy(name, strategy)
-    path = Path(place.where).resolve()
-    return NamedStrategy(f"{path.name}:{place.attribute}", strategy, str(path))
+    return NamedStrategy(place.called, strategy, str(Path(place.where).resolve()))
 
 
 def _by_name(name: str) -> Any:
-    known = set(PARTS)
-    for point in entry_points(group=_GROUP):
-        known.add(point.name)
-        if point.name == name:
-            try:
-                return point.load()
-            except (Exception, SystemExit) as why:
-                warn_in_full(why, "strategy", _CALLERS)
-                raise TaskError(
-                    f"the strategy {name} of {point.value} fails to load: {one_line(why)}"
-                ) from why
+    found = installed(_GROUP)
+    if name in found:
+        return load_installed("strategy", found[name], _CALLERS)
+    known = {*PARTS, *found}
     raise UsageError(
         f"there is no strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
         "'fluffle strategies' explains them, and path.py:name takes one from a file of your own"

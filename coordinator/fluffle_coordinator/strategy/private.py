@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.tensors.weights import Array, Weights, finite_norm
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.linear import Folded, Linear
