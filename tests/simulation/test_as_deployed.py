@@ -11,7 +11,7 @@ import pytest
 import fluffle
 from examples.numpy_regression import task
 from fluffle.simulation.devices import Device
-from fluffle_coordinator.storage.run_store import read_history_lines
+from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_worker.task import TaskOptions
 from tests.simulation.test_simulation import Adder
 
