@@ -108,14 +108,8 @@ def simulate(
         UsageError: for an argument that is wrong.
         RunError: where the run stopped before its end, with the reason.
     """
-    for name, why in _NOT_HERE.items():
-        if options.get(name):
-            raise UsageError(f"{_CALLER}() has no {name}=: {why}")
-    for name, number in (("clients", clients), ("test_every", test_every)):
-        if number is not None and number < 1:
-            raise UsageError(f"{_CALLER}(): {name} = {number} must be at least 1")
+    _check(options, clients=clients, test_every=test_every)
     whole, by_name = _tasks(tasks, clients, partition, seed)
-    comings = parse_availability(availability)
     stated = {
         "rounds": rounds,
         "fraction": fraction,
@@ -131,31 +125,39 @@ def simulate(
     found["strategy"] = found["strategy"] if strategy is None else strategy
     found |= {"evaluate": evaluate, "on_round": on_round}
     settings = settings_of(rules_of(found), found)
-    bandwidth = None if bytes_per_s is None else str(bytes_per_s)
-    drawn = devices(
-        len(by_name), step_s=str(step_s), round_s=str(fit_s), bytes_per_s=bandwidth, seed=seed
-    )
-    everybody = clients_of(by_name, drawn if owned is None else owned, comings, seed)
+    speeds = {"step_s": step_s, "round_s": fit_s, "bytes_per_s": bytes_per_s}
+    spreads = {name: str(value) for name, value in speeds.items() if value is not None}
+    drawn = devices(len(by_name), **spreads, seed=seed)
+    presence = parse_availability(availability)
+    everybody = clients_of(by_name, drawn if owned is None else owned, presence, seed)
 
     def body(complete: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         shown = Progress(progress, settings.rules.rounds)
         with place_of(folder) as place, shown, locked(place) as store:
             done = 0 if found["fresh"] else committed(place.path)
+            tested = tested_every(settings, whole, test_every, done)
             state = complete(
-                simulate_run(
-                    tested_every(settings, whole, test_every, done),
-                    everybody,
-                    store,
-                    shown,
-                    say=warn,
-                    fresh=found["fresh"],
-                )
+                simulate_run(tested, everybody, store, shown, say=warn, fresh=found["fresh"])
             )
             if state.outcome == "stopped":
                 raise RunError(f"the run stopped: {state.reason}{place.how_to_go_on()}")
             return place.handed_over(Run(place.path))
 
     return Background(body, SimulatedLoop).wait()
+
+
+def _check(options: Mapping[str, Any], **counts: int | None) -> None:
+    """Check the arguments that have nothing to do with a simulation, and the counts.
+
+    Raises:
+        UsageError: naming the first that is wrong.
+    """
+    for name, why in _NOT_HERE.items():
+        if options.get(name):
+            raise UsageError(f"{_CALLER}() has no {name}=: {why}")
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{_CALLER}(): {name} = {number} must be at least 1")
 
 
 def _tasks(

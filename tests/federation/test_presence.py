@@ -156,6 +156,7 @@ def test_what_a_round_waits_for_is_said_when_it_has_been_open_for_ten_seconds(
 ):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=5, min_workers=3)
+        await asyncio.sleep(7.0)
         three(federation, step_s=step_s)
         await coordinator.end()
         opened = {f["round"]: at for at, name, f in coordinator.log.lines if name == "opened"}

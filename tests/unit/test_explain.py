@@ -244,6 +244,15 @@ def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
     )
 
 
+def test_of_an_asynchronous_round_no_wait_is_negative_and_nobody_is_said_to_be_silent():
+    story = begun().counted(11, "a", 1, staleness=1, weight=56.0).counted(14, "b", 2)
+    story.counted(17, "a", 3).add(17.1, "committed", round=7, participants=["a", "b"])
+    _, text = story.explained(now=20)
+    assert "answered 7.0 s after the opening, 3.0 s after b." in text
+    assert "No update of c is in it." in text
+    assert "did not answer" not in text
+
+
 def test_a_round_that_took_long_to_close_says_so():
     story = begun().counted(11, "a", 1)
     story.add(41, "committed", round=7, participants=["a"], num_examples=80)

@@ -16,7 +16,7 @@ PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """What the time between two commits goes to; see ``RoundView.phases``."""
 
 # What a line of the history says, as floating-point numbers, besides the metrics beside it.
-_NO_METRIC = {"loss", "epsilon"}
+_NO_METRIC = {"loss", "epsilon", "delta"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ class RoundView:
         """
         again = worker in self.answers and updates > len(self.answers)
         return f"{worker} ({updates})" if again else worker
+
+    @property
+    def has_work_of_others(self) -> bool:
+        """Whether updates are in it that other rounds asked for, or several of one worker."""
+        return any(one.staleness or key != one.worker for key, one in self.answers.items())
 
     @property
     def is_done(self) -> bool:

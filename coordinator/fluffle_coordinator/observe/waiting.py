@@ -25,10 +25,10 @@ class WaitingReport:
 
     def due(self, state: State, now: float, *, just_told: bool) -> Waiting | None:
         """Return what is to be told now, if anything; ``just_told``: something else was."""
-        looked_at = state.phase is Phase.WAITING, len(state.workers), state.init_asked, state.round
+        looked_at = state.phase is Phase.WAITING, state.round, len(state.workers), state.init_asked
         if looked_at == self._looked_at and now < self.due_at:
             return None
-        if self._looked_at[-1:] != looked_at[-1:]:  # who was asked has just been said
+        if looked_at[:2] != self._looked_at[:2]:  # the opening of a round says enough
             self.due_at = now + self._every_s
         self._looked_at = looked_at
         waiting = waiting_for(state, now) if state.phase is Phase.WAITING else None

@@ -8,7 +8,7 @@ exactly what was folded before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_te
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
+from fluffle_common.tensors.groups import chosen
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone
@@ -49,6 +50,7 @@ class _Next(NamedTuple):
     state: Any
     kept: Weights
     broadcast: Weights
+    spent: Mapping[str, float]
 
 
 class Aggregator:
@@ -311,7 +313,18 @@ class Aggregator:
     def _finish(self, number: int) -> _Next:
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
-        return _Next(weights, state, strategy.dump(state), strategy.broadcast(state))
+        kept, broadcast = strategy.dump(state), strategy.broadcast(state)
+        return _Next(self._trained(weights), state, kept, broadcast, strategy.spent(number))
+
+    def _trained(self, weights: Weights) -> Weights:
+        """Return new weights in which noise changes nothing that is not trained."""
+        if self._plan.train is None or self._strategy.strategy.needs.repeatable:
+            return weights
+        trained = chosen(self._base, self._plan.train)
+        for name, old in self._base.items():
+            if name not in trained:
+                weights[name][...] = old
+        return weights
 
     def _close(self, number: int, asked: tuple[str, ...], found: _Next) -> None:
         """Have the average committed, and begin the next sum."""
@@ -323,7 +336,7 @@ class Aggregator:
             self._in_the_sum,
             self._clock,
             found.kept,
-            self._in_round(number).spent(number),
+            found.spent,
         )
         self._committer.commit(average)
         self._averaged(found.weights, found.broadcast)

@@ -48,6 +48,7 @@ from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore, Saved
+from fluffle_coordinator.storage.sampling_secret import sampling_secret
 
 _LOG = logger("coordinator.machine")
 # How long the end of a run may wait for the journal to be on the broker.
@@ -132,7 +133,7 @@ class Coordinator:
             post=self._post,
             record=self._record,
         )
-        self.state = _begin(settings, saved)
+        self.state = _begin(settings, saved, store)
 
     async def run(self) -> rs.State:
         """Run to the end; cancel it to stop earlier, which loses nothing that a restart needs."""
@@ -330,11 +331,14 @@ class Coordinator:
         return self._link
 
 
-def _begin(settings: CoordinatorSettings, saved: Saved) -> rs.State:
+def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore) -> rs.State:
     """Return the machine's state where a run begins, or goes on."""
+    rules = settings.rules
+    if settings.strategy.strategy.needs.rate is not None:
+        rules = replace(rules, secret=sampling_secret(store.folder))
     known = json.loads(saved.metadata.get("classes", "null"))
     return machine.start(
-        settings.rules,
+        rules,
         saved.run,
         monotonic(),
         schedule=settings.schedule,

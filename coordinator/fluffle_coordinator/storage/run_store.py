@@ -9,6 +9,7 @@
         round-0000.safetensors    the first weights, then one file a round
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: what was averaged (see ``update_archive``)
+        sampling.secret           if a strategy needs secret samples (see ``sampling_secret``)
         lock                      held by the coordinator that writes here
 
 A file is written beside its final name and then renamed, so that a name stands for a whole file;
