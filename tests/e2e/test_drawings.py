@@ -114,6 +114,8 @@ def test_staleness_and_privacy_are_there_when_a_run_has_them(
         seen.wait("#staleness-words", "25.0 % of the weight lost")
         bars = seen.page.locator("#staleness rect title").all_text_contents()
         assert bars == ["versions 0: updates 2", "versions 2: updates 2"]
+        ages = seen.page.locator("#staleness text.tick.middle").all_text_contents()
+        assert ages == ["0", "1", "2"]  # a gap is seen as one
         assert "0.750" in texts(seen, "#tiles dd")
         assert seen.page.locator('#chart path.curve[data-metric="epsilon"]').count() == 1
 
