@@ -365,7 +365,7 @@ def test_what_end_returns_is_a_mapping():
     ("name", "told"),
     [
         ("Proximal", "is a class; name an instance of it"),
-        ("nothing", "has nothing called 'nothing'"),
+        ("nothing", "has no 'nothing'"),
     ],
 )
 def test_what_is_no_rule_is_refused(name, told):

@@ -50,7 +50,7 @@ class Place:
         """
         where, colon, attribute = name.rpartition(":")
         if not colon or not where or not attribute:
-            raise UsageError(f"--{what} wants module:name or path.py:name, not '{name}'")
+            raise UsageError(f"--{what} expects module:name or path.py:name, not '{name}'")
         return cls(what, where, attribute)
 
     @property

@@ -22,10 +22,10 @@ def load_object(name: str, option: str) -> Any:
     """
     place = Place.parse(option.removeprefix("--"), name)
     if not place.is_file:
-        raise UsageError(f"{option} is '{name}'; path.py:name is expected")
+        raise UsageError(f"{option} expects path.py:name, not '{name}'")
     found = place.load({__file__})
     if found is None:
-        raise UsageError(f"{place.where} has nothing called '{place.attribute}' ({option})")
+        raise UsageError(f"{place.where} has no '{place.attribute}' ({option})")
     return found
 
 

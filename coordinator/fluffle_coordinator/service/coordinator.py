@@ -451,8 +451,9 @@ class Coordinator:
             code, reason = (
                 "protocol",
                 (
-                    f"worker {hello.worker} speaks protocol {hello.protocol}, this coordinator "
-                    f"{PROTOCOL}; install the same version of fluffle on both sides"
+                    f"worker {hello.worker} speaks protocol {hello.protocol}, but this "
+                    f"coordinator speaks protocol {PROTOCOL}; install the same version of "
+                    "fluffle on both sides"
                 ),
             )
         self._record(run_events.Refused(worker=hello.worker, reason=reason))
@@ -532,7 +533,8 @@ class Coordinator:
                 delivery.ack()
             case FirstWeights() | Exchange(worker=str()):
                 raise MalformedMessage(
-                    f"it is of run {message.run}, this is run {self.state.run}", "run"
+                    f"it belongs to run {message.run}; this coordinator runs {self.state.run}",
+                    "run",
                 )
             case _:
                 raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
@@ -545,7 +547,8 @@ class Coordinator:
             self._aggregator.take_first(held)
         else:
             raise MalformedMessage(
-                f"first weights were asked of {self.state.init_asked}, not of {worker}", "sender"
+                f"first weights were requested from {self.state.init_asked}, not from {worker}",
+                "sender",
             )
 
     def _reject(

@@ -64,7 +64,7 @@ def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
         phi = timing.staleness or POLYNOMIAL
         told = f"quorum:late=discount,max_staleness={oldest},staleness={phi}"
         return told, QuorumRounds(max_staleness=oldest, phi=phi)
-    _refuse(stale, "is for fluffle's own schedules; yours says it itself")
+    _refuse(stale, "is for fluffle's own schedules; your schedule decides this itself")
     _refuse({"--late discount": discounts or None}, "goes with --schedule quorum")
     if ":" not in name:
         raise UsageError(
@@ -127,8 +127,8 @@ def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
         raise UsageError(f"{place.where} has no '{place.attribute}' (--schedule)")
     if isinstance(found, type):
         raise UsageError(
-            f"--schedule {name} is a class, not a schedule; make an object of it there, and name "
-            "that"
+            f"--schedule {name} is a class, not a schedule; create an instance in the file, "
+            "and name that"
         )
     missing = [f"{one}()" for one in _METHODS if not callable(getattr(found, one, None))]
     missing += [
@@ -138,7 +138,7 @@ def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
     ]
     if missing:
         raise UsageError(
-            f"--schedule {name} is no schedule: this {type(found).__name__} lacks "
+            f"--schedule {name} is not a schedule: this {type(found).__name__} lacks "
             f"{', '.join(missing)}; inherit from fluffle_coordinator.machine.schedule.Schedule"
         )
     where = Path(place.where).name if place.is_file else place.where

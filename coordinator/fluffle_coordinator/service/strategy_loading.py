@@ -78,8 +78,8 @@ def _checked(name: str, found: Any) -> Any:
     attribute = name.rpartition(":")[2]
     if isinstance(found, type):
         raise UsageError(
-            f"--strategy {name} is a class, not a strategy; make an object of it there, such as "
-            f"my_{attribute.lower()} = {attribute}(), and name that"
+            f"--strategy {name} is a class, not a strategy; create an instance in the file, "
+            f"such as my_{attribute.lower()} = {attribute}(), and name that"
         )
     missing = [f"{one}()" for one in _METHODS if not callable(getattr(found, one, None))]
     if not isinstance(getattr(found, "needs", None), Needs):
@@ -88,8 +88,8 @@ def _checked(name: str, found: Any) -> Any:
         of = type(found).__name__
         hint = "; if it makes one, call it there and name what it returns" * (of == "function")
         raise UsageError(
-            f"--strategy {name} is no strategy: this {of} lacks {', '.join(missing)}; pipeline() "
-            f"makes one that has them{hint}"
+            f"--strategy {name} is not a strategy: this {of} lacks {', '.join(missing)}; "
+            f"pipeline() makes one that has them{hint}"
         )
     return found
 
@@ -137,8 +137,9 @@ def rules_for(
         )
     if needs.once and schedule_name != "quorum":
         raise UsageError(
-            f"the strategy {named.name} needs synchronous rounds in which late updates do not "
-            f"count, and not the schedule {schedule_name}; leave --schedule and --late out"
+            f"the strategy {named.name} needs synchronous rounds that discard late updates, "
+            f"and does not work with the schedule {schedule_name}; leave --schedule and --late "
+            "out"
         )
     most = rules.rounds if needs.max_rounds is None else needs.max_rounds
     return replace(

@@ -338,7 +338,7 @@ class RunStore:
             lines = read_lines(whole)
         except ValueError as why:
             raise RunError(
-                f"{self.history_path}: {why}; mend it, or --fresh starts a new run"
+                f"{self.history_path}: {why}; repair it, or --fresh starts a new run"
             ) from None
         if whole == data:
             return lines, []
@@ -420,7 +420,9 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         if (folder / "run.json").exists():
             raise UsageError(f"the run in {folder} has committed no round yet")
-        raise UsageError(f"there is no history in {folder}; a run's folder is such as runs/NAME")
+        raise UsageError(
+            f"there is no history in {folder}; give the folder of a run, such as runs/NAME"
+        )
     data = path.read_bytes()
     try:
         return read_lines(data[: data.rfind(b"\n") + 1])

@@ -172,6 +172,6 @@ def _rounds_within(budget: float, noise: float, delta: float) -> int:
         first = epsilon(noise, 1, delta)
         raise ValueError(
             f"budget={budget:g} allows no round: one costs an epsilon of {first:.3g} with "
-            f"noise={noise:g}; give more noise, or a larger budget"
+            f"noise={noise:g}; increase the noise or the budget"
         )
     return low
