@@ -35,19 +35,21 @@ test: install check browser
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # The pure core and the whole federations in this process: no broker, no JAX, no terminal.
-SLOW := demo flax_task letters letters_images letters_scores mutants node printing \
-	rabbitmq_connection rounds_machine
-FAST := $(filter-out $(SLOW:%=tests/unit/test_%.py),$(wildcard tests/unit/test_*.py))
+SLOW := $(addprefix unit/,demo flax_parts flax_task front_door letters letters_images \
+	letters_scores local_rules mutants node printing rabbitmq_connection rounds_machine sklearn_task) \
+	$(addprefix federation/,adapters local)
+FAST := $(filter-out $(foreach one,$(SLOW),tests/$(dir $(one))test_$(notdir $(one)).py),\
+	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
 
 test-fast: install
-	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) tests/federation $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) $(ARGS)
 
 # What the pure core leaves untried, line by line; most of it is there for people to read.
 PURE := fluffle_coordinator.machine fluffle_coordinator.strategy fluffle_common.tensors \
 	fluffle_common.protocol
 
 coverage: install
-	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) tests/federation --cov-branch \
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) --cov-branch \
 		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
 # Before a release: everything, and a hundred faults.

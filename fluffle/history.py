@@ -13,8 +13,8 @@ from fluffle.models import load_model
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.metric_names import TEST, lower_is_better, of_a_test
 from fluffle_coordinator.observe.round_view import metrics_of
+from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.round_stats import seconds_of, weighted_mean
-from fluffle_coordinator.storage.run_store import read_history
 
 if TYPE_CHECKING:
     from fluffle_common.tensors.weights import Array

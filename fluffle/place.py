@@ -13,7 +13,8 @@ from pathlib import Path
 from fluffle.results import Run
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, UsageError
-from fluffle_coordinator.storage.run_store import RunStore, read_history_lines
+from fluffle_coordinator.storage.history import read_history_lines
+from fluffle_coordinator.storage.run_store import RunStore
 
 
 class Place:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluffle.history import History, Round
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.storage.run_store import read_history_lines
+from fluffle_coordinator.storage.history import read_history_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

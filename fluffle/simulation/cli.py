@@ -111,7 +111,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     show_default=False,
 )
 def simulate(**options: Any) -> None:
-    """Run a federation of simulated clients, in this process and in time of its own.
+    """Run a federation of many simulated clients in this process.
 
     The coordinator, its rounds, strategies and files are those of a real run; only the broker is in
     memory, and time passes when nobody has anything left to do. So an hour of training on slow

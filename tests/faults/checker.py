@@ -125,6 +125,7 @@ def check(folder: Path) -> Verdict:
         "duplicates": sum(said["duplicate"].values()),
         "rejected": len(rejected),
         "quorums known": fairness.judged(logs),
+        "silences judged": fairness.silences_judged(folder),
     }
     found.faults += [
         *_rounds(folder, commits, run),

@@ -24,8 +24,9 @@ _QUORUM_EVENTS = frozenset({"opened", "reopened", "quorum", "counted", "closed",
 _JUDGED_FOR = timedelta(seconds=15)
 # So long after the end of a fault on the lines everybody is heard again.
 _SETTLED_AFTER = timedelta(seconds=8)
-# Whoever is silent for so long when nobody can be heard any more is nearly gone: a worker counts as
-# gone after five heartbeats of a second, of which half may pass while nobody is heard.
+# Whoever was silent for so long before nobody could be heard may be gone for that. A worker is gone
+# after five heartbeats of a second: up to one since its last, this, and 2.5 that still count
+# when nobody is heard.
 _HALF_GONE = timedelta(seconds=1.5)
 # The faults after which a worker may not be heard of for a while; who was started anew is known.
 _ON_THE_LINE = frozenset({"broker", "cut", "stall", "half-close"})
@@ -175,6 +176,12 @@ def silences(folder: Path, logs: Logs) -> Iterator[str]:
                     yield f"{one.words}, and another one ({name}) took its run"
             if name == one.log:
                 yield from _left_out(one, log, then)
+
+
+def silences_judged(folder: Path) -> int:
+    """Count the times in which nobody could be heard that no other fault excuses."""
+    faults = whole_lines(folder / "evidence/faults.jsonl")
+    return sum(not _disturbed(faults, one) for one in _unheard(folder))
 
 
 def _left_out(one: Unheard, log: list[Line], then: list[Line]) -> Iterator[str]:

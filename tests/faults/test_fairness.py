@@ -222,6 +222,12 @@ def test_what_has_another_reason_is_no_fault(tmp_path: Path, log: list[Line], mo
     assert judged(tmp_path, STOPPED, log, **more) == []
 
 
+def test_a_silence_that_another_fault_excuses_is_not_counted_as_judged(tmp_path: Path) -> None:
+    judged(tmp_path, STOPPED, [BEFORE, GONE], faults=[fault("stall", 7, 7, 4.0)])
+    assert fairness.silences_judged(tmp_path) == 0
+
+
 def test_a_fault_that_was_long_over_is_no_excuse(tmp_path: Path) -> None:
     told = judged(tmp_path, STOPPED, [BEFORE, GONE], faults=[fault("stall", 9, 9, 6.0)])
     assert len(told) == 1
+    assert fairness.silences_judged(tmp_path) == 1

@@ -9,7 +9,7 @@ import pytest
 
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.service.hooks import Hooks, StopRun
-from fluffle_coordinator.storage.run_store import read_history
+from fluffle_coordinator.storage.history import read_history
 from tests.federation.harness import Adder
 
 

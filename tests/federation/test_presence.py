@@ -148,3 +148,23 @@ def test_workers_and_coordinator_start_in_any_order(federated):
         await coordinator.end()
 
     federated(scenario)
+
+
+@pytest.mark.parametrize(("step_s", "expected"), [(1.0, []), (4.0, [10.0] * 5)])
+def test_what_a_round_waits_for_is_said_when_it_has_been_open_for_ten_seconds(
+    federated, step_s, expected
+):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=5, min_workers=3)
+        await asyncio.sleep(7.0)
+        three(federation, step_s=step_s)
+        await coordinator.end()
+        opened = {f["round"]: at for at, name, f in coordinator.log.lines if name == "opened"}
+        waited = [
+            at - opened[f["round"]]
+            for at, name, f in coordinator.log.lines
+            if name == "waiting" and f["what"] == "updates"
+        ]
+        assert waited == pytest.approx(expected, abs=0.3)
+
+    federated(scenario)

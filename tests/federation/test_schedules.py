@@ -219,7 +219,7 @@ def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
 
 def test_updates_in_parts_count_from_older_versions_too(federated):
     async def scenario(federation):
-        size = 3 * 2**20
+        size = 2**20 + 1  # two parts
         for name in "abc":  # they come all at once: some wait while a version is closed
             federation.worker(name, Adder(federation.loop, size=size))
         federation.worker("slow", Adder(federation.loop, size=size, step_s=1.0))

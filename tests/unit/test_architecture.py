@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -39,3 +40,26 @@ def test_the_files_to_look_in_are_there():
     for name in named:
         side, _, rest = name.partition("/")
         assert (root / side / f"fluffle_{side}" / rest).exists(), name
+
+
+SIDES = ("broker", "common", "coordinator", "fluffle", "worker")
+FILES = [path for side in SIDES for path in sorted((DOCS.parent / side).rglob("*.py"))]
+MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 400, 60
+
+
+def test_no_file_of_the_product_has_more_than_400_lines():
+    long = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {path: lines for path, lines in long.items() if lines > MOST_OF_A_FILE}
+
+
+def test_no_function_of_the_product_has_more_than_60_lines_besides_its_docstring():
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = node.body[0] if ast.get_docstring(node) is not None else None
+                lines = node.end_lineno - node.lineno + 1
+                lines -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+                if lines > MOST_OF_A_FUNCTION:
+                    long.append(f"{path.name}: {node.name} has {lines} lines")
+    assert not long

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import figures
+from benchmarks import figures, papers
 from benchmarks.aggregate import axpy
 from benchmarks.arrays import Perturbation, make_weights
 from benchmarks.compression import Federation
@@ -18,11 +18,13 @@ from benchmarks.processes import Died
 from benchmarks.sides import compare
 from fluffle_common.cli.console import Console
 from fluffle_common.protocol.messages import Compression, Plan
+from fluffle_worker.task import RoundPlan
 from tests.e2e.pull_task import COUNT, Pull, target
 
 
-def test_the_examples_do_what_they_say():
-    result = doctest.testmod(figures)
+@pytest.mark.parametrize("module", [figures, papers])
+def test_the_examples_do_what_they_say(module):
+    result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
 
@@ -183,3 +185,35 @@ def test_a_simulated_federation_learns_in_as_many_bytes_as_its_encoding_takes(ho
     assert max(nbytes) <= part * 4 * COUNT
     off = federation.weights["w"] - (target(1) + target(2)) / 2
     assert np.abs(off).max() < 0.05
+
+
+class Untrained:
+    """A task that only notes for how many epochs it was to train."""
+
+    num_examples = 7
+
+    def __init__(self):
+        self.epochs = []
+
+    def train(self, weights, plan, progress):
+        """See ``Task``."""
+        self.epochs.append(plan.epochs)
+
+
+def test_random_epochs_are_two_to_five_and_the_same_for_both_strategies():
+    first, second = Untrained(), Untrained()
+    for task in (first, second):
+        wrapped = papers.RandomEpochs(task, seed=3)
+        assert wrapped.num_examples == 7
+        for number in range(1, 101):
+            wrapped.train({}, RoundPlan(epochs=1, round=number), lambda *_: None)
+    assert set(first.epochs) == {2, 3, 4, 5}
+    assert first.epochs == second.epochs
+
+
+def test_a_ratio_of_rounds_needs_both_partitions_to_reach_the_target():
+    iid, shards = {0.1: [20, 40], 0.2: [50, 50]}, {0.1: [90, 90], 0.2: [10, None]}
+    found = papers.compared({"iid": iid, "shards:2": shards})
+    assert found["iid"] == {"learning_rate": 0.1, "rounds": 30.0}
+    assert found["ratio"] == 3.0
+    assert papers.compared({"iid": iid, "shards:2": {0.1: [None, 5]}})["ratio"] is None

@@ -150,7 +150,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
         TOPOLOGY,
         None if first else MODEL,
         committer,
-        max_model_bytes=2**33,
+        CoordinatorSettings("f", rs.Rules(rounds=1), max_model_bytes=2**33),
         link=Untouched,  # type: ignore[arg-type]
         post=told.append,
     )

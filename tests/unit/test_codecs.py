@@ -226,7 +226,7 @@ def test_what_a_codec_refuses_is_told_with_its_tensor_and_line(codecs):
 
 def entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Registry:
     found = {name: EntryPoint(name, value, registry.GROUP)}
-    monkeypatch.setattr(registry, "_installed", lambda: found)
+    monkeypatch.setattr(registry, "installed", lambda group: found)
     return Registry()
 
 

@@ -13,8 +13,9 @@ from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.dashboard.report import read_report
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.storage.history import read_history, read_history_lines
 from fluffle_coordinator.storage.round_stats import Clock
-from fluffle_coordinator.storage.run_store import RunStore, read_history, read_history_lines
+from fluffle_coordinator.storage.run_store import RunStore
 
 LATE = {"worker": "b", "round": 1, "num_examples": 10}
 

@@ -288,10 +288,11 @@ class TestAsynchrony:
         there = [
             {"worker": "a", "num_examples": 100, "staleness": 0, "weight": 100.0},
             {"worker": "b", "num_examples": 100, "staleness": 3, "weight": 50.0},
+            {"worker": "c", "num_examples": 50},  # a fresh one, as a coordinator writes it
         ]
         board.view.remember([{"round": 1, "participants": there, "epsilon": 1.5}])
         shown = board.snapshot(1.0)
-        assert shown["staleness"] == {"counts": {"0": 1, "3": 1}, "lost": 0.25}
+        assert shown["staleness"] == {"counts": {"0": 2, "3": 1}, "lost": 0.2}
         assert shown["curves"] == {"rounds": [1], "epsilon": [1.5]}
         assert told(STARTED, COMMITTED).snapshot(1.0)["staleness"] is None
 

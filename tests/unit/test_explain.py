@@ -244,6 +244,15 @@ def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
     )
 
 
+def test_of_an_asynchronous_round_no_wait_is_negative_and_nobody_is_said_to_be_silent():
+    story = begun().counted(11, "a", 1, staleness=1, weight=56.0).counted(14, "b", 2)
+    story.counted(17, "a", 3).add(17.1, "committed", round=7, participants=["a", "b"])
+    _, text = story.explained(now=20)
+    assert "answered 7.0 s after the opening, 3.0 s after b." in text
+    assert "No update of c is in it." in text
+    assert "did not answer" not in text
+
+
 def test_a_round_that_took_long_to_close_says_so():
     story = begun().counted(11, "a", 1)
     story.add(41, "committed", round=7, participants=["a"], num_examples=80)
@@ -289,8 +298,8 @@ def test_without_a_coordinator_it_says_so_and_names_the_command(committed):
 
 def test_between_two_rounds_it_says_what_the_run_waits_for():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
-    story.add(20, "waiting", reason="waiting for workers: 0 of 2 are here (nobody), 2 missing")
-    assert story.explained(now=25)[1].endswith("0 of 2 are here (nobody), 2 missing.")
+    story.add(20, "waiting", reason="waiting for workers: 0 of 2 are here (nobody)")
+    assert story.explained(now=25)[1].endswith("0 of 2 are here (nobody).")
     assert "0 of 2" not in story.opened(30, number=8).explained(now=35)[1]
 
 
@@ -298,7 +307,7 @@ def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
     story = Story().add(0, "started", folder="runs/f").add(1, "connected")
     story.add(2, "joined", worker="a", num_examples=80)
     story.add(3, "refused", worker="b", reason="it has other classes")
-    story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a), 1 missing")
+    story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a)")
     told = explain(story.events, *_which(story.events, None, None), at(10))
     text = "\n".join(sentences(told))
     assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")

@@ -26,6 +26,7 @@ from fluffle_worker import machine as session
 from tests.unit import (
     test_rounds,
     test_rounds_buffered,
+    test_rounds_by_lot,
     test_rounds_commit,
     test_rounds_in_use,
     test_rounds_machine,
@@ -296,6 +297,38 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
+        "asks somebody rather than nobody",
+        quorum,
+        "        if rules.secret is not None and not state.asked:\n",
+        "        if False:\n",
+        "test_a_round_of_nobody_is_committed_at_once",
+        random=False,
+    ),
+    Mutant(
+        "draws another lot when a round is reopened",
+        quorum,
+        "return tuple(n for n in _drawn(state, rules.secret, present) if n not in answered)\n",
+        "return _drawn(state, rules.secret + state.draws, present)\n",
+        "test_a_reopened_round_asks_the_same",
+        random=False,
+    ),
+    Mutant(
+        "leaves out whoever comes late and is in the sample",
+        quorum,
+        "            return _drawn(state, rules.secret, (worker,))\n",
+        "            return ()\n",
+        "test_who_comes_late_is_asked_if_its_lot_is_drawn",
+        random=False,
+    ),
+    Mutant(
+        "draws lots that every worker can tell",
+        quorum,
+        "state.rules.fraction, Draw(secret, state.round)))\n",
+        "state.rules.fraction, Draw(state.rules.seed, state.round)))\n",
+        "test_the_secret_decides_who_is_asked_and_the_seed_does_not",
+        random=False,
+    ),
+    Mutant(
         "asks the hung ones again",
         quorum,
         "room, draw, last=state.asked)\n",
@@ -398,7 +431,13 @@ def _fails(check: Callable[[], object]) -> bool:
 
 def _rule(name: str) -> Callable[[], object]:
     """Return one test of the rules with all its parameters, as a function without any."""
-    modules = (test_rounds, test_rounds_commit, test_rounds_in_use, test_rounds_buffered)
+    modules = (
+        test_rounds,
+        test_rounds_by_lot,
+        test_rounds_commit,
+        test_rounds_in_use,
+        test_rounds_buffered,
+    )
     test = next(found for module in modules if (found := getattr(module, name, None)))
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
     if not marks:

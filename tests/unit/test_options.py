@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -52,6 +55,35 @@ def test_no_number_is_infinite_negative_or_too_large(words, flag, kind):
         kind.convert(str(2**63) if kind.max is not None else "1e999", None, None)
     # A rate, a ratio and a metric have no bound that is right for everyone.
     assert kind.max is not None or flag in ("--learning-rate", "--max-norm-ratio", "--target")
+
+
+def test_limits_of_the_machine_are_named_only_when_they_are_exceeded():
+    def rounds(*words):
+        return CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *words]).output
+
+    assert "at most 2,147,483,647" in rounds("--rounds", "99999999999")
+    assert "0 is not in the range x>=1" in rounds("--rounds", "0")
+    assert "at most 1,000,000,000" in rounds("--grace", "1e10")
+    shown = rounds("--help")
+    assert "--deadline SECONDS" in shown
+    assert not {"RANGE", "2147483647", "1000000000", "None"} & set(re.findall(r"\w+", shown))
+
+
+def test_what_a_command_does_is_said_in_a_line_of_80_columns():
+    for command, above in ((fluffle, None), (fluffle.get_command(None, "broker"), "fluffle")):
+        context = click.Context(command, info_name=above or "fluffle", terminal_width=80)
+        listed = command.get_help(context).partition("Show this message")[2]
+        assert "..." not in listed
+        for name in command.list_commands(context):
+            assert len(re.findall(rf"^  {name} ", listed, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("name", ["coordinator", "worker"])
+def test_every_option_is_in_the_reference(name):
+    text = (Path(__file__).parents[2] / "docs/options.md").read_text()
+    flags = {option.opts[0] for option in fluffle.get_command(None, name).params}
+    flags -= {"file", "--print-config"}
+    assert {flag for flag in flags if not re.search(rf"`{flag}\b(?!-)", text)} == set()
 
 
 def test_no_line_of_help_is_wider_than_a_terminal():

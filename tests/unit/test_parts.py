@@ -30,10 +30,12 @@ from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.service import spool
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Average
 from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_coordinator.strategy.pipeline import pipeline, replace
@@ -183,11 +185,10 @@ class Sum:
             TOPOLOGY,
             self.model,
             self,  # type: ignore[arg-type]
-            max_model_bytes=2**20,
+            CoordinatorSettings("f", Rules(rounds=1), max_model_bytes=2**20, **options),
             link=lambda: self.link,
             post=self.news.put_nowait,
             folder=folder,
-            **options,
         )
 
     async def keep(self, place: int, held: Held, payload: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from fluffle_broker.inspect.connect import held, is_classic, open_once
+from fluffle_broker.inspect.browse import held, is_classic
 from fluffle_broker.inspect.peek import full_name, peek
 from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol.messages import Event, Update
@@ -15,6 +15,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import Route, send, send_tensors
+from fluffle_common.transport.once import open_once
 
 TOPOLOGY = Topology("f")
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_common.errors import UsageError
-from fluffle_coordinator.machine.state import Rules
-from fluffle_coordinator.service.strategy_loading import load_strategy, rules_for
+from fluffle_common.errors import RunError, UsageError
+from fluffle_coordinator.cli.coordinator import coordinator
+from fluffle_coordinator.machine.selection import POISSON, parse_selection
+from fluffle_coordinator.machine.state import Quorum, Rules
+from fluffle_coordinator.service.strategy_loading import (
+    load_strategy,
+    rules_for,
+    uncounted_sampling,
+)
+from fluffle_coordinator.storage.sampling_secret import sampling_secret
+from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy import private as module
+from fluffle_coordinator.strategy.accountant import accountant, epsilon
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.names import named_strategy
-from fluffle_coordinator.strategy.private import epsilon, gaussian
+from fluffle_coordinator.strategy.private import gaussian
 
 
 def finish(name, deltas):
@@ -50,14 +61,14 @@ def test_epsilon_is_that_of_dp_accounting(noise, rounds, delta, pld):
 def test_epsilon_is_the_least_that_its_delta_allows_and_grows(noise, rounds, delta):
     found = epsilon(noise, rounds, delta)
     mu = math.sqrt(rounds) / noise
-    assert module._delta(found, mu) <= delta * (1 + 1e-6)
+    assert accounting._delta(found, mu) <= delta * (1 + 1e-6)
     if found > 1e-6:
-        assert module._delta(found * (1 - 1e-6), mu) > delta * (1 - 1e-6)
+        assert accounting._delta(found * (1 - 1e-6), mu) > delta * (1 - 1e-6)
     assert epsilon(noise, rounds + 1, delta) >= found >= epsilon(2 * noise, rounds, delta)
 
 
 def test_the_tails_of_the_normal_distribution_meet():
-    left, right = module._log_normal(-30 - 1e-9), module._log_normal(-30 + 1e-9)
+    left, right = accounting._log_normal(-30 - 1e-9), accounting._log_normal(-30 + 1e-9)
     assert left == pytest.approx(right, abs=1e-5)
 
 
@@ -111,3 +122,213 @@ def test_the_budget_bounds_the_rounds():
 def test_what_gives_no_privacy_is_refused(name, told):
     with pytest.raises(UsageError, match=told):
         load_strategy(name)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+# Of dp-accounting 0.6.0, each with delta = 1e-5: the example of Abadi et al., "Deep Learning with
+# Differential Privacy", CCS 2016, section 4 (1.26 with the moments accountant of then); the MNIST
+# tutorial of TensorFlow Privacy (60 epochs in batches of 256); and rounds of a tenth.
+TEXTBOOK = [
+    (4.0, 0.01, 10_000, 0.9469993068921693, 1.0354900660362436),
+    (1.1, 256 / 60_000, 14_063, 2.381778812581723, 2.596655529521983),
+    (1.0, 0.1, 100, 7.04660287720805, 7.903850223578231),
+]
+SAMPLED = "dp:clip=1,noise=1.1,workers=10,rate=0.01"
+
+
+@pytest.mark.parametrize(("noise", "rate", "rounds", "pld", "rdp"), TEXTBOOK)
+def test_epsilon_of_a_textbook_setting_is_the_figure_of_dp_accounting(
+    noise, rate, rounds, pld, rdp
+):
+    pytest.importorskip("dp_accounting")
+    for method, figure in (("pld", pld), ("rdp", rdp)):
+        found = accountant(noise, 1e-5, rate, method).epsilon(rounds)
+        assert found == pytest.approx(figure, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+def test_epsilon_is_what_dp_accounting_says_itself(method):
+    library = pytest.importorskip("dp_accounting")
+    event = library.SelfComposedDpEvent(
+        library.PoissonSampledDpEvent(0.02, library.GaussianDpEvent(1.5)), 200
+    )
+    theirs = {"pld": library.pld.PLDAccountant, "rdp": library.rdp.RdpAccountant}[method]()
+    figure = theirs.compose(event).get_epsilon(1e-6)
+    assert accountant(1.5, 1e-6, 0.02, method).epsilon(200) == pytest.approx(figure, rel=1e-6)
+
+
+def test_without_sampling_the_accountants_agree():
+    pytest.importorskip("dp_accounting")
+    exact, pld, rdp = (accountant(4, 1e-5, None, m).epsilon(10) for m in ("exact", "pld", "rdp"))
+    assert exact <= pld <= rdp
+    assert pld == pytest.approx(exact, rel=2e-4)
+
+
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+def test_sampling_costs_less_and_the_budget_bounds_its_rounds(method):
+    pytest.importorskip("dp_accounting")
+    name = f"dp:clip=1,noise=4,workers=10,rate=0.1,accountant={method},budget=1"
+    strategy = load_strategy(name).strategy
+    most = strategy.needs.max_rounds
+    assert strategy.spent(most)["epsilon"] <= 1 < strategy.spent(most + 1)["epsilon"]
+    assert most > 10 * accountant(4, 1e-5).rounds_within(1)
+
+
+def test_without_the_package_only_what_needs_it_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
+    load_strategy("dp:clip=1,noise=4,workers=10,budget=3")
+    with pytest.raises(UsageError, match=r"needs dp-accounting; pip install 'fluffle\[privacy\]'"):
+        load_strategy(SAMPLED)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if dp-accounting were installed, for what does not count."""
+    monkeypatch.setattr(accounting, "_library", lambda _: None)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_rate_decides_who_is_asked():
+    strategy = load_strategy(SAMPLED)
+    asked = Rules(rounds=1, selection=POISSON, fraction=0.01)
+    for rules in (Rules(rounds=1), Rules(rounds=1, least=5), asked):
+        found = rules_for(strategy, rules)
+        assert (found.selection, found.fraction, found.least) == (POISSON, 0.01, 1)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("rules", "option"),
+    [
+        ({"fraction": 0.1}, "--fraction 0.1"),
+        ({"sample": 3}, "--sample 3"),
+        ({"over_provision": 1.5}, "--over-provision 1.5"),
+        ({"quorum": Quorum(number=2)}, "--quorum 2"),
+        ({"quorum": Quorum(fraction=0.5)}, "--quorum 0.5"),
+        ({"selection": parse_selection("round-robin")}, "--select round-robin"),
+    ],
+)
+def test_what_would_make_chances_depend_on_others_is_refused(rules, option):
+    with pytest.raises(UsageError, match=f"chance 0.01 and wait for all of .*, and not {option};"):
+        rules_for(load_strategy(SAMPLED), Rules(rounds=1, **rules))
+
+
+def test_a_bound_that_follows_from_other_updates_is_refused():
+    with pytest.raises(UsageError, match="cannot have --max-norm-ratio"):
+        rules_for(load_strategy("dp:1,noise=4,workers=2"), Rules(rounds=1, max_norm_ratio=3.0))
+
+
+@pytest.mark.usefixtures("installed")
+def test_sampling_that_is_not_counted_is_told():
+    plain, sampling = load_strategy("dp:1,noise=4,workers=2"), Rules(rounds=1, fraction=0.5)
+    (told,) = uncounted_sampling(plain, sampling)
+    assert "give rate=… to the strategy dp:clip=1.0" in told
+    assert not [*uncounted_sampling(plain, Rules(rounds=1))]
+    assert not [*uncounted_sampling(load_strategy("fedavg"), sampling)]
+    counted = load_strategy(SAMPLED)
+    assert not [*uncounted_sampling(counted, rules_for(counted, Rules(rounds=1)))]
+
+
+def test_updates_are_not_kept_that_are_to_be_hidden():
+    flags = ["--federation", "f", "--strategy", "dp:1,noise=4,workers=2", "--keep-updates"]
+    with pytest.raises(UsageError, match="--keep-updates would keep what the strategy dp:clip=1.0"):
+        CliRunner().invoke(coordinator, flags, catch_exceptions=False)
+
+
+def test_a_round_without_updates_is_noise_alone():
+    strategy = named_strategy("dp:clip=2,noise=0.5,workers=4").strategy
+    base = {"w": np.full(10**5, 3.0), "b": np.full(2, 3.0)}
+    state = strategy.init(base)
+    for _ in range(2):
+        found, state = strategy.finish(state, base)
+        assert np.std(found["w"]) == pytest.approx(0.5 * 2 / 4, rel=0.03)
+        assert np.mean(found["w"]) == pytest.approx(3.0, abs=0.01)
+
+
+def test_the_secret_of_a_run_stays_and_is_nobody_elses(tmp_path):
+    first = sampling_secret(tmp_path)
+    assert sampling_secret(tmp_path) == first
+    assert (tmp_path / "sampling.secret").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "other").mkdir()
+    assert sampling_secret(tmp_path / "other") != first
+    assert str(first) not in repr(Rules(rounds=1, secret=first))
+    (tmp_path / "sampling.secret").write_text("")
+    with pytest.raises(RunError, match=r"sampling.secret cannot be used .*; it decides who is in"):
+        sampling_secret(tmp_path)
+
+
+# --- adaptive clipping ---------------------------------------------------------------------------
+
+
+def test_the_norm_follows_the_quantile_of_the_updates(monkeypatch):
+    """Andrew et al. 2021, algorithm 1, by hand."""
+    monkeypatch.setattr(module, "gaussian", np.ones)
+    strategy = named_strategy("dp:clip=1,noise=0.5,workers=4,quantile=0.75,count_noise=2").strategy
+    base = {"w": np.zeros(2)}
+    state, norm = strategy.init(base), 1.0
+    for norms in ([0.5, 1.5, 3.0], [], [0.1, 0.1, 0.1, 0.1]):
+        for size in norms:
+            one = Contribution(worker="a", num_examples=9, delta={"w": np.array([size, 0.0])})
+            state = strategy.fold(state, one)
+        found, state = strategy.finish(state, base)
+        noise = (0.5**-2 - 4.0**-2) ** -0.5  # what theorem 1 leaves for the sum
+        expected = sum(min(size, norm) for size in norms) + noise * norm
+        np.testing.assert_allclose(found["w"][0], expected / 4, rtol=1e-4)
+        part = 0.5 + (sum(0.5 if size <= norm else -0.5 for size in norms) + 2.0) / 4
+        norm *= math.exp(-0.2 * (part - 0.75))
+        assert strategy.dump(state)["mean/clip"] == pytest.approx(norm, rel=1e-12)
+
+
+def test_the_norm_finds_the_quantile():
+    strategy = named_strategy("dp:clip=100,noise=0.1,workers=200,quantile=0.25").strategy
+    base, norms = {"w": np.zeros(1)}, np.linspace(0.01, 1, 200)
+    state = strategy.init(base)
+    for _ in range(120):
+        for size in norms:
+            one = Contribution(worker="a", num_examples=1, delta={"w": np.array([size])})
+            state = strategy.fold(state, one)
+        state = strategy.finish(state, base)[1]
+    assert 0.15 < float(strategy.dump(state)["mean/clip"]) < 0.4
+
+
+def test_what_lasts_of_the_mean_and_of_the_server_step_lie_apart():
+    strategy = named_strategy("dp:clip=1,noise=1,workers=2,quantile=0.5+fedavgm").strategy
+    base = {"mean/clip": np.zeros(3, np.float32)}
+    state = strategy.finish(strategy.init(base), base)[1]
+    kept = strategy.dump(state)
+    assert kept.keys() == {"mean/clip", "server/mean/clip"}
+    again = strategy.dump(strategy.load(kept, base))
+    assert {n: t.tobytes() for n, t in again.items()} == {n: t.tobytes() for n, t in kept.items()}
+
+
+def test_the_count_has_its_share_of_the_noise():
+    spent = [
+        named_strategy(f"dp:clip=1,noise=2,workers=100{more}").strategy.spent(7)
+        for more in ("", ",quantile=0.5", ",quantile=0.5,count_noise=1.1")
+    ]
+    assert spent[0] == spent[1] == spent[2]
+    means = [
+        named_strategy(f"dp:clip=1,noise=2,workers={of},quantile=0.5").strategy.mean
+        for of in (10, 100)
+    ]
+    assert [mean.quantile.noise for mean in means] == [2.0, 5.0]
+    for mean in means:
+        together = (mean.noise**-2 + (2 * mean.quantile.noise) ** -2) ** -0.5
+        assert together == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("rate=1", "rate=1 is out of range"),
+        ("accountant=pdl", "there is no accountant 'pdl'; did you mean 'pld'"),
+        ("rate=0.5,accountant=exact", "accountant=exact counts no sampling"),
+        ("quantile=0", "quantile=0 is out of range"),
+        ("count_noise=1", "count_noise goes with quantile"),
+        ("quantile=0.5,count_noise=0.5", "count_noise=0.5 tells more than noise=1 allows; .* 0.5,"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(more, told):
+    with pytest.raises(UsageError, match=told):
+        load_strategy(f"dp:clip=1,noise=1,workers=2,{more}")

@@ -44,13 +44,13 @@ def text(found: Look, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [3, 30, 300])
-@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("width", [80, 120, 160])
 def test_it_is_short_and_within_the_width(workers, width):
     lines = text(federation(workers), width)
     assert len(lines) <= 13
     assert max(map(cell_len, lines)) <= width
     assert all(name in "\n".join(lines) for name in SHARED)
-    assert ("purpose" in lines[0]) == (width >= 110)
+    assert ("purpose" in lines[0]) == (width >= 150)
 
 
 def test_empty_queues_of_a_kind_share_a_row_and_others_do_not():

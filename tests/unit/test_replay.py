@@ -27,14 +27,16 @@ from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.cli.run_folder import replay as replay_command
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
-from fluffle_coordinator.machine.state import Handle, Ticket
+from fluffle_coordinator.machine.state import Handle, Rules, Ticket
 from fluffle_coordinator.service import committer as module
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import replay
 from fluffle_coordinator.storage import update_archive as kept
-from fluffle_coordinator.storage.run_store import RunStore, read_history_lines
+from fluffle_coordinator.storage.history import read_history_lines
+from fluffle_coordinator.storage.run_store import RunStore
 
 RUN = "abc"
 TOPOLOGY = Topology("letters")
@@ -82,10 +84,9 @@ class Run:
             TOPOLOGY,
             weights,
             self.committer,
-            max_model_bytes=2**30,
+            CoordinatorSettings("letters", Rules(rounds=9), keep_updates=keep),
             link=lambda: self.link,
             post=self.events.put_nowait,
-            keep_updates=keep,
         )
 
     async def begin(self) -> None:

@@ -285,9 +285,9 @@ def folder(tmp_path: Path) -> Path:
     store.load("letters")
     for number, row in enumerate(ROWS, start=1):
         metrics = {name: row[name] for name in ("accuracy", "temperature") if name in row}
-        store.append({**row, "event": "committed"})
+        store.history.append({**row, "event": "committed"})
         if metrics:
-            store.append(evaluated(number, **metrics))
+            store.history.append(evaluated(number, **metrics))
     (store.folder / "round-0001.safetensors").write_bytes(b"a model")
     return store.folder
 
@@ -395,3 +395,17 @@ def test_the_history_fits_the_terminal_and_no_cell_is_cut(width, names):
     assert ("client-1, client-2, client-3" in lines[2]) == names
     rounds[0]["late"] = 1
     assert [c.header for c in history_table(rounds, 80).columns][-1] == "late"
+
+
+def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
+    slow = {"worker": "slow", "num_examples": 10, "staleness": 6, "weight": 3.8}
+    quick = {"worker": "quick", "num_examples": 10}
+    rounds = [
+        {"round": 1, "participants": [quick, quick]},
+        {"round": 2, "participants": [quick, slow, quick]},
+    ]
+    table = history_table(rounds, 80)
+    told = {str(column.header): list(column.cells) for column in table.columns}
+    assert told["updates"] == ["2", "3"]
+    assert told["stalest"] == ["0", "6"]
+    assert "stalest" not in [c.header for c in history_table(rounds[:1], 80).columns]

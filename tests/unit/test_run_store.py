@@ -23,7 +23,8 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors import checkpoint
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import layout_for
-from fluffle_coordinator.storage.run_store import RunStore, read_history
+from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_store import RunStore
 
 
 def weights(value: float) -> dict[str, np.ndarray]:
@@ -55,7 +56,7 @@ def evaluated(number: int, **metrics: float) -> dict[str, Any]:
 
 def commit(store: RunStore, number: int) -> None:
     store.save_weights(number, weights(number), {"round": str(number)})
-    store.append(committed(number, "a", f"b{number}"))
+    store.history.append(committed(number, "a", f"b{number}"))
 
 
 @pytest.fixture
@@ -339,9 +340,9 @@ def test_a_run_goes_on_where_it_was(three):
     assert saved.participants == {"a", "b3"}
     assert saved.metadata == {"round": "3"}
     assert_weights(saved.weights, 3)
-    three.append(evaluated(2, loss=0.5))
+    three.history.append(evaluated(2, loss=0.5))
     assert not three.load("letters").evaluated
-    three.append(evaluated(3, loss=0.25))
+    three.history.append(evaluated(3, loss=0.25))
     assert three.load("letters").evaluated
 
 
@@ -374,14 +375,14 @@ def test_what_was_being_written_is_cleared_away(three):
 @pytest.mark.parametrize("keep", [1, 20, -1])
 def test_a_torn_last_line_is_cut_off(three, keep):
     line = json.dumps(committed(4, "a")) + "\n"
-    whole = three.history_path.read_bytes()
-    three.history_path.write_bytes(whole + line.encode()[:keep])
+    whole = three.history.path.read_bytes()
+    three.history.path.write_bytes(whole + line.encode()[:keep])
     three.save_weights(4, weights(4), {})
     saved = three.load("letters")
     assert saved.committed == 3
     assert_weights(saved.weights, 3)
     assert any("torn" in repair for repair in saved.repairs)
-    assert three.history_path.read_bytes() == whole
+    assert three.history.path.read_bytes() == whole
     assert three.load("letters").repairs == ()
     commit(three, 4)
     assert three.load("letters").committed == 4
@@ -390,17 +391,17 @@ def test_a_torn_last_line_is_cut_off(three, keep):
 def test_a_history_that_is_nothing_but_a_torn_line_is_a_run_that_has_not_begun(store):
     store.load("letters")
     store.save_weights(0, weights(0), {})
-    store.history_path.write_bytes(b'{"event":"comm')
+    store.history.path.write_bytes(b'{"event":"comm')
     saved = store.load("letters")
     assert saved.committed == 0
     assert_weights(saved.weights, 0)
-    assert store.history_path.read_bytes() == b""
+    assert store.history.path.read_bytes() == b""
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "zeros", "one bit"])
 @pytest.mark.parametrize("bad", [{3}, {2, 3}, {1, 2, 3}])
 def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad):
-    three.append(evaluated(3, loss=0.5))
+    three.history.append(evaluated(3, loss=0.5))
     for number in bad:
         path = three.folder / checkpoint_name(number)
         size = path.stat().st_size
@@ -417,7 +418,7 @@ def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad)
                 data = bytearray(path.read_bytes())
                 data[-1] ^= 1
                 path.write_bytes(data)
-    before = three.history_path.read_text()
+    before = three.history.path.read_text()
     last = min(bad) - 1
     saved = three.load("letters")
     assert saved.committed == last
@@ -427,7 +428,7 @@ def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad)
     assert any(f"after round {last} cannot be read" in repair for repair in saved.repairs)
     # The history says the same, what was cut off is kept, and the run goes on.
     removed = (three.folder / "history.removed.jsonl").read_text()
-    assert three.history_path.read_text() + removed == before
+    assert three.history.path.read_text() + removed == before
     assert [line["round"] for line in read_history(three.folder)] == list(range(1, last + 1))
     again = three.load("letters")
     assert (again.run, again.committed, again.repairs) == (saved.run, last, ())
@@ -443,10 +444,10 @@ def test_an_older_damaged_checkpoint_does_not_matter(three):
 def test_where_nothing_sound_is_left_the_run_stops_and_says_so(three):
     for number in range(4):
         (three.folder / checkpoint_name(number)).write_bytes(b"rubbish")
-    history = three.history_path.read_bytes()
+    history = three.history.path.read_bytes()
     with pytest.raises(RunError, match="no checkpoint .* --fresh"):
         three.load("letters")
-    assert three.history_path.read_bytes() == history
+    assert three.history.path.read_bytes() == history
 
 
 def test_damaged_first_weights_are_not_taken_for_none(store):
@@ -473,29 +474,29 @@ def test_a_damaged_run_file_is_told_in_one_line(three, text):
 
 @pytest.mark.parametrize("line", ["{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}'])
 def test_a_damaged_line_in_the_middle_of_the_history_is_told_in_one_line(three, line):
-    lines = three.history_path.read_text().splitlines()
-    three.history_path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
-    before = three.history_path.read_bytes()
+    lines = three.history.path.read_text().splitlines()
+    three.history.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    before = three.history.path.read_bytes()
     with pytest.raises(RunError, match=r"history\.jsonl: line 2 is damaged.*--fresh"):
         three.load("letters")
     with pytest.raises(UsageError, match=r"history\.jsonl: line 2 is damaged"):
         read_history(three.folder)
-    assert three.history_path.read_bytes() == before
+    assert three.history.path.read_bytes() == before
 
 
 @pytest.mark.parametrize("length", [1, 10, None])
 def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     """What a power failure leaves of a line of several blocks: its end without its beginning."""
-    before = three.history_path.read_bytes()
-    three.append(committed(4, *(f"worker-{n}" for n in range(500))))
-    lines = three.history_path.read_bytes()
+    before = three.history.path.read_bytes()
+    three.history.append(committed(4, *(f"worker-{n}" for n in range(500))))
+    lines = three.history.path.read_bytes()
     last = lines[len(before) :]
     hole = len(last) - 1 if length is None else length
     damaged = before + bytes(hole) + last[hole:]
-    three.history_path.write_bytes(damaged)
+    three.history.path.write_bytes(damaged)
     saved = three.load("letters")
     assert (saved.committed, saved.repairs) == (3, ("cut off a torn last line of history.jsonl",))
-    assert three.history_path.read_bytes() == before
+    assert three.history.path.read_bytes() == before
     assert (three.folder / "history.removed.jsonl").read_bytes() == damaged[len(before) :]
     assert three.load("letters").repairs == ()
 
@@ -529,10 +530,10 @@ def test_a_new_run_folder_is_on_disk_under_every_name(tmp_path, synced):
 def test_the_first_line_of_a_history_is_on_disk_with_its_name(store, synced):
     store.load("letters")
     del synced[:]
-    store.append(committed(1, "a"))
-    assert synced == [store.history_path, store.folder]
-    store.append(committed(2, "a"))
-    assert synced[2:] == [store.history_path]
+    store.history.append(committed(1, "a"))
+    assert synced == [store.history.path, store.folder]
+    store.history.append(committed(2, "a"))
+    assert synced[2:] == [store.history.path]
 
 
 def test_a_first_line_that_was_refused_is_no_reason_to_forget_the_name(store, monkeypatch):
@@ -540,7 +541,7 @@ def test_a_first_line_that_was_refused_is_no_reason_to_forget_the_name(store, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_fsync)
         with pytest.raises(OSError, match="No space"):
-            store.append(committed(1, "a"))
+            store.history.append(committed(1, "a"))
     order: list[str] = []
     fsync = os.fsync
 
@@ -549,8 +550,8 @@ def test_a_first_line_that_was_refused_is_no_reason_to_forget_the_name(store, mo
         order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
     monkeypatch.setattr(os, "fsync", noted)
-    store.append(committed(1, "a"))
-    assert order == [str(store.history_path), str(store.folder)]
+    store.history.append(committed(1, "a"))
+    assert order == [str(store.history.path), str(store.folder)]
 
 
 def test_what_is_cut_off_is_on_disk_before_the_history_is_without_it(three, synced):
@@ -590,39 +591,39 @@ def test_a_line_is_on_disk_when_append_returns(store, monkeypatch):
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
-        synced.append(store.history_path.read_bytes())
+        synced.append(store.history.path.read_bytes())
 
     monkeypatch.setattr(os, "fsync", noted)
-    store.append({"event": "committed", "round": 1, "name": "w-ä\n"})
-    assert synced == [store.history_path.read_bytes()] * 2  # the file, and its folder
+    store.history.append({"event": "committed", "round": 1, "name": "w-ä\n"})
+    assert synced == [store.history.path.read_bytes()] * 2  # the file, and its folder
     assert synced[0].count(b"\n") == 1
     assert json.loads(synced[0]) == {"event": "committed", "round": 1, "name": "w-ä\n"}
 
 
 @pytest.mark.parametrize("left", [0, 1, 10])
 def test_a_line_for_which_there_is_no_room_leaves_nothing(three, left):
-    before = three.history_path.read_bytes()
+    before = three.history.path.read_bytes()
     with room(len(before) + left), pytest.raises(OSError, match=r"space|large"):
-        three.append(committed(4, "a"))
-    assert three.history_path.read_bytes() == before
-    three.append(committed(4, "a"))
+        three.history.append(committed(4, "a"))
+    assert three.history.path.read_bytes() == before
+    three.history.append(committed(4, "a"))
     assert read_history(three.folder)[-1]["round"] == 4
 
 
 def test_a_line_that_cannot_be_synced_leaves_nothing(three, monkeypatch):
-    before = three.history_path.read_bytes()
+    before = three.history.path.read_bytes()
     monkeypatch.setattr(os, "fsync", no_fsync)
     with pytest.raises(OSError, match="No space"):
-        three.append(committed(4, "a"))
-    assert three.history_path.read_bytes() == before
+        three.history.append(committed(4, "a"))
+    assert three.history.path.read_bytes() == before
 
 
 def test_history_is_one_row_a_round_in_order_with_everything_known(store):
-    store.append({**committed(1, "a"), "seconds": 2.0})
-    store.append({**committed(2, "a", "b"), "seconds": 3.0})
-    store.append(evaluated(1, loss=0.5, accuracy=0.8))
-    store.append(evaluated(2, loss=0.25))
-    store.append(evaluated(1, loss=0.75))  # what was said last counts
+    store.history.append({**committed(1, "a"), "seconds": 2.0})
+    store.history.append({**committed(2, "a", "b"), "seconds": 3.0})
+    store.history.append(evaluated(1, loss=0.5, accuracy=0.8))
+    store.history.append(evaluated(2, loss=0.25))
+    store.history.append(evaluated(1, loss=0.75))  # what was said last counts
     rows = read_history(store.folder)
     assert [row["round"] for row in rows] == [1, 2]
     assert (rows[0]["loss"], rows[0]["accuracy"], rows[0]["seconds"]) == (0.75, 0.8, 2.0)
@@ -633,12 +634,12 @@ def test_history_is_one_row_a_round_in_order_with_everything_known(store):
 def test_a_line_is_json_that_any_reader_knows(store):
     nan, inf = float("nan"), float("inf")
     told = [{"worker": "a", "train_loss": nan, "metrics": {"auc": -inf, "ok": 1.5}}]
-    store.append({"event": "committed", "round": 1, "name": "NaN", "participants": told})
+    store.history.append({"event": "committed", "round": 1, "name": "NaN", "participants": told})
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    line = json.loads(store.history_path.read_text(), parse_constant=refuse)
+    line = json.loads(store.history.path.read_text(), parse_constant=refuse)
     assert line["participants"] == [
         {"worker": "a", "train_loss": None, "metrics": {"auc": None, "ok": 1.5}}
     ]
@@ -646,11 +647,11 @@ def test_a_line_is_json_that_any_reader_knows(store):
 
 
 def test_history_can_be_read_while_a_line_is_being_written(three):
-    with three.history_path.open("a") as history:
+    with three.history.path.open("a") as history:
         history.write('{"event":"committed","rou')
-    before = three.history_path.read_bytes()
+    before = three.history.path.read_bytes()
     assert [row["round"] for row in read_history(three.folder)] == [1, 2, 3]
-    assert three.history_path.read_bytes() == before
+    assert three.history.path.read_bytes() == before
 
 
 def test_no_history_is_told_in_one_line(tmp_path):

@@ -193,7 +193,9 @@ def test_a_strategy_in_a_file_is_named_by_the_file_wherever_that_is(here):
 def test_packages_add_names_by_entry_points(monkeypatch):
     other = EntryPoint("other", "fluffle_coordinator.strategy.fedavg:fedavg", "fluffle.strategies")
     broken = EntryPoint("broken", "nothing_of_that_name:x", "fluffle.strategies")
-    monkeypatch.setattr(module, "entry_points", lambda group: [other, broken])
+    monkeypatch.setattr(
+        module, "installed", lambda group: {one.name: one for one in (other, broken)}
+    )
     assert load_strategy("other") == NamedStrategy("other", fedavg)
     with pytest.raises(
         UsageError, match="no strategy 'x'.* known are broken, clip, .*other, .*path.py:name"
@@ -309,7 +311,7 @@ def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):
     store.note_configuration(configuration(settings, Topology("f")), 0)
     store.save_weights(1, model(), {"run": "r"}, {"v": np.ones(2)})
     line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
-    store.append(line)
+    store.history.append(line)
     saved = store.load("f")
     assert (saved.strategy, list(saved.kept), list(saved.weights)) == (
         mine.name, ["v"], sorted(model())

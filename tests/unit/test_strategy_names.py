@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from fluffle_common.arguments import within
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_coordinator.cli.strategies import strategies
 from fluffle_coordinator.service.strategy_loading import load_strategy
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.contribution import check_metrics
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -137,4 +137,4 @@ def test_the_command_and_the_document_know_every_part():
     for name, part in PARTS.items():
         assert part.about in shown.output
         assert f"`{name}" in document
-    assert "lr=0.01,beta1=0.9" in shown.output
+    assert "lr=0.01, beta1=0.9" in shown.output

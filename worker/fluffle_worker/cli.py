@@ -117,12 +117,12 @@ if TYPE_CHECKING:
 @queue_type_option
 @log_format_option
 def worker(**options: Any) -> None:
-    """Take part in a federation with your own data, which never leaves this machine.
+    """Take part in a federation with your own data.
 
-    Start it before or after the coordinator and the broker: it waits for both, joins the round that
-    is open or the next one, and comes back by itself after any outage. What it sends is the
-    difference that its training made to the weights, how many examples it trained on, and its
-    metrics.
+    The data never leaves this machine. Start the worker before or after the coordinator and the
+    broker: it waits for both, joins the round that is open or the next one, and comes back by
+    itself after any outage. What it sends is the difference that its training made to the weights,
+    how many examples it trained on, and its metrics.
 
     \b
       fluffle worker --federation letters --data data/client-1

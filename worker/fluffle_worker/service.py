@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
+from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol.codec import announced
 from fluffle_common.protocol.events import (
     Abandoned,
@@ -55,6 +56,8 @@ from fluffle_worker.task import Task
 from fluffle_worker.trainer import Trainer
 from fluffle_worker.training_thread import Training
 from fluffle_worker.uploader import Uploader
+
+_LOG = logger("worker.machine")
 
 
 class WorkerService:
@@ -278,6 +281,7 @@ class WorkerService:
 
     def _advance(self, event: machine.Event) -> None:
         self._state, effects = machine.advance(self._state, event)
+        log_step(_LOG, event, effects)
         for effect in effects:
             match effect:
                 case machine.Begin(work):

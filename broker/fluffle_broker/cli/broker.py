@@ -113,7 +113,10 @@ def up(
 @broker.command()
 @_state_option
 def down(state: Path) -> None:
-    """Stop the broker of this folder; what is in durable queues stays on disk."""
+    """Stop the broker of this folder.
+
+    What is in durable queues stays on disk.
+    """
     from fluffle_broker.node import node
 
     with _progress() as say:
@@ -126,7 +129,10 @@ def down(state: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.pass_context
 def status(ctx: click.Context, state: Path, as_json: bool) -> None:
-    """Tell whether the broker of this folder is up; exit code 0 if it is, 3 if not."""
+    """Tell whether the broker of this folder is up.
+
+    The exit code is 0 if it is, 3 if not.
+    """
     from fluffle_broker.node import health, node
 
     info = node.running_node(state)
@@ -174,7 +180,7 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
 @click.option("--ask-password", is_flag=True, help="With --apply: ask for each user's password.")
 @_state_option
 def permissions(**options: Any) -> None:
-    """Print the least that RabbitMQ must allow a worker's or the coordinator's user.
+    """Print the least rights that a user of RabbitMQ needs.
 
     As rabbitmqctl lines, for any broker; with --apply they are granted on the private one. They
     replace what the user may do in the vhost. Let the coordinator run with --verify-users, so that
@@ -216,11 +222,11 @@ def permissions(**options: Any) -> None:
 @management_option
 @click.option("--print", "prints", is_flag=True, help="Print rabbitmqctl lines instead.")
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
-    """Set how much a federation's queues may hold, on a broker of your own.
+    """Set how much a federation's queues may hold.
 
-    As policies, by the management API, which takes a user with the tag policymaker; with --print,
-    as rabbitmqctl lines. Once for each federation, before or after its queues are made. The node
-    of 'fluffle broker up' has them for every federation already.
+    For a broker of your own. It sets policies by the management API, which takes a user with the
+    tag policymaker; with --print, as rabbitmqctl lines. Once for each federation, before or after
+    its queues are made. The node of 'fluffle broker up' has them for every federation already.
 
     To change a limit later, set the policy again with another number: it holds at once, and nobody
     has to start anew. docs/brokers.md has the limits.

@@ -27,7 +27,9 @@ _EVERY_S = 2.0
 def queues(
     federation: str, url: str | None, management: str | None, as_json: bool, watch: bool
 ) -> None:
-    """Show a federation's queues and what is off with them; changes nothing.
+    """Show a federation's queues, and what is off with them.
+
+    It changes nothing.
 
     \b
     ready      waiting to be delivered

@@ -36,7 +36,7 @@ _anywhere = looking("Print JSON instead.", required=False)
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
-    """List what was refused, with the reason; or look at one, send it again, throw all away.
+    """List what was refused, and why; show, requeue or purge it.
 
     A message that cannot be counted (damaged, of another run, with NaN in it …) is not dropped: it
     goes with its reason into the federation's queue 'rejected', which keeps the latest 1,000
@@ -78,7 +78,7 @@ def _where(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) -
 
 
 def _visit(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
-    from fluffle_broker.inspect.connect import open_once
+    from fluffle_common.transport.once import open_once
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
     async def visit() -> T:

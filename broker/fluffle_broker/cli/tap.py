@@ -46,7 +46,7 @@ _MOST_TRANSFERS = 256
 @looking("Print one JSON object a line.")
 @management_option
 def tap(**options: Any) -> None:
-    """Follow the messages of a federation live, a line each, like 'tail -f'.
+    """Follow the messages of a federation live, one a line.
 
     \b
       fluffle tap --federation letters

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
-from fluffle_broker.inspect.connect import held, is_classic
+from fluffle_broker.inspect.browse import held, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology

@@ -10,9 +10,9 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fluffle_broker.inspect.connect import open_once
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Counts
+from fluffle_common.transport.once import open_once
 from fluffle_common.transport.rabbitmq.management import UNTOLD, QueueFigures, alarms, queue_figures
 from fluffle_common.transport.rabbitmq.queue_health import hint
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport

@@ -20,7 +20,7 @@ Number = TypeVar("Number", int, float)
 _EACH_ITS_ROW = 3
 _OF_WORKERS = ("inbox", "outbox", "lock", "tap")
 # On a narrower terminal, what a queue is for is left out.
-_WIDE = 110
+_WIDE = 150
 # A list of more names than this is cut short.
 _MOST_NAMES = 8
 

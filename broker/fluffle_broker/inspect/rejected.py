@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_broker.inspect.connect import held, is_classic
+from fluffle_broker.inspect.browse import held, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology

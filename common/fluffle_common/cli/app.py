@@ -7,24 +7,50 @@ import math
 import os
 import sys
 import traceback
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
-from fluffle_common.cli.printing import ReaderGone, echo, one_line, prepare_streams, settle_streams
+from fluffle_common.cli.printing import (
+    ReaderGone,
+    echo_sentences,
+    one_line,
+    prepare_streams,
+    settle_streams,
+)
 from fluffle_common.errors import FluffleError
+from fluffle_common.installed import installed
 
+_GROUP = "fluffle.commands"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _FAILED = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _MOST_SECONDS = 1e9  # 30 years; clocks and timers cannot take much more
 MOST_COUNT = 2**31 - 1
+MOST_SEED = 2**63 - 1
+
+
+# No limits of ours, but of clocks, timers and the wire: only who exceeds one hears of it.
+_SILENT_LIMITS = (MOST_COUNT, MOST_SEED, _MOST_SECONDS)
+
+
+def _shown(range_: click.IntRange | click.FloatRange, otherwise: str) -> str:
+    """Return what the help says of a range: ``otherwise``, or only its lower limit."""
+    if range_.max not in (None, *_SILENT_LIMITS):
+        return otherwise
+    return "" if range_.min is None else f"x{'>' if range_.min_open else '>='}{range_.min:g}"
 
 
 class FiniteFloat(click.FloatRange):
     """A range of numbers without NaN and infinity, which pass every comparison of `FloatRange`."""
+
+    name = "number"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what stands for the value in the help."""
+        return "X"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -33,21 +59,63 @@ class FiniteFloat(click.FloatRange):
         number = click.FLOAT.convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
+        if self.max in _SILENT_LIMITS and number > self.max:
+            self.fail(f"{value} is too large; at most {self.max:,.0f} is possible", param, ctx)
         return float(super().convert(value, param, ctx))
+
+    def _describe_range(self) -> str:
+        return _shown(self, super()._describe_range())
+
+
+class Seconds(FiniteFloat):
+    """A duration in seconds."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what stands for the value in the help."""
+        return "SECONDS"
+
+
+class WholeNumber(click.IntRange):
+    """A range of whole numbers."""
+
+    name = "whole number"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what stands for the value in the help."""
+        return "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse it."""
+        number = click.INT.convert(value, param, ctx)
+        if self.max in _SILENT_LIMITS and number > self.max:
+            self.fail(f"{value} is too large; at most {self.max:,} is possible", param, ctx)
+        return int(super().convert(value, param, ctx))
+
+    def _describe_range(self) -> str:
+        return _shown(self, super()._describe_range())
 
 
 def seconds(least: float = 0.0, most: float = _MOST_SECONDS, *, min_open: bool = False) -> Any:
     """Return the type of an option that is a duration in seconds."""
-    return FiniteFloat(least, most, min_open=min_open)
+    return Seconds(least, most, min_open=min_open)
 
 
 def count(least: int = 1, most: int = MOST_COUNT) -> Any:
     """Return the type of an option that counts something."""
-    return click.IntRange(least, most)
+    return WholeNumber(least, most)
 
 
-SEED = click.IntRange(0, 2**63 - 1)
+SEED = WholeNumber(0, MOST_SEED)
 """The type of a seed: what the wire, NumPy and JAX can take."""
+
+
+# How `fluffle --help` orders the commands; one that is not named here comes last.
+_SECTIONS = {
+    "Run a federation": ("broker", "coordinator", "worker", "simulate", "strategies"),
+    "Look into it": ("explain", "queues", "dashboard", "journal", "tap", "peek", "rejected"),
+    "Look at a run": ("history", "plot", "report", "replay"),
+    "The letters": ("letters", "predict", "confusion"),
+}
 
 
 class Commands(click.Group):
@@ -55,14 +123,31 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name every installed sub-command, in alphabetical order."""
-        return sorted({point.name for point in entry_points(group="fluffle.commands")})
+        return sorted(installed(_GROUP))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load the one command that was asked for."""
-        for point in entry_points(group="fluffle.commands", name=cmd_name):
-            command: click.Command = point.load()
-            return command
-        return None
+        point = installed(_GROUP).get(cmd_name)
+        return None if point is None else cast("click.Command", point.load())
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what the commands do, those of one purpose together."""
+        left = self.list_commands(ctx)
+        width = max(map(len, left))
+        sections = {
+            head: [name for name in names if name in left] for head, names in _SECTIONS.items()
+        }
+        placed = {name for names in sections.values() for name in names}
+        sections["More"] = [name for name in left if name not in placed]
+        for head, names in sections.items():
+            rows = [
+                (f"{name:<{width}}", command.get_short_help_str(formatter.width - 6 - width))
+                for name in names
+                if (command := self.get_command(ctx, name)) is not None
+            ]
+            if rows:
+                with formatter.section(head):
+                    formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -90,7 +175,8 @@ def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None
     is_flag=True,
     expose_value=False,
     callback=_remember_debug,
-    help="Show the traceback of an unexpected error; FLUFFLE_DEBUG=1 does the same.",
+    help="Show the traceback of an unexpected error, and each event with what follows from it; "
+    "FLUFFLE_DEBUG=1 does the same.",
 )
 def fluffle() -> None:
     """Federated learning over a message broker.
@@ -105,6 +191,10 @@ def fluffle() -> None:
       fluffle worker --federation letters --data DIR   one for each data owner
       fluffle queues --federation letters              what is in the queues
     """
+    if _debugging():
+        from fluffle_common.cli.debug_log import show_debug_log
+
+        show_debug_log()
 
 
 def url_option(command: Any) -> Any:
@@ -179,6 +269,8 @@ def _exit_code() -> int:
         return _INTERRUPTED
     except SystemExit as ends:
         return ends.code if isinstance(ends.code, int) else int(ends.code is not None)
+    except click.MissingParameter as wrong:
+        return _said(_what_is_missing(wrong), wrong.exit_code)
     except click.ClickException as wrong:
         return _said(wrong.format_message(), wrong.exit_code)
     except ReaderGone as enough:
@@ -192,8 +284,19 @@ def _exit_code() -> int:
 
 
 def _said(text: str, code: int) -> int:
-    echo(f"fluffle: {one_line(text)}", err=True)
+    echo_sentences(f"fluffle: {one_line(text)}", err=True)
     return code
+
+
+def _what_is_missing(wrong: click.MissingParameter) -> str:
+    """Name a parameter that was not given, and where to read about it."""
+    if wrong.param is None or wrong.ctx is None:
+        return wrong.format_message()
+    command = wrong.ctx.command_path
+    name = wrong.param.make_metavar(wrong.ctx)
+    if isinstance(wrong.param, click.Option):
+        name = f"{wrong.param.opts[0]} {name}"
+    return f"{command} needs {name}; '{command} --help' says more"
 
 
 def _debugging() -> bool:

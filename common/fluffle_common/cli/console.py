@@ -14,7 +14,7 @@ import click
 from pydantic_core import to_json
 
 from fluffle_common.cli.patient_stream import PatientStream, warn_once
-from fluffle_common.cli.printing import echo, printable, visible_json
+from fluffle_common.cli.printing import echo_sentences, printable, visible_json
 from fluffle_common.clock import timestamp
 
 LogFormat = Literal["auto", "plain", "json"]
@@ -143,4 +143,4 @@ def log_format_option(command: Any) -> Any:
 
 def warn(text: str) -> None:
     """Write a line of warning to stderr."""
-    echo(f"fluffle: {text}", err=True)
+    echo_sentences(f"fluffle: {text}", err=True)

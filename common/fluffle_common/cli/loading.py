@@ -1,4 +1,8 @@
-"""How a user's object is found: ``module:name`` or ``path.py:name``, from the user's own files."""
+"""How an object that is not ours is found.
+
+``module:name`` or ``path.py:name`` names one in a user's own files; an installed package offers it
+by an entry point.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ import importlib.util
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
@@ -70,6 +76,23 @@ class Place:
         """
         return getattr(self._module({*callers, __file__}), self.attribute, None)
 
+    def found(self, callers: Collection[str] = ()) -> Any:
+        """Return the object, as ``load`` does.
+
+        Raises:
+            UsageError: if there is none of this name, besides.
+            TaskError: as ``load`` does.
+        """
+        found = self.load(callers)
+        if found is None:
+            raise UsageError(f"{self.where} has no '{self.attribute}' (--{self.what})")
+        return found
+
+    @property
+    def called(self) -> str:
+        """What it is called, wherever its file lies."""
+        return f"{Path(self.where).name if self.is_file else self.where}:{self.attribute}"
+
     def missing(self, why: ModuleNotFoundError) -> UsageError:
         """Say which module is missing, and what to install or where to put it."""
         package = (why.name or "").partition(".")[0]
@@ -128,6 +151,26 @@ class Place:
             del sys.modules[name]
             raise
         return module
+
+
+def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) -> Any:
+    """Import what an installed package offers.
+
+    Args:
+        what: what it is to be, such as ``strategy``.
+        point: where it is.
+        callers: our files on the way here, which no traceback need show.
+
+    Raises:
+        TaskError: if its own code fails; its traceback goes to stderr.
+    """
+    try:
+        return point.load()
+    except (Exception, SystemExit) as why:
+        warn_in_full(why, what, {*callers, __file__})
+        raise TaskError(
+            f"the {what} {point.name} of {point.value} fails to load: {one_line(why)}"
+        ) from why
 
 
 @contextlib.contextmanager

@@ -23,10 +23,7 @@ def load_object(name: str, option: str) -> Any:
     place = Place.parse(option.removeprefix("--"), name)
     if not place.is_file:
         raise UsageError(f"{option} expects path.py:name, not '{name}'")
-    found = place.load({__file__})
-    if found is None:
-        raise UsageError(f"{place.where} has no '{place.attribute}' ({option})")
-    return found
+    return place.found({__file__})
 
 
 def load_codec(name: str, option: str) -> str:

@@ -70,15 +70,15 @@ def echo(*lines: str, err: bool = False) -> None:
     _write("".join(f"{printable(line)}\n" for line in lines or ("",)), err=err)
 
 
-def echo_sentences(*lines: str) -> None:
+def echo_sentences(*lines: str, err: bool = False) -> None:
     """Print sentences as ``echo`` does; on a terminal, wrap them between words, indented."""
-    if is_terminal(sys.stdout):
+    if is_terminal(sys.stderr if err else sys.stdout):
         width = shutil.get_terminal_size().columns
         wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False)
         lines = tuple(wrap.fill(printable(line)) for line in lines)
-        _write("".join(f"{line}\n" for line in lines))
+        _write("".join(f"{line}\n" for line in lines), err=err)
     else:
-        echo(*lines)
+        echo(*lines, err=err)
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:

@@ -16,6 +16,7 @@ from datetime import datetime
 
 from fluffle_common.clock import wall_time
 from fluffle_common.errors import LinkLost
+from fluffle_common.logs import logger
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
     Blocking,
@@ -38,6 +39,8 @@ from fluffle_common.transport.memory_queues import (
     MemoryQueue,
     Stored,
 )
+
+_LOG = logger("transport.link")
 
 
 class MemoryLink(Link):
@@ -62,6 +65,7 @@ class MemoryLink(Link):
         """See ``base.Link``."""
         self._check()
         for entity in entities:
+            _LOG.debug("declaring %s", entity)
             if isinstance(entity, Binding):
                 if not self._broker.bind(entity):  # as RabbitMQ closes the channel
                     self.cut()

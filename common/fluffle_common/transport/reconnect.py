@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.logs import logger
 from fluffle_common.transport.base import Link, Transport
+
+_LOG = logger("transport.link")
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,18 @@ async def reconnecting(
                     "start one with 'fluffle broker up' or name one with --url"
                 ) from None
             pause_s = pause * (1 + chance()) / 2
+            _LOG.debug("no link: %s; the next attempt is in %.1f s", why, pause_s)
             waiting(str(why), pause_s)
             await asyncio.sleep(pause_s)
             pause = min(2 * pause, backoff.most_s)
             continue
         opened = loop.time()
+        _LOG.debug("opened a link to %s", transport.address)
         try:
             yield link
         finally:
             await link.close()
+            _LOG.debug("closed the link after %.1f s", loop.time() - opened)
         # A link that broke at once is no reason to hammer the broker.
         pause = backoff.first_s if loop.time() - opened > pause else min(2 * pause, backoff.most_s)
         since = loop.time()

@@ -318,7 +318,7 @@ def run_option(command: Any) -> Any:
 @queue_type_option
 @log_format_option
 def coordinator(**options: Any) -> None:
-    """Run a federation: open rounds, average the updates, keep every model.
+    """Open rounds, average the updates, keep every model.
 
     It waits for workers, sends them the global weights, and as soon as a quorum has answered,
     averages what they learnt by their number of examples and opens the next round. Every round's
@@ -396,7 +396,7 @@ def history(folder: Path, as_json: bool) -> None:
     that the model is right as often as it is sure; 1 changes nothing.
     """
     from fluffle_coordinator.cli.history_table import history_table
-    from fluffle_coordinator.storage.run_store import read_history
+    from fluffle_coordinator.storage.history import read_history
 
     rounds = read_history(folder)
     if as_json:
@@ -419,7 +419,7 @@ def history(folder: Path, as_json: bool) -> None:
 def plot(folder: Path, out: Path) -> None:
     """Draw the federated accuracy and loss after each round."""
     from fluffle_coordinator.cli.history_table import draw_history
-    from fluffle_coordinator.storage.run_store import read_history
+    from fluffle_coordinator.storage.history import read_history
 
     rounds = [one for one in read_history(folder) if "loss" in one]
     if not rounds:

@@ -21,12 +21,13 @@ from fluffle_common.cli.app import federation_option, management_option, url_opt
 )
 @management_option
 def dashboard(federation: str, url: str | None, address: str, management: str | None) -> None:
-    """Show a federation on a live page: rounds, workers, queues, what was refused.
+    """Show a federation on a live page.
 
-    It runs beside the federation, on any machine that reaches the broker, and only reads: the
-    journal, copies of the workers' signs of life, and RabbitMQ's management API. Start and stop it
-    at any time; it outlives the broker and the coordinator. Beside the page are /metrics for
-    Prometheus, /healthz, /readyz and /api/board.
+    The page has rounds, workers, queues, and what was refused. It runs beside the federation, on
+    any machine that reaches the broker, and only reads: the journal, copies of the workers' signs
+    of life, and RabbitMQ's management API. Start and stop it at any time; it outlives the broker
+    and the coordinator. Beside the page are /metrics for Prometheus, /healthz, /readyz and
+    /api/board.
 
     A coordinator shows the same page of its own accord, with 'fluffle coordinator --dashboard'.
 

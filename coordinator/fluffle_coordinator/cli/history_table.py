@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 from fluffle_coordinator.dashboard.snapshot import train_loss
-from fluffle_coordinator.observe.round_view import metrics_of, remembered
+from fluffle_coordinator.observe.round_view import RoundView, metrics_of, remembered
 
 _BLUE, _RUST = "#1f5fa8", "#c1502e"
 
@@ -19,7 +19,9 @@ _BLUE, _RUST = "#1f5fa8", "#c1502e"
 def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
     """Return one row a round, within ``width`` columns where that is possible.
 
-    When names do not fit, participants are counted, and columns that are 0 throughout are left out.
+    When names do not fit, participants are counted, and columns that say nothing are left out. In
+    a run with stale updates, ``updates`` are counted, since a worker can have several in a round,
+    and ``stalest`` is how many versions old the oldest was.
     """
     from rich.console import Console
 
@@ -36,23 +38,36 @@ def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Tabl
     counts = [
         name for name in ("late", "rejected") if not short or any(one.get(name) for one in rounds)
     ]
-    who = "workers" if short else "participants"
+    losses = [name for name in ("loss",) if not short or any(name in one for one in rounds)]
+    views = [remembered(one) for one in rounds]
+    stale = any(answer.staleness for view in views for answer in view.answers.values())
+    counted = [_counted(view, short=short, stale=stale) for view in views]
+    who = list(counted[0]) if counted else []
     rows = table(padding=(0, 1), pad_edge=not short)
-    for name in ("round", who, "examples", "train loss", "loss", *metrics, *counts):
+    for name in ("round", *who, "examples", "train loss", *losses, *metrics, *counts):
         rows.add_column(
             name, justify="left" if name == "participants" else "right", overflow="fold"
         )
-    for one in rounds:
-        view = remembered(one)
+    for one, view, updates in zip(rounds, views, counted, strict=True):
         rows.add_row(
             str(view.number),
-            str(len(view.participants)) if short else ", ".join(sorted(view.participants)),
+            *updates.values(),
             str(view.num_examples or 0),
             _number(train_loss(view.answers.values())),
-            *(_number(one.get(name)) for name in ("loss", *metrics)),
+            *(_number(one.get(name)) for name in (*losses, *metrics)),
             *(str(one.get(name, "")) for name in counts),
         )
     return rows
+
+
+def _counted(view: RoundView, *, short: bool, stale: bool) -> dict[str, str]:
+    """Return the cells that say whose updates are in a round, by their columns."""
+    names = {"participants": ", ".join(sorted(view.participants))}
+    if not stale:
+        return {"workers": str(len(view.participants))} if short else names
+    stalest = max((answer.staleness or 0 for answer in view.answers.values()), default=0)
+    ages = {"updates": str(len(view.answers)), "stalest": str(stalest)}
+    return ages if short else names | ages
 
 
 def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:

@@ -126,7 +126,7 @@ def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
 def explain(
     federation: str, url: str | None, number: int | None, run_id: str | None, as_json: bool
 ) -> None:
-    """Say in sentences what happened in a round, and what it waits for.
+    """Say what happened in a round, and what it waits for.
 
     It is worked out from the journal, so that anyone can ask, while the round is open or long
     after: who was asked and who answered when, who is missing and why, what was late or refused,

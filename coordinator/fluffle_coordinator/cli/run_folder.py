@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import count
-from fluffle_common.cli.printing import echo, echo_json, screen, table
+from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ _run_argument = click.argument(
 def replay(
     folder: Path, number: int, codecs: tuple[str, ...], strategy: str | None, as_json: bool
 ) -> None:
-    """Compute a round's average again from the kept updates, and compare it bit by bit.
+    """Average a round's kept updates again, and compare the result.
 
     RUN is the run's folder, such as runs/letters, of a coordinator that ran with --keep-updates.
     The updates of the round go through the checks of the coordinator and the run's strategy again,
-    in the order in which they were counted, from the model of the round before. Beside it, for
-    federated averaging, the average as plain NumPy computes it says whether the average itself is
-    right: being summed in another order, it may be a last bit away.
+    in the order in which they were counted, from the model of the round before; the result is
+    compared with what was committed, bit by bit. Beside it, for federated averaging, the average as
+    plain NumPy computes it says whether the average itself is right: being summed in another order,
+    it may be a last bit away.
 
     Exit code 0: equal to what was committed; 1: different; 2: something is missing or damaged.
 
@@ -95,9 +96,9 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
 
 def _print(found: Replay) -> None:
     rows = table()
-    heads = ["tensor", "dtype", "shape", f"against {found.checkpoint}"]
+    heads = ["tensor", "dtype", "shape", "committed"]
     if found.tensors[0].second_opinion:
-        heads.append("plain NumPy average")
+        heads.append("plain NumPy")
     for name in heads:
         rows.add_column(name, overflow="fold")
     for tensor in found.tensors:
@@ -106,7 +107,10 @@ def _print(found: Replay) -> None:
         rows.add_row(tensor.name, tensor.dtype, shape, *verdicts)
     screen().print(rows)
     who = ", ".join(f"{worker} ({examples})" for worker, examples in found.participants)
-    echo(f"round {found.round} of run {found.run}, from the kept updates of {who}")
+    echo_sentences(
+        f"round {found.round} of run {found.run}, averaged again from the kept updates of {who} "
+        f"and compared with {found.checkpoint}"
+    )
     wrong = [tensor.name for tensor in found.tensors if not tensor.replayed.equal]
     if wrong:
         echo(
@@ -137,12 +141,12 @@ def _words(distance: Distance) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the data of the page instead.")
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
-    """Write everything about a run as one page that needs nothing else, to keep or to send.
+    """Write a run as one page, to keep or to send.
 
-    It is the live page as the run left it, drawn by the JavaScript in it, without a network: the
-    curves, who took part in which round, where the time went, what was late or rejected and why,
-    how the run was configured, its versions, and its checkpoints with their SHA-256. RUN is the
-    run's folder, such as runs/letters; the run may still be going on.
+    The page needs nothing else. It is the live page as the run left it, drawn by the JavaScript in
+    it, without a network: the curves, who took part in which round, where the time went, what was
+    late or rejected and why, how the run was configured, its versions, and its checkpoints with
+    their SHA-256. RUN is the run's folder, such as runs/letters; the run may still be going on.
 
     \b
       fluffle report runs/letters --out report.html

@@ -117,7 +117,7 @@ _OPTIONS = [
     ),
     click.option(
         "--max-staleness",
-        type=click.IntRange(0, 10_000),
+        type=count(0, 10_000),
         metavar="S",
         help=(
             "Maximum staleness of an update that still counts, in versions of the model.  "

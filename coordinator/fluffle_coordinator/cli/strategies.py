@@ -13,7 +13,7 @@ from fluffle_common.cli.printing import echo, screen, table
 
 @click.command()
 def strategies() -> None:
-    """List the strategies that are known by name, with their arguments.
+    """List the strategies that have a name, with their arguments.
 
     A strategy is put together from parts with '+' between: transforms of an update, one mean, and
     one server step. What is left out is as in fedavg: the mean by numbers of examples, added to
@@ -35,7 +35,7 @@ def strategies() -> None:
 
 
 def _arguments(make: Callable[..., Any]) -> str:
-    from fluffle_coordinator.strategy.arguments import write_arguments
+    from fluffle_common.arguments import write_arguments
 
     parameters = inspect.signature(make).parameters.values()
     open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters)
@@ -44,4 +44,4 @@ def _arguments(make: Callable[..., Any]) -> str:
         for one in parameters
         if one.kind is not one.VAR_KEYWORD
     }
-    return write_arguments(known) + ",…" * open_ended
+    return (write_arguments(known) + ",…" * open_ended).replace(",", ", ")  # so that it wraps

@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from fluffle_common.errors import BrokerError, LinkLost, RunError
+from fluffle_common.errors import RunError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import QueueInUse, Transport
+from fluffle_common.transport.once import open_once
 from fluffle_coordinator.conformance.ending import ENDING, LOOKING_BACK
 from fluffle_coordinator.conformance.findings import Finding, Outcome, Skipped, Unmet
 from fluffle_coordinator.conformance.greeting import GREETING
@@ -77,30 +78,18 @@ async def examine(
 @contextlib.asynccontextmanager
 async def _probe(transport: Transport, topology: Topology, how: Conduct) -> AsyncIterator[Probe]:
     """Declare what a coordinator declares, and play one."""
-    try:
-        link = await transport.open()
-    except LinkLost as why:
-        raise BrokerError(
-            f"no broker at {transport.address} ({why}); start one with 'fluffle broker up' or "
-            "name one with --url"
-        ) from None
-    try:
-        if await link.counts(topology.presence) is not None:
-            await link.purge(topology.presence)  # from before: whoever is alive speaks up again
-        journal = topology.journal_stream()
-        await link.declare([one for one in topology.shared() if one != journal])
-        yield Probe(link, topology, how)
-    except LinkLost as gone:
-        raise BrokerError(
-            f"the connection to the broker at {transport.address} was lost ({gone}); try again"
-        ) from None
-    except QueueInUse:
-        raise RunError(
-            f"federation {topology.federation} has a coordinator; name a federation that is for "
-            "this alone with --federation"
-        ) from None
-    finally:
-        await link.close()
+    async with open_once(transport) as link:
+        try:
+            if await link.counts(topology.presence) is not None:
+                await link.purge(topology.presence)  # whoever is alive speaks up again
+            journal = topology.journal_stream()
+            await link.declare([one for one in topology.shared() if one != journal])
+            yield Probe(link, topology, how)
+        except QueueInUse:
+            raise RunError(
+                f"federation {topology.federation} has a coordinator; name a federation that is "
+                "for this alone with --federation"
+            ) from None
 
 
 async def _first_come(reading: asyncio.Future[None], work: Coroutine[Any, Any, _T]) -> _T:

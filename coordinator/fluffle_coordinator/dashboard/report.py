@@ -22,7 +22,7 @@ from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
-from fluffle_coordinator.storage.run_store import read_history, read_history_lines
+from fluffle_coordinator.storage.history import read_history, read_history_lines
 
 _SCRIPTS = ("dom.js", "chart.js", "results.js", "panels.js", "page.js")  # each after what it uses
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)

@@ -70,20 +70,26 @@ def train_loss(answers: Iterable[Answer]) -> float | None:
 
 
 def staleness(view: RunView) -> dict[str, Any] | None:
-    """Say how stale updates were and what share of their weight that cost; None if nothing was.
+    """Say how stale updates were and what share of their weight that cost; None if none was stale.
 
     Returns:
         ``counts``, the number of updates by the versions that were committed since the one they
-        were trained from, and ``lost``, from 0 to 1; None when no weight is told.
+        were trained from, and ``lost``, the share from 0 to 1 of all their examples; None when no
+        weight is told.
     """
     answers = [one for each in view.detailed for one in each.answers.values()]
-    stale = [(one, one.staleness) for one in answers if one.staleness is not None]
-    if not stale:
+    if not any(one.staleness for one in answers):
         return None
-    counts = Counter(versions for _, versions in stale)
-    weighed = [(one.weight, one.num_examples or 0) for one, _ in stale if one.weight is not None]
-    examples = sum(of for _, of in weighed)
-    lost = max(0.0, 1 - sum(weight for weight, _ in weighed) / examples) if examples else None
+    # Of a fresh one neither its staleness nor its weight is told: 0, and all of its examples.
+    counts = Counter(one.staleness or 0 for one in answers)
+    weighed = [
+        (one.num_examples if one.weight is None else one.weight, one.num_examples)
+        for one in answers
+        if one.num_examples is not None and (one.weight is not None or not one.staleness)
+    ]
+    told = any(one.weight is not None for one in answers)
+    examples = sum(of for _, of in weighed) if told else 0
+    lost = max(0.0, sum(of - weight for weight, of in weighed) / examples) if examples else None
     return {
         "counts": {str(versions): counts[versions] for versions in sorted(counts)},
         "lost": lost,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fluffle_coordinator.machine.selection import UNIFORM, Selection, sample_size
@@ -50,6 +50,9 @@ class Rules:
         over_provision: how many times as many are asked as that, and as are waited for.
         selection: who is asked.
         seed: decides who is asked.
+        secret: what lots are drawn from in place of the seed. Then each worker's own lot decides,
+            with the chance ``fraction``, and nothing else: a round may ask nobody, and asks the
+            same workers when it is reopened. None: by ``selection``.
         patience: how many heartbeats may fail to come before a worker counts as gone.
         max_reopenings: how often in a row a round is reopened with nothing new: no update, and no
             worker whose steps advance.
@@ -80,6 +83,7 @@ class Rules:
     over_provision: float = 1.0
     selection: Selection = UNIFORM
     seed: int = 0
+    secret: int | None = field(default=None, repr=False)
     patience: int = 5
     max_reopenings: int = 3
     max_round_s: float = 86400.0

@@ -39,7 +39,7 @@ class Schedule(Protocol[S_contra]):
         return 1.0
 
     def needed(self, state: S_contra) -> int:
-        """Return how many updates close the open version; at least 1."""
+        """Return how many updates close the open version; 0 only if it asks nobody."""
 
     def cohort(self, state: S_contra) -> tuple[str, ...]:
         """Return which of the workers present get work as the version opens.

@@ -130,6 +130,16 @@ def chosen_by(
     return tuple(one.name for one in there if one.name in found)
 
 
+def by_chance(workers: Iterable[str], rate: float, draw: Draw) -> list[str]:
+    """Return those whose lot is drawn, each with the same chance; perhaps nobody.
+
+    Example:
+        >>> by_chance("abcd", 1.0, Draw(0, 1)), by_chance("abcd", 1e-9, Draw(0, 1))
+        (['a', 'b', 'c', 'd'], [])
+    """
+    return [name for name in workers if draw.chance(name) <= rate]
+
+
 # --- the rules ---------------------------------------------------------------------------------
 
 
@@ -142,8 +152,7 @@ def _poisson(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[st
 
     Nobody at all would be no round: then the one with the lowest lot is asked.
     """
-    rate = count / max(1, len(candidates))
-    found = [one.name for one in candidates if draw.chance(one.name) <= rate]
+    found = by_chance((one.name for one in candidates), count / max(1, len(candidates)), draw)
     return found or _uniform(candidates, 1, draw)
 
 
@@ -183,11 +192,12 @@ class _FastestFirst:
 UNIFORM = Selection("uniform", _uniform)
 """The rule of a run that names none."""
 _FLOOR = 0.2
+POISSON = Selection("poisson", _poisson, fixed=False)
 _RULES = {
     one.name: one
     for one in (
         UNIFORM,
-        Selection("poisson", _poisson, fixed=False),
+        POISSON,
         Selection("weighted", _weighted),
         Selection("round-robin", _round_robin),
     )

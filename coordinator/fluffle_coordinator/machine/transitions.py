@@ -7,7 +7,7 @@ out)`` is called after every event, returns the next state and adds what is to b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 
 from fluffle_common.protocol import events as run_events
@@ -116,12 +116,15 @@ def _try_to_init(state: State, now: float, out: Effects) -> State:
         name, reason = state.init_asked, f"no first weights within {limit_s:.0f} s (--deadline)"
         out.append(Record(run_events.Failure(worker=name, round=0, reason=reason)))
         state = state.but(init_asked=None, failed=state.failed.insert(name, reason))
-    able = [name for name in sorted(state.workers) if name not in state.failed]
+    here: Iterable[Worker] = state.workers.values()
     if not _has_enough(state):
         # Who decides on the model is yet to come; but whoever says nothing of it cannot differ.
-        able = [name for name in able if _says_nothing(state.workers[name])]
-        if not able:
+        here = [worker for worker in here if _says_nothing(worker)]
+        if not here:
             return state
+    able = sorted(worker.name for worker in here if worker.name not in state.failed)
+    if not able and not _has_enough(state):
+        return state
     if able:
         # Whoever says what its model is made of was compared with the others.
         first = next((name for name in able if state.workers[name].model is not None), able[0])

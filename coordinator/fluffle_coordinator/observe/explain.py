@@ -7,12 +7,12 @@ not in the journal is not said, and nothing raises.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from fluffle_common.protocol.events import Committed, Counted, Doing, Opened, Waiting, from_fields
 from fluffle_common.protocol.messages import Event
-from fluffle_coordinator.observe.round_view import RoundView
+from fluffle_coordinator.observe.round_view import Answer, RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import Departure
 
@@ -32,6 +32,8 @@ class Wait:
     seconds: float
     until: str
     after: str = ""  # the worker whose update came before; "" where there is none
+    # The last two answers, of which both can be one worker's in an asynchronous round.
+    last: tuple[Answer, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def longest_wait(about: Explanation) -> Wait | None:
     to_last_s = _seconds(last_at - one.opened_at)
     if not counted or since_last_s > to_last_s:
         return Wait(since_last_s, "commit", names[-1])
-    return Wait(to_last_s, names[-1], names[-2])
+    return Wait(to_last_s, names[-1], names[-2], tuple(counted[-2:]))
 
 
 def _seconds(difference: float) -> float:

@@ -191,7 +191,13 @@ def _missing(about: Explanation) -> Iterator[str]:
             yield f"{worker} did not answer: {why}."
         elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
             # What it sent since waits in the broker, for the coordinator that goes on.
-            yield f"{worker} did not answer{' by then' if about.is_open else ''}."
+            by_then = " by then" if about.is_open else ""
+            # Where work outlives its round, it may well have answered in the one before.
+            yield (
+                f"No update of {worker} is in it{by_then}."
+                if this.has_work_of_others
+                else f"{worker} did not answer{by_then}."
+            )
 
 
 def _notes(about: Explanation) -> Iterator[str]:
@@ -295,11 +301,11 @@ def _longest(about: Explanation) -> Iterator[str]:
 
 def _waited_for(about: Explanation, wait: Wait) -> str:
     """Say who answered last; everyone else's update was there before."""
-    last = about.round.answers[wait.until]
+    last = wait.last[-1]
     trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
     after = ""
     if wait.after:
-        after = f", {duration(last.at - about.round.answers[wait.after].at)} after {wait.after}"
+        after = f", {duration(last.at - wait.last[0].at)} after {wait.after}"
     return (
         f"The longest wait was for {wait.until}: it {trained}answered {duration(wait.seconds)} "
         f"after the opening{after}."

@@ -16,7 +16,7 @@ PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """What the time between two commits goes to; see ``RoundView.phases``."""
 
 # What a line of the history says, as floating-point numbers, besides the metrics beside it.
-_NO_METRIC = {"loss", "epsilon"}
+_NO_METRIC = {"loss", "epsilon", "delta"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ class RoundView:
         return f"{worker} ({updates})" if again else worker
 
     @property
+    def has_work_of_others(self) -> bool:
+        """Whether updates are in it that other rounds asked for, or several of one worker."""
+        return any(one.staleness or key != one.worker for key, one in self.answers.items())
+
+    @property
     def is_done(self) -> bool:
         """Whether there is a result of it."""
         return self.committed_at is not None or self.evaluated
@@ -157,7 +162,7 @@ class RoundView:
 
 
 def remembered(row: Mapping[str, Any]) -> RoundView:
-    """Return a round of a history, as ``run_store.read_history`` has it.
+    """Return a round of a history, as ``history.read_history`` has it.
 
     Older histories tell less: what a row does not have is None, or left out, never an error.
     """

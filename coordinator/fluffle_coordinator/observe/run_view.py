@@ -81,7 +81,7 @@ class RunView:
             take(self, at, event)
 
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the rounds of a history (``run_store.read_history``): shown, not tallied."""
+        """Take in the rounds of a history (``history.read_history``): shown, not tallied."""
         rows = sorted(rows, key=lambda row: row["round"])
         for row in rows:
             for known in self._round(row["round"]):

@@ -9,6 +9,41 @@ from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.machine.transitions import wanted
 
 
+class WaitingReport:
+    """Decides when people are told what a run waits for: if that changes, and every so often.
+
+    Args:
+        every_s: how often the same is told again, in seconds.
+        now: the time.
+    """
+
+    def __init__(self, every_s: float, now: float) -> None:
+        self.due_at = now + every_s
+        self._every_s = every_s
+        self._kind: tuple[str | None, ...] = ()  # of what was told last
+        self._looked_at: tuple[object, ...] = ()  # what can change it, at the last look
+
+    def due(self, state: State, now: float, *, just_told: bool) -> Waiting | None:
+        """Return what is to be told now, if anything; ``just_told``: something else was."""
+        looked_at = state.phase is Phase.WAITING, state.round, len(state.workers), state.init_asked
+        if looked_at == self._looked_at and now < self.due_at:
+            return None
+        if looked_at[:2] != self._looked_at[:2]:  # the opening of a round says enough
+            self.due_at = now + self._every_s
+        self._looked_at = looked_at
+        waiting = waiting_for(state, now) if state.phase is Phase.WAITING else None
+        kind: tuple[str | None, ...] = ()
+        if waiting is not None:
+            kind = waiting.what, state.init_asked if waiting.what == "first_weights" else None
+        if kind == self._kind and now < self.due_at:
+            return None
+        waiting = waiting or waiting_for(state, now)
+        if waiting is not None and just_told and now < self.due_at:
+            return None  # what was told just now says more; this, when nothing else happens
+        self.due_at, self._kind = now + self._every_s, kind
+        return waiting
+
+
 def waiting_for(state: State, now: float) -> Waiting | None:
     """Return what the run waits for and who is missing; None where it waits for nobody."""
     if not state.link:
@@ -44,10 +79,7 @@ def missing(state: State, now: float) -> str:
 def _before_a_round(state: State) -> Waiting | None:
     present, gate = ", ".join(sorted(state.workers)) or "nobody", wanted(state)
     if len(state.workers) < gate:
-        reason = (
-            f"waiting for workers: {len(state.workers)} of {gate} are here ({present}), "
-            f"{gate - len(state.workers)} missing"
-        )
+        reason = f"waiting for workers: {len(state.workers)} of {gate} are here ({present})"
         return Waiting(reason=reason, what="workers")
     if state.has_weights:
         return None

@@ -8,16 +8,17 @@ exactly what was folded before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
-from fluffle_common.protocol.messages import Plan, Update
+from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
+from fluffle_common.tensors.groups import chosen
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.messaging import PartsGone
@@ -28,10 +29,10 @@ from fluffle_coordinator.service.fetcher import Fetcher, Payload
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Clock
-from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy
+from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.contribution import (
-    EVERYTHING,
     check_metrics,
     decode_contribution,
     decode_extra,
@@ -49,6 +50,7 @@ class _Next(NamedTuple):
     state: Any
     kept: Weights
     broadcast: Weights
+    spent: Mapping[str, float]
 
 
 class Aggregator:
@@ -58,19 +60,14 @@ class Aggregator:
         topology: where the parts of large updates lie.
         weights: the last committed weights; None where the first are yet to come.
         committer: given first weights, averages, and updates to keep.
-        max_model_bytes: the most that a model or an update may have.
+        settings: how a round is averaged, among others; a strategy that is not ours gets a thread.
         link: the link of the moment, None where there is none.
         post: given the events for the round machine.
-        strategy: how a round is averaged; what is not ours may take its time, and gets a thread.
-        plan: what workers were told about training.
         resumed: the round that the weights are of, and what the strategy kept in its checkpoint;
             None where the run begins.
-        keep_updates: whether what is folded is kept.
-        verify_users: whether the parts of an update have to come from its worker's own user.
         averaged: given new weights, and what is broadcast with them, which will be sent once they
             are on disk.
         folder: where large updates wait until they are checked.
-        carries: whether what comes too late for one sum may be in the next.
     """
 
     def __init__(
@@ -78,34 +75,31 @@ class Aggregator:
         topology: Topology,
         weights: Weights | None,
         committer: Committer,
+        settings: CoordinatorSettings,
         *,
-        max_model_bytes: int,
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
-        strategy: NamedStrategy = FEDAVG,
-        plan: Plan = EVERYTHING,
         resumed: tuple[int, Weights] | None = None,
-        keep_updates: bool = False,
-        verify_users: bool = False,
         averaged: Callable[[Weights, Weights], object] = lambda *_: None,
         folder: Path | None = None,
-        carries: bool = False,
     ) -> None:
-        self._carries = carries
         self.weights = weights
         self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
         self._committer, self._post = committer, post
-        self._strategy, self._plan, self._keep_updates = strategy, plan, keep_updates
-        averages = strategy.name == FEDAVG.name
+        self._strategy, self._plan = settings.strategy, settings.whole_plan
+        self._keep_updates = settings.keep_updates
+        # What comes too late for one sum may be in the next.
+        self._carries = settings.schedule.max_staleness > 0
+        averages = self._strategy.name == FEDAVG.name
         self._averaged, self._jobs = averaged, SerialQueue()
         self._fetcher = Fetcher(
             topology,
             link=link,
             weights=lambda: self.weights,
-            plan=plan,
+            plan=self._plan,
             in_pieces=averages,  # any other strategy sees tensors by their names
-            max_bytes=max_model_bytes,
-            verify_users=verify_users,
+            max_bytes=settings.max_model_bytes,
+            verify_users=settings.verify_users,
             folder=folder,
         )
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
@@ -319,7 +313,18 @@ class Aggregator:
     def _finish(self, number: int) -> _Next:
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
-        return _Next(weights, state, strategy.dump(state), strategy.broadcast(state))
+        kept, broadcast = strategy.dump(state), strategy.broadcast(state)
+        return _Next(self._trained(weights), state, kept, broadcast, strategy.spent(number))
+
+    def _trained(self, weights: Weights) -> Weights:
+        """Return new weights in which noise changes nothing that is not trained."""
+        if self._plan.train is None or self._strategy.strategy.needs.repeatable:
+            return weights
+        trained = chosen(self._base, self._plan.train)
+        for name, old in self._base.items():
+            if name not in trained:
+                weights[name][...] = old
+        return weights
 
     def _close(self, number: int, asked: tuple[str, ...], found: _Next) -> None:
         """Have the average committed, and begin the next sum."""
@@ -331,7 +336,7 @@ class Aggregator:
             self._in_the_sum,
             self._clock,
             found.kept,
-            self._in_round(number).spent(number),
+            found.spent,
         )
         self._committer.commit(average)
         self._averaged(found.weights, found.broadcast)

@@ -41,8 +41,14 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.service.strategy_loading import as_named, check_same, rules_for
-from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, read_history
+from fluffle_coordinator.service.strategy_loading import (
+    as_named,
+    check_same,
+    rules_for,
+    uncounted_sampling,
+)
+from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.page import Page
@@ -100,6 +106,11 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
         TaskError: where the file of a strategy or a hook fails to load.
     """
     strategy = as_named(options["strategy"])
+    if options["keep_updates"] and not strategy.strategy.needs.repeatable:
+        raise UsageError(
+            f"--keep-updates would keep what the strategy {strategy.name} is to hide, and replay "
+            "cannot compute its rounds again; leave it out"
+        )
     timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
     schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
@@ -196,6 +207,8 @@ async def coordinate(
     if rounds == settings.strategy.strategy.needs.max_rounds:
         most = f"the strategy {settings.strategy.name} allows no more than {rounds} rounds"
         watcher.record(run_events.Note(what=most))
+    for what in uncounted_sampling(settings.strategy, settings.rules):
+        watcher.record(run_events.Note(what=what))
     if saved.committed >= settings.rules.rounds:
         done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
         watcher.record(run_events.Note(what=done))

@@ -27,9 +27,10 @@ from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage.best_model import keep_best
+from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.round_stats import Clock, Counts
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
-from fluffle_coordinator.storage.run_store import RunStore, new_base, read_history_lines
+from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _DISK_RETRY_S = 5.0
@@ -98,7 +99,7 @@ class Committer:
         # The round that was evaluated last, and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
         self._stopping, self._best, self._warned = stopping, 0, False
-        asked = stopping != NO_STOPPING and store.history_path.exists()
+        asked = stopping != NO_STOPPING and store.history.path.exists()
         self._standing = Standing(stopping, read_history_lines(store.folder) if asked else ())
         self._lines = SerialQueue()
         self._committed_at = monotonic()
@@ -157,7 +158,7 @@ class Committer:
 
         async def record() -> None:
             line.update(self._not_counted(), ended_at=timestamp())
-            await self._on_disk(lambda: self._store.append(line))
+            await self._on_disk(lambda: self._store.history.append(line))
 
         if number:
             self._lines.put(record)
@@ -184,7 +185,7 @@ class Committer:
             self._store.save_weights(number, average.weights, metadata, average.kept)
             line["timings"] = clock.timings(self._committed_at, monotonic())
             line["committed_at"] = timestamp()
-            self._store.append(line)
+            self._store.history.append(line)
 
         await self._on_disk(write)
         self._committed_at = monotonic()
@@ -210,7 +211,7 @@ class Committer:
         if test:
             measured = of_a_test(test)
             line = {"event": "tested", "round": number, **measured, "tested_at": timestamp()}
-            await self._on_disk(lambda: self._store.append(line))
+            await self._on_disk(lambda: self._store.history.append(line))
             await self._monitor(number, measured)
             self._record(run_events.Tested(round=number, metrics=test))
         commit = Commit(
@@ -249,7 +250,7 @@ class Committer:
             return  # nobody has held-out data
         averages = federated(evaluations)
         line = {"event": "evaluated", "round": number, **averages, "evaluated_at": timestamp()}
-        await self._on_disk(lambda: self._store.append(line))
+        await self._on_disk(lambda: self._store.history.append(line))
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }

@@ -17,9 +17,10 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
 
     The broker's address is left out: it may hold a password, and says nothing about the result.
     """
-    named = settings.strategy
+    named, rules = settings.strategy, asdict(settings.rules)
+    del rules["secret"]
     return {
-        "rules": {**asdict(settings.rules), "selection": settings.rules.selection.name},
+        "rules": {**rules, "selection": settings.rules.selection.name},
         # Without what the rules and the strategy decide.
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s", "extra"}),
         "learning_rate_schedule": str(settings.learning_rate_schedule),

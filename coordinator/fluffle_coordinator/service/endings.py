@@ -16,12 +16,13 @@ def after_the_end(folder: Path, rounds: int) -> str:
     """Say what a finished run offers.
 
     >>> after_the_end(Path("runs/letters"), 6)
-    "'fluffle history --run runs/letters' shows the rounds; the same command with --rounds 12 \
-(without --fresh) adds more, with --fresh it begins a new run"
+    "'fluffle history --run runs/letters' shows the rounds; start the coordinator again with \
+--rounds 12 (without --fresh) to add more, or with --fresh for a new run"
     """
     return (
-        f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds; the same command "
-        f"with --rounds {2 * rounds} (without --fresh) adds more, with --fresh it begins a new run"
+        f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds; start the "
+        f"coordinator again with --rounds {2 * rounds} (without --fresh) to add more, or with "
+        "--fresh for a new run"
     )
 
 

@@ -154,19 +154,8 @@ class Outbox:
             case fx.Refuse(worker, session, reason, code):
                 self.refuse(Greeting(PROTOCOL, worker, session), reason, code)
                 return
-            case fx.Judge((worker, sequence), number, base, outcome, reason, cause, train_again):
-                verdict = Verdict(
-                    federation=federation,
-                    run=run,
-                    round=number,
-                    base=base,
-                    sequence=sequence,
-                    outcome=outcome,
-                    cause=cause,
-                    reason=reason[:_REASON_CHARACTERS],
-                    train_again=train_again,
-                )
-                job = self._to(verdict, [worker])
+            case fx.Judge():
+                job = self._to(self._verdict(effect), [effect.ticket.worker])
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
@@ -200,6 +189,19 @@ class Outbox:
             case _:
                 return
         self._put(job)
+
+    def _verdict(self, on: fx.Judge) -> Verdict:
+        return Verdict(
+            federation=self._settings.federation,
+            run=self._run,
+            round=on.round,
+            base=on.base,
+            sequence=on.ticket.sequence,
+            outcome=on.outcome,
+            cause=on.cause,
+            reason=on.reason[:_REASON_CHARACTERS],
+            train_again=on.train_again,
+        )
 
     def _plan_of(self, state: rs.State) -> Plan:
         """Return the plan of the open round, with the learning rate of that round."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from fluffle_common.cli.loading import Place
@@ -115,16 +114,12 @@ def load_selection(text: str) -> Selection:
             f"--select {text} names no function; it is given the candidates, how many to choose "
             "and the draw, and returns their names (docs/schedules.md)"
         )
-    where = Path(place.where).name if place.is_file else place.where
-    name = f"{where}:{place.attribute}"
-    return Selection(name, guarded_choice(name, cast("Choose", found)))
+    return Selection(place.called, guarded_choice(place.called, cast("Choose", found)))
 
 
 def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
     place = Place.parse("schedule", name)
-    found: Any = place.load(_CALLERS)
-    if found is None:
-        raise UsageError(f"{place.where} has no '{place.attribute}' (--schedule)")
+    found = place.found(_CALLERS)
     if isinstance(found, type):
         raise UsageError(
             f"--schedule {name} is a class, not a schedule; create an instance in the file, "
@@ -141,6 +136,4 @@ def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
             f"--schedule {name} is not a schedule: this {type(found).__name__} lacks "
             f"{', '.join(missing)}; inherit from fluffle_coordinator.machine.schedule.Schedule"
         )
-    where = Path(place.where).name if place.is_file else place.where
-    called = f"{where}:{place.attribute}"
-    return called, GuardedSchedule(called, found, found.max_staleness, found.continuous)
+    return place.called, GuardedSchedule(place.called, found, found.max_staleness, found.continuous)

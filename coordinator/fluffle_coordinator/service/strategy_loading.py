@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fluffle_common.cli.loading import Place
-from fluffle_common.cli.user_code import one_line, warn_in_full
-from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.arguments import nearest
+from fluffle_common.cli.loading import Place, load_installed
+from fluffle_common.errors import UsageError
+from fluffle_common.installed import installed
 from fluffle_common.protocol.messages import Plan
-from fluffle_coordinator.machine.state import Rules
+from fluffle_coordinator.machine.selection import POISSON, UNIFORM
+from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.storage.run_store import Saved
-from fluffle_coordinator.strategy.arguments import nearest
-from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
+from fluffle_coordinator.strategy.base import Accounted, NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
 
@@ -41,28 +42,17 @@ def load_strategy(name: str) -> NamedStrategy:
     if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
         return NamedStrategy(name, _checked(name, _by_name(name)))
     place = Place.parse("strategy", name)
-    found = place.load(_CALLERS)
-    if found is None:
-        raise UsageError(f"{place.where} has no '{place.attribute}' (--strategy)")
-    strategy = _checked(name, found)
+    strategy = _checked(name, place.found(_CALLERS))
     if not place.is_file:
         return NamedStrategy(name, strategy)
-    path = Path(place.where).resolve()
-    return NamedStrategy(f"{path.name}:{place.attribute}", strategy, str(path))
+    return NamedStrategy(place.called, strategy, str(Path(place.where).resolve()))
 
 
 def _by_name(name: str) -> Any:
-    known = set(PARTS)
-    for point in entry_points(group=_GROUP):
-        known.add(point.name)
-        if point.name == name:
-            try:
-                return point.load()
-            except (Exception, SystemExit) as why:
-                warn_in_full(why, "strategy", _CALLERS)
-                raise TaskError(
-                    f"the strategy {name} of {point.value} fails to load: {one_line(why)}"
-                ) from why
+    found = installed(_GROUP)
+    if name in found:
+        return load_installed("strategy", found[name], _CALLERS)
+    known = {*PARTS, *found}
     raise UsageError(
         f"there is no strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
         "'fluffle strategies' explains them, and path.py:name takes one from a file of your own"
@@ -101,7 +91,7 @@ def rules_for(
 
     Where the operator asks for fewer workers or updates than that, they are raised: those are the
     fewest. A quorum that is a number is how many updates close a round, and is refused instead. The
-    rounds are as many as the strategy allows.
+    rounds are as many as the strategy allows. A strategy with a rate decides who is asked.
 
     Raises:
         UsageError: naming what the strategy does not get, and the remedy.
@@ -141,6 +131,13 @@ def rules_for(
             f"and does not work with the schedule {schedule_name}; leave --schedule and --late "
             "out"
         )
+    if needs.once and rules.max_norm_ratio is not None:
+        raise UsageError(
+            f"the strategy {named.name} cannot have --max-norm-ratio, by which one update decides "
+            "whether another counts; leave it out: the strategy clips"
+        )
+    if needs.rate is not None:
+        rules = _sampled(named, rules, needs.rate)
     most = rules.rounds if needs.max_rounds is None else needs.max_rounds
     return replace(
         rules,
@@ -149,6 +146,36 @@ def rules_for(
         least=max(rules.least, fewest),
         min_updates=max(rules.min_updates, fewest),
     )
+
+
+def _sampled(named: NamedStrategy, rules: Rules, rate: float) -> Rules:
+    """Return the rules of a run whose rounds ask each worker with a chance of its own."""
+    whole = Quorum()
+    wrong = {
+        f"--select {rules.selection.name}": rules.selection not in (UNIFORM, POISSON),
+        f"--fraction {rules.fraction:g}": rules.fraction not in (1.0, rate),
+        f"--sample {rules.sample}": rules.sample is not None,
+        f"--over-provision {rules.over_provision:g}": rules.over_provision > 1,
+        f"--quorum {rules.quorum.number or rules.quorum.fraction:g}": rules.quorum != whole,
+    }
+    for option in (one for one, given in wrong.items() if given):
+        raise UsageError(
+            f"the strategy {named.name} needs rounds that ask each worker with the chance {rate:g} "
+            f"and wait for all of those, and not {option}; leave it out, or leave out rate"
+        )
+    return replace(rules, selection=POISSON, fraction=rate, least=1)
+
+
+def uncounted_sampling(named: NamedStrategy, rules: Rules) -> Iterator[str]:
+    """Yield what to tell of a private run whose rounds are samples that nobody accounts for."""
+    strategy = named.strategy
+    if not rules.samples or strategy.needs.rate is not None:
+        return
+    if isinstance(strategy, Accounted) and strategy.spent(1):
+        yield (
+            "epsilon is told as if every worker were in every round; give rate=… to the strategy "
+            f"{named.name} to count the sampling"
+        )
 
 
 def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:

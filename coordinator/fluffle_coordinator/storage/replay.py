@@ -23,7 +23,7 @@ from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
 from fluffle_common.tensors.weights import Array, Weights, is_float
-from fluffle_coordinator.storage.run_store import read_history_lines
+from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
 from fluffle_coordinator.strategy.contribution import decode_contribution, decode_extra

@@ -9,6 +9,7 @@
         round-0000.safetensors    the first weights, then one file a round
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: what was averaged (see ``update_archive``)
+        sampling.secret           if a strategy needs secret samples (see ``sampling_secret``)
         lock                      held by the coordinator that writes here
 
 A file is written beside its final name and then renamed, so that a name stands for a whole file;
@@ -19,18 +20,14 @@ committed when its history line is on disk, which is after its checkpoint.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
-import math
-import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fluffle_common.cli.console import json_line
 from fluffle_common.clock import timestamp
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
@@ -47,7 +44,7 @@ from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.state import Ticket
 from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.round_stats import with_later
+from fluffle_coordinator.storage.history import History
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -120,7 +117,7 @@ class RunStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.history_path = folder / "history.jsonl"
+        self.history = History(folder)
         self._lock: IO[str] | None = None
         try:
             make_folder(folder)
@@ -176,13 +173,13 @@ class RunStore:
             leftover.unlink()
         identity = self._identity(federation)
         sync_folder(self.folder)  # of which a crash may have left names that are not on disk
-        lines, repairs = self._sound_history()
+        lines, repairs = self.history.mend()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
         last, sound = self._last_sound(max(committed, default=0))
         if sound is None and (committed or (self.folder / checkpoint_name(0)).exists()):
             raise RunError(f"no checkpoint in {self.folder} can be read; --fresh starts a new run")
         if last < max(committed, default=0):
-            self._forget_after(last, lines)
+            self.history.forget_after(last, lines)
             repairs.append(f"the checkpoint after round {last} cannot be read: going on from there")
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
@@ -276,30 +273,6 @@ class RunStore:
         except OSError as why:
             raise RunError(f"cannot write {path} ({why.strerror})") from None
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line to the history; it is on disk when this returns.
-
-        Raises:
-            OSError: where the disk refuses; nothing of the line is left in the file.
-        """
-        data = _written(line).encode()
-        written = 0
-        history = os.open(self.history_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            is_new = not os.fstat(history).st_size
-            written = os.write(history, data)
-            if written != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(history)
-            if is_new:
-                sync_folder(self.folder)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(history, os.fstat(history).st_size - written)
-            raise
-        finally:
-            os.close(history)
-
     def _identity(self, federation: str) -> str:
         path = self.folder / "run.json"
         if path.exists():
@@ -319,35 +292,6 @@ class RunStore:
             file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
         return run
 
-    def _sound_history(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Read the history; a torn last line, left by a crash, is cut off.
-
-        Where the power failed, blocks of it may be missing in the middle, or be zeros.
-        """
-        if not self.history_path.exists():
-            return [], []
-        data = self.history_path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole == data:
-            start = data[:-1].rfind(b"\n") + 1
-            try:
-                read_lines(data[start:])
-            except ValueError:
-                whole = data[:start]
-        try:
-            lines = read_lines(whole)
-        except ValueError as why:
-            raise RunError(
-                f"{self.history_path}: {why}; repair it, or --fresh starts a new run"
-            ) from None
-        if whole == data:
-            return lines, []
-        self._put_aside(data[len(whole) :])
-        with self.history_path.open("r+b") as history:
-            history.truncate(len(whole))
-            os.fsync(history.fileno())
-        return lines, ["cut off a torn last line of history.jsonl"]
-
     def _last_sound(self, last: int) -> tuple[int, Checkpoint | None]:
         for number in range(last, -1, -1):
             path = self.folder / checkpoint_name(number)
@@ -355,97 +299,3 @@ class RunStore:
                 with contextlib.suppress(UsageError):
                     return number, read_whole(path)
         return 0, None
-
-    def _forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
-        """Keep the history up to a round; what is cut off is kept beside it."""
-        kept, cut = (
-            "".join(map(_written, some))
-            for some in (
-                [line for line in lines if line["round"] <= last],
-                [line for line in lines if line["round"] > last],
-            )
-        )
-        self._put_aside(cut.encode())
-        with replacing(self.history_path) as file:
-            file.write(kept.encode())
-
-    def _put_aside(self, cut: bytes) -> None:
-        """Keep what is about to be cut off the history."""
-        with (self.folder / "history.removed.jsonl").open("ab") as removed:
-            removed.write(cut if cut.endswith(b"\n") else cut + b"\n")
-            removed.flush()
-            os.fsync(removed.fileno())
-        sync_folder(self.folder)
-
-
-def _written(line: dict[str, Any]) -> str:
-    text = json_line(line)
-    if "NaN" in text or "Infinity" in text:  # which many readers of JSON do not know
-        text = json_line(_without_nan(line))
-    return f"{text}\n"
-
-
-def _without_nan(value: Any) -> Any:
-    """Put None, at any depth, where a number is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(one) for key, one in value.items()}
-    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the history as one object a round, everything known about it merged, in order.
-
-    Raises:
-        UsageError: where the folder has no history, or one that cannot be read.
-    """
-    rounds: dict[int, dict[str, Any]] = {}
-    for line in read_history_lines(folder):
-        row = rounds.setdefault(line["round"], {})
-        if line["event"] == "ended":
-            row.update(with_later(row, line))
-        else:
-            row.update((key, value) for key, value in line.items() if key != "event")
-    return [rounds[number] for number in sorted(rounds)]
-
-
-def read_history_lines(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the history as they were written; one that is being written is left out.
-
-    Raises:
-        UsageError: where the folder has no history, or one that cannot be read.
-    """
-    path = folder / "history.jsonl"
-    if not path.exists():
-        if (folder / "run.json").exists():
-            raise UsageError(f"the run in {folder} has committed no round yet")
-        raise UsageError(
-            f"there is no history in {folder}; give the folder of a run, such as runs/NAME"
-        )
-    data = path.read_bytes()
-    try:
-        return read_lines(data[: data.rfind(b"\n") + 1])
-    except ValueError as why:
-        raise UsageError(f"{path}: {why}") from None
-
-
-def read_lines(data: bytes) -> list[dict[str, Any]]:
-    """Parse the whole lines of a history.
-
-    Raises:
-        ValueError: naming the first line that is none.
-    """
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(data.split(b"\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            whole = isinstance(line["event"], str) and isinstance(line["round"], int)
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise ValueError(f"line {number} is damaged")
-        lines.append(line)
-    return lines

@@ -76,7 +76,10 @@ class Needs:
         min_updates: the fewest updates that a round may be made of.
         min_examples: the fewest examples that a round may be made of.
         max_rounds: the most rounds that a run may have; None sets no bound.
-        once: that a worker counts once a round at most: synchronous rounds, without late updates.
+        once: that a worker counts once a round at most, and decides on no other's update:
+            synchronous rounds, without late updates and bounds that follow from other updates.
+        rate: that each worker is in a round by a chance of its own of this size, drawn in secret,
+            so that a round may have no updates (Poisson sampling); None: anyhow.
         repeatable: whether the same updates make the same model again; not so with secret noise.
     """
 
@@ -86,6 +89,7 @@ class Needs:
     min_examples: int = 1
     max_rounds: int | None = None
     once: bool = False
+    rate: float | None = None
     repeatable: bool = True
 
 

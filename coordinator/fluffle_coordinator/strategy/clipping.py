@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Weights, finite_norm
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.pipeline import Transform

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Array, Weights, finite_norm, largest
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
 

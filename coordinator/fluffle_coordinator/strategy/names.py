@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fluffle_common.arguments import nearest, read_arguments, write_arguments
 from fluffle_coordinator.strategy import clipping, linear, robust, server_steps
-from fluffle_coordinator.strategy.arguments import nearest, read_arguments, write_arguments
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.optax_step import optax_step

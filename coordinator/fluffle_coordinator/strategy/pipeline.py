@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Accounted, Contribution, Needs
@@ -33,6 +33,8 @@ from fluffle_coordinator.strategy.weighted import Weighted, apply_delta
 
 M = TypeVar("M")
 T = TypeVar("T")
+
+_MEAN, _SERVER = "mean/", "server/"  # in what is kept, if both keep something
 
 
 class Transform(Protocol):
@@ -61,6 +63,17 @@ class Mean(Protocol[M]):
 
         The delta is the server step's to keep: it shares no memory with the state.
         """
+
+
+@runtime_checkable
+class Lasting(Protocol):
+    """A mean whose state lives across rounds."""
+
+    def dump(self, state: Any) -> Weights:
+        """Return what is to be kept of the state of a closed round."""
+
+    def load(self, saved: Weights, weights: Weights) -> Any:
+        """Return the state that ``dump`` returned ``saved`` for."""
 
 
 class Server(Protocol[T]):
@@ -152,12 +165,19 @@ class Pipeline(Generic[M, T]):
         return self.mean.spent(rounds) if isinstance(self.mean, Accounted) else {}
 
     def dump(self, state: Running[M, T]) -> Weights:
-        """Return what the server step keeps; the mean of a closed round holds nothing."""
-        return self.server.dump(state.server)
+        """Return what the server step keeps, and the mean if it lasts; of most, that is nothing."""
+        of_server = self.server.dump(state.server)
+        if not isinstance(self.mean, Lasting):
+            return of_server
+        of_mean = self.mean.dump(state.mean)
+        return {**_under(_MEAN, of_mean), **_under(_SERVER, of_server)}
 
     def load(self, saved: Weights, weights: Weights) -> Running[M, T]:
         """Return the state that the next round begins with."""
-        return Running(self.mean.init(weights), self.server.load(saved, weights))
+        if not isinstance(self.mean, Lasting):
+            return Running(self.mean.init(weights), self.server.load(saved, weights))
+        mean: M = self.mean.load(_from_under(_MEAN, saved), weights)
+        return Running(mean, self.server.load(_from_under(_SERVER, saved), weights))
 
 
 def pipeline(*transforms: Transform, mean: Mean[M], server: Server[T]) -> Pipeline[M, T]:
@@ -169,3 +189,11 @@ def pipeline(*transforms: Transform, mean: Mean[M], server: Server[T]) -> Pipeli
         server: how that becomes the next weights, such as ``replace()``.
     """
     return Pipeline(transforms, mean, server)
+
+
+def _under(place: str, tensors: Weights) -> Weights:
+    return {f"{place}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _from_under(place: str, tensors: Weights) -> Weights:
+    return {n.removeprefix(place): t for n, t in tensors.items() if n.startswith(place)}

@@ -35,10 +35,10 @@ from typing import Protocol
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import Tensors, layout_for
 from fluffle_common.tensors.on_disk import let_go
 from fluffle_common.tensors.weights import Array, Weights, largest
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.base import Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
 

@@ -35,9 +35,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import Tensors, layout_for
 from fluffle_common.tensors.weights import Array, Weights, is_float, largest
-from fluffle_coordinator.strategy.arguments import within
 from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.pipeline import Server
 from fluffle_coordinator.strategy.weighted import apply_delta

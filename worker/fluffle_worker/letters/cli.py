@@ -33,11 +33,12 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 )
 @click.option("--seed", type=SEED, default=1, help="Seed of the drawings.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
-    """Draw handwritten letters A to J into OUT/client-N/<letter>/, as different people would.
+    """Draw handwritten letters A to J, as different people would.
 
-    Every client is a writer with a hand of their own: slant, size, pen, tremor, and which of
-    several shapes of a letter they prefer. OUT/writer-N/<letter>/ has the letters of writers who
-    are not clients, to score a model on with 'fluffle confusion --unseen'.
+    They go into OUT/client-N/<letter>/. Every client is a writer with a hand of their own: slant,
+    size, pen, tremor, and which of several shapes of a letter they prefer. OUT/writer-N/<letter>/
+    has the letters of writers who are not clients, to score a model on with 'fluffle confusion
+    --unseen'.
     """
     try:
         from fluffle_worker.letters.handwriting.drawing import draw_letters
@@ -137,7 +138,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     help="The --seed of the worker with this folder; it decides what is held out.",
 )
 def confusion(**options: Any) -> None:
-    """Count how often a model confuses the letters of a folder, and draw the matrix.
+    """Draw which letters of a folder a model takes for which.
 
     A model recognises the letters that it was trained on better than others. So by default, only
     the letters that the folder's worker holds out are scored. This requires that the folder has not

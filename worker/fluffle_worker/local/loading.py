@@ -7,15 +7,17 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from fluffle_common.arguments import read_arguments
+from fluffle_common.cli.loading import load_installed
 from fluffle_common.cli.objects import load_object
-from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.errors import UsageError
+from fluffle_common.installed import installed
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.chain import Chain
-from fluffle_worker.user_code import one_line
+from fluffle_worker.user_code import CALLERS, one_line
 
 GROUP = "fluffle.local_rules"
 _OPTION = "--local-rule"
@@ -66,19 +68,16 @@ def find_rule(name: str) -> Any:
 
 def _find_one(name: str) -> Any:
     called, colon, settings = name.partition(":")
-    installed = {found.name: found for found in entry_points(group=GROUP)}
+    others = installed(GROUP)
     if called in OWN:
         module, _, attribute = OWN[called].partition(":")
         found = getattr(importlib.import_module(module), attribute)
-    elif called in installed:
-        try:
-            found = installed[called].load()
-        except Exception as why:
-            raise TaskError(f"the local rule '{called}' fails to load: {one_line(why)}") from why
+    elif called in others:
+        found = load_installed("local rule", others[called], CALLERS)
     elif name.rpartition(":")[0].endswith(".py"):
         return load_object(name, _OPTION)
     else:
-        known = sorted({*OWN, *installed})
+        known = sorted({*OWN, *others})
         near = difflib.get_close_matches(called, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(
@@ -93,33 +92,19 @@ def _find_one(name: str) -> Any:
 
 
 def _made(called: str, make: Callable[..., Any], settings: str) -> Any:
-    """Make a rule of its settings: numbers, in their order or by their names."""
-    names = list(inspect.signature(make).parameters)
-    given: dict[str, float] = {}
-    for position, part in enumerate(settings.split(",") if settings else []):
-        label, equals, text = part.strip().rpartition("=")
-        if not equals:
-            label = names[position] if position < len(names) else ""
-        if label not in names or label in given:
-            raise UsageError(_expected(called, names, settings, label if equals else ""))
-        try:
-            given[label] = float(text)
-        except ValueError:
-            raise UsageError(
-                f"'{label}' of the local rule '{called}' is '{text}'; a number is expected"
-            ) from None
-    if len(given) < len(names):
-        raise UsageError(_expected(called, names, settings))
+    """Make a rule of its settings, in their order or by their names."""
+    try:
+        given = read_arguments(make, settings, in_order=True)
+    except ValueError as wrong:
+        names = ",".join(name.upper() for name in inspect.signature(make).parameters)
+        form = f"{called}:{names}" if names else called
+        raise UsageError(
+            f"the local rule '{called}' has the settings '{settings}', but {wrong}; expected is "
+            f"{form}"
+        ) from None
     try:
         return make(**given)
     except (TypeError, ValueError) as wrong:
         raise UsageError(
             f"the local rule '{called}' refuses '{settings}': {one_line(wrong)}"
         ) from wrong
-
-
-def _expected(called: str, names: list[str], settings: str, unknown: str = "") -> str:
-    form = f"{called}:{','.join(name.upper() for name in names)}" if names else called
-    near = difflib.get_close_matches(unknown, names, n=1) if unknown else []
-    hint = f"; did you mean {near[0]}=?" if near else ""
-    return f"the local rule '{called}' has the settings '{settings}'; expected is {form}{hint}"

@@ -38,6 +38,7 @@ from fluffle_worker.tasks.examples import (
     count_of,
     picked,
 )
+from fluffle_worker.tasks.flat_step import Flat, flat_step
 from fluffle_worker.tasks.model_parts import ModelParts
 
 Loss = Callable[[Any, Any], Any]
@@ -186,16 +187,15 @@ class FlaxTask:
         step, steps = self._step(plan, params), data.steps(plan)
         losses: list[Any] = []
         key = jax.random.key(plan.seed ^ self._sample_seed)
+        state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
         for done, batch in enumerate(data.batches(plan), start=1):
-            learnt, rest, optimizer_state, loss = step(
-                learning_rate, learnt, frozen, rest, optimizer_state, data.source, batch,
-                jax.random.fold_in(key, done),
-            )  # fmt: skip
+            state, loss = step(learning_rate, state, still, data.source, batch, key, done)
             losses.append(loss)
             # JAX runs ahead; reading the loss of an earlier step keeps it from running far ahead
             # of what is reported, and costs nothing.
             seen = float(losses[-2]) if done > 1 else None
             progress(done, max(done, steps), None if rule.per_example else seen)
+        learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
         self._personal.keep(run, number, parts.personal(learnt))
@@ -256,24 +256,23 @@ class FlaxTask:
         """Return the compiled step: one for each local rule, whatever the learning rate."""
         which = self.local_rule.key, plan.train
         if which not in self._steps:
-            fixed = () if _traces(self._optimizer, params) else (0,)
             # A function of its own: what JAX has traced of an equal one, it does not trace again.
             own = functools.partial(self._train_step, _trained(plan))
-            self._steps[which] = jax.jit(own, static_argnums=fixed)
+            static_rate = not _traces(self._optimizer, params)
+            self._steps[which] = flat_step(own, static_rate=static_rate)
         return self._steps[which]
 
     def _train_step(  # noqa: PLR0917 - all of them traced, by position
         self,
         trained: Any,
         learning_rate: Any,
-        learnt: Any,
+        state: tuple[Any, Any, Any],
         frozen: Any,
-        rest: Any,
-        optimizer_state: Any,
         source: Any,
         batch: Any,
         key: Any,
-    ) -> Any:
+    ) -> tuple[tuple[Any, Any, Any], Any]:
+        learnt, rest, optimizer_state = state
         inputs, targets = picked(source, batch)
         if self._augment is not None:
             inputs = self._augment(key, inputs)
@@ -292,7 +291,7 @@ class FlaxTask:
         transform = self._transform(learning_rate)
         change, optimizer_state = transform.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, change)
-        return nnx.merge_state(params, still, others), rest, optimizer_state, value
+        return (nnx.merge_state(params, still, others), rest, optimizer_state), value
 
     def _forward_step(self, learnt: Any, frozen: Any, rest: Any, inputs: Any) -> Any:
         model = self._parts.module(learnt, frozen, rest)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -117,8 +116,9 @@ class ModelParts:
 
 
 def _state(form: Any, arrays: Mapping[str, Array]) -> Any:
+    there = jax.device_put([arrays[tensor_name(path)] for path, _ in form])
     return nnx.from_flat_state(
-        [(path, leaf.replace(jnp.asarray(arrays[tensor_name(path)]))) for path, leaf in form]
+        [(path, leaf.replace(array)) for (path, leaf), array in zip(form, there, strict=True)]
     )
 
 

@@ -252,7 +252,7 @@ class FirstWeights(RunEvent):
     parameters: Whole = None
 
 
-@event("classes", "the classes are {classes}, set by {worker}")
+@event("classes", "the classes are {classes}: those of {worker}")
 class Classes(RunEvent):
     """The federation's classes were decided on."""
 

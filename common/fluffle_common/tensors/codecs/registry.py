@@ -7,13 +7,13 @@ a process import a file.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from fluffle_common.errors import UsageError
+from fluffle_common.installed import installed
 from fluffle_common.tensors.codecs.base import (
     MAX_SUFFIX,
     BrokenCodec,
@@ -77,28 +77,28 @@ class Registry:
             BrokenCodec: if an installed one cannot be used.
         """
         if name not in self._codecs:
-            installed = _installed().get(name)
-            if installed is None:
-                known = ", ".join(sorted({*self._codecs, *_installed()}))
+            found = installed(GROUP).get(name)
+            if found is None:
+                known = ", ".join(sorted({*self._codecs, *installed(GROUP)}))
                 raise UnknownCodec(
                     f"the encoding '{name[:40]}' is unknown here; known are {known}; 'fluffle "
                     "coordinator --compress' and 'fluffle replay --codec' take another from a file"
                 )
-            self._load(installed)
+            self._load(found)
         return self._codecs[name]
 
-    def _load(self, installed: EntryPoint) -> None:
-        where = f"{installed.value} (entry point {GROUP})"
+    def _load(self, found: EntryPoint) -> None:
+        where = f"{found.value} (entry point {GROUP})"
         try:
-            added = self.add(installed.load(), where)
+            added = self.add(found.load(), where)
         except UsageError as wrong:
             raise BrokenCodec(str(wrong)) from None
         except Exception as why:
             raise BrokenCodec(
-                f"the codec '{installed.name}' from {where} fails to load: {in_short(why)}"
+                f"the codec '{found.name}' from {where} fails to load: {in_short(why)}"
             ) from why
-        if added.name != installed.name:
-            raise BrokenCodec(f"{where} has the name '{added.name}', not '{installed.name}'")
+        if added.name != found.name:
+            raise BrokenCodec(f"{where} has the name '{added.name}', not '{found.name}'")
 
     def parse(self, how: str) -> Codec:
         """Return the codec with the settings that a plan asks for.
@@ -175,11 +175,6 @@ def _check_parts(codec: Any, where: str) -> None:
             raise UsageError(f"{where} has a part of dtype '{part.dtype!s:.40}'; {travel} travel")
     if len({part.suffix for part in parts}) < len(parts):
         raise UsageError(f"{where} has two parts of one suffix; give each its own")
-
-
-@functools.cache
-def _installed() -> dict[str, EntryPoint]:
-    return {found.name: found for found in entry_points(group=GROUP)}
 
 
 CODECS = Registry()

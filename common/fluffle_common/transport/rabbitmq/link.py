@@ -14,15 +14,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
 
-from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue, lock_of
+from fluffle_common.errors import LinkLost
+from fluffle_common.logs import logger
+from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
     NAMED,
     Body,
@@ -37,21 +38,18 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection
-from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery, Arrivals
-from fluffle_common.transport.rabbitmq.errors import Right, as_ours, declaring, meaning, told
+from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
+from fluffle_common.transport.rabbitmq.errors import Right, as_ours, declaring
+from fluffle_common.transport.rabbitmq.lifetime import Lifetime
+from fluffle_common.transport.rabbitmq.reading import STREAM_PREFETCH, Reading
 
 _CLOSE_TIMEOUT_S = 2.0
 # What is urgent does not wait behind more than this.
 _LITTLE_BYTES = 16 * 2**10
 # How many copies of the traffic a tap fetches ahead: they may be parts of 4 MiB.
 _TAP_PREFETCH = 16
-# How many entries of a stream are fetched ahead.
-_STREAM_PREFETCH = 500
-_STREAM_ACK_EVERY = 100
-# How long a stream that seems empty is given to show an entry.
-_EMPTY_S = 0.5
 
-
+_LOG = logger("transport.link")
 _T = TypeVar("_T")
 
 
@@ -61,11 +59,8 @@ class AmqpLink(Link):
     def __init__(self, publishing: Connection, consuming: Connection, user: str) -> None:
         self._connections = (publishing, consuming)
         self._user = user
-        self._gone = asyncio.Event()
-        self._why: LinkLost | BrokerError = LinkLost("the link was closed")
+        self._lifetime = Lifetime(user, lambda: consuming.closed_by_broker)
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
-        self._readers: dict[Arrivals, str] = {}
-        self._contents: set[ContentChannel] = set()  # of the channels that are open
         self._get: AbstractChannel
         self._publishing: ContentChannel
         self._getting: ContentChannel  # what is urgent may be published there too
@@ -77,59 +72,25 @@ class AmqpLink(Link):
     async def start(self) -> AmqpLink:
         """Open the channels."""
         for connection in self._connections:
-            connection.close_callbacks.add(self._lose)
+            connection.close_callbacks.add(self._lifetime.lose)
         publishing, consuming = self._connections
         with as_ours(self._user):
             publish = publishing.channel(publisher_confirms=True)
             self._get = consuming.channel(publisher_confirms=True)
             for channel in (publish, self._get):
                 await channel.initialize()
-                channel.close_callbacks.add(self._lose)
+                channel.close_callbacks.add(self._lifetime.lose)
             self._publishing = await publishing.contents(publish)
             self._getting = await consuming.contents(self._get)
-        self._contents |= {self._publishing, self._getting}
-        self._check()
+        self._lifetime.at_end.add(self._over)
+        self._lifetime.check()
         return self
 
-    def _lose(self, _: Any, why: BaseException | None = None) -> None:
-        if self._gone.is_set():
-            return
-        if isinstance(why, LinkLost):
-            self._why = why
-        elif why is not None:
-            meant = meaning(told(why), self._user)
-            self._why = meant if isinstance(meant, BrokerError) else LinkLost(told(why))
-        self._end()
-
-    def _error(self) -> LinkLost | BrokerError:
-        """Return why the link is lost; a new error for each who asks."""
-        return type(self._why)(str(self._why))
-
-    def _end(self) -> None:
-        self._gone.set()
+    def _over(self) -> None:
         for watch in (self._watch, self._urgent_watch):
             watch.close()
-        for arrived in self._readers:
-            arrived.put(None)  # whoever waits there sees that it is over
-        for contents in self._contents:
-            contents.lose(self._error())
-
-    def _check(self) -> None:
-        if self._gone.is_set():
-            raise self._error()
-
-    @contextlib.contextmanager
-    def _asking(self, right: Right | None = None) -> Iterator[None]:
-        """Map what is raised while the broker is asked for something that takes a right."""
-        self._check()
-        try:
-            with as_ours(self._user, right):
-                yield
-        except LinkLost:
-            closed = self._connections[1].closed_by_broker
-            if closed is not None:  # which says more than what aiormq raises of it
-                raise meaning(closed[1], self._user, right) from None
-            raise
+        for contents in (self._publishing, self._getting):
+            contents.lose(self._lifetime.error())
 
     @property
     def blocked(self) -> str | None:
@@ -142,10 +103,11 @@ class AmqpLink(Link):
 
     async def declare(self, entities: Iterable[Entity]) -> None:
         """See ``base.Link``."""
-        self._check()
+        self._lifetime.check()
         for entity in entities:
+            _LOG.debug("declaring %s", entity)
             right: Right = "bind" if isinstance(entity, Binding) else "configure"
-            with declaring(), self._asking(right):
+            with declaring(), self._lifetime.asking(right):
                 channel = await self._get.get_underlay_channel()
                 match entity:
                     case Exchange(name, kind, alternate):
@@ -182,9 +144,9 @@ class AmqpLink(Link):
 
         That closes the channel over which it was asked, so that one is for nothing else.
         """
-        self._check()
+        self._lifetime.check()
         async with self._one_tries:
-            with self._asking(right):
+            with self._lifetime.asking(right):
                 if self._trying is None:
                     self._trying = self._connections[1].channel(publisher_confirms=False)
                     await self._trying.initialize()
@@ -207,7 +169,7 @@ class AmqpLink(Link):
         urgent: bool = False,
     ) -> None:
         """See ``base.Link``."""
-        self._check()
+        self._lifetime.check()
         first, *rest = keys
         headers: dict[str, frames.Value] = dict(properties.headers)
         if rest:
@@ -231,8 +193,8 @@ class AmqpLink(Link):
             if not self._quorum:
                 raise
             why = "the broker refused a message: a queue is full, or changes its leader"
-            self._lose(None, LinkLost(why))  # as in _unconfirmed
-            raise self._error() from None
+            self._lifetime.give_up(why)  # as in _unconfirmed
+            raise self._lifetime.error() from None
         finally:
             watch.settled(sending)
 
@@ -258,132 +220,51 @@ class AmqpLink(Link):
         confirms nothing that it sends there any more, or refuses all of it, which looks as if the
         queue were full. Only another channel helps, which another link begins with.
         """
-        self._lose(None, LinkLost(why))
+        self._lifetime.give_up(why)
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
         """See ``base.Link``."""
-        return self._deliveries(queue, *await self._subscribe(queue, prefetch, exclusive=exclusive))
-
-    async def _subscribe(
-        self,
-        queue: str,
-        prefetch: int,
-        *,
-        exclusive: bool = False,
-        arguments: dict[str, Any] | None = None,
-    ) -> tuple[Arrivals, AbstractChannel, ContentChannel]:
-        """Begin to consume over a channel of its own."""
-        arrived = Arrivals()
-        with self._asking("read"):
-            channel = self._connections[1].channel(publisher_confirms=False)
-            # A refusal closes the channel, which must not take the link with it: so the channel
-            # counts as part of the link only from here on.
-            await channel.initialize()
-            await channel.set_qos(prefetch_count=prefetch)
-            underlay = await channel.get_underlay_channel()
-            if exclusive and queue in self._quorum:
-                # Quorum queues let in any number of exclusive consumers. A queue that only the
-                # connection which declared it may use is a lock, gone with that connection or its
-                # node.
-                with as_ours(self._user, "configure"):
-                    await underlay.queue_declare(
-                        lock_of(queue), exclusive=True, arguments={"x-queue-type": "classic"}
-                    )
-            contents = await self._connections[1].contents(channel, arrived.put, prefetch)
-            begun = await underlay.basic_consume(
-                queue, _nothing, exclusive=exclusive, arguments=arguments
-            )
-        channel.close_callbacks.add(self._lose)
-        underlay.on_consumer_cancel_callbacks.add(self._cancelled)  # the queue was deleted
-        self._readers[arrived] = str(begun.consumer_tag)
-        self._contents.add(contents)
-        return arrived, channel, contents
-
-    async def _deliveries(
-        self,
-        queue: str,
-        arrived: Arrivals,
-        channel: AbstractChannel,
-        contents: ContentChannel,
-    ) -> AsyncGenerator[AmqpDelivery]:
-        try:
-            while True:
-                self._check()
-                if not arrived.there:
-                    await arrived.some()
-                content = arrived.there.popleft()
-                if content is not None:
-                    self._check()
-                    yield AmqpDelivery(content, queue, contents)
-        finally:
-            await self._unsubscribe(arrived, channel, contents)
-
-    async def _unsubscribe(
-        self, arrived: Arrivals, channel: AbstractChannel, contents: ContentChannel
-    ) -> None:
-        tag = self._readers.pop(arrived)
-        self._contents.discard(contents)
-        contents.lose(LinkLost("the reading was ended"))
-        if not self._gone.is_set():
-            channel.close_callbacks.discard(self._lose)
-            with contextlib.suppress(LinkLost, TimeoutError), as_ours():
-                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                    await _cancel_and_close(channel, tag)
-
-    def _cancelled(self, *_: Any) -> None:
-        self._lose(None, LinkLost("a queue we read from was deleted"))
+        reading = await Reading(queue, self._connections[1], self._lifetime).begin(
+            prefetch, exclusive=exclusive, replicated=queue in self._quorum
+        )
+        return reading.deliveries()
 
     async def get(self, queue: str) -> Delivery | None:
         """See ``base.Link``."""
-        self._check()
+        self._lifetime.check()
         content = await self._getting.get(queue)
         return AmqpDelivery(content, queue, self._getting) if content is not None else None
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         """See ``base.Link``."""
         arguments = {"x-stream-offset": "first" if since is None else since}
-        reading = await self._subscribe(stream, _STREAM_PREFETCH, arguments=arguments)
-        return _entries(self._deliveries(stream, *reading))
+        return (await self._stream(stream, arguments)).entries()
 
     async def newest(self, stream: str) -> Delivery | None:
         """See ``base.Link``."""
-        last = {"x-stream-offset": "last"}  # the last chunk: as many as were written in one go
-        arrived, channel, contents = await self._subscribe(stream, _STREAM_PREFETCH, arguments=last)
-        found: AmqpDelivery | None = None
-        loop = asyncio.get_running_loop()
-        gives_up_at = loop.time() + _EMPTY_S
-        try:
-            while True:
-                with as_ours():  # whatever the broker has sent by now is here before the answer
-                    await channel.set_qos(prefetch_count=_STREAM_PREFETCH)
-                self._check()
-                if not arrived.there:
-                    if found is not None or loop.time() >= gives_up_at:
-                        return found
-                    await asyncio.sleep(_EMPTY_S / 10)
-                while arrived.there:
-                    content = arrived.there.popleft()
-                    if content is not None:
-                        found = AmqpDelivery(content, stream, contents)
-                        found.ack()
-        finally:
-            await self._unsubscribe(arrived, channel, contents)
+        # The last chunk: as many entries as were written in one go.
+        return await (await self._stream(stream, {"x-stream-offset": "last"})).newest()
+
+    async def _stream(self, stream: str, arguments: dict[str, Any]) -> Reading:
+        reading = Reading(stream, self._connections[1], self._lifetime)
+        return await reading.begin(STREAM_PREFETCH, arguments=arguments)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
         """See ``base.Link``."""
-        with self._asking("configure"):
+        with self._lifetime.asking("configure"):
             channel = await self._get.get_underlay_channel()
             await channel.queue_declare(
                 queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
             )
         await self.declare(bindings)
-        return _ours_at_once(await self.consume(queue.name, prefetch=_TAP_PREFETCH, exclusive=True))
+        reading = Reading(queue.name, self._connections[1], self._lifetime)
+        return (await reading.begin(_TAP_PREFETCH, exclusive=True)).settled()
 
     async def unbind(self, binding: Binding) -> None:
         """See ``base.Link``."""
-        with self._asking("bind"):
+        with self._lifetime.asking("bind"):
             channel = await self._get.get_underlay_channel()
             await channel.queue_unbind(binding.queue, binding.exchange, binding.key)
 
@@ -396,55 +277,23 @@ class AmqpLink(Link):
 
     async def purge(self, queue: str) -> int:
         """See ``base.Link``."""
-        with self._asking("read"):
+        with self._lifetime.asking("read"):
             channel = await self._get.get_underlay_channel()
             return int((await channel.queue_purge(queue)).message_count or 0)
 
     async def lost(self) -> None:
         """See ``base.Link``."""
-        await self._gone.wait()
-        if isinstance(self._why, BrokerError):
-            raise self._error()
+        await self._lifetime.lost()
 
     async def close(self) -> None:
         """See ``base.Link``."""
-        self._end()
+        self._lifetime.end()
         # Side by side: each may wait in vain for an answer, and nobody reconnects before that.
         await asyncio.gather(*(close(connection) for connection in self._connections))
 
 
 async def _bind(binding: Binding, on: UnderlayChannel) -> Any:
     return await on.queue_bind(binding.queue, binding.exchange, binding.key)
-
-
-async def _nothing(_: Any) -> None:
-    """Take what aiormq would deliver, which is nothing: it never sees a content."""
-
-
-async def _ours_at_once(deliveries: AsyncGenerator[Delivery]) -> AsyncGenerator[Delivery]:
-    async with contextlib.aclosing(deliveries):
-        async for delivery in deliveries:
-            delivery.ack()
-            yield delivery
-
-
-async def _entries(deliveries: AsyncGenerator[AmqpDelivery]) -> AsyncGenerator[Delivery]:
-    """Acknowledge the entries of a stream many at a time, soon enough that more are sent."""
-    count = 0
-    async with contextlib.aclosing(deliveries):
-        async for entry in deliveries:
-            count += 1
-            if count % _STREAM_ACK_EVERY:
-                entry.disown()
-            else:
-                entry.ack(all_before=True)
-            yield entry
-
-
-async def _cancel_and_close(channel: AbstractChannel, tag: str) -> None:
-    """End a consumer; of a stream, RabbitMQ 3.10 goes on to count who only closes the channel."""
-    await (await channel.get_underlay_channel()).basic_cancel(tag)
-    await channel.close()
 
 
 async def close(connection: Connection) -> None:

@@ -6,6 +6,8 @@ import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 /** Where the time between two commits goes, as the coordinator names it. */
 const PHASES = ["waiting", "training", "transfer", "aggregation", "checkpoint"];
 const MOST_CELLS = { history: 40000, live: 4000 };
+/** Up to here a histogram has a bar for every value, also for those that nothing has. */
+const MOST_BARS = 60;
 
 /** Whether this is a report: a run as it was, from its folder. */
 export const frozen = (board) => board.run?.source === "history";
@@ -147,7 +149,9 @@ function staleness(board) {
   const { staleness } = board;
   mark($("staleness").closest("section"), "hidden", staleness ? null : "");
   if (!staleness) return;
-  const bars = Object.entries(staleness.counts).map(([label, updates]) => ({ label, parts: { updates } }));
+  const oldest = Math.max(...Object.keys(staleness.counts).map(Number));
+  const versions = oldest < MOST_BARS ? [...Array(oldest + 1).keys()] : Object.keys(staleness.counts);
+  const bars = versions.map((label) => ({ label: String(label), parts: { updates: staleness.counts[label] ?? 0 } }));
   const lost = staleness.lost === null ? "" : `; ${percent(staleness.lost)} of the weight lost to it`;
   say($("staleness-words"), `updates by the versions they were behind${lost}`);
   stacks($("staleness"), { title: "Updates by staleness", axis: "versions", bars, names: ["updates"], words: whole, height: 110 });

@@ -1,7 +1,7 @@
-"""The arguments of a part of a strategy: read from text, checked, and written back in full.
+"""Arguments in the text of an option: read, checked, and written back in full.
 
-``0.2`` or ``lr=0.5,momentum=0.9``; what each is, the signature of the function that makes the part
-says.
+``0.2`` or ``lr=0.5,momentum=0.9``; what each is, the signature of the function says that makes the
+thing: a part of a strategy, or a local rule.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a name"}
 
 
-def read_arguments(make: Callable[..., Any], text: str) -> dict[str, Any]:
+def read_arguments(
+    make: Callable[..., Any], text: str, *, in_order: bool = False
+) -> dict[str, Any]:
     """Return the arguments of ``make``, its defaults included, in the order of its parameters.
 
     Args:
         make: its parameters are annotated as float, int, bool or str, or as one of these or None;
-            ``**`` takes any others.
+            ``**`` takes any others. What is not annotated may be a number or a name.
         text: ``value`` of the first parameter, ``name=value``, or both, with commas between.
+        in_order: any parameter's value may come without its name, in its place.
 
     Raises:
         ValueError: saying what is wrong with the text, and what is expected.
@@ -39,14 +42,12 @@ def read_arguments(make: Callable[..., Any], text: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for place, word in enumerate(text.split(",") if text else ()):
         name, equals, value = (part.strip() for part in word.partition("="))
-        if not equals and not place and parameters:
-            name, value = next(iter(parameters)), name
+        if not equals and place < (len(parameters) if in_order else min(1, len(parameters))):
+            name, value = list(parameters)[place], name
         if name in given:
             raise ValueError(f"'{name}' is given twice")
         if name in parameters:
-            given[name] = _converted(
-                name, value, str(parameters[name].annotation).removesuffix(" | None")
-            )
+            given[name] = _value(name, value, parameters[name].annotation)
         elif open_ended and equals:
             given[name] = _guessed(name, value)
         else:
@@ -117,6 +118,13 @@ def _unknown(name: str, parameters: Collection[str]) -> str:
     if not parameters:
         return f"it takes no arguments, but '{name}' is given"
     return f"there is no argument '{name}'; {nearest(name, parameters)}"
+
+
+def _value(name: str, value: str, annotation: Any) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return _guessed(name, value)
+    kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return _converted(name, value, kind.removesuffix(" | None"))
 
 
 def _converted(name: str, value: str, annotation: str) -> Any:

@@ -1,4 +1,4 @@
-"""Reaching the broker of a federation once, to look and to leave again."""
+"""Looking at messages without taking them away."""
 
 from __future__ import annotations
 
@@ -6,37 +6,8 @@ import contextlib
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.protocol.topology import Queue
-from fluffle_common.transport.base import Delivery, Link, OtherArguments, QueueInUse, Transport
-
-
-@contextlib.asynccontextmanager
-async def open_once(transport: Transport) -> AsyncGenerator[Link]:
-    """Open a link and close it again.
-
-    Raises:
-        BrokerError: where the broker cannot be reached, is lost meanwhile, or forbids it.
-    """
-    try:
-        link = await transport.open()
-    except LinkLost as why:
-        raise BrokerError(
-            f"no broker at {transport.address} ({why}); start one with 'fluffle broker up' or "
-            "name one with --url"
-        ) from None
-    try:
-        yield link
-    except LinkLost as gone:
-        raise BrokerError(
-            f"the connection to the broker at {transport.address} was lost ({gone}); try again"
-        ) from None
-    except QueueInUse as no:
-        raise BrokerError(
-            f"another connection uses it exclusively: {no}; try again later"
-        ) from None
-    finally:
-        await link.close()
+from fluffle_common.transport.base import Delivery, Link, OtherArguments
 
 
 async def is_classic(link: Link, queue: Queue) -> bool:

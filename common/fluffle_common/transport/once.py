@@ -1,0 +1,35 @@
+"""Reaching the broker of a federation once, to look and to leave again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.transport.base import Link, QueueInUse, Transport
+
+
+@contextlib.asynccontextmanager
+async def open_once(transport: Transport) -> AsyncGenerator[Link]:
+    """Open a link and close it again.
+
+    Raises:
+        BrokerError: where the broker cannot be reached, is lost meanwhile, or forbids it.
+    """
+    try:
+        link = await transport.open()
+    except LinkLost as why:
+        raise BrokerError(
+            f"no broker at {transport.address} ({why}); start one with 'fluffle broker up' or "
+            "name one with --url"
+        ) from None
+    try:
+        yield link
+    except LinkLost as gone:
+        raise BrokerError(
+            f"the connection to the broker at {transport.address} was lost ({gone}); try again"
+        ) from None
+    except QueueInUse as no:
+        raise BrokerError(f"another connection uses it: {no}; try again later") from None
+    finally:
+        await link.close()

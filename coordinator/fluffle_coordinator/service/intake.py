@@ -1,0 +1,276 @@
+"""The coordinator's ears: what workers send, checked, and turned into events of the machine.
+
+Signs of life and updates come over two queues. What is wrong with a message is settled here: it
+goes to the rejected queue with the reason, and no event comes of it. Updates are held, each under
+its handle, until the machine says what becomes of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fluffle_common.clock import monotonic
+from fluffle_common.errors import Cause, MalformedMessage
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, greeting
+from fluffle_common.protocol.exchanges import Exchanges
+from fluffle_common.protocol.messages import (
+    PROTOCOL,
+    Bye,
+    Echo,
+    Evaluation,
+    Exchange,
+    Failure,
+    FirstWeights,
+    Heartbeat,
+    Hello,
+    Message,
+    Update,
+)
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Delivery, Link, QueueFull
+from fluffle_common.transport.messaging import Route, check_user, send
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.aggregator import Aggregator
+from fluffle_coordinator.service.greetings import Greetings
+from fluffle_coordinator.service.held_updates import Held, Room
+from fluffle_coordinator.service.outbox import Outbox
+from fluffle_coordinator.service.settings import CoordinatorSettings
+
+# How often the coordinator sends itself an echo: so it knows that it would hear a worker.
+_ECHO_EVERY_S = 1.0
+# What the machine knows of a worker by what it says of itself.
+_OF_A_WORKER = {
+    one.name for one in dataclasses.fields(rs.Worker)
+} & Heartbeat.model_fields.keys() - {"model"}
+
+
+class Intake:
+    """What comes in from the workers of a run.
+
+    Args:
+        settings: what the operator decided.
+        topology: the names on the broker.
+        task: what the run's task is called; empty lets the first worker say.
+        exchanges: who handles protocols in several phases.
+        aggregator: given the first weights.
+        outbox: where rejections, refusals and answers go out.
+        state: returns the machine's state of the moment.
+        post: given the events for the machine.
+        record: told what is refused.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        topology: Topology,
+        *,
+        task: str,
+        exchanges: Exchanges,
+        aggregator: Aggregator,
+        outbox: Outbox,
+        state: Callable[[], rs.State],
+        post: Callable[[ev.Event], None],
+        record: Callable[[run_events.RunEvent], None],
+    ) -> None:
+        self.task = task
+        self._settings, self._topology, self._exchanges = settings, topology, exchanges
+        self._aggregator, self._outbox = aggregator, outbox
+        self._state, self._post, self._record = state, post, record
+        self._held: dict[rs.Handle, Held] = {}
+        self._room, self._greetings = Room(settings.max_held_bytes), Greetings()
+        self._session = uuid.uuid4().hex[:12]
+        self._caught_up = asyncio.Event()
+
+    def held(self, handle: rs.Handle) -> Held:
+        """Return the update that has this handle."""
+        return self._held[handle]
+
+    def ack(self, handle: rs.Handle) -> None:
+        """Acknowledge an update, and let go of it."""
+        done = self._held.pop(handle, None)
+        if done is not None:
+            done.delivery.ack()
+            done.free()
+            self._aggregator.let_go(done)
+
+    def reject(self, handle: rs.Handle, reason: str, cause: Cause) -> None:
+        """Put an update into the rejected queue, and let go of it."""
+        done = self._held.pop(handle, None)
+        if done is not None:
+            self._reject(done.delivery, MalformedMessage(reason, cause), done.message)
+            done.free()
+
+    def link_opened(self) -> None:
+        """Note that nothing was heard over the new link yet."""
+        self._caught_up.clear()
+
+    def link_lost(self) -> None:
+        """Forget what comes again over another link, without a body so far."""
+        self._room.link_lost()
+
+    async def send_echoes(self, link: Link, number: int) -> None:
+        """Send echoes to ourselves, the way that signs of life come; see ``hearing``."""
+        echo = Echo(federation=self._settings.federation, session=self._session, number=number)
+        route = Route("", [self._topology.presence], durable=False, urgent=True)
+        while True:
+            with contextlib.suppress(QueueFull):
+                await send(link, echo, route)
+            await asyncio.sleep(min(_ECHO_EVERY_S, self._state().hearing_s / 2))
+
+    async def consume_updates(self, link: Link, number: int) -> None:
+        """Read updates and the like over the link of this number."""
+        # First, who is here is heard: what an update may weigh depends on it.
+        await self._caught_up.wait()
+        prefetch = self._settings.max_workers + 100
+        updates = await link.consume(self._topology.updates, prefetch=prefetch)
+        await self._read_updates(updates, number)
+
+    async def read_presence(self, deliveries: Any) -> None:
+        """Read signs of life, our own echoes among them."""
+        message: Message | None
+        async for delivery in deliveries:
+            try:
+                message, _ = decode(
+                    delivery.body, self._settings.federation, max_header=SMALL_HEADER_BYTES
+                )
+                self._check_sender(message, delivery)
+                if isinstance(message, Hello | Heartbeat):
+                    message = self._greetings.admit(message, monotonic())
+                if message is not None:
+                    self._presence(message)
+            except MalformedMessage as wrong:
+                self._reject(delivery, wrong)
+                if wrong.cause == "malformed":
+                    self._refuse_hello(delivery, wrong)
+            else:
+                delivery.ack()
+
+    def _refuse_hello(self, delivery: Delivery, wrong: MalformedMessage) -> None:
+        """Answer a hello that could not be taken, perhaps one of another version."""
+        hello = greeting(delivery.body, self._settings.federation)
+        if hello is None or self._outbox.was_refused(hello):
+            return
+        if self._settings.verify_users:
+            try:
+                check_user(hello.worker, delivery)
+            except MalformedMessage:
+                return
+        if hello.protocol == PROTOCOL:
+            code, reason = "malformed", f"the hello of worker {hello.worker} is malformed: {wrong}"
+        else:
+            code, reason = (
+                "protocol",
+                (
+                    f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
+                    f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
+                ),
+            )
+        self._record(run_events.Refused(worker=hello.worker, reason=reason))
+        self._outbox.bind(hello.worker, hello.session, again=True)
+        self._outbox.refuse(hello, reason, code)
+
+    def _presence(self, message: Any) -> None:
+        now = monotonic()
+        match message:
+            case Hello() | Heartbeat():
+                self._outbox.bind(message.worker, message.session, again=isinstance(message, Hello))
+                self.task = self.task or message.task
+                worker = rs.Worker(
+                    name=message.worker,
+                    last_seen=now,
+                    model=message.model,
+                    **message.model_dump(include=_OF_A_WORKER),
+                )
+                self._post(ev.Seen(now, worker, isinstance(message, Hello)))
+            case Echo(session=session, number=link):
+                if session == self._session:  # else of one that had this queue before
+                    self._post(ev.Echoed(now, link))
+                    if link == self._state().link:
+                        self._caught_up.set()
+            case Bye(worker=worker_name, session=session, reason=reason):
+                self._post(ev.Left(now, worker_name, session, reason))
+            case Failure(worker=worker_name, run=run, round=number, reason=reason):
+                self._post(ev.Failed(now, worker_name, run, number, reason))
+            case _:
+                raise MalformedMessage(
+                    f"a message of kind {message.kind} is no sign of life", "kind"
+                )
+
+    async def _read_updates(self, deliveries: Any, link: int) -> None:
+        number = 0
+        async for delivery in deliveries:
+            number += 1
+            if self._room.park(delivery):
+                continue
+            try:
+                message, payload = decode(
+                    delivery.body,
+                    self._settings.federation,
+                    max_header=self._aggregator.max_header,
+                )
+                self._check_sender(message, delivery)
+                self._update(message, payload, delivery, rs.Handle(link, number))
+            except MalformedMessage as wrong:
+                self._reject(delivery, wrong)
+
+    def _check_sender(self, message: Any, delivery: Delivery) -> None:
+        """Compare who a message says it is of with who the broker says has sent it."""
+        worker = getattr(message, "worker", None)
+        if self._settings.verify_users and worker is not None:
+            check_user(worker, delivery)
+
+    def _update(
+        self, message: Any, payload: memoryview, delivery: Delivery, handle: rs.Handle
+    ) -> None:
+        now = monotonic()
+        match message:
+            case Update():
+                self._held[handle] = Held(delivery, message, payload, self._room)
+                ticket = rs.Ticket(message.worker, message.sequence or message.round)
+                about = message.run, message.round, ticket, message.num_examples
+                self._post(ev.Arrived(now, handle, *about, message.base))
+            case Evaluation():
+                found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
+                of = (message.run, message.round, message.worker)
+                self._post(ev.EvaluationArrived(now, *of, found, message.base))
+                delivery.ack()
+            case FirstWeights() if message.run == self._state().run:
+                self._first_weights(Held(delivery, message, payload, self._room), message.worker)
+            case Exchange(worker=str()) if message.run == self._state().run:
+                for sent, body in self._exchanges.receive(message, payload):
+                    self._outbox.exchange(sent, body)
+                delivery.ack()
+            case FirstWeights() | Exchange(worker=str()):
+                raise MalformedMessage(
+                    f"it belongs to run {message.run}; this coordinator runs {self._state().run}",
+                    "run",
+                )
+            case _:
+                raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
+
+    def _first_weights(self, held: Held, worker: str) -> None:
+        """Take the first weights from the worker that was asked, and from no other."""
+        if self._state().has_weights or self._state().init_asked is None:
+            held.delivery.ack()  # nobody is asked now; whoever will be sends them again
+        elif worker == self._state().init_asked:
+            self._aggregator.take_first(held)
+        else:
+            raise MalformedMessage(
+                f"first weights were requested from {self._state().init_asked}, not from {worker}",
+                "sender",
+            )
+
+    def _reject(
+        self, delivery: Delivery, wrong: MalformedMessage, message: Message | None = None
+    ) -> None:
+        about = {"kind": message.kind, **describe(message)} if message else {}
+        details = {"reason": str(wrong), "cause": wrong.cause, **about}
+        self._record(run_events.from_fields("rejected", details))
+        self._outbox.reject(delivery, wrong)

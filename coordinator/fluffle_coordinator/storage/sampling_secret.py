@@ -1,0 +1,34 @@
+"""What a run draws its samples from if nobody may be able to tell who is in them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from fluffle_common.errors import RunError
+from fluffle_common.tensors.checkpoint import replacing
+
+_BITS = 128
+
+
+def sampling_secret(folder: Path) -> int:
+    """Return the secret of the run in a folder; the first call makes it.
+
+    It stays the same, so that a round that a crash interrupts goes on with the same sample.
+
+    Raises:
+        RunError: if the file of the secret cannot be read or written.
+    """
+    path = folder / "sampling.secret"
+    try:
+        if not path.exists():
+            with replacing(path) as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(f"{secrets.randbits(_BITS):032x}\n".encode())
+        return int(path.read_text(), 16)
+    except (OSError, ValueError) as why:
+        raise RunError(
+            f"{path} cannot be used ({why}); it decides who is in a sample: restore it, or "
+            "--fresh starts a new run"
+        ) from None

@@ -1,0 +1,190 @@
+"""What privacy costs: the epsilon of so many rounds of clipped sums with Gaussian noise.
+
+Neighbouring federations differ by one worker, who is there or is not. Without sampling, the epsilon
+is computed exactly here. With Poisson sampling, it is dp-accounting's (``fluffle[privacy]``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from fluffle_common.arguments import nearest
+
+_MOST_ROUNDS = 10**9
+_PLD_INTERVAL = 1e-4  # as dp-accounting's own accountant has it
+
+
+@dataclass(frozen=True)
+class Accountant:
+    """Counts the privacy that rounds cost; ``accountant`` makes one.
+
+    Args:
+        noise: the standard deviation of the noise, in parts of the sensitivity.
+        delta: of (epsilon, delta).
+        rate: the chance of each worker to be in a round.
+        method: ``exact``, ``pld`` or ``rdp``.
+    """
+
+    noise: float
+    delta: float
+    rate: float
+    method: str
+
+    def epsilon(self, rounds: int) -> float:
+        """Return what so many rounds cost."""
+        return _METHODS[self.method](self, rounds) if rounds else 0.0
+
+    def rounds_within(self, budget: float) -> int:
+        """Return the most rounds that cost no more than a budget.
+
+        Raises:
+            ValueError: if that is none.
+        """
+        # Losses take long to compose, moments do not, and bound them.
+        quick = Accountant(self.noise, self.delta, self.rate, "rdp")
+        first = _most(lambda n: quick.epsilon(n) <= budget) if self.method == "pld" else 0
+        most = _most(lambda n: self.epsilon(n) <= budget, first)
+        if not most:
+            raise ValueError(
+                f"budget={budget:g} allows no round: one costs an epsilon of "
+                f"{self.epsilon(1):.3g} with noise={self.noise:g}; give more noise, or a larger "
+                "budget"
+            )
+        return most
+
+
+def accountant(
+    noise: float, delta: float, rate: float | None = None, method: str | None = None
+) -> Accountant:
+    """Return the accountant of rounds of so much noise.
+
+    Args:
+        noise: the standard deviation of the noise, in parts of the sensitivity.
+        delta: of (epsilon, delta).
+        rate: the chance of each worker to be in a round; None: they are in every one.
+        method: ``exact``, without a rate only; ``pld``, by privacy loss distributions, which is
+            tight; ``rdp``, by Rényi divergences, which is quicker and larger. None: the first of
+            these that there is.
+
+    Raises:
+        ValueError: if there is no such method, or it needs a package that is not installed.
+    """
+    method = method or ("exact" if rate is None else "pld")
+    if method not in _METHODS:
+        raise ValueError(f"there is no accountant '{method}'; {nearest(method, _METHODS)}")
+    if method == "exact" and rate is not None:
+        raise ValueError("accountant=exact counts no sampling; leave out rate, or name pld or rdp")
+    if method != "exact":
+        _library("pld")
+    return Accountant(noise, delta, 1.0 if rate is None else rate, method)
+
+
+def epsilon(noise: float, rounds: int, delta: float) -> float:
+    """Return the epsilon of so many Gaussian mechanisms together, exactly.
+
+    They are one mechanism with mu = sqrt(rounds) / noise (Dong, Roth and Su, "Gaussian Differential
+    Privacy", JRSS B 2022, corollaries 1 and 2; Balle and Wang, ICML 2018, theorem 8).
+
+    Args:
+        noise: the standard deviation of the noise, in parts of the sensitivity.
+        rounds: how many.
+        delta: of (epsilon, delta).
+
+    Example:
+        >>> round(epsilon(1.0, 1, 1e-5), 3), epsilon(1.0, 0, 1e-5)
+        (4.377, 0.0)
+    """
+    mu = math.sqrt(rounds) / noise
+    if not rounds or _delta(0.0, mu) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while _delta(high, mu) > delta:
+        low, high = high, 2 * high
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _delta(middle, mu) > delta else (low, middle)
+    return high
+
+
+def _delta(epsilon: float, mu: float) -> float:
+    """Return the smallest delta for an epsilon, of a Gaussian mechanism."""
+    below = _log_normal(-epsilon / mu - mu / 2)
+    return math.exp(_log_normal(-epsilon / mu + mu / 2)) - math.exp(epsilon + below)
+
+
+def _log_normal(x: float) -> float:
+    """Return the logarithm of the share of a standard normal that is below ``x``."""
+    if x > -30:
+        return math.log(math.erfc(-x / math.sqrt(2)) / 2)
+    # What follows of the asymptotic series is less than 3 / x**4, a few millionths.
+    return -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(-1 / (x * x))
+
+
+def _pld(of: Accountant, rounds: int) -> float:
+    """Compose privacy loss distributions (Koskela et al., AISTATS 2020), rounded up.
+
+    All rounds are composed at once, so that a run that was resumed has the same value.
+    """
+    return float(_loss(of.noise, of.rate).self_compose(rounds).get_epsilon_for_delta(of.delta))
+
+
+@functools.lru_cache(maxsize=8)
+def _loss(noise: float, rate: float) -> Any:
+    return _library("pld.privacy_loss_distribution").from_gaussian_mechanism(
+        noise, value_discretization_interval=_PLD_INTERVAL, sampling_prob=rate
+    )
+
+
+def _rdp(of: Accountant, rounds: int) -> float:
+    """Add up Rényi divergences (Mironov, CSF 2017)."""
+    events, log = _library("dp_event"), importlib.import_module("absl.logging")
+    before = log.get_verbosity()
+    log.set_verbosity(log.ERROR)  # it warns of each order that it passes over
+    try:
+        found = _library("rdp").RdpAccountant()
+        one = events.PoissonSampledDpEvent(of.rate, events.GaussianDpEvent(of.noise))
+        return float(found.compose(one, rounds).get_epsilon(of.delta))
+    finally:
+        log.set_verbosity(before)
+
+
+def _library(part: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"dp_accounting.{part}")
+    except ModuleNotFoundError:
+        raise ValueError(
+            "counting the privacy that sampling saves needs dp-accounting; pip install "
+            "'fluffle[privacy]', or leave out rate and accountant"
+        ) from None
+
+
+_METHODS: dict[str, Callable[[Accountant, int], float]] = {
+    "exact": lambda of, rounds: epsilon(of.noise, rounds, of.delta),
+    "pld": _pld,
+    "rdp": _rdp,
+}
+
+
+def _most(allowed: Callable[[int], bool], first: int = 0) -> int:
+    """Return the largest number for which something holds that holds for all smaller ones.
+
+    Args:
+        allowed: whether it holds; true of 0.
+        first: where to begin to look.
+    """
+    low = first if first and allowed(first) else 0
+    step = max(1, low // 8)
+    high = low + step
+    while high < _MOST_ROUNDS and allowed(high):
+        step *= 2
+        low, high = high, high + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low

@@ -1,0 +1,98 @@
+"""Runs that are killed at every third round end bit by bit as undisturbed ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fluffle_common.tensors.checkpoint import checkpoint_name, read_whole
+from fluffle_coordinator.service.strategy_loading import load_strategy
+from fluffle_coordinator.strategy import private
+from tests.federation.harness import Adder
+from tests.federation.test_scaffold import TARGETS, Descent
+
+ROUNDS = 9
+EVERY = 3
+
+
+def models(folder):
+    """Return the bytes of each checkpoint: the model, and what the strategy keeps."""
+    found = [read_whole(folder / checkpoint_name(number)) for number in range(ROUNDS + 1)]
+    return [
+        {name: tensor.tobytes() for name, tensor in [*one.weights.items(), *one.kept.items()]}
+        for one in found
+    ]
+
+
+async def undisturbed(federation, strategy, start):
+    federation.folder = federation.folder.with_name("undisturbed")
+    coordinator = federation.coordinator(ROUNDS, strategy=load_strategy(strategy))
+    start(federation)
+    assert (await coordinator.end()).outcome == "finished"
+    return models(federation.folder)
+
+
+async def killed(federation, strategy, start, *, workers_too, when):
+    """Kill the coordinator at every third round, and perhaps all workers with it."""
+    federation.folder = federation.folder.with_name("killed")
+    workers = start(federation)
+    for number in range(EVERY, ROUNDS, EVERY):
+        coordinator = federation.coordinator(ROUNDS, strategy=load_strategy(strategy))
+        while not any(line["round"] == number for line in coordinator.log.of(when)):
+            await coordinator.log.until(when, len(coordinator.log.of(when)) + 1)
+        await coordinator.kill()
+        if workers_too:
+            for worker in workers:
+                await worker.kill()
+            workers = start(federation)
+    coordinator = federation.coordinator(ROUNDS, strategy=load_strategy(strategy))
+    assert (await coordinator.end()).outcome == "finished"
+    return models(federation.folder)
+
+
+def both(federated, strategy, start, **how):
+    found = {}
+
+    async def first(federation):
+        found["undisturbed"] = await undisturbed(federation, strategy, start)
+
+    async def second(federation):
+        found["killed"] = await killed(federation, strategy, start, **how)
+
+    federated(first)
+    federated(second)
+    return found["undisturbed"], found["killed"]
+
+
+def adders(federation):
+    return [
+        federation.worker("a", Adder(federation.loop, 0.1)),
+        federation.worker("b", Adder(federation.loop, 0.3, num_examples=30)),
+    ]
+
+
+@pytest.mark.parametrize("when", ["opened", "counted", "committed"])
+def test_fedadam(federated, when):
+    whole, resumed = both(federated, "fedadam:lr=0.1", adders, workers_too=False, when=when)
+    assert len(whole[-1]) == 4  # w, two moments, and how many steps
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("when", ["opened", "counted", "committed"])
+def test_scaffold_whose_workers_are_killed_too(federated, tmp_path, when):
+    def start(federation):
+        kept = tmp_path / federation.folder.name
+        return [federation.worker(name, Descent(name), state_dir=kept / name) for name in TARGETS]
+
+    whole, resumed = both(federated, "scaffold", start, workers_too=True, when=when)
+    assert len({one["control/w"] for one in whole[1:]}) == ROUNDS  # it moves all the time
+    assert resumed == whole
+
+
+def test_adaptive_clipping(federated, monkeypatch):
+    """Noise is another one each time, so this is without."""
+    monkeypatch.setattr(private, "gaussian", np.zeros)
+    strategy = "dp:clip=1,noise=0.5,workers=2,quantile=0.75+fedavgm:momentum=0.5"
+    whole, resumed = both(federated, strategy, adders, workers_too=False, when="counted")
+    assert len({one["mean/clip"] for one in whole[1:]}) == ROUNDS
+    assert resumed == whole
