@@ -32,7 +32,7 @@ _anywhere = looking("Print JSON instead.", required=False)
 @management_option
 @click.option(
     "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
-    help="List the latest N.",
+    help="Show only the newest N messages.",
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
