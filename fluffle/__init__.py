@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fluffle.results import Run as Run
     from fluffle.simulation.devices import Device as Device
     from fluffle.simulation.local import simulate as simulate
+    from fluffle.simulation.plot import plot_partition as plot_partition
     from fluffle_common.errors import BrokerError as BrokerError
     from fluffle_common.errors import FluffleError as FluffleError
     from fluffle_common.errors import RefusedError as RefusedError
@@ -72,6 +73,7 @@ _FROM = {
     "fluffle.results": ("Run",),
     "fluffle.simulation.devices": ("Device",),
     "fluffle.simulation.local": ("simulate",),
+    "fluffle.simulation.plot": ("plot_partition",),
     "fluffle_common.errors": (
         "BrokerError",
         "FluffleError",

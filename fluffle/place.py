@@ -36,13 +36,13 @@ class Place:
 
     def how_to_go_on(self) -> str:
         """Say how a run goes on that has committed a round; nothing of any other."""
-        done = _committed(self.path)
+        done = committed(self.path)
         call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
         return f"; {call}" if done else ""
 
     def left(self, why: BaseException) -> None:
         """Say what is left of a run that did not come to its end."""
-        if self.temporary and not _committed(self.path):
+        if self.temporary and not committed(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
         elif self.temporary and not isinstance(why, RunError):  # which says so itself
             warn(f"the run is kept{self.how_to_go_on()}")
@@ -75,7 +75,7 @@ def locked(place: Place) -> Iterator[RunStore]:
         store.unlock()
 
 
-def _committed(folder: Path) -> int:
+def committed(folder: Path) -> int:
     """Return how many rounds a folder holds."""
     try:
         return max(int(line["round"]) for line in read_history_lines(folder))

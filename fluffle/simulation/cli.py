@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +80,12 @@ def _of_the_coordinator() -> list[click.Parameter]:
     ),
 )
 @click.option(
+    "--plot-partition",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw who holds what, before the first round.",
+)
+@click.option(
     "--step-time",
     default="0.01",
     metavar="SECONDS",
@@ -102,11 +107,19 @@ def _of_the_coordinator() -> list[click.Parameter]:
     show_default=False,
 )
 @click.option(
+    "--availability",
+    default="always",
+    metavar="SHARE:SECONDS",
+    help="When a client is present: 0.8:3600 lets it leave after an hour on average, drop its "
+    "work, and come back, so that it is present 0.8 of the time.",
+)
+@click.option(
     "--test-every",
     type=count(),
     metavar="N",
     help=(
-        "Evaluate every Nth model on the held-out data of a divided task.  [default: every model]"
+        "Evaluate every Nth model, and the last, on the held-out data of a divided task.  "
+        "[default: every model]"
     ),
     show_default=False,
 )
@@ -124,10 +137,16 @@ def simulate(**options: Any) -> None:
 
     A file for the coordinator may have the options of this command in a table [simulation].
     """
+    from fluffle.place import committed
+    from fluffle.simulation.availability import parse_availability
     from fluffle.simulation.devices import devices
     from fluffle.simulation.follower import Follower
     from fluffle.simulation.loop import SimulatedLoop
-    from fluffle.simulation.simulate import clients_of, evaluated_every, simulate_run
+    from fluffle.simulation.simulate import (
+        clients_of,
+        simulate_run,
+        tested_every,
+    )
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.errors import RunError
@@ -137,13 +156,14 @@ def simulate(**options: Any) -> None:
     from fluffle_coordinator.storage.run_store import RunStore
 
     number: int = options["clients"]
+    availability = parse_availability(options["availability"])
     whole, tasks = _tasks(options)
+    if options["plot_partition"] is not None:
+        _plot(whole, options)
     settings = settings_of(rules_of({**options, "min_workers": number}), options)
     store = RunStore(options["folder"] or Path("runs") / settings.federation)
-    if settings.hooks.evaluate is None and whole is not None:
-        every = options["test_every"] or 1
-        hooks = replace(settings.hooks, evaluate=evaluated_every(whole, every))
-        settings = replace(settings, hooks=hooks)
+    done = 0 if options["fresh"] else committed(store.folder)
+    settings = tested_every(settings, whole, options["test_every"] or 1, done)
     owned = devices(
         number,
         step_s=options["step_time"],
@@ -155,7 +175,7 @@ def simulate(**options: Any) -> None:
     with Console(options["log_format"], {"federation": settings.federation}) as console:
         run = simulate_run(
             settings,
-            clients_of(tasks, owned),
+            clients_of(tasks, owned, availability, options["seed"]),
             store,
             Follower(View(console)),
             task=options["task"],
@@ -200,6 +220,21 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
             "{clients}'"
         )
     return whole, dealt(whole, partition, number, seed)
+
+
+def _plot(whole: Any, options: dict[str, Any]) -> None:
+    """Draw who holds what of a task that was divided."""
+    from fluffle.simulation.plot import plot_partition
+    from fluffle_common.errors import UsageError
+
+    if whole is None:
+        raise UsageError("--plot-partition: with {client} in --data, nothing is dealt out")
+    asked = {name: options[name] for name in ("clients", "partition", "seed")}
+    file = options["plot_partition"]
+    try:
+        plot_partition(whole, **asked).savefig(file, dpi=150)
+    except (OSError, ValueError) as why:
+        raise UsageError(f"--plot-partition: cannot write {file}: {why}") from None
 
 
 def _told(simulated_s: float, took_s: float) -> str:

@@ -13,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from fluffle.simulation.availability import ALWAYS, Availability
 from fluffle.simulation.devices import Device
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import (
+    Bye,
     Evaluate,
     Evaluation,
     Failure,
@@ -62,11 +66,16 @@ class Client:
         name: its id.
         task: its model and its data.
         device: how quick it is.
+        availability: when it is present.
+        rng: of its comings and goings.
     """
 
     name: str
     task: Task
     device: Device = field(default_factory=Device)
+    availability: Availability = ALWAYS
+    rng: np.random.Generator = field(default_factory=np.random.default_rng)
+    present: bool = True
     session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     at_work: tuple[Work, asyncio.Task[None]] | None = None
     residual: Residual = field(default_factory=Residual)
@@ -121,13 +130,38 @@ class Fleet:
             inbox = self._topology.inbox(client.name)
             mail = await self._link.consume(inbox, prefetch=_PREFETCH)
             readers.append(self._read_mail(client, mail))
-        await run_all(self._greet(), *readers)
+        try:
+            await run_all(self._greet(), *readers, *map(self._come_and_go, self._clients))
+        finally:
+            for client in self._clients:
+                self._drop_work(client)
 
     async def _greet(self) -> None:
         for client in self._clients:
-            form = self._form(client.task)
-            hello = Hello(**self._about(client), **self._introduction(client, form))
-            await self._send(hello)
+            if client.present:
+                await self._say_hello(client)
+
+    async def _say_hello(self, client: Client) -> None:
+        form = self._form(client.task)
+        await self._send(Hello(**self._about(client), **self._introduction(client, form)))
+
+    async def _come_and_go(self, client: Client) -> None:
+        """Let a client leave, and drop its work, and come back, as its availability has it."""
+        for seconds in client.availability.spells(client.rng, present=client.present):
+            await asyncio.sleep(seconds)
+            client.present = not client.present
+            if client.present:
+                client.session = uuid.uuid4().hex[:12]
+                await self._say_hello(client)
+            else:
+                self._drop_work(client)
+                await self._send(Bye(**self._about(client), reason="not available"))
+
+    def _drop_work(self, client: Client) -> None:
+        client.assembly = None
+        if client.at_work is not None:
+            client.at_work[1].cancel()
+            client.at_work = None
 
     def _form(self, task: Task) -> Signature:
         """Return what a task's model is made of; the parts of one task are found out once."""
@@ -148,7 +182,7 @@ class Fleet:
             "heartbeat_s": _HEARTBEAT_S,
         }
 
-    async def _send(self, message: Hello | Heartbeat | Failure | Evaluation) -> None:
+    async def _send(self, message: Hello | Heartbeat | Bye | Failure | Evaluation) -> None:
         worker = message.worker
         await send(self._link, message, Route(self._topology.results, [f"{message.kind}.{worker}"]))
 
@@ -157,7 +191,8 @@ class Fleet:
     async def _read_mail(self, client: Client, mail: Any) -> None:
         delivery: Delivery
         async for delivery in mail:
-            self._receive(client, delivery.body)
+            if client.present:  # else it goes the way of what waits for a worker that restarts
+                self._receive(client, delivery.body)
             delivery.ack()
 
     def _receive(self, client: Client, body: Body) -> None:
@@ -193,9 +228,11 @@ class Fleet:
     def _work(
         self, client: Client, message: Fit | Evaluate, weights: Weights, broadcast: Weights
     ) -> None:
-        kind = "fit" if isinstance(message, Fit) else "evaluate"
-        attempt = message.attempt if isinstance(message, Fit) else 0
-        work = Work(kind, message.run, message.round, message.base, attempt)  # type: ignore[arg-type]
+        of = message.run, message.round, message.base
+        if isinstance(message, Fit):
+            work = Work("fit", *of, message.attempt, message.sequence or message.round)
+        else:
+            work = Work("evaluate", *of)
         self._begin(client, Job(work, message, weights, broadcast))
 
     def _begin(self, client: Client, job: Job) -> None:
@@ -227,7 +264,7 @@ class Fleet:
                 form=self._form(client.task),
                 codecs=self._codecs,
             )
-        except Exception as why:
+        except (Exception, SystemExit) as why:
             self._results.failed(why)
             failure = Failure(
                 **self._about(client), run=job.work.run, round=job.work.round, reason=one_line(why)
@@ -256,6 +293,7 @@ class Fleet:
                 run=work.run,
                 round=work.round,
                 base=work.base or None,
+                sequence=work.sequence or None,
                 step=int(steps * (1 - left_s / seconds)),
                 steps=steps,
             )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fluffle.background import Background
-from fluffle.place import locked, place_of
+from fluffle.place import committed, locked, place_of
 from fluffle.progress import Progress
 from fluffle.results import Run
+from fluffle.simulation.availability import parse_availability
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Partition, parse_partition
 from fluffle.simulation.population import Divisible, dealt, names
-from fluffle.simulation.simulate import clients_of, evaluated_every, simulate_run
+from fluffle.simulation.simulate import (
+    clients_of,
+    simulate_run,
+    tested_every,
+)
 from fluffle_common.cli.config_file import options_from
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, UsageError
@@ -30,6 +34,14 @@ if TYPE_CHECKING:
 
 _CALLER = "fluffle.simulate"
 _CLIENTS = 100
+_NOT_HERE = {
+    "url": "its broker is in memory; fluffle.run(url=…) takes a real one",
+    "run": "folder= says where the run is kept",
+    "dashboard": "'fluffle report' shows the run afterwards",
+    "management": "it is a broker's",
+    "log_format": "progress= says what is shown",
+    "verify_users": "nobody logs in to the broker in memory",
+}
 
 
 def simulate(
@@ -48,6 +60,7 @@ def simulate(
     fit_s: float | str = 0,
     bytes_per_s: float | str | None = None,
     owned: Sequence[Device] | None = None,
+    availability: str = "always",
     test_every: int = 1,
     evaluate: Evaluate | str | None = None,
     on_round: OnRound | str | None = None,
@@ -77,7 +90,11 @@ def simulate(
         fit_s: seconds that a training takes besides, likewise.
         bytes_per_s: what a client's line carries, likewise; None: it takes no time.
         owned: the devices themselves, instead of the three above.
-        test_every: evaluate every so many rounds' model on what a divided task holds out.
+        availability: when a client is present: ``always``, or ``SHARE:SECONDS``, such as
+            ``0.8:3600``: it leaves after an hour on average, drops its work, and comes back, so
+            that it is present 0.8 of the time.
+        test_every: evaluate every so many rounds' model, and the last one, on what a divided task
+            holds out.
         evaluate: another test of a model, ``evaluate(weights) -> metrics``, after every round.
         on_round: shown every ``Commit``; ends the run by returning a reason or raising ``StopRun``.
         folder: where the run is kept, and goes on from; a temporary one if not given.
@@ -91,6 +108,7 @@ def simulate(
         UsageError: for an argument that is wrong.
         RunError: where the run stopped before its end, with the reason.
     """
+    _check(options, clients=clients, test_every=test_every)
     whole, by_name = _tasks(tasks, clients, partition, seed)
     stated = {
         "rounds": rounds,
@@ -107,25 +125,39 @@ def simulate(
     found["strategy"] = found["strategy"] if strategy is None else strategy
     found |= {"evaluate": evaluate, "on_round": on_round}
     settings = settings_of(rules_of(found), found)
-    if evaluate is None and whole is not None:
-        hooks = replace(settings.hooks, evaluate=evaluated_every(whole, test_every))
-        settings = replace(settings, hooks=hooks)
-    bandwidth = None if bytes_per_s is None else str(bytes_per_s)
-    drawn = devices(
-        len(by_name), step_s=str(step_s), round_s=str(fit_s), bytes_per_s=bandwidth, seed=seed
-    )
-    everybody = clients_of(by_name, owned or drawn)
+    speeds = {"step_s": step_s, "round_s": fit_s, "bytes_per_s": bytes_per_s}
+    spreads = {name: str(value) for name, value in speeds.items() if value is not None}
+    drawn = devices(len(by_name), **spreads, seed=seed)
+    presence = parse_availability(availability)
+    everybody = clients_of(by_name, drawn if owned is None else owned, presence, seed)
 
     def body(complete: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         shown = Progress(progress, settings.rules.rounds)
         with place_of(folder) as place, shown, locked(place) as store:
-            run = simulate_run(settings, everybody, store, shown, say=warn, fresh=found["fresh"])
-            state = complete(run)
+            done = 0 if found["fresh"] else committed(place.path)
+            tested = tested_every(settings, whole, test_every, done)
+            state = complete(
+                simulate_run(tested, everybody, store, shown, say=warn, fresh=found["fresh"])
+            )
             if state.outcome == "stopped":
                 raise RunError(f"the run stopped: {state.reason}{place.how_to_go_on()}")
             return place.handed_over(Run(place.path))
 
     return Background(body, SimulatedLoop).wait()
+
+
+def _check(options: Mapping[str, Any], **counts: int | None) -> None:
+    """Check the arguments that have nothing to do with a simulation, and the counts.
+
+    Raises:
+        UsageError: naming the first that is wrong.
+    """
+    for name, why in _NOT_HERE.items():
+        if options.get(name):
+            raise UsageError(f"{_CALLER}() has no {name}=: {why}")
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{_CALLER}(): {name} = {number} must be at least 1")
 
 
 def _tasks(

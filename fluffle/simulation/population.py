@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from fluffle.simulation.partition import By, Partition
+from fluffle.simulation.partition import By, Partition, Parts
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.task import Task, TaskOptions
@@ -53,6 +53,15 @@ def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -
     Raises:
         UsageError: where there is no such column, or there are too few examples.
     """
+    parts = parts_of(whole, partition, clients, seed)
+    return {
+        name: whole.part(rows, number)
+        for number, (name, rows) in enumerate(zip(names(clients), parts, strict=True))
+    }
+
+
+def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> Parts:
+    """Return the rows of each client; arguments and errors as of ``dealt``."""
     labels = np.asarray(whole.labels)
     if isinstance(partition, By):
         columns = getattr(whole, "columns", {})
@@ -60,11 +69,7 @@ def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -
             there = ", ".join(["label", *columns])
             raise UsageError(f"the data have no column '{partition.column}'; there is {there}")
         labels = np.asarray(columns.get(partition.column, labels))
-    parts = partition.deal(labels, clients, seed)
-    return {
-        name: whole.part(rows, number)
-        for number, (name, rows) in enumerate(zip(names(clients), parts, strict=True))
-    }
+    return partition.deal(labels, clients, seed)
 
 
 def each_its_own(

@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from fluffle.simulation.availability import ALWAYS, Availability
 from fluffle.simulation.devices import Device
 from fluffle.simulation.fleet import Client, Fleet
-from fluffle_common.errors import RunError
+from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.memory import MemoryBroker
@@ -50,7 +53,14 @@ async def simulate_run(
         TaskError: where a client is refused.
     """
     never = float("inf")
-    rules = replace(settings.rules, patience=_NEVER, hearing_s=never, stall_s=never)
+    present = sum(client.present for client in clients)  # the first round is for all of these
+    rules = replace(
+        settings.rules,
+        min_workers=max(1, min(settings.rules.min_workers, present)),
+        patience=_NEVER,
+        hearing_s=never,
+        stall_s=never,
+    )
     settings = replace(
         settings,
         rules=rules,
@@ -82,34 +92,68 @@ async def simulate_run(
         await asyncio.gather(run, taking_part, return_exceptions=True)
 
 
-def clients_of(tasks: Mapping[str, Task], owned: Sequence[Device] | None = None) -> list[Client]:
+def clients_of(
+    tasks: Mapping[str, Task],
+    owned: Sequence[Device] | None = None,
+    availability: Availability = ALWAYS,
+    seed: int = 0,
+) -> list[Client]:
     """Return a client for each task, by name.
 
     Args:
         tasks: by the names of the clients.
         owned: a device for each; None: nothing takes any time.
+        availability: when each of them is present.
+        seed: of their comings and goings.
+
+    Raises:
+        UsageError: if there are more or fewer devices than tasks.
     """
     devices = [Device()] * len(tasks) if owned is None else owned
-    return [
-        Client(name, task, device)
-        for (name, task), device in zip(tasks.items(), devices, strict=True)
-    ]
+    if len(devices) != len(tasks):
+        raise UsageError(
+            f"there are {len(devices)} devices for {len(tasks)} clients; give each one"
+        )
+    made = []
+    for number, ((name, task), device) in enumerate(zip(tasks.items(), devices, strict=True)):
+        rng = np.random.default_rng([seed, number])
+        present = availability.begin(rng)
+        made.append(Client(name, task, device, availability, rng, present=present))
+    return made
 
 
-def evaluated_every(task: Task, every: int, begin: int = 0) -> Evaluate:
+def tested_every(
+    settings: CoordinatorSettings, whole: Task | None, every: int, done: int
+) -> CoordinatorSettings:
+    """Return the settings with a test on what a divided task holds out, unless there is another.
+
+    Args:
+        settings: the run's.
+        whole: the task that was divided among the clients; None if they have tasks of their own.
+        every: how many rounds lie between two tests; the last round is tested too.
+        done: how many rounds there are already.
+    """
+    if settings.hooks.evaluate is not None or whole is None:
+        return settings
+    test = _evaluated_every(whole, every, done, settings.rules.rounds)
+    return replace(settings, hooks=replace(settings.hooks, evaluate=test))
+
+
+def _evaluated_every(task: Task, every: int, begin: int, last: int) -> Evaluate:
     """Return a hook that evaluates every so many rounds' model on what a task holds out.
 
     Args:
         task: the task.
         every: how many rounds lie between two tests.
         begin: how many rounds there are already.
+        last: the round whose model is evaluated in any case.
     """
     number = begin
 
     def evaluate(weights: Weights) -> Mapping[str, float]:
         nonlocal number
         number += 1
-        if number % every:
+        if number % every and number != last:
             return {}
         found: EvalResult | None = task.evaluate(weights)
         return {} if found is None else {"loss": found.loss, **found.metrics}

@@ -214,10 +214,13 @@ class Chaos:
 
     def _kill_broker(self, fault: Fault, _: random.Random) -> str:
         assert self._broker.pid is not None
+        killed = time.monotonic()
         os.kill(self._broker.pid, signal.SIGKILL)
         self._pause.wait(fault.for_s / 3)
         began = time.monotonic()
         self._broker = node.up(self._state, ports=self._broker.ports)
+        committed, at = self._progress
+        self._progress = committed, at + time.monotonic() - killed  # nothing can go on without it
         return (
             f"killed, began {fault.for_s / 3:.1f} s later, up {time.monotonic() - began:.1f} s on"
         )

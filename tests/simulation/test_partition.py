@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fluffle
 from fluffle.simulation.partition import By, Dirichlet, Iid, Shards, counts, parse_partition
 from fluffle_common.errors import UsageError
 
@@ -88,3 +89,16 @@ def test_a_partition_is_named_by_a_text(text, partition):
 def test_what_names_none_is_told_why(text, told):
     with pytest.raises(UsageError, match=told):
         parse_partition(text)
+
+
+def test_a_plot_stacks_what_each_client_holds():
+    class Task:
+        labels = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+
+    figure = fluffle.plot_partition(Task(), clients=2, partition="by:label")
+    (axes,) = figure.axes
+    assert [bands.get_label() for bands in axes.collections] == ["0", "1"]
+    tops = [bands.get_paths()[0].vertices[:, 1].max() for bands in axes.collections]
+    assert tops == [3, 5]
+    with pytest.raises(UsageError, match="8 examples are too few for 9 clients"):
+        fluffle.plot_partition(Task(), clients=9)

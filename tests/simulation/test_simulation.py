@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fluffle
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Shards
@@ -207,3 +209,31 @@ class TestDevices:
     def test_a_line_that_carries_nothing_is_refused(self):
         with pytest.raises(UsageError, match="carries nothing"):
             devices(2, bytes_per_s="0")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"url": "amqp://127.0.0.1"}, "has no url=: its broker is in memory"),
+        ({"test_every": 0}, "test_every = 0 must be at least 1"),
+        ({"clients": 0}, "clients = 0 must be at least 1"),
+        ({"clients": 3}, "clients = 3, and there are 2 tasks"),
+        ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
+        ({"availability": "often"}, "'often' is no availability"),
+    ],
+)
+def test_what_a_simulation_cannot_do_is_told_at_once(options, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        fluffle.simulate([Adder(1.0), Adder(2.0)], rounds=1, **options)
+
+
+def test_every_nth_model_is_tested_after_a_resumption_too(tmp_path):
+    class Whole(Adder):
+        labels = np.zeros(4)
+
+        def part(self, rows: Any, sample_seed: int) -> Any:
+            return Adder(1.0)
+
+    for rounds in (3, 7):
+        run = fluffle.simulate(Whole(0.0), clients=2, rounds=rounds, test_every=2, folder=tmp_path)
+    assert [bool(one.test) for one in run.history] == [False, True, True, True, False, True, True]

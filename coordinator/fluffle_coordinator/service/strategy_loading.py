@@ -125,17 +125,8 @@ def rules_for(
             f"the strategy {named.name} needs {fewest} updates a version, and --buffer {buffer} "
             f"closes it with {buffer}; give --buffer {fewest} or more"
         )
-    if needs.once and schedule_name != "quorum":
-        raise UsageError(
-            f"the strategy {named.name} needs synchronous rounds that discard late updates, "
-            f"and does not work with the schedule {schedule_name}; leave --schedule and --late "
-            "out"
-        )
-    if needs.once and rules.max_norm_ratio is not None:
-        raise UsageError(
-            f"the strategy {named.name} cannot have --max-norm-ratio, by which one update decides "
-            "whether another counts; leave it out: the strategy clips"
-        )
+    if needs.once:
+        _check_once(named, rules, schedule_name)
     if needs.rate is not None:
         rules = _sampled(named, rules, needs.rate)
     most = rules.rounds if needs.max_rounds is None else needs.max_rounds
@@ -146,6 +137,19 @@ def rules_for(
         least=max(rules.least, fewest),
         min_updates=max(rules.min_updates, fewest),
     )
+
+
+def _check_once(named: NamedStrategy, rules: Rules, schedule_name: str) -> None:
+    if schedule_name != "quorum":
+        raise UsageError(
+            f"the strategy {named.name} needs synchronous rounds that discard late updates, "
+            f"and not the schedule {schedule_name}; leave --schedule and --late out"
+        )
+    if rules.max_norm_ratio is not None:
+        raise UsageError(
+            f"the strategy {named.name} cannot have --max-norm-ratio, by which one update decides "
+            "whether another counts; leave it out: the strategy clips"
+        )
 
 
 def _sampled(named: NamedStrategy, rules: Rules, rate: float) -> Rules:

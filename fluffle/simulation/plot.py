@@ -1,0 +1,67 @@
+"""A picture of a partition: how many examples of each label each client holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fluffle.simulation.partition import Partition, counts, parse_partition
+from fluffle.simulation.population import Divisible, parts_of
+from fluffle_common.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = 20
+"""Of more labels than this, no colours can be told apart: only the sizes are drawn."""
+
+
+def plot_partition(
+    task: Divisible, *, clients: int = 100, partition: str | Partition = "iid", seed: int = 0
+) -> Figure:
+    """Draw who holds what of a task that is divided among clients.
+
+    Args:
+        task: with all examples, such as a ``flax_task``.
+        clients: how many.
+        partition: as for ``simulate``.
+        seed: likewise.
+
+    Returns:
+        A figure of matplotlib, which a notebook shows: a stack of labels for each client.
+
+    Raises:
+        UsageError: without matplotlib, or if the task cannot be divided in this way.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError(
+            "a plot of a partition needs matplotlib: pip install 'fluffle[plot]'"
+        ) from None
+    rule = parse_partition(partition) if isinstance(partition, str) else partition
+    labels = np.asarray(task.labels)
+    held = counts(labels, parts_of(task, rule, clients, seed))
+    names: list[str] = [str(value) for value in np.unique(labels)]
+    if len(names) > _COLOURS:
+        held, names = held.sum(axis=1, keepdims=True), ["all labels"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    # Each client is a step, not a bar: a thousand clients are soon drawn.
+    edges = np.append(np.arange(clients), clients) - 0.5
+    tops = np.cumsum(held, axis=1)
+    colours = colormaps["tab10" if len(names) <= _COLOURS // 2 else "tab20"]
+    for number, name in enumerate(names):
+        top = np.append(tops[:, number], tops[-1, number])
+        below = np.append((tops - held)[:, number], (tops - held)[-1, number])
+
+        axes.fill_between(
+            edges, below, top, step="post", label=name, color=colours(number), linewidth=0
+        )
+    axes.set(xlabel="client", ylabel="examples", title=f"{partition}, {clients} clients")
+    axes.margins(x=0)
+    axes.set_ylim(bottom=0)
+    figure.legend(title="label", loc="outside right upper", reverse=True)
+    return figure
