@@ -29,9 +29,9 @@ _CALLER = "fluffle.run"
 _NOT_HERE = {
     "run": "folder= says where the run is kept",
     "dashboard": "'fluffle dashboard --url …' shows a run over RabbitMQ",
-    "management": "it is the page's",
+    "management": "the option belongs to the live page",
     "log_format": "progress= says what is shown",
-    "verify_users": "nobody logs in to the broker in this process; give url=",
+    "verify_users": "the in-memory broker has no users; give url=",
 }
 
 

@@ -116,7 +116,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 def _unknown(name: str, parameters: Collection[str]) -> str:
     if not parameters:
-        return f"it takes no arguments, and '{name}' is given"
+        return f"it takes no arguments, but '{name}' is given"
     return f"there is no argument '{name}'; {nearest(name, parameters)}"
 
 
@@ -143,7 +143,7 @@ def _converted(name: str, value: str, annotation: str) -> Any:
     except (ValueError, KeyError):
         pass
     expected = _KINDS.get(annotation, annotation)
-    raise ValueError(f"{name}='{value}' is no value for it; {expected} is expected")
+    raise ValueError(f"{name}='{value}' is not valid; {expected} is expected")
 
 
 def _guessed(name: str, value: str) -> Any:

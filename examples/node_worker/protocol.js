@@ -140,7 +140,7 @@ export function open(body) {
 /** Read a message of the coordinator of this federation, or say why it is to be passed over. */
 export function read(body, federation) {
   const [header, payload] = open(body);
-  need(header.federation === federation, `it is of federation ${header.federation}`);
+  need(header.federation === federation, `it belongs to federation ${header.federation}`);
   need(Object.hasOwn(KINDS, header.kind), `a message of kind ${header.kind}`);
   const known = { ...COMMON, ...KINDS[header.kind] };
   const strange = (header.critical ?? []).filter((key) => !Object.hasOwn(known, key));

@@ -53,23 +53,31 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--task",
     required=True,
     metavar="MODULE:NAME|path.py:name",
-    help="What makes a task, as for a worker. If its task can be divided, as that of 'flax_task' "
-    "can, its training examples are dealt out to the clients.",
+    help=(
+        "Function that makes the task, as for 'fluffle worker'. If the task can be divided, "
+        "like those of 'flax_task', its training examples are split among the clients."
+    ),
 )
 @click.option(
     "--data",
     default="",
     metavar="TEXT",
-    help="The task's --data. A task that cannot be divided is made once for each client, and "
-    "'{client}' and '{clients}' in this are its number and how many there are.",
+    help=(
+        "The task's --data. A task that cannot be divided is made once for each client: "
+        "'{client}' in this value becomes the number of the client, '{clients}' the number "
+        "of clients."
+    ),
 )
-@click.option("--clients", type=count(), default=100, help="How many clients there are.")
+@click.option("--clients", type=count(), default=100, help="Number of clients.")
 @click.option(
     "--partition",
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
-    help="How examples are dealt out: at random; by label, the more unevenly the smaller A; N "
-    "shards of one label each; or a client for each value of a column.",
+    help=(
+        "How to split the examples among the clients: at random; by label, more unevenly for "
+        "a smaller A; in N shards of one label each; or one client for each value of a "
+        "column."
+    ),
 )
 @click.option(
     "--plot-partition",
@@ -81,19 +89,21 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--step-time",
     default="0.01",
     metavar="SECONDS",
-    help="How long a training step takes a client: a number, classes:1,2,4 in turn, "
-    "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH.",
+    help=(
+        "Time of one training step on a client: a number, classes:1,2,4 in turn, "
+        "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH."
+    ),
 )
 @click.option(
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="How long a training takes besides, likewise.",
+    help="Fixed time that each training takes in addition, in the same form.",
 )
 @click.option(
     "--bandwidth",
     metavar="BYTES/S",
-    help="What a client's line carries, likewise.  [default: it takes no time]",
+    help="Speed of a client's network connection, in the same form.  [default: unlimited]",
     show_default=False,
 )
 @click.option(
@@ -107,8 +117,10 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--test-every",
     type=count(),
     metavar="N",
-    help="Evaluate every Nth model, and the last, on what a divided task holds out.  "
-    "[default: every one]",
+    help=(
+        "Evaluate every Nth model, and the last, on the held-out data of a divided task.  "
+        "[default: every model]"
+    ),
     show_default=False,
 )
 def simulate(**options: Any) -> None:

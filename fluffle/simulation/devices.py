@@ -64,8 +64,8 @@ def parse_spread(text: str) -> Spread:
     fits = len(values) == number if number else bool(values) and kind in known
     if not fits or not all(0 <= value < float("inf") for value in values):
         raise UsageError(
-            f"'{text}' is no spread: a number, classes:A,B,C, lognormal:MEDIAN,SIGMA or "
-            "uniform:LOW,HIGH is expected, of numbers from 0 on"
+            f"'{text}' is not a distribution; use a number, classes:A,B,C, "
+            "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH, with numbers from 0 up"
         )
     match kind:
         case "constant":
@@ -104,5 +104,8 @@ def devices(
     if bytes_per_s is not None:
         lines = parse_spread(bytes_per_s).draw(rng, clients)
         if not np.all(lines > 0):
-            raise UsageError(f"a line of {bytes_per_s} bytes a second carries nothing")
+            raise UsageError(
+                f"a connection of {bytes_per_s} bytes a second carries nothing; "
+                "give a speed above 0"
+            )
     return [Device(*map(float, one)) for one in zip(steps, rounds, lines, strict=True)]

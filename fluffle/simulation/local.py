@@ -181,7 +181,7 @@ def _tasks(
             "part()); give a list of tasks, one for each client"
         )
     if clients not in {None, len(given)}:
-        raise UsageError(f"{_CALLER}(): clients = {clients}, and there are {len(given)} tasks")
+        raise UsageError(f"{_CALLER}(): clients = {clients}, but there are {len(given)} tasks")
     if not given:
         raise UsageError(f"{_CALLER}() has no tasks")
     return None, given

@@ -27,7 +27,7 @@ class _Selector(selectors.DefaultSelector):
         if found or (timeout is not None and timeout <= 0):
             return found
         if timeout is None:
-            raise RunError("the simulation has come to a standstill: nothing is due any more")
+            raise RunError("the simulation is stuck: no event is due any more")
         self.loop.pass_time(timeout)
         return found
 

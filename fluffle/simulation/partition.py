@@ -103,8 +103,8 @@ class By(Partition):
         values = np.unique(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} values, so that there are "
-                f"{len(values)} clients; {clients} were asked for (--clients {len(values)})"
+                f"column '{self.column}' has {len(values)} values, and each makes one client, "
+                f"but {clients} clients were requested; use --clients {len(values)}"
             )
         return [np.flatnonzero(labels == value) for value in values]
 

@@ -1232,7 +1232,7 @@ async def test_parts_are_taken_from_the_user_who_may_send_them_and_no_other(
                 await soon(fetching)
     assert (await link.counts(rejected)).ready == parts
     reason = (await soon(link.get(rejected))).properties.headers["reason"]
-    assert reason == "it is in the name of mallory, and was sent by the user guest"
+    assert reason == "it names mallory as its sender, but the user guest sent it"
 
 
 @pytest.mark.rabbit

@@ -49,7 +49,7 @@ C = ["coordinator", "--federation", "f"]
         ([*C, "--quorum", "0"], "is no quorum"),
         ([*C, "--quorum", "1.5"], "is no quorum"),
         ([*C, "--url", "http://x"], "is not the URL of a broker"),
-        (["coordinator", "--federation", "a.b"], "cannot be the name of a federation"),
+        (["coordinator", "--federation", "a.b"], "is not a valid name of a federation"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),
         ([*C, "--config", "x"], "KEY=VALUE"),
         (W, "has no images"),
@@ -60,7 +60,7 @@ C = ["coordinator", "--federation", "f"]
         ([*W, "--task", "task"], "module:name"),
         (["worker", "--federation", "f", "--data", "nowhere"], "there is no folder"),
         (["predict", "--model", "no.safetensors", "--image", "x.png"], "there is no model file"),
-        (["predict", "--model", "half.safetensors", "--image", "x"], "not a whole model file"),
+        (["predict", "--model", "half.safetensors", "--image", "x"], "not a complete model file"),
         (["predict", "--model", "other.safetensors", "--image", "x"], "no model of letters"),
         (
             ["confusion", "--model", "other.safetensors", "--data", "empty", "--out", "c.png"],

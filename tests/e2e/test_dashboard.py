@@ -180,7 +180,7 @@ def test_a_port_in_use_is_said_before_the_run_begins(federation: Federation) -> 
         coordinator = federation.coordinator("--dashboard", address)
         assert coordinator.end() == 2
     assert len(coordinator.lines) == 1
-    assert re.search(f"cannot have {address}.*in use.*--dashboard", coordinator.lines[0])
+    assert re.search(f"cannot listen on {address}.*in use.*--dashboard", coordinator.lines[0])
 
 
 def test_beside_a_federation(

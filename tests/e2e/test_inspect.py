@@ -126,10 +126,10 @@ def test_peek_refuses_where_looking_is_not_harmless(federation, channel, ask):
     federation.coordinator("--quorum", 3).wait_for("connected")
     federation.worker("shard:0/3").wait_for("joined run")
     for queue, why in (
-        ("inbox.shard-0-3", "worker shard-0-3 takes its mail as it comes"),
-        ("presence", "the coordinator takes its mail as it comes"),
+        ("inbox.shard-0-3", "worker shard-0-3 takes messages as they come"),
+        ("presence", "the coordinator takes messages as they come"),
         ("outbox.shard-0-3", "would look like a loss"),
-        ("inbox.nobody", "has not been here"),
+        ("inbox.nobody", "has not been connected"),
         ("nonsense", "has no queue 'nonsense'"),
     ):
         program = ask("peek", queue)
@@ -197,7 +197,7 @@ async def look_while(
                         peeked = await peek(link, topology, name, 3)
                         assert len(peeked.readings) <= 3
                     except UsageError as refused:
-                        assert re.search("is being read|is not there|like a loss", str(refused))
+                        assert re.search("is being read|does not exist|like a loss", str(refused))
                     looked[name] += 1
 
     def conduct() -> None:
@@ -328,11 +328,11 @@ def test_rejected_lists_shows_sends_again_and_throws_away(federation, channel, t
 
     (sent,) = told("rejected", "requeue", 2)
     assert (sent["exchange"], sent["key"]) == (topology.results, "update.w1")
-    coordinator.wait_for("rejected a message: it is of run r")  # as bad as before
+    coordinator.wait_for("rejected a message: it belongs to run r")  # as bad as before
     harness.wait_until(both, "it is rejected again")
     purge = ask("rejected", "purge", "--yes")
     assert purge.end() == 0
-    assert "2 thrown away" in purge.lines
+    assert "2 deleted" in purge.lines
     assert told("rejected")["messages"] == []
 
 
@@ -350,7 +350,7 @@ def test_rejected_tells_what_its_bound_dropped(federation, channel, told, ask):
     assert answer["messages"][0]["first_bytes"] == b"200".hex(" ")
     program = ask("rejected", "-n", 1)
     assert program.end() == 0
-    assert "1,000 of 1,200 messages are kept, 200 were dropped by the bound" in program.lines[0]
+    assert "1,000 of 1,200 messages are kept, 200 were dropped by the limit" in program.lines[0]
 
 
 # --- queues --------------------------------------------------------------------------------------

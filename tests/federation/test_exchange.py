@@ -97,5 +97,5 @@ def test_a_handler_that_fails_is_a_refusal_in_one_line():
 
 def test_an_exchange_travels_in_one_piece():
     large = {"x": np.zeros(codec.PART_BYTES + 1, np.uint8)}
-    with pytest.raises(ValueError, match=r"have 4194305 bytes, at most 4194304 travel"):
+    with pytest.raises(ValueError, match=r"have 4194305 bytes; the limit is 4194304"):
         Sent(said("begin", run="r"), large).body()

@@ -146,5 +146,5 @@ def test_hooks_of_a_file_are_found_by_name(tmp_path):
     assert not Hooks.load()
     with pytest.raises(UsageError, match="--evaluate is int; a function is expected"):
         Hooks.load(evaluate=f"{file}:number")
-    with pytest.raises(UsageError, match="has nothing called 'absent' \\(--evaluate\\)"):
+    with pytest.raises(UsageError, match="has no 'absent' \\(--evaluate\\)"):
         Hooks.load(evaluate=f"{file}:absent")

@@ -400,7 +400,7 @@ def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
         ([Adder()], {"strategy": "nosuch"}, "there is no strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
         ([Adder()], {"evaluate": 7}, "--evaluate is int; a function is expected"),
-        ({"a b": Adder()}, {}, "'a b' cannot be the id of a worker"),
+        ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
         ([object()], {}, "no method 'init'"),
     ],
 )

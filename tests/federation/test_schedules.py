@@ -299,7 +299,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated,
     ("method", "told"),
     [
         ("needed(self, state): return 'two'", "in needed(): it returned 'two', not a number"),
-        ("cohort(self, state): return ['nobody']", "it named 'nobody', and no such worker"),
+        ("cohort(self, state): return ['nobody']", "it named 'nobody', but no such worker"),
         ("cohort(self, state): return state.nothing", "in cohort(): AttributeError"),
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
     ],
@@ -347,7 +347,7 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
         (Timing(schedule="buffered", late="discount"), "--late discount goes with"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is no schedule"),
-        (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has nothing called 'x'"),
+        (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(timing, told):

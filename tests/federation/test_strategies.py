@@ -235,7 +235,7 @@ def test_privacy_is_in_the_history_and_a_crash_forgets_none_of_it(federated):
         assert spent[-1]["epsilon"] <= 2 < strategy.strategy.spent(most + 1)["epsilon"]
         assert again.log.of("privacy")[-1] == {"round": most, **spent[-1]}
         words = [str(federation.folder), "--round", "1"]
-        with pytest.raises(UsageError, match="made with noise that is kept nowhere .dp:clip=1"):
+        with pytest.raises(UsageError, match="made with random noise that is not kept .dp:clip=1"):
             CliRunner().invoke(replay, words, catch_exceptions=False, standalone_mode=False)
 
     federated(scenario)
@@ -287,7 +287,7 @@ WRONG = {
     "none": ({"finish": "return None"}, r"returned NoneType, not \(weights, state\)"),
     "model": ({"finish": "return [], 1"}, "is of type list, not a mapping"),
     "dump": ({"dump": "return {'m': np.array(['x'])}"}, "tensor 'm' is <U1, which does not"),
-    "state": ({"dump": "return 5"}, "no state that can be kept: it is of type int"),
+    "state": ({"dump": "return 5"}, "a state that cannot be saved: it is of type int"),
 }
 
 

@@ -19,7 +19,7 @@ from fluffle_common.cli.objects import load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_coordinator.cli.coordinator import CompressType
+from fluffle_coordinator.cli.compress import CompressType
 from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import find_rule, use_local_rule
@@ -365,7 +365,7 @@ def test_what_end_returns_is_a_mapping():
     ("name", "told"),
     [
         ("Proximal", "is a class; name an instance of it"),
-        ("nothing", "has nothing called 'nothing'"),
+        ("nothing", "has no 'nothing'"),
     ],
 )
 def test_what_is_no_rule_is_refused(name, told):

@@ -228,7 +228,7 @@ async def test_parts_of_another_user_never_get_into_an_update(link):
     for _ in range(transfer.parts):
         rejected = await link.get(TOPOLOGY.rejected)
         assert rejected.properties.headers["cause"] == "sender"
-        assert "sent by the user mallory" in rejected.properties.headers["reason"]
+        assert "the user mallory sent it" in rejected.properties.headers["reason"]
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -274,7 +274,7 @@ async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again
 async def test_a_message_that_is_one_is_kept_whole(link):
     body = wire.encode(update(), bytes(10**6))
     await link.publish(body, Properties(), exchange="", keys=[TOPOLOGY.updates])
-    wrong = MalformedMessage("it is of run other", "run")
+    wrong = MalformedMessage("it belongs to run other", "run")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
     assert (await link.get(TOPOLOGY.rejected)).body == body
 

@@ -220,7 +220,7 @@ def test_a_payload_of_exactly_one_part_travels_in_its_message(monkeypatch):
 @pytest.mark.parametrize(
     ("parts", "nbytes", "most", "told"),
     [
-        (50, 200 * MiB, 100 * MiB, "209715200 bytes is announced, at most 104857600"),
+        (50, 200 * MiB, 100 * MiB, "209715200 bytes is announced; the limit is 104857600"),
         (49, 200 * MiB, 300 * MiB, "cannot hold"),
         (51, 200 * MiB, 300 * MiB, "cannot hold"),
         (10**6, 1, 300 * MiB, "cannot hold"),

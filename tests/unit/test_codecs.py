@@ -17,7 +17,7 @@ from fluffle_common.tensors.codecs import registry
 from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
 from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
-from fluffle_coordinator.cli.coordinator import CompressType
+from fluffle_coordinator.cli.compress import CompressType
 
 DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
 
@@ -116,7 +116,7 @@ def changed(**changes: Any) -> type:
         (Signs(), "is a Signs; a codec is a class"),
         (changed(name="No Name"), "a codec's name has 1 to 32 of a-z"),
         (changed(name=None), "the name None"),
-        (changed(name="topk"), "'topk', which is one of fluffle's own"),
+        (changed(name="topk"), "one of fluffle's own codecs, 'topk'"),
         (changed(encode=None), "no method 'encode'"),
         (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
         (changed(dtypes="float32"), "needs 'dtypes'"),
@@ -251,7 +251,7 @@ def test_no_name_on_the_wire_makes_a_process_import_a_file(tmp_path):
     for name in (f"{tmp_path}/codec.py", "codec"):
         with pytest.raises(UnknownCodec):
             Registry().get(name)
-    with pytest.raises(ValueError, match="names no codec"):
+    with pytest.raises(ValueError, match="is not a codec"):
         Compression.parse(f"{tmp_path}/codec.py:Codec")
 
 
@@ -284,10 +284,10 @@ def test_compress_takes_a_codec_from_a_file_and_tells_workers_its_name(codecs, t
     ("text", "told"),
     [
         ("{}/none.py:Tenths", "there is no file"),
-        ("{}/codec.py:Nothing", "has nothing called 'Nothing' (--compress)"),
+        ("{}/codec.py:Nothing", "has no 'Nothing' (--compress)"),
         ("{}/codec.py:np", "is a module; a codec is a class"),
         ("{}/codec.py:Tenths:bad", "invalid literal"),
-        ("{}/codec.py:Tenths:a b", "names no codec"),
+        ("{}/codec.py:Tenths:a b", "is not a codec"),
     ],
 )
 def test_compress_refuses_what_is_no_codec(codecs, tmp_path, text, told):
@@ -311,5 +311,5 @@ def test_a_file_that_fails_is_told_in_one_line_and_its_traceback_is_the_users_ow
 
 @pytest.mark.parametrize("name", ["codec", "codec:C", ":C", "codec.py", "codec.py:"])
 def test_an_object_is_named_by_a_file_and_a_name(name):
-    with pytest.raises(UsageError, match=r"--codec (is|wants) .*path\.py:name"):
+    with pytest.raises(UsageError, match=r"--codec expects .*path\.py:name"):
         load_object(name, "--codec")

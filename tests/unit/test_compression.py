@@ -348,7 +348,7 @@ def test_a_plan_carries_what_is_wanted(how):
     ],
 )
 def test_a_plan_carries_nothing_else(how):
-    with pytest.raises(ValueError, match="names no codec; bf16, f16, int8, topk:0.01 or NAME"):
+    with pytest.raises(ValueError, match="is not a codec; bf16, f16, int8, topk:0.01 or NAME"):
         Compression.parse(how)
 
 

@@ -107,7 +107,7 @@ def test_what_holds_is_printed_as_a_file_that_says_the_same(written):
         ("url = 7", "text in quotes is expected"),
         ('codec = "x"', 'a list is expected, as codec = ["…"]'),
         ("config = 3", "a table is expected"),
-        ("config = {a = [1]}", "a is to be true, false, a number or text"),
+        ("config = {a = [1]}", "a must be true, false, a number or text"),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_the_remedy(written, line, said):
@@ -121,7 +121,7 @@ def test_a_mistake_is_named_with_its_line_and_the_remedy(written, line, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"rounds = ", "is no TOML: Invalid value"), (b"\xff", "is no text in UTF-8")],
+    [(b"rounds = ", "is not valid TOML: Invalid value"), (b"\xff", "is not UTF-8 text")],
 )
 def test_a_file_that_is_none_is_named(tmp_path, content, said):
     file = tmp_path / "federation.toml"

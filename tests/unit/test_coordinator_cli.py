@@ -6,7 +6,8 @@ from click.testing import CliRunner
 
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Compression
-from fluffle_coordinator.cli.coordinator import CompressType, coordinator
+from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.service import app as main
 
 
@@ -31,7 +32,7 @@ def test_what_may_be_asked_for_is_what_a_plan_can_carry(text, how):
     "text", ["", "int4", "bf16", "topk", "topk:", "topk:x", "topk:0", "topk:0.6", "topk:nan"]
 )
 def test_anything_else_is_refused_with_what_to_say_instead(text):
-    with pytest.raises(click.BadParameter, match="no compression; give int8, or topk"):
+    with pytest.raises(click.BadParameter, match="is not a compression; use int8, or topk"):
         CompressType().convert(text, None, None)
 
 

@@ -63,9 +63,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
 def test_a_stop_names_the_command_that_really_goes_on():
     state = State(Rules(6), "r", 4, QUORUM, counted_before={3: frozenset([Ticket("a", 3)])})
     said = endings.after_a_stop(state, FOLDER)
-    assert said == (
-        "once that is put right, the same command (without --fresh) goes on with round 4"
-    )
+    assert said == ("once that is fixed, the same command (without --fresh) goes on with round 4")
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
         said = endings.after_a_stop(state.but(**other), FOLDER)
         assert "if the model or the classes have changed" in said
@@ -106,7 +104,7 @@ def test_an_init_that_is_gone_is_said_and_the_run_goes_on(store, tmp_path):
     main._check_beginning(tmp_path / "gone.safetensors", store, saved, told)
     (event,) = told.events
     assert isinstance(event, run_events.Note)
-    assert "--init is not needed any more" in event.sentence()
+    assert "--init is no longer needed" in event.sentence()
     assert (store.folder / checkpoint_name(0)).exists()
 
 

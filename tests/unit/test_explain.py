@@ -170,7 +170,7 @@ def test_what_was_refused_is_told_in_its_own_words():
     assert "rejected a message: tensor 'w': NaN or infinite (b)." in text
     assert "rejected a message: not a msgpack array of [header, payload]." in text
     assert "refused: other classes (x)." in text
-    assert "asking a for its update again: its parts are gone." in text
+    assert "asking a to send its update again: its parts are gone." in text
 
 
 def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
@@ -180,7 +180,7 @@ def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
     assert told.left_s == pytest.approx(590)
     assert told.missing == ["b"]
     assert list(told.round.answers) == ["a"]
-    assert "round 7 has 1 of 3; opened again for a, b." in text
+    assert "round 7 has 1 of 3; reopened for a, b." in text
 
 
 def test_an_outage_puts_the_deadline_off():

@@ -173,7 +173,7 @@ def test_bfloat16_is_one_vector_as_every_float_is():
         (np.zeros(2, [("a", "f4")]), "'w' is .*; keep it out of the weights$"),
         ([1.0], "'w' is of type list, not an array"),
         (None, "'w' is of type NoneType, not an array"),
-        (np.ones((1,) * 33), "'w' has 33 dimensions, at most 32 travel; reshape it"),
+        (np.ones((1,) * 33), "'w' has 33 dimensions; at most 32 can be sent; reshape it"),
     ],
 )
 def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
@@ -186,9 +186,12 @@ def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
     ("name", "why"),
     [
         ("", "the empty name ''"),
-        ("x" * 501, "^tensor 'x{60}…' has a name of 501 characters, at most 500 travel; shorten"),
+        (
+            "x" * 501,
+            "^tensor 'x{60}…' has a name of 501 characters; at most 500 can be sent; shorten",
+        ),
         (("conv", "kernel"), "is named by a tuple; name it by a string"),
-        ("a\ud800", "no Unicode text"),
+        ("a\ud800", "not valid Unicode"),
     ],
 )
 def test_a_name_that_does_not_travel_is_told_with_its_remedy(name, why):
@@ -201,7 +204,7 @@ def test_a_name_that_does_not_travel_is_told_with_its_remedy(name, why):
 def test_no_weights_and_too_many_are_told():
     with pytest.raises(ValueError, match="there is no tensor"):
         check_signature({})
-    with pytest.raises(ValueError, match="there are 100001 tensors, at most 100000 travel"):
+    with pytest.raises(ValueError, match="there are 100001 tensors; at most 100000 can be sent"):
         check_signature(dict.fromkeys(map(str, range(100_001)), np.float32(1)))
 
 

@@ -106,7 +106,7 @@ def test_a_pid_that_is_used_again_is_not_the_node(info: NodeInfo, tmp_path: Path
 @pytest.mark.parametrize(
     ("state", "ports", "extra", "told"),
     [
-        ("s", Ports(0, 7, 7), "", "asked for twice"),
+        ("s", Ports(0, 7, 7), "", "is given twice"),
         ("it's", Ports(0, 0, 0), "", "with ' in its path"),
         ("file", Ports(0, 0, 0), "", "cannot use the state folder"),
         ("x" * 300, Ports(0, 0, 0), "", "too long"),
@@ -296,8 +296,7 @@ def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> Non
         (
             "  Starting broker...\nBOOT FAILED\n===========\nError during startup: {error,\n"
             '   {could_not_start_listener,"127.0.0.1",45671,\n      {listen_error,eaddrinuse}}}\n',
-            "a port of it was taken by another program; choose other ports, or --port 0 "
-            "(port 45671)",
+            "another program took one of its ports; choose other ports, or --port 0 (port 45671)",
         ),
         (
             "BOOT FAILED\n===========\nException during startup:\n\n"

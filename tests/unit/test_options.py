@@ -138,7 +138,7 @@ def test_a_config_is_what_a_plan_can_carry():
 
 @pytest.mark.parametrize("text", [",", "a,", "a,,b", "a,a"])
 def test_classes_have_names_that_differ(text):
-    with pytest.raises(UsageError, match="--classes wants"):
+    with pytest.raises(UsageError, match="--classes expects"):
         parse_classes(text)
 
 

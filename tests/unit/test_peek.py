@@ -68,7 +68,7 @@ def test_a_queue_may_be_named_with_the_federation_or_without(name, full):
 
 @pytest.mark.parametrize("name", ["update", "other.updates", "f.tap.1", "", "f."])
 def test_a_name_of_no_queue_is_an_error_that_names_those_there_are(name):
-    with pytest.raises(UsageError, match=r"there are updates, presence"):
+    with pytest.raises(UsageError, match=r"choose updates, presence"):
         full_name(TOPOLOGY, name)
 
 
@@ -100,7 +100,7 @@ async def test_peeking_at_what_is_read_waits_for_nobody(broker, link):
 
 @pytest.mark.parametrize(
     ("queue", "who"),
-    [("inbox.w1", "worker w1 takes its mail"), ("presence", "the coordinator takes its mail")],
+    [("inbox.w1", "worker w1 takes messages"), ("presence", "the coordinator takes messages")],
 )
 async def test_a_queue_that_is_read_as_it_fills_is_refused(broker, link, queue, who):
     await link.consume(f"f.{queue}", prefetch=1, exclusive=True)
@@ -121,7 +121,10 @@ async def test_an_outbox_is_refused_since_its_parts_are_counted(broker, link):
 
 @pytest.mark.parametrize(
     ("queue", "why"),
-    [("inbox.w9", "worker w9 has not been here"), ("updates", "nobody of federation g has been")],
+    [
+        ("inbox.w9", "worker w9 has not been connected"),
+        ("updates", "nobody of federation g has connected"),
+    ],
 )
 async def test_a_queue_that_is_not_there_says_why_that_may_be(broker, link, queue, why):
     topology = TOPOLOGY if "inbox" in queue else Topology("g")

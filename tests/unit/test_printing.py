@@ -165,7 +165,7 @@ def raising(monkeypatch):
 def test_an_unexpected_error_is_one_line_that_names_the_place_and_debug(raising, capsys):
     assert raising(KeyError("x\x1b[2J\ny")) == 1
     said = capsys.readouterr().err
-    assert said.startswith("fluffle: unexpected error, a bug of fluffle's (KeyError: ")
+    assert said.startswith("fluffle: unexpected error, a bug in fluffle (KeyError: ")
     assert re.search(r", at app\.py:\d+\)", said)
     assert "FLUFFLE_DEBUG=1" in said
     assert len(said.splitlines()) == 1
@@ -184,7 +184,7 @@ def test_with_debug_it_has_its_traceback(raising, capsys, monkeypatch):
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write (No space left on"),
-        (ModuleNotFoundError("No module", name="rpds"), "lacks the package 'rpds'"),
+        (ModuleNotFoundError("No module", name="rpds"), "the package 'rpds' is missing"),
         (ExceptionGroup("g", [ValueError("inner")]), "ValueError: inner"),
     ],
 )

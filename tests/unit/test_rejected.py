@@ -37,7 +37,7 @@ async def refuse(link: MemoryLink, queue: str, message: bytes, **properties: obj
     """Let a message be refused as a coordinator or a worker does it."""
     sent = Properties(**{"type": "update", "headers": {"worker": "w1"}, **properties})
     await link.publish(message, sent, exchange="", keys=[queue])
-    wrong = MalformedMessage("it is of run other", "run")
+    wrong = MalformedMessage("it belongs to run other", "run")
     await reject(link, await link.get(queue), wrong, TOPOLOGY.rejected)
 
 
@@ -56,7 +56,7 @@ async def test_what_was_refused_is_listed_with_why_and_stays(link):
     for _ in range(2):
         found = await kept(link, TOPOLOGY)
     assert [(m.number, m.cause, m.reason, m.queue) for m in found] == [
-        (n, "run", "it is of run other", "f.updates") for n in (1, 2, 3, 4)
+        (n, "run", "it belongs to run other", "f.updates") for n in (1, 2, 3, 4)
     ]
     assert [(m.reading.kind, m.reading.worker) for m in found[2:]] == [
         ("update", "w1"),
@@ -108,8 +108,8 @@ async def test_what_has_no_way_back_stays_and_says_why(link):
     link._broker.delete(TOPOLOGY.inbox("w1"))
     await refuse_updates(link, 1)
     gone, unknown, fine = await requeue(link, TOPOLOGY, None)
-    assert gone.left == "f.inbox.w1 is not there any more"
-    assert unknown.left == "nothing tells where it came from"
+    assert gone.left == "f.inbox.w1 no longer exists"
+    assert unknown.left == "its origin is unknown"
     assert fine.left is None
     assert [m.number for m in await kept(link, TOPOLOGY)] == [1, 2]
 

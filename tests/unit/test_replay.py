@@ -378,7 +378,9 @@ def test_an_update_of_someone_else_or_none_at_all_is_told(folder):
 
 
 def test_a_round_that_is_not_committed_and_a_run_without_updates_are_told(folder, tmp_path):
-    with pytest.raises(UsageError, match="round 3 .* is not committed; the last that is, is 2"):
+    with pytest.raises(
+        UsageError, match="round 3 .* is not committed; the last committed round is 2"
+    ):
         replay.replay(folder, 3)
     asyncio.run(two_rounds(tmp_path / "other", base(), keep=False))
     with pytest.raises(UsageError, match="ran without --keep-updates"):

@@ -192,7 +192,7 @@ def test_too_few_workers_stop_the_run_with_the_reason():
     run.sleep()
     assert (run.state.outcome, run.state.reason) == (
         "stopped",
-        "1 of 3 workers came in 60 s (--wait-workers)",
+        "1 of 3 workers joined in 60 s (--wait-workers)",
     )
 
 
@@ -264,7 +264,7 @@ def test_first_weights_that_never_come_stop_the_run_with_the_reason():
     run.connect()
     run.seen("a", hello=True, heartbeat_s=100)
     run.sleep()
-    assert run.state.reason == "no first weights came in 60 s (--wait-workers)"
+    assert run.state.reason == "no first weights arrived in 60 s (--wait-workers)"
 
 
 def test_who_failed_to_make_first_weights_can_still_train():
@@ -430,9 +430,7 @@ def test_reopenings_without_a_new_update_are_bounded():
         assert "reopened" in tells(run.sleep())
     run.sleep()
     assert run.state.outcome == "stopped"
-    assert run.state.reason.endswith(
-        "missing: b; reopened 3 times, and nobody advanced (--deadline)"
-    )
+    assert run.state.reason.endswith("missing: b; reopened 3 times without progress (--deadline)")
 
 
 def test_an_update_between_reopenings_starts_the_count_again():
@@ -738,7 +736,7 @@ def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
 @pytest.mark.parametrize(
     ("of", "reason", "cause"),
     [
-        ({"run": "run-b"}, "it is of run run-b, this is run run-a", "run"),
+        ({"run": "run-b"}, "it belongs to run run-b; this coordinator runs run-a", "run"),
         ({"round": 2}, "round 2 has not been opened", "round"),
     ],
 )

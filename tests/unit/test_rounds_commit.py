@@ -74,7 +74,7 @@ def test_a_redelivery_while_the_round_is_being_written_is_held_too():
 def test_what_was_trained_from_other_weights_is_refused():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
-    told = "it was trained from the weights elsewhere, round 1 began with b0"
+    told = "it was trained from the weights elsewhere; round 1 began with b0"
     judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", told, "round", train_again=True)
     assert effects == [fx.Reject(run.last_handle, told, "round"), judged]
     assert not run.state.received

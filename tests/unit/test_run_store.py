@@ -268,7 +268,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
         damaged = bytearray(whole)
         damaged[at // 8] ^= 1 << at % 8
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match="not a whole model file|does not travel"):
+        with pytest.raises(UsageError, match="not a complete model file|does not travel"):
             read_checkpoint(path)
     path.write_bytes(whole)
     read_checkpoint(path)
@@ -311,7 +311,7 @@ def test_a_missing_or_damaged_model_file_is_told_in_one_line(tmp_path):
     whole = path.read_bytes()
     for damaged in (b"", whole[:7], whole[:-1], whole + b"x", b"\xff" * 100, whole[8:]):
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match="not a whole model file") as caught:
+        with pytest.raises(UsageError, match="not a complete model file") as caught:
             read_checkpoint(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError):

@@ -227,8 +227,8 @@ def make():
         ("nope", "there is no strategy 'nope' .*known are clip, .* path.py:name takes one"),
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
         ("gone_too:x", r"there is no module gone_too \(--strategy\)"),
-        ("mine.py:", "--strategy wants module:name or path.py:name, not 'mine.py:'"),
-        ("mine.py:x", "mine.py has nothing called 'x'"),
+        ("mine.py:", "--strategy expects module:name or path.py:name, not 'mine.py:'"),
+        ("mine.py:x", "mine.py has no 'x'"),
         ("mine.py:Half", "is a class, not a strategy; .* my_half = Half()"),
         ("mine.py:half", r"Half lacks broadcast\(\), finish\(\), dump\(\), load\(\), needs \("),
         ("mine.py:make", "function lacks .*call it there"),
@@ -291,7 +291,7 @@ def test_a_schedule_that_does_not_give_what_a_strategy_needs_is_refused():
     rules_for(needing(min_updates=5), rules, "buffered:buffer=5", Buffered(buffer=5))
     rules_for(needing(once=True), rules, "quorum")
     for schedule in ("buffered:buffer=3", "quorum:late=discount", "mine.py:mine"):
-        with pytest.raises(UsageError, match="needs synchronous rounds in which late updates do"):
+        with pytest.raises(UsageError, match="needs synchronous rounds that discard late updates"):
             rules_for(needing(once=True), rules, schedule)
 
 
@@ -343,7 +343,9 @@ def test_a_model_of_another_program_may_call_its_tensors_as_it_likes(tmp_path):
     whole = read_whole(tmp_path / "m")
     assert (list(whole.weights), whole.kept) == (["strategy/w"], {})
     store = RunStore(tmp_path / "run")
-    with pytest.raises(UsageError, match="no model to begin with: tensor 'strategy/w' .*rename it"):
+    with pytest.raises(
+        UsageError, match="first weights: the name of tensor 'strategy/w' .*rename it"
+    ):
         _begin_with(tmp_path / "m", store, store.load("f"), "f")
     assert not (store.folder / checkpoint_name(0)).exists()
     with pytest.raises(ValueError, match="rename it"):

@@ -243,7 +243,7 @@ async def test_parts_are_counted_and_not_listed(watched):
     said = await lines(watched, Wanted(), large(watched))
     assert len(said) == 3
     assert "→ w1,w2" in said[0]
-    assert "round 2, its tensors travel apart, in 2 parts, 4.2 MB" in said[0]
+    assert "round 2, its tensors travel separately, in 2 parts, 4.2 MB" in said[0]
     assert "all 2 parts  (4.2 MB)" in said[1]
     assert "← w1" in said[2]
     assert "round 1, 1 example, loss 0.5" in said[2]

@@ -199,7 +199,7 @@ def making(**tensors: Any) -> Any:
         (np.zeros(2, ml_dtypes.float8_e4m3fn), "'x' is float8_e4m3fn, .* use bfloat16"),
         (np.zeros(2, ml_dtypes.int4), "'x' is int4, .* int8"),
         (np.zeros(2, np.longdouble), "'x' is .*float64"),
-        (np.zeros((1,) * 33), "'x' has 33 dimensions, at most 32"),
+        (np.zeros((1,) * 33), "'x' has 33 dimensions; at most 32"),
     ],
 )
 def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
@@ -210,10 +210,10 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [
-        ({"x" * 501: np.zeros(1)}, "name of 501 characters, at most 500"),
+        ({"x" * 501: np.zeros(1)}, "name of 501 characters; at most 500"),
         ({"": np.zeros(1)}, "empty name"),
         ({3: np.zeros(1)}, "named by a int"),
-        ({"\udc80": np.zeros(1)}, "no Unicode text"),
+        ({"\udc80": np.zeros(1)}, "not valid Unicode"),
         ({}, "no tensors"),
     ],
 )

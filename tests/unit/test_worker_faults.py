@@ -209,7 +209,7 @@ async def test_what_a_task_makes_of_being_told_to_stop_is_no_failure():
     [
         ([None], "finished", None, 0, ""),
         ([None], "stopped", RunError, 4, "the run stopped before its end: so it is"),
-        ([exits], "finished", TaskError, 5, "failed in every round that it was asked in: SystemEx"),
+        ([exits], "finished", TaskError, 5, "failed in every round: SystemEx"),
         ([exits], "stopped", TaskError, 5, "failed in every round"),
     ],
 )

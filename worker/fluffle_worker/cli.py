@@ -33,72 +33,86 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DIR",
-    help="This worker's data; for the letters, a folder <class>/<image>.",
+    help="This worker's data; for the letters task, a folder <class>/<image>.",
 )
 @click.option(
     "--task",
     default=DEFAULT_TASK,
     metavar="NAME",
-    help="What to train: module:name or path.py:name, a function that makes the task.",
+    help="Function that makes the task to train: module:name or path.py:name.",
 )
 @click.option(
     "--codec",
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="A codec that the coordinator may ask for, from a file of your own; may be given several "
-    "times. Installed ones need no option.",
+    help=(
+        "A codec from your own file that the coordinator may ask for; may be given several "
+        "times. Installed codecs need no option."
+    ),
 )
 @click.option(
     "--local-rule",
     metavar="NAME",
-    help="What is done to each gradient of the training: proximal:MU, clip:NORM, "
-    "dp_sgd:CLIP,NOISE, scaffold, path.py:name, or several with a + between them (docs/tasks.md).  "
-    "[default: nothing]",
+    help=(
+        "Change each gradient during training: proximal:MU, clip:NORM, dp_sgd:CLIP,NOISE, "
+        "scaffold, path.py:name, or several joined by + (docs/tasks.md).  [default: nothing]"
+    ),
     show_default=False,
 )
 @click.option(
     "--id",
     "worker_id",
     metavar="NAME",
-    help="This worker's name, unique in the federation.  [default: made from --data]",
+    help="This worker's name, unique in the federation.  [default: derived from --data]",
     show_default=False,
 )
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="All classes of the federation, where this worker's data lacks some.  "
-    "[default: those of the data]",
+    help=(
+        "All classes of the federation, if this worker's data lacks some.  [default: those "
+        "of the data]"
+    ),
     show_default=False,
 )
-@click.option("--seed", type=SEED, default=0, help="Seed of the split of the data.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    help="Seed that splits the data into training and held-out examples.",
+)
 @click.option(
     "--heartbeat",
     type=seconds(0, 60, min_open=True),
     default=2.0,
-    help="Seconds between signs of life.",
+    help="Seconds between heartbeats.",
 )
 @click.option(
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help="Seconds to wait while another worker has this id: a connection that was cut lives on in "
-    "the broker for a while.",
+    help=(
+        "Seconds to wait while another worker has this id: the broker keeps a broken "
+        "connection for a while."
+    ),
 )
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where this worker keeps what it needs in later rounds: of its local rule, and tensors "
-    "that do not travel.  [default: runs/workers/FEDERATION/ID]",
+    help=(
+        "Folder for what this worker keeps between rounds: the state of its local rule, and "
+        "tensors that do not travel.  [default: runs/workers/FEDERATION/ID]"
+    ),
     show_default=False,
 )
-@click.option("--stay", is_flag=True, help="Wait for another run when one has ended.")
+@click.option("--stay", is_flag=True, help="Wait for the next run when one has ended.")
 @click.option(
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds to wait for a broker that cannot be reached before giving up.",
+    help="Seconds to wait for an unreachable broker before giving up.",
 )
 @queue_type_option
 @log_format_option

@@ -42,7 +42,7 @@ def check_mail(body: Body, federation: str) -> None:
 
 def no_mail(message: Message) -> MalformedMessage:
     """Return what is wrong with a message of a kind that workers are not sent."""
-    return MalformedMessage(f"a message of kind {message.kind} is no mail for a worker", "kind")
+    return MalformedMessage(f"a message of kind {message.kind} is not for workers", "kind")
 
 
 def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, Weights]:

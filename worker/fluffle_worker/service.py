@@ -169,9 +169,7 @@ class WorkerService:
     def verdict(self) -> FluffleError | None:
         """Return why a run that has ended is not one that went well, for the exit code."""
         if self._failed_with and not self._trained:
-            return TaskError(
-                f"the task failed in every round that it was asked in: {self._failed_with}"
-            )
+            return TaskError(f"the task failed in every round: {self._failed_with}")
         if self._outcome == "stopped":
             reason = self._ended.result() if self._ended.done() else "unknown"
             return RunError(

@@ -133,7 +133,9 @@ def check_task(name: str, task: Any) -> Task:
     """
     for method in ("init", "train", "evaluate"):
         if not callable(getattr(task, method, None)):
-            raise UsageError(f"what {name} makes is no task: it has no method '{method}'")
+            raise UsageError(
+                f"the object that {name} returns is not a task: it has no method '{method}'"
+            )
     try:
         num_examples = operator.index(getattr(task, "num_examples", None))  # type: ignore[arg-type]
     except TypeError:
@@ -142,7 +144,7 @@ def check_task(name: str, task: Any) -> Task:
             "whole number is expected"
         ) from None
     if num_examples < 1:
-        raise TaskError(f"the task {name} has no examples to train on; look at --data")
+        raise TaskError(f"the task {name} has no examples to train on; check --data")
     if num_examples > MAX_NUM_EXAMPLES:
         raise TaskError(
             f"the task {name} has {num_examples} examples; at most {MAX_NUM_EXAMPLES} are expected"

@@ -76,7 +76,7 @@ def broker() -> None:
     default="fluffle",
     show_default=True,
     metavar="NAME",
-    help="Erlang's name of the node; its data belongs to that name.",
+    help="Erlang's name for the node; the node's data is stored under this name.",
 )
 def up(
     state: Path,
@@ -121,7 +121,7 @@ def down(state: Path) -> None:
 
     with _progress() as say:
         stopped = node.down(state, say=say)
-    echo("RabbitMQ is stopped" if stopped else f"no broker of {state} is running")
+    echo("RabbitMQ is stopped" if stopped else f"no broker is running in {state}")
 
 
 @broker.command()
@@ -140,7 +140,7 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     if as_json:
         echo_json(_as_dict(info, figures))
     elif info is None:
-        echo(f"no broker of {state} is running; 'fluffle broker up' starts one")
+        echo(f"no broker is running in {state}; 'fluffle broker up' starts one")
     else:
         echo(f"RabbitMQ {info.version} is up")
         if figures is not None:
@@ -160,7 +160,7 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     metavar="NAME",
     help="A worker's id, which is also the name of its user; may be given several times.",
 )
-@click.option("--coordinator", is_flag=True, help="The coordinator's rights.")
+@click.option("--coordinator", is_flag=True, help="Print the rights of the coordinator's user.")
 @click.option(
     "--coordinator-user",
     metavar="NAME",
@@ -172,8 +172,10 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     "--apply",
     "applies",
     is_flag=True,
-    help="Grant them on the private broker of this folder. A user that is not there is made, with "
-    "a password that is shown once, on standard output.",
+    help=(
+        "Grant the rights on the private broker of this folder. A missing user is created "
+        "with a random password, which is printed once on standard output."
+    ),
 )
 @click.option("--ask-password", is_flag=True, help="With --apply: ask for each user's password.")
 @_state_option
@@ -200,7 +202,7 @@ def permissions(**options: Any) -> None:
     if options["coordinator"] or options["coordinator_user"]:
         wanted.insert(0, permissions.coordinator_rights(topology, name))
     if not wanted:
-        raise UsageError("whose rights? give --worker NAME, --coordinator, or both")
+        raise UsageError("no user is named; give --worker NAME, --coordinator, or both")
     run = permissions.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None
     for each in wanted:
         if run is None:
@@ -210,7 +212,7 @@ def permissions(**options: Any) -> None:
         if options["ask_password"]:
             password = click.prompt(f"password of {each.user}", hide_input=True, err=True)
         made_up = permissions.apply(each, options["vhost"], run, password)
-        shown = f"; made with the password {made_up}" if made_up else ""
+        shown = f"; created with the password {made_up}" if made_up else ""
         echo(f"user {each.user} has its rights in vhost {options['vhost']}{shown}")
 
 
@@ -247,7 +249,7 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
         echo(*policies.shell_lines(wanted, where))
         return
     policies.apply(wanted, address, management_of(address, management))
-    echo(f"the queues of federation {federation} are bounded by {len(wanted)} policies in {where}")
+    echo(f"the queues of federation {federation} are limited by {len(wanted)} policies in {where}")
 
 
 def _rabbitmqctl(state: Path) -> str:
@@ -257,11 +259,11 @@ def _rabbitmqctl(state: Path) -> str:
 
     info = node.running_node(state)
     if info is None:
-        raise BrokerError(f"no broker of {state} is running; 'fluffle broker up' starts one")
+        raise BrokerError(f"no broker is running in {state}; 'fluffle broker up' starts one")
     if info.started_as == "docker":
         raise BrokerError(
-            "the broker runs in a container; without --apply, this prints the lines to run there, "
-            "with 'docker exec'"
+            "the broker runs in a container; leave --apply out to print the lines, and run "
+            "them there with 'docker exec'"
         )
     return str(info.folder / "rabbitmqctl")
 

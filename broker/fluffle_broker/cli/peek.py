@@ -29,7 +29,7 @@ _WIDE = 100  # columns
 @click.argument("queue")
 @click.option(
     "-n", "--count", default=5, show_default=True, type=counts(1, 10_000),
-    help="How many messages at most, from the head of the queue; of the journal, from its end.",
+    help="Maximum number of messages, from the head of the queue; of the journal, from its end.",
 )  # fmt: skip
 @looking("Print a list of objects, with every tensor.")
 @management_option
@@ -79,19 +79,19 @@ def _held(peeked: Peeked, topology: Topology, address: str, base: str) -> str | 
     """Say what could not be seen, because the coordinator has it."""
     if peeked.queue != topology.updates or not peeked.counts.consumers:
         return None
-    journal = f"'fluffle journal --federation {topology.federation}' tells of them"
+    journal = f"'fluffle journal --federation {topology.federation}' shows them"
     figures = figures_if_told(address, base, topology).get(peeked.queue)
     held = figures.unacknowledged if figures else None
     if held is None:
         return (
-            "what the coordinator holds until its commit cannot be seen, nor counted without the "
-            f"management API; {journal}"
+            "messages that the coordinator holds until its commit are invisible, and their "
+            f"number is unknown without the management API; {journal}"
         )
     if not held:
         return None
     return (
-        f"{held} more {'is' if held == 1 else 'are'} held by the coordinator until its commit "
-        f"(as of RabbitMQ's statistics, up to 5 s old); {journal}"
+        f"{held} more {('is' if held == 1 else 'are')} held by the coordinator until its "
+        f"commit (RabbitMQ's statistics, up to 5 s old); {journal}"
     )
 
 

@@ -23,7 +23,7 @@ _EVERY_S = 2.0
 @click.command()
 @looking("Print a list of objects; with --watch one such list a line.")
 @management_option
-@click.option("--watch", is_flag=True, help="Look again every 2 seconds; Ctrl-C ends it.")
+@click.option("--watch", is_flag=True, help="Repeat every 2 seconds, until Ctrl-C.")
 def queues(
     federation: str, url: str | None, management: str | None, as_json: bool, watch: bool
 ) -> None:
@@ -68,8 +68,8 @@ def queues(
         _show(found)
     else:
         echo(
-            f"federation {federation} has no queues on this broker yet: they are made when its "
-            "coordinator or one of its workers starts"
+            f"federation {federation} has no queues on this broker yet; its coordinator and "
+            "workers create them when they start"
         )
     _notes(found)
 
@@ -80,7 +80,7 @@ def _show(found: Look) -> None:
     shown = screen()
     shown.print(drawn(found, shown.width))
     if any(None in (one.in_rate, one.size_bytes) for one in found.queues):
-        shown.print("?  RabbitMQ does not say, or not yet", style="dim")
+        shown.print("?  unknown: RabbitMQ has not reported it, or not yet", style="dim")
     for line in hints(found):
         # In a pipe, a hint is one line, so that it can be searched for.
         shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)
@@ -92,8 +92,8 @@ def _show(found: Look) -> None:
 def _notes(found: Look) -> None:
     if found.alarms:
         warn(
-            f"the broker has run out of {' and '.join(found.alarms)}: "
-            "it takes no messages from anybody until there is room again"
+            f"the broker has run out of {' and '.join(found.alarms)}: it accepts no messages "
+            "until there is room again"
         )
     if found.note:
         warn(found.note)

@@ -32,7 +32,7 @@ _anywhere = looking("Print JSON instead.", required=False)
 @management_option
 @click.option(
     "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
-    help="List the latest N.",
+    help="Show only the newest N messages.",
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
@@ -73,7 +73,7 @@ def _where(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) -
     for name, value in (group or {}).items():
         told[name] = told.get(name) or value
     if not told["federation"]:
-        raise UsageError("which federation? name it with --federation, or FLUFFLE_FEDERATION")
+        raise UsageError("no federation is named; give --federation, or set FLUFFLE_FEDERATION")
     return _Where(*where(told["federation"], told["url"]), told["as_json"])
 
 
@@ -119,15 +119,15 @@ def _how_many(kept: int, gone: int | None) -> str:
 
     if gone is None:
         return (
-            f"{messages(kept)} kept; whether the bound (1,000 messages, 256 MB) has dropped older "
-            "ones cannot be told now (the management API is away, its figures are still on their "
-            "way, or the broker was started again)"
+            f"{messages(kept)} kept; whether the limit (1,000 messages, 256 MB) has dropped "
+            "older ones is unknown (the management API is unreachable or has no figures yet, "
+            "or the broker was restarted)"
         )
     if not gone:
         return f"{messages(kept)} kept, none dropped"
     return (
-        f"{kept:,} of {messages(kept + gone)} are kept, {gone:,} were dropped by the bound "
-        "(1,000 messages, 256 MB), as RabbitMQ has counted since it started"
+        f"{kept:,} of {messages(kept + gone)} are kept, {gone:,} were dropped by the limit "
+        "(1,000 messages, 256 MB) since RabbitMQ started"
     )
 
 
@@ -174,7 +174,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
-@click.option("--all", "everything", is_flag=True, help="All that are kept now.")
+@click.option("--all", "everything", is_flag=True, help="All messages that are kept now.")
 @_anywhere
 @click.pass_obj
 def requeue(
@@ -190,7 +190,7 @@ def requeue(
     from fluffle_broker.inspect import rejected as refused
 
     if bool(numbers) == everything:
-        raise UsageError("say which messages, 'requeue 3 4', or 'requeue --all'")
+        raise UsageError("no messages are chosen; give their numbers ('requeue 3 4') or --all")
     topology, address, as_json = _where(options, group)
     chosen = None if everything else set(numbers)
     found = _visit(address, lambda link: refused.requeue(link, topology, chosen))
@@ -223,7 +223,7 @@ def _say_became(each: Requeued) -> None:
 
 
 @rejected.command()
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @_anywhere
 @click.pass_obj
 def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
@@ -232,9 +232,11 @@ def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
 
     topology, address, as_json = _where(options, group)
     if not yes:
-        click.confirm(f"throw away what is in {topology.rejected}, for good?", abort=True, err=True)
+        click.confirm(
+            f"delete all messages in {topology.rejected} permanently?", abort=True, err=True
+        )
     gone = _visit(address, lambda link: refused.purge(link, topology))
     if as_json:
         echo_json({"purged": gone}, indent=None)
     else:
-        echo(f"{gone:,} thrown away")
+        echo(f"{gone:,} deleted")

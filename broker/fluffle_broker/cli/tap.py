@@ -31,18 +31,19 @@ _MOST_TRANSFERS = 256
 @click.command()
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
-    help="Only messages of this kind (update, evaluation, fit, hello, heartbeat, failure, part …); "
-    "may be given several times.  [default: all but heartbeat; parts are counted, not listed]",
+    help="Show only messages of this kind (update, evaluation, fit, hello, heartbeat, failure, "
+    "part …); may be given several times.  [default: all but heartbeat; parts are counted, not "
+    "listed]",
 )  # fmt: skip
-@click.option("--worker", metavar="W", help="Only what is of this worker, or for it.")
+@click.option("--worker", metavar="W", help="Show only messages from or to this worker.")
 @click.option(
     "--save", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Keep each message there: its body in .msgpack, what is known of it in .json.",
+    help="Save each message in this folder: its body as .msgpack, its properties as .json.",
 )  # fmt: skip
 @click.option(
-    "-n", "--count", type=counts(), help="End after so many lines.  [default: Ctrl-C ends]"
+    "-n", "--count", type=counts(), help="End after this many lines.  [default: at Ctrl-C]"
 )
-@looking("Print an object a line.")
+@looking("Print one JSON object a line.")
 @management_option
 def tap(**options: Any) -> None:
     """Follow the messages of a federation live, one a line.
@@ -86,7 +87,7 @@ def _folder(path: Path | None) -> MessageArchive | None:
     try:
         return MessageArchive(path) if path else None
     except OSError as no:
-        raise UsageError(f"{path} cannot be a folder for messages ({no})") from None
+        raise UsageError(f"{path} cannot be used as a folder for messages ({no})") from None
 
 
 def _known(topology: Topology, address: str, base: str) -> set[str]:
@@ -125,7 +126,10 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
                         return
                     await run
                 except LinkLost as gone:
-                    warn(f"lost the broker ({gone}); what passes until it is back is not shown")
+                    warn(
+                        f"lost the broker ({gone}); messages that pass until it is back are "
+                        "not shown"
+                    )
                 finally:
                     run.cancel()
                     end.cancel()
@@ -134,7 +138,7 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
     try:
         run_until_signalled(follow())
     except QueueInUse as no:
-        raise BrokerError(f"somebody else has the tap's queue: {no}; try again") from None
+        raise BrokerError(f"another process uses the tap's queue: {no}; try again") from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 
@@ -194,7 +198,9 @@ class Lines:
         try:
             folder.keep(reading, now)
         except OSError as no:
-            raise UsageError(f"a message cannot be kept ({no}); --save names another") from None
+            raise UsageError(
+                f"a message cannot be saved ({no}); choose another folder with --save"
+            ) from None
 
     def _line(self, text: str) -> None:
         self._say(text)

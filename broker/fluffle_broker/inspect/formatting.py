@@ -88,7 +88,7 @@ def facts(reading: DecodedMessage) -> list[str]:
         told.append(f"part {part[0]} of {part[1] or '?'}")
     if reading.transfer is not None:
         whole = f"{reading.transfer.parts} parts, {size(reading.transfer.nbytes)}"
-        told.append(f"its tensors travel apart, in {whole}")
+        told.append(f"its tensors travel separately, in {whole}")
     if reading.wrong is not None:
         told.append(f"cannot be read: {reading.wrong}")
     return told

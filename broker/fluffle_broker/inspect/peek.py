@@ -44,8 +44,8 @@ def full_name(topology: Topology, name: str) -> str:
         if topology.find(full) is not None:
             return full
     raise UsageError(
-        f"federation {topology.federation} has no queue '{name}'; there are updates, presence, "
-        "rejected, unrouted, journal, inbox.WORKER and outbox.WORKER"
+        f"federation {topology.federation} has no queue '{name}'; choose updates, presence, "
+        "rejected, unrouted, journal, inbox.WORKER or outbox.WORKER"
     )
 
 
@@ -64,7 +64,7 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     full = full_name(topology, name)
     counts = await link.counts(full)
     if counts is None:
-        raise UsageError(f"{full} is not there{_why_not(topology, full)}")
+        raise UsageError(f"{full} does not exist{_why_not(topology, full)}")
     if full == topology.journal:
         return Peeked(full, counts, await _end_of_stream(link, topology, count))
     refusal = _refusal(topology, full, counts)
@@ -74,8 +74,8 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"{full} is not a classic queue as fluffle has them: to take a message and to give it "
-            f"back would count as a failed delivery and change the order; {_instead(topology)}"
+            f"{full} is not a classic queue: reading it would count as a failed delivery and "
+            f"change the order of its messages; {_instead(topology)}"
         )
     async with held(link, full, count=count, most_bytes=MOST_BYTES) as each:
         deliveries = [delivery async for delivery in each]
@@ -102,16 +102,17 @@ def _refusal(topology: Topology, full: str, counts: Counts) -> str | None:
     instead = _instead(topology)
     if full.startswith(topology.outbox("")):
         return (
-            f"{full} ({counts.ready} ready) holds parts of an update, which the coordinator counts "
-            f"before it pulls them: to hold one, however shortly, would look like a loss; {instead}"
+            f"{full} ({counts.ready} ready) holds parts of an update, which the coordinator "
+            "counts before it fetches them: taking one out, however briefly, would look like "
+            f"a loss; {instead}"
         )
     if not counts.consumers or full == topology.updates:
         return None
     inbox = topology.inbox("")
     who = f"worker {full.removeprefix(inbox)}" if full.startswith(inbox) else "the coordinator"
     return (
-        f"{full} ({counts.ready} ready) is being read: {who} takes its mail as it comes, and to "
-        f"hold a message back would change its order; {instead}"
+        f"{full} ({counts.ready} ready) is being read: {who} takes messages as they come, and "
+        f"holding one back would change their order; {instead}"
     )
 
 
@@ -120,12 +121,12 @@ def _why_not(topology: Topology, full: str) -> str:
         if full.startswith(prefix):
             worker = full.removeprefix(prefix)
             return (
-                f": worker {worker} has not been here for the last 30 minutes, or never; "
+                f": worker {worker} has not been connected in the last 30 minutes, or never; "
                 f"'fluffle queues --federation {topology.federation}' shows who has"
             )
-    return f": nobody of federation {topology.federation} has been on this broker yet"
+    return f": nobody of federation {topology.federation} has connected to this broker yet"
 
 
 def _instead(topology: Topology) -> str:
     at = f"--federation {topology.federation}"
-    return f"'fluffle tap {at}' shows what comes, 'fluffle journal {at}' what has happened"
+    return f"'fluffle tap {at}' shows new messages, 'fluffle journal {at}' past events"

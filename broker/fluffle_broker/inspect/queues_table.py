@@ -33,7 +33,7 @@ def drawn(found: Look, width: int) -> Table:
     for name in ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest"):
         rows.add_column(name, justify="right", no_wrap=True)
     if wide:
-        rows.add_column("what it is for", style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
+        rows.add_column("purpose", style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
     for queue in together(found):
         cells = (
             queue.name,

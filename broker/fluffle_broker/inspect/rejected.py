@@ -223,7 +223,7 @@ def _refused_by(delivery: Delivery, topology: Topology) -> str | None:
 async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requeued:
     goes_to = destination(message, topology)
     if goes_to is None:
-        return Requeued(message, left="nothing tells where it came from")
+        return Requeued(message, left="its origin is unknown")
     exchange, key = goes_to
     delivery = message.reading.delivery
     if CUT in delivery.properties.headers:
@@ -237,7 +237,7 @@ async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requ
         again = delivery.properties._replace(headers=headers)
         await link.publish(delivery.body, again, exchange=exchange, keys=[key])
     except Unroutable:
-        return Requeued(message, left=f"{message.queue or key} is not there any more")
+        return Requeued(message, left=f"{message.queue or key} no longer exists")
     except QueueFull:
         return Requeued(message, left=f"{message.queue or key} is full")
     return Requeued(message, exchange, key)
@@ -247,8 +247,8 @@ async def _count(link: Link, topology: Topology) -> int:
     counts = await link.counts(topology.rejected)
     if counts is None:
         raise UsageError(
-            f"{topology.rejected} is not there: nobody of federation {topology.federation} has "
-            "been on this broker yet"
+            f"{topology.rejected} does not exist: nobody of federation {topology.federation} "
+            "has connected to this broker yet"
         )
     return counts.ready
 
@@ -258,13 +258,12 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"{queue.name} is not a classic queue as fluffle has them: looking would count as "
-            "failed deliveries; "
-            f"'fluffle journal --federation {topology.federation}' tells what was refused, and "
-            "'fluffle rejected requeue --all' and 'purge' work all the same"
+            f"{queue.name} is not a classic queue: reading it would count as failed "
+            f"deliveries; 'fluffle journal --federation {topology.federation}' shows what was "
+            "rejected, and 'fluffle rejected requeue --all' and 'purge' still work"
         )
 
 
 def _no_such(topology: Topology, number: int, count: int) -> UsageError:
-    there = f"there are 1 to {count}" if count else "it is empty"
+    there = f"choose 1 to {count}" if count else "it is empty"
     return UsageError(f"there is no message {number} in {topology.rejected}; {there}")

@@ -33,11 +33,13 @@ _LONGEST_REASON = 240
 # As Erlang spells them, wherever they stand in the nested terms of a failure.
 _SYSTEM_ERRORS = {
     "enospc": "there is no space left on the disk; make room or choose another --state",
-    "eaddrinuse": "a port of it was taken by another program; choose other ports, or --port 0",
+    "eaddrinuse": "another program took one of its ports; choose other ports, or --port 0",
     "eacces": "it may not read or write its own files; check who owns the state folder",
     "erofs": "the state folder is on a read-only disk; choose another --state",
     "emfile": "too many files are open; raise 'ulimit -n'",
-    "duplicate_node_name": "a node of this name runs already at this epmd; choose --node-name",
+    "duplicate_node_name": (
+        "a node with this name is already running at this epmd; choose another --node-name"
+    ),
 }
 
 # The shell ends at once, so that the node is a child of nobody here: it is not left a zombie, and
@@ -179,7 +181,7 @@ def why_it_failed(info: NodeInfo) -> str:
         reason = telling_line(log.read_text(errors="replace"))
     except OSError as unreadable:
         reason = str(unreadable)
-    return f"RabbitMQ did not start: {reason}; all of it is in {log}"
+    return f"RabbitMQ did not start: {reason}; the full output is in {log}"
 
 
 def telling_line(log: str) -> str:

@@ -83,7 +83,7 @@ def up(
         if known is not None and (ready := _await_ready(known)):
             return ready
         if known is not None:
-            say(f"{known.node_name} of an earlier run is gone; cleaning up after it")
+            say(f"the earlier node {known.node_name} is gone; cleaning up after it")
             _forget(known)
         wanted = ports or Ports()
         _require_free(wanted)
@@ -184,7 +184,7 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
         if time.monotonic() > end:
             raise BrokerError(
                 f"RabbitMQ (pid {info.pid}) does not answer on port {info.ports.amqp} after "
-                f"{_BOOT_TIMEOUT_S:.0f} s; look into {info.logs}; 'fluffle broker down' ends it"
+                f"{_BOOT_TIMEOUT_S:.0f} s; see {info.logs}; 'fluffle broker down' ends it"
             )
         time.sleep(_POLL_S)
     return None
@@ -227,7 +227,7 @@ def _find(say: Say) -> Installation | None:
 def _require_free(ports: Ports) -> None:
     given = [port for port in dataclasses.astuple(ports) if port]
     if len(set(given)) < len(given):
-        raise BrokerError(f"the same port is asked for twice ({min(given)}…); give different ones")
+        raise BrokerError(f"the same port is given twice ({min(given)}…); choose different ones")
     for port, what, option in (
         (ports.amqp, "AMQP", "--port"),
         (ports.management, "management", "--management-port"),
@@ -255,9 +255,9 @@ def _require_space(folder: Path, extra_conf: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < launch.DISK_FREE_LIMIT_BYTES and "disk_free_limit" not in extra_conf:
         raise BrokerError(
-            f"only {free / 1e6:.0f} MB are free where {folder} is, and RabbitMQ accepts nothing "
-            f"below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB; make room or choose another "
-            "--state"
+            f"only {free / 1000000.0:.0f} MB are free in {folder}, and RabbitMQ accepts no "
+            f"messages below {launch.DISK_FREE_LIMIT_BYTES / 1000000.0:.0f} MB; make room or "
+            "choose another --state"
         )
 
 
@@ -294,7 +294,7 @@ def _alone(folder: Path, say: Say) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another 'fluffle broker' that works in this folder")
+            say("waiting for another 'fluffle broker' command in this folder")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -203,10 +203,12 @@ def url_option(command: Any) -> Any:
         "--url",
         envvar="FLUFFLE_URL",
         metavar="URL",
-        help="The broker, amqp://user:password@host:port/vhost or amqps://…; of a cluster the URLs "
-        "of several nodes, with commas between: whichever can be reached is used.  "
-        "[default: $FLUFFLE_URL, else the broker started by 'fluffle broker up' here, "
-        "else amqp://guest:guest@127.0.0.1:5672/]",
+        help=(
+            "The broker, amqp://user:password@host:port/vhost or amqps://…. For a cluster, "
+            "list the URLs of several nodes with commas between them; any node that can be "
+            "reached is used.  [default: $FLUFFLE_URL, else the broker started by 'fluffle "
+            "broker up' here, else amqp://guest:guest@127.0.0.1:5672/]"
+        ),
     )(command)
 
 
@@ -217,7 +219,7 @@ def federation_option(command: Any, *, required: bool = True) -> Any:
         envvar="FLUFFLE_FEDERATION",
         required=required,
         metavar="NAME",
-        help="Name of the federation; its queues on the broker start with it.",
+        help="Name of the federation; the names of its queues begin with it.",
     )(command)
 
 
@@ -227,8 +229,10 @@ def management_option(command: Any) -> Any:
         "--management",
         envvar="FLUFFLE_MANAGEMENT_URL",
         metavar="URL",
-        help="RabbitMQ's management API, for the figures of the queues.  "
-        "[default: that of the broker of --url, on its usual port]",
+        help=(
+            "URL of RabbitMQ's management API, which has the figures of the queues.  "
+            "[default: that of the broker of --url, on its usual port]"
+        ),
         show_default=False,
     )(command)
 
@@ -241,7 +245,10 @@ def queue_type_option(command: Any) -> Any:
         type=click.Choice(["classic", "quorum"]),
         default="classic",
         show_default=True,
-        help="quorum: replicated queues, for a cluster of brokers; the same for everyone.",
+        help=(
+            "Use replicated quorum queues for a cluster of brokers. Everyone in a federation "
+            "must choose the same type."
+        ),
     )(command)
 
 
@@ -314,13 +321,13 @@ def unexpected(wrong: BaseException) -> str:
         return f"cannot write ({wrong.strerror})"
     if isinstance(wrong, ModuleNotFoundError) and not (wrong.name or "").startswith("fluffle"):
         return (
-            f"the installation lacks the package '{wrong.name}': 'make install' in a clone, else "
-            "pip install 'fluffle[all]', installs what is missing"
+            f"the package '{wrong.name}' is missing; install it with 'make install' in a "
+            "clone, else with pip install 'fluffle[all]'"
         )
     frames = traceback.extract_tb(wrong.__traceback__)
     ours = [frame for frame in frames if "fluffle_" in frame.filename] or list(frames)
     where = f", at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     return (
-        f"unexpected error, a bug of fluffle's ({what}{where}); please report it with the "
+        f"unexpected error, a bug in fluffle ({what}{where}); please report it with the "
         "traceback that FLUFFLE_DEBUG=1 shows"
     )

@@ -82,7 +82,7 @@ class ConfiguredCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_remember,
-                help="Print every option that holds as a TOML file, and where it comes from.",
+                help="Print every option in effect as a TOML file, with where each comes from.",
             )
         )
 
@@ -112,7 +112,7 @@ def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as why:
-        raise UsageError(f"{path} is no TOML: {why}") from None
+        raise UsageError(f"{path} is not valid TOML: {why}") from None
     given = _of_this_command(ctx.command, given, path)
     ctx.default_map = {**(ctx.default_map or {}), **_checked(ctx, given, _InFile(path, text))}
 
@@ -123,7 +123,7 @@ def _of_this_command(command: click.Command, given: dict[str, Any], path: Path) 
     keys = {name: value for name, value in given.items() if name not in TABLES}
     own = given.get(ours, {}) if ours else {}
     if not isinstance(own, Mapping):
-        raise UsageError(f"{path}: {ours} is to be a table, [{ours}]")
+        raise UsageError(f"{path}: {ours} must be a table, [{ours}]")
     return {**keys, **own}
 
 
@@ -133,7 +133,7 @@ def _text_of(path: Path) -> str:
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no text in UTF-8") from None
+        raise UsageError(f"{path} is not UTF-8 text") from None
     except OSError as why:
         raise UsageError(f"cannot read {path} ({why.strerror})") from None
 
@@ -253,7 +253,7 @@ def _raw(option: click.Option, value: Any) -> Any:
 
 def _json(key: str, value: Any) -> str:
     if not isinstance(value, bool | int | float | str):
-        raise _Wrong(f"{key} is to be true, false, a number or text")
+        raise _Wrong(f"{key} must be true, false, a number or text")
     return json.dumps(value)
 
 

@@ -56,7 +56,7 @@ class Place:
         """
         where, colon, attribute = name.rpartition(":")
         if not colon or not where or not attribute:
-            raise UsageError(f"--{what} wants module:name or path.py:name, not '{name}'")
+            raise UsageError(f"--{what} expects module:name or path.py:name, not '{name}'")
         return cls(what, where, attribute)
 
     @property
@@ -85,7 +85,7 @@ class Place:
         """
         found = self.load(callers)
         if found is None:
-            raise UsageError(f"{self.where} has nothing called '{self.attribute}' (--{self.what})")
+            raise UsageError(f"{self.where} has no '{self.attribute}' (--{self.what})")
         return found
 
     @property

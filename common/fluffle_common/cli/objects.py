@@ -22,7 +22,7 @@ def load_object(name: str, option: str) -> Any:
     """
     place = Place.parse(option.removeprefix("--"), name)
     if not place.is_file:
-        raise UsageError(f"{option} is '{name}'; path.py:name is expected")
+        raise UsageError(f"{option} expects path.py:name, not '{name}'")
     return place.found({__file__})
 
 

@@ -33,7 +33,7 @@ def cache_folder() -> Path:
         return Path.home() / ".cache"
     except RuntimeError:
         raise UsageError(
-            "this user has no home folder for a cache; name a folder with XDG_CACHE_HOME"
+            "this user has no home folder for a cache; choose a folder with XDG_CACHE_HOME"
         ) from None
 
 
@@ -66,8 +66,8 @@ def check_federation(name: str) -> str:
     """
     if not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
-            f"'{name}' cannot be the name of a federation: "
-            "letters, digits, '-' and '_', at most 64, no dot"
+            f"'{name}' is not a valid name of a federation: use letters, digits, '-' and '_', "
+            "at most 64, no dot"
         )
     return name
 
@@ -80,8 +80,8 @@ def check_worker(name: str) -> str:
     """
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
-            f"'{name}' cannot be the id of a worker: letters, digits, '-', '_' and '.', at most "
-            "64; give another with --id"
+            f"'{name}' is not a valid worker id: use letters, digits, '-', '_' and '.', at "
+            "most 64; choose another with --id"
         )
     return name
 
@@ -100,7 +100,8 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     classes = tuple(text.split(","))
     if "" in classes or len(set(classes)) < len(classes):
         raise UsageError(
-            f"--classes wants different names with a comma between, such as a,b,c, not '{text}'"
+            "--classes expects different names with commas between them, such as a,b,c, not "
+            f"'{text}'"
         )
     return classes
 
@@ -120,7 +121,7 @@ def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not key or not equals:
-            raise UsageError(f"--config wants KEY=VALUE, not '{pair}'")
+            raise UsageError(f"--config expects KEY=VALUE, not '{pair}'")
         if key in config:
             raise UsageError(f"--config has the key '{key}' more than once; give it once")
         try:

@@ -117,7 +117,7 @@ def decode(
         raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
     message = parse(header)
     if federation is not None and message.federation != federation:
-        raise MalformedMessage(f"it is of federation {message.federation}")
+        raise MalformedMessage(f"it belongs to federation {message.federation}")
     return message, _payload(view, 1 + end)
 
 

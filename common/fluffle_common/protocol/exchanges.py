@@ -36,7 +36,7 @@ class Sent(NamedTuple):
         size_bytes = sum(map(len, pieces))
         if size_bytes > PART_BYTES:
             raise ValueError(
-                f"the tensors of an exchange have {size_bytes} bytes, at most {PART_BYTES} travel"
+                f"the tensors of an exchange have {size_bytes} bytes; the limit is {PART_BYTES}"
             )
         return encode(self.message, pieces, table)
 

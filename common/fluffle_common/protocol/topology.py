@@ -184,7 +184,7 @@ class Topology:
             ),
             self._queue(
                 self.presence,
-                "signs of life from the workers: hello, heartbeat, bye, failure",
+                "presence of the workers: hello, heartbeat, bye, failure",
                 {"x-message-ttl": _PRESENCE_TTL_MS},  # an older one tells nothing
                 {"max-length": _PRESENCE_MESSAGES, "overflow": "drop-head"},
             ),
@@ -199,7 +199,7 @@ class Topology:
         """The journal; it is in ``shared``, and not every broker can have it."""
         return Queue(
             self.journal,
-            "every event of the federation, to be read again at any time; nothing is taken out",
+            "every event of the federation; reading it takes nothing out",
             {
                 "x-queue-type": "stream",
                 # The oldest segment goes as a whole. No policy cuts a stream that exists anew.
@@ -224,7 +224,7 @@ class Topology:
         return [
             self._queue(
                 self.inbox(worker),
-                f"mail for worker {worker}: the work of a round",
+                f"messages for worker {worker}: the work of a round",
                 # Without it, the queues of workers that never come again would stay for good.
                 {"x-expires": _ABSENT_MS},
                 {"max-length-bytes": _INBOX_BYTES, "overflow": "drop-head"},
@@ -308,8 +308,8 @@ def lock_of(queue: str) -> str:
     return f"{federation}.lock.{rest}"
 
 
-_LOCK_PURPOSE = "always empty; held by the one who alone reads the queue it is named after"
-_TAP_PURPOSE = "copies of the traffic for someone who looks ('fluffle tap'); goes with them"
+_LOCK_PURPOSE = "always empty; a lock, held by the only consumer of the queue it is named after"
+_TAP_PURPOSE = "copies of the traffic for 'fluffle tap'; deleted when it ends"
 UPDATE_KINDS = ("update", "evaluation", "first_weights", "exchange")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")
 _REJECTING = "rejected"

@@ -27,7 +27,7 @@ class Incoming(ABC):
     def __init__(self, transfer: Transfer, max_bytes: int) -> None:
         if transfer.nbytes > max_bytes:
             raise MalformedMessage(
-                f"a transfer of {transfer.nbytes} bytes is announced, at most {max_bytes} are taken"
+                f"a transfer of {transfer.nbytes} bytes is announced; the limit is {max_bytes}"
             )
         if transfer.parts != -(-transfer.nbytes // codec.PART_BYTES):
             raise MalformedMessage(

@@ -77,8 +77,8 @@ def check_names(weights: Weights) -> None:
     for name in weights:
         if name.startswith(_KEPT):
             raise ValueError(
-                f"tensor '{name[:60]}' begins with '{_KEPT}', as only what a strategy keeps may in "
-                "a checkpoint; rename it"
+                f"the name of tensor '{name[:60]}' begins with '{_KEPT}', which checkpoints "
+                "reserve for the state of a strategy; rename it"
             )
 
 
@@ -188,7 +188,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as why:
-        raise UsageError(f"{path} is not a whole model file ({why})") from None
+        raise UsageError(f"{path} is not a complete model file ({why})") from None
 
 
 def read_whole(path: Path) -> Checkpoint:
@@ -209,7 +209,7 @@ def read_whole(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as why:
-        raise UsageError(f"{path} is not a whole model file ({why})") from None
+        raise UsageError(f"{path} is not a complete model file ({why})") from None
     metadata.pop(DIGEST, None)
     kept = [name for name in weights if name.startswith(_KEPT)]
     if metadata.pop(_HAS_KEPT, None) is None:
@@ -237,7 +237,7 @@ def _check_digest(path: Path) -> None:
         found = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
     if there != found.hex().encode():
         raise ValueError(
-            f"its bytes are not what their digest says: it is damaged, or was changed without "
+            "its bytes do not match their digest: it is damaged, or was changed without "
             f"removing {DIGEST} from its metadata"
         )
 

@@ -298,7 +298,7 @@ def _layout_of_signature(form: Signature) -> Layout:
 
 def _table(form: Signature) -> tuple[TensorEntry, ...]:
     if len(form) > MAX_TENSORS:
-        raise ValueError(f"there are {len(form)} tensors, at most {MAX_TENSORS} travel")
+        raise ValueError(f"there are {len(form)} tensors; at most {MAX_TENSORS} can be sent")
     table, offset = [], 0
     for name, dtype, shape in form:
         _check_name(name)
@@ -309,8 +309,8 @@ def _table(form: Signature) -> tuple[TensorEntry, ...]:
             )
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(
-                f"{_told(name)} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} travel; "
-                "reshape it"
+                f"{_told(name)} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} can be "
+                "sent; reshape it"
             )
         offset += -offset % ALIGNMENT
         nbytes = math.prod(shape) * dtype.itemsize
@@ -326,13 +326,13 @@ def _check_name(name: object) -> None:
         raise ValueError("a tensor has the empty name ''; give it one")
     if len(name) > MAX_TENSOR_NAME:
         raise ValueError(
-            f"{_told(name)} has a name of {len(name)} characters, "
-            f"at most {MAX_TENSOR_NAME} travel; shorten it"
+            f"{_told(name)} has a name of {len(name)} characters; at most {MAX_TENSOR_NAME} "
+            "can be sent; shorten it"
         )
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{_told(ascii(name))} has a name that is no Unicode text") from None
+        raise ValueError(f"{_told(ascii(name))} has a name that is not valid Unicode") from None
 
 
 def _remedy(dtype: str) -> str:

@@ -359,7 +359,7 @@ def _otherwise(wanted: Queue, known: Queue) -> str:
     wanted_type, known_type = (one.arguments.get("x-queue-type") for one in (wanted, known))
     if wanted_type != known_type:
         return (
-            f"the broker has '{wanted.name}' with other settings; use the same --queue-type "
-            "everywhere, or delete the old queue"
+            f"'{wanted.name}' already exists on the broker with different arguments; use the "
+            "same --queue-type everywhere, or delete the old queue"
         )
     return f"queue '{wanted.name}' was made by another version of fluffle; delete it"

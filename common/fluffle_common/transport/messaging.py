@@ -255,7 +255,7 @@ def check_user(user: str | None, delivery: Delivery) -> None:
     sender = delivery.properties.user
     if sender != user:
         raise MalformedMessage(
-            f"it is in the name of {user}, and was sent by the user {sender or 'unknown'}", "sender"
+            f"it names {user} as its sender, but the user {sender or 'unknown'} sent it", "sender"
         )
 
 

@@ -30,6 +30,6 @@ async def open_once(transport: Transport) -> AsyncGenerator[Link]:
             f"the connection to the broker at {transport.address} was lost ({gone}); try again"
         ) from None
     except QueueInUse as no:
-        raise BrokerError(f"somebody else has it for themselves: {no}; try again later") from None
+        raise BrokerError(f"another connection uses it: {no}; try again later") from None
     finally:
         await link.close()

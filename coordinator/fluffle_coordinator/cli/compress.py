@@ -35,9 +35,9 @@ class CompressType(click.ParamType[Any]):
         # A value and its index take twice the room of a float32: from a half on, nothing is saved.
         if not _LEAST_FRACTION <= fraction <= _MOST_FRACTION:
             self.fail(
-                f"'{text}' is no compression; give int8, or topk with the fraction of the values "
-                f"to send, {_LEAST_FRACTION:f} to {_MOST_FRACTION:g}, such as topk:0.01, or "
-                "path.py:name, a codec of your own",
+                f"'{text}' is not a compression; use int8, or topk with the fraction of the "
+                f"values to send, {_LEAST_FRACTION:f} to {_MOST_FRACTION:g}, such as "
+                "topk:0.01, or path.py:name, a codec of your own",
                 param,
                 ctx,
             )

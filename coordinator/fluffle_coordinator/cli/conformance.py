@@ -23,12 +23,12 @@ _WORDS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
     "--federation",
     default="conformance",
     metavar="NAME",
-    help="Name of a federation that is for this alone.",
+    help="Name of a federation that only this check uses.",
 )
 @click.option(
     "--worker",
     metavar="ID",
-    help="Whom to examine.  [default: the first that says hello]",
+    help="Id of the worker to examine.  [default: the first that says hello]",
     show_default=False,
 )
 @click.option(
@@ -40,17 +40,21 @@ _WORDS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
 @click.option(
     "--twice",
     is_flag=True,
-    help="At the end, wait until the worker is started once more, and refuse it.",
+    help="At the end, wait until the worker is started again, and refuse it.",
 )
 @click.option(
-    "--wait", "wait_s", type=seconds(min_open=True), default=600.0, help="Seconds to wait for it."
+    "--wait",
+    "wait_s",
+    type=seconds(min_open=True),
+    default=600.0,
+    help="Seconds to wait for the worker.",
 )
 @click.option(
     "--patience",
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Seconds to wait for an answer; longer than a training takes.",
+    help="Seconds to wait for an answer; allow more than a training takes.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
 @queue_type_option

@@ -18,11 +18,11 @@ from fluffle_common.cli.app import (
     seconds,
     url_option,
 )
-from fluffle_common.cli.config_file import ConfiguredCommand, KeyValue
+from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
-from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
 from fluffle_coordinator.cli.stopping import stopping_options
 
@@ -60,8 +60,8 @@ class QuorumType(click.ParamType[Any]):
         except ValueError:
             pass
         self.fail(
-            f"'{text}' is no quorum; give a number of updates from 1 (2), "
-            "a fraction of those asked (0.5 or 50%), or 'all'",
+            f"'{text}' is not a quorum; give a number of updates from 1 (2), a fraction of "
+            "those asked (0.5 or 50%), or 'all'",
             param,
             ctx,
         )
@@ -82,12 +82,15 @@ def run_option(command: Any) -> Any:
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
-@click.option("--rounds", type=count(), default=6, help="How many rounds to run.")
+@click.option("--rounds", type=count(), default=6, help="Number of rounds.")
 @click.option(
     "--min-workers",
     type=count(),
-    help="Workers that must be present before the first round. No round then commits with fewer "
-    "updates than the quorum of so many.  [default: the quorum if that is a number, else 2]",
+    help=(
+        "Workers that must be present before the first round. No round commits with fewer "
+        "updates than the quorum of this many.  [default: the quorum if that is a number, "
+        "else 2]"
+    ),
     show_default=False,
 )
 @click.option(
@@ -101,112 +104,69 @@ def run_option(command: Any) -> Any:
     "--grace",
     type=seconds(),
     default=0.0,
-    help="Seconds to wait for the others after the quorum.",
+    help="Seconds to wait for more updates after the quorum.",
 )
 @click.option(
     "--deadline",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds that a round may stay open without a quorum.",
+    help="Seconds that a round may stay open without reaching its quorum.",
 )
 @click.option(
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help="When the deadline passes: reopen the round with the workers present, close it with what "
-    "has arrived if that is --min-updates, or stop the run.",
+    help=(
+        "When the deadline passes: reopen the round with the workers present, close it with "
+        "the updates that have arrived (at least --min-updates), or stop the run."
+    ),
 )
 @click.option(
     "--min-updates",
     type=count(),
     default=1,
-    help="Fewest updates that '--on-deadline close' commits with.",
+    help="Minimum number of updates for '--on-deadline close'.",
 )
 @schedule_options
 @click.option(
     "--strategy",
     default="fedavg",
     metavar="NAME[:ARGUMENTS]|path.py:name",
-    help="How updates become the next model: such as fedadam:lr=0.03, median or "
-    "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or an object in a file of your own.",
+    help=(
+        "How updates become the next model, such as fedadam:lr=0.03, median or "
+        "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or an object in your own file."
+    ),
 )
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help="A function of your own that tests every round's model here: it gets the weights by name "
-    "and returns metrics by name. The next round waits for it.",
+    help=(
+        "Your own function that tests the model of every round: it gets the weights by name "
+        "and returns metrics by name. The next round waits for it."
+    ),
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="A function of your own that is shown every commit; a reason that it returns ends the "
-    "run there.",
+    help=(
+        "Your own function that is called after every commit. If it returns a reason, the "
+        "run ends there."
+    ),
 )
 @stopping_options
-@click.option("--epochs", type=count(), default=1, help="Local epochs a round.")
-@click.option(
-    "--steps",
-    type=count(),
-    help="Local training steps a round, in place of --epochs.",
-)
-@click.option("--batch-size", type=count(), default=32, help="Local batch size.")
-@click.option(
-    "--learning-rate",
-    type=FiniteFloat(0, min_open=True),
-    help="Local learning rate.  [default: the task's own]",
-    show_default=False,
-)
-@click.option(
-    "--learning-rate-schedule",
-    default="constant",
-    metavar="NAME",
-    help="How --learning-rate changes from round to round: constant, cosine, exponential:FACTOR, "
-    "or step:ROUNDS,FACTOR.",
-)
-@click.option(
-    "--config",
-    type=KeyValue(),
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Anything else a task wants to know; may be given several times.",
-)
-@click.option(
-    "--upload-dtype",
-    type=click.Choice(["float32", "bf16", "f16"]),
-    default="float32",
-    help="What floats in updates are rounded to on the wire, half the bytes with bf16 and f16; "
-    "float32 leaves them as they are.",
-)
-@click.option(
-    "--compress",
-    type=CompressType(),
-    metavar="int8|topk:FRACTION|PATH.PY:NAME",
-    help="Send updates as 8-bit integers with scales, about a quarter of the bytes, or only the "
-    "largest values, such as topk:0.01 for one in a hundred. What is not sent is added to the "
-    "worker's next update. Or encode them by a codec of your own (docs/codecs.md).  "
-    "[default: neither]",
-    show_default=False,
-)
-@click.option(
-    "--train",
-    multiple=True,
-    metavar="TENSOR",
-    help="Train this tensor of the model, or all that begin so, as with 'head/*'; may be given "
-    "several times. The others stay as they are, and do not travel back.  [default: all]",
-    show_default=False,
-)
-@click.option("--seed", type=SEED, default=0, help="Seed of everything random.")
+@plan_options
+@click.option("--seed", type=SEED, default=0, help="Seed of every random choice.")
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Classes that workers must have.  [default: those of most of the workers waiting]",
+    help=("Classes that every worker must have.  [default: those of most of the workers waiting]"),
     show_default=False,
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Begin with the weights in this model file.  [default: a worker makes them]",
+    help="Start from the weights in this model file.  [default: a worker makes them]",
     show_default=False,
 )
 @click.option(
@@ -214,7 +174,7 @@ def run_option(command: Any) -> Any:
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Where the run is kept.  [default: runs/FEDERATION]",
+    help="Folder of the run.  [default: runs/FEDERATION]",
     show_default=False,
 )
 @click.option(
@@ -222,34 +182,42 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     default=86400.0,
     metavar="SECONDS",
-    help="How long a round may be open in all. Until then, workers that advance keep it alive at "
-    "its deadlines.",
+    help=(
+        "Maximum time that a round stays open. Until then, workers that advance keep it open "
+        "past its deadlines."
+    ),
 )
 @click.option(
     "--stall-timeout",
     type=seconds(min_open=True),
     metavar="SECONDS",
-    help="A training that does not advance for so long counts as failed.  [default: only reported, "
-    "after 2 minutes]",
+    help=(
+        "Count a training as failed when it has not advanced for this long.  [default: only "
+        "reported, after 2 minutes]"
+    ),
     show_default=False,
 )
 @click.option(
     "--max-examples",
     type=count(),
     metavar="N",
-    help="The largest weight that an update may have in the average.  [default: the number of "
-    "examples that its worker announced]",
+    help=(
+        "Maximum weight of an update in the average.  [default: the number of examples that "
+        "its worker announced]"
+    ),
     show_default=False,
 )
 @click.option(
     "--max-norm-ratio",
     type=FiniteFloat(1),
     metavar="R",
-    help="Refuse an update whose norm is more than R times the median of the last round's.  "
-    "[default: only reported, from 10 on]",
+    help=(
+        "Reject an update whose norm is more than R times the median of the last round's.  "
+        "[default: only reported, from 10 on]"
+    ),
     show_default=False,
 )
-@click.option("--fresh", is_flag=True, help="Start anew; an earlier run is moved aside.")
+@click.option("--fresh", is_flag=True, help="Start a new run; an earlier run is moved aside.")
 @click.option(
     "--wait-workers",
     type=seconds(min_open=True),
@@ -260,25 +228,31 @@ def run_option(command: Any) -> Any:
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds to wait for a broker that cannot be reached before giving up.",
+    help="Seconds to wait for an unreachable broker before giving up.",
 )
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Each worker logs in to the broker as a user named like its id: what is sent in its name "
-    "by anyone else is rejected.",
+    help=(
+        "Require each worker to log in to the broker as a user named like its id; messages "
+        "sent in its name by another user are rejected."
+    ),
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help="Keep every update that is counted, as it came, in the run folder, for 'fluffle replay': "
-    "as many bytes a round as all updates have.",
+    help=(
+        "Keep every counted update in the run folder, for 'fluffle replay'; a round takes as "
+        "many bytes as all its updates."
+    ),
 )
 @click.option(
     "--dashboard",
     metavar="HOST:PORT",
-    help="Show the run on a live page there, such as 127.0.0.1:8080, with /metrics for Prometheus; "
-    "port 0 is any free one. It can only be read. Needs 'fluffle[dashboard]'.",
+    help=(
+        "Show the run on a read-only live page at this address, such as 127.0.0.1:8080, with "
+        "/metrics for Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'."
+    ),
 )
 @management_option
 @queue_type_option
@@ -326,8 +300,8 @@ def rules_of(options: dict[str, Any]) -> Rules:
     least = quorum.of(sample) if written else quorum.number or 1
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
-            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}: a "
-            "round that has its quorum commits; lower one of them"
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, "
+            "and a round commits at its quorum; lower --min-updates"
         )
     return Rules(
         rounds=options["rounds"],

@@ -17,7 +17,7 @@ from fluffle_common.cli.app import federation_option, management_option, url_opt
     "address",
     default="127.0.0.1:8080",
     metavar="HOST:PORT",
-    help="Where the page is; port 0 is any free one.",
+    help="Address of the page; port 0 chooses a free port.",
 )
 @management_option
 def dashboard(federation: str, url: str | None, address: str, management: str | None) -> None:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
-_run_id_option = click.option("--run-id", metavar="ID", help="Only this run of the federation.")
+_run_id_option = click.option(
+    "--run-id", metavar="ID", help="Show only this run of the federation."
+)
 
 
 def moment(text: str) -> datetime:
@@ -47,7 +49,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
         return None if text is None else moment(text)
     except (ValueError, OverflowError):
         raise click.BadParameter(
-            f"'{text}' is no moment; write 90s, 10m, 2h, 3d or 2026-03-01T12:00"
+            f"'{text}' is not a time; write 90s, 10m, 2h, 3d or 2026-03-01T12:00"
         ) from None
 
 
@@ -58,20 +60,28 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
     "--since",
     callback=_since,
     metavar="WHEN",
-    help="Only from then on: 90s, 10m, 2h or 3d ago, or a date and time such as 2026-03-01T12:00.",
+    help=(
+        "Show events from this time on: 90s, 10m, 2h or 3d ago, or a date and time such as "
+        "2026-03-01T12:00."
+    ),
 )
-@click.option("--round", "number", type=count(0), metavar="N", help="Only of this round.")
-@click.option("--worker", metavar="ID", help="Only what concerns this worker.")
+@click.option(
+    "--round", "number", type=count(0), metavar="N", help="Show only events of this round."
+)
+@click.option("--worker", metavar="ID", help="Show only events about this worker.")
 @click.option(
     "--kind",
     "kinds",
     multiple=True,
     metavar="EVENT",
-    help="Only events of this kind, such as counted, late or rejected; may be given again.",
+    help=(
+        "Show only events of this kind, such as counted, late or rejected; may be given "
+        "several times."
+    ),
 )
 @_run_id_option
-@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now on.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object a line.")
+@click.option("--follow", "-f", is_flag=True, help="Continue with new events as they happen.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def journal(**options: Any) -> None:
     """Read what happened in a federation, one event a line.
 
@@ -112,7 +122,7 @@ def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
 @url_option
 @click.argument("number", metavar="[ROUND]", type=count(), required=False)
 @_run_id_option
-@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain(
     federation: str, url: str | None, number: int | None, run_id: str | None, as_json: bool
 ) -> None:

@@ -32,12 +32,12 @@ _run_argument = click.argument(
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="A codec that the coordinator was given by --compress.",
+    help="A codec from a file, as given to the coordinator by --compress.",
 )
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="The run's strategy, if its file has been moved.  [default: as in run.json]",
+    help="The run's strategy, if its file has moved.  [default: as in run.json]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one object with every tensor.")
 def replay(
@@ -88,8 +88,8 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
         )
     if not named.strategy.needs.repeatable:
         raise UsageError(
-            f"round {number} of {folder} was made with noise that is kept nowhere ({name}): it "
-            "cannot be computed again"
+            f"round {number} of {folder} was made with random noise that is not kept ({name}), "
+            "so it cannot be computed again"
         )
     return GuardedStrategy(named, number)
 
@@ -139,7 +139,7 @@ def _words(distance: Distance) -> str:
     metavar="HTML",
     help="Where to write the page.  [default: report.html in the run's folder]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what the page draws instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print the data of the page instead.")
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a run as one page, to keep or to send.
 

@@ -58,75 +58,91 @@ _OPTIONS = [
         "--fraction",
         type=FiniteFloat(0, 1, min_open=True),
         default=1.0,
-        help="Part of the workers present that is asked in a round.",
+        help="Fraction of the workers present that is asked in a round.",
     ),
     click.option(
         "--sample",
         type=count(),
         metavar="N",
-        help="How many of the workers present are asked in a round, in place of --fraction.",
+        help="Number of workers that are asked in a round, in place of --fraction.",
     ),
     click.option(
         "--over-provision",
         type=FiniteFloat(1, 100),
         default=1.0,
         metavar="P",
-        help="Ask P times as many workers as --fraction or --sample says, and take the first: "
-        "1.3 asks 130 % of them.",
+        help=(
+            "Ask P times as many workers as --fraction or --sample says, and count the first "
+            "to answer: 1.3 asks 130 %."
+        ),
     ),
     click.option(
         "--select",
         type=SelectionType(),
         default="uniform",
         metavar="NAME|PATH.PY:NAME",
-        help="Who is asked if not all are: uniform (at random), poisson (each by a chance of its "
-        "own), weighted (by examples), round-robin (by turns), or fastest:0.2 (a part of the "
-        "places by turns).",
+        help=(
+            "How the workers are selected if not all are asked: uniform (at random), poisson "
+            "(each independently at random), weighted (in proportion to their examples), "
+            "round-robin (in turn), or fastest:0.2 (the fastest, and 20 % of the places in "
+            "turn)."
+        ),
     ),
     click.option(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help="How rounds follow each other: synchronous rounds that close at a quorum; or "
-        "asynchronous ones, where idle workers train the newest model at once and every --buffer "
-        "updates make the next (docs/schedules.md).",
+        help=(
+            "How rounds follow each other: synchronous rounds close at a quorum; in "
+            "asynchronous ones, idle workers train the newest model at once and every "
+            "--buffer updates make the next (docs/schedules.md)."
+        ),
     ),
     click.option(
         "--buffer",
         type=count(),
         metavar="K",
-        help="With 'buffered': how many updates make the next model.  [default: 10]",
+        help="With 'buffered': number of updates that make the next model.  [default: 10]",
         show_default=False,
     ),
     click.option(
         "--concurrency",
         type=count(),
         metavar="C",
-        help="With 'buffered': how many workers train at a time at most.  [default: all]",
+        help=(
+            "With 'buffered': maximum number of workers that train at the same time.  "
+            "[default: all]"
+        ),
         show_default=False,
     ),
     click.option(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="How many versions of the model old an update may be that still counts.  [default: 20 "
-        "with 'buffered', 2 with '--late discount']",
+        help=(
+            "Maximum staleness of an update that still counts, in versions of the model.  "
+            "[default: 20 with 'buffered', 2 with '--late discount']"
+        ),
         show_default=False,
     ),
     click.option(
         "--staleness",
         type=DiscountType(),
         metavar="NAME[:ARGS]",
-        help="What part of its weight a stale update keeps: constant, polynomial:a, hinge:a,b or "
-        "threshold:s.  [default: polynomial:0.5]",
+        help=(
+            "Share of its weight that a stale update keeps: constant, polynomial:a, "
+            "hinge:a,b or threshold:s.  [default: polynomial:0.5]"
+        ),
         show_default=False,
     ),
     click.option(
         "--late",
         type=click.Choice(["discard", "discount"]),
         default="discard",
-        help="What becomes of an update that comes after its synchronous round: nothing, or it "
-        "counts in the open round, discounted as --staleness says.",
+        help=(
+            "What happens to an update that arrives after its synchronous round: it is "
+            "discarded, or it counts in the open round, discounted as --staleness says."
+        ),
     ),
 ]
 
@@ -150,6 +166,6 @@ def check_schedule_options(options: dict[str, Any]) -> None:
         given = source not in (None, click.core.ParameterSource.DEFAULT)
         if given and options["schedule"] == "buffered":
             raise UsageError(
-                f"{option} is for synchronous rounds, and --schedule buffered has none; "
-                "--buffer says how many updates make a version, --concurrency who trains"
+                f"{option} is for synchronous rounds, and --schedule buffered has none; use "
+                "--buffer and --concurrency instead"
             )

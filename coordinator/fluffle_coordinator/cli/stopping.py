@@ -12,26 +12,32 @@ _OPTIONS = [
     click.option(
         "--monitor",
         metavar="METRIC",
-        help="Keep the best model by this metric as best.safetensors: a federated one, such as "
-        "accuracy, or test/NAME of --evaluate. Of a loss or an error the lowest is the best.",
+        help=(
+            "Keep the best model by this metric as best.safetensors: a federated metric, "
+            "such as accuracy, or test/NAME of --evaluate. For a loss or an error, lower is "
+            "better."
+        ),
     ),
     click.option(
         "--target",
         type=FiniteFloat(),
         metavar="VALUE",
-        help="End the run when a model's --monitor metric, else its loss, is this good.",
+        help=(
+            "End the run when the --monitor metric, or the loss without --monitor, reaches "
+            "this value."
+        ),
     ),
     click.option(
         "--patience",
         type=count(),
         metavar="ROUNDS",
-        help="End the run when the best model, by the same metric, is so many rounds old.",
+        help="End the run when the best model by the same metric is this many rounds old.",
     ),
     click.option(
         "--time-budget",
         type=seconds(min_open=True),
         metavar="SECONDS",
-        help="End the run with the round at which its rounds have taken so long.",
+        help="End the run after the round in which its rounds reach this total time.",
     ),
 ]
 

@@ -31,7 +31,7 @@ def strategies() -> None:
     for name, part in PARTS.items():
         rows.add_row(name, part.kind, part.about, _arguments(part.make))
     screen(width_in_a_pipe=140).print(rows)
-    echo("or path.py:name, an object in a file of your own: docs/strategies.md")
+    echo("or path.py:name, an object in your own file: docs/strategies.md")
 
 
 def _arguments(make: Callable[..., Any]) -> str:

@@ -32,19 +32,19 @@ _QUEUE_FIGURES = {
     "ready": ("fluffle_queue_ready_messages", "Messages waiting to be delivered."),
     "unacknowledged": (
         "fluffle_queue_unacknowledged_messages",
-        "Messages delivered and not done with; an update stays so until its round is on disk.",
+        ("Messages delivered but not acknowledged; an update stays so until its round is on disk."),
     ),
-    "consumers": ("fluffle_queue_consumers", "Who reads these queues."),
+    "consumers": ("fluffle_queue_consumers", "Consumers of these queues."),
     "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),
 }
 
 
 _EVALUATIONS = (
-    ("loss", "fluffle_federated_loss", "Federated loss of the last model that was evaluated."),
+    ("loss", "fluffle_federated_loss", "Federated loss of the most recently evaluated model."),
     (
         "accuracy",
         "fluffle_federated_accuracy_ratio",
-        "Federated accuracy of the last model that was evaluated, from 0 to 1.",
+        "Federated accuracy of the most recently evaluated model, from 0 to 1.",
     ),
 )
 
@@ -70,13 +70,16 @@ class BoardCollector(Collector):
         """Yield every metric."""
         board = self._feed.board
         yield _labelled(
-            "fluffle_build_info", "The version that runs; always 1.", "version", {_VERSION: 1}
+            "fluffle_build_info",
+            "Version of fluffle, as a label; always 1.",
+            "version",
+            {_VERSION: 1},
         )
         yield from _run(board)
         yield from _counters(board.view.tally)
         yield _labelled(
             "fluffle_workers",
-            "Workers that were heard of, by what they do.",
+            "Workers by what they are doing.",
             "state",
             board.view.workers.by_state(),
         )
@@ -86,17 +89,17 @@ class BoardCollector(Collector):
 def _run(board: Board) -> Iterator[Metric]:
     run = board.run()
     updates, needed = board.filling
-    yield _gauge("fluffle_broker_linked", "Whether there is a broker, 1 or 0.", run["linked"])
+    yield _gauge("fluffle_broker_linked", "1 if the broker is connected, else 0.", run["linked"])
     yield _labelled(
         "fluffle_phase",
-        "Where the run stands: 1 for the phase it is in, 0 for the others.",
+        "Phase of the run: 1 for the current phase, 0 for the others.",
         "phase",
         {phase: int(phase == run["phase"]) for phase in PHASES},
     )
-    yield _gauge("fluffle_round", "The round that is open or will be.", run["round"])
+    yield _gauge("fluffle_round", "The round that is open, or opens next.", run["round"])
     if run["rounds"] is not None:
-        yield _gauge("fluffle_rounds_planned", "How many rounds the run has.", run["rounds"])
-    yield _gauge("fluffle_quorum_received_updates", "Updates that the open round has.", updates)
+        yield _gauge("fluffle_rounds_planned", "Number of rounds of the run.", run["rounds"])
+    yield _gauge("fluffle_quorum_received_updates", "Updates counted in the open round.", updates)
     yield _gauge("fluffle_quorum_needed_updates", "Updates that close the open round.", needed)
     for metric, name, words in _EVALUATIONS:
         if (value := latest(board.view, metric)) is not None:
@@ -106,11 +109,11 @@ def _run(board: Board) -> Iterator[Metric]:
 def _counters(tally: Tally) -> Iterator[Metric]:
     for name, words, value in (
         ("fluffle_rounds_committed", "Rounds committed.", tally.rounds),
-        ("fluffle_worker_failures", "Times that a worker's task failed.", tally.failures),
-        ("fluffle_broker_outages", "Times that the broker was lost.", tally.outages),
+        ("fluffle_worker_failures", "Number of times that a worker's task failed.", tally.failures),
+        ("fluffle_broker_outages", "Number of times that the broker was lost.", tally.outages),
         (
             "fluffle_received_update_bytes",
-            "Bytes of the updates that were counted, as they came.",
+            "Bytes of the counted updates, as received.",
             tally.update_bytes,
         ),
     ):
@@ -122,7 +125,7 @@ def _counters(tally: Tally) -> Iterator[Metric]:
         outcomes.add_metric([outcome], tally.outcomes[outcome])
     yield outcomes
     rejected = CounterMetricFamily(
-        "fluffle_rejected_messages", "Messages that were refused, by cause.", labels=["cause"]
+        "fluffle_rejected_messages", "Rejected messages, by cause.", labels=["cause"]
     )
     for cause in CAUSES:
         rejected.add_metric([cause], tally.causes[cause])

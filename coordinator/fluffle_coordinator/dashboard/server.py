@@ -79,14 +79,14 @@ def listen(address: str, flag: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
     if not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{flag} wants HOST:PORT such as 127.0.0.1:8080, not '{address}'")
+        raise UsageError(f"{flag} expects HOST:PORT such as 127.0.0.1:8080, not '{address}'")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, int(port)), family=family)
     except OSError as why:
         raise UsageError(
-            f"the page cannot have {host}:{port} ({why.strerror or why}); "
-            f"give another with {flag} HOST:PORT, or port 0 for any free one"
+            f"cannot listen on {host}:{port} ({why.strerror or why}); choose another address "
+            f"with {flag} HOST:PORT, or port 0 for any free port"
         ) from None
 
 
@@ -105,7 +105,7 @@ def exposure(listening: socket.socket) -> str | None:
     """Return what to warn of, where others than this machine can reach the page."""
     if is_loopback(listening):
         return None
-    return f"whoever reaches this machine can read the page at {url_of(listening)}"
+    return f"anyone who can reach this machine can read the page at {url_of(listening)}"
 
 
 # --- the life of the server --------------------------------------------------------------------
@@ -154,7 +154,7 @@ async def _guarded(server: _Server, listening: socket.socket) -> None:
     try:
         await server.serve(sockets=[listening])
     except Exception as why:  # the run must not end because nobody can look at it
-        warn(f"the page has failed ({why!r}); the run goes on without it")
+        warn(f"the page failed ({why!r}); the run goes on without it")
 
 
 # --- what it answers ---------------------------------------------------------------------------

@@ -219,11 +219,11 @@ def parse_selection(text: str) -> Selection:
         return _RULES[text]
     name, _, given = text.partition(":")
     if name != "fastest":
-        raise ValueError(f"'{text[:60]}' is none of {', '.join(NAMES)}")
+        raise ValueError(f"'{text[:60]}' is unknown; choose one of {', '.join(NAMES)}")
     try:
         floor = float(given) if given else _FLOOR
     except ValueError:
         floor = math.nan
     if not 0 <= floor <= 1:
-        raise ValueError(f"'{text[:60]}' needs a part from 0 to 1, as in fastest:{_FLOOR:g}")
+        raise ValueError(f"'{text[:60]}' needs a fraction from 0 to 1, as in fastest:{_FLOOR:g}")
     return Selection(f"fastest:{floor:g}", _FastestFirst(floor))

@@ -67,7 +67,7 @@ class Discount:
         """
         kind, _, given = text.partition(":")
         if kind not in _KINDS:
-            raise ValueError(f"'{text[:60]}' is none of {', '.join(_KINDS)}")
+            raise ValueError(f"'{text[:60]}' is unknown; choose one of {', '.join(_KINDS)}")
         default = _KINDS[kind][1]
         try:
             args = tuple(float(one) for one in given.split(",")) if given else default

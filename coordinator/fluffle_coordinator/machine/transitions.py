@@ -87,9 +87,9 @@ def _try_to_open(state: State, now: float, out: Effects) -> State:
     rules = state.rules
     if now >= state.waiting_since + rules.wait_s:
         reason = (
-            "no first weights came"
+            "no first weights arrived"
             if _has_enough(state)
-            else f"{len(state.workers)} of {wanted(state)} workers came"
+            else f"{len(state.workers)} of {wanted(state)} workers joined"
         )
         return _end(state, "stopped", f"{reason} in {rules.wait_s:.0f} s (--wait-workers)", out)
     return state if state.has_weights else _try_to_init(state, now, out)
@@ -221,13 +221,13 @@ def _all_failed(state: State) -> bool:
 
 def _too_long(state: State) -> str:
     return (
-        f"{_standing(state, state.rules.max_round_s)}; "
-        "a round may be open for no longer (--max-round)"
+        f"{_standing(state, state.rules.max_round_s)}; no round may stay open longer (--max-round)"
     )
 
 
 def _standing(state: State, seconds: float) -> str:
-    missing = f"missing: {', '.join(state.missing)}" if state.missing else "nobody else is here"
+    named = ", ".join(state.missing)
+    missing = f"missing: {named}" if named else "no other worker is connected"
     return (
         f"round {state.round} has {state.folded} of {state.needed} updates "
         f"after {seconds:.0f} s, {missing}"
@@ -272,9 +272,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     else:
         stuck = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if stuck > rules.max_reopenings:
-        reason = (
-            f"{reason}; reopened {rules.max_reopenings} times, and nobody advanced (--deadline)"
-        )
+        reason = f"{reason}; reopened {rules.max_reopenings} times without progress (--deadline)"
         return _end(state, "stopped", reason, out)
     return _reopen(state.but(reopenings=stuck, reopened_with=state.folded), reason, now, out)
 

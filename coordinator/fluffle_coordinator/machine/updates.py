@@ -33,7 +33,11 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     """Take in that an update has come: fold it, hold it, or say why not."""
     handle, ticket = event.handle, _ticket(state, event)
     if event.run != state.run:
-        out.append(Reject(handle, f"it is of run {event.run}, this is run {state.run}", "run"))
+        out.append(
+            Reject(
+                handle, f"it belongs to run {event.run}; this coordinator runs {state.run}", "run"
+            )
+        )
         return state
     if state.has_counted(ticket, event.round):
         out += [
@@ -48,7 +52,7 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
         return state
     began_with = state.base_of(event.round)
     if event.base != began_with:
-        trained = f"it was trained from the weights {event.base}, round {event.round} began with"
+        trained = f"it was trained from the weights {event.base}; round {event.round} began with"
         _reject(event, f"{trained} {began_with}", out)
         return state
     if ticket.sequence > max(state.sequence, event.round) + TICKETS_LEFT_OUT:

@@ -264,7 +264,7 @@ class Aggregator:
         delta, norm = decode_contribution(message, payload, self._base, self._plan)
         if norm > how.max_norm:
             raise MalformedMessage(
-                f"the norm of the update is {norm:.3g}, at most {how.max_norm:.3g} is taken "
+                f"the norm of the update is {norm:.3g}; the limit is {how.max_norm:.3g} "
                 "(--max-norm-ratio)",
                 "norm",
             )

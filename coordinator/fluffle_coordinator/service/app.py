@@ -190,7 +190,7 @@ async def coordinate(
         if fresh:
             aside = store.start_afresh()
             if aside is not None:
-                watcher.record(run_events.Repaired(what=f"the earlier run is in {aside} now"))
+                watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
         saved = store.load(settings.federation)
         check_same(settings.strategy, saved, store.folder)
         _check_beginning(settings.init, store, saved, watcher)
@@ -257,7 +257,7 @@ def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: 
     try:
         other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
     except UsageError as why:  # the run has its own copy
-        watcher.record(run_events.Note(what=f"--init is not needed any more, and not used: {why}"))
+        watcher.record(run_events.Note(what=f"--init is no longer needed, and is ignored: {why}"))
         return
     if other:
         raise UsageError(other)
@@ -297,7 +297,7 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
         check_finite(weights)
         check_names(weights)
     except ValueError as wrong:
-        raise UsageError(f"{file} is no model to begin with: {wrong}") from None
+        raise UsageError(f"{file} cannot be used as first weights: {wrong}") from None
     metadata = {
         "task": metadata.get("task", ""),
         "classes": metadata.get("classes", "[]"),

@@ -139,8 +139,9 @@ class Committer:
             return laid_on_disk(delta, self._store.folder)
         except OSError as why:
             raise RunError(
-                f"cannot lay an update of the open round in {self._store.folder} ({why.strerror}); "
-                "make room there and run the same command again: no update is lost"
+                f"cannot write an update of the open round to {self._store.folder} "
+                f"({why.strerror}); make room there and run the same command again: no update "
+                "is lost"
             ) from None
 
     def commit(self, average: Average) -> None:

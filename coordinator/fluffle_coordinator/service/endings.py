@@ -60,11 +60,11 @@ def after_a_stop(state: State, folder: Path) -> str:
     same = f"the same command (without --fresh) goes on with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
-            f"if the model or the classes have changed since this run began, --fresh begins a new "
-            f"run and moves the one in {folder} aside; otherwise, once the workers are mended, "
-            f"{same}"
+            "if the model or the classes have changed since this run began, --fresh begins a "
+            f"new run and moves the one in {folder} aside; otherwise, once the workers are "
+            f"fixed, {same}"
         )
-    return f"once that is put right, {same}"
+    return f"once that is fixed, {same}"
 
 
 def other_beginning(file: Path, first: Mapping[str, Array], given: Mapping[str, Array]) -> str:

@@ -55,7 +55,7 @@ class GuardedSchedule(Schedule[State]):
         """See ``Schedule``; a part is from 0 to 1."""
         found = self._number("discount()", self.schedule.discount, staleness)
         if not 0 <= found <= 1:
-            raise self._wrong("discount()", f"it returned {found!r}, not a part from 0 to 1")
+            raise self._wrong("discount()", f"it returned {found!r}, not a number from 0 to 1")
         return found
 
     def needed(self, state: State) -> int:
@@ -107,7 +107,7 @@ class GuardedSchedule(Schedule[State]):
         found = tuple(_call(self._what, where, function, state, *on))
         for name in found:
             if name not in state.workers:
-                raise self._wrong(where, f"it named {name!r:.60}, and no such worker is here")
+                raise self._wrong(where, f"it named {name!r:.60}, but no such worker is connected")
         return tuple(dict.fromkeys(found))
 
 

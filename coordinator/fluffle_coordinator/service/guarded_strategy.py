@@ -63,7 +63,9 @@ class GuardedStrategy:
             _check_tensors(found)
             check_finite(found)
         except ValueError as wrong:
-            raise self._wrong("broadcast()", f"it returned what cannot be sent: {wrong}") from None
+            raise self._wrong(
+                "broadcast()", f"it returned tensors that cannot be sent: {wrong}"
+            ) from None
         return _own(found, found)
 
     def fold(self, state: Any, one: Contribution) -> Any:
@@ -89,7 +91,9 @@ class GuardedStrategy:
             _check_tensors(found)
             check_signature(as_kept(found))  # their names are longer there
         except ValueError as wrong:
-            raise self._wrong("dump()", f"it returned no state that can be kept: {wrong}") from None
+            raise self._wrong(
+                "dump()", f"it returned a state that cannot be saved: {wrong}"
+            ) from None
         return {name: np.asarray(tensor) for name, tensor in found.items()}
 
     def spent(self, number: int) -> dict[str, float]:
@@ -126,7 +130,7 @@ class GuardedStrategy:
             same_form(new, weights)
             check_finite(new)
         except ValueError as wrong:
-            raise self._wrong("finish()", f"it returned no model: {wrong}") from None
+            raise self._wrong("finish()", f"it returned an invalid model: {wrong}") from None
         return _own(new, weights), emptied
 
     def _call(self, what: str, function: Callable[..., _T], *on: Any) -> _T:

@@ -168,8 +168,8 @@ class Intake:
             code, reason = (
                 "protocol",
                 (
-                    f"worker {hello.worker} speaks protocol {hello.protocol}, this coordinator "
-                    f"{PROTOCOL}; install the same version of fluffle on both sides"
+                    f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
+                    f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
                 ),
             )
         self._record(run_events.Refused(worker=hello.worker, reason=reason))
@@ -249,7 +249,8 @@ class Intake:
                 delivery.ack()
             case FirstWeights() | Exchange(worker=str()):
                 raise MalformedMessage(
-                    f"it is of run {message.run}, this is run {self._state().run}", "run"
+                    f"it belongs to run {message.run}; this coordinator runs {self._state().run}",
+                    "run",
                 )
             case _:
                 raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
@@ -262,7 +263,8 @@ class Intake:
             self._aggregator.take_first(held)
         else:
             raise MalformedMessage(
-                f"first weights were asked of {self._state().init_asked}, not of {worker}", "sender"
+                f"first weights were requested from {self._state().init_asked}, not from {worker}",
+                "sender",
             )
 
     def _reject(

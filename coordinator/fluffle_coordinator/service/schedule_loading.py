@@ -63,7 +63,7 @@ def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
         phi = timing.staleness or POLYNOMIAL
         told = f"quorum:late=discount,max_staleness={oldest},staleness={phi}"
         return told, QuorumRounds(max_staleness=oldest, phi=phi)
-    _refuse(stale, "is for fluffle's own schedules; yours says it itself")
+    _refuse(stale, "is for fluffle's own schedules; your schedule decides this itself")
     _refuse({"--late discount": discounts or None}, "goes with --schedule quorum")
     if ":" not in name:
         raise UsageError(
@@ -122,8 +122,8 @@ def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
     found = place.found(_CALLERS)
     if isinstance(found, type):
         raise UsageError(
-            f"--schedule {name} is a class, not a schedule; make an object of it there, and name "
-            "that"
+            f"--schedule {name} is a class, not a schedule; create an instance in the file, "
+            "and name that"
         )
     missing = [f"{one}()" for one in _METHODS if not callable(getattr(found, one, None))]
     missing += [
@@ -133,7 +133,7 @@ def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
     ]
     if missing:
         raise UsageError(
-            f"--schedule {name} is no schedule: this {type(found).__name__} lacks "
+            f"--schedule {name} is not a schedule: this {type(found).__name__} lacks "
             f"{', '.join(missing)}; inherit from fluffle_coordinator.machine.schedule.Schedule"
         )
     return place.called, GuardedSchedule(place.called, found, found.max_staleness, found.continuous)

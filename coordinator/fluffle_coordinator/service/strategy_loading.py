@@ -68,8 +68,8 @@ def _checked(name: str, found: Any) -> Any:
     attribute = name.rpartition(":")[2]
     if isinstance(found, type):
         raise UsageError(
-            f"--strategy {name} is a class, not a strategy; make an object of it there, such as "
-            f"my_{attribute.lower()} = {attribute}(), and name that"
+            f"--strategy {name} is a class, not a strategy; create an instance in the file, "
+            f"such as my_{attribute.lower()} = {attribute}(), and name that"
         )
     missing = [f"{one}()" for one in _METHODS if not callable(getattr(found, one, None))]
     if not isinstance(getattr(found, "needs", None), Needs):
@@ -78,8 +78,8 @@ def _checked(name: str, found: Any) -> Any:
         of = type(found).__name__
         hint = "; if it makes one, call it there and name what it returns" * (of == "function")
         raise UsageError(
-            f"--strategy {name} is no strategy: this {of} lacks {', '.join(missing)}; pipeline() "
-            f"makes one that has them{hint}"
+            f"--strategy {name} is not a strategy: this {of} lacks {', '.join(missing)}; "
+            f"pipeline() makes one that has them{hint}"
         )
     return found
 
@@ -142,8 +142,8 @@ def rules_for(
 def _check_once(named: NamedStrategy, rules: Rules, schedule_name: str) -> None:
     if schedule_name != "quorum":
         raise UsageError(
-            f"the strategy {named.name} needs synchronous rounds in which late updates do not "
-            f"count, and not the schedule {schedule_name}; leave --schedule and --late out"
+            f"the strategy {named.name} needs synchronous rounds that discard late updates, "
+            f"and not the schedule {schedule_name}; leave --schedule and --late out"
         )
     if rules.max_norm_ratio is not None:
         raise UsageError(

@@ -76,7 +76,7 @@ class History:
         try:
             lines = _parse(whole)
         except ValueError as why:
-            raise RunError(f"{self.path}: {why}; mend it, or --fresh starts a new run") from None
+            raise RunError(f"{self.path}: {why}; repair it, or --fresh starts a new run") from None
         if whole == data:
             return lines, []
         self._put_aside(data[len(whole) :])

@@ -167,7 +167,9 @@ def _committed_line(run: Path, number: int) -> dict[str, Any]:
     }
     if number not in committed:
         last = max(committed, default=0)
-        raise UsageError(f"round {number} of {run} is not committed; the last that is, is {last}")
+        raise UsageError(
+            f"round {number} of {run} is not committed; the last committed round is {last}"
+        )
     return committed[number]
 
 

@@ -74,8 +74,8 @@ def check_metrics(message: Update, names: Iterable[str]) -> None:
     for name in names:
         if name not in message.metrics:
             raise MalformedMessage(
-                f"the update has no metric '{name}', which the strategy of this run needs; let the "
-                "task report it"
+                f"the update has no metric '{name}', which the strategy of this run needs; the "
+                "task must report it"
             )
 
 

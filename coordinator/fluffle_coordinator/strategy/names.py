@@ -48,12 +48,14 @@ PARTS = {
     "clip": Part("transform", clipping.clip, "scale larger updates down to a norm"),
     FEDAVG.name: Part("mean", weighted, "the mean by numbers of examples"),
     "uniform": Part("mean", linear.uniform, "the mean with equal weights"),
-    "qfedavg": Part("mean", linear.q_fair, "more weight for workers of a larger loss"),
-    "fednova": Part("mean", linear.normalised, "the mean progress a local step"),
+    "qfedavg": Part("mean", linear.q_fair, "more weight for workers with a larger loss"),
+    "fednova": Part("mean", linear.normalised, "the mean progress per local step"),
     "median": Part("mean", robust.median, "the median of each coordinate"),
-    "trimmed": Part("mean", robust.trimmed_mean, "each coordinate's mean without both its ends"),
+    "trimmed": Part(
+        "mean", robust.trimmed_mean, "the mean of each coordinate without its extremes"
+    ),
     "krum": Part("mean", robust.krum, "the update closest to its neighbours"),
-    "multikrum": Part("mean", robust.multi_krum, "the mean of the m best of krum"),
+    "multikrum": Part("mean", robust.multi_krum, "the mean of the m updates that krum ranks best"),
     "rfa": Part("mean", robust.rfa, "the geometric median"),
     "dp": Part("mean", private, "clipped updates with noise, for differential privacy"),
     "fedavgm": Part("server step", server_steps.momentum, "momentum"),

@@ -77,7 +77,7 @@ def optax_step(optimizer: str, **arguments: Any) -> OptaxStep:
     except Exception as wrong:
         raise ValueError(f"optax.{optimizer} refuses its arguments: {wrong}") from None
     if not isinstance(made, optax.GradientTransformation):
-        raise ValueError(f"optax.{optimizer} makes no optimizer; name one such as adamw")
+        raise ValueError(f"optax.{optimizer} is not an optimizer; name one such as adamw")
     return OptaxStep(made)
 
 

@@ -24,14 +24,14 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--clients", type=count(), default=3, help="Number of clients.")
-@click.option("--per-client", type=count(10), default=250, help="Letters of each writer.")
+@click.option("--per-client", type=count(10), default=250, help="Number of letters per writer.")
 @click.option(
     "--unseen",
     type=count(0),
     default=1,
     help="Number of additional writers for scoring, on whom no worker should train.",
 )
-@click.option("--seed", type=SEED, default=1, help="The same seed, the same letters.")
+@click.option("--seed", type=SEED, default=1, help="Seed of the drawings.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw handwritten letters A to J, as different people would.
 

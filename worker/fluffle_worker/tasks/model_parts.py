@@ -105,10 +105,13 @@ class ModelParts:
         names = ", ".join(list(all_named)[:8]) + (", …" if len(all_named) > 8 else "")
         if not self.form:
             raise TaskError(
-                f"none of the model's tensors travels by federated= and frozen=; it has {names}"
+                "federated= and frozen= leave no tensor of the model to send; the model has "
+                f"{names}"
             )
         if not any(isinstance(leaf, nnx.Param) for _, leaf in trained):
-            raise TaskError(f"none of the model's parameters trains by frozen=; it has {names}")
+            raise TaskError(
+                f"frozen= leaves no parameter of the model to train; the model has {names}"
+            )
         _check_names([tensor_name(path) for path, _ in trained])
 
 

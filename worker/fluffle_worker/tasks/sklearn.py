@@ -59,8 +59,8 @@ class SklearnTask:
             estimator, "average", False
         ):
             raise TaskError(
-                f"{called} is of no use here: an estimator with partial_fit() and without average= "
-                "is expected, such as SGDClassifier"
+                f"{called} cannot be federated: an estimator with partial_fit() and without "
+                "average= is expected, such as SGDClassifier"
             )
         for what, data in (("train_data", train_data), ("valid_data", valid_data)):
             if data is not None and data[0].shape[0] != len(data[1]):

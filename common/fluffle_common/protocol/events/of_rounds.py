@@ -25,7 +25,7 @@ class Opened(RunEvent):
     deadline_s: Number = None
 
 
-@event("reopened", "{reason}; opened again for {asked}", "odd")
+@event("reopened", "{reason}; reopened for {asked}", "odd")
 class Reopened(RunEvent):
     """A round is open again, after its deadline passed."""
 
@@ -36,7 +36,7 @@ class Reopened(RunEvent):
     reason: Text = None
 
 
-@event("closed", "{reason}; closed with what is there", "odd")
+@event("closed", "{reason}; closed with the updates that have arrived", "odd")
 class Closed(RunEvent):
     """A round was closed at its deadline with fewer updates than its quorum."""
 
@@ -44,7 +44,7 @@ class Closed(RunEvent):
     reason: Text = None
 
 
-@event("quorum", "round {round}: {needed} updates are needed now, not {was}: {reason}")
+@event("quorum", "round {round}: needs {needed} updates now instead of {was} ({reason})")
 class Quorum(RunEvent):
     """The quorum of an open round has shrunk."""
 
@@ -93,7 +93,7 @@ class Late(RunEvent):
     num_examples: Whole = None
 
 
-@event("duplicate", "round {round}: update of {worker} came again, it is counted already", "odd")
+@event("duplicate", "round {round}: update of {worker} arrived again; it is already counted", "odd")
 class Duplicate(RunEvent):
     """An update came again after its round was committed."""
 
@@ -101,7 +101,7 @@ class Duplicate(RunEvent):
     round: Whole = None
 
 
-@event("resend", "asking {worker} for its update again: {reason}", "odd")
+@event("resend", "asking {worker} to send its update again: {reason}", "odd")
 class Resend(RunEvent):
     """A worker is asked for its update again."""
 
@@ -148,8 +148,8 @@ class Stalled(RunEvent):
 
 @event(
     "overweight",
-    "round {round}: the update of {worker} says {num_examples} examples and counts "
-    "with {limit}, as {worker} announced or --max-examples allows",
+    "round {round}: the update of {worker} claims {num_examples} examples and counts as "
+    "{limit}: {worker} announced no more, or --max-examples allows no more",
 )
 class Overweight(RunEvent):
     """An update says more examples (``num_examples``) than count (``limit``)."""
@@ -162,8 +162,8 @@ class Overweight(RunEvent):
 
 @event(
     "outlier",
-    "round {round}: the norm of the update of {worker} is {norm:.3g}, the median of the "
-    "round {median:.3g}: look at its data, or refuse such updates (--max-norm-ratio)",
+    "round {round}: the norm of the update of {worker} is {norm:.3g}, the median of the round "
+    "is {median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
 )
 class Outlier(RunEvent):
     """An update's norm is far outside the round's distribution."""

@@ -75,7 +75,7 @@ class NoBroker(OfTheBroker):
     pause_s: Number = None
 
 
-@event("standby", "another coordinator has {what}; waiting as a standby", "odd")
+@event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
 class Standby(RunEvent):
     """Another coordinator holds the run folder or the federation."""
 
@@ -95,7 +95,7 @@ class Note(RunEvent):
 
 @event(
     "blocked",
-    "the broker takes no messages for now ({reason}); what there is to send waits",
+    "the broker accepts no messages for now ({reason}); messages to send are waiting",
 )
 class Blocked(RunEvent):
     """The broker has stopped taking messages."""
@@ -103,15 +103,15 @@ class Blocked(RunEvent):
     reason: Text = None
 
 
-@event("unblocked", "the broker takes messages again")
+@event("unblocked", "the broker accepts messages again")
 class Unblocked(RunEvent):
     """The broker takes messages again."""
 
 
 @event(
     "no_journal",
-    "this run has no journal: {reason}; 'fluffle explain' and 'fluffle journal' have "
-    "nothing to tell of it, all else is as ever",
+    "this run has no journal ({reason}); 'fluffle explain' and 'fluffle journal' cannot show "
+    "it, everything else works",
 )
 class NoJournal(RunEvent):
     """The broker has no streams."""
@@ -136,7 +136,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} events from before this one are lost: they could not be sent for too long")
+@event("gap", "{dropped} earlier events are missing here: they could not be sent for too long")
 class Gap(RunEvent):
     """So many events before this one are not in the journal."""
 
@@ -168,8 +168,8 @@ class Waiting(RunEvent):
 
 @event(
     "untold",
-    "could not tell the workers that the run has ended: no broker for {waited_s:.0f} s; "
-    "stop them by hand",
+    "could not tell the workers that the run has ended: no broker for {waited_s:.0f} s; stop "
+    "the workers by hand",
 )
 class Untold(RunEvent):
     """The workers could not be told of the end."""
@@ -244,7 +244,7 @@ class Init(RunEvent):
     worker: Text = None
 
 
-@event("first_weights", "first weights are there: {tensors} tensors, {parameters:,} parameters")
+@event("first_weights", "received the first weights: {tensors} tensors, {parameters:,} parameters")
 class FirstWeights(RunEvent):
     """The weights that the run begins with are on disk."""
 

@@ -49,7 +49,7 @@ class Loaded(OfAWorker):
 
 @event(
     "alone",
-    "nobody has made the queues of federation {federation} yet; waiting for a coordinator",
+    "federation {federation} has no queues yet; waiting for a coordinator",
 )
 class Alone(OfAWorker):
     """This worker is here before any coordinator."""
@@ -59,8 +59,8 @@ class Alone(OfAWorker):
 
 @event(
     "occupied",
-    "another worker has this id; waiting up to {pause_s:.0f} s, in case it is a connection of our "
-    "own that was cut and lives on in the broker",
+    "another worker has this id; waiting up to {pause_s:.0f} s, in case it is our own earlier "
+    "connection, which the broker has not closed yet",
     "odd",
 )
 class Occupied(OfAWorker):
@@ -90,7 +90,7 @@ class Begun(OfAWorker):
         return self.words.format_map({**self._spoken(), "doing": _BEGUN.get(self.kind or "", "?")})
 
 
-@event("abandoned", "round {round}: closed without us; taking the next", "odd")
+@event("abandoned", "round {round}: closed without this worker's update; taking newer work", "odd")
 class Abandoned(OfAWorker):
     """Nobody wants the work under way any more."""
 
@@ -128,8 +128,8 @@ class Unsent(OfAWorker):
 
 @event(
     "not_counted",
-    "round {round}: the update was refused: {reason}; it is trained anew if the round is asked for "
-    "again",
+    "round {round}: the update was rejected: {reason}; it is trained again if the round is "
+    "asked for again",
     "bad",
 )
 class NotCounted(OfAWorker):

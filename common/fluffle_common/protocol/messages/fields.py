@@ -39,8 +39,8 @@ def _not_too_long(classes: tuple[str, ...]) -> tuple[str, ...]:
     size_bytes = sum(len(name.encode()) for name in classes)
     if size_bytes > MAX_CLASSES_BYTES:
         raise ValueError(
-            f"the names of {len(classes)} classes have {size_bytes} bytes, "
-            f"at most {MAX_CLASSES_BYTES} are taken"
+            f"the names of {len(classes)} classes have {size_bytes} bytes; the limit is "
+            f"{MAX_CLASSES_BYTES}"
         )
     return classes
 

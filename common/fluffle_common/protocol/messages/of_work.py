@@ -59,8 +59,8 @@ class Compression(Model):
             return cls(kind=kind, settings=rest if colon else None)
         except ValueError:
             raise ValueError(
-                f"'{text[:60]}' names no codec; bf16, f16, int8, topk:0.01 or NAME[:SETTINGS] is "
-                "expected"
+                f"'{text[:60]}' is not a codec; bf16, f16, int8, topk:0.01 or NAME[:SETTINGS] "
+                "is expected"
             ) from None
 
     def __str__(self) -> str:

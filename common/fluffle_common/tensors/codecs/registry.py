@@ -59,8 +59,8 @@ class Registry:
         checked = check_codec(codec, where)
         if checked.name in OWN_NAMES:
             raise UsageError(
-                f"{where} has the name '{checked.name}', which is one of fluffle's own codecs; "
-                "give it another name"
+                f"{where} has the name of one of fluffle's own codecs, '{checked.name}'; "
+                "choose another name"
             )
         self._codecs[checked.name] = checked
         return checked

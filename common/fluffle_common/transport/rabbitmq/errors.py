@@ -123,12 +123,13 @@ def _otherwise(text: str) -> str:
     found = _ARGUMENT.search(text)
     if found is None or found["argument"] in ("x-queue-type", "type"):
         return (
-            f"the broker has it with other settings ({text}); use the same --queue-type "
-            "everywhere, or delete the old queue"
+            f"it already exists on the broker with different arguments ({text}); use the same "
+            "--queue-type everywhere, or delete the old queue"
         )
     return (
-        f"queue '{found['name']}' was made by another version of fluffle ({text}); stop who uses "
-        f"it, delete it with 'rabbitmqctl delete_queue {found['name']}', and start again"
+        f"queue '{found['name']}' was made by another version of fluffle ({text}); stop "
+        f"everyone who uses it, delete it with 'rabbitmqctl delete_queue {found['name']}', and "
+        "start again"
     )
 
 
@@ -153,7 +154,7 @@ def meaning(text: str, user: str = "", right: Right | None = None) -> Error:
         )
     if found := _OTHER_USER.search(text):
         return BrokerError(
-            f"messages are sent as {who}, and the broker knows this connection as user "
+            f"messages are sent as {who}, but this connection belongs to user "
             f"'{found['user']}'; put that name into --url amqp://user:password@host"
         )
     if _LIMIT.search(text):

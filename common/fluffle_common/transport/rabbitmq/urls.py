@@ -47,8 +47,8 @@ def parse_urls(text: str) -> list[URL]:
     urls = [_parse(url) for url in split_urls(text)]
     if len({url.path for url in urls}) > 1:
         raise UsageError(
-            "the brokers of one cluster have the same vhosts; "
-            "let every URL in --url end in the same /vhost"
+            "the nodes of a cluster share their vhosts: every URL in --url must end in the "
+            "same /vhost"
         )
     return urls
 
@@ -111,7 +111,9 @@ def _decoded(cadata: str | None) -> bytes | None:
 
 
 def _no_password() -> str:
-    raise ValueError("the key has a passphrase; take it off, nobody is there to type it")
+    raise ValueError(
+        "the key has a passphrase, and there is nobody to type it; remove the passphrase"
+    )
 
 
 def _parse(url: str) -> URL:

@@ -1,0 +1,82 @@
+"""The options of ``fluffle coordinator`` for local training and for what updates contain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fluffle_common.cli.app import FiniteFloat, count
+from fluffle_common.cli.config_file import KeyValue
+from fluffle_coordinator.cli.compress import CompressType
+
+_OPTIONS = [
+    click.option("--epochs", type=count(), default=1, help="Local epochs a round."),
+    click.option(
+        "--steps",
+        type=count(),
+        help="Local training steps a round, in place of --epochs.",
+    ),
+    click.option("--batch-size", type=count(), default=32, help="Local batch size."),
+    click.option(
+        "--learning-rate",
+        type=FiniteFloat(0, min_open=True),
+        help="Local learning rate.  [default: the task's own]",
+        show_default=False,
+    ),
+    click.option(
+        "--learning-rate-schedule",
+        default="constant",
+        metavar="NAME",
+        help=(
+            "How --learning-rate changes over the rounds: constant, cosine, exponential:FACTOR, "
+            "or step:ROUNDS,FACTOR."
+        ),
+    ),
+    click.option(
+        "--config",
+        type=KeyValue(),
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An extra setting for the tasks; may be given several times.",
+    ),
+    click.option(
+        "--upload-dtype",
+        type=click.Choice(["float32", "bf16", "f16"]),
+        default="float32",
+        help=(
+            "Round the floats of updates on the wire: bf16 and f16 halve the bytes, float32 "
+            "changes nothing."
+        ),
+    ),
+    click.option(
+        "--compress",
+        type=CompressType(),
+        metavar="int8|topk:FRACTION|PATH.PY:NAME",
+        help=(
+            "Send updates as 8-bit integers with scales (int8, about a quarter of the bytes), or "
+            "only their largest values (topk:0.01 sends one in a hundred). What is left out is "
+            "added to the worker's next update. Or use your own codec (docs/codecs.md).  "
+            "[default: neither]"
+        ),
+        show_default=False,
+    ),
+    click.option(
+        "--train",
+        multiple=True,
+        metavar="TENSOR",
+        help=(
+            "Train only this tensor of the model, or all that begin with a prefix, such as "
+            "'head/*'; may be given several times. The others stay unchanged and do not travel "
+            "back.  [default: all]"
+        ),
+        show_default=False,
+    ),
+]
+
+
+def plan_options(command: Any) -> Any:
+    """Add the options to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
