@@ -346,7 +346,7 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
         (Timing(staleness=Discount()), "--staleness goes with"),
         (Timing(schedule="buffered", late="discount"), "--late discount goes with"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
-        (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is no schedule"),
+        (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is not a schedule"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
     ],
 )

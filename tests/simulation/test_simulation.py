@@ -203,7 +203,7 @@ class TestDevices:
         "text", ["", "normal:1", "classes:", "lognormal:1", "-1", "nan", "inf"]
     )
     def test_what_is_no_spread_is_refused(self, text):
-        with pytest.raises(UsageError, match="is no spread"):
+        with pytest.raises(UsageError, match="is not a distribution"):
             devices(2, step_s=text)
 
     def test_a_line_that_carries_nothing_is_refused(self):
@@ -217,7 +217,7 @@ class TestDevices:
         ({"url": "amqp://127.0.0.1"}, "has no url=: its broker is in memory"),
         ({"test_every": 0}, "test_every = 0 must be at least 1"),
         ({"clients": 0}, "clients = 0 must be at least 1"),
-        ({"clients": 3}, "clients = 3, and there are 2 tasks"),
+        ({"clients": 3}, "clients = 3, but there are 2 tasks"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "'often' is no availability"),
     ],
