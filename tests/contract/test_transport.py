@@ -33,7 +33,8 @@ from fluffle_common.transport.base import (
     Unroutable,
 )
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
-from fluffle_common.transport.messaging import PartsGone, Route, fetch, reject, send_tensors
+from fluffle_common.transport.messaging import Route, reject, send_tensors
+from fluffle_common.transport.parts import PartsGone, fetch
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 

@@ -31,7 +31,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable
-from fluffle_common.transport.messaging import PartsGone, fetch
+from fluffle_common.transport.parts import PartsGone, fetch
 from fluffle_coordinator.conformance.findings import Taken, Unmet
 from fluffle_coordinator.conformance.listener import RUNS, Asked, Conduct, Listener
 from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
