@@ -152,8 +152,8 @@ def test_a_worker_of_another_version_is_told_so_in_its_own_and_so_is_the_operato
             await link.publish(body, Properties(type="hello", message_id="h"), **route)
         told = await coordinator.log.until("refused")
         assert told["reason"] == (
-            f"worker old speaks protocol {protocol}, this coordinator 2; install the same version "
-            "of fluffle on both sides"
+            f"worker old speaks protocol {protocol}, but this coordinator speaks protocol 2; "
+            "install the same version of fluffle on both sides"
         )
         await asyncio.sleep(5)
         assert len(coordinator.log.of("refused")) == 1

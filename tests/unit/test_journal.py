@@ -231,7 +231,7 @@ async def test_more_than_can_be_kept_drops_the_oldest_and_says_how_many(broker):
     assert events[0].fields == {"dropped": 4}
     assert [event.fields["round"] for event in events[1:]] == [5, 6, 7, 8]
     assert [event.number for event in events] == [1, 2, 3, 4, 5]
-    assert from_fields("gap", events[0].fields).sentence().startswith("4 events")
+    assert from_fields("gap", events[0].fields).sentence().startswith("4 earlier events")
 
 
 @pytest.mark.parametrize("wrong", [QueueFull("no room"), Unroutable("no stream")])

@@ -94,8 +94,8 @@ MUTANTS = [
     Mutant(
         "takes another run's updates",
         updates,
-        "    if event.run != state.run:\n        out.append(Reject",
-        "    if False:\n        out.append(Reject",
+        "    if event.run != state.run:\n        reason = ",
+        "    if False:\n        reason = ",
         "test_what_is_not_of_this_round_is_rejected_with_the_reason",
     ),
     Mutant(

@@ -33,11 +33,8 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     """Take in that an update has come: fold it, hold it, or say why not."""
     handle, ticket = event.handle, _ticket(state, event)
     if event.run != state.run:
-        out.append(
-            Reject(
-                handle, f"it belongs to run {event.run}; this coordinator runs {state.run}", "run"
-            )
-        )
+        reason = f"it belongs to run {event.run}; this coordinator runs {state.run}"
+        out.append(Reject(handle, reason, "run"))
         return state
     if state.has_counted(ticket, event.round):
         out += [
