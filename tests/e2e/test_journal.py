@@ -128,7 +128,9 @@ def test_a_killed_worker_is_named_by_explain_while_the_round_is_stuck(
     assert [program.end() for program in (coordinator, *workers, again)] == [0, 0, 0, 0]
     told = "\n".join(lines(federation, "explain"))
     assert "is committed" in told
-    assert re.search(r"The longest wait was for shard-2-3: it .*answered .* after shard-[01]-3\.", told)
+    assert re.search(
+        r"The longest wait was for shard-2-3: it .*answered .* after shard-[01]-3\.", told
+    )
 
 
 def test_a_coordinator_that_was_killed_or_stopped_appears_as_resumed(
