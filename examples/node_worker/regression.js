@@ -29,6 +29,12 @@ export class Regression {
     return [asTensor('slopes', [3], [0, 0, 0]), asTensor('intercept', [], [0])];
   }
 
+  /** Refuse weights from which nothing can be learnt. */
+  check(weights) {
+    const { w, b } = find(weights);
+    if (![...w, b].every(Number.isFinite)) throw new Error('the weights are not finite');
+  }
+
   evaluate(weights) {
     const { w, b } = find(weights);
     return { num_examples: this.heldOut.length, loss: loss(this.heldOut, w, b) };

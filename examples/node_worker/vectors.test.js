@@ -43,7 +43,7 @@ for (const { name, body } of vectors.unsound) {
 }
 
 for (const { name, body, cause } of vectors.unsound_fits) {
-  // Weights that are not finite are found in the training, which then fails.
+  // Weights that are not finite are found by the task, before it trains.
   if (cause === 'not_finite') continue;
   test(`unsound fit: ${name}`, () => assert.throws(() => read(bytes(body), 'letters'), Malformed));
 }

@@ -199,6 +199,8 @@ class Worker {
     if (!this.hasAnswered(header)) {
       const { run, round, base, sequence, plan, attempt = 0 } = header;
       if (plan.extra) throw new Error('this worker makes no extra tensors');
+      const weights = tensors(header.tensors, payload);
+      this.task.check(weights);
       // The evaluation goes while we train.
       const told = header.evaluate
         ? this.evaluate({ ...header, round: round - 1 }, payload, tell, signal) : undefined;
@@ -206,7 +208,7 @@ class Worker {
       const began = performance.now();
       tell({ state: 'training' });
       const { delta, loss } = await this.task.train(
-        tensors(header.tensors, payload), plan,
+        weights, plan,
         (step, steps, now) => tell({ step, steps, loss: Number.isFinite(now) ? now : undefined }),
         signal,
       );
