@@ -105,9 +105,19 @@ def named_tasks(tasks: Tasks) -> list[LocalTask]:
     if isinstance(tasks, Mapping):
         pairs = list(tasks.items())
     else:
-        width = len(str(len(tasks) - 1))  # so that the names are in the order of the tasks
-        pairs = [(f"worker-{number:0{width}}", task) for number, task in enumerate(tasks)]
+        pairs = list(zip(numbered("worker", len(tasks)), tasks, strict=True))
     return [LocalTask(check_worker(name), _made(name, given)) for name, given in pairs]
+
+
+def numbered(what: str, count: int) -> list[str]:
+    """Return so many names, which are in the order of their numbers.
+
+    Example:
+        >>> numbered("client", 11)[:2]
+        ['client-00', 'client-01']
+    """
+    width = len(str(count - 1))
+    return [f"{what}-{number:0{width}}" for number in range(count)]
 
 
 def _made(name: str, given: Task | MakesTask) -> Task:

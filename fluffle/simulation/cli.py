@@ -12,6 +12,7 @@ import click
 
 from fluffle_common.cli.app import count
 from fluffle_common.cli.config_file import ConfiguredCommand
+from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator, rules_of
 
 if TYPE_CHECKING:
@@ -149,7 +150,6 @@ def simulate(**options: Any) -> None:
     )
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
-    from fluffle_common.errors import RunError
     from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
@@ -212,8 +212,6 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     given = TaskOptions(data=options["data"], worker="simulation", seed=seed)
     whole = load_task(options["task"], given)
     if not isinstance(whole, Divisible):
-        from fluffle_common.errors import UsageError
-
         raise UsageError(
             f"the task {options['task']} cannot be divided among clients (it has no part()); "
             "name the data of each with {client} in --data, such as --data 'shard:{client}/"
@@ -225,7 +223,6 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
 def _plot(whole: Any, options: dict[str, Any]) -> None:
     """Draw who holds what of a task that was divided."""
     from fluffle.simulation.plot import plot_partition
-    from fluffle_common.errors import UsageError
 
     if whole is None:
         raise UsageError("--plot-partition: with {client} in --data, nothing is dealt out")

@@ -41,7 +41,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
-        self.set_default_executor(_InTheLoop(max_workers=1))
+        self.set_default_executor(InTheLoop(max_workers=1))
 
     def time(self) -> float:
         """Return how many seconds have been simulated."""
@@ -59,10 +59,11 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self._now_s += seconds
 
 
-class _InTheLoop(ThreadPoolExecutor):
+class InTheLoop(ThreadPoolExecutor):
     """Does in the loop itself what would be handed to a thread, so that no time passes."""
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Do it, and return what became of it."""
         done: Future[Any] = Future()
         try:
             done.set_result(work(*args, **kwargs))

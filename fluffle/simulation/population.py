@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from fluffle.federation import numbered
 from fluffle.simulation.partition import By, Partition, Parts
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.weights import Array
@@ -31,14 +32,8 @@ class Divisible(Protocol):
 
 
 def names(clients: int) -> list[str]:
-    """Return a name for each client.
-
-    Example:
-        >>> names(11)[:2]
-        ['client-00', 'client-01']
-    """
-    width = len(str(clients - 1))
-    return [f"client-{number:0{width}}" for number in range(clients)]
+    """Return a name for each client."""
+    return numbered("client", clients)
 
 
 def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> dict[str, Task]:

@@ -12,8 +12,9 @@ import queue
 import selectors
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from fluffle.simulation.loop import InTheLoop
 
 _STUCK_S = 5.0  # of real time
 
@@ -52,7 +53,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
-        self.set_default_executor(_AtOnce())
+        self.set_default_executor(InTheLoop(max_workers=1))
 
     def time(self) -> float:
         """Return the time of the tests."""
@@ -74,18 +75,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         while not woken.wait(0.05):
             if self.over:
                 raise _Ended
-
-
-class _AtOnce(ThreadPoolExecutor):
-    """Does what the disk is asked for in the loop itself: it takes no time there."""
-
-    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        try:
-            done.set_result(work(*args, **kwargs))
-        except BaseException as wrong:
-            done.set_exception(wrong)
-        return done
 
 
 class Training:
