@@ -18,7 +18,7 @@ from fluffle_common.protocol.events.base import (
     field_names,
     from_fields,
 )
-from fluffle_common.protocol.events.of_rounds import (
+from fluffle_common.protocol.events.rounds import (
     Closed,
     Committed,
     Counted,
@@ -37,7 +37,7 @@ from fluffle_common.protocol.events.of_rounds import (
     Stalled,
     Tested,
 )
-from fluffle_common.protocol.events.of_runs import (
+from fluffle_common.protocol.events.runs import (
     Blocked,
     Classes,
     Connected,
@@ -66,7 +66,7 @@ from fluffle_common.protocol.events.of_runs import (
     Untold,
     Waiting,
 )
-from fluffle_common.protocol.events.of_workers import (
+from fluffle_common.protocol.events.workers import (
     Abandoned,
     Alone,
     Begun,
