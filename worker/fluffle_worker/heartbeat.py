@@ -23,8 +23,9 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
+from fluffle_worker.frozen import FrozenTensors, introduced
 from fluffle_worker.machine import Work
-from fluffle_worker.signature import UNKNOWN, described
+from fluffle_worker.signature import UNKNOWN
 from fluffle_worker.task import Task, classes_of, num_examples_of
 from fluffle_worker.user_code import sendable
 
@@ -44,16 +45,23 @@ class Presence:
         task: the model and the data.
         topology: where signs of life go.
         form: what the task's model is made of.
+        frozen: the task's frozen tensors.
 
     Raises:
         TaskError: where what the task says of itself is more than may be sent.
     """
 
     def __init__(
-        self, settings: WorkerSettings, task: Task, topology: Topology, form: Signature = UNKNOWN
+        self,
+        settings: WorkerSettings,
+        task: Task,
+        topology: Topology,
+        form: Signature = UNKNOWN,
+        frozen: FrozenTensors | None = None,
     ) -> None:
         self.session = uuid.uuid4().hex[:12]  # new at every process start
         self._topology, self._heartbeat_s = topology, settings.heartbeat_s
+        self._frozen = frozen
         self._ids: dict[str, Any] = {
             "federation": settings.federation,
             "worker": settings.worker,
@@ -64,7 +72,7 @@ class Presence:
             # The end of a path says more than its beginning.
             "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
-            "model": described(form),
+            **introduced(form, frozen),
             "heartbeat_s": settings.heartbeat_s,
         }
         try:
@@ -114,9 +122,8 @@ class Presence:
 
     async def signs_of_life(self, link: Link) -> None:
         """Say hello, then be heard every ``heartbeat_s`` seconds, until the link is lost."""
-        told = {**self._about, **self._doing, "loss": self._loss}
         while True:
-            if await self._say(link, Hello(**self._ids, **told)):
+            if await self._say(link, Hello(**self._ids, **self._told())):
                 break
             await asyncio.sleep(min(self._heartbeat_s, _HELLO_AGAIN_S))
         while True:
@@ -127,13 +134,11 @@ class Presence:
             if link.blocked and self._telling:
                 continue  # one waits already until the broker takes messages again
             # A confirmation may be long in coming, behind a large message: nobody waits for it.
-            told = {**self._about, **self._doing, "loss": self._loss}
-            self._begin_to_say(link, Heartbeat(**self._ids, **told))
+            self._begin_to_say(link, Heartbeat(**self._ids, **self._told()))
 
     async def greet(self, link: Link) -> None:
         """Say hello once more, so that the coordinator binds our queues, which were made anew."""
-        told = {**self._about, **self._doing, "loss": self._loss}
-        await self._say(link, Hello(**self._ids, **told))
+        await self._say(link, Hello(**self._ids, **self._told()))
 
     def speak_up(self) -> None:
         """Give the next sign of life now: a coordinator that has just begun wants to know."""
@@ -154,6 +159,11 @@ class Presence:
         reason = sendable(reason, 2000)
         failure = Failure(**self._ids, run=work.run, round=work.round, reason=reason)
         self._begin_to_say(link, failure)
+
+    def _told(self) -> dict[str, Any]:
+        """Return the fields of a sign of life, as of this moment."""
+        digests = self._frozen.digests if self._frozen else ()
+        return {**self._about, **self._doing, "loss": self._loss, "frozen": digests}
 
     def _begin_to_say(self, link: Link, message: Heartbeat | Failure) -> None:
         async def say() -> None:

@@ -33,6 +33,7 @@ from fluffle_common.tensors.groups import ExtraForm, check_extra, chosen, forms_
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
+from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
@@ -49,8 +50,8 @@ class NotWanted(Exception):
 class Job:
     """A work with its input, and its answer when there is one.
 
-    ``broadcast`` came beside the weights; ``extra`` goes beside the answer's tensors; ``residual``
-    is what the answer leaves unsent.
+    ``broadcast`` came beside the weights; ``extra`` and ``frozen`` go beside the answer's tensors;
+    ``residual`` is what the answer leaves unsent.
     """
 
     work: Work
@@ -62,6 +63,7 @@ class Job:
     evaluation_sent: bool = False
     answer: tuple[Update | FirstWeights, Weights] | None = None
     extra: Weights = field(default_factory=dict)
+    frozen: Weights = field(default_factory=dict)
     residual: Residual = field(default_factory=Residual)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -76,6 +78,7 @@ def execute(
     residual: Callable[[], Residual] = Residual,
     results: Results | None = None,
     form: Signature = UNKNOWN,
+    frozen: FrozenTensors | None = None,
     codecs: Registry = CODECS,
 ) -> None:
     """Do a work and put its answer into the job; blocks, and runs the user's code.
@@ -89,6 +92,7 @@ def execute(
         residual: what the last update that was sent left unsent; asked for after the training.
         results: takes what the task returns.
         form: what the task's own model is made of.
+        frozen: the task's frozen tensors, if they may be needed.
         codecs: those that updates may be encoded by.
 
     Raises:
@@ -101,10 +105,13 @@ def execute(
     ids: dict[str, Any] = {**sender, "run": job.work.run}
     if isinstance(message, InitRequest):
         job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
+        job.frozen = frozen.to_share() if frozen else {}
         return
     differs = difference(layout_for(job.weights).signature, form)
     if differs:
         raise TaskError(differs)
+    if frozen is not None:
+        frozen.use(message.frozen)
     ids["base"] = message.base
     job.evaluation = _evaluated(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):

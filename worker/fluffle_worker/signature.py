@@ -57,11 +57,9 @@ def check_signature(form: Signature) -> None:
         raise TaskError(str(wrong)) from None
 
 
-def described(form: Signature) -> ModelForm | None:
-    """Return a form in short; None where it is not known."""
-    if form == UNKNOWN:
-        return None
-    return form_from((name, dtype.name, shape) for name, dtype, shape in form)
+def described(form: Signature, frozen: Signature = ()) -> ModelForm | None:
+    """Return a form in short, with that of the frozen tensors; None where it is not known."""
+    return None if form == UNKNOWN else form_from(form, frozen)
 
 
 def difference(federation: Signature, own: Signature) -> str | None:

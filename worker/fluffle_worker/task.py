@@ -75,6 +75,11 @@ class Task(Protocol):
     - ``local_rule``: a ``local.bound.BoundRule`` that ``train`` applies to its gradients;
       ``--local-rule`` puts another in its place;
     - ``keep_in(folder)``: where it may keep what has to outlive a restart of the worker;
+    - ``frozen()``: the tensors of its model that neither train nor travel with it, by name; workers
+      that have different ones are reported;
+    - ``share_frozen = True``: it has them from the federation: the first worker's, or those of
+      ``--init``, which are sent once to each worker that lacks them;
+    - ``use_frozen(tensors)``: puts them in the place of its own, in the thread of ``train``;
     - ``model_form()``: the names of its tensors, with anything that has their ``dtype`` and
       ``shape``, such as ``jax.eval_shape`` returns. Otherwise ``init(0)`` is called for that when
       the worker starts.

@@ -14,6 +14,7 @@ from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
+from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.inbox import Tell
 from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
@@ -34,6 +35,7 @@ class Trainer:
         done: told what has become of a job.
         tell: told, once each, what of the task's is not fit for use, and of its tracebacks.
         form: what the task's model is made of.
+        frozen: its frozen tensors.
         training: where the task's code runs; a thread of its own unless told.
         codecs: those that updates may be encoded by.
     """
@@ -48,10 +50,12 @@ class Trainer:
         done: Callable[[machine.Event], object],
         tell: Tell,
         form: Signature,
+        frozen: FrozenTensors | None = None,
         training: Training | None = None,
         codecs: Registry = CODECS,
     ) -> None:
         self._task, self._sender, self._form, self._codecs = task, sender, form, codecs
+        self._frozen = frozen
         self._residual, self._progress, self._done = residual, progress, done
         self._training: Training = training or TrainingThread()
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
@@ -92,6 +96,7 @@ class Trainer:
                 residual=self._residual,
                 results=self._results,
                 form=self._form,
+                frozen=self._frozen,
                 codecs=self._codecs,
             )
         except NotWanted:

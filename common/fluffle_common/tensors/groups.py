@@ -26,6 +26,8 @@ from fluffle_common.tensors.table import CACHED_TABLES, MAX_CACHED_TENSORS, MODE
 
 EXTRA = "extra"
 """What a strategy sends its workers besides the model, and what they send back besides a delta."""
+FROZEN = "frozen"
+"""The part of a model that never changes; it is sent once to each worker (see ``frozen``)."""
 
 Groups = Mapping[str, Weights]
 """Tensors by the names of their groups."""

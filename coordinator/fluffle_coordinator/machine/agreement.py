@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fluffle_common.protocol import events as run_events
+from fluffle_common.tensors.groups import FROZEN
 from fluffle_coordinator.machine.effects import Effects, Record, Refuse
 from fluffle_coordinator.machine.state import State, Worker
 
@@ -36,6 +37,11 @@ def decide(state: State, out: Effects) -> State:
             model, _ = Counter(w.model for w in able).most_common(1)[0]
             names = [w.name for w in able if w.model == model]
             state = state.but(model=model, decided_by=_voices(names))
+    return refuse_unfit(state, out)
+
+
+def refuse_unfit(state: State, out: Effects) -> State:
+    """Refuse those of the workers present that cannot take part."""
     for worker in _by_age(state):
         if misfit := unfit(state, worker):
             state = refuse(state, worker, misfit, out)
@@ -79,6 +85,12 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
             f"the model of worker {worker.name} has {differs}{by}; give it the same task, and the "
             "same JAX_ENABLE_X64",
         )
+    if state.frozen and FROZEN not in worker.features:
+        return Misfit(
+            "frozen",
+            f"worker {worker.name} takes no frozen tensors from the federation, whose model has "
+            "some; give its task share_frozen=True, and it a version of fluffle that knows it",
+        )
     return None
 
 
@@ -93,6 +105,16 @@ def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     if lacking:
         parts.append(f"lacks the classes {_voices(lacking)}")
     return " and ".join(parts)
+
+
+def other_frozen(state: State, worker: Worker) -> run_events.FrozenDiffers | None:
+    """Say that a worker has other frozen tensors than one before it, where all keep their own."""
+    if not worker.frozen or FROZEN in worker.features:
+        return None
+    for other in _by_age(state):
+        if FROZEN not in other.features and other.frozen and other.frozen != worker.frozen:
+            return run_events.FrozenDiffers(worker=worker.name, other=other.name)
+    return None
 
 
 def refuse(

@@ -74,20 +74,25 @@ class SendFit(Effect):
     """Send the open round's work to these workers, in one publish.
 
     Each gets the ticket (worker, ``sequence``). ``attempt`` counts how often its update of that was
-    rejected: after that, the same one is no answer.
+    rejected: after that, the same one is no answer. ``frozen``: the frozen tensors go with it.
     """
 
     workers: tuple[str, ...]
     evaluate: bool
     sequence: int
     attempt: int = 0
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
 class SendEvaluate(Effect):
-    """Send the last model to these workers, to be evaluated only."""
+    """Send the last model to these workers, to be evaluated only.
+
+    ``frozen``: the frozen tensors go with it.
+    """
 
     workers: tuple[str, ...]
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,13 @@ class InitLost(Event):
 
 @dataclass(frozen=True)
 class WeightsReady(Event):
-    """The first weights are there and on disk; ``base`` names them."""
+    """The first weights are there and on disk; ``base`` names them.
+
+    ``frozen`` is the digest of the frozen tensors that came with them; empty if none did.
+    """
 
     base: str
+    frozen: str = ""
 
 
 @dataclass(frozen=True)

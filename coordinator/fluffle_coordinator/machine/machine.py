@@ -39,6 +39,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import membership, updates
+from fluffle_coordinator.machine.agreement import refuse_unfit
 from fluffle_coordinator.machine.effects import Ack, Effects, Record, RecordEvaluation
 from fluffle_coordinator.machine.events import (
     Arrived,
@@ -96,6 +97,7 @@ def start(
     train_s: Mapping[str, float] = MappingProxyType({}),
     classes: tuple[str, ...] | None = None,
     model: ModelForm | None = None,
+    frozen: str = "",
     decided_by: str = "",
 ) -> State:
     """Return the state in which a coordinator starts, or starts again.
@@ -117,6 +119,7 @@ def start(
         train_s: how long each worker's last training took.
         classes: the classes that workers must have; None lets the workers say.
         model: what the weights are made of; None lets the workers say.
+        frozen: the digest of the model's frozen tensors; empty if it has none.
         decided_by: who set those two, for people.
     """
     resumed = has_weights and committed > 0
@@ -137,6 +140,7 @@ def start(
         train_s=Table(train_s),
         classes=classes,
         model=model,
+        frozen=frozen,
         decided_by=decided_by,
         gate=rules.min_workers,
         gate_until=now + slowest if resumed else math.inf,
@@ -205,6 +209,7 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
         asked=Table({n: issued._replace(at=-math.inf) for n, issued in state.asked.items()}),
         received=Table(received),
         init_asked=None,
+        frozen_sent=Table(),
     )
 
 
@@ -220,8 +225,9 @@ def _init_lost(state: State, event: InitLost, _: Effects) -> State:
     return state.but(init_asked=None) if event.worker == state.init_asked else state
 
 
-def _weights_ready(state: State, event: WeightsReady, _: Effects) -> State:
-    return state.but(has_weights=True, base=event.base)
+def _weights_ready(state: State, event: WeightsReady, out: Effects) -> State:
+    state = state.but(has_weights=True, base=event.base, frozen=event.frozen)
+    return refuse_unfit(state, out) if event.frozen else state
 
 
 def _evaluation(state: State, event: EvaluationArrived, out: Effects) -> State:

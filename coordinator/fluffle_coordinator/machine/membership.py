@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.agreement import refuse, unfit
+from fluffle_coordinator.machine.agreement import other_frozen, refuse, unfit
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.hearing import clock
@@ -43,6 +43,8 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         worker = replace(worker, joined_at=event.now, moved_at=event.now)
         joined = run_events.Joined(worker=worker.name, num_examples=worker.num_examples)
         out.append(Record(joined))
+        if differs := other_frozen(state, worker):
+            out.append(Record(differs))
     elif known.at != worker.at:
         worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
@@ -55,6 +57,8 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         failed = failed.discard(worker.name)
         if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
             state = state.but(init_asked=None)
+        # What was on its way is lost, unless it says that it has it.
+        state = state.but(frozen_sent=state.frozen_sent.discard(worker.name))
     state = state.of(
         worker.name,
         workers=state.workers.insert(worker.name, worker),
@@ -106,9 +110,7 @@ def _take_in(state: State, worker: Worker, at_work: bool, now: float, out: Effec
     if state.phase is Phase.EVALUATING:
         issued = Issued(now, state.sequence, state.round - 1)
         state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
-        if not at_work:
-            out += work(state, (name,))
-        return state
+        return state if at_work else work(state, (name,), now, out)
     chosen = state.schedule.idle(state, name)
     before = state.issued_before(worker, now) if at_work else None
     if before and (state.schedule.continuous or name in chosen):  # we wait for it

@@ -85,6 +85,8 @@ class Worker:
     loss: float | None = None
     task: str = ""
     model: ModelForm | None = None
+    features: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()  # the digests of the frozen tensors that it holds
     joined_at: float = 0.0  # when this process of it was first heard
     moved_at: float = 0.0  # when what it says of its work last changed
     stalled: bool = False  # people were told that it stands still
@@ -184,6 +186,9 @@ class State:
     model: ModelForm | None = None  # what the model of the federation is made of
     decided: bool = False  # whether those present have had their say about these two
     decided_by: str = ""  # who set these two, for people
+    frozen: str = ""  # the digest of the model's frozen tensors; empty if it has none
+    # When they were sent to workers that are connected and have not said yet that they hold them.
+    frozen_sent: Table[str, float] = field(default_factory=Table)
     gate: int = 1  # how many workers must be present to open the next round
     # Resumed: by then all who live have spoken up, and one is enough, since the dead will not.
     gate_until: float = math.inf

@@ -167,7 +167,7 @@ def _open(state: State, now: float, out: Effects) -> State:
     out.append(Opened())
     waiting = tuple(name for name in chosen if name not in early)
     if waiting:
-        out += work(state, waiting)
+        state = work(state, waiting, now, out)
     out.append(Record(opened))
     return _try_to_commit(state, now, out)
 
@@ -308,7 +308,7 @@ def _reopen(state: State, reason: str, now: float, out: Effects) -> State:
     lacking = tuple(n for n in chosen if n not in answered and not state.busy(n))
     out.append(Record(reopened))
     if lacking:
-        out += work(state, lacking)
+        state = work(state, lacking, now, out)
     return state
 
 
@@ -333,7 +333,7 @@ def _evaluate_only(state: State, now: float, out: Effects) -> State:
     state = state.recounted(phase=Phase.EVALUATING, opened_at=now, began_at=now, asked=asked)
     state = state.but(due_at=-math.inf)
     if state.evaluate_pending and present:
-        out += work(state, present)
+        state = work(state, present, now, out)
     return _try_to_finish(state, now, out)
 
 

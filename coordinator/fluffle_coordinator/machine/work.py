@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fluffle_coordinator.machine.effects import Effect, Effects, SendEvaluate, SendFit
-from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
+from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.effects import Effects, Record, SendEvaluate, SendFit
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table, Worker
 
 
 def first_due(state: State) -> float:
@@ -37,18 +38,42 @@ def stall_times(state: State, worker: Worker) -> Iterator[float]:
             yield worker.moved_at + rules.stall_timeout_s
 
 
-def work(state: State, workers: tuple[str, ...]) -> list[Effect]:
-    """Return the effects that send the work of the moment to these workers, who were asked."""
-    if state.phase is Phase.EVALUATING:
-        return [SendEvaluate(workers)]
-    alike: dict[tuple[int, int], list[str]] = {}
+def work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
+    """Send the work of the moment to these workers, who were asked.
+
+    Those that lack the frozen tensors get them with it.
+    """
+    evaluating = state.phase is Phase.EVALUATING
+    alike: dict[tuple[bool, int, int], list[str]] = {}
     for name in workers:
-        key = state.asked[name].sequence, state.attempts.get(name, 0)
-        alike.setdefault(key, []).append(name)
-    return [
-        SendFit(tuple(names), state.evaluate_pending, sequence, attempt)
-        for (sequence, attempt), names in sorted(alike.items())
-    ]
+        ticket = (0, 0) if evaluating else (state.asked[name].sequence, state.attempts.get(name, 0))
+        alike.setdefault((_lacks_frozen(state, name, now), *ticket), []).append(name)
+    for (lacking, sequence, attempt), several in sorted(alike.items()):
+        names = tuple(several)
+        if evaluating:
+            out.append(SendEvaluate(names, lacking))
+        else:
+            out.append(SendFit(names, state.evaluate_pending, sequence, attempt, lacking))
+        if lacking:
+            out.append(Record(run_events.FrozenSent(workers=names, digest=state.frozen)))
+            sent = {**state.frozen_sent, **dict.fromkeys(names, now)}
+            state = state.but(frozen_sent=Table(sent))
+    return state
+
+
+def _lacks_frozen(state: State, name: str, now: float) -> bool:
+    """Whether a worker lacks the frozen tensors, and they are not on their way to it.
+
+    They are until a link is lost, the worker's or ours, or nothing of them has come for long.
+    """
+    worker = state.workers.get(name)
+    if not state.frozen or worker is None or state.frozen in worker.frozen:
+        return False
+    sent_at = state.frozen_sent.get(name)
+    if sent_at is None:
+        return True
+    came_at = worker.moved_at if worker.has_steps else sent_at
+    return now - max(sent_at, came_at) >= 4 * state.rules.resend_s
 
 
 def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
@@ -59,8 +84,7 @@ def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) 
     issued = Issued(now, state.sequence, state.round)
     for name in workers:
         state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
-    out += work(state, workers)
-    return noted(state, workers)
+    return noted(work(state, workers, now, out), workers)
 
 
 def noted(state: State, workers: tuple[str, ...]) -> State:
@@ -85,5 +109,4 @@ def send_again(state: State, worker: str, now: float, out: Effects) -> State:
     if state.phase is Phase.OPEN and issued.round != state.round:
         return give_work(state, (worker,), now, out)
     state = state.of(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
-    out += work(state, (worker,))
-    return state
+    return work(state, (worker,), now, out)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
+from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.groups import chosen
+from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
+from fluffle_common.tensors.groups import FROZEN, chosen
+from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.parts import PartsGone
@@ -65,6 +67,7 @@ class Aggregator:
         post: given the events for the round machine.
         resumed: the round that the weights are of, and what the strategy kept in its checkpoint;
             None where the run begins.
+        frozen: the model's frozen tensors, where the weights are there.
         averaged: given new weights, and what is broadcast with them, which will be sent once they
             are on disk.
         folder: where large updates wait until they are checked.
@@ -80,10 +83,11 @@ class Aggregator:
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         resumed: tuple[int, Weights] | None = None,
+        frozen: Weights = NO_TENSORS,
         averaged: Callable[[Weights, Weights], object] = lambda *_: None,
         folder: Path | None = None,
     ) -> None:
-        self.weights = weights
+        self.weights, self.frozen = weights, frozen
         self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
         self._committer, self._post = committer, post
         self._strategy, self._plan = settings.strategy, settings.whole_plan
@@ -186,12 +190,12 @@ class Aggregator:
         self._state = strategy.init(weights)
         self.broadcast = strategy.broadcast(self._state)
 
-    async def begin_with(self, weights: Weights) -> None:
+    async def begin_with(self, weights: Weights, frozen: Frozen = NO_FROZEN) -> None:
         """Save the first weights, and use them."""
-        base = await self._committer.begin_with(weights)
-        self.weights = weights
+        base = await self._committer.begin_with(weights, frozen)
+        self.weights, self.frozen = weights, frozen.tensors
         self._init(weights)
-        self._post(ev.WeightsReady(monotonic(), base))
+        self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
@@ -199,11 +203,13 @@ class Aggregator:
             try:
                 payload = await self._fetcher.payload(held)
                 assert isinstance(payload, memoryview)
-                weights = read_tensors(message.tensors, payload)
+                groups = read_groups(message.tensors, payload)
+                weights, frozen = groups[MODEL], groups.get(FROZEN, NO_TENSORS)
                 if not weights:
                     raise ValueError("there is no tensor")
                 check_names(weights)
                 check_finite(weights)
+                check_finite(frozen)
             except LinkLost:
                 held.free()
                 return  # they come again
@@ -212,7 +218,7 @@ class Aggregator:
             except (MalformedMessage, ValueError) as wrong:
                 self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
-                await self.begin_with(weights)
+                await self.begin_with(weights, await asyncio.to_thread(frozen_of, frozen))
         held.delivery.ack()
         held.free()
 

@@ -26,6 +26,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
+from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
 from fluffle_common.tensors.weights import check_finite, check_signature
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -255,7 +256,9 @@ def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: 
     if init is None or saved.weights is None or not first.exists():
         return
     try:
-        other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
+        (ours, about), (theirs, said) = read_checkpoint(first), read_checkpoint(init)
+        same_frozen = about.get(IN_METADATA) == said.get(IN_METADATA)
+        other = endings.other_beginning(init, ours, theirs, same_frozen=same_frozen)
     except UsageError as why:  # the run has its own copy
         watcher.record(run_events.Note(what=f"--init is no longer needed, and is ignored: {why}"))
         return
@@ -292,6 +295,7 @@ def _page(options: dict[str, Any], topology: Topology) -> Page | None:
 def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
     """Take the first weights from a model file, such as another run's last."""
     weights, metadata = read_checkpoint(file)
+    frozen = read_frozen(file.parent, metadata.get(IN_METADATA, ""))
     try:
         check_signature(weights)
         check_finite(weights)
@@ -306,5 +310,5 @@ def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> S
         "round": "0",
         "base": new_base(),
     }
-    store.save_weights(0, weights, metadata)
-    return replace(saved, weights=weights, metadata=metadata)
+    store.save_first(weights, metadata, frozen)
+    return replace(saved, weights=weights, metadata=metadata, frozen=frozen)

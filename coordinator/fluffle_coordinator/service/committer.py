@@ -18,6 +18,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
 from fluffle_common.tensors.checkpoint import checkpoint_name
+from fluffle_common.tensors.frozen import Frozen
 from fluffle_common.tensors.on_disk import laid_on_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
@@ -112,11 +113,11 @@ class Committer:
         """Return when everything that was asked for is on disk."""
         await self._lines.drained()
 
-    async def begin_with(self, weights: Weights) -> str:
+    async def begin_with(self, weights: Weights, frozen: Frozen) -> str:
         """Save the first weights as the checkpoint of round 0; return what they are named."""
         base = new_base()
         metadata = {**self._metadata(0), "base": base}
-        await self._on_disk(lambda: self._store.save_weights(0, weights, metadata))
+        await self._on_disk(lambda: self._store.save_first(weights, metadata, frozen))
         parameters = sum(tensor.size for tensor in weights.values())
         self._record(run_events.FirstWeights(tensors=len(weights), parameters=parameters))
         return base

@@ -67,13 +67,23 @@ def after_a_stop(state: State, folder: Path) -> str:
     return f"once that is fixed, {same}"
 
 
-def other_beginning(file: Path, first: Mapping[str, Array], given: Mapping[str, Array]) -> str:
+def other_beginning(
+    file: Path,
+    first: Mapping[str, Array],
+    given: Mapping[str, Array],
+    *,
+    same_frozen: bool = True,
+) -> str:
     """Say that ``--init`` names other weights than a run began with; "" where they are the same."""
-    same = first.keys() == given.keys() and all(
-        first[name].dtype == given[name].dtype
-        and first[name].shape == given[name].shape
-        and np.array_equal(bits(first[name]), bits(given[name]))
-        for name in first
+    same = (
+        same_frozen
+        and first.keys() == given.keys()
+        and all(
+            first[name].dtype == given[name].dtype
+            and first[name].shape == given[name].shape
+            and np.array_equal(bits(first[name]), bits(given[name]))
+            for name in first
+        )
     )
     if same:
         return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
@@ -27,7 +27,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject, send, send_tensors
@@ -135,6 +135,7 @@ class Outbox:
         state: rs.State,
         weights: Weights | None,
         broadcast: Weights = NO_TENSORS,
+        frozen: Weights = NO_TENSORS,
     ) -> None:
         """Send what an effect asks for.
 
@@ -143,6 +144,7 @@ class Outbox:
             state: the machine's, of this moment.
             weights: of this moment.
             broadcast: what travels with them to those who are to train.
+            frozen: the model's frozen tensors, which go to those who lack them.
         """
         federation, run = self._settings.federation, self._run
         job: Job
@@ -159,7 +161,7 @@ class Outbox:
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
-            case fx.SendFit(workers, evaluate, sequence, attempt):
+            case fx.SendFit(workers, evaluate, sequence, attempt, lacking):
                 fit = Fit(
                     federation=federation,
                     run=run,
@@ -169,13 +171,20 @@ class Outbox:
                     sequence=sequence,
                     attempt=attempt,
                     plan=self._plan_of(state),
+                    **_frozen_of(state),
                 )
-                job = self._with_weights(fit, weights, workers, broadcast)
-            case fx.SendEvaluate(workers):
+                beside = broadcast, frozen if lacking else NO_TENSORS
+                job = self._with_weights(fit, weights, workers, *beside)
+            case fx.SendEvaluate(workers, lacking):
                 evaluation = Evaluate(
-                    federation=federation, run=run, round=state.round - 1, base=state.base
+                    federation=federation,
+                    run=run,
+                    round=state.round - 1,
+                    base=state.base,
+                    **_frozen_of(state),
                 )
-                job = self._with_weights(evaluation, weights, workers)
+                beside = NO_TENSORS, frozen if lacking else NO_TENSORS
+                job = self._with_weights(evaluation, weights, workers, *beside)
             case fx.End(outcome, reason, workers) if workers:
                 stop = Stop(
                     federation=federation,
@@ -270,7 +279,8 @@ class Outbox:
         message: Fit | Evaluate,
         weights: Weights | None,
         workers: Sequence[str],
-        extra: Weights = NO_TENSORS,
+        extra: Weights,
+        frozen: Weights,
     ) -> Job:
         """Send weights to all of them in one publish; the checkpoint is their durable copy."""
         assert weights is not None
@@ -280,6 +290,11 @@ class Outbox:
             message,
             weights,
             route,
-            beside={EXTRA: extra},
-            digest=self.prepare(weights, extra),
+            beside={EXTRA: extra, FROZEN: frozen},
+            digest=None if frozen else self.prepare(weights, extra),
         )
+
+
+def _frozen_of(state: rs.State) -> dict[str, Any]:
+    """Return the fields that say which frozen tensors work needs, if any."""
+    return {"frozen": state.frozen, "critical": (FROZEN,)} if state.frozen else {}

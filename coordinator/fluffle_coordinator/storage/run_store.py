@@ -6,6 +6,7 @@
         run.json                  the run's id, and how it was started, each time that changed
         history.jsonl             a line when a round is committed, when it is evaluated, and when
                                   the run ends
+        frozen-….safetensors      what of the model never changes, if the workers share it
         round-0000.safetensors    the first weights, then one file a round
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: what was averaged (see ``update_archive``)
@@ -40,6 +41,13 @@ from fluffle_common.tensors.checkpoint import (
     save_checkpoint,
     sync_folder,
 )
+from fluffle_common.tensors.frozen import (
+    IN_METADATA,
+    NO_FROZEN,
+    Frozen,
+    read_frozen,
+    save_frozen,
+)
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.state import Ticket
@@ -57,7 +65,8 @@ class Saved:
     ``base`` names the weights, and ``earlier`` those that each round began with. ``announced`` is
     how many examples each worker counted with at most, ``counted`` the tickets of each round, and
     ``sequence`` the highest of all. ``asked_in`` is the last round that each worker was asked in,
-    ``train_s`` how long its last training took.
+    ``train_s`` how long its last training took. ``frozen`` is the part of the model that never
+    changes.
     """
 
     run: str
@@ -74,6 +83,7 @@ class Saved:
     repairs: tuple[str, ...] = ()
     strategy: str = FEDAVG.name
     kept: Mapping[str, Array] = field(default_factory=dict)
+    frozen: Frozen = NO_FROZEN
 
     @property
     def participants(self) -> frozenset[str]:
@@ -207,7 +217,17 @@ class RunStore:
             repairs=tuple(repairs),
             strategy=line.get("strategy", FEDAVG.name),
             kept=sound.kept if sound else {},
+            frozen=self._frozen(sound) if sound else NO_FROZEN,
         )
+
+    def _frozen(self, checkpoint: Checkpoint) -> Frozen:
+        try:
+            return read_frozen(self.folder, checkpoint.metadata.get(IN_METADATA, ""))
+        except UsageError as why:
+            raise RunError(
+                f"the frozen tensors of this run are missing: {why}; put the file back, or begin a "
+                "new run with --fresh"
+            ) from None
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
         """Return what the weights are named that each round began with, if that is known."""
@@ -232,6 +252,17 @@ class RunStore:
         # What a power failure may leave of a later one is passed over: no history line names it.
         save_checkpoint(path, weights, metadata, kept, named_first=number > 0)
         return path
+
+    def save_first(self, weights: Weights, metadata: dict[str, str], frozen: Frozen) -> None:
+        """Write the first weights, after the frozen tensors that belong to them.
+
+        Raises:
+            OSError: where the disk refuses.
+        """
+        if frozen.digest:
+            save_frozen(self.folder, frozen)
+            metadata = {**metadata, IN_METADATA: frozen.digest}
+        self.save_weights(0, weights, metadata)
 
     def keep_update(
         self,

@@ -23,7 +23,7 @@ class AtHome(NamedTuple):
 
     Args:
         personal: trained here and kept between rounds.
-        frozen: never changed.
+        frozen: never trained; replaced by ``use_frozen`` alone.
         rest: neither parameters nor running statistics, such as dropout's random state; reset at
             the start of each round.
     """
@@ -60,6 +60,7 @@ class ModelParts:
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
+        self._frozen_form = nnx.to_flat_state(at_home.frozen)
         self._check(
             [*self.form, *self._personal_form], named(nnx.filter_state(nnx.state(like), AVERAGED))
         )
@@ -69,7 +70,7 @@ class ModelParts:
     @property
     def has_statistics(self) -> bool:
         """Whether the model has running statistics, such as those of batch normalization."""
-        flat = [*self.form, *self._personal_form, *nnx.to_flat_state(self.at_home.frozen)]
+        flat = [*self.form, *self._personal_form, *self._frozen_form]
         return any(isinstance(leaf, nnx.BatchStat) for _, leaf in flat)
 
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
@@ -85,6 +86,14 @@ class ModelParts:
     def personal(self, learnt: Any) -> dict[str, Array]:
         """Return the personal tensors of a trained state, by name."""
         return _arrays(nnx.filter_state(learnt, nnx.Not(self._federated)))
+
+    def frozen(self) -> dict[str, Array]:
+        """Return the frozen tensors, by name."""
+        return _arrays(self.at_home.frozen)
+
+    def use_frozen(self, arrays: Mapping[str, Array]) -> None:
+        """Replace the frozen tensors that the model was initialized with."""
+        self.at_home = self.at_home._replace(frozen=_state(self._frozen_form, arrays))
 
     def module(self, learnt: Any, frozen: Any, rest: Any) -> Any:
         """Return the module merged from these states."""

@@ -252,6 +252,27 @@ class FirstWeights(RunEvent):
     parameters: Whole = None
 
 
+@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}, once each")
+class FrozenSent(RunEvent):
+    """These workers lack the model's frozen tensors and are sent them with their work."""
+
+    workers: Names = None
+    digest: Text = None
+
+
+@event(
+    "frozen_differs",
+    "the frozen tensors of {worker} differ from those of {other}: give both the same, or let "
+    "their tasks share one's (share_frozen=True)",
+    "odd",
+)
+class FrozenDiffers(RunEvent):
+    """Two workers, whose tasks keep frozen tensors of their own, do not have the same ones."""
+
+    worker: Text = None
+    other: Text = None
+
+
 @event("classes", "the classes are {classes}: those of {worker}")
 class Classes(RunEvent):
     """The federation's classes were decided on."""

@@ -1,0 +1,134 @@
+"""The frozen tensors of a task: those in use, and those that the coordinator has sent.
+
+What is sent is kept in the state folder, so that a worker that is started again need not be sent it
+again::
+
+    runs/workers/letters/client-1/
+        frozen-6dac9b09d8a48edf.safetensors
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fluffle_common.cli.console import warn
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.tensors.checkpoint import make_folder, read_metadata
+from fluffle_common.tensors.frozen import (
+    IN_METADATA,
+    NO_FROZEN,
+    Frozen,
+    frozen_file,
+    frozen_of,
+    read_frozen,
+    save_frozen,
+)
+from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.tensors.layout import Signature, Weights, signature_of
+from fluffle_worker.results import arrays
+from fluffle_worker.signature import check_signature, described, difference
+from fluffle_worker.task import Task
+
+
+class FrozenTensors:
+    """The frozen tensors of a task; see ``Task`` for its part in it.
+
+    Args:
+        task: has ``frozen``, and perhaps ``share_frozen`` and ``use_frozen``.
+        folder: where those that were sent are kept; None: in memory only.
+
+    Raises:
+        TaskError: if the task shares tensors that cannot travel.
+    """
+
+    def __init__(self, task: Task, folder: Path | None = None) -> None:
+        self._task, self._folder = task, folder
+        self.shared = bool(getattr(task, "share_frozen", False))
+        own = self._of_the_task()
+        self.form = signature_of(own)
+        if self.shared:
+            check_signature(self.form)
+        self._in_use = frozen_of(own).digest
+        self._received = self._kept() if self.shared else NO_FROZEN
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digests of those that are here, in use or not."""
+        return tuple(digest for digest in (self._in_use, self._received.digest) if digest)
+
+    def to_share(self) -> Weights:
+        """Return those that go with the first weights; none if the task keeps them to itself."""
+        return self._of_the_task() if self.shared else {}
+
+    def receive(self, frozen: Frozen) -> None:
+        """Take those that came with work, if any did; they are checked when they are first used."""
+        if frozen.digest not in ("", *self.digests):
+            self._received = frozen
+
+    def use(self, digest: str | None) -> None:
+        """Let the task use those of this digest from now on; it blocks. None changes nothing.
+
+        Raises:
+            TaskError: if they are not here, are not what their digest says, or do not fit the task.
+        """
+        received = self._received
+        if digest in (None, self._in_use):
+            return
+        if digest != received.digest:
+            raise TaskError(f"the frozen tensors {digest:.16}… of this run were not received")
+        found = frozen_of(received.tensors).digest
+        if found != digest:
+            self._received = NO_FROZEN
+            raise TaskError(
+                f"the frozen tensors that were received have the digest {found:.16}…, "
+                f"{digest:.16}… was announced"
+            )
+        if differs := difference(signature_of(received.tensors), self.form):
+            raise TaskError(differs)
+        self._task.use_frozen(received.tensors)  # type: ignore[attr-defined]
+        self._in_use, self._received = received.digest, NO_FROZEN
+        self._keep(received)
+
+    def _of_the_task(self) -> Weights:
+        give = getattr(self._task, "frozen", None)
+        return arrays(give(), "frozen()", "the frozen tensors") if callable(give) else {}
+
+    def _kept(self) -> Frozen:
+        """Read what was kept before a restart; what is damaged, or fits no longer, is passed over.
+
+        It is not used before it is asked for: the data owner may have given the task others.
+        """
+        for path in self._files():
+            try:
+                found = read_frozen(path.parent, read_metadata(path).get(IN_METADATA, ""))
+            except UsageError:
+                continue
+            if found.digest and not difference(signature_of(found.tensors), self.form):
+                return found
+        return NO_FROZEN
+
+    def _keep(self, frozen: Frozen) -> None:
+        if self._folder is None:
+            return
+        path = frozen_file(self._folder, frozen.digest)
+        try:
+            make_folder(self._folder)
+            save_frozen(self._folder, frozen)
+            for other in self._files():
+                if other != path:
+                    other.unlink(missing_ok=True)
+        except OSError as why:
+            warn(f"cannot keep {path} ({why.strerror}); after a restart, it has to be sent again")
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("frozen-*.safetensors")) if self._folder else []
+
+
+def introduced(form: Signature, frozen: FrozenTensors | None) -> dict[str, Any]:
+    """Return what a sign of life says of the model, and of taking frozen tensors."""
+    shared = frozen is not None and frozen.shared
+    return {
+        "model": described(form, frozen.form if frozen and shared else ()),
+        "features": (FROZEN,) if shared else (),
+    }
