@@ -15,7 +15,6 @@ from fluffle_common.protocol.events.base import (
     Other,
     RunEvent,
     Severity,
-    field_names,
     from_fields,
 )
 from fluffle_common.protocol.events.rounds import (
@@ -151,6 +150,5 @@ __all__ = [
     "Untold",
     "Waiting",
     "Welcomed",
-    "field_names",
     "from_fields",
 ]
