@@ -1,4 +1,4 @@
-"""Model files: the checkpoints of a run, as arrays and in a Flax module."""
+"""Model files: the checkpoints of a run, and Flax modules as such files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fluffle_common.errors import UsageError
-from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
+from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, read_frozen, save_frozen
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -45,6 +48,8 @@ def load_into(
 ) -> None:
     """Fill a Flax module with a model: every ``nnx.Param`` and every ``nnx.BatchStat``, by name.
 
+    Frozen tensors that belong to a checkpoint are in a file beside it, and are put in place too.
+
     Args:
         module: changed in place; of the same form as the module that was trained.
         source: a checkpoint, or arrays by name, such as ``fluffle.Run.weights``.
@@ -70,8 +75,14 @@ def load_into(
     from fluffle_worker.local.optax import tensor_name
     from fluffle_worker.tasks.model_parts import AVERAGED
 
-    weights = source if isinstance(source, Mapping) else load_model(source)
-    form = nnx.to_flat_state(nnx.state(module, nnx.All(AVERAGED, federated)))
+    weights, frozen = (source, {}) if isinstance(source, Mapping) else _with_frozen(Path(source))
+    weights = {**weights, **frozen}
+
+    def is_frozen(path: Any, _: Any) -> bool:
+        return tensor_name(path) in frozen
+
+    filled_by = nnx.All(AVERAGED, nnx.Any(federated, is_frozen))
+    form = nnx.to_flat_state(nnx.state(module, filled_by))
     like = {tensor_name(path): leaf.get_value() for path, leaf in form}
     differences = _differences(weights, like)
     if differences:
@@ -79,6 +90,48 @@ def load_into(
         raise UsageError(f"{what} does not fit {type(module).__name__}: {'; '.join(differences)}")
     filled = [(path, leaf.replace(jnp.asarray(weights[tensor_name(path)]))) for path, leaf in form]
     nnx.update(module, nnx.from_flat_state(filled))
+
+
+def save_model(
+    file: str | os.PathLike[str], module: nnx.Module, *, federated: Any = True, frozen: Any = False
+) -> None:
+    """Write a Flax module as a model file, such as one for ``fluffle coordinator --init``.
+
+    Args:
+        file: the safetensors file to write.
+        module: what is written: every ``nnx.Param`` and every ``nnx.BatchStat``.
+        federated: the filter of the tensors that travel, as the task has it.
+        frozen: the filter of the frozen tensors, as a task with ``share_frozen=True`` has it. They
+            are written to a file of their own beside ``file``, under a name made from their
+            content.
+
+    Raises:
+        OSError: if a file cannot be written.
+        ValueError: if a tensor has a dtype that does not travel.
+    """
+    from flax import nnx
+
+    from fluffle_worker.local.optax import named
+    from fluffle_worker.tasks.model_parts import AVERAGED
+
+    def arrays(chosen: Any) -> dict[str, Array]:
+        state = nnx.state(module, nnx.All(AVERAGED, chosen))
+        return {name: np.asarray(array) for name, array in named(state).items()}
+
+    path, kept = Path(file), frozen_of(arrays(frozen))
+    if kept.digest:
+        save_frozen(path.parent, kept)
+    told = {IN_METADATA: kept.digest} if kept.digest else {}
+    save_checkpoint(path, arrays(nnx.All(nnx.Not(frozen), federated)), told)
+
+
+def _with_frozen(file: Path) -> tuple[Weights, Weights]:
+    """Read the model in a checkpoint, and the frozen tensors that belong to it."""
+    weights, metadata = read_checkpoint(file)
+    try:
+        return weights, read_frozen(file.parent, metadata.get(IN_METADATA, "")).tensors
+    except UsageError as why:
+        raise UsageError(f"the frozen tensors that belong to {file} are missing: {why}") from None
 
 
 _SHOWN = 5

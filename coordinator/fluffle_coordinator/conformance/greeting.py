@@ -5,6 +5,8 @@ from __future__ import annotations
 from fluffle_common.protocol.messages import PROTOCOL, Heartbeat, Hello, InitRequest
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.tensors.checkpoint import check_names
+from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import check_finite
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
@@ -55,7 +57,8 @@ async def first_weights(probe: Probe) -> str:
     """Ask for the model that everything else begins with."""
     since = len(probe.answers)
     await probe.send(InitRequest(federation=probe.topology.federation, run=probe.run, seed=7))
-    weights = await probe.first_weights(since)
+    groups = await probe.first_weights(since)
+    weights = groups[MODEL]
     try:
         if not weights:
             raise ValueError("there is no tensor")
@@ -63,7 +66,7 @@ async def first_weights(probe: Probe) -> str:
         check_finite(weights)
     except ValueError as wrong:
         raise Unmet(str(wrong)) from None
-    form = model_form(weights)
+    form = model_form(weights, groups.get(FROZEN, {}))
     announced = _first(probe).model
     probe.begin_with(weights)
     if announced is not None and announced.digest != form.digest:

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import encode, pack, read_tensors
+from fluffle_common.protocol.codec import encode, pack, read_groups
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -29,6 +29,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.tensors.groups import Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable
 from fluffle_common.transport.parts import PartsGone, fetch
@@ -192,8 +193,8 @@ class Probe(Listener):
         except MalformedMessage as wrong:
             raise Unmet(f"parts that are not those announced: {wrong}") from None
 
-    async def first_weights(self, since: int) -> Weights:
-        """Wait for first weights, and read them."""
+    async def first_weights(self, since: int) -> Groups:
+        """Wait for first weights, and read them, with what is beside them."""
 
         def find() -> tuple[FirstWeights, memoryview] | None:
             later = (one for one in self.answers[since:] if one.message.run == self.run)
@@ -203,7 +204,7 @@ class Probe(Listener):
 
         message, inside = await self.until(find, "first_weights")
         try:
-            return read_tensors(message.tensors, await self._payload(message, inside))
+            return read_groups(message.tensors, await self._payload(message, inside))
         except (MalformedMessage, PartsGone) as wrong:
             raise Unmet(f"first weights that cannot be read: {wrong}") from None
 
