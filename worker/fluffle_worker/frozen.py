@@ -4,7 +4,7 @@ What is sent is kept in the state folder, so that a worker that is started again
 again::
 
     runs/workers/letters/client-1/
-        frozen-6dac9b09d8a48edf.safetensors
+        frozen-c0cfac1ff56f74d4.safetensors
 """
 
 from __future__ import annotations
