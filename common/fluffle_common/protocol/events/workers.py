@@ -19,7 +19,7 @@ from fluffle_common.protocol.events.base import (
     event,
     formatted,
 )
-from fluffle_common.protocol.metric_names import beside
+from fluffle_common.protocol.metric_names import avoid_fields
 
 _ACTIVITIES = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
 _ANSWERS = {"init": "first weights", "fit": "update", "evaluate": "evaluation"}
@@ -105,7 +105,7 @@ class Sent(WorkerEvent):
 
     def fields(self) -> dict[str, Any]:
         """Return the fields, and each metric under a name that is not that of a log field."""
-        return {**RunEvent.fields(self), **beside(self.metrics or {}, _LOG_KEYS)}
+        return {**RunEvent.fields(self), **avoid_fields(self.metrics or {}, _LOG_KEYS)}
 
     def _derived(self) -> dict[str, str]:
         loss = (self.metrics or {}).get("loss")
