@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fluffle_common.errors import Cause, MalformedMessage
-from fluffle_common.protocol.codec import announced, read_groups, read_tensors
+from fluffle_common.protocol.codec import announced_layout, read_groups, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
 from fluffle_common.tensors.compression import check_announced_signature, decompress
 from fluffle_common.tensors.groups import (
@@ -49,7 +49,7 @@ def check_announced(
         MalformedMessage: of cause ``tensors``, where that cannot be what it says, or is no delta
             for ``base``.
     """
-    layout = announced(message)
+    layout = announced_layout(message)
     if base is None or not isinstance(message, Update):
         return layout
     forms = {
