@@ -34,7 +34,7 @@ from fluffle_common.protocol.messages import (
     present_fields,
 )
 from fluffle_common.tensors.digest import blake3_of
-from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of, placed
+from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, entries_at, groups_of
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -230,7 +230,7 @@ def lay_out(
         start = end + -end % ALIGNMENT
         if start > end:
             pieces.append(memoryview(bytes(start - end)))
-        table += placed(layout, group, start)
+        table += entries_at(start, layout, group)
         pieces += _pieces(layout, tensors)
         end = start + layout.nbytes
     return table, pieces
