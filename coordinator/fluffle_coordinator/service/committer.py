@@ -18,7 +18,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, avoid_fields
 from fluffle_common.tensors.checkpoint import checkpoint_name
-from fluffle_common.tensors.on_disk import laid_on_disk
+from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -136,7 +136,7 @@ class Committer:
             RunError: where the disk refuses.
         """
         try:
-            return laid_on_disk(delta, self._store.folder)
+            return map_to_disk(delta, self._store.folder)
         except OSError as why:
             raise RunError(
                 f"cannot write an update of the open round to {self._store.folder} "
