@@ -151,7 +151,7 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     \b
       fluffle report runs/letters --out report.html
     """
-    from fluffle_common.tensors.checkpoint import replacing
+    from fluffle_common.durable_files import replacing
     from fluffle_coordinator.dashboard.report import page, read_report
 
     shown = read_report(folder, time.time())

@@ -16,9 +16,9 @@ from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
+from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, avoid_fields
 from fluffle_common.tensors.checkpoint import checkpoint_name
-from fluffle_common.tensors.on_disk import laid_on_disk
+from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -136,7 +136,7 @@ class Committer:
             RunError: where the disk refuses.
         """
         try:
-            return laid_on_disk(delta, self._store.folder)
+            return map_to_disk(delta, self._store.folder)
         except OSError as why:
             raise RunError(
                 f"cannot write an update of the open round to {self._store.folder} "
@@ -209,7 +209,7 @@ class Committer:
         weights = read_only(weights)
         test = await self._calls.test(number, weights)
         if test:
-            measured = of_a_test(test)
+            measured = add_test_prefix(test)
             line = {"event": "tested", "round": number, **measured, "tested_at": timestamp()}
             await self._on_disk(lambda: self._store.history.append(line))
             await self._monitor(number, measured)
@@ -304,6 +304,8 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     return {
         "num_examples": sum(one.num_examples for one in everyone),
         "loss": mean([(one.num_examples, one.loss) for one in everyone]),
-        **beside(metrics, _FIELDS | {name for name in metrics if name.startswith(TEST)}),
+        **avoid_fields(
+            metrics, _FIELDS | {name for name in metrics if name.startswith(TEST_PREFIX)}
+        ),
         "evaluators": sorted(evaluations),
     }

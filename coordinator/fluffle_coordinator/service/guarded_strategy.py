@@ -13,7 +13,7 @@ import numpy as np
 
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import RunError, TaskError
-from fluffle_common.tensors.checkpoint import as_kept
+from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, same_form
 from fluffle_coordinator.strategy.base import (
@@ -89,7 +89,7 @@ class GuardedStrategy:
             return NO_TENSORS
         try:
             _check_tensors(found)
-            check_signature(as_kept(found))  # their names are longer there
+            check_signature(add_strategy_prefix(found))  # their names are longer there
         except ValueError as wrong:
             raise self._wrong(
                 "dump()", f"it returned a state that cannot be saved: {wrong}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_common.protocol.metric_names import TEST, lower_is_better
+from fluffle_common.protocol.metric_names import TEST_PREFIX, lower_is_better
 from fluffle_coordinator.storage.round_stats import seconds_of
 
 
@@ -84,8 +84,8 @@ class Standing:
         """Say that these metrics are without the one that is asked for."""
         rules, name = self._stopping, self._stopping.metric
         asked = (rules.monitor, rules.target, rules.patience) != (None, None, None)
-        of_a_test = any(one.startswith(TEST) for one in metrics)
-        if not asked or name in metrics or name.startswith(TEST) != of_a_test:
+        of_a_test = any(one.startswith(TEST_PREFIX) for one in metrics)
+        if not asked or name in metrics or name.startswith(TEST_PREFIX) != of_a_test:
             return None
         return f"no round has the metric '{name}' (--monitor); known are {', '.join(metrics)}"
 
