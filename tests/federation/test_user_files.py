@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from fluffle_common.cli.objects import load_object
+from fluffle_common.cli.loading import load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry

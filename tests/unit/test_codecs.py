@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from fluffle_common.cli.objects import load_codec, load_object
+from fluffle_common.cli.loading import load_codec, load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression
 from fluffle_common.tensors.codecs import registry

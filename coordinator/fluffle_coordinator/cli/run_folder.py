@@ -58,7 +58,7 @@ def replay(
       fluffle coordinator --federation letters --keep-updates
       fluffle replay runs/letters --round 3
     """
-    from fluffle_common.cli.objects import load_codec
+    from fluffle_common.cli.loading import load_codec
     from fluffle_coordinator.storage.replay import replay as compute_again
 
     for codec in codecs:
