@@ -1,11 +1,10 @@
-"""Which time counts: only time in which somebody could have been heard.
+"""The machine's clock, which runs only while someone could have been heard.
 
-A coordinator that was stopped, a machine that swapped, a broker that blocks all publishers: from
-the inside, each looks as if every worker had fallen silent at once. So the coordinator sends itself
-an echo, the way that signs of life come, and the clock runs on only while anything is heard. When
-nothing is, for longer than ``State.hearing_s``, the clock stops; once something is heard again,
-everything that waits for time is put off by what was missed. So whatever came in the meantime is
-read before the clock is asked.
+If the coordinator is stopped, its host swaps or the broker blocks all publishers, all workers seem
+to fall silent at once. So the coordinator sends itself an echo through the queue of heartbeats. If
+nothing is heard for longer than ``State.hearing_s``, the clock stops. With the next message it
+starts again, and every timer is postponed by the time that was lost. So all messages that waited
+are read before any timer expires.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from fluffle_coordinator.machine.state import State, Table
 
 
 def clock(state: State, now: float) -> float:
-    """Return the time that counts, which is not past the last that was heard by much."""
+    """Return the time at which the clock stands: at most ``hearing_s`` after the last message."""
     return min(now, state.heard_at + state.hearing_s)
 
 
 def heard(state: State, now: float) -> State:
-    """Note that something was heard; put off by what was missed, if it was silent for too long."""
-    missed_s = now - state.heard_at - state.hearing_s
-    if missed_s > 0:
-        state = put_off(state, missed_s)
-    return state.but(heard_at=now)
+    """Note that something was heard; postpone all timers if the clock had stopped."""
+    lost_s = now - state.heard_at - state.hearing_s
+    if lost_s > 0:
+        state = postpone(state, lost_s)
+    return state.replace(heard_at=now)
 
 
-def put_off(state: State, seconds: float) -> State:
-    """Move everything that waits for time by so many seconds."""
+def postpone(state: State, seconds: float) -> State:
+    """Move every timer by so many seconds."""
     workers = Table(
         {
             name: replace(
@@ -38,7 +37,7 @@ def put_off(state: State, seconds: float) -> State:
             for name, worker in state.workers.items()
         }
     )
-    return state.but(
+    return state.replace(
         workers=workers,
         due_at=state.due_at + seconds,
         opened_at=state.opened_at + seconds,
