@@ -19,11 +19,11 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from fluffle_coordinator.machine import (
     agreement,
+    clock,
     closing,
     ending,
     evaluation,
     first_weights,
-    hearing,
     membership,
     opening,
     transitions,
@@ -263,13 +263,13 @@ MUTANTS = [
     Mutant(
         "takes a stop of its own for everybody's silence",
         membership,
-        "    now = clock(state, event.now)\n",
+        "    now = clock_time(state, event.now)\n",
         "    now = event.now\n",
         "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
     ),
     Mutant(
         "counts the time in which it heard nobody",
-        hearing,
+        clock,
         "    if lost_s > 0:\n",
         "    if False:\n",
         "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
@@ -398,7 +398,7 @@ MUTANTS = [
 # The parts of the coordinator's machine, each after those that it imports.
 PARTS = [
     quorum,
-    hearing,
+    clock,
     agreement,
     work,
     ending,

@@ -40,6 +40,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import evaluation, first_weights, membership, updates
+from fluffle_coordinator.machine.clock import heard, postpone
 from fluffle_coordinator.machine.closing import report_smaller_quorum
 from fluffle_coordinator.machine.effects import Ack, Effects, Record
 from fluffle_coordinator.machine.events import (
@@ -59,7 +60,6 @@ from fluffle_coordinator.machine.events import (
     Tick,
     WeightsReady,
 )
-from fluffle_coordinator.machine.hearing import heard, postpone
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM

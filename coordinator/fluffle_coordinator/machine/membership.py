@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse, unfit
+from fluffle_coordinator.machine.clock import clock_time
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
-from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
 from fluffle_coordinator.machine.work import (
     first_due,
@@ -157,7 +157,7 @@ def tick(state: State, event: Tick, out: Effects) -> State:
     """Remove the workers that are gone, and report those that have stalled."""
     if not state.link:
         return state
-    now = clock(state, event.now)
+    now = clock_time(state, event.now)
     if now < state.due_at:
         return state
     gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]

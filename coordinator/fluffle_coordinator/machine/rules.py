@@ -66,7 +66,7 @@ class Rules:
         wait_s: how long to wait for enough workers before the run stops.
         resend_s: how long a worker may be idle after its work was sent before it is sent again.
         hearing_s: how long the silence may last, the coordinator's own echo included, before the
-            clock stops (see ``hearing``); less if a shorter silence would already make workers
+            clock stops (see ``clock``); less if a shorter silence would already make workers
             count as gone. Infinity never stops the clock.
     """
 

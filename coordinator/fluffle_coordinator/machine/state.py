@@ -253,7 +253,7 @@ class State:
 
     @property
     def hearing_s(self) -> float:
-        """How long the silence may last before the clock stops; see ``hearing``."""
+        """How long the silence may last before the clock stops; see ``clock``."""
         longest_s = self.rules.hearing_s
         if math.isinf(longest_s):
             return longest_s

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from fluffle_coordinator.machine.clock import clock_time
 from fluffle_coordinator.machine.closing import try_to_close
 from fluffle_coordinator.machine.effects import Effects
 from fluffle_coordinator.machine.evaluation import (
@@ -15,7 +16,6 @@ from fluffle_coordinator.machine.evaluation import (
     record_evaluation,
     try_to_finish,
 )
-from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.opening import try_to_open
 from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.machine.work import first_due
@@ -25,7 +25,7 @@ def progress(state: State, now: float, out: Effects) -> State:
     """Take the transitions that the state and the time allow; none while there is no link."""
     if not state.link:
         return state
-    now = clock(state, now)
+    now = clock_time(state, now)
     if now >= state.gate_until:
         state = state.replace(gate=1, gate_until=math.inf)
     match state.phase:
@@ -48,7 +48,7 @@ def progress(state: State, now: float, out: Effects) -> State:
 def wakeup(state: State) -> float:
     """Return the latest time at which the next ``Tick`` is due; infinity if no timer runs.
 
-    A timer that expires after the clock has stopped (see ``hearing``) needs no ``Tick``: the next
+    A timer that expires after the clock has stopped (see ``clock``) needs no ``Tick``: the next
     message restarts the clock.
     """
     if not state.link or state.phase is Phase.ENDED:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from fluffle_coordinator.machine.state import State, Table
 
 
-def clock(state: State, now: float) -> float:
+def clock_time(state: State, now: float) -> float:
     """Return the time at which the clock stands: at most ``hearing_s`` after the last message."""
     return min(now, state.heard_at + state.hearing_s)
 
