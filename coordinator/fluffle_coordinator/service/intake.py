@@ -116,7 +116,7 @@ class Intake:
         self._room.link_lost()
 
     async def send_echoes(self, link: Link, number: int) -> None:
-        """Send echoes to ourselves, the way that signs of life come; see ``hearing``."""
+        """Send echoes to ourselves, the way that signs of life come; see ``machine.clock``."""
         echo = Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
