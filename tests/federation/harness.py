@@ -223,10 +223,10 @@ class Federation:
     async def freeze(self, coordinator: Process, seconds: float) -> None:
         """Stop the coordinator, as SIGSTOP does, and let it look at the clock first thereafter."""
         service = coordinator.service
-        service._next_look.cancel()
+        service._next_tick.cancel()
         coordinator.line.hold(incoming=True, outgoing=True)
         await asyncio.sleep(seconds)
-        service._look()
+        service._tick()
         coordinator.line.release()
 
     def history(self, event: str = "committed") -> list[dict[str, Any]]:
