@@ -63,7 +63,7 @@ class View(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Write an event as a line."""
-        self._console.line(event.name, event.sentence, event.fields())
+        self._console.event(event)
 
     def show(self, state: State, now: float) -> None:
         """Draw the bars."""
