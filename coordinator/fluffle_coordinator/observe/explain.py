@@ -84,7 +84,9 @@ class Explanation:
         if self.view.waiting is None or self.coordinated is False:
             return None
         at, waiting = self.view.waiting
-        return next(((at, one) for one in waiting.missing or () if one.worker == worker), None)
+        return next(
+            ((at, doing) for doing in waiting.missing or () if doing.worker == worker), None
+        )
 
     @property
     def waiting(self) -> tuple[float, Waiting] | None:

@@ -104,12 +104,12 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         "needed": this.needed,
         "answers": [
             {
-                "worker": one.worker,
-                "at": _iso(one.at),
-                "num_examples": one.num_examples,
-                "train_s": one.train_s,
+                "worker": answer.worker,
+                "at": _iso(answer.at),
+                "num_examples": answer.num_examples,
+                "train_s": answer.train_s,
             }
-            for one in explanation.round.answers.values()
+            for answer in this.answers.values()
         ],
         "missing": [{"worker": w, "why": why_missing(explanation, w)} for w in explanation.missing],
         "deadline_at": _iso(this.deadline_at) if explanation.is_open else None,
@@ -167,22 +167,22 @@ def _opening(explanation: Explanation) -> Iterator[str]:
 def _answers(explanation: Explanation) -> Iterator[str]:
     if not explanation.round.answers:
         yield "No update is counted."
-    for one in explanation.round.answers.values():
-        yield _answer(explanation, one)
+    for answer in explanation.round.answers.values():
+        yield _answer(explanation, answer)
 
 
-def _answer(explanation: Explanation, one: Answer) -> str:
+def _answer(explanation: Explanation, answer: Answer) -> str:
     this = explanation.round
     after = ""
-    if this.opened_at is not None and one.at >= this.opened_at:
-        after = f", {duration(one.at - this.opened_at)} after the opening"
+    if this.opened_at is not None and answer.at >= this.opened_at:
+        after = f", {duration(answer.at - this.opened_at)} after the opening"
     words = [
-        _number(one.num_examples, "example") if one.num_examples is not None else "",
-        f"{duration(one.train_s)} of training" if one.train_s is not None else "",
-        f"{_number(one.staleness, 'version')} behind" if one.staleness else "",
+        _number(answer.num_examples, "example") if answer.num_examples is not None else "",
+        f"{duration(answer.train_s)} of training" if answer.train_s is not None else "",
+        f"{_number(answer.staleness, 'version')} behind" if answer.staleness else "",
     ]
     more = ", ".join(filter(None, words))
-    return f"{one.worker} answered at {clock(one.at)}{after}{f': {more}' if more else ''}."
+    return f"{answer.worker} answered at {clock(answer.at)}{after}{f': {more}' if more else ''}."
 
 
 def _missing(explanation: Explanation) -> Iterator[str]:

@@ -106,7 +106,7 @@ class RoundView:
     @property
     def is_asynchronous(self) -> bool:
         """Whether it has updates that started in earlier rounds, or several of one worker."""
-        return any(one.staleness or key != one.worker for key, one in self.answers.items())
+        return any(answer.staleness or key != answer.worker for key, answer in self.answers.items())
 
     @property
     def is_done(self) -> bool:
@@ -149,7 +149,7 @@ class RoundView:
             float(self.timings.get(f"{step}_s", 0.0))
             for step in ("waiting", "open", "fold", "average", "checkpoint")
         )
-        timed = ((one.after_s, one.train_s) for one in self.answers.values())
+        timed = ((answer.after_s, answer.train_s) for answer in self.answers.values())
         after_s, train_s = max(
             ((a, t or 0.0) for a, t in timed if a is not None), default=(open_s, 0.0)
         )
@@ -179,8 +179,8 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
         for number, participant in enumerate(row.get("participants", ()), start=1):
             key = view.answer_key(participant["worker"], number)
             view.answers[key] = _answer(participant, opened_at)
-        view.participants = tuple(dict.fromkeys(one.worker for one in view.answers.values()))
-        view.num_examples = sum(one.num_examples or 0 for one in view.answers.values())
+        view.participants = tuple(dict.fromkeys(answer.worker for answer in view.answers.values()))
+        view.num_examples = sum(answer.num_examples or 0 for answer in view.answers.values())
         view.timings = row.get("timings") or {}
         view.late, view.rejected = row.get("late", 0), row.get("rejected", 0)
         view.epsilon = finite(row.get("epsilon"))

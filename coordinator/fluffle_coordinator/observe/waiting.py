@@ -76,7 +76,7 @@ def waiting_for(state: State, now: float) -> Waiting | None:
 
 def missing(state: State, now: float) -> str:
     """Return a sentence part about what each worker that has not answered is doing."""
-    parts = [f"{one.worker} {one.sentence()}" for one in _doings(state, now)]
+    parts = [f"{doing.worker} {doing.sentence()}" for doing in _doings(state, now)]
     short = _short(state)
     if short:
         parts.append(f"{short} more worker{'s'[: short > 1]} needed")

@@ -30,7 +30,9 @@ class Watchers(Watcher):
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
-        self._with_show = [one for one in watchers if type(one).show is not Watcher.show]
+        self._with_show = [
+            watcher for watcher in watchers if type(watcher).show is not Watcher.show
+        ]
         self._reported: set[Watcher] = set()
 
     def record(self, event: RunEvent) -> None:

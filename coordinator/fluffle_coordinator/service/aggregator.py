@@ -46,7 +46,7 @@ _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
 class _Result(NamedTuple):
     """The outcome of a round: the start of the next one, and what the checkpoint stores.
 
-    ``kept`` is the part of the strategy's state that goes into the checkpoint; ``spent`` is the
+    ``kept`` is the part of the strategy's state that the checkpoint stores; ``spent`` is the
     privacy budget used so far.
     """
 
@@ -109,8 +109,8 @@ class Aggregator:
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
-            number, kept = resumed
-            self._state = self._in_round(number + 1).load(kept, weights)
+            number, saved_state = resumed
+            self._state = self._in_round(number + 1).load(saved_state, weights)
             self.broadcast = self._in_round(number + 1).broadcast(self._state)
         elif weights is not None:
             self._init(weights)

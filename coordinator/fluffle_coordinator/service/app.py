@@ -110,7 +110,7 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
             f"--keep-updates would store the updates that the strategy {strategy.name} keeps "
             "private, and replay cannot reproduce its random noise; remove --keep-updates"
         )
-    timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
+    timing = Timing(**{field.name: options[field.name] for field in fields(Timing)})
     schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),

@@ -103,16 +103,9 @@ class Committer:
         self._stopping, self._best, self._warned = stopping, 0, False
         resumes = stopping != NO_STOPPING and store.history.path.exists()
         self._standing = Standing(stopping, read_history_lines(store.folder) if resumes else ())
-        self._lines = SerialQueue()
+        self._jobs = SerialQueue()
+        self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
-
-    async def run(self) -> None:
-        """Run jobs until cancelled."""
-        await self._lines.run()
-
-    async def drained(self) -> None:
-        """Wait until all jobs are done and on disk."""
-        await self._lines.drained()
 
     async def begin_with(self, weights: Weights) -> str:
         """Save the first weights as the checkpoint of round 0; return their base name."""
@@ -158,11 +151,11 @@ class Committer:
 
     def commit(self, average: Average) -> None:
         """Commit a round; posts ``Committed``."""
-        self._lines.put(lambda: self._commit(average))
+        self._jobs.put(lambda: self._commit(average))
 
     def record_evaluation(self, number: int, evaluations: Mapping[str, rs.Evaluated]) -> None:
         """Write the federated evaluation of a round's model to the history."""
-        self._lines.put(lambda: self._record_evaluation(number, evaluations))
+        self._jobs.put(lambda: self._record_evaluation(number, evaluations))
 
     def record_end(self, number: int, outcome: str, reason: str) -> None:
         """Write the run's outcome, and the updates that were not counted since the last commit."""
@@ -173,7 +166,7 @@ class Committer:
             await self._on_disk(lambda: self._store.history.append(line))
 
         if number:
-            self._lines.put(record)
+            self._jobs.put(record)
 
     async def _commit(self, average: Average) -> None:
         number, clock, base = average.number, average.clock, new_base()

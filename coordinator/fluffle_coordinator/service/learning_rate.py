@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
 
+from fluffle_common.arguments import nearest
 from fluffle_common.errors import UsageError
 
-FORMS = {
+_FORMS = {
     "constant": "constant",
     "cosine": "cosine",
     "exponential": "exponential:FACTOR",
@@ -27,7 +28,7 @@ class LearningRateSchedule:
     ``rounds`` rounds. The coordinator evaluates the schedule: the plan of a round carries the rate.
 
     Args:
-        kind: a key of ``FORMS``.
+        kind: a key of ``_FORMS``.
         factor: above 0 and at most 1; for ``exponential`` and ``step``.
         rounds: the number of rounds of a step; for ``step``.
 
@@ -42,34 +43,29 @@ class LearningRateSchedule:
 
     @classmethod
     def parse(cls, text: str) -> LearningRateSchedule:
-        """Parse a schedule in one of the ``FORMS``.
+        """Parse a schedule in one of the ``_FORMS``.
 
         Raises:
             UsageError: if it has none of these forms.
         """
-        kind, _, settings = text.partition(":")
-        if kind not in FORMS:
-            near = difflib.get_close_matches(kind, FORMS, n=1)
-            hint = f"did you mean {FORMS[near[0]]}? " if near else ""
+        kind, _, rest = text.partition(":")
+        if kind not in _FORMS:
             raise UsageError(
-                f"there is no schedule '{kind}' ({_OPTION}); {hint}known are "
-                f"{', '.join(FORMS.values())}"
+                f"there is no schedule '{kind}' ({_OPTION}); {nearest(kind, _FORMS.values())}"
             )
-        wrong = UsageError(
-            f"{_OPTION} is '{text}'; expected is {FORMS[kind]}, with a FACTOR above 0 and at most 1"
-        )
-        names = FORMS[kind].partition(":")[2]
-        parts = settings.split(",") if settings else []
-        if len(parts) != len(names.split(",") if names else []):
-            raise wrong
-        try:
-            factor = float(parts[-1]) if parts else 1.0
-            rounds = int(parts[0]) if len(parts) == 2 else 1
-        except ValueError:
-            raise wrong from None
-        if not 0 < factor <= 1 or not 1 <= rounds < 2**31:
-            raise wrong
-        return cls(kind, factor, rounds)
+        schedule = None
+        with contextlib.suppress(ValueError):
+            match kind, rest.split(",") if rest else []:
+                case "constant" | "cosine", []:
+                    schedule = cls(kind)
+                case "exponential", [factor]:
+                    schedule = cls(kind, float(factor))
+                case "step", [rounds, factor]:
+                    schedule = cls(kind, float(factor), int(rounds))
+        if schedule is None or not (0 < schedule.factor <= 1 and 1 <= schedule.rounds < 2**31):
+            limits = ", with a FACTOR above 0 and at most 1" * ("FACTOR" in _FORMS[kind])
+            raise UsageError(f"{_OPTION} is '{text}'; expected is {_FORMS[kind]}{limits}")
+        return schedule
 
     def __str__(self) -> str:
         """Return the text that ``parse`` reads."""

@@ -52,39 +52,39 @@ def load_strategy(name: str) -> NamedStrategy:
 
 
 def _by_name(name: str) -> Any:
-    found = installed(_GROUP)
-    if name in found:
-        return load_installed("strategy", found[name], _CALLERS)
-    known = {*PARTS, *found}
+    entry_points = installed(_GROUP)
+    if name in entry_points:
+        return load_installed("strategy", entry_points[name], _CALLERS)
+    known = {*PARTS, *entry_points}
     raise UsageError(
         f"there is no strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
         "'fluffle strategies' explains them, and path.py:name takes one from a file of your own"
     )
 
 
-def _checked(name: str, found: Any) -> Any:
-    """Return ``found`` if it has the methods and needs of a strategy.
+def _checked(name: str, value: Any) -> Any:
+    """Return ``value`` if it has the methods and needs of a strategy.
 
     Raises:
         UsageError: if it is a class or lacks some of them.
     """
     attribute = name.rpartition(":")[2]
-    if isinstance(found, type):
+    if isinstance(value, type):
         raise UsageError(
             f"--strategy {name} is a class, not a strategy; create an instance in the file, "
             f"such as my_{attribute.lower()} = {attribute}(), and name that"
         )
-    missing = [f"{method}()" for method in _METHODS if not callable(getattr(found, method, None))]
-    if not isinstance(getattr(found, "needs", None), Needs):
+    missing = [f"{method}()" for method in _METHODS if not callable(getattr(value, method, None))]
+    if not isinstance(getattr(value, "needs", None), Needs):
         missing.append("needs (a Needs object)")
     if missing:
-        kind = type(found).__name__
+        kind = type(value).__name__
         hint = "; if it makes one, call it there and name what it returns" * (kind == "function")
         raise UsageError(
             f"--strategy {name} is not a strategy: this {kind} lacks {', '.join(missing)}; "
             f"pipeline() makes one that has them{hint}"
         )
-    return found
+    return value
 
 
 def rules_for(
