@@ -49,7 +49,7 @@ def _custom_codec(text: str) -> str | None:
     """Return a user's codec as a training plan names it; None if ``text`` names no such codec.
 
     Raises:
-        UsageError: The object is not a codec, or does not accept these settings.
+        UsageError: if the object is not a codec, or does not accept these settings.
     """
     from fluffle_common.cli.objects import load_codec
     from fluffle_common.protocol.messages import Compression

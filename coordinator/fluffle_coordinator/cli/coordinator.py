@@ -286,7 +286,7 @@ def rules_of(options: dict[str, Any]) -> Rules:
     """Return the rules of a run that the command's options describe.
 
     Raises:
-        UsageError: Two options contradict each other.
+        UsageError: if two options contradict each other.
     """
     from fluffle_coordinator.machine.selection import UNIFORM, sample_size
     from fluffle_coordinator.machine.state import Rules

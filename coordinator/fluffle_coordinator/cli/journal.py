@@ -36,7 +36,7 @@ def moment(text: str) -> datetime:
     '2026-03-01T11:00:00+00:00'
 
     Raises:
-        ValueError: It is neither.
+        ValueError: if it is neither.
     """
     ago = _AGO.fullmatch(text)
     if ago is None:
@@ -154,7 +154,7 @@ def _choose_round(events: Iterable[Event], run: str | None, number: int | None) 
     """Return the run and round to explain, the newest by default; round 0 if there is none yet.
 
     Raises:
-        UsageError: The journal does not have them; the message lists those that it has.
+        UsageError: if the journal does not have them; the message lists those that it has.
     """
     from fluffle_coordinator.observe.explain import runs_of
 

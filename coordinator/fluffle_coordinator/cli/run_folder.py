@@ -76,7 +76,7 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     """Load the strategy that made a round, from ``given`` if its file has moved.
 
     Raises:
-        UsageError: ``given`` is another strategy, or the strategy draws noise that is not kept.
+        UsageError: if ``given`` is another strategy, or the strategy draws noise that is not kept.
     """
     from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
     from fluffle_coordinator.service.strategy_loading import load_strategy

@@ -157,7 +157,7 @@ def check_schedule_options(options: dict[str, Any]) -> None:
     """Refuse options that ``--schedule buffered`` would ignore.
 
     Raises:
-        UsageError: One of them was given; the message names it.
+        UsageError: if one of them was given; the message names it.
     """
     if options["schedule"] != "buffered":
         return

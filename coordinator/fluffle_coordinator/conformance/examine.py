@@ -38,19 +38,19 @@ async def examine(
     """Wait for a worker and examine it; yield one finding per scenario.
 
     Args:
-        transport: Connection to the broker.
-        topology: Names on the broker, of a federation that nothing else uses.
-        worker: Id of the worker to examine; None takes the first that connects.
-        large: Add a tensor to the model, so that it travels in parts.
-        twice: Wait for a second start of the worker, and refuse it.
-        wait_s: Seconds to wait for the worker.
-        patience_s: Seconds to wait for an answer.
-        tell: Called with progress messages for people.
+        transport: the connection to the broker.
+        topology: the names on the broker, of a federation that nothing else uses.
+        worker: the id of the worker to examine; None takes the first that connects.
+        large: add a tensor to the model, so that it travels in parts.
+        twice: wait for a second start of the worker, and refuse it.
+        wait_s: seconds to wait for the worker.
+        patience_s: seconds to wait for an answer.
+        tell: called with progress messages for people.
 
     Raises:
-        BrokerError: There is no broker, or the link to it was lost.
-        RunError: No worker came, or the federation has a coordinator.
-        UsageError: The federation has messages of a real run.
+        BrokerError: if there is no broker, or the link to it was lost.
+        RunError: if no worker came, or the federation has a coordinator.
+        UsageError: if the federation has messages of a real run.
     """
     options = ExamOptions(worker, large, twice, patience_s, tell)
     async with _probe(transport, topology, options) as probe:

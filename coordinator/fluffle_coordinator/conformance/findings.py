@@ -27,11 +27,11 @@ class Finding:
     """The outcome of one scenario.
 
     Args:
-        scenario: Name of the scenario.
+        scenario: the name of the scenario.
         outcome: ``ok``, ``failed`` or ``skipped``.
-        seen: What the worker did, or why the scenario was skipped.
-        demand: What docs/protocol.md demands.
-        section: The heading there under which it does.
+        seen: what the worker did, or why the scenario was skipped.
+        demand: what docs/protocol.md demands.
+        section: the heading there under which it does.
     """
 
     scenario: str
@@ -59,7 +59,7 @@ def check_rhythm(presence: Sequence[Heard], now: float) -> str:
         A summary for people.
 
     Raises:
-        Unmet: The worker was silent for too long.
+        Unmet: if the worker was silent for too long.
     """
     beats = [
         (each.message.heartbeat_s, each.at)

@@ -58,9 +58,9 @@ class SentFit:
     """A ``fit`` that was sent, and how many messages had arrived before it.
 
     Args:
-        fit: The message.
-        answers: Number of answers before it.
-        presence: Number of presence messages before it.
+        fit: the message.
+        answers: the number of answers before it.
+        presence: the number of presence messages before it.
     """
 
     fit: Fit
@@ -72,10 +72,10 @@ class Listener:
     """Reads what workers send and keeps the messages of the examined one.
 
     Args:
-        link: Link to the broker.
-        topology: Names on the broker.
-        options: Options of the examination.
-        greeted: Called at each hello of the worker, or at its first heartbeat if that comes first.
+        link: the link to the broker.
+        topology: the names on the broker.
+        options: the options of the examination.
+        greeted: called at each hello of the worker, or at its first heartbeat if that comes first.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class Listener:
         """Read what workers send until the link is lost.
 
         Raises:
-            LinkLost: The link was lost.
-            QueueInUse: A coordinator of this federation is running.
-            UsageError: The federation has messages of a real run.
+            LinkLost: if the link was lost.
+            QueueInUse: if a coordinator of this federation is running.
+            UsageError: if the federation has messages of a real run.
         """
         names = self.topology
         presence = await self.link.consume(names.presence, prefetch=_PREFETCH, exclusive=True)
@@ -169,13 +169,13 @@ class Listener:
         """Wait until ``find`` returns something other than None, and return that.
 
         Args:
-            find: Searches the messages received so far.
-            what: Name of what is awaited, for error messages.
-            within_s: Seconds to wait. None: the patience of the examination, or until nobody
+            find: searches the messages received so far.
+            what: the name of what is awaited, for error messages.
+            within_s: seconds to wait. None: the patience of the examination, or until nobody
                 consumes from the worker's inbox.
 
         Raises:
-            Unmet: It did not come in time.
+            Unmet: if it did not come in time.
         """
         limit_s = self.options.patience_s if within_s is None else within_s
         end = self._now() + limit_s

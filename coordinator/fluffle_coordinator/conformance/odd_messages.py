@@ -196,7 +196,7 @@ def _in_parts(probe: Probe) -> int:
     """Return the number of parts that the model travels in.
 
     Raises:
-        Skipped: The model fits into one message.
+        Skipped: if the model fits into one message.
     """
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:

@@ -52,9 +52,9 @@ class Probe(Listener):
     """Plays the coordinator of one worker.
 
     Args:
-        link: Link to the broker.
-        topology: Names on the broker.
-        options: Options of the examination.
+        link: the link to the broker.
+        topology: the names on the broker.
+        options: the options of the examination.
     """
 
     def __init__(self, link: Link, topology: Topology, options: ExamOptions) -> None:
@@ -81,10 +81,10 @@ class Probe(Listener):
         """Send a message to the worker.
 
         Args:
-            message: The header.
-            weights: The tensors to send with it.
-            changes: Header keys to add or replace, valid or not.
-            lose: Numbers of the parts to leave out.
+            message: the header.
+            weights: the tensors to send with it.
+            changes: header keys to add or replace, valid or not.
+            lose: the numbers of the parts to leave out.
         """
         parts: Iterable[bytes] = ()
         if isinstance(message, WithTensors) and weights is not None:
@@ -100,7 +100,7 @@ class Probe(Listener):
         """Publish any bytes to the worker's inbox.
 
         Raises:
-            Unmet: The worker's inbox no longer exists.
+            Unmet: if the worker's inbox no longer exists.
         """
         assert self.worker is not None
         properties = Properties(type=kind, message_id=f"{kind}/{fresh_name()}", durable=False)
@@ -146,12 +146,12 @@ class Probe(Listener):
         """Wait for the update of a ``fit``, fetch its parts, and check it as a coordinator does.
 
         Args:
-            sent: The work.
-            crossed: Whether other work was sent meanwhile. The worker may have purged its outbox
+            sent: the work.
+            crossed: whether other work was sent meanwhile. The worker may have purged its outbox
                 for that, so if the parts are gone, the ``fit`` is sent again.
 
         Raises:
-            Unmet: No update came, or a coordinator would reject it.
+            Unmet: if no update came, or a coordinator would reject it.
         """
 
         def find() -> list[ReceivedUpdate] | None:
@@ -177,8 +177,8 @@ class Probe(Listener):
         """Return the payload of a message: the inline one, or the parts of its transfer.
 
         Raises:
-            PartsGone: Parts are missing.
-            Unmet: The parts do not match the announcement.
+            PartsGone: if parts are missing.
+            Unmet: if the parts do not match the announcement.
         """
         if message.transfer is None:
             return inline

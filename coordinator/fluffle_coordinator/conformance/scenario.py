@@ -25,11 +25,11 @@ class Scenario:
     """One scenario.
 
     Args:
-        name: A few words that name it.
-        section: The heading in docs/protocol.md under which the demand is.
-        demand: What a worker has to do.
-        play: The test.
-        needed: Whether no later scenario can be tried if this one fails.
+        name: a few words that name it.
+        section: the heading in docs/protocol.md under which the demand is.
+        demand: what a worker has to do.
+        play: the test.
+        needed: whether no later scenario can be tried if this one fails.
     """
 
     name: str

@@ -27,8 +27,8 @@ class Board:
     """Everything the page shows of one federation.
 
     Args:
-        federation: Name of the federation.
-        source: Where the events come from: ``coordinator`` or ``journal``.
+        federation: the name of the federation.
+        source: where the events come from: ``coordinator`` or ``journal``.
     """
 
     def __init__(self, federation: str, source: str = "coordinator") -> None:

@@ -37,9 +37,9 @@ class BrokerSource:
     """Follows a federation through the broker and keeps its board.
 
     Args:
-        topology: Names of the federation's queues and exchanges.
-        transport: Connection to the broker.
-        ask_queues: Returns the queues' figures; see ``Feed``.
+        topology: the names of the federation's queues and exchanges.
+        transport: the connection to the broker.
+        ask_queues: returns the queues' figures; see ``Feed``.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class BrokerSource:
         """Serve the page until cancelled; wait for the broker whenever it is away.
 
         Raises:
-            BrokerError: The broker refuses this user for good.
+            BrokerError: if the broker refuses this user for good.
         """
         async with served(self.feed, listening):
             await self.follow()

@@ -24,10 +24,10 @@ class CoordinatorSource:
     ``show`` costs the run one assignment; the state is read only when someone looks at the page.
 
     Args:
-        federation: Name of the federation.
-        ask_queues: Returns the queues' figures; see ``Feed``.
-        clock: Returns the time in seconds since 1970.
-        monotonic: The run's own clock, in seconds.
+        federation: the name of the federation.
+        ask_queues: returns the queues' figures; see ``Feed``.
+        clock: returns the time in seconds since 1970.
+        monotonic: the run's own clock, in seconds.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> N
     """Add to a view what only the machine's state shows: phase, cohort, deadline, heartbeats.
 
     Args:
-        view: View of the run's events; changed in place.
-        state: State of the round machine.
-        epoch: Seconds to add to the machine's times to get seconds since 1970.
-        now: The time by the machine's clock.
+        view: the view of the run's events; changed in place.
+        state: the state of the round machine.
+        epoch: the seconds to add to the machine's times to get seconds since 1970.
+        now: the time by the machine's clock.
     """
     view.planned = state.rules.rounds
     if view.ended is None:

@@ -26,10 +26,10 @@ class Feed:
     """A board with any number of viewers.
 
     Args:
-        board: The content of the page.
-        refresh: Called before each read, to bring the board up to date.
-        ask_queues: Returns the queues' figures; called in a thread. None: queues are not shown.
-        clock: Returns the time in seconds since 1970.
+        board: the content of the page.
+        refresh: called before each read, to bring the board up to date.
+        ask_queues: returns the queues' figures; called in a thread. None: queues are not shown.
+        clock: returns the time in seconds since 1970.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ def queue_asker(topology: Topology, url: str, base: str) -> Callable[[], Figures
     """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does.
 
     Args:
-        topology: Names of the federation's queues.
+        topology: the names of the federation's queues.
         url: URL of the broker.
         base: URL of its management API.
     """

@@ -22,12 +22,12 @@ class Page(CoordinatorSource):
 
     Args:
         address: ``HOST:PORT``; port 0 means any free one.
-        topology: Names of the federation's queues.
+        topology: the names of the federation's queues.
         url: URL of the broker.
         management: URL of its management API.
 
     Raises:
-        UsageError: ``address`` is malformed or cannot be bound.
+        UsageError: if ``address`` is malformed or cannot be bound.
     """
 
     def __init__(self, address: str, topology: Topology, url: str, management: str) -> None:

@@ -33,11 +33,11 @@ def read_report(folder: Path, now: float) -> dict[str, Any]:
     """Return everything that a report shows, including the SHA-256 of every checkpoint.
 
     Args:
-        folder: The run folder; the run may still be going on.
-        now: The time, in seconds since 1970.
+        folder: the run folder; the run may still be going on.
+        now: the time, in seconds since 1970.
 
     Raises:
-        UsageError: The folder holds no run, or its files cannot be read.
+        UsageError: if the folder holds no run, or its files cannot be read.
     """
     rows, last = read_history(folder), read_history_lines(folder)[-1:]
     path = folder / "run.json"
@@ -62,11 +62,11 @@ def snapshot(
     """Return everything that a report shows as plain data, one key per section.
 
     Args:
-        rows: The history, one row per round.
-        identity: Content of ``run.json``.
-        checkpoints: Name, size and SHA-256 of each model file.
-        end: The history's ``ended`` line; None if the run has not ended.
-        now: The time, in seconds since 1970.
+        rows: the history, one row per round.
+        identity: the content of ``run.json``.
+        checkpoints: name, size and SHA-256 of each model file.
+        end: the history's ``ended`` line; None if the run has not ended.
+        now: the time, in seconds since 1970.
     """
     view = RunView(whole=True)
     view.remember(rows)

@@ -71,10 +71,10 @@ def listen(address: str, flag: str) -> socket.socket:
 
     Args:
         address: ``HOST:PORT``, or just a port of 127.0.0.1; port 0 means any free one.
-        flag: The option that the address comes from, for error messages.
+        flag: the option that the address comes from, for error messages.
 
     Raises:
-        UsageError: ``address`` is malformed or cannot be bound.
+        UsageError: if ``address`` is malformed or cannot be bound.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
@@ -163,8 +163,8 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
     """Return the ASGI application that serves a feed.
 
     Args:
-        feed: The content of the page.
-        hosts: Host names that requests may use; None allows any.
+        feed: the content of the page.
+        hosts: host names that requests may use; None allows any.
     """
     metrics = registry(feed)
     viewers = 0
