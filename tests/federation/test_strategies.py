@@ -240,7 +240,7 @@ def test_privacy_is_in_the_history_and_a_crash_forgets_none_of_it(federated):
         assert spent[-1]["epsilon"] <= 2 < strategy.strategy.spent(most + 1)["epsilon"]
         assert again.log.of("privacy")[-1] == {"round": most, **spent[-1]}
         words = [str(federation.folder), "--round", "1"]
-        with pytest.raises(UsageError, match="made with random noise that is not kept .dp:clip=1"):
+        with pytest.raises(UsageError, match="cannot be replayed: its strategy, dp:clip=1"):
             CliRunner().invoke(replay, words, catch_exceptions=False, standalone_mode=False)
 
     federated(scenario)

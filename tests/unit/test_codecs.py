@@ -17,7 +17,7 @@ from fluffle_common.tensors.codecs import registry
 from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
 from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
-from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.compress_option import CompressType
 
 DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
 

@@ -307,6 +307,8 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     return {
         "num_examples": sum(e.num_examples for e in every),
         "loss": mean([(e.num_examples, e.loss) for e in every]),
-        **avoid_fields(metrics, _FIELDS | {name for name in metrics if name.startswith(TEST_PREFIX)}),
+        **avoid_fields(
+            metrics, _FIELDS | {name for name in metrics if name.startswith(TEST_PREFIX)}
+        ),
         "evaluators": sorted(evaluations),
     }
