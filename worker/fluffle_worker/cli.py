@@ -157,7 +157,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
-    from fluffle_worker.leaving import leave
+    from fluffle_worker.exit_now import exit_now
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task
@@ -203,7 +203,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         )
         code, at_work = _until_the_end(service, tell)
     if at_work:
-        leave(code)
+        exit_now(code)
     sys.exit(code)
 
 
