@@ -345,7 +345,7 @@ def test_what_a_rule_keeps_goes_into_later_rounds_of_the_same_run():
     ("gradient", "told"),
     [
         (lambda g, w, s: g, "returned a dict; (gradient, state) is expected"),
-        (lambda g, w, s: ({}, s), "'w' is on one side only"),
+        (lambda g, w, s: ({}, s), "'w' is only in one of them"),
         (lambda g, w, s: ({"w": np.zeros(2)}, s), "returned 'w' of shape (2,), expected (1,)"),
     ],
 )
