@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fluffle_common.cli.console import warn
+from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.tensors.checkpoint import make_folder, read_metadata
+from fluffle_common.tensors.checkpoint import read_metadata
 from fluffle_common.tensors.frozen import (
     IN_METADATA,
     NO_FROZEN,

@@ -1,4 +1,7 @@
-"""What a model is made of, in a form that two sides can compare without sending it."""
+"""The form of a model: a digest and a summary of its tensors' names, dtypes and shapes.
+
+Coordinator and worker compare forms to find out, without sending weights, if their models match.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _NOTHING: Weights = MappingProxyType[str, Array]({})
 
 
 def model_form(weights: Weights, frozen: Weights = _NOTHING) -> ModelForm:
-    """Return the form of these weights and frozen tensors; see ``form_from``.
+    """Return the form of these weights and frozen tensors.
 
     Example:
         >>> import numpy as np
@@ -28,7 +31,7 @@ def model_form(weights: Weights, frozen: Weights = _NOTHING) -> ModelForm:
 
 
 def form_from(form: Signature, frozen: Signature = ()) -> ModelForm:
-    """Return the form of a model's tensors, and of those that are frozen, in any order.
+    """Return the form of a model's tensors and its frozen tensors, in any order.
 
     In the digest, the entry of a frozen tensor ends with the name of its group.
     """
@@ -42,5 +45,5 @@ def form_from(form: Signature, frozen: Signature = ()) -> ModelForm:
 def _summary(form: Signature) -> str:
     count, size = len(form), sum(math.prod(shape) for *_, shape in form)
     dtypes = Counter(dtype.name for _, dtype, _ in form)
-    told = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
-    return f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {told}"
+    by_dtype = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
+    return f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {by_dtype}"

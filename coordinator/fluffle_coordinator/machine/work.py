@@ -1,6 +1,6 @@
-"""Work: who is given which, with which ticket, and when a worker that has some is due.
+"""Work: giving it to workers, with tickets, and when a worker counts as gone or stalled.
 
-A part of the round machine (``machine``), as pure as the rest of it.
+Part of the pure machine (``machine``).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fluffle_coordinator.machine.state import Issued, Phase, State, Table, Worke
 
 
 def first_due(state: State) -> float:
-    """Return when the first worker is gone or stands still, unless it is heard of before."""
+    """Return when the first worker counts as gone or stalled, unless it is heard before."""
     return min((_worker_due(state, worker) for worker in state.workers.values()), default=math.inf)
 
 
 def watched(state: State, name: str) -> State:
-    """See to it that a worker is looked at in time, of which something has changed."""
+    """Make sure that the next check comes in time for a worker that has changed."""
     due = _worker_due(state, state.workers[name]) if name in state.workers else math.inf
-    return state.but(due_at=due) if due < state.due_at else state
+    return state.replace(due_at=due) if due < state.due_at else state
 
 
 def _worker_due(state: State, worker: Worker) -> float:
@@ -29,7 +29,7 @@ def _worker_due(state: State, worker: Worker) -> float:
 
 
 def stall_times(state: State, worker: Worker) -> Iterator[float]:
-    """Yield when a worker that does not advance is told of, and when it counts as failed."""
+    """Yield when a worker that does not advance is reported, and when it counts as failed."""
     rules = state.rules
     if worker.has_steps and worker.name in state.asked and worker.name not in state.failed:
         if not worker.stalled:
@@ -39,17 +39,17 @@ def stall_times(state: State, worker: Worker) -> Iterator[float]:
 
 
 def work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
-    """Send the work of the moment to these workers, who were asked.
+    """Send these workers what ``State.asked`` says, and the frozen tensors that they lack.
 
-    Those that lack the frozen tensors get them with it.
+    Each effect is one message.
     """
     evaluating = state.phase is Phase.EVALUATING
-    alike: dict[tuple[bool, int, int], list[str]] = {}
+    recipients: dict[tuple[bool, int, int], list[str]] = {}
     for name in workers:
         ticket = (0, 0) if evaluating else (state.asked[name].sequence, state.attempts.get(name, 0))
-        alike.setdefault((_lacks_frozen(state, name, now), *ticket), []).append(name)
-    for (lacking, sequence, attempt), several in sorted(alike.items()):
-        names = tuple(several)
+        recipients.setdefault((_lacks_frozen(state, name, now), *ticket), []).append(name)
+    for (lacking, sequence, attempt), listed in sorted(recipients.items()):
+        names = tuple(listed)
         if evaluating:
             out.append(SendEvaluate(names, lacking))
         else:
@@ -57,14 +57,14 @@ def work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> St
         if lacking:
             out.append(Record(run_events.FrozenSent(workers=names, digest=state.frozen)))
             sent = {**state.frozen_sent, **dict.fromkeys(names, now)}
-            state = state.but(frozen_sent=Table(sent))
+            state = state.replace(frozen_sent=Table(sent))
     return state
 
 
 def _lacks_frozen(state: State, name: str, now: float) -> bool:
     """Whether a worker lacks the frozen tensors, and they are not on their way to it.
 
-    They are until a link is lost, the worker's or ours, or nothing of them has come for long.
+    They are on their way until a link is lost, or none of their parts has arrived for long.
     """
     worker = state.workers.get(name)
     if not state.frozen or worker is None or state.frozen in worker.frozen:
@@ -72,41 +72,41 @@ def _lacks_frozen(state: State, name: str, now: float) -> bool:
     sent_at = state.frozen_sent.get(name)
     if sent_at is None:
         return True
-    came_at = worker.moved_at if worker.has_steps else sent_at
-    return now - max(sent_at, came_at) >= 4 * state.rules.resend_s
+    arrived_at = worker.moved_at if worker.has_steps else sent_at
+    return now - max(sent_at, arrived_at) >= 4 * state.rules.resend_s
 
 
 def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
-    """Send the open version to workers that have nothing to do, each with a ticket."""
+    """Send the open version to idle workers, each with a ticket."""
     if not workers:
         return state
     state = next_sequence(state)
     issued = Issued(now, state.sequence, state.round)
     for name in workers:
-        state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
-    return noted(work(state, workers, now, out), workers)
+        state = watched(state.replace_for(name, asked=state.asked.insert(name, issued)), name)
+    return note_asked(work(state, workers, now, out), workers)
 
 
-def noted(state: State, workers: tuple[str, ...]) -> State:
-    """Note in which round workers were asked last, for whoever selects them by turns."""
+def note_asked(state: State, workers: tuple[str, ...]) -> State:
+    """Note the round that workers were last asked in, for selections that need it."""
     if not state.selects:
         return state
     asked_in = state.asked_in
     for name in workers:
         asked_in = asked_in.insert(name, state.round)
-    return state.but(asked_in=asked_in)
+    return state.replace(asked_in=asked_in)
 
 
 def next_sequence(state: State) -> State:
-    """Count on for new work; where each worker is asked once a round, it is the round."""
+    """Advance the sequence for new work; if each worker is asked once a round, to the round."""
     continuous = state.schedule.continuous
-    return state.but(sequence=state.sequence + 1 if continuous else state.round)
+    return state.replace(sequence=state.sequence + 1 if continuous else state.round)
 
 
 def send_again(state: State, worker: str, now: float, out: Effects) -> State:
-    """Send a worker again what it was asked for, or other work if there are newer weights."""
+    """Send a worker its work again, or new work if there are newer weights."""
     issued = state.asked[worker]
     if state.phase is Phase.OPEN and issued.round != state.round:
         return give_work(state, (worker,), now, out)
-    state = state.of(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
+    state = state.replace_for(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
     return work(state, (worker,), now, out)
