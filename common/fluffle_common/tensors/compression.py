@@ -26,7 +26,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,7 @@ def _encode(
         )
     encoded = tuple(np.asarray(part) for part in result)
     try:
-        _check_parts(name, parts, encoded)
+        _check_parts(name, parts, _forms(encoded))
     except ValueError as error:
         raise CodecError(f"encode() of the codec '{codec.name}' is wrong: {error}") from None
     return encoded
@@ -178,7 +178,7 @@ def decompress(
         names = _names(name, parts)
         if all(part in rest for part in names):
             encoded = tuple(rest.pop(part) for part in names)
-            _check_parts(name, parts, encoded)
+            _check_parts(name, parts, _forms(encoded))
             with np.errstate(over="ignore", invalid="ignore"):  # check_delta finds infinities
                 delta[name] = _decode(codec, name, encoded, base)
     return delta | rest
@@ -236,7 +236,7 @@ def check_announced_signature(
         parts = _parts(codec, name, base.shape) if codec and is_float(base.dtype) else ()
         names = _names(name, parts)
         if parts and all(part in rest for part in names):
-            _check_announced(names, parts, [rest.pop(part) for part in names])
+            _check_parts(name, parts, [rest.pop(part) for part in names])
         else:
             missing.append(name)
     for what, differing in (("missing", missing), ("unknown", sorted(rest))):
@@ -246,36 +246,28 @@ def check_announced_signature(
             raise ValueError(f"tensor names differ from the model's: {listed}"[:500])
 
 
-def _check_announced(names: Sequence[str], parts: tuple[Part, ...], forms: Sequence[_Form]) -> None:
+def _check_parts(name: str, parts: tuple[Part, ...], forms: Iterable[_Form]) -> None:
+    """Check the dtypes and shapes of the encoded parts of the tensor ``name``."""
     length: Shape | None = None  # of the parts that may be shorter
-    for name, part, (dtype, shape) in zip(names, parts, forms, strict=True):
-        fits = shape == part.shape
-        if part.at_most:
-            length = shape if length is None else length
-            fits = len(shape) == 1 and shape == length and shape[0] <= part.shape[0]
+    for part, (dtype, shape) in zip(parts, forms, strict=True):
+        expected, bound = part.shape, ""
+        if not part.at_most:
+            fits = shape == expected
+        elif length is None:
+            bound, length = "at most ", shape
+            fits = len(shape) == 1 and shape[0] <= part.shape[0]
+        else:
+            expected = length
+            fits = shape == expected
         if dtype != np.dtype(part.dtype) or not fits:
-            bound = "at most " if part.at_most else ""
             raise ValueError(
-                f"tensor '{name}' is {dtype} {shape}, expected {bound}{part.dtype} {part.shape}"
+                f"tensor '{name}{part.suffix}' is {dtype} {shape}, "
+                f"expected {bound}{part.dtype} {expected}"
             )
 
 
-def _check_parts(name: str, parts: tuple[Part, ...], tensors: tuple[Array, ...]) -> None:
-    """Check the dtypes and shapes of encoded tensors."""
-    length: int | None = None  # of the parts that may be shorter
-    for part, tensor in zip(parts, tensors, strict=True):
-        shape = part.shape
-        if part.at_most:
-            length = min(tensor.size, part.shape[0]) if length is None else length
-            shape = (length,)
-        if tensor.dtype != np.dtype(part.dtype):
-            raise ValueError(
-                f"tensor '{name}{part.suffix}' is {tensor.dtype}, expected {part.dtype}"
-            )
-        if tensor.shape != shape:
-            raise ValueError(
-                f"tensor '{name}{part.suffix}' has shape {tensor.shape}, expected {shape}"
-            )
+def _forms(tensors: Iterable[Array]) -> list[_Form]:
+    return [(tensor.dtype, tensor.shape) for tensor in tensors]
 
 
 def _read_only(tensor: Array) -> Array:
