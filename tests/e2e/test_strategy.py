@@ -29,7 +29,7 @@ def test_a_stateful_strategy_outlives_its_coordinator_and_is_replayed(
     other = federation.coordinator("--quorum", 2, "--strategy", "fedavg")
     assert other.end() == 2
     told = other.lines[-1]
-    assert "was made with the strategy mine.py:momentum up to round" in told
+    assert "used the strategy mine.py:momentum up to round" in told
     assert "this command names fedavg; give --strategy mine.py:momentum" in told
 
     second = federation.coordinator(*flags, "mine.py:momentum")

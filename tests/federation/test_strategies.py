@@ -1,4 +1,4 @@
-"""Strategies from files outside the product: run, killed, resumed, replayed, and broken."""
+"""Strategies from users' files: run, killed, resumed, replayed, and broken."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def momentum():
 
 
 def from_the_docs(folder: Path, name: str) -> str:
-    """Write the example that begins with its file's name; return where."""
+    """Write the documentation's example of this file name to disk; return its path."""
     (text,) = re.findall(rf"```python\n(# {name}\n.*?)```", DOCS.read_text(), re.DOTALL)
     (folder / name).write_text(text)
     return str(folder / name)
@@ -240,7 +240,7 @@ def test_privacy_is_in_the_history_and_a_crash_forgets_none_of_it(federated):
         assert spent[-1]["epsilon"] <= 2 < strategy.strategy.spent(most + 1)["epsilon"]
         assert again.log.of("privacy")[-1] == {"round": most, **spent[-1]}
         words = [str(federation.folder), "--round", "1"]
-        with pytest.raises(UsageError, match="made with random noise that is not kept .dp:clip=1"):
+        with pytest.raises(UsageError, match="cannot be replayed: its strategy, dp:clip=1"):
             CliRunner().invoke(replay, words, catch_exceptions=False, standalone_mode=False)
 
     federated(scenario)
@@ -264,7 +264,7 @@ def test_the_examples_of_the_docs_run(federated, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["median", "momentum"])
 def test_a_scalar_of_the_model_stays_one(tmp_path, name):
-    """Of an array of shape (), NumPy's arithmetic makes a number."""
+    """NumPy's arithmetic turns an array of shape () into a scalar, which must be accepted."""
     named = load_strategy(f"{from_the_docs(tmp_path, f'{name}.py')}:{name}")
     strategy = GuardedStrategy(named, 1)
     weights = {"s": np.array(1.0, np.float32)}

@@ -15,7 +15,6 @@ from fluffle_common.protocol.events.base import (
     Other,
     RunEvent,
     Severity,
-    field_names,
     from_fields,
 )
 from fluffle_common.protocol.events.rounds import (
@@ -147,6 +146,5 @@ __all__ = [
     "Waiting",
     "Welcomed",
     "WorkerEvent",
-    "field_names",
     "from_fields",
 ]

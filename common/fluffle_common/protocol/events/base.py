@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
+from string import Formatter
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 Severity = Literal["plain", "good", "odd", "bad"]
@@ -44,15 +45,21 @@ class RunEvent:
     severity: ClassVar[Severity] = "plain"
     template: ClassVar[str] = ""
     journalled: ClassVar[bool] = True
+    field_names: ClassVar[tuple[str, ...]] = ()
+    template_fields: ClassVar[tuple[str, ...]] = ()  # those that occur in the template
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are not missing, as plain data for the log and the wire."""
-        values = {name: getattr(self, name) for name in field_names(self.name)}
-        return {name: _plain(value) for name, value in values.items() if value is not None}
+        values = {}
+        for name in self.field_names:
+            value = getattr(self, name)
+            if value is not None:
+                values[name] = _plain(value) if isinstance(value, tuple) else value
+        return values
 
     def sentence(self) -> str:
         """Return the event in words, with a question mark for each missing field."""
-        values = {name: formatted(getattr(self, name)) for name in field_names(self.name)}
+        values = {name: formatted(getattr(self, name)) for name in self.template_fields}
         return self.template.format_map(values | self._derived())
 
     def _derived(self) -> dict[str, str]:
@@ -129,6 +136,9 @@ def event(
     def register(cls: type[_Event]) -> type[_Event]:
         event_class = dataclass(frozen=True, slots=True, kw_only=True)(cls)
         event_class.name, event_class.template, event_class.severity = name, template, severity
+        event_class.field_names = tuple(field.name for field in fields_of(event_class))
+        in_template = {field for _, field, _, _ in Formatter().parse(template)}
+        event_class.template_fields = tuple(n for n in event_class.field_names if n in in_template)
         REGISTRY[name] = event_class
         _field_readers[name] = {f.name: _READERS[str(f.type)] for f in fields_of(event_class)}
         return event_class
@@ -149,18 +159,10 @@ def from_fields(name: str, fields: Mapping[str, Any]) -> RunEvent:
     return event_class(**{field: read(fields[field]) for field, read in readers if field in fields})
 
 
-def field_names(name: str) -> tuple[str, ...]:
-    """Return the names of an event's fields, in order."""
-    return tuple(_field_readers[name])
-
-
 def _plain(value: Any) -> Any:
-    match value:
-        case tuple():
-            return [_plain(item) for item in value]
-        case Doing():
-            return value.fields()
-    return value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.fields() if isinstance(value, Doing) else value
 
 
 def formatted(value: Any) -> Any:
