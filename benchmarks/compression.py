@@ -27,7 +27,8 @@ from benchmarks import command, figures
 from benchmarks.processes import scratch
 from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Compression, Fit, Plan, Update
-from fluffle_common.tensors.compression import compress, decompress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.contribution import decode_contribution

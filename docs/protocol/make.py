@@ -25,7 +25,8 @@ import numpy as np
 
 from fluffle_common.protocol import messages as m
 from fluffle_common.protocol.codec import PART_BYTES, digest_of, encode, lay_out
-from fluffle_common.tensors.compression import compress, decompress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import compress, decompress
 
 HERE = Path(__file__).parent
 F: dict[str, Any] = {"federation": "letters"}

@@ -18,7 +18,8 @@ from fluffle_common.protocol.codec import lay_out
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
-from fluffle_common.tensors.compression import SMALLEST, compress, decompress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import BFLOAT16, check_delta, check_finite, size_bytes
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
