@@ -12,7 +12,7 @@ from fluffle_broker.inspect.archive import MessageArchive
 from fluffle_broker.inspect.decode import decode_message, part_of
 from fluffle_broker.inspect.formatting import facts
 from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
-from fluffle_common.protocol.messages import Evaluation, Event, Events, Happening, Hello, Update
+from fluffle_common.protocol.messages import Evaluation, Event, EventRecord, Events, Hello, Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.transport.base import Delivery, Properties
 from fluffle_common.transport.memory import MemoryBroker
@@ -134,7 +134,7 @@ async def test_an_event_of_the_journal_in_words():
 
 
 async def test_many_events_of_the_journal_are_counted():
-    told = [Happening(event=event, time="t") for event in ("opened", "counted", "counted")]
+    told = [EventRecord(event=event, time="t") for event in ("opened", "counted", "counted")]
     events = Events(federation="f", session="s", number=1, events=tuple(told))
     (delivery,) = await through(encode(events))
     assert facts(decode_message(delivery, "f")) == ["1 x opened, 2 x counted"]

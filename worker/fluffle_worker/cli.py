@@ -272,6 +272,6 @@ def _teller(console: Console, log_format: str) -> Tell:
             # It is for whoever wrote the task, at once and as it is.
             echo(*event.sentence().splitlines(), err=True)
         else:
-            console.line(event.name, event.sentence, event.fields())
+            console.event(event)
 
     return tell

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from fluffle_common.cli.background_stream import BackgroundStream, write_warning
 from fluffle_common.cli.printing import echo_sentences, printable, visible_json
 from fluffle_common.clock import timestamp
+from fluffle_common.protocol.events import RunEvent
 
 LogFormat = Literal["auto", "plain", "json"]
 # How long a line may wait for others, so that they are written together.
@@ -76,16 +77,23 @@ class Console:
         """Whether bars are drawn."""
         return self._progress is not None
 
-    def line(
-        self, event: str, text: Callable[[], str], fields: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write one event: as ``text``, or in JSON with its name and ``fields``."""
+    def event(self, event: RunEvent) -> None:
+        """Write an event: its sentence for people, its name and fields for programs."""
         if self._json:
-            entry = {"time": timestamp("microseconds"), "event": event, **self._always}
-            entry.update(fields or {})
-            line = json_line(entry)
+            self._write(self._as_json(event.name, event.fields()))
         else:
-            line = f"{time.strftime('%H:%M:%S')}  {printable(text())}"
+            self._write(_as_text(event.sentence()))
+
+    def line(self, name: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Write a line: ``text`` for people, ``name`` and ``fields`` for programs."""
+        self._write(self._as_json(name, fields or {}) if self._json else _as_text(text))
+
+    def _as_json(self, name: str, fields: Mapping[str, Any]) -> str:
+        return json_line(
+            {"time": timestamp("microseconds"), "event": name, **self._always, **fields}
+        )
+
+    def _write(self, line: str) -> None:
         if self._progress is not None:
             self._progress.console.print(line, markup=False)
         else:
@@ -120,6 +128,10 @@ class Console:
         self._progress.update(
             self._bars[label], completed=done, total=total, description=description
         )
+
+
+def _as_text(text: str) -> str:
+    return f"{time.strftime('%H:%M:%S')}  {printable(text)}"
 
 
 def json_line(entry: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from fluffle_common.protocol.messages import (
     Transfer,
     WithTensors,
     parse,
-    told_of,
+    present_fields,
 )
 from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of, placed
@@ -152,7 +152,7 @@ def encode_refusal(refusal: Refusal, protocol: int) -> bytes:
     same = ("federation", "kind", "session", "reason")
     if protocol == PROTOCOL:
         return encode(refusal)
-    packed: bytes = msgpack.packb({"protocol": protocol, **told_of(refusal, same)})
+    packed: bytes = msgpack.packb({"protocol": protocol, **present_fields(refusal, same)})
     return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, 0)])
 
 
@@ -388,4 +388,4 @@ def announced(message: WithTensors) -> GroupedLayout:
 
 def describe(message: Message) -> dict[str, Any]:
     """Return the headers that let RabbitMQ's own page tell the story of a message."""
-    return told_of(message, _TOLD)
+    return present_fields(message, _TOLD)

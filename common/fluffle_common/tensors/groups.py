@@ -22,7 +22,7 @@ from fluffle_common.tensors.layout import (
     layout_of,
     misfit,
 )
-from fluffle_common.tensors.table import MODEL, MOST_TENSORS_KEPT, TABLES_KEPT, TensorEntry
+from fluffle_common.tensors.table import CACHED_TABLES, MAX_CACHED_TENSORS, MODEL, TensorEntry
 
 EXTRA = "extra"
 """What a strategy sends its workers besides the model, and what they send back besides a delta."""
@@ -95,10 +95,10 @@ def groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
     Raises:
         ValueError: see ``GroupedLayout``.
     """
-    return _groups_of(table) if len(table) <= MOST_TENSORS_KEPT else GroupedLayout(table)
+    return _groups_of(table) if len(table) <= MAX_CACHED_TENSORS else GroupedLayout(table)
 
 
-@functools.lru_cache(TABLES_KEPT)
+@functools.lru_cache(CACHED_TABLES)
 def _groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
     return GroupedLayout(table)
 

@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from fluffle_common.tensors.table import (
+    CACHED_TABLES,
+    MAX_CACHED_TENSORS,
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
     MODEL,
-    MOST_TENSORS_KEPT,
-    TABLES_KEPT,
     TensorEntry,
 )
 
@@ -193,7 +193,7 @@ def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
     Raises:
         ValueError: where an entry is not what it says, or does not lie behind the entry before it.
     """
-    return _layout_of(table) if len(table) <= MOST_TENSORS_KEPT else Layout(table)
+    return _layout_of(table) if len(table) <= MAX_CACHED_TENSORS else Layout(table)
 
 
 def layout_for(weights: Weights) -> Layout:
@@ -249,7 +249,7 @@ def layout_of_signature(form: Signature) -> Layout:
     Raises:
         ValueError: for a dtype that does not travel.
     """
-    return _layout_of_signature(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
+    return _layout_of_signature(form) if len(form) <= MAX_CACHED_TENSORS else Layout(_table(form))
 
 
 def misfit(table: tuple[TensorEntry, ...], nbytes: int, there: int) -> str:
@@ -271,10 +271,10 @@ def bytes_of(tensor: Array) -> memoryview:
 
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     """Return a table as it is on the wire."""
-    return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [*map(_as_map, table)]
+    return _as_maps(table) if len(table) <= MAX_CACHED_TENSORS else [*map(_as_map, table)]
 
 
-@functools.lru_cache(TABLES_KEPT)
+@functools.lru_cache(CACHED_TABLES)
 def _as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     return [*map(_as_map, table)]
 
@@ -286,12 +286,12 @@ def _as_map(entry: TensorEntry) -> dict[str, Any]:
     return told
 
 
-@functools.lru_cache(TABLES_KEPT)
+@functools.lru_cache(CACHED_TABLES)
 def _layout_of(table: tuple[TensorEntry, ...]) -> Layout:
     return Layout(table)
 
 
-@functools.lru_cache(TABLES_KEPT)
+@functools.lru_cache(CACHED_TABLES)
 def _layout_of_signature(form: Signature) -> Layout:
     return layout_of(_table(form))
 

@@ -9,7 +9,7 @@ from pydantic import Field, Strict
 MAX_TENSORS = 100_000
 MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
 # So many tables of tensors are remembered, of up to this length: anyone may send any table.
-TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
+CACHED_TABLES, MAX_CACHED_TENSORS = 8, 5_000
 
 MODEL = "model"
 """The group of tensors that are the model's, or a delta of it."""

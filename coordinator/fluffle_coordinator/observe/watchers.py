@@ -66,7 +66,7 @@ class View(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Write one event."""
-        self._console.line(event.name, event.sentence, event.fields())
+        self._console.event(event)
 
     def show(self, state: State, now: float) -> None:
         """Draw where the run stands."""

@@ -77,8 +77,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         journal = Journal(topology)
         watcher = Watchers(View(console), journal, *([page] if page else []))
         if page:
-            url = page.url
-            console.line("page", lambda: f"the page is at {url}", {"url": url})
+            console.line("page", f"the page is at {page.url}", {"url": page.url})
         run = coordinate(
             settings,
             transport,

@@ -15,10 +15,9 @@ from fluffle_common.protocol.events.base import (
     Other,
     RunEvent,
     Severity,
-    field_names,
     from_fields,
 )
-from fluffle_common.protocol.events.of_rounds import (
+from fluffle_common.protocol.events.rounds import (
     Closed,
     Committed,
     Counted,
@@ -37,7 +36,7 @@ from fluffle_common.protocol.events.of_rounds import (
     Stalled,
     Tested,
 )
-from fluffle_common.protocol.events.of_runs import (
+from fluffle_common.protocol.events.runs import (
     Blocked,
     Classes,
     Connected,
@@ -66,7 +65,7 @@ from fluffle_common.protocol.events.of_runs import (
     Untold,
     Waiting,
 )
-from fluffle_common.protocol.events.of_workers import (
+from fluffle_common.protocol.events.workers import (
     Abandoned,
     Alone,
     Begun,
@@ -147,6 +146,5 @@ __all__ = [
     "Untold",
     "Waiting",
     "Welcomed",
-    "field_names",
     "from_fields",
 ]

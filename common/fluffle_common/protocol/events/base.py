@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
+from string import Formatter
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 Severity = Literal["plain", "good", "odd", "bad"]
@@ -40,22 +41,24 @@ class RunEvent:
     severity: ClassVar[Severity] = "plain"
     words: ClassVar[str] = ""
     journalled: ClassVar[bool] = True  # else only the log has it
+    field_names: ClassVar[tuple[str, ...]] = ()
+    fields_in_words: ClassVar[tuple[str, ...]] = ()  # those that occur in ``words``
 
     def fields(self) -> dict[str, Any]:
-        """Return what is known of it, as plain data for the log and the wire."""
-        known = ((name, getattr(self, name)) for name in self._names())
-        return {name: _plain(value) for name, value in known if value is not None}
+        """Return the known fields as plain data for the log and the wire."""
+        known = {}
+        for name in self.field_names:
+            value = getattr(self, name)
+            if value is not None:
+                known[name] = _plain(value) if isinstance(value, tuple) else value
+        return known
 
     def sentence(self) -> str:
-        """Say it in words; what is not known is a question mark."""
+        """Return the event as a sentence; an unknown field is a question mark."""
         return self.words.format_map(self._spoken())
 
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [name for name, _ in _READERS[cls.name]]
-
     def _spoken(self) -> dict[str, Any]:
-        return {name: spoken(getattr(self, name)) for name in self._names()}
+        return {name: spoken(getattr(self, name)) for name in self.fields_in_words}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,9 @@ def event(
     def enter(cls: type[_Event]) -> type[_Event]:
         made = dataclass(frozen=True, slots=True, kw_only=True)(cls)
         made.name, made.words, made.severity = name, words, severity
+        made.field_names = tuple(one.name for one in fields_of(made))
+        in_words = {field for _, field, _, _ in Formatter().parse(words)}
+        made.fields_in_words = tuple(field for field in made.field_names if field in in_words)
         REGISTRY[name] = made
         _READERS[name] = tuple((one.name, _READ[str(one.type)]) for one in fields_of(made))
         return made
@@ -147,18 +153,10 @@ def from_fields(name: str, fields: Mapping[str, Any]) -> RunEvent:
     return known(**{key: read(fields[key]) for key, read in _READERS[name] if key in fields})
 
 
-def field_names(name: str) -> tuple[str, ...]:
-    """Return the names of an event's fields, in their order."""
-    return tuple(field for field, _ in _READERS[name])
-
-
 def _plain(value: Any) -> Any:
-    match value:
-        case tuple():
-            return [_plain(one) for one in value]
-        case Doing():
-            return value.fields()
-    return value
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return value.fields() if isinstance(value, Doing) else value
 
 
 def spoken(value: Any) -> Any:
