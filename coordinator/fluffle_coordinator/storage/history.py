@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fluffle_common.cli.console import json_line
+from fluffle_common.durable_files import replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
-from fluffle_common.tensors.checkpoint import replacing, sync_folder
 from fluffle_coordinator.storage.round_stats import add_uncounted
 
 _NAME = "history.jsonl"

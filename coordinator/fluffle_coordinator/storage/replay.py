@@ -146,7 +146,7 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
         _archived(update_path(run, number, place, who["worker"]), line, who, base, plan)
         for place, who in enumerate(participants, start=1)
     ]
-    state = strategy.init(base) if number == 1 else strategy.load(before.kept, base)
+    state = strategy.init(base) if number == 1 else strategy.load(before.strategy_state, base)
     for contribution in contributions:
         state = strategy.fold(state, contribution)
     replayed, _ = strategy.finish(state, base)

@@ -28,16 +28,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from fluffle_common.clock import timestamp
+from fluffle_common.durable_files import make_folder, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
     Checkpoint,
     checkpoint_name,
-    make_folder,
     read_metadata,
     read_whole,
-    replacing,
     save_checkpoint,
-    sync_folder,
 )
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
@@ -215,7 +213,7 @@ class RunStore:
             metadata=checkpoint.metadata if checkpoint else {},
             repairs=tuple(repairs),
             strategy=line.get("strategy", FEDAVG.name),
-            kept=checkpoint.kept if checkpoint else {},
+            kept=checkpoint.strategy_state if checkpoint else {},
         )
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:

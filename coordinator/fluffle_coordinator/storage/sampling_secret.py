@@ -6,8 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from fluffle_common.durable_files import replacing
 from fluffle_common.errors import RunError
-from fluffle_common.tensors.checkpoint import replacing
 
 _BITS = 128
 

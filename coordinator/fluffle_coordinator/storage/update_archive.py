@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fluffle_common.tensors.checkpoint import make_folder, replacing
+from fluffle_common.durable_files import make_folder, replacing
 from fluffle_common.transport.base import Body
 
 _UPDATES = "updates"

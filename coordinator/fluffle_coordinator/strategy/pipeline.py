@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Accounted, Contribution, Needs
+from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta
 
 M = TypeVar("M")
@@ -134,6 +135,10 @@ class Pipeline(Generic[M, T]):
         """The requirements of its mean."""
         return self.mean.needs
 
+    @cached_property  # an isinstance check of a protocol takes longer than averaging a small model
+    def _persistent_mean(self) -> PersistentMean | None:
+        return self.mean if isinstance(self.mean, PersistentMean) else None
+
     def init(self, weights: Weights) -> PipelineState[M, T]:
         """Return the initial state of a run."""
         return PipelineState(self.mean.init(weights), self.server.init(weights))
@@ -163,21 +168,21 @@ class Pipeline(Generic[M, T]):
 
     def spent(self, rounds: int) -> Mapping[str, float]:
         """Return the privacy cost of so many rounds, if its mean accounts for it."""
-        return self.mean.spent(rounds) if isinstance(self.mean, Accounted) else {}
+        return self.mean.spent(rounds) if hasattr(self.mean, "spent") else {}
 
     def dump(self, state: PipelineState[M, T]) -> Weights:
         """Return the tensors of the server step, and of the mean if its state lasts."""
         server = self.server.dump(state.server)
-        if not isinstance(self.mean, PersistentMean):
+        if self._persistent_mean is None:
             return server
-        mean = self.mean.dump(state.mean)
+        mean = self._persistent_mean.dump(state.mean)
         return {**with_prefix(_MEAN, mean), **with_prefix(_SERVER, server)}
 
     def load(self, saved: Weights, weights: Weights) -> PipelineState[M, T]:
         """Restore the state that the next round begins with."""
-        if not isinstance(self.mean, PersistentMean):
+        if self._persistent_mean is None:
             return PipelineState(self.mean.init(weights), self.server.load(saved, weights))
-        mean: M = self.mean.load(without_prefix(_MEAN, saved), weights)
+        mean: M = self._persistent_mean.load(without_prefix(_MEAN, saved), weights)
         return PipelineState(mean, self.server.load(without_prefix(_SERVER, saved), weights))
 
 
