@@ -15,7 +15,7 @@ from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Compression, Plan, Update, parse
 from fluffle_common.tensors.compression import BLOCK, SMALLEST, compress, decompress, encoding_of
 from fluffle_common.tensors.weights import check_delta, size_bytes
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_contribution
 
 HOWS = ("bf16", "f16", "int8", "topk:0.01", "topk:0.5")
 FED_BACK = ("int8", "topk:0.01", "topk:0.5")
