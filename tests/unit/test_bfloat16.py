@@ -27,7 +27,7 @@ from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 
 HOWS = ("bf16", "f16", "int8", "topk:0.05")
