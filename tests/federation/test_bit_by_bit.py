@@ -19,7 +19,10 @@ def models(folder):
     """Return the tensors of each checkpoint as bytes: the model and the strategy's state."""
     found = [read_whole(folder / checkpoint_name(number)) for number in range(ROUNDS + 1)]
     return [
-        {name: tensor.tobytes() for name, tensor in [*one.weights.items(), *one.kept.items()]}
+        {
+            name: tensor.tobytes()
+            for name, tensor in [*one.weights.items(), *one.strategy_state.items()]
+        }
         for one in found
     ]
 

@@ -107,7 +107,7 @@ def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(fe
         await asyncio.sleep(5)
         found = await examined(federation, worker="w")
         assert failed(found) == [], [one for one in found.values() if one.outcome == "failed"]
-        assert "worker w was here before" in found["hello"].seen
+        assert "worker w was started before this command" in found["hello"].seen
         await here.end(60)
 
     federated(scenario)

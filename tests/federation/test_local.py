@@ -396,7 +396,7 @@ def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
         ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the 1 tasks"),
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
         ([Adder()], {"verify_users": True}, "has no verify_users=: "),
-        ([Adder()], {"run": "runs/x"}, "has no run=: folder= says where the run is kept"),
+        ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
         ([Adder()], {"strategy": "nosuch"}, "there is no strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
         ([Adder()], {"evaluate": 7}, "--evaluate is int; a function is expected"),

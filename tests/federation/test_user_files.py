@@ -15,11 +15,11 @@ import optax
 import pytest
 from flax import nnx
 
-from fluffle_common.cli.objects import load_object
+from fluffle_common.cli.loading import load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.compress_option import CompressType
 from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import find_rule, use_local_rule
@@ -345,7 +345,7 @@ def test_what_a_rule_keeps_goes_into_later_rounds_of_the_same_run():
     ("gradient", "told"),
     [
         (lambda g, w, s: g, "returned a dict; (gradient, state) is expected"),
-        (lambda g, w, s: ({}, s), "'w' is on one side only"),
+        (lambda g, w, s: ({}, s), "'w' is only in one of them"),
         (lambda g, w, s: ({"w": np.zeros(2)}, s), "returned 'w' of shape (2,), expected (1,)"),
     ],
 )

@@ -16,8 +16,8 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
+from fluffle_common.cli.background_stream import BackgroundStream
 from fluffle_common.cli.console import _WITHIN_S, Console, json_line
-from fluffle_common.cli.patient_stream import PatientStream
 
 PATIENCE_S = 5.0
 
@@ -225,7 +225,7 @@ def test_json_finds_a_word_for_everything():
 
 def test_what_is_sure_not_to_wait_is_written_without_a_thread(tmp_path):
     with (tmp_path / "log").open("w") as file:
-        stream = PatientStream(file)
+        stream = BackgroundStream(file)
         stream.write("ä line\n")
         assert (tmp_path / "log").read_text() == "ä line\n"
         assert stream._thread is None
@@ -234,7 +234,7 @@ def test_what_is_sure_not_to_wait_is_written_without_a_thread(tmp_path):
 def test_what_a_full_pipe_does_not_take_at_once_follows_when_it_has_room():
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as pipe, os.fdopen(reader, "rb") as lines:
-        stream = PatientStream(pipe)
+        stream = BackgroundStream(pipe)
         text = "0123456789abcde\n" * 2**13  # twice what the pipe holds
         stream.write(text)
         assert stream._thread is not None

@@ -15,7 +15,7 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent, from_fields
-from fluffle_common.protocol.metric_names import of_a_test
+from fluffle_common.protocol.metric_names import add_test_prefix
 from fluffle_coordinator.observe.round_view import Answer, RoundView, late_updates, remembered
 from fluffle_coordinator.observe.tally import Tally, cause_of
 from fluffle_coordinator.observe.worker_view import Departure, Workers
@@ -273,7 +273,7 @@ class RunView:
 
     def _tested(self, _: float, event: run_events.Tested) -> None:
         if view := self._round(event.round):
-            view.metrics = {**view.metrics, **of_a_test(event.metrics or {})}
+            view.metrics = {**view.metrics, **add_test_prefix(event.metrics or {})}
 
     def _noted(self, at: float, event: run_events.Closed | run_events.Duplicate) -> None:
         if view := self._known(event.round):

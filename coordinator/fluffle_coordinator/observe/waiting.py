@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
+from fluffle_coordinator.machine.opening import workers_needed
 from fluffle_coordinator.machine.state import Phase, State
-from fluffle_coordinator.machine.transitions import wanted
 
 
 class WaitingReport:
@@ -84,7 +84,7 @@ def missing(state: State, now: float) -> str:
 
 
 def _before_a_round(state: State) -> Waiting | None:
-    present, gate = ", ".join(sorted(state.workers)) or "nobody", wanted(state)
+    present, gate = ", ".join(sorted(state.workers)) or "nobody", workers_needed(state)
     if len(state.workers) < gate:
         reason = f"waiting for workers: {len(state.workers)} of {gate} are here ({present})"
         return Waiting(reason=reason, what="workers")

@@ -18,7 +18,7 @@ from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_te
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.groups import chosen
+from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.parts import PartsGone
@@ -327,7 +327,7 @@ class Aggregator:
         """Undo the noise that a private strategy added to tensors that are not trained."""
         if self._plan.train is None or self._strategy.strategy.needs.repeatable:
             return weights
-        trained = chosen(self._base, self._plan.train)
+        trained = select_tensors(self._base, self._plan.train)
         for name, old in self._base.items():
             if name not in trained:
                 weights[name][...] = old

@@ -17,9 +17,9 @@ from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
+from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, avoid_fields
 from fluffle_common.tensors.checkpoint import checkpoint_name
-from fluffle_common.tensors.on_disk import laid_on_disk
+from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -141,7 +141,7 @@ class Committer:
             RunError: if the file cannot be written.
         """
         try:
-            return laid_on_disk(delta, self._store.folder)
+            return map_to_disk(delta, self._store.folder)
         except OSError as why:
             raise RunError(
                 f"cannot write an update of the open round to {self._store.folder} "
@@ -214,7 +214,7 @@ class Committer:
         weights = read_only(weights)
         test = await self._calls.test(number, weights)
         if test:
-            measured = of_a_test(test)
+            measured = add_test_prefix(test)
             line = {"event": "tested", "round": number, **measured, "tested_at": timestamp()}
             await self._on_disk(lambda: self._store.history.append(line))
             await self._monitor(number, measured)
@@ -307,6 +307,8 @@ def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     return {
         "num_examples": sum(e.num_examples for e in every),
         "loss": mean([(e.num_examples, e.loss) for e in every]),
-        **beside(metrics, _FIELDS | {name for name in metrics if name.startswith(TEST)}),
+        **avoid_fields(
+            metrics, _FIELDS | {name for name in metrics if name.startswith(TEST_PREFIX)}
+        ),
         "evaluators": sorted(evaluations),
     }

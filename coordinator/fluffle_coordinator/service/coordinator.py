@@ -269,7 +269,7 @@ class Coordinator:
 
     def _record(self, event: run_events.RunEvent) -> None:
         self._committer.counts.note(event)
-        if isinstance(event, run_events.OfTheBroker):
+        if isinstance(event, run_events.BrokerEvent):
             event = replace(event, address=self._transport.address)
         self._watcher.record(event)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import RunError, TaskError
-from fluffle_common.tensors.checkpoint import as_kept
+from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, same_form
 from fluffle_coordinator.service.hooks import read_only
@@ -97,7 +97,9 @@ class GuardedStrategy:
             return NO_TENSORS
         try:
             _check_tensors(tensors)
-            check_signature(as_kept(tensors))  # the checkpoint puts a prefix before the names
+            check_signature(
+                add_strategy_prefix(tensors)
+            )  # the checkpoint puts a prefix before the names
         except ValueError as wrong:
             raise self._wrong(
                 "dump()", f"it returned a state that cannot be saved: {wrong}"

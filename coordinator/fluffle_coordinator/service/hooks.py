@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fluffle_common.cli.objects import load_object
+from fluffle_common.cli.loading import load_object
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol import events as run_events

@@ -88,7 +88,7 @@ class Spool(Incoming):
         self._room_bytes = _IN_MEMORY_BYTES
         self._norms: dict[int, float | None] = {}
 
-    def _keep(self, start: int, payload: memoryview) -> None:
+    def _store(self, start: int, payload: memoryview) -> None:
         assert self._layout.dtype is not None
         vector = np.frombuffer(payload, self._layout.dtype)
         self._norms[start] = norm_of_piece(self._layout, vector, start // vector.itemsize)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_common.protocol.metric_names import TEST, lower_is_better
+from fluffle_common.protocol.metric_names import TEST_PREFIX, lower_is_better
 from fluffle_coordinator.storage.round_stats import seconds_of
 
 
@@ -85,8 +85,8 @@ class Standing:
         """Return a warning if the metrics lack the monitored one, which should be among them."""
         rules, name = self._stopping, self._stopping.metric
         monitored = (rules.monitor, rules.target, rules.patience) != (None, None, None)
-        of_a_test = any(metric.startswith(TEST) for metric in metrics)
-        if not monitored or name in metrics or name.startswith(TEST) != of_a_test:
+        of_a_test = any(metric.startswith(TEST_PREFIX) for metric in metrics)
+        if not monitored or name in metrics or name.startswith(TEST_PREFIX) != of_a_test:
             return None
         return f"no round has the metric '{name}' (--monitor); known are {', '.join(metrics)}"
 
