@@ -1,4 +1,4 @@
-"""What is said at an end, and that observers never cause one."""
+"""The advice at the end of a run, and observers, which must never end one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
     assert len(said.splitlines()) == 1
 
 
-# --- the command that goes on --------------------------------------------------------------------
+# --- the command that continues ------------------------------------------------------------------
 
 
 def test_a_stop_names_the_command_that_really_goes_on():
@@ -139,7 +139,7 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
         )  # fmt: skip
 
 
-# --- what a worker does --------------------------------------------------------------------------
+# --- what a worker is doing ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
