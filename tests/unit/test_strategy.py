@@ -28,8 +28,8 @@ from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service import strategy_loading as module
-from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
 from fluffle_coordinator.storage.replay import strategy_of
@@ -346,7 +346,7 @@ def test_a_model_of_another_program_may_call_its_tensors_as_it_likes(tmp_path):
     with pytest.raises(
         UsageError, match="first weights: the name of tensor 'strategy/w' .*rename it"
     ):
-        _begin_with(tmp_path / "m", store, store.load("f"), "f")
+        begin_with_file(tmp_path / "m", store, store.load("f"), "f")
     assert not (store.folder / checkpoint_name(0)).exists()
     with pytest.raises(ValueError, match="rename it"):
         check_names({"w": np.zeros(1), "strategy/x": np.zeros(1)})
