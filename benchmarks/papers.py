@@ -1,4 +1,4 @@
-"""Two published results, repeated by ``fluffle.simulate`` on handwritten digits.
+"""Reproduce two published results with ``fluffle.simulate`` on handwritten digits.
 
     python -m benchmarks.papers --job 2nn --json
     python -m benchmarks.papers --job fednova --json
