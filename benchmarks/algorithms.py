@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import command, figures
+from benchmarks import command
 from benchmarks.arrays import Array
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.names import named_strategy
@@ -164,7 +164,7 @@ def accuracies(name: str, data: str, case: str, rounds: int, seed: int = 0) -> l
 
 
 def measure(strategies: Sequence[str], data: str, rounds: int, seeds: int) -> dict[str, Any]:
-    """Run every strategy in every case, and average over the seeds."""
+    """Return the final accuracy of each strategy in each case, averaged over the seeds."""
 
     def averaged(name: str, case: str) -> float:
         last = [accuracies(name, data, case, rounds, seed)[-1] for seed in range(seeds)]
@@ -174,18 +174,18 @@ def measure(strategies: Sequence[str], data: str, rounds: int, seeds: int) -> di
     return {"data": data, "rounds": rounds, "seeds": seeds, "strategies": found}
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
-    cases = CASES[told["data"]]
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
+    cases = CASES[results["data"]]
     rows = [
         [name, *(f"{100 * one[case]:.1f}" for case in cases)]
-        for name, one in told["strategies"].items()
+        for name, one in results["strategies"].items()
     ]
-    return figures.table([f"accuracy after {told['rounds']} rounds, %", *cases], rows)
+    return command.table([f"accuracy after {results['rounds']} rounds, %", *cases], rows)
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark from the command line."""
     parser = command.parser("algorithms", __doc__)
     parser.add_argument("--data", choices=CASES, default="digits", help="what is read (digits)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each run (10)")
