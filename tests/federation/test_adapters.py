@@ -93,9 +93,8 @@ def test_only_adapters_travel_while_each_worker_keeps_a_head_of_its_own(federate
             assert found.keys() == {"backbone/lora/lora_a", "backbone/lora/lora_b"}
             for name, array in found.items():
                 np.testing.assert_allclose(array, weights[name], rtol=1e-4, atol=1e-6)
-        for (
-            line
-        ) in federation.history():  # two adapters of 64 float32 each; the whole model has 16 KiB
+        # two adapters of 64 float32 each; the whole model has 16 KiB
+        for line in federation.history():
             assert [one["bytes"] for one in line["participants"]] == [2 * 4 * WIDE] * 2
 
     federated(scenario)
