@@ -250,7 +250,7 @@ MUTANTS = [
     Mutant(
         "takes frozen tensors for sent that were lost with a link",
         membership,
-        "state.frozen_sent.discard(worker.name)",
+        "state.frozen_sent.discard(worker.session)",
         "state.frozen_sent",
         "test_they_are_sent_again_after_a_hello_and_after_our_own_outage",
         random=False,

@@ -108,6 +108,18 @@ def test_whoever_joins_late_or_begins_again_is_sent_them():
     assert sent(run.seen("c", hello=True, session="c-3", **HOLDS)) == {"c": False}
 
 
+def test_a_worker_that_was_stopped_finds_them_in_its_inbox():
+    run = open_run()
+    run.tick(11)  # b is gone, and a too
+    assert not run.state.workers
+    run.now += 3600
+    assert sent(run.seen("b", **TAKES)) == {"b": False}
+    run.now += 59
+    assert sent(run.seen("b", **TAKES)) == {"b": False}
+    run.now += 15
+    assert sent(run.seen("b", **TAKES)) == {"b": True}
+
+
 def test_they_go_with_an_evaluation_too():
     run = Run(Rules(rounds=1, min_workers=1), committed=1, evaluated=False, frozen=DIGEST)
     run.connect()

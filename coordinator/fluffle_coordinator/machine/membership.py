@@ -57,8 +57,8 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         failed = failed.discard(worker.name)
         if state.init_asked == worker.name:  # a process that has just started purged its inbox
             state = state.replace(init_asked=None)
-        # Frozen tensors on their way are lost, unless the worker lists them.
-        state = state.replace(frozen_sent=state.frozen_sent.discard(worker.name))
+    if event.hello:  # frozen tensors on their way are lost, unless the worker lists them
+        state = state.replace(frozen_sent=state.frozen_sent.discard(worker.session))
     state = state.replace_for(
         worker.name,
         workers=state.workers.insert(worker.name, worker),

@@ -179,7 +179,7 @@ class State:
     decided: bool = False  # whether the workers have voted on these two
     decided_by: str = ""  # who decided on these two, for messages
     frozen: str = ""  # the digest of the model's frozen tensors; empty if it has none
-    # When they were last sent to workers that have not listed them since their last hello.
+    # When they were last sent to each session of a worker, since its last hello.
     frozen_sent: Table[str, float] = field(default_factory=Table)
     gate: int = 1  # how many workers must be present to open the next round
     # After a restart: by then every living worker was heard, and one is enough to go on.

@@ -56,7 +56,8 @@ def work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> St
             out.append(SendFit(names, state.evaluate_pending, sequence, attempt, lacking))
         if lacking:
             out.append(Record(run_events.FrozenSent(workers=names, digest=state.frozen)))
-            sent = {**state.frozen_sent, **dict.fromkeys(names, now)}
+            sessions = (state.workers[name].session for name in names)
+            sent = {**state.frozen_sent, **dict.fromkeys(sessions, now)}
             state = state.replace(frozen_sent=Table(sent))
     return state
 
@@ -69,10 +70,10 @@ def _lacks_frozen(state: State, name: str, now: float) -> bool:
     worker = state.workers.get(name)
     if not state.frozen or worker is None or state.frozen in worker.frozen:
         return False
-    sent_at = state.frozen_sent.get(name)
+    sent_at = state.frozen_sent.get(worker.session)
     if sent_at is None:
         return True
-    arrived_at = worker.moved_at if worker.has_steps else sent_at
+    arrived_at = worker.moved_at if worker.has_steps else worker.joined_at
     return now - max(sent_at, arrived_at) >= 4 * state.rules.resend_s
 
 
