@@ -5,8 +5,8 @@ all tensors, little-endian, each at a multiple of 64 bytes. Because the payload 
 be read as a memoryview without a copy. Because the header is padded, the payload starts at a
 multiple of 64 bytes of the body.
 
-Bodies are untrusted input. Decoding never allocates memory by a number in a header, and every
-fault raises ``MalformedMessage``.
+Bodies are untrusted input. Decoding never allocates memory for a size that a header merely claims,
+and every fault raises ``MalformedMessage``.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
 
 
 def encode_refusal(refusal: Refusal, protocol: int) -> bytes:
-    """Encode a refusal for a worker with another protocol version.
+    """Encode a refusal in the protocol version of the refused worker.
 
-    In another version it has only the fields that are the same in all versions.
+    In another version than ours, it has only the fields that are the same in all versions.
     """
     if protocol == PROTOCOL:
         return encode(refusal)
