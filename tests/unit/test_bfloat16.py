@@ -202,7 +202,7 @@ def test_a_run_begins_with_a_file_of_bfloat16(tmp_path):
         ({"x" * 501: np.ones(3)}, "a name of 501 characters"),
         ({"c": np.ones(3, np.complex64)}, "'c' is complex64, .* its real and"),
         ({"w": np.array([1, np.nan], BFLOAT16)}, "'w' has 1 values that are NaN"),
-        ({}, "there is no tensor"),
+        ({}, "the weights contain no tensors"),
     ],
 )
 def test_a_run_does_not_begin_with_what_does_not_travel(tmp_path, tensors, why):
