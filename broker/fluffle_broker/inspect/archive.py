@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from fluffle_broker.inspect.decode import DecodedMessage, part_of
-from fluffle_common.tensors.checkpoint import replacing
+from fluffle_common.durable_files import replacing
 
 
 class MessageArchive:

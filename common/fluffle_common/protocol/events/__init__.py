@@ -1,7 +1,7 @@
-"""The one vocabulary of a run: a frozen class for every event, with its fields and its sentence.
+"""Run events: a frozen class for each, with typed fields and a sentence.
 
-Machines and the shells around them make these; log, journal, explain, page and history read them.
-Their names and fields are those on the wire (``docs/protocol.md``).
+Coordinator and worker report what happens as these events, and the log, the journal, the live page
+and ``fluffle explain`` show them. Names and fields are those on the wire (``docs/protocol.md``).
 
 >>> Counted(round=7, worker="north", num_examples=80, updates=2).sentence()
 'round 7: update of north counted, 80 examples (2/?)'
@@ -38,6 +38,7 @@ from fluffle_common.protocol.events.rounds import (
 )
 from fluffle_common.protocol.events.runs import (
     Blocked,
+    BrokerEvent,
     Classes,
     Connected,
     Disconnected,
@@ -53,7 +54,6 @@ from fluffle_common.protocol.events.runs import (
     NoBroker,
     NoJournal,
     Note,
-    OfTheBroker,
     Reconnected,
     Refused,
     Repaired,
@@ -74,12 +74,12 @@ from fluffle_common.protocol.events.workers import (
     Loaded,
     NotCounted,
     Occupied,
-    OfAWorker,
     Sent,
     Traceback,
     Unfit,
     Unsent,
     Welcomed,
+    WorkerEvent,
 )
 
 __all__ = [
@@ -88,6 +88,7 @@ __all__ = [
     "Alone",
     "Begun",
     "Blocked",
+    "BrokerEvent",
     "Classes",
     "Closed",
     "Committed",
@@ -116,8 +117,6 @@ __all__ = [
     "NotCounted",
     "Note",
     "Occupied",
-    "OfAWorker",
-    "OfTheBroker",
     "Opened",
     "Other",
     "Outlier",
@@ -146,5 +145,6 @@ __all__ = [
     "Untold",
     "Waiting",
     "Welcomed",
+    "WorkerEvent",
     "from_fields",
 ]

@@ -1,6 +1,7 @@
-"""Events of one worker, as its own log tells them; none is in the journal.
+"""Events that only a worker's own log shows; none is in the journal.
 
-What happens to a worker as to a coordinator (the link, a refused message) has one class for both.
+Events that workers and coordinators share (connections, rejected messages) are in ``runs`` and
+``rounds``.
 """
 
 from __future__ import annotations
@@ -9,50 +10,48 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fluffle_common.protocol.events.base import (
+    Integer,
     Names,
     Number,
     Numbers,
     RunEvent,
     Text,
-    Whole,
     event,
-    spoken,
+    formatted,
 )
-from fluffle_common.protocol.metric_names import beside
+from fluffle_common.protocol.metric_names import avoid_fields
 
-_BEGUN = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
+_ACTIVITIES = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
 _ANSWERS = {"init": "first weights", "fit": "update", "evaluate": "evaluation"}
-# What a JSON line says besides the metrics of an update.
-_BESIDE_METRICS = frozenset({"event", "federation", "kind", "metrics", "round", "time", "worker"})
+# The keys of a JSON log line that no metric may replace.
+_LOG_KEYS = frozenset({"event", "federation", "kind", "metrics", "round", "time", "worker"})
 
 
 @dataclass(frozen=True, slots=True)
-class OfAWorker(RunEvent):
-    """An event that only the worker's own log has."""
+class WorkerEvent(RunEvent):
+    """An event in a worker's log."""
 
     journalled: ClassVar[bool] = False
 
 
 @event("loaded", "task {task}: {num_examples} examples{more}")
-class Loaded(OfAWorker):
-    """The task is made; ``classes`` are those of its data."""
+class Loaded(WorkerEvent):
+    """The task is loaded; ``classes`` are those of its data."""
 
     task: Text = None
-    num_examples: Whole = None
+    num_examples: Integer = None
     classes: Names = None
 
-    def sentence(self) -> str:
-        """See ``RunEvent``."""
-        more = f", classes {spoken(self.classes)}" if self.classes else ""
-        return self.words.format_map({**self._spoken(), "more": more})
+    def _derived(self) -> dict[str, str]:
+        return {"more": f", classes {formatted(self.classes)}" if self.classes else ""}
 
 
 @event(
     "alone",
     "federation {federation} has no queues yet; waiting for a coordinator",
 )
-class Alone(OfAWorker):
-    """This worker is here before any coordinator."""
+class Alone(WorkerEvent):
+    """The worker has connected before any coordinator."""
 
     federation: Text = None
 
@@ -63,66 +62,64 @@ class Alone(OfAWorker):
     "connection, which the broker has not closed yet",
     "odd",
 )
-class Occupied(OfAWorker):
-    """Another connection reads this worker's inbox."""
+class Occupied(WorkerEvent):
+    """Another connection consumes this worker's inbox."""
 
     pause_s: Number = None
 
 
 @event("welcome", "joined run {run}, round {round} of {rounds}", "good")
-class Welcomed(OfAWorker):
-    """The coordinator has answered."""
+class Welcomed(WorkerEvent):
+    """The coordinator has accepted the worker's hello."""
 
     run: Text = None
-    round: Whole = None
-    rounds: Whole = None
+    round: Integer = None
+    rounds: Integer = None
 
 
 @event("begin", "round {round}: {doing}")
-class Begun(OfAWorker):
-    """A work has begun; ``kind`` is ``init``, ``fit`` or ``evaluate``."""
+class Begun(WorkerEvent):
+    """The worker has started on its work; ``kind`` is ``init``, ``fit`` or ``evaluate``."""
 
-    round: Whole = None
+    round: Integer = None
     kind: Text = None
 
-    def sentence(self) -> str:
-        """See ``RunEvent``."""
-        return self.words.format_map({**self._spoken(), "doing": _BEGUN.get(self.kind or "", "?")})
+    def _derived(self) -> dict[str, str]:
+        return {"doing": _ACTIVITIES.get(self.kind or "", "?")}
 
 
 @event("abandoned", "round {round}: closed without this worker's update; taking newer work", "odd")
-class Abandoned(OfAWorker):
-    """Nobody wants the work under way any more."""
+class Abandoned(WorkerEvent):
+    """The worker has given up its work, because its round closed without it."""
 
-    round: Whole = None
+    round: Integer = None
 
 
 @event("sent", "round {round}: {answer} sent{loss}", "good")
-class Sent(OfAWorker):
-    """The broker has the answer to a work; ``metrics`` are those of an update."""
+class Sent(WorkerEvent):
+    """The broker has confirmed the worker's answer; ``metrics`` are those of an update."""
 
-    round: Whole = None
+    round: Integer = None
     kind: Text = None
     metrics: Numbers = None
 
     def fields(self) -> dict[str, Any]:
-        """Return what is known of it; each metric stands beside the fields, too."""
-        known = RunEvent.fields(self)
-        return {**known, **beside(self.metrics or {}, _BESIDE_METRICS)}
+        """Return the fields, and each metric under a name that is not that of a log field."""
+        return {**RunEvent.fields(self), **avoid_fields(self.metrics or {}, _LOG_KEYS)}
 
-    def sentence(self) -> str:
-        """See ``RunEvent``."""
+    def _derived(self) -> dict[str, str]:
         loss = (self.metrics or {}).get("loss")
-        told = "" if loss is None else f", training loss {loss:.4f}"
-        answer = _ANSWERS.get(self.kind or "", "?")
-        return self.words.format_map({**self._spoken(), "answer": answer, "loss": told})
+        return {
+            "answer": _ANSWERS.get(self.kind or "", "?"),
+            "loss": "" if loss is None else f", training loss {loss:.4f}",
+        }
 
 
 @event("unsent", "round {round}: not sent yet ({reason}); trying again", "odd")
-class Unsent(OfAWorker):
-    """The broker did not take an answer."""
+class Unsent(WorkerEvent):
+    """The broker did not accept the worker's answer."""
 
-    round: Whole = None
+    round: Integer = None
     reason: Text = None
 
 
@@ -132,34 +129,34 @@ class Unsent(OfAWorker):
     "asked for again",
     "bad",
 )
-class NotCounted(OfAWorker):
-    """The coordinator refused this worker's update."""
+class NotCounted(WorkerEvent):
+    """The coordinator rejected this worker's update."""
 
-    round: Whole = None
+    round: Integer = None
     reason: Text = None
 
 
 @event("unfit", "the task: {reason}", "odd")
-class Unfit(OfAWorker):
-    """Something that the task returns is not fit for use, and left out."""
+class Unfit(WorkerEvent):
+    """The task returned something unusable, which was left out."""
 
     reason: Text = None
 
 
 @event("traceback", "{text}", "bad")
-class Traceback(OfAWorker):
-    """The task's own code failed; ``text`` has a line for each frame of it."""
+class Traceback(WorkerEvent):
+    """The traceback of the task's own code, in ``text``."""
 
     text: Text = None
 
 
 @event("ended", "the run has ended: {reason}")
-class Ended(OfAWorker):
-    """The coordinator says that the run is over."""
+class Ended(WorkerEvent):
+    """The coordinator has ended the run."""
 
     reason: Text = None
 
 
 @event("leaving", "left; the same command joins again", "odd")
-class Leaving(OfAWorker):
+class Leaving(WorkerEvent):
     """The worker was asked to stop."""
