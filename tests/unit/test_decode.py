@@ -147,7 +147,7 @@ async def test_a_saved_message_is_its_body_and_a_description(tmp_path):
     bodies = [encode(evaluation), b"junk"]
     first, second = await through(*bodies, type="../../evil", headers={"worker": "../x"})
     folder = MessageArchive(tmp_path / "kept")
-    names = [folder.keep(decode_message(each, "f"), now=0.0) for each in (first, second)]
+    names = [folder.save(decode_message(each, "f"), now=0.0) for each in (first, second)]
     assert [name.read_bytes() for name in names] == bodies
     assert [name.name.split("-", 1)[1] for name in names] == [
         "000001-evaluation-w.1-round-4.msgpack",

@@ -226,7 +226,7 @@ async def large(watched: Watched) -> None:
 
 async def lines(watched: Watched, wanted: Wanted, *sending: Awaitable[None], **more: Any) -> list:
     printed: list[str] = []
-    printer = TapPrinter(wanted, clock=lambda: 0.0, say=printed.append, **more)
+    printer = TapPrinter(wanted, clock=lambda: 0.0, print_line=printed.append, **more)
     expected = len(sending)
     async with watched.tap(wanted, "w1", "w2"):
         for each in sending:
@@ -234,7 +234,7 @@ async def lines(watched: Watched, wanted: Wanted, *sending: Awaitable[None], **m
         await say(watched, evaluation("w1"))
         await watched.until(lambda: watched.shown and watched.shown[-1].kind == "evaluation")
     for decoded in watched.shown:
-        printer.take(decoded)
+        printer.show(decoded)
     assert len(printed) >= min(expected, 1)
     return printed
 
