@@ -61,9 +61,9 @@ def test_technical_limits_appear_only_in_errors():
     def rounds(*words):
         return CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *words]).output
 
-    assert "at most 2,147,483,647" in rounds("--rounds", "99999999999")
+    assert "the maximum is 2,147,483,647" in rounds("--rounds", "99999999999")
     assert "0 is not in the range x>=1" in rounds("--rounds", "0")
-    assert "at most 1,000,000,000" in rounds("--grace", "1e10")
+    assert "the maximum is 1,000,000,000" in rounds("--grace", "1e10")
     shown = rounds("--help")
     assert "--deadline SECONDS" in shown
     assert not {"RANGE", "2147483647", "1000000000", "None"} & set(re.findall(r"\w+", shown))
