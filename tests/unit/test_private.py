@@ -330,7 +330,10 @@ def test_the_count_has_its_share_of_the_noise():
         ("rate=0.5,accountant=exact", "accountant=exact counts no sampling"),
         ("quantile=0", "quantile=0 is out of range"),
         ("count_noise=1", "count_noise goes with quantile"),
-        ("quantile=0.5,count_noise=0.5", "count_noise=0.5 reveals more than noise=1 allows; .* 0.5,"),
+        (
+            "quantile=0.5,count_noise=0.5",
+            "count_noise=0.5 reveals more than noise=1 allows; .* 0.5,",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(more, told):

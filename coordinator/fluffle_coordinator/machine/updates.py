@@ -45,7 +45,9 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
             Record(run_events.Duplicate(worker=ticket.worker, round=event.round)),
         ]
         return state
-    if event.round < state.round and not (_accepts_updates(state) and _discount(state, event.round)):
+    if event.round < state.round and not (
+        _accepts_updates(state) and _discount(state, event.round)
+    ):
         return _too_old(state, event, ticket, out)
     if event.round > state.round or not _accepts_updates(state):
         _reject(event, f"round {event.round} has not been opened", out)
