@@ -344,9 +344,9 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
     ("timing", "told"),
     [
         (Timing(schedule="async"), "there is no schedule 'async'"),
-        (Timing(buffer=3), "--buffer goes with --schedule buffered"),
-        (Timing(staleness=Discount()), "--staleness goes with"),
-        (Timing(schedule="buffered", late="discount"), "--late discount goes with"),
+        (Timing(buffer=3), "--buffer needs --schedule buffered; add that, or remove --buffer"),
+        (Timing(staleness=Discount()), "--staleness needs"),
+        (Timing(schedule="buffered", late="discount"), "--late discount needs --schedule quorum"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is not a schedule"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
