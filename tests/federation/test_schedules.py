@@ -343,7 +343,7 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
 @pytest.mark.parametrize(
     ("timing", "told"),
     [
-        (Timing(schedule="async"), "there is no schedule 'async'"),
+        (Timing(schedule="async", max_staleness=3), "there is no schedule 'async'"),
         (Timing(buffer=3), "--buffer needs --schedule buffered; add that, or remove --buffer"),
         (Timing(staleness=Discount()), "--staleness needs"),
         (Timing(schedule="buffered", late="discount"), "--late discount needs --schedule quorum"),
