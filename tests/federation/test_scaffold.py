@@ -90,7 +90,7 @@ def test_the_rule_without_the_strategy_says_what_is_missing(federated):
         workers = [federation.worker(name, Descent(name)) for name in TARGETS]
         await coordinator.log.until("failure")
         reason = workers[0].log.of("failure")[0]["reason"]
-        assert "let it run with --strategy scaffold" in reason
+        assert "start that with --strategy scaffold" in reason
         await coordinator.kill()
 
     federated(scenario)

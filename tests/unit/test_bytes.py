@@ -33,7 +33,7 @@ from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.strategy.contribution import check_announced
+from fluffle_coordinator.strategy.decoding import check_announced
 
 TOPOLOGY = Topology("f")
 MODEL = {

@@ -8,15 +8,14 @@ again for what it has not received.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out, read_tensors
 from fluffle_common.protocol.messages import Exchange
-from fluffle_common.tensors.layout import Array, Weights
+from fluffle_common.tensors.layout import Weights
 
-_NO_TENSORS: Weights = MappingProxyType[str, Array]({})
+_NO_TENSORS: Weights = {}
 
 
 class Sent(NamedTuple):

@@ -1,11 +1,11 @@
-"""Peak memory of a coordinator's averaging: each mean in a process of its own, beside FedAvg.
+"""Peak memory and time of a round's aggregation for each strategy, relative to FedAvg.
 
-    python -m benchmarks.robust --size-mb 100 --updates 30 --json
+    python -m benchmarks.strategy_memory --size-mb 100 --updates 30 --json
 
-What a round does is done: updates come one at a time, as views of a payload; each is checked, laid
-on disk where the mean needs all of them at once, and folded; then the round is closed. The updates
-are random, and are made anew one by one. ``peak_mb`` is the most memory that the process ever had
-resident (files that are mapped count), less what it had before the first model was there.
+Each strategy runs in its own process and does what a round does: updates arrive one at a time, as
+views of a payload; each is checked, written to disk if the mean needs all updates at once, and
+folded; then the round is closed. The updates are random. ``peak_mb`` is the peak resident memory of
+the process, including mapped files, minus its memory before the model was created.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import command, figures
+from benchmarks import command
 from benchmarks.arrays import make_weights
 from benchmarks.processes import ROOT
 from fluffle_common.tensors.layout import Layout, Tensors, layout_for
@@ -37,12 +37,12 @@ _STRATEGIES = (_REFERENCE, "median", "trimmed:0.2", "krum:f=2", "rfa", "clip:1+m
 
 
 def _memory_mb(line: str) -> float:
-    """Return what Linux says of this process: ``VmRSS``, or ``VmHWM``, the peak of that."""
-    (told,) = re.findall(rf"{line}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(told) * 1024 / 1e6
+    """Return this process's ``VmRSS`` (resident memory) or ``VmHWM`` (its peak) in megabytes."""
+    (kilobytes,) = re.findall(rf"{line}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024 / 1e6
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -54,12 +54,12 @@ def _random_update(layout: Layout, numbers: np.random.Generator) -> Tensors:
 
 
 def one_round(name: str, size_mb: float, updates: int, folder: Path) -> dict[str, float]:
-    """Run one round in this process; return its peak memory and its times."""
+    """Run one round in this process and return its peak memory and times."""
     strategy = named_strategy(name).strategy
     numbers = np.random.default_rng(0)
     before = _memory_mb("VmRSS")
     weights = make_weights(round(size_mb * 1e6))
-    _forget_peak()  # that of making random weights
+    _reset_peak()  # excludes the generation of random weights
     layout = layout_for(weights)
     state = strategy.init(weights)
     fold_s = 0.0
@@ -67,15 +67,15 @@ def one_round(name: str, size_mb: float, updates: int, folder: Path) -> dict[str
         delta = _random_update(layout, numbers)
         began = time.perf_counter()
         check_delta(delta, weights)
-        one = Contribution(
+        contribution = Contribution(
             worker=f"w{place:03d}",
             num_examples=100 + place,
             delta=delta,
             lay_on_disk=lambda tensors: map_to_disk(tensors, folder),
         )
-        state = strategy.fold(state, one)
+        state = strategy.fold(state, contribution)
         fold_s += time.perf_counter() - began
-        del delta, one  # before the next is made
+        del delta, contribution  # before the next one is created
     began = time.perf_counter()
     strategy.finish(state, weights)
     finish_s = time.perf_counter() - began
@@ -87,41 +87,43 @@ def one_round(name: str, size_mb: float, updates: int, folder: Path) -> dict[str
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run every strategy in a child of its own, and compare their peaks with that of FedAvg."""
-    found: dict[str, dict[str, float]] = {}
+    """Run each strategy in a child process and compare its peak with FedAvg's."""
+    by_strategy: dict[str, dict[str, float]] = {}
     for name in options.strategies:
-        words = ["--size-mb", str(options.size_mb), "--updates", str(options.updates)]
-        child = [sys.executable, "-m", "benchmarks.robust", "--child", name, *words]
+        arguments = ["--size-mb", str(options.size_mb), "--updates", str(options.updates)]
+        child = [sys.executable, "-m", "benchmarks.strategy_memory", "--child", name, *arguments]
         if options.folder:
             child += ["--folder", str(options.folder)]
-        done = subprocess.run(child, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
-        found[name] = json.loads(done.stdout)
-    for one in found.values():
-        one["ratio"] = round(one["peak_mb"] / found[_REFERENCE]["peak_mb"], 3)
-    return {"size_mb": options.size_mb, "updates": options.updates, "strategies": found}
+        process = subprocess.run(child, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+        by_strategy[name] = json.loads(process.stdout)
+    for result in by_strategy.values():
+        result["ratio"] = round(result["peak_mb"] / by_strategy[_REFERENCE]["peak_mb"], 3)
+    return {"size_mb": options.size_mb, "updates": options.updates, "strategies": by_strategy}
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     names = ("peak_mb", "ratio", "fold_s", "finish_s")
-    rows = [[name, *(one[key] for key in names)] for name, one in told["strategies"].items()]
-    head = [f"{told['updates']} updates of {told['size_mb']:g} MB", "peak, MB", "over fedavg"]
-    return figures.table([*head, "folding, s", "closing, s"], rows)
+    rows = [
+        [name, *(result[key] for key in names)] for name, result in results["strategies"].items()
+    ]
+    head = [f"{results['updates']} updates of {results['size_mb']:g} MB", "peak, MB", "of fedavg"]
+    return command.table([*head, "folding, s", "closing, s"], rows)
 
 
 def main() -> None:
-    """Measure, and print."""
-    parser = command.parser("robust", __doc__)
+    """Run the benchmark from the command line."""
+    parser = command.parser("strategy_memory", __doc__)
     parser.add_argument("--size-mb", type=float, default=100.0, help="size of the model (100)")
-    parser.add_argument("--updates", type=int, default=30, help="updates of the round (30)")
-    parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, help="which, by name")
-    parser.add_argument("--folder", type=Path, help="where updates are laid on disk (here)")
+    parser.add_argument("--updates", type=int, default=30, help="updates per round (30)")
+    parser.add_argument("--strategies", nargs="+", default=_STRATEGIES, help="strategies, by name")
+    parser.add_argument("--folder", type=Path, help="folder for updates on disk (.)")
     parser.add_argument("--child", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         with tempfile.TemporaryDirectory(dir=options.folder or Path()) as folder:
-            found = one_round(options.child, options.size_mb, options.updates, Path(folder))
-        print(json.dumps(found))
+            result = one_round(options.child, options.size_mb, options.updates, Path(folder))
+        print(json.dumps(result))
         return
     options.strategies = [_REFERENCE, *(n for n in options.strategies if n != _REFERENCE)]
     command.show(measure(options), options, as_text)
