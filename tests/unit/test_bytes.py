@@ -1,4 +1,4 @@
-"""How many bytes a peer can make the coordinator hold, fetch or send: bounded, checked first."""
+"""The bytes that a peer can make the coordinator hold, fetch or send are bounded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
-from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
+from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.strategy.contribution import check_announced
+from fluffle_coordinator.strategy.decoding import check_announced
 
 TOPOLOGY = Topology("f")
 MODEL = {
@@ -53,7 +53,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "PART_BYTES", 64)
 
 
-# --- what is announced ---------------------------------------------------------------------------
+# --- announcements -------------------------------------------------------------------------------
 
 
 def announcement(weights: Any, encoding: Any = None) -> Update:
@@ -135,7 +135,7 @@ def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, told):
 
 
 class Untouched:
-    """A link that nobody may use."""
+    """A link that must not be used."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the link was used: {name}")
@@ -189,7 +189,7 @@ async def link() -> MemoryLink:
 
 
 class As:
-    """A link over which everything is sent as somebody's user."""
+    """A link that sends every message as a given broker user."""
 
     def __init__(self, link: MemoryLink, user: str) -> None:
         self._link, self._user = link, user
@@ -199,7 +199,7 @@ class As:
 
 
 async def send_as(link: MemoryLink, user: str) -> Update:
-    """Send an update in parts, and return its announcement."""
+    """Send an update in parts; return its announcement."""
     to = TOPOLOGY.results
     weights = {"w": np.arange(40.0)}
     await send_tensors(
@@ -257,7 +257,7 @@ async def test_only_foreign_parts_are_as_good_as_none(link):
     assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
 
 
-# --- what is rejected ----------------------------------------------------------------------------
+# --- rejected messages ---------------------------------------------------------------------------
 
 
 async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again(link):
@@ -280,11 +280,11 @@ async def test_a_message_that_is_one_is_kept_whole(link):
     assert (await link.get(TOPOLOGY.rejected)).body == body
 
 
-# --- what waits to be folded ---------------------------------------------------------------------
+# --- updates that wait to be folded --------------------------------------------------------------
 
 
 class Delivered:
-    """A delivery of so many bytes."""
+    """A delivery of a number of bytes."""
 
     def __init__(self, size_bytes: int) -> None:
         self.body, self.released = bytes(size_bytes), False
@@ -308,7 +308,7 @@ def test_what_there_is_no_room_for_is_given_back_when_there_is():
     assert [len(delivery.body) for delivery in waiting] == [0, 0, 0]
     held[1].forget()  # 40 are free
     assert [delivery.released for delivery in waiting] == [True, False, False]
-    held[1].free()  # twice is as good as once
+    held[1].free()  # a second call changes nothing
     assert room.used_bytes == 60
     held[0].forget()
     assert all(delivery.released for delivery in waiting)
@@ -335,7 +335,7 @@ def test_what_is_parked_on_a_link_that_is_lost_comes_over_another():
     assert not parked.released
 
 
-# --- signs of life, and what they are answered ---------------------------------------------------
+# --- signs of life and their answers -------------------------------------------------------------
 
 ABOUT = {"federation": "f", "worker": "w", "num_examples": 1, "heartbeat_s": 2.0, "task": "t"}
 
@@ -345,20 +345,20 @@ def hello(session: str = "s", **changes: Any) -> Hello:
 
 
 def test_a_worker_that_greets_without_end_is_heard_and_answered_a_few_times():
-    greetings = Greetings()
-    taken = [greetings.admit(hello(), 0.0).kind for _ in range(60)]
+    hellos = HelloLimiter()
+    taken = [hellos.admit(hello(), 0.0).kind for _ in range(60)]
     assert taken == ["hello"] * 4 + ["heartbeat"] * 56
-    assert greetings.admit(hello(), 6.0).kind == "hello"
+    assert hellos.admit(hello(), 6.0).kind == "hello"
 
 
 def test_so_is_one_that_seems_to_start_again_without_end():
-    greetings = Greetings()
-    taken = [greetings.admit(hello(str(number)), 0.0) for number in range(60)]
+    hellos = HelloLimiter()
+    taken = [hellos.admit(hello(str(number)), 0.0) for number in range(60)]
     assert [one is None for one in taken] == [False] * 4 + [True] * 56
     beat = Heartbeat(**{**ABOUT, "session": "new"})
-    assert greetings.admit(beat, 1.0) is None  # it would be answered as a greeting is
-    assert greetings.admit(beat, 6.0) is beat
-    assert greetings.admit(hello("other", worker="v"), 0.0) is not None
+    assert hellos.admit(beat, 1.0) is None  # it would be answered like a hello
+    assert hellos.admit(beat, 6.0) is beat
+    assert hellos.admit(hello("other", worker="v"), 0.0) is not None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A round, explained from its events."""
+"""Explanations of a round from its events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Event
-from fluffle_coordinator.cli.journal import _spans, _which
+from fluffle_coordinator.cli.journal import _choose_round, _spans
 from fluffle_coordinator.observe.explain import (
     Explanation,
     Wait,
@@ -33,7 +33,7 @@ def clock(time: datetime) -> str:
 
 
 class Story:
-    """Events of one run, each at its second."""
+    """The events of a run, each at a given second."""
 
     def __init__(self, run: str = "r") -> None:
         self.run, self.events = run, list[Event]()
@@ -186,7 +186,7 @@ def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
 def test_an_outage_puts_the_deadline_off():
     story = begun().add(100, "disconnected", reason="reset")
     told, text = story.explained(now=300)
-    assert told.left_s == pytest.approx(510)  # as it was when the broker went
+    assert told.left_s == pytest.approx(510)  # as when the broker was lost
     assert "lost the broker" in text
     told, _ = story.add(160, "reconnected").explained(now=300)
     assert told.left_s == pytest.approx(370)
@@ -205,7 +205,7 @@ def test_a_round_that_was_open_when_the_coordinator_was_lost():
     assert "A coordinator was started at" in text
     story.add(56, "joined", worker="a", num_examples=80).opened(57, asked=["a"], needed=1)
     told, text = story.explained(now=60)
-    assert told.missing == ["a"]  # its update comes again
+    assert told.missing == ["a"]  # its update is delivered again
     assert told.left_s == pytest.approx(597)
     assert "opened it again" in text
     told, _ = story.counted(61, "a", 1, needed=1).explained(now=62)
@@ -230,7 +230,7 @@ def test_a_run_that_ended_with_the_round_open(event, said):
     assert "Still waiting" not in text
     assert "so far" not in text
     assert "a did not answer by then." in text
-    assert "The longest wait was for a, b, c: 10 s since the opening." in text  # up to the end
+    assert "The longest wait was for a, b, c: 10 s since the opening." in text  # until the end
 
 
 def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
@@ -308,7 +308,7 @@ def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
     story.add(2, "joined", worker="a", num_examples=80)
     story.add(3, "refused", worker="b", reason="it has other classes")
     story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a)")
-    told = explain(story.events, *_which(story.events, None, None), at(10))
+    told = explain(story.events, *_choose_round(story.events, None, None), at(10))
     text = "\n".join(sentences(told))
     assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")
     assert f"At {clock(at(3))}: refused: it has other classes (b)." in text
@@ -337,20 +337,20 @@ def test_which_round_is_meant():
     story = begun().opened(20, 8)
     story.events += Story("later").opened(30, 1).opened(40, 2).events
     assert runs_of(story.events) == {"r": [7, 8], "later": [1, 2]}
-    assert _which(story.events, None, None) == ("later", 2)
-    assert _which(story.events, "r", None) == ("r", 8)
-    assert _which(story.events, "r", 7) == ("r", 7)
+    assert _choose_round(story.events, None, None) == ("later", 2)
+    assert _choose_round(story.events, "r", None) == ("r", 8)
+    assert _choose_round(story.events, "r", 7) == ("r", 7)
     with pytest.raises(
         UsageError, match="round 9 of run later is not .*; r has 7-8; later has 1-2"
     ):
-        _which(story.events, None, 9)
+        _choose_round(story.events, None, 9)
     with pytest.raises(UsageError, match="run x is not in the journal; there are r, later"):
-        _which(story.events, "x", None)
+        _choose_round(story.events, "x", None)
     with pytest.raises(UsageError, match="no run yet"):
-        _which([], None, None)
-    with pytest.raises(UsageError, match="opened no round yet"):
-        _which(Story().add(0, "started").events, None, 1)
-    assert _which(Story().add(0, "started").events, None, None) == ("r", 0)
+        _choose_round([], None, None)
+    with pytest.raises(UsageError, match="has not opened a round yet"):
+        _choose_round(Story().add(0, "started").events, None, 1)
+    assert _choose_round(Story().add(0, "started").events, None, None) == ("r", 0)
     assert _spans([3, 1, 2, 9]) == "1-3, 9"
 
 
@@ -371,7 +371,7 @@ def test_as_data():
     ]
 
 
-# --- whatever is in a journal -------------------------------------------------------------------
+# --- arbitrary journals -------------------------------------------------------------------------
 
 EVENTS = """started resumed connected reconnected disconnected standby joined left gone refused
 failure

@@ -137,7 +137,10 @@ def test_while_declaring_arguments_and_types_are_told_apart(text, error):
     ("argument", "said"),
     [
         ("x-queue-type", "use the same --queue-type everywhere"),
-        ("x-max-length-bytes", "made by another version .* 'rabbitmqctl delete_queue f.updates'"),
+        (
+            "x-max-length-bytes",
+            "created by another version .* 'rabbitmqctl delete_queue f.updates'",
+        ),
     ],
 )
 def test_a_queue_with_other_arguments_is_told_with_the_remedy(argument, said):

@@ -19,7 +19,6 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.machine.selection import sample_size, select
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 
 _E = TypeVar("_E", bound=fx.Effect)
@@ -517,27 +516,6 @@ def test_other_classes_are_refused():
     (refused,) = only(effects, fx.Refuse)
     assert refused.reason.startswith("worker b lacks the classes dog (set by a)")
     assert "b" not in run.state.workers
-
-
-@given(
-    names=st.sets(st.text(min_size=1, max_size=4), min_size=1, max_size=30),
-    fraction=st.floats(0, 1),
-    seed=st.integers(0, 9),
-)
-def test_the_selection_is_deterministic_and_stable(names, fraction, seed):
-    count = sample_size(fraction, len(names))
-    chosen = select(names, count, seed, 1)
-    assert chosen == select(sorted(names, reverse=True), count, seed, 1)
-    assert set(chosen) <= names
-    assert len(chosen) == max(1, math.ceil(fraction * len(names) - 1e-9))
-    for left in names - set(chosen):  # whoever was not chosen does not matter
-        fewer = select(names - {left}, sample_size(fraction, len(names) - 1), seed, 1)
-        assert set(fewer) <= set(chosen)
-
-
-def test_the_selection_changes_from_round_to_round():
-    names = [f"w{number}" for number in range(10)]
-    assert len({select(names, 3, 0, number) for number in range(10)}) > 5
 
 
 # --- updates -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Strategies put together, found, checked, and what they keep in a checkpoint."""
+"""Strategies: composition, loading, checks, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service import strategy_loading as module
-from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
 from fluffle_coordinator.storage.replay import strategy_of
@@ -79,7 +79,7 @@ def averaged(strategy, weights, updates):
 
 
 class Adding(Server):
-    """What ``replace`` does, by the way that any other server step goes."""
+    """Does what ``replace`` does, but through the general path of server steps."""
 
     def init(self, weights):
         return None
@@ -89,7 +89,7 @@ class Adding(Server):
         return apply_delta(weights, delta), None
 
 
-# --- put together ------------------------------------------------------------------------------
+# --- composition -------------------------------------------------------------------------------
 
 
 @given(
@@ -167,7 +167,7 @@ def test_a_step_beyond_the_end_stops_at_the_end():
     }  # fmt: skip
 
 
-# --- found -------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_what_is_no_strategy_is_told_in_one_line(here, name, told):
     words = ["coordinator", "--federation", "f", "--strategy", name]
     found = CliRunner().invoke(fluffle, words)
     assert isinstance(found.exception, UsageError)
-    assert list(here.iterdir()) == [here / "mine.py"]  # no run was begun
+    assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
 
 
 def test_a_file_that_fails_to_load_is_told_with_its_traceback(here, capsys):
@@ -255,7 +255,7 @@ def test_a_file_that_fails_to_load_is_told_with_its_traceback(here, capsys):
     assert not any(name in shown for name in ("loading.py", "importlib"))
 
 
-# --- checked -----------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------
 
 
 def needing(**needs):
@@ -306,7 +306,7 @@ def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):
     store, mine = RunStore(tmp_path), load_strategy(f"{MOMENTUM}:momentum")
     store.load("f")
     store.save_weights(0, model(), {"run": "r"})
-    check_same(mine, store.load("f"), tmp_path)  # no round is committed
+    check_same(mine, store.load("f"), tmp_path)  # no round is committed yet
     settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
     store.note_configuration(configuration(settings, Topology("f")), 0)
     store.save_weights(1, model(), {"run": "r"}, {"v": np.ones(2)})
@@ -322,7 +322,7 @@ def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):
     assert strategy_of(tmp_path, 1) == (mine.name, str(MOMENTUM))
 
 
-# --- kept --------------------------------------------------------------------------------------
+# --- checkpoints -------------------------------------------------------------------------------
 
 
 def test_what_is_kept_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
@@ -332,7 +332,7 @@ def test_what_is_kept_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
     whole = read_whole(path)
     assert weights.keys() == whole.weights.keys() == model().keys()
     assert metadata == whole.metadata == {"round": "3"}
-    assert {n: t.tolist() for n, t in whole.kept.items()} == {
+    assert {n: t.tolist() for n, t in whole.strategy_state.items()} == {
         n: t.tolist() for n, t in kept.items()
     }
     assert load_file(path).keys() == {*model(), "strategy/v", "strategy/strategy/deep"}
@@ -341,12 +341,12 @@ def test_what_is_kept_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
 def test_a_model_of_another_program_may_call_its_tensors_as_it_likes(tmp_path):
     save_file({"strategy/w": np.zeros(2)}, tmp_path / "m")
     whole = read_whole(tmp_path / "m")
-    assert (list(whole.weights), whole.kept) == (["strategy/w"], {})
+    assert (list(whole.weights), whole.strategy_state) == (["strategy/w"], {})
     store = RunStore(tmp_path / "run")
     with pytest.raises(
         UsageError, match="first weights: the name of tensor 'strategy/w' .*rename it"
     ):
-        _begin_with(tmp_path / "m", store, store.load("f"), "f")
+        begin_with_file(tmp_path / "m", store, store.load("f"), "f")
     assert not (store.folder / checkpoint_name(0)).exists()
     with pytest.raises(ValueError, match="rename it"):
         check_names({"w": np.zeros(1), "strategy/x": np.zeros(1)})

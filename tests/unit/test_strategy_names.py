@@ -14,7 +14,7 @@ from fluffle_common.protocol.messages import Update
 from fluffle_coordinator.cli.strategies import strategies
 from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.contribution import check_metrics
+from fluffle_coordinator.strategy.decoding import check_metrics
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, named_strategy
 

@@ -151,7 +151,7 @@ def id_from(data: str) -> str:
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
-    from fluffle_common.cli.objects import load_codec
+    from fluffle_common.cli.loading import load_codec
     from fluffle_common.cli.settings import broker_url
     from fluffle_common.protocol.events import Loaded
     from fluffle_common.protocol.topology import Topology
@@ -273,6 +273,6 @@ def _event_printer(console: Console, log_format: str) -> Tell:
             # Unabridged, for the author of the task.
             echo(*event.sentence().splitlines(), err=True)
         else:
-            console.line(event.name, event.sentence, event.fields())
+            console.event(event)
 
     return tell

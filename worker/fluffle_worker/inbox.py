@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import announced, decode, read_groups
+from fluffle_common.protocol.codec import announced_layout, decode, read_groups
 from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
@@ -36,7 +36,7 @@ def check_mail(body: Body, federation: str) -> None:
         if message.transfer is None:
             read_work(message, payload)
         else:
-            announced(message)
+            announced_layout(message)
             Assembly(message.transfer, message.transfer.nbytes)
 
 

@@ -29,7 +29,7 @@ from fluffle_common.tensors.codecs.base import (
 )
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
-from fluffle_common.tensors.groups import ExtraForm, check_extra, chosen, forms_of
+from fluffle_common.tensors.groups import ExtraForm, check_extra, forms_of, select_tensors
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
@@ -185,7 +185,7 @@ def _chosen(learnt: Weights, plan: Plan) -> Weights:
     Raises:
         TaskError: if the model has none of the plan's tensors.
     """
-    found = chosen(learnt, plan.train)
+    found = select_tensors(learnt, plan.train)
     if not found:
         names = ", ".join(plan.train or ())
         raise TaskError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
 from fluffle_common.logs import log_step, logger
-from fluffle_common.protocol.codec import announced
+from fluffle_common.protocol.codec import announced_layout
 from fluffle_common.protocol.events import (
     Abandoned,
     Begun,
@@ -211,7 +211,7 @@ class WorkerService:
             case InitRequest():
                 self._ask(Job(Work("init", message.run, 0), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
-                announced(message)
+                announced_layout(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
                 self._presence.now("receiving", message, steps=message.transfer.parts)
             case Fit() | Evaluate():

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
-from fluffle_common.tensors.checkpoint import read_checkpoint, replacing
+from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.letters.images import SIDE, Images
 from fluffle_worker.letters.task import letters_task

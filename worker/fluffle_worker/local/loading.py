@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fluffle_common.arguments import read_arguments
-from fluffle_common.cli.loading import load_installed
-from fluffle_common.cli.objects import load_object
+from fluffle_common.cli.loading import load_installed, load_object
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_worker.local.bound import BoundRule

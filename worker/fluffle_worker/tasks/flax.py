@@ -22,7 +22,7 @@ from flax import nnx
 from fluffle_common.cli.settings import cache_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
-from fluffle_common.tensors.groups import chosen
+from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
@@ -322,7 +322,7 @@ def _trained(plan: Plan) -> Any:
     if plan.train is None:
         return nnx.Param
     return nnx.All(
-        nnx.Param, lambda path, _: bool(chosen({tensor_name(path): _NOTHING}, plan.train))
+        nnx.Param, lambda path, _: bool(select_tensors({tensor_name(path): _NOTHING}, plan.train))
     )
 
 
