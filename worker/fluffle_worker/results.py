@@ -62,8 +62,8 @@ class Results:
             raise TaskError(f"train() returned num_examples that {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
-                f"train() returned num_examples {num_examples}; the number of examples trained "
-                f"on is expected, from 1 to {MAX_NUM_EXAMPLES}"
+                f"train() returned num_examples {num_examples}; from 1 to {MAX_NUM_EXAMPLES} is "
+                "expected, the number of examples trained on"
             )
         metrics = self._metrics("train", getattr(result, "metrics", None))
         extra = arrays(getattr(result, "extra", None) or {}, "train()", "the extra tensors")
