@@ -17,7 +17,7 @@ from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.groups import check_extra, forms_of
 from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry
-from fluffle_coordinator.strategy.contribution import (
+from fluffle_coordinator.strategy.decoding import (
     check_announced,
     decode_contribution,
     decode_extra,

@@ -1,4 +1,4 @@
-"""Updates in parts are folded bitwise like whole ones, or not at all."""
+"""Updates in parts: they give bit for bit the same sum as whole ones, or do not enter it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
-    """Return the tensors in one buffer."""
+    """Return tensors as one block of bytes, as on the wire."""
     whole = layout_for(tensors).empty()
     for name, into in whole.items():
         into[...] = tensors[name]
@@ -53,7 +53,7 @@ def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
 
 
 def cut(whole: Tensors, size: int) -> InPieces:
-    """Cut tensors into pieces, each of which is copied to the same buffer in turn."""
+    """Yield a block in pieces that share one buffer."""
     assert whole.memory is not None
     memory, buffer = whole.memory, memoryview(bytearray(size))
 
@@ -78,7 +78,7 @@ def drawn(seed: int, dtype: np.dtype[Any], shapes: list[tuple[int, ...]]) -> Ten
 
 
 def expected(base: Array, updates: list[tuple[Array, int]]) -> Array:
-    """Compute the average in float64 with NumPy, scaled as in the coordinator."""
+    """Compute the average with NumPy in float64, with the coordinator's scaling."""
     scale, total = 2.0**-64, sum(n for _, n in updates)
     summed = np.zeros(base.shape)
     for learnt, n in updates:
@@ -172,7 +172,7 @@ def values(seed: int) -> dict[str, Array]:
 
 
 class Sum:
-    """An aggregator, its reports, and the link over which it fetches parts."""
+    """An aggregator, the events that it posts, and the broker that it fetches from."""
 
     def __init__(self, link: MemoryLink, folder: Path, **options: Any) -> None:
         self.link: Any = link
@@ -228,7 +228,7 @@ class Sum:
         return await self.heard()
 
     async def heard(self) -> ev.Event:
-        """Return the aggregator's next report; raise its exception if it failed."""
+        """Return the next event that it posts; raise the exception that ended it, if any."""
         news = asyncio.ensure_future(self.news.get())
         await asyncio.wait({news, self.running}, return_when=asyncio.FIRST_COMPLETED)
         if not news.done():
@@ -284,7 +284,7 @@ async def test_parts_are_accepted_in_any_order_and_more_than_once(summing):
 
 
 def replaced(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
-    """Return a function that changes the payload of one part, keeping it well-formed."""
+    """Replace the payload of a part, which remains a well-formed message."""
 
     def change_part(parts: list[bytes]) -> list[bytes]:
         message, payload = decode(parts[number])
@@ -327,7 +327,7 @@ async def test_an_update_that_fails_halfway_does_not_change_the_sum(
 
 
 class Cut:
-    """A link that is lost after a number of messages were consumed."""
+    """A link that is lost after a number of messages."""
 
     def __init__(self, link: MemoryLink, left: int) -> None:
         self._link, self._left = link, left
@@ -376,7 +376,7 @@ async def test_a_large_update_is_never_whole_in_memory(summing, monkeypatch):
 
     monkeypatch.setattr(type(fedavg), "fold", looked_at)
     gc.collect()
-    tracemalloc.start()  # after the sum was allocated
+    tracemalloc.start()  # the sum is allocated already
     try:
         held = await summing.send("a", {"kernel": np.ones(many, np.float32)})
         assert held.message.transfer.parts == parts == 16
@@ -400,7 +400,7 @@ async def test_the_next_update_is_fetched_during_a_fold_and_counts_in_no_other_r
         return fold(*on)
 
     def whole(one: spool.Spool) -> InPieces:
-        if next(count):  # the second one
+        if next(count):  # at the second call
             fetched.set()
         return payload(one)
 
@@ -412,7 +412,7 @@ async def test_the_next_update_is_fetched_during_a_fold_and_counts_in_no_other_r
     summing.begin_to_fold(other, 3, 1)
     async with asyncio.timeout(60):
         await begun.wait()
-        await fetched.wait()  # of which the first is being folded
+        await fetched.wait()  # the next is fetched while the first is folded
     summing.aggregator.commit(1, WORKERS)
     go_on.set()
     first = (await summing.averages.get()).weights
