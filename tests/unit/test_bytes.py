@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Bounds on the bytes that a peer can make the coordinator hold, fetch or send."""
-=======
-"""The bytes that a peer can make the coordinator hold, fetch or send are bounded."""
->>>>>>> main
 
 from __future__ import annotations
 
@@ -78,11 +74,7 @@ def test_valid_announcements_are_accepted_in_every_encoding(how):
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
     ("encoding", "change", "reason"),
-=======
-    ("encoding", "change", "text"),
->>>>>>> main
     [
         (None, {"kernel": np.zeros((64, 32), np.float32)}, "'kernel' is float32 (64, 32)"),
         (None, {"kernel": np.zeros((32, 64), np.float64)}, "'kernel' is float64"),
@@ -117,48 +109,28 @@ def test_valid_announcements_are_accepted_in_every_encoding(how):
     ],
 )
 @pytest.mark.usefixtures("small_parts")
-<<<<<<< HEAD
 def test_an_announcement_that_does_not_match_the_model_is_refused(encoding, change, reason):
-=======
-def test_what_cannot_be_of_the_model_is_refused_when_it_is_announced(encoding, change, text):
->>>>>>> main
     learnt = {**delta(MODEL, MODEL), **change}
     tensors = {name: tensor for name, tensor in learnt.items() if tensor is not None}
     with pytest.raises(MalformedMessage) as caught:
         check_announced(announcement(tensors, encoding), MODEL)
-<<<<<<< HEAD
     assert reason in str(caught.value)
-=======
-    assert text in str(caught.value)
->>>>>>> main
     assert caught.value.cause == "tensors"
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
     ("offset", "nbytes", "reason"),
-=======
-    ("offset", "nbytes", "text"),
->>>>>>> main
     [
         (0, 8 * 2**30, "end at byte 8, a transfer of 8589934592 bytes is announced"),
         (2**32, 2**32 + 8, "its tensors need no more than"),
         (4, 12, "wrong offset"),
     ],
 )
-<<<<<<< HEAD
 def test_a_transfer_larger_than_its_tensors_is_refused(offset, nbytes, reason):
     table = (TensorEntry("w", "float32", (2,), offset, 8),)
     transfer = Transfer(id="t", parts=1, nbytes=nbytes, digest="0" * 64)
     message = update(tensors=table, transfer=transfer)
     with pytest.raises(MalformedMessage, match=reason):
-=======
-def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, text):
-    table = (TensorEntry("w", "float32", (2,), offset, 8),)
-    transfer = Transfer(id="t", parts=1, nbytes=nbytes, digest="0" * 64)
-    message = update(tensors=table, transfer=transfer)
-    with pytest.raises(MalformedMessage, match=text):
->>>>>>> main
         check_announced(message, None)
 
 
@@ -170,11 +142,7 @@ class Untouched:
 
 
 @pytest.mark.parametrize("first", [False, True])
-<<<<<<< HEAD
 async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp_path, first):
-=======
-async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
->>>>>>> main
     events: list[ev.Event] = []
     committer = Committer(
         RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=events.append
@@ -221,11 +189,7 @@ async def link() -> MemoryLink:
 
 
 class As:
-<<<<<<< HEAD
     """A link that publishes everything as one broker user."""
-=======
-    """A link that sends every message as a given broker user."""
->>>>>>> main
 
     def __init__(self, link: MemoryLink, user: str) -> None:
         self._link, self._user = link, user
@@ -320,11 +284,7 @@ async def test_a_rejected_valid_message_is_stored_whole(link):
 
 
 class Delivered:
-<<<<<<< HEAD
     """A delivery with a body of the given size."""
-=======
-    """A delivery of a number of bytes."""
->>>>>>> main
 
     def __init__(self, size_bytes: int) -> None:
         self.body, self.released = bytes(size_bytes), False
@@ -348,11 +308,7 @@ def test_parked_deliveries_are_returned_when_there_is_room():
     assert [len(delivery.body) for delivery in waiting] == [0, 0, 0]
     held[1].forget()  # 40 are free
     assert [delivery.released for delivery in waiting] == [True, False, False]
-<<<<<<< HEAD
-    held[1].free()  # freeing twice has no effect
-=======
     held[1].free()  # a second call changes nothing
->>>>>>> main
     assert room.used_bytes == 60
     held[0].forget()
     assert all(delivery.released for delivery in waiting)
@@ -379,11 +335,7 @@ def test_deliveries_parked_on_a_lost_link_are_dropped():
     assert not parked.released
 
 
-<<<<<<< HEAD
 # --- presence messages and their answers ---------------------------------------------------------
-=======
-# --- signs of life and their answers -------------------------------------------------------------
->>>>>>> main
 
 ABOUT = {"federation": "f", "worker": "w", "num_examples": 1, "heartbeat_s": 2.0, "task": "t"}
 
@@ -404,13 +356,7 @@ def test_endless_restarts_are_answered_a_few_times():
     taken = [hellos.admit(hello(str(number)), 0.0) for number in range(60)]
     assert [one is None for one in taken] == [False] * 4 + [True] * 56
     beat = Heartbeat(**{**ABOUT, "session": "new"})
-<<<<<<< HEAD
-    assert (
-        hellos.admit(beat, 1.0) is None
-    )  # the heartbeat of a new session is answered like a hello
-=======
     assert hellos.admit(beat, 1.0) is None  # it would be answered like a hello
->>>>>>> main
     assert hellos.admit(beat, 6.0) is beat
     assert hellos.admit(hello("other", worker="v"), 0.0) is not None
 

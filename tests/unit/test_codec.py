@@ -347,8 +347,8 @@ HELLO = {"federation": "f", "kind": "hello", "worker": "w", "session": "s", "num
 
 @pytest.mark.parametrize("protocol", [1, 2, 7])
 def test_a_hello_of_any_version_is_refused_in_that_version(protocol):
-    greets = wire.greeting(packed({"protocol": protocol, **HELLO}), "f")
-    assert greets == (protocol, "w", "s")
+    hello = wire.minimal_hello(packed({"protocol": protocol, **HELLO}), "f")
+    assert hello == (protocol, "w", "s")
     refusal = messages.Refusal(federation="f", session="s", code="protocol", reason="no")
     answer, payload = msgpack.unpackb(wire.encode_refusal(refusal, protocol))
     frozen = {"protocol": protocol, "federation": "f", "kind": "refusal", "session": "s"}
@@ -364,9 +364,9 @@ def test_a_hello_of_any_version_is_refused_in_that_version(protocol):
     ],
 )  # fmt: skip
 def test_a_hello_without_a_valid_identity_is_not_answered(changes):
-    assert wire.greeting(packed({"protocol": 1, **HELLO, **changes}), "f") is None
-    assert wire.greeting(b"junk", "f") is None
-    assert wire.greeting(packed([1]), "f") is None
+    assert wire.minimal_hello(packed({"protocol": 1, **HELLO, **changes}), "f") is None
+    assert wire.minimal_hello(b"junk", "f") is None
+    assert wire.minimal_hello(packed([1]), "f") is None
 
 
 def test_the_unspoilt_example_is_valid():

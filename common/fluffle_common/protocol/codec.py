@@ -117,16 +117,19 @@ def decode(
     return message, _payload_from(view, 1 + end)
 
 
-class Greeting(NamedTuple):
-    """The fields of a hello that are the same in all protocol versions; enough to refuse it."""
+class MinimalHello(NamedTuple):
+    """The fields of a hello that are the same in all protocol versions; enough to refuse it.
+
+    Later versions may have other fields, so ``decode`` may reject their hellos.
+    """
 
     protocol: int
     worker: str
     session: str
 
 
-def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
-    """Return the sender of a hello that ``decode`` rejected; None if it is not a usable hello."""
+def minimal_hello(body: bytes | memoryview, federation: str) -> MinimalHello | None:
+    """Return the fields of a hello that ``decode`` rejected; None if it is not a usable hello."""
     try:
         header, _ = _unpack_header(memoryview(body)[1:], SMALL_HEADER_BYTES)
     except MalformedMessage:
@@ -140,7 +143,7 @@ def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
         return None
     if not isinstance(session, str) or not 1 <= len(session) <= MAX_ID:
         return None
-    return Greeting(protocol, worker, session)
+    return MinimalHello(protocol, worker, session)
 
 
 def encode_refusal(refusal: Refusal, protocol: int) -> bytes:
