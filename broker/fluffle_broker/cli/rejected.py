@@ -89,12 +89,13 @@ def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
 
 
 def _list(at: _Target, most: int, management: str | None) -> None:
-    from fluffle_broker.inspect.rejected import list_rejected
+    from fluffle_broker.inspect.rejected import dropped, list_rejected
     from fluffle_common.cli.settings import management_of
 
     topology, address, as_json = at
     rejects = _with_link(address, lambda link: list_rejected(link, topology))
-    gone = _dropped(topology, address, management_of(address, management), len(rejects))
+    figures = available_figures(address, management_of(address, management), topology)
+    gone = dropped(figures.get(topology.rejected), len(rejects))
     now = time.time()
     if as_json:
         entries = [message.as_dict(now) for message in rejects]
@@ -105,13 +106,6 @@ def _list(at: _Target, most: int, management: str | None) -> None:
         causes = Counter(message.cause for message in rejects).most_common()
         echo("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
         _table(rejects[-most:], now)
-
-
-def _dropped(topology: Topology, address: str, base: str, kept_now: int) -> int | None:
-    from fluffle_broker.inspect.rejected import dropped
-
-    figures = available_figures(address, base, topology)
-    return dropped(figures.get(topology.rejected), kept_now)
 
 
 def _how_many(kept: int, gone: int | None) -> str:
