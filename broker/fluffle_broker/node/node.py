@@ -222,8 +222,8 @@ def _find_or_unpack(report: Report) -> Installation | None:
 
 def _require_free(ports: Ports) -> None:
     given = [port for port in dataclasses.astuple(ports) if port]
-    if len(set(given)) < len(given):
-        raise BrokerError(f"the same port is given twice ({min(given)}…); choose different ones")
+    if repeated := [port for port in given if given.count(port) > 1]:
+        raise BrokerError(f"port {repeated[0]} is given twice; choose different ports")
     for port, what, option in (
         (ports.amqp, "AMQP", "--port"),
         (ports.management, "management", "--management-port"),
