@@ -173,7 +173,7 @@ class AmqpLink(Link):
         first, *rest = keys
         headers: dict[str, frames.Value] = dict(properties.headers)
         if rest:
-            headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker drops BCC
+            headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker removes BCC
         contents, watch = self._lane(urgent=urgent)
         head = frames.publish(
             contents.number,
