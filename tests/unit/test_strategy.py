@@ -1,4 +1,4 @@
-"""Strategies: composition, loading, checks, and their state in a checkpoint."""
+"""Strategies: composing, loading and checking them, and their state in checkpoints."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def averaged(strategy, weights, updates):
 
 
 class Adding(Server):
-    """Does what ``replace`` does, but through the general path of server steps."""
+    """Does what ``replace`` does, but takes the general path of a pipeline."""
 
     def init(self, weights):
         return None
@@ -89,7 +89,7 @@ class Adding(Server):
         return apply_delta(weights, delta), None
 
 
-# --- composition -------------------------------------------------------------------------------
+# --- composing -----------------------------------------------------------------------------------
 
 
 @given(
@@ -114,9 +114,9 @@ def test_a_mean_delta_shares_no_memory_with_the_state():
     weights = {"w": np.zeros(3, np.float32)}
     mean = weighted()
     state = mean.fold(mean.init(weights), of({"w": np.ones(3, np.float32)}, 5))
-    kept, state = mean.finish(state, weights)
+    delta, state = mean.finish(state, weights)
     mean.fold(state, of({"w": np.full(3, 9, np.float32)}, 5))
-    assert kept["w"].tolist() == [1.0] * 3
+    assert delta["w"].tolist() == [1.0] * 3
 
 
 def test_transforms_are_applied_in_order():
@@ -167,7 +167,7 @@ def test_a_step_saturates_at_the_end_of_its_dtype():
     }  # fmt: skip
 
 
-# --- loading -----------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def make():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("nope", "there is no strategy 'nope' .*known are clip, .* path.py:name takes one"),
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
@@ -235,15 +235,15 @@ def make():
         ("mine.py:number", "this int lacks init"),
     ],
 )
-def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, told):
+def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, message):
     (here / "mine.py").write_text(LACKING)
-    with pytest.raises(UsageError, match=told) as wrong:
+    with pytest.raises(UsageError, match=message) as wrong:
         load_strategy(name)
     assert "\n" not in str(wrong.value)
     words = ["coordinator", "--federation", "f", "--strategy", name]
-    found = CliRunner().invoke(fluffle, words)
-    assert isinstance(found.exception, UsageError)
-    assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
+    result = CliRunner().invoke(fluffle, words)
+    assert isinstance(result.exception, UsageError)
+    assert list(here.iterdir()) == [here / "mine.py"]  # no run was begun
 
 
 def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
@@ -255,7 +255,7 @@ def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
     assert not any(name in shown for name in ("loading.py", "importlib"))
 
 
-# --- checks ------------------------------------------------------------------------------------
+# --- checking ------------------------------------------------------------------------------------
 
 
 def needing(**needs):
@@ -268,7 +268,7 @@ def needing(**needs):
 
 
 @pytest.mark.parametrize(
-    ("needs", "rules", "told"),
+    ("needs", "rules", "message"),
     [
         ({"extra": ("c",)}, {}, r"has needs.extra \('c',\); a mapping of names to shapes"),
         ({"min_examples": 9}, {}, "at least 9 examples a round, which this version does not"),
@@ -279,8 +279,8 @@ def needing(**needs):
         ),
     ],
 )
-def test_a_run_that_does_not_meet_a_strategys_needs_is_refused(needs, rules, told):
-    with pytest.raises(UsageError, match=told):
+def test_a_run_that_does_not_meet_a_strategys_needs_is_refused(needs, rules, message):
+    with pytest.raises(UsageError, match=message):
         rules_for(needing(**needs), Rules(rounds=1, **rules))
 
 
@@ -322,18 +322,18 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     assert strategy_of(tmp_path, 1) == (mine.name, str(MOMENTUM))
 
 
-# --- checkpoints -------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------
 
 
 def test_the_strategys_state_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
-    path, kept = tmp_path / "m", {"v": np.arange(3.0), "strategy/deep": np.int8([1])}
-    save_checkpoint(path, model(), {"round": "3"}, kept)
+    path, state = tmp_path / "m", {"v": np.arange(3.0), "strategy/deep": np.int8([1])}
+    save_checkpoint(path, model(), {"round": "3"}, state)
     weights, metadata = read_checkpoint(path)
     whole = read_whole(path)
     assert weights.keys() == whole.weights.keys() == model().keys()
     assert metadata == whole.metadata == {"round": "3"}
     assert {n: t.tolist() for n, t in whole.strategy_state.items()} == {
-        n: t.tolist() for n, t in kept.items()
+        n: t.tolist() for n, t in state.items()
     }
     assert load_file(path).keys() == {*model(), "strategy/v", "strategy/strategy/deep"}
 
