@@ -8,7 +8,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.state import Rules
-from tests.unit.test_rounds import RUN, Run, let_pass, only, opened, tells
+from tests.unit.test_rounds import RUN, Run, event_names, only, opened, pass_time
 
 DIGEST, OTHER = "d" * 64, "e" * 64
 TAKES = {"features": ("frozen",)}
@@ -131,7 +131,7 @@ def test_they_go_with_an_evaluation_too():
 def test_without_frozen_tensors_nobody_is_sent_any():
     run = opened("a", "b")
     assert sent(run.log) == {"a": False, "b": False}
-    assert "frozen_sent" not in tells(run.log)
+    assert "frozen_sent" not in event_names(run.log)
 
 
 def test_whoever_takes_none_is_refused_at_its_hello():
@@ -175,13 +175,13 @@ def test_those_whose_tasks_share_them_may_begin_with_different_ones():
     run.connect()
     run.seen("a", hello=True, **TAKES, frozen=(DIGEST,))
     run.seen("b", hello=True, **TAKES, frozen=(OTHER,))
-    assert "frozen_differs" not in tells(run.log)
+    assert "frozen_differs" not in event_names(run.log)
 
 
 def test_a_round_in_which_nobody_moves_ends_in_spite_of_them():
     run = open_run(deadline_s=100, max_reopenings=1)
     for _ in range(300):
-        let_pass(run, 2)
+        pass_time(run, 2)
         run.seen("a", **HOLDS)
         run.seen("b", **TAKES, state="receiving", run=RUN, round=1)
     assert run.state.outcome == "stopped"

@@ -1,7 +1,6 @@
 """The frozen tensors of a task: those in use, and those that the coordinator has sent.
 
-What is sent is kept in the state folder, so that a worker that is started again need not be sent it
-again::
+The latter are kept in the state folder, so that they need not be sent again after a restart::
 
     runs/workers/letters/client-1/
         frozen-c0cfac1ff56f74d4.safetensors
@@ -36,8 +35,8 @@ class FrozenTensors:
     """The frozen tensors of a task; see ``Task`` for its part in it.
 
     Args:
-        task: has ``frozen``, and perhaps ``share_frozen`` and ``use_frozen``.
-        folder: where those that were sent are kept; None: in memory only.
+        task: a task with ``frozen``, and perhaps ``share_frozen`` and ``use_frozen``.
+        folder: the folder for received tensors; None keeps them in memory only.
 
     Raises:
         TaskError: if the task shares tensors that cannot travel.
@@ -55,23 +54,25 @@ class FrozenTensors:
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """The digests of those that are here, in use or not."""
+        """The digests of all frozen tensors that the worker holds, in use or not."""
         return tuple(digest for digest in (self._in_use, self._received.digest) if digest)
 
     def to_share(self) -> Weights:
-        """Return those that go with the first weights; none if the task keeps them to itself."""
+        """Return the frozen tensors that go with the first weights; none if they are not shared."""
         return self._of_the_task() if self.shared else {}
 
     def receive(self, frozen: Frozen) -> None:
-        """Take those that came with work, if any did; they are checked when they are first used."""
+        """Take the frozen tensors that came with work, if any; ``use`` checks them."""
         if frozen.digest not in ("", *self.digests):
             self._received = frozen
 
     def use(self, digest: str | None) -> None:
-        """Let the task use those of this digest from now on; it blocks. None changes nothing.
+        """Make the task use the frozen tensors of this digest; None changes nothing.
+
+        It blocks and runs the task's code: call it in the training thread.
 
         Raises:
-            TaskError: if they are not here, are not what their digest says, or do not fit the task.
+            TaskError: if they are not here, do not match their digest, or do not fit the task.
         """
         received = self._received
         if digest in (None, self._in_use):
@@ -80,25 +81,30 @@ class FrozenTensors:
             raise TaskError(f"the frozen tensors {digest:.16}… of this run were not received")
         found = frozen_of(received.tensors).digest
         if found != digest:
-            self._received = NO_FROZEN
+            self._forget(received)
             raise TaskError(
                 f"the frozen tensors that were received have the digest {found:.16}…, "
                 f"{digest:.16}… was announced"
             )
-        if differs := difference(signature_of(received.tensors), self.form):
-            raise TaskError(differs)
+        if mismatch := difference(signature_of(received.tensors), self.form):
+            raise TaskError(mismatch)
         self._task.use_frozen(received.tensors)  # type: ignore[attr-defined]
-        self._in_use, self._received = received.digest, NO_FROZEN
+        self._in_use = digest
+        self._forget(received)
         self._keep(received)
+
+    def _forget(self, received: Frozen) -> None:
+        if self._received is received:  # others may have been received meanwhile
+            self._received = NO_FROZEN
 
     def _of_the_task(self) -> Weights:
         give = getattr(self._task, "frozen", None)
         return arrays(give(), "frozen()", "the frozen tensors") if callable(give) else {}
 
     def _kept(self) -> Frozen:
-        """Read what was kept before a restart; what is damaged, or fits no longer, is passed over.
+        """Read the file of an earlier process, unless it is damaged or no longer fits.
 
-        It is not used before it is asked for: the data owner may have given the task others.
+        The task goes on with its own until work needs these.
         """
         for path in self._files():
             try:

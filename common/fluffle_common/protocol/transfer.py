@@ -1,4 +1,9 @@
-"""The receiving side of a transfer: parts are verified as they arrive, in any order."""
+"""The receiving side of a transfer, which is a payload in parts.
+
+Each part is hashed when it arrives, in any order; a duplicate, such as one that the broker
+redelivers, is ignored. When all parts have arrived, the hash of their hashes is compared with the
+digest in the announcement.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +112,7 @@ class Assembly(Incoming):
             # Reserves addresses only: the system provides each page when it is first written.
             self._buffer = np.empty(transfer.nbytes, np.uint8)
         except MemoryError:
-            raise MalformedMessage(f"there is no room for {transfer.nbytes} bytes") from None
+            raise MalformedMessage(f"not enough memory for {transfer.nbytes} bytes") from None
 
     def _store(self, start: int, payload: memoryview) -> None:
         self._buffer[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
