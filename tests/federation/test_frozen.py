@@ -13,13 +13,15 @@ import pytest
 
 from fluffle_common.errors import RefusedError
 from fluffle_common.protocol.codec import decode
-from fluffle_common.tensors.checkpoint import read_metadata
-from fluffle_common.tensors.frozen import IN_METADATA, frozen_of
+from fluffle_common.tensors.checkpoint import read_metadata, save_checkpoint
+from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, save_frozen
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.task import TrainResult
-from tests.federation.harness import Adder, Federation, Process
+from tests.federation.harness import NAME, Adder, Federation, Process
 
 SMALL, LARGE = 1000, 3 * 2**20  # of float32; the large one travels in three parts and more
 
@@ -106,6 +108,39 @@ def test_it_crosses_the_wire_once_a_worker_and_not_once_a_round(federated, width
             assert backbone < wire.nbytes[name] < backbone + 15_000
         for line in federation.history():
             assert [one["bytes"] for one in line["participants"]] == [16] * 3
+
+    federated(scenario)
+
+
+def test_one_that_only_the_coordinator_has_crosses_once_to_each_worker(federated, tmp_path):
+    frozen = frozen_of({"backbone/kernel": np.full(SMALL, 9.0, np.float32)})
+    save_frozen(tmp_path, frozen)
+    start = tmp_path / "start.safetensors"
+    save_checkpoint(start, {"w": np.zeros(4, np.float32)}, {IN_METADATA: frozen.digest})
+
+    async def scenario(federation):
+        store = RunStore(federation.folder)
+        begin_with_file(start, store, store.load(NAME), NAME)
+        wire = Wire(federation)
+        coordinator = federation.coordinator(rounds=5, min_workers=3)
+        on_backbones(federation)
+        await coordinator.end()
+        assert wire.crossings == dict.fromkeys("abc", 1)
+        assert moved(federation) == [9.0] * 5
+
+    federated(scenario)
+
+
+def test_first_weights_with_frozen_tensors_that_are_not_finite_are_asked_of_another(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, min_workers=2)
+        federation.worker("a", OnABackbone(federation.loop, backbone=np.nan))
+        federation.worker("b", OnABackbone(federation.loop, backbone=4.0))
+        failure = await coordinator.log.until("failure")
+        assert (failure["worker"], failure["round"]) == ("a", 0)
+        assert "'backbone/kernel' has 1000" in failure["reason"]
+        await coordinator.end()
+        assert moved(federation) == [4.0]
 
     federated(scenario)
 

@@ -13,11 +13,13 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluffle_common.errors import MalformedMessage, TaskError, UsageError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Evaluate, Fit, Plan
 from fluffle_common.protocol.model_form import model_form
+from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_common.tensors.frozen import (
+    IN_METADATA,
     NO_FROZEN,
     Frozen,
     frozen_file,
@@ -26,6 +28,8 @@ from fluffle_common.tensors.frozen import (
     save_frozen,
 )
 from fluffle_common.tensors.groups import FROZEN
+from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker import frozen as module
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.inbox import read_frozen as frozen_in
@@ -165,11 +169,13 @@ def test_work_without_them_brings_none():
     assert frozen_in(*carrying(backbone(), None)) == NO_FROZEN  # of nobody knows which run
 
 
-def test_what_is_not_finite_is_refused():
-    message, payload = carrying({"b": np.array([np.nan], np.float32)}, "d" * 64)
-    with pytest.raises(MalformedMessage, match="NaN or infinite") as wrong:
-        frozen_in(message, payload)
-    assert wrong.value.cause == "not_finite"
+def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
+    frozen = frozen_of({"b": np.array([np.nan], np.float32)})
+    save_frozen(tmp_path, frozen)
+    save_checkpoint(tmp_path / "model", MODEL, {IN_METADATA: frozen.digest})
+    store = RunStore(tmp_path / "run")
+    with pytest.raises(UsageError, match="tensor 'b' has 1 .*NaN or infinite"):
+        begin_with_file(tmp_path / "model", store, store.load("f"), "f")
 
 
 @pytest.mark.parametrize("digest", ["", "d" * 63, "D" * 64, 5])

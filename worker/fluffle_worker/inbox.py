@@ -70,15 +70,11 @@ def read_frozen(message: Fit | Evaluate, payload: memoryview) -> Frozen:
     """Return the frozen tensors that come with work, not yet compared with their digest.
 
     Raises:
-        MalformedMessage: if they do not match the message's table of tensors, or are not finite.
+        MalformedMessage: if they do not match the message's table of tensors.
     """
     tensors = read_groups(message.tensors, payload).get(FROZEN)
     if tensors is None or message.frozen is None:
         return NO_FROZEN
-    try:
-        check_finite(tensors)
-    except ValueError as wrong:
-        raise MalformedMessage(str(wrong), "not_finite") from None
     return Frozen(message.frozen, tensors)
 
 

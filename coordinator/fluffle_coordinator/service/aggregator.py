@@ -211,12 +211,12 @@ class Aggregator:
                 payload = await self._fetcher.payload(held)
                 assert isinstance(payload, memoryview)
                 groups = read_groups(message.tensors, payload)
-                weights, frozen = groups[MODEL], groups.get(FROZEN, NO_TENSORS)
+                weights = groups[MODEL]
                 if not weights:
                     raise ValueError("there is no tensor")
                 check_names(weights)
                 check_finite(weights)
-                check_finite(frozen)
+                frozen = await asyncio.to_thread(_checked, groups.get(FROZEN, NO_TENSORS))
             except LinkLost:
                 held.free()
                 return  # the broker delivers them again
@@ -225,7 +225,7 @@ class Aggregator:
             except (MalformedMessage, ValueError) as wrong:
                 self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
-                await self.begin_with(weights, await asyncio.to_thread(frozen_of, frozen))
+                await self.begin_with(weights, frozen)
         held.delivery.ack()
         held.free()
 
@@ -362,3 +362,8 @@ class Aggregator:
         if nbytes <= self._at_once_bytes:
             return work(*on)  # the trip to a thread and back would take longer
         return await asyncio.to_thread(work, *on)
+
+
+def _checked(frozen: Weights) -> Frozen:
+    check_finite(frozen)
+    return frozen_of(frozen)

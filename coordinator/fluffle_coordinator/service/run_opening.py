@@ -105,6 +105,7 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
     try:
         check_signature(weights)
         check_finite(weights)
+        check_finite(frozen.tensors)
         check_names(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} cannot be used as first weights: {wrong}") from None
