@@ -21,6 +21,7 @@ from fluffle_worker import connection, job, machine, service, uploader
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
 from tests.federation.harness import Adder
+from tests.federation.test_frozen import OnABackbone
 
 LARGE = 3 * 2**20  # float32: 12 MiB, three parts
 
@@ -31,6 +32,10 @@ class Slowing(Adder):
     def train(self, weights, plan, progress):
         self.step_s += 0.01
         return super().train(weights, plan, progress)
+
+
+class SlowingOnABackbone(Slowing, OnABackbone):
+    """Does so with frozen tensors."""
 
 
 async def examined(federation, **how: Any) -> dict[str, Finding]:
@@ -54,7 +59,7 @@ def test_our_worker_does_what_the_document_demands(federated):
         worker = federation.worker("w", Slowing(federation.loop))
         findings = await examined(federation)
         assert failed(findings) == [], [one for one in findings.values() if one.outcome == "failed"]
-        assert skipped(findings) == ["lost part", "update in parts", "refusal"]
+        assert skipped(findings) == ["frozen tensors", "lost part", "update in parts", "refusal"]
         await worker.end(60)
 
     federated(scenario)
@@ -69,8 +74,18 @@ def test_it_does_so_with_a_model_in_parts_and_when_it_is_refused(federated):
         federation.worker("w", Slowing(federation.loop, size=LARGE))
         findings = await examined(federation, twice=True, tell=tell)
         assert failed(findings) == [], [one for one in findings.values() if one.outcome == "failed"]
-        assert skipped(findings) == []
+        assert skipped(findings) == ["frozen tensors"]
         assert "3 parts" in findings["lost part"].seen
+
+    federated(scenario)
+
+
+def test_it_takes_frozen_tensors_as_the_document_demands(federated):
+    async def scenario(federation):
+        federation.worker("w", SlowingOnABackbone(federation.loop))
+        findings = await examined(federation)
+        assert failed(findings) == [], [one for one in findings.values() if one.outcome == "failed"]
+        assert findings["frozen tensors"].seen == "1 frozen tensors, sent once for two rounds"
 
     federated(scenario)
 
@@ -270,6 +285,11 @@ def is_silent_at_work(patch):
     patch(Presence, "_start_sending", start_sending)
 
 
+def hides_its_frozen_tensors(patch):
+    real = Presence._status
+    patch(Presence, "_status", lambda self: {**real(self), "frozen": ()})
+
+
 MISTAKES = {
     trains_again: {"same fit again"},
     answers_any_attempt: {"rejected update"},
@@ -283,6 +303,7 @@ MISTAKES = {
     sends_what_a_broker_forgets: {"well formed"},
     evaluates_another_round: {"evaluation before the update", "evaluate"},
     is_silent_at_work: {"heartbeats"},
+    hides_its_frozen_tensors: {"frozen tensors"},
 }
 
 
@@ -293,7 +314,10 @@ def test_a_mistake_is_found_by_the_scenario_that_is_about_it(federated, monkeypa
     async def scenario(federation):
         size = LARGE if mistake is hides_that_it_receives else 4
         step_s = 5.0 if mistake is is_silent_at_work else 0.25
-        federation.worker("w", Slowing(federation.loop, size=size, step_s=step_s))
+        task = Slowing(federation.loop, size=size, step_s=step_s)
+        if mistake is hides_its_frozen_tensors:
+            task = SlowingOnABackbone(federation.loop)
+        federation.worker("w", task)
         assert set(failed(await examined(federation))) == MISTAKES[mistake]
 
     federated(scenario)

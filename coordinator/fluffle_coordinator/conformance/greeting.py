@@ -58,7 +58,7 @@ async def first_weights(probe: Probe) -> str:
     since = len(probe.answers)
     await probe.send(InitRequest(federation=probe.topology.federation, run=probe.run, seed=7))
     groups = await probe.first_weights(since)
-    weights = groups[MODEL]
+    weights, frozen = groups[MODEL], groups.get(FROZEN, {})
     try:
         if not weights:
             raise ValueError("first_weights without a tensor")
@@ -66,9 +66,9 @@ async def first_weights(probe: Probe) -> str:
         check_finite(weights)
     except ValueError as why:
         raise Unmet(str(why)) from None
-    form = model_form(weights, groups.get(FROZEN, {}))
+    form = model_form(weights, frozen)
     announced = _first(probe).model
-    probe.begin_with(weights)
+    probe.begin_with(weights, frozen)
     if announced is not None and announced.digest != form.digest:
         raise Unmet(
             f"{form.summary} with digest {form.digest}; the hello announced {announced.digest}"

@@ -17,7 +17,17 @@ MESSAGE = "A message"
 PARTS = "Large payloads"
 OUTCOME = "What becomes of an update"
 REFUSED = "What a worker refuses"
-SECTIONS = (LIFE, FROM_COORDINATOR, TO_COORDINATOR, MESSAGE, PARTS, OUTCOME, REFUSED)
+FROZEN_TENSORS = "Frozen tensors"
+SECTIONS = (
+    LIFE,
+    FROM_COORDINATOR,
+    TO_COORDINATOR,
+    MESSAGE,
+    PARTS,
+    OUTCOME,
+    REFUSED,
+    FROZEN_TENSORS,
+)
 
 
 @dataclass(frozen=True)
