@@ -163,7 +163,7 @@ def as_text(results: Mapping[str, Any]) -> str:
     lines = [command.table(head, rows), f"ratio {results['ratio']:.2f}"]
     if "start_up" in results:
         start = results["start_up"]
-        lines.append(f"start-up: first heartbeat after {start['first_sign_s']} s, ")
+        lines.append(f"start-up: first heartbeat after {start['first_sign_s']} s")
         lines.append(
             f"first weights after {start['first_weights_s']} s; imports: {start['import_s']}"
         )

@@ -15,7 +15,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 
 from benchmarks import command
 from benchmarks.arrays import make_weights
-from benchmarks.processes import ROOT
+from benchmarks.processes import ROOT, scratch
 from fluffle_common.tensors.layout import Layout, Tensors, layout_for
 from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import check_delta
@@ -121,8 +120,8 @@ def main() -> None:
     parser.add_argument("--child", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        with tempfile.TemporaryDirectory(dir=options.folder or Path()) as folder:
-            result = one_round(options.child, options.size_mb, options.updates, Path(folder))
+        with scratch(options.folder or Path()) as folder:
+            result = one_round(options.child, options.size_mb, options.updates, folder)
         print(json.dumps(result))
         return
     options.strategies = [_REFERENCE, *(n for n in options.strategies if n != _REFERENCE)]

@@ -77,7 +77,7 @@ def test_what_nobody_handles_is_refused_on_both_sides(federated):
         begin = Sent(sum_exchange("begin", run=run), {}, ("a", "b"))
         coordinator.service.exchange(begin)
         assert (await coordinator.end()).outcome == "finished"
-        reason = "nobody here handles the exchange 'sum' (handled: {})"
+        reason = "no handler for the exchange 'sum' (handled: {})"
         (rejected,) = coordinator.log.of("rejected")
         assert rejected["reason"] == reason.format("none")
         assert rejected["cause"] == "exchange"

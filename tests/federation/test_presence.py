@@ -101,7 +101,7 @@ def test_signs_of_life_of_the_dead_open_no_round(federated, silent_s):
     federated(scenario)
 
 
-def test_no_round_commits_with_less_than_was_written(federated):
+def test_no_round_commits_with_fewer_updates_than_least(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, min_workers=3, least=3)
         three(federation, step_s=3.0)
