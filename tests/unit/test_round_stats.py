@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.machine.state import Evaluated
 from fluffle_coordinator.observe.round_view import Answer
-from fluffle_coordinator.service.committer import federated
+from fluffle_coordinator.service.committer import average_evaluations
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
 MOST = sys.float_info.max
@@ -35,7 +35,7 @@ def test_no_examples_have_no_mean():
 
 
 def test_the_largest_losses_have_a_finite_evaluation():
-    told = federated(
+    told = average_evaluations(
         {
             "a": Evaluated(10**12, 1.5e308, {"auc": -MOST}),
             "b": Evaluated(10**12, 1.7e308, {"auc": MOST}),
