@@ -267,9 +267,9 @@ async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
     (result,) = await requeue(link, TOPOLOGY, [1])
     assert result.left == "only the first 65536 bytes of it were kept"
-    kept = await link.get(TOPOLOGY.rejected)
-    assert kept.body == garbage[: 2**16]
-    assert kept.properties.headers["cut_from_bytes"] == len(garbage)
+    rejected = await link.get(TOPOLOGY.rejected)
+    assert rejected.body == garbage[: 2**16]
+    assert rejected.properties.headers["cut_from_bytes"] == len(garbage)
 
 
 async def test_a_message_that_is_one_is_kept_whole(link):
