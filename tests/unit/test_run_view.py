@@ -147,7 +147,7 @@ def test_a_history_makes_a_worker_of_those_asked_and_of_nobody_else():
     assert [(row.name, row.counted, row.state) for row in view.workers.in_order()] == [
         ("a", 1, "gone"), ("b", 0, "gone"),
     ]  # fmt: skip
-    assert view.tally.rounds == 0  # the counters start with the first live event
+    assert view.counters.rounds == 0  # the counters start with the first live event
 
 
 def test_a_whole_history_keeps_every_round_in_full():
