@@ -38,9 +38,11 @@ def test_a_minimal_worker_is_told_what_it_lacks(federation: Federation) -> None:
     check.wait_for("waiting for worker pika")
     federation.start(sys.executable, script, federation.url, federation.name, "pika")
     assert check.end() == 1
-    told = json.loads("\n".join(check.lines[1:]))
-    assert told["ok"] is False
-    failed = {one["scenario"] for one in told["findings"] if one["outcome"] == "failed"}
+    result = json.loads("\n".join(check.lines[1:]))
+    assert result["ok"] is False
+    failed = {
+        finding["scenario"] for finding in result["findings"] if finding["outcome"] == "failed"
+    }
     assert failed == LACKS
 
 
