@@ -210,6 +210,16 @@ def knows_no_critical_keys(patch):
     patch(connection, "decode", lenient)
 
 
+def works_for_any_federation(patch):
+    def lenient(body, federation):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            header, payload = msgpack.unpackb(body)
+            body = msgpack.packb([{**header, "federation": federation}, payload])
+        return codec.decode(body, federation)
+
+    patch(connection, "decode", lenient)
+
+
 def does_not_look_at_the_weights(patch):
     patch(service, "read_work", lambda work, payload: (read_tensors(work.tensors, payload), {}))
 
@@ -283,6 +293,7 @@ MISTAKES = {
     answers_any_attempt: {"rejected update"},
     leaves_at_any_stop: {"end of others"},
     knows_no_critical_keys: {"unknown critical key"},
+    works_for_any_federation: {"mail for nobody"},
     does_not_look_at_the_weights: {"unsound weights"},
     hides_that_it_receives: {"lost part"},
     forgets_what_it_did: {"last work"},
