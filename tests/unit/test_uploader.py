@@ -73,7 +73,7 @@ class Worker:
             link=self._link,
             wanted=lambda job: job.work.round not in self.unwanted,
             due=lambda job: job.work.round not in self.training,
-            taken=lambda job: self.taken.append(job.work.round),
+            confirmed=lambda job: self.taken.append(job.work.round),
             tell=lambda event: self.told.append(event.name),
             sent=lambda done, parts: self.parts.append((done, parts)),
             renew=no_renewal,

@@ -120,7 +120,7 @@ class WorkerService:
             link=self._connection.link,
             wanted=lambda job: self._jobs.get(job.work) is job,
             due=lambda job: self._state.sending == job.work,
-            taken=self._sent,
+            confirmed=self._sent,
             tell=tell,
             sent=self._sent_parts,
             renew=self._connection.renew_queues,
