@@ -87,7 +87,7 @@ async def at_work(
 
     service = WorkerService(
         WorkerSettings("f", "w", "steps"), task or Steps(), transport=coordinator.broker,
-        topology=TOPOLOGY, tell=tell, bar=lambda *_: None,
+        topology=TOPOLOGY, record=tell, bar=lambda *_: None,
     )  # fmt: skip
     running = asyncio.create_task(service.run())
     try:

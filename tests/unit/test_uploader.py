@@ -74,7 +74,7 @@ class Worker:
             wanted=lambda job: job.work.round not in self.unwanted,
             due=lambda job: job.work.round not in self.training,
             confirmed=lambda job: self.taken.append(job.work.round),
-            tell=lambda event: self.told.append(event.name),
+            record=lambda event: self.told.append(event.name),
             sent=lambda done, parts: self.parts.append((done, parts)),
             renew=no_renewal,
         )

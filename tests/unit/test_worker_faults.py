@@ -67,7 +67,7 @@ class Federation:
         self.service = WorkerService(
             WorkerSettings("f", "w", "raising", heartbeat_s=0.01, **settings), task,
             transport=self.broker, topology=TOPOLOGY,
-            tell=self._tell, bar=lambda *_: None,
+            record=self._tell, bar=lambda *_: None,
         )  # fmt: skip
 
     async def connect(self) -> None:
@@ -298,7 +298,7 @@ async def test_where_the_task_runs_may_be_chosen():
     made = Federation(Raising())
     made.service = WorkerService(
         WorkerSettings("f", "w", "raising"), Raising(), transport=made.broker, topology=TOPOLOGY,
-        tell=lambda *_: None, bar=lambda *_: None, training=Noted(),
+        record=lambda *_: None, bar=lambda *_: None, training=Noted(),
     )  # fmt: skip
     await made.connect()
     await made.ask(1)

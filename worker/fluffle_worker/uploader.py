@@ -18,7 +18,7 @@ from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_common.transport.parts import read_part
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import Refusals, Tell, drain
+from fluffle_worker.inbox import Refusals, Record, drain
 from fluffle_worker.job import Job
 
 _RETRY_S = 1.0
@@ -45,7 +45,7 @@ class Uploader:
         wanted: whether a job is still wanted.
         due: whether a job's answer is to be sent; if not, only its evaluation is.
         confirmed: called with each job whose answer the broker has confirmed.
-        tell: called with each event.
+        record: called with each event.
         sent: called with (parts sent, parts) of a large answer.
         renew: declares the worker's queues again, in case they have expired.
     """
@@ -59,13 +59,13 @@ class Uploader:
         wanted: Callable[[Job], bool],
         due: Callable[[Job], bool],
         confirmed: Callable[[Job], object],
-        tell: Tell,
+        record: Record,
         sent: Callable[[int, int], None],
         renew: Callable[[Link], Awaitable[None]],
     ) -> None:
         self._topology, self._worker, self._link = topology, worker, link
         self._wanted, self._due, self._confirmed = wanted, due, confirmed
-        self._tell, self._parts_sent, self._renew = tell, sent, renew
+        self._record, self._parts_sent, self._renew = record, sent, renew
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
         self._residual = Residual()  # of the last confirmed update
@@ -105,7 +105,7 @@ class Uploader:
                     return None
                 except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
-                    self._tell(Unsent(round=job.work.round, reason=str(why)))
+                    self._record(Unsent(round=job.work.round, reason=str(why)))
                     await asyncio.sleep(_RETRY_S)
 
     async def _send(self, link: Link, job: Job) -> None:
@@ -166,5 +166,5 @@ class Uploader:
             outbox,
             lambda body: read_part(body, federation),
             Refusals(self._topology, self._worker),
-            self._tell,
+            self._record,
         )
