@@ -18,7 +18,7 @@ from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_common.transport.parts import read_part
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import Refusals, Record, drain
+from fluffle_worker.inbox import Record, Refusals, drain
 from fluffle_worker.job import Job
 
 _RETRY_S = 1.0
