@@ -1,4 +1,4 @@
-"""A worker over the broker in memory, whose task does what no task should."""
+"""A worker on the in-memory broker whose task misbehaves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WEIGHTS = {"w": np.zeros(4, np.float32)}
 
 
 class Raising:
-    """A task that does something else than training where it is told what."""
+    """A task that runs given functions instead of training."""
 
     num_examples = np.int64(5)
 
@@ -60,7 +60,7 @@ class Raising:
 
 
 class Federation:
-    """A worker, and who speaks to it."""
+    """A worker and a minimal coordinator."""
 
     def __init__(self, task: Any, **settings: Any) -> None:
         self.broker, self.told, self._news = MemoryBroker(), [], asyncio.Event()
@@ -84,7 +84,7 @@ class Federation:
         self._news.set()
 
     async def hear(self, what: str) -> None:
-        """Wait until the worker tells of this."""
+        """Wait until the worker records this event."""
         async with asyncio.timeout(PATIENCE_S):
             while what not in [said for said, _ in self.told]:
                 self._news.clear()
@@ -98,7 +98,7 @@ class Federation:
         await send_tensors(self.link, fit, WEIGHTS, Route(TOPOLOGY.work, ["w"]))
 
     async def sign(self, kind: Any, **fields: Any) -> Any:
-        """Return the next sign of life of this kind and with these fields."""
+        """Return the next presence message of this kind with these fields."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 delivery = await anext(self.signs)
