@@ -74,7 +74,7 @@ def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "change", "told"),
+    ("encoding", "change", "text"),
     [
         (None, {"kernel": np.zeros((64, 32), np.float32)}, "'kernel' is float32 (64, 32)"),
         (None, {"kernel": np.zeros((32, 64), np.float64)}, "'kernel' is float64"),
@@ -109,28 +109,28 @@ def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
     ],
 )
 @pytest.mark.usefixtures("small_parts")
-def test_what_cannot_be_of_the_model_is_refused_when_it_is_announced(encoding, change, told):
+def test_what_cannot_be_of_the_model_is_refused_when_it_is_announced(encoding, change, text):
     learnt = {**delta(MODEL, MODEL), **change}
     tensors = {name: tensor for name, tensor in learnt.items() if tensor is not None}
     with pytest.raises(MalformedMessage) as caught:
         check_announced(announcement(tensors, encoding), MODEL)
-    assert told in str(caught.value)
+    assert text in str(caught.value)
     assert caught.value.cause == "tensors"
 
 
 @pytest.mark.parametrize(
-    ("offset", "nbytes", "told"),
+    ("offset", "nbytes", "text"),
     [
         (0, 8 * 2**30, "end at byte 8, a transfer of 8589934592 bytes is announced"),
         (2**32, 2**32 + 8, "its tensors need no more than"),
         (4, 12, "wrong offset"),
     ],
 )
-def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, told):
+def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, text):
     table = (TensorEntry("w", "float32", (2,), offset, 8),)
     transfer = Transfer(id="t", parts=1, nbytes=nbytes, digest="0" * 64)
     message = update(tensors=table, transfer=transfer)
-    with pytest.raises(MalformedMessage, match=told):
+    with pytest.raises(MalformedMessage, match=text):
         check_announced(message, None)
 
 
@@ -143,9 +143,9 @@ class Untouched:
 
 @pytest.mark.parametrize("first", [False, True])
 async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
-    told: list[ev.Event] = []
+    events: list[ev.Event] = []
     committer = Committer(
-        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=told.append
+        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=events.append
     )
     aggregator = Aggregator(
         TOPOLOGY,
@@ -153,7 +153,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
         committer,
         CoordinatorSettings("f", rs.Rules(rounds=1), max_model_bytes=2**33),
         link=Untouched,  # type: ignore[arg-type]
-        post=told.append,
+        post=events.append,
     )
     table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)
     transfer = Transfer(id="t", parts=2048 if first else 1024, nbytes=2**33 if first else 2**32,
@@ -168,7 +168,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
     running = asyncio.ensure_future(aggregator.run())
     await aggregator.drained()
     running.cancel()
-    (event,) = told
+    (event,) = events
     if first:
         assert isinstance(event, ev.Failed)
         assert "a transfer of 8589934592 bytes is announced" in event.reason
@@ -265,8 +265,8 @@ async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again
     await link.publish(garbage, Properties(), exchange="", keys=[TOPOLOGY.updates])
     wrong = MalformedMessage("the header is a int, not a map")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
-    (told,) = await requeue(link, TOPOLOGY, [1])
-    assert told.left == "only the first 65536 bytes of it were kept"
+    (result,) = await requeue(link, TOPOLOGY, [1])
+    assert result.left == "only the first 65536 bytes of it were kept"
     kept = await link.get(TOPOLOGY.rejected)
     assert kept.body == garbage[: 2**16]
     assert kept.properties.headers["cut_from_bytes"] == len(garbage)

@@ -79,7 +79,7 @@ def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
         begun().counted(13, "a", 1).counted(15, "b", 2).add(40, "gone", worker="c", silent_s=5.0)
     )
     told, text = story.explained(now=100)
-    assert told.is_open
+    assert told.round.is_open
     assert told.missing == ["c"]
     assert told.left_s == pytest.approx(510)
     assert "is open" in text
@@ -138,7 +138,7 @@ def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_
     story.opened(35, 8)
     story.add(40, "evaluated", round=7, loss=0.5, num_examples=60, metrics=metrics)
     told, text = story.explained(now=1000)
-    assert not told.is_open
+    assert not told.round.is_open
     assert told.left_s is None
     assert f"Committed at {clock(at(34))}, 24 s after the opening, with a, c, 160 examples." in text
     assert "adding up 2 ms, averaging 1 ms, the checkpoint 30 ms" in text

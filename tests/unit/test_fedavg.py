@@ -65,7 +65,7 @@ def test_the_average_is_numpys_weighted_average(drawn):
 
 
 @given(rounds())
-def test_the_average_of_trained_weights_is_theirs(drawn):
+def test_the_average_of_deltas_is_that_of_the_trained_weights(drawn):
     """The way over deltas costs another rounding of each delta to float32, no more."""
     base, trained = drawn
     got = average_of({"w": base}, [({"w": weights}, n) for weights, n in trained])["w"]
@@ -178,14 +178,14 @@ def test_integers_are_rounded_to_the_nearest_and_never_wrap(dtype, data):
         assert abs(int(got[position]) * total - exact) * 2 <= total * (1 + 1e-3)
 
 
-def test_halves_go_to_the_even_neighbour():
+def test_halves_are_rounded_to_even():
     base = {"n": np.zeros(4, np.int32)}
     ones = [({"n": np.int32([1, 3, -1, -3])}, 1), ({"n": np.int32([0, 2, 0, -2])}, 1)]
     assert average_of(base, ones)["n"].tolist() == [0, 2, 0, -2]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_integers_beyond_the_end_stay_at_the_end(dtype):
+def test_integers_saturate_at_the_end_of_their_dtype(dtype):
     limits = np.iinfo(dtype)
     base = {"n": np.array([limits.max, limits.min, limits.max, limits.min], dtype)}
     beyond = {"n": np.int64([2**61, -(2**61), 0, 0])}
@@ -206,7 +206,7 @@ def test_finite_updates_never_make_a_model_that_is_not_finite(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("index", [0, 40_000, 69_999])
-def test_one_value_beyond_the_end_costs_no_other_value_anything(dtype, index):
+def test_a_value_that_saturates_does_not_change_others(dtype, index):
     largest = np.dtype(dtype).type(ml_dtypes.finfo(dtype).max)
     base = {"w": np.full(70_000, 2, dtype)}  # more than two blocks
     update = {"w": np.full(70_000, 0.5, dtype)}
@@ -223,7 +223,7 @@ def test_half_precision_is_summed_in_double():
     assert average(base, updates)["w"].tolist() == [1, 60000]
 
 
-def test_no_examples_are_nothing_to_average():
+def test_without_examples_there_is_no_average():
     base = {"w": np.zeros(2, np.float32)}
     with pytest.raises(ValueError, match="nothing to average"):
         fedavg.finish(fedavg.init(base), base)
@@ -255,7 +255,7 @@ def test_tensors_of_more_than_a_block_are_folded_whole():
 
 
 @pytest.mark.parametrize("layout", ["T", "reversed", "F", "read-only"])
-def test_any_memory_layout_is_folded_as_it_reads(layout):
+def test_any_memory_layout_is_folded_by_its_values(layout):
     array = np.arange(12.0).reshape(3, 4)
     update = {
         "T": np.ascontiguousarray(array.T).T,
@@ -268,7 +268,7 @@ def test_any_memory_layout_is_folded_as_it_reads(layout):
     assert got.tolist() == (array + 1).tolist()
 
 
-def test_what_is_given_is_left_as_it_was():
+def test_arguments_are_not_changed():
     base = {"w": np.ones(3, np.float32), "n": np.ones(3, np.uint8)}
     update = {"w": np.full(3, 2, np.float32), "n": np.full(3, 2, np.int64)}
     for array in (*base.values(), *update.values()):
@@ -349,7 +349,7 @@ def test_integers_above_2_to_the_53_keep_their_last_digit(dtype, trained, expect
     assert got.tolist() == [expected] * 3
 
 
-def test_many_tensors_of_integers_beside_floats_are_each_their_own():
+def test_integer_tensors_among_floats_are_averaged_separately():
     base = {
         "n": np.arange(70_000).reshape(7, 10_000),
         "w": np.ones(3, np.float32),

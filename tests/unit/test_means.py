@@ -52,7 +52,7 @@ def test_published_numbers():
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([0.2, 0.7, 1.0])))
-def test_krum_takes_the_smaller_of_equal_scores_whoever_sent_it(order):
+def test_krum_prefers_the_smaller_of_equal_scores(order):
     assert mean_of("krum:f=1", [[one] for one in order]).tolist() == [0.7]
 
 
@@ -106,7 +106,7 @@ def test_a_robust_mean_is_the_naive_one_in_any_order(name, rows, permuted):
                elements=st.floats(-1e3, 1e3)),
     st.data(),
 )  # fmt: skip
-def test_linear_means_are_their_formulas(rows, data):
+def test_linear_means_equal_their_formulas(rows, data):
     count = len(rows)
     examples = data.draw(st.lists(st.integers(1, 1000), min_size=count, max_size=count))
     steps = data.draw(st.lists(st.integers(1, 99), min_size=count, max_size=count))
@@ -164,7 +164,7 @@ def form(seed):
 
 
 @pytest.mark.parametrize("name", [*ROBUST, "uniform"])
-def test_every_form_of_tensor_block_by_block_and_from_disk(name, tmp_path, monkeypatch):
+def test_every_dtype_and_shape_in_blocks_and_from_disk(name, tmp_path, monkeypatch):
     updates = [form(seed) for seed in range(5)]
     whole = mean_of(name, updates)
     as_rows = [np.concatenate([t.reshape(-1).astype(float) for t in u.values()]) for u in updates]
@@ -180,7 +180,7 @@ def test_every_form_of_tensor_block_by_block_and_from_disk(name, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_mean_of_all_updates_holds_is_on_disk_also_after_a_transform(tmp_path):
+def test_a_robust_mean_holds_updates_on_disk_even_after_a_transform(tmp_path):
     strategy, base = named_strategy("clip:1+median").strategy, {"w": np.zeros(3)}
     one = Contribution(
         worker="a",
@@ -193,7 +193,7 @@ def test_what_a_mean_of_all_updates_holds_is_on_disk_also_after_a_transform(tmp_
     np.testing.assert_allclose(held["w"], np.full(3, 1 / np.sqrt(3)))
 
 
-def test_large_tensors_are_taken_block_by_block(monkeypatch):
+def test_large_tensors_are_read_in_blocks(monkeypatch):
     rows = np.random.default_rng(0).normal(size=(5, 2500))
     monkeypatch.setattr(robust, "_ELEMENTS", 5 * 1024)
     for name in ROBUST:
@@ -239,7 +239,7 @@ def test_the_fewest_updates(name, fewest):
     assert named_strategy(name).strategy.needs.min_updates == fewest
 
 
-def test_clipping_scales_what_is_larger_and_leaves_the_rest():
+def test_clipping_scales_only_larger_updates():
     strategy = named_strategy("clip:5+uniform").strategy
     clip = strategy.transforms[0]
     large = {"w": np.array([6.0, 0.0], np.float32), "b": np.array([8], "bfloat16")}

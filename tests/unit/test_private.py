@@ -58,7 +58,7 @@ def test_epsilon_is_that_of_dp_accounting(noise, rounds, delta, pld):
     rounds=st.integers(1, 10**4),
     delta=st.floats(1e-12, 0.1),
 )
-def test_epsilon_is_the_least_that_its_delta_allows_and_grows(noise, rounds, delta):
+def test_epsilon_is_the_smallest_that_delta_allows_and_grows(noise, rounds, delta):
     found = epsilon(noise, rounds, delta)
     mu = math.sqrt(rounds) / noise
     assert accounting._delta(found, mu) <= delta * (1 + 1e-6)
@@ -72,7 +72,7 @@ def test_the_tails_of_the_normal_distribution_meet():
     assert left == pytest.approx(right, abs=1e-5)
 
 
-def test_updates_are_clipped_count_the_same_and_are_divided_by_a_fixed_number(monkeypatch):
+def test_updates_are_clipped_and_divided_by_a_fixed_number_with_equal_weights(monkeypatch):
     monkeypatch.setattr(module, "gaussian", np.zeros)
     deltas = [np.array([3.0, 4.0]), np.array([0.0, -0.5]), np.zeros(2)]
     found = finish("dp:clip=1,noise=1,workers=10", deltas)
@@ -81,7 +81,7 @@ def test_updates_are_clipped_count_the_same_and_are_divided_by_a_fixed_number(mo
     assert 1.9999 < np.linalg.norm(large) <= 2.0
 
 
-def test_the_noise_is_that_of_the_name_and_another_one_each_time():
+def test_the_noise_has_its_scale_and_differs_each_time():
     zeros = [np.zeros(10**5)] * 3
     name = "dp:clip=2,noise=0.5,workers=4"
     one, other = finish(name, zeros), finish(name, zeros)
@@ -91,7 +91,7 @@ def test_the_noise_is_that_of_the_name_and_another_one_each_time():
     assert np.corrcoef(one, other)[0, 1] == pytest.approx(0, abs=0.03)
 
 
-def test_gaussian_values_are_distributed_as_they_should_be():
+def test_gaussian_values_are_standard_normal():
     found = gaussian(400_001)
     assert found.shape == (400_001,)
     for bound in (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0):
@@ -119,7 +119,7 @@ def test_the_budget_bounds_the_rounds():
         ("dp:clip=1,noise=1,workers=2,budget=1", "budget=1 allows no round: one costs .* of 4.38"),
     ],
 )
-def test_what_gives_no_privacy_is_refused(name, told):
+def test_arguments_without_privacy_are_refused(name, told):
     with pytest.raises(UsageError, match=told):
         load_strategy(name)
 
@@ -138,9 +138,7 @@ SAMPLED = "dp:clip=1,noise=1.1,workers=10,rate=0.01"
 
 
 @pytest.mark.parametrize(("noise", "rate", "rounds", "pld", "rdp"), TEXTBOOK)
-def test_epsilon_of_a_textbook_setting_is_the_figure_of_dp_accounting(
-    noise, rate, rounds, pld, rdp
-):
+def test_epsilon_of_a_textbook_setting_is_the_published_one(noise, rate, rounds, pld, rdp):
     pytest.importorskip("dp_accounting")
     for method, figure in (("pld", pld), ("rdp", rdp)):
         found = accountant(noise, 1e-5, rate, method).epsilon(rounds)
@@ -148,7 +146,7 @@ def test_epsilon_of_a_textbook_setting_is_the_figure_of_dp_accounting(
 
 
 @pytest.mark.parametrize("method", ["pld", "rdp"])
-def test_epsilon_is_what_dp_accounting_says_itself(method):
+def test_epsilon_equals_dp_accounting(method):
     library = pytest.importorskip("dp_accounting")
     event = library.SelfComposedDpEvent(
         library.PoissonSampledDpEvent(0.02, library.GaussianDpEvent(1.5)), 200
@@ -175,7 +173,7 @@ def test_sampling_costs_less_and_the_budget_bounds_its_rounds(method):
     assert most > 10 * accountant(4, 1e-5).rounds_within(1)
 
 
-def test_without_the_package_only_what_needs_it_is_refused(monkeypatch):
+def test_without_the_package_only_sampling_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
     load_strategy("dp:clip=1,noise=4,workers=10,budget=3")
     with pytest.raises(UsageError, match=r"needs dp-accounting; pip install 'fluffle\[privacy\]'"):
@@ -209,7 +207,7 @@ def test_a_rate_decides_who_is_asked():
         ({"selection": parse_selection("round-robin")}, "--select round-robin"),
     ],
 )
-def test_what_would_make_chances_depend_on_others_is_refused(rules, option):
+def test_options_that_make_chances_depend_on_others_are_refused(rules, option):
     with pytest.raises(
         UsageError, match=f"probability 0.01 and waits .*, which {option} contradicts"
     ):
@@ -222,7 +220,7 @@ def test_a_bound_that_follows_from_other_updates_is_refused():
 
 
 @pytest.mark.usefixtures("installed")
-def test_sampling_that_is_not_counted_is_told():
+def test_uncounted_sampling_is_reported():
     plain, sampling = load_strategy("dp:1,noise=4,workers=2"), Rules(rounds=1, fraction=0.5)
     (told,) = uncounted_sampling(plain, sampling)
     assert "give rate=… to the strategy dp:clip=1.0" in told
@@ -232,7 +230,7 @@ def test_sampling_that_is_not_counted_is_told():
     assert not [*uncounted_sampling(counted, rules_for(counted, Rules(rounds=1)))]
 
 
-def test_updates_are_not_kept_that_are_to_be_hidden():
+def test_private_updates_are_not_archived():
     flags = ["--federation", "f", "--strategy", "dp:1,noise=4,workers=2", "--keep-updates"]
     with pytest.raises(
         UsageError, match="--keep-updates would store the updates that the strategy dp"
@@ -250,7 +248,7 @@ def test_a_round_without_updates_is_noise_alone():
         assert np.mean(found["w"]) == pytest.approx(3.0, abs=0.01)
 
 
-def test_the_secret_of_a_run_stays_and_is_nobody_elses(tmp_path):
+def test_a_run_keeps_its_own_secret(tmp_path):
     first = sampling_secret(tmp_path)
     assert sampling_secret(tmp_path) == first
     assert (tmp_path / "sampling.secret").stat().st_mode & 0o777 == 0o600
@@ -296,7 +294,7 @@ def test_the_norm_finds_the_quantile():
     assert 0.15 < float(strategy.dump(state)["mean/clip"]) < 0.4
 
 
-def test_what_lasts_of_the_mean_and_of_the_server_step_lie_apart():
+def test_states_of_the_mean_and_of_the_server_step_are_saved_apart():
     strategy = named_strategy("dp:clip=1,noise=1,workers=2,quantile=0.5+fedavgm").strategy
     base = {"mean/clip": np.zeros(3, np.float32)}
     state = strategy.finish(strategy.init(base), base)[1]
@@ -330,9 +328,12 @@ def test_the_count_has_its_share_of_the_noise():
         ("rate=0.5,accountant=exact", "accountant=exact counts no sampling"),
         ("quantile=0", "quantile=0 is out of range"),
         ("count_noise=1", "count_noise goes with quantile"),
-        ("quantile=0.5,count_noise=0.5", "count_noise=0.5 tells more than noise=1 allows; .* 0.5,"),
+        (
+            "quantile=0.5,count_noise=0.5",
+            "count_noise=0.5 reveals more than noise=1 allows; .* 0.5,",
+        ),
     ],
 )
-def test_what_does_not_fit_together_is_refused(more, told):
+def test_arguments_that_contradict_each_other_are_refused(more, told):
     with pytest.raises(UsageError, match=told):
         load_strategy(f"dp:clip=1,noise=1,workers=2,{more}")

@@ -163,7 +163,7 @@ def files(folder: Path, number: int) -> list[str]:
 # --- keeping -----------------------------------------------------------------------------------
 
 
-def test_updates_are_kept_in_the_order_of_the_sum(folder):
+def test_updates_are_archived_in_the_order_of_the_sum(folder):
     assert files(folder, 1) == ["0001-c.msgpack", "0002-a.msgpack", "0003-b.x-1.msgpack"]
     assert files(folder, 2) == ["0001-a.msgpack", "0002-b.x-1.msgpack", "0003-c.msgpack"]
 
@@ -241,7 +241,7 @@ async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch)
     assert files(tmp_path, 1) == ["0001-a.msgpack"]
 
 
-def test_a_half_written_file_never_has_the_name(tmp_path, monkeypatch):
+def test_an_incomplete_file_never_has_the_final_name(tmp_path, monkeypatch):
     path = kept.update_path(tmp_path, 1, 1, "a")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
     with pytest.raises(OSError, match="bad"):
@@ -249,7 +249,7 @@ def test_a_half_written_file_never_has_the_name(tmp_path, monkeypatch):
     assert files(tmp_path, 1) == []
 
 
-def test_after_a_crash_an_uncommitted_round_is_begun_afresh(folder):
+def test_after_a_crash_an_uncommitted_round_starts_over(folder):
     body = kept.update_path(folder, 2, 1, "a").read_bytes()
     kept.keep_update(kept.update_path(folder, 3, 1, "a"), body, None)
     (kept.round_folder(folder, 3) / "0002-c.msgpack.partial").write_bytes(b"half")
@@ -353,14 +353,14 @@ def test_a_checkpoint_that_is_not_finite_is_different_and_still_json(folder):
     assert (wrong["name"], wrong["replayed"]["largest"]) == ("d", None)
 
 
-def test_the_equal_case_in_words(folder):
+def test_an_equal_replay_in_words(folder):
     shown = CliRunner().invoke(replay_command, [str(folder), "--round", "2"])
     assert shown.exit_code == 0
     assert "equal: all 7 tensors match the committed model bit by bit" in shown.output
     assert "a (3), b.x-1 (7), c (11)" in shown.output
 
 
-def test_a_missing_update_is_told_with_its_worker(folder):
+def test_a_missing_update_is_reported_with_its_worker(folder):
     kept.update_path(folder, 1, 3, "b.x-1").unlink()
     with pytest.raises(
         UsageError, match=r"the update of b\.x-1 is missing: .*0003-b\.x-1\.msgpack"
@@ -368,7 +368,7 @@ def test_a_missing_update_is_told_with_its_worker(folder):
         replay.replay(folder, 1)
 
 
-def test_an_update_of_someone_else_or_none_at_all_is_told(folder):
+def test_a_foreign_or_broken_update_is_reported(folder):
     path = kept.update_path(folder, 1, 1, "c")
     path.write_bytes(kept.update_path(folder, 2, 3, "c").read_bytes())
     with pytest.raises(UsageError, match="is not the update that was counted: .*'abc', 2, 'c', 3"):
@@ -378,7 +378,7 @@ def test_an_update_of_someone_else_or_none_at_all_is_told(folder):
         replay.replay(folder, 1)
 
 
-def test_a_round_that_is_not_committed_and_a_run_without_updates_are_told(folder, tmp_path):
+def test_an_uncommitted_round_and_a_run_without_updates_are_reported(folder, tmp_path):
     with pytest.raises(
         UsageError, match="round 3 .* is not committed; the last committed round is 2"
     ):

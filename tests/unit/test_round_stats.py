@@ -20,7 +20,7 @@ pairs = st.lists(st.tuples(st.integers(1, 10**12), st.floats(-MOST, MOST)), min_
 
 
 @given(pairs)
-def test_a_mean_of_finite_numbers_is_finite_and_the_right_one(values):
+def test_a_mean_of_finite_numbers_is_finite_and_correct(values):
     found = weighted_mean(values)
     exact = sum(n * Fraction(value) for n, value in values) / sum(n for n, _ in values)
     most = max(abs(Fraction(value)) for _, value in values)
@@ -34,7 +34,7 @@ def test_no_examples_have_no_mean():
     assert weighted_mean([(0, 1.0)]) is None
 
 
-def test_an_evaluation_of_the_largest_losses_is_one():
+def test_the_largest_losses_have_a_finite_evaluation():
     told = federated(
         {
             "a": Evaluated(10**12, 1.5e308, {"auc": -MOST}),
@@ -44,7 +44,7 @@ def test_an_evaluation_of_the_largest_losses_is_one():
     assert (told["loss"], told["auc"]) == (pytest.approx(1.6e308), 0.0)
 
 
-def test_a_training_loss_is_averaged_likewise():
+def test_the_training_loss_is_averaged_likewise():
     told = [Answer(worker, 0.0, num_examples=10, train_loss=1.7e308) for worker in "ab"]
     assert train_loss([*told, Answer("c", 0.0, num_examples=5)]) == 1.7e308
     assert train_loss([]) is None

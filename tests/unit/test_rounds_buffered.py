@@ -61,7 +61,7 @@ def running(*workers: str, schedule: Buffered | None = None, **start) -> Asynchr
     return run
 
 
-def test_whoever_is_idle_gets_the_newest_version_at_once():
+def test_an_idle_worker_gets_the_newest_version_at_once():
     run = running("a")
     assert asked(run.seen("b", hello=True)) == ["b"]
     assert asked(run.counts("a")) == ["a"]
@@ -83,7 +83,7 @@ def test_each_piece_of_work_has_a_ticket_of_its_own():
     assert min(seen) > run.state.rules.rounds  # which is no worker's sequence but a foreign one's
 
 
-def test_who_is_at_work_goes_on_with_it():
+def test_workers_continue_with_their_work_after_a_commit():
     run = running("a", "slow")
     work = run.tickets["slow"]
     for _ in range(3):
@@ -107,7 +107,7 @@ def test_a_stale_update_weighs_less():
     assert [(one.staleness, one.discount, one.num_examples) for one in folds] == [(3, 0.5, 10)]
 
 
-def test_what_is_too_old_is_late_and_its_worker_gets_other_work():
+def test_an_update_that_is_too_old_is_late_and_its_worker_gets_new_work():
     run = running("a", "slow", schedule=Buffered(buffer=1, max_staleness=1))
     for _ in range(2):
         run.counts("a")
@@ -118,7 +118,7 @@ def test_what_is_too_old_is_late_and_its_worker_gets_other_work():
     assert only(effects, fx.Ack)
 
 
-def test_what_weighs_nothing_is_late():
+def test_an_update_with_no_weight_is_late():
     schedule = Buffered(buffer=1, phi=Discount.parse("threshold:0"))
     run = running("a", "slow", schedule=schedule)
     run.counts("a")
@@ -126,7 +126,7 @@ def test_what_weighs_nothing_is_late():
     assert tells(run.comes("slow")) == ["late"]
 
 
-def test_what_comes_during_the_commit_is_in_the_next_version():
+def test_an_update_during_the_commit_is_in_the_next_version():
     run = running("a", "b", "c")
     run.counts("a")
     run.counts("b")
@@ -138,7 +138,7 @@ def test_what_comes_during_the_commit_is_in_the_next_version():
     assert len(only(effects, fx.Ack)) == 2
 
 
-def test_after_the_last_version_what_comes_is_late():
+def test_after_the_last_version_updates_are_late():
     run = running("a", "b", "c", rounds=1)
     run.counts("a")
     run.counts("b")
@@ -147,7 +147,7 @@ def test_after_the_last_version_what_comes_is_late():
     assert tells(run.comes("a", (run.state.sequence, 1, "b0"))) == ["late"]
 
 
-def test_a_redelivery_is_known_by_its_ticket():
+def test_a_redelivery_is_recognised_by_its_ticket():
     run = running("a", "b")
     first = run.tickets["a"]
     run.counts("a")
@@ -158,20 +158,20 @@ def test_a_redelivery_is_known_by_its_ticket():
     assert not run.state.received
 
 
-def test_an_update_from_weights_that_were_taken_back_is_refused():
+def test_an_update_from_lost_weights_is_rejected():
     run = running("a")
     sequence, number, _ = run.tickets["a"]
     (reject,) = only(run.comes("a", (sequence, number, "elsewhere")), fx.Reject)
     assert "trained from the weights elsewhere" in reject.reason
 
 
-def test_a_ticket_that_nobody_issued_is_refused():
+def test_a_ticket_that_was_not_issued_is_rejected():
     run = running("a")
     (reject,) = only(run.comes("a", (10**12, 1, "b0")), fx.Reject)
     assert "was not issued" in reject.reason
 
 
-def test_after_a_restart_what_was_sent_counts_and_what_is_trained_is_waited_for():
+def test_after_a_restart_sent_updates_count_and_work_in_progress_is_expected():
     tickets = {3: frozenset({Ticket("a", 12_000)})}
     run = Asynchronous(
         Buffered(buffer=2), committed=3, counted=tickets, sequence=12_000, base="b3",
@@ -188,7 +188,7 @@ def test_after_a_restart_what_was_sent_counts_and_what_is_trained_is_waited_for(
     assert tells(run.comes("a", (12_000, 3, "b2"))) == ["duplicate"]
 
 
-def test_an_old_sign_of_life_takes_up_nothing_that_is_counted():
+def test_an_old_heartbeat_does_not_revive_counted_work():
     run = running("a", "b", schedule=Buffered(buffer=2, concurrency=1))
     (busy,) = run.state.asked
     sequence, number, base = run.tickets[busy]
@@ -199,7 +199,7 @@ def test_an_old_sign_of_life_takes_up_nothing_that_is_counted():
     assert issued is None or issued.sequence != sequence
 
 
-def test_no_more_are_at_work_than_the_concurrency():
+def test_no_more_workers_train_than_the_concurrency():
     run = running("a", "b", "c", "d", schedule=Buffered(buffer=3, concurrency=2))
     for _ in range(12):
         assert run.state.tally.unfolded == 2
@@ -210,7 +210,7 @@ def test_no_more_are_at_work_than_the_concurrency():
             run.seen(name)
 
 
-def test_who_brings_no_ticket_back_counts_once_a_version():
+def test_a_worker_without_tickets_counts_once_per_version():
     run = running("old")
     foreign = (1, 1, "b0")
     effects = run.counts("old", foreign)
@@ -223,7 +223,7 @@ def test_who_brings_no_ticket_back_counts_once_a_version():
     assert "counted" in tells(run.counts("old", (2, 2, "b1")))
 
 
-def test_a_rejected_worker_has_other_work_with_the_next_version():
+def test_after_a_rejection_a_worker_gets_new_work_with_the_next_version():
     run = running("bad", "a")
     run.comes("bad")
     sequence, *_ = run.tickets["bad"]
@@ -236,7 +236,7 @@ def test_a_rejected_worker_has_other_work_with_the_next_version():
     assert run.tickets["bad"][0] != sequence
 
 
-def test_a_worker_that_lost_its_work_gets_the_newest():
+def test_a_worker_that_lost_its_work_gets_the_newest_version():
     run = running("a", "b")
     old = run.tickets["b"]
     for _ in range(2):
@@ -248,7 +248,7 @@ def test_a_worker_that_lost_its_work_gets_the_newest():
     assert run.tickets["b"][1] == run.state.round
 
 
-def test_an_older_version_is_evaluated_once_by_the_first_that_comes_to_it():
+def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
     run = running("a", "slow", "slower")
     for _ in range(2):
         run.counts("a")
@@ -320,6 +320,6 @@ def test_the_discounts_of_the_papers():
 
 
 @pytest.mark.parametrize("text", ["", "exponential", "hinge:1", "polynomial:-1", "polynomial:x"])
-def test_what_is_no_discount_is_said(text):
+def test_an_invalid_discount_is_refused(text):
     with pytest.raises(ValueError, match="is unknown|does not have"):
         Discount.parse(text)

@@ -26,13 +26,13 @@ def test_the_secret_decides_who_is_asked_and_the_seed_does_not():
     assert asked(opened(*NAMES, rules=by_lot(secret=4)).log) == drawn(secret=4) != drawn()
 
 
-def test_how_many_are_there_changes_nobodys_chance():
+def test_the_number_of_workers_changes_nobodys_chance():
     there = [name for name in NAMES if name not in drawn()[:1]]
     run = opened(*there, rules=by_lot(min_workers=len(there)))
     assert asked(run.log) == drawn()[1:]
 
 
-def test_a_round_of_nobody_is_committed_at_once():
+def test_a_round_that_asks_nobody_is_committed_at_once():
     run = Run(by_lot(fraction=1e-9))
     run.connect()
     effects = [effect for name in NAMES for effect in run.seen(name, hello=True)]
@@ -42,7 +42,7 @@ def test_a_round_of_nobody_is_committed_at_once():
     assert only(effects, fx.Commit) == [fx.Commit(2, ())]
 
 
-def test_a_reopened_round_asks_the_same():
+def test_a_reopened_round_asks_the_same_sample():
     run = opened(*NAMES, rules=by_lot(deadline_s=10))
     for _ in range(3):
         run.log.clear()
@@ -51,7 +51,7 @@ def test_a_reopened_round_asks_the_same():
     assert only([e for name in drawn() for e in run.update(name)], fx.Commit)
 
 
-def test_who_comes_late_is_asked_if_its_lot_is_drawn():
+def test_a_late_joiner_is_asked_if_its_lot_is_drawn():
     first, *others = drawn()
     away = {first, next(name for name in NAMES if name not in drawn())}
     there = [name for name in NAMES if name not in away]

@@ -41,7 +41,7 @@ def heard(*workers: str, rules: Rules | None = None) -> Run:
 
 
 @pytest.mark.parametrize("stopped_s", [12.0, 15.0, 3600.0])
-def test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped(stopped_s):
+def test_a_stopped_coordinator_makes_no_worker_gone(stopped_s):
     run = heard("a", "b", "c")
     run.update("a")
     run.now += stopped_s
@@ -65,7 +65,7 @@ def test_the_deadline_does_not_pass_while_the_coordinator_is_stopped():
     assert run.state.outcome == "stopped"
 
 
-def test_who_is_silent_while_others_are_heard_is_gone_and_the_quorum_shrinks_aloud():
+def test_a_worker_silent_while_others_are_heard_is_gone_and_the_smaller_quorum_is_reported():
     run = heard("a", "b", "c")
     run.update("a")
     effects = let_pass(run, 12, "ab")
@@ -76,7 +76,7 @@ def test_who_is_silent_while_others_are_heard_is_gone_and_the_quorum_shrinks_alo
     assert only(run.update("b"), fx.Commit)
 
 
-def test_the_echo_alone_makes_time_count():
+def test_the_echo_alone_keeps_the_clock_running():
     run = heard("a", "b")
     effects = let_pass(run, 12)
     assert [one.worker for one in recorded(effects, run_events.Gone)] == ["a", "b"]
@@ -89,19 +89,19 @@ def test_the_echo_alone_makes_time_count():
         (lambda run: run.failed("c", 1), "c failed"),
     ],
 )
-def test_a_quorum_of_all_shrinks_aloud_for_who_leaves_or_fails(event, reason):
+def test_a_quorum_of_all_that_shrinks_is_reported(event, reason):
     run = heard("a", "b", "c")
     expected = run_events.Quorum(round=1, needed=2, was=3, reason=reason)
     assert recorded(event(run), run_events.Quorum) == [expected]
 
 
-def test_a_number_does_not_shrink():
+def test_a_numeric_quorum_does_not_shrink():
     run = heard("a", "b", "c", rules=Rules(rounds=1, quorum=Quorum(number=3)))
     assert "quorum" not in tells(run.left("c"))
     assert run.state.needed == 3
 
 
-def test_no_round_commits_with_less_than_was_written():
+def test_no_round_commits_with_fewer_updates_than_least():
     run = heard("a", "b", "c", rules=Rules(rounds=1, min_workers=3, least=3))
     run.update("a")
     assert not only([*run.left("b"), *run.left("c")], fx.Commit)
@@ -111,7 +111,7 @@ def test_no_round_commits_with_less_than_was_written():
     assert only([*run.update("b"), *run.update("c")], fx.Commit)
 
 
-def test_signs_of_life_from_before_do_not_count():
+def test_heartbeats_from_before_the_link_do_not_count():
     run = Run(Rules(rounds=1, min_workers=3), hearing=True)
     run.link = 1
     run.on(ev.Connected(run.now, 1))
@@ -125,7 +125,7 @@ def test_signs_of_life_from_before_do_not_count():
     assert run.state.phase is Phase.WAITING
 
 
-def test_time_stops_before_who_speaks_often_would_be_gone():
+def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone():
     run = Run(Rules(rounds=1), hearing=True)
     run.connect()
     for name in "ab":
@@ -154,7 +154,7 @@ def test_an_update_weighs_no_more_than_its_worker_announced():
     assert run.state.received[Ticket("a", 1)].num_examples == 10
 
 
-def test_nobody_elses_hello_makes_an_update_weigh_less():
+def test_a_forged_hello_does_not_make_an_update_weigh_less():
     run = heard("a", "b")
     impostor = rs.Worker("a", "another", 1, (), 2.0, run.now)
     run.on(ev.Seen(run.now, impostor, hello=True))
@@ -167,7 +167,7 @@ def test_an_update_weighs_no_more_than_the_operator_allows():
     assert only(says(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 5)]
 
 
-def test_who_was_never_heard_weighs_no_more_than_anybody_else():
+def test_an_unheard_worker_weighs_no_more_than_any_other():
     run = heard("a", "b")
     assert only(says(run, "stranger", 10**9), fx.Fold)[0].num_examples == 10
 
@@ -177,7 +177,7 @@ def folded(run: Run, name: str, norm: float) -> list[fx.Effect]:
     return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), 1.0, 100, norm))]
 
 
-def test_an_update_far_outside_its_round_is_told():
+def test_an_outlier_is_reported():
     run = heard("a", "b", "c")
     effects = [*folded(run, "a", 1.0), *folded(run, "b", 1.2), *folded(run, "c", 3e4)]
     expected = run_events.Outlier(round=1, worker="c", norm=3e4, median=1.2)
@@ -185,7 +185,7 @@ def test_an_update_far_outside_its_round_is_told():
     assert only(effects, fx.Commit)
 
 
-def test_an_update_far_outside_is_refused_by_option():
+def test_an_outlier_is_rejected_with_the_option():
     run = heard("a", "b", "c", rules=Rules(rounds=2, max_norm_ratio=5.0))
     assert only(says(run, "a", 10), fx.Fold)[0].max_norm == math.inf
     folded(run, "a", 1.0)
@@ -215,7 +215,7 @@ def goes_on(run: Run, seconds: float, moving: str, still: str = "") -> list[fx.E
     return effects
 
 
-def test_a_training_that_stands_still_is_told_once():
+def test_a_stalled_training_is_reported_once():
     run = heard("a", "b", rules=Rules(rounds=1, stall_s=120))
     run.update("a")
     effects = goes_on(run, 300, "", "b")
@@ -226,7 +226,7 @@ def test_a_training_that_stands_still_is_told_once():
     assert run.state.phase is Phase.OPEN
 
 
-def test_a_training_that_stands_still_counts_as_failed_by_option():
+def test_a_stalled_training_fails_with_the_option():
     run = heard("a", "b", rules=Rules(rounds=1, stall_timeout_s=60))
     run.update("a")
     effects = goes_on(run, 62, "", "b")
@@ -234,7 +234,7 @@ def test_a_training_that_stands_still_counts_as_failed_by_option():
     assert only(effects, fx.Commit)
 
 
-def test_a_long_round_is_no_dead_one():
+def test_a_long_round_is_not_a_dead_one():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_reopenings=3))
     run.update("a")
     effects = goes_on(run, 60 * 10, "b")
@@ -244,7 +244,7 @@ def test_a_long_round_is_no_dead_one():
     assert only(run.update("b"), fx.Commit)
 
 
-def test_a_long_round_ends_at_the_cap_of_the_operator_which_is_named():
+def test_a_long_round_ends_at_the_operators_limit_which_is_named():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_round_s=200))
     run.update("a")
     goes_on(run, 400, "b")
@@ -268,7 +268,7 @@ def test_after_our_own_outage_a_model_in_parts_is_sent_again():
     assert not asked(receiving())  # once: it is under way
 
 
-def test_our_own_outage_does_not_count_as_standing_still():
+def test_our_own_outage_does_not_count_as_a_stall():
     run = heard("a", "b", rules=Rules(rounds=1, stall_s=120))
     goes_on(run, 30, "a", "b")
     assert run.state.advancing("a")
@@ -279,7 +279,7 @@ def test_our_own_outage_does_not_count_as_standing_still():
     assert "stalled" not in tells(goes_on(run, 60, "a", "b"))
 
 
-def test_after_our_own_outage_everybody_has_all_the_time_to_be_heard():
+def test_after_our_own_outage_every_worker_has_the_full_time_to_be_heard():
     run = heard("a", "b")
     let_pass(run, 8, "a")  # b was nearly gone
     run.disconnect()
@@ -292,7 +292,7 @@ def test_after_our_own_outage_everybody_has_all_the_time_to_be_heard():
 # --- samples -----------------------------------------------------------------------------------
 
 
-def test_a_reopened_round_asks_others():
+def test_a_reopened_round_prefers_other_workers():
     names = "abcdefgh"
     rules = Rules(rounds=1, min_workers=8, fraction=0.5, deadline_s=60)
     run = heard(*names, rules=rules)
@@ -382,7 +382,7 @@ def test_the_majority_decides_on_the_form_of_the_model():
     assert "set by b, c" in refused.reason
 
 
-def test_who_comes_later_with_another_model_is_refused_at_once():
+def test_a_late_joiner_with_another_model_is_refused_at_once():
     run, _ = gathered(("b", {"model": FLOAT32}), ("c", {"model": FLOAT32}))
     run.on(ev.WeightsReady(run.now, "b0"))
     (refused,) = only(run.seen("a", hello=True, model=FLOAT64), fx.Refuse)
@@ -390,7 +390,7 @@ def test_who_comes_later_with_another_model_is_refused_at_once():
     assert set(run.state.asked) == {"b", "c"}
 
 
-def test_a_refusal_is_sent_once_a_session_and_for_every_hello():
+def test_a_refusal_is_sent_once_per_session_and_for_every_hello():
     run = Run(Rules(rounds=1), has_weights=False, classes=("a",))
     run.connect()
     assert only(run.seen("w", hello=True, classes=("b",)), fx.Refuse)
@@ -402,7 +402,7 @@ def test_a_refusal_is_sent_once_a_session_and_for_every_hello():
 # --- many workers ------------------------------------------------------------------------------
 
 
-def test_the_work_of_a_round_grows_with_its_workers_not_with_their_square():
+def test_the_work_of_a_round_is_linear_in_its_workers():
     # Counted in changes of shared state, not in seconds: no mapping is copied for one worker.
     run = heard(*(f"w{number}" for number in range(200)), rules=Rules(rounds=1, min_workers=200))
     tables = [name for name, value in vars(run.state).items() if isinstance(value, rs.Table)]
@@ -413,7 +413,7 @@ def test_the_work_of_a_round_grows_with_its_workers_not_with_their_square():
     assert copied <= {"counted_before", "earlier", "asked_before", "unevaluated"}
 
 
-def test_the_tally_is_what_counting_anew_would_give():
+def test_the_tally_equals_a_new_count():
     run = heard("a", "b", "c", "d")
     run.update("a")
     run.left("b")
@@ -423,6 +423,6 @@ def test_the_tally_is_what_counting_anew_would_give():
     assert run.state.tally == rs.Tally(expected=2, unfolded=1, unevaluated=1)
 
 
-def test_wakeup_waits_to_hear_something_when_the_clock_stops():
+def test_there_is_no_wakeup_after_the_clock_has_stopped():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60))
     assert rounds.wakeup(replace(run.state, heard_at=run.now - 10)) == math.inf

@@ -31,6 +31,9 @@ _RAW = f"{__name__}.raw"  # key in ctx.meta: the parsed command line, by paramet
 _PRINTS = f"{__name__}.prints"
 _FILE = f"{__name__}.file"
 _PASSWORD = re.compile(r"(://[^:/@,\s]*):[^@/,\s]*@")
+_PRINTABLE = (bool, int, float, str, list, tuple, Mapping, os.PathLike)
+_NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
+_TEXT_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)  # always give text
 
 TABLES = ("simulation",)
 """The tables that belong to a single command (see ``own_table``)."""
@@ -279,8 +282,10 @@ def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[
     typed, rows = ctx.meta[_RAW], []
     for option in _options_of(command):
         value, source = option.consume_value(ctx, typed)
-        if source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
-            value = _toml_value(option, option.value_from_envvar(ctx), value, source)
+        if source is ParameterSource.ENVIRONMENT:
+            value = option.value_from_envvar(ctx)
+        if source in _TEXT_SOURCES and isinstance(option.type, _NUMBERS) and not option.multiple:
+            value = option.type.convert(value, option, None)
         key = _key_of(option)
         if not isinstance(value, _PRINTABLE) or value in ((), []):
             rows.append((f"# {key}", "not set"))
@@ -292,20 +297,8 @@ def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[
     return [f"{_without_password(text):<{width}}  # {origin}" for text, origin in rows]
 
 
-_PRINTABLE = (bool, int, float, str, list, tuple, Mapping, os.PathLike)
-
-
 def _without_password(text: str) -> str:
     return _PASSWORD.sub(r"\1:***@", text)
-
-
-def _toml_value(
-    option: click.Option, of_environment: Any, value: Any, source: ParameterSource
-) -> Any:
-    if source is ParameterSource.ENVIRONMENT:
-        value = of_environment
-    number = isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
-    return option.type.convert(value, option, None) if number and not option.multiple else value
 
 
 def _source_of(option: click.Option, source: ParameterSource, ctx: click.Context) -> str:

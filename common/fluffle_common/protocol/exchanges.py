@@ -66,7 +66,7 @@ class Exchanges:
         if handler is None:
             known = ", ".join(sorted(self._handlers)) or "none"
             raise MalformedMessage(
-                f"nobody here handles the exchange '{message.name}' (handled: {known})", "exchange"
+                f"no handler for the exchange '{message.name}' (handled: {known})", "exchange"
             )
         try:
             return [(sent, sent.body()) for sent in handler(message, tensors)]

@@ -138,7 +138,9 @@ def _encode(
     try:
         _check_parts(name, parts, _forms(encoded))
     except ValueError as error:
-        raise CodecError(f"encode() of the codec '{codec.name}' is wrong: {error}") from None
+        raise CodecError(
+            f"encode() of the codec '{codec.name}' returned wrong parts: {error}"
+        ) from None
     return encoded
 
 

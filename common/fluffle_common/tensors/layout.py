@@ -219,7 +219,7 @@ def check_signature(weights: Weights) -> None:
         ValueError: naming the first unsuitable tensor, and the remedy.
     """
     if not weights:
-        raise ValueError("there is no tensor in the weights")
+        raise ValueError("the weights contain no tensors")
     for name, tensor in weights.items():
         if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
             raise ValueError(
@@ -297,7 +297,8 @@ def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
         dtype_name = _NAMES_BY_DTYPE.get(dtype) or _NAMES_BY_DTYPE.get(dtype.newbyteorder("<"))
         if dtype_name is None:
             raise ValueError(
-                f"{_label(name)} is {str(dtype)[:60]}, which does not travel; {_remedy(dtype.name)}"
+                f"{_label(name)} is {str(dtype)[:60]}, which is not supported; "
+                f"{_remedy(dtype.name)}"
             )
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(
@@ -313,7 +314,7 @@ def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
-        raise ValueError(f"{_label(name)} is named by a {type(name).__name__}; name it by a string")
+        raise ValueError(f"{_label(name)} has a name of type {type(name).__name__}; use a string")
     if not name:
         raise ValueError("a tensor has the empty name ''; give it one")
     if len(name) > MAX_TENSOR_NAME:
@@ -345,7 +346,7 @@ def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
         if dtype is None:
             raise ValueError(f"tensor '{name}' has the unknown dtype '{dtype_name}'")
         if name in places:
-            raise ValueError(f"tensor '{name}' is there twice")
+            raise ValueError(f"tensor '{name}' appears twice")
         size = math.prod(shape)
         if size * dtype.itemsize != nbytes:
             raise ValueError(

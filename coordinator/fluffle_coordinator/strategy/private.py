@@ -66,7 +66,7 @@ class Quantile:
         """
         if 2 * self.noise <= noise:
             raise ValueError(
-                f"count_noise={self.noise:g} tells more than noise={noise:g} allows; give a "
+                f"count_noise={self.noise:g} reveals more than noise={noise:g} allows; give a "
                 f"count_noise above {noise / 2:g}, or leave it out"
             )
         return float((noise**-2 - (2 * self.noise) ** -2) ** -0.5)

@@ -170,13 +170,13 @@ def _check_parts(codec: Any, where: str) -> None:
     for part in parts:
         if not _SUFFIX.fullmatch(part.suffix):
             raise UsageError(
-                f"{where} has a part with the suffix '{part.suffix[:40]}'; expected is '' or '#' "
+                f"{where} has a part with the suffix '{part.suffix[:40]}'; expected '' or '#' "
                 f"and 1 to {MAX_SUFFIX - 1} letters or digits"
             )
         if part.dtype not in DTYPES:
             supported = ", ".join(sorted(DTYPES))
             raise UsageError(
-                f"{where} has a part of dtype '{part.dtype!s:.40}'; {supported} travel"
+                f"{where} has a part of dtype '{part.dtype!s:.40}'; supported are {supported}"
             )
     if len({part.suffix for part in parts}) < len(parts):
         raise UsageError(f"{where} has two parts of one suffix; give each its own")
