@@ -10,12 +10,12 @@ import pytest
 from benchmarks import command, papers, stats
 from benchmarks.aggregate import axpy
 from benchmarks.arrays import Perturbation, make_weights
+from benchmarks.comparison import compare
 from benchmarks.compression import Federation
 from benchmarks.floor import Spec
 from benchmarks.gate import Gate, Gates
 from benchmarks.logs import read_events
 from benchmarks.processes import Died
-from benchmarks.sides import compare
 from fluffle_common.cli.console import Console
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_worker.task import RoundPlan

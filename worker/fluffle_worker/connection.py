@@ -130,14 +130,14 @@ class Connection:
         self._refusals.forget()
         await link.declare(self._topology.queues_of(worker))
         if first:
-            await self._drop_old_mail(link, inbox)
-        mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
+            await self._empty_inbox(link, inbox)
+        messages = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
         self._opened()
         self.current = link
         self._linked.set()
         self._record(Connected(address=self._transport.address))
         await run_all(
-            self._read(link, mail),
+            self._read(link, messages),
             self._send_heartbeats(link),
             _until_lost(link),
             self._report_waiting(),
@@ -145,10 +145,10 @@ class Connection:
             tell_of_blocking(link, self._record),
         )
 
-    async def _drop_old_mail(self, link: Link, inbox: str) -> None:
+    async def _empty_inbox(self, link: Link, inbox: str) -> None:
         """Empty the inbox of messages for an earlier process of this worker."""
-        there = await link.counts(inbox)
-        if there is not None and not there.consumers:  # with a consumer, the inbox is in use
+        counts = await link.counts(inbox)
+        if counts is not None and not counts.consumers:  # with a consumer, the inbox is in use
             federation = self._settings.federation
             await drain(
                 link,
@@ -158,8 +158,8 @@ class Connection:
                 self._record,
             )
 
-    async def _read(self, link: Link, mail: AsyncIterator[Delivery]) -> None:
-        async for delivery in mail:
+    async def _read(self, link: Link, messages: AsyncIterator[Delivery]) -> None:
+        async for delivery in messages:
             try:
                 message, payload = decode(delivery.body, self._settings.federation)
                 await self._receive(link, message, payload)
