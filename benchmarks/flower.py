@@ -17,8 +17,8 @@ result together with their next update; Flower sends the model a second time for
 not evaluate.)
 
 All sides run from beginning to end and take turns, waiting at a gate while others run (see
-``comparison`` and ``flower_engines``). If the models are too large for that, each side is started anew for
-each block of its rounds. Only fluffle writes every round's model to disk.
+``comparison`` and ``flower_engines``). If the models are too large for that, each side is started
+anew for each block of its rounds. Only fluffle writes every round's model to disk.
 
 ``--letters`` runs the whole letters job on each side instead, from the start of the processes to
 the saved model: the same network, images and rounds, with evaluation (see ``flower_letters``).
