@@ -18,11 +18,12 @@ from fluffle_common.protocol.codec import lay_out
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
-from fluffle_common.tensors.compression import SMALLEST, compress, decompress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import BFLOAT16, check_delta, check_finite, size_bytes
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
-from fluffle_coordinator.service.app import _begin_with
+from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution
@@ -183,7 +184,7 @@ def test_a_checkpoint_is_read_here_and_by_safetensors(tmp_path):
 
 def begin(file: Path, folder: Path) -> dict[str, np.ndarray]:
     store = RunStore(folder)
-    saved = _begin_with(file, store, store.load("letters"), "letters")
+    saved = begin_with_file(file, store, store.load("letters"), "letters")
     assert saved.weights is not None
     return saved.weights
 
@@ -201,7 +202,7 @@ def test_a_run_begins_with_a_file_of_bfloat16(tmp_path):
         ({"x" * 501: np.ones(3)}, "a name of 501 characters"),
         ({"c": np.ones(3, np.complex64)}, "'c' is complex64, .* its real and"),
         ({"w": np.array([1, np.nan], BFLOAT16)}, "'w' has 1 values that are NaN"),
-        ({}, "there is no tensor"),
+        ({}, "the weights contain no tensors"),
     ],
 )
 def test_a_run_does_not_begin_with_what_does_not_travel(tmp_path, tensors, why):

@@ -1,4 +1,4 @@
-"""How many bytes a peer can make the coordinator hold, fetch or send: bounded, checked first."""
+"""The bytes that a peer can make the coordinator hold, fetch or send are bounded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "PART_BYTES", 64)
 
 
-# --- what is announced ---------------------------------------------------------------------------
+# --- announcements -------------------------------------------------------------------------------
 
 
 def announcement(weights: Any, encoding: Any = None) -> Update:
@@ -74,7 +74,7 @@ def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "change", "told"),
+    ("encoding", "change", "text"),
     [
         (None, {"kernel": np.zeros((64, 32), np.float32)}, "'kernel' is float32 (64, 32)"),
         (None, {"kernel": np.zeros((32, 64), np.float64)}, "'kernel' is float64"),
@@ -109,33 +109,33 @@ def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
     ],
 )
 @pytest.mark.usefixtures("small_parts")
-def test_what_cannot_be_of_the_model_is_refused_when_it_is_announced(encoding, change, told):
+def test_what_cannot_be_of_the_model_is_refused_when_it_is_announced(encoding, change, text):
     learnt = {**delta(MODEL, MODEL), **change}
     tensors = {name: tensor for name, tensor in learnt.items() if tensor is not None}
     with pytest.raises(MalformedMessage) as caught:
         check_announced(announcement(tensors, encoding), MODEL)
-    assert told in str(caught.value)
+    assert text in str(caught.value)
     assert caught.value.cause == "tensors"
 
 
 @pytest.mark.parametrize(
-    ("offset", "nbytes", "told"),
+    ("offset", "nbytes", "text"),
     [
         (0, 8 * 2**30, "end at byte 8, a transfer of 8589934592 bytes is announced"),
         (2**32, 2**32 + 8, "its tensors need no more than"),
         (4, 12, "wrong offset"),
     ],
 )
-def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, told):
+def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, text):
     table = (TensorEntry("w", "float32", (2,), offset, 8),)
     transfer = Transfer(id="t", parts=1, nbytes=nbytes, digest="0" * 64)
     message = update(tensors=table, transfer=transfer)
-    with pytest.raises(MalformedMessage, match=told):
+    with pytest.raises(MalformedMessage, match=text):
         check_announced(message, None)
 
 
 class Untouched:
-    """A link that nobody may use."""
+    """A link that must not be used."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the link was used: {name}")
@@ -143,9 +143,9 @@ class Untouched:
 
 @pytest.mark.parametrize("first", [False, True])
 async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
-    told: list[ev.Event] = []
+    events: list[ev.Event] = []
     committer = Committer(
-        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=told.append
+        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=events.append
     )
     aggregator = Aggregator(
         TOPOLOGY,
@@ -153,7 +153,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
         committer,
         CoordinatorSettings("f", rs.Rules(rounds=1), max_model_bytes=2**33),
         link=Untouched,  # type: ignore[arg-type]
-        post=told.append,
+        post=events.append,
     )
     table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)
     transfer = Transfer(id="t", parts=2048 if first else 1024, nbytes=2**33 if first else 2**32,
@@ -168,7 +168,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
     running = asyncio.ensure_future(aggregator.run())
     await aggregator.drained()
     running.cancel()
-    (event,) = told
+    (event,) = events
     if first:
         assert isinstance(event, ev.Failed)
         assert "a transfer of 8589934592 bytes is announced" in event.reason
@@ -189,7 +189,7 @@ async def link() -> MemoryLink:
 
 
 class As:
-    """A link over which everything is sent as somebody's user."""
+    """A link that sends every message as a given broker user."""
 
     def __init__(self, link: MemoryLink, user: str) -> None:
         self._link, self._user = link, user
@@ -199,7 +199,7 @@ class As:
 
 
 async def send_as(link: MemoryLink, user: str) -> Update:
-    """Send an update in parts, and return its announcement."""
+    """Send an update in parts; return its announcement."""
     to = TOPOLOGY.results
     weights = {"w": np.arange(40.0)}
     await send_tensors(
@@ -257,7 +257,7 @@ async def test_only_foreign_parts_are_as_good_as_none(link):
     assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
 
 
-# --- what is rejected ----------------------------------------------------------------------------
+# --- rejected messages ---------------------------------------------------------------------------
 
 
 async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again(link):
@@ -265,8 +265,8 @@ async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again
     await link.publish(garbage, Properties(), exchange="", keys=[TOPOLOGY.updates])
     wrong = MalformedMessage("the header is a int, not a map")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
-    (told,) = await requeue(link, TOPOLOGY, [1])
-    assert told.left == "only the first 65536 bytes of it were kept"
+    (result,) = await requeue(link, TOPOLOGY, [1])
+    assert result.left == "only the first 65536 bytes of it were kept"
     kept = await link.get(TOPOLOGY.rejected)
     assert kept.body == garbage[: 2**16]
     assert kept.properties.headers["cut_from_bytes"] == len(garbage)
@@ -280,11 +280,11 @@ async def test_a_message_that_is_one_is_kept_whole(link):
     assert (await link.get(TOPOLOGY.rejected)).body == body
 
 
-# --- what waits to be folded ---------------------------------------------------------------------
+# --- updates that wait to be folded --------------------------------------------------------------
 
 
 class Delivered:
-    """A delivery of so many bytes."""
+    """A delivery of a number of bytes."""
 
     def __init__(self, size_bytes: int) -> None:
         self.body, self.released = bytes(size_bytes), False
@@ -308,7 +308,7 @@ def test_what_there_is_no_room_for_is_given_back_when_there_is():
     assert [len(delivery.body) for delivery in waiting] == [0, 0, 0]
     held[1].forget()  # 40 are free
     assert [delivery.released for delivery in waiting] == [True, False, False]
-    held[1].free()  # twice is as good as once
+    held[1].free()  # a second call changes nothing
     assert room.used_bytes == 60
     held[0].forget()
     assert all(delivery.released for delivery in waiting)
@@ -335,7 +335,7 @@ def test_what_is_parked_on_a_link_that_is_lost_comes_over_another():
     assert not parked.released
 
 
-# --- signs of life, and what they are answered ---------------------------------------------------
+# --- signs of life and their answers -------------------------------------------------------------
 
 ABOUT = {"federation": "f", "worker": "w", "num_examples": 1, "heartbeat_s": 2.0, "task": "t"}
 
@@ -356,7 +356,7 @@ def test_so_is_one_that_seems_to_start_again_without_end():
     taken = [hellos.admit(hello(str(number)), 0.0) for number in range(60)]
     assert [one is None for one in taken] == [False] * 4 + [True] * 56
     beat = Heartbeat(**{**ABOUT, "session": "new"})
-    assert hellos.admit(beat, 1.0) is None  # it would be answered as a greeting is
+    assert hellos.admit(beat, 1.0) is None  # it would be answered like a hello
     assert hellos.admit(beat, 6.0) is beat
     assert hellos.admit(hello("other", worker="v"), 0.0) is not None
 

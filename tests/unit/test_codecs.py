@@ -160,11 +160,11 @@ def fails(*_: Any) -> Any:
         ),
         (
             lambda self, tensor, rng: (tensor, np.float32(1)),
-            "tensor 'w#sign' is float32, expected int8",
+            "tensor 'w#sign' is float32 (30, 100), expected int8 (30, 100)",
         ),
         (
             lambda self, tensor, rng: (np.zeros(3, np.int8), np.float32(1)),
-            "'w#sign' has shape (3,), expected (30, 100)",
+            "'w#sign' is int8 (3,), expected int8 (30, 100)",
         ),
     ],
 )

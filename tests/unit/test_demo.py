@@ -73,8 +73,8 @@ def test_it_says_what_was_measured_on_what_and_scores_a_writer_that_no_client_ha
     (named,) = [line for line in calls if line.startswith("predict")]
     assert "data/writer-4/a/0000.png" in named
     assert "held out a tenth" in " ".join(told.split())
-    assert "how well it reads a stranger" in " ".join(told.split())
-    assert "The temperature is what" in told
+    assert "how well the model reads a stranger" in " ".join(told.split())
+    assert "by the temperature calibrates" in " ".join(told.split())
     assert "Traceback" not in told
     assert (stub.parent / "runs/demo-logs/client-2.log").read_text() == "done with client-2\n"
 
@@ -93,7 +93,7 @@ def test_other_things_in_the_folder_of_the_letters_are_no_dead_end(stub):
         demo = _start(stub)
         told, _ = demo.communicate(timeout=30)
         assert demo.returncode == 0, told
-        assert "data holds something else: the letters go into runs/demo-data/" in told
+        assert "data/ has other content, so the letters go into runs/demo-data/" in told
     assert any("--data runs/demo-data/client-1" in line for line in _calls(stub))
     assert sum(line.startswith("letters ") for line in _calls(stub)) == 1
 
@@ -111,7 +111,7 @@ def test_a_part_that_fails_ends_it_with_its_code_and_names_the_log(stub, ending,
     assert time.monotonic() - began < 20
     assert demo.returncode == code
     said = " ".join(told.split())
-    assert f"client-2 ended with {reason}: see runs/demo-logs/client-2.log" in said
+    assert f"client-2 ended with {reason}; see runs/demo-logs/client-2.log" in said
     assert "no such data" in (stub.parent / "runs/demo-logs/client-2.log").read_text()
     assert "Traceback" not in told
     _assert_nothing_is_left(stub)
@@ -122,7 +122,7 @@ def test_a_command_that_fails_ends_it_with_its_code(stub):
     demo = _start(stub)
     told, _ = demo.communicate(timeout=30)
     assert demo.returncode == 3
-    assert "'fluffle broker up --port 0' ended with exit code 3: see above" in told
+    assert "'fluffle broker up --port 0' ended with exit code 3; see its" in told
     assert "Traceback" not in told
 
 

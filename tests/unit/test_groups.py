@@ -111,7 +111,7 @@ def test_groups_that_do_not_lie_as_they_say_are_refused(groups, offsets, told):
 
 def test_one_name_may_be_in_two_groups_and_not_twice_in_one():
     entries = [TensorEntry("w", "float32", (1,), 64 * n, 4, "extra") for n in range(2)]
-    with pytest.raises(MalformedMessage, match="'w' is there twice"):
+    with pytest.raises(MalformedMessage, match="'w' appears twice"):
         read_groups(tuple(entries), memoryview(bytes(68)))
 
 

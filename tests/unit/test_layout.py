@@ -190,7 +190,7 @@ def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
             "x" * 501,
             "^tensor 'x{60}…' has a name of 501 characters; at most 500 can be sent; shorten",
         ),
-        (("conv", "kernel"), "is named by a tuple; name it by a string"),
+        (("conv", "kernel"), "has a name of type tuple; use a string"),
         ("a\ud800", "not valid Unicode"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_name_that_does_not_travel_is_told_with_its_remedy(name, why):
 
 
 def test_no_weights_and_too_many_are_told():
-    with pytest.raises(ValueError, match="there is no tensor"):
+    with pytest.raises(ValueError, match="the weights contain no tensors"):
         check_signature({})
     with pytest.raises(ValueError, match="there are 100001 tensors; at most 100000 can be sent"):
         check_signature(dict.fromkeys(map(str, range(100_001)), np.float32(1)))

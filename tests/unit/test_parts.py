@@ -1,4 +1,4 @@
-"""Updates in parts: what becomes of them is bit for bit what becomes of whole ones, or nothing."""
+"""Updates in parts: they give bit for bit the same sum as whole ones, or do not enter it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
-    """Lay tensors out as they travel."""
+    """Return tensors as one block of bytes, as on the wire."""
     whole = layout_for(tensors).empty()
     for name, into in whole.items():
         into[...] = tensors[name]
@@ -53,7 +53,7 @@ def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
 
 
 def cut(whole: Tensors, size: int) -> InPieces:
-    """Cut what is in one piece of memory, into one buffer that is used again and again."""
+    """Yield a block in pieces that share one buffer."""
     assert whole.memory is not None
     memory, buffer = whole.memory, memoryview(bytearray(size))
 
@@ -78,7 +78,7 @@ def drawn(seed: int, dtype: np.dtype[Any], shapes: list[tuple[int, ...]]) -> Ten
 
 
 def expected(base: Array, updates: list[tuple[Array, int]]) -> Array:
-    """Average as NumPy does, in float64, scaled as the coordinator scales."""
+    """Compute the average with NumPy in float64, with the coordinator's scaling."""
     scale, total = 2.0**-64, sum(n for _, n in updates)
     summed = np.zeros(base.shape)
     for learnt, n in updates:
@@ -106,7 +106,7 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
     averages = []
     for form in (*forms.values(), data.draw(st.sampled_from(list(forms.values())))):
         state = fedavg.init(base)
-        for _ in range(2):  # the memory of the first round serves the second
+        for _ in range(2):  # the second round reuses the memory of the first
             for update, n in zip(updates, counts, strict=True):
                 one = Contribution(worker="a", num_examples=n, delta=form(update))
                 state = fedavg.fold(state, one)
@@ -116,7 +116,7 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
         for tensor in base:
             both = [(update[tensor], n) for update, n in zip(updates, counts, strict=True)]
             assert average[tensor].tobytes() == averages[0][tensor].tobytes()
-            if name in ("float32", "float64"):  # the others are rounded in two steps by NumPy
+            if name in ("float32", "float64"):  # NumPy rounds the others in two steps
                 assert average[tensor].tobytes() == expected(base[tensor], both).tobytes()
 
 
@@ -172,7 +172,7 @@ def values(seed: int) -> dict[str, Array]:
 
 
 class Sum:
-    """An aggregator, what it reports, and the broker from which it fetches."""
+    """An aggregator, the events that it posts, and the broker that it fetches from."""
 
     def __init__(self, link: MemoryLink, folder: Path, **options: Any) -> None:
         self.link: Any = link
@@ -228,7 +228,7 @@ class Sum:
         return await self.heard()
 
     async def heard(self) -> ev.Event:
-        """Return what it reports next; raises what ended it, if anything did."""
+        """Return the next event that it posts; raise the exception that ended it, if any."""
         news = asyncio.ensure_future(self.news.get())
         await asyncio.wait({news, self.running}, return_when=asyncio.FIRST_COMPLETED)
         if not news.done():
@@ -284,7 +284,7 @@ async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
 
 
 def replaced(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
-    """Change the payload of one part, which stays a well-formed message."""
+    """Replace the payload of a part, which remains a well-formed message."""
 
     def change_part(parts: list[bytes]) -> list[bytes]:
         message, payload = decode(parts[number])
@@ -327,7 +327,7 @@ async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
 
 
 class Cut:
-    """A link that is lost after so many messages were taken."""
+    """A link that is lost after a number of messages."""
 
     def __init__(self, link: MemoryLink, left: int) -> None:
         self._link, self._left = link, left
@@ -376,7 +376,7 @@ async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch
 
     monkeypatch.setattr(type(fedavg), "fold", looked_at)
     gc.collect()
-    tracemalloc.start()  # the sum is there already
+    tracemalloc.start()  # the sum is allocated already
     try:
         held = await summing.send("a", {"kernel": np.ones(many, np.float32)})
         assert held.message.transfer.parts == parts == 16
@@ -400,7 +400,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
         return fold(*on)
 
     def whole(one: spool.Spool) -> InPieces:
-        if next(count):  # the second one
+        if next(count):  # at the second call
             fetched.set()
         return payload(one)
 
@@ -412,7 +412,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
     summing.begin_to_fold(other, 3, 1)
     async with asyncio.timeout(60):
         await begun.wait()
-        await fetched.wait()  # of which the first is being folded
+        await fetched.wait()  # the next is fetched while the first is folded
     summing.aggregator.commit(1, WORKERS)
     go_on.set()
     first = (await summing.averages.get()).weights

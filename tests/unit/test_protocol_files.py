@@ -132,7 +132,7 @@ def test_the_workers_table_says_what_its_machine_does():
     assert again["at work"] == again["sending, not confirmed"] == "nothing"
     assert again["answered"] == "sends the same answer again"
     newer = row(made, "a `fit` of a newer round")
-    assert newer["at work"] == "gives the work up at its next step, then begins this"
+    assert newer["at work"] == "abandons the work at its next step, then begins this"
     assert row(made, "a `fit` of an older round")["at work"] == "nothing"
     assert row(made, "a `verdict` on it, `train_again`")["answered"] == "forgets its answer"
 

@@ -21,7 +21,8 @@ from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
-from fluffle_common.tensors.compression import compress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import compress
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.cli.run_folder import replay as replay_command
@@ -159,7 +160,7 @@ def files(folder: Path, number: int) -> list[str]:
     return sorted(path.name for path in archive.round_folder(folder, number).iterdir())
 
 
-# --- archiving -----------------------------------------------------------------------------------
+# --- archiving ---------------------------------------------------------------------------------
 
 
 def test_updates_are_archived_in_the_order_of_the_sum(folder):
@@ -273,7 +274,7 @@ async def test_the_norm_of_an_update_is_told_and_is_in_the_history(tmp_path):
     assert line["participants"][0]["norm"] == folded.norm
 
 
-# --- replaying -----------------------------------------------------------------------------------
+# --- replaying ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [1, 2])

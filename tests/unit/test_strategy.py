@@ -1,4 +1,4 @@
-"""Strategies: composing, loading and checking them, and their state in checkpoints."""
+"""Strategies: composition, loading, checks, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service import strategy_loading as module
-from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
 from fluffle_coordinator.storage.replay import strategy_of
@@ -79,7 +79,7 @@ def averaged(strategy, weights, updates):
 
 
 class Adding(Server):
-    """Does what ``replace`` does, but takes the general path of a pipeline."""
+    """Does what ``replace`` does, but through the general path of server steps."""
 
     def init(self, weights):
         return None
@@ -89,7 +89,7 @@ class Adding(Server):
         return apply_delta(weights, delta), None
 
 
-# --- composing -----------------------------------------------------------------------------------
+# --- composition -------------------------------------------------------------------------------
 
 
 @given(
@@ -167,7 +167,7 @@ def test_a_step_saturates_at_the_end_of_its_dtype():
     }  # fmt: skip
 
 
-# --- loading -------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, mes
     words = ["coordinator", "--federation", "f", "--strategy", name]
     result = CliRunner().invoke(fluffle, words)
     assert isinstance(result.exception, UsageError)
-    assert list(here.iterdir()) == [here / "mine.py"]  # no run was begun
+    assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
 
 
 def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
@@ -255,7 +255,7 @@ def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
     assert not any(name in shown for name in ("loading.py", "importlib"))
 
 
-# --- checking ------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------
 
 
 def needing(**needs):
@@ -306,7 +306,7 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     store, mine = RunStore(tmp_path), load_strategy(f"{MOMENTUM}:momentum")
     store.load("f")
     store.save_weights(0, model(), {"run": "r"})
-    check_same(mine, store.load("f"), tmp_path)  # no round is committed
+    check_same(mine, store.load("f"), tmp_path)  # no round is committed yet
     settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
     store.note_configuration(configuration(settings, Topology("f")), 0)
     store.save_weights(1, model(), {"run": "r"}, {"v": np.ones(2)})
@@ -322,7 +322,7 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     assert strategy_of(tmp_path, 1) == (mine.name, str(MOMENTUM))
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
+# --- checkpoints -------------------------------------------------------------------------------
 
 
 def test_the_strategys_state_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
@@ -346,7 +346,7 @@ def test_a_model_of_another_program_may_use_any_tensor_names(tmp_path):
     with pytest.raises(
         UsageError, match="first weights: the name of tensor 'strategy/w' .*rename it"
     ):
-        _begin_with(tmp_path / "m", store, store.load("f"), "f")
+        begin_with_file(tmp_path / "m", store, store.load("f"), "f")
     assert not (store.folder / checkpoint_name(0)).exists()
     with pytest.raises(ValueError, match="rename it"):
         check_names({"w": np.zeros(1), "strategy/x": np.zeros(1)})

@@ -49,7 +49,7 @@ from fluffle_worker.connection import Connection
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Tell, no_mail, read_work
 from fluffle_worker.job import Job
-from fluffle_worker.local.kept import keep_in
+from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task

@@ -72,8 +72,8 @@ async def list_rejected(link: Link, topology: Topology) -> list[Rejected]:
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
     messages: list[Rejected] = []
-    async with borrowed(link, topology.rejected, count=count) as each:
-        async for delivery in each:
+    async with borrowed(link, topology.rejected, count=count) as deliveries:
+        async for delivery in deliveries:
             decoded = decode_message(delivery, topology.federation, values=False)
             messages.append(Rejected(len(messages) + 1, decoded))
             delivery.body = b""
@@ -89,8 +89,8 @@ async def read_rejected(link: Link, topology: Topology, number: int) -> Rejected
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
     at = 0
-    async with borrowed(link, topology.rejected, count=number) as each:
-        async for delivery in each:
+    async with borrowed(link, topology.rejected, count=number) as deliveries:
+        async for delivery in deliveries:
             at += 1
             if at == number:
                 return Rejected(number, decode_message(delivery, topology.federation))

@@ -219,7 +219,7 @@ def _check_readable(path: Path, dtypes: Mapping[str, str]) -> None:
     for name, dtype in dtypes.items():
         if dtype not in _READABLE:
             raise UsageError(
-                f"tensor '{name}' of {path} is {dtype}, which does not travel; convert it to BF16"
+                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert it to BF16"
             )
 
 

@@ -225,14 +225,22 @@ class Outbox:
 
     def refuse(self, to: Greeting, reason: str, code: str) -> None:
         """Send a refusal, in the worker's protocol version and once per session."""
-        if not self.was_refused(to):
-            refusal = Refusal(
-                federation=self._settings.federation,
-                session=to.session,
-                code=code,
-                reason=reason[:_REASON_CHARACTERS],
-            )
-            self._put(self._refuse(refusal, to))
+        refusal = Refusal(
+            federation=self._settings.federation,
+            session=to.session,
+            code=code,
+            reason=reason[:_REASON_CHARACTERS],
+        )
+        route = Route(self._topology.work, [to.worker])
+
+        async def refuse_once(link: Link) -> None:
+            if not self.was_refused(to):
+                await send(link, refusal, route, encode_refusal(refusal, to.protocol))
+                self._refused[to.worker, to.session] = None
+                if len(self._refused) > _MAX_REFUSED:
+                    del self._refused[next(iter(self._refused))]
+
+        self._put(refuse_once)
 
     def was_refused(self, to: Greeting) -> bool:
         """Whether a refusal was sent to this session already."""
@@ -256,20 +264,6 @@ class Outbox:
 
     def _to(self, message: Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))
-
-    def _refuse(self, refusal: Refusal, to: Greeting) -> Job:
-        route = Route(self._topology.work, [to.worker])
-        body = encode_refusal(refusal, to.protocol)
-
-        async def once(link: Link) -> None:
-            who = to.worker, to.session
-            if who not in self._refused:
-                await send(link, refusal, route, body)
-                self._refused[who] = None
-                if len(self._refused) > _MAX_REFUSED:
-                    del self._refused[next(iter(self._refused))]
-
-        return once
 
     def _with_weights(
         self,

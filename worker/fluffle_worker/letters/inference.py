@@ -16,7 +16,8 @@ from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_common.tensors.weights import Array
-from fluffle_worker.letters.images import SIDE, Images
+from fluffle_worker.letters.images import Images
+from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.letters.task import letters_task
 
 _BATCH = 256

@@ -130,7 +130,7 @@ def _otherwise(text: str) -> str:
             "--queue-type everywhere, or delete the old queue"
         )
     return (
-        f"queue '{found['name']}' was made by another version of fluffle ({text}); stop "
+        f"queue '{found['name']}' was created by another version of fluffle ({text}); stop "
         f"everyone who uses it, delete it with 'rabbitmqctl delete_queue {found['name']}', and "
         "start again"
     )
