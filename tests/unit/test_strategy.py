@@ -114,9 +114,9 @@ def test_a_mean_delta_shares_no_memory_with_the_state():
     weights = {"w": np.zeros(3, np.float32)}
     mean = weighted()
     state = mean.fold(mean.init(weights), of({"w": np.ones(3, np.float32)}, 5))
-    delta, state = mean.finish(state, weights)
+    mean_delta, state = mean.finish(state, weights)
     mean.fold(state, of({"w": np.full(3, 9, np.float32)}, 5))
-    assert delta["w"].tolist() == [1.0] * 3
+    assert mean_delta["w"].tolist() == [1.0] * 3
 
 
 def test_transforms_are_applied_in_order():

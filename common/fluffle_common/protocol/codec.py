@@ -5,8 +5,8 @@ all tensors, little-endian, each at a multiple of 64 bytes. Because the payload 
 be read as a memoryview without a copy. Because the header is padded, the payload starts at a
 multiple of 64 bytes of the body.
 
-Bodies are untrusted input. Decoding never allocates memory by a number in a header, and every
-fault raises ``MalformedMessage``.
+Bodies are untrusted input. Decoding never allocates memory for a size that a header merely claims,
+and every fault raises ``MalformedMessage``.
 """
 
 from __future__ import annotations
@@ -117,16 +117,19 @@ def decode(
     return message, _payload_from(view, 1 + end)
 
 
-class Greeting(NamedTuple):
-    """The fields of a hello that are the same in all protocol versions; enough to refuse it."""
+class MinimalHello(NamedTuple):
+    """The fields of a hello that are the same in all protocol versions; enough to refuse it.
+
+    Later versions may have other fields, so ``decode`` may reject their hellos.
+    """
 
     protocol: int
     worker: str
     session: str
 
 
-def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
-    """Return the sender of a hello that ``decode`` rejected; None if it is not a usable hello."""
+def minimal_hello(body: bytes | memoryview, federation: str) -> MinimalHello | None:
+    """Return the fields of a hello that ``decode`` rejected; None if it is not a usable hello."""
     try:
         header, _ = _unpack_header(memoryview(body)[1:], SMALL_HEADER_BYTES)
     except MalformedMessage:
@@ -140,13 +143,13 @@ def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
         return None
     if not isinstance(session, str) or not 1 <= len(session) <= MAX_ID:
         return None
-    return Greeting(protocol, worker, session)
+    return MinimalHello(protocol, worker, session)
 
 
 def encode_refusal(refusal: Refusal, protocol: int) -> bytes:
-    """Encode a refusal for a worker with another protocol version.
+    """Encode a refusal in the protocol version of the refused worker.
 
-    In another version it has only the fields that are the same in all versions.
+    In another version than ours, it has only the fields that are the same in all versions.
     """
     if protocol == PROTOCOL:
         return encode(refusal)

@@ -1,4 +1,9 @@
-"""The receiving side of a transfer: parts are verified as they arrive, in any order."""
+"""The receiving side of a transfer, which is a payload in parts.
+
+Each part is hashed when it arrives, in any order; a duplicate, such as one that the broker
+redelivers, is ignored. When all parts have arrived, the hash of their hashes is compared with the
+digest in the announcement.
+"""
 
 from __future__ import annotations
 

@@ -112,6 +112,7 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
 async def _send_parts(
     link: Link, packing: Packing, route: Route, progress: Progress | None
 ) -> None:
+    """Publish the parts; concurrent publishers share one iterator, so that some are in flight."""
     left = enumerate(packing.bodies())
 
     async def one_after_the_other() -> None:

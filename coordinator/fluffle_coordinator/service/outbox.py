@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
+from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, digest_of, encode_refusal
 from fluffle_common.protocol.events import RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
@@ -158,7 +158,7 @@ class Outbox:
                 welcome = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
                 job = self._to(welcome, [worker])
             case fx.Refuse(worker, session, reason, code):
-                self.refuse(Greeting(PROTOCOL, worker, session), reason, code)
+                self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
                 return
             case fx.Judge():
                 job = self._to(self._verdict(effect), [effect.ticket.worker])
@@ -223,7 +223,7 @@ class Outbox:
         if sent.workers:
             self._put(lambda link: send(link, sent.message, route, body))
 
-    def refuse(self, to: Greeting, reason: str, code: str) -> None:
+    def refuse(self, to: MinimalHello, reason: str, code: str) -> None:
         """Send a refusal, in the worker's protocol version and once per session."""
         refusal = Refusal(
             federation=self._settings.federation,
@@ -242,7 +242,7 @@ class Outbox:
 
         self._put(refuse_once)
 
-    def was_refused(self, to: Greeting) -> bool:
+    def was_refused(self, to: MinimalHello) -> bool:
         """Whether a refusal was sent to this session already."""
         return (to.worker, to.session) in self._refused
 
