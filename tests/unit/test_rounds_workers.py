@@ -125,8 +125,9 @@ def test_heartbeats_from_before_the_link_do_not_count():
     assert run.state.phase is Phase.WAITING
 
 
-def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone():
-    run = Run(Rules(rounds=1), hearing=True)
+@pytest.mark.parametrize("announced", [{}, {"a": 10, "b": 10}], ids=["new", "resumed"])
+def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(announced):
+    run = Run(Rules(rounds=1), hearing=True, announced=announced)
     run.connect()
     for name in "ab":
         run.seen(name, hello=True, heartbeat_s=0.2)  # five of them take a second
