@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fluffle.models import load_model
 from fluffle_common.errors import UsageError
-from fluffle_common.protocol.metric_names import TEST, lower_is_better, of_a_test
+from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.round_stats import seconds_of, weighted_mean
@@ -63,7 +63,7 @@ class Round:
     def values(self) -> dict[str, float]:
         """Return the measured values of this round, by column name."""
         values = {"train_loss": self.train_loss, "loss": self.loss, **self.metrics}
-        values |= {**of_a_test(self.test), "epsilon": self.epsilon}
+        values |= {**add_test_prefix(self.test), "epsilon": self.epsilon}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -182,8 +182,10 @@ def _round(row: Mapping[str, Any], folder: Path) -> Round:
             if each.get("train_loss") is not None
         ),
         loss=row.get("loss"),
-        metrics={n: value for n, value in metrics.items() if not n.startswith(TEST)},
-        test={n.removeprefix(TEST): v for n, v in metrics.items() if n.startswith(TEST)},
+        metrics={n: value for n, value in metrics.items() if not n.startswith(TEST_PREFIX)},
+        test={
+            n.removeprefix(TEST_PREFIX): v for n, v in metrics.items() if n.startswith(TEST_PREFIX)
+        },
         epsilon=row.get("epsilon"),
         seconds=seconds_of(row["timings"]),
         late=row.get("late", 0),

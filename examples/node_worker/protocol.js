@@ -164,7 +164,7 @@ function checkTable(table, bytes) {
       'an unknown key in an entry of tensors');
     const { name, dtype, shape, offset, nbytes, group = MODEL } = entry;
     const key = `${group}:${name}`;
-    need(!names.has(key), `${name} occurs twice`);
+    need(!names.has(key), `${name} appears twice`);
     names.add(key);
     need(group === last || !groups.has(group), `the group ${group} is not in one piece`);
     groups.add(group);

@@ -152,7 +152,7 @@ async def test_a_certificate_for_another_host_is_refused_by_name(broker_node, ce
     other = certificates.signed("other", "DNS:other.example")
     with tls_before(broker_node.ports.amqp, other) as port:
         url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
-        assert "is not made out for '127.0.0.1'" in await refused(url)
+        assert "is not valid for '127.0.0.1'" in await refused(url)
 
 
 async def test_an_expired_certificate_is_refused(broker_node, certificates):

@@ -1,4 +1,4 @@
-"""A short rain of faults over a whole federation, judged by the independent checker."""
+"""A short chaos run of a whole federation, judged by the independent checker."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The checker itself: a sound federation is clean, and every kind of wrong is found."""
+"""The checker itself: a correct federation is clean, and every kind of violation is found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def sound(broker_node: node.NodeInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run a small federation to its end, with one hostile message on the way."""
+    """Run a small federation to its end, with one hostile message."""
     folder = tmp_path_factory.mktemp("sound")
     made = Federation(folder, broker_node.url, broker_node.ports.management)
     with made as federation:
@@ -88,7 +88,7 @@ def said_otherwise(lines: list[Line]) -> list[Line]:
 
 
 def forgotten(folder: Path) -> None:
-    """Let round 2 lack w0, whose update had been confirmed before w1 began; model and all."""
+    """Remove w0 from round 2 and its model, though its update was confirmed before w1 began."""
 
     def without(lines: list[Line]) -> list[Line]:
         line = of_round(lines, 2)
@@ -123,9 +123,9 @@ def named_twice(lines: list[Line]) -> list[Line]:
 
 
 def send_from(folder: Path, worker: str, base: str, *, instead: bool = False) -> str:
-    """Let a worker have sent what w1 sent for round 2, as if trained from other weights.
+    """Add a copy of w1's update of round 2, as sent by a worker and trained from other weights.
 
-    ``instead``: of what w1 sent. Returns the digest of the body.
+    ``instead`` replaces w1's update. Returns the digest of the body.
     """
     (path,) = folder.glob("sent/w1/[0-9]*.jsonl")
     mine, others = [], []
@@ -197,7 +197,7 @@ def wanted_more(folder: Path) -> None:
 
 
 def unheard(folder: Path) -> None:
-    """Let the coordinator have been stopped for the whole run, and say that somebody is gone."""
+    """Pretend that the coordinator was stopped for the whole run and reported a worker as gone."""
     (log,) = folder.glob("log/*-coordinator.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     first, last = lines[0], lines[-1]
@@ -250,7 +250,7 @@ def test_what_was_trained_from_weights_that_were_taken_back_is_no_fault(
 ) -> None:
     folder = tmp_path / "crashed"
     shutil.copytree(sound, folder)
-    send_from(folder, "w1", "lost")  # and was counted with another
+    send_from(folder, "w1", "lost")  # another one was counted
     digest = send_from(folder, "w2", "lost")
     line = {"id": None, "reason": "it was trained from the weights lost", "sha256": digest}
     with (folder / "evidence/rejected.jsonl").open("a") as rejected:

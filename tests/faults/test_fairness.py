@@ -1,4 +1,4 @@
-"""What the checker reads from the coordinators' logs, on logs that are made up for it."""
+"""The checks of the coordinators' logs, tested with artificial logs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def found(
     min_workers: int = 1,
     fraction: float = 1.0,
 ) -> list[str]:
-    """Judge a run of one round, which was committed with so many updates."""
+    """Judge a run of one round that was committed with this many updates."""
     rules = {"quorum": quorum, "min_workers": min_workers, "fraction": fraction}
     (folder / "run").mkdir()
     (folder / "run/run.json").write_text(
@@ -89,10 +89,10 @@ MUTE = "the quorum of round 1 fell from 3 to 1, and no event 'quorum' says why"
         (1, [opened(1, 3), shrank(1, 0, 1), COMMITTED], [MUTE]),
         (2, [shrank(1, 2, 3), opened(1, 2), COMMITTED],
          ["the event 'quorum' of round 1 comes before its event 'opened'"]),
-        (2, [opened(1, 2), shrank(1, 2, 3), COMMITTED], []),  # a third one came and went
-        (3, [opened(1, 2), counted(1, 2, 2), counted(1, 3, 4), COMMITTED], []),  # within the grace
+        (2, [opened(1, 2), shrank(1, 2, 3), COMMITTED], []),  # a third worker joined and left
+        (3, [opened(1, 2), counted(1, 2, 2), counted(1, 3, 4), COMMITTED], []),  # in the grace
         (1, [opened(1, 3), said("closed", round=1), COMMITTED], []),
-        (1, [opened(1, 3)], []),  # killed before it could say all
+        (1, [opened(1, 3)], []),  # killed before it could log everything
         (1, [opened(1, 1), COMMITTED, opened(2, 3)], []),
     ],
 )  # fmt: skip
@@ -210,11 +210,11 @@ def test_a_standby_that_takes_the_run_of_a_coordinator_that_is_stopped_is_found(
     ("log", "more"),
     [
         ([BEFORE, opened(2, 2, 26, asked=EVERYBODY)], {}),
-        ([BEFORE, GONE], {"living": ["w0"]}),  # it was killed, or has only just begun
-        ([BEFORE, said("gone", 41, worker="w1")], {}),  # much later, and for another reason
+        ([BEFORE, GONE], {"living": ["w0"]}),  # it was killed or has just started
+        ([BEFORE, said("gone", 41, worker="w1")], {}),  # much later, for another reason
         ([BEFORE, GONE], {"faults": [fault("cut", 25.0005, 25.0005)]}),  # the next fault
-        ([BEFORE, GONE], {"faults": [fault("stall", 9, 9, 9.0)]}),  # one that was not over
-        ([BEFORE, GONE], {"faults": [fault("stall", 7, 7, 4.0)]}),  # it was silent for 3 s before
+        ([BEFORE, GONE], {"faults": [fault("stall", 9, 9, 9.0)]}),  # an earlier one lasted
+        ([BEFORE, GONE], {"faults": [fault("stall", 7, 7, 4.0)]}),  # it had been silent for 3 s
         ([BEFORE, said("left", 9.5, worker="w1"), opened(2, 1, 26, asked=["w0"])], {}),
     ],
 )

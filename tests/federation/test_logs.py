@@ -1,4 +1,4 @@
-"""What ``fluffle --debug`` shows of a run, and that it costs nothing where nobody asked for it."""
+"""The debug log of a run, and that it costs nothing without ``--debug``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fluffle_common.logs import ROOT, log_step, logger
 
 @pytest.fixture
 def listening():
-    """Let the loggers speak as ``--debug`` does; silence them again."""
+    """Enable the loggers like ``--debug``, and disable them afterwards."""
     log = logging.getLogger(ROOT)
     before = log.level, list(log.handlers)
     debug_log.show_debug_log()
-    debug_log.show_debug_log()  # a second time, nothing is said twice
+    debug_log.show_debug_log()  # a second call must not duplicate lines
     yield
     log.setLevel(before[0])
     log.handlers[:] = before[1]
@@ -40,7 +40,7 @@ def test_each_event_has_a_line_and_so_has_each_link(federated, listening, capsys
     federated(scenario)
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d\.\d{3}  fluffle\.[a-z.]+  \S", line) for line in lines)
-    said = "\n".join(line.split("  ", 1)[1] for line in lines)
+    text = "\n".join(line.split("  ", 1)[1] for line in lines)
     for line in (
         r"fluffle\.coordinator\.machine  Seen\(.*'a'.*\) -> .*Welcome\(",
         r"fluffle\.coordinator\.machine  Folded\(.* -> .*Commit\(",
@@ -51,8 +51,8 @@ def test_each_event_has_a_line_and_so_has_each_link(federated, listening, capsys
         r"fluffle\.transport\.link  closed the link after ",
         r"fluffle\.transport\.link  declaring Queue\(name='letters\.updates'",
     ):
-        assert re.search(line, said), line
-    assert "Tick(" not in re.sub(r".*Tick\(.* -> (?!nothing).*", "", said)
+        assert re.search(line, text), line
+    assert "Tick(" not in re.sub(r".*Tick\(.* -> (?!nothing).*", "", text)
 
 
 def test_nothing_is_put_into_words_if_nobody_listens(caplog):

@@ -1,4 +1,4 @@
-"""What a task is told of its round: which one it is, and how to train in it."""
+"""The training plan that a task receives in each round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.federation.harness import Adder
 
 
 class Told(Adder):
-    """Keeps the plans that it is given."""
+    """A task that stores the plans that it receives."""
 
     def train(self, weights: Any, plan: Any, progress: Any) -> Any:
         self.__dict__.setdefault("plans", []).append(plan)
@@ -28,8 +28,8 @@ def test_a_plan_names_its_round_its_steps_and_the_rate_of_that_round(federated):
         federation.worker("a", task)
         federation.worker("b")
         ended = await coordinator.end()
-        told = [(plan.round, plan.steps, plan.learning_rate) for plan in task.plans]
-        assert told == [(1, 7, 0.8), (2, 7, 0.8), (3, 7, 0.4), (4, 7, 0.4)]
+        received = [(plan.round, plan.steps, plan.learning_rate) for plan in task.plans]
+        assert received == [(1, 7, 0.8), (2, 7, 0.8), (3, 7, 0.4), (4, 7, 0.4)]
         assert {plan.run for plan in task.plans} == {ended.run}
         assert len({plan.seed for plan in task.plans}) == 4
 

@@ -1,4 +1,4 @@
-"""SCAFFOLD by name, on both sides: workers whose data differ, followed in NumPy."""
+"""The built-in SCAFFOLD with heterogeneous workers, compared with NumPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 4
 
 
 class Descent:
-    """Gradient descent on a quadratic whose curvature and target are the worker's own."""
+    """Gradient descent on a quadratic; each worker has its own curvature and target."""
 
     num_examples = 10
 
@@ -48,7 +48,7 @@ class Descent:
 
 def reference(rounds: int) -> list[float]:
     """Return x after each round: Karimireddy et al. 2020, algorithm 1, option II."""
-    x, c, own, found = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
+    x, c, own, values = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
     for _ in range(rounds):
         ends, changed = [], []
         for name, target in TARGETS.items():
@@ -61,8 +61,8 @@ def reference(rounds: int) -> list[float]:
             own[name] = new
         x = float(np.mean(ends))
         c += sum(changed) / len(TARGETS)
-        found.append(x)
-    return found
+        values.append(x)
+    return values
 
 
 def check(federation: Any, rounds: int) -> None:
@@ -72,7 +72,7 @@ def check(federation: Any, rounds: int) -> None:
 
 def test_scaffold_by_name_is_what_its_paper_says_also_after_a_restart_of_all(federated, tmp_path):
     async def scenario(federation):
-        for rounds in (2, 5):  # the second coordinator, and its workers, go on from the first
+        for rounds in (2, 5):  # the second coordinator and its workers resume the run
             strategy = load_strategy("scaffold")
             coordinator = federation.coordinator(rounds=rounds, strategy=strategy)
             for name in TARGETS:
@@ -90,7 +90,7 @@ def test_the_rule_without_the_strategy_says_what_is_missing(federated):
         workers = [federation.worker(name, Descent(name)) for name in TARGETS]
         await coordinator.log.until("failure")
         reason = workers[0].log.of("failure")[0]["reason"]
-        assert "let it run with --strategy scaffold" in reason
+        assert "start that with --strategy scaffold" in reason
         await coordinator.kill()
 
     federated(scenario)

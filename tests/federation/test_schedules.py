@@ -1,4 +1,4 @@
-"""Whole federations under each schedule: asynchronous, with late updates, and from a file."""
+"""Federations under each schedule: asynchronous, with late updates, and from a user's file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRA_S = 5.0
 
 
 def check_weights(federation, values):
-    """Check every model against weights of our own: examples, times 1 / sqrt(1 + staleness)."""
+    """Check every model against an average weighted by examples / sqrt(1 + staleness)."""
     expected = 0.0
     for line in federation.history():
         there = line["participants"]
@@ -44,7 +44,7 @@ def tickets(federation):
 
 
 def time_of(updates: int, seconds: list[float]) -> float:
-    """Return when so many updates are there, if nobody ever waits."""
+    """Return when this many updates have arrived if no worker ever waits."""
     due = [(each, number) for number, each in enumerate(seconds)]
     heapq.heapify(due)
     for _ in range(updates):
@@ -54,7 +54,7 @@ def time_of(updates: int, seconds: list[float]) -> float:
 
 
 def test_sixteen_devices_of_three_speeds_wait_for_nobody(federated):
-    """The published case: 100, 200 or 400 s a training, and 5 s more, in rounds and without."""
+    """Compare rounds with asynchronous training, for trainings of 100, 200 and 400 s."""
     took, updates = {}, 192
 
     def scenario_with(name, rounds, schedule):
@@ -102,8 +102,8 @@ def test_a_slow_worker_is_counted_discounted_and_visible(federated):
         for one in slow:
             assert one["staleness"] >= 3
             assert one["discount"] == (1 + one["staleness"]) ** -0.5
-        told = [one for one in coordinator.log.of("counted") if one["worker"] == "slow"]
-        assert [one["staleness"] for one in told] == [one["staleness"] for one in slow]
+        counted = [one for one in coordinator.log.of("counted") if one["worker"] == "slow"]
+        assert [one["staleness"] for one in counted] == [one["staleness"] for one in slow]
         evaluated = [line["round"] for line in federation.history("evaluated")]
         assert sorted(evaluated) == list(range(1, 31))
 
@@ -117,7 +117,9 @@ def test_one_worker_alone_fills_a_buffer_with_different_updates(federated):
         coordinator = federation.coordinator(rounds=2, schedule=Buffered(buffer=3), min_workers=1)
         await coordinator.end()
         assert [len(line["participants"]) for line in federation.history()] == [3, 3]
-        assert len(set(task.trained)) == len(task.trained) >= 6  # each has a seed of its own
+        assert (
+            len(set(task.trained)) == len(task.trained) >= 6
+        )  # each training has a different seed
 
     federated(scenario)
 
@@ -188,7 +190,7 @@ def test_a_coordinator_that_is_lost_in_every_version_loses_no_update(federated, 
         check_weights(federation, values)
         counted = tickets(federation)
         assert len(counted) == len(set(counted))
-        # All that was sent is counted, but for what each was at when the run ended.
+        # Every update counts, except the ones in progress when the run ended.
         sent = sum(len([1 for one in w.log.of("sent") if one["kind"] == "fit"]) for w in workers)
         assert sent - len(counted) <= len(workers)
         assert {worker for worker, _ in counted} == set(values)
@@ -210,9 +212,9 @@ def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
         ]
         assert max(stale) > 0
         for number in range(1, 13):
-            found = replay(federation.folder, number)
-            assert found.equal, number
-            assert all(one.second_opinion.ulps <= 2 for one in found.tensors)
+            replayed = replay(federation.folder, number)
+            assert replayed.equal, number
+            assert all(one.second_opinion.ulps <= 2 for one in replayed.tensors)
 
     federated(scenario)
 
@@ -220,7 +222,7 @@ def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
 def test_updates_in_parts_count_from_older_versions_too(federated):
     async def scenario(federation):
         size = 2**20 + 1  # two parts
-        for name in "abc":  # they come all at once: some wait while a version is closed
+        for name in "abc":  # their updates arrive together: some wait while a version is closed
             federation.worker(name, Adder(federation.loop, size=size))
         federation.worker("slow", Adder(federation.loop, size=size, step_s=1.0))
         schedule = Buffered(buffer=1)
@@ -296,7 +298,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated,
 
 
 @pytest.mark.parametrize(
-    ("method", "told"),
+    ("method", "message"),
     [
         ("needed(self, state): return 'two'", "in needed(): it returned 'two', not a number"),
         ("cohort(self, state): return ['nobody']", "it named 'nobody', but no such worker"),
@@ -304,7 +306,9 @@ def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated,
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
     ],
 )
-def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(federated, tmp_path, method, told):
+def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(
+    federated, tmp_path, method, message
+):
     original = (Path(__file__).parent / "windows.py").read_text()
     broken = original.replace("minutes = Windows()", f"    def {method}\n\n\nminutes = Windows()")
     (tmp_path / "broken.py").write_text(broken)
@@ -313,7 +317,7 @@ def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(federated, tmp_p
     async def scenario(federation):
         federation.workers(2)
         coordinator = federation.coordinator(rounds=2, schedule=schedule)
-        with pytest.raises(TaskError, match=re.escape(told)) as wrong:
+        with pytest.raises(TaskError, match=re.escape(message)) as wrong:
             await coordinator.end()
         assert "no update is lost" in str(wrong.value)
 
@@ -339,18 +343,18 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
 
 
 @pytest.mark.parametrize(
-    ("timing", "told"),
+    ("timing", "message"),
     [
-        (Timing(schedule="async"), "there is no schedule 'async'"),
-        (Timing(buffer=3), "--buffer goes with --schedule buffered"),
-        (Timing(staleness=Discount()), "--staleness goes with"),
-        (Timing(schedule="buffered", late="discount"), "--late discount goes with"),
+        (Timing(schedule="async", max_staleness=3), "there is no schedule 'async'"),
+        (Timing(buffer=3), "--buffer needs --schedule buffered; add that, or remove --buffer"),
+        (Timing(staleness=Discount()), "--staleness needs"),
+        (Timing(schedule="buffered", late="discount"), "--late discount needs --schedule quorum"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is not a schedule"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
     ],
 )
-def test_what_does_not_go_together_is_said_in_one_line(timing, told):
-    with pytest.raises(UsageError, match=told) as refused:
+def test_what_does_not_go_together_is_said_in_one_line(timing, message):
+    with pytest.raises(UsageError, match=message) as refused:
         load_schedule(timing)
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Strategies from files outside the product: run, killed, resumed, replayed, and broken."""
+"""Strategies from users' files: run, killed, resumed, replayed, and broken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fluffle_common.tensors.checkpoint import (
     read_whole,
     save_checkpoint,
 )
-from fluffle_common.tensors.on_disk import laid_on_disk
+from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.service import committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
@@ -62,7 +62,7 @@ def momentum():
 
 
 def from_the_docs(folder: Path, name: str) -> str:
-    """Write the example that begins with its file's name; return where."""
+    """Write the documentation's example of this file name to disk; return its path."""
     (text,) = re.findall(rf"```python\n(# {name}\n.*?)```", DOCS.read_text(), re.DOTALL)
     (folder / name).write_text(text)
     return str(folder / name)
@@ -80,8 +80,8 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
             velocity = 0.9 * velocity + 3.0
             weights += 0.7 * velocity
             np.testing.assert_allclose(federation.weights(number)["w"], weights, rtol=1e-6)
-            kept = read_whole(federation.folder / checkpoint_name(number)).kept
-            np.testing.assert_allclose(kept["w"], velocity, rtol=1e-6)
+            state = read_whole(federation.folder / checkpoint_name(number)).strategy_state
+            np.testing.assert_allclose(state["w"], velocity, rtol=1e-6)
             assert list(federation.weights(number)) == ["w"]
             words = [str(federation.folder), "--round", str(number), "--strategy"]
             shown = CliRunner().invoke(replay, [*words, f"{FILE}:momentum"])
@@ -92,7 +92,7 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "tensors"),
     [
         (f"{FILE}:momentum", {"w"}),
         ("fedavgm:lr=0.5", {"w"}),
@@ -100,7 +100,7 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
         ("fedyogi:lr=0.1", {"steps", "first/w", "second/w"}),
     ],
 )
-def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, name, kept):
+def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, name, tensors):
     rounds, folders, strategy = 6, [], load_strategy(name)
 
     async def uninterrupted(federation):
@@ -126,8 +126,15 @@ def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, 
     federated(killed)
     for number in range(rounds + 1):
         one, other = (read_whole(folder / checkpoint_name(number)) for folder in folders)
-        assert one.kept.keys() == other.kept.keys() == (kept if number else set())
-        for mine, theirs in ((one.weights, other.weights), (one.kept, other.kept)):
+        assert (
+            one.strategy_state.keys()
+            == other.strategy_state.keys()
+            == (tensors if number else set())
+        )
+        for mine, theirs in (
+            (one.weights, other.weights),
+            (one.strategy_state, other.strategy_state),
+        ):
             assert {n: t.tobytes() for n, t in mine.items()} == {
                 n: t.tobytes() for n, t in theirs.items()
             }
@@ -154,11 +161,11 @@ def test_a_strategy_of_all_updates_finds_them_on_the_disk_of_the_run(federated, 
     laid = []
 
     def lay(delta, folder):
-        found = laid_on_disk(delta, folder)
-        laid.append((folder, isinstance(found.memory.obj, mmap.mmap)))
-        return found
+        mapped = map_to_disk(delta, folder)
+        laid.append((folder, isinstance(mapped.memory.obj, mmap.mmap)))
+        return mapped
 
-    monkeypatch.setattr(committer, "laid_on_disk", lay)
+    monkeypatch.setattr(committer, "map_to_disk", lay)
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, min_workers=3, strategy=MEDIAN)
@@ -183,7 +190,7 @@ def test_a_disk_without_room_for_the_updates_of_a_round_ends_the_run_and_loses_n
         for name, task in zip("abc", tasks, strict=True):
             federation.worker(name, task)
         with monkeypatch.context() as patch:
-            patch.setattr(committer, "laid_on_disk", full)
+            patch.setattr(committer, "map_to_disk", full)
             coordinator = federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN)
             with pytest.raises(RunError, match=r"\(No space left on device\); make room there"):
                 await coordinator.end()
@@ -197,8 +204,8 @@ def test_a_disk_without_room_for_the_updates_of_a_round_ends_the_run_and_loses_n
 def test_an_update_without_the_metric_that_the_strategy_needs_is_refused(federated):
     class Counting(Adder):
         def train(self, weights, plan, progress):
-            found = super().train(weights, plan, progress)
-            return dataclasses.replace(found, metrics={"steps": 4.0})
+            result = super().train(weights, plan, progress)
+            return dataclasses.replace(result, metrics={"steps": 4.0})
 
     async def scenario(federation):
         strategy = load_strategy("fednova")
@@ -251,15 +258,15 @@ def test_the_examples_of_the_docs_run(federated, tmp_path, name):
             federation.worker(worker, Adder(federation.loop, value))
         await coordinator.end()
         expected = {"median": [2.0, 4.0], "momentum": [34.0, 98.6]}[name]
-        found = [federation.weights(number)["w"][0] for number in (1, 2)]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        values = [federation.weights(number)["w"][0] for number in (1, 2)]
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
 
     federated(scenario)
 
 
 @pytest.mark.parametrize("name", ["median", "momentum"])
 def test_a_scalar_of_the_model_stays_one(tmp_path, name):
-    """Of an array of shape (), NumPy's arithmetic makes a number."""
+    """NumPy's arithmetic turns an array of shape () into a scalar, which must be accepted."""
     named = load_strategy(f"{from_the_docs(tmp_path, f'{name}.py')}:{name}")
     strategy = GuardedStrategy(named, 1)
     weights = {"s": np.array(1.0, np.float32)}
@@ -295,7 +302,7 @@ WRONG = {
 def test_what_a_strategy_does_wrong_ends_the_run_and_loses_nothing(
     federated, tmp_path, capsys, case
 ):
-    how, told = WRONG[case]
+    how, message = WRONG[case]
     code = {"fold": "pass", "finish": "pass", "dump": "pass"}
     (tmp_path / "broken.py").write_text(BROKEN.format(**{**code, **how}))
     (tmp_path / "sub").mkdir()
@@ -309,7 +316,7 @@ def test_what_a_strategy_does_wrong_ends_the_run_and_loses_nothing(
         coordinator = federation.coordinator(rounds=1, strategy=broken)
         for name, task in zip("ab", tasks, strict=True):
             federation.worker(name, task)
-        with pytest.raises(TaskError, match=told) as wrong:
+        with pytest.raises(TaskError, match=message) as wrong:
             await coordinator.end()
         assert wrong.value.exit_code == 5
         assert str(wrong.value).startswith("the strategy broken.py:mean failed in round 1, in ")

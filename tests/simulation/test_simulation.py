@@ -134,7 +134,7 @@ def test_hundreds_of_clients_are_sampled_as_anywhere(tmp_path):
     assert [tuple(one["asked"]) for one in again] == asked
 
 
-def test_a_run_goes_on_where_it_was(tmp_path):
+def test_a_run_continues_where_it_stopped(tmp_path):
     tasks = {name: Adder(1.0) for name in names(2)}
     run(tmp_path, tasks, rounds=2)
     _, rounds = run(tmp_path, tasks, rounds=4)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import figures, papers
+from benchmarks import command, papers, stats
 from benchmarks.aggregate import axpy
 from benchmarks.arrays import Perturbation, make_weights
 from benchmarks.compression import Federation
@@ -22,7 +22,7 @@ from fluffle_worker.task import RoundPlan
 from tests.e2e.pull_task import COUNT, Pull, target
 
 
-@pytest.mark.parametrize("module", [figures, papers])
+@pytest.mark.parametrize("module", [command, papers, stats])
 def test_the_examples_do_what_they_say(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -30,11 +30,11 @@ def test_the_examples_do_what_they_say(module):
 
 
 def test_ratio_is_median_over_median():
-    assert figures.ratio([4.0, 1.0, 100.0], [2.0, 0.1, 2.0]) == 2.0
+    assert stats.ratio([4.0, 1.0, 100.0], [2.0, 0.1, 2.0]) == 2.0
 
 
 def test_summary_of_a_single_time_has_quartiles_too():
-    assert figures.summary([0.5]) == {
+    assert stats.summary([0.5]) == {
         "median_s": 0.5,
         "mean_s": 0.5,
         "quartiles_s": [0.5, 0.5],
@@ -44,19 +44,19 @@ def test_summary_of_a_single_time_has_quartiles_too():
 
 @pytest.mark.parametrize(("rounds", "blocks"), [(1, 1), (7, 3), (10, 5), (3, 9)])
 def test_shares_are_even_and_none_is_empty(rounds, blocks):
-    shares = figures.shares(rounds, blocks)
+    shares = stats.shares(rounds, blocks)
     assert sum(shares) == rounds
     assert len(shares) == min(rounds, blocks)
     assert 0 < min(shares) <= max(shares) <= min(shares) + 1
 
 
 def test_the_order_turns_around_after_every_block():
-    order = [side for side, _ in figures.interleaved(["a", "b", "c"], [1, 1, 1])]
+    order = [side for side, _ in stats.interleaved(["a", "b", "c"], [1, 1, 1])]
     assert order == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
 
 
 def test_growth_compares_the_ends():
-    assert figures.growth([3, 10, 30], [1.0, 99.0, 20.0]) == 2.0
+    assert stats.growth([3, 10, 30], [1.0, 99.0, 20.0]) == 2.0
 
 
 class Scripted:

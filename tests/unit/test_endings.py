@@ -1,4 +1,4 @@
-"""What is said at an end, and that observers never cause one."""
+"""The advice at the end of a run, and observers, which must never end one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Ticke
 from fluffle_coordinator.observe.waiting import waiting_for
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service import app as main
-from fluffle_coordinator.service import endings
+from fluffle_coordinator.service import endings, run_opening
 from fluffle_coordinator.storage.run_store import RunStore
 
 FOLDER = Path("runs/f")
@@ -57,7 +57,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
     assert len(said.splitlines()) == 1
 
 
-# --- the command that goes on --------------------------------------------------------------------
+# --- the command that continues ------------------------------------------------------------------
 
 
 def test_a_stop_names_the_command_that_really_goes_on():
@@ -65,7 +65,7 @@ def test_a_stop_names_the_command_that_really_goes_on():
     said = endings.after_a_stop(state, FOLDER)
     assert said == ("once that is fixed, the same command (without --fresh) goes on with round 4")
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
-        said = endings.after_a_stop(state.but(**other), FOLDER)
+        said = endings.after_a_stop(state.replace(**other), FOLDER)
         assert "if the model or the classes have changed" in said
         assert "--fresh begins a new run" in said
         assert said.endswith("the same command (without --fresh) goes on with round 4")
@@ -79,9 +79,8 @@ def store(tmp_path):
     return store
 
 
-def begun(store: RunStore, weights: dict[str, np.ndarray]):
+def begin(store: RunStore, weights: dict[str, np.ndarray]) -> None:
     store.save_weights(0, weights, {"base": "b", "classes": "[]"})
-    return store.load("f")
 
 
 def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(store, tmp_path):
@@ -89,19 +88,20 @@ def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(sto
     same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
     save_checkpoint(same, weights, {})
     save_checkpoint(other, {**weights, "n": np.array(4, np.int64)}, {})
-    saved, told = begun(store, weights), Told()
-    main._check_beginning(same, store, saved, told)
-    main._check_beginning(None, store, saved, told)
+    begin(store, weights)
+    told = Told()
+    run_opening.check_first_weights(same, store, told)
     assert not told.events
     with pytest.raises(UsageError, match=r"other\.safetensors holds other weights .* --fresh"):
-        main._check_beginning(other, store, saved, told)
+        run_opening.check_first_weights(other, store, told)
     for differs in ({"w": weights["w"]}, {**weights, "w": weights["w"].astype(np.float64)}):
-        assert endings.other_beginning(other, weights, differs)
+        assert not run_opening.same_weights(weights, differs)
 
 
 def test_an_init_that_is_gone_is_said_and_the_run_goes_on(store, tmp_path):
-    saved, told = begun(store, {"w": np.zeros(2, np.float32)}), Told()
-    main._check_beginning(tmp_path / "gone.safetensors", store, saved, told)
+    begin(store, {"w": np.zeros(2, np.float32)})
+    told = Told()
+    run_opening.check_first_weights(tmp_path / "gone.safetensors", store, told)
     (event,) = told.events
     assert isinstance(event, run_events.Note)
     assert "--init is no longer needed" in event.sentence()
@@ -139,7 +139,7 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
         )  # fmt: skip
 
 
-# --- what a worker does --------------------------------------------------------------------------
+# --- what a worker is doing ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A round, explained from its events."""
+"""Explanations of a round from its events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clock(time: datetime) -> str:
 
 
 class Story:
-    """Events of one run, each at its second."""
+    """The events of a run, each at a given second."""
 
     def __init__(self, run: str = "r") -> None:
         self.run, self.events = run, list[Event]()
@@ -79,7 +79,7 @@ def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
         begun().counted(13, "a", 1).counted(15, "b", 2).add(40, "gone", worker="c", silent_s=5.0)
     )
     told, text = story.explained(now=100)
-    assert told.is_open
+    assert told.round.is_open
     assert told.missing == ["c"]
     assert told.left_s == pytest.approx(510)
     assert "is open" in text
@@ -138,7 +138,7 @@ def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_
     story.opened(35, 8)
     story.add(40, "evaluated", round=7, loss=0.5, num_examples=60, metrics=metrics)
     told, text = story.explained(now=1000)
-    assert not told.is_open
+    assert not told.round.is_open
     assert told.left_s is None
     assert f"Committed at {clock(at(34))}, 24 s after the opening, with a, c, 160 examples." in text
     assert "adding up 2 ms, averaging 1 ms, the checkpoint 30 ms" in text
@@ -186,7 +186,7 @@ def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
 def test_an_outage_puts_the_deadline_off():
     story = begun().add(100, "disconnected", reason="reset")
     told, text = story.explained(now=300)
-    assert told.left_s == pytest.approx(510)  # as it was when the broker went
+    assert told.left_s == pytest.approx(510)  # as when the broker was lost
     assert "lost the broker" in text
     told, _ = story.add(160, "reconnected").explained(now=300)
     assert told.left_s == pytest.approx(370)
@@ -205,7 +205,7 @@ def test_a_round_that_was_open_when_the_coordinator_was_lost():
     assert "A coordinator was started at" in text
     story.add(56, "joined", worker="a", num_examples=80).opened(57, asked=["a"], needed=1)
     told, text = story.explained(now=60)
-    assert told.missing == ["a"]  # its update comes again
+    assert told.missing == ["a"]  # its update is delivered again
     assert told.left_s == pytest.approx(597)
     assert "opened it again" in text
     told, _ = story.counted(61, "a", 1, needed=1).explained(now=62)
@@ -230,7 +230,7 @@ def test_a_run_that_ended_with_the_round_open(event, said):
     assert "Still waiting" not in text
     assert "so far" not in text
     assert "a did not answer by then." in text
-    assert "The longest wait was for a, b, c: 10 s since the opening." in text  # up to the end
+    assert "The longest wait was for a, b, c: 10 s since the opening." in text  # until the end
 
 
 def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
@@ -371,7 +371,7 @@ def test_as_data():
     ]
 
 
-# --- whatever is in a journal -------------------------------------------------------------------
+# --- arbitrary journals -------------------------------------------------------------------------
 
 EVENTS = """started resumed connected reconnected disconnected standby joined left gone refused
 failure

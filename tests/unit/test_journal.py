@@ -1,4 +1,4 @@
-"""The journal: what is kept, in which order, whatever the broker does."""
+"""The journal: which events are published and read, in which order, whatever the broker does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATIENCE_S = 20.0
 
 
 class Faulty:
-    """A link on which publishing fails as told: one outcome a publish, then all goes well."""
+    """A link whose publishes have the given outcomes, one each; later ones succeed."""
 
     def __init__(self, link: Link, outcomes: Sequence[Exception | None]) -> None:
         self._link, self._outcomes = link, list(outcomes)
@@ -48,9 +48,8 @@ class Faulty:
         self.in_flight += 1
         self.most_in_flight = max(self.in_flight, self.most_in_flight)
         try:
-            if not isinstance(
-                outcome, QueueFull | Unroutable
-            ):  # what is lost may be there all the same
+            # With a lost link, the message may have reached the broker all the same.
+            if not isinstance(outcome, QueueFull | Unroutable):
                 await self._link.publish(body, properties, exchange=exchange, keys=keys)
             await asyncio.sleep(0)
         finally:
@@ -70,7 +69,7 @@ async def broker() -> MemoryBroker:
 
 @contextlib.asynccontextmanager
 async def published(journal: Journal, link: Any) -> AsyncIterator[asyncio.Task[None]]:
-    """Publish what the journal is told, until the end of the block."""
+    """Publish the journal's events until the end of the block."""
     task = asyncio.create_task(journal.publish(link))
     await asyncio.sleep(0)
     try:
@@ -85,7 +84,7 @@ async def drained(journal: Journal) -> None:
 
 
 def raw(broker: MemoryBroker) -> list[Event]:
-    """Return everything in the stream, with what was sent twice."""
+    """Return all events in the stream, including duplicates."""
     found: list[Event] = []
     for stored in broker.queues[TOPOLOGY.journal].ready:
         message, _ = decode(stored.body, "f")
@@ -122,7 +121,7 @@ async def test_what_was_told_before_there_was_a_link_comes_first(broker):
     assert {event.session for event in (started, connected, opened)} == {started.session}
     assert {event.run for event in (started, connected, opened)} == {"r1"}
     assert started.moment is not None
-    assert connected.fields == {}  # the address is no news to who reads there
+    assert connected.fields == {}  # readers know the broker's address
     assert opened.fields == {"round": 1, "asked": ["a", "b"], "needed": 2}
 
 
@@ -153,7 +152,7 @@ async def test_many_events_at_once_are_one_message(broker):
     assert stored.properties.message_id == f"events/{events[0].session}/1"
     assert dict(stored.properties.headers) == {"events": 20}
     assert [event.number for event in events] == list(range(1, 21))
-    assert events[6].fields == {"round": "7", "odd": "{1, 7}"}  # msgpack has no word for a set
+    assert events[6].fields == {"round": "7", "odd": "{1, 7}"}  # msgpack cannot encode a set
     assert events[7].fields == {}
 
 
@@ -188,7 +187,7 @@ async def test_what_was_not_confirmed_is_sent_again_under_the_same_identity(brok
     first = Faulty(await broker.open(), [None, None, LinkLost("x"), LinkLost("x")])
     with pytest.raises(LinkLost):
         await journal.publish(first)  # type: ignore[arg-type]
-    assert first.most_in_flight > 1  # not one after the other
+    assert first.most_in_flight > 1  # not one at a time
     async with published(journal, await broker.open()):
         journal.record(from_fields("opened", {"round": 6}))
         await drained(journal)
@@ -253,7 +252,7 @@ async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
 async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
     journal = Journal(TOPOLOGY)
     journal.record(from_fields("finished", {"reason": "2 rounds are done"}))
-    await drained(journal)  # no link: nothing to wait for
+    await drained(journal)  # without a link, it returns at once
     assert raw(broker) == []
     never = asyncio.Event()
 
@@ -262,7 +261,7 @@ async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
             await never.wait()
 
     async with published(journal, Stuck(await broker.open(), [])):
-        await journal.drained(0.01)  # it does not answer: not for ever
+        await journal.drained(0.01)  # the broker does not confirm, so it gives up
     async with published(journal, await broker.open()):
         await drained(journal)
     assert names(raw(broker)) == ["finished"]
@@ -332,7 +331,7 @@ def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped
                 journal.record(from_fields("opened", {"round": told}))
             elif step == "cut" and link is not None and task is not None:
                 link.cut()
-                task.cancel()  # as whatever else uses the link would have it
+                task.cancel()  # like another user of the link that ends
                 await asyncio.gather(task, return_exceptions=True)
                 link = task = None
             elif step == "link" and task is None:
@@ -458,7 +457,7 @@ async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(bro
             await drained(journal)
             await asyncio.sleep(0)
         assert not task.done()
-    async with published(journal, link) as task:  # over the next link, too
+    async with published(journal, link) as task:  # also over the next link
         journal.record(from_fields("counted", {"round": 2}))
         await drained(journal)
         assert not task.done()
@@ -473,6 +472,8 @@ async def test_who_may_not_read_the_journal_is_told_which_right_is_missing(broke
 
     monkeypatch.setattr(MemoryLink, "newest", refused)
     events = read_journal(broker, TOPOLOGY)
-    with pytest.raises(BrokerError, match=r"ACCESS_REFUSED; it needs the right to read f\.journal"):
+    with pytest.raises(
+        BrokerError, match=r"ACCESS_REFUSED; the user needs permission to read f\.journal"
+    ):
         async for _ in events:
             pass

@@ -11,8 +11,13 @@ from PIL import Image, TiffImagePlugin
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.letters.folders import class_order, find_classes
-from fluffle_worker.letters.images import read_image, read_images
+from fluffle_worker.letters.images import read_images
 from fluffle_worker.letters.pixels import read_picture
+
+
+def read_image(path):
+    """Return the pixels of an image file."""
+    return read_picture(path).pixels
 
 
 def _letter(size: int = 100) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Updates in parts: what becomes of them is bit for bit what becomes of whole ones, or nothing."""
+"""Updates in parts: they give bit for bit the same sum as whole ones, or do not enter it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
-    """Lay tensors out as they travel."""
+    """Return tensors as one block of bytes, as on the wire."""
     whole = layout_for(tensors).empty()
     for name, into in whole.items():
         into[...] = tensors[name]
@@ -53,7 +53,7 @@ def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
 
 
 def cut(whole: Tensors, size: int) -> InPieces:
-    """Cut what is in one piece of memory, into one buffer that is used again and again."""
+    """Yield a block in pieces that share one buffer."""
     assert whole.memory is not None
     memory, buffer = whole.memory, memoryview(bytearray(size))
 
@@ -78,7 +78,7 @@ def drawn(seed: int, dtype: np.dtype[Any], shapes: list[tuple[int, ...]]) -> Ten
 
 
 def expected(base: Array, updates: list[tuple[Array, int]]) -> Array:
-    """Average as NumPy does, in float64, scaled as the coordinator scales."""
+    """Compute the average with NumPy in float64, with the coordinator's scaling."""
     scale, total = 2.0**-64, sum(n for _, n in updates)
     summed = np.zeros(base.shape)
     for learnt, n in updates:
@@ -92,7 +92,7 @@ models = st.lists(
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40), st.data())
-def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes, cells, data):
+def test_folding_pieces_is_bitwise_the_same_as_folding_the_whole(seed, name, shapes, cells, data):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     model = drawn(seed, dtype, shapes)
     base: Mapping[str, Array] = data.draw(st.sampled_from([model, dict(model)]))
@@ -106,7 +106,7 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
     averages = []
     for form in (*forms.values(), data.draw(st.sampled_from(list(forms.values())))):
         state = fedavg.init(base)
-        for _ in range(2):  # the memory of the first round serves the second
+        for _ in range(2):  # the second round reuses the memory of the first
             for update, n in zip(updates, counts, strict=True):
                 one = Contribution(worker="a", num_examples=n, delta=form(update))
                 state = fedavg.fold(state, one)
@@ -116,12 +116,12 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
         for tensor in base:
             both = [(update[tensor], n) for update, n in zip(updates, counts, strict=True)]
             assert average[tensor].tobytes() == averages[0][tensor].tobytes()
-            if name in ("float32", "float64"):  # the others are rounded in two steps by NumPy
+            if name in ("float32", "float64"):  # NumPy rounds the others in two steps
                 assert average[tensor].tobytes() == expected(base[tensor], both).tobytes()
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
-def test_the_mean_delta_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
+def test_the_mean_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     base, update = drawn(seed, dtype, shapes), drawn(seed + 1, dtype, shapes)
     mean, found = weighted(), []
@@ -139,14 +139,14 @@ def test_the_norm_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
 
 
 @pytest.mark.parametrize("size", [8, 24, 64, 80, 4096])
-def test_what_is_not_finite_is_counted_by_the_tensor_it_is_in(size):
+def test_values_that_are_not_finite_are_counted_by_tensor(size):
     whole = in_one_piece({"a": np.ones(5, np.float32), "b": np.ones((7, 3), np.float32)})
     whole["b"][2:4] = np.nan
     with pytest.raises(NotFinite, match="tensor 'b' has 6 values that are NaN or infinite"):
         check_delta(cut(whole, size), whole)
 
 
-def test_what_lies_between_tensors_means_nothing():
+def test_values_in_gaps_are_ignored():
     whole = in_one_piece({"a": np.full(5, 3.0, np.float32), "b": np.full(1, 4.0, np.float32)})
     model = in_one_piece({name: np.zeros_like(tensor) for name, tensor in whole.items()})
     whole.flat[5:16] = np.nan
@@ -172,7 +172,7 @@ def values(seed: int) -> dict[str, Array]:
 
 
 class Sum:
-    """An aggregator, what it reports, and the broker from which it fetches."""
+    """An aggregator, the events that it posts, and the broker that it fetches from."""
 
     def __init__(self, link: MemoryLink, folder: Path, **options: Any) -> None:
         self.link: Any = link
@@ -207,7 +207,7 @@ class Sum:
         change: Callable[[list[bytes]], list[bytes]] = list,
         encoding: str | None = None,
     ) -> Held:
-        """Put the parts of an update into the worker's outbox; return its announcement."""
+        """Send the parts of an update to the worker's outbox; return its announcement."""
         of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": worker}
         message = Update(**of, num_examples=3, seconds=0.0, encoding=encoding)
         _, body, parts = pack(message, tensors)
@@ -228,7 +228,7 @@ class Sum:
         return await self.heard()
 
     async def heard(self) -> ev.Event:
-        """Return what it reports next; raises what ended it, if anything did."""
+        """Return the next event that it posts; raise the exception that ended it, if any."""
         news = asyncio.ensure_future(self.news.get())
         await asyncio.wait({news, self.running}, return_when=asyncio.FIRST_COMPLETED)
         if not news.done():
@@ -242,7 +242,7 @@ class Sum:
 
 
 class Delivered:
-    """A delivery of an announcement."""
+    """The delivery of an announcement."""
 
     def __init__(self, body: bytes) -> None:
         self.body = body
@@ -269,7 +269,7 @@ async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterat
     await asyncio.gather(found.running, return_exceptions=True)
 
 
-async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
+async def test_parts_are_accepted_in_any_order_and_more_than_once(summing):
     rng = np.random.default_rng(7)
     for number, worker in enumerate("abc", start=1):
         held = await summing.send(
@@ -284,7 +284,7 @@ async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
 
 
 def replaced(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
-    """Change the payload of one part, which stays a well-formed message."""
+    """Replace the payload of a part, which remains a well-formed message."""
 
     def change_part(parts: list[bytes]) -> list[bytes]:
         message, payload = decode(parts[number])
@@ -304,7 +304,7 @@ def with_nan_at_the_end() -> dict[str, Array]:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "change", "cause", "told"),
+    ("tensors", "change", "cause", "reason"),
     [
         (values(9), replaced(-2, flipped), "tensors", "replaced or damaged"),
         (values(9), replaced(3, lambda payload: payload[:-4]), None, "8 of 9 parts came"),
@@ -313,13 +313,13 @@ def with_nan_at_the_end() -> dict[str, Array]:
     ],
     ids=["digest", "length", "missing", "NaN in the last part"],
 )
-async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
-    summing, tensors, change, cause, told
+async def test_an_update_that_fails_halfway_does_not_change_the_sum(
+    summing, tensors, change, cause, reason
 ):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     failed = await summing.fold(await summing.send("mallory", tensors, change))
     assert isinstance(failed, ev.FoldFailed)
-    assert told in failed.reason
+    assert reason in failed.reason
     assert (failed.again, failed.cause if not failed.again else None) == (cause is None, cause)
     assert isinstance(await summing.fold(await summing.send("b", values(2))), ev.Folded)
     right = [expected(summing.model[n], [(values(i)[n], 3) for i in (1, 2)]) for n in SHAPES]
@@ -327,7 +327,7 @@ async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
 
 
 class Cut:
-    """A link that is lost after so many messages were taken."""
+    """A link that is lost after a number of messages."""
 
     def __init__(self, link: MemoryLink, left: int) -> None:
         self._link, self._left = link, left
@@ -346,7 +346,7 @@ class Cut:
         return until_cut()
 
 
-async def test_a_link_lost_in_the_middle_of_a_transfer_leaves_the_sum_as_it_was(summing):
+async def test_a_link_lost_during_a_transfer_does_not_change_the_sum(summing):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     held, whole = await summing.send("b", values(2)), summing.link
     summing.link = Cut(whole, 5)
@@ -360,7 +360,7 @@ async def test_a_link_lost_in_the_middle_of_a_transfer_leaves_the_sum_as_it_was(
     assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
 
 
-async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch):
+async def test_a_large_update_is_never_whole_in_memory(summing, monkeypatch):
     many, parts = 2**18, 2**20 // (64 * PART)
     monkeypatch.setattr(wire, "PART_BYTES", 64 * PART)
     monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 2 * 64 * PART)
@@ -376,7 +376,7 @@ async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch
 
     monkeypatch.setattr(type(fedavg), "fold", looked_at)
     gc.collect()
-    tracemalloc.start()  # the sum is there already
+    tracemalloc.start()  # the sum is allocated already
     try:
         held = await summing.send("a", {"kernel": np.ones(many, np.float32)})
         assert held.message.transfer.parts == parts == 16
@@ -387,7 +387,7 @@ async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch
     assert held_bytes[0] < 2**20 // 4
 
 
-async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_other_round(
+async def test_the_next_update_is_fetched_during_a_fold_and_counts_in_no_other_round(
     summing, monkeypatch
 ):
     begun, fetched, go_on = asyncio.Event(), asyncio.Event(), threading.Event()
@@ -400,7 +400,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
         return fold(*on)
 
     def whole(one: spool.Spool) -> InPieces:
-        if next(count):  # the second one
+        if next(count):  # at the second call
             fetched.set()
         return payload(one)
 
@@ -412,7 +412,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
     summing.begin_to_fold(other, 3, 1)
     async with asyncio.timeout(60):
         await begun.wait()
-        await fetched.wait()  # of which the first is being folded
+        await fetched.wait()  # the next is fetched while the first is folded
     summing.aggregator.commit(1, WORKERS)
     go_on.set()
     first = (await summing.averages.get()).weights
@@ -430,7 +430,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
     ).tobytes()  # fmt: skip
 
 
-async def test_a_disk_that_is_full_costs_memory_and_no_update(summing, monkeypatch):
+async def test_a_full_disk_costs_memory_and_no_update(summing, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -441,7 +441,7 @@ async def test_a_disk_that_is_full_costs_memory_and_no_update(summing, monkeypat
 
 
 @pytest.mark.parametrize("summing", [{"keep_updates": True}], indirect=True)
-async def test_an_update_in_pieces_is_kept_as_it_came(summing):
+async def test_an_update_in_pieces_is_archived_unchanged(summing):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     assert summing.kept == [bytes(in_one_piece(values(1)).memory)]
 
@@ -451,9 +451,7 @@ OWN = NamedStrategy("own", pipeline(mean=weighted(), server=replace()))
 
 @pytest.mark.parametrize("summing", [{}, {"strategy": OWN}], ids=["fedavg", "own"], indirect=True)
 @pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk:0.5"])
-async def test_updates_in_parts_are_averaged_whatever_their_encoding_and_strategy(
-    summing, encoding
-):
+async def test_updates_in_parts_are_averaged_in_every_encoding_and_strategy(summing, encoding):
     updates = []
     for number, worker in enumerate("abc", start=1):
         sent, name = values(number), encoding and encoding.partition(":")[0]

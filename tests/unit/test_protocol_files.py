@@ -15,7 +15,7 @@ import pytest
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec, messages
 from fluffle_coordinator.conformance.scenario import SECTIONS
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_contribution
 from fluffle_worker.inbox import check_mail
 
 FOLDER = Path(__file__).parents[2] / "docs/protocol"

@@ -1,4 +1,4 @@
-"""The fold of events into what a run looks like: what it keeps, and what it lets go of."""
+"""The fold of events into a view of a run: what it keeps and what it drops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluffle_coordinator.observe.waiting import waiting_for
 
 
 def view_of(*events: RunEvent, only: int | None = None) -> RunView:
-    """Return the view of events, one a second from 100 on."""
+    """Return the view of events, one per second from 100 s on."""
     view = RunView(only)
     for second, event in enumerate(events, start=100):
         view.add(float(second), event)
@@ -58,7 +58,7 @@ def test_what_names_no_round_is_of_the_one_that_was_open():
     view = view_of(rejected(), opened(1, "a"), rejected(), rejected(9), committed(1), rejected())
     assert [note.at for note in view.before.notes] == [100.0]
     assert [note.at for note in view.rounds[1].notes] == [102.0, 103.0]
-    assert 9 not in view.rounds  # whoever sends rubbish does not fill the view with rounds
+    assert 9 not in view.rounds  # invalid messages create no rounds
 
 
 def test_another_run_begins_afresh():
@@ -84,8 +84,8 @@ def test_it_is_bounded():
     view = view_of(opened(1, "a"), *[rejected()] * 1100)
     assert len(view.rounds[1].notes) == 1000
     view = view_of(*(run_events.Gone(worker=f"w{number}") for number in range(10_100)))
-    assert len(view.workers.absent) == 10_000
-    assert "w0" not in view.workers.absent
+    assert len(view.workers.departed) == 10_000
+    assert "w0" not in view.workers.departed
 
 
 def test_of_old_rounds_the_result_alone_is_kept():
@@ -147,7 +147,7 @@ def test_a_history_makes_a_worker_of_those_asked_and_of_nobody_else():
     assert [(row.name, row.counted, row.state) for row in view.workers.in_order()] == [
         ("a", 1, "gone"), ("b", 0, "gone"),
     ]  # fmt: skip
-    assert view.tally.rounds == 0  # Prometheus counts what happens while it is watched
+    assert view.tally.rounds == 0  # the counters start with the first live event
 
 
 def test_a_whole_history_keeps_every_round_in_full():

@@ -192,7 +192,7 @@ def making(**tensors: Any) -> Any:
 @pytest.mark.parametrize(
     ("tensor", "named"),
     [
-        (np.zeros(2, bool), "'x' is bool, which does not travel; .* uint8"),
+        (np.zeros(2, bool), "'x' is bool, which is not supported; .* uint8"),
         (np.zeros(2, complex), "'x' is complex128, .* real and imaginary parts"),
         (np.array([None]), "'x' is object, .* keep it out"),
         (np.array(["a"]), "'x' is <U1, .* keep it out"),
@@ -212,7 +212,7 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
     [
         ({"x" * 501: np.zeros(1)}, "name of 501 characters; at most 500"),
         ({"": np.zeros(1)}, "empty name"),
-        ({3: np.zeros(1)}, "named by a int"),
+        ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, "not valid Unicode"),
         ({}, "no tensors"),
     ],
@@ -240,7 +240,7 @@ def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
 
     assert signature_of_task(own(init=init)) == UNKNOWN
     assert (
-        "can make no first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
+        "cannot make first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
     )
     assert difference(signature_of_task(making(w=np.zeros(1))), UNKNOWN) is None
 
@@ -316,7 +316,7 @@ def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
         assert told is not None
         assert told.summary == "2 tensors, 3 parameters: bfloat16 2"
     else:
-        with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which does not travel"):
+        with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which is not supported"):
             signature_of_task(task)
 
 

@@ -1,4 +1,4 @@
-"""Doing one work: what runs in the training thread, from the message to its answer."""
+"""One job in the training thread: from a decoded message to the answer that is sent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fluffle_common.tensors.codecs.base import (
 )
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
-from fluffle_common.tensors.groups import ExtraForm, check_extra, chosen, forms_of
+from fluffle_common.tensors.groups import ExtraForm, check_extra, forms_of, select_tensors
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
@@ -37,20 +37,30 @@ from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
-from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task, TrainResult
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task
 from fluffle_worker.user_code import one_line
 
 
 class NotWanted(Exception):
-    """Raised in the training thread by ``progress``, to end work that nobody wants any more."""
+    """Raised by ``progress`` in the training thread to stop work that has become obsolete."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A work with its input, and its answer when there is one.
+    """A piece of work with its input and, once there is one, its answer.
 
-    ``broadcast`` came beside the weights; ``extra`` goes beside the answer's tensors; ``residual``
-    is what the answer leaves unsent.
+    Args:
+        work: its identity.
+        message: the request.
+        weights: the received weights; empty once the answer exists.
+        broadcast: the strategy's extra tensors that came with them.
+        wanted: False once the work is obsolete; training then stops at its next step.
+        evaluation: the evaluation to send.
+        evaluation_sent: whether the broker has confirmed it.
+        answer: the message to send and its tensors.
+        extra: the extra tensors that go with the answer.
+        residual: what the codec left out of the answer.
+        sending: held while parts of the answer are being sent.
     """
 
     work: Work
@@ -78,22 +88,22 @@ def execute(
     form: Signature = UNKNOWN,
     codecs: Registry = CODECS,
 ) -> None:
-    """Do a work and put its answer into the job; blocks, and runs the user's code.
+    """Run the task's code for a job and store the answer in the job; blocks.
 
     Args:
-        job: what is asked, and where the answer goes.
+        job: the job.
         task: the model and the data.
         sender: the fields ``federation`` and ``worker`` of the answer.
-        evaluated: called when the evaluation is there and training begins.
-        progress: told of each step.
-        residual: what the last update that was sent left unsent; asked for after the training.
-        results: takes what the task returns.
-        form: what the task's own model is made of.
-        codecs: those that updates may be encoded by.
+        evaluated: called when ``job.evaluation`` is set and training begins.
+        progress: called after each step with (step, steps, loss).
+        residual: returns the residual of the last update sent; called after the training.
+        results: checks what the task returns.
+        form: the signature of the task's model.
+        codecs: the codecs that updates may be encoded with.
 
     Raises:
-        NotWanted: where nobody wants the work any more, at its next step.
-        TaskError: where what the task returns is of no use, or the model is not the task's.
+        NotWanted: at the next step, once the work is obsolete.
+        TaskError: if the federation's model is not the task's, or the task's result is unusable.
         BaseException: whatever the task raises.
     """
     results = results or Results()
@@ -102,11 +112,11 @@ def execute(
     if isinstance(message, InitRequest):
         job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
         return
-    differs = difference(layout_for(job.weights).signature, form)
-    if differs:
-        raise TaskError(differs)
+    mismatch = difference(layout_for(job.weights).signature, form)
+    if mismatch:
+        raise TaskError(mismatch)
     ids["base"] = message.base
-    job.evaluation = _evaluated(job.weights, message, task, ids, results)
+    job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
         return
     if job.evaluation is not None:
@@ -118,39 +128,47 @@ def execute(
         progress(*results.step(number, steps, loss))
 
     codec = _codec_of(message.plan, codecs)
-    update, learnt = _trained(job, message, task, ids, step=step, results=results)
+    update, change = _train(job, message, task, ids, step=step, results=results)
     if codec is None:
-        job.answer, job.residual = (update, learnt), Residual(job.work)
+        job.answer, job.residual = (update, change), Residual(job.work)
     else:
         seed = _plan_of(message).seed
-        job.answer, left = _encoded(update, learnt, codec, residual().before(job.work), seed)
-        job.residual = Residual(job.work, left)
-    job.weights, job.broadcast = {}, {}  # the answer is kept for a while, these need not be
+        job.answer, left_out = _encode(update, change, codec, residual().before(job.work), seed)
+        job.residual = Residual(job.work, left_out)
+    job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
 
 
-def _evaluated(
+def _evaluate(
     weights: Weights,
     message: Fit | Evaluate,
     task: Task,
     ids: dict[str, Any],
     results: Results,
 ) -> Evaluation | None:
-    """Evaluate, if that is asked for; return what is to be said of it."""
+    """Evaluate if the message asks for it; return the message to send, or None."""
     number = message.round
     if isinstance(message, Fit):
-        number -= 1  # of the model that was received
+        number -= 1  # the received model is the previous round's
         if not message.evaluate:
             return None
-    found = results.evaluated(lambda: task.evaluate(lent(weights, task)))
-    if found is None and isinstance(message, Evaluate):
-        found = EvalResult(0.0, 0)  # an answer, too, so that nobody waits for another
-    return None if found is None else _evaluation(ids, number, found)
+    result = results.evaluated(lambda: task.evaluate(lent(weights, task)))
+    if result is None:
+        if isinstance(message, Fit):
+            return None
+        result = EvalResult(0.0, 0)  # tells the coordinator not to wait
+    return Evaluation(
+        **ids,
+        round=number,
+        num_examples=result.num_examples,
+        loss=result.loss,
+        metrics=dict(result.metrics),
+    )
 
 
-def _trained(
+def _train(
     job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, step: Progress, results: Results
 ) -> tuple[Update, Weights]:
-    """Train; return the update, yet without its tensors, and what was learnt."""
+    """Train; return the update's header and the delta."""
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
         rule.of_round(job.work.run, fit.sequence or fit.round, job.broadcast)
@@ -158,57 +176,69 @@ def _trained(
     trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), step))
     seconds = time.monotonic() - began
     try:
-        learnt = delta(trained.weights, job.weights)
+        change = delta(trained.weights, job.weights)
     except ValueError as wrong:
-        raise TaskError(f"train() returned other weights than it was given: {wrong}") from None
-    learnt = _chosen(learnt, fit.plan)
-    sent = rule.sent if isinstance(rule, BoundRule) else {}
-    job.extra = _extra(fit.plan.extra, {**sent, **trained.extra}, job.weights)
-    return _update(ids, fit, trained, seconds), learnt
+        raise TaskError(
+            f"train() returned weights that do not match the received ones: {wrong}"
+        ) from None
+    change = _planned(change, fit.plan)
+    of_rule = rule.sent if isinstance(rule, BoundRule) else {}
+    job.extra = _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)
+    update = Update(
+        **ids,
+        round=fit.round,
+        sequence=fit.sequence,
+        num_examples=trained.num_examples,
+        seconds=seconds,
+        metrics=dict(trained.metrics),
+    )
+    return update, change
 
 
-def _chosen(learnt: Weights, plan: Plan) -> Weights:
-    """Return what is sent of a delta; what else the training changed stays here.
+def _planned(change: Weights, plan: Plan) -> Weights:
+    """Return the part of a delta that the plan asks for.
 
     Raises:
-        TaskError: if that is nothing.
+        TaskError: if the model has none of the plan's tensors.
     """
-    found = chosen(learnt, plan.train)
-    if not found:
+    planned = select_tensors(change, plan.train)
+    if not planned:
         names = ", ".join(plan.train or ())
         raise TaskError(
-            f"the federation trains the tensors {names[:200]}, and this task's model has none of "
-            "them; its names are in 'fluffle peek' and in every checkpoint"
+            f"the federation trains the tensors {names[:200]}, but this task's model has none of "
+            "them; 'fluffle peek' and every checkpoint show its names"
         )
-    return found
+    return planned
 
 
-def _extra(wanted: ExtraForm | None, found: Weights, model: Weights) -> Weights:
-    """Return what is sent beside a delta: what was asked for, and nothing if nothing was.
+def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
+    """Return the extra tensors to send: empty unless the strategy asks for some.
 
     Raises:
-        TaskError: if it is not there, or is not what was asked for.
+        TaskError: if they are missing, not finite, or have other names, dtypes or shapes.
     """
     if wanted is None:
         return {}
-    if not found:
+    if not extra:
         raise TaskError(
-            "the federation's strategy asks for extra tensors, and this worker's training makes "
-            "none; add the strategy's own rule by --local-rule"
+            "the federation's strategy asks for extra tensors, but this worker's training returns "
+            "none; add the local rule that belongs to the strategy with --local-rule"
         )
     try:
-        check_extra(forms_of(found), wanted, model)
-        check_finite(found)
+        check_extra(forms_of(extra), wanted, model)
+        check_finite(extra)
     except ValueError as wrong:
-        raise TaskError(f"not what the federation's strategy asks for: {wrong}") from None
-    return found
+        raise TaskError(
+            f"the extra tensors are not what the federation's strategy asks for: {wrong}"
+        ) from None
+    return extra
 
 
 def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
-    """Return the codec that the plan asks for; None for plain updates.
+    """Return the codec that the plan names, or None if updates are not encoded.
 
     Raises:
-        TaskError: if this worker does not have it, or it does not take these settings.
+        TaskError: if this worker does not have that codec, or the codec rejects its settings.
     """
     if plan.compress is None:
         return None
@@ -220,64 +250,43 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     except UnknownCodec:
         raise TaskError(
             f"the federation encodes its updates with the codec '{name}', which this worker does "
-            "not have; get its file from whoever runs the coordinator and add --codec "
-            "path.py:name, or install the package that brings it"
+            "not have; install the package that provides it, or get its file from the "
+            "coordinator's operator and add --codec path.py:name"
         ) from None
     except Exception as why:
         raise TaskError(f"the codec '{name}' refuses '{plan.compress}': {one_line(why)}") from why
 
 
-def _encoded(
-    update: Update, learnt: Weights, codec: Codec, before: Weights, seed: int
+def _encode(
+    update: Update, change: Weights, codec: Codec, before: Weights, seed: int
 ) -> tuple[tuple[Update, Weights], Weights]:
-    """Return the update with its tensors encoded, and what that leaves unsent.
+    """Return the update with its tensors encoded, and the tensors of the new residual.
 
     Raises:
-        TaskError: if the codec's own code fails.
+        TaskError: if the codec's code fails.
     """
     rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
     try:
-        tensors, left = compress(learnt, codec, before, rng)
+        tensors, left_out = compress(change, codec, before, rng)
     except CodecError as wrong:
         raise TaskError(f"{wrong}; no update is sent") from wrong.__cause__
-    return (update.model_copy(update={"encoding": codec.name}), tensors), left
+    return (update.model_copy(update={"encoding": codec.name}), tensors), left_out
 
 
 def _first_weights(task: Task, seed: int) -> Weights:
-    """Make the first weights; they are kept for a while, so the task is to hold none of them."""
-    made = arrays(task.init(seed), "init()")
-    check_signature(signature_of(made))
-    return made if getattr(task, "only_reads", False) else copied(made)
+    """Return the task's initial weights, copied unless the task only reads: the answer is kept."""
+    weights = arrays(task.init(seed), "init()")
+    check_signature(signature_of(weights))
+    return weights if getattr(task, "only_reads", False) else copied(weights)
 
 
 def _plan_of(message: Fit) -> RoundPlan:
-    """Give each piece of work a seed of its own, the same whenever it is done again.
+    """Return the plan for the task, with a seed that depends on the run's seed and the ticket.
 
-    The task may do with the plan's ``config`` what it likes.
+    The plan gets a copy of ``config``, so the task may modify it.
     """
     ticket = message.sequence or message.round
     seed = (message.plan.seed * 1_000_003 + ticket) % 2**63
-    own = {"seed": seed, "config": dict(message.plan.config)}
-    at = {"run": message.run, "round": message.round, "sequence": ticket}
-    return RoundPlan(**{**dict(message.plan), **own, **at})
-
-
-def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:
-    return Evaluation(
-        **ids,
-        round=number,
-        num_examples=found.num_examples,
-        loss=found.loss,
-        metrics=dict(found.metrics),
-    )
-
-
-def _update(ids: dict[str, Any], fit: Fit, trained: TrainResult, seconds: float) -> Update:
-    return Update(
-        **ids,
-        round=fit.round,
-        sequence=fit.sequence,
-        num_examples=trained.num_examples,
-        seconds=seconds,
-        metrics=dict(trained.metrics),
-    )
+    changes = {"seed": seed, "config": dict(message.plan.config)}
+    ids = {"run": message.run, "round": message.round, "sequence": ticket}
+    return RoundPlan(**{**dict(message.plan), **changes, **ids})

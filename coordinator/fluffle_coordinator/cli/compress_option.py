@@ -51,7 +51,7 @@ def _custom_codec(text: str) -> str | None:
     Raises:
         UsageError: if the object is not a codec, or does not accept these settings.
     """
-    from fluffle_common.cli.objects import load_codec
+    from fluffle_common.cli.loading import load_codec
     from fluffle_common.protocol.messages import Compression
     from fluffle_common.tensors.codecs.base import UnknownCodec
     from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, encoding_of

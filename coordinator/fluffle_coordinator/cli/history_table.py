@@ -77,7 +77,7 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    from fluffle_common.tensors.checkpoint import replacing
+    from fluffle_common.durable_files import replacing
 
     numbers = [row["round"] for row in rounds]
     figure, left = plt.subplots(figsize=(7, 4.2), layout="constrained")

@@ -58,7 +58,7 @@ def replay(
       fluffle coordinator --federation letters --keep-updates
       fluffle replay runs/letters --round 3
     """
-    from fluffle_common.cli.objects import load_codec
+    from fluffle_common.cli.loading import load_codec
     from fluffle_coordinator.storage.replay import replay as replay_round
 
     for codec in codecs:
@@ -156,7 +156,7 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     \b
       fluffle report runs/letters --out report.html
     """
-    from fluffle_common.tensors.checkpoint import replacing
+    from fluffle_common.durable_files import replacing
     from fluffle_coordinator.dashboard.report import page, read_report
 
     shown = read_report(folder, time.time())

@@ -34,7 +34,7 @@ from fluffle_common.transport.base import Link, Properties, Unroutable
 from fluffle_common.transport.parts import PartsGone, fetch
 from fluffle_coordinator.conformance.findings import ReceivedUpdate, Unmet
 from fluffle_coordinator.conformance.listener import RUNS, ExamOptions, Listener, SentFit
-from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
+from fluffle_coordinator.strategy.decoding import check_announced, decode_contribution
 
 _T = TypeVar("_T")
 _MAX_MODEL_BYTES = 8 * 2**30

@@ -1,13 +1,11 @@
-"""From options to a running coordinator: the run folder, the broker, signals, the exit code."""
+"""The coordinator process: from options through the run folder and the broker to an exit code."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +18,10 @@ from fluffle_common.cli.settings import (
     parse_classes,
     parse_config,
 )
-from fluffle_common.clock import monotonic
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
-from fluffle_common.tensors.weights import check_finite, check_signature
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
@@ -34,40 +29,36 @@ from fluffle_coordinator.machine.state import Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
-from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
+from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import (
     as_named,
-    check_same,
     rules_for,
     uncounted_sampling,
 )
 from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.page import Page
-
-_STANDBY_POLL_S = 0.5
-_STANDBY_TOLD_S = 30.0
 
 
 def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     """Run a coordinator to its end.
 
     Raises:
-        RunError: where the run stopped before its last round.
-        TaskError: where the strategy fails.
+        RunError: if the run stopped before its last round.
+        TaskError: if the user's strategy, schedule or selection fails.
         SystemExit: after a signal, with 128 + its number.
     """
     settings = settings_of(rules, options)
     federation = settings.federation
-    # Asked for again and again: our own node may be started later, and elsewhere.
+    # Called before every attempt: a private broker may start later, on another port.
     find = functools.partial(broker_url, options["url"])
     transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
     store = RunStore(options["folder"] or Path("runs") / federation)
@@ -77,8 +68,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         journal = Journal(topology)
         watcher = Watchers(View(console), journal, *([page] if page else []))
         if page:
-            url = page.url
-            console.line("page", lambda: f"the page is at {url}", {"url": url})
+            console.line("page", f"the page is at {page.url}", {"url": page.url})
         run = coordinate(
             settings,
             transport,
@@ -94,24 +84,24 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         except Interrupted as signalled:
             sys.exit(signalled.exit_code)
     if state.outcome == "stopped":
-        how = endings.after_a_stop(state, store.folder)
-        raise RunError(f"the run stopped: {state.reason}; {how}")
+        remedy = endings.after_a_stop(state, store.folder)
+        raise RunError(f"the run stopped: {state.reason}; {remedy}")
 
 
 def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
-    """Turn options into what the operator decided.
+    """Turn command-line options into settings.
 
     Raises:
-        UsageError: where they are wrong, or do not fit together.
-        TaskError: where the file of a strategy or a hook fails to load.
+        UsageError: if an option is invalid, or options contradict each other.
+        TaskError: if the file of a strategy, schedule or hook fails to load.
     """
     strategy = as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
-            f"--keep-updates would keep what the strategy {strategy.name} is to hide, and replay "
-            "cannot compute its rounds again; leave it out"
+            f"--keep-updates would store the updates that the strategy {strategy.name} keeps "
+            "private, and replay cannot reproduce its random noise; remove --keep-updates"
         )
-    timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
+    timing = Timing(**{field.name: options[field.name] for field in fields(Timing)})
     schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
@@ -147,7 +137,7 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
 
 
 def _compress(options: dict[str, Any]) -> Compression | None:
-    """Return how workers are to encode their updates; None: not at all."""
+    """Return the encoding of the workers' updates, or None for plain tensors."""
     if options["compress"] is not None:
         return Compression.parse(options["compress"])
     dtype: str = options["upload_dtype"]
@@ -165,56 +155,31 @@ async def coordinate(
     page: Page | None = None,
     fresh: bool = False,
 ) -> State:
-    """Run a federation in its folder, from wherever it stands, to its end.
+    """Begin or resume the run in a folder, and run it to its end.
 
     Args:
-        settings: what the operator decided.
-        transport: the way to the broker.
-        topology: the names on it.
-        store: the run's folder; waited for while another coordinator has it.
-        watcher: told what happens; one of those it tells is the journal.
-        journal: what publishes the events, if anything does.
-        page: the live page, told of the rounds that are done already.
-        fresh: move an earlier run aside.
+        settings: the operator's settings.
+        transport: connects to the broker.
+        topology: the names of the federation's queues and exchanges.
+        store: the run folder; waits while another coordinator holds its lock.
+        watcher: receives every event, and passes it on to ``journal`` among others.
+        journal: publishes the events on the broker; None publishes none.
+        page: the live page, which also shows the rounds of the history.
+        fresh: move an earlier run aside and begin a new one.
 
     Returns:
-        How the run ended.
+        The final state of the machine.
 
     Raises:
-        RunError: where the folder cannot be used.
-        TaskError: where the strategy fails.
-        UsageError: where the folder holds a run that these settings do not continue.
+        RunError: if the folder cannot be used.
+        TaskError: if the user's strategy, schedule or selection fails.
+        UsageError: if the run in the folder cannot continue with these settings.
     """
-    with _usable(store.folder):
-        await _locked(store, watcher)
-        if fresh:
-            aside = store.start_afresh()
-            if aside is not None:
-                watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
-        saved = store.load(settings.federation)
-        check_same(settings.strategy, saved, store.folder)
-        _check_beginning(settings.init, store, saved, watcher)
-        store.note_configuration(configuration(settings, topology), saved.committed)
-    for repair in saved.repairs:
-        watcher.record(run_events.Repaired(what=repair))
-    run, rounds, folder = saved.run, settings.rules.rounds, str(store.folder)
-    if saved.committed:
-        if page:
-            page.remember(read_history(store.folder))
-        watcher.record(run_events.Resumed(run=run, rounds=rounds, round=saved.committed))
-    else:
-        watcher.record(run_events.Started(run=run, rounds=rounds, folder=folder))
-    if rounds == settings.strategy.strategy.needs.max_rounds:
-        most = f"the strategy {settings.strategy.name} allows no more than {rounds} rounds"
-        watcher.record(run_events.Note(what=most))
-    for what in uncounted_sampling(settings.strategy, settings.rules):
-        watcher.record(run_events.Note(what=what))
-    if saved.committed >= settings.rules.rounds:
-        done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
-        watcher.record(run_events.Note(what=done))
-    if saved.weights is None and settings.init is not None:
-        with _usable(store.folder):
-            saved = _begin_with(settings.init, store, saved, settings.federation)
+    saved = await open_run(settings, topology, store, watcher, fresh=fresh)
+    if page and saved.committed:
+        page.remember(read_history(store.folder))
+    for event in _beginning(settings, saved, store.folder):
+        watcher.record(event)
     coordinator = Coordinator(
         settings,
         transport=transport,
@@ -232,53 +197,26 @@ async def coordinate(
     return state
 
 
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    """Say in one line why a run folder cannot be used: its rights, its disk, or its file system."""
-    try:
-        yield
-    except OSError as why:
-        what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
-        raise RunError(
-            f"cannot use the run folder {folder} ({what}); it must be on a file system with locks "
-            "and writable for this user: choose another with --run"
-        ) from None
-
-
-def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: Watcher) -> None:
-    """Compare the model file of ``--init`` with what a run that exists began with.
-
-    Raises:
-        UsageError: where it is another.
-    """
-    first = store.folder / checkpoint_name(0)
-    if init is None or saved.weights is None or not first.exists():
-        return
-    try:
-        other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
-    except UsageError as why:  # the run has its own copy
-        watcher.record(run_events.Note(what=f"--init is no longer needed, and is ignored: {why}"))
-        return
-    if other:
-        raise UsageError(other)
-
-
-async def _locked(store: RunStore, watcher: Watcher) -> None:
-    """Wait until no other coordinator has the run folder."""
-    told_at = -_STANDBY_TOLD_S
-    try:
-        while not store.try_lock():
-            if monotonic() - told_at >= _STANDBY_TOLD_S:
-                watcher.record(run_events.Standby(what=str(store.folder)))
-                told_at = monotonic()
-            await asyncio.sleep(_STANDBY_POLL_S)
-    except asyncio.CancelledError:
-        watcher.record(run_events.Interrupted(folder=str(store.folder)))
-        raise
+def _beginning(
+    settings: CoordinatorSettings, saved: Saved, folder: Path
+) -> Iterator[run_events.RunEvent]:
+    """Yield the events that say how the run begins, and what its operator should know."""
+    strategy, rounds = settings.strategy, settings.rules.rounds
+    if saved.committed:
+        yield run_events.Resumed(run=saved.run, rounds=rounds, round=saved.committed)
+    else:
+        yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
+    if rounds == strategy.strategy.needs.max_rounds:
+        what = f"the strategy {strategy.name} allows no more than {rounds} rounds"
+        yield run_events.Note(what=what)
+    for what in uncounted_sampling(strategy, settings.rules):
+        yield run_events.Note(what=what)
+    if saved.committed >= rounds:
+        yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
 
 
 def _page(options: dict[str, Any], topology: Topology) -> Page | None:
-    """Open the live page, where it is wanted."""
+    """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
     from fluffle_coordinator.dashboard import needs
@@ -287,24 +225,3 @@ def _page(options: dict[str, Any], topology: Topology) -> Page | None:
         from fluffle_coordinator.dashboard.page import Page
     url = broker_url(options["url"])
     return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
-
-
-def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
-    """Take the first weights from a model file, such as another run's last."""
-    weights, metadata = read_checkpoint(file)
-    try:
-        check_signature(weights)
-        check_finite(weights)
-        check_names(weights)
-    except ValueError as wrong:
-        raise UsageError(f"{file} cannot be used as first weights: {wrong}") from None
-    metadata = {
-        "task": metadata.get("task", ""),
-        "classes": metadata.get("classes", "[]"),
-        "federation": federation,
-        "run": saved.run,
-        "round": "0",
-        "base": new_base(),
-    }
-    store.save_weights(0, weights, metadata)
-    return replace(saved, weights=weights, metadata=metadata)

@@ -1,7 +1,7 @@
-"""A compiled training step whose state goes in and out as a plain list of arrays.
+"""A compiled training step that takes and returns its state as a flat list of arrays.
 
-Taking a Flax state apart and putting it together at every call costs as much as a small model's
-step itself. Here it happens only when the step is compiled.
+Flattening and unflattening a Flax state at each call takes as long as a small model's step. Here
+that happens only while the step is being traced.
 """
 
 from __future__ import annotations
@@ -15,37 +15,35 @@ from fluffle_common.errors import TaskError
 
 
 class Flat(NamedTuple):
-    """A tree of arrays: its leaves, and what it is made of, which can be hashed."""
+    """A flattened tree of arrays: the leaves and the hashable tree structure."""
 
     leaves: list[Any]
     form: Any
 
     @classmethod
     def of(cls, tree: Any) -> Flat:
-        """Take a tree apart."""
+        """Flatten a tree."""
         return cls(*jax.tree.flatten(tree))
 
     def tree(self) -> Any:
-        """Put it together again."""
+        """Return the tree."""
         return jax.tree.unflatten(self.form, self.leaves)
 
 
 def flat_step(step: Callable[..., Any], *, static_rate: bool) -> Callable[..., tuple[Flat, Any]]:
-    """Compile a step.
+    """Return the compiled form of a step on trees.
 
     Args:
-        step: ``(learning_rate, state, frozen, source, batch, key) -> (state, loss)``, of trees.
-        static_rate: compile it anew for each learning rate.
+        step: ``(learning_rate, state, frozen, source, batch, key) -> (state, loss)``.
+        static_rate: whether to compile it anew for each learning rate.
 
     Returns:
-        ``(learning_rate, state, frozen, source, batch, key, number) -> (state, loss)``, where both
-        states are ``Flat``; the step gets ``key`` with ``number`` folded in.
-
-    Raises:
-        TaskError: from the returned function, if the step changes the form of its state.
+        ``(learning_rate, state, frozen, source, batch, key, number) -> (state, loss)``, with
+        ``state`` and ``frozen`` as ``Flat``. The step receives ``key`` with ``number`` folded in.
+        The function raises ``TaskError`` if the step changes the structure of its state.
     """
 
-    def on_leaves(  # noqa: PLR0917 - all of them traced, or static, by position
+    def on_leaves(  # noqa: PLR0917 - jitted: positional, static or traced
         rate: Any,
         forms: tuple[Any, Any],
         leaves: list[Any],
@@ -55,20 +53,20 @@ def flat_step(step: Callable[..., Any], *, static_rate: bool) -> Callable[..., t
         key: Any,
         number: Any,
     ) -> tuple[list[Any], Any]:
-        before, kept = Flat(leaves, forms[0]), Flat(frozen, forms[1])
+        before, constant = Flat(leaves, forms[0]), Flat(frozen, forms[1])
         key = jax.random.fold_in(key, number)
-        state, loss = step(rate, before.tree(), kept.tree(), source, batch, key)
+        state, loss = step(rate, before.tree(), constant.tree(), source, batch, key)
         after = Flat.of(state)
         if after.form != before.form:
             raise TaskError(
-                "a training step changes what the state of the model or of its optimizer is made "
-                "of; create all variables in the model's __init__"
+                "a training step changes the structure of the model's or the optimizer's state; "
+                "create all variables in the model's __init__"
             )
         return after.leaves, loss
 
     compiled = jax.jit(on_leaves, static_argnums=(0, 1) if static_rate else (1,))
 
-    def call(  # noqa: PLR0917 - as the step itself has them
+    def call(  # noqa: PLR0917 - the parameters of the step
         rate: Any, state: Flat, frozen: Flat, source: Any, batch: Any, key: Any, number: int
     ) -> tuple[Flat, Any]:
         forms = state.form, frozen.form

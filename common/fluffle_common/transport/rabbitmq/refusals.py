@@ -1,4 +1,4 @@
-"""Why a broker did not let us in, and whether to try again: what happens before there is a link."""
+"""Errors of a connection attempt, and whether another attempt can succeed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIMIT = "limit"
 _AMQP = b"AMQP\x00\x00\x09\x01"
 _ASK_S = 3.0
 
-# What the other side says of ours, as ssl names it.
+# Alerts by which the broker rejects our certificate.
 _OURS = ("CERTIFICATE_REQUIRED", "UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED",
          "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED")  # fmt: skip
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE")
@@ -25,27 +25,27 @@ _NO_COMMON = ("HANDSHAKE_FAILURE", "PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "
 
 
 class WrongNode(BrokerError):
-    """This node cannot be used as the URL says; another one of its cluster may do."""
+    """This node cannot be used with this URL; another node of its cluster may work."""
 
 
 def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | LinkLost:
-    """Return the error for a broker that closed the connection while it was being opened.
+    """Return the error for a broker that closed a connection during the handshake.
 
     Args:
         code: AMQP's reply code.
-        text: what the broker said.
-        url: of the broker.
-        again: this process has been connected before. A limit that is reached then may be so
-            because its own old connections, cut by a network, live on in the broker for a while.
+        text: the broker's reply text.
+        url: the broker's URL.
+        again: whether this process was connected before. If so, a reached limit is temporary: the
+            broker may still count connections that the network has cut.
     """
     where, user, vhost = shown(url), url.user or "guest", url.path[1:] or "/"
     if code == _ACCESS_REFUSED:
         only = ", and lets 'guest' in from its own machine only" if user == "guest" else ""
         return BrokerError(
             f"the broker at {where} refuses user '{user}' or the password{only}; "
-            "put the right ones into --url amqp://user:password@host"
+            "correct them in --url amqp://user:password@host"
         )
-    if code != _NOT_ALLOWED:  # it is starting or stopping, say, or has run out of something
+    if code != _NOT_ALLOWED:  # for example, it is starting or stopping
         return LinkLost(text)
     if _LIMIT in text:
         if again:
@@ -57,8 +57,8 @@ def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | 
         )
     if "not found" in text:
         return BrokerError(
-            f"the broker at {where} has no vhost '{vhost}'; make it with 'rabbitmqctl add_vhost', "
-            "or put the right one at the end of --url"
+            f"the broker at {where} has no vhost '{vhost}'; create it with "
+            "'rabbitmqctl add_vhost', or correct the end of --url"
         )
     return BrokerError(
         f"the broker at {where} does not let user '{user}' into vhost '{vhost}' ({text}); check "
@@ -67,7 +67,7 @@ def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | 
 
 
 def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
-    """Return the error for TLS that will not do, whoever found that; None where it is not TLS."""
+    """Return the error for a failed TLS handshake; None if TLS was not the cause."""
     found = _ssl_error(failed)
     if found is None:
         return None
@@ -80,8 +80,8 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
             case 9:
                 why, remedy = "is not valid yet", "check the clocks of both machines"
             case 62 | 64:
-                why = f"is not made out for '{host}'"
-                remedy = "put a name that is in the certificate into --url, or renew it"
+                why = f"is not valid for '{host}'"
+                remedy = "use a host name from the certificate in --url, or renew the certificate"
             case _:
                 why = f"is not signed by anyone trusted here ({said})"
                 remedy = "name the CA's file in --url: amqps://…?cafile=/path/ca.pem"
@@ -95,7 +95,7 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
     if any(word in reason for word in _NOT_TLS):
         return WrongNode(
             f"there is no TLS at {where} ({reason}); write amqp://… into --url, or the port of "
-            "the broker's TLS listener (5671, as a rule)"
+            "the broker's TLS listener (usually 5671)"
         )
     if any(word in reason for word in _NO_COMMON):
         return WrongNode(
@@ -106,14 +106,15 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
 
 
 def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None:
-    """Find out why a broker closed a connection without a word of AMQP; None where TLS is not why.
+    """Return the error if TLS is why a broker closed a connection silently; None otherwise.
 
-    The event loop does not tell what TLS said after the handshake; a plain socket does. Blocks for
-    some seconds at most.
+    asyncio hides the TLS alerts that arrive after the handshake, so this connects again with a
+    plain socket. It blocks for a few seconds at most.
 
     Args:
-        url: of the broker.
-        context: how TLS is checked; None: without TLS, and the question is whether there must be.
+        url: the broker's URL.
+        context: the TLS context in use; None for a plain connection, where the question is whether
+            the broker requires TLS.
     """
     asking = context
     if asking is None:
@@ -140,7 +141,7 @@ def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None
 
 
 def _ssl_error(failed: BaseException | None) -> ssl.SSLError | None:
-    """Find what TLS said, also where aiormq has wrapped it."""
+    """Return the TLS error in a chain of exceptions, which aiormq may have wrapped."""
     seen: set[int] = set()  # aiormq's errors can be each other's cause
     while failed is not None and id(failed) not in seen:
         if isinstance(failed, ssl.SSLError):
