@@ -174,7 +174,7 @@ class TestRun:
         assert board.view.counters.rounds == 1  # what is counted for Prometheus never goes down
 
     def test_what_a_machine_that_waits_says(self) -> None:
-        board = told(STARTED, CONNECTED)
+        board = board_after(STARTED, CONNECTED)
         state = start(Rules(rounds=3, min_workers=2), RUN, now=5.0).replace(link=1)
         bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
         run = board.run()
