@@ -48,7 +48,7 @@ def load_into(
 ) -> None:
     """Load a model into a Flax module: every ``nnx.Param`` and ``nnx.BatchStat``, by name.
 
-    Frozen tensors that belong to a checkpoint are in a file beside it, and are put in place too.
+    A checkpoint's frozen tensors, if it has some, are read from the file beside it.
 
     Args:
         module: the module to change in place; it has the structure of the trained module.
@@ -99,11 +99,11 @@ def save_model(
 
     Args:
         file: the safetensors file to write.
-        module: what is written: every ``nnx.Param`` and every ``nnx.BatchStat``.
-        federated: the filter of the tensors that travel, as the task has it.
-        frozen: the filter of the frozen tensors, as a task with ``share_frozen=True`` has it. They
-            are written to a file of their own beside ``file``, under a name made from their
-            content.
+        module: the module; every ``nnx.Param`` and every ``nnx.BatchStat`` is written.
+        federated: a Flax filter of the tensors that travel, the same as the task's.
+        frozen: a Flax filter of the frozen tensors, the same as that of a task with
+            ``share_frozen=True``. They go to a file of their own beside ``file``, whose name is
+            made from their content.
 
     Raises:
         OSError: if a file cannot be written.

@@ -248,6 +248,31 @@ def test_a_coordinator_that_was_killed_sends_it_to_whoever_joins(federated):
     federated(scenario)
 
 
+@pytest.mark.parametrize("who", ["coordinator", "worker"])
+def test_a_death_amid_its_parts_costs_no_more_than_sending_it_again(federated, who):
+    async def scenario(federation):
+        first = federation.coordinator(rounds=5, min_workers=2)
+        first.line.bytes_per_s = 4 * 2**20
+        federation.worker("a", OnABackbone(federation.loop, width=LARGE))
+        task = OnABackbone(federation.loop, backbone=5.0, width=LARGE)
+        worker = federation.worker("b", task)
+        await first.log.until("frozen_sent")
+        await asyncio.sleep(1.5)  # a part has arrived, and another one is on its way
+        if who == "coordinator":
+            await first.kill()
+            first = federation.coordinator(rounds=5, min_workers=2)
+        else:
+            await worker.kill()
+            task = OnABackbone(federation.loop, backbone=7.0, width=LARGE)
+            federation.worker("b", task)
+        await first.end()
+        assert task.kernel[0] == 1.0
+        assert moved(federation) == [1.0] * 5
+        assert federation.participants() == [["a", "b"]] * 5
+
+    federated(scenario)
+
+
 @pytest.mark.parametrize("whose", ["worker", "coordinator"])
 @pytest.mark.parametrize("kind", ["fit", "part"])
 def test_what_was_lost_with_a_link_is_sent_again(federated, whose, kind):

@@ -26,7 +26,7 @@ from fluffle_common.tensors.table import MODEL, TensorEntry, cached
 EXTRA = "extra"
 """The group of tensors that a strategy adds to the model, and workers add to their delta."""
 FROZEN = "frozen"
-"""The part of a model that never changes; it is sent once to each worker (see ``frozen``)."""
+"""The group of a model's frozen tensors, which each worker is sent once (see ``frozen``)."""
 
 Groups = Mapping[str, Weights]
 """Tensors by group name."""

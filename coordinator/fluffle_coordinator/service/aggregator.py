@@ -71,7 +71,7 @@ class Aggregator:
         post: sends an event to the machine.
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
-        frozen: the model's frozen tensors, where the weights are there.
+        frozen: the model's frozen tensors; empty before the first weights arrive.
         averaged: called with the new weights and the tensors broadcast with them, before they are
             on disk, so that their digest is ready when they are sent.
         folder: the folder of the files that hold large updates until they are checked.

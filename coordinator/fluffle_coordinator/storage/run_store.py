@@ -5,7 +5,7 @@
     runs/letters/
         run.json                  the run's id, and its configurations
         history.jsonl             a line for each commit, for each evaluation and for the end
-        frozen-….safetensors      what of the model never changes, if the workers share it
+        frozen-….safetensors      the model's frozen tensors, if the workers share them
         round-0000.safetensors    the first weights, then one file per round
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: a round's updates (see ``update_archive``)
@@ -265,7 +265,7 @@ class RunStore:
         """Write the first weights, after the frozen tensors that belong to them.
 
         Raises:
-            OSError: where the disk refuses.
+            OSError: if the disk refuses.
         """
         if frozen.digest:
             save_frozen(self.folder, frozen)

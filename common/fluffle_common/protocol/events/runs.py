@@ -255,7 +255,7 @@ class FirstWeights(RunEvent):
 
 @event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}, once each")
 class FrozenSent(RunEvent):
-    """These workers lack the model's frozen tensors and are sent them with their work."""
+    """Workers that lack the model's frozen tensors are sent them with their work."""
 
     workers: Names = None
     digest: Text = None
@@ -263,12 +263,12 @@ class FrozenSent(RunEvent):
 
 @event(
     "frozen_differs",
-    "the frozen tensors of {worker} differ from those of {other}: give both the same, or let "
-    "their tasks share one's (share_frozen=True)",
+    "the frozen tensors of {worker} differ from those of {other}: give both workers the same ones, "
+    "or share them with share_frozen=True",
     "odd",
 )
 class FrozenDiffers(RunEvent):
-    """Two workers, whose tasks keep frozen tensors of their own, do not have the same ones."""
+    """Two workers whose tasks keep their own frozen tensors have different ones."""
 
     worker: Text = None
     other: Text = None
