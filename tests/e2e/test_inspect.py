@@ -236,7 +236,7 @@ def test_fifty_peeks_on_every_queue_change_nothing(broker_node: node.NodeInfo, t
             federation.gather()
             federation.gather_orphans()
             verdict = check(federation.folder)
-            assert verdict.clean, verdict.told()
+            assert verdict.clean, verdict.text()
             assert not (federation.folder / "evidence/rejected.jsonl").exists()
             for line in federation.history("committed"):
                 assert len(line["participants"]) == WORKERS

@@ -267,9 +267,9 @@ async def test_large_garbage_is_truncated_and_cannot_be_requeued(link):
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
     (result,) = await requeue(link, TOPOLOGY, [1])
     assert result.left == "only the first 65536 bytes of it were kept"
-    kept = await link.get(TOPOLOGY.rejected)
-    assert kept.body == garbage[: 2**16]
-    assert kept.properties.headers["cut_from_bytes"] == len(garbage)
+    rejected = await link.get(TOPOLOGY.rejected)
+    assert rejected.body == garbage[: 2**16]
+    assert rejected.properties.headers["cut_from_bytes"] == len(garbage)
 
 
 async def test_a_rejected_valid_message_is_stored_whole(link):

@@ -18,7 +18,7 @@ from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Table, Worker
-from fluffle_coordinator.observe.tally import OUTCOMES
+from fluffle_coordinator.observe.counters import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
 
 RUN = "0123456789ab"
@@ -157,7 +157,7 @@ class TestRun:
         board = told(STARTED, CONNECTED)
         assert board.run()["linked"]
         board.add(200.0, from_fields("disconnected", {"reason": "reset"}))
-        assert (board.run()["linked"], board.view.tally.outages) == (False, 1)
+        assert (board.run()["linked"], board.view.counters.outages) == (False, 1)
         assert "reset" in board.run()["link"]
 
     def test_beside_a_coordinator_its_link_is_not_ours(self) -> None:
@@ -171,7 +171,7 @@ class TestRun:
         shown = board.snapshot(201.0)
         assert shown["rounds"] == []
         assert {row["counted"] for row in shown["workers"]} == {0}
-        assert board.view.tally.rounds == 1  # what is counted for Prometheus never goes down
+        assert board.view.counters.rounds == 1  # what is counted for Prometheus never goes down
 
     def test_what_a_machine_that_waits_says(self) -> None:
         board = told(STARTED, CONNECTED)
@@ -229,7 +229,7 @@ class TestRounds:
         assert [(row["name"], row["counted"], row["state"]) for row in shown["workers"]] == [
             ("north", 1, "gone")
         ]
-        assert board.view.tally.rounds == 0
+        assert board.view.counters.rounds == 0
         assert shown["run"]["round"] == 2
 
 
@@ -306,17 +306,17 @@ class TestRefusals:
         assert (latest["cause"], latest["worker"], latest["round"]) == ("not_finite", "north", 3)
         assert "tensor 'a' is NaN" in shown["journal"][-1]["text"]
         assert (shown["rejected"]["causes"], shown["rejected"]["total"]) == ({"not_finite": 1}, 1)
-        assert board.view.tally.causes["not_finite"] == 1
-        assert board.view.tally.outcomes["rejected"] == 1
+        assert board.view.counters.causes["not_finite"] == 1
+        assert board.view.counters.outcomes["rejected"] == 1
 
     def test_causes_are_bounded(self) -> None:
         board = told(*[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)])
-        assert set(board.view.tally.causes) <= set(CAUSES)
+        assert set(board.view.counters.causes) <= set(CAUSES)
 
     def test_a_bad_heartbeat_is_no_bad_update(self) -> None:
         board = told(rejected(kind="heartbeat"))
-        assert board.view.tally.outcomes["rejected"] == 0
-        assert board.view.tally.causes["not_finite"] == 1
+        assert board.view.counters.outcomes["rejected"] == 0
+        assert board.view.counters.causes["not_finite"] == 1
 
 
 class TestJournal:
@@ -379,4 +379,4 @@ def test_whatever_happens_there_is_a_page(happened: list[tuple[str, dict[str, An
     if shown["open"] is not None:
         answered = {one["worker"] for one in shown["open"]["answered"]}
         assert not answered & {one["worker"] for one in shown["open"]["missing"]}
-    assert set(board.view.tally.outcomes) <= set(OUTCOMES)
+    assert set(board.view.counters.outcomes) <= set(OUTCOMES)

@@ -1,4 +1,4 @@
-"""What a worker refuses, and where that goes."""
+"""Rejection of malformed messages to a worker."""
 
 from __future__ import annotations
 

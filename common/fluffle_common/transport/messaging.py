@@ -109,6 +109,7 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
 async def _send_parts(
     link: Link, outgoing: Outgoing, route: Route, progress: Progress | None
 ) -> None:
+    """Publish the parts; concurrent publishers share one iterator, so that some are in flight."""
     left = enumerate(outgoing.bodies())
 
     async def one_after_the_other() -> None:

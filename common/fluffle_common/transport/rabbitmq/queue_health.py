@@ -49,7 +49,7 @@ def _about(queue: QueueFigures, topology: Topology) -> str | None:
         return f"no coordinator is connected{_waiting(queue, 'one')}"
     at = f"--federation {topology.federation}"
     if queue.name == topology.rejected and queue.ready:
-        return f"{messages(queue.ready)} refused: fluffle rejected {at}"
+        return f"{messages(queue.ready)} rejected: fluffle rejected {at}"
     if queue.name == topology.unrouted and queue.ready:
         return f"{messages(queue.ready)} had no queue to go to: fluffle peek unrouted {at}"
     return None
