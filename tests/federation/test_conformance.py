@@ -270,12 +270,13 @@ def sends_what_a_broker_forgets(patch):
 
 
 def evaluates_another_round(patch):
-    real = job._evaluation
+    real = job._evaluate
 
-    def evaluation(ids, number, result):
-        return real(ids, number + 1, result)
+    def evaluate(*arguments):
+        evaluation = real(*arguments)
+        return evaluation and evaluation.model_copy(update={"round": evaluation.round + 1})
 
-    patch(job, "_evaluation", evaluation)
+    patch(job, "_evaluate", evaluate)
 
 
 def is_silent_at_work(patch):
