@@ -14,14 +14,8 @@ from fluffle_coordinator.machine.clock import clock_time
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
-from fluffle_coordinator.machine.work import (
-    assign_work,
-    first_due,
-    resend_work,
-    schedule_check,
-    stall_times,
-    work_effects,
-)
+from fluffle_coordinator.machine.work import assign_work, issue, resend_work, work_effects
+from fluffle_coordinator.machine.worker_deadlines import first_due, schedule_check, stall_times
 
 
 def seen(state: State, event: Seen, out: Effects) -> State:
@@ -104,18 +98,14 @@ def _include(state: State, worker: Worker, at_work: bool, now: float, out: Effec
     name = worker.name
     if state.phase is Phase.EVALUATING:
         issued = Issued(now, state.sequence, state.round - 1)
-        state = schedule_check(
-            state.replace_for(name, asked=state.asked.insert(name, issued)), name
-        )
+        state = issue(state, name, issued)
         if not at_work:
             out += work_effects(state, (name,))
         return state
     chosen = state.schedule.idle(state, name)
     earlier = state.issued_before(worker, now) if at_work else None
     if earlier and (state.schedule.continuous or name in chosen):
-        return schedule_check(
-            state.replace_for(name, asked=state.asked.insert(name, earlier)), name
-        )
+        return issue(state, name, earlier)
     return assign_work(state, chosen, now, out)
 
 
