@@ -280,13 +280,13 @@ def evaluates_another_round(patch):
 
 
 def is_silent_at_work(patch):
-    real = Presence._begin_to_say
+    real = Presence._start_sending
 
     def begin_to_say(self, link, message):
         if not isinstance(message, Heartbeat) or message.state == "idle":
             real(self, link, message)
 
-    patch(Presence, "_begin_to_say", begin_to_say)
+    patch(Presence, "_start_sending", begin_to_say)
 
 
 MISTAKES = {
