@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, Self
 import click
 from pydantic_core import to_json
 
-from fluffle_common.cli.background_stream import BackgroundStream, write_warning
+from fluffle_common.cli.background_stream import BackgroundStream, warning_about
 from fluffle_common.cli.printing import echo_sentences, printable, visible_json
 from fluffle_common.clock import timestamp
 from fluffle_common.protocol.events import RunEvent
@@ -40,7 +40,7 @@ class Console:
     def __init__(
         self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
     ) -> None:
-        self._stream = BackgroundStream(stream or sys.stdout, write_warning("the log"))
+        self._stream = BackgroundStream(stream or sys.stdout, warning_about("the log"))
         self._json = log_format == "json"
         self._always = dict(always)
         self._held: list[str] = []  # lines that are not written yet
