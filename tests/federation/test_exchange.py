@@ -28,7 +28,7 @@ async def began(coordinator) -> str:
     return coordinator.service.state.run
 
 
-def test_messages_of_a_protocol_reach_its_handlers(federated):
+def test_handlers_on_both_sides_exchange_messages(federated):
     numbers = {"a": 3.0, "b": 4.0}
     totals: dict[str, list[float]] = {name: [] for name in numbers}
     shares: dict[str, float] = {}
@@ -86,7 +86,7 @@ def test_an_exchange_without_a_handler_is_rejected_on_both_sides(federated):
     federated(scenario)
 
 
-def test_a_failing_handler_rejects_the_message_in_one_line():
+def test_a_failing_handler_is_reported_in_one_line():
     def fails(message: Exchange, tensors: Any) -> list[Sent]:
         raise RuntimeError("no\nkey")
 
@@ -95,7 +95,7 @@ def test_a_failing_handler_rejects_the_message_in_one_line():
         Exchanges({"sum": fails}).receive(message, payload)
 
 
-def test_an_exchange_must_fit_into_one_message():
+def test_the_tensors_of_an_exchange_must_fit_into_one_message():
     large = {"x": np.zeros(codec.PART_BYTES + 1, np.uint8)}
     with pytest.raises(ValueError, match=r"have 4194305 bytes; the limit is 4194304"):
         Sent(sum_exchange("begin", run="r"), large).body()
