@@ -158,6 +158,8 @@ def test_it_is_in_the_run_folder_once_and_every_checkpoint_names_it(federated):
             path = federation.folder / f"round-{number:04}.safetensors"
             assert read_metadata(path)[IN_METADATA] == digest
             assert federation.weights(number).keys() == {"w"}
+        received = [one.log.of("frozen_received") for one in federation.processes[1:]]
+        assert received == [[], *[[{"round": 1, "digest": digest}]] * 2]
         sent = coordinator.log.of("frozen_sent")
         assert [(one["workers"], one["digest"]) for one in sent] == [(["b", "c"], digest)]
 

@@ -61,10 +61,15 @@ class FrozenTensors:
         """Return the frozen tensors that go with the first weights; none if they are not shared."""
         return self._of_the_task() if self.shared else {}
 
-    def receive(self, frozen: Frozen) -> None:
-        """Take the frozen tensors that came with work, if any; ``use`` checks them."""
-        if frozen.digest not in ("", *self.digests):
+    def receive(self, frozen: Frozen) -> bool:
+        """Take the frozen tensors that came with work, if any; return whether they are new.
+
+        They are not checked before they are used.
+        """
+        new = frozen.digest not in ("", *self.digests)
+        if new:
             self._received = frozen
+        return new
 
     def use(self, digest: str | None) -> None:
         """Make the task use the frozen tensors of this digest; None changes nothing.

@@ -18,6 +18,7 @@ from fluffle_common.protocol.events import (
     Begun,
     Ended,
     Failure,
+    FrozenReceived,
     Late,
     NotCounted,
     Sent,
@@ -265,9 +266,8 @@ class WorkerService:
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights, broadcast = read_work(message, payload)
-        before = self._frozen.digests
-        self._frozen.receive(read_frozen(message, payload))
-        if self._frozen.digests != before:
+        if self._frozen.receive(read_frozen(message, payload)):
+            self._record(FrozenReceived(round=message.round, digest=message.frozen))
             self._presence.speak_up()  # so that they are not sent again
         if message.frozen not in (None, *self._frozen.digests):
             self._presence.now("receiving", message)  # they were lost with a link, and come again

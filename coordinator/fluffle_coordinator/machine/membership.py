@@ -14,14 +14,8 @@ from fluffle_coordinator.machine.clock import clock_time
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
-from fluffle_coordinator.machine.work import (
-    first_due,
-    give_work,
-    send_again,
-    stall_times,
-    watched,
-    work,
-)
+from fluffle_coordinator.machine.work import assign_work, issue, resend_work, send_work
+from fluffle_coordinator.machine.worker_deadlines import first_due, schedule_check, stall_times
 
 
 def seen(state: State, event: Seen, out: Effects) -> State:
@@ -44,7 +38,7 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         out.append(Record(joined))
         if differs := other_frozen(state, worker):
             out.append(Record(differs))
-    elif known.at != worker.at:
+    elif known.position != worker.position:
         worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
         worker = replace(
@@ -64,7 +58,7 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         failed=failed,
         met=state.met if worker.name in state.met else state.met.insert(worker.name, None),
     )
-    state = watched(settle_doubt(state, worker.name), worker.name)
+    state = schedule_check(settle_doubt(state, worker.name), worker.name)
     return _offer(state, worker, event, restarted or event.hello, out)
 
 
@@ -99,7 +93,7 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     if state.done(name):
         patience_s *= 4  # its update may be on its way
     if fresh or broken_off or event.now - sent_at >= patience_s:
-        return send_again(state, name, event.now, out)
+        return resend_work(state, name, event.now, out)
     return state
 
 
@@ -108,13 +102,13 @@ def _include(state: State, worker: Worker, at_work: bool, now: float, out: Effec
     name = worker.name
     if state.phase is Phase.EVALUATING:
         issued = Issued(now, state.sequence, state.round - 1)
-        state = watched(state.replace_for(name, asked=state.asked.insert(name, issued)), name)
-        return state if at_work else work(state, (name,), now, out)
+        state = issue(state, name, issued)
+        return state if at_work else send_work(state, (name,), now, out)
     chosen = state.schedule.idle(state, name)
     earlier = state.issued_before(worker, now) if at_work else None
     if earlier and (state.schedule.continuous or name in chosen):
-        return watched(state.replace_for(name, asked=state.asked.insert(name, earlier)), name)
-    return give_work(state, chosen, now, out)
+        return issue(state, name, earlier)
+    return assign_work(state, chosen, now, out)
 
 
 def settle_doubt(state: State, worker: str) -> State:

@@ -1,44 +1,17 @@
-"""Work: giving it to workers, with tickets, and when a worker counts as gone or stalled.
+"""Work: which tickets workers are issued, and the effects that send them their work.
 
 Part of the pure machine (``machine``).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Effects, Record, SendEvaluate, SendFit
-from fluffle_coordinator.machine.state import Issued, Phase, State, Table, Worker
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table
+from fluffle_coordinator.machine.worker_deadlines import schedule_check
 
 
-def first_due(state: State) -> float:
-    """Return when the first worker counts as gone or stalled, unless it is heard before."""
-    return min((_worker_due(state, worker) for worker in state.workers.values()), default=math.inf)
-
-
-def watched(state: State, name: str) -> State:
-    """Make sure that the next check comes in time for a worker that has changed."""
-    due = _worker_due(state, state.workers[name]) if name in state.workers else math.inf
-    return state.replace(due_at=due) if due < state.due_at else state
-
-
-def _worker_due(state: State, worker: Worker) -> float:
-    return min(worker.deadline(state.rules), *stall_times(state, worker), math.inf)
-
-
-def stall_times(state: State, worker: Worker) -> Iterator[float]:
-    """Yield when a worker that does not advance is reported, and when it counts as failed."""
-    rules = state.rules
-    if worker.has_steps and worker.name in state.asked and worker.name not in state.failed:
-        if not worker.stalled:
-            yield worker.moved_at + rules.stall_s
-        if rules.stall_timeout_s is not None and state.busy(worker.name):
-            yield worker.moved_at + rules.stall_timeout_s
-
-
-def work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
+def send_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
     """Send these workers what ``State.asked`` says, and the frozen tensors that they lack.
 
     Each effect is one message.
@@ -77,15 +50,20 @@ def _lacks_frozen(state: State, name: str, now: float) -> bool:
     return now - max(sent_at, arrived_at) >= 4 * state.rules.resend_s
 
 
-def give_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
+def assign_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
     """Send the open version to idle workers, each with a ticket."""
     if not workers:
         return state
     state = next_sequence(state)
     issued = Issued(now, state.sequence, state.round)
     for name in workers:
-        state = watched(state.replace_for(name, asked=state.asked.insert(name, issued)), name)
-    return note_asked(work(state, workers, now, out), workers)
+        state = issue(state, name, issued)
+    return note_asked(send_work(state, workers, now, out), workers)
+
+
+def issue(state: State, name: str, issued: Issued) -> State:
+    """Note what a worker is asked for, and make sure that it is checked in time."""
+    return schedule_check(state.replace_for(name, asked=state.asked.insert(name, issued)), name)
 
 
 def note_asked(state: State, workers: tuple[str, ...]) -> State:
@@ -104,10 +82,10 @@ def next_sequence(state: State) -> State:
     return state.replace(sequence=state.sequence + 1 if continuous else state.round)
 
 
-def send_again(state: State, worker: str, now: float, out: Effects) -> State:
+def resend_work(state: State, worker: str, now: float, out: Effects) -> State:
     """Send a worker its work again, or new work if there are newer weights."""
     issued = state.asked[worker]
     if state.phase is Phase.OPEN and issued.round != state.round:
-        return give_work(state, (worker,), now, out)
+        return assign_work(state, (worker,), now, out)
     state = state.replace_for(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
-    return work(state, (worker,), now, out)
+    return send_work(state, (worker,), now, out)
