@@ -18,8 +18,8 @@ import pytest
 from playwright.sync_api import Browser
 
 from fluffle_broker.node.node import NodeInfo
-from fluffle_common.protocol.codec import pack
 from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.transfer import pack
 from tests.browser import chromium, window
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults.proxy import Proxy

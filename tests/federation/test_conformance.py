@@ -1,4 +1,4 @@
-"""``fluffle conformance`` passes our own worker and finds the mistakes of faulty ones."""
+"""``fluffle conformance`` passes our own worker, and finds the mistakes of others."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
 from tests.federation.harness import Adder
 
-LARGE = 3 * 2**20  # float32: 12 MiB, three parts
+LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
 
 
 class Slowing(Adder):
-    """Takes longer each time, so that the duration identifies a training."""
+    """Takes longer each time, so that two trainings can be told apart by their seconds."""
 
     def train(self, weights, plan, progress):
         self.step_s += 0.01
@@ -282,11 +282,11 @@ def evaluates_another_round(patch):
 def is_silent_at_work(patch):
     real = Presence._start_sending
 
-    def start_sending(self, link, message):
+    def begin_to_say(self, link, message):
         if not isinstance(message, Heartbeat) or message.state == "idle":
             real(self, link, message)
 
-    patch(Presence, "_start_sending", start_sending)
+    patch(Presence, "_start_sending", begin_to_say)
 
 
 MISTAKES = {

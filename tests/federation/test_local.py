@@ -1,4 +1,4 @@
-"""``fluffle.run``: whole federations in one process, in real time."""
+"""``fluffle.run``: whole federations in this process, in real time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Adder:
-    """A task that adds 1 to its weights, in steps."""
+    """Adds 1 to its weights, a step at a time."""
 
     num_examples = 10
 
@@ -46,7 +46,7 @@ class Adder:
 
 
 class Softmax:
-    """Softmax regression on handwritten digits in float64, trained by SGD."""
+    """Softmax regression on handwritten digits, in float64, by stochastic gradient descent."""
 
     def __init__(self, inputs, targets):
         self.inputs, self.targets, self.num_examples = inputs, targets, len(inputs)
@@ -97,7 +97,7 @@ def digits():
 
 
 def federated_averaging(tasks, orders, seed, **plan):
-    """Compute the rounds in plain NumPy, in float64.
+    """Return what plain NumPy makes of the rounds, in float64.
 
     ``orders`` names the tasks of each round, in the order in which their updates are added.
     """
@@ -213,7 +213,7 @@ async def test_a_callers_loop_goes_on_meanwhile():
         assert go_on.wait(60)
 
     running = asyncio.create_task(fluffle.arun([Adder()], rounds=1, on_round=on_round))
-    await inside.wait()  # needs this loop to run while the hook waits
+    await inside.wait()  # which needs this loop, while the run waits for us
     go_on.set()
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
 
@@ -281,7 +281,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, with_folder
 
 
 class Broken(Adder):
-    """A task that fails in one of its methods."""
+    """Fails in one of its methods."""
 
     def __init__(self, where, *, at=1):
         super().__init__()

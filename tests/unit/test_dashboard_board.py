@@ -18,14 +18,14 @@ from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Table, Worker
-from fluffle_coordinator.observe.tally import OUTCOMES
+from fluffle_coordinator.observe.counters import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
 
 RUN = "0123456789ab"
 
 
 def board_after(*events: tuple[str, dict[str, Any]], source: str = "coordinator") -> Board:
-    """Return a board after these events, one per second from 100 on."""
+    """Return a board that was told events, one a second from 100 on."""
     board = Board("letters", source)
     for second, (what, fields) in enumerate(events, start=100):
         board.add(float(second), from_fields(what, fields))
@@ -159,7 +159,7 @@ class TestRun:
         board = board_after(STARTED, CONNECTED)
         assert board.run()["linked"]
         board.add(200.0, from_fields("disconnected", {"reason": "reset"}))
-        assert (board.run()["linked"], board.view.tally.outages) == (False, 1)
+        assert (board.run()["linked"], board.view.counters.outages) == (False, 1)
         assert "reset" in board.run()["link"]
 
     def test_beside_a_coordinator_its_link_is_not_ours(self) -> None:
@@ -173,7 +173,7 @@ class TestRun:
         shown = board.snapshot(201.0)
         assert shown["rounds"] == []
         assert {row["counted"] for row in shown["workers"]} == {0}
-        assert board.view.tally.rounds == 1  # what is counted for Prometheus never goes down
+        assert board.view.counters.rounds == 1  # what is counted for Prometheus never goes down
 
     def test_what_a_machine_that_waits_says(self) -> None:
         board = board_after(STARTED, CONNECTED)
@@ -231,7 +231,7 @@ class TestRounds:
         assert [(row["name"], row["counted"], row["state"]) for row in shown["workers"]] == [
             ("north", 1, "gone")
         ]
-        assert board.view.tally.rounds == 0
+        assert board.view.counters.rounds == 0
         assert shown["run"]["round"] == 2
 
 
@@ -277,7 +277,9 @@ class TestWorkers:
         assert len(board_after(*refused).snapshot(1.0)["workers"]) == 2000
 
     def test_what_it_sent_and_how_long_it_trained(self) -> None:
-        rounds = [event for n in (1, 2) for event in (opened(n, "north"), counted("north", n, 1))]
+        rounds = [
+            told_of for n in (1, 2) for told_of in (opened(n, "north"), counted("north", n, 1))
+        ]
         [row] = board_after(STARTED, *rounds).snapshot(120.0)["workers"]
         assert (row["counted"], row["bytes"], row["train_s"]) == (2, 2000, 0.5)
 
@@ -308,19 +310,19 @@ class TestRefusals:
         assert (latest["cause"], latest["worker"], latest["round"]) == ("not_finite", "north", 3)
         assert "tensor 'a' is NaN" in shown["journal"][-1]["text"]
         assert (shown["rejected"]["causes"], shown["rejected"]["total"]) == ({"not_finite": 1}, 1)
-        assert board.view.tally.causes["not_finite"] == 1
-        assert board.view.tally.outcomes["rejected"] == 1
+        assert board.view.counters.causes["not_finite"] == 1
+        assert board.view.counters.outcomes["rejected"] == 1
 
     def test_causes_are_bounded(self) -> None:
         board = board_after(
             *[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)]
         )
-        assert set(board.view.tally.causes) <= set(CAUSES)
+        assert set(board.view.counters.causes) <= set(CAUSES)
 
     def test_a_bad_heartbeat_is_no_bad_update(self) -> None:
         board = board_after(rejected(kind="heartbeat"))
-        assert board.view.tally.outcomes["rejected"] == 0
-        assert board.view.tally.causes["not_finite"] == 1
+        assert board.view.counters.outcomes["rejected"] == 0
+        assert board.view.counters.causes["not_finite"] == 1
 
 
 class TestJournal:
@@ -383,4 +385,4 @@ def test_whatever_happens_there_is_a_page(happened: list[tuple[str, dict[str, An
     if shown["open"] is not None:
         answered = {one["worker"] for one in shown["open"]["answered"]}
         assert not answered & {one["worker"] for one in shown["open"]["missing"]}
-    assert set(board.view.tally.outcomes) <= set(OUTCOMES)
+    assert set(board.view.counters.outcomes) <= set(OUTCOMES)

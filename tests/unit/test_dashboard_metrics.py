@@ -14,7 +14,7 @@ from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import PHASES, Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import ROLES, registry, role
-from fluffle_coordinator.observe.tally import OUTCOMES, STEPS
+from fluffle_coordinator.observe.counters import OUTCOMES, STEPS
 from fluffle_coordinator.observe.worker_view import ABSENT, STATES
 
 _NO_BASE_UNITS = re.compile(

@@ -158,7 +158,7 @@ def test_every_tensor_is_averaged_by_its_own_name(data):
         assert got[name].tolist() == [101 * position] * 2
 
 
-# --- integers, and the ends of the dtypes --------------------------------------------------------
+# --- integers, and the ends of the dtypes ------------------------------------------------------
 
 
 @given(st.sampled_from(INTEGERS), st.data())
@@ -229,7 +229,7 @@ def test_without_examples_there_is_no_average():
         fedavg.finish(fedavg.init(base), base)
 
 
-# --- memory and blocks ---------------------------------------------------------------------------
+# --- memory and blocks -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 7])
@@ -300,7 +300,7 @@ def test_the_state_does_not_grow_with_the_number_of_updates():
     assert state.mean.totals.nbytes == 8000
 
 
-# --- compared with exact fractions ---------------------------------------------------------------
+# --- compared with exact fractions -------------------------------------------------------------
 
 
 def exact(base: object, updates: Sequence[tuple[object, int]]) -> Fraction:

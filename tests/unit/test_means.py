@@ -41,7 +41,7 @@ def mean_of(name, deltas, *, workers=None, base=None, counts=None, metrics=None)
     return mean_delta["w"] if list(mean_delta) == ["w"] else mean_delta
 
 
-# --- the published numbers -----------------------------------------------------------------------
+# --- the published numbers ---------------------------------------------------------------------
 
 
 def test_published_numbers():
@@ -56,7 +56,7 @@ def test_krum_prefers_the_smaller_of_equal_scores(order):
     assert mean_of("krum:f=1", [[one] for one in order]).tolist() == [0.7]
 
 
-# --- naive NumPy ---------------------------------------------------------------------------------
+# --- naive NumPy -------------------------------------------------------------------------------
 
 
 def naive(name, rows):
@@ -149,7 +149,7 @@ def test_a_stale_update_counts_with_its_discount():
         np.testing.assert_allclose(mean.finish(state, base)[0]["w"], [2.0])
 
 
-# --- dtypes and shapes ---------------------------------------------------------------------------
+# --- dtypes and shapes -------------------------------------------------------------------------
 
 
 def form(seed):
@@ -253,7 +253,7 @@ def test_clipping_scales_only_larger_updates():
     assert clip(small) is small
 
 
-# --- two attackers of ten ------------------------------------------------------------------------
+# --- two attackers of ten ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from fluffle_coordinator.machine import (
     transitions,
     updates,
     work,
+    worker_deadlines,
 )
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine.schedules import quorum
@@ -399,6 +400,7 @@ PARTS = [
     quorum,
     clock,
     agreement,
+    worker_deadlines,
     work,
     ending,
     evaluation,

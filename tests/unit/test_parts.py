@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode, pack
+from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Part, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import pack
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.layout import FLOATS, Array, Tensors, layout_for
 from fluffle_common.tensors.pieces import InPieces
@@ -92,7 +93,7 @@ models = st.lists(
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40), st.data())
-def test_folding_pieces_is_bitwise_the_same_as_folding_the_whole(seed, name, shapes, cells, data):
+def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes, cells, data):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     model = drawn(seed, dtype, shapes)
     base: Mapping[str, Array] = data.draw(st.sampled_from([model, dict(model)]))
@@ -121,14 +122,14 @@ def test_folding_pieces_is_bitwise_the_same_as_folding_the_whole(seed, name, sha
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
-def test_the_mean_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
+def test_the_mean_delta_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     base, update = drawn(seed, dtype, shapes), drawn(seed + 1, dtype, shapes)
-    mean, found = weighted(), []
+    mean, models = weighted(), []
     for delta in (update, cut(update, 8 * cells)):
         state = mean.fold(mean.init(base), Contribution(worker="a", num_examples=3, delta=delta))
-        found.append(mean.finish(state, base)[0])
-    assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in base)
+        models.append(mean.finish(state, base)[0])
+    assert all(models[0][name].tobytes() == models[1][name].tobytes() for name in base)
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
@@ -139,14 +140,14 @@ def test_the_norm_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
 
 
 @pytest.mark.parametrize("size", [8, 24, 64, 80, 4096])
-def test_values_that_are_not_finite_are_counted_by_tensor(size):
+def test_what_is_not_finite_is_counted_by_the_tensor_it_is_in(size):
     whole = in_one_piece({"a": np.ones(5, np.float32), "b": np.ones((7, 3), np.float32)})
     whole["b"][2:4] = np.nan
     with pytest.raises(NotFinite, match="tensor 'b' has 6 values that are NaN or infinite"):
         check_delta(cut(whole, size), whole)
 
 
-def test_values_in_gaps_are_ignored():
+def test_what_lies_between_tensors_means_nothing():
     whole = in_one_piece({"a": np.full(5, 3.0, np.float32), "b": np.full(1, 4.0, np.float32)})
     model = in_one_piece({name: np.zeros_like(tensor) for name, tensor in whole.items()})
     whole.flat[5:16] = np.nan
@@ -207,7 +208,7 @@ class Sum:
         change: Callable[[list[bytes]], list[bytes]] = list,
         encoding: str | None = None,
     ) -> Held:
-        """Send the parts of an update to the worker's outbox; return its announcement."""
+        """Put the parts of an update into the worker's outbox; return its announcement."""
         of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": worker}
         message = Update(**of, num_examples=3, seconds=0.0, encoding=encoding)
         _, body, parts = pack(message, tensors)
@@ -242,7 +243,7 @@ class Sum:
 
 
 class Delivered:
-    """The delivery of an announcement."""
+    """A delivery of an announcement."""
 
     def __init__(self, body: bytes) -> None:
         self.body = body
@@ -262,14 +263,14 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Sum]:
     link = await MemoryBroker().open()
     await link.declare([*TOPOLOGY.shared(), *(q for w in WORKERS for q in TOPOLOGY.of_worker(w))])
-    found = Sum(link, tmp_path, **getattr(request, "param", {}))
-    found.running = asyncio.ensure_future(found.aggregator.run())
-    yield found
-    found.running.cancel()
-    await asyncio.gather(found.running, return_exceptions=True)
+    total = Sum(link, tmp_path, **getattr(request, "param", {}))
+    total.running = asyncio.ensure_future(total.aggregator.run())
+    yield total
+    total.running.cancel()
+    await asyncio.gather(total.running, return_exceptions=True)
 
 
-async def test_parts_are_accepted_in_any_order_and_more_than_once(summing):
+async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
     rng = np.random.default_rng(7)
     for number, worker in enumerate("abc", start=1):
         held = await summing.send(
@@ -313,7 +314,7 @@ def with_nan_at_the_end() -> dict[str, Array]:
     ],
     ids=["digest", "length", "missing", "NaN in the last part"],
 )
-async def test_an_update_that_fails_halfway_does_not_change_the_sum(
+async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
     summing, tensors, change, cause, reason
 ):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
@@ -346,7 +347,7 @@ class Cut:
         return until_cut()
 
 
-async def test_a_link_lost_during_a_transfer_does_not_change_the_sum(summing):
+async def test_a_link_lost_in_the_middle_of_a_transfer_leaves_the_sum_as_it_was(summing):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     held, whole = await summing.send("b", values(2)), summing.link
     summing.link = Cut(whole, 5)
@@ -360,7 +361,7 @@ async def test_a_link_lost_during_a_transfer_does_not_change_the_sum(summing):
     assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
 
 
-async def test_a_large_update_is_never_whole_in_memory(summing, monkeypatch):
+async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch):
     many, parts = 2**18, 2**20 // (64 * PART)
     monkeypatch.setattr(wire, "PART_BYTES", 64 * PART)
     monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 2 * 64 * PART)
@@ -387,7 +388,7 @@ async def test_a_large_update_is_never_whole_in_memory(summing, monkeypatch):
     assert held_bytes[0] < 2**20 // 4
 
 
-async def test_the_next_update_is_fetched_during_a_fold_and_counts_in_no_other_round(
+async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_other_round(
     summing, monkeypatch
 ):
     begun, fetched, go_on = asyncio.Event(), asyncio.Event(), threading.Event()
@@ -430,7 +431,7 @@ async def test_the_next_update_is_fetched_during_a_fold_and_counts_in_no_other_r
     ).tobytes()  # fmt: skip
 
 
-async def test_a_full_disk_costs_memory_and_no_update(summing, monkeypatch):
+async def test_a_disk_that_is_full_costs_memory_and_no_update(summing, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -441,7 +442,7 @@ async def test_a_full_disk_costs_memory_and_no_update(summing, monkeypatch):
 
 
 @pytest.mark.parametrize("summing", [{"keep_updates": True}], indirect=True)
-async def test_an_update_in_pieces_is_archived_unchanged(summing):
+async def test_an_update_in_pieces_is_kept_as_it_came(summing):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     assert summing.kept == [bytes(in_one_piece(values(1)).memory)]
 
@@ -451,7 +452,9 @@ OWN = NamedStrategy("own", pipeline(mean=weighted(), server=replace()))
 
 @pytest.mark.parametrize("summing", [{}, {"strategy": OWN}], ids=["fedavg", "own"], indirect=True)
 @pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk:0.5"])
-async def test_updates_in_parts_are_averaged_in_every_encoding_and_strategy(summing, encoding):
+async def test_updates_in_parts_are_averaged_whatever_their_encoding_and_strategy(
+    summing, encoding
+):
     updates = []
     for number, worker in enumerate("abc", start=1):
         sent, name = values(number), encoding and encoding.partition(":")[0]

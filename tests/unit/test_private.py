@@ -124,7 +124,7 @@ def test_arguments_without_privacy_are_refused(name, message):
         load_strategy(name)
 
 
-# --- sampling ------------------------------------------------------------------------------------
+# --- sampling ----------------------------------------------------------------------------------
 
 # From dp-accounting 0.6.0, with delta = 1e-5: the example of Abadi et al., "Deep Learning with
 # Differential Privacy", CCS 2016, section 4 (1.26 in the paper, with its moments accountant); the
@@ -260,7 +260,7 @@ def test_a_run_keeps_its_own_secret(tmp_path):
         sampling_secret(tmp_path)
 
 
-# --- adaptive clipping ---------------------------------------------------------------------------
+# --- adaptive clipping -------------------------------------------------------------------------
 
 
 def test_the_norm_follows_the_quantile_of_the_updates(monkeypatch):

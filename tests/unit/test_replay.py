@@ -160,7 +160,7 @@ def files(folder: Path, number: int) -> list[str]:
     return sorted(path.name for path in archive.round_folder(folder, number).iterdir())
 
 
-# --- archiving -----------------------------------------------------------------------------------
+# --- archiving ---------------------------------------------------------------------------------
 
 
 def test_updates_are_archived_in_the_order_of_the_sum(folder):
@@ -274,7 +274,7 @@ async def test_the_norm_of_an_update_is_told_and_is_in_the_history(tmp_path):
     assert line["participants"][0]["norm"] == folded.norm
 
 
-# --- replaying -----------------------------------------------------------------------------------
+# --- replaying ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -1,4 +1,4 @@
-"""Averages of workers' reports: finite for all finite numbers."""
+"""Averages of what workers report: finite, whatever finite numbers they report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.machine.state import Evaluated
 from fluffle_coordinator.observe.round_view import Answer
-from fluffle_coordinator.service.committer import federated
+from fluffle_coordinator.service.committer import average_evaluations
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
 MOST = sys.float_info.max
@@ -35,13 +35,13 @@ def test_no_examples_have_no_mean():
 
 
 def test_the_largest_losses_have_a_finite_evaluation():
-    evaluation = federated(
+    averages = average_evaluations(
         {
             "a": Evaluated(10**12, 1.5e308, {"auc": -MOST}),
             "b": Evaluated(10**12, 1.7e308, {"auc": MOST}),
         }
     )
-    assert (evaluation["loss"], evaluation["auc"]) == (pytest.approx(1.6e308), 0.0)
+    assert (averages["loss"], averages["auc"]) == (pytest.approx(1.6e308), 0.0)
 
 
 def test_the_training_loss_is_averaged_likewise():

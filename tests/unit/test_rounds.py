@@ -162,7 +162,7 @@ def asked(effects: Iterable[fx.Effect]) -> list[str]:
     return [name for effect in sent for name in effect.workers]
 
 
-# --- before the first round ----------------------------------------------------------------------
+# --- before the first round --------------------------------------------------------------------
 
 
 def test_the_first_round_waits_for_min_workers():
@@ -280,7 +280,7 @@ def test_a_worker_that_failed_to_make_first_weights_can_still_train():
     assert asked(run.seen("a", hello=True)) == ["a"]
 
 
-# --- the quorum ----------------------------------------------------------------------------------
+# --- the quorum --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_an_update_that_was_folded_during_the_commit_counts():
     assert "late" not in event_names(run.committed(*"abc"))
 
 
-# --- the deadline --------------------------------------------------------------------------------
+# --- the deadline ------------------------------------------------------------------------------
 
 
 def deadline(on_deadline: str, **rules: Any) -> Run:
@@ -452,7 +452,7 @@ def test_an_outage_does_not_count_for_the_deadline():
     assert run.state.outcome == "stopped"
 
 
-# --- who is asked --------------------------------------------------------------------------------
+# --- who is asked ------------------------------------------------------------------------------
 
 
 def test_a_late_joiner_gets_the_open_work():
@@ -518,7 +518,7 @@ def test_other_classes_are_refused():
     assert "b" not in run.state.workers
 
 
-# --- updates -------------------------------------------------------------------------------------
+# --- updates -----------------------------------------------------------------------------------
 
 
 def test_a_late_update_is_acknowledged_and_reported():
@@ -738,7 +738,7 @@ def test_updates_are_rejected_without_weights_and_after_the_last_round():
     assert only(run.arrived("a"), fx.Reject)
 
 
-# --- workers that leave, are gone, or fail -------------------------------------------------------
+# --- workers that leave, are gone, or fail -----------------------------------------------------
 
 
 @pytest.mark.parametrize("quorum", [ALL, Quorum(number=2)])
@@ -854,7 +854,7 @@ def test_if_every_worker_fails_the_run_stops_with_the_reason():
     assert run.state.reason == "every worker failed in round 1; b: out of memory"
 
 
-# --- evaluations and the end ---------------------------------------------------------------------
+# --- evaluations and the end -------------------------------------------------------------------
 
 
 def second_round(*workers: str, **rules: Any) -> Run:
@@ -943,7 +943,7 @@ def test_at_the_end_workers_that_train_are_asked_again_and_those_that_evaluate_a
     assert not asked(run.at_work("b", "evaluating"))
 
 
-# --- a coordinator that started again ------------------------------------------------------------
+# --- a coordinator that started again ----------------------------------------------------------
 
 
 def resumed(rules: Rules | None = None, **start: Any) -> Run:
@@ -1046,7 +1046,7 @@ def test_time_before_the_first_link_does_not_count():
     assert run.state.phase is Phase.OPEN
 
 
-# --- time ----------------------------------------------------------------------------------------
+# --- time --------------------------------------------------------------------------------------
 
 
 def check_wakeup(state: rs.State) -> None:

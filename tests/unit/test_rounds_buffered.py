@@ -269,7 +269,7 @@ def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
     assert evaluates(2, "b2") == [fx.RecordEvaluation(2, {"slow": evaluated})]
 
 
-# --- late updates of synchronous rounds ----------------------------------------------------------
+# --- late updates of synchronous rounds --------------------------------------------------------
 
 
 def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
@@ -293,7 +293,7 @@ def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
     assert run.state.counted_before[2] == {Ticket("c", 1), Ticket("a", 2), Ticket("c", 2)}
 
 
-# --- what a stale update weighs ------------------------------------------------------------------
+# --- what a stale update weighs ----------------------------------------------------------------
 
 discounts = st.one_of(
     st.just("constant"),

@@ -37,7 +37,7 @@ def heard(*workers: str, rules: Rules | None = None) -> Run:
     return run
 
 
-# --- silence and presence ------------------------------------------------------------------------
+# --- silence and presence ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stopped_s", [12.0, 15.0, 3600.0])
@@ -125,8 +125,9 @@ def test_heartbeats_from_before_the_link_do_not_count():
     assert run.state.phase is Phase.WAITING
 
 
-def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone():
-    run = Run(Rules(rounds=1), hearing=True)
+@pytest.mark.parametrize("announced", [{}, {"a": 10, "b": 10}], ids=["new", "resumed"])
+def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(announced):
+    run = Run(Rules(rounds=1), hearing=True, announced=announced)
     run.connect()
     for name in "ab":
         run.seen(name, hello=True, heartbeat_s=0.2)  # five of them take a second
@@ -135,7 +136,7 @@ def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone():
     assert "gone" not in event_names(effects)
 
 
-# --- weights -------------------------------------------------------------------------------------
+# --- weights -----------------------------------------------------------------------------------
 
 
 def arrives(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
@@ -193,7 +194,7 @@ def test_an_outlier_is_rejected_with_the_option():
     assert only(arrives(run, "c", 10), fx.Fold)[0].max_norm == 10.0  # 5 times the median of 1 and 3
 
 
-# --- stalled and long work -----------------------------------------------------------------------
+# --- stalled and long work ---------------------------------------------------------------------
 
 
 def training(run: Run, name: str, step: int) -> list[fx.Effect]:
@@ -289,7 +290,7 @@ def test_after_our_own_outage_every_worker_has_the_full_time_to_be_heard():
     assert "gone" in event_names(pass_time(run, 4, "a"))
 
 
-# --- samples -------------------------------------------------------------------------------------
+# --- samples -----------------------------------------------------------------------------------
 
 
 def test_a_reopened_round_prefers_other_workers():
@@ -324,7 +325,7 @@ def test_a_sample_below_the_quorum_waits_for_more_workers():
     assert len(run.state.asked) == 3
 
 
-# --- rejected updates ----------------------------------------------------------------------------
+# --- rejected updates --------------------------------------------------------------------------
 
 
 def test_a_round_asked_again_after_a_rejection_is_another_attempt():
@@ -339,7 +340,7 @@ def test_a_round_asked_again_after_a_rejection_is_another_attempt():
     assert fx.SendFit(("b",), evaluate=False, sequence=1, attempt=2) in pass_time(run, 62, "ab")
 
 
-# --- the vote on classes and model ---------------------------------------------------------------
+# --- the vote on classes and model -------------------------------------------------------------
 
 
 def gathered(*workers: tuple[str, dict[str, object]], **rules: object) -> tuple[Run, list]:
@@ -399,7 +400,7 @@ def test_a_refusal_is_sent_once_per_session_and_for_every_hello():
     assert only(run.seen("w", session="w-2", classes=("b",)), fx.Refuse)
 
 
-# --- many workers --------------------------------------------------------------------------------
+# --- many workers ------------------------------------------------------------------------------
 
 
 def test_the_work_of_a_round_is_linear_in_its_workers():

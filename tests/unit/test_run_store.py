@@ -93,7 +93,7 @@ def no_fsync(_: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
+# --- checkpoints -------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_metadata(tmp_path):
@@ -318,7 +318,7 @@ def test_a_missing_or_damaged_model_file_is_reported_in_one_line(tmp_path):
         read_checkpoint(tmp_path)
 
 
-# --- loading a run -------------------------------------------------------------------------------
+# --- loading a run -----------------------------------------------------------------------------
 
 
 def test_a_new_run_has_an_id_and_nothing_else(store):
@@ -501,7 +501,7 @@ def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     assert three.load("letters").repairs == ()
 
 
-# --- synced files, for power failures ------------------------------------------------------------
+# --- synced files, for power failures ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -582,7 +582,7 @@ def test_a_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path):
         RunStore(tmp_path / "file" / "run")
 
 
-# --- the history ---------------------------------------------------------------------------------
+# --- the history -------------------------------------------------------------------------------
 
 
 def test_a_line_is_on_disk_when_append_returns(store, monkeypatch):
@@ -659,7 +659,7 @@ def test_a_missing_history_is_reported_in_one_line(tmp_path):
         read_history(tmp_path)
 
 
-# --- locks and fresh starts ----------------------------------------------------------------------
+# --- locks and fresh starts --------------------------------------------------------------------
 
 _HOLD = """
 import sys

@@ -180,7 +180,7 @@ def test_a_rule_from_a_file(tmp_path):
         load_selection(f"{tmp_path}/mine.py:nothing")
 
 
-# --- in the machine ------------------------------------------------------------------------------
+# --- in the machine ----------------------------------------------------------------------------
 
 
 def test_a_number_of_workers_is_asked_in_place_of_a_fraction():

@@ -1,4 +1,4 @@
-"""Strategies: composing, loading and checking them, and their state in checkpoints."""
+"""Strategies: composition, loading, checks, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def averaged(strategy, weights, updates):
 
 
 class Adding(Server):
-    """Does what ``replace`` does, but takes the general path of a pipeline."""
+    """Does what ``replace`` does, but through the general path of server steps."""
 
     def init(self, weights):
         return None
@@ -89,7 +89,7 @@ class Adding(Server):
         return apply_delta(weights, delta), None
 
 
-# --- composing -----------------------------------------------------------------------------------
+# --- composition -------------------------------------------------------------------------------
 
 
 @given(
@@ -114,9 +114,9 @@ def test_a_mean_delta_shares_no_memory_with_the_state():
     weights = {"w": np.zeros(3, np.float32)}
     mean = weighted()
     state = mean.fold(mean.init(weights), of({"w": np.ones(3, np.float32)}, 5))
-    delta, state = mean.finish(state, weights)
+    mean_delta, state = mean.finish(state, weights)
     mean.fold(state, of({"w": np.full(3, 9, np.float32)}, 5))
-    assert delta["w"].tolist() == [1.0] * 3
+    assert mean_delta["w"].tolist() == [1.0] * 3
 
 
 def test_transforms_are_applied_in_order():
@@ -167,7 +167,7 @@ def test_a_step_saturates_at_the_end_of_its_dtype():
     }  # fmt: skip
 
 
-# --- loading -------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, mes
     words = ["coordinator", "--federation", "f", "--strategy", name]
     result = CliRunner().invoke(fluffle, words)
     assert isinstance(result.exception, UsageError)
-    assert list(here.iterdir()) == [here / "mine.py"]  # no run was begun
+    assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
 
 
 def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
@@ -255,7 +255,7 @@ def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
     assert not any(name in shown for name in ("loading.py", "importlib"))
 
 
-# --- checking ------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------
 
 
 def needing(**needs):
@@ -322,7 +322,7 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     assert strategy_of(tmp_path, 1) == (mine.name, str(MOMENTUM))
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
+# --- checkpoints -------------------------------------------------------------------------------
 
 
 def test_the_strategys_state_is_in_the_checkpoint_and_not_in_the_model(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out, pack
+from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
 from fluffle_common.protocol.messages import (
     Bye,
     Fit,
@@ -17,6 +17,7 @@ from fluffle_common.protocol.messages import (
     Refusal,
     Stop,
 )
+from fluffle_common.protocol.transfer import pack
 from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
