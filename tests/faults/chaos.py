@@ -86,13 +86,13 @@ class Chaos:
         for number, fault in enumerate(faults, start=1):
             self._wait(fault.after_s)
             began = now()
-            told = self._do(fault)
-            line = {"fault": number, "kind": fault.kind, "what": told, "began": began}
+            outcome = self._do(fault)
+            line = {"fault": number, "kind": fault.kind, "what": outcome, "began": began}
             self.federation.note("faults", {**line, "lasts_s": fault.lasts_s})
             at = time.monotonic() - self._began
             self._say(
                 f"fault {number:3}/{len(faults)}  at {at:6.1f} s, "
-                f"{self.federation.committed():3} rounds: {fault.kind}: {told}"
+                f"{self.federation.committed():3} rounds: {fault.kind}: {outcome}"
             )
         while self.federation.committed() < rounds:
             self._wait(0.1)
@@ -198,7 +198,9 @@ class Chaos:
 
         def counted() -> list[str]:
             number = self.federation.committed() + 1
-            return [told["worker"] for told in active.events("counted") if told["round"] == number]
+            return [
+                event["worker"] for event in active.events("counted") if event["round"] == number
+            ]
 
         with contextlib.suppress(AssertionError):
             wait_until(counted, "an update was counted", timeout_s=5)
@@ -366,7 +368,7 @@ def main() -> int:
         _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: FAILED: {wrong}")
         _say(f"everything is in {folder}")
         return 1
-    _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: {verdict.told()}")
+    _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: {verdict.text()}")
     if not verdict.clean:
         _say(f"everything is in {folder}")
     elif given.folder is None:

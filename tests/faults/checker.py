@@ -92,18 +92,18 @@ class Verdict:
     def clean(self) -> bool:
         return not self.faults
 
-    def told(self) -> str:
+    def text(self) -> str:
         """Return the verdict as text."""
         seen = ", ".join(f"{number} {what}" for what, number in self.figures.items())
         if self.clean:
             return f"clean: {seen}"
-        shown = "\n".join(f"  {fault}" for fault in self.faults[:20])
-        return f"NOT CLEAN, {len(self.faults)} findings ({seen}):\n{shown}"
+        listing = "\n".join(f"  {fault}" for fault in self.faults[:20])
+        return f"NOT CLEAN, {len(self.faults)} findings ({seen}):\n{listing}"
 
 
 def check(folder: Path) -> Verdict:
     """Check all rules for a federation that has ended."""
-    found = Verdict()
+    verdict = Verdict()
     history = [
         json.loads(line) for line in (folder / "run/history.jsonl").read_bytes().splitlines()
     ]
@@ -112,30 +112,30 @@ def check(folder: Path) -> Verdict:
     run = json.loads((folder / "run/run.json").read_text())["run"]
     sent = _sent(folder, run)
     logs = fairness.coordinator_logs(folder)
-    said = _said(logs)
+    uncounted = _uncounted(logs)
     rejected = whole_lines(folder / "evidence/rejected.jsonl")
-    found.figures = {
+    verdict.figures = {
         "rounds": len(commits),
         "updates counted": sum(len(line["participants"]) for line in commits),
         "updates confirmed": sum(one.is_confirmed for one in sent.values()),
-        "late": sum(said["late"].values()),
-        "duplicates": sum(said["duplicate"].values()),
+        "late": sum(uncounted["late"].values()),
+        "duplicates": sum(uncounted["duplicate"].values()),
         "rejected": len(rejected),
         "quorums known": fairness.judged(logs),
         "silences judged": fairness.silences_judged(folder),
     }
-    found.faults += [
+    verdict.faults += [
         *_rounds(folder, commits, run),
         *_averages(folder, commits, bases, sent),
         *_once(commits, bases, sent),
         *_none_missing(commits, bases, sent),
-        *_accounted(commits, bases, sent, said, rejected, folder),
+        *_accounted(commits, bases, sent, uncounted, rejected, folder),
         *_garbage(folder, rejected),
         *_nothing_left(folder),
         *fairness.quorums(folder, logs, commits),
         *fairness.silences(folder, logs),
     ]
-    return found
+    return verdict
 
 
 # --- rules 1 to 7; `fairness` has the others ------------------------------------------------------
@@ -174,12 +174,12 @@ def _averages(
         examples, weights = 0, 0.0
         for one in line["participants"]:
             identity, staleness = _identity(line, one, bases), one.get("staleness", 0)
-            told = list(_contents(sent[identity])) if identity in sent else []
-            if not told:
+            copies = list(_contents(sent[identity])) if identity in sent else []
+            if not copies:
                 yield f"round {number} counts {one['worker']}, which sent nothing for it"
                 continue
-            header, delta = told[0]
-            if any(not _same(delta, other) for _, other in told[1:]):
+            header, delta = copies[0]
+            if any(not _same(delta, other) for _, other in copies[1:]):
                 yield f"round {number}: {one['worker']} sent updates that differ"
             if header["num_examples"] != one["num_examples"]:
                 yield f"round {number}: {one['worker']} sent another num_examples than the line has"
@@ -265,7 +265,7 @@ def _accounted(
     commits: list[dict[str, Any]],
     bases: dict[int, str],
     sent: dict[Identity, Sent],
-    said: dict[str, Counter[tuple[int, str]]],
+    uncounted: dict[str, Counter[tuple[int, str]]],
     rejected: list[dict[str, Any]],
     folder: Path,
 ) -> Iterator[str]:
@@ -277,8 +277,8 @@ def _accounted(
         # A participant is counted with this update, or with another of the right base: see `_once`.
         if not one.is_confirmed or (sequence, worker) in there or number == open_at_the_end:
             continue
-        told = said["late"][number, worker] + said["duplicate"][number, worker]
-        if not told and not refused & {path.stem for path in one.bodies}:
+        reported = uncounted["late"][number, worker] + uncounted["duplicate"][number, worker]
+        if not reported and not refused & {path.stem for path in one.bodies}:
             taken_back = "" if base in bases.values() else f", from {base}, which was taken back,"
             yield (
                 f"the confirmed update of {worker} in round {number}{taken_back} "
@@ -298,9 +298,9 @@ def _garbage(folder: Path, rejected: list[dict[str, Any]]) -> Iterator[str]:
         if not one["rejected"]:
             continue
         kind, _, worker = one["queue"].partition(".")
-        told = by_id.get(one["id"])
-        if told is not None:
-            if not told["reason"]:
+        rejection = by_id.get(one["id"])
+        if rejection is not None:
+            if not rejection["reason"]:
                 yield f"{one['what']} was rejected without a reason"
         elif kind in ("inbox", "outbox") and any(at > one["at"] for at in starts[worker]):
             continue
@@ -385,26 +385,26 @@ def _unpacked(path: Path) -> tuple[dict[str, Any], bytes]:
 
 def _trained(folder: Path) -> set[tuple[str, str, str]]:
     """Read the trainings: worker, digest of the base, digest of the delta."""
-    found = set()
+    trainings = set()
     for path in folder.glob("trained/*.npz"):
-        with np.load(path) as told:
+        with np.load(path) as record:
             delta = {
-                name.removeprefix("delta:"): told[name]
-                for name in told.files
+                name.removeprefix("delta:"): record[name]
+                for name in record.files
                 if name.startswith("delta:")
             }
-            found.add((str(told["worker"]), str(told["received"]), digest(delta)))
-    return found
+            trainings.add((str(record["worker"]), str(record["received"]), digest(delta)))
+    return trainings
 
 
-def _said(logs: fairness.Logs) -> dict[str, Counter[tuple[int, str]]]:
+def _uncounted(logs: fairness.Logs) -> dict[str, Counter[tuple[int, str]]]:
     """Read the round and worker of each update that a coordinator reported as not counted."""
-    said: dict[str, Counter[tuple[int, str]]] = defaultdict(Counter)
+    uncounted: dict[str, Counter[tuple[int, str]]] = defaultdict(Counter)
     for log in logs.values():
-        for told in log:
-            if told["event"] in ("late", "duplicate"):
-                said[told["event"]][told["round"], told["worker"]] += 1
-    return said
+        for line in log:
+            if line["event"] in ("late", "duplicate"):
+                uncounted[line["event"]][line["round"], line["worker"]] += 1
+    return uncounted
 
 
 def _bases(folder: Path, commits: list[dict[str, Any]]) -> dict[int, str]:
@@ -428,15 +428,15 @@ def _same(one: Tensors, other: Tensors) -> bool:
 
 def digest(weights: Tensors) -> str:
     """Return a digest of tensors, computed as in `fast_task`."""
-    told = sha256()
+    hashed = sha256()
     for name in sorted(weights):
         tensor = np.asarray(weights[name])
-        told.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
-        told.update(np.ascontiguousarray(tensor).tobytes())
-    return told.hexdigest()
+        hashed.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
+        hashed.update(np.ascontiguousarray(tensor).tobytes())
+    return hashed.hexdigest()
 
 
 if __name__ == "__main__":
     verdict = check(Path(sys.argv[1]))
-    print(verdict.told())
+    print(verdict.text())
     sys.exit(not verdict.clean)

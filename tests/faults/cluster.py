@@ -86,8 +86,8 @@ class Cluster:
 
     def leader(self, queue: str) -> str:
         """Return the name of the leader of a quorum queue; "" while it has none."""
-        told = self.ctl("list_queues", "name", "leader")
-        leaders = [str(one["leader"]) for one in told if one["name"] == queue]
+        queues = self.ctl("list_queues", "name", "leader")
+        leaders = [str(one["leader"]) for one in queues if one["name"] == queue]
         return leaders[0].partition("@")[0] if leaders else ""
 
     def urls(self, first: int) -> str:

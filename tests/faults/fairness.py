@@ -55,8 +55,8 @@ def quorums(folder: Path, logs: Logs, commits: list[Line]) -> Iterator[str]:
     have = {line["round"]: len(line["participants"]) for line in commits}
     for log in logs.values():
         yield from _kept(log, have)
-    told = json.loads((folder / "run/run.json").read_text())
-    configurations = told.get("configurations", [])
+    run = json.loads((folder / "run/run.json").read_text())
+    configurations = run.get("configurations", [])
     closed = {line["round"] for log in logs.values() for line in log if line["event"] == "closed"}
     for line in commits:
         number = line["round"]
@@ -70,11 +70,11 @@ def quorums(folder: Path, logs: Logs, commits: list[Line]) -> Iterator[str]:
 
 def judged(logs: Logs) -> int:
     """Count the rounds whose opening and commit are in the same log."""
-    found: set[int] = set()
+    rounds: set[int] = set()
     for log in logs.values():
         opened = {line["round"] for line in log if line["event"] == "opened"}
-        found |= {line["round"] for line in log if line["event"] == "committed"} & opened
-    return len(found)
+        rounds |= {line["round"] for line in log if line["event"] == "committed"} & opened
+    return len(rounds)
 
 
 def _kept(log: list[Line], have: Mapping[int, int]) -> Iterator[str]:
@@ -85,28 +85,28 @@ def _kept(log: list[Line], have: Mapping[int, int]) -> Iterator[str]:
         if line["event"] not in _QUORUM_EVENTS:
             continue
         number = line["round"]
-        said = needed.get(number, 0)
+        announced = needed.get(number, 0)
         match line["event"]:
             case "opened" | "reopened":
                 needed[number] = line["needed"]
             case "quorum":
                 if number not in needed:
                     yield f"the event 'quorum' of round {number} comes before its event 'opened'"
-                if line["was"] < said:
-                    yield _mutely(number, said, line["was"])
+                if line["was"] < announced:
+                    yield _mutely(number, announced, line["was"])
                 needed[number] = line["needed"]
             case "counted" if number not in reached:  # once reached, it does not rise
-                if line["needed"] < said:
-                    yield _mutely(number, said, line["needed"])
+                if line["needed"] < announced:
+                    yield _mutely(number, announced, line["needed"])
                 needed[number] = line["needed"]
                 if line["updates"] >= line["needed"]:
                     reached.add(number)
             case "closed":
                 needed[number] = 0
-            case "committed" if have.get(number, 0) < said:
+            case "committed" if have.get(number, 0) < announced:
                 yield (
                     f"round {number} was closed with {_updates(have.get(number, 0))}, "
-                    f"its quorum was {said}"
+                    f"its quorum was {announced}"
                 )
 
 
@@ -120,8 +120,8 @@ def _floor(configurations: list[Line], number: int) -> tuple[int, str]:
     if not holding:
         return 1, "a round"
     schedule, rules = holding[-1].get("schedule", "quorum"), holding[-1]["rules"]
-    if found := re.match(r"buffered:buffer=(\d+)", schedule):
-        return int(found[1]), f"--buffer {found[1]}"
+    if buffer := re.match(r"buffered:buffer=(\d+)", schedule):
+        return int(buffer[1]), f"--buffer {buffer[1]}"
     quorum, workers = rules["quorum"], rules["min_workers"]
     if quorum["number"] is not None:
         return quorum["number"], f"--quorum {quorum['number']}"
@@ -171,7 +171,7 @@ def silences(folder: Path, logs: Logs) -> Iterator[str]:
             then = [line for line in log if one.began <= _time(line) <= until]
             for line in then:
                 if line["event"] == "gone" and line["worker"] in one.living:
-                    yield f"{one.words}, and {line['worker']}, which lived, was said to be gone"
+                    yield f"{one.words}, and {line['worker']}, which lived, counted as gone"
                 if line["event"] == "resumed" and one.log not in (None, name):
                     yield f"{one.words}, and another one ({name}) took its run"
             if name == one.log:

@@ -128,9 +128,9 @@ def first_weights(seed: int) -> dict[str, np.ndarray[Any, Any]]:
 
 def digest(weights: Weights) -> str:
     """Return a digest of weights."""
-    told = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name in sorted(weights):
         tensor = np.asarray(weights[name])
-        told.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
-        told.update(np.ascontiguousarray(tensor).tobytes())
-    return told.hexdigest()
+        hashed.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
+        hashed.update(np.ascontiguousarray(tensor).tobytes())
+    return hashed.hexdigest()

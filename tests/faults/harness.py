@@ -56,10 +56,10 @@ def wait_until(
         AssertionError: if it is not true in time.
     """
     end = time.monotonic() + timeout_s
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, f"not in {timeout_s:.0f} s: {what}"
         threading.Event().wait(look_s)
-    return found
+    return value
 
 
 class Program:
@@ -114,13 +114,13 @@ class Program:
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Return its events as JSON objects, all or those of one name."""
-        told = whole_lines(self.log, strict=False)
-        return [line for line in told if event is None or line.get("event") == event]
+        lines = whole_lines(self.log, strict=False)
+        return [line for line in lines if event is None or line.get("event") == event]
 
     def wait_for(self, event: str, timeout_s: float = PATIENCE_S, **fields: Any) -> dict[str, Any]:
         """Wait for an event with these fields; return the first."""
 
-        def told() -> dict[str, Any] | None:
+        def first_match() -> dict[str, Any] | None:
             for one in self.events(event):
                 if all(one.get(key) == value for key, value in fields.items()):
                     return one
@@ -128,10 +128,12 @@ class Program:
                 raise AssertionError(f"{self.name} ended with {self.code}:\n{self.tail()}")
             return None
 
-        found: dict[str, Any] = wait_until(
-            told, f"{self.name} tells '{event}' {fields}; {self.log}:\n{self.tail()}", timeout_s
+        first: dict[str, Any] = wait_until(
+            first_match,
+            f"{self.name} emits '{event}' {fields}; {self.log}:\n{self.tail()}",
+            timeout_s,
         )
-        return found
+        return first
 
     def tail(self) -> str:
         """Return the end of its output."""
@@ -312,7 +314,7 @@ class Federation:
         login = base64.b64encode(b"guest:guest").decode()
         try:
             link.request("GET", "/api/queues", headers={"Authorization": f"Basic {login}"})
-            told = json.load(link.getresponse())
+            queues = json.load(link.getresponse())
         finally:
             link.close()
         prefix = f"{self.name}."
@@ -321,7 +323,7 @@ class Federation:
                 "ready": one.get("messages_ready"),
                 "unacked": one.get("messages_unacknowledged"),
             }
-            for one in told
+            for one in queues
             if one["name"].startswith((prefix, "amq."))
         }
 
@@ -381,13 +383,13 @@ def whole_lines(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     if strict:
         return [json.loads(line) for line in lines]
-    found = []
+    entries = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            told = json.loads(line)
-            if isinstance(told, dict):
-                found.append(told)
-    return found
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries
 
 
 def _processes(mark: str) -> Iterator[psutil.Process]:

@@ -99,11 +99,11 @@ class Foe:
         header, payload = self._sound(kind)
         header["federation"] = _ELSEWHERE
         body = bytearray(msgpack.packb([header, payload]))
-        told = []
+        damages = []
         for _ in range(self.rng.randint(1, 5)):
             at = self.rng.randrange(len(body) + 1)
             what = self.rng.choice(("flip", "set", "cut", "insert", "repeat"))
-            told.append(f"{what} at {at}")
+            damages.append(f"{what} at {at}")
             if what == "flip":
                 body[at : at + 1] = bytes(b ^ 1 << self.rng.randrange(8) for b in body[at : at + 1])
             elif what == "set":
@@ -114,7 +114,7 @@ class Foe:
                 body[at:at] = self.rng.randbytes(self.rng.randint(1, 8))
             else:
                 body[at:at] = body[at : at + 20]
-        return f"damaged {header['kind']}: {', '.join(told)}", bytes(body)
+        return f"damaged {header['kind']}: {', '.join(damages)}", bytes(body)
 
     # --- messages of this federation with one error ---------------------------------------------
 

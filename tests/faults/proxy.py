@@ -242,8 +242,8 @@ class _Connection:
 
 def _abort(writer: asyncio.StreamWriter) -> None:
     """Close a socket so that its peer sees a reset."""
-    found = writer.get_extra_info("socket")
+    connection = writer.get_extra_info("socket")
     with contextlib.suppress(OSError):
-        if found is not None:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

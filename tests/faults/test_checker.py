@@ -45,7 +45,7 @@ def sound(broker_node: node.NodeInfo, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_a_sound_federation_is_clean(sound: Path) -> None:
     verdict = check(sound)
-    assert verdict.clean, verdict.told()
+    assert verdict.clean, verdict.text()
     assert verdict.figures["rounds"] == ROUNDS
     assert verdict.figures["updates counted"] == verdict.figures["updates confirmed"] == 2 * ROUNDS
     assert verdict.figures["rejected"] == 1
@@ -181,8 +181,8 @@ def without_reason(folder: Path) -> None:
 def queue(name: str, ready: int) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "evidence/queues.json"
-        told = json.loads(path.read_text())
-        path.write_text(json.dumps(told | {name: {"ready": ready, "unacked": 0}}))
+        queues = json.loads(path.read_text())
+        path.write_text(json.dumps(queues | {name: {"ready": ready, "unacked": 0}}))
 
     return change
 
@@ -207,7 +207,7 @@ def unheard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tamper", "told"),
+    ("tamper", "message"),
     [
         (history(doubled), "once and in order"),
         (history(left_out), "once and in order"),
@@ -231,18 +231,18 @@ def unheard(folder: Path) -> None:
         (queue("leaked", 0), "['leaked']"),
         (orphan, "left running: beam.smp"),
         (wanted_more, "the quorum of round 2 fell from 3 to 2, and no event 'quorum' says why"),
-        (unheard, "and w0, which lived, was said to be gone"),
+        (unheard, "and w0, which lived, counted as gone"),
     ],
 )
 def test_what_is_wrong_is_found(
-    sound: Path, tmp_path: Path, tamper: Callable[[Path], None], told: str
+    sound: Path, tmp_path: Path, tamper: Callable[[Path], None], message: str
 ) -> None:
     folder = tmp_path / "tampered"
     shutil.copytree(sound, folder)
     tamper(folder)
     verdict = check(folder)
     assert not verdict.clean
-    assert told in verdict.told()
+    assert message in verdict.text()
 
 
 def test_what_was_trained_from_weights_that_were_taken_back_is_no_fault(
@@ -256,4 +256,4 @@ def test_what_was_trained_from_weights_that_were_taken_back_is_no_fault(
     with (folder / "evidence/rejected.jsonl").open("a") as rejected:
         rejected.write(json.dumps(line) + "\n")
     verdict = check(folder)
-    assert verdict.clean, verdict.told()
+    assert verdict.clean, verdict.text()

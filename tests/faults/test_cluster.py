@@ -39,13 +39,15 @@ class ClusterFederation(Federation):
     def queues(self) -> dict[str, dict[str, Any]]:
         """Return the counts from the queues; the management API repeats a dead leader's figures."""
         self.broker_url = next(iter(self._cluster.nodes.values())).url
-        told = self._cluster.ctl("list_queues", "name", "messages_ready", "messages_unacknowledged")
+        queues = self._cluster.ctl(
+            "list_queues", "name", "messages_ready", "messages_unacknowledged"
+        )
         return {
             one["name"].removeprefix(f"{self.name}."): {
                 "ready": one["messages_ready"],
                 "unacked": one["messages_unacknowledged"],
             }
-            for one in told
+            for one in queues
         }
 
 

@@ -100,10 +100,10 @@ def test_some_connections_have_a_slow_line_to_themselves_for_a_while(pair: Pair)
 @pytest.mark.parametrize("side", ["client", "broker"])
 def test_half_close_ends_one_side_and_leaves_the_other_in_the_dark(pair: Pair, side: Side) -> None:
     assert pair.passes()
-    told, dark = (pair.client, pair.server) if side == "client" else (pair.server, pair.client)
+    ended, dark = (pair.client, pair.server) if side == "client" else (pair.server, pair.client)
     assert pair.proxy.half_close(1.0, side, 0.6, random.Random(0)) == 1
-    assert told.recv(1) == b""
-    told.close()
+    assert ended.recv(1) == b""
+    ended.close()
     dark.settimeout(0.2)
     dark.sendall(b"anybody?")
     with pytest.raises(TimeoutError):

@@ -50,7 +50,7 @@ def assert_ended_well(federation: Federation, *programs: Program) -> None:
     federation.gather()
     federation.gather_orphans()
     verdict = check(federation.folder)
-    assert verdict.clean, verdict.told()
+    assert verdict.clean, verdict.text()
 
 
 # --- the coordinator -----------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
     coordinator, others = start(federation, workers, *flags)
 
     def opened() -> int:
-        return max((told["round"] for told in coordinator.events("opened")), default=0)
+        return max((event["round"] for event in coordinator.events("opened")), default=0)
 
     def again() -> Program:
         killed_in.add(federation.committed() + 1)  # the open round, or the next to open
@@ -179,7 +179,7 @@ def test_a_round_longer_than_the_brokers_patience(own_federation: Federation) ->
 @contextlib.contextmanager
 def listening(federation: Federation) -> Iterator[dict[str, str]]:
     """Consume the rejected queue; collect the reason of each hostile message by its id."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     done = threading.Event()
 
     def listen() -> None:
@@ -191,7 +191,7 @@ def listening(federation: Federation) -> Iterator[dict[str, str]]:
         ):
             if method is not None:
                 line = federation.note_rejected(properties, body)
-                found[line["id"]] = line["reason"]
+                reasons[line["id"]] = line["reason"]
             elif done.is_set():
                 break
         connection.close()
@@ -199,7 +199,7 @@ def listening(federation: Federation) -> Iterator[dict[str, str]]:
     thread = threading.Thread(target=listen)
     thread.start()
     try:
-        yield found
+        yield reasons
     finally:
         done.set()
         thread.join(60)
@@ -272,8 +272,8 @@ def test_the_rejected_queue_is_bounded_and_what_it_dropped_can_be_counted(
     wait_until(lambda: len(coordinator.events("rejected")) >= 1200, "all are told")
     federation.wait_committed(federation.committed() + 2)  # a round's line has the number
     assert_ended_well(federation, finish(federation, coordinator), *workers)
-    kept = (federation.folder / "evidence/rejected.jsonl").read_bytes().splitlines()
-    assert len(kept) == 1000
+    lines = (federation.folder / "evidence/rejected.jsonl").read_bytes().splitlines()
+    assert len(lines) == 1000
     assert sum(line["rejected"] for line in federation.history("committed")) == 1200
 
 
@@ -310,9 +310,9 @@ def test_a_full_disk_pauses_the_run_until_there_is_room(federation: Federation) 
         coordinator, workers = start(federation, 2, "--rounds", 6, "--config", "train_s=0.3")
         federation.wait_committed(2)
         fill(True)
-        told = coordinator.wait_for("disk")
-        assert told["folder"] == str(federation.run)
-        assert "No space left" in told["reason"]
+        event = coordinator.wait_for("disk")
+        assert event["folder"] == str(federation.run)
+        assert "No space left" in event["reason"]
         committed = federation.committed()
         threading.Event().wait(3)
         assert coordinator.alive()
@@ -353,7 +353,7 @@ def test_an_average_that_never_was_on_disk_was_sent_to_nobody(federation: Federa
     assert again.wait_for("resumed")["round"] == last
     assert_ended_well(federation, again, *workers)
     for worker in workers:  # their updates were delivered again
-        begun = [told["round"] for told in worker.events("begin") if told["kind"] == "fit"]
+        begun = [event["round"] for event in worker.events("begin") if event["kind"] == "fit"]
         assert begun == list(range(1, 6))
     assert not again.events("rejected")
 

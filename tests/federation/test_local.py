@@ -1,4 +1,4 @@
-"""``fluffle.run``: whole federations in one process, in real time."""
+"""``fluffle.run``: whole federations in this process, in real time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Adder:
-    """A task that adds 1 to its weights, in steps."""
+    """Adds 1 to its weights, a step at a time."""
 
     num_examples = 10
 
@@ -46,7 +46,7 @@ class Adder:
 
 
 class Softmax:
-    """Softmax regression on handwritten digits in float64, trained by SGD."""
+    """Softmax regression on handwritten digits, in float64, by stochastic gradient descent."""
 
     def __init__(self, inputs, targets):
         self.inputs, self.targets, self.num_examples = inputs, targets, len(inputs)
@@ -86,7 +86,7 @@ class Softmax:
 
 @pytest.fixture(scope="module")
 def digits():
-    """Return three tasks with different numbers of examples and distributions of digits."""
+    """Three owners of different size, each with more of some digits than of others."""
     data = load_digits()
     order = np.argsort(data.target[:1500], kind="stable")
     inputs, targets = data.data[:1500][order] / 16, data.target[:1500][order]
@@ -97,7 +97,7 @@ def digits():
 
 
 def federated_averaging(tasks, orders, seed, **plan):
-    """Compute the rounds in plain NumPy, in float64.
+    """Return what plain NumPy makes of the rounds, in float64.
 
     ``orders`` names the tasks of each round, in the order in which their updates are added.
     """
@@ -213,7 +213,7 @@ async def test_a_callers_loop_goes_on_meanwhile():
         assert go_on.wait(60)
 
     running = asyncio.create_task(fluffle.arun([Adder()], rounds=1, on_round=on_round))
-    await inside.wait()  # needs this loop to run while the hook waits
+    await inside.wait()  # which needs this loop, while the run waits for us
     go_on.set()
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
 
@@ -251,9 +251,9 @@ fluffle.run([Adder(steps=100, step_s=0.001)], rounds=1000, on_round=on_round, **
 """
 
 
-@pytest.mark.parametrize("in_folder", [True, False])
-def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, in_folder):
-    options = {"folder": str(tmp_path / "run")} if in_folder else {}
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, with_folder):
+    options = {"folder": str(tmp_path / "run")} if with_folder else {}
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, repr(options)],
         stdout=subprocess.PIPE,
@@ -265,23 +265,23 @@ def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, in_folder):
     assert process.stdout is not None
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
     (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
-    if not in_folder:
+    if not with_folder:
         assert (
             f"the same call with folder={str(folder)!r} goes on with round {committed + 1}"
-            in errors
+            in stderr
         )
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
     assert run.weights["w"].tolist() == [committed + 1.0] * 2
 
 
 class Broken(Adder):
-    """A task that fails in one of its methods."""
+    """Fails in one of its methods."""
 
     def __init__(self, where, *, at=1):
         super().__init__()
@@ -314,7 +314,7 @@ def test_an_error_of_a_task_is_raised_with_its_name_and_its_own_traceback(tmp_pa
     assert isinstance(cause, ZeroDivisionError)
     frames = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
     assert frames == ["train", "_perhaps"]
-    assert capsys.readouterr().err == ""  # it is not reported twice
+    assert capsys.readouterr().err == ""  # it is not shown twice
     assert len(fluffle.Run(tmp_path).history) == 1
     assert fluffle.run([Adder(), Adder()], rounds=2, folder=tmp_path).weights["w"][0] == 2.0
 
@@ -331,9 +331,9 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
 def test_an_evaluation_that_fails_is_told_and_costs_the_evaluation_only(capsys):
     run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
     assert run.history["loss"] == [1.0, 2.0]
-    errors = capsys.readouterr().err
-    assert "the task 'south': evaluate() fails, and this worker trains without it" in errors
-    assert errors.count("ZeroDivisionError: mine\n") == 1
+    stderr = capsys.readouterr().err
+    assert "the task 'south': evaluate() fails, and this worker trains without it" in stderr
+    assert stderr.count("ZeroDivisionError: mine\n") == 1
 
 
 def test_a_run_that_stops_raises_why_and_how_it_goes_on(tmp_path):

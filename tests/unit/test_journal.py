@@ -85,12 +85,12 @@ async def drained(journal: Journal) -> None:
 
 def raw(broker: MemoryBroker) -> list[Event]:
     """Return all events in the stream, including duplicates."""
-    found: list[Event] = []
+    events: list[Event] = []
     for stored in broker.queues[TOPOLOGY.journal].ready:
         message, _ = decode(stored.body, "f")
         assert isinstance(message, Event | Events)
-        found += message.each() if isinstance(message, Events) else [message]
-    return found
+        events += message.each() if isinstance(message, Events) else [message]
+    return events
 
 
 async def read(broker: MemoryBroker, **how: Any) -> list[Event]:
@@ -324,11 +324,11 @@ def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped
         await (await broker.open()).declare(TOPOLOGY.shared())
         journal = Journal(TOPOLOGY, capacity=capacity)
         task: asyncio.Task[None] | None = None
-        told = 0
+        recorded = 0
         for step in [*steps, "link", "tell"]:
             if step == "tell":
-                told += 1
-                journal.record(from_fields("opened", {"round": told}))
+                recorded += 1
+                journal.record(from_fields("opened", {"round": recorded}))
             elif step == "cut" and link is not None and task is not None:
                 link.cut()
                 task.cancel()  # like another user of the link that ends
@@ -351,8 +351,8 @@ def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped
         rounds = [event.fields["round"] for event in events if event.event == "opened"]
         assert rounds == sorted(set(rounds))
         dropped = sum(event.fields.get("dropped", 0) for event in events)
-        assert len(rounds) + dropped == told
-        assert rounds[-1] == told
+        assert len(rounds) + dropped == recorded
+        assert rounds[-1] == recorded
 
     asyncio.run(play())
 
@@ -391,8 +391,8 @@ async def test_reading_since_a_moment(broker):
     now = datetime.now(UTC)
     times = [now - timedelta(minutes=minutes) for minutes in (50, 40, 0)]
     await put(broker, *(entry(number, time) for number, time in enumerate(times, start=1)))
-    found = await read(broker, since=now - timedelta(minutes=45))
-    assert [event.number for event in found] == [2, 3]
+    events = await read(broker, since=now - timedelta(minutes=45))
+    assert [event.number for event in events] == [2, 3]
     assert await read(broker, since=now + timedelta(minutes=5)) == []
 
 
@@ -461,9 +461,9 @@ async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(bro
         journal.record(from_fields("counted", {"round": 2}))
         await drained(journal)
         assert not task.done()
-    said = capsys.readouterr().err
-    assert said.count("the journal cannot be published") == 1
-    assert "the run goes on without it" in said
+    errors = capsys.readouterr().err
+    assert errors.count("the journal cannot be published") == 1
+    assert "the run goes on without it" in errors
 
 
 async def test_who_may_not_read_the_journal_is_told_which_right_is_missing(broker, monkeypatch):

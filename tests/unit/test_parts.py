@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode, pack
+from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Part, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import pack
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.layout import FLOATS, Array, Tensors, layout_for
 from fluffle_common.tensors.pieces import InPieces
@@ -124,11 +125,11 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
 def test_the_mean_delta_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     base, update = drawn(seed, dtype, shapes), drawn(seed + 1, dtype, shapes)
-    mean, found = weighted(), []
+    mean, models = weighted(), []
     for delta in (update, cut(update, 8 * cells)):
         state = mean.fold(mean.init(base), Contribution(worker="a", num_examples=3, delta=delta))
-        found.append(mean.finish(state, base)[0])
-    assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in base)
+        models.append(mean.finish(state, base)[0])
+    assert all(models[0][name].tobytes() == models[1][name].tobytes() for name in base)
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
@@ -262,11 +263,11 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Sum]:
     link = await MemoryBroker().open()
     await link.declare([*TOPOLOGY.shared(), *(q for w in WORKERS for q in TOPOLOGY.of_worker(w))])
-    found = Sum(link, tmp_path, **getattr(request, "param", {}))
-    found.running = asyncio.ensure_future(found.aggregator.run())
-    yield found
-    found.running.cancel()
-    await asyncio.gather(found.running, return_exceptions=True)
+    total = Sum(link, tmp_path, **getattr(request, "param", {}))
+    total.running = asyncio.ensure_future(total.aggregator.run())
+    yield total
+    total.running.cancel()
+    await asyncio.gather(total.running, return_exceptions=True)
 
 
 async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
@@ -304,7 +305,7 @@ def with_nan_at_the_end() -> dict[str, Array]:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "change", "cause", "told"),
+    ("tensors", "change", "cause", "reason"),
     [
         (values(9), replaced(-2, flipped), "tensors", "replaced or damaged"),
         (values(9), replaced(3, lambda payload: payload[:-4]), None, "8 of 9 parts came"),
@@ -314,12 +315,12 @@ def with_nan_at_the_end() -> dict[str, Array]:
     ids=["digest", "length", "missing", "NaN in the last part"],
 )
 async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
-    summing, tensors, change, cause, told
+    summing, tensors, change, cause, reason
 ):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     failed = await summing.fold(await summing.send("mallory", tensors, change))
     assert isinstance(failed, ev.FoldFailed)
-    assert told in failed.reason
+    assert reason in failed.reason
     assert (failed.again, failed.cause if not failed.again else None) == (cause is None, cause)
     assert isinstance(await summing.fold(await summing.send("b", values(2))), ev.Folded)
     right = [expected(summing.model[n], [(values(i)[n], 3) for i in (1, 2)]) for n in SHAPES]

@@ -70,7 +70,7 @@ def test_each_hint_is_a_line_and_absent_workers_share_one():
     overview.queues.append(queue("rejected", ready=1))
     lines = hints(overview)
     assert "inbox.far: worker far is not connected; 2 messages wait for it" in lines
-    assert "rejected: 1 message refused: fluffle rejected --federation letters" in lines
+    assert "rejected: 1 message rejected: fluffle rejected --federation letters" in lines
     names = ", ".join(f"client-{number}" for number in range(8))
     assert f"12 workers are not connected: {names} and 4 more" in lines
     assert len(lines) == 3

@@ -1,6 +1,6 @@
-"""The rules of the round machine, one by one and in plain order.
+"""The rules of the coordinator's machine, one by one.
 
-``test_rounds_machine`` tries the same rules, and the worker's, under random interleavings.
+``test_rounds_machine`` tests them, and the worker's, under random interleavings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALL = Quorum()
 
 
 class Run:
-    """A round machine with a clock; every method reports one event and returns the effects."""
+    """A machine with a clock; each method sends it an event and returns the effects."""
 
     def __init__(self, rules: Rules | None = None, *, hearing: bool = False, **start: Any) -> None:
         self.now = 100.0
@@ -35,7 +35,7 @@ class Run:
         self.deliveries = 0
         self.log: list[fx.Effect] = []
         rules = rules or Rules(rounds=2, min_workers=2)
-        if not hearing:  # these rules are about other things: all time counts
+        if not hearing:  # for most rules, all time counts
             rules = replace(rules, hearing_s=math.inf)
         if participants := start.pop("participants", ()):
             last = start["committed"]
@@ -58,9 +58,9 @@ class Run:
     def disconnect(self) -> list[fx.Effect]:
         return self.on(ev.Disconnected(self.now))
 
-    def seen(self, name: str, *, hello: bool = False, **told: Any) -> list[fx.Effect]:
-        told = {"session": f"{name}-1", "classes": (), "heartbeat_s": 2.0, **told}
-        worker = rs.Worker(name=name, num_examples=10, last_seen=self.now, **told)
+    def seen(self, name: str, *, hello: bool = False, **fields: Any) -> list[fx.Effect]:
+        fields = {"session": f"{name}-1", "classes": (), "heartbeat_s": 2.0, **fields}
+        worker = rs.Worker(name=name, num_examples=10, last_seen=self.now, **fields)
         return self.on(ev.Seen(self.now, worker, hello))
 
     def at_work(self, name: str, state: str = "training") -> list[fx.Effect]:
@@ -94,16 +94,16 @@ class Run:
         return [*self.arrived(name), *self.folded(name)]
 
     def committed(self, *participants: str, enough: str = "") -> list[fx.Effect]:
-        """Commit the round, of which these are the participants."""
+        """Commit the round; check that these are its participants."""
         number = self.state.round
         effects = self.on(ev.Committed(self.now, number, f"b{number}", enough=enough))
         assert {t.worker for t in self.state.counted_before[number]} == {*participants}
         return effects
 
     def evaluation(self, name: str, round: int, base: str | None = None) -> list[fx.Effect]:
-        found = rs.Evaluated(10, 0.5, {})
+        evaluated = rs.Evaluated(10, 0.5, {})
         base = self.state.base if base is None else base
-        return self.on(ev.EvaluationArrived(self.now, RUN, round, name, found, base))
+        return self.on(ev.EvaluationArrived(self.now, RUN, round, name, evaluated, base))
 
     def failed(self, name: str, round: int) -> list[fx.Effect]:
         return self.on(ev.Failed(self.now, name, RUN, round, "out of memory"))
@@ -113,13 +113,13 @@ class Run:
         return self.on(ev.Tick(self.now))
 
     def sleep(self) -> list[fx.Effect]:
-        """Let time pass to when the machine wants to be woken."""
+        """Advance the clock to the machine's wakeup, and tick."""
         self.now = max(self.now, rounds.wakeup(self.state))
         return self.on(ev.Tick(self.now))
 
 
-def let_pass(run: Run, seconds: float, heard: str = "") -> list[fx.Effect]:
-    """Let time pass in which these workers, and the coordinator's echo, are heard."""
+def pass_time(run: Run, seconds: float, heard: str = "") -> list[fx.Effect]:
+    """Advance the clock, while these workers and the coordinator's echo are heard."""
     effects: list[fx.Effect] = []
     end = run.now + seconds
     while run.now < end:
@@ -132,7 +132,7 @@ def let_pass(run: Run, seconds: float, heard: str = "") -> list[fx.Effect]:
 
 
 def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
-    """Return a run with these workers, its round open."""
+    """Return a run with these workers and an open round."""
     run = Run(rules, **start)
     run.connect()
     for name in workers:
@@ -141,11 +141,11 @@ def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
     return run
 
 
-def came_late(worker: str) -> fx.Record:
+def late_event(worker: str) -> fx.Record:
     return fx.Record(run_events.Late(worker=worker, round=1, num_examples=10))
 
 
-def too_late(worker: str, base: str = "b0") -> fx.Judge:
+def late_verdict(worker: str, base: str = "b0") -> fx.Judge:
     return fx.Judge(Ticket(worker, 1), 1, base, "late", "round 1 was committed without it")
 
 
@@ -153,8 +153,8 @@ def only(effects: Iterable[fx.Effect], kind: type[_E]) -> list[_E]:
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
-def tells(effects: Iterable[fx.Effect]) -> list[str]:
-    return [one.event.name for one in only(effects, fx.Record)]
+def event_names(effects: Iterable[fx.Effect]) -> list[str]:
+    return [effect.event.name for effect in only(effects, fx.Record)]
 
 
 def asked(effects: Iterable[fx.Effect]) -> list[str]:
@@ -228,7 +228,7 @@ def test_the_first_weights_wait_for_the_vote_on_the_model():
         lambda run: run.left("b"),
         lambda run: run.failed("b", 0),
         lambda run: (run.tick(8), run.seen("a"), run.tick(2))[-1],
-        lambda run: let_pass(run, 60.0, "ab"),
+        lambda run: pass_time(run, 60.0, "ab"),
     ],
     ids=["left", "failed", "gone", "takes too long"],
 )
@@ -291,7 +291,7 @@ def test_the_quorum_commits(quorum, enough):
     run = opened(*"abcd", rules=Rules(rounds=1, min_workers=4, quorum=quorum))
     for count, name in enumerate("abcd"[:enough], start=1):
         commits = only(run.update(name), fx.Commit)
-        assert [one.round for one in commits] == ([1] if count == enough else [])
+        assert [effect.round for effect in commits] == ([1] if count == enough else [])
 
 
 def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
@@ -357,7 +357,7 @@ def test_what_was_not_folded_at_the_commit_is_late():
     run.update("b")
     effects = run.committed("a", "b")
     assert fx.Ack(Handle(1, 1)) in effects
-    assert came_late("c") in effects
+    assert late_event("c") in effects
 
 
 def test_an_update_that_was_folded_during_the_commit_counts():
@@ -367,14 +367,14 @@ def test_an_update_that_was_folded_during_the_commit_counts():
     run.folded("a")
     run.folded("b")
     assert not only(run.folded("c"), fx.Commit)
-    assert "late" not in tells(run.committed(*"abc"))
+    assert "late" not in event_names(run.committed(*"abc"))
 
 
 # --- the deadline ------------------------------------------------------------------------------
 
 
 def deadline(on_deadline: str, **rules: Any) -> Run:
-    """Return a run whose round is about to end without a quorum; its workers seldom speak."""
+    """Return a run a second before its deadline, with one update of two."""
     given = {"rounds": 1, "deadline_s": 60, "patience": 1000, **rules}
     run = opened("a", "b", rules=Rules(on_deadline=on_deadline, **given))
     run.update("a")
@@ -396,7 +396,7 @@ def test_the_deadline_closes_with_the_updates_present():
 
 def test_the_deadline_reopens_with_too_few_updates():
     run = deadline("close", min_updates=2)
-    assert "reopened" in tells(run.tick(1))
+    assert "reopened" in event_names(run.tick(1))
     assert run.state.phase is Phase.OPEN
 
 
@@ -406,10 +406,10 @@ def test_the_deadline_reopens_for_idle_workers():
         run.seen(name, hello=True)
     run.at_work("c")
     effects = run.tick(1)
-    assert asked(effects) == ["d"]  # b and c are at it
+    assert asked(effects) == ["d"]  # b and c are at work
     assert set(run.state.asked) == set("abcd")
     assert rounds.wakeup(run.state) == run.now + 60
-    assert not only(effects, fx.Ack)  # the update of a is kept
+    assert not only(effects, fx.Ack)  # the update of a is held
 
 
 def test_a_model_in_parts_that_does_not_advance_is_sent_again():
@@ -426,7 +426,7 @@ def test_a_model_in_parts_that_does_not_advance_is_sent_again():
 def test_reopenings_without_a_new_update_are_bounded():
     run = deadline("reopen", max_reopenings=3)
     for _ in range(3):
-        assert "reopened" in tells(run.sleep())
+        assert "reopened" in event_names(run.sleep())
     run.sleep()
     assert run.state.outcome == "stopped"
     assert run.state.reason.endswith("missing: b; reopened 3 times without progress (--deadline)")
@@ -435,9 +435,9 @@ def test_reopenings_without_a_new_update_are_bounded():
 def test_an_update_between_reopenings_resets_their_count():
     run = opened(*"abc", rules=Rules(rounds=1, min_workers=3, patience=10_000, max_reopenings=1))
     for name in "ab":
-        assert "reopened" in tells(run.sleep())
+        assert "reopened" in event_names(run.sleep())
         run.update(name)
-    assert "reopened" in tells(run.sleep())
+    assert "reopened" in event_names(run.sleep())
     run.sleep()
     assert run.state.outcome == "stopped"
 
@@ -525,7 +525,7 @@ def test_a_late_update_is_acknowledged_and_reported():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     run.committed("a")
-    late = [fx.Ack(Handle(1, 2)), came_late("b"), too_late("b", base="b1")]
+    late = [fx.Ack(Handle(1, 2)), late_event("b"), late_verdict("b", base="b1")]
     assert run.arrived("b", round=1) == late
     assert not run.state.received
 
@@ -533,8 +533,8 @@ def test_a_late_update_is_acknowledged_and_reported():
 def test_an_update_during_the_commit_is_late_once_that_is_on_disk():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
-    assert not run.arrived("b")  # a crash may yet open the round again
-    late = [fx.Ack(Handle(1, 2)), came_late("b")]
+    assert not run.arrived("b")  # a crash may still reopen the round
+    late = [fx.Ack(Handle(1, 2)), late_event("b")]
     effects = run.committed("a")
     assert effects[1:3] == late
     assert not run.state.received
@@ -553,8 +553,8 @@ def test_a_redelivery_after_the_commit_is_a_duplicate():
 def test_a_redelivery_after_a_resume_is_a_duplicate():
     run = Run(committed=1, participants=["a"])
     run.connect()
-    assert tells(run.arrived("a", round=1)) == ["duplicate"]
-    assert tells(run.arrived("b", round=1)) == ["late"]
+    assert event_names(run.arrived("a", round=1)) == ["duplicate"]
+    assert event_names(run.arrived("b", round=1)) == ["late"]
 
 
 def test_a_copy_of_a_held_update_is_acknowledged():
@@ -746,7 +746,7 @@ def test_a_worker_that_leaves_lowers_a_fractional_quorum_but_not_a_number(quorum
     run = opened("a", "b", rules=Rules(rounds=1, quorum=quorum))
     run.update("a")
     commits = only(run.left("b"), fx.Commit)
-    assert [one.round for one in commits] == ([1] if quorum.number is None else [])
+    assert [effect.round for effect in commits] == ([1] if quorum.number is None else [])
 
 
 def test_an_update_counts_after_its_worker_has_left():
@@ -972,7 +972,7 @@ def test_a_resumed_run_opens_at_once_when_all_are_present():
 @pytest.mark.parametrize("quorum", [ALL, Quorum(number=3)])
 def test_updates_from_before_the_resume_count(quorum):
     run = resumed(Rules(rounds=3, min_workers=3, quorum=quorum))
-    for name in "bc":  # b has left for good since
+    for name in "bc":  # b has left since, for good
         run.update(name)
     assert not only(run.log, fx.Ack)
     run.seen("a")
@@ -989,7 +989,7 @@ def test_updates_from_before_the_resume_count(quorum):
 def test_evaluations_from_before_the_resumed_round_opens_count():
     run = resumed()
     run.update("a")
-    assert not recorded(run.evaluation("a", 1))  # the others are yet to speak up
+    assert not recorded(run.evaluation("a", 1))  # the others were not heard yet
     for name in "abc":
         run.seen(name)
     run.evaluation("b", 1)
@@ -1050,7 +1050,7 @@ def test_time_before_the_first_link_does_not_count():
 
 
 def check_wakeup(state: rs.State) -> None:
-    """Check that a tick at ``wakeup`` changes something: else the shell would spin."""
+    """Check that a tick at ``wakeup`` changes something; otherwise, the shell would spin."""
     due = rounds.wakeup(state)
     if due < math.inf:
         after, _ = rounds.advance(state, ev.Tick(due))

@@ -1,15 +1,15 @@
-"""The rules of a commit, one by one: what waits for it, and what comes meanwhile."""
+"""The rules of a commit, one by one: what waits for it, and what happens during it."""
 
 from __future__ import annotations
 
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from tests.unit import test_rounds
-from tests.unit.test_rounds import Run, asked, came_late, only, opened, tells, too_late
+from tests.unit.test_rounds import Run, asked, event_names, late_event, late_verdict, only, opened
 
 
 def committing(*workers: str, **rules: object) -> Run:
-    """Return a run whose round 1 is being written, with the updates of these workers."""
+    """Return a run whose round 1 is being committed, with the updates of these workers."""
     run = opened(*(workers or "ab"), rules=Rules(rounds=9, **rules))
     for name in workers or "ab":
         run.update(name)
@@ -30,14 +30,14 @@ def test_a_commit_names_the_workers_asked_before_the_cohort_was_redrawn():
 
 def test_nothing_is_sent_or_acknowledged_before_the_average_is_on_disk():
     run = committing("a", "b")
-    assert tells(run.seen("c")) == ["joined"]
+    assert event_names(run.seen("c")) == ["joined"]
     assert not asked(run.seen("c"))
     assert run.tick(1) == []
     effects = run.committed("a", "b")
     assert only(effects, fx.Ack) == [fx.Ack(Handle(1, 1)), fx.Ack(Handle(1, 2))]
     assert asked(effects) == ["a", "b", "c"]
     assert run.state.base == "b1"
-    assert tells(effects) == ["committed", "opened"]
+    assert event_names(effects) == ["committed", "opened"]
 
 
 def test_the_run_ends_only_after_the_last_commit():
@@ -57,8 +57,8 @@ def test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk():
     late = run.last_handle
     effects = run.committed("a", "b")
     assert fx.Ack(late) in effects
-    assert [one for one in only(effects, fx.Record) if one.event.name == "late"] == [came_late("c")]
-    assert only(effects, fx.Judge) == [too_late("c")]
+    assert [x for x in only(effects, fx.Record) if x.event.name == "late"] == [late_event("c")]
+    assert only(effects, fx.Judge) == [late_verdict("c")]
 
 
 def test_a_redelivery_during_the_commit_is_held_too():
@@ -68,15 +68,15 @@ def test_a_redelivery_during_the_commit_is_held_too():
     assert run.arrived("a") == []
     again = run.last_handle
     assert fx.Ack(again) in run.committed("a", "b")
-    assert tells(run.arrived("a", round=1, base="b0")) == ["duplicate"]
+    assert event_names(run.arrived("a", round=1, base="b0")) == ["duplicate"]
 
 
 def test_an_update_from_other_weights_is_rejected():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
-    told = "it was trained from the weights elsewhere; round 1 began with b0"
-    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", told, "round", train_again=True)
-    assert effects == [fx.Reject(run.last_handle, told, "round"), judged]
+    reason = "it was trained from the weights elsewhere; round 1 began with b0"
+    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", reason, "round", train_again=True)
+    assert effects == [fx.Reject(run.last_handle, reason, "round"), judged]
     assert not run.state.received
     assert only(run.update("a"), fx.Fold)
 
@@ -112,7 +112,7 @@ def test_a_worker_at_work_on_lost_weights_is_sent_the_work():
 def test_without_a_link_the_next_round_waits_for_one():
     run = committing("a", "b")
     run.disconnect()
-    assert tells(run.committed("a", "b")) == ["committed"]
+    assert event_names(run.committed("a", "b")) == ["committed"]
     assert asked(run.connect()) == ["a", "b"]
 
 
@@ -122,8 +122,8 @@ def test_a_redelivery_of_earlier_rounds_is_a_duplicate():
     for name in "ab":
         run.update(name)
     run.committed("a", "b")
-    assert tells(run.arrived("a", round=1, base="b0")) == ["duplicate"]
-    assert tells(run.arrived("a", round=2, base="b1")) == ["duplicate"]
+    assert event_names(run.arrived("a", round=1, base="b0")) == ["duplicate"]
+    assert event_names(run.arrived("a", round=2, base="b1")) == ["duplicate"]
 
 
 def test_no_round_opens_after_a_commit_that_is_enough():

@@ -1,4 +1,4 @@
-"""A run on disk: what a crash, a full disk or a second coordinator can do to it."""
+"""The run folder after a crash, on a full disk, and with a second coordinator."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def assert_weights(got: Any, value: float) -> None:
 
 
 def committed(number: int, *workers: str) -> dict[str, Any]:
-    told = [{"worker": worker, "num_examples": 5} for worker in workers]
-    return {"event": "committed", "round": number, "participants": told}
+    participants = [{"worker": worker, "num_examples": 5} for worker in workers]
+    return {"event": "committed", "round": number, "participants": participants}
 
 
 def evaluated(number: int, **metrics: float) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def names(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def room(size_bytes: int) -> Iterator[None]:
-    """Let files grow to this size only: the system writes a part, and then refuses."""
+    """Limit the size of files: the system writes up to it, and then refuses."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
     try:
@@ -122,7 +122,7 @@ def test_an_array_of_any_memory_layout_is_saved_by_its_values(tmp_path):
 
 
 def test_safetensors_reads_a_checkpoint_with_all_tensors_aligned(tmp_path):
-    """Its own reader refuses tensors that overlap, leave holes, or are not all of the file."""
+    """Its reader rejects tensors that overlap, leave gaps, or do not fill the file."""
     odd = {
         "bytes": np.arange(3, dtype=np.uint8),
         'a "name"/ü': np.arange(5, dtype=np.float64),
@@ -212,7 +212,7 @@ def test_a_checkpoint_and_its_name_are_on_disk_when_it_is_saved(
     path = store.save_weights(number, weights(1), {})
     assert order == [one.format(path.name, path.name) for one in order_of_it]
     order.clear()
-    store.save_weights(number, weights(2), {})  # whole at any time, the one or the other
+    store.save_weights(number, weights(2), {})  # always complete: either the old or the new one
     assert order[:2] == [f"fsync {path.name}.partial", f"rename {path.name}.partial {path.name}"]
 
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_carries_the_digest_of_its_file(tmp_path, tensors):
 
 
 def bits(size: int) -> list[int]:
-    """Return a hundred bits of a file, at both of its ends and in between."""
+    """Return the positions of a hundred bits of a file, at both ends and in between."""
     return [*range(8 * 8, 8 * 90, 97), *range(8 * 150, 8 * size, 8 * size // 90), 8 * size - 1]
 
 
@@ -259,7 +259,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
     path = tmp_path / "m"
     save_checkpoint(path, tensors, {"round": "3", "base": "0123456789ab"})
     whole = path.read_bytes()
-    start = whole.index(b'"round"')  # what is before tells that there is a digest
+    start = whole.index(b'"round"')  # the bytes before say that there is a digest
     flips = [at for at in bits(len(whole)) if at >= 8 * start]
     if tensors is not LARGE:
         flips += range(8 * start, 8 * start + 400)
@@ -318,7 +318,7 @@ def test_a_missing_or_damaged_model_file_is_reported_in_one_line(tmp_path):
         read_checkpoint(tmp_path)
 
 
-# --- where a run stands ------------------------------------------------------------------------
+# --- loading a run -----------------------------------------------------------------------------
 
 
 def test_a_new_run_has_an_id_and_nothing_else(store):
@@ -355,7 +355,7 @@ def test_a_run_with_only_first_weights_has_not_begun(store):
 
 
 def test_a_checkpoint_without_its_history_line_is_not_a_commit(three):
-    # Killed in between: the checkpoint of round 4 is there, and round 4 is done again.
+    # Killed in between: the checkpoint of round 4 exists, and round 4 is repeated.
     three.save_weights(4, weights(99), {})
     saved = three.load("letters")
     assert saved.committed == 3
@@ -426,7 +426,7 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     assert saved.participants == ({"a", f"b{last}"} if last else set())
     assert saved.evaluated == (last == 0)
     assert any(f"after round {last} cannot be read" in repair for repair in saved.repairs)
-    # The history says the same, what was cut off is kept, and the run goes on.
+    # The history agrees, the removed lines are archived, and the run continues.
     removed = (three.folder / "history.removed.jsonl").read_text()
     assert three.history.path.read_text() + removed == before
     assert [line["round"] for line in read_history(three.folder)] == list(range(1, last + 1))
@@ -486,7 +486,7 @@ def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
 
 @pytest.mark.parametrize("length", [1, 10, None])
 def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
-    """What a power failure leaves of a line of several blocks: its end without its beginning."""
+    """A power failure may leave the end of a line of several blocks without its beginning."""
     before = three.history.path.read_bytes()
     three.history.append(committed(4, *(f"worker-{n}" for n in range(500))))
     lines = three.history.path.read_bytes()
@@ -501,21 +501,21 @@ def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     assert three.load("letters").repairs == ()
 
 
-# --- what is on disk when the power fails --------------------------------------------------------
+# --- synced files, for power failures ----------------------------------------------------------
 
 
 @pytest.fixture
 def synced(monkeypatch) -> list[Path]:
-    """Collect what is synced, in order."""
-    found: list[Path] = []
+    """Return the list of files that are synced, in order."""
+    paths: list[Path] = []
     fsync = os.fsync
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
-        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        paths.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
 
     monkeypatch.setattr(os, "fsync", noted)
-    return found
+    return paths
 
 
 def test_a_new_run_folder_is_on_disk_under_every_name(tmp_path, synced):
@@ -623,7 +623,7 @@ def test_the_history_is_read_as_one_merged_row_per_round_in_order(store):
     store.history.append({**committed(2, "a", "b"), "seconds": 3.0})
     store.history.append(evaluated(1, loss=0.5, accuracy=0.8))
     store.history.append(evaluated(2, loss=0.25))
-    store.history.append(evaluated(1, loss=0.75))  # what was said last counts
+    store.history.append(evaluated(1, loss=0.75))  # the last line counts
     rows = read_history(store.folder)
     assert [row["round"] for row in rows] == [1, 2]
     assert (rows[0]["loss"], rows[0]["accuracy"], rows[0]["seconds"]) == (0.75, 0.8, 2.0)
@@ -633,8 +633,8 @@ def test_the_history_is_read_as_one_merged_row_per_round_in_order(store):
 
 def test_a_line_is_standard_json(store):
     nan, inf = float("nan"), float("inf")
-    told = [{"worker": "a", "train_loss": nan, "metrics": {"auc": -inf, "ok": 1.5}}]
-    store.history.append({"event": "committed", "round": 1, "name": "NaN", "participants": told})
+    who = [{"worker": "a", "train_loss": nan, "metrics": {"auc": -inf, "ok": 1.5}}]
+    store.history.append({"event": "committed", "round": 1, "name": "NaN", "participants": who})
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -655,11 +655,11 @@ def test_history_can_be_read_while_a_line_is_being_written(three):
 
 
 def test_a_missing_history_is_reported_in_one_line(tmp_path):
-    with pytest.raises(UsageError, match="no history.*runs/NAME"):
+    with pytest.raises(UsageError, match="no history.*such as runs/letters"):
         read_history(tmp_path)
 
 
-# --- whose folder it is ------------------------------------------------------------------------
+# --- locks and fresh starts --------------------------------------------------------------------
 
 _HOLD = """
 import sys
@@ -694,7 +694,7 @@ def test_a_lock_is_held_by_a_process_and_ends_with_it(store):
     ) as other:
         assert other.stdout.readline() == "True\n"
         assert not store.try_lock()
-        other.kill()  # as a crash does: without a goodbye
+        other.kill()  # like a crash, without unlocking
         other.wait()
         assert store.try_lock()
     release(store)
@@ -708,7 +708,7 @@ def test_a_fresh_start_moves_the_old_run_aside_whole(three):
     assert aside == three.folder.with_name("letters.1")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
     assert names(three.folder) == {"lock"}
-    assert not RunStore(three.folder).try_lock()  # still ours
+    assert not RunStore(three.folder).try_lock()  # still locked
     saved = three.load("digits")
     assert saved.committed == 0
     assert saved.run != before

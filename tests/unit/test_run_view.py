@@ -106,7 +106,7 @@ def history(number: int, **more: object) -> dict[str, object]:
 
 
 def test_a_history_and_the_events_of_a_round_give_the_same_view():
-    told = view_of(
+    folded = view_of(
         run_events.Opened(round=1, asked=("a", "b"), needed=1),
         run_events.Counted(round=1, worker="a", num_examples=5, train_s=2.0, bytes=40),
         run_events.Late(round=1, worker="b"),
@@ -117,7 +117,7 @@ def test_a_history_and_the_events_of_a_round_give_the_same_view():
     line = history(1, timings={"open_s": 5.0}, loss=0.5, accuracy=0.75)
     late = history(2, late_updates=[{"worker": "b", "round": 1}], late=1)
     remembered.remember([line | {"num_examples": 3}, late])
-    for view in (told, remembered):
+    for view in (folded, remembered):
         one = view.rounds[1]
         assert (one.asked, one.participants, one.num_examples) == (("a", "b"), ("a",), 5)
         assert one.came_late == {"b"}
@@ -132,8 +132,8 @@ def test_a_history_and_the_events_of_a_round_give_the_same_view():
 def test_a_test_of_the_coordinator_stands_beside_the_federated_evaluation():
     tested = run_events.Tested(round=1, metrics={"accuracy": 0.5})
     evaluated = run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75})
-    told = view_of(opened(1, "a"), committed(1), tested, evaluated).rounds[1]
-    assert told.metrics == {"accuracy": 0.75, "test/accuracy": 0.5}
+    view = view_of(opened(1, "a"), committed(1), tested, evaluated).rounds[1]
+    assert view.metrics == {"accuracy": 0.75, "test/accuracy": 0.5}
     remembered = RunView()
     remembered.remember([history(1) | {"test/accuracy": 0.5}])
     assert remembered.rounds[1].metrics == {"test/accuracy": 0.5}
@@ -147,15 +147,15 @@ def test_a_history_makes_a_worker_of_those_asked_and_of_nobody_else():
     assert [(row.name, row.counted, row.state) for row in view.workers.in_order()] == [
         ("a", 1, "gone"), ("b", 0, "gone"),
     ]  # fmt: skip
-    assert view.tally.rounds == 0  # the counters start with the first live event
+    assert view.counters.rounds == 0  # the counters start with the first live event
 
 
 def test_a_whole_history_keeps_every_round_in_full():
     rows = [history(number) for number in range(1, 71)]
-    for whole, kept in ((True, 70), (False, 50)):
+    for whole, count in ((True, 70), (False, 50)):
         view = RunView(whole=whole)
         view.remember(rows)
-        assert len(view.detailed) == sum(bool(one.answers) for one in view.done) == kept
+        assert len(view.detailed) == sum(bool(one.answers) for one in view.done) == count
 
 
 def test_what_the_machine_waits_for_comes_as_facts():

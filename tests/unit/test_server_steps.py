@@ -1,4 +1,4 @@
-"""Server steps: the published numbers, integers, ends of dtypes, and a resumption to the bit."""
+"""Server steps: published numbers, integers, the ends of dtypes, and resuming bit by bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def round_of(strategy, state, weights, deltas):
 
 
 def two_rounds(name, dtype="float64"):
-    """Return the first element after each round in which both workers reply the same weights."""
+    """Return the first element after each of two rounds in which workers send the same weights."""
     strategy, weights = named_strategy(name).strategy, {"w": np.zeros(3, dtype)}
     state, firsts = strategy.init(weights), []
     for _ in range(2):
@@ -143,8 +143,8 @@ def test_the_largest_updates_make_a_finite_model_and_a_finite_state(name, dtype)
 
 def test_the_state_is_float32_unless_the_tensor_is_float64():
     strategy = named_strategy("fedadam").strategy
-    kept = strategy.dump(strategy.init(MODEL))
-    assert {name: str(one.dtype) for name, one in kept.items()} == {
+    saved = strategy.dump(strategy.init(MODEL))
+    assert {name: str(one.dtype) for name, one in saved.items()} == {
         "steps": "int64",
         **{f"{moment}/{name}": "float32" for moment in ("first", "second") for name in "wbs"},
         **{f"{moment}/none": "float32" for moment in ("first", "second")},
@@ -153,7 +153,7 @@ def test_the_state_is_float32_unless_the_tensor_is_float64():
 
 
 def test_a_step_does_not_change_the_previous_state():
-    """That one may still be on its way to the disk."""
+    """The previous state may still be being written to disk."""
     strategy = named_strategy("fedavgm").strategy
     weights = {"w": np.zeros(2, np.float32)}
     update = [({"w": np.ones(2, np.float32)}, 1)]

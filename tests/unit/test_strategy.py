@@ -114,9 +114,9 @@ def test_a_mean_delta_shares_no_memory_with_the_state():
     weights = {"w": np.zeros(3, np.float32)}
     mean = weighted()
     state = mean.fold(mean.init(weights), of({"w": np.ones(3, np.float32)}, 5))
-    kept, state = mean.finish(state, weights)
+    mean_delta, state = mean.finish(state, weights)
     mean.fold(state, of({"w": np.full(3, 9, np.float32)}, 5))
-    assert kept["w"].tolist() == [1.0] * 3
+    assert mean_delta["w"].tolist() == [1.0] * 3
 
 
 def test_transforms_are_applied_in_order():
@@ -222,7 +222,7 @@ def make():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("nope", "there is no strategy 'nope' .*known are clip, .* path.py:name takes one"),
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
@@ -235,14 +235,14 @@ def make():
         ("mine.py:number", "this int lacks init"),
     ],
 )
-def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, told):
+def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, message):
     (here / "mine.py").write_text(LACKING)
-    with pytest.raises(UsageError, match=told) as wrong:
+    with pytest.raises(UsageError, match=message) as wrong:
         load_strategy(name)
     assert "\n" not in str(wrong.value)
     words = ["coordinator", "--federation", "f", "--strategy", name]
-    found = CliRunner().invoke(fluffle, words)
-    assert isinstance(found.exception, UsageError)
+    result = CliRunner().invoke(fluffle, words)
+    assert isinstance(result.exception, UsageError)
     assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
 
 
@@ -268,7 +268,7 @@ def needing(**needs):
 
 
 @pytest.mark.parametrize(
-    ("needs", "rules", "told"),
+    ("needs", "rules", "message"),
     [
         ({"extra": ("c",)}, {}, r"has needs.extra \('c',\); a mapping of names to shapes"),
         ({"min_examples": 9}, {}, "at least 9 examples a round, which this version does not"),
@@ -279,8 +279,8 @@ def needing(**needs):
         ),
     ],
 )
-def test_a_run_that_does_not_meet_a_strategys_needs_is_refused(needs, rules, told):
-    with pytest.raises(UsageError, match=told):
+def test_a_run_that_does_not_meet_a_strategys_needs_is_refused(needs, rules, message):
+    with pytest.raises(UsageError, match=message):
         rules_for(needing(**needs), Rules(rounds=1, **rules))
 
 
@@ -326,14 +326,14 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
 
 
 def test_the_strategys_state_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
-    path, kept = tmp_path / "m", {"v": np.arange(3.0), "strategy/deep": np.int8([1])}
-    save_checkpoint(path, model(), {"round": "3"}, kept)
+    path, state = tmp_path / "m", {"v": np.arange(3.0), "strategy/deep": np.int8([1])}
+    save_checkpoint(path, model(), {"round": "3"}, state)
     weights, metadata = read_checkpoint(path)
     whole = read_whole(path)
     assert weights.keys() == whole.weights.keys() == model().keys()
     assert metadata == whole.metadata == {"round": "3"}
     assert {n: t.tolist() for n, t in whole.strategy_state.items()} == {
-        n: t.tolist() for n, t in kept.items()
+        n: t.tolist() for n, t in state.items()
     }
     assert load_file(path).keys() == {*model(), "strategy/v", "strategy/strategy/deep"}
 

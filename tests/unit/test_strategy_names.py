@@ -1,4 +1,4 @@
-"""Strategies by their names: parts put together, arguments read, and what is wrong in one line."""
+"""Strategies by name: joining parts, reading arguments, and errors in one line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_fedavg_has_one_name_and_is_one_object():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("fedadm", "no strategy 'fedadm' .*did you mean 'fedadam'"),
         ("fedadm:lr=0.1", "no strategy 'fedadm:lr=0.1' .*did you mean 'fedadam'"),
@@ -81,8 +81,8 @@ def test_fedavg_has_one_name_and_is_one_object():
         ("optax:constant_schedule,value=1", "is not an optimizer; name one such as adamw"),
     ],
 )
-def test_a_wrong_name_is_refused_in_one_line(name, told):
-    with pytest.raises(UsageError, match=told) as wrong:
+def test_a_wrong_name_is_refused_in_one_line(name, message):
+    with pytest.raises(UsageError, match=message) as wrong:
         load_strategy(name)
     assert "\n" not in str(wrong.value)
 

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import announced_layout, decode, read_groups
+from fluffle_common.protocol.codec import decode, read_groups
 from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, announced_layout
 from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite

@@ -13,7 +13,6 @@ from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
 from fluffle_common.logs import log_step, logger
-from fluffle_common.protocol.codec import announced_layout
 from fluffle_common.protocol.events import (
     Abandoned,
     Begun,
@@ -39,7 +38,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, announced_layout
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, Transport

@@ -177,7 +177,7 @@ def destination(message: Rejected, topology: Topology) -> tuple[str, str] | None
     """
     decoded = message.decoded
     queue, kind, worker = message.queue, decoded.kind, decoded.worker
-    sender = _refused_by(decoded.delivery, topology)
+    sender = _rejected_by(decoded.delivery, topology)
     if sender is not None and queue not in (topology.inbox(sender), topology.outbox(sender)):
         return None  # a worker rejects messages only from its own queues
     by_key = {topology.updates: UPDATE_KINDS, topology.presence: PRESENCE_KINDS}
@@ -214,7 +214,7 @@ def dropped(figures: QueueFigures | None, kept_now: int) -> int | None:
     return missing if missing >= 0 else None
 
 
-def _refused_by(delivery: Delivery, topology: Topology) -> str | None:
+def _rejected_by(delivery: Delivery, topology: Topology) -> str | None:
     """Return the worker that rejected a message; None if it was the coordinator."""
     if delivery.exchange != topology.results:
         return None

@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 class Tensors(Mapping[str, Array]):
-    """Named tensors in one buffer; the array of each is created on first access.
+    """Named tensors in one buffer; the arrays are created on first access.
 
     Args:
         layout: the tensors' places in the buffer.

@@ -29,7 +29,7 @@ from fluffle_coordinator.machine.state import (
     recent_bases,
     recently_counted,
 )
-from fluffle_coordinator.machine.work import give_work, send_again
+from fluffle_coordinator.machine.work import assign_work, resend_work
 
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -163,7 +163,7 @@ def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> Stat
         return state
     if state.folded >= state.needed:  # newer weights follow in a moment
         return state
-    return give_work(state, state.schedule.idle(state, ticket.worker), now, out)
+    return assign_work(state, state.schedule.idle(state, ticket.worker), now, out)
 
 
 def _late_verdict(ticket: Ticket, number: int, base: str) -> Judge:
@@ -251,7 +251,7 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
         )
         return settle_doubt(state, worker)
     if was_asked and worker in state.workers and state.phase is Phase.OPEN:
-        return send_again(state, worker, event.now, out)
+        return resend_work(state, worker, event.now, out)
     return state
 
 

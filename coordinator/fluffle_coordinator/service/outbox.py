@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
+from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.protocol.events import RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
@@ -27,6 +27,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
@@ -158,7 +159,7 @@ class Outbox:
                 welcome = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
                 job = self._to(welcome, [worker])
             case fx.Refuse(worker, session, reason, code):
-                self.refuse(Greeting(PROTOCOL, worker, session), reason, code)
+                self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
                 return
             case fx.Judge():
                 job = self._to(self._verdict(effect), [effect.ticket.worker])
@@ -223,7 +224,7 @@ class Outbox:
         if sent.workers:
             self._put(lambda link: send(link, sent.message, route, body))
 
-    def refuse(self, to: Greeting, reason: str, code: str) -> None:
+    def refuse(self, to: MinimalHello, reason: str, code: str) -> None:
         """Send a refusal, in the worker's protocol version and once per session."""
         refusal = Refusal(
             federation=self._settings.federation,
@@ -242,7 +243,7 @@ class Outbox:
 
         self._put(refuse_once)
 
-    def was_refused(self, to: Greeting) -> bool:
+    def was_refused(self, to: MinimalHello) -> bool:
         """Whether a refusal was sent to this session already."""
         return (to.worker, to.session) in self._refused
 
