@@ -200,7 +200,7 @@ def answers_any_attempt(patch):
         real(self, message, payload)
 
     patch(WorkerService, "_work", work)
-    patch(WorkerService, "_judged", lambda self, verdict: None)
+    patch(WorkerService, "_handle_verdict", lambda self, verdict: None)
 
 
 def leaves_at_any_stop(patch):

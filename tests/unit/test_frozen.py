@@ -12,6 +12,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.codec import decode, encode, lay_out
@@ -109,7 +110,31 @@ def test_what_is_written_is_read(tmp_path_factory, values, dtype):
     dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     frozen = frozen_of({"w": np.array(values, dtype), "one": np.ones((), np.uint8)})
     save_frozen(folder, frozen)
-    assert read_frozen(folder, frozen.digest).digest == frozen.digest
+    found = read_frozen(folder, frozen.digest)
+    assert found.digest == frozen.digest
+    for name, tensor in frozen.tensors.items():
+        assert (found.tensors[name].dtype, found.tensors[name].shape) == (
+            tensor.dtype,
+            tensor.shape,
+        )
+        assert found.tensors[name].tobytes() == tensor.tobytes()
+        assert not found.tensors[name].flags.writeable
+
+
+def test_their_file_may_be_of_another_program_and_go_while_they_are_used(tmp_path):
+    frozen = frozen_of(backbone())
+    path = frozen_file(tmp_path, frozen.digest)
+    save_file(dict(frozen.tensors), path)
+    found = read_frozen(tmp_path, frozen.digest)
+    path.unlink()
+    assert frozen_of(found.tensors).digest == frozen.digest
+
+
+def test_a_file_of_what_does_not_travel_is_refused(tmp_path):
+    path = frozen_file(tmp_path, "d" * 64)
+    save_file({"flags": np.zeros(2, bool)}, path)
+    with pytest.raises(UsageError, match="'flags' .* is BOOL"):
+        read_frozen(tmp_path, "d" * 64)
 
 
 def test_they_are_written_once(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fluffle_common.errors import UsageError
-from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
+from fluffle_common.tensors.checkpoint import map_tensors, save_checkpoint
 from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.layout import Weights, bytes_of
 
@@ -67,7 +67,9 @@ def save_frozen(folder: Path, frozen: Frozen) -> None:
 
 
 def read_frozen(folder: Path, digest: str) -> Frozen:
-    """Read the frozen tensors of this digest; none for an empty digest.
+    """Return the frozen tensors of this digest as memory maps of their file.
+
+    An empty digest stands for none.
 
     Raises:
         UsageError: if the file is missing or damaged, or holds other tensors.
@@ -75,7 +77,7 @@ def read_frozen(folder: Path, digest: str) -> Frozen:
     if not digest:
         return NO_FROZEN
     path = frozen_file(folder, digest)
-    found = frozen_of(read_checkpoint(path)[0])
+    found = frozen_of(map_tensors(path))
     if found.digest != digest:
         raise UsageError(
             f"the frozen tensors in {path} have the digest {found.digest[:16]}…, "

@@ -288,13 +288,13 @@ def rules_of(options: dict[str, Any]) -> Rules:
     Raises:
         UsageError: if two options contradict each other.
     """
-    from fluffle_coordinator.machine.selection import UNIFORM, sample_size
+    from fluffle_coordinator.machine.selection import sample_size
     from fluffle_coordinator.machine.state import Rules
 
     quorum: Quorum = options["quorum"]
     fraction: float = options["fraction"]
     min_workers: int | None = options["min_workers"]
-    sample: int | None = options.get("sample")
+    sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction and --sample exclude each other; give one of them")
     least = quorum.number or 1
@@ -317,8 +317,8 @@ def rules_of(options: dict[str, Any]) -> Rules:
         min_updates=options["min_updates"],
         fraction=fraction,
         sample=sample,
-        over_provision=options.get("over_provision", 1.0),
-        selection=options.get("select") or UNIFORM,
+        over_provision=options["over_provision"],
+        selection=options["select"],
         max_examples=options["max_examples"],
         max_norm_ratio=options["max_norm_ratio"],
         max_round_s=options["max_round"],

@@ -8,6 +8,7 @@ import click
 
 from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.option_group import option_group
 
 _SYNCHRONOUS_ONLY = {
     "quorum": "--quorum",
@@ -53,7 +54,7 @@ class SelectionType(click.ParamType[Any]):
             self.fail(str(why), param, ctx)
 
 
-_OPTIONS = [
+schedule_options = option_group(
     click.option(
         "--fraction",
         type=FiniteFloat(0, 1, min_open=True),
@@ -143,14 +144,7 @@ _OPTIONS = [
             "count it in the open round, discounted as --staleness says."
         ),
     ),
-]
-
-
-def schedule_options(command: Any) -> Any:
-    """Add these options to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+)
 
 
 def check_schedule_options(options: dict[str, Any]) -> None:

@@ -199,8 +199,8 @@ class Aggregator:
 
     async def begin_with(self, weights: Weights, frozen: Frozen = NO_FROZEN) -> None:
         """Save the first weights and start from them."""
-        base = await self._committer.begin_with(weights, frozen)
-        self.weights, self.frozen = weights, frozen.tensors
+        base, self.frozen = await self._committer.begin_with(weights, frozen)
+        self.weights = weights
         self._init(weights)
         self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
 
