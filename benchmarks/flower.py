@@ -17,8 +17,8 @@ result together with their next update; Flower sends the model a second time for
 not evaluate.)
 
 All sides run from beginning to end and take turns, waiting at a gate while others run (see
-``sides`` and ``flower_sides``). If the models are too large for that, each side is started anew for
-each block of its rounds. Only fluffle writes every round's model to disk.
+``comparison`` and ``flower_engines``). If the models are too large for that, each side is started
+anew for each block of its rounds. Only fluffle writes every round's model to disk.
 
 ``--letters`` runs the whole letters job on each side instead, from the start of the processes to
 the saved model: the same network, images and rounds, with evaluation (see ``flower_letters``).
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command, stats
+from benchmarks.comparison import Floor, Fluffle, Measured, Side, compare
 from benchmarks.floor import Spec
-from benchmarks.flower_sides import FlowerDirect, FlowerProduction
+from benchmarks.flower_engines import FlowerDirect, FlowerProduction
 from benchmarks.processes import ROOT, Programs, machine, private_broker, scratch
-from benchmarks.sides import Floor, Fluffle, Measured, Side, compare
 
 PYTHON = ROOT / ".venv-flower" / "bin" / "python"
 _MAX_TOGETHER_MB = 400

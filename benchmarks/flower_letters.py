@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command, letters_job, stats
-from benchmarks.flower_sides import start_direct, start_production
+from benchmarks.flower_engines import start_direct, start_production
 from benchmarks.processes import ROOT, Died, Programs, private_broker, scratch
 
 ROUNDS = 6

@@ -32,9 +32,9 @@ from typing import Any
 
 from benchmarks import command, stats
 from benchmarks.arrays import TENSORS
+from benchmarks.comparison import Floor, Fluffle, Measured, compare
 from benchmarks.floor import Spec
 from benchmarks.processes import Programs, machine, private_broker, scratch
-from benchmarks.sides import Floor, Fluffle, Measured, compare
 
 
 def parser() -> argparse.ArgumentParser:

@@ -65,7 +65,7 @@ async def run_worker(crowd: Crowd, number: int) -> None:
         Noop(crowd.size_bytes, number, keep=False),
         transport=AmqpTransport(crowd.url, f"benchmark worker {name}"),
         topology=Topology(crowd.federation),
-        tell=lambda event: _print_trouble(name, event),
+        record=lambda event: _print_trouble(name, event),
         bar=lambda *_: None,
     )
     await service.run()

@@ -200,7 +200,7 @@ class Federation:
             task if task is not None else Adder(self.loop),
             transport=line,
             topology=self.topology,
-            tell=log.record,
+            record=log.record,
             bar=lambda *_: None,
             training=training,
             form=getattr(task, "form", None),

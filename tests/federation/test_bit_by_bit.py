@@ -82,7 +82,7 @@ def test_fedadam(federated, when):
 
 
 @pytest.mark.parametrize("when", ["opened", "counted", "committed"])
-def test_scaffold_whose_workers_are_killed_too(federated, tmp_path, when):
+def test_scaffold_with_killed_workers(federated, tmp_path, when):
     def start(federation):
         kept = tmp_path / federation.folder.name
         return [federation.worker(name, Descent(name), state_dir=kept / name) for name in TARGETS]

@@ -1,4 +1,4 @@
-"""``fluffle conformance`` passes our own worker and finds the mistakes of faulty ones."""
+"""``fluffle conformance`` passes our own worker, and finds the mistakes of others."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
 from tests.federation.harness import Adder
 
-LARGE = 3 * 2**20  # float32: 12 MiB, three parts
+LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
 
 
 class Slowing(Adder):
-    """Takes longer each time, so that the duration identifies a training."""
+    """Takes longer each time, so that two trainings can be told apart by their seconds."""
 
     def train(self, weights, plan, progress):
         self.step_s += 0.01
@@ -37,30 +37,32 @@ async def examined(federation, **how: Any) -> dict[str, Finding]:
     findings = [
         one async for one in examine(federation.broker, federation.topology, patience_s=30, **how)
     ]
-    assert [one.scenario for one in findings] == [one.name for one in SCENARIOS]
-    return {one.scenario: one for one in findings}
+    assert [finding.scenario for finding in findings] == [one.name for one in SCENARIOS]
+    return {finding.scenario: finding for finding in findings}
 
 
 def failed(findings: dict[str, Finding]) -> list[str]:
-    return [name for name, one in findings.items() if one.outcome == "failed"]
+    return [name for name, finding in findings.items() if finding.outcome == "failed"]
 
 
 def skipped(findings: dict[str, Finding]) -> list[str]:
-    return [name for name, one in findings.items() if one.outcome == "skipped"]
+    return [name for name, finding in findings.items() if finding.outcome == "skipped"]
 
 
-def test_our_worker_does_what_the_document_demands(federated):
+def test_our_worker_passes(federated):
     async def scenario(federation):
         worker = federation.worker("w", Slowing(federation.loop))
         findings = await examined(federation)
-        assert failed(findings) == [], [one for one in findings.values() if one.outcome == "failed"]
+        assert failed(findings) == [], [
+            finding for finding in findings.values() if finding.outcome == "failed"
+        ]
         assert skipped(findings) == ["lost part", "update in parts", "refusal"]
         await worker.end(60)
 
     federated(scenario)
 
 
-def test_it_does_so_with_a_model_in_parts_and_when_it_is_refused(federated):
+def test_our_worker_passes_with_a_model_in_parts_and_after_a_refusal(federated):
     async def scenario(federation):
         def tell(line: str) -> None:
             if "once more" in line:
@@ -68,16 +70,18 @@ def test_it_does_so_with_a_model_in_parts_and_when_it_is_refused(federated):
 
         federation.worker("w", Slowing(federation.loop, size=LARGE))
         findings = await examined(federation, twice=True, tell=tell)
-        assert failed(findings) == [], [one for one in findings.values() if one.outcome == "failed"]
+        assert failed(findings) == [], [
+            finding for finding in findings.values() if finding.outcome == "failed"
+        ]
         assert skipped(findings) == []
         assert "3 parts" in findings["lost part"].seen
 
     federated(scenario)
 
 
-def test_without_a_round_nothing_further_is_tried(federated):
+def test_scenarios_after_a_failed_round_are_not_tried(federated):
     async def scenario(federation):
-        federation.worker("w")  # it trains only its own model
+        federation.worker("w")  # which trains its own model only
         findings = await examined(federation, large=True)
         assert failed(findings) == ["fit"]
         assert "'conformance/large' is not in this task's model" in findings["fit"].seen
@@ -86,17 +90,19 @@ def test_without_a_round_nothing_further_is_tried(federated):
     federated(scenario)
 
 
-def test_a_worker_that_stays_is_as_good(federated):
+def test_a_worker_that_stays_after_the_stop_passes(federated):
     async def scenario(federation):
         federation.worker("w", Slowing(federation.loop), stay=True)
         findings = await examined(federation)
-        assert failed(findings) == [], [one for one in findings.values() if one.outcome == "failed"]
+        assert failed(findings) == [], [
+            finding for finding in findings.values() if finding.outcome == "failed"
+        ]
         assert "stays" in findings["stop"].seen
 
     federated(scenario)
 
 
-def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(federated):
+def test_earlier_messages_do_not_count_and_the_worker_may_run_already(federated):
     async def scenario(federation):
         earlier = federation.worker("w", Slowing(federation.loop))
         findings = await examined(federation)
@@ -106,14 +112,16 @@ def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(fe
         here = federation.worker("w", Slowing(federation.loop))
         await asyncio.sleep(5)
         findings = await examined(federation, worker="w")
-        assert failed(findings) == [], [one for one in findings.values() if one.outcome == "failed"]
+        assert failed(findings) == [], [
+            finding for finding in findings.values() if finding.outcome == "failed"
+        ]
         assert "worker w was started before this command" in findings["hello"].seen
         await here.end(60)
 
     federated(scenario)
 
 
-def test_a_federation_with_a_coordinator_or_with_real_work_is_left_alone(federated):
+def test_a_federation_in_use_is_left_alone(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1000)
         workers = federation.workers(2)
@@ -133,7 +141,7 @@ def test_a_federation_with_a_coordinator_or_with_real_work_is_left_alone(federat
     federated(scenario)
 
 
-def test_without_a_worker_it_gives_up(federated):
+def test_it_gives_up_without_a_worker(federated):
     async def scenario(federation):
         with pytest.raises(RunError, match="no worker was heard"):
             await examined(federation, wait_s=20)
@@ -141,7 +149,7 @@ def test_without_a_worker_it_gives_up(federated):
     federated(scenario)
 
 
-def test_a_malformed_hello_is_told(federated, monkeypatch):
+def test_a_malformed_hello_is_reported(federated, monkeypatch):
     monkeypatch.setattr(Hello, "model_dump", lambda self, **_: {"kind": "hello", "protocol": 2})
 
     async def scenario(federation):
@@ -202,6 +210,16 @@ def knows_no_critical_keys(patch):
     patch(connection, "decode", lenient)
 
 
+def works_for_any_federation(patch):
+    def lenient(body, federation):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            header, payload = msgpack.unpackb(body)
+            body = msgpack.packb([{**header, "federation": federation}, payload])
+        return codec.decode(body, federation)
+
+    patch(connection, "decode", lenient)
+
+
 def does_not_look_at_the_weights(patch):
     patch(service, "read_work", lambda work, payload: (read_tensors(work.tensors, payload), {}))
 
@@ -252,12 +270,13 @@ def sends_what_a_broker_forgets(patch):
 
 
 def evaluates_another_round(patch):
-    real = job._evaluation
+    real = job._evaluate
 
-    def evaluation(ids, number, result):
-        return real(ids, number + 1, result)
+    def evaluate(*arguments):
+        evaluation = real(*arguments)
+        return evaluation and evaluation.model_copy(update={"round": evaluation.round + 1})
 
-    patch(job, "_evaluation", evaluation)
+    patch(job, "_evaluate", evaluate)
 
 
 def is_silent_at_work(patch):
@@ -275,6 +294,7 @@ MISTAKES = {
     answers_any_attempt: {"rejected update"},
     leaves_at_any_stop: {"end of others"},
     knows_no_critical_keys: {"unknown critical key"},
+    works_for_any_federation: {"mail for nobody"},
     does_not_look_at_the_weights: {"unsound weights"},
     hides_that_it_receives: {"lost part"},
     forgets_what_it_did: {"last work"},
@@ -287,7 +307,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_a_mistake_is_found_by_the_scenario_that_is_about_it(federated, monkeypatch, mistake):
+def test_each_mistake_is_found_by_its_scenario(federated, monkeypatch, mistake):
     mistake(monkeypatch.setattr)
 
     async def scenario(federation):

@@ -28,7 +28,7 @@ async def began(coordinator) -> str:
     return coordinator.service.state.run
 
 
-def test_a_protocol_goes_back_and_forth_by_its_name(federated):
+def test_handlers_on_both_sides_exchange_messages(federated):
     numbers = {"a": 3.0, "b": 4.0}
     totals: dict[str, list[float]] = {name: [] for name in numbers}
     shares: dict[str, float] = {}
@@ -65,7 +65,7 @@ def test_a_protocol_goes_back_and_forth_by_its_name(federated):
     federated(scenario)
 
 
-def test_what_nobody_handles_is_refused_on_both_sides(federated):
+def test_an_exchange_without_a_handler_is_rejected_on_both_sides(federated):
     def asks(message: Exchange, tensors: Any) -> list[Sent]:
         return [Sent(sum_exchange("more", run=message.run, worker="a"))]
 
@@ -86,7 +86,7 @@ def test_what_nobody_handles_is_refused_on_both_sides(federated):
     federated(scenario)
 
 
-def test_a_handler_that_fails_is_a_refusal_in_one_line():
+def test_a_failing_handler_is_reported_in_one_line():
     def fails(message: Exchange, tensors: Any) -> list[Sent]:
         raise RuntimeError("no\nkey")
 
@@ -95,7 +95,7 @@ def test_a_handler_that_fails_is_a_refusal_in_one_line():
         Exchanges({"sum": fails}).receive(message, payload)
 
 
-def test_an_exchange_travels_in_one_piece():
+def test_the_tensors_of_an_exchange_must_fit_into_one_message():
     large = {"x": np.zeros(codec.PART_BYTES + 1, np.uint8)}
     with pytest.raises(ValueError, match=r"have 4194305 bytes; the limit is 4194304"):
         Sent(sum_exchange("begin", run="r"), large).body()

@@ -1,4 +1,4 @@
-"""``fluffle.run``: whole federations in one process, in real time."""
+"""``fluffle.run``: whole federations in this process, in real time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Adder:
-    """A task that adds 1 to its weights, in steps."""
+    """Adds 1 to its weights, a step at a time."""
 
     num_examples = 10
 
@@ -46,7 +46,7 @@ class Adder:
 
 
 class Softmax:
-    """Softmax regression on handwritten digits in float64, trained by SGD."""
+    """Softmax regression on handwritten digits, in float64, by stochastic gradient descent."""
 
     def __init__(self, inputs, targets):
         self.inputs, self.targets, self.num_examples = inputs, targets, len(inputs)
@@ -86,7 +86,7 @@ class Softmax:
 
 @pytest.fixture(scope="module")
 def digits():
-    """Return three tasks with different numbers of examples and distributions of digits."""
+    """Three owners of different size, each with more of some digits than of others."""
     data = load_digits()
     order = np.argsort(data.target[:1500], kind="stable")
     inputs, targets = data.data[:1500][order] / 16, data.target[:1500][order]
@@ -97,7 +97,7 @@ def digits():
 
 
 def federated_averaging(tasks, orders, seed, **plan):
-    """Compute the rounds in plain NumPy, in float64.
+    """Return what plain NumPy makes of the rounds, in float64.
 
     ``orders`` names the tasks of each round, in the order in which their updates are added.
     """
@@ -119,7 +119,7 @@ def federated_averaging(tasks, orders, seed, **plan):
     return weights
 
 
-def test_the_digits_come_out_bit_by_bit_as_plain_numpy_averages_them(digits):
+def test_a_run_matches_numpy_bit_for_bit(digits):
     plan = {"epochs": 2, "batch_size": 20, "learning_rate": 0.1}
     run = fluffle.run(digits, rounds=4, seed=7, **plan)
     expected = federated_averaging(digits, [list(digits)] * 4, 7, **plan)
@@ -181,7 +181,7 @@ def test_a_temporary_folder_goes_with_its_run(tmp_path):
     assert not folder.exists()
 
 
-def test_a_folder_is_kept_gone_on_from_and_opened_again(tmp_path):
+def test_a_run_folder_is_kept_resumed_and_opened(tmp_path):
     folder = tmp_path / "run"
     task = Adder()
     fluffle.run([task], rounds=2, folder=folder)
@@ -198,12 +198,12 @@ def test_a_folder_is_kept_gone_on_from_and_opened_again(tmp_path):
     assert (tmp_path / "run.1").is_dir()
 
 
-async def test_it_runs_in_a_cell_of_a_notebook_whose_loop_is_running():
+async def test_it_runs_in_a_notebook_with_a_running_event_loop():
     run = fluffle.run([Adder(), Adder()], rounds=2)
     assert run.weights["w"].tolist() == [2.0, 2.0]
 
 
-async def test_a_callers_loop_goes_on_meanwhile():
+async def test_the_callers_event_loop_keeps_running():
     inside = asyncio.Event()
     loop = asyncio.get_running_loop()
     go_on = threading.Event()
@@ -213,12 +213,12 @@ async def test_a_callers_loop_goes_on_meanwhile():
         assert go_on.wait(60)
 
     running = asyncio.create_task(fluffle.arun([Adder()], rounds=1, on_round=on_round))
-    await inside.wait()  # needs this loop to run while the hook waits
+    await inside.wait()  # which needs this loop, while the run waits for us
     go_on.set()
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
 
 
-async def test_who_is_cancelled_cancels_the_run_and_the_same_call_goes_on(tmp_path):
+async def test_cancelling_stops_the_run_and_the_same_call_resumes_it(tmp_path):
     third = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -251,9 +251,9 @@ fluffle.run([Adder(steps=100, step_s=0.001)], rounds=1000, on_round=on_round, **
 """
 
 
-@pytest.mark.parametrize("in_folder", [True, False])
-def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, in_folder):
-    options = {"folder": str(tmp_path / "run")} if in_folder else {}
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_folder):
+    options = {"folder": str(tmp_path / "run")} if with_folder else {}
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, repr(options)],
         stdout=subprocess.PIPE,
@@ -265,23 +265,23 @@ def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, in_folder):
     assert process.stdout is not None
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
     (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
-    if not in_folder:
+    if not with_folder:
         assert (
             f"the same call with folder={str(folder)!r} goes on with round {committed + 1}"
-            in errors
+            in stderr
         )
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
     assert run.weights["w"].tolist() == [committed + 1.0] * 2
 
 
 class Broken(Adder):
-    """A task that fails in one of its methods."""
+    """Fails in one of its methods."""
 
     def __init__(self, where, *, at=1):
         super().__init__()
@@ -314,7 +314,7 @@ def test_an_error_of_a_task_is_raised_with_its_name_and_its_own_traceback(tmp_pa
     assert isinstance(cause, ZeroDivisionError)
     frames = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
     assert frames == ["train", "_perhaps"]
-    assert capsys.readouterr().err == ""  # it is not reported twice
+    assert capsys.readouterr().err == ""  # it is not shown twice
     assert len(fluffle.Run(tmp_path).history) == 1
     assert fluffle.run([Adder(), Adder()], rounds=2, folder=tmp_path).weights["w"][0] == 2.0
 
@@ -328,15 +328,15 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
     assert capsys.readouterr().err == ""
 
 
-def test_an_evaluation_that_fails_is_told_and_costs_the_evaluation_only(capsys):
+def test_a_failing_evaluation_is_reported_and_training_continues(capsys):
     run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
     assert run.history["loss"] == [1.0, 2.0]
-    errors = capsys.readouterr().err
-    assert "the task 'south': evaluate() fails, and this worker trains without it" in errors
-    assert errors.count("ZeroDivisionError: mine\n") == 1
+    stderr = capsys.readouterr().err
+    assert "the task 'south': evaluate() fails, and this worker trains without it" in stderr
+    assert stderr.count("ZeroDivisionError: mine\n") == 1
 
 
-def test_a_run_that_stops_raises_why_and_how_it_goes_on(tmp_path):
+def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
     class Late(Adder):
         def train(self, weights, plan, progress):
             while self.trained:
@@ -348,7 +348,7 @@ def test_a_run_that_stops_raises_why_and_how_it_goes_on(tmp_path):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 
-def test_a_hook_ends_a_run_which_is_then_returned():
+def test_a_run_that_a_hook_ends_is_returned():
     def on_round(commit):
         if commit.test["w"] >= 2:
             raise fluffle.StopRun("far enough")
@@ -359,7 +359,7 @@ def test_a_hook_ends_a_run_which_is_then_returned():
     assert (len(run.history), run.reason) == (2, "far enough")
 
 
-def test_who_need_not_be_waited_for_trains_at_the_same_time():
+def test_tasks_train_in_parallel():
     both = threading.Barrier(2, timeout=60)
 
     class Together(Adder):
@@ -371,7 +371,7 @@ def test_who_need_not_be_waited_for_trains_at_the_same_time():
     assert len(fluffle.run([Together(), Together()], rounds=1, quorum="99%").history) == 1
 
 
-def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
+def test_tasks_may_be_functions_and_strategies_objects():
     class Half(fluffle.Strategy):
         def init(self, weights):
             return []
@@ -420,7 +420,7 @@ def test_a_folder_that_is_in_use_is_named(tmp_path):
     assert fluffle.run([Adder()], rounds=1, folder=tmp_path, on_round=on_round).reason
 
 
-def test_how_far_it_is_is_told_to_those_who_want_it(capsys):
+def test_progress_is_shown_on_request(capsys):
     fluffle.run([Adder()], rounds=1, progress=True)
     assert "round 1: loss 1.0000, accuracy 0.5000 on 5 held-out examples" in capsys.readouterr().err
     fluffle.run([Adder()], rounds=1)  # no terminal

@@ -1,4 +1,4 @@
-"""What the benchmarks make of their measurements, and what holds the rounds back meanwhile."""
+"""The benchmarks' statistics, gates, logs and simulated workers."""
 
 import doctest
 import threading
@@ -10,12 +10,12 @@ import pytest
 from benchmarks import command, papers, stats
 from benchmarks.aggregate import axpy
 from benchmarks.arrays import Perturbation, make_weights
+from benchmarks.comparison import compare
 from benchmarks.compression import Federation
 from benchmarks.floor import Spec
 from benchmarks.gate import Gate, Gates
 from benchmarks.logs import read_events
 from benchmarks.processes import Died
-from benchmarks.sides import compare
 from fluffle_common.cli.console import Console
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_worker.task import RoundPlan
@@ -60,22 +60,22 @@ def test_growth_compares_the_ends():
 
 
 class Scripted:
-    """A side whose rounds take what it was told."""
+    """A side whose rounds take a given time."""
 
     def __init__(self, name, seconds):
         self.name, self.seconds, self.asked = name, seconds, []
 
     def block(self, rounds):
-        """See ``Side``."""
+        """Return the given time for each round."""
         self.asked.append(rounds)
         return [self.seconds] * rounds
 
     def pids(self):
-        """See ``Side``."""
+        """Return no processes."""
         return {}
 
     def more(self):
-        """See ``Side``."""
+        """Return the side's name."""
         return {"told": self.name}
 
 
@@ -188,7 +188,7 @@ def test_a_simulated_federation_learns_in_as_many_bytes_as_its_encoding_takes(ho
 
 
 class Untrained:
-    """A task that only notes for how many epochs it was to train."""
+    """A task that records the number of epochs of each training."""
 
     num_examples = 7
 
@@ -196,7 +196,7 @@ class Untrained:
         self.epochs = []
 
     def train(self, weights, plan, progress):
-        """See ``Task``."""
+        """Record the number of epochs."""
         self.epochs.append(plan.epochs)
 
 

@@ -12,10 +12,10 @@ import pytest
 from fluffle_broker.inspect.rejected import requeue
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode, pack
-from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Transfer, Update
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Part, Transfer, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, pack
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import delta
@@ -217,7 +217,7 @@ async def test_parts_of_another_user_are_ignored(link):
     mine = [await link.get(TOPOLOGY.outbox("w")) for _ in range(transfer.parts)]
     about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
     for number, delivery in enumerate(mine):  # a part of another user before each of ours
-        false = wire.Part(federation="f", transfer=transfer.id, part=number)
+        false = Part(federation="f", transfer=transfer.id, part=number)
         body = wire.encode(false, bytes(len(decode(delivery.body)[1])))
         await link.publish(body, Properties(user="mallory"), **about)
         await link.publish(delivery.body, delivery.properties, **about)
@@ -236,7 +236,7 @@ async def test_parts_of_another_user_are_ignored(link):
 async def test_replaced_parts_are_detected_without_verified_users(link):
     transfer = (await send_as(link, "w")).transfer
     first = await link.get(TOPOLOGY.outbox("w"))
-    false = wire.Part(federation="f", transfer=transfer.id, part=0)
+    false = Part(federation="f", transfer=transfer.id, part=0)
     about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
     await link.publish(wire.encode(false, bytes(64)), Properties(), **about)
     first.ack()

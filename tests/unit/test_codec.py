@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol import messages
-from fluffle_common.protocol.codec import decode, describe, encode, pack, read_tensors
+from fluffle_common.protocol.codec import decode, describe, encode, read_tensors
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -32,7 +32,7 @@ from fluffle_common.protocol.messages import (
     Transfer,
     Update,
 )
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, digest_of, pack
 from fluffle_common.tensors.table import MAX_TENSORS
 from fluffle_common.tensors.weights import BFLOAT16, DTYPES, Weights
 
@@ -210,7 +210,7 @@ def test_a_payload_of_exactly_one_part_travels_in_its_message(monkeypatch):
     hashes = [blake3(payload[:64]).digest(), blake3(payload[64:]).digest()]
     digest = blake3(b"".join(hashes)).hexdigest()
     assert transfer == Transfer(id=transfer.id, parts=2, nbytes=72, digest=digest)
-    assert wire.digest_of({"w": np.zeros(9)}) == digest
+    assert digest_of({"w": np.zeros(9)}) == digest
     assert [len(decode(body)[1]) for body in parts] == [64, 8]
 
 

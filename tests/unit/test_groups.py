@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode, encode, lay_out, pack, read_groups
+from fluffle_common.protocol.codec import decode, encode, lay_out, read_groups
 from fluffle_common.protocol.messages import Part, Plan, Update
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, digest_of, pack
 from fluffle_common.tensors.groups import check_extra, forms_of
 from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry
@@ -82,7 +82,7 @@ def test_groups_travel_in_parts(monkeypatch):
     message, _ = decode(body)
     found = read_groups(message.tensors, assembly.payload())
     assert found["extra"]["w"].tolist() == [0.5] * 5
-    assert transfer.digest == wire.digest_of(MODEL, {"extra": EXTRA})
+    assert transfer.digest == digest_of(MODEL, {"extra": EXTRA})
     check_announced(message, MODEL, Plan(extra="model"))
     with pytest.raises(MalformedMessage, match="the extra tensor 'w' was not asked for") as wrong:
         check_announced(message, MODEL)

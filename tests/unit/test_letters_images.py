@@ -1,4 +1,4 @@
-"""Images and folders as people have them: every mode, depth and orientation; what is no class."""
+"""Reading of image files of every mode, depth and orientation, and of class folders."""
 
 import os
 import struct
@@ -21,7 +21,7 @@ def read_image(path):
 
 
 def _letter(size: int = 100) -> np.ndarray:
-    """Return an L, uint8, white on black: a shape that no turn leaves as it is."""
+    """Return an L, uint8, white on black, a shape without symmetry."""
     grey = np.zeros((size, size), np.uint8)
     edge = size // 10
     grey[2 * edge : 8 * edge, 3 * edge : 4 * edge] = 255
@@ -169,7 +169,7 @@ def test_every_mode_is_read_alike(tmp_path, mode):
 
 
 def _transparent(ink: int) -> Image.Image:
-    """Return the letter as ink of one grey on nothing."""
+    """Return the letter as opaque ink of one grey on a transparent background."""
     return Image.merge("LA", [Image.new("L", (100, 100), ink), Image.fromarray(LETTER)])
 
 

@@ -1,4 +1,4 @@
-"""What a local rule keeps, in memory and on disk."""
+"""Tensors kept between rounds, in memory and on disk."""
 
 from __future__ import annotations
 

@@ -41,9 +41,9 @@ def figures(name: str, ready: int = 0, consumers: int = 1, **more: object) -> Qu
         (figures("f.presence", consumers=0), "no coordinator is connected"),
         (figures("f.rejected", 1200, consumers=0), "1,200 messages rejected: fluffle rejected"),
         (figures("f.unrouted", 1, consumers=0), "1 message had no queue to go to: fluffle peek"),
-        (figures("f.updates", 50, growth_rate=3.0), "growing by 3 messages a second"),
+        (figures("f.updates", 50, growth_rate=3.0), "growing by 3 messages per second"),
         (figures("f.mine"), "foreign: fluffle has no such queue in federation f"),
-        (figures("f.updates", state="down"), "this queue is down"),
+        (figures("f.updates", state="down"), "this queue as down"),
         (replace(figures("f.updates"), consumers=0, ready=30, growth_rate=2.0), "; growing by 2"),
     ],
 )
@@ -72,7 +72,7 @@ def test_healthy_queues_have_no_hint(queue):
 
 def test_an_alarm_is_shown_at_the_queues_that_workers_publish_to():
     text = hint(figures("f.updates"), TOPOLOGY, ["memory", "disk"])
-    assert text == "blocked: the broker has run out of memory and disk, nobody can publish"
+    assert text == "blocked: the broker has run out of memory and disk; nobody can publish"
     assert hint(figures("f.rejected", consumers=0), TOPOLOGY, ["memory"]) is None
 
 

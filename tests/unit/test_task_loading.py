@@ -1,4 +1,4 @@
-"""Tasks as users write them: found, imported, checked when loaded, and told of where they fail."""
+"""Loading of users' tasks: import, checks and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def task(options):
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield a folder for files of tasks; what they import is forgotten."""
+    """Yield a folder for task files and unload their modules afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
@@ -284,7 +284,7 @@ def test_a_difference_names_the_first_tensor(theirs, told):
 
 
 class Net(nnx.Module):
-    """A layer in half precision, and perhaps a name that collides."""
+    """A layer in half precision, optionally with a colliding tensor name."""
 
     dtype: Any = jax.numpy.bfloat16
 

@@ -240,7 +240,7 @@ def management_option(command: Any) -> Any:
         metavar="URL",
         help=(
             "URL of RabbitMQ's management API, which provides queue statistics.  "
-            "[default: the host of --url and the usual port]"
+            "[default: that of the private broker, else the usual port on the host of --url]"
         ),
         show_default=False,
     )(command)

@@ -39,7 +39,7 @@ def ending(event: RunEvent | None) -> str:
     match event:
         case run_events.Finished(reason=reason) | run_events.Stopped(reason=reason):
             return f"{event.name}: {reason or ''}"
-    return "interrupted: the same command (without --fresh) goes on from there"
+    return "interrupted; the same command (without --fresh) continues the run"
 
 
 def curves(view: RunView) -> dict[str, Any]:

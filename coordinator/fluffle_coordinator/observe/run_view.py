@@ -318,7 +318,7 @@ class RunView:
         return self.rounds.setdefault(number, RoundView(number))
 
     def _known(self, number: int | None) -> RoundView | None:
-        """Return the round of this number unless it is unknown, or is not ``only``."""
+        """Return the round of this number if it is known or is ``only``; None otherwise."""
         if number == 0:
             return self.before
         return self._round(number) if number in self.rounds or number == self._only else None

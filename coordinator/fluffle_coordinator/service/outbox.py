@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, digest_of, encode_refusal
+from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.protocol.events import RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
@@ -27,6 +27,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable

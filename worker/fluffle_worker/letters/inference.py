@@ -72,7 +72,7 @@ class LettersModel:
             classes = []
         if not classes:
             raise UsageError(
-                f"{path} is no model of letters: it names no classes "
+                f"{path} is not a model of letters: it has no classes "
                 f"(its task: {metadata.get('task') or 'unknown'})"
             )
         self.classes: tuple[str, ...] = tuple(map(str, classes))
@@ -86,7 +86,7 @@ class LettersModel:
             self._task.check(weights)
         except ValueError as why:
             raise UsageError(
-                f"{path} is no model of letters ({why}; "
+                f"{path} is not a model of letters ({why}; "
                 f"its task: {metadata.get('task') or 'unknown'})"
             ) from None
 

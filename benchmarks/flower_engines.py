@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import stats
+from benchmarks.comparison import WARM_UP
 from benchmarks.gate import Gates
 from benchmarks.processes import ROOT, Died, Programs
-from benchmarks.sides import WARM_UP
 from fluffle_broker.node.network import free_ports
 
 APP = ROOT / "benchmarks" / "flower_side" / "app"
@@ -88,7 +88,7 @@ class _Gated:
         raise NotImplementedError
 
     def block(self, rounds: int) -> list[float]:
-        """Run rounds; see ``sides.Side``."""
+        """Run rounds; see ``comparison.Side``."""
         self._gates.release(rounds + 1)
         self._gates.wait()
         latest = time.monotonic() + _LATE_S
