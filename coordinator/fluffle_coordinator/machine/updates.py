@@ -225,7 +225,7 @@ def folded(state: State, event: Folded, out: Effects) -> State:
 
 
 def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
-    """Fold the next copy in place of one that failed; without one, reject it or ask for it again."""
+    """Fold the next copy after a failure; without one, reject the update or request it again."""
     ticket, held = event.ticket, state.received[event.ticket]
     worker = ticket.worker
     if event.again:
