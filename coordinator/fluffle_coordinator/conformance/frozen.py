@@ -7,11 +7,11 @@ from fluffle_common.tensors.frozen import frozen_of
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
-from fluffle_coordinator.conformance.scenario import FROZEN_TENSORS, demands
+from fluffle_coordinator.conformance.scenario import Section, demands
 
 
 @demands(
-    FROZEN_TENSORS,
+    Section.FROZEN,
     "a worker with the feature frozen passes over a fit whose frozen tensors it lacks, as "
     "receiving; it takes those that come with a fit, lists their digest, and then trains without "
     "being sent them again",
