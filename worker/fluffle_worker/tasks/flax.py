@@ -166,7 +166,7 @@ class FlaxTask:
 
     def init(self, seed: int) -> Weights:
         """See ``task.Task``."""
-        return self._parts.travelling(self._parts.init(jax.random.key(seed)))
+        return self._parts.init(jax.random.key(seed))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """See ``task.Task``."""
