@@ -38,7 +38,7 @@ from fluffle_worker.tasks.examples import (
     count_of,
     picked,
 )
-from fluffle_worker.tasks.flat_step import Flat, flat_step
+from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.model_parts import ModelParts
 
 Loss = Callable[[Any, Any], Any]
@@ -130,7 +130,7 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         self._personal = KeptTensors()
-        self._steps: dict[tuple[int, Any], Any] = {}
+        self._steps: dict[tuple[int, Any], FlatStep] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
@@ -188,13 +188,16 @@ class FlaxTask:
         losses: list[Any] = []
         key = jax.random.key(plan.seed ^ self._sample_seed)
         state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
-        for done, batch in enumerate(data.batches(plan), start=1):
-            state, loss = step(learning_rate, state, still, data.source, batch, key, done)
-            losses.append(loss)
-            # JAX runs ahead; reading the loss of an earlier step keeps it from running far ahead
-            # of what is reported, and costs nothing.
-            seen = float(losses[-2]) if done > 1 else None
-            progress(done, max(done, steps), None if rule.per_example else seen)
+        calls = step.run(learning_rate, state, still, data.source, data.batches(plan), key)
+        for after, found in calls:
+            state = after
+            for loss in found:
+                losses.append(loss)
+                done = len(losses)
+                # JAX runs ahead; reading the loss of an earlier step keeps it from running far
+                # ahead of what is reported, and costs nothing.
+                seen = float(losses[-2]) if done > 1 else None
+                progress(done, max(done, steps), None if rule.per_example else seen)
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
@@ -252,14 +255,14 @@ class FlaxTask:
             return optimizer
         return optax.chain(gradient_transformation(self.local_rule), optimizer)
 
-    def _step(self, plan: Plan, params: Any) -> Any:
+    def _step(self, plan: Plan, params: Any) -> FlatStep:
         """Return the compiled step: one for each local rule, whatever the learning rate."""
         which = self.local_rule.key, plan.train
         if which not in self._steps:
             # A function of its own: what JAX has traced of an equal one, it does not trace again.
             own = functools.partial(self._train_step, _trained(plan))
             static_rate = not _traces(self._optimizer, params)
-            self._steps[which] = flat_step(own, static_rate=static_rate)
+            self._steps[which] = FlatStep(own, static_rate=static_rate)
         return self._steps[which]
 
     def _train_step(  # noqa: PLR0917 - all of them traced, by position

@@ -131,12 +131,12 @@ class ModelParts:
         _check_names(_names(trained))
 
 
-def _labelled(form: list[Any]) -> Any:
+def _labelled(form: Any) -> Any:
     """Return a state with the names of its tensors instead of their arrays."""
     return nnx.from_flat_state([(path, leaf.replace(tensor_name(path))) for path, leaf in form])
 
 
-def _names(form: list[Any]) -> list[str]:
+def _names(form: Any) -> list[str]:
     return [tensor_name(path) for path, _ in form]
 
 
