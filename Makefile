@@ -1,11 +1,10 @@
-# Two commands do everything: `make demo` runs the main job, `make test` passes the tests.
-# Both install what they need into .venv; the demo and the tests bring their own RabbitMQ.
-# The first installation takes a minute or two, mostly downloads: pip shows them on a terminal.
+# `make demo` runs the demo job, `make test` runs all tests. Both install what they need into .venv
+# and start a private RabbitMQ. The first installation takes a minute or two, mostly for downloads.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Progress where a terminal shows it, nothing but errors elsewhere.
+# Show progress on a terminal, and only errors elsewhere.
 PIP_FLAGS := --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
 .PHONY: install demo test test-fast test-long coverage check browser bench bench-flower chaos format lock clean
@@ -18,33 +17,33 @@ $(STAMP): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
 		echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@echo "installing the $$(grep -c == requirements.lock) packages of requirements.lock" \
-		"into .venv: one or two minutes the first time ..."
+		"into .venv; the first time takes one or two minutes ..."
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --editable .
 	@touch $(STAMP)
-	@echo "installed; 'make demo' and 'make test' start at once from now on"
+	@echo "installed; from now on, 'make demo' and 'make test' start at once"
 
 demo: install
 	$(BIN)/python examples/demo.py
 
-# Side by side: most of a test's time it waits, for a broker or a process. Each job has a RabbitMQ.
+# Tests mostly wait for a broker or a process, so run several at once. Each job has its own RabbitMQ.
 JOBS ?= 3
 
 test: install check browser
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
-# The pure core and the whole federations in this process: no broker, no JAX, no terminal.
+# The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal.
 SLOW := $(addprefix unit/,demo flax_parts flax_task front_door letters letters_images \
 	letters_scores local_rules mutants node printing rabbitmq_connection rounds_machine sklearn_task) \
 	$(addprefix federation/,adapters local)
-FAST := $(filter-out $(foreach one,$(SLOW),tests/$(dir $(one))test_$(notdir $(one)).py),\
+FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
 
 test-fast: install
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) $(ARGS)
 
-# What the pure core leaves untried, line by line; most of it is there for people to read.
+# Branch coverage of the pure core, with the lines that no test reaches.
 PURE := fluffle_coordinator.machine fluffle_coordinator.strategy fluffle_common.tensors \
 	fluffle_common.protocol
 
@@ -52,10 +51,10 @@ coverage: install
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) --cov-branch \
 		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
-# Before a release: everything, and a hundred faults.
+# Before a release: all tests, coverage, and a hundred random faults.
 test-long: test coverage chaos
 
-# For the test of the live page: installed where it is missing and may be.
+# The tests of the live page need Chromium; install it if it is missing and we have the rights.
 browser:
 	@sh tests/install_chromium.sh
 
@@ -74,13 +73,13 @@ chaos: install
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Flower is compared with as it is published, in an environment of its own, which also has what the
-# letters are trained with; it is not a part of any test.
+# The comparison with Flower uses its published package, in a separate environment that also has the
+# libraries of the letters task. No test uses it.
 FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.installed
 
 $(FLOWER_STAMP): requirements.lock
-	@echo "installing Flower into $(FLOWER): one or two minutes ..."
+	@echo "installing Flower into $(FLOWER); this takes one or two minutes ..."
 	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
 	@$(FLOWER)/bin/python -m pip install $(PIP_FLAGS) flwr==1.42.0 \
 		$(shell grep -E '^(flax|jax|jaxlib|msgpack|numpy|optax|pillow|pydantic|safetensors)==' \
@@ -96,15 +95,15 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The exact versions come from this machine's package index, whose name stays out of the file.
+# Pin the newest versions on the configured package index. The index is not named in the file.
 lock: install
-	@echo "asking the package index for the newest versions: about a minute ..."
+	@echo "asking the package index for the newest versions; this takes about a minute ..."
 	@$(BIN)/python -m pip install --quiet --dry-run --upgrade --ignore-installed \
 		--report .venv/lock.json '.[all]' --group dev hatchling editables
 	$(BIN)/python -c "import json; \
-		told = json.load(open('.venv/lock.json'))['install']; \
-		pins = sorted({f\"{p['metadata']['name'].lower()}=={p['metadata']['version']}\" for p in told}); \
-		print('# Exact versions of everything that fluffle, its tests and its build need: make lock.'); \
+		packages = [each['metadata'] for each in json.load(open('.venv/lock.json'))['install']]; \
+		pins = sorted({f\"{p['name'].lower()}=={p['version']}\" for p in packages}); \
+		print('# Exact versions of everything that fluffle, its tests and its build need; made by \`make lock\`.'); \
 		print('\n'.join(p for p in pins if not p.startswith('fluffle==')))" > requirements.lock
 
 clean:

@@ -1,19 +1,28 @@
-"""Accuracy of the strategies on scikit-learn's digits, shared out to ten workers.
+"""Accuracy of the strategies on handwriting, shared out to ten workers.
 
     python -m benchmarks.algorithms --json
+    python -m benchmarks.algorithms --data letters --json
 
 Only the strategies are fluffle's: the workers are a few lines of NumPy here, softmax regression
-trained by plain SGD, so that a whole comparison takes a minute. Of the 1,797 images, 1,500 are for
-training and the rest for the test. Four cases:
+trained by plain SGD, so that a whole comparison takes a minute or two. Of the examples, 1,500 are
+for training and the rest for the test.
+
+``digits``    scikit-learn's, 1,797 images of 8 by 8 pixels.
+``letters``   1,800 letters A to J as ``fluffle letters`` draws them, 180 by each of ten writers,
+              scaled down to 20 by 20 pixels.
+
+The cases:
 
 ``iid``       150 random images each.
-``shards``    images by label, two shards of them each: a worker has two to four of the ten digits.
+``writers``   of letters only: each worker has those of one writer.
+``shards``    images by label, two shards of them each: a worker has two to four of the ten labels.
 ``uneven``    the same, and each worker trains for 1 to 5 epochs, by chance, in each round.
 ``attacked``  as ``iid``, and two of the ten send ten times their update with its sign flipped.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +32,13 @@ from benchmarks import command, figures
 from benchmarks.arrays import Array
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.names import named_strategy
+from fluffle_worker.letters.handwriting.drawing import PENS_PX, draw_letter, writer_style
+from fluffle_worker.letters.handwriting.strokes import LETTERS
 
-CASES = ("iid", "shards", "uneven", "attacked")
+CASES = {
+    "digits": ("iid", "shards", "uneven", "attacked"),
+    "letters": ("iid", "writers", "shards", "uneven", "attacked"),
+}
 STRATEGIES = (
     "fedavg",
     "uniform",
@@ -41,27 +55,52 @@ STRATEGIES = (
     "rfa",
     "clip:1+median",
 )
-WORKERS, ATTACKERS, TRAINING = 10, 2, 1500
+WORKERS, ATTACKERS, TRAINING, LETTERS_EACH = 10, 2, 1500, 180
 _RATE, _BATCH = 0.1, 25
 
 
-class Digits:
-    """The digits, shared out.
-
-    Args:
-        case: one of ``CASES``.
-        seed: decides who gets what, the orders of the batches, and how long each worker trains.
-    """
-
-    def __init__(self, case: str = "iid", seed: int = 0) -> None:
+@functools.cache
+def examples(data: str) -> tuple[Array, Array, Array]:
+    """Return inputs of shape [examples, pixels] in [0, 1], labels, and who wrote each."""
+    if data == "digits":
         from sklearn.datasets import load_digits
 
         inputs, labels = load_digits(return_X_y=True)
+        return inputs / 16, labels, np.zeros_like(labels)
+    inputs, labels, writers = [], [], []
+    for writer in range(WORKERS):
+        numbers = np.random.default_rng(writer)
+        style = writer_style(numbers, favourite_pen=writer % len(PENS_PX))
+        for number in range(LETTERS_EACH):
+            label = number % len(LETTERS)
+            pixels = draw_letter(LETTERS[label], style, numbers) / 255
+            inputs.append(pixels.reshape(20, 5, 20, 5).mean(axis=(1, 3)).ravel())
+            labels.append(label)
+            writers.append(writer)
+    return np.array(inputs), np.array(labels), np.array(writers)
+
+
+class Shared:
+    """Examples shared out to workers.
+
+    Args:
+        data: ``digits`` or ``letters``.
+        case: one of the ``CASES`` of these data.
+        seed: decides who gets what, the orders of the batches, and how long each worker trains.
+    """
+
+    def __init__(self, data: str = "digits", case: str = "iid", seed: int = 0) -> None:
+        inputs, labels, writers = examples(data)
         numbers = np.random.default_rng(seed)
         order = numbers.permutation(len(labels))
-        inputs, labels = inputs[order] / 16, labels[order]
+        if case == "writers":  # as many of each for the test
+            order = order[np.argsort(writers[order], kind="stable")].reshape(WORKERS, -1)
+            each = TRAINING // WORKERS
+            order = np.concatenate([order[:, :each].ravel(), order[:, each:].ravel()])
+        inputs, labels = inputs[order], labels[order]
         self.case, self._numbers = case, numbers
         self._test = inputs[TRAINING:], labels[TRAINING:]
+        self.shape = inputs.shape[1], len(np.unique(labels))
         places = np.arange(TRAINING)
         if case in ("shards", "uneven"):
             by_label = np.argsort(labels[:TRAINING], kind="stable")
@@ -108,51 +147,53 @@ def softmax(scores: Array) -> Array:
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
-def accuracies(name: str, case: str, rounds: int, seed: int = 0) -> list[float]:
+def accuracies(name: str, data: str, case: str, rounds: int, seed: int = 0) -> list[float]:
     """Return the accuracy after each round of a federation."""
-    digits, strategy = Digits(case, seed), named_strategy(name).strategy
-    weights: Mapping[str, Array] = {"kernel": np.zeros((64, 10)), "bias": np.zeros(10)}
+    shared, strategy = Shared(data, case, seed), named_strategy(name).strategy
+    weights: Mapping[str, Array] = {
+        "kernel": np.zeros(shared.shape),
+        "bias": np.zeros(shared.shape[1]),
+    }
     state, found = strategy.init(weights), []
     for _ in range(rounds):
-        for one in digits.updates(weights):
+        for one in shared.updates(weights):
             state = strategy.fold(state, one)
         weights, state = strategy.finish(state, weights)
-        found.append(digits.accuracy(weights))
+        found.append(shared.accuracy(weights))
     return found
 
 
-def measure(strategies: Sequence[str], rounds: int, seeds: int) -> dict[str, Any]:
+def measure(strategies: Sequence[str], data: str, rounds: int, seeds: int) -> dict[str, Any]:
     """Run every strategy in every case, and average over the seeds."""
-    found = {
-        name: {
-            case: round(
-                float(np.mean([accuracies(name, case, rounds, seed)[-1] for seed in range(seeds)])),
-                3,
-            )
-            for case in CASES
-        }
-        for name in strategies
-    }
-    return {"rounds": rounds, "seeds": seeds, "strategies": found}
+
+    def averaged(name: str, case: str) -> float:
+        last = [accuracies(name, data, case, rounds, seed)[-1] for seed in range(seeds)]
+        return round(float(np.mean(last)), 3)
+
+    found = {name: {case: averaged(name, case) for case in CASES[data]} for name in strategies}
+    return {"data": data, "rounds": rounds, "seeds": seeds, "strategies": found}
 
 
 def as_text(told: Mapping[str, Any]) -> str:
     """Lay the findings out for people."""
+    cases = CASES[told["data"]]
     rows = [
-        [name, *(f"{100 * one[case]:.1f}" for case in CASES)]
+        [name, *(f"{100 * one[case]:.1f}" for case in cases)]
         for name, one in told["strategies"].items()
     ]
-    return figures.table([f"accuracy after {told['rounds']} rounds, %", *CASES], rows)
+    return figures.table([f"accuracy after {told['rounds']} rounds, %", *cases], rows)
 
 
 def main() -> None:
     """Measure, and print."""
     parser = command.parser("algorithms", __doc__)
+    parser.add_argument("--data", choices=CASES, default="digits", help="what is read (digits)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each run (10)")
     parser.add_argument("--seeds", type=int, default=5, help="runs that are averaged (5)")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="which, by name")
     options = parser.parse_args()
-    command.show(measure(options.strategies, options.rounds, options.seeds), options, as_text)
+    found = measure(options.strategies, options.data, options.rounds, options.seeds)
+    command.show(found, options, as_text)
 
 
 if __name__ == "__main__":

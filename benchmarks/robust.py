@@ -27,7 +27,7 @@ from benchmarks import command, figures
 from benchmarks.arrays import make_weights
 from benchmarks.processes import ROOT
 from fluffle_common.tensors.layout import Layout, Tensors, layout_for
-from fluffle_common.tensors.on_disk import laid_on_disk
+from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import check_delta
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.names import named_strategy
@@ -71,7 +71,7 @@ def one_round(name: str, size_mb: float, updates: int, folder: Path) -> dict[str
             worker=f"w{place:03d}",
             num_examples=100 + place,
             delta=delta,
-            lay_on_disk=lambda tensors: laid_on_disk(tensors, folder),
+            lay_on_disk=lambda tensors: map_to_disk(tensors, folder),
         )
         state = strategy.fold(state, one)
         fold_s += time.perf_counter() - began

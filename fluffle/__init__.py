@@ -1,8 +1,8 @@
-"""Federated learning over a message broker, from Python: what there is to import.
+"""Federated learning over a message broker: the public Python API.
 
-``fluffle.run`` runs a federation, in this process or over RabbitMQ; ``fluffle.Run`` opens a folder
-that any coordinator has written. Each name is loaded when it is first used, so that the import is
-quick and needs nothing that is not installed: JAX, for one, is needed by ``flax_task`` only.
+``fluffle.run`` runs a federation, in this process or over RabbitMQ; ``fluffle.simulate`` simulates
+one; ``fluffle.Run`` opens the folder of any run. Names load lazily, so the import is fast and needs
+no optional dependency: only ``flax_task``, for example, imports JAX.
 
 Example:
     >>> import fluffle
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from fluffle_worker.tasks.flax import flax_task as flax_task
     from fluffle_worker.tasks.sklearn import sklearn_task as sklearn_task
 
-_FROM = {
+_NAMES = {
     "fluffle.history": ("History", "Round"),
     "fluffle.local": ("arun", "run"),
     "fluffle.models": ("load_into", "load_model"),
@@ -100,10 +100,10 @@ _FROM = {
     "fluffle_worker.tasks.flax": ("accuracy", "flax_task"),
     "fluffle_worker.tasks.sklearn": ("sklearn_task",),
 }
-_WHERE = {name: module for module, names in _FROM.items() for name in names}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 - the table above says it
-    *sorted(_WHERE)
+__all__ = [  # noqa: PLE0604 - computed from the table above
+    *sorted(_MODULES)
 ]
 
 
@@ -113,10 +113,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("fluffle")
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fluffle' has no attribute '{name}'")
-    found = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
-    return found
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

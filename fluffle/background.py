@@ -1,4 +1,4 @@
-"""A thread with an event loop of its own, for callers with a loop and without one."""
+"""Runs work with its own event loop in a thread, for callers with or without a running loop."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 
 class Cancelled(Exception):
-    """The work was cancelled before it had a result."""
+    """The work was cancelled before it returned a result."""
 
 
 class Background(Generic[T]):
-    """Work in a thread of its own, beside whoever wants its result.
+    """Work in a thread of its own.
 
-    A notebook has an event loop that is running already, so that no other can run in its thread;
-    and what is at work for minutes is not to hold up a caller's loop.
+    The thread is necessary because a notebook's thread already runs an event loop, and because
+    work that takes minutes must not block a caller's loop.
 
     Args:
-        body: the work; it is given a function that runs a coroutine to its end.
-        loop: makes the event loop.
+        body: the work; its argument is a function that runs a coroutine and returns its result.
+        loop: makes the event loop for those coroutines.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Background(Generic[T]):
         threading.Thread(target=self._run, name="fluffle", daemon=True).start()
 
     def wait(self) -> T:
-        """Return the result; Ctrl-C cancels the work, and is raised when that has cleaned up."""
+        """Return the result; Ctrl-C cancels the work and is raised once that has cleaned up."""
         try:
             return self._result.result()
         except KeyboardInterrupt:
@@ -51,28 +51,28 @@ class Background(Generic[T]):
             raise
 
     async def result(self) -> T:
-        """Return the result; who is cancelled meanwhile cancels the work, and waits for its end."""
+        """Return the result; cancelling this coroutine cancels the work and waits for its end."""
         done = asyncio.wrap_future(self._result)
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
             self._cancel()
             await asyncio.wait([done])
-            done.exception()  # so that nobody misses it
+            done.exception()  # retrieved, so that asyncio does not log it
             raise
 
     def _run(self) -> None:
         try:
-            found = self._body(self._complete)
+            result = self._body(self._run_coroutine)
         except asyncio.CancelledError:
             self._result.set_exception(Cancelled())
         except BaseException as why:
             self._result.set_exception(why)
         else:
-            self._result.set_result(found)
+            self._result.set_result(result)
 
-    def _complete(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine; when this returns, what it has asked of other threads is done, too."""
+    def _run_coroutine(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine to its end, and wait for the threads of its loop's executor."""
 
         async def main() -> Any:
             self._task = asyncio.ensure_future(work)
@@ -87,5 +87,5 @@ class Background(Generic[T]):
     def _cancel(self) -> None:
         self._stopping = True
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it has just come to its end
+            with contextlib.suppress(RuntimeError):  # the loop has just closed
                 self._loop.call_soon_threadsafe(self._task.cancel)

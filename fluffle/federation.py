@@ -1,4 +1,4 @@
-"""A coordinator, and a worker for each task, in one event loop."""
+"""A coordinator and one worker per task, in one event loop."""
 
 from __future__ import annotations
 
@@ -34,52 +34,55 @@ from fluffle_worker.user_code import CALLERS, one_line
 MakesTask: TypeAlias = Callable[[], Task]
 Tasks: TypeAlias = Sequence[Task | MakesTask] | Mapping[str, Task | MakesTask]
 
-# How long the workers may take to say good-bye when the coordinator has ended.
+# The time that workers get to leave after the coordinator has ended.
 _LEAVE_S = 5.0
-# How long tasks may take to their next step when nobody wants their work any more.
+# The time that tasks get to reach their next step, where abandoned work ends.
 _STEP_S = 5.0
 
 
 class LocalTask:
-    """A task of this process, with its worker's name; remembers what its own code raises.
+    """A task with the name of its worker; remembers the exceptions that the task's code raises.
 
     Args:
-        name: of its worker.
-        task: the task itself.
+        name: the name of its worker.
+        task: the task.
+
+    Raises:
+        TaskError: if the task cannot make first weights.
     """
 
     def __init__(self, name: str, task: Task) -> None:
         self.name, self.task = name, task
         self.error: BaseException | None = None
-        self.form: Signature = UNKNOWN
-        self.form = signature_of_task(self)
+        self.signature: Signature = UNKNOWN
+        self.signature = signature_of_task(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
 
-    def init(self, *given: Any) -> Any:
-        """See ``Task``."""
+    def init(self, *arguments: Any) -> Any:
+        """Make first weights; see ``Task``."""
         try:
-            return self._noting(self.task.init, *given)
+            return self._remembering(self.task.init, *arguments)
         except BaseException as why:
-            if self.form == UNKNOWN:  # nothing runs yet
+            if self.signature == UNKNOWN:  # called by the constructor
                 raise self.failure(f"cannot make first weights: {one_line(why)}") from self.error
             raise
 
-    def train(self, *given: Any) -> Any:
-        """See ``Task``."""
-        return self._noting(self.task.train, *given)
+    def train(self, *arguments: Any) -> Any:
+        """Train; see ``Task``."""
+        return self._remembering(self.task.train, *arguments)
 
     def failure(self, what: str) -> TaskError:
-        """Return the error to raise for it, caused by its own and with its own traceback."""
-        wrong = TaskError(f"the task '{self.name}' {what}")
+        """Return a ``TaskError`` whose cause is the task's own exception, if it raised one."""
+        error = TaskError(f"the task '{self.name}' {what}")
         if self.error is not None:
-            wrong.__cause__ = self.error.with_traceback(_own(self.error.__traceback__))
-        return wrong
+            error.__cause__ = self.error.with_traceback(_without_ours(self.error.__traceback__))
+        return error
 
-    def _noting(self, call: Callable[..., Any], *given: Any) -> Any:
+    def _remembering(self, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return call(*given)
+            return call(*arguments)
         except NotWanted:
             raise
         except BaseException as why:
@@ -87,8 +90,8 @@ class LocalTask:
             raise
 
 
-def _own(trace: TracebackType | None) -> TracebackType | None:
-    """Leave out of a traceback how we have come to call a task's code."""
+def _without_ours(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback without our frames above those of the task's code."""
     ours = {*CALLERS, __file__}
     while trace is not None and trace.tb_next and trace.tb_frame.f_code.co_filename in ours:
         trace = trace.tb_next
@@ -96,21 +99,21 @@ def _own(trace: TracebackType | None) -> TracebackType | None:
 
 
 def named_tasks(tasks: Tasks) -> list[LocalTask]:
-    """Return tasks with the names of their workers, made where they are yet to be made.
+    """Return the tasks with the names of their workers; call functions that make tasks.
 
     Raises:
-        UsageError: where a name or a task is none.
-        TaskError: where a task cannot be made, or cannot make first weights.
+        UsageError: if a name is invalid, or an object is not a task.
+        TaskError: if a task cannot be made, or cannot make first weights.
     """
     if isinstance(tasks, Mapping):
         pairs = list(tasks.items())
     else:
         pairs = list(zip(numbered("worker", len(tasks)), tasks, strict=True))
-    return [LocalTask(check_worker(name), _made(name, given)) for name, given in pairs]
+    return [LocalTask(check_worker(name), _make_task(name, task)) for name, task in pairs]
 
 
 def numbered(what: str, count: int) -> list[str]:
-    """Return so many names, which are in the order of their numbers.
+    """Return ``count`` names whose alphabetical order is that of their numbers.
 
     Example:
         >>> numbered("client", 11)[:2]
@@ -120,29 +123,29 @@ def numbered(what: str, count: int) -> list[str]:
     return [f"{what}-{number:0{width}}" for number in range(count)]
 
 
-def _made(name: str, given: Task | MakesTask) -> Task:
-    if isinstance(given, type) or (callable(given) and not hasattr(given, "train")):
+def _make_task(name: str, task: Task | MakesTask) -> Task:
+    if isinstance(task, type) or (callable(task) and not hasattr(task, "train")):
         try:
-            given = given()
+            task = task()
         except (TaskError, UsageError):
             raise
         except Exception as why:
             raise TaskError(f"the task '{name}' cannot be made: {one_line(why)}") from why
-    return check_task(f"'{name}'", given)
+    return check_task(f"'{name}'", task)
 
 
 class Federation:
-    """One run, and the workers of this process that take part in it.
+    """One run: its coordinator, and the workers in this process.
 
     Args:
-        settings: what the operator decided.
+        settings: the coordinator's settings.
         topology: the names on the broker.
-        store: the run's folder, locked.
-        tasks: one for each worker.
-        url: the broker; None is one in this process.
-        watcher: told what happens.
+        store: the run folder, locked.
+        tasks: one task per worker.
+        url: the URL of the broker; None uses a broker in this process.
+        watcher: watches the run.
         one_by_one: whether all tasks train in one thread, in the order in which they are asked.
-        fresh: move an earlier run aside.
+        fresh: whether to start a new run and move an earlier one aside.
     """
 
     def __init__(
@@ -160,41 +163,41 @@ class Federation:
         self._settings, self._topology, self._store = settings, topology, store
         self._tasks, self._url, self._fresh = tasks, url, fresh
         self._linked = asyncio.Event()
-        self._watcher = Watchers(watcher, _Linked(self._linked))
+        self._watcher = Watchers(watcher, _LinkWatcher(self._linked))
         shared = TrainingThread()
-        self._threads = {one.name: shared if one_by_one else TrainingThread() for one in tasks}
+        self._threads = {task.name: shared if one_by_one else TrainingThread() for task in tasks}
         self._broker = MemoryBroker() if url is None else None
 
     async def run(self) -> State:
-        """Run to the end of the run; return how it ended.
+        """Run the federation to its end; return the machine's final state.
 
         Raises:
-            TaskError: where a task fails.
-            RefusedError: where the coordinator refuses a worker, or another has its name.
+            TaskError: if a task fails.
+            RefusedError: if the coordinator refuses a worker, or another worker has its name.
         """
         coordinator = asyncio.ensure_future(self._coordinate())
         failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        workers = [asyncio.ensure_future(self._work(one, failure)) for one in self._tasks]
+        workers = [asyncio.ensure_future(self._work(task, failure)) for task in self._tasks]
         try:
             pending: set[asyncio.Future[Any]] = {coordinator, failure, *workers}
             while not coordinator.done():
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for one in done:
-                    one.result()
+                for future in done:
+                    future.result()
             if workers:
                 await asyncio.wait(workers, timeout=_LEAVE_S)
             return coordinator.result()
         finally:
-            tasks: list[asyncio.Future[Any]] = [coordinator, failure, *workers]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            futures: list[asyncio.Future[Any]] = [coordinator, failure, *workers]
+            for future in futures:
+                future.cancel()
+            await asyncio.gather(*futures, return_exceptions=True)
 
     def end(self) -> None:
-        """End the threads in which the tasks train; call it when the loop is closed."""
-        over_at = time.monotonic() + _STEP_S
+        """End the training threads; call this after the event loop is closed."""
+        deadline = time.monotonic() + _STEP_S
         for thread in set(self._threads.values()):
-            thread.end(max(0.0, over_at - time.monotonic()))
+            thread.end(max(0.0, deadline - time.monotonic()))
 
     async def _coordinate(self) -> State:
         journal = None if self._url is None else Journal(self._topology)
@@ -209,7 +212,7 @@ class Federation:
         )
 
     async def _work(self, task: LocalTask, failure: asyncio.Future[None]) -> None:
-        await self._linked.wait()  # else it would look for a coordinator every now and then
+        await self._linked.wait()  # spares the worker from polling for the coordinator
         settings = self._settings
         service = WorkerService(
             WorkerSettings(
@@ -221,10 +224,10 @@ class Federation:
             task,
             transport=self._transport(f"worker {task.name}"),
             topology=self._topology,
-            tell=lambda event: _heed(task, failure, event),
+            tell=lambda event: _on_worker_event(task, failure, event),
             bar=lambda *_: None,
             training=self._threads[task.name],
-            form=task.form,
+            form=task.signature,
         )
         await service.run()
 
@@ -237,8 +240,8 @@ class Federation:
         return AmqpTransport(lambda: url, f"fluffle {who} of {self._settings.federation}")
 
 
-def _heed(task: LocalTask, failure: asyncio.Future[None], event: RunEvent) -> None:
-    """Take what a worker tells: a failure ends the run, what is not fit for use is shown."""
+def _on_worker_event(task: LocalTask, failure: asyncio.Future[None], event: RunEvent) -> None:
+    """Handle a worker's event: a failure ends the run; an unusable result is a warning."""
     match event:
         case Failure(round=number, reason=reason) if not failure.done():
             where = f"in round {number}" if number else "at the first weights"
@@ -249,16 +252,16 @@ def _heed(task: LocalTask, failure: asyncio.Future[None], event: RunEvent) -> No
             echo(*event.sentence().splitlines(), err=True)
 
 
-class _Linked(Watcher):
-    """Says when the coordinator is connected, and what it shares with the workers is there."""
+class _LinkWatcher(Watcher):
+    """Sets an event once the coordinator is connected and has declared the shared entities."""
 
     def __init__(self, linked: asyncio.Event) -> None:
         self._linked = linked
 
     def record(self, event: object) -> None:
-        """See ``Watcher``."""
+        """Ignore the event."""
 
     def show(self, state: State, now: float) -> None:
-        """See ``Watcher``."""
+        """Set the event if the coordinator has a link."""
         if state.link:
             self._linked.set()

@@ -1,4 +1,4 @@
-"""What is known of every round of a run: rows of one type, and columns by name."""
+"""The history of a run: one ``Round`` per committed round, and columns by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fluffle.models import load_model
 from fluffle_common.errors import UsageError
-from fluffle_common.protocol.metric_names import TEST, lower_is_better, of_a_test
+from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.round_stats import seconds_of, weighted_mean
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Round:
-    """One round, and the model that it ended with.
+    """One committed round and its model.
 
     Args:
-        number: from 1.
+        number: the number of the round, from 1.
         participants: the workers whose updates are in the model, with their numbers of examples.
         checkpoint: the file of the model.
-        train_loss: the mean loss that the workers had while training, weighted by examples.
-        loss: the federated loss of the model: on what the workers hold out, weighted by examples.
-        metrics: the federated metrics of the model.
-        test: what the ``evaluate`` hook measured of the model.
-        epsilon: the privacy spent up to here, if the run accounts for it.
-        seconds: of wall-clock time since the commit before, or since the coordinator started.
-        late: how many updates came too late.
-        rejected: how many messages were rejected.
+        train_loss: the workers' mean training loss, weighted by examples.
+        loss: the loss of the model on the workers' held-out data, weighted by examples.
+        metrics: the federated metrics of the model, by name.
+        test: the metrics that the ``evaluate`` hook returned for the model.
+        epsilon: the privacy budget spent so far, if the run accounts for it.
+        seconds: wall-clock time since the previous commit, or since the coordinator started.
+        late: the number of updates that arrived too late.
+        rejected: the number of messages that were rejected.
     """
 
     number: int
@@ -52,28 +52,29 @@ class Round:
 
     @property
     def num_examples(self) -> int:
-        """How many examples the model was trained on in this round."""
+        """The number of examples that the participants trained on in this round."""
         return sum(self.participants.values())
 
     @property
     def weights(self) -> dict[str, Array]:
-        """The model's arrays by name, read from its checkpoint at every use."""
+        """The model's arrays by name, read from its checkpoint at each access."""
         return load_model(self.checkpoint)
 
     def values(self) -> dict[str, float]:
-        """Return every number that is known of the model, by the names of the columns."""
-        known = {"train_loss": self.train_loss, "loss": self.loss, **self.metrics}
-        known |= {**of_a_test(self.test), "epsilon": self.epsilon}
-        return {name: value for name, value in known.items() if value is not None}
+        """Return the measured values of this round, by column name."""
+        values = {"train_loss": self.train_loss, "loss": self.loss, **self.metrics}
+        values |= {**add_test_prefix(self.test), "epsilon": self.epsilon}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class History(Sequence[Round]):
     """The rounds of a run, in order.
 
-    ``history[-1]`` is the last round, ``history["loss"]`` a column: one number a round, None where
-    it is not known. ``columns`` are ``train_loss``, ``loss``, the federated metrics by their names,
-    what the ``evaluate`` hook measured, as ``test/NAME``, and ``epsilon``.
+    ``history[-1]`` is the last round; ``history["loss"]`` is a column, a list with one number per
+    round, or None for a round without that value. The columns are ``train_loss``, ``loss``, the
+    federated metrics by name, the metrics of the ``evaluate`` hook as ``test/NAME``, and
+    ``epsilon``.
 
     Example:
         >>> rounds = [Round(n, {"north": 80}, Path("x"), loss=1 / n) for n in (1, 2)]
@@ -90,34 +91,35 @@ class History(Sequence[Round]):
 
     @classmethod
     def read(cls, folder: Path) -> History:
-        """Read the history in a run's folder, as far as the run has come.
+        """Read the history in a run folder; the run may still be going on.
 
         Raises:
-            UsageError: where the folder has no history, or one that cannot be read.
+            UsageError: if the folder has no history, or it cannot be read.
         """
         rows = read_history(folder)
         return cls(tuple(_round(row, folder) for row in rows if "checkpoint" in row))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of all numbers that are known of any round."""
-        return tuple(dict.fromkeys(name for one in self.rounds for name in one.values()))
+        """The names of all columns that have a value in some round."""
+        return tuple(dict.fromkeys(name for each in self.rounds for name in each.values()))
 
     def best(self, metric: str = "loss") -> Round:
-        """Return the round with the best value of a metric, the earliest of equals.
+        """Return the round with the best value of a metric, the earliest if several have it.
 
         Args:
-            metric: a column. Of a loss or an error the lowest is the best, of all else the highest.
+            metric: a column. For a loss or an error, the lowest value is the best; for any other
+                metric, the highest.
 
         Raises:
-            UsageError: where no round has it.
+            UsageError: if no round has this metric.
         """
-        known = [one for one in self.rounds if metric in one.values()]
-        if not known:
-            names = ", ".join(self.columns) or "nothing"
-            raise UsageError(f"no round has the metric '{metric}'; known are {names}")
+        measured = [each for each in self.rounds if metric in each.values()]
+        if not measured:
+            names = ", ".join(self.columns) or "none"
+            raise UsageError(f"no round has the metric '{metric}'; the columns are {names}")
         sign = 1 if lower_is_better(metric) else -1
-        return min(known, key=lambda one: sign * one.values()[metric])
+        return min(measured, key=lambda each: sign * each.values()[metric])
 
     def __len__(self) -> int:
         return len(self.rounds)
@@ -132,8 +134,8 @@ class History(Sequence[Round]):
     def __getitem__(self, which: int | slice | str) -> Round | History | list[float | None]:
         if isinstance(which, str):
             if which not in self.columns:
-                raise KeyError(f"{which}; known are {', '.join(self.columns)}")
-            return [one.values().get(which) for one in self.rounds]
+                raise KeyError(f"{which}; the columns are {', '.join(self.columns)}")
+            return [each.values().get(which) for each in self.rounds]
         return History(self.rounds[which]) if isinstance(which, slice) else self.rounds[which]
 
     def __repr__(self) -> str:
@@ -152,11 +154,11 @@ class History(Sequence[Round]):
     def _table(self) -> tuple[list[str], list[list[str]]]:
         names = ["round", "workers", "examples", *self.columns]
         rows = []
-        for one in self.rounds:
-            known = one.values()
-            numbers = ["" if name not in known else f"{known[name]:.4f}" for name in self.columns]
-            rows.append([str(one.number), str(len(one.participants)), str(one.num_examples)])
-            rows[-1] += numbers
+        for each in self.rounds:
+            values = each.values()
+            numbers = [f"{values[name]:.4f}" if name in values else "" for name in self.columns]
+            counts = [each.number, len(each.participants), each.num_examples]
+            rows.append([*map(str, counts), *numbers])
         return names, rows
 
 
@@ -167,21 +169,23 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 def _round(row: Mapping[str, Any], folder: Path) -> Round:
     participants = row["participants"]
     metrics = metrics_of(row)
-    counted: Counter[str] = Counter()  # an asynchronous round may count a worker more than once
-    for one in participants:
-        counted[one["worker"]] += one["num_examples"]
+    examples: Counter[str] = Counter()  # an asynchronous round can count a worker more than once
+    for each in participants:
+        examples[each["worker"]] += each["num_examples"]
     return Round(
         number=row["round"],
-        participants=dict(counted),
+        participants=dict(examples),
         checkpoint=folder / row["checkpoint"],
         train_loss=weighted_mean(
-            (one["num_examples"], one["train_loss"])
-            for one in participants
-            if one.get("train_loss") is not None
+            (each["num_examples"], each["train_loss"])
+            for each in participants
+            if each.get("train_loss") is not None
         ),
         loss=row.get("loss"),
-        metrics={n: value for n, value in metrics.items() if not n.startswith(TEST)},
-        test={n.removeprefix(TEST): v for n, v in metrics.items() if n.startswith(TEST)},
+        metrics={n: value for n, value in metrics.items() if not n.startswith(TEST_PREFIX)},
+        test={
+            n.removeprefix(TEST_PREFIX): v for n, v in metrics.items() if n.startswith(TEST_PREFIX)
+        },
         epsilon=row.get("epsilon"),
         seconds=seconds_of(row["timings"]),
         late=row.get("late", 0),

@@ -1,4 +1,4 @@
-"""``fluffle.run``: a whole federation in this process, or its coordinator over RabbitMQ."""
+"""``fluffle.run`` and ``fluffle.arun``: a federation in this process, or over RabbitMQ."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _CALLER = "fluffle.run"
-_NOT_HERE = {
-    "run": "folder= says where the run is kept",
-    "dashboard": "'fluffle dashboard --url …' shows a run over RabbitMQ",
-    "management": "the option belongs to the live page",
-    "log_format": "progress= says what is shown",
+_UNAVAILABLE = {
+    "run": "use folder= for the run folder",
+    "dashboard": "use 'fluffle dashboard --url …' to show a run over RabbitMQ",
+    "management": "it belongs to the live page",
+    "log_format": "use progress= to choose what is shown",
     "verify_users": "the in-memory broker has no users; give url=",
 }
 
@@ -55,47 +55,49 @@ def run(
     parallel: bool | None = None,
     **options: Any,
 ) -> Run:
-    """Run a federation to its end, a worker for each task: here, or over RabbitMQ.
+    """Run a federation to its end, with one worker per task.
 
-    It is the coordinator, the workers and the rounds of ``fluffle coordinator`` and ``fluffle
-    worker``, over a broker in this process. What is None is as it is there.
-
-    It may be called in a notebook. Ctrl-C ends it, and the same call with the same ``folder`` goes
-    on after the last committed round.
+    This runs the same coordinator, workers and rounds as ``fluffle coordinator`` and ``fluffle
+    worker``, by default over a broker in this process. An argument that is None has the default of
+    those commands. It also works in a notebook. After Ctrl-C, the same call with the same
+    ``folder`` continues after the last committed round.
 
     Args:
-        tasks: a list of tasks, or tasks by the names of their workers. Instead of a task, a
-            function without arguments may make it. Empty with ``url`` for a coordinator alone.
-        rounds: how many rounds.
-        quorum: updates that close a round: a number, a fraction, or ``"all"``.
+        tasks: a list of tasks, or a mapping from worker names to tasks. A function without
+            arguments that makes a task can take a task's place. Leave it empty and give ``url`` to
+            run only a coordinator.
+        rounds: the number of rounds.
+        quorum: the updates that close a round: a number, a fraction, or ``"all"``.
         strategy: how updates become the next model: a name, ``path.py:name`` or an object.
-        epochs: local epochs a round.
-        batch_size: of the local training.
-        learning_rate: of the local training; None is the task's own.
-        config: anything else a task wants to know; its ``plan.config``.
-        seed: of everything random.
+        epochs: local epochs per round.
+        batch_size: the local batch size.
+        learning_rate: the local learning rate; None means the task's own.
+        config: further settings for the tasks, passed as ``plan.config``.
+        seed: the seed of every random choice.
         evaluate: a test of every round's model, ``evaluate(weights) -> metrics``; the next round
             waits for it.
-        on_round: shown every ``Commit``; ends the run by returning a reason or raising ``StopRun``.
-        folder: where the run is kept, and goes on from if it is there; a temporary folder, which
-            goes with the returned object, if not given.
-        federation: the name of its queues.
-        url: a broker, ``amqp://…``, instead of the one in this process. Other workers may join.
-        progress: show how far it is; None does on a terminal and in a notebook.
-        parallel: let the tasks train at the same time, each in a thread of its own. By default they
-            do so only if a round need not wait for all of them. One after the other, they take as
-            long if their library uses all cores, and the sum has the same order every time.
+        on_round: called with each ``Commit``; ends the run if it returns a reason or raises
+            ``StopRun``.
+        folder: the run folder; an earlier run in it is continued. None means a temporary folder,
+            deleted together with the returned object.
+        federation: the name of the federation.
+        url: the URL of a broker, ``amqp://…``, to use instead of the one in this process. Workers
+            elsewhere can then join.
+        progress: whether to show progress; None shows it on a terminal and in a notebook.
+        parallel: whether the tasks train at the same time, each in its own thread. By default they
+            do so only if a round does not have to wait for all of them. One after the other takes
+            no longer if the tasks' library uses all cores, and always sums in the same order.
         **options: any other option of ``fluffle coordinator``, with underscores, such as
             ``deadline=60`` or ``keep_updates=True``.
 
     Returns:
-        The run: its history, its models, where it is.
+        The run, with its history and its models.
 
     Raises:
-        UsageError: for an argument that is wrong.
-        TaskError: where a task fails, with the error of the task's own code as its cause.
-        RunError: where the run stopped before its end, with the reason.
-        BrokerError: where the broker cannot be reached for too long.
+        UsageError: if an argument is invalid.
+        TaskError: if a task fails; its cause is the exception of the task's own code.
+        RunError: if the run stopped before its end.
+        BrokerError: if the broker stays unreachable for too long.
     """
     background = _start(
         tasks,
@@ -120,17 +122,17 @@ def run(
 
 
 def _with_parameters_of(_: Callable[P, Run]) -> Callable[[Callable[..., T]], Callable[P, T]]:
-    """Give a function the parameters of another, for whoever checks types."""
+    """Return a decorator that gives a function the parameters of another, for type checkers."""
     return lambda function: function
 
 
 @_with_parameters_of(run)
-async def arun(*arguments: Any, **named: Any) -> Run:
-    """Do what ``run`` does, with its arguments, beside a running event loop, which goes on.
+async def arun(*arguments: Any, **keywords: Any) -> Run:
+    """Do what ``run`` does, with the same arguments, without blocking the event loop.
 
-    Cancelling it ends the run as Ctrl-C does.
+    Cancelling this coroutine ends the run as Ctrl-C does.
     """
-    return await _start(*arguments, **named).result()
+    return await _start(*arguments, **keywords).result()
 
 
 def _start(
@@ -144,16 +146,16 @@ def _start(
     url: str | None = None,
     progress: bool | None = None,
     parallel: bool | None = None,
-    **given: Any,
+    **keywords: Any,
 ) -> Background[Run]:
-    """Check the arguments of ``run``, and begin."""
+    """Check the arguments of ``run``, and start the run."""
     workers = named_tasks(tasks)
-    for name, why in _NOT_HERE.items():
-        if given.get(name) and (url is None or name != "verify_users"):
+    for name, why in _UNAVAILABLE.items():
+        if keywords.get(name) and (url is None or name != "verify_users"):
             raise UsageError(f"{_CALLER}() has no {name}=: {why}")
-    stated = {**given, "federation": federation, "url": url}
-    options = options_from(coordinator, stated, _CALLER)
-    if workers and options["min_workers"] is None:  # it begins when all of them are there
+    keywords |= {"federation": federation, "url": url}
+    options = options_from(coordinator, keywords, _CALLER)
+    if workers and options["min_workers"] is None:  # start when all of them are connected
         options["min_workers"] = max(len(workers), options["quorum"].number or 1)
     options["strategy"] = options["strategy"] if strategy is None else strategy
     options |= {"evaluate": evaluate, "on_round": on_round}
@@ -186,18 +188,18 @@ def _start(
 
 
 def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
-    """Check that a run in this process has the workers that its rules ask for.
+    """Check that a run in this process has the workers that its rules require.
 
     Raises:
-        UsageError: where it would wait for ever.
+        UsageError: if the run would wait for workers that cannot come.
     """
     if url is not None:
         return
     if not workers:
         raise UsageError(f"{_CALLER}() has no tasks; give some, or url= to wait for other workers")
-    for name, wanted in (("quorum", rules.quorum.number), ("min_workers", rules.min_workers)):
-        if wanted is not None and wanted > workers:
+    for name, number in (("quorum", rules.quorum.number), ("min_workers", rules.min_workers)):
+        if number is not None and number > workers:
             raise UsageError(
-                f"{_CALLER}(): {name} = {wanted} is more than the {workers} tasks; give it more "
+                f"{_CALLER}(): {name} = {number} is more than the {workers} tasks; give more "
                 f"tasks, or a lower {name}"
             )

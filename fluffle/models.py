@@ -1,4 +1,4 @@
-"""Model files: the checkpoints of a run, as arrays and in a Flax module."""
+"""Load a model from a checkpoint, as arrays or into a Flax module."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def load_model(file: str | os.PathLike[str]) -> dict[str, Array]:
-    """Read the model in a checkpoint, such as ``runs/letters/round-0006.safetensors``.
+    """Read a checkpoint, such as ``runs/letters/round-0006.safetensors``.
 
-    Any other safetensors file will do, too. One that carries a digest of itself is checked by it.
+    Any other safetensors file works too. If the file has a digest of its tensors, it is checked.
 
     Args:
         file: the checkpoint.
 
     Returns:
-        The model's arrays by name, as the task named them.
+        The model's arrays, by the names that the task gave them.
 
     Raises:
-        UsageError: where there is no such file, or it is damaged.
+        UsageError: if there is no such file, or it is damaged.
 
     Example:
         >>> load_model("runs/absent/round-0001.safetensors")
@@ -43,17 +43,17 @@ def load_model(file: str | os.PathLike[str]) -> dict[str, Array]:
 def load_into(
     module: nnx.Module, source: str | os.PathLike[str] | Weights, *, federated: Any = True
 ) -> None:
-    """Fill a Flax module with a model: every ``nnx.Param`` and every ``nnx.BatchStat``, by name.
+    """Load a model into a Flax module: every ``nnx.Param`` and ``nnx.BatchStat``, by name.
 
     Args:
-        module: changed in place; of the same form as the module that was trained.
+        module: the module to change in place; it has the structure of the trained module.
         source: a checkpoint, or arrays by name, such as ``fluffle.Run.weights``.
-        federated: a Flax filter of the tensors that the model has, such as ``nnx.LoRAParam`` for
-            adapters; the others stay as they are.
+        federated: a Flax filter that selects the tensors that the model has, such as
+            ``nnx.LoRAParam`` for adapters; the others stay unchanged.
 
     Raises:
-        UsageError: where the file cannot be read, or its names, shapes or dtypes are not the
-            module's; the module is then as it was.
+        UsageError: if the file cannot be read, or its names, shapes or dtypes differ from the
+            module's; the module is then unchanged.
 
     Example:
         >>> import numpy as np
@@ -71,34 +71,34 @@ def load_into(
     from fluffle_worker.tasks.model_parts import AVERAGED
 
     weights = source if isinstance(source, Mapping) else load_model(source)
-    form = nnx.to_flat_state(nnx.state(module, nnx.All(AVERAGED, federated)))
-    like = {tensor_name(path): leaf.get_value() for path, leaf in form}
-    differences = _differences(weights, like)
+    state = nnx.to_flat_state(nnx.state(module, nnx.All(AVERAGED, federated)))
+    current = {tensor_name(path): leaf.get_value() for path, leaf in state}
+    differences = _differences(weights, current)
     if differences:
         what = "the model" if isinstance(source, Mapping) else os.fspath(source)
         raise UsageError(f"{what} does not fit {type(module).__name__}: {'; '.join(differences)}")
-    filled = [(path, leaf.replace(jnp.asarray(weights[tensor_name(path)]))) for path, leaf in form]
-    nnx.update(module, nnx.from_flat_state(filled))
+    loaded = [(path, leaf.replace(jnp.asarray(weights[tensor_name(path)]))) for path, leaf in state]
+    nnx.update(module, nnx.from_flat_state(loaded))
 
 
 _SHOWN = 5
 
 
-def _differences(weights: Weights, like: Mapping[str, Any]) -> list[str]:
-    """Say in what a model and a module differ; nothing where they do not."""
-    found = []
+def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
+    """Return the differences between a model and a module, as phrases for an error."""
+    differences = []
     for names, what in (
-        (like.keys() - weights.keys(), "the file lacks"),
-        (weights.keys() - like.keys(), "the module lacks"),
+        (current.keys() - weights.keys(), "the file lacks"),
+        (weights.keys() - current.keys(), "the module lacks"),
     ):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            found.append(f"{what} {', '.join(sorted(names)[:_SHOWN])}{more}")
-    for name in sorted(like.keys() & weights.keys()):
-        there, here = weights[name], like[name]
-        if (there.shape, there.dtype) != (here.shape, here.dtype) and len(found) < _SHOWN:
-            found.append(f"{name} is {_form(there)} in the file, {_form(here)} in the module")
-    return found
+            differences.append(f"{what} {', '.join(sorted(names)[:_SHOWN])}{more}")
+    for name in sorted(current.keys() & weights.keys()):
+        new, old = weights[name], current[name]
+        if (new.shape, new.dtype) != (old.shape, old.dtype) and len(differences) < _SHOWN:
+            differences.append(f"{name} is {_form(new)} in the file, {_form(old)} in the module")
+    return differences
 
 
 def _form(tensor: Any) -> str:

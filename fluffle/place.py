@@ -1,4 +1,4 @@
-"""Where a run of this process is kept, and what becomes of the folder afterwards."""
+"""The folder of a run in this process, and what happens to it afterwards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fluffle_coordinator.storage.run_store import RunStore
 
 
 class Place:
-    """Where a run is kept: a folder of the user's, or a temporary one.
+    """The folder of a run: the user's, or a temporary one.
 
-    A temporary one goes when its run is no longer in use. If something goes wrong, it stays as long
-    as there is a round to go on from, and the user is told of it.
+    A temporary folder is deleted together with the ``Run`` that is returned to the user. If the run
+    fails, the folder is kept if a round was committed, and the user is told how to continue.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
@@ -29,28 +29,28 @@ class Place:
         self.path = Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)
 
     def handed_over(self, run: Run) -> Run:
-        """Let a temporary folder go with a run."""
+        """Return ``run``; a temporary folder is deleted when ``run`` is garbage-collected."""
         if self.temporary:
             weakref.finalize(run, shutil.rmtree, self.path, ignore_errors=True)
         return run
 
     def how_to_go_on(self) -> str:
-        """Say how a run goes on that has committed a round; nothing of any other."""
+        """Return how to continue the run, for an error; empty if no round was committed."""
         done = committed(self.path)
         call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
         return f"; {call}" if done else ""
 
     def left(self, why: BaseException) -> None:
-        """Say what is left of a run that did not come to its end."""
+        """Delete or keep a temporary folder after a run that failed; warn if it is kept."""
         if self.temporary and not committed(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
-        elif self.temporary and not isinstance(why, RunError):  # which says so itself
+        elif self.temporary and not isinstance(why, RunError):  # a RunError already says so
             warn(f"the run is kept{self.how_to_go_on()}")
 
 
 @contextlib.contextmanager
 def place_of(folder: str | os.PathLike[str] | None) -> Iterator[Place]:
-    """Give a run its place; None makes a temporary folder."""
+    """Yield the folder of a run; None makes a temporary one."""
     place = Place(folder)
     try:
         yield place
@@ -61,10 +61,10 @@ def place_of(folder: str | os.PathLike[str] | None) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def locked(place: Place) -> Iterator[RunStore]:
-    """Keep every other coordinator out of a place.
+    """Yield the locked store of a run folder, so that no other coordinator uses it.
 
     Raises:
-        RunError: where one is at work there.
+        RunError: if another coordinator uses it.
     """
     store = RunStore(place.path)
     if not store.try_lock():
@@ -76,7 +76,7 @@ def locked(place: Place) -> Iterator[RunStore]:
 
 
 def committed(folder: Path) -> int:
-    """Return how many rounds a folder holds."""
+    """Return the number of the last round committed in a folder; 0 if there is none."""
     try:
         return max(int(line["round"]) for line in read_history_lines(folder))
     except UsageError:

@@ -1,4 +1,4 @@
-"""What ``fluffle.run`` shows while it runs: a bar on a terminal, a line a round in a notebook."""
+"""The progress display of ``fluffle.run``: a bar on a terminal, lines in a notebook."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.observe.waiting import missing, waiting_for
 from fluffle_coordinator.observe.watchers import Watcher
 
-_LOOK_EVERY_S = 0.2
+_UPDATE_EVERY_S = 0.2
 
 
 class Progress(Watcher):
-    """Follows a run on stderr.
+    """Shows the progress of a run on stderr.
 
     Args:
-        wanted: None shows it to people only: on a terminal, and in a notebook.
-        rounds: how many rounds the run is to have.
+        wanted: whether to show it; None shows it on a terminal and in a notebook.
+        rounds: the planned number of rounds.
     """
 
     def __init__(self, wanted: bool | None, rounds: int) -> None:
         terminal = is_terminal(sys.stderr)
         self._bar: Any = None
         self._lines = bool(wanted) or (wanted is None and "ipykernel" in sys.modules)
-        self._rounds, self._latest, self._look_at = rounds, "", 0.0
+        self._rounds, self._latest, self._update_at = rounds, "", 0.0
         if terminal and wanted is not False:
             from fluffle_common.cli.progress_bars import progress_on
 
@@ -51,16 +51,15 @@ class Progress(Watcher):
             self._bar.stop()
 
     def record(self, event: RunEvent) -> None:
-        """Show what became of a round, and what is not as it should be."""
+        """Show evaluations and problems."""
         if isinstance(event, run_events.Evaluated | run_events.Tested):
             self._latest = event.sentence()
-            self._say(self._latest, only=self._lines)
-        elif event.severity in ("odd", "bad"):
-            self._say(event.sentence(), only=self._lines or self._bar is not None)
+            if self._lines:
+                self._print(self._latest)
+        elif event.severity in ("odd", "bad") and (self._lines or self._bar is not None):
+            self._print(event.sentence())
 
-    def _say(self, text: str, *, only: bool) -> None:
-        if not only:
-            return
+    def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(printable(text), markup=False)
         else:
@@ -68,9 +67,9 @@ class Progress(Watcher):
 
     def show(self, state: State, now: float) -> None:
         """Move the bar."""
-        if self._bar is None or (time.monotonic() < self._look_at and state.phase != Phase.ENDED):
+        if self._bar is None or (time.monotonic() < self._update_at and state.phase != Phase.ENDED):
             return
-        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        self._update_at = time.monotonic() + _UPDATE_EVERY_S
         text = self._latest
         if state.phase is Phase.WAITING and (waiting := waiting_for(state, now)) is not None:
             text = waiting.sentence()

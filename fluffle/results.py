@@ -1,4 +1,4 @@
-"""A run as its folder has it: rounds, models, how it ended. It need not have been ours."""
+"""A run as its folder records it, whoever ran it: its rounds, its models, and how it ended."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run, read from its folder: what ``fluffle.run`` returns, or any folder of a coordinator.
+    """A run, read from its folder; ``fluffle.run`` returns one.
 
     Args:
-        folder: such as ``runs/letters``.
+        folder: the folder of any run, such as ``runs/letters``.
 
     Raises:
-        UsageError: where there is no run, or one that has committed no round yet.
+        UsageError: if there is no run in it, or the run has not committed a round yet.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -35,19 +35,19 @@ class Run:
 
     @cached_property
     def history(self) -> History:
-        """The rounds; ``run.history["loss"]`` is a column."""
+        """The rounds, as rows (``run.history[-1]``) and columns (``run.history["loss"]``)."""
         return History.read(self.folder)
 
     @property
     def weights(self) -> dict[str, Array]:
-        """The last round's model: its arrays by name, read from disk at every use."""
+        """The last round's model: its arrays by name, read from disk at each access."""
         return self.history[-1].weights
 
     @property
     def best(self) -> Round:
-        """The round with the lowest federated loss; else of the test; else the last.
+        """The round with the lowest loss, federated or else of the test; without one, the last.
 
-        ``run.history.best("accuracy")`` goes by another metric.
+        For another metric, use ``run.history.best("accuracy")``.
         """
         for metric in ("loss", "test/loss"):
             if metric in self.history.columns:
@@ -56,26 +56,26 @@ class Run:
 
     @property
     def id(self) -> str:
-        """What the run is called on the wire and in its files."""
+        """The run's id, on the wire and in its files."""
         return str(json.loads((self.folder / "run.json").read_text())["run"])
 
     @property
     def reason(self) -> str:
-        """Why the run ended, such as ``6 rounds are done``; empty if it may still go on."""
+        """Why the run ended, such as ``6 rounds are done``; empty if it has not ended."""
         last = self._lines[-1]
         return str(last["reason"]) if last["event"] == "ended" else ""
 
     def plot(self, file: str | os.PathLike[str] | None = None) -> Figure:
-        """Draw every loss, and every other metric, after each round.
+        """Draw the losses and the other metrics after each round.
 
         Args:
-            file: where to write the figure, as well; its ending says how, such as ``.png``.
+            file: a file to save the figure to; its suffix, such as ``.png``, gives the format.
 
         Returns:
-            A figure of matplotlib, which a notebook shows.
+            A matplotlib figure, which a notebook displays.
 
         Raises:
-            UsageError: without matplotlib, or where there is nothing to draw.
+            UsageError: if matplotlib is not installed, or no round has a metric.
         """
         try:
             from matplotlib.figure import Figure
@@ -85,13 +85,13 @@ class Run:
         if not names:
             raise UsageError(f"no round of {self.folder} has a loss or a metric to draw")
         losses = [name for name in names if name.endswith("loss")]
-        panels = [some for some in (losses, [n for n in names if n not in losses]) if some]
+        others = [name for name in names if name not in losses]
+        panels = [panel for panel in (losses, others) if panel]
         figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-        numbers = [one.number for one in self.history]
-        for axes, some in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            for name in some:
+        numbers = [each.number for each in self.history]
+        columns = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, panel in zip(columns, panels, strict=True):
+            for name in panel:
                 axes.plot(numbers, _without_none(self.history[name]), "o-", label=name)
             axes.set_xlabel("round")
             axes.grid(alpha=0.3)

@@ -1,1 +1,1 @@
-"""The broker: a private RabbitMQ node, and the looking into its queues."""
+"""Tools for the broker: a private RabbitMQ node, and commands that inspect queues."""

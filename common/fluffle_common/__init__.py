@@ -1,1 +1,1 @@
-"""What both sides must agree on: messages, wire format, topology, transport."""
+"""Code shared by coordinator and workers: messages, wire format, topology, transport."""

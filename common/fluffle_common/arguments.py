@@ -1,7 +1,7 @@
-"""Arguments in the text of an option: read, checked, and written back in full.
+"""Parsing and formatting of the arguments in an option, such as ``lr=0.5,momentum=0.9``.
 
-``0.2`` or ``lr=0.5,momentum=0.9``; what each is, the signature of the function says that makes the
-thing: a part of a strategy, or a local rule.
+The arguments belong to a factory function (of a strategy part or a local rule, say); its signature
+defines their names, types and defaults.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-_SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a name"}
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a name"}
 
 
 def read_arguments(
     make: Callable[..., Any], text: str, *, in_order: bool = False
 ) -> dict[str, Any]:
-    """Return the arguments of ``make``, its defaults included, in the order of its parameters.
+    """Return the arguments of ``make``, including defaults, in the order of its parameters.
 
     Args:
-        make: its parameters are annotated as float, int, bool or str, or as one of these or None;
-            ``**`` takes any others. What is not annotated may be a number or a name.
-        text: ``value`` of the first parameter, ``name=value``, or both, with commas between.
-        in_order: any parameter's value may come without its name, in its place.
+        make: the function to call. Its parameters are annotated as float, int, bool or str, each
+            optionally ``| None``; an unannotated parameter takes a number or a name, and ``**``
+            takes any further names.
+        text: comma-separated ``name=value`` pairs. The first parameter's value may come first
+            without its name.
+        in_order: whether every parameter's value may be given by position.
 
     Raises:
-        ValueError: saying what is wrong with the text, and what is expected.
+        ValueError: if the text is invalid; the message says what is expected.
 
     Example:
         >>> def halve(times: int = 1, exactly: bool = False) -> None: ...
@@ -36,31 +38,31 @@ def read_arguments(
         ({'times': 3, 'exactly': False}, {'times': 1, 'exactly': True})
     """
     parameters = dict(inspect.signature(make).parameters)
-    open_ended = [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]
-    for name in open_ended:
+    var_keyword = [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    for name in var_keyword:
         del parameters[name]
+    positional = list(parameters) if in_order else list(parameters)[:1]
     given: dict[str, Any] = {}
-    for place, word in enumerate(text.split(",") if text else ()):
+    for index, word in enumerate(text.split(",") if text else ()):
         name, equals, value = (part.strip() for part in word.partition("="))
-        if not equals and place < (len(parameters) if in_order else min(1, len(parameters))):
-            name, value = list(parameters)[place], name
+        if not equals and index < len(positional):
+            name, value = positional[index], name
         if name in given:
             raise ValueError(f"'{name}' is given twice")
         if name in parameters:
-            given[name] = _value(name, value, parameters[name].annotation)
-        elif open_ended and equals:
-            given[name] = _guessed(name, value)
+            given[name] = _convert(name, value, parameters[name].annotation)
+        elif var_keyword and equals:
+            given[name] = _convert_unannotated(name, value)
         else:
-            raise ValueError(_unknown(name, parameters))
+            raise ValueError(_unknown_argument(name, parameters))
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
     if missing:
         raise ValueError(f"'{missing[0]}' is missing: give {missing[0]}=…")
-    known = {name: given.pop(name, one.default) for name, one in parameters.items()}
-    return {**known, **given}
+    return {name: p.default for name, p in parameters.items()} | given
 
 
 def write_arguments(arguments: Mapping[str, Any]) -> str:
-    """Return arguments as ``read_arguments`` reads them; those that are None are left out.
+    """Format arguments in the syntax of ``read_arguments``, leaving out those that are None.
 
     >>> write_arguments({"lr": 0.5, "bias_correction": False})
     'lr=0.5,bias_correction=false'
@@ -84,15 +86,15 @@ def within(
     """Check that an argument is finite and in a range.
 
     Args:
-        name: how it is called.
-        value: what it is.
-        low: the end of the range.
-        high: the other end.
-        above: it has to be more than ``low``, not just as much.
-        below: it has to be less than ``high``.
+        name: the argument's name, for the error message.
+        value: the argument's value.
+        low: lower bound.
+        high: upper bound.
+        above: whether ``low`` itself is excluded.
+        below: whether ``high`` itself is excluded.
 
     Raises:
-        ValueError: naming it, its value, and what is expected.
+        ValueError: if the value is out of range.
     """
     too_low = value <= low if above else value < low
     too_high = value >= high if below else value > high
@@ -105,7 +107,7 @@ def within(
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """Say which known name is meant, as far as can be guessed; else list them all.
+    """Return a hint for an unknown name: the closest known name, or else all known names.
 
     >>> nearest("momntum", ["lr", "momentum"]), nearest("x", ["lr"])
     ("did you mean 'momentum'?", 'known are lr')
@@ -114,24 +116,24 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
 
 
-def _unknown(name: str, parameters: Collection[str]) -> str:
+def _unknown_argument(name: str, parameters: Collection[str]) -> str:
     if not parameters:
         return f"it takes no arguments, but '{name}' is given"
     return f"there is no argument '{name}'; {nearest(name, parameters)}"
 
 
-def _value(name: str, value: str, annotation: Any) -> Any:
+def _convert(name: str, value: str, annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty:
-        return _guessed(name, value)
-    kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return _converted(name, value, kind.removesuffix(" | None"))
+        return _convert_unannotated(name, value)
+    type_name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return _convert_to(type_name.removesuffix(" | None"), name, value)
 
 
-def _converted(name: str, value: str, annotation: str) -> Any:
+def _convert_to(type_name: str, name: str, value: str) -> Any:
     try:
-        match annotation:
+        match type_name:
             case "bool":
-                return _SWITCH[value.lower()]
+                return _BOOLEANS[value.lower()]
             case "int":
                 return int(value)
             case "float":
@@ -142,15 +144,14 @@ def _converted(name: str, value: str, annotation: str) -> Any:
                 return value
     except (ValueError, KeyError):
         pass
-    expected = _KINDS.get(annotation, annotation)
+    expected = _EXPECTED.get(type_name, type_name)
     raise ValueError(f"{name}='{value}' is not valid; {expected} is expected")
 
 
-def _guessed(name: str, value: str) -> Any:
-    """Read an argument whose parameter says nothing of its type."""
-    for annotation in ("int", "float"):
+def _convert_unannotated(name: str, value: str) -> Any:
+    for type_name in ("int", "float"):
         try:
-            return _converted(name, value, annotation)
+            return _convert_to(type_name, name, value)
         except ValueError:
             continue
     return {"true": True, "false": False}.get(value.lower(), value)

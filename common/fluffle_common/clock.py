@@ -1,6 +1,7 @@
-"""The time: as everything that is written down has it, and as everybody waits by.
+"""The clocks of the process: monotonic time for measuring, wall-clock time for recording.
 
-A loop may have a time of its own, as that of a simulation has. Whatever runs on it reads that.
+An event loop that simulates time, such as that of ``fluffle simulate``, replaces both clocks for
+everything that runs on it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 
-class OwnTime(Protocol):
-    """An event loop with a time of its own; ``time()`` is its monotonic clock."""
+class SimulatedTime(Protocol):
+    """An event loop that has its own monotonic and wall clocks."""
 
     def time(self) -> float:
-        """Return seconds of a clock that never goes back."""
+        """Return monotonic seconds."""
 
     def wall_time(self) -> float:
         """Return seconds since 1970, UTC."""
 
 
-def _own_time() -> OwnTime | None:
+def _simulated_time() -> SimulatedTime | None:
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
@@ -30,17 +31,17 @@ def _own_time() -> OwnTime | None:
 
 
 def monotonic() -> float:
-    """Return seconds of a clock that never goes back."""
-    own = _own_time()
-    return time.monotonic() if own is None else own.time()
+    """Return monotonic seconds, real or simulated."""
+    simulated = _simulated_time()
+    return time.monotonic() if simulated is None else simulated.time()
 
 
 def wall_time() -> float:
-    """Return seconds since 1970, UTC."""
-    own = _own_time()
-    return time.time() if own is None else own.wall_time()
+    """Return seconds since 1970, UTC, real or simulated."""
+    simulated = _simulated_time()
+    return time.time() if simulated is None else simulated.wall_time()
 
 
 def timestamp(timespec: str = "milliseconds") -> str:
-    """Return the time now, UTC, as ISO 8601."""
+    """Return the current UTC time in ISO 8601 format."""
     return datetime.fromtimestamp(wall_time(), UTC).isoformat(timespec=timespec)

@@ -1,4 +1,4 @@
-"""Cancellation done right, where asyncio before Python 3.13 forgets one."""
+"""Workarounds for cancellations that asyncio before Python 3.13 loses."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 
 def cancelled() -> bool:
-    """Whether the task that asks has been told to end, whatever was raised since."""
+    """Whether the current task was asked to cancel, even if another exception replaced that."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0
 
 
-async def run_all(*works: Coroutine[Any, Any, None]) -> None:
-    """Run works side by side until the first fails, which ends them all; raise what it raised.
+async def run_all(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run coroutines concurrently; when one fails, cancel the others and raise its exception.
 
-    Unlike a ``TaskGroup`` before Python 3.13, it never cancels its caller, and when the caller is
-    cancelled just as a work fails, it is the cancellation that counts.
+    Unlike ``TaskGroup`` before Python 3.13, this never cancels the calling task, and when the
+    caller is cancelled at the moment a coroutine fails, the cancellation wins.
     """
-    if not works:
+    if not coroutines:
         return
-    tasks = [asyncio.ensure_future(work) for work in works]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks:

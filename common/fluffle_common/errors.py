@@ -1,17 +1,17 @@
-"""Every error fluffle raises on purpose.
+"""The exceptions that fluffle raises on purpose.
 
 ::
 
     FluffleError                one line for the user: the cause, then the remedy
-    ├── UsageError              the command was called wrongly                  exit code 2
-    ├── BrokerError             no broker, or one that cannot be started        exit code 3
-    ├── RunError                the run cannot go on as configured              exit code 4
+    ├── UsageError              the command or its input is invalid             exit code 2
+    ├── BrokerError             no broker answers or can be started             exit code 3
+    ├── RunError                the run cannot continue as configured           exit code 4
     ├── TaskError               the user's task, data or strategy failed        exit code 5
-    ├── RefusedError            the other side refused us, and said why         exit code 6
-    ├── MalformedMessage        bytes that are not a message of ours
-    └── LinkLost                the connection went; whatever was under way has an unknown outcome
+    ├── RefusedError            this worker may not join; the text says why     exit code 6
+    ├── MalformedMessage        an invalid message
+    └── LinkLost                the connection was lost during an operation
 
-``MalformedMessage`` and ``LinkLost`` are handled inside and never reach a user.
+``MalformedMessage`` and ``LinkLost`` are handled internally and never reach a user.
 """
 
 from typing import Literal, get_args
@@ -29,52 +29,64 @@ Cause = Literal[
     "sealed",
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
-"""Why a message is refused: not a message; of the wrong kind for its queue; of another run; of a
-round that is not open; not the model's tensors; NaN or infinite; far larger than
-the others; in another's name."""
+"""Why a message is rejected.
+
+==========  ==========================================================
+malformed   it cannot be decoded, or a field is invalid
+kind        its kind does not belong in this queue
+run         it belongs to another run
+round       it belongs to a round that is not open
+tensors     its tensors do not match the model or what was announced
+not_finite  a tensor holds NaN or infinity
+norm        its norm is far larger than that of other updates
+sender      it comes from a worker or user that it should not come from
+exchange    nobody handles this ``exchange``, or its handler failed
+sealed      its payload is encrypted
+==========  ==========================================================
+"""
 
 
 class FluffleError(Exception):
-    """An error whose text is one line that a user can act on."""
+    """Base class; the text is one line that a user can act on."""
 
     exit_code = 1
 
 
 class UsageError(FluffleError):
-    """The command was called wrongly."""
+    """The command or its input is invalid."""
 
     exit_code = 2
 
 
 class BrokerError(FluffleError):
-    """No broker answers, or one cannot be started."""
+    """No broker answers, or none can be started."""
 
     exit_code = 3
 
 
 class RunError(FluffleError):
-    """The run cannot go on as configured."""
+    """The run cannot continue as configured."""
 
     exit_code = 4
 
 
 class TaskError(FluffleError):
-    """The user's code failed, a task or a strategy, or the data that a task was given."""
+    """The user's task, data or strategy failed."""
 
     exit_code = 5
 
 
 class RefusedError(FluffleError):
-    """The other side refused us and said why."""
+    """This worker may not join the federation; the text says why."""
 
     exit_code = 6
 
 
 class MalformedMessage(FluffleError):
-    """Bytes that are not a message of ours; the text is the reason given in ``rejected``.
+    """An invalid message.
 
     Args:
-        reason: what is wrong, for people.
+        reason: what is wrong; people read it in the ``rejected`` queue.
         cause: the same as one of ``CAUSES``, for counting.
     """
 
@@ -84,4 +96,4 @@ class MalformedMessage(FluffleError):
 
 
 class LinkLost(FluffleError):
-    """The connection to the broker went; what was under way has an unknown outcome."""
+    """The connection to the broker was lost; the outcome of the operation is unknown."""

@@ -1,4 +1,4 @@
-"""What installed packages add to fluffle: by entry points, each in a group named ``fluffle.…``."""
+"""Plugins: what installed packages offer under entry point groups named ``fluffle.…``."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from importlib.metadata import EntryPoint, entry_points
 
 @functools.cache
 def installed(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by their names; nothing of them is imported yet."""
-    return {found.name: found for found in entry_points(group=group)}
+    """Return a group's entry points by name, without importing what they refer to."""
+    return {entry.name: entry for entry in entry_points(group=group)}

@@ -53,7 +53,7 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     of_it = {**RUN, **W, "round": 2, "base": "ba5e"}
     work = {**RUN, "round": 2, "base": "ba5e"}
     form = m.ModelForm(digest="0123456789abcdef", summary="2 tensors, 5 values")
-    happened = {"event": "joined", "time": "2026-11-24T21:08:44.000+00:00", "run": "0123456789ab"}
+    recorded = {"event": "joined", "time": "2026-11-24T21:08:44.000+00:00", "run": "0123456789ab"}
     journal = {**F, "session": "c0", "number": 7}
     fields = {"worker": "client-1", "num_examples": 57}
     yield "hello", m.Hello(**about, classes=("a", "b"), heartbeat_s=2.0, model=form), {}
@@ -117,9 +117,9 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
         **RUN, round=6, reason="6 rounds are done", key_id="k1", signature="c2lnbmF0dXJl"
     ), {}  # fmt: skip
     yield "echo", m.Echo(**F, session="c0", number=1), {}
-    yield "event", m.Event(**journal, **happened, fields=fields), {}
-    happening = m.Happening(**happened, fields=fields)
-    yield "events", m.Events(**journal, events=(happening, happening)), {}
+    yield "event", m.Event(**journal, **recorded, fields=fields), {}
+    record = m.EventRecord(**recorded, fields=fields)
+    yield "events", m.Events(**journal, events=(record, record)), {}
     yield "keys of a later version", m.Stop(**RUN, round=6, reason="done", ext={"mine": 1}), {}
 
 

@@ -179,7 +179,7 @@ def simulate(**options: Any) -> None:
             store,
             Follower(View(console)),
             task=options["task"],
-            say=lambda what: console.line("unfit", lambda: what, {"reason": what}),
+            say=lambda what: console.line("unfit", what, {"reason": what}),
             fresh=options["fresh"],
         )
         try:
@@ -188,7 +188,7 @@ def simulate(**options: Any) -> None:
             sys.exit(signalled.exit_code)
         took_s, simulated_s = time.monotonic() - began, loop.time()
         fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
-        console.line("simulated", lambda: _told(simulated_s, took_s), fields)
+        console.line("simulated", _told(simulated_s, took_s), fields)
     if state.outcome == "stopped":
         how = endings.after_a_stop(state, store.folder)
         raise RunError(f"the run stopped: {state.reason}; {how}")

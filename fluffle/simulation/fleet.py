@@ -108,7 +108,7 @@ class Fleet:
     ) -> None:
         self._clients, self._federation, self._topology = clients, federation, topology
         self._transport, self._task, self._codecs = transport, task, codecs
-        self._results = Results(say=say, trace=say)
+        self._results = Results(report=say, trace=say)
         self._forms: dict[int, Signature] = {}
         self._link: Link
         # What was decoded last, and the work that it brings, once that is read.

@@ -172,7 +172,7 @@ def test_a_killed_node_comes_back_on_its_ports_with_its_data(
     )
     os.kill(info.pid, signal.SIGKILL)
     said: list[str] = []
-    back = start(ports=info.ports, say=said.append)
+    back = start(ports=info.ports, report=said.append)
     assert any("cleaning up after it" in line for line in said)
     assert (back.ports, back.url) == (info.ports, info.url)
     assert back.pid != info.pid

@@ -125,7 +125,7 @@ def test_a_live_run(federation: Federation, browser: Browser, tmp_path: Path) ->
 
         gate.touch()
         seen.wait("#phase", "finished: 4 rounds are done")
-        seen.wait("#link", "the run is over")
+        seen.wait("#link", "the run has ended")
         rounds = seen.page.locator("#history tr th").all_inner_texts()
         assert [int(number) for number in rounds] == [4, 3, 2, 1]
         # That the page cannot be reached any more is no mistake of its own.
@@ -164,7 +164,7 @@ def test_it_survives_a_restart_of_the_coordinator(
     with window(browser, url) as seen:
         seen.wait("#phase", "round 2 is open")
         coordinator.send(signal.SIGKILL)
-        seen.wait("#link", "lost, trying again")
+        seen.wait("#link", "connection lost, retrying")
         coordinator = federation.coordinator(*flags)
         seen.wait("#link", "live")
         seen.wait("#phase", "round 2 is open")

@@ -171,4 +171,4 @@ def test_queues_tell_of_the_federation(federation: Federation, broker_node: node
     assert looked.end() == 0
     told = {queue["name"]: queue for queue in json.loads("\n".join(looked.lines))}
     assert f"{federation.name}.inbox.shard-0-3" in told
-    assert "refused" in told[f"{federation.name}.rejected"]["purpose"]
+    assert "rejected" in told[f"{federation.name}.rejected"]["purpose"]

@@ -57,7 +57,7 @@ def ask(federation: Federation, broker_node: node.NodeInfo) -> Callable[..., Pro
 
 @pytest.fixture
 def told(ask: Callable[..., Program]) -> Callable[..., Any]:
-    """Return what runs one of the looking commands to its end, and reads its JSON."""
+    """Return a function that runs an inspection command and decodes its JSON."""
 
     def run(*words: object) -> Any:
         program = ask(*words, "--json")
@@ -195,7 +195,7 @@ async def look_while(
                 for _ in range(10):
                     try:
                         peeked = await peek(link, topology, name, 3)
-                        assert len(peeked.readings) <= 3
+                        assert len(peeked.messages) <= 3
                     except UsageError as refused:
                         assert re.search("is being read|does not exist|like a loss", str(refused))
                     looked[name] += 1

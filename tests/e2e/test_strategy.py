@@ -29,14 +29,14 @@ def test_a_stateful_strategy_outlives_its_coordinator_and_is_replayed(
     other = federation.coordinator("--quorum", 2, "--strategy", "fedavg")
     assert other.end() == 2
     told = other.lines[-1]
-    assert "was made with the strategy mine.py:momentum up to round" in told
+    assert "used the strategy mine.py:momentum up to round" in told
     assert "this command names fedavg; give --strategy mine.py:momentum" in told
 
     second = federation.coordinator(*flags, "mine.py:momentum")
     assert [program.end() for program in (second, *workers)] == [0, 0, 0]
     for number in (1, 2, ROUNDS):
         found = read_whole(federation.run / f"round-{number:04d}.safetensors")
-        assert found.kept.keys() == found.weights.keys()
+        assert found.strategy_state.keys() == found.weights.keys()
         again = subprocess.run(  # the file is found by what run.json says
             [FLUFFLE, "replay", federation.run, "--round", str(number)],
             capture_output=True, text=True, check=False, cwd=ROOT,

@@ -18,7 +18,7 @@ from fluffle_broker.node import node
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Properties
-from fluffle_common.transport.rabbitmq.connection import connect
+from fluffle_common.transport.rabbitmq.connection import prepared
 from fluffle_common.transport.rabbitmq.link import AmqpLink
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.faults.proxy import Proxy, Side
@@ -168,8 +168,9 @@ async def test_a_connection_that_is_gone_before_its_channels_are_open_is_a_lost_
 ) -> None:
     """A worker once ended with a traceback when the broker died at this very moment."""
     url = URL(broker_node.url)
-    connections = [await connect(url, f"fault test {number}", PATIENCE_S) for number in (1, 2)]
-    for connection in connections:
+    first, second = (prepared(url, f"fault test {number}") for number in (1, 2))
+    for connection in (first, second):
+        await connection.connect(PATIENCE_S)
         await connection.close()
     with pytest.raises(LinkLost):
-        await AmqpLink(*connections, "guest").start()
+        await AmqpLink(first, second, "guest").start()

@@ -1,7 +1,7 @@
-"""A loop whose time is the tests': it moves on when nobody has anything left to do.
+"""An event loop with virtual time, which advances only while every task and thread waits.
 
-Threads count: while one works, time stands still, and a thread that sleeps does so in this time.
-So a federation that trains for hours is over in milliseconds, and always in the same order.
+While a thread works, time stands still, and a thread that sleeps does so in virtual time. A
+federation that trains for hours takes milliseconds, and events always happen in the same order.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _STUCK_S = 5.0  # of real time
 
 
 class Stuck(Exception):
-    """Nobody will ever have anything to do again, or a thread does not come back."""
+    """No task can ever continue, or a thread does not return."""
 
 
 class _Ended(BaseException):
-    """Ends a thread of a federation that is over."""
+    """Ends a worker's thread after its federation has ended."""
 
 
 class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
@@ -46,7 +46,10 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """The loop; ``busy`` threads are at work, ``now_s`` is its time. Only the loop changes them."""
+    """An event loop in virtual time.
+
+    ``busy`` is the number of working threads and ``now_s`` the time. Only the loop changes them.
+    """
 
     def __init__(self) -> None:
         self.now_s, self.busy, self.over = 1000.0, 0, False
@@ -56,11 +59,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.set_default_executor(InTheLoop(max_workers=1))
 
     def time(self) -> float:
-        """Return the time of the tests."""
+        """Return the virtual time in seconds."""
         return self.now_s
 
     def sleep(self, seconds: float) -> None:
-        """Sleep in a thread, for so many seconds of this time; a federation that ends wakes it."""
+        """Sleep in a worker's thread, in virtual time; the federation's end wakes and ends it."""
         woken = threading.Event()
 
         def wake() -> None:
@@ -78,7 +81,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class Training:
-    """The thread in which one worker's task runs, one callable after the other."""
+    """The thread that runs one worker's task, one callable at a time."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
@@ -87,7 +90,7 @@ class Training:
         self._thread.start()
 
     def put(self, work: Callable[[], None]) -> None:
-        """Ask for one more."""
+        """Append a callable."""
         self._loop.busy += 1
         self._todo.put(work)
 

@@ -11,8 +11,8 @@ from tests.federation.harness import Scenario, play
 
 @pytest.fixture
 def federated(tmp_path, monkeypatch) -> Callable[[Scenario], None]:
-    """Return a function that lets a scenario happen, in time of its own."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is lost here
+    """Return a function that plays a scenario in virtual time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no test loses power, and fsync is slow
     return lambda scenario: play(
         scenario, tmp_path, lambda clock: monkeypatch.setattr(time, "monotonic", clock)
     )

@@ -1,4 +1,4 @@
-"""Whole federations in this process: the real coordinator, real workers, a broker in memory."""
+"""Whole federations in one process: a real coordinator and workers over an in-memory broker."""
 
 from __future__ import annotations
 
@@ -38,16 +38,19 @@ NAME = "letters"
 
 @dataclass
 class Adder:
-    """A task that adds ``value`` to every weight, in steps that take their time.
+    """A task that adds ``value`` to every weight, in steps that take virtual time.
 
     Args:
-        loop: whose time it takes.
-        value: what it adds.
-        num_examples: what its update weighs.
-        steps: how many steps a training has.
-        step_s: how long each takes.
-        size: how many weights there are.
-        odd: what it does at a step, besides.
+        loop: the loop.
+        value: the number to add.
+        num_examples: the number of its training examples.
+        steps: the number of training steps.
+        step_s: the duration of a step in seconds.
+        size: the number of weights.
+        dtype: the dtype of the weights.
+        classes: its classes.
+        odd: called at each step, for faults.
+        says: the number of examples that its updates claim; None claims ``num_examples``.
     """
 
     loop: VirtualLoop
@@ -59,9 +62,9 @@ class Adder:
     dtype: str = "float32"
     classes: tuple[str, ...] = ()
     odd: Callable[[int], object] | None = None
-    says: int | None = None  # how many examples its update claims; as many as it has
+    says: int | None = None
     inits: int = 0
-    trained: list[int] = field(default_factory=list)  # the seed of each training that ended
+    trained: list[int] = field(default_factory=list)  # the plan's seed in each finished training
 
     def init(self, seed: int) -> Weights:
         self.inits += 1
@@ -82,7 +85,7 @@ class Adder:
 
 
 class Log(Watcher):
-    """Keeps what a process says, with the time, and lets tests wait for it."""
+    """Collects the events of a process with their times, and lets tests wait for them."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[float, str, Mapping[str, Any]]] = []
@@ -100,7 +103,7 @@ class Log(Watcher):
         return [fields for _, name, fields in self.lines if name == what]
 
     async def until(self, what: str, count: int = 1, within_s: float = 3600.0) -> Mapping[str, Any]:
-        """Return the fields of an event once it has been told so many times."""
+        """Wait for the ``count``-th event of a name; return its fields."""
         async with asyncio.timeout(within_s):
             while len(self.of(what)) < count:
                 self._news.clear()
@@ -110,7 +113,7 @@ class Log(Watcher):
 
 @dataclass(eq=False)
 class Process:
-    """One of the processes: its line, its log, and the task that stands for it."""
+    """A simulated process: its line to the broker, its log and its asyncio task."""
 
     name: str
     line: Line
@@ -120,24 +123,24 @@ class Process:
     training: Training | None = None
 
     async def end(self, within_s: float = 36000.0) -> Any:
-        """Wait until it ends by itself; return what it returns."""
+        """Wait until it ends by itself; return its result."""
         async with asyncio.timeout(within_s):
             return await asyncio.shield(self.running)
 
     async def kill(self) -> None:
-        """End it as ``kill -9`` does: not another word reaches the broker."""
+        """End it like ``kill -9``: nothing more reaches the broker."""
         self.line.down()
         self.running.cancel()
         await asyncio.gather(self.running, return_exceptions=True)
 
     async def stop(self) -> None:
-        """End it as Ctrl-C does."""
+        """End it like Ctrl-C."""
         self.running.cancel()
         await asyncio.gather(self.running, return_exceptions=True)
 
 
 class Federation:
-    """Everything there is of one federation; ``rules`` are those of its coordinators."""
+    """A federation: its run folder, broker and processes."""
 
     def __init__(self, folder: Path, loop: VirtualLoop) -> None:
         self.folder, self.loop = folder / "run", loop
@@ -146,7 +149,7 @@ class Federation:
         self.processes: list[Process] = []
 
     def coordinator(self, rounds: int = 3, **options: Any) -> Process:
-        """Start a coordinator."""
+        """Start a coordinator; ``options`` are settings, rules, or ``number`` for a quorum."""
         of_settings = {"classes", "init", "verify_users", "max_workers", "max_model_bytes", "plan"}
         of_settings |= {"learning_rate_schedule", "strategy", "keep_updates", "hooks", "stopping"}
         of_settings |= {"schedule"}
@@ -178,7 +181,7 @@ class Federation:
                 state: State = await process.service.run()
                 return state
             finally:
-                if store._lock is not None:  # as the end of a process does
+                if store._lock is not None:  # like the end of a process
                     store._lock.close()
 
         process.running = asyncio.ensure_future(run())
@@ -186,7 +189,7 @@ class Federation:
         return process
 
     def worker(self, name: str, task: Any = None, **options: Any) -> Process:
-        """Start a worker; its task adds 1 unless told otherwise."""
+        """Start a worker; without ``task``, its task adds 1."""
         backoff = Backoff(first_s=0.2, most_s=1.0, give_up_s=36000.0)
         codecs, exchanges = options.pop("codecs", CODECS), options.pop("exchanges", None)
         settings = WorkerSettings(NAME, name, "adder", backoff=backoff, **options)
@@ -213,7 +216,7 @@ class Federation:
         return [self.worker("abcdefghij"[number], **options) for number in range(count)]
 
     async def block(self, seconds: float) -> None:
-        """Let the broker take nothing from anybody for a while, as in a memory alarm."""
+        """Block all publishers for a while, like a broker with a memory alarm."""
         for process in self.processes:
             process.line.hold(outgoing=True)
         await asyncio.sleep(seconds)
@@ -221,22 +224,22 @@ class Federation:
             process.line.release()
 
     async def freeze(self, coordinator: Process, seconds: float) -> None:
-        """Stop the coordinator, as SIGSTOP does, and let it look at the clock first thereafter."""
+        """Stop the coordinator like SIGSTOP; when it continues, its timer fires before it reads."""
         service = coordinator.service
-        service._next_look.cancel()
+        service._next_tick.cancel()
         coordinator.line.hold(incoming=True, outgoing=True)
         await asyncio.sleep(seconds)
-        service._look()
+        service._tick()
         coordinator.line.release()
 
     def history(self, event: str = "committed") -> list[dict[str, Any]]:
-        """Return the lines of the history of one kind."""
+        """Return the history's lines of one event."""
         path = self.folder / "history.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in map(json.loads, lines) if line["event"] == event]
 
     def participants(self) -> list[list[str]]:
-        """Return who took part in each round."""
+        """Return the participants of each round."""
         return [sorted(one["worker"] for one in line["participants"]) for line in self.history()]
 
     def weights(self, number: int) -> Weights:
@@ -245,7 +248,7 @@ class Federation:
         return found
 
     def check_averages(self, values: Mapping[str, float]) -> None:
-        """Check every model against an average of our own: worker x adds ``values[x]``."""
+        """Check every model against an independent average, where worker x adds ``values[x]``."""
         expected = 0.0
         for line in self.history():
             parts = [(one["num_examples"], values[one["worker"]]) for one in line["participants"]]
@@ -254,7 +257,7 @@ class Federation:
             np.testing.assert_allclose(self.weights(line["round"])["w"], expected, rtol=1e-6)
 
     async def close(self) -> None:
-        """End whatever still runs."""
+        """End all processes."""
         self.loop.over = True
         for process in self.processes:
             process.line.release()
@@ -266,7 +269,7 @@ Scenario = Callable[[Federation], Awaitable[None]]
 
 
 def play(scenario: Scenario, folder: Path, patch: Callable[[Callable[[], float]], object]) -> None:
-    """Let a scenario happen in a federation, in time of its own."""
+    """Play a scenario with a new federation in virtual time."""
     loop = VirtualLoop()
     patch(loop.time)
     federation: list[Federation] = []

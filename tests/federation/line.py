@@ -1,4 +1,4 @@
-"""What is between one process and the broker: a line that tests cut, stop, block and slow down."""
+"""A transport between one process and the broker that tests can cut, hold and slow down."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 
 
 class Line(Transport):
-    """The way of one process to the broker."""
+    """The connection of one process to the broker."""
 
     def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
         self.links: list[MemoryLink] = []
         self.up = True
-        self.bytes_per_s = 0.0  # 0: no bound
-        self._passes = asyncio.Event()  # what comes in
-        self._accepts = asyncio.Event()  # what goes out
+        self.bytes_per_s = 0.0  # 0 means unlimited
+        self._passes = asyncio.Event()  # set while incoming messages may pass
+        self._accepts = asyncio.Event()  # set while outgoing messages may pass
         self._passes.set()
         self._accepts.set()
         self._sending = asyncio.Lock()
-        self.lose_next: set[str] = set()  # kinds of messages: lost with the link that sends one
+        self.lose_next: set[str] = set()  # kinds of messages that cut the link
 
     @property
     def address(self) -> str:
@@ -40,34 +40,34 @@ class Line(Transport):
         return _Slow(link, self)
 
     def cut(self) -> None:
-        """Lose every link."""
+        """Lose all links."""
         for link in self.links:
             link.cut()
         self.links.clear()
 
     def down(self) -> None:
-        """Lose every link and open none."""
+        """Lose all links and open no new one."""
         self.up = False
         self.cut()
 
     def hold(self, *, incoming: bool = False, outgoing: bool = False) -> None:
-        """Let nothing pass until ``release``."""
+        """Let no message pass until ``release``."""
         if incoming:
             self._passes.clear()
         if outgoing:
             self._accepts.clear()
 
     def release(self) -> None:
-        """Let everything pass again."""
+        """Let all messages pass again."""
         self._passes.set()
         self._accepts.set()
 
     async def passes(self) -> None:
-        """Return when what comes in may pass."""
+        """Wait until incoming messages may pass."""
         await self._passes.wait()
 
     async def send(self, body: Body, *, urgent: bool) -> None:
-        """Return when these bytes are through, one message after the other unless urgent."""
+        """Wait until a message has passed; messages that are not urgent pass one at a time."""
         await self._accepts.wait()
         if self.bytes_per_s and not urgent:
             async with self._sending:
@@ -75,7 +75,7 @@ class Line(Transport):
 
 
 class _Slow(Link):
-    """One link over a line; what is not about messages goes straight through."""
+    """A link over a line; only publishing and consuming are delayed."""
 
     def __init__(self, link: MemoryLink, line: Line) -> None:
         self._link, self._line = link, line

@@ -1,4 +1,4 @@
-"""A strategy of somebody's own, outside the product: server momentum, which keeps a velocity."""
+"""A user's own strategy, in a file outside the product: server momentum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FedProx as a local rule, as a user writes it: a file outside of the product."""
+"""A user's own local rule, in a file outside the product: FedProx."""
 
 
 class Proximal:

@@ -1,8 +1,8 @@
-"""SCAFFOLD as two objects in a user's own file: a strategy, and the local rule that goes with it.
+"""A user's own SCAFFOLD, in a file outside the product: a strategy and a local rule.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
-algorithm 1, option II. The strategy broadcasts the control variate c; a worker returns how its own,
-c_k, has changed, and keeps it.
+algorithm 1, option II. The strategy broadcasts the control variate c; a worker keeps its own
+variate c_k and returns its change.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Scaffold(Strategy):
 
 
 class Controlled:
-    """g + c - c_k for each gradient g."""
+    """Replaces each gradient g by g + c - c_k."""
 
     def begin(self, received, broadcast, kept):
         c_k = {name: kept.get(name, np.zeros_like(w)) for name, w in received.items()}

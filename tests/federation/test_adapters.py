@@ -1,4 +1,4 @@
-"""A federation of adapted models: only the adapters travel, and they are what is averaged."""
+"""A federation of models with adapters: only the adapters travel and are averaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAN = Plan(epochs=2, batch_size=4)
 
 
 class Adapted(nnx.Module):
-    """A frozen backbone of 64 by 64 with an adapter of rank 1, and a head of the worker's own."""
+    """A frozen backbone of 64 by 64 with an adapter of rank 1 and a personal head."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.backbone = nnx.LoRALinear(WIDE, WIDE, lora_rank=1, rngs=rngs)
@@ -33,7 +33,7 @@ class Adapted(nnx.Module):
 
 @pytest.fixture
 def _compiled_elsewhere(tmp_path: Path) -> Iterator[None]:
-    """Keep what JAX compiles away from the user's cache."""
+    """Keep JAX's compiled code out of the user's cache."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
     yield
@@ -53,7 +53,7 @@ def adapted(seed: int) -> Any:
 
 
 def trained_alone(rounds: int) -> list[Any]:
-    """Return the average after each round, made without a federation."""
+    """Return the average after each round, computed without a federation."""
     tasks = [adapted(seed) for seed in (0, 1)]
     weights, found = tasks[0].init(0), []
     for number in range(1, rounds + 1):
@@ -70,7 +70,7 @@ def trained_alone(rounds: int) -> list[Any]:
 def test_only_adapters_travel_while_each_worker_keeps_a_head_of_its_own(federated):
     expected = trained_alone(2)
     tasks = [adapted(seed) for seed in (0, 1)]
-    for task in tasks:  # compiled before: in the tests' time no thread may take long
+    for task in tasks:  # compile now, because VirtualLoop allows no thread to take long
         task.train(task.init(0), PLAN, lambda *_: None)
 
     async def scenario(federation):
@@ -83,7 +83,9 @@ def test_only_adapters_travel_while_each_worker_keeps_a_head_of_its_own(federate
             assert found.keys() == {"backbone/lora/lora_a", "backbone/lora/lora_b"}
             for name, array in found.items():
                 np.testing.assert_allclose(array, weights[name], rtol=1e-4, atol=1e-6)
-        for line in federation.history():  # two adapters of 64 float32 each; the rest has 16 KiB
+        for (
+            line
+        ) in federation.history():  # two adapters of 64 float32 each; the whole model has 16 KiB
             assert [one["bytes"] for one in line["participants"]] == [2 * 4 * WIDE] * 2
 
     federated(scenario)

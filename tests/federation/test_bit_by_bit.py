@@ -1,4 +1,4 @@
-"""Runs that are killed at every third round end bit by bit as undisturbed ones."""
+"""Runs that are killed at every third round end bit for bit like undisturbed ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ EVERY = 3
 
 
 def models(folder):
-    """Return the bytes of each checkpoint: the model, and what the strategy keeps."""
+    """Return the tensors of each checkpoint as bytes: the model and the strategy's state."""
     found = [read_whole(folder / checkpoint_name(number)) for number in range(ROUNDS + 1)]
     return [
-        {name: tensor.tobytes() for name, tensor in [*one.weights.items(), *one.kept.items()]}
+        {
+            name: tensor.tobytes()
+            for name, tensor in [*one.weights.items(), *one.strategy_state.items()]
+        }
         for one in found
     ]
 
@@ -33,7 +36,7 @@ async def undisturbed(federation, strategy, start):
 
 
 async def killed(federation, strategy, start, *, workers_too, when):
-    """Kill the coordinator at every third round, and perhaps all workers with it."""
+    """Kill the coordinator at every third round, and optionally all workers with it."""
     federation.folder = federation.folder.with_name("killed")
     workers = start(federation)
     for number in range(EVERY, ROUNDS, EVERY):
@@ -74,7 +77,7 @@ def adders(federation):
 @pytest.mark.parametrize("when", ["opened", "counted", "committed"])
 def test_fedadam(federated, when):
     whole, resumed = both(federated, "fedadam:lr=0.1", adders, workers_too=False, when=when)
-    assert len(whole[-1]) == 4  # w, two moments, and how many steps
+    assert len(whole[-1]) == 4  # w, two moments, and the number of steps
     assert resumed == whole
 
 
@@ -85,12 +88,12 @@ def test_scaffold_whose_workers_are_killed_too(federated, tmp_path, when):
         return [federation.worker(name, Descent(name), state_dir=kept / name) for name in TARGETS]
 
     whole, resumed = both(federated, "scaffold", start, workers_too=True, when=when)
-    assert len({one["control/w"] for one in whole[1:]}) == ROUNDS  # it moves all the time
+    assert len({one["control/w"] for one in whole[1:]}) == ROUNDS  # it changes in every round
     assert resumed == whole
 
 
 def test_adaptive_clipping(federated, monkeypatch):
-    """Noise is another one each time, so this is without."""
+    """Clip adaptively without noise, since noise would differ between the runs."""
     monkeypatch.setattr(private, "gaussian", np.zeros)
     strategy = "dp:clip=1,noise=0.5,workers=2,quantile=0.75+fedavgm:momentum=0.5"
     whole, resumed = both(federated, strategy, adders, workers_too=False, when="counted")

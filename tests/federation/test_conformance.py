@@ -1,4 +1,4 @@
-"""``fluffle conformance`` passes our own worker, and finds the mistakes of others."""
+"""``fluffle conformance`` passes our own worker and finds the mistakes of faulty ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
 from tests.federation.harness import Adder
 
-LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
+LARGE = 3 * 2**20  # float32: 12 MiB, three parts
 
 
 class Slowing(Adder):
-    """Takes longer each time, so that two trainings can be told apart by their seconds."""
+    """Takes longer each time, so that the duration identifies a training."""
 
     def train(self, weights, plan, progress):
         self.step_s += 0.01
@@ -77,7 +77,7 @@ def test_it_does_so_with_a_model_in_parts_and_when_it_is_refused(federated):
 
 def test_without_a_round_nothing_further_is_tried(federated):
     async def scenario(federation):
-        federation.worker("w")  # which trains its own model only
+        federation.worker("w")  # it trains only its own model
         found = await examined(federation, large=True)
         assert failed(found) == ["fit"]
         assert "'conformance/large' is not in this task's model" in found["fit"].seen
@@ -107,7 +107,7 @@ def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(fe
         await asyncio.sleep(5)
         found = await examined(federation, worker="w")
         assert failed(found) == [], [one for one in found.values() if one.outcome == "failed"]
-        assert "worker w was here before" in found["hello"].seen
+        assert "worker w was started before this command" in found["hello"].seen
         await here.end(60)
 
     federated(scenario)

@@ -1,4 +1,4 @@
-"""A protocol in two phases that fluffle knows nothing of, and what nobody handles."""
+"""A two-phase protocol that fluffle does not know, and messages that have no handler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def slow(federation) -> Adder:
 
 
 async def began(coordinator) -> str:
-    """Return the run, once a round of it has begun."""
+    """Wait until a round has begun; return the run's id."""
     await coordinator.log.until("opened")
     return coordinator.service.state.run
 

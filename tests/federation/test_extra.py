@@ -1,4 +1,4 @@
-"""What a strategy broadcasts and asks for besides the model, and what a local rule keeps."""
+"""Extra tensors: what strategies broadcast and request, and what local rules keep."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZE = 40
 
 
 class Descent:
-    """Gradient descent on a quadratic whose curvature is the worker's own."""
+    """Gradient descent on a quadratic; each worker has its own curvature."""
 
     num_examples = 10
 
@@ -63,7 +63,7 @@ class Descent:
 
 
 def reference(rounds: int) -> list[float]:
-    """Return x after each round, by the algorithm as it is in the paper."""
+    """Return x after each round, by the algorithm in the paper."""
     x, c, own, found = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
     for _ in range(rounds):
         moved, changed = [], []
@@ -93,7 +93,7 @@ def check(federation, rounds: int) -> None:
 
 @pytest.mark.parametrize("part_bytes", [codec.PART_BYTES, 64])
 def test_scaffold_from_a_file_is_what_its_paper_says(federated, monkeypatch, part_bytes):
-    """In one piece each, and in parts."""
+    """Compare with the paper, for tensors in one message and in parts."""
     monkeypatch.setattr(codec, "PART_BYTES", part_bytes)
     monkeypatch.setattr("fluffle_coordinator.service.outbox.PART_BYTES", part_bytes)
 
@@ -161,7 +161,7 @@ def test_what_nobody_asks_for_does_not_leave_a_worker(federated):
             federation.worker(name, task)
         await coordinator.end()
         (line,) = federation.history()
-        # 40 float32, and one more at the next multiple of 64.
+        # 40 float32, and one more at the next 64-byte boundary.
         assert [one["bytes"] for one in line["participants"]] == [196, 196]
 
     federated(scenario)
@@ -250,7 +250,7 @@ def test_what_the_plan_does_not_train_stays_bit_by_bit_and_does_not_travel(
         assert after["n"] == 11
         sent = [one["bytes"] for line in federation.history() for one in line["participants"]]
         assert max(sent) < (2500 if compress else 8500)
-        # What the coordinator of a real run notes of its plan.
+        # run.json of a real run with this plan.
         noted = configuration(coordinator.service._settings, federation.topology)
         run = json.dumps({"configurations": [{"from_round": 1, **noted}]})
         (federation.folder / "run.json").write_text(run)

@@ -1,4 +1,4 @@
-"""Processes killed and lines cut at any moment: nothing is lost, and nothing counts twice."""
+"""Kills processes and cuts lines at any time: no update is lost, and none counts twice."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_standby_takes_over(federated):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_rain_of_faults(federated, seed):
-    """Kill, cut, block and stop at random; then the run finishes, and every average is right."""
+    """Kill, cut, block and stop at random; the run still finishes with correct averages."""
 
     async def scenario(federation):
         rng = random.Random(seed)

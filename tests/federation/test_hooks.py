@@ -1,4 +1,4 @@
-"""What a user's own code after each commit sees, and what it may do to a run."""
+"""Hooks: what a user's code sees after each commit, and how it can affect a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_round_is_tested_and_shown_before_the_next_one_opens(federated):
             federation.worker(name, task)
         assert (await coordinator.end()).outcome == "finished"
         rows = {row["round"]: row for row in read_history(federation.folder)}
-        # Nobody has begun the next round while this one is tested.
+        # The next round does not begin while the hook tests this one.
         for number in (1, 2, 3):
             assert rows[number]["test/first"] == number
             assert rows[number]["test/trained"] == number
@@ -37,7 +37,7 @@ def test_every_round_is_tested_and_shown_before_the_next_one_opens(federated):
             assert (commit.round, commit.rounds, commit.num_examples) == (number, 3, 20)
             assert commit.participants == {"a": 10, "b": 10}
             assert commit.test == {"first": number, "trained": number}
-            # Of the model that the round began with; the first weights are not evaluated.
+            # The evaluation is the previous model's; the first weights are not evaluated.
             before = {"loss": number - 1.0, "accuracy": 0.5}
             assert commit.evaluation == (before if number > 1 else {})
             assert commit.checkpoint == federation.folder / f"round-{number:04}.safetensors"
@@ -67,7 +67,7 @@ def test_a_hook_ends_the_run_where_it_is_and_the_same_command_goes_on(federated,
         for worker in workers:
             assert await worker.end() == "good enough"
             assert worker.service.verdict() is None
-        # The model that it ends with is evaluated as the last of any run.
+        # The last model is evaluated, as in any run.
         assert [line["round"] for line in federation.history("evaluated")] == [1, 2]
         assert federation.history("ended")[-1]["reason"] == "good enough"
         again = federation.coordinator(5)

@@ -1,4 +1,4 @@
-"""``fluffle.run``: whole federations in this process, in real time."""
+"""``fluffle.run``: whole federations in one process, in real time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Adder:
-    """Adds 1 to its weights, a step at a time."""
+    """A task that adds 1 to its weights, in steps."""
 
     num_examples = 10
 
@@ -46,7 +46,7 @@ class Adder:
 
 
 class Softmax:
-    """Softmax regression on handwritten digits, in float64, by stochastic gradient descent."""
+    """Softmax regression on handwritten digits in float64, trained by SGD."""
 
     def __init__(self, inputs, targets):
         self.inputs, self.targets, self.num_examples = inputs, targets, len(inputs)
@@ -86,7 +86,7 @@ class Softmax:
 
 @pytest.fixture(scope="module")
 def digits():
-    """Three owners of different size, each with more of some digits than of others."""
+    """Return three tasks with different numbers of examples and distributions of digits."""
     found = load_digits()
     order = np.argsort(found.target[:1500], kind="stable")
     inputs, targets = found.data[:1500][order] / 16, found.target[:1500][order]
@@ -97,7 +97,7 @@ def digits():
 
 
 def federated_averaging(tasks, orders, seed, **plan):
-    """Return what plain NumPy makes of the rounds, in float64.
+    """Compute the rounds in plain NumPy, in float64.
 
     ``orders`` names the tasks of each round, in the order in which their updates are added.
     """
@@ -213,7 +213,7 @@ async def test_a_callers_loop_goes_on_meanwhile():
         assert go_on.wait(60)
 
     running = asyncio.create_task(fluffle.arun([Adder()], rounds=1, on_round=on_round))
-    await inside.wait()  # which needs this loop, while the run waits for us
+    await inside.wait()  # needs this loop to run while the hook waits
     go_on.set()
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
 
@@ -280,7 +280,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, kept):
 
 
 class Broken(Adder):
-    """Fails in one of its methods."""
+    """A task that fails in one of its methods."""
 
     def __init__(self, where, *, at=1):
         super().__init__()
@@ -313,7 +313,7 @@ def test_an_error_of_a_task_is_raised_with_its_name_and_its_own_traceback(tmp_pa
     assert isinstance(cause, ZeroDivisionError)
     frames = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
     assert frames == ["train", "_perhaps"]
-    assert capsys.readouterr().err == ""  # it is not told twice
+    assert capsys.readouterr().err == ""  # it is not reported twice
     assert len(fluffle.Run(tmp_path).history) == 1
     assert fluffle.run([Adder(), Adder()], rounds=2, folder=tmp_path).weights["w"][0] == 2.0
 
@@ -396,7 +396,7 @@ def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
         ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the 1 tasks"),
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
         ([Adder()], {"verify_users": True}, "has no verify_users=: "),
-        ([Adder()], {"run": "runs/x"}, "has no run=: folder= says where the run is kept"),
+        ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
         ([Adder()], {"strategy": "nosuch"}, "there is no strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
         ([Adder()], {"evaluate": 7}, "--evaluate is int; a function is expected"),

@@ -1,4 +1,4 @@
-"""What ``fluffle --debug`` shows of a run, and that it costs nothing where nobody asked for it."""
+"""The debug log of a run, and that it costs nothing without ``--debug``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fluffle_common.logs import ROOT, log_step, logger
 
 @pytest.fixture
 def listening():
-    """Let the loggers speak as ``--debug`` does; silence them again."""
+    """Enable the loggers like ``--debug``, and disable them afterwards."""
     log = logging.getLogger(ROOT)
     before = log.level, list(log.handlers)
     debug_log.show_debug_log()
-    debug_log.show_debug_log()  # a second time, nothing is said twice
+    debug_log.show_debug_log()  # a second call must not duplicate lines
     yield
     log.setLevel(before[0])
     log.handlers[:] = before[1]

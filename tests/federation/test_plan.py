@@ -1,4 +1,4 @@
-"""What a task is told of its round: which one it is, and how to train in it."""
+"""The training plan that a task receives in each round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.federation.harness import Adder
 
 
 class Told(Adder):
-    """Keeps the plans that it is given."""
+    """A task that stores the plans that it receives."""
 
     def train(self, weights: Any, plan: Any, progress: Any) -> Any:
         self.__dict__.setdefault("plans", []).append(plan)

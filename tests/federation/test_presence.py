@@ -1,4 +1,4 @@
-"""Who counts as present and who as gone, and what a round may close with."""
+"""Presence: which workers count as present or gone, and when a round closes without them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_signs_of_life_of_the_dead_open_no_round(federated, silent_s):
         three(federation)
         await first.log.until("joined", 3)
         await first.kill()
-        await asyncio.sleep(10)  # their signs of life pile up
+        await asyncio.sleep(10)  # their heartbeats pile up in the queue
         for process in federation.processes[2:]:
             await process.kill()
         await asyncio.sleep(silent_s)
@@ -144,7 +144,7 @@ def test_workers_and_coordinator_start_in_any_order(federated):
         coordinator = federation.coordinator(rounds=1, min_workers=3)
         began = federation.loop.time()
         await coordinator.log.until("opened")
-        assert federation.loop.time() - began < 2.0  # whoever is here is asked to speak at once
+        assert federation.loop.time() - began < 2.0  # the workers are asked to greet at once
         await coordinator.end()
 
     federated(scenario)

@@ -1,4 +1,4 @@
-"""Central privacy in whole runs: Poisson samples, rounds of nobody, budgets, crashes."""
+"""Central differential privacy: Poisson sampling, empty rounds, budgets and crashes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = "abcd"
 
 @pytest.fixture
 def counting(monkeypatch):
-    """An accountant of our own in place of dp-accounting: a round costs a tenth."""
+    """Replace dp-accounting by an accountant for which a round costs epsilon 0.1."""
     monkeypatch.setattr(accountant, "_library", lambda _: None)
     monkeypatch.setitem(accountant._METHODS, "pld", lambda _, rounds: rounds / 10)
     monkeypatch.setitem(accountant._METHODS, "rdp", lambda _, rounds: rounds / 8)
@@ -52,7 +52,7 @@ def test_each_lot_decides_alone_also_over_crashes_and_the_budget_ends_the_run(
 
     async def scenario(federation):
         rules = sampled(",budget=1.25")
-        assert rules["rounds"] == 12  # and not the 10 of the quicker bound
+        assert rules["rounds"] == 12  # not the 10 of the faster, looser bound
         for name in NAMES:
             federation.worker(name)
         ended = None

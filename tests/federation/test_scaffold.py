@@ -1,4 +1,4 @@
-"""SCAFFOLD by name, on both sides: workers whose data differ, followed in NumPy."""
+"""The built-in SCAFFOLD with heterogeneous workers, compared with NumPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 4
 
 
 class Descent:
-    """Gradient descent on a quadratic whose curvature and target are the worker's own."""
+    """Gradient descent on a quadratic; each worker has its own curvature and target."""
 
     num_examples = 10
 
@@ -72,7 +72,7 @@ def check(federation: Any, rounds: int) -> None:
 
 def test_scaffold_by_name_is_what_its_paper_says_also_after_a_restart_of_all(federated, tmp_path):
     async def scenario(federation):
-        for rounds in (2, 5):  # the second coordinator, and its workers, go on from the first
+        for rounds in (2, 5):  # the second coordinator and its workers resume the run
             strategy = load_strategy("scaffold")
             coordinator = federation.coordinator(rounds=rounds, strategy=strategy)
             for name in TARGETS:

@@ -1,4 +1,4 @@
-"""Whole federations under each schedule: asynchronous, with late updates, and from a file."""
+"""Federations under each schedule: asynchronous, with late updates, and from a user's file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRA_S = 5.0
 
 
 def check_weights(federation, values):
-    """Check every model against weights of our own: examples, times 1 / sqrt(1 + staleness)."""
+    """Check every model against an average weighted by examples / sqrt(1 + staleness)."""
     expected = 0.0
     for line in federation.history():
         there = line["participants"]
@@ -44,7 +44,7 @@ def tickets(federation):
 
 
 def time_of(updates: int, seconds: list[float]) -> float:
-    """Return when so many updates are there, if nobody ever waits."""
+    """Return when this many updates have arrived if no worker ever waits."""
     due = [(each, number) for number, each in enumerate(seconds)]
     heapq.heapify(due)
     for _ in range(updates):
@@ -54,7 +54,7 @@ def time_of(updates: int, seconds: list[float]) -> float:
 
 
 def test_sixteen_devices_of_three_speeds_wait_for_nobody(federated):
-    """The published case: 100, 200 or 400 s a training, and 5 s more, in rounds and without."""
+    """Compare rounds with asynchronous training, for trainings of 100, 200 and 400 s."""
     took, updates = {}, 192
 
     def scenario_with(name, rounds, schedule):
@@ -117,7 +117,9 @@ def test_one_worker_alone_fills_a_buffer_with_different_updates(federated):
         coordinator = federation.coordinator(rounds=2, schedule=Buffered(buffer=3), min_workers=1)
         await coordinator.end()
         assert [len(line["participants"]) for line in federation.history()] == [3, 3]
-        assert len(set(task.trained)) == len(task.trained) >= 6  # each has a seed of its own
+        assert (
+            len(set(task.trained)) == len(task.trained) >= 6
+        )  # each training has a different seed
 
     federated(scenario)
 
@@ -188,7 +190,7 @@ def test_a_coordinator_that_is_lost_in_every_version_loses_no_update(federated, 
         check_weights(federation, values)
         counted = tickets(federation)
         assert len(counted) == len(set(counted))
-        # All that was sent is counted, but for what each was at when the run ended.
+        # Every update counts, except the ones in progress when the run ended.
         sent = sum(len([1 for one in w.log.of("sent") if one["kind"] == "fit"]) for w in workers)
         assert sent - len(counted) <= len(workers)
         assert {worker for worker, _ in counted} == set(values)
@@ -220,7 +222,7 @@ def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
 def test_updates_in_parts_count_from_older_versions_too(federated):
     async def scenario(federation):
         size = 2**20 + 1  # two parts
-        for name in "abc":  # they come all at once: some wait while a version is closed
+        for name in "abc":  # their updates arrive together: some wait while a version is closed
             federation.worker(name, Adder(federation.loop, size=size))
         federation.worker("slow", Adder(federation.loop, size=size, step_s=1.0))
         schedule = Buffered(buffer=1)

@@ -1,4 +1,4 @@
-"""When a run has done enough before all of its rounds, and which model is its best."""
+"""Early stopping, and the choice of the best model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACCURACY = {0: 0.1, 1: 0.5, 2: 0.8, 3: 0.7, 4: 0.9, 5: 0.85, 6: 0.86, 7: 0.2, 8:
 
 
 class Scored(Adder):
-    """Its model of round r, whose weights are r, has the accuracy above."""
+    """A task whose model after round r has weights r and the accuracy listed above."""
 
     def evaluate(self, weights):
         return EvalResult(1.0, 5, {"accuracy": ACCURACY[int(weights["w"][0])]})
@@ -83,7 +83,7 @@ def test_the_best_model_is_kept_also_by_a_coordinator_that_was_started_again(fed
         await first.log.until("evaluated", 4)
         await first.kill()
         assert best_of(federation) == "4"
-        (federation.folder / "best.safetensors").unlink()  # as if it had died before that
+        (federation.folder / "best.safetensors").unlink()  # as if it had crashed before writing it
         again = federation.coordinator(8, stopping=Stopping("accuracy"))
         assert (await again.end()).committed == 8
         assert best_of(federation) == "4"

@@ -1,4 +1,4 @@
-"""Strategies from files outside the product: run, killed, resumed, replayed, and broken."""
+"""Strategies from users' files: run, killed, resumed, replayed, and broken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fluffle_common.tensors.checkpoint import (
     read_whole,
     save_checkpoint,
 )
-from fluffle_common.tensors.on_disk import laid_on_disk
+from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.service import committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
@@ -62,7 +62,7 @@ def momentum():
 
 
 def from_the_docs(folder: Path, name: str) -> str:
-    """Write the example that begins with its file's name; return where."""
+    """Write the documentation's example of this file name to disk; return its path."""
     (text,) = re.findall(rf"```python\n(# {name}\n.*?)```", DOCS.read_text(), re.DOTALL)
     (folder / name).write_text(text)
     return str(folder / name)
@@ -80,7 +80,7 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
             velocity = 0.9 * velocity + 3.0
             weights += 0.7 * velocity
             np.testing.assert_allclose(federation.weights(number)["w"], weights, rtol=1e-6)
-            kept = read_whole(federation.folder / checkpoint_name(number)).kept
+            kept = read_whole(federation.folder / checkpoint_name(number)).strategy_state
             np.testing.assert_allclose(kept["w"], velocity, rtol=1e-6)
             assert list(federation.weights(number)) == ["w"]
             words = [str(federation.folder), "--round", str(number), "--strategy"]
@@ -126,8 +126,13 @@ def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, 
     federated(killed)
     for number in range(rounds + 1):
         one, other = (read_whole(folder / checkpoint_name(number)) for folder in folders)
-        assert one.kept.keys() == other.kept.keys() == (kept if number else set())
-        for mine, theirs in ((one.weights, other.weights), (one.kept, other.kept)):
+        assert (
+            one.strategy_state.keys() == other.strategy_state.keys() == (kept if number else set())
+        )
+        for mine, theirs in (
+            (one.weights, other.weights),
+            (one.strategy_state, other.strategy_state),
+        ):
             assert {n: t.tobytes() for n, t in mine.items()} == {
                 n: t.tobytes() for n, t in theirs.items()
             }
@@ -154,11 +159,11 @@ def test_a_strategy_of_all_updates_finds_them_on_the_disk_of_the_run(federated, 
     laid = []
 
     def lay(delta, folder):
-        found = laid_on_disk(delta, folder)
+        found = map_to_disk(delta, folder)
         laid.append((folder, isinstance(found.memory.obj, mmap.mmap)))
         return found
 
-    monkeypatch.setattr(committer, "laid_on_disk", lay)
+    monkeypatch.setattr(committer, "map_to_disk", lay)
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, min_workers=3, strategy=MEDIAN)
@@ -183,7 +188,7 @@ def test_a_disk_without_room_for_the_updates_of_a_round_ends_the_run_and_loses_n
         for name, task in zip("abc", tasks, strict=True):
             federation.worker(name, task)
         with monkeypatch.context() as patch:
-            patch.setattr(committer, "laid_on_disk", full)
+            patch.setattr(committer, "map_to_disk", full)
             coordinator = federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN)
             with pytest.raises(RunError, match=r"\(No space left on device\); make room there"):
                 await coordinator.end()
@@ -235,7 +240,7 @@ def test_privacy_is_in_the_history_and_a_crash_forgets_none_of_it(federated):
         assert spent[-1]["epsilon"] <= 2 < strategy.strategy.spent(most + 1)["epsilon"]
         assert again.log.of("privacy")[-1] == {"round": most, **spent[-1]}
         words = [str(federation.folder), "--round", "1"]
-        with pytest.raises(UsageError, match="made with random noise that is not kept .dp:clip=1"):
+        with pytest.raises(UsageError, match="cannot be replayed: its strategy, dp:clip=1"):
             CliRunner().invoke(replay, words, catch_exceptions=False, standalone_mode=False)
 
     federated(scenario)
@@ -259,7 +264,7 @@ def test_the_examples_of_the_docs_run(federated, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["median", "momentum"])
 def test_a_scalar_of_the_model_stays_one(tmp_path, name):
-    """Of an array of shape (), NumPy's arithmetic makes a number."""
+    """NumPy's arithmetic turns an array of shape () into a scalar, which must be accepted."""
     named = load_strategy(f"{from_the_docs(tmp_path, f'{name}.py')}:{name}")
     strategy = GuardedStrategy(named, 1)
     weights = {"s": np.array(1.0, np.float32)}

@@ -1,4 +1,4 @@
-"""Whole federations with a codec or a local rule from a user's own file."""
+"""Federations with a codec or a local rule from a user's file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import optax
 import pytest
 from flax import nnx
 
-from fluffle_common.cli.objects import load_object
+from fluffle_common.cli.loading import load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.compress_option import CompressType
 from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import find_rule, use_local_rule
@@ -30,14 +30,14 @@ from tests.federation.harness import Adder
 ROOT = Path(__file__).parents[2]
 PROXIMAL = f"{Path(__file__).parent / 'proximal.py'}:proximal"
 INSTALLED = object()
-SIZE = 2000  # of float32, each 1.0: what the codec of the docs loses nothing of
+SIZE = 2000  # float32, each 1.0, which the codec of the docs encodes without loss
 DOCS = [(ROOT / "docs" / name).read_text() for name in ("codecs.md", "tasks.md")]
 BLOCKS = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", "".join(DOCS), re.S)
 
 
 @pytest.fixture
 def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that writes a file of the documents, changed, and returns its path."""
+    """Return a function that writes an edited example of the docs to disk and returns its path."""
     monkeypatch.setattr(CODECS, "_codecs", dict(CODECS._codecs))
 
     def write(name: str, *changes: tuple[str, str], into: str = "") -> str:
@@ -53,7 +53,7 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
 
 def registry_with(path: str) -> Registry:
-    """Return the codecs of a worker that was given ``--codec``."""
+    """Return the codecs of a worker with ``--codec``."""
     codecs = Registry()
     codecs.add(load_object(f"{path}:Signs", "--codec"), path)
     return codecs
@@ -100,7 +100,7 @@ def test_a_worker_without_the_codec_says_which_and_the_round_goes_on(federated, 
         (told, *_) = c.log.of("failure")
         assert "codec 'signs', which this worker does not have" in told["reason"]
         assert "--codec path.py:name" in told["reason"]
-        assert lacking.trained == []  # for nothing
+        assert lacking.trained == []  # no wasted training
         assert any("--codec path.py:name" in str(one) for one in coordinator.log.of("failure"))
 
     federated(scenario)
@@ -142,7 +142,7 @@ def test_an_encode_that_fails_costs_its_worker_the_round(federated, documented):
         assert federation.participants() == [["a"]] * 2
         reason = b.log.of("failure")[0]["reason"]
         assert re.search(r"'signs' fails to encode tensor 'w': Attr.* \(broken.py:\d+\)", reason)
-        (trace,) = b.log.of("traceback")  # once, and of the user's own file
+        (trace,) = b.log.of("traceback")  # once, and only from the user's file
         assert "np.no_sign(tensor)" in trace["text"]
         assert "fluffle_" not in trace["text"].replace("fluffle_user", "")
 
@@ -182,7 +182,7 @@ def test_an_update_that_the_codec_fails_to_decode_is_rejected_and_trained_anew(
 
 
 class Pull:
-    """A task of NumPy's that steps towards ``target`` and applies a local rule."""
+    """A NumPy task that steps towards ``target`` and applies a local rule."""
 
     num_examples = 10
 
@@ -207,7 +207,7 @@ class Pull:
 
 
 def pulled(start: float, targets: list[float], mu: float) -> float:
-    """Return what a round makes of a weight, each worker taking five steps."""
+    """Return a weight after a round in which each worker takes five steps."""
     ends = []
     for target in targets:
         w = start
@@ -237,7 +237,7 @@ def test_a_federation_trains_by_the_local_rule_of_a_file(federated, rule, mu):
 
 @pytest.fixture
 def compiled_elsewhere(tmp_path: Path) -> Iterator[None]:
-    """Keep what JAX compiles away from the user's cache."""
+    """Keep JAX's compiled code out of the user's cache."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
     yield
@@ -253,7 +253,7 @@ class Line(nnx.Module):
 
 
 def flax_pull(target: float, **options: Any) -> Any:
-    """Return the task of ``Pull`` as a Flax model: one example, five epochs, plain SGD."""
+    """Return ``Pull`` as a Flax task with one example, five epochs and plain SGD."""
     data = np.zeros(1, np.float32), np.full(1, target, np.float32)
     return flax_task(
         Line, lambda outputs, targets: (outputs - targets) ** 2 / 2, optax.sgd(0.5), data, **options
@@ -266,7 +266,7 @@ def test_a_federation_of_flax_tasks_trains_by_the_same_file(federated):
     proximal = load_object(PROXIMAL, "--local-rule")
     a, b = flax_pull(1.0, local_rule=proximal), flax_pull(3.0)
     use_local_rule(b, PROXIMAL)
-    for task in (a, b):  # compiled before: in the tests' time no thread may take long
+    for task in (a, b):  # compile now, because VirtualLoop allows no thread to take long
         task.train(task.init(0), plan, lambda *_: None)
 
     async def scenario(federation):
@@ -287,7 +287,7 @@ def test_a_rule_that_fails_costs_its_worker_the_round(federated, documented):
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, number=1, min_workers=2)
-        federation.worker("a", Adder(federation.loop, size=3))  # it takes its time
+        federation.worker("a", Adder(federation.loop, size=3))  # slower
         task = Pull(3.0)
         use_local_rule(task, f"{broken}:proximal")
         b = federation.worker("b", task)
@@ -312,7 +312,7 @@ def test_a_rule_that_fails_while_it_is_compiled_is_told_like_any_other(documente
         task.train(task.init(0), Plan(), lambda *_: None)
 
 
-# --- what is no rule, and what a rule keeps ------------------------------------------------------
+# --- invalid rules, and the state of rules -------------------------------------------------------
 
 
 def rule_of(**methods: Any) -> BoundRule:
@@ -345,7 +345,7 @@ def test_what_a_rule_keeps_goes_into_later_rounds_of_the_same_run():
     ("gradient", "told"),
     [
         (lambda g, w, s: g, "returned a dict; (gradient, state) is expected"),
-        (lambda g, w, s: ({}, s), "'w' is on one side only"),
+        (lambda g, w, s: ({}, s), "'w' is only in one of them"),
         (lambda g, w, s: ({"w": np.zeros(2)}, s), "returned 'w' of shape (2,), expected (1,)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a round asks for and takes: work that is lost, long, hung, rejected, overweight or odd."""
+"""Work that is lost, slow, hung, rejected, too large or invalid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fluffle_common.transport.base import Properties
 from fluffle_worker.task import TrainResult
 from tests.federation.harness import NAME, Adder, Quorum
 
-LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
+LARGE = 3 * 2**20  # float32: 12 MiB, three parts
 
 
 def test_a_stop_that_is_lost_is_sent_again(federated):
@@ -73,7 +73,7 @@ def test_a_training_that_stands_still_is_told_and_by_option_not_waited_for(feder
 
 
 class Bad(Adder):
-    """Its first update is not finite; the ones after it are sound."""
+    """A task whose first update is not finite and whose later ones are valid."""
 
     def train(self, weights, plan, progress):
         result = super().train(weights, plan, progress)
@@ -127,7 +127,7 @@ def test_a_worker_whose_outbox_is_gone_makes_it_anew(federated, step_s):
         assert (await coordinator.end()).outcome == "finished"
         federation.check_averages({"a": 1.0, "b": 1.0})
         assert federation.participants() == [["a", "b"]] * 2
-        # A short training is over before the queue is looked after: its parts are lost once.
+        # A short training ends before the worker redeclares the queue, so its parts are lost once.
         assert len(coordinator.log.of("resend")) <= (3 if step_s < 10 else 0)
 
     federated(scenario)

@@ -1,4 +1,4 @@
-"""A schedule of a user's own: every round is open for a minute, whoever has answered by then."""
+"""A user's own schedule: every round is open for a minute and counts those who answered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fluffle_coordinator.machine.state import State
 
 @dataclass(frozen=True)
 class Windows(Schedule[State]):
-    """Rounds of a fixed length, as long as anybody answers in them."""
+    """Rounds of a fixed length that need one update."""
 
     window_s: float = 60.0
 

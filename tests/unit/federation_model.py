@@ -663,7 +663,7 @@ class World:
                 if self.schedule.continuous or one.round == state.round
             ]
             assert state.folded == sum(one.folded for one in closing)
-            assert state.tally == state.recounted().tally
+            assert state.tally == state.replace_and_recount().tally
         if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
             for handle, message in self.broker.unacked.items():
                 assert coordinator.knows(handle), f"{message} is forgotten"

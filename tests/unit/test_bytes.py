@@ -28,8 +28,8 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
-from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
+from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
@@ -345,20 +345,20 @@ def hello(session: str = "s", **changes: Any) -> Hello:
 
 
 def test_a_worker_that_greets_without_end_is_heard_and_answered_a_few_times():
-    greetings = Greetings()
-    taken = [greetings.admit(hello(), 0.0).kind for _ in range(60)]
+    hellos = HelloLimiter()
+    taken = [hellos.admit(hello(), 0.0).kind for _ in range(60)]
     assert taken == ["hello"] * 4 + ["heartbeat"] * 56
-    assert greetings.admit(hello(), 6.0).kind == "hello"
+    assert hellos.admit(hello(), 6.0).kind == "hello"
 
 
 def test_so_is_one_that_seems_to_start_again_without_end():
-    greetings = Greetings()
-    taken = [greetings.admit(hello(str(number)), 0.0) for number in range(60)]
+    hellos = HelloLimiter()
+    taken = [hellos.admit(hello(str(number)), 0.0) for number in range(60)]
     assert [one is None for one in taken] == [False] * 4 + [True] * 56
     beat = Heartbeat(**{**ABOUT, "session": "new"})
-    assert greetings.admit(beat, 1.0) is None  # it would be answered as a greeting is
-    assert greetings.admit(beat, 6.0) is beat
-    assert greetings.admit(hello("other", worker="v"), 0.0) is not None
+    assert hellos.admit(beat, 1.0) is None  # it would be answered as a greeting is
+    assert hellos.admit(beat, 6.0) is beat
+    assert hellos.admit(hello("other", worker="v"), 0.0) is not None
 
 
 @pytest.mark.parametrize(

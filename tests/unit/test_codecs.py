@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from fluffle_common.cli.objects import load_codec, load_object
+from fluffle_common.cli.loading import load_codec, load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression
 from fluffle_common.tensors.codecs import registry
 from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
 from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
-from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.compress_option import CompressType
 
 DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
 

@@ -105,7 +105,7 @@ def test_what_holds_is_printed_as_a_file_that_says_the_same(written):
         ('grace = "1"', "a number is expected"),
         ("fresh = 1", "true or false is expected"),
         ("url = 7", "text in quotes is expected"),
-        ('codec = "x"', 'a list is expected, as codec = ["…"]'),
+        ('codec = "x"', 'a list is expected, such as codec = ["…"]'),
         ("config = 3", "a table is expected"),
         ("config = {a = [1]}", "a must be true, false, a number or text"),
     ],

@@ -11,16 +11,22 @@ import pytest
 from fluffle_common.protocol.codec import decode, encode
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello, Stop, Update
 from fluffle_coordinator.conformance.examine import SCENARIOS
-from fluffle_coordinator.conformance.findings import Sign, Taken, Unmet, check_rhythm, same_answer
+from fluffle_coordinator.conformance.findings import (
+    Heard,
+    ReceivedUpdate,
+    Unmet,
+    check_rhythm,
+    same_answer,
+)
 from fluffle_coordinator.conformance.probe import altered
 
 F = {"federation": "f"}
 ABOUT = {**F, "worker": "w", "session": "s", "num_examples": 1, "task": "t", "heartbeat_s": 2.0}
 
 
-def beats(*times: float) -> list[Sign]:
+def beats(*times: float) -> list[Heard]:
     first, *others = times
-    return [Sign(first, Hello(**ABOUT)), *(Sign(at, Heartbeat(**ABOUT)) for at in others)]
+    return [Heard(first, Hello(**ABOUT)), *(Heard(at, Heartbeat(**ABOUT)) for at in others)]
 
 
 def test_a_rhythm_may_lack_less_than_five_beats():
@@ -29,14 +35,14 @@ def test_a_rhythm_may_lack_less_than_five_beats():
         check_rhythm(beats(0, 2, 12.5), now=13)
     with pytest.raises(Unmet, match=r"none for 11\.0 s"):
         check_rhythm(beats(0, 2), now=13)
-    with pytest.raises(Unmet, match="no sign of life"):
-        check_rhythm([Sign(0, Bye(**F, worker="w", session="s", reason=""))], now=1)
+    with pytest.raises(Unmet, match="no heartbeat came"):
+        check_rhythm([Heard(0, Bye(**F, worker="w", session="s", reason=""))], now=1)
 
 
-def update(transfer: str | None = None, **fields: object) -> Taken:
+def update(transfer: str | None = None, **fields: object) -> ReceivedUpdate:
     parts = {"id": transfer, "parts": 1, "nbytes": 4} if transfer else None
     ids = {**F, "run": "r", "round": 1, "base": "b", "worker": "w", "num_examples": 1}
-    return Taken(
+    return ReceivedUpdate(
         Update.model_validate({**ids, "seconds": 0.5, "transfer": parts, **fields}),
         memoryview(b"same"),
     )

@@ -16,8 +16,8 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
+from fluffle_common.cli.background_stream import BackgroundStream
 from fluffle_common.cli.console import _WITHIN_S, Console, json_line
-from fluffle_common.cli.patient_stream import PatientStream
 
 PATIENCE_S = 5.0
 
@@ -57,17 +57,17 @@ def events(stream: Stream) -> list[str]:
 def test_without_a_loop_every_line_is_written_at_once():
     stream = Stream()
     with Console("json", {"worker": "a"}, stream) as console:
-        console.line("one", str)
+        console.line("one", "")
         assert events(stream) == ["one"]
-        console.line("two", str, {"round": 3})
+        console.line("two", "", {"round": 3})
         assert json.loads(stream.getvalue().splitlines()[1])["round"] == 3
 
 
 async def test_lines_that_follow_each_other_are_written_in_one_go_a_moment_later():
     stream = Stream()
     with Console("json", {}, stream) as console:
-        console.line("one", str)
-        console.line("two", str)
+        console.line("one", "")
+        console.line("two", "")
         assert not stream.writes
         await written(console)
         assert (events(stream), stream.writes) == (["one", "two"], 1)
@@ -76,7 +76,7 @@ async def test_lines_that_follow_each_other_are_written_in_one_go_a_moment_later
 async def test_what_is_held_is_written_at_the_end():
     stream = Stream()
     with pytest.raises(KeyboardInterrupt), Console("plain", {}, stream) as console:
-        console.line("one", lambda: "the last words")
+        console.line("one", "the last words")
         raise KeyboardInterrupt
     assert stream.getvalue().endswith("the last words\n")
 
@@ -97,7 +97,7 @@ async def test_no_output_ends_what_writes_to_it(kind, wrong, capsys):
     with Console("auto", {}, stream) as console:
         stream.wrong = wrong
         for _ in range(3):
-            console.line("one", lambda: "lost")
+            console.line("one", "lost")
             console.bar("rounds", 1, 3, "going on")
             await written(console)
     said = capsys.readouterr().err
@@ -110,10 +110,10 @@ async def test_when_the_disk_has_room_again_lines_go_on_and_say_what_is_missing(
     with Console("plain", {}, stream) as console:
         stream.wrong = OSError(errno.ENOSPC, "No space left on device")
         for text in ("lost 1", "lost 2"):
-            console.line("one", lambda text=text: text)
+            console.line("one", text)
             await written(console)
         stream.wrong = None
-        console.line("two", lambda: "here again")
+        console.line("two", "here again")
         await written(console)
     first, second = stream.getvalue().splitlines()
     assert first == "… 2 lines could not be written here"
@@ -126,7 +126,7 @@ async def test_a_reader_that_takes_nothing_slows_nobody():
     with Console("plain", {}, stream) as console:
         began = time.monotonic()
         for _ in range(300):
-            console.line("one", lambda: "x" * 10_000)  # more than may wait
+            console.line("one", "x" * 10_000)  # more than may wait
             console._flush()
         assert time.monotonic() - began < 1.0
         stream.reads.set()
@@ -142,7 +142,7 @@ def test_without_a_loop_a_reader_that_takes_nothing_is_waited_for_once(monkeypat
         settle = console._stream.settle
         monkeypatch.setattr(console._stream, "settle", lambda s: (waits.append(s), settle(s))[1])
         for _ in range(3):
-            console.line("one", lambda: "text")
+            console.line("one", "text")
         assert len(waits) == 1
         stream.reads.set()
 
@@ -150,7 +150,7 @@ def test_without_a_loop_a_reader_that_takes_nothing_is_waited_for_once(monkeypat
 def test_a_process_without_stdout_writes_nowhere(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     with Console("auto", {}) as console:
-        console.line("one", lambda: "text")
+        console.line("one", "text")
         assert not console.draws
 
 
@@ -158,7 +158,7 @@ def test_a_process_without_stdout_writes_nowhere(monkeypatch):
 def test_a_character_that_the_encoding_lacks_is_escaped(tmp_path, encoding):
     path = tmp_path / "log"
     with path.open("w", encoding=encoding) as file, Console("plain", {}, file) as console:
-        console.line("one", lambda: "metric Ödem 字")
+        console.line("one", "metric Ödem 字")
     text = path.read_text(encoding)
     assert text.rstrip("\n").endswith(
         {
@@ -172,7 +172,7 @@ def test_a_character_that_the_encoding_lacks_is_escaped(tmp_path, encoding):
 def test_a_line_of_other_peoples_text_is_one_line_that_can_be_seen():
     stream = Stream()
     with Console("plain", {}, stream) as console:
-        console.line("one", lambda: "reason\n12:00:00  committed \x1b[2J\u202eevil")
+        console.line("one", "reason\n12:00:00  committed \x1b[2J\u202eevil")
     (line,) = stream.getvalue().splitlines()
     assert line.endswith(r"reason\n12:00:00  committed \x1b[2J\u202eevil")
 
@@ -225,7 +225,7 @@ def test_json_finds_a_word_for_everything():
 
 def test_what_is_sure_not_to_wait_is_written_without_a_thread(tmp_path):
     with (tmp_path / "log").open("w") as file:
-        stream = PatientStream(file)
+        stream = BackgroundStream(file)
         stream.write("ä line\n")
         assert (tmp_path / "log").read_text() == "ä line\n"
         assert stream._thread is None
@@ -234,7 +234,7 @@ def test_what_is_sure_not_to_wait_is_written_without_a_thread(tmp_path):
 def test_what_a_full_pipe_does_not_take_at_once_follows_when_it_has_room():
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as pipe, os.fdopen(reader, "rb") as lines:
-        stream = PatientStream(pipe)
+        stream = BackgroundStream(pipe)
         text = "0123456789abcde\n" * 2**13  # twice what the pipe holds
         stream.write(text)
         assert stream._thread is not None

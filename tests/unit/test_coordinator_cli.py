@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Compression
-from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.compress_option import CompressType
 from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.service import app as main
 

@@ -123,7 +123,7 @@ class TestOpenRound:
         assert (shown["open"]["needed"], shown["open"]["deadline_at"]) == (1, 164.0)
         assert [one["doing"] for one in shown["open"]["missing"]] == ["training 3/8"]
         assert shown["run"]["rounds"] == 6
-        bring_up_to_date(board.view, state.but(quorum_at=9.0), epoch=100.0, now=10.0)
+        bring_up_to_date(board.view, state.replace(quorum_at=9.0), epoch=100.0, now=10.0)
         assert board.snapshot(110.0)["open"]["deadline_at"] == 114.0
 
 
@@ -175,7 +175,7 @@ class TestRun:
 
     def test_what_a_machine_that_waits_says(self) -> None:
         board = told(STARTED, CONNECTED)
-        state = start(Rules(rounds=3, min_workers=2), RUN, now=5.0).but(link=1)
+        state = start(Rules(rounds=3, min_workers=2), RUN, now=5.0).replace(link=1)
         bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
         run = board.run()
         assert (run["phase"], run["round"], run["rounds"]) == ("waiting", 1, 3)

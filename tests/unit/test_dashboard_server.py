@@ -211,7 +211,7 @@ def test_an_event_that_cannot_be_shown_is_warned_of_once(
         for _ in range(3):
             live.record(from_fields("opened", {"round": 1}))
     live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
-    assert capsys.readouterr().err.count("the page cannot show an event 'opened'") == 1
+    assert capsys.readouterr().err.count("the page skips an event 'opened'") == 1
     assert live.feed.board.snapshot(1.0)["workers"][0]["name"] == "north"
 
 

@@ -12,7 +12,7 @@ from fluffle_broker.inspect.archive import MessageArchive
 from fluffle_broker.inspect.decode import decode_message, part_of
 from fluffle_broker.inspect.formatting import facts
 from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
-from fluffle_common.protocol.messages import Evaluation, Event, Events, Happening, Hello, Update
+from fluffle_common.protocol.messages import Evaluation, Event, EventRecord, Events, Hello, Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.transport.base import Delivery, Properties
 from fluffle_common.transport.memory import MemoryBroker
@@ -51,45 +51,45 @@ async def test_an_update_is_read_with_its_tensors():
         "odd": np.array([1.0, np.nan, np.inf, -np.inf], np.float64),
     }
     (delivery,) = await sent(weights)
-    reading = decode_message(delivery, "f")
-    kernel, count, empty, odd = reading.tensors
-    assert (reading.kind, reading.worker, reading.round, reading.wrong) == ("update", "w1", 7, None)
+    decoded = decode_message(delivery, "f")
+    kernel, count, empty, odd = decoded.tensors
+    assert (decoded.kind, decoded.worker, decoded.round, decoded.wrong) == ("update", "w1", 7, None)
     assert (kernel.shape, kernel.dtype, kernel.norm) == ((2, 2), "float32", 5.0)
     assert (kernel.min, kernel.max, kernel.mean, kernel.nan, kernel.inf) == (0, 4, 1.75, 0, 0)
     assert (count.shape, count.min, count.norm) == ((), -5.0, 5.0)
     assert (empty.shape, empty.min, empty.nan) == ((0, 3), None, 0)
     assert (odd.nan, odd.inf, odd.mean, odd.norm) == (1, 2, 1.0, 1.0)
-    assert facts(reading) == ["round 7", "120 examples", "loss 0.25"]
+    assert facts(decoded) == ["round 7", "120 examples", "loss 0.25"]
 
 
 async def test_an_encoded_update_says_so_and_shows_its_tensors_as_they_travel():
     tensors = {"w#q": np.ones(3, np.int8), "w#scale": np.ones(1, np.float32)}
     table, pieces = lay_out(tensors)
     (delivery,) = await through(encode(update(encoding="int8", tensors=table), pieces))
-    reading = decode_message(delivery, "f")
-    assert [tensor.name for tensor in reading.tensors] == ["w#q", "w#scale"]
-    assert facts(reading) == ["round 7", "120 examples", "encoded as int8", "loss 0.25"]
+    decoded = decode_message(delivery, "f")
+    assert [tensor.name for tensor in decoded.tensors] == ["w#q", "w#scale"]
+    assert facts(decoded) == ["round 7", "120 examples", "encoded as int8", "loss 0.25"]
 
 
 async def test_what_has_no_finite_norm_is_still_json():
     (delivery,) = await sent({"huge": np.array([1e300, 1e300])})
-    reading = decode_message(delivery, "f")
-    assert reading.tensors[0].norm is None
-    assert reading.tensors[0].max == 1e300
-    told = json.loads(json.dumps(reading.as_dict(0.0), allow_nan=False))
+    decoded = decode_message(delivery, "f")
+    assert decoded.tensors[0].norm is None
+    assert decoded.tensors[0].max == 1e300
+    told = json.loads(json.dumps(decoded.as_dict(0.0), allow_nan=False))
     assert told["num_examples"] == 120
 
 
 async def test_tensors_that_travel_apart_have_no_values_here():
     announced, *parts = await sent({"kernel": np.zeros(PART_BYTES // 4 + 1, np.float32)})
-    reading = decode_message(announced, "f")
-    assert reading.tensors[0].shape == (PART_BYTES // 4 + 1,)
-    assert reading.tensors[0].norm is None
-    assert reading.transfer.parts == len(parts) == 2
-    assert "its tensors travel separately, in 2 parts, 4.2 MB" in facts(reading)
+    decoded = decode_message(announced, "f")
+    assert decoded.tensors[0].shape == (PART_BYTES // 4 + 1,)
+    assert decoded.tensors[0].norm is None
+    assert decoded.transfer.parts == len(parts) == 2
+    assert "its tensors travel separately, in 2 parts, 4.2 MB" in facts(decoded)
     assert [part_of(decode_message(part, "f")) for part in parts] == [(1, 2), (2, 2)]
     assert facts(decode_message(parts[1], "f")) == ["part 2 of 2"]
-    assert part_of(reading) is None
+    assert part_of(decoded) is None
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ async def test_tensors_that_travel_apart_have_no_values_here():
 )
 async def test_what_cannot_be_read_says_why_and_how_it_begins(body, word):
     (delivery,) = await through(body, type="update", headers={"worker": "w9", "round": 3})
-    reading = decode_message(delivery, "f")
-    assert word in reading.wrong
-    told = reading.as_dict(0.0)
+    decoded = decode_message(delivery, "f")
+    assert word in decoded.wrong
+    told = decoded.as_dict(0.0)
     assert told["first_bytes"] == body[:48].hex(" ")
     assert told["kind"] == "update"
-    if reading.message is None:
-        assert (reading.worker, reading.round) == ("w9", 3)
-    assert any(word in fact for fact in facts(reading))
+    if decoded.message is None:
+        assert (decoded.worker, decoded.round) == ("w9", 3)
+    assert any(word in fact for fact in facts(decoded))
 
 
 async def test_the_sign_of_life_of_a_training_worker_in_words():
@@ -134,7 +134,7 @@ async def test_an_event_of_the_journal_in_words():
 
 
 async def test_many_events_of_the_journal_are_counted():
-    told = [Happening(event=event, time="t") for event in ("opened", "counted", "counted")]
+    told = [EventRecord(event=event, time="t") for event in ("opened", "counted", "counted")]
     events = Events(federation="f", session="s", number=1, events=tuple(told))
     (delivery,) = await through(encode(events))
     assert facts(decode_message(delivery, "f")) == ["1 x opened, 2 x counted"]

@@ -65,7 +65,7 @@ def test_a_stop_names_the_command_that_really_goes_on():
     said = endings.after_a_stop(state, FOLDER)
     assert said == ("once that is fixed, the same command (without --fresh) goes on with round 4")
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
-        said = endings.after_a_stop(state.but(**other), FOLDER)
+        said = endings.after_a_stop(state.replace(**other), FOLDER)
         assert "if the model or the classes have changed" in said
         assert "--fresh begins a new run" in said
         assert said.endswith("the same command (without --fresh) goes on with round 4")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Event
-from fluffle_coordinator.cli.journal import _spans, _which
+from fluffle_coordinator.cli.journal import _choose_round, _spans
 from fluffle_coordinator.observe.explain import (
     Explanation,
     Wait,
@@ -308,7 +308,7 @@ def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
     story.add(2, "joined", worker="a", num_examples=80)
     story.add(3, "refused", worker="b", reason="it has other classes")
     story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a)")
-    told = explain(story.events, *_which(story.events, None, None), at(10))
+    told = explain(story.events, *_choose_round(story.events, None, None), at(10))
     text = "\n".join(sentences(told))
     assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")
     assert f"At {clock(at(3))}: refused: it has other classes (b)." in text
@@ -337,20 +337,20 @@ def test_which_round_is_meant():
     story = begun().opened(20, 8)
     story.events += Story("later").opened(30, 1).opened(40, 2).events
     assert runs_of(story.events) == {"r": [7, 8], "later": [1, 2]}
-    assert _which(story.events, None, None) == ("later", 2)
-    assert _which(story.events, "r", None) == ("r", 8)
-    assert _which(story.events, "r", 7) == ("r", 7)
+    assert _choose_round(story.events, None, None) == ("later", 2)
+    assert _choose_round(story.events, "r", None) == ("r", 8)
+    assert _choose_round(story.events, "r", 7) == ("r", 7)
     with pytest.raises(
         UsageError, match="round 9 of run later is not .*; r has 7-8; later has 1-2"
     ):
-        _which(story.events, None, 9)
+        _choose_round(story.events, None, 9)
     with pytest.raises(UsageError, match="run x is not in the journal; there are r, later"):
-        _which(story.events, "x", None)
+        _choose_round(story.events, "x", None)
     with pytest.raises(UsageError, match="no run yet"):
-        _which([], None, None)
-    with pytest.raises(UsageError, match="opened no round yet"):
-        _which(Story().add(0, "started").events, None, 1)
-    assert _which(Story().add(0, "started").events, None, None) == ("r", 0)
+        _choose_round([], None, None)
+    with pytest.raises(UsageError, match="has not opened a round yet"):
+        _choose_round(Story().add(0, "started").events, None, 1)
+    assert _choose_round(Story().add(0, "started").events, None, None) == ("r", 0)
     assert _spans([3, 1, 2, 9]) == "1-3, 9"
 
 

@@ -402,7 +402,7 @@ def test_dp_sgd_without_noise_or_clipping_is_sgd_and_tells_no_loss():
 def test_no_example_moves_a_private_training_by_more_than_its_share():
     inputs, targets = numbers()
     wild = targets.copy()
-    wild[0] = -1e6  # its gradient points the other way, and is as long once it is clipped
+    wild[0] = -1e6  # its clipped gradient points the other way
     plan = {"epochs": 1, "batch_size": COUNT, "learning_rate": 1.0}
     rule = DpSgd(0.5, 0.0)
     one = train(task_of(Line, local_rule=rule), task_of(Line).init(0), **plan)

@@ -69,7 +69,7 @@ async def test_it_names_no_weights_where_it_was_asked_for_the_first():
 def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_task():
     task = Nothing()
     task.classes = ("c" * 90,) * 1000
-    with pytest.raises(TaskError, match=r"'t' cannot introduce itself: classes: .*90000 bytes"):
+    with pytest.raises(TaskError, match=r"'t' cannot be sent: classes: .*90000 bytes"):
         Presence(WorkerSettings("f", "w", "t"), task, TOPOLOGY)
 
 
@@ -121,7 +121,7 @@ async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirma
     speaking.cancel()
     assert len(link.published) == count
     assert link.published[:3] == [("hello", True), ("heartbeat", True), ("heartbeat", True)]
-    for telling in presence._telling:
+    for telling in presence._being_sent:
         telling.cancel()
 
 

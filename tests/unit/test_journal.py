@@ -473,6 +473,8 @@ async def test_who_may_not_read_the_journal_is_told_which_right_is_missing(broke
 
     monkeypatch.setattr(MemoryLink, "newest", refused)
     events = read_journal(broker, TOPOLOGY)
-    with pytest.raises(BrokerError, match=r"ACCESS_REFUSED; it needs the right to read f\.journal"):
+    with pytest.raises(
+        BrokerError, match=r"ACCESS_REFUSED; the user needs permission to read f\.journal"
+    ):
         async for _ in events:
             pass

@@ -1,4 +1,4 @@
-"""The learning rate of each round, as the operator schedules it."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_plan_can_carry_the_rate_of_any_round(text):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("cosin", "there is no schedule 'cosin' .* did you mean cosine"),
+        ("cosin", "there is no schedule 'cosin' .* did you mean 'cosine'"),
         ("", "known are constant, cosine, exponential:FACTOR, step:ROUNDS,FACTOR"),
         ("cosine:0.5", "is 'cosine:0.5'; expected is cosine"),
         ("exponential", "expected is exponential:FACTOR"),

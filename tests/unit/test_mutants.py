@@ -17,10 +17,20 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from fluffle_coordinator.machine import agreement, hearing, updates, work
+from fluffle_coordinator.machine import (
+    agreement,
+    clock,
+    closing,
+    ending,
+    evaluation,
+    first_weights,
+    membership,
+    opening,
+    transitions,
+    updates,
+    work,
+)
 from fluffle_coordinator.machine import machine as rounds
-from fluffle_coordinator.machine import membership as members
-from fluffle_coordinator.machine import transitions as progress
 from fluffle_coordinator.machine.schedules import quorum
 from fluffle_worker import machine as session
 from tests.unit import (
@@ -65,8 +75,8 @@ MUTANTS = [
     Mutant(
         "folds duplicates",
         updates,
-        "    if held is not None:\n        return _again",
-        "    if False:\n        return _again",
+        "    if held is not None:\n        return _hold_copy",
+        "    if False:\n        return _hold_copy",
         "test_a_duplicate_of_what_we_hold_is_acknowledged",
     ),
     Mutant(
@@ -79,15 +89,15 @@ MUTANTS = [
     Mutant(
         "folds what comes during the commit",
         updates,
-        "    if state.phase is not Phase.COMMITTING:  # else it is looked at",
-        "    if True:  # else it is looked at",
+        "    if state.phase is not Phase.COMMITTING:  # else ``committed``",
+        "    if True:  # else ``committed``",
         "test_what_comes_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
         "folds a copy while the round is being committed",
         updates,
-        "        if state.phase is not Phase.COMMITTING:  # then",
-        "        if True:  # then",
+        "        if state.phase is not Phase.COMMITTING:  # else it",
+        "        if True:  # else it",
         "test_a_copy_is_not_folded_while_the_round_is_being_committed",
         random=False,
     ),
@@ -132,7 +142,7 @@ MUTANTS = [
     Mutant(
         "averages what was trained from weights that were taken back",
         updates,
-        "    if event.base != began_with:\n",
+        "    if event.base != base:\n",
         "    if False:\n",
         "test_what_was_trained_from_other_weights_is_refused",
     ),
@@ -153,7 +163,7 @@ MUTANTS = [
     ),
     Mutant(
         "forgets who was asked before the sample was drawn again",
-        progress,
+        closing,
         "{*state.asked, *state.asked_before, *in_it}",
         "{*state.asked, *in_it}",
         "test_a_commit_says_who_was_asked_also_before_the_sample_was_drawn_again",
@@ -170,14 +180,14 @@ MUTANTS = [
     Mutant(
         "lets time pass in an outage of the broker",
         rounds,
-        "        state = put_off(state, event.now - state.unlinked_since)\n",
+        "        state = postpone(state, event.now - state.unlinked_since)\n",
         "        pass\n",
         "test_our_own_outage_does_not_count_as_standing_still",
         random=False,
     ),
     Mutant(
         "waits for first weights from a worker that began again",
-        members,
+        membership,
         "        if state.init_asked == worker.name:",
         "        if False:",
         "test_the_first_weights_are_asked_again_of_a_worker_that_began_again",
@@ -185,22 +195,22 @@ MUTANTS = [
     ),
     Mutant(
         "commits below the quorum",
-        progress,
+        closing,
         "state.folded >= state.needed",
         "state.folded >= state.needed - 1",
         "test_the_quorum_commits",
     ),
     Mutant(
         "reopens for ever",
-        progress,
-        "    if stuck > rules.max_reopenings:",
+        closing,
+        "    if fruitless > rules.max_reopenings:",
         "    if False:",
         "test_reopenings_without_a_new_update_are_bounded",
     ),
     Mutant(
         "forgets what is at work when a version is committed",
         updates,
-        "    if state.schedule.continuous:  # who is at work stays at it\n",
+        "    if state.schedule.continuous:  # workers continue with their work\n",
         "    if False:\n",
         "test_who_is_at_work_goes_on_with_it",
         random=False,
@@ -231,13 +241,13 @@ MUTANTS = [
     Mutant(
         "closes a round with late updates",
         updates,
-        "    closes_with_it = state.schedule.continuous or not staleness\n",
-        "    closes_with_it = True\n",
+        "    towards_quorum = state.schedule.continuous or not staleness\n",
+        "    towards_quorum = True\n",
         "test_a_late_update_counts_in_the_open_round_and_does_not_close_it",
     ),
     Mutant(
         "spins while the grace outlasts the deadline",
-        progress,
+        transitions,
         "    if state.quorum_at is not None:\n        if state.phase",
         "    if False:\n        if state.phase",
         "test_the_grace_may_last_longer_than_the_deadline",
@@ -245,28 +255,28 @@ MUTANTS = [
     ),
     Mutant(
         "spins after a resume while nobody comes",
-        progress,
-        "state = state.but(gate=1, gate_until=math.inf)",
-        "state = state.but(gate=1)",
+        transitions,
+        "state = state.replace(gate=1, gate_until=math.inf)",
+        "state = state.replace(gate=1)",
         "test_a_resumed_run_stays_quiet_while_nobody_comes",
     ),
     Mutant(
         "takes a stop of its own for everybody's silence",
-        members,
-        "    now = clock(state, event.now)\n",
+        membership,
+        "    now = clock_time(state, event.now)\n",
         "    now = event.now\n",
         "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
     ),
     Mutant(
         "counts the time in which it heard nobody",
-        hearing,
-        "    if missed_s > 0:\n",
+        clock,
+        "    if lost_s > 0:\n",
         "    if False:\n",
         "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
     ),
     Mutant(
         "believes signs of life from before its link",
-        members,
+        membership,
         "    if not state.caught_up:\n",
         "    if False:\n",
         "test_signs_of_life_from_before_do_not_count",
@@ -274,7 +284,7 @@ MUTANTS = [
     ),
     Mutant(
         "commits with less than was written",
-        progress,
+        closing,
         "state.folded >= state.needed",
         "state.folded >= state.rules.quorum.of(state.tally.expected)",
         "test_no_round_commits_with_less_than_was_written",
@@ -290,7 +300,7 @@ MUTANTS = [
     ),
     Mutant(
         "ends a long round though its workers advance",
-        progress,
+        closing,
         "    if any(state.advancing(name) for name in state.missing):\n",
         "    if False:\n",
         "test_a_long_round_is_no_dead_one",
@@ -378,15 +388,29 @@ MUTANTS = [
     ),
     Mutant(
         "goes on after a commit that is enough",
-        progress,
-        "past_the_last = state.round > state.rules.rounds or state.enough",
-        "past_the_last = state.round > state.rules.rounds",
+        transitions,
+        "state.round > state.rules.rounds or state.enough",
+        "state.round > state.rules.rounds",
         "test_no_round_opens_after_a_commit_that_is_enough",
         random=False,
     ),
 ]
 # The parts of the coordinator's machine, each after those that it imports.
-PARTS = [quorum, hearing, agreement, work, progress, members, updates, rounds]
+PARTS = [
+    quorum,
+    clock,
+    agreement,
+    work,
+    ending,
+    evaluation,
+    first_weights,
+    opening,
+    closing,
+    transitions,
+    membership,
+    updates,
+    rounds,
+]
 UNCHANGED = Mutant("nothing is broken", rounds, "", "")
 
 
@@ -456,7 +480,7 @@ def _random(machine: ModuleType, worker_machine: ModuleType) -> Callable[[], obj
     )
     profile = settings(
         test_rounds_machine.PROFILE,
-        max_examples=4000,  # the search ends at the first failure
+        max_examples=20_000,  # the search ends at the first failure
         derandomize=True,
         database=None,
         phases=[Phase.generate],

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from fluffle_broker.cli import broker as cli
-from fluffle_broker.node import container, network, node, packages, processes, record
-from fluffle_broker.node import launch as boot
+from fluffle_broker.node import container, launch, network, node, packages, processes, record
 from fluffle_broker.node.packages import Installation
 from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
@@ -122,7 +121,7 @@ def test_up_refuses(tmp_path: Path, state: str, ports: Ports, extra: str, told: 
 def test_up_refuses_a_disk_on_which_publishers_would_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(boot, "DISK_FREE_LIMIT_BYTES", 1 << 62)
+    monkeypatch.setattr(launch, "DISK_FREE_LIMIT_BYTES", 1 << 62)
     with pytest.raises(BrokerError, match="MB are free"):
         node.up(tmp_path, ports=Ports(0, 0, 0))
 
@@ -243,7 +242,7 @@ def test_a_process_that_ends_when_asked_is_not_killed() -> None:
 
 def test_the_environment_names_only_files_and_ports_of_this_node(info: NodeInfo) -> None:
     installation = Installation(Path("/opt/sbin/rabbitmq-server"), "unpacked", (Path("/opt/bin"),))
-    made = boot.environment(info, installation, {"PATH": "/usr/bin"})
+    made = launch.environment(info, installation, {"PATH": "/usr/bin"})
     assert made["PATH"] == "/opt/bin:/usr/bin"
     assert (made["ERL_EPMD_PORT"], made["RABBITMQ_DIST_PORT"]) == ("4", "5")
     paths = {name: value for name, value in made.items() if value.startswith("/")} | {"PATH": ""}
@@ -253,31 +252,33 @@ def test_the_environment_names_only_files_and_ports_of_this_node(info: NodeInfo)
 
 def test_the_cookie_is_kept_private_and_from_one_start_to_the_next(info: NodeInfo) -> None:
     cookie = info.folder / "home/.erlang.cookie"
-    boot.write_files(info, "", None)
+    launch.write_files(info, "", None)
     first = cookie.read_text()
-    boot.write_files(info, "", None)
+    launch.write_files(info, "", None)
     assert cookie.read_text() == first
     assert cookie.stat().st_mode & 0o777 == 0o400
-    boot.write_files(info, "", "shared")
+    launch.write_files(info, "", "shared")
     assert cookie.read_text() == "shared"
 
 
 def test_lines_of_the_caller_come_last_as_the_last_one_wins(info: NodeInfo) -> None:
-    boot.write_files(info, "consumer_timeout = 10000", None)
+    launch.write_files(info, "consumer_timeout = 10000", None)
     written = (info.folder / "etc/rabbitmq.conf").read_text()
     assert re.findall(r"^consumer_timeout = (\d+)$", written, re.M) == ["86400000", "10000"]
 
 
 def test_the_shipped_configuration_fits_a_container_too() -> None:
-    settings = [line for line in boot.base_configuration().splitlines() if line and line[0] != "#"]
+    settings = [
+        line for line in launch.base_configuration().splitlines() if line and line[0] != "#"
+    ]
     assert all(re.fullmatch(r"[\w.]+ = \S+", line) for line in settings)
     assert not any(line.startswith(("listeners", "management", "prometheus")) for line in settings)
-    megabytes = boot.DISK_FREE_LIMIT_BYTES // 1_000_000
+    megabytes = launch.DISK_FREE_LIMIT_BYTES // 1_000_000
     assert f"disk_free_limit.absolute = {megabytes}MB" in settings
 
 
 def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> None:
-    compose = boot.shipped("compose.yaml").read_text()
+    compose = launch.packaged_file("compose.yaml").read_text()
     published = re.findall(r'^ +- "(.*):\d+"$', compose, re.M)
     assert len(published) == 3
     assert all(each.startswith("127.0.0.1:${FLUFFLE_") for each in published)
@@ -311,11 +312,11 @@ def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> Non
     ],
 )
 def test_one_line_of_a_failed_boot_is_quoted(log: str, told: str) -> None:
-    assert boot.telling_line(log) == told
+    assert launch.failure_reason(log) == told
 
 
 def test_what_a_failed_boot_tells_is_never_long() -> None:
-    assert len(boot.telling_line("BOOT FAILED\n===========\n" + "{error, term} " * 1000)) <= 240
+    assert len(launch.failure_reason("BOOT FAILED\n===========\n" + "{error, term} " * 1000)) <= 240
 
 
 # --- packages -------------------------------------------------------------------------------------

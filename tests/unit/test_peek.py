@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from fluffle_broker.inspect.browse import held, is_classic
+from fluffle_broker.inspect.browse import borrowed, is_classic
 from fluffle_broker.inspect.peek import full_name, peek
 from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol.messages import Event, Update
@@ -77,8 +77,8 @@ async def test_messages_are_shown_from_the_head_and_left_as_they_were(broker, li
     before = [stored.body for stored in broker.queues["f.updates"].ready]
     for _ in range(3):
         peeked = await peek(await broker.open(), TOPOLOGY, "updates", 3)
-    assert [reading.round for reading in peeked.readings] == [1, 2, 3]
-    assert peeked.readings[0].tensors[0].mean == 1.0
+    assert [decoded.round for decoded in peeked.messages] == [1, 2, 3]
+    assert peeked.messages[0].tensors[0].mean == 1.0
     assert peeked.counts == (4, 0)
     assert await drain(link, "f.updates") == before
 
@@ -88,7 +88,7 @@ async def test_peeking_at_what_is_read_waits_for_nobody(broker, link):
     await put_updates(link, 3)
     first = await anext(reader)
     peeked = await peek(await broker.open(), TOPOLOGY, "updates", 5)
-    assert [reading.round for reading in peeked.readings] == [2, 3]
+    assert [decoded.round for decoded in peeked.messages] == [2, 3]
     first.ack()
     second = await anext(reader)
     assert second.redelivered
@@ -110,8 +110,8 @@ async def test_a_queue_that_is_read_as_it_fills_is_refused(broker, link, queue, 
 
 async def test_the_mail_of_a_worker_that_is_away_is_shown(broker, link):
     await link.publish(b"junk", Properties(), exchange=TOPOLOGY.work, keys=["w1"])
-    (reading,) = (await peek(await broker.open(), TOPOLOGY, "inbox.w1", 5)).readings
-    assert "msgpack" in reading.wrong
+    (decoded,) = (await peek(await broker.open(), TOPOLOGY, "inbox.w1", 5)).messages
+    assert "msgpack" in decoded.wrong
 
 
 async def test_an_outbox_is_refused_since_its_parts_are_counted(broker, link):
@@ -149,13 +149,13 @@ async def test_of_the_journal_the_last_entries_are_shown(broker, link):
         await send(link, event, Route("", [TOPOLOGY.journal]))
     for count, expected in ((2, [4, 5]), (50, [1, 2, 3, 4, 5])):
         peeked = await peek(await broker.open(), TOPOLOGY, "journal", count)
-        assert [reading.message.number for reading in peeked.readings] == expected
+        assert [decoded.message.number for decoded in peeked.messages] == expected
 
 
 async def test_no_more_is_held_than_may_be(broker, link):
     for body in (b"a" * 10, b"b" * 10, b"c" * 10):
         await link.publish(body, Properties(), exchange="", keys=["f.updates"])
-    async with held(link, "f.updates", count=5, most_bytes=15) as deliveries:
+    async with borrowed(link, "f.updates", count=5, most_bytes=15) as deliveries:
         assert len([delivery async for delivery in deliveries]) == 2
         assert (await link.counts("f.updates")).ready == 1
     assert (await link.counts("f.updates")).ready == 3
@@ -164,7 +164,7 @@ async def test_no_more_is_held_than_may_be(broker, link):
 async def test_what_is_held_comes_back_when_we_fail(broker, link):
     await put_updates(link, 2)
     with pytest.raises(RuntimeError):
-        async with held(link, "f.updates", count=2, most_bytes=100_000) as deliveries:
+        async with borrowed(link, "f.updates", count=2, most_bytes=100_000) as deliveries:
             assert len([delivery async for delivery in deliveries]) == 2
             raise RuntimeError
     assert (await link.counts("f.updates")).ready == 2

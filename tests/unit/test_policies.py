@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from fluffle_broker.inspect.queues import Look
+from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import hints
 from fluffle_broker.node import policies
 from fluffle_common.errors import BrokerError
@@ -156,7 +156,7 @@ def told(name: str, policy: object) -> dict[str, object]:
 
 
 def hinted(*of: dict[str, object]) -> list[str]:
-    return hints(Look(LETTERS, [read_queue(one, LETTERS, 0.0) for one in of], []))
+    return hints(QueueOverview(LETTERS, [read_queue(one, LETTERS, 0.0) for one in of], []))
 
 
 def test_queues_without_a_limit_share_one_line_that_says_how_to_set_one():

@@ -210,12 +210,14 @@ def test_a_rate_decides_who_is_asked():
     ],
 )
 def test_what_would_make_chances_depend_on_others_is_refused(rules, option):
-    with pytest.raises(UsageError, match=f"chance 0.01 and wait for all of .*, and not {option};"):
+    with pytest.raises(
+        UsageError, match=f"probability 0.01 and waits .*, which {option} contradicts"
+    ):
         rules_for(load_strategy(SAMPLED), Rules(rounds=1, **rules))
 
 
 def test_a_bound_that_follows_from_other_updates_is_refused():
-    with pytest.raises(UsageError, match="cannot have --max-norm-ratio"):
+    with pytest.raises(UsageError, match="does not allow --max-norm-ratio"):
         rules_for(load_strategy("dp:1,noise=4,workers=2"), Rules(rounds=1, max_norm_ratio=3.0))
 
 
@@ -232,7 +234,9 @@ def test_sampling_that_is_not_counted_is_told():
 
 def test_updates_are_not_kept_that_are_to_be_hidden():
     flags = ["--federation", "f", "--strategy", "dp:1,noise=4,workers=2", "--keep-updates"]
-    with pytest.raises(UsageError, match="--keep-updates would keep what the strategy dp:clip=1.0"):
+    with pytest.raises(
+        UsageError, match="--keep-updates would store the updates that the strategy dp"
+    ):
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
 
 

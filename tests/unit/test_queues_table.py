@@ -13,8 +13,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fluffle_broker.inspect.queues import Look
-from fluffle_broker.inspect.queues_table import drawn, hints, together
+from fluffle_broker.inspect.queues import QueueOverview
+from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import QueueFigures
 
@@ -29,17 +29,17 @@ def queue(name: str, ready: int = 0, consumers: int = 0, **more: object) -> Queu
     return QueueFigures(full, purpose, ready, 0, consumers, **told)  # type: ignore[arg-type]
 
 
-def federation(workers: int, absent: int = 0, **more: object) -> Look:
+def federation(workers: int, absent: int = 0, **more: object) -> QueueOverview:
     queues = [queue(name, consumers=int(name in ("updates", "presence"))) for name in SHARED]
     for number in range(workers):
         queues.append(queue(f"inbox.client-{number}", consumers=int(number >= absent)))
         queues.append(queue(f"outbox.client-{number}"))
-    return Look(TOPOLOGY, queues, [], **more)  # type: ignore[arg-type]
+    return QueueOverview(TOPOLOGY, queues, [], **more)  # type: ignore[arg-type]
 
 
-def text(found: Look, width: int) -> list[str]:
+def text(found: QueueOverview, width: int) -> list[str]:
     out = io.StringIO()
-    Console(file=out, width=width).print(drawn(found, width))
+    Console(file=out, width=width).print(build_table(found, width))
     return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
 
 
@@ -56,7 +56,7 @@ def test_it_is_short_and_within_the_width(workers, width):
 def test_empty_queues_of_a_kind_share_a_row_and_others_do_not():
     found = federation(30)
     found.queues.append(queue("inbox.busy", ready=3, consumers=1))
-    shown = {one.name: one for one in together(found)}
+    shown = {one.name: one for one in group_quiet(found)}
     assert shown["inbox.* (30 empty)"].consumers == 30
     assert shown["inbox.* (30 empty)"].in_rate == pytest.approx(15)
     assert shown["inbox.* (30 empty)"].out_rate is None
@@ -84,13 +84,13 @@ def test_hints_are_escaped():
 
 
 def test_after_the_end_of_a_run_nothing_is_off():
-    over = Look(TOPOLOGY, [queue(name) for name in (*SHARED, "inbox.w1", "outbox.w1")], [])
+    over = QueueOverview(TOPOLOGY, [queue(name) for name in (*SHARED, "inbox.w1", "outbox.w1")], [])
     assert over.at_rest
     assert not hints(over)
-    waiting = Look(TOPOLOGY, [*over.queues, queue("inbox.w2", ready=1)], [])
+    waiting = QueueOverview(TOPOLOGY, [*over.queues, queue("inbox.w2", ready=1)], [])
     assert not waiting.at_rest
     assert len(hints(waiting)) == 4  # nobody reads updates and presence; w1; w2 and its message
-    unknown = Look(TOPOLOGY, over.queues, [], note="the management API does not answer")
+    unknown = QueueOverview(TOPOLOGY, over.queues, [], note="the management API does not answer")
     assert not unknown.at_rest
 
 

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from fluffle_broker.inspect.rejected import destination, dropped, kept, one, purge, requeue
+from fluffle_broker.inspect.rejected import (
+    destination,
+    dropped,
+    list_rejected,
+    purge,
+    read_rejected,
+    requeue,
+)
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.codec import encode
 from fluffle_common.protocol.messages import Update
@@ -54,26 +61,26 @@ async def test_what_was_refused_is_listed_with_why_and_stays(link):
     await refuse_updates(link, 3)
     await refuse(link, TOPOLOGY.updates, b"junk", type="", headers={})
     for _ in range(2):
-        found = await kept(link, TOPOLOGY)
+        found = await list_rejected(link, TOPOLOGY)
     assert [(m.number, m.cause, m.reason, m.queue) for m in found] == [
         (n, "run", "it belongs to run other", "f.updates") for n in (1, 2, 3, 4)
     ]
-    assert [(m.reading.kind, m.reading.worker) for m in found[2:]] == [
+    assert [(m.decoded.kind, m.decoded.worker) for m in found[2:]] == [
         ("update", "w1"),
         ("unknown", None),
     ]
     assert found[0].rejected_at.startswith("20")
-    assert all(message.reading.size_bytes for message in found)
+    assert all(message.decoded.size_bytes for message in found)
     assert await ready(link) == 4
 
 
 async def test_one_is_shown_in_full_and_stays(link):
     await refuse_updates(link, 3)
-    assert (await one(link, TOPOLOGY, 2)).reading.round == 2
+    assert (await read_rejected(link, TOPOLOGY, 2)).decoded.round == 2
     assert await ready(link) == 3
     for number in (4, 50):
         with pytest.raises(UsageError, match=f"no message {number}.*1 to 3"):
-            await one(link, TOPOLOGY, number)
+            await read_rejected(link, TOPOLOGY, number)
     assert await ready(link) == 3
 
 
@@ -85,7 +92,7 @@ async def test_one_is_sent_again_as_its_sender_sent_it(link):
     assert again.body == body(2)
     assert (again.properties.type, again.properties.message_id) == ("update", "m2")
     assert again.properties.headers == {"worker": "w1"}
-    assert [m.reading.round for m in await kept(link, TOPOLOGY)] == [1, 3]
+    assert [m.decoded.round for m in await list_rejected(link, TOPOLOGY)] == [1, 3]
 
 
 async def test_all_are_sent_again_but_what_comes_back_meanwhile(link):
@@ -111,7 +118,7 @@ async def test_what_has_no_way_back_stays_and_says_why(link):
     assert gone.left == "f.inbox.w1 no longer exists"
     assert unknown.left == "its origin is unknown"
     assert fine.left is None
-    assert [m.number for m in await kept(link, TOPOLOGY)] == [1, 2]
+    assert [m.number for m in await list_rejected(link, TOPOLOGY)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -133,14 +140,14 @@ async def test_what_has_no_way_back_stays_and_says_why(link):
 async def test_the_way_back(link, headers, kind, expected):
     sent = Properties(type=kind, headers=headers)
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
-    (message,) = await kept(link, TOPOLOGY)
+    (message,) = await list_rejected(link, TOPOLOGY)
     assert destination(message, TOPOLOGY) == expected
 
 
 async def test_what_rabbitmq_itself_put_there_says_so(link):
     sent = Properties(headers={"x-first-death-reason": "maxlen"})
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
-    (message,) = await kept(link, TOPOLOGY)
+    (message,) = await list_rejected(link, TOPOLOGY)
     assert (message.reason, message.cause) == ("RabbitMQ dropped it (maxlen)", "unknown")
 
 
@@ -157,14 +164,14 @@ async def test_a_quorum_queue_is_not_looked_at_but_emptied(link):
     sent = Properties(type="update", headers={"worker": "w1", "from": "q.updates"})
     await link.publish(b"x", sent, exchange="", keys=["q.rejected"])
     with pytest.raises(UsageError, match="not a classic queue"):
-        await kept(link, Topology("q"))
+        await list_rejected(link, Topology("q"))
     (done,) = await requeue(link, Topology("q"), None)
     assert done.left is None
 
 
 async def test_a_federation_that_is_not_there(link):
     with pytest.raises(UsageError, match="nobody of federation g"):
-        await kept(link, Topology("g"))
+        await list_rejected(link, Topology("g"))
 
 
 # --- what the bound dropped ----------------------------------------------------------------------

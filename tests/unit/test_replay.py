@@ -336,7 +336,7 @@ def test_one_altered_bit_is_found_and_its_tensor_named(folder, of):
 
     shown = CliRunner().invoke(replay_command, [str(folder), "--round", "1"])
     assert shown.exit_code == 1
-    assert "DIFFERENT: 1 of 7 tensors are not what was committed: w\n" in shown.output
+    assert "DIFFERENT: 1 of 7 tensors differ from the committed model: w\n" in shown.output
     as_json = CliRunner().invoke(replay_command, [str(folder), "--round", "1", "--json"])
     assert as_json.exit_code == 1
     told = json.loads(as_json.output)
@@ -355,7 +355,7 @@ def test_a_checkpoint_that_is_not_finite_is_different_and_still_json(folder):
 def test_the_equal_case_in_words(folder):
     shown = CliRunner().invoke(replay_command, [str(folder), "--round", "2"])
     assert shown.exit_code == 0
-    assert "equal: all 7 tensors are, bit by bit, what was committed" in shown.output
+    assert "equal: all 7 tensors match the committed model bit by bit" in shown.output
     assert "a (3), b.x-1 (7), c (11)" in shown.output
 
 

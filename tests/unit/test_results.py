@@ -131,7 +131,7 @@ def test_of_too_many_metrics_the_first_stay_loss_and_accuracy_among_them():
     seen = Seen(Odd(metrics=many))
     names = ["loss", "accuracy", *(f"class_{number:03}" for number in range(62))]
     assert list(seen.update.metrics) == names
-    assert "102 metrics, and 64 travel; the last 38 are left out" in seen.said[0]
+    assert "102 metrics, but at most 64 travel; the last 38 are left out" in seen.said[0]
 
 
 def test_names_of_metrics_that_are_too_long_stay_apart():

@@ -419,7 +419,7 @@ def test_the_tally_is_what_counting_anew_would_give():
     run.left("b")
     run.failed("c", 1)
     run.evaluation("d", 0)
-    assert run.state.recounted().tally == run.state.tally
+    assert run.state.replace_and_recount().tally == run.state.tally
     assert run.state.tally == rs.Tally(expected=2, unfolded=1, unevaluated=1)
 
 

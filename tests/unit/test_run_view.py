@@ -84,8 +84,8 @@ def test_it_is_bounded():
     view = view_of(opened(1, "a"), *[rejected()] * 1100)
     assert len(view.rounds[1].notes) == 1000
     view = view_of(*(run_events.Gone(worker=f"w{number}") for number in range(10_100)))
-    assert len(view.workers.absent) == 10_000
-    assert "w0" not in view.workers.absent
+    assert len(view.workers.departed) == 10_000
+    assert "w0" not in view.workers.departed
 
 
 def test_of_old_rounds_the_result_alone_is_kept():

@@ -332,7 +332,7 @@ def test_what_is_kept_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
     whole = read_whole(path)
     assert weights.keys() == whole.weights.keys() == model().keys()
     assert metadata == whole.metadata == {"round": "3"}
-    assert {n: t.tolist() for n, t in whole.kept.items()} == {
+    assert {n: t.tolist() for n, t in whole.strategy_state.items()} == {
         n: t.tolist() for n, t in kept.items()
     }
     assert load_file(path).keys() == {*model(), "strategy/v", "strategy/strategy/deep"}
@@ -341,7 +341,7 @@ def test_what_is_kept_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
 def test_a_model_of_another_program_may_call_its_tensors_as_it_likes(tmp_path):
     save_file({"strategy/w": np.zeros(2)}, tmp_path / "m")
     whole = read_whole(tmp_path / "m")
-    assert (list(whole.weights), whole.kept) == (["strategy/w"], {})
+    assert (list(whole.weights), whole.strategy_state) == (["strategy/w"], {})
     store = RunStore(tmp_path / "run")
     with pytest.raises(
         UsageError, match="first weights: the name of tensor 'strategy/w' .*rename it"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluffle_broker.cli.tap import Lines
+from fluffle_broker.cli.tap import TapPrinter
 from fluffle_broker.inspect import tap as tapping
 from fluffle_broker.inspect.decode import DecodedMessage
-from fluffle_broker.inspect.tap import Tap, Wanted, bindings, whom
+from fluffle_broker.inspect.tap import Tap, Wanted, bindings, workers_of
 from fluffle_common.protocol.codec import PART_BYTES
 from fluffle_common.protocol.messages import (
     Bye,
@@ -79,8 +79,8 @@ class Watched:
         self.shown: list[DecodedMessage] = []
         self._new = asyncio.Event()
 
-    def take(self, reading: DecodedMessage) -> None:
-        self.shown.append(reading)
+    def take(self, decoded: DecodedMessage) -> None:
+        self.shown.append(decoded)
         self._new.set()
 
     async def until(self, condition: Callable[[], Any]) -> None:
@@ -132,7 +132,7 @@ async def test_both_directions_are_shown_and_everyone_gets_their_mail(watched):
         await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1", "w2"]))
         await say(watched, evaluation("w2"))
         await watched.until(lambda: len(watched.shown) == 2)
-    assert [(r.kind, whom(r)) for r in watched.shown] == [
+    assert [(r.kind, workers_of(r)) for r in watched.shown] == [
         ("stop", ("w1", "w2")),
         ("evaluation", ("w2",)),
     ]
@@ -148,7 +148,7 @@ async def test_what_is_for_many_is_shown_to_whom_it_concerns(watched):
         await send(watched.link, STOP, Route(TOPOLOGY.work, everyone))
         await watched.until(lambda: len(watched.shown) == 1)
     (shown,) = watched.shown
-    assert whom(shown) == ("w1",)
+    assert workers_of(shown) == ("w1",)
     assert shown.delivery.properties.headers["recipients"] == len(everyone)
 
 
@@ -161,7 +161,7 @@ async def test_a_worker_that_comes_is_followed_from_then_on(watched):
                 await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1"]))
                 await asyncio.sleep(0)
         assert (await watched.link.counts("f.inbox.w1")).ready > len(watched.shown)
-    assert {(r.kind, whom(r)) for r in watched.shown} == {("stop", ("w1",))}
+    assert {(r.kind, workers_of(r)) for r in watched.shown} == {("stop", ("w1",))}
 
 
 async def test_only_what_is_wanted_is_shown(watched):
@@ -226,15 +226,15 @@ async def large(watched: Watched) -> None:
 
 async def lines(watched: Watched, wanted: Wanted, *sending: Awaitable[None], **more: Any) -> list:
     said: list[str] = []
-    printer = Lines(wanted, clock=lambda: 0.0, say=said.append, **more)
+    printer = TapPrinter(wanted, clock=lambda: 0.0, say=said.append, **more)
     expected = len(sending)
     async with watched.tap(wanted, "w1", "w2"):
         for each in sending:
             await each
         await say(watched, evaluation("w1"))
         await watched.until(lambda: watched.shown and watched.shown[-1].kind == "evaluation")
-    for reading in watched.shown:
-        printer.take(reading)
+    for decoded in watched.shown:
+        printer.take(decoded)
     assert len(said) >= min(expected, 1)
     return said
 

@@ -240,7 +240,7 @@ def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
 
     assert signature_of_task(own(init=init)) == UNKNOWN
     assert (
-        "can make no first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
+        "cannot make first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
     )
     assert difference(signature_of_task(making(w=np.zeros(1))), UNKNOWN) is None
 

@@ -172,7 +172,7 @@ async def test_parts_that_have_arrived_are_told_and_no_more_are_sent_of_what_nob
 
 
 async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatch):
-    monkeypatch.setattr(answers, "_FULL_PAUSE_S", 0.0)
+    monkeypatch.setattr(answers, "_RETRY_S", 0.0)
     worker.answers.put(job(1))
     worker.answers.put(job(2))
     await worker.link.until("update 1", "update 2")

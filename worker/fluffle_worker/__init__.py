@@ -1,1 +1,1 @@
-"""The worker: trains a task on data that stays where it is."""
+"""The worker: trains a task on data that never leaves its machine."""

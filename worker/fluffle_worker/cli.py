@@ -1,4 +1,4 @@
-"""``fluffle worker``."""
+"""The command ``fluffle worker``."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ if TYPE_CHECKING:
 def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
-    The data never leaves this machine. Start the worker before or after the coordinator and the
-    broker: it waits for both, joins the round that is open or the next one, and comes back by
-    itself after any outage. What it sends is the difference that its training made to the weights,
-    how many examples it trained on, and its metrics.
+    The data never leaves this machine. The worker sends only the change that its training made to
+    the weights, its number of examples, and its metrics. Start it before or after the broker and
+    the coordinator: it waits for both, joins the open round or the next one, and reconnects after
+    any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1
@@ -139,7 +139,7 @@ def worker(**options: Any) -> None:
 
 
 def id_from(data: str) -> str:
-    """Make a worker's id from its data: the last part of a path, or the words of anything else.
+    """Derive a worker's id from ``--data``: the last part of a path, or any other text, cleaned.
 
     Example:
         >>> id_from("data/client-1/"), id_from("shard:0/3")
@@ -151,19 +151,19 @@ def id_from(data: str) -> str:
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
-    from fluffle_common.cli.objects import load_codec
+    from fluffle_common.cli.loading import load_codec
     from fluffle_common.cli.settings import broker_url
     from fluffle_common.protocol.events import Loaded
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
-    from fluffle_worker.leaving import leave
+    from fluffle_worker.exit_now import exit_now
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task
     from fluffle_worker.task import classes_of, num_examples_of
 
-    # Asked for again and again: our own node may be started later, and elsewhere.
+    # Resolved at each attempt to connect: fluffle's own broker may start later, on another port.
     find = functools.partial(broker_url, options["url"])
     transport = AmqpTransport(find, f"fluffle worker {name} of {federation}")
     task = _task(name, options)
@@ -181,9 +181,9 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
-        tell = _teller(console, options["log_format"])
+        tell = _event_printer(console, options["log_format"])
 
-        def service() -> WorkerService:
+        def make_service() -> WorkerService:
             return WorkerService(
                 settings,
                 task,
@@ -201,14 +201,14 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
                 classes=classes_of(task) or None,
             )
         )
-        code, at_work = _until_the_end(service, tell)
+        code, at_work = _run_to_end(make_service, tell)
     if at_work:
-        leave(code)
+        exit_now(code)
     sys.exit(code)
 
 
 def _task(worker: str, options: dict[str, Any]) -> Task:
-    """Make the task of a worker, with the local rule that its owner wants."""
+    """Load the task and apply the options for classes and the local rule."""
     from fluffle_worker.local.loading import use_local_rule
     from fluffle_worker.task import TaskOptions
     from fluffle_worker.task_loading import load_task
@@ -228,50 +228,51 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     return task
 
 
-def _until_the_end(service: Callable[[], WorkerService], tell: Tell) -> tuple[int, bool]:
-    """Run a worker; return the exit code, and whether the task's code is still at something."""
+def _run_to_end(make_service: Callable[[], WorkerService], tell: Tell) -> tuple[int, bool]:
+    """Run a worker; return the exit code, and whether the task's code may still be running."""
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.errors import FluffleError
     from fluffle_common.protocol.events import Leaving
 
-    made: list[WorkerService] = []
+    running: WorkerService | None = None
 
     async def run() -> None:
-        made.append(service())
-        await made[0].run()
+        nonlocal running
+        running = make_service()  # needs a running event loop
+        await running.run()
 
     def at_work() -> bool:
-        return bool(made) and made[0].at_work
+        return running is not None and running.at_work
 
     try:
         run_until_signalled(run())
-        wrong = made[0].verdict()
+        error = running.verdict() if running is not None else None
     except Interrupted as signalled:
         tell(Leaving())
         return signalled.exit_code, at_work()
     except FluffleError as why:
-        wrong = why
+        error = why
     except Exception:
         if not at_work():
             raise
         traceback.print_exc()
         return 1, True
-    if wrong is not None:
-        warn(str(wrong))
-        return wrong.exit_code, at_work()
+    if error is not None:
+        warn(str(error))
+        return error.exit_code, at_work()
     return 0, at_work()
 
 
-def _teller(console: Console, log_format: str) -> Tell:
-    """Return what tells of events: in lines for people, or for programs."""
+def _event_printer(console: Console, log_format: str) -> Tell:
+    """Return a function that prints an event as a line for people or as JSON."""
     from fluffle_common.protocol.events import Traceback
 
     def tell(event: RunEvent) -> None:
         if isinstance(event, Traceback) and log_format != "json":
-            # It is for whoever wrote the task, at once and as it is.
+            # Unabridged, for the author of the task.
             echo(*event.sentence().splitlines(), err=True)
         else:
-            console.line(event.name, event.sentence, event.fields())
+            console.event(event)
 
     return tell

@@ -1,4 +1,4 @@
-"""A worker's link to the broker: opened again whenever it is lost; its queues and its mail."""
+"""A worker's connection to the broker, reopened when lost, with its queues and their messages."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ from fluffle_worker.settings import WorkerSettings
 
 _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
-# A queue of ours that nobody uses for half an hour expires.
+# The worker's queues expire after half an hour without use.
 _RENEW_EVERY_S = 600.0
-# How often a worker that was here first looks whether a coordinator has come.
+# Interval between checks for the shared exchanges, which the coordinator declares.
 _LOOK_AGAIN_S = 0.5
 
 
 class Connection:
-    """The link, and all that goes on while there is one.
+    """Keeps a link open and does everything that runs while there is one.
 
     Args:
-        settings: what the data owner decided.
-        presence: gives signs of life over each link.
-        transport: the way to the broker.
-        topology: the names on it.
-        tell: told what happens.
-        opened: called for each link, before its mail is read.
-        receive: takes a message with its payload; what it finds malformed is rejected.
+        settings: the worker's settings.
+        presence: sends heartbeats over each link.
+        transport: how the broker is reached.
+        topology: the names on the broker.
+        tell: called with each event.
+        opened: called for each new link, before its first message is read.
+        receive: handles a message and its payload; if it raises ``MalformedMessage``, the message
+            is rejected.
         joined: whether a coordinator has answered yet.
     """
 
@@ -70,17 +71,17 @@ class Connection:
         self.current: Link | None = None
 
     async def link(self) -> Link:
-        """Return the link, once there is one."""
+        """Return the current link, waiting for one if necessary."""
         while self.current is None:
             await self._linked.wait()
         return self.current
 
     async def run(self) -> None:
-        """Keep a link, until cancelled.
+        """Keep a link open until cancelled.
 
         Raises:
-            RefusedError: where the broker, or the coordinator, will not have this worker.
-            BrokerError: where there has been no broker for too long.
+            RefusedError: if the broker or the coordinator refuses this worker.
+            BrokerError: if the broker stays unreachable for too long.
         """
 
         def no_broker(reason: str, pause_s: float) -> None:
@@ -98,11 +99,11 @@ class Connection:
                     if first and not occupied_since:
                         self._tell(Occupied(pause_s=self._settings.occupied_s))
                     occupied_since = occupied_since or now
-                    # One who was in takes it for its own old connection, however long that lives.
+                    # Later on, assume that it is this worker's own broken connection, and wait.
                     if first and now - occupied_since >= self._settings.occupied_s:
                         raise RefusedError(
                             f"another worker with the id '{self._settings.worker}' is connected to "
-                            f"federation {self._settings.federation}; give this one another --id"
+                            f"federation {self._settings.federation}; choose another --id"
                         ) from None
                     continue
                 except LinkLost as gone:
@@ -113,9 +114,9 @@ class Connection:
                 first, occupied_since = False, 0.0
 
     async def renew_queues(self, link: Link) -> None:
-        """Declare our queues again; an outbox that was gone has to be bound by the coordinator.
+        """Declare our queues again, and have the coordinator bind an outbox that had expired.
 
-        The inbox, which we consume, does not expire.
+        The inbox never expires, because it has a consumer.
         """
         worker = self._settings.worker
         gone = await link.counts(self._topology.outbox(worker)) is None
@@ -137,17 +138,17 @@ class Connection:
         self._tell(Connected(address=self._transport.address))
         await run_all(
             self._read(link, mail),
-            self._be_heard(link),
+            self._send_heartbeats(link),
             _until_lost(link),
-            self._say_that_we_wait(),
+            self._report_waiting(),
             self._keep_queues(link),
             tell_of_blocking(link, self._tell),
         )
 
     async def _drop_old_mail(self, link: Link, inbox: str) -> None:
-        """Drop what was meant for an earlier process, before any of it is delivered to this one."""
+        """Empty the inbox of messages for an earlier process of this worker."""
         there = await link.counts(inbox)
-        if there is not None and not there.consumers:  # else it is another worker's mail
+        if there is not None and not there.consumers:  # with a consumer, the inbox is in use
             federation = self._settings.federation
             await drain(
                 link,
@@ -168,24 +169,24 @@ class Connection:
             else:
                 delivery.ack()
 
-    async def _be_heard(self, link: Link) -> None:
-        """Give signs of life, once there is where they go: it is the coordinator that makes it."""
-        told = False
+    async def _send_heartbeats(self, link: Link) -> None:
+        """Send heartbeats as soon as a coordinator has declared the exchange that they go to."""
+        reported = False
         while not await link.exists(self._topology.results):
-            if not told:
+            if not reported:
                 self._tell(Alone(federation=self._settings.federation))
-            told = True
+            reported = True
             await asyncio.sleep(_LOOK_AGAIN_S)
         await self._refusals.send_waiting(link)
         await self._presence.signs_of_life(link)
 
     async def _keep_queues(self, link: Link) -> None:
-        """Let the broker know that our queues are wanted: those that nobody uses expire."""
+        """Declare our queues from time to time, which keeps them from expiring."""
         while True:
             await asyncio.sleep(_RENEW_EVERY_S)
             await self.renew_queues(link)
 
-    async def _say_that_we_wait(self) -> None:
+    async def _report_waiting(self) -> None:
         began = time.monotonic()
         while not self._joined():
             await asyncio.sleep(_WAITING_EVERY_S)

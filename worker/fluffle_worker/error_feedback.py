@@ -1,4 +1,7 @@
-"""What a worker has learnt and not sent: carried from one round to the next, never twice."""
+"""Error feedback: what a codec left out of one update is added to the next, once.
+
+``fluffle_common.tensors.compression`` has the arithmetic and its sources.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,25 @@ from fluffle_worker.machine import Work
 
 @dataclass(frozen=True)
 class Residual:
-    """What an encoded update left unsent.
+    """The difference between what an update should have carried and what its codec sent.
 
-    It goes into the next update of the same run that is sent, and is replaced by what that one
-    leaves. It is kept in memory only: a worker that is started again begins without.
+    It is added to the next update of the same run, whose own residual replaces it. It is kept in
+    memory only: a restarted worker begins without one.
 
     Args:
-        work: whose update left it; None where there is none yet.
-        tensors: ``delta + what was left before - sent``; empty where nothing is left.
+        work: the work whose update left this residual; None before the first update.
+        tensors: ``delta + previous residual - sent``; empty if nothing was left out.
     """
 
     work: Work | None = None
     tensors: Mapping[str, Array] = field(default_factory=dict)
 
     def before(self, work: Work) -> Mapping[str, Array]:
-        """Return what goes into this work's update.
+        """Return the residual tensors to add to the update of ``work``.
 
-        That is nothing in another run, and nothing where the residual is of this work or a later
-        one: work that is done again after its update was sent, as after a coordinator went back to
-        an earlier checkpoint, would take what is in that update already.
+        Empty if the residual belongs to another run, or to this or a later piece of work. The
+        latter happens when work is repeated, for example because the coordinator went back to an
+        earlier checkpoint: the residual already went into the update that was sent.
         """
         if self.work is None or self.work.run != work.run:
             return {}

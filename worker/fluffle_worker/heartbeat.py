@@ -1,4 +1,4 @@
-"""What a worker says of itself: signs of life, a failure, good-bye."""
+"""A worker's messages about itself: hello, heartbeat, failure and bye."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from fluffle_worker.settings import WorkerSettings
 
 _BYE_PATIENCE_S = 2.0
-# How long until a hello that no queue was bound for is said again.
+# Pause before a hello that no queue received is sent again.
 _HELLO_AGAIN_S = 0.5
 
 
 class Presence:
-    """Who a worker is and what it does at the moment, and the telling of it.
+    """A worker's identity and current activity, and the messages that report them.
 
     Args:
-        settings: whose queues to use, and how often to speak up.
+        settings: the worker's settings.
         task: the model and the data.
-        topology: where signs of life go.
-        form: what the task's model is made of.
+        topology: the names on the broker.
+        form: the signature of the task's model.
 
     Raises:
-        TaskError: where what the task says of itself is more than may be sent.
+        TaskError: if the task's description does not fit into a hello.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Presence:
         }
         self._about: dict[str, Any] = {
             "num_examples": num_examples_of(task),
-            # The end of a path says more than its beginning.
+            # The end of a path is the more telling part.
             "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
             "model": described(form),
@@ -73,8 +73,8 @@ class Presence:
             first = wrong.errors(include_url=False, include_context=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise TaskError(
-                f"task '{settings.task}' cannot introduce itself: {where}: {first['msg']}; "
-                "let the task give other values"
+                f"the description of task '{settings.task}' cannot be sent: {where}: "
+                f"{first['msg']}; change that value in the task"
             ) from None
         self._doing: dict[str, Any] = {
             "state": "idle",
@@ -86,12 +86,13 @@ class Presence:
             "steps": 0,
         }
         self._loss: float | None = None
-        self._asked = asyncio.Event()
-        self._telling: set[asyncio.Task[None]] = set()  # the loop itself holds a task only weakly
+        self._beat_now = asyncio.Event()
+        # The event loop holds only weak references to tasks.
+        self._being_sent: set[asyncio.Task[None]] = set()
 
     def now(self, state: str, work: Work | Fit | Evaluate, *, steps: int = 0) -> None:
-        """Note what it is at from now on, and in how many steps."""
-        if state not in ("sending", "idle"):  # those still tell of the training they follow
+        """Set the current activity and its number of steps."""
+        if state not in ("sending", "idle"):  # these keep the loss of the training before
             self._loss = None
         self._doing = {
             "state": state,
@@ -104,68 +105,68 @@ class Presence:
         }
 
     def progress(self, step: int, loss: float | None = None) -> None:
-        """Note how far it is; the loss it has at that, where it trains."""
+        """Set the current step and, in training, its loss."""
         self._doing["step"], self._loss = step, loss
 
     def sent(self, done: int, parts: int) -> None:
-        """Note how many parts of its answer have arrived, if that is what it is at."""
+        """Set how many parts of the answer have been sent, if the worker is sending."""
         if self._doing["state"] == "sending":
             self._doing |= {"step": done, "steps": parts}
 
     async def signs_of_life(self, link: Link) -> None:
-        """Say hello, then be heard every ``heartbeat_s`` seconds, until the link is lost."""
-        told = {**self._about, **self._doing, "loss": self._loss}
+        """Send a hello, then a heartbeat every ``heartbeat_s`` seconds, until the link is lost."""
         while True:
-            if await self._say(link, Hello(**self._ids, **told)):
+            if await self.greet(link):
                 break
             await asyncio.sleep(min(self._heartbeat_s, _HELLO_AGAIN_S))
         while True:
-            self._asked.clear()
+            self._beat_now.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat_s):
-                    await self._asked.wait()
-            if link.blocked and self._telling:
-                continue  # one waits already until the broker takes messages again
-            # A confirmation may be long in coming, behind a large message: nobody waits for it.
-            told = {**self._about, **self._doing, "loss": self._loss}
-            self._begin_to_say(link, Heartbeat(**self._ids, **told))
+                    await self._beat_now.wait()
+            if link.blocked and self._being_sent:
+                continue  # one heartbeat is enough once the broker takes messages again
+            # Sent in the background: behind a large message, its confirmation may take long.
+            self._start_sending(link, Heartbeat(**self._status()))
 
-    async def greet(self, link: Link) -> None:
-        """Say hello once more, so that the coordinator binds our queues, which were made anew."""
-        told = {**self._about, **self._doing, "loss": self._loss}
-        await self._say(link, Hello(**self._ids, **told))
+    async def greet(self, link: Link) -> bool:
+        """Send a hello, on which the coordinator binds our queues; return whether it was queued."""
+        return await self._send(link, Hello(**self._status()))
 
     def speak_up(self) -> None:
-        """Give the next sign of life now: a coordinator that has just begun wants to know."""
-        self._asked.set()
+        """Send the next heartbeat now, because a coordinator that has just started needs it."""
+        self._beat_now.set()
 
     async def bye(self, link: Link | None, reason: str) -> None:
-        """Say good-bye, if there is a link and it takes no longer than a moment."""
+        """Send a bye if there is a link, waiting at most two seconds for its confirmation."""
         if link is not None:
             bye = Bye(**self._ids, reason=sendable(reason, 2000))
             with contextlib.suppress(LinkLost, BrokerError, TimeoutError):
                 async with asyncio.timeout(_BYE_PATIENCE_S):
-                    await self._say(link, bye)
+                    await self._send(link, bye)
 
     def failed(self, link: Link | None, work: Work, reason: str) -> None:
-        """Begin to say that a work failed; without a link, the coordinator asks again anyway."""
+        """Report a failure in the background; without a link, the coordinator will ask again."""
         if link is None:
             return
         reason = sendable(reason, 2000)
         failure = Failure(**self._ids, run=work.run, round=work.round, reason=reason)
-        self._begin_to_say(link, failure)
+        self._start_sending(link, failure)
 
-    def _begin_to_say(self, link: Link, message: Heartbeat | Failure) -> None:
-        async def say() -> None:
-            with contextlib.suppress(LinkLost):  # whoever watches the link knows it, too
-                await self._say(link, message)
+    def _status(self) -> dict[str, Any]:
+        return {**self._ids, **self._about, **self._doing, "loss": self._loss}
 
-        telling = asyncio.ensure_future(say())
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
+    def _start_sending(self, link: Link, message: Heartbeat | Failure) -> None:
+        async def send_unless_lost() -> None:
+            with contextlib.suppress(LinkLost):  # the connection notices by itself
+                await self._send(link, message)
 
-    async def _say(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> bool:
-        """Say it; return whether a queue has taken it."""
+        task = asyncio.ensure_future(send_unless_lost())
+        self._being_sent.add(task)
+        task.add_done_callback(self._being_sent.discard)
+
+    async def _send(self, link: Link, message: Hello | Heartbeat | Bye | Failure) -> bool:
+        """Send a message; return whether a queue has received it."""
         route = Route(
             self._topology.results,
             [f"{message.kind}.{message.worker}"],

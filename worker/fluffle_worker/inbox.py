@@ -1,4 +1,4 @@
-"""What a worker takes as mail, and what it refuses."""
+"""Checks on the messages that a worker receives, and the rejection of malformed ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import announced, decode, read_groups
+from fluffle_common.protocol.codec import announced_layout, decode, read_groups
 from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
@@ -24,10 +24,10 @@ _TRY_AGAIN_S = 0.05
 
 
 def check_mail(body: Body, federation: str) -> None:
-    """Check a message as thoroughly as if it were taken.
+    """Check a message for a worker in full, without acting on it.
 
     Raises:
-        MalformedMessage: where it would be refused.
+        MalformedMessage: if the message is malformed or not for a worker.
     """
     message, payload = decode(body, federation)
     if not isinstance(message, ToWorker | Part):
@@ -36,22 +36,23 @@ def check_mail(body: Body, federation: str) -> None:
         if message.transfer is None:
             read_work(message, payload)
         else:
-            announced(message)
+            announced_layout(message)
             Assembly(message.transfer, message.transfer.nbytes)
 
 
 def no_mail(message: Message) -> MalformedMessage:
-    """Return what is wrong with a message of a kind that workers are not sent."""
+    """Return the error for a message of a kind that is never sent to workers."""
     return MalformedMessage(f"a message of kind {message.kind} is not for workers", "kind")
 
 
 def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, Weights]:
-    """Return the weights that work brings, and what the strategy broadcasts with them.
+    """Return a message's weights, and the extra tensors that the strategy sends with them.
 
-    Groups of tensors that are not known here are passed over.
+    Unknown groups of tensors are ignored.
 
     Raises:
-        MalformedMessage: where they are not what the message says, or not finite.
+        MalformedMessage: if the payload does not match the message's table of tensors, or a tensor
+            is not finite.
     """
     groups = read_groups(message.tensors, payload)
     weights: Weights = groups[MODEL]
@@ -65,14 +66,15 @@ def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, We
 
 
 class Refusals:
-    """What a worker refuses, on its way to where it is kept with the reason.
+    """Forwards the messages that a worker rejects to ``F.rejected``, with cause and reason.
 
-    A worker has no right to that queue itself: it sends under a key of its own, as all its results.
-    While nobody has made what it sends to, refused mail waits here, unacknowledged.
+    A worker has no right to write to that queue, so rejected messages go through the results
+    exchange under a key of the worker's own. Until a coordinator has declared that exchange, they
+    wait here, unacknowledged.
 
     Args:
-        topology: where it goes.
-        worker: who refuses.
+        topology: the names on the broker.
+        worker: the id of the rejecting worker.
     """
 
     def __init__(self, topology: Topology, worker: str) -> None:
@@ -81,7 +83,7 @@ class Refusals:
         self._waiting: list[tuple[Delivery, MalformedMessage]] = []
 
     async def refuse(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
-        """Send it, or let it wait; of too many, the rest are dropped."""
+        """Forward a rejected message, or keep it for later; beyond 100 waiting, drop it."""
         if await link.exists(self._results):
             await self._send(link, delivery, wrong)
         elif len(self._waiting) < _MOST_WAITING:
@@ -95,17 +97,17 @@ class Refusals:
                 return await reject(link, delivery, wrong, self._route)
             except QueueFull:
                 return delivery.ack()
-            except Unroutable:  # a coordinator is making what it goes to: see ``Topology.shared``
+            except Unroutable:  # the coordinator has not bound the queue yet
                 await asyncio.sleep(_TRY_AGAIN_S)
 
     async def send_waiting(self, link: Link) -> None:
-        """Send what has waited."""
+        """Forward the messages that have waited for the exchange."""
         waiting, self._waiting = self._waiting, []
         for delivery, wrong in waiting:
             await self.refuse(link, delivery, wrong)
 
     def forget(self) -> None:
-        """Let go of what waits: it came over a link that is lost, and comes again."""
+        """Forget the waiting messages of a lost link; the broker redelivers them."""
         self._waiting.clear()
 
 
@@ -116,7 +118,7 @@ async def drain(
     refusals: Refusals,
     tell: Tell,
 ) -> None:
-    """Drop what is in a queue of ours; what ``check`` finds malformed is rejected."""
+    """Empty one of the worker's own queues, rejecting messages that ``check`` finds malformed."""
     there = await link.counts(queue)
     for _ in range(there.ready if there is not None else 0):
         delivery = await link.get(queue)

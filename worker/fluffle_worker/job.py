@@ -1,4 +1,4 @@
-"""Doing one work: what runs in the training thread, from the message to its answer."""
+"""One job in the training thread: from a decoded message to the answer that is sent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fluffle_common.tensors.codecs.base import (
 )
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
-from fluffle_common.tensors.groups import ExtraForm, check_extra, chosen, forms_of
+from fluffle_common.tensors.groups import ExtraForm, check_extra, forms_of, select_tensors
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
@@ -42,15 +42,25 @@ from fluffle_worker.user_code import one_line
 
 
 class NotWanted(Exception):
-    """Raised in the training thread by ``progress``, to end work that nobody wants any more."""
+    """Raised by ``progress`` in the training thread to stop work that has become obsolete."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A work with its input, and its answer when there is one.
+    """A piece of work with its input and, once there is one, its answer.
 
-    ``broadcast`` came beside the weights; ``extra`` goes beside the answer's tensors; ``residual``
-    is what the answer leaves unsent.
+    Args:
+        work: its identity.
+        message: the request.
+        weights: the received weights; empty once the answer exists.
+        broadcast: the strategy's extra tensors that came with them.
+        wanted: False once the work is obsolete; training then stops at its next step.
+        evaluation: the evaluation to send.
+        evaluation_sent: whether the broker has confirmed it.
+        answer: the message to send and its tensors.
+        extra: the extra tensors that go with the answer.
+        residual: what the codec left out of the answer.
+        sending: held while parts of the answer are being sent.
     """
 
     work: Work
@@ -78,22 +88,22 @@ def execute(
     form: Signature = UNKNOWN,
     codecs: Registry = CODECS,
 ) -> None:
-    """Do a work and put its answer into the job; blocks, and runs the user's code.
+    """Run the task's code for a job and store the answer in the job; blocks.
 
     Args:
-        job: what is asked, and where the answer goes.
+        job: the job.
         task: the model and the data.
         sender: the fields ``federation`` and ``worker`` of the answer.
-        evaluated: called when the evaluation is there and training begins.
-        progress: told of each step.
-        residual: what the last update that was sent left unsent; asked for after the training.
-        results: takes what the task returns.
-        form: what the task's own model is made of.
-        codecs: those that updates may be encoded by.
+        evaluated: called when ``job.evaluation`` is set and training begins.
+        progress: called after each step with (step, steps, loss).
+        residual: returns the residual of the last update sent; called after the training.
+        results: checks what the task returns.
+        form: the signature of the task's model.
+        codecs: the codecs that updates may be encoded with.
 
     Raises:
-        NotWanted: where nobody wants the work any more, at its next step.
-        TaskError: where what the task returns is of no use, or the model is not the task's.
+        NotWanted: at the next step, once the work is obsolete.
+        TaskError: if the federation's model is not the task's, or the task's result is unusable.
         BaseException: whatever the task raises.
     """
     results = results or Results()
@@ -125,7 +135,7 @@ def execute(
         seed = _plan_of(message).seed
         job.answer, left = _encoded(update, learnt, codec, residual().before(job.work), seed)
         job.residual = Residual(job.work, left)
-    job.weights, job.broadcast = {}, {}  # the answer is kept for a while, these need not be
+    job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
 
 
 def _evaluated(
@@ -135,22 +145,22 @@ def _evaluated(
     ids: dict[str, Any],
     results: Results,
 ) -> Evaluation | None:
-    """Evaluate, if that is asked for; return what is to be said of it."""
+    """Evaluate if the message asks for it; return the message to send, or None."""
     number = message.round
     if isinstance(message, Fit):
-        number -= 1  # of the model that was received
+        number -= 1  # the received model is the previous round's
         if not message.evaluate:
             return None
     found = results.evaluated(lambda: task.evaluate(lent(weights, task)))
     if found is None and isinstance(message, Evaluate):
-        found = EvalResult(0.0, 0)  # an answer, too, so that nobody waits for another
+        found = EvalResult(0.0, 0)  # tells the coordinator not to wait
     return None if found is None else _evaluation(ids, number, found)
 
 
 def _trained(
     job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, step: Progress, results: Results
 ) -> tuple[Update, Weights]:
-    """Train; return the update, yet without its tensors, and what was learnt."""
+    """Train; return the update's header and the delta."""
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
         rule.of_round(job.work.run, fit.sequence or fit.round, job.broadcast)
@@ -160,7 +170,9 @@ def _trained(
     try:
         learnt = delta(trained.weights, job.weights)
     except ValueError as wrong:
-        raise TaskError(f"train() returned other weights than it was given: {wrong}") from None
+        raise TaskError(
+            f"train() returned weights that do not match the received ones: {wrong}"
+        ) from None
     learnt = _chosen(learnt, fit.plan)
     sent = rule.sent if isinstance(rule, BoundRule) else {}
     job.extra = _extra(fit.plan.extra, {**sent, **trained.extra}, job.weights)
@@ -168,12 +180,12 @@ def _trained(
 
 
 def _chosen(learnt: Weights, plan: Plan) -> Weights:
-    """Return what is sent of a delta; what else the training changed stays here.
+    """Return the part of a delta that the plan asks for.
 
     Raises:
-        TaskError: if that is nothing.
+        TaskError: if the model has none of the plan's tensors.
     """
-    found = chosen(learnt, plan.train)
+    found = select_tensors(learnt, plan.train)
     if not found:
         names = ", ".join(plan.train or ())
         raise TaskError(
@@ -184,31 +196,33 @@ def _chosen(learnt: Weights, plan: Plan) -> Weights:
 
 
 def _extra(wanted: ExtraForm | None, found: Weights, model: Weights) -> Weights:
-    """Return what is sent beside a delta: what was asked for, and nothing if nothing was.
+    """Return the extra tensors to send: empty unless the strategy asks for some.
 
     Raises:
-        TaskError: if it is not there, or is not what was asked for.
+        TaskError: if they are missing, not finite, or have other names, dtypes or shapes.
     """
     if wanted is None:
         return {}
     if not found:
         raise TaskError(
-            "the federation's strategy asks for extra tensors, and this worker's training makes "
-            "none; add the strategy's own rule by --local-rule"
+            "the federation's strategy asks for extra tensors, but this worker's training returns "
+            "none; add the local rule that belongs to the strategy with --local-rule"
         )
     try:
         check_extra(forms_of(found), wanted, model)
         check_finite(found)
     except ValueError as wrong:
-        raise TaskError(f"not what the federation's strategy asks for: {wrong}") from None
+        raise TaskError(
+            f"the extra tensors are not what the federation's strategy asks for: {wrong}"
+        ) from None
     return found
 
 
 def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
-    """Return the codec that the plan asks for; None for plain updates.
+    """Return the codec that the plan names, or None if updates are not encoded.
 
     Raises:
-        TaskError: if this worker does not have it, or it does not take these settings.
+        TaskError: if this worker does not have that codec, or the codec rejects its settings.
     """
     if plan.compress is None:
         return None
@@ -220,8 +234,8 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     except UnknownCodec:
         raise TaskError(
             f"the federation encodes its updates with the codec '{name}', which this worker does "
-            "not have; get its file from whoever runs the coordinator and add --codec "
-            "path.py:name, or install the package that brings it"
+            "not have; install the package that provides it, or get its file from the "
+            "coordinator's operator and add --codec path.py:name"
         ) from None
     except Exception as why:
         raise TaskError(f"the codec '{name}' refuses '{plan.compress}': {one_line(why)}") from why
@@ -230,10 +244,10 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
 def _encoded(
     update: Update, learnt: Weights, codec: Codec, before: Weights, seed: int
 ) -> tuple[tuple[Update, Weights], Weights]:
-    """Return the update with its tensors encoded, and what that leaves unsent.
+    """Return the update with its tensors encoded, and the tensors of the new residual.
 
     Raises:
-        TaskError: if the codec's own code fails.
+        TaskError: if the codec's code fails.
     """
     rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
     try:
@@ -244,16 +258,16 @@ def _encoded(
 
 
 def _first_weights(task: Task, seed: int) -> Weights:
-    """Make the first weights; they are kept for a while, so the task is to hold none of them."""
+    """Return the task's initial weights, copied unless the task only reads: the answer is kept."""
     made = arrays(task.init(seed), "init()")
     check_signature(signature_of(made))
     return made if getattr(task, "only_reads", False) else copied(made)
 
 
 def _plan_of(message: Fit) -> RoundPlan:
-    """Give each piece of work a seed of its own, the same whenever it is done again.
+    """Return the plan for the task, with a seed that depends on the run's seed and the ticket.
 
-    The task may do with the plan's ``config`` what it likes.
+    The plan gets a copy of ``config``, so the task may modify it.
     """
     ticket = message.sequence or message.round
     seed = (message.plan.seed * 1_000_003 + ticket) % 2**63

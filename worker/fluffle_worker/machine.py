@@ -1,6 +1,6 @@
-"""What a worker does next, as a pure state machine: newest work wins, answers are kept.
+"""The worker's pure state machine: it decides which work to do, to drop and to answer again.
 
-``advance(state, event)`` returns the next state and what is to be done; no IO, no clock, no arrays.
+``advance(state, event)`` returns the next state and a list of effects; no IO, no clock, no arrays.
 
 ::
 
@@ -8,10 +8,12 @@
                       │  └──Asked (newer)──> Abandon, then WORKING on the newer
                       └──Failed──> IDLE
 
-Rules: work asked for twice is done once; an answered work asked for again is answered again with
-the same answer, not with a new one; older work never replaces newer that is under way (once that is
-answered, it may: a coordinator whose last checkpoint is damaged goes back a round); a lost link
-changes nothing, since whatever was not confirmed is sent again over the next one.
+Rules:
+
+- Work requested twice is done once. If it has been answered, the same answer is sent again.
+- Newer work replaces older work. Older work never replaces newer work under way, but may follow
+  it once that has been answered: a coordinator with a damaged checkpoint goes back a round.
+- A lost link changes nothing: what the broker has not confirmed is sent again over the next link.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ from typing import Literal, NamedTuple
 
 
 class Work(NamedTuple):
-    """One thing asked of a worker, known by what it is, for which round of which run.
+    """The identity of a piece of work.
 
-    ``base`` names the weights that it begins with; those of a round are others after a coordinator
-    that died has averaged the round before it again. ``attempt`` counts how often the answer was
-    rejected: after that, the work is done anew. ``sequence`` is the ticket of a training: it grows
-    with every piece of work, also if that begins with the same weights.
+    Args:
+        kind: what to do.
+        run: the id of the run.
+        round: the number of the round.
+        base: the name of the weights to start from. A round's base changes if the coordinator
+            crashed before it committed the previous round and averaged that one again.
+        attempt: how often the answer was rejected; a new attempt trains again.
+        sequence: the ticket's number, which grows with each training, even from the same weights.
     """
 
     kind: Literal["init", "fit", "evaluate"]
@@ -38,13 +44,13 @@ class Work(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything the machine knows."""
+    """The state of the machine."""
 
     doing: Work | None = None  # in the training thread
     next: Work | None = None  # begins when the thread is free
-    sending: Work | None = None  # done, its answer not yet taken by the broker
-    answered: Work | None = None  # taken; the answer is kept until there is newer work
-    over: str | None = None
+    sending: Work | None = None  # done; the broker has not confirmed the answer yet
+    answered: Work | None = None  # confirmed; the answer is kept until newer work arrives
+    over: str | None = None  # why the run has ended
 
 
 # --- events ------------------------------------------------------------------------------------
@@ -52,21 +58,21 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """The coordinator asks for work."""
+    """The coordinator requested work."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The thread is done with a work."""
+    """The training thread finished its work."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The task failed at a work."""
+    """The task failed."""
 
     work: Work
     reason: str
@@ -74,21 +80,21 @@ class Failed:
 
 @dataclass(frozen=True)
 class Abandoned:
-    """The thread noticed that its work is not wanted any more."""
+    """The training thread stopped because its work was obsolete."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Sent:
-    """The broker took the answer to a work."""
+    """The broker confirmed the answer."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """The coordinator does not take the update of a round from these weights: it is no answer."""
+    """The coordinator rejected the update of a round and asks for another one."""
 
     run: str
     round: int
@@ -98,7 +104,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The coordinator says that the run has ended."""
+    """The coordinator ended the run."""
 
     reason: str
 
@@ -110,35 +116,35 @@ Event = Asked | Finished | Failed | Abandoned | Sent | Rejected | Stopped
 
 @dataclass(frozen=True)
 class Begin:
-    """Begin a work in the thread."""
+    """Start the work in the training thread."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Abandon:
-    """Let the thread know that its work is not wanted any more."""
+    """Signal the training thread that its work is obsolete."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Send:
-    """Send the answer to a work, until the broker has taken it."""
+    """Send the answer until the broker confirms it."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Let go of the answer to a work: newer work has come."""
+    """Discard the job and its answer."""
 
     work: Work
 
 
 @dataclass(frozen=True)
 class Report:
-    """Tell the coordinator that the task failed."""
+    """Report the task's failure to the coordinator."""
 
     work: Work
     reason: str
@@ -146,7 +152,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Leave:
-    """The run has ended: nothing more to do here."""
+    """Leave the run, which has ended."""
 
     reason: str
 
@@ -155,7 +161,7 @@ Effect = Begin | Abandon | Send | Drop | Report | Leave
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Effect]]:
-    """Take one event; return the next state and what is to be done, in this order."""
+    """Return the state after ``event``, and the effects to carry out, in order."""
     match event:
         case Asked(work):
             return _asked(state, work)
@@ -180,11 +186,11 @@ def advance(state: State, event: Event) -> tuple[State, list[Effect]]:
 
 
 def _rejected(state: State, event: Rejected) -> tuple[State, list[Effect]]:
-    """Forget an answer that was taken: asked for again, its work is done anew."""
-    work, of = state.answered, (event.run, event.round, event.base, event.sequence)
+    """Discard a confirmed answer, so that the same work trains again when requested."""
+    work, rejected = state.answered, (event.run, event.round, event.base, event.sequence)
     if work is None or work.kind != "fit":
         return state, []
-    if (work.run, work.round, work.base, work.sequence) != of:
+    if (work.run, work.round, work.base, work.sequence) != rejected:
         return state, []
     return state._replace(answered=None), [Drop(work)]
 
@@ -213,7 +219,7 @@ def _begin(state: State, effects: list[Effect]) -> tuple[State, list[Effect]]:
 
 
 def _newer(known: Work | None, work: Work) -> bool:
-    """Whether ``known`` is of the same run and later than ``work``.
+    """Return whether ``known`` belongs to the same run as ``work`` and comes later.
 
     The evaluation of round n's model comes after the training of round n.
     """

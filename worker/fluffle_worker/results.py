@@ -1,8 +1,8 @@
-"""What a task returns, made fit for the wire in one place.
+"""Validation and conversion of what a task's code returns.
 
-Tasks return what their framework gives them: ``np.int64``, arrays of one element, NaN, None, a
-hundred metrics. What is fit for use is used; what is not is left out and named once; only what
-makes an update worthless is an error.
+Tasks return whatever their framework produces: ``np.int64``, arrays of one element, NaN, None, a
+hundred metrics. Usable values are converted, unusable ones are left out and reported once. It is an
+error only if no valid update remains.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from fluffle_common.tensors.weights import Array, Weights, as_dict
 from fluffle_worker.task import EvalResult, Task, TrainResult
 from fluffle_worker.user_code import full_trace, one_line, sendable
 
-_FIRST = ("loss", "accuracy")  # what is kept whatever else there is
-_MOST_SAID = 1000
+_FIRST = ("loss", "accuracy")  # kept if there are too many metrics
+_MAX_REPORTS = 1000
 
 
-def ignore(*_: object) -> None:
-    """Say it to nobody."""
+def _ignore(_: object) -> None:
+    """Do nothing."""
 
 
 class Results:
-    """Takes what a task returns.
+    """Converts what a task returns and reports each distinct fault once.
 
     Args:
-        say: told, once, of each thing that is left out.
-        trace: told of the traceback of each error of the task's code, once.
+        report: called with a sentence about each value that is left out.
+        trace: called with the traceback of each error in the task's code.
     """
 
     def __init__(
-        self, say: Callable[[str], object] = ignore, trace: Callable[[str], object] = ignore
+        self, report: Callable[[str], object] = _ignore, trace: Callable[[str], object] = _ignore
     ) -> None:
-        self._say, self._trace = say, trace
-        self._said: set[str] = set()
+        self._report, self._trace = report, trace
+        self._reported: set[str] = set()
 
     def trained(self, found: Any) -> TrainResult:
-        """Return what ``train`` returned.
+        """Return the checked result of ``train``.
 
         Raises:
-            TaskError: where there is no update in it.
+            TaskError: if the weights or ``num_examples`` are missing or invalid.
         """
         if not hasattr(found, "weights") or not hasattr(found, "num_examples"):
             raise TaskError(
@@ -70,9 +70,10 @@ class Results:
         return TrainResult(arrays(found.weights, "train()"), num_examples, metrics, extra)
 
     def evaluated(self, evaluate: Callable[[], Any]) -> EvalResult | None:
-        """Return what ``evaluate`` returns; a result of no examples where it is of no use.
+        """Call a task's evaluation and return its checked result; None if the task has none.
 
-        Whatever it raises, training goes on without it.
+        If the evaluation raises or returns an unusable result, return one of 0 examples, so that
+        training continues without it.
         """
         nothing = EvalResult(0.0, 0)
         try:
@@ -89,13 +90,13 @@ class Results:
         except AttributeError:
             self._once(
                 f"evaluate() returned {_shown(found)}; EvalResult(loss, num_examples, metrics) or "
-                "None is expected; there is no evaluation of this worker"
+                "None is expected; this worker reports no evaluation"
             )
             return nothing
         except ValueError as wrong:
             self._once(
-                f"evaluate() returned a loss or num_examples that {wrong}; there is no evaluation "
-                "of this worker where that is so"
+                f"evaluate() returned a loss or num_examples that {wrong}; this worker reports no "
+                "evaluation when that is so"
             )
             return nothing
         if not 0 < num_examples <= MAX_NUM_EXAMPLES:
@@ -104,7 +105,7 @@ class Results:
         return EvalResult(loss, num_examples, metrics)
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
-        """Return what a task says of its progress; a loss that is not a number is none."""
+        """Return the checked arguments of a ``progress`` call; an invalid loss becomes None."""
         if loss is not None:
             try:
                 loss = number(loss)
@@ -114,60 +115,60 @@ class Results:
         return _whole(number_), _whole(steps), loss
 
     def failed(self, why: BaseException) -> None:
-        """Show the traceback of an error of the task's code, unless it is known already."""
+        """Report the traceback of an error in the task's code, once."""
         own = why.__cause__ if isinstance(why, TaskError) else why
         if own is not None and self._new(f"trace: {one_line(own)}"):
             self._trace(full_trace(own))
 
-    def _metrics(self, whose: str, given: Any) -> dict[str, float]:
+    def _metrics(self, method: str, given: Any) -> dict[str, float]:
         if given is None:
             return {}
         try:
             pairs = list(dict(given).items())
         except (TypeError, ValueError):
             self._once(
-                f"the metrics of {whose}() are {_shown(given)}, a mapping of names to numbers is "
+                f"the metrics of {method}() are {_shown(given)}, a mapping of names to numbers is "
                 "expected; they are left out"
             )
             return {}
-        fit: dict[str, float] = {}
+        valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
             try:
-                fit[name] = number(value)
+                valid[name] = number(value)
             except ValueError as wrong:
-                self._once_of(f"{whose} {name}", f"the metric '{name}' of {whose}() {wrong}")
-        if len(fit) > MAX_METRICS:
-            dropped = len(fit) - MAX_METRICS
+                self._once(
+                    f"the metric '{name}' of {method}() {wrong}; it is left out when that is so",
+                    key=f"{method} {name}",
+                )
+        if len(valid) > MAX_METRICS:
+            dropped = len(valid) - MAX_METRICS
             self._once(
-                f"{whose}() returns {len(fit)} metrics, and {MAX_METRICS} travel; the last "
-                f"{dropped} are left out"
+                f"{method}() returns {len(valid)} metrics, but at most {MAX_METRICS} travel; the "
+                f"last {dropped} are left out"
             )
-            names = [name for name in _FIRST if name in fit]
-            names += [name for name in fit if name not in _FIRST]
-            fit = {name: fit[name] for name in names[:MAX_METRICS]}
-        return fit
+            names = [name for name in _FIRST if name in valid]
+            names += [name for name in valid if name not in _FIRST]
+            valid = {name: valid[name] for name in names[:MAX_METRICS]}
+        return valid
 
-    def _once(self, what: str) -> None:
-        if self._new(what):
-            self._say(what)
-
-    def _once_of(self, key: str, what: str) -> None:
-        if self._new(key):
-            self._say(f"{what}; it is left out where that is so")
+    def _once(self, sentence: str, key: str | None = None) -> None:
+        """Report a sentence unless one with the same key, by default the same one, was reported."""
+        if self._new(sentence if key is None else key):
+            self._report(sentence)
 
     def _new(self, key: str) -> bool:
-        if key in self._said or len(self._said) >= _MOST_SAID:
+        if key in self._reported or len(self._reported) >= _MAX_REPORTS:
             return False
-        self._said.add(key)
+        self._reported.add(key)
         return True
 
 
 def number(value: Any) -> float:
-    """Return a finite number of any framework as a float.
+    """Convert a finite number of any framework to a float.
 
     Raises:
-        ValueError: saying what it is instead.
+        ValueError: if it is not one; the message is a predicate, such as "is nan, a …".
     """
     try:
         plain = _plain(value)
@@ -180,10 +181,10 @@ def number(value: Any) -> float:
 
 
 def count(value: Any) -> int:
-    """Return a whole number of any framework as an int.
+    """Convert a whole number of any framework to an int.
 
     Raises:
-        ValueError: saying what it is instead.
+        ValueError: if it is not one; the message is a predicate, such as "is 0.5, a …".
     """
     try:
         plain = _plain(value)
@@ -194,49 +195,58 @@ def count(value: Any) -> int:
         raise ValueError(f"is {_shown(value)}, a whole number is expected") from None
 
 
-def arrays(given: Any, whose: str, what: str = "the weights") -> dict[str, Array]:
-    """Return the tensors that a task gives as NumPy arrays.
+def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Array]:
+    """Convert tensors returned by a task to NumPy arrays.
+
+    Args:
+        given: the mapping of names to tensors.
+        method: the method that returned it, for errors.
+        what: what the tensors are, for errors.
 
     Raises:
-        TaskError: naming the first that is none.
+        TaskError: if ``given`` is not a mapping or NumPy cannot convert a tensor.
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{whose} returned {what} {_shown(given)}; a mapping of names to arrays is expected"
+            f"{method} returned {what} {_shown(given)}; a mapping of names to arrays is expected"
         )
-    made = {}
+    converted = {}
     for name, value in given.items():
         try:
-            made[name] = np.asarray(value)
+            converted[name] = np.asarray(value)
         except Exception as why:
             raise TaskError(
-                f"{whose} returned tensor '{name}' as a {type(value).__name__}, which makes no "
-                f"NumPy array: {one_line(why)}"
+                f"{method} returned tensor '{name}' as a {type(value).__name__}, which NumPy "
+                f"cannot convert to an array: {one_line(why)}"
             ) from None
-    return made
+    return converted
 
 
 def lent(weights: Weights, task: Task) -> dict[str, Array]:
-    """Return the tensors that a task is given: its own to change, unless it says ``only_reads``.
+    """Return the tensors to pass to a task: copies, or views if the task has ``only_reads``.
 
-    A read-only flag would not do: ``torch.from_numpy`` and C code write through it, and a task
-    that changes what it was given would then be compared with itself.
+    NumPy's read-only flag would not protect views: ``torch.from_numpy`` and C code ignore it. A
+    task that modified the received weights in place would then send a delta of zeros.
     """
     if getattr(task, "only_reads", False):
         return as_dict(weights)
-    if isinstance(weights, Tensors) and weights.memory:  # all of them in one go
+    if isinstance(weights, Tensors) and weights.memory:  # one contiguous block: one copy
         memory = np.frombuffer(weights.memory, np.uint8).copy().data
         return as_dict(weights.layout.over(memory))
     return copied(weights)
 
 
 def copied(weights: Weights) -> dict[str, Array]:
-    """Return tensors that nobody else holds."""
+    """Return copies of tensors."""
     return {name: np.array(tensor) for name, tensor in weights.items()}
 
 
 def _plain(value: Any) -> Any:
-    """Return the one element of an array or tensor, and anything else as it is, but text."""
+    """Return the element of a one-element array or tensor; return other values as they are.
+
+    Raises:
+        TypeError: for text, which ``float`` would parse.
+    """
     plain = value.item() if hasattr(value, "item") else value
     if isinstance(plain, str | bytes | bytearray):
         raise TypeError
@@ -251,7 +261,7 @@ def _whole(value: Any) -> int:
 
 
 def _metric_name(given: Any) -> str:
-    """Return the name under which a metric travels; one that is too long is told by its hash."""
+    """Return a metric's name on the wire; a long name is cut and ends in its hash."""
     name = sendable(str(given))
     if len(name) <= MAX_METRIC_NAME:
         return name

@@ -1,7 +1,8 @@
-"""The worker: the asyncio shell around the worker's machine and the training thread.
+"""The worker: an asyncio shell around the pure machine and the training thread.
 
-Training runs in a thread of its own, so that signs of life keep going out; the model is
-acknowledged when it has been received, so that the broker never waits for training.
+Training runs in its own thread, so heartbeats continue meanwhile. A model is acknowledged as soon
+as it has been received, because training may take longer than the broker waits for an
+acknowledgement.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
 from fluffle_common.logs import log_step, logger
-from fluffle_common.protocol.codec import announced
+from fluffle_common.protocol.codec import announced_layout
 from fluffle_common.protocol.events import (
     Abandoned,
     Begun,
@@ -64,16 +65,16 @@ class WorkerService:
     """One data owner's worker.
 
     Args:
-        settings: what the data owner decided.
+        settings: the data owner's settings.
         task: the model and the data.
-        transport: the way to the broker.
-        topology: the names on it.
-        tell: told what happens.
-        bar: told of progress: ``(label, done, total, description)``.
-        training: where the task's code runs; a thread of its own unless told.
-        form: what the task's model is made of; None: it is found out here.
-        codecs: those that updates may be encoded by.
-        exchanges: who handles protocols in several phases.
+        transport: how the broker is reached.
+        topology: the names on the broker.
+        tell: called with each event.
+        bar: called with progress: ``(label, done, total, description)``.
+        training: what runs the task's code; by default, a new thread.
+        form: the names, dtypes and shapes of the task's tensors; by default, read from the task.
+        codecs: the codecs that updates may be encoded with.
+        exchanges: handlers of multi-phase protocols.
     """
 
     def __init__(
@@ -94,11 +95,11 @@ class WorkerService:
         self._tell, self._bar, self._exchanges = tell, bar, exchanges or Exchanges()
         keep_in(settings.state_dir, task)
         self._state = machine.State()
-        self._run: str | None = None  # the one that we are in, or were last
+        self._run: str | None = None  # the current or the last run
         self._welcomed: tuple[str, int, int] | None = None
-        self._outcome = "finished"  # of the run that has ended
-        self._failed_with: str | None = None  # the last failure of the task in this run
-        self._trained = False  # whether it has trained any round of this run
+        self._outcome = "finished"  # of the run, once it has ended
+        self._failed_with: str | None = None  # the task's last failure in this run
+        self._trained = False  # whether any training of this run has finished
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         form = signature_of_task(task) if form is None else form
@@ -138,11 +139,11 @@ class WorkerService:
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> str:
-        """Work until the run has ended; return why. Cancel it to leave earlier.
+        """Work until the run ends and return the reason; cancel it to leave earlier.
 
         Raises:
-            RefusedError: where the coordinator, or the broker, will not have this worker.
-            BrokerError: where there has been no broker for too long.
+            RefusedError: if the coordinator or the broker refuses this worker.
+            BrokerError: if the broker stays unreachable for too long.
         """
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._connection.run()),
@@ -167,7 +168,7 @@ class WorkerService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def verdict(self) -> FluffleError | None:
-        """Return why a run that has ended is not one that went well, for the exit code."""
+        """Return the error to exit with after the run, or None if it went well."""
         if self._failed_with and not self._trained:
             return TaskError(f"the task failed in every round: {self._failed_with}")
         if self._outcome == "stopped":
@@ -180,13 +181,13 @@ class WorkerService:
 
     @property
     def at_work(self) -> bool:
-        """Whether the task's code may be at something; only the end of the process ends that."""
+        """Whether the task's code may still be running; a thread cannot be killed."""
         return self._trainer.at_work
 
     # --- what comes in -------------------------------------------------------------------------
 
     def _opened(self) -> None:
-        """Forget what came over the last link: it comes again over this one."""
+        """Forget what a lost link had delivered in part; it is sent again over the new one."""
         self._assembly = self._welcomed = None
 
     async def _take(self, link: Link, message: Message, payload: memoryview) -> None:
@@ -202,7 +203,7 @@ class WorkerService:
                     self._failed_with, self._trained = None, False
                 self._run = run
                 self._presence.speak_up()
-                if self._welcomed != (run, number, rounds):  # else said already
+                if self._welcomed != (run, number, rounds):  # not shown yet
                     self._welcomed = (run, number, rounds)
                     self._tell(Welcomed(run=run, round=number, rounds=rounds))
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
@@ -210,7 +211,7 @@ class WorkerService:
             case InitRequest():
                 self._ask(Job(Work("init", message.run, 0), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
-                announced(message)
+                announced_layout(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
                 self._presence.now("receiving", message, steps=message.transfer.parts)
             case Fit() | Evaluate():
@@ -223,20 +224,20 @@ class WorkerService:
             case Verdict():
                 self._judged(message)
             case Refusal() | Stop():
-                pass  # it was for an earlier process of this worker, or of an earlier run
+                pass  # meant for an earlier process of this worker, or an earlier run
             case _:
                 raise no_mail(message)
 
     async def _exchange(self, link: Link, message: Exchange, payload: memoryview) -> None:
-        """Take part in a protocol in several phases; the answers are sent in their order."""
+        """Handle one phase of a multi-phase protocol and send the replies in order."""
         if message.run != self._run:
-            return  # as work of an earlier run
+            return  # of an earlier run
         for sent, body in self._exchanges.receive(message, payload):
             key = f"{sent.message.kind}.{self._settings.worker}"
             await send(link, sent.message, Route(self._topology.results, [key]), body)
 
     def _judged(self, verdict: Verdict) -> None:
-        """Take what became of an update that does not count."""
+        """Show why an update does not count, and train again if asked to."""
         if verdict.run != self._run:
             return
         if verdict.outcome == "late":
@@ -271,11 +272,11 @@ class WorkerService:
     def _ask(self, job: Job) -> None:
         work = job.work
         self._jobs.setdefault(work, job)
-        self._jobs[work].evaluation_sent = False  # asked again, it was perhaps lost with the link
+        self._jobs[work].evaluation_sent = False  # the last one may have been lost
         self._advance(machine.Asked(work))
         known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
         if work not in known:
-            del self._jobs[work]  # older than what we have
+            del self._jobs[work]  # older than the work already here
 
     # --- the machine ---------------------------------------------------------------------------
 
@@ -309,7 +310,7 @@ class WorkerService:
                         self._ended.set_result(reason)
 
     def _forget(self) -> None:
-        """Let go of a run that has ended; a thread that is still at it ends at its next step."""
+        """Forget a run that has ended; training still under way stops at its next step."""
         for job in self._jobs.values():
             job.wanted = False
         self._jobs.clear()
@@ -350,7 +351,7 @@ class WorkerService:
 
     def _sent(self, job: Job) -> None:
         self._advance(machine.Sent(job.work))
-        if self._state.answered == job.work:  # there is no newer work yet
+        if self._state.answered == job.work:  # no newer work has arrived
             self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None
         metrics = answer.metrics if isinstance(answer, Update) else None

@@ -1,4 +1,4 @@
-"""What a data owner decides of a worker."""
+"""The settings of a worker."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fluffle_common.transport.reconnect import Backoff
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the data owner decided.
+    """The settings that the data owner chooses.
 
     Args:
-        federation: whose queues to use.
+        federation: the name of the federation.
         worker: this worker's id, unique in the federation.
-        task: what the task is called, for people.
-        heartbeat_s: seconds between signs of life.
-        occupied_s: seconds to wait, at the start, while another worker has this id: a connection
-            that was cut lives on in the broker for up to two of its heartbeats.
-        stay: wait for another run when one has ended.
-        max_model_bytes: the largest model taken.
-        state_dir: where a local rule's tensors are kept for a restart; None: in memory only.
-        backoff: how to wait for a broker that is away.
+        task: the name of the task, as shown to people.
+        heartbeat_s: seconds between heartbeats.
+        occupied_s: seconds to wait at the start while another connection has this id; the broker
+            keeps a broken connection for up to two AMQP heartbeats.
+        stay: whether to wait for the next run after one has ended.
+        max_model_bytes: the largest model accepted.
+        state_dir: the folder for state that outlives a restart; if None, it is in memory only.
+        backoff: how to retry an unreachable broker.
     """
 
     federation: str

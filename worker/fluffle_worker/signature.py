@@ -1,4 +1,8 @@
-"""What a task's model is made of: known when it is loaded, and compared before it is trained."""
+"""The signature of a task's model, and its comparison with the federation's.
+
+A signature lists the name, dtype and shape of each tensor. It is read when the task is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,17 @@ from fluffle_worker.task import Task
 from fluffle_worker.user_code import one_line, warn_in_full
 
 UNKNOWN: Signature = ()
-"""The form of a task that cannot say it; no model is without tensors."""
+"""The signature of a task whose ``init`` fails; no model has an empty one."""
 _DIFFERS = "the federation's model differs from this task's"
 
 
 def signature_of_task(task: Task) -> Signature:
-    """Return what a task's model is made of, checked; ``UNKNOWN`` where its ``init`` fails.
+    """Return the checked signature of a task's model; ``UNKNOWN`` if its ``init`` fails.
 
-    A task that has a method ``model_form`` is asked for it; of any other, first weights are made
-    and thrown away.
+    It comes from the task's method ``model_form`` if there is one, else from ``init(0)``.
 
     Raises:
-        TaskError: for what cannot travel, with the tensor, what is wrong with it, and the remedy.
+        TaskError: if a tensor cannot travel; it names the tensor, the problem and the remedy.
     """
     try:
         ask = getattr(task, "model_form", None)
@@ -36,7 +39,7 @@ def signature_of_task(task: Task) -> Signature:
     except TaskError:
         raise
     except (Exception, SystemExit) as why:
-        warn(f"the task's init() fails, so this worker can make no first weights: {one_line(why)}")
+        warn(f"the task's init() fails, so this worker cannot make first weights: {one_line(why)}")
         warn_in_full(why)
         return UNKNOWN
     check_signature(form)
@@ -44,10 +47,10 @@ def signature_of_task(task: Task) -> Signature:
 
 
 def check_signature(form: Signature) -> None:
-    """Check that tensors of these names, dtypes and shapes can travel.
+    """Check that tensors with these names, dtypes and shapes can travel.
 
     Raises:
-        TaskError: naming the first that cannot, what is wrong with it, and the remedy.
+        TaskError: if one cannot; it names the tensor, the problem and the remedy.
     """
     if not form:
         raise TaskError("the model has no tensors")
@@ -58,14 +61,14 @@ def check_signature(form: Signature) -> None:
 
 
 def described(form: Signature) -> ModelForm | None:
-    """Return a form in short; None where it is not known."""
+    """Return the form of a signature as ``hello`` carries it; None for ``UNKNOWN``."""
     if form == UNKNOWN:
         return None
     return form_from((name, dtype.name, shape) for name, dtype, shape in form)
 
 
 def difference(federation: Signature, own: Signature) -> str | None:
-    """Say in what the federation's model and a task's own differ first; None where they do not."""
+    """Describe the first difference between two signatures; None if equal or ``own`` is unknown."""
     if own in (UNKNOWN, federation):
         return None
     theirs, ours = _by_name(federation), _by_name(own)
@@ -80,7 +83,7 @@ def difference(federation: Signature, own: Signature) -> str | None:
             return f"{_DIFFERS}: tensor '{min(names)}'{more} {what}"
     differ = [name for name in theirs if theirs[name] != ours[name]]
     (dtype, shape), (own_dtype, own_shape) = theirs[differ[0]], ours[differ[0]]
-    told = (
+    message = (
         f"{_DIFFERS}: tensor '{differ[0]}' is {dtype.name} of shape {shape} there, "
         f"{own_dtype.name} of shape {own_shape} here"
     )
@@ -89,8 +92,8 @@ def difference(federation: Signature, own: Signature) -> str | None:
         and {theirs[name][0].name, ours[name][0].name} == {"float32", "float64"}
         for name in differ
     ):
-        told += "; with JAX, set JAX_ENABLE_X64 for all workers or for none"
-    return told
+        message += "; with JAX, set JAX_ENABLE_X64 for all workers or for none"
+    return message
 
 
 def _by_name(form: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
@@ -98,4 +101,4 @@ def _by_name(form: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]
 
 
 def _form(given: Mapping[str, Any]) -> Signature:
-    return tuple([(n, np.dtype(one.dtype), tuple(one.shape)) for n, one in given.items()])
+    return tuple([(name, np.dtype(like.dtype), tuple(like.shape)) for name, like in given.items()])

@@ -1,8 +1,8 @@
-"""What a worker trains: the ``Task`` protocol.
+"""The ``Task`` protocol: what a worker trains and evaluates.
 
-A task owns the data and the model of one data owner. It gets the global weights and a plan, and
-returns what it learnt; it knows nothing of rounds, brokers or other workers. Any class with these
-three methods is one: plain NumPy, PyTorch, or a Flax model by way of ``flax_task``.
+A task owns one data owner's data and model code. It receives the global weights and a plan, and
+returns trained weights; it knows nothing about brokers or other workers. Any object with the three
+methods is a task, whatever its framework; ``flax_task`` and ``sklearn_task`` are adapters.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_worker.user_code import sendable
 
 Progress = Callable[[int, int, float | None], None]
-"""``progress(step, steps, loss)``: call it once a step; it raises when the work is not wanted."""
+"""``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
 
 DEFAULT_TASK = "fluffle_worker.letters.task:task"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training returned.
+    """The result of a local training.
 
     Args:
-        weights: the trained weights; names, shapes and dtypes as received.
-        num_examples: on how many examples they were trained; the weight in the average.
-        metrics: anything worth knowing; ``loss`` is the mean training loss, and ``steps`` the
-            number of local steps (the strategies qfedavg and fednova need them).
-        extra: tensors for a strategy that asks for some (``Needs.extra``); not sent to another.
+        weights: the trained weights, with the names, shapes and dtypes of the received ones.
+        num_examples: the number of training examples, which weighs the update in the average.
+        metrics: numbers by name. ``loss`` is the mean training loss (used by the strategy qfedavg),
+            ``steps`` the number of local steps (used by fednova).
+        extra: extra tensors; sent only if the strategy asks for them (``Needs.extra``).
     """
 
     weights: Weights
@@ -43,7 +43,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """How weights do on held-out data: the mean loss over ``num_examples``, and other metrics."""
+    """The mean loss and other metrics of a model over ``num_examples`` held-out examples."""
 
     loss: float
     num_examples: int
@@ -51,13 +51,13 @@ class EvalResult:
 
 
 class RoundPlan(Plan):
-    """The plan of one round, as a task gets it: its ``seed`` is the round's own.
+    """The plan of one training, as a task receives it; its ``seed`` differs in each round.
 
     Args:
         run: the id of the run.
         round: the number of the round, from 1.
-        sequence: the number of this worker's ticket: the round, unless the federation is
-            asynchronous; then one more with each piece of work.
+        sequence: the number of this worker's ticket. In synchronous rounds it is the round; in
+            asynchronous runs it grows by one with each piece of work.
     """
 
     run: str = ""
@@ -68,40 +68,42 @@ class RoundPlan(Plan):
 class Task(Protocol):
     """One data owner's model and data.
 
-    The arrays that ``train`` and ``evaluate`` get are the task's own to change. These attributes
-    are optional:
+    The methods run in the training thread, one at a time. The arrays that ``train`` and
+    ``evaluate`` receive are the task's to modify.
 
-    - ``only_reads = True``: it never writes to them, and so gets views instead of copies;
+    Optional attributes:
+
+    - ``only_reads = True``: the task never writes to those arrays, and receives views, not copies;
+    - ``classes``: the names of the classes, in the order of the model's outputs;
     - ``local_rule``: a ``local.bound.BoundRule`` that ``train`` applies to its gradients;
-      ``--local-rule`` puts another in its place;
-    - ``keep_in(folder)``: where it may keep what has to outlive a restart of the worker;
-    - ``model_form()``: the names of its tensors, with anything that has their ``dtype`` and
-      ``shape``, such as ``jax.eval_shape`` returns. Otherwise ``init(0)`` is called for that when
-      the worker starts.
+      ``--local-rule`` replaces it;
+    - ``keep_in(folder)``: receives the folder for state that must outlive a restart of the worker;
+    - ``model_form()``: returns, by name, anything with each tensor's ``dtype`` and ``shape``, such
+      as the result of ``jax.eval_shape``; without it, the worker calls ``init(0)`` at its start.
     """
 
     num_examples: int
-    """How many examples there are to train on."""
+    """The number of training examples."""
 
     def init(self, seed: int) -> Weights:
-        """Make first weights; the same for the same seed, whichever worker is asked."""
+        """Return initial weights; equal seeds give equal weights on every worker."""
 
     def train(self, weights: Weights, plan: RoundPlan, progress: Progress) -> TrainResult:
-        """Train these weights on the local data; called in a thread of its own."""
+        """Train from ``weights`` on the local data."""
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """Evaluate these weights on local held-out data; None where there is none."""
+        """Evaluate ``weights`` on the local held-out data; return None if there is none."""
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the command line says to a task.
+    """The command-line options that a task factory receives.
 
     Args:
-        data: the value of ``--data``, whatever the task makes of it.
+        data: the value of ``--data``; the task decides what it means.
         worker: the worker's id.
-        seed: the seed of ``--seed``, such as for a split of the data.
-        classes: the classes of ``--classes``; None lets the task read them off its data.
+        seed: the value of ``--seed``, for example to split the data.
+        classes: the value of ``--classes``; None if the task should take them from its data.
     """
 
     data: str
@@ -114,22 +116,22 @@ TaskFactory = Callable[[TaskOptions], Task]
 
 
 def classes_of(task: Task) -> tuple[str, ...]:
-    """Return the classes of a task that has some, in the order of its model's outputs."""
+    """Return the names of a task's classes, in the order of its model's outputs; else ()."""
     given = getattr(task, "classes", None)
     return () if given is None else tuple(sendable(str(name)) for name in given)
 
 
 def num_examples_of(task: Task) -> int:
-    """Return how many examples a task trains on, as an int whatever integer it is."""
+    """Return a task's number of training examples as a plain int."""
     return operator.index(task.num_examples)
 
 
 def check_task(name: str, task: Any) -> Task:
-    """Check what a task is by its methods and attributes; return it.
+    """Check an object's methods and attributes, and return it as a task.
 
     Raises:
-        UsageError: where it is none.
-        TaskError: where it says something of itself that cannot be.
+        UsageError: if a method is missing.
+        TaskError: if ``num_examples`` or ``classes`` have invalid values.
     """
     for method in ("init", "train", "evaluate"):
         if not callable(getattr(task, method, None)):
@@ -149,10 +151,10 @@ def check_task(name: str, task: Any) -> Task:
         raise TaskError(
             f"the task {name} has {num_examples} examples; at most {MAX_NUM_EXAMPLES} are expected"
         )
-    for called in classes_of(task):
-        if len(called) > MAX_CLASS_NAME:
+    for class_name in classes_of(task):
+        if len(class_name) > MAX_CLASS_NAME:
             raise TaskError(
-                f"the class '{called[:40]}…' of the task {name} has a name of {len(called)} "
-                f"characters, at most {MAX_CLASS_NAME} travel; give it a shorter one"
+                f"the class '{class_name[:40]}…' of the task {name} has a name of "
+                f"{len(class_name)} characters, but at most {MAX_CLASS_NAME} travel; shorten it"
             )
     return task  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""How a task is made from what ``--task`` names."""
+"""Loading of the task that ``--task`` names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fluffle_worker.user_code import CALLERS, one_line, warn_in_full
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
-    """Make the task that ``module:name`` or ``path.py:name`` names.
+    """Call the task factory at ``module:name`` or ``path.py:name`` and return its task.
 
     Raises:
-        UsageError: where there is no such thing.
-        TaskError: where it fails to make a task of these options, such as for want of data.
+        UsageError: if there is no such factory, or what it returns is not a task.
+        TaskError: if the factory fails with these options, for example because data is missing.
     """
     place = Place.parse("task", name)
     factory = place.load(CALLERS)

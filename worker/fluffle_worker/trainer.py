@@ -1,4 +1,7 @@
-"""The task's side of a worker: its code runs in the training thread and can end nothing else."""
+"""Runs jobs in the training thread and reports their outcome to the event loop.
+
+An error in the task's code, of whatever type, fails its job and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,19 @@ from fluffle_worker.user_code import one_line
 
 
 class Trainer:
-    """Does one job after the other, and tells the event loop what becomes of each.
+    """Runs one job at a time. Its callbacks run in the event loop.
 
     Args:
         task: the model and the data.
         sender: the fields ``federation`` and ``worker`` of every answer.
-        residual: what the last update that was sent left unsent.
-        progress: told of each step: ``(work, step, steps, loss)``.
-        done: told what has become of a job.
-        tell: told, once each, what of the task's is not fit for use, and of its tracebacks.
-        form: what the task's model is made of.
-        training: where the task's code runs; a thread of its own unless told.
-        codecs: those that updates may be encoded by.
+        residual: returns the residual of the last update sent; called in the training thread.
+        progress: called with each step: ``(work, step, steps, loss)``.
+        done: called with the outcome of each job, an event for the machine.
+        tell: called with events about the task's faults: unusable results and tracebacks, each
+            reported once.
+        form: the signature of the task's model.
+        training: what runs the task's code; by default, a new thread.
+        codecs: the codecs that updates may be encoded with.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Trainer:
         self._training: Training = training or TrainingThread()
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         self._results = Results(
-            say=lambda reason: self._to_loop(tell, Unfit(reason=reason)),
+            report=lambda reason: self._to_loop(tell, Unfit(reason=reason)),
             trace=lambda text: self._to_loop(tell, Traceback(text=text)),
         )
         self._under_way = 0
@@ -64,20 +68,22 @@ class Trainer:
 
     @property
     def at_work(self) -> bool:
-        """Whether the task's code may be at something; only the end of the process ends that.
+        """Whether the task's code may still be running.
 
-        A job that was cut short may have begun what goes on by itself, as steps of JAX do.
+        That includes an abandoned job: JAX may still be executing steps that it had dispatched.
         """
         return self._under_way > 0 or self._cut_short
 
     def begin(self, job: Job, evaluated: Callable[[], object]) -> None:
-        """Do a job when those before it are done; ``evaluated``: its evaluation is there."""
+        """Queue a job; ``evaluated`` is called once its evaluation is available."""
         self._under_way += 1
         self._training.put(lambda: self._work(job, functools.partial(self._to_loop, evaluated)))
 
     def _work(self, job: Job, evaluated: Callable[[], object]) -> None:
         event = self._do(job, evaluated)
-        if os.getpid() != self._pid:  # the task forked, and its child has come back to here
+        if (
+            os.getpid() != self._pid
+        ):  # in a forked child of the task, which must not go on as a worker
             os._exit(0 if isinstance(event, machine.Finished) else 1)
         self._to_loop(self._over, event)
 
@@ -96,8 +102,8 @@ class Trainer:
             )
         except NotWanted:
             return machine.Abandoned(job.work)
-        except BaseException as why:  # whatever a user's task raises is reported, not swallowed
-            if not job.wanted:  # it may be what the task makes of being told so
+        except BaseException as why:  # reported to the coordinator, even SystemExit
+            if not job.wanted:  # the task may have wrapped NotWanted
                 return machine.Abandoned(job.work)
             self._results.failed(why)
             return machine.Failed(job.work, one_line(why))
@@ -108,11 +114,11 @@ class Trainer:
         self._cut_short = isinstance(event, machine.Abandoned)
         self._done(event)
 
-    def _to_loop(self, what: Callable[..., object], *on: Any) -> None:
-        """Let the loop do something; nothing where it is gone, and so is whoever asked.
+    def _to_loop(self, function: Callable[..., object], *args: Any) -> None:
+        """Call a function in the event loop.
 
-        Nothing in a process either that the task has forked: what happens there is its own.
+        Does nothing if the loop is closed, or in a process that the task has forked.
         """
         if os.getpid() == self._pid:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(what, *on)
+                self._loop.call_soon_threadsafe(function, *args)

@@ -1,4 +1,4 @@
-"""The training thread: a user's code runs in it, one piece after the other, off the event loop."""
+"""The thread that runs a task's code, one job at a time, off the event loop."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Protocol
 
 
 class Training(Protocol):
-    """Runs callables one after the other, off the event loop."""
+    """Runs callables one at a time, in order, off the event loop."""
 
     def put(self, work: Callable[[], object]) -> object:
-        """Run this when all that was put before is done; returns at once."""
+        """Queue a callable and return at once."""
 
 
 class TrainingThread:
-    """A thread of its own, so that signs of life keep going out while a step takes its time.
+    """A thread that runs queued callables, so that heartbeats continue during a long step.
 
-    It is a daemon: a step that never ends must not keep the process from ending. What runs in it
-    catches its own errors.
+    It is a daemon thread: a step that never returns must not keep the process alive. The callables
+    must handle their own errors.
     """
 
     def __init__(self) -> None:
@@ -27,14 +27,14 @@ class TrainingThread:
         self._thread: threading.Thread | None = None
 
     def put(self, work: Callable[[], object]) -> None:
-        """Run this when all that was put before is done; the first call starts the thread."""
+        """Queue a callable and return at once; the first call starts the thread."""
         self._queue.put(work)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="training", daemon=True)
             self._thread.start()
 
     def end(self, patience_s: float) -> None:
-        """Let the thread end when all that was put before is done; wait so long for that."""
+        """Stop the thread once its queue is empty; wait for that at most ``patience_s`` seconds."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(patience_s)

@@ -1,4 +1,4 @@
-"""Answers on their way to the broker: each until it has taken it, or nobody wants it any more."""
+"""Sends answers to the broker, each until it is confirmed or obsolete."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Refusals, Tell, drain
 from fluffle_worker.job import Job
 
-_FULL_PAUSE_S = 1.0
-# So long a training waits to know whether the broker has taken the update before. On a slow line
-# that may take longer; then it begins with what the last update left that was taken.
+_RETRY_S = 1.0
+# How long an encoder waits for the previous update's confirmation, whose residual it needs. If that
+# takes longer, as on a slow line, it uses the residual of the last confirmed update.
 _SETTLE_S = 60.0
 
 
 class _NotWanted(Exception):
-    """There is newer work: nobody wants the rest of an answer."""
+    """Raised to stop sending the parts of an answer that newer work has made obsolete."""
 
 
 class Uploader:
-    """Sends them in the order in which they come.
+    """A queue of answers, sent concurrently and started in order.
 
-    The next does not wait until the broker has taken the one before: it may say so only when that
-    one's round is on the coordinator's disk.
+    An answer does not wait for the confirmation of the previous one, because a broker may confirm
+    late, for example when a queue is full. Large answers, which go in parts through the worker's
+    one outbox, are sent one at a time.
 
     Args:
-        topology: where they go.
-        worker: whose they are.
-        link: returns a link, once there is one.
-        wanted: whether anybody waits for the answer of a job.
-        due: whether a job is done; else only its evaluation is sent.
-        taken: told of a job whose answer the broker has taken.
-        tell: told what happens.
-        sent: told how many parts of how many of an answer have arrived.
-        renew: makes our queues anew, if the broker has them no more.
+        topology: the names on the broker.
+        worker: this worker's id.
+        link: returns the current link, waiting for one if necessary.
+        wanted: whether a job is still wanted.
+        due: whether a job's answer is to be sent; if not, only its evaluation is.
+        taken: called with each job whose answer the broker has confirmed.
+        tell: called with each event.
+        sent: called with (parts sent, parts) of a large answer.
+        renew: declares the worker's queues again, in case they have expired.
     """
 
     def __init__(
@@ -67,19 +68,19 @@ class Uploader:
         self._tell, self._parts_sent, self._renew = tell, sent, renew
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
-        self._residual = Residual()  # of the last update that was sent
+        self._residual = Residual()  # of the last confirmed update
         self._under_way = 0
-        self._settled = threading.Event()  # none is under way
+        self._settled = threading.Event()  # set while nothing is being sent
         self._settled.set()
 
     def put(self, job: Job) -> None:
-        """Send what there is of a job's answer."""
+        """Queue a job's evaluation and, if it has one, its answer."""
         self._unsent.put_nowait(job)
 
     def residual(self) -> Residual:
-        """Return what the last update left, once it is known whether the broker has taken it.
+        """Return the residual of the last confirmed update; called in the training thread.
 
-        It blocks: it is for the training thread.
+        Blocks while an update is being sent, but at most 60 seconds.
         """
         self._settled.wait(_SETTLE_S)
         return self._residual
@@ -95,7 +96,7 @@ class Uploader:
             raise several.exceptions[0] from None
 
     async def _send_until_taken(self, job: Job) -> None:
-        async with job.sending:  # its evaluation first
+        async with job.sending:  # a job's evaluation before its answer
             while self._wanted(job):
                 link = await self._link()
                 try:
@@ -103,7 +104,7 @@ class Uploader:
                 except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
                     self._tell(Unsent(round=job.work.round, reason=str(why)))
-                    await asyncio.sleep(_FULL_PAUSE_S)
+                    await asyncio.sleep(_RETRY_S)
                 except _NotWanted:
                     break
                 else:
@@ -111,19 +112,17 @@ class Uploader:
 
     async def _send(self, link: Link, job: Job) -> None:
         due = self._due(job)
-        works = []
+        sends = []
         if job.evaluation is not None and not job.evaluation_sent:
             key = f"evaluation.{self._worker}"
-            works.append(send(link, job.evaluation, Route(self._topology.results, [key])))
+            sends.append(send(link, job.evaluation, Route(self._topology.results, [key])))
         if due and job.answer is not None:
-            works.append(self._send_answer(link, job, *job.answer))
+            sends.append(self._send_answer(link, job, *job.answer))
         self._under_way += 1
         self._settled.clear()
         try:
-            if len(works) == 1:
-                await works[0]
-            else:  # in this order: before its round closes, the evaluation is there
-                await run_all(*works)
+            # The evaluation first, so that it arrives before the update can close the round.
+            await run_all(*sends)
             if due and job.work.kind == "fit":
                 self._residual = job.residual
         finally:
@@ -155,15 +154,14 @@ class Uploader:
                 weights,
                 Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
                 beside={EXTRA: job.extra},
-                # Kept here until there is newer work, and sent again when asked: so not on disk
-                # there.
+                # Not durable: the worker keeps the answer and sends it again when asked.
                 parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
                 before_parts=before_parts,
                 progress=progress,
             )
 
     async def _clear_outbox(self, link: Link) -> None:
-        """Drop the parts that nobody will ask for."""
+        """Empty the outbox of the parts of earlier answers."""
         outbox, federation = self._topology.outbox(self._worker), self._topology.federation
         await drain(
             link,

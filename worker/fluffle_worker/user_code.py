@@ -1,4 +1,4 @@
-"""Errors of a task's own code; see ``fluffle_common.cli.user_code``."""
+"""Formatting of errors raised by a task's code, on top of ``fluffle_common.cli.user_code``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ CALLERS = frozenset(
     str(Path(__file__).parent / name)
     for name in ("job.py", "results.py", "signature.py", "task_loading.py", "trainer.py")
 )
-"""What calls a task's code: no part of its story."""
+"""The files that call a task's code; their frames are left out of its tracebacks."""
 
 
 def full_trace(why: BaseException) -> str:
-    """Return the whole traceback of an error, from the first line of the task's code on."""
+    """Return the traceback of an error, starting at the first frame of the task's code."""
     return user_code.full_trace(why, CALLERS)
 
 
 def warn_in_full(why: BaseException) -> None:
-    """Write the whole traceback of an error to stderr."""
+    """Write that traceback to stderr."""
     user_code.warn_in_full(why, "task", CALLERS)

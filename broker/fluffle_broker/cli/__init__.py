@@ -1,1 +1,1 @@
-"""The broker's commands."""
+"""The commands ``broker``, ``queues``, ``peek``, ``tap`` and ``rejected``."""

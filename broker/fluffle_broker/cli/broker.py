@@ -1,4 +1,4 @@
-"""``fluffle broker``: the private RabbitMQ node of a folder."""
+"""``fluffle broker``: a private RabbitMQ node, user permissions and queue limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable
 if TYPE_CHECKING:
     from fluffle_broker.node.record import NodeInfo, Ports
 
-_NOT_RUNNING = 3  # the exit code of `status`, as of systemctl, and of BrokerError
+_NOT_RUNNING = 3  # the exit code of `status`, as in systemctl, and of BrokerError
 
 
 def _state_option(command: Any) -> Any:
@@ -52,17 +52,17 @@ def _port_option(
 def broker() -> None:
     """Run a private RabbitMQ on this machine.
 
-    It listens on 127.0.0.1 only, keeps every file in one folder and needs no root. An installed
-    rabbitmq-server is used where there is one; where there is apt, Debian's packages are unpacked
-    into ~/.cache/fluffle without installing them; elsewhere it runs in Docker. The coordinator and
-    the workers started in the same folder find it by themselves.
+    It listens on 127.0.0.1 only, keeps every file in one folder and needs no root. It uses an
+    installed rabbitmq-server if there is one. Otherwise, it unpacks Debian's packages into
+    ~/.cache/fluffle without installing them, or runs in Docker if there is no apt. A coordinator
+    and workers that start in the same folder find it by themselves.
 
     \b
-      fluffle broker up            start it, or say where it runs already
-      fluffle broker status        is it up, since when, how much memory
+      fluffle broker up            start it, or show where it runs
+      fluffle broker status        show whether it is up, its uptime and memory
       fluffle broker down          stop it; its data stays for the next 'up'
-      fluffle broker permissions   the least that a worker's user needs
-      fluffle broker apply-policy  how much the queues may hold, on another broker
+      fluffle broker permissions   show the permissions that a user needs
+      fluffle broker apply-policy  limit the queues on another broker
     """
 
 
@@ -85,14 +85,14 @@ def up(
     prometheus_port: int | None,
     node_name: str,
 ) -> None:
-    """Start the broker of this folder and wait until it serves.
+    """Start the broker of this folder and wait until it is ready.
 
-    It goes on when this terminal is closed. Run again, it says where the broker is. What was in
-    its durable queues is there again after a stop or a crash.
+    The broker keeps running when this terminal is closed. If it is already up, the command shows
+    where it runs. Its durable queues survive a stop or a crash.
 
     \b
       fluffle broker up
-      fluffle broker up --state /tmp/second --port 0      one more, on free ports
+      fluffle broker up --state /tmp/second --port 0   a second one, on free ports
     """
     from fluffle_broker.node import node
 
@@ -104,8 +104,8 @@ def up(
         _show(running, state)
         return
     ports = chosen_ports(port, management_port, prometheus_port)
-    with _progress() as say:
-        info = node.up(state, ports=ports, node_name=node_name, say=say)
+    with _progress() as report:
+        info = node.up(state, ports=ports, node_name=node_name, report=report)
     echo(f"RabbitMQ {info.version} is up")
     _show(info, state)
 
@@ -115,12 +115,12 @@ def up(
 def down(state: Path) -> None:
     """Stop the broker of this folder.
 
-    What is in durable queues stays on disk.
+    The messages in durable queues stay on disk.
     """
     from fluffle_broker.node import node
 
-    with _progress() as say:
-        stopped = node.down(state, say=say)
+    with _progress() as report:
+        stopped = node.down(state, report=report)
     echo("RabbitMQ is stopped" if stopped else f"no broker is running in {state}")
 
 
@@ -129,9 +129,9 @@ def down(state: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.pass_context
 def status(ctx: click.Context, state: Path, as_json: bool) -> None:
-    """Tell whether the broker of this folder is up.
+    """Show whether the broker of this folder is up.
 
-    The exit code is 0 if it is, 3 if not.
+    The exit code is 0 if it is up and 3 if it is not.
     """
     from fluffle_broker.node import health, node
 
@@ -158,33 +158,36 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     "workers",
     multiple=True,
     metavar="NAME",
-    help="A worker's id, which is also the name of its user; may be given several times.",
+    help="ID of a worker, which is also the name of its user; may be given several times.",
 )
-@click.option("--coordinator", is_flag=True, help="Print the rights of the coordinator's user.")
+@click.option(
+    "--coordinator", is_flag=True, help="Print the permissions of the coordinator's user."
+)
 @click.option(
     "--coordinator-user",
     metavar="NAME",
     help="Name of the coordinator's user.  [default: FEDERATION-coordinator]",
 )
-@click.option("--vhost", default="/", show_default=True, metavar="NAME", help="Where.")
+@click.option("--vhost", default="/", show_default=True, metavar="NAME", help="The vhost.")
 @queue_type_option
 @click.option(
     "--apply",
     "applies",
     is_flag=True,
     help=(
-        "Grant the rights on the private broker of this folder. A missing user is created "
+        "Grant the permissions on the private broker of this folder. A missing user is created "
         "with a random password, which is printed once on standard output."
     ),
 )
 @click.option("--ask-password", is_flag=True, help="With --apply: ask for each user's password.")
 @_state_option
 def permissions(**options: Any) -> None:
-    """Print the least rights that a user of RabbitMQ needs.
+    """Print the minimal permissions of a RabbitMQ user.
 
-    As rabbitmqctl lines, for any broker; with --apply they are granted on the private one. They
-    replace what the user may do in the vhost. Let the coordinator run with --verify-users, so that
-    a worker is who it logs in as. docs/rights.md says what each right is for.
+    The output is rabbitmqctl commands for any broker; --apply grants the permissions on the
+    private broker instead. They replace the user's permissions in the vhost. Start the coordinator
+    with --verify-users, so that no worker can act as another. docs/rights.md explains each
+    permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator
@@ -202,7 +205,7 @@ def permissions(**options: Any) -> None:
     if options["coordinator"] or options["coordinator_user"]:
         wanted.insert(0, permissions.coordinator_rights(topology, name))
     if not wanted:
-        raise UsageError("no user is named; give --worker NAME, --coordinator, or both")
+        raise UsageError("no user is given; use --worker NAME, --coordinator, or both")
     run = permissions.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None
     for each in wanted:
         if run is None:
@@ -211,25 +214,26 @@ def permissions(**options: Any) -> None:
         password = None
         if options["ask_password"]:
             password = click.prompt(f"password of {each.user}", hide_input=True, err=True)
-        made_up = permissions.apply(each, options["vhost"], run, password)
-        shown = f"; created with the password {made_up}" if made_up else ""
-        echo(f"user {each.user} has its rights in vhost {options['vhost']}{shown}")
+        generated = permissions.apply(each, options["vhost"], run, password)
+        created = f"; created with the password {generated}" if generated else ""
+        echo(f"user {each.user} has its permissions in vhost {options['vhost']}{created}")
 
 
 @broker.command("apply-policy")
 @federation_option
 @url_option
 @management_option
-@click.option("--print", "prints", is_flag=True, help="Print rabbitmqctl lines instead.")
+@click.option("--print", "prints", is_flag=True, help="Print rabbitmqctl commands instead.")
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
-    """Set how much a federation's queues may hold.
+    """Limit the length of a federation's queues.
 
-    For a broker of your own. It sets policies by the management API, which takes a user with the
-    tag policymaker; with --print, as rabbitmqctl lines. Once for each federation, before or after
-    its queues are made. The node of 'fluffle broker up' has them for every federation already.
+    Use this on your own broker, once for each federation, before or after its queues exist. The
+    broker of 'fluffle broker up' has the policies for every federation already. The command sets
+    them through the management API, which requires a user with the tag policymaker; --print shows
+    rabbitmqctl commands instead.
 
-    To change a limit later, set the policy again with another number: it holds at once, and nobody
-    has to start anew. docs/brokers.md has the limits.
+    To change a limit later, set the policy again with another number. It applies at once, without
+    a restart. docs/brokers.md lists the limits.
 
     \b
       fluffle broker apply-policy --federation letters --url amqp://admin:pw@host
@@ -244,16 +248,19 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
 
     wanted = topology.policies(check_federation(federation))
     address = broker_url(url)
-    where = unquote(vhost(address))
+    vhost_name = unquote(vhost(address))
     if prints:
-        echo(*policies.shell_lines(wanted, where))
+        echo(*policies.shell_lines(wanted, vhost_name))
         return
     policies.apply(wanted, address, management_of(address, management))
-    echo(f"the queues of federation {federation} are limited by {len(wanted)} policies in {where}")
+    echo(
+        f"set {len(wanted)} policies that limit the queues of federation {federation} in vhost "
+        f"{vhost_name}"
+    )
 
 
 def _rabbitmqctl(state: Path) -> str:
-    """Return what talks to the node of a folder."""
+    """Return the path of the ``rabbitmqctl`` script for a folder's node."""
     from fluffle_broker.node import node
     from fluffle_common.errors import BrokerError
 
@@ -262,21 +269,21 @@ def _rabbitmqctl(state: Path) -> str:
         raise BrokerError(f"no broker is running in {state}; 'fluffle broker up' starts one")
     if info.started_as == "docker":
         raise BrokerError(
-            "the broker runs in a container; leave --apply out to print the lines, and run "
-            "them there with 'docker exec'"
+            "--apply does not work with a broker in a container; leave it out and run the printed "
+            "commands with 'docker exec'"
         )
     return str(info.folder / "rabbitmqctl")
 
 
 def chosen_ports(amqp: int | None, management: int | None, prometheus: int | None) -> Ports:
-    """Complete the ports of the command line: ``--port 0`` alone means free ones for all."""
+    """Fill in the ports that were not given: free ones with ``--port 0``, else the defaults."""
     from fluffle_broker.node.record import Ports
 
-    usual = Ports(0, 0, 0) if amqp == 0 else Ports()
+    default = Ports(0, 0, 0) if amqp == 0 else Ports()
     return Ports(
-        amqp=usual.amqp if amqp is None else amqp,
-        management=usual.management if management is None else management,
-        prometheus=usual.prometheus if prometheus is None else prometheus,
+        amqp=default.amqp if amqp is None else amqp,
+        management=default.management if management is None else management,
+        prometheus=default.prometheus if prometheus is None else prometheus,
     )
 
 
@@ -287,7 +294,7 @@ def _show(info: NodeInfo, state: Path) -> None:
 
     option = "" if state == Path(".fluffle") else f" --state {shlex.quote(str(state))}"
     rows = {
-        "AMQP": without_credentials(info.url),  # guest is the user where none is named
+        "AMQP": without_credentials(info.url),  # without a user, clients log in as guest
         "management": f"{info.management_url}  (guest / guest)",
         "metrics": info.prometheus_url,
         "process": f"{info.pid} ({info.started_as})" if info.pid else info.started_as,
@@ -303,14 +310,14 @@ def _as_dict(info: NodeInfo | None, figures: Any) -> dict[str, Any]:
 
     from fluffle_common.transport.rabbitmq.urls import without_credentials
 
-    shown: dict[str, Any] = {"running": info is not None}
+    fields: dict[str, Any] = {"running": info is not None}
     if info is not None:
-        shown |= {**dataclasses.asdict(info), "folder": str(info.folder), "logs": str(info.logs)}
-        shown["url"] = without_credentials(info.url)
-        shown |= {"uptime_s": None, "memory_bytes": None}
+        fields |= {**dataclasses.asdict(info), "folder": str(info.folder), "logs": str(info.logs)}
+        fields["url"] = without_credentials(info.url)
+        fields |= {"uptime_s": None, "memory_bytes": None}
     if figures is not None:
-        shown |= dataclasses.asdict(figures)
-    return shown
+        fields |= dataclasses.asdict(figures)
+    return fields
 
 
 def _duration(seconds: float) -> str:
@@ -318,18 +325,18 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    shown = [f"{number} {unit}" for number, unit in parts if number]
-    return " ".join(shown[:2]) or "0 s"
+    nonzero = [f"{number} {unit}" for number, unit in parts if number]
+    return " ".join(nonzero[:2]) or "0 s"
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Show what is being done on stderr: in place on a terminal, else a line each."""
+    """Yield a function that shows progress on stderr: in place on a terminal, else in lines."""
     if not is_terminal(sys.stderr):
         yield lambda text: echo(f"{text} …", err=True)
         return
     from rich.console import Console
     from rich.markup import escape
 
-    with Console(stderr=True).status("looking for RabbitMQ") as shown:
-        yield lambda text: shown.update(escape(printable(text)))
+    with Console(stderr=True).status("looking for RabbitMQ") as status_line:
+        yield lambda text: status_line.update(escape(printable(text)))

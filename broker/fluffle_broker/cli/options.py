@@ -1,4 +1,4 @@
-"""What every looking command is told: which federation, on which broker, and for whose eyes."""
+"""Options that the commands ``queues``, ``peek``, ``tap`` and ``rejected`` share."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from fluffle_common.transport.rabbitmq.management import QueueFigures
 
 
-def looking(json_words: str, *, required: bool = True) -> Callable[[Any], Any]:
-    """Add ``--federation``, ``--url`` and ``--json``, which prints what ``json_words`` say."""
+def inspection_options(json_help: str, *, required: bool = True) -> Callable[[Any], Any]:
+    """Return a decorator that adds ``--federation``, ``--url`` and ``--json``."""
 
     def add(command: Any) -> Any:
-        as_json = click.option("--json", "as_json", is_flag=True, help=json_words)
+        as_json = click.option("--json", "as_json", is_flag=True, help=json_help)
         return federation_option(url_option(as_json(command)), required=required)
 
     return add
 
 
-def where(federation: str, url: str | None) -> tuple[Topology, str]:
-    """Return the names of the federation and the broker's URL, both checked.
+def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, str]:
+    """Validate both options; return the federation's names and the broker's URL.
 
     Raises:
-        UsageError: where one cannot be.
+        UsageError: if one of them is invalid.
     """
     from fluffle_common.cli.settings import broker_url, check_federation
     from fluffle_common.protocol.topology import Topology
@@ -40,8 +40,8 @@ def where(federation: str, url: str | None) -> tuple[Topology, str]:
     return Topology(check_federation(federation)), address
 
 
-def figures_if_told(address: str, base: str, topology: Topology) -> dict[str, QueueFigures]:
-    """Return RabbitMQ's figures of the queues by name; empty where they cannot be had."""
+def available_figures(address: str, base: str, topology: Topology) -> dict[str, QueueFigures]:
+    """Return the queues' figures by name; an empty dict if the management API has none."""
     from fluffle_common.transport.rabbitmq.management import UNTOLD, queue_figures
 
     with contextlib.suppress(*UNTOLD):

@@ -1,4 +1,4 @@
-"""``fluffle peek``: messages where they lie, decoded, and left there."""
+"""``fluffle peek``: decode messages and leave them in their queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_broker.cli.options import figures_if_told, looking, where
+from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
 from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
@@ -29,22 +29,22 @@ _WIDE = 100  # columns
 @click.argument("queue")
 @click.option(
     "-n", "--count", default=5, show_default=True, type=counts(1, 10_000),
-    help="Maximum number of messages, from the head of the queue; of the journal, from its end.",
+    help="Maximum number of messages, from the head of a queue or the end of the journal.",
 )  # fmt: skip
-@looking("Print a list of objects, with every tensor.")
+@inspection_options("Print a list of objects, with every tensor.")
 @management_option
 def peek(queue: str, count: int, **options: Any) -> None:
-    """Decode messages of a QUEUE without taking them out of it.
+    """Decode messages of a QUEUE without removing them.
 
     QUEUE is updates, presence, rejected, unrouted, journal or inbox.WORKER, with or without the
     federation in front.
 
-    Each message is taken and given back to its place at once: depth, order and bodies stay as
-    they are. What remains is the flag 'redelivered', and, of a queue that nobody reads, another
-    30 minutes of life. While it is held, for milliseconds, it counts as unacked, and whoever
-    reads the queue gets it so much later; so what a worker or a coordinator reads as it comes
-    is refused, as are quorum queues, where giving back is not harmless. What the coordinator
-    holds unacknowledged nobody else can see: 'fluffle journal' tells of it.
+    Each message is taken and returned to its position at once, so the length, the order and the
+    bodies stay the same. Two traces remain: the flag 'redelivered', and another 30 minutes until
+    an unused queue expires. For some milliseconds the messages count as unacked and are withheld
+    from the queue's consumer. peek therefore refuses queues that a worker or the coordinator is
+    reading, and quorum queues, where returning a message has side effects. Nobody else can see
+    the updates that the coordinator holds unacknowledged; 'fluffle journal' shows them.
 
     \b
       fluffle peek updates --federation letters
@@ -53,12 +53,12 @@ def peek(queue: str, count: int, **options: Any) -> None:
     from fluffle_broker.inspect.peek import full_name
     from fluffle_common.cli.settings import management_of
 
-    topology, address = where(options["federation"], options["url"])
+    topology, address = federation_and_broker(options["federation"], options["url"])
     full_name(topology, queue)
     peeked = asyncio.run(_peek(address, topology, queue, count))
     now = time.time()
     if options["as_json"]:
-        echo_json([reading.as_dict(now) for reading in peeked.readings])
+        echo_json([decoded.as_dict(now) for decoded in peeked.messages])
     else:
         _show(peeked, now)
     held = _held(peeked, topology, address, management_of(address, options["management"]))
@@ -76,11 +76,11 @@ async def _peek(address: str, topology: Topology, queue: str, count: int) -> Pee
 
 
 def _held(peeked: Peeked, topology: Topology, address: str, base: str) -> str | None:
-    """Say what could not be seen, because the coordinator has it."""
+    """Return a note about the updates that the coordinator holds, which peek cannot see."""
     if peeked.queue != topology.updates or not peeked.counts.consumers:
         return None
     journal = f"'fluffle journal --federation {topology.federation}' shows them"
-    figures = figures_if_told(address, base, topology).get(peeked.queue)
+    figures = available_figures(address, base, topology).get(peeked.queue)
     held = figures.unacknowledged if figures else None
     if held is None:
         return (
@@ -98,49 +98,50 @@ def _held(peeked: Peeked, topology: Topology, address: str, base: str) -> str | 
 def _show(peeked: Peeked, now: float) -> None:
     from fluffle_common.transport.rabbitmq.queue_health import messages
 
-    shown = f", {len(peeked.readings)} shown" if peeked.readings else ""
-    kept = "kept" if any(r.delivery.offset is not None for r in peeked.readings) else "ready"
+    shown = f", {len(peeked.messages)} shown" if peeked.messages else ""
+    kept = "kept" if any(r.delivery.offset is not None for r in peeked.messages) else "ready"
     echo(f"{peeked.queue}: {messages(peeked.counts.ready)} {kept}{shown}")
-    for number, reading in enumerate(peeked.readings, 1):
+    for number, decoded in enumerate(peeked.messages, 1):
         echo("")
-        show_reading(reading, now, f"{number}  ")
+        show_message(decoded, now, f"{number}  ")
 
 
-def show_reading(reading: DecodedMessage, now: float, before: str = "") -> None:
-    """Print one message in full, but for tensors beyond ``MOST_ROWS``."""
+def show_message(decoded: DecodedMessage, now: float, before: str = "") -> None:
+    """Print one message in full, with at most ``MOST_ROWS`` tensors."""
     from fluffle_broker.inspect.formatting import age, facts, size, words
 
-    whom = f" of {reading.worker}" if reading.worker else ""
-    headline = ", ".join([f"{reading.kind}{whom}", *facts(reading)])
+    sender = f" of {decoded.worker}" if decoded.worker else ""
+    headline = ", ".join([f"{decoded.kind}{sender}", *facts(decoded)])
     echo(f"{before}{headline}")
-    properties = reading.delivery.properties
-    told = [
-        size(reading.size_bytes),
-        f"{age(reading.age_s(now))} old",
+    properties = decoded.delivery.properties
+    delivery_facts = [
+        size(decoded.size_bytes),
+        f"{age(decoded.age_s(now))} old",
         f"user {properties.user or 'unknown'}",
         f"message_id {properties.message_id or 'none'}",
-        "redelivered" if reading.delivery.redelivered else "",
+        "redelivered" if decoded.delivery.redelivered else "",
     ]
-    echo("   " + ", ".join(filter(None, told)))
-    said = reading.said()
-    rest = {key: said[key] for key in ("run", "seconds", "session", "task", "plan") if key in said}
+    echo("   " + ", ".join(filter(None, delivery_facts)))
+    fields = decoded.fields()
+    names = ("run", "seconds", "session", "task", "plan")
+    rest = {name: fields[name] for name in names if name in fields}
     if rest:
         echo("   " + ", ".join(f"{key} {words(value)}" for key, value in rest.items()))
-    if reading.header("reason") is not None:
-        cause = reading.header("cause") or "unknown"
-        echo(f"   refused ({cause}): {reading.header('reason')}")
-    if reading.message is None:
-        echo(f"   begins with {reading.first_bytes.hex(' ')}")
-    if reading.tensors:
-        screen().print(_tensors(reading, wide=screen().width >= _WIDE))
+    if decoded.header("reason") is not None:
+        cause = decoded.header("cause") or "unknown"
+        echo(f"   refused ({cause}): {decoded.header('reason')}")
+    if decoded.message is None:
+        echo(f"   begins with {decoded.first_bytes.hex(' ')}")
+    if decoded.tensors:
+        screen().print(_tensors(decoded, wide=screen().width >= _WIDE))
 
 
-def _tensors(reading: DecodedMessage, *, wide: bool) -> Table:
-    """Draw a row a tensor; a narrow terminal has no room for the least, mean and largest value."""
+def _tensors(decoded: DecodedMessage, *, wide: bool) -> Table:
+    """Return a table of tensors; only a wide terminal has room for min, mean and max."""
     from fluffle_common.tensors.table import MODEL
 
-    shown = reading.tensors[:MOST_ROWS]
-    left = len(reading.tensors) - len(shown)
+    shown = decoded.tensors[:MOST_ROWS]
+    left = len(decoded.tensors) - len(shown)
     more = f"   … and {left} more tensors; --json has them all" if left else None
     rows = table(caption=more, pad_edge=False, padding=(0, 1))
     rows.add_column("   tensor", overflow="fold", min_width=12)

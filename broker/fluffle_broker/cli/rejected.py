@@ -1,4 +1,4 @@
-"""``fluffle rejected``: what was refused, why, and what to do with it."""
+"""``fluffle rejected``: list, show, requeue and purge rejected messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from fluffle_broker.cli.options import figures_if_told, looking, where
+from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
 from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.printing import echo, echo_json, screen, table
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from fluffle_common.transport.base import Link
 
 T = TypeVar("T")
-# A federation may be named before the sub-command or behind it, as one is used to.
-_anywhere = looking("Print JSON instead.", required=False)
+# These options may stand before the sub-command or after it.
+_common_options = inspection_options("Print JSON instead.", required=False)
 
 
 @click.group(invoke_without_command=True)
-@_anywhere
+@_common_options
 @management_option
 @click.option(
     "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
@@ -36,48 +36,48 @@ _anywhere = looking("Print JSON instead.", required=False)
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
-    """List what was refused, and why; show, requeue or purge it.
+    """List rejected messages and why; show, requeue or purge them.
 
-    A message that cannot be counted (damaged, of another run, with NaN in it …) is not dropped: it
-    goes with its reason into the federation's queue 'rejected', which keeps the latest 1,000
-    messages or 256 MB; older ones are dropped. Numbers count from the oldest that is kept, so they
-    shift when something is dropped.
+    A message that cannot be counted (damaged, from another run, with NaN in it …) goes with its
+    reason into the federation's queue 'rejected'. The queue keeps the latest 1,000 messages or
+    256 MB and drops older ones. Messages are numbered from the oldest that is kept, so the numbers
+    shift when one is dropped.
 
-    How many were dropped RabbitMQ does not say. They are counted from its statistics: what was
-    published less what was taken out less what is there, since the broker started. Right after a
-    change these are up to 5 seconds behind, and then it is said that nothing can be told.
+    RabbitMQ does not report how many messages it dropped. The number is computed from its
+    statistics since the broker started: published minus removed minus present. These are up to 5
+    seconds behind, and until they catch up, the number is reported as unknown.
 
     \b
       fluffle rejected --federation letters
       fluffle rejected show 3 --federation letters
-      fluffle rejected requeue 3 --federation letters    once its cause is mended
+      fluffle rejected requeue 3 --federation letters    after you fixed the cause
       fluffle rejected requeue --all --federation letters
       fluffle rejected purge --federation letters
     """
     ctx.obj = options
     if ctx.invoked_subcommand is None:
-        _list(_where(options), options["count"], options["management"])
+        _list(_target(options), options["count"], options["management"])
 
 
-class _Where(NamedTuple):
-    """What the options say: the federation, the broker, and whether JSON is wanted."""
+class _Target(NamedTuple):
+    """The options in common: the federation, the broker and the output format."""
 
     topology: Topology
     address: str
     as_json: bool
 
 
-def _where(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) -> _Where:
-    """Read the options of a sub-command; what it was not told, the group may have been."""
-    told = {**options}
+def _target(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) -> _Target:
+    """Return the options of a sub-command, completed by those of the group."""
+    merged = {**options}
     for name, value in (group or {}).items():
-        told[name] = told.get(name) or value
-    if not told["federation"]:
-        raise UsageError("no federation is named; give --federation, or set FLUFFLE_FEDERATION")
-    return _Where(*where(told["federation"], told["url"]), told["as_json"])
+        merged[name] = merged.get(name) or value
+    if not merged["federation"]:
+        raise UsageError("no federation is given; use --federation or set FLUFFLE_FEDERATION")
+    return _Target(*federation_and_broker(merged["federation"], merged["url"]), merged["as_json"])
 
 
-def _visit(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
+def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
     from fluffle_common.transport.once import open_once
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
@@ -88,29 +88,29 @@ def _visit(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
     return asyncio.run(visit())
 
 
-def _list(at: _Where, most: int, management: str | None) -> None:
-    from fluffle_broker.inspect.rejected import kept
+def _list(at: _Target, most: int, management: str | None) -> None:
+    from fluffle_broker.inspect.rejected import list_rejected
     from fluffle_common.cli.settings import management_of
 
     topology, address, as_json = at
-    found = _visit(address, lambda link: kept(link, topology))
-    gone = _dropped(topology, address, management_of(address, management), len(found))
+    rejects = _with_link(address, lambda link: list_rejected(link, topology))
+    gone = _dropped(topology, address, management_of(address, management), len(rejects))
     now = time.time()
     if as_json:
-        told = {"kept": len(found), "dropped": gone, "messages": [m.as_dict(now) for m in found]}
-        echo_json(told)
+        entries = [message.as_dict(now) for message in rejects]
+        echo_json({"kept": len(rejects), "dropped": gone, "messages": entries})
         return
-    echo(f"{topology.rejected}: {_how_many(len(found), gone)}")
-    if found:
-        causes = Counter(message.cause for message in found).most_common()
+    echo(f"{topology.rejected}: {_how_many(len(rejects), gone)}")
+    if rejects:
+        causes = Counter(message.cause for message in rejects).most_common()
         echo("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
-        _table(found[-most:], now)
+        _table(rejects[-most:], now)
 
 
 def _dropped(topology: Topology, address: str, base: str, kept_now: int) -> int | None:
     from fluffle_broker.inspect.rejected import dropped
 
-    figures = figures_if_told(address, base, topology)
+    figures = available_figures(address, base, topology)
     return dropped(figures.get(topology.rejected), kept_now)
 
 
@@ -131,22 +131,22 @@ def _how_many(kept: int, gone: int | None) -> str:
     )
 
 
-def _table(found: list[Rejected], now: float) -> None:
+def _table(rejects: list[Rejected], now: float) -> None:
     from fluffle_broker.inspect.formatting import size
 
     rows = table()
     for name in ("#", "when", "kind", "worker", "round", "size", "cause"):
         rows.add_column(name, no_wrap=True, justify="right" if name in ("#", "size") else "left")
     rows.add_column("reason")
-    for message in found:
-        reading = message.reading
+    for message in rejects:
+        decoded = message.decoded
         rows.add_row(
             str(message.number),
             (message.rejected_at or "?")[:19].replace("T", " "),
-            reading.kind,
-            reading.worker or "?",
-            "?" if reading.round is None else str(reading.round),
-            size(reading.size_bytes),
+            decoded.kind,
+            decoded.worker or "?",
+            "?" if decoded.round is None else str(decoded.round),
+            size(decoded.size_bytes),
             message.cause,
             message.reason,
         )
@@ -155,57 +155,59 @@ def _table(found: list[Rejected], now: float) -> None:
 
 @rejected.command()
 @click.argument("number", type=counts())
-@_anywhere
+@_common_options
 @click.pass_obj
 def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
-    """Show message NUMBER in full, as 'fluffle peek' does; it stays where it is."""
-    from fluffle_broker.cli.peek import show_reading
-    from fluffle_broker.inspect.rejected import one
+    """Show message NUMBER in full, as 'fluffle peek' does, and leave it in the queue."""
+    from fluffle_broker.cli.peek import show_message
+    from fluffle_broker.inspect.rejected import read_rejected
 
-    topology, address, as_json = _where(options, group)
-    found = _visit(address, lambda link: one(link, topology, number))
+    topology, address, as_json = _target(options, group)
+    message = _with_link(address, lambda link: read_rejected(link, topology, number))
     now = time.time()
     if as_json:
-        echo_json(found.as_dict(now))
+        echo_json(message.as_dict(now))
         return
-    show_reading(found.reading, now, f"{number}  ")
-    echo(f"   refused at {found.rejected_at or '?'} from {found.queue or 'an unknown queue'}")
+    show_message(message.decoded, now, f"{number}  ")
+    echo(f"   refused at {message.rejected_at or '?'} from {message.queue or 'an unknown queue'}")
 
 
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
-@click.option("--all", "everything", is_flag=True, help="All messages that are kept now.")
-@_anywhere
+@click.option(
+    "--all", "everything", is_flag=True, help="Requeue all messages that are in the queue now."
+)
+@_common_options
 @click.pass_obj
 def requeue(
     group: dict[str, Any], /, numbers: tuple[int, ...], everything: bool, **options: Any
 ) -> None:
-    """Send messages again, to where they were refused, once what was wrong is put right.
+    """Send messages back to the queue that they were rejected from.
 
-    Each is published again with what its sender said of it, and taken out of 'rejected' only when
-    the broker has confirmed that. It is checked again like any other, so what is still wrong comes
-    back with its reason. It is sent by the user of --url: a coordinator with --verify-users
-    refuses it, unless that user is the worker's.
+    Do this after you fixed the cause. Each message is published again with its original
+    properties, and removed from 'rejected' once the broker has confirmed it. It is validated
+    again, so a message that is still invalid comes back with its reason. The user of --url sends
+    it: a coordinator with --verify-users rejects it unless that is the worker's user.
     """
     from fluffle_broker.inspect import rejected as refused
 
     if bool(numbers) == everything:
-        raise UsageError("no messages are chosen; give their numbers ('requeue 3 4') or --all")
-    topology, address, as_json = _where(options, group)
+        raise UsageError("choose messages by number ('requeue 3 4') or with --all")
+    topology, address, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
-    found = _visit(address, lambda link: refused.requeue(link, topology, chosen))
+    results = _with_link(address, lambda link: refused.requeue(link, topology, chosen))
     if as_json:
-        echo_json([_became(each) for each in found])
-    elif not found:
-        echo(f"nothing to send again: {topology.rejected} is empty")
+        echo_json([_result_dict(each) for each in results])
+    elif not results:
+        echo(f"nothing to requeue: {topology.rejected} is empty")
     else:
-        for each in found:
-            _say_became(each)
-    if any(each.left for each in found):
+        for each in results:
+            _print_result(each)
+    if any(each.left for each in results):
         sys.exit(1)
 
 
-def _became(each: Requeued) -> dict[str, Any]:
+def _result_dict(each: Requeued) -> dict[str, Any]:
     return {
         "number": each.message.number,
         "exchange": None if each.left else each.exchange,
@@ -214,28 +216,28 @@ def _became(each: Requeued) -> dict[str, Any]:
     }
 
 
-def _say_became(each: Requeued) -> None:
-    reading = each.message.reading
-    whom = f" of {reading.worker}" if reading.worker else ""
+def _print_result(each: Requeued) -> None:
+    decoded = each.message.decoded
+    sender = f" of {decoded.worker}" if decoded.worker else ""
     sent_to = f"{each.exchange} as {each.key}" if each.exchange else each.key
-    became = f"stays: {each.left}" if each.left else f"sent again to {sent_to}"
-    echo(f"{each.message.number}  {reading.kind}{whom}: {became}")
+    outcome = f"stays: {each.left}" if each.left else f"sent again to {sent_to}"
+    echo(f"{each.message.number}  {decoded.kind}{sender}: {outcome}")
 
 
 @rejected.command()
 @click.option("--yes", is_flag=True, help="Delete without asking.")
-@_anywhere
+@_common_options
 @click.pass_obj
 def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
-    """Throw away all that is kept now."""
+    """Delete all messages that are in the queue now."""
     from fluffle_broker.inspect import rejected as refused
 
-    topology, address, as_json = _where(options, group)
+    topology, address, as_json = _target(options, group)
     if not yes:
         click.confirm(
             f"delete all messages in {topology.rejected} permanently?", abort=True, err=True
         )
-    gone = _visit(address, lambda link: refused.purge(link, topology))
+    gone = _with_link(address, lambda link: refused.purge(link, topology))
     if as_json:
         echo_json({"purged": gone}, indent=None)
     else:

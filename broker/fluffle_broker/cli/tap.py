@@ -1,4 +1,4 @@
-"""``fluffle tap``: the traffic of a federation as it passes, a line a message."""
+"""``fluffle tap``: follow the messages of a federation live, one per line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_broker.cli.options import figures_if_told, looking, where
+from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
 from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.printing import echo, echo_sentences, visible_json
@@ -41,41 +41,41 @@ _MOST_TRANSFERS = 256
     help="Save each message in this folder: its body as .msgpack, its properties as .json.",
 )  # fmt: skip
 @click.option(
-    "-n", "--count", type=counts(), help="End after this many lines.  [default: at Ctrl-C]"
+    "-n", "--count", type=counts(), help="Stop after this many lines.  [default: at Ctrl-C]"
 )
-@looking("Print one JSON object a line.")
+@inspection_options("Print one JSON object per line.")
 @management_option
 def tap(**options: Any) -> None:
-    """Follow the messages of a federation live, one a line.
+    """Follow the messages of a federation live, one per line.
 
     \b
       fluffle tap --federation letters
       fluffle tap --federation letters --kind update --worker w1 --save kept/
 
-    "→ w1,w2" goes from the coordinator to these workers, "← w1" comes from w1.
+    "→ w1,w2" goes from the coordinator to these workers; "← w1" comes from w1.
 
-    It reads copies, through a queue of its own that goes away with it, so nobody gets a message
-    less or later; a reader too slow for the traffic loses the oldest copies, and only they.
-    But the broker sends every copy: of a large model all its parts, once more in each round.
-    '--kind update' leaves these out; the parts of updates come with --save only.
+    tap reads copies from a temporary queue of its own, so nobody misses a message or gets it
+    later. If it is too slow for the traffic, it loses the oldest copies. The broker does send
+    every copy, which for a large model means all its parts, once more in each round. '--kind
+    update' leaves these out; the parts of updates are copied only with --save.
 
-    It is bound only for queues that exist, looked at again every 10 seconds, since what reaches
-    nobody but a tap would pass as delivered. So the first mail to a worker that has just come for
-    the first time may be missed.
+    tap listens only to queues that exist, because a message that reaches nothing but a tap would
+    count as delivered. It looks for new queues every 10 seconds, so it may miss the first messages
+    to a new worker.
     """
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.cli.settings import check_worker, management_of
     from fluffle_common.errors import UsageError
 
-    topology, address = where(options["federation"], options["url"])
+    topology, address = federation_and_broker(options["federation"], options["url"])
     for kind in options["kinds"]:
         if kind not in KINDS:
-            raise UsageError(f"there is no kind '{kind}'; there are {', '.join(KINDS)}")
+            raise UsageError(f"unknown kind '{kind}'; choose from {', '.join(KINDS)}")
     if options["worker"]:
         check_worker(options["worker"])
     kinds = frozenset(options["kinds"])
     wanted = Wanted(kinds, options["worker"], bool(options["save"]) or "part" in kinds)
-    lines = Lines(wanted, options["as_json"], options["count"], _folder(options["save"]))
+    lines = TapPrinter(wanted, options["as_json"], options["count"], _folder(options["save"]))
     workers = _known(topology, address, management_of(address, options["management"]))
     _run(topology, address, lines, workers)
 
@@ -87,17 +87,19 @@ def _folder(path: Path | None) -> MessageArchive | None:
     try:
         return MessageArchive(path) if path else None
     except OSError as no:
-        raise UsageError(f"{path} cannot be used as a folder for messages ({no})") from None
+        raise UsageError(
+            f"cannot save messages in {path} ({no}); choose another folder with --save"
+        ) from None
 
 
 def _known(topology: Topology, address: str, base: str) -> set[str]:
-    """Return the workers that have an inbox; the others say who they are within seconds."""
+    """Return the workers that have an inbox; others are noticed by their heartbeats."""
     inbox = topology.inbox("")
-    names = figures_if_told(address, base, topology)
+    names = available_figures(address, base, topology)
     return {name.removeprefix(inbox) for name in names if name.startswith(inbox)}
 
 
-def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> None:
+def _run(topology: Topology, address: str, lines: TapPrinter, workers: set[str]) -> None:
     from fluffle_broker.inspect.tap import Tap
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
@@ -143,16 +145,16 @@ def _run(topology: Topology, address: str, lines: Lines, workers: set[str]) -> N
         sys.exit(signalled.exit_code)
 
 
-class Lines:
-    """Prints what is tapped.
+class TapPrinter:
+    """Prints and saves the messages of a tap.
 
     Args:
-        wanted: what to show.
-        as_json: an object a line instead.
-        most: after so many lines it is ``enough``; None for no end.
-        folder: where to keep the messages, if anywhere.
-        clock: the time, in seconds since 1970.
-        say: where a line goes; stdout unless told.
+        wanted: the messages to show.
+        as_json: whether to print JSON objects instead of sentences.
+        most: the number of lines after which ``enough`` is set; None for no limit.
+        folder: where to save the messages, if anywhere.
+        clock: returns the time, in seconds since 1970.
+        say: prints a line; to stdout by default.
     """
 
     def __init__(
@@ -172,31 +174,31 @@ class Lines:
         self._say = say or (echo if as_json else echo_sentences)
         self._parts: dict[str, tuple[int, int]] = {}
 
-    def take(self, reading: DecodedMessage) -> None:
-        """Take in one message that is wanted.
+    def take(self, decoded: DecodedMessage) -> None:
+        """Print and save one message.
 
         Raises:
-            UsageError: where it cannot be kept.
+            UsageError: if it cannot be saved.
         """
         if self.enough.is_set():
             return
         now = self._clock()
         if self._folder is not None:
-            self._keep(self._folder, reading, now)
-        if self._as_json and self.wanted.lists(reading):
+            self._save(self._folder, decoded, now)
+        if self._as_json and self.wanted.lists(decoded):
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
-            said = {"time": arrived, **_directed(reading), **reading.as_dict(now)}
-            self._line(visible_json(json.dumps(said)))
-        elif self.wanted.lists(reading):
-            self._line(_in_words(reading, now))
+            fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
+            self._line(visible_json(json.dumps(fields)))
+        elif self.wanted.lists(decoded):
+            self._line(_in_words(decoded, now))
         elif not self._as_json:
-            self._count_part(reading, now)
+            self._count_part(decoded, now)
 
-    def _keep(self, folder: MessageArchive, reading: DecodedMessage, now: float) -> None:
+    def _save(self, folder: MessageArchive, decoded: DecodedMessage, now: float) -> None:
         from fluffle_common.errors import UsageError
 
         try:
-            folder.keep(reading, now)
+            folder.keep(decoded, now)
         except OSError as no:
             raise UsageError(
                 f"a message cannot be saved ({no}); choose another folder with --save"
@@ -209,38 +211,38 @@ class Lines:
             if not self._left:
                 self.enough.set()
 
-    def _count_part(self, reading: DecodedMessage, now: float) -> None:
-        """Tell of the parts of one transfer in one line, when all have passed."""
+    def _count_part(self, decoded: DecodedMessage, now: float) -> None:
+        """Print one line for all parts of a transfer, once the last one has passed."""
         from fluffle_broker.inspect.decode import part_of
 
-        transfer = getattr(reading.message, "transfer", "")
-        part = part_of(reading)
+        transfer = getattr(decoded.message, "transfer", "")
+        part = part_of(decoded)
         count, size_bytes = self._parts.pop(transfer, (0, 0))
-        count, size_bytes = count + 1, size_bytes + reading.size_bytes
+        count, size_bytes = count + 1, size_bytes + decoded.size_bytes
         if part is not None and count == part[1]:
-            self._line(_in_words(reading, now, f"all {count} parts", size_bytes))
+            self._line(_in_words(decoded, now, f"all {count} parts", size_bytes))
             return
         self._parts[transfer] = (count, size_bytes)
         if len(self._parts) > _MOST_TRANSFERS:
             del self._parts[next(iter(self._parts))]
 
 
-def _directed(reading: DecodedMessage) -> dict[str, Any]:
-    from fluffle_broker.inspect.tap import is_work, whom
+def _direction(decoded: DecodedMessage) -> dict[str, Any]:
+    from fluffle_broker.inspect.tap import is_work, workers_of
 
-    return {"direction": "to" if is_work(reading) else "from", "workers": list(whom(reading))}
+    return {"direction": "to" if is_work(decoded) else "from", "workers": list(workers_of(decoded))}
 
 
 def _in_words(
-    reading: DecodedMessage, now: float, told: str | None = None, size_bytes: int | None = None
+    decoded: DecodedMessage, now: float, text: str | None = None, size_bytes: int | None = None
 ) -> str:
     from fluffle_broker.inspect.formatting import facts, size
-    from fluffle_broker.inspect.tap import is_work, whom
+    from fluffle_broker.inspect.tap import is_work, workers_of
 
-    arrow, who = "→" if is_work(reading) else "←", ",".join(whom(reading))
-    if isinstance(many := reading.delivery.properties.headers.get("recipients"), int):
+    arrow, who = "→" if is_work(decoded) else "←", ",".join(workers_of(decoded))
+    if isinstance(many := decoded.delivery.properties.headers.get("recipients"), int):
         who += f" and {many - 1} more"
     at = time.strftime("%H:%M:%S", time.localtime(now))
-    words = told or ", ".join(facts(reading))
-    bytes_ = size(reading.size_bytes if size_bytes is None else size_bytes)
-    return f"{at}  {arrow} {who:<12} {reading.kind:<13} {words}  ({bytes_})"
+    text = text or ", ".join(facts(decoded))
+    bytes_ = size(decoded.size_bytes if size_bytes is None else size_bytes)
+    return f"{at}  {arrow} {who:<12} {decoded.kind:<13} {text}  ({bytes_})"

@@ -1,1 +1,1 @@
-"""A look into every queue, which changes nothing."""
+"""Inspecting queues and messages without changing them."""

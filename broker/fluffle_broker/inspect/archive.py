@@ -1,4 +1,4 @@
-"""Keeping messages as files: the body as it was sent, and beside it what is known of it."""
+"""Messages saved as files: the body as it was sent, and a description as JSON."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import time
 from pathlib import Path
 
 from fluffle_broker.inspect.decode import DecodedMessage, part_of
-from fluffle_common.tensors.checkpoint import replacing
+from fluffle_common.durable_files import replacing
 
 
 class MessageArchive:
-    """A folder of messages, named so that sorting by name is sorting by arrival.
+    """A folder of saved messages, whose file names sort in the order of arrival.
 
-    ``20260131T120000-000012-update-w1-round-7.msgpack`` and the same with ``.json``.
+    The files of a message are ``20260131T120000-000012-update-w1-round-7.msgpack`` and the same
+    with ``.json``.
 
     Args:
-        path: the folder; made where it is missing.
+        path: the folder; created if it is missing.
 
     Raises:
-        OSError: where it cannot be made.
+        OSError: if it cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,30 +29,30 @@ class MessageArchive:
         self._path = path
         self._numbers = itertools.count(1)
 
-    def keep(self, reading: DecodedMessage, now: float) -> Path:
-        """Write one message, each of its files whole or not at all; return where its body is.
+    def keep(self, decoded: DecodedMessage, now: float) -> Path:
+        """Write both files of a message, each atomically; return the path of the body.
 
         Raises:
-            OSError: where the disk refuses.
+            OSError: if a file cannot be written.
         """
-        began = time.strftime("%Y%m%dT%H%M%S", time.localtime(now))
-        body = self._path / f"{began}-{next(self._numbers):06d}-{_name(reading)}.msgpack"
+        arrived = time.strftime("%Y%m%dT%H%M%S", time.localtime(now))
+        body = self._path / f"{arrived}-{next(self._numbers):06d}-{_name(decoded)}.msgpack"
         with replacing(body) as file:
-            file.write(reading.delivery.body)
+            file.write(decoded.delivery.body)
         with replacing(body.with_name(f"{body.stem}.json")) as file:
-            file.write(json.dumps(reading.as_dict(now), indent=2).encode() + b"\n")
+            file.write(json.dumps(decoded.as_dict(now), indent=2).encode() + b"\n")
         return body
 
 
-def _name(reading: DecodedMessage) -> str:
-    """Name a message by what it says; of one that cannot be read nothing can be trusted."""
-    message = reading.message
+def _name(decoded: DecodedMessage) -> str:
+    """Return the descriptive part of the file name; headers of an invalid body are not trusted."""
+    message = decoded.message
     if message is None:
         return "unreadable"
-    told = [message.kind, getattr(message, "worker", None)]
+    words = [message.kind, getattr(message, "worker", None)]
     if getattr(message, "round", None) is not None:
-        told.append(f"round-{reading.round}")
-    part = part_of(reading)
+        words.append(f"round-{decoded.round}")
+    part = part_of(decoded)
     if part is not None:
-        told.append(f"{part[0]:04d}")
-    return "-".join(filter(None, told))
+        words.append(f"{part[0]:04d}")
+    return "-".join(filter(None, words))

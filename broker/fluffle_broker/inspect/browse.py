@@ -1,4 +1,4 @@
-"""Looking at messages without taking them away."""
+"""Borrowing messages from a queue without removing them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fluffle_common.transport.base import Delivery, Link, OtherArguments
 
 
 async def is_classic(link: Link, queue: Queue) -> bool:
-    """Whether a queue that exists is a classic one, as ``queue`` (of a classic topology) says.
+    """Return whether an existing queue is a classic queue, as ``queue`` describes it.
 
-    Only there is taking a message and giving it back free of consequences: a quorum queue counts
-    it as a delivery that failed, puts the message at its end, and drops it after some such. AMQP
-    tells the type of a queue only to who declares it again: nothing happens where all agrees, and
-    otherwise the link is lost.
+    Only a classic queue takes a message back without side effects. A quorum queue counts a failed
+    delivery, moves the message to its end, and drops it after several of these. AMQP reveals the
+    type of a queue only through a second declaration, which changes nothing if all arguments agree
+    and loses the link otherwise.
 
     Raises:
-        BrokerError: where this user may not declare, that is, configure, the queue.
+        BrokerError: if the user may not declare (configure) the queue.
     """
     try:
         await link.declare([queue])
@@ -29,18 +29,18 @@ async def is_classic(link: Link, queue: Queue) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def held(
+async def borrowed(
     link: Link, queue: str, *, count: int, most_bytes: float = math.inf
 ) -> AsyncGenerator[AsyncIterator[Delivery]]:
-    """Take messages from the head of a queue and give them back at the end, each to its place.
+    """Take messages from the head of a queue, and return each to its position on exit.
 
-    They are taken one by one, as they are asked for; whoever is done with a body may let go of it.
+    The iterator takes one message at a time. The caller may drop a body that it no longer needs.
 
     Args:
-        link: a link of its own: should we die, its loss gives everything back too.
-        queue: a classic queue.
-        count: at most so many messages.
-        most_bytes: no more once they have so many bytes together.
+        link: a link that is used for nothing else, so that its loss returns the messages as well.
+        queue: the name of a classic queue.
+        count: the maximum number of messages.
+        most_bytes: the total size after which no more messages are taken.
     """
     taken: list[Delivery] = []
 

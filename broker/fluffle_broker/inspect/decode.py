@@ -1,4 +1,4 @@
-"""What a message says, for whoever looks at it: pure, from one delivery to plain facts."""
+"""Decoding a delivery for display: its fields, its tensors and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Delivery
 
 _FIRST_BYTES = 48
-# Told elsewhere, or of no use to a reader.
-_NOT_SAID = {"protocol", "federation", "pad", "kind", "tensors", "transfer"}
+# Fields that are shown elsewhere or do not help a reader.
+_HIDDEN_FIELDS = {"protocol", "federation", "pad", "kind", "tensors", "transfer"}
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor; what cannot be told, since its values are elsewhere, is None.
+    """The description of one tensor; statistics are None if its values are not in the message.
 
-    ``norm`` (Euclidean), ``min``, ``max`` and ``mean`` are of its finite values; ``nan`` and
-    ``inf`` count the others.
+    ``norm`` (Euclidean), ``min``, ``max`` and ``mean`` cover the finite values; ``nan`` and ``inf``
+    count the others.
     """
 
     name: str
@@ -43,15 +43,15 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class DecodedMessage:
-    """A message, read.
+    """A decoded delivery.
 
     Args:
-        delivery: what was read; it is not settled here, and its body may be let go of.
+        delivery: the delivery, which is not settled here; its body may have been dropped.
         size_bytes: the size of the body.
-        message: what the body says; None where it cannot be read.
-        wrong: why it cannot be read, or what is wrong with it.
-        tensors: its tensors.
-        first_bytes: how the body begins.
+        message: the decoded header; None if the body is not a valid message.
+        wrong: what is wrong with the message, if anything.
+        tensors: the descriptions of its tensors.
+        first_bytes: the beginning of the body.
     """
 
     delivery: Delivery
@@ -63,20 +63,20 @@ class DecodedMessage:
 
     @property
     def kind(self) -> str:
-        """What it is; what its sender calls it, where it cannot be read."""
+        """The kind of the message; the AMQP type if the body is invalid."""
         if self.message is not None:
             return self.message.kind
         return self.delivery.properties.type or "unknown"
 
     @property
     def worker(self) -> str | None:
-        """Who it is of."""
+        """The worker that the message names."""
         named = getattr(self.message, "worker", None) or self.header("worker")
         return str(named) if named is not None else None
 
     @property
     def round(self) -> int | None:
-        """Which round it belongs to."""
+        """The round that the message belongs to."""
         number = getattr(self.message, "round", None)
         if number is None:
             number = self.header("round")
@@ -84,34 +84,34 @@ class DecodedMessage:
 
     @property
     def transfer(self) -> Transfer | None:
-        """The parts that its payload travels in, apart from it."""
-        told = getattr(self.message, "transfer", None)
-        return told if isinstance(told, Transfer) else None
+        """The transfer of its payload, if that travels in parts."""
+        transfer = getattr(self.message, "transfer", None)
+        return transfer if isinstance(transfer, Transfer) else None
 
     def header(self, name: str) -> Any:
-        """Return one of the headers beside the body."""
+        """Return an AMQP header, or None."""
         return self.delivery.properties.headers.get(name)
 
-    def said(self) -> dict[str, Any]:
-        """Return the fields of the message, but for its tensors."""
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the message, without its tensors."""
         if self.message is None:
             return {}
-        told = self.message.model_dump(exclude=_NOT_SAID, exclude_none=True)
+        fields = self.message.model_dump(exclude=_HIDDEN_FIELDS, exclude_none=True)
         if isinstance(self.message, Part):
-            told["transfer"] = self.message.transfer
-        return told
+            fields["transfer"] = self.message.transfer
+        return fields
 
     def age_s(self, now: float) -> float | None:
-        """Return its age in seconds, by its sender's clock; ``now`` in seconds since 1970."""
+        """Return its age in seconds by its sender's clock; ``now`` is in seconds since 1970."""
         sent_at = self.delivery.sent_at
         return None if sent_at is None else max(0.0, now - sent_at)
 
     def as_dict(self, now: float) -> dict[str, Any]:
-        """Return everything for JSON."""
+        """Return everything as a JSON object."""
         properties = self.delivery.properties
-        told = {
+        fields = {
             "kind": self.kind,
-            **self.said(),
+            **self.fields(),
             "size_bytes": self.size_bytes,
             "age_s": self.age_s(now),
             "redelivered": self.delivery.redelivered,
@@ -125,19 +125,19 @@ class DecodedMessage:
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
         if self.transfer is not None:
-            told["transfer"] = self.transfer.model_dump()
+            fields["transfer"] = self.transfer.model_dump()
         if self.wrong is not None:
-            told |= {"wrong": self.wrong, "first_bytes": self.first_bytes.hex(" ")}
-        return told
+            fields |= {"wrong": self.wrong, "first_bytes": self.first_bytes.hex(" ")}
+        return fields
 
 
 def decode_message(delivery: Delivery, federation: str, *, values: bool = True) -> DecodedMessage:
-    """Read a delivery; whatever is wrong with it is told, never raised.
+    """Decode a delivery; an error ends up in ``wrong`` and is never raised.
 
     Args:
-        delivery: what was received.
-        federation: the one that it should be of.
-        values: whether to look at the values of its tensors too.
+        delivery: the received delivery.
+        federation: the federation that the message should belong to.
+        values: whether to compute statistics of its tensors.
     """
     message: Message | None = None
     wrong: str | None = None
@@ -158,12 +158,12 @@ def decode_message(delivery: Delivery, federation: str, *, values: bool = True) 
     )
 
 
-def part_of(reading: DecodedMessage) -> tuple[int, int | None] | None:
-    """Return which part it is, from 1, and of how many, where its sender says; None for no part."""
-    if not isinstance(reading.message, Part):
+def part_of(decoded: DecodedMessage) -> tuple[int, int | None] | None:
+    """Return a part's number, from 1, and the number of parts if known; None if it is no part."""
+    if not isinstance(decoded.message, Part):
         return None
-    parts = reading.header("parts")
-    return reading.message.part + 1, parts if isinstance(parts, int) else None
+    parts = decoded.header("parts")
+    return decoded.message.part + 1, parts if isinstance(parts, int) else None
 
 
 def _facts(table: tuple[TensorEntry, ...], payload: memoryview | None) -> tuple[TensorFacts, ...]:
@@ -175,24 +175,24 @@ def _facts(table: tuple[TensorEntry, ...], payload: memoryview | None) -> tuple[
             entry.shape,
             entry.nbytes,
             group=entry.group,
-            **_measured(groups[entry.group][entry.name]) if groups else {},
+            **_statistics(groups[entry.group][entry.name]) if groups else {},
         )
         for entry in table
     )
 
 
-def _measured(tensor: Array) -> dict[str, Any]:
+def _statistics(tensor: Array) -> dict[str, Any]:
     finite = np.isfinite(tensor)
-    good = tensor[finite].astype(np.float64)
+    values = tensor[finite].astype(np.float64)
     nan = int(np.isnan(tensor).sum())
-    told: dict[str, Any] = {"nan": nan, "inf": int(tensor.size - finite.sum()) - nan}
-    if good.size:
+    facts: dict[str, Any] = {"nan": nan, "inf": int(tensor.size - finite.sum()) - nan}
+    if values.size:
         with np.errstate(over="ignore"):
             figures = {
-                "norm": np.linalg.norm(good),
-                "min": good.min(),
-                "max": good.max(),
-                "mean": good.mean(),
+                "norm": np.linalg.norm(values),
+                "min": values.min(),
+                "max": values.max(),
+                "mean": values.mean(),
             }
-        told |= {name: float(value) for name, value in figures.items() if np.isfinite(value)}
-    return told
+        facts |= {name: float(value) for name, value in figures.items() if np.isfinite(value)}
+    return facts

@@ -1,4 +1,4 @@
-"""How the looking commands say things: sizes, ages, and a message in a line."""
+"""Formatting of sizes, ages, rates and message fields for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluffle_common.protocol.events import from_fields
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in words.
+    """Format a number of bytes.
 
     >>> size(999), size(1_361_000)
     ('999 B', '1.4 MB')
@@ -25,7 +25,7 @@ def size(count: float) -> str:
 
 
 def age(seconds: float | None) -> str:
-    """Return an age in words; "?" where it is not known.
+    """Format an age; "?" if it is unknown.
 
     >>> age(4.2), age(200), age(7300), age(None)
     ('4 s', '3 min', '2 h', '?')
@@ -39,7 +39,7 @@ def age(seconds: float | None) -> str:
 
 
 def rate(per_second: float | None) -> str:
-    """Return a rate in words; "?" where it is not known.
+    """Format a rate; "?" if it is unknown.
 
     >>> rate(0.0), rate(0.4), rate(12.34)
     ('0', '0.4', '12')
@@ -50,7 +50,7 @@ def rate(per_second: float | None) -> str:
 
 
 def words(value: Any) -> str:
-    """Return a value of a message in words; what a mapping leaves open is left out.
+    """Format a value of a message, without the empty entries of mappings.
 
     >>> words({"config": {"lr": 0.05}, "seed": None, "classes": ["A", "B"]})
     '(config (lr 0.05), classes A B)'
@@ -64,36 +64,38 @@ def words(value: Any) -> str:
     return str(value)
 
 
-def facts(reading: DecodedMessage) -> list[str]:
-    """Return what matters most of a message, but for its kind and who it is of, in words."""
-    said = reading.said()
-    if "event" in said:  # its sentence says all
-        return [from_fields(said["event"], said.get("fields", {})).sentence()]
-    told = [] if reading.round is None else [f"round {reading.round}"]
-    if "num_examples" in said:
-        told.append(f"{said['num_examples']} example{'' if said['num_examples'] == 1 else 's'}")
-    if "encoding" in said:
-        told.append(f"encoded as {said['encoding']}")
-    if "state" in said:
-        step = f" {said['step']}/{said['steps']}" if said.get("steps") else ""
-        told.append(f"{said['state']}{step}")
-    told += [f"{name} {value:.4g}" for name, value in _numbers(said)]
-    if "events" in said:
-        kinds = Counter(one["event"] for one in said["events"])
-        told.append(", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
-    if "reason" in said:
-        told.append(said["reason"])
-    part = part_of(reading)
+def facts(decoded: DecodedMessage) -> list[str]:
+    """Return the main facts of a message as phrases, without its kind and worker."""
+    fields = decoded.fields()
+    if "event" in fields:
+        return [from_fields(fields["event"], fields.get("fields", {})).sentence()]
+    phrases = [] if decoded.round is None else [f"round {decoded.round}"]
+    if "num_examples" in fields:
+        phrases.append(
+            f"{fields['num_examples']} example{'' if fields['num_examples'] == 1 else 's'}"
+        )
+    if "encoding" in fields:
+        phrases.append(f"encoded as {fields['encoding']}")
+    if "state" in fields:
+        step = f" {fields['step']}/{fields['steps']}" if fields.get("steps") else ""
+        phrases.append(f"{fields['state']}{step}")
+    phrases += [f"{name} {value:.4g}" for name, value in _numbers(fields)]
+    if "events" in fields:
+        kinds = Counter(one["event"] for one in fields["events"])
+        phrases.append(", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    if "reason" in fields:
+        phrases.append(fields["reason"])
+    part = part_of(decoded)
     if part is not None:
-        told.append(f"part {part[0]} of {part[1] or '?'}")
-    if reading.transfer is not None:
-        whole = f"{reading.transfer.parts} parts, {size(reading.transfer.nbytes)}"
-        told.append(f"its tensors travel separately, in {whole}")
-    if reading.wrong is not None:
-        told.append(f"cannot be read: {reading.wrong}")
-    return told
+        phrases.append(f"part {part[0]} of {part[1] or '?'}")
+    if decoded.transfer is not None:
+        whole = f"{decoded.transfer.parts} parts, {size(decoded.transfer.nbytes)}"
+        phrases.append(f"its tensors travel separately, in {whole}")
+    if decoded.wrong is not None:
+        phrases.append(f"cannot be read: {decoded.wrong}")
+    return phrases
 
 
-def _numbers(said: dict[str, Any]) -> list[tuple[str, float]]:
-    loss = [("loss", said["loss"])] if "loss" in said else []
-    return [*loss, *said.get("metrics", {}).items()]
+def _numbers(fields: dict[str, Any]) -> list[tuple[str, float]]:
+    loss = [("loss", fields["loss"])] if "loss" in fields else []
+    return [*loss, *fields.get("metrics", {}).items()]

@@ -1,9 +1,10 @@
-"""Looking at messages where they lie, taking none away.
+"""Peeking at the messages of a queue without removing them.
 
-A classic queue lets a message be taken and given back, to its very place; what remains of it is
-the flag ``redelivered``, which nothing here goes by. While it is held, for milliseconds, it counts
-as unacknowledged, and its reader waits for it; so a queue that is being read is left alone, but
-for ``updates``, where only what the coordinator has no room for can be taken at all.
+A classic queue puts a returned message back at its old position. The only trace is the flag
+``redelivered``, on which nothing in fluffle depends. While messages are held, for milliseconds,
+they are unacknowledged and withheld from the queue's consumer. A queue with a consumer is therefore
+refused, except ``updates``: the coordinator has prefetched all it wants, and only what is left in
+the queue can be taken.
 """
 
 from __future__ import annotations
@@ -11,30 +12,30 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
-from fluffle_broker.inspect.browse import held, is_classic
+from fluffle_broker.inspect.browse import borrowed, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Counts, Link
 
-# No more is fetched once so much is held: it is held for as long as the fetching takes.
+# Fetching stops at this total size, since messages are held for as long as fetching takes.
 MOST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Peeked:
-    """What was seen: ``counts`` is of before, ``readings`` are from the head on."""
+    """The messages from the head of a queue, and its counts before they were taken."""
 
     queue: str
     counts: Counts
-    readings: list[DecodedMessage]
+    messages: list[DecodedMessage]
 
 
 def full_name(topology: Topology, name: str) -> str:
-    """Return a queue's name with its federation.
+    """Return the full name of a queue, with its federation.
 
     Raises:
-        UsageError: where the federation has no queue of that name.
+        UsageError: if the federation has no queue of that name.
 
     Example:
         >>> full_name(Topology("letters"), "inbox.w1"), full_name(Topology("a"), "a.updates")
@@ -50,16 +51,16 @@ def full_name(topology: Topology, name: str) -> str:
 
 
 async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
-    """Read the first messages of a queue, of a stream the last ones, and leave them there.
+    """Read the first messages of a queue, or the last entries of a stream, and leave them there.
 
     Args:
-        link: a link of its own.
+        link: a link that is used for nothing else.
         topology: the names of the federation.
-        name: the queue, with the federation or without.
-        count: how many messages at most.
+        name: the queue, with or without the federation.
+        count: the maximum number of messages.
 
     Raises:
-        UsageError: where there is no such queue, or it cannot be looked at without consequences.
+        UsageError: if there is no such queue, or reading it would have side effects.
     """
     full = full_name(topology, name)
     counts = await link.counts(full)
@@ -77,9 +78,9 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
             f"{full} is not a classic queue: reading it would count as a failed delivery and "
             f"change the order of its messages; {_instead(topology)}"
         )
-    async with held(link, full, count=count, most_bytes=MOST_BYTES) as each:
+    async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as each:
         deliveries = [delivery async for delivery in each]
-    # Given back at once: what they say is read afterwards.
+    # Decoded only after they are returned, to hold them as briefly as possible.
     return Peeked(full, counts, [decode_message(one, topology.federation) for one in deliveries])
 
 
@@ -87,18 +88,18 @@ async def _end_of_stream(link: Link, topology: Topology, count: int) -> list[Dec
     newest = await link.newest(topology.journal)
     if newest is None or newest.offset is None:
         return []
-    found: list[DecodedMessage] = []
+    messages: list[DecodedMessage] = []
     since = max(0, newest.offset - count + 1)
     async with contextlib.aclosing(await link.follow(topology.journal, since=since)) as entries:
         async for entry in entries:
-            found.append(decode_message(entry, topology.federation))
+            messages.append(decode_message(entry, topology.federation))
             if entry.offset is None or entry.offset >= newest.offset:
                 break
-    return found[-count:]
+    return messages[-count:]
 
 
 def _refusal(topology: Topology, full: str, counts: Counts) -> str | None:
-    """Say why a queue must not be touched, if so; a pure decision from its name and counts."""
+    """Return why a queue must not be read, judging from its name and counts; None if it may."""
     instead = _instead(topology)
     if full.startswith(topology.outbox("")):
         return (

@@ -1,7 +1,7 @@
-"""Looking into a federation's queues, changing nothing.
+"""The state of a federation's queues, read without changing them.
 
-RabbitMQ's management API tells everything; where it cannot be reached, plain AMQP still tells how
-many messages are ready in the queues whose names are known.
+RabbitMQ's management API provides all figures. If it is unreachable, AMQP still provides the number
+of ready messages and consumers of the queues whose names are known.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one look found.
+class QueueOverview:
+    """The figures of a federation's queues at one moment.
 
-    ``alarms`` is what the broker has run out of, ``note`` why some figures are missing, if they
+    ``alarms`` lists the broker's resource alarms. ``note`` says why figures are missing, if any
     are.
     """
 
@@ -32,14 +32,14 @@ class Look:
     note: str | None = None
 
     def hint(self, queue: QueueFigures) -> str | None:
-        """Say what is off with a queue; that nobody is connected at all is no fault of a queue."""
+        """Return what is wrong with a queue; idle queues of an idle federation are all right."""
         if self.at_rest and not queue.ready and queue.known:
             return None
         return hint(queue, self.topology, self.alarms)
 
     @property
     def at_rest(self) -> bool:
-        """Whether nobody is connected and no work is left, as before a run and after its end."""
+        """Whether nobody is connected and no work is left, as before and after a run."""
         inbox = self.topology.inbox("")
         read = [
             queue
@@ -54,23 +54,23 @@ class Look:
         )
 
     def short_name(self, queue: QueueFigures) -> str:
-        """Return a queue's name without the federation's."""
+        """Return a queue's name without the federation."""
         return queue.name.removeprefix(f"{self.topology.federation}.")
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """Return the queues for JSON."""
+        """Return the queues as JSON objects."""
         return [{**queue.as_dict(), "hint": self.hint(queue)} for queue in self.queues]
 
 
-def look(url: str, base: str, topology: Topology) -> Look:
-    """Look at the queues of a federation.
+def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
+    """Read the figures of a federation's queues.
 
     Raises:
-        BrokerError: where the broker cannot be reached at all.
+        BrokerError: if the broker cannot be reached by AMQP either.
     """
     try:
-        found = queue_figures(url, base, topology)
-        return Look(topology, _with_counts(found, url), alarms(url, base))
+        figures = queue_figures(url, base, topology)
+        return QueueOverview(topology, _with_counts(figures, url), alarms(url, base))
     except UNTOLD as why:
         reason = getattr(why, "reason", None) or why
         note = (
@@ -78,21 +78,21 @@ def look(url: str, base: str, topology: Topology) -> Look:
             "bytes, rates, ages and the workers' queues are unknown; name the right address with "
             "--management"
         )
-    return Look(topology, asyncio.run(_by_amqp(url, topology)), [], note)
+    return QueueOverview(topology, asyncio.run(_by_amqp(url, topology)), [], note)
 
 
-def _with_counts(found: list[QueueFigures], url: str) -> list[QueueFigures]:
-    """Count what is in queues, and who reads them, where RabbitMQ has no statistics of them yet.
+def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
+    """Replace the figures of queues that RabbitMQ has no statistics of yet.
 
-    It gathers those every five seconds; a queue that is newer looks empty and deserted.
+    It collects statistics every five seconds, so a newer queue would look empty and unused.
     """
-    new = [queue.name for queue in found if queue.known and queue.published is None]
+    new = [queue.name for queue in figures if queue.known and queue.published is None]
     counted = asyncio.run(_counts(new, url)) if new else {}
     return [
         replace(queue, ready=counts.ready, consumers=counts.consumers)
         if (counts := counted.get(queue.name)) is not None
         else queue
-        for queue in found
+        for queue in figures
     ]
 
 
@@ -102,11 +102,11 @@ async def _counts(names: list[str], url: str) -> dict[str, Counts | None]:
 
 
 async def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:
-    found = []
+    queues = []
     async with open_once(AmqpTransport(url, "fluffle queues")) as link:
         for entity in topology.shared():
             if isinstance(entity, Queue) and (counts := await link.counts(entity.name)) is not None:
-                found.append(
+                queues.append(
                     QueueFigures(
                         entity.name,
                         entity.purpose,
@@ -117,4 +117,4 @@ async def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:
                         type=str(entity.arguments.get("x-queue-type", "classic")),
                     )
                 )
-    return sorted(found, key=lambda figures: figures.name)
+    return sorted(queues, key=lambda figures: figures.name)

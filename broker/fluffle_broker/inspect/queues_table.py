@@ -1,4 +1,4 @@
-"""What ``fluffle queues`` prints: a row a queue, quiet ones together, and each hint in its line."""
+"""The table and the hints that ``fluffle queues`` prints."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fluffle_common.cli.printing import printable, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fluffle_broker.inspect.queues import Look
+    from fluffle_broker.inspect.queues import QueueOverview
     from fluffle_common.transport.rabbitmq.management import QueueFigures
 
 Number = TypeVar("Number", int, float)
-# More quiet queues of one kind than this share a row.
-_EACH_ITS_ROW = 3
+# Up to this number, quiet queues of one kind each get a row.
+_MAX_QUIET_ROWS = 3
 _OF_WORKERS = ("inbox", "outbox", "lock", "tap")
-# On a narrower terminal, what a queue is for is left out.
+# A narrower terminal has no room for the purpose of a queue.
 _WIDE = 150
-# A list of more names than this is cut short.
+# A longer list of names is truncated.
 _MOST_NAMES = 8
 
 
-def drawn(found: Look, width: int) -> Table:
+def build_table(overview: QueueOverview, width: int) -> Table:
     """Return the figures as a table that fits ``width`` columns."""
     wide = width >= _WIDE
     rows = table(padding=(0, 1), pad_edge=False, expand=wide)
@@ -34,7 +34,7 @@ def drawn(found: Look, width: int) -> Table:
         rows.add_column(name, justify="right", no_wrap=True)
     if wide:
         rows.add_column("purpose", style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
-    for queue in together(found):
+    for queue in group_quiet(overview):
         cells = (
             queue.name,
             f"{queue.ready:,}",
@@ -49,21 +49,21 @@ def drawn(found: Look, width: int) -> Table:
     return rows
 
 
-def together(found: Look) -> list[QueueFigures]:
-    """Return what to show of the queues: short names, many quiet ones of a kind as one."""
+def group_quiet(overview: QueueOverview) -> list[QueueFigures]:
+    """Return the rows to show: short names, and many quiet queues of a kind as one."""
     shown: list[QueueFigures] = []
     quiet: dict[str, list[QueueFigures]] = {kind: [] for kind in _OF_WORKERS}
-    for queue in found.queues:
-        short = replace(queue, name=found.short_name(queue))
+    for queue in overview.queues:
+        short = replace(queue, name=overview.short_name(queue))
         kind = short.name.partition(".")[0]
         is_quiet = not queue.ready and not queue.unacknowledged and queue.known
         (quiet[kind] if is_quiet and kind in quiet else shown).append(short)
     for kind, queues in quiet.items():
-        shown += queues if len(queues) <= _EACH_ITS_ROW else [_one_for(kind, queues)]
+        shown += queues if len(queues) <= _MAX_QUIET_ROWS else [_combined(kind, queues)]
     return shown
 
 
-def _one_for(kind: str, queues: Sequence[QueueFigures]) -> QueueFigures:
+def _combined(kind: str, queues: Sequence[QueueFigures]) -> QueueFigures:
     return replace(
         queues[0],
         name=f"{kind}.* ({len(queues)} empty)",
@@ -76,18 +76,18 @@ def _one_for(kind: str, queues: Sequence[QueueFigures]) -> QueueFigures:
 
 
 def _sum(numbers: Iterable[Number | None]) -> Number | None:
-    """Return the sum of what is known; None when nothing is."""
+    """Return the sum of the known numbers; None if none is known."""
     known = [number for number in numbers if number is not None]
     return sum(known[1:], known[0]) if known else None
 
 
-def hints(found: Look) -> list[str]:
-    """Return what is off, a line each; what is off with many workers alike is one line."""
+def hints(overview: QueueOverview) -> list[str]:
+    """Return one line for each problem; all absent workers share a line."""
     lines: list[str] = []
     absent: list[str] = []
-    for queue in found.queues:
-        hint = found.hint(queue)
-        name = found.short_name(queue)
+    for queue in overview.queues:
+        hint = overview.hint(queue)
+        name = overview.short_name(queue)
         worker = name.removeprefix("inbox.")
         if hint == f"worker {worker} is not connected":
             absent.append(worker)
@@ -95,8 +95,10 @@ def hints(found: Look) -> list[str]:
             lines.append(printable(f"{name}: {hint}"))
     if absent:
         lines.append(printable(_not_connected(absent)))
-    if unbounded := [found.short_name(queue) for queue in found.queues if queue.limited is False]:
-        lines.append(printable(_unbounded(unbounded, found.topology.federation)))
+    if unbounded := [
+        overview.short_name(queue) for queue in overview.queues if queue.limited is False
+    ]:
+        lines.append(printable(_unbounded(unbounded, overview.topology.federation)))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What was refused: listed, looked at, sent on its way again, or thrown away."""
+"""Listing, reading, requeuing and purging rejected messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_broker.inspect.browse import held, is_classic
+from fluffle_broker.inspect.browse import borrowed, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
@@ -14,82 +14,82 @@ from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import CUT
 from fluffle_common.transport.rabbitmq.management import QueueFigures
 
-# What rejecting adds, and what RabbitMQ adds to what it dead-letters.
+# The headers that `messaging.reject` adds, and the prefix of those that dead-lettering adds.
 _ADDED = ("reason", "cause", "rejected_at", "from")
 _BY_BROKER = "x-"
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A refused message; ``number`` counts from 1, the oldest that is kept."""
+    """A rejected message; ``number`` counts from 1, the oldest in the queue."""
 
     number: int
-    reading: DecodedMessage
+    decoded: DecodedMessage
 
     @property
     def reason(self) -> str:
-        """Why, in words."""
-        told = self.reading.header("reason")
-        if told is None and self.reading.header("x-first-death-reason") is not None:
-            told = f"RabbitMQ dropped it ({self.reading.header('x-first-death-reason')})"
-        return str(told or "unknown")
+        """Why it was rejected, in words."""
+        reason = self.decoded.header("reason")
+        if reason is None and self.decoded.header("x-first-death-reason") is not None:
+            reason = f"RabbitMQ dropped it ({self.decoded.header('x-first-death-reason')})"
+        return str(reason or "unknown")
 
     @property
     def cause(self) -> str:
-        """Why, as one of ``errors.CAUSES``."""
-        return str(self.reading.header("cause") or "unknown")
+        """The cause, one of ``errors.CAUSES`` or ``unknown``."""
+        return str(self.decoded.header("cause") or "unknown")
 
     @property
     def rejected_at(self) -> str | None:
-        """When, ISO 8601."""
-        told = self.reading.header("rejected_at")
-        return str(told) if told is not None else None
+        """The time of the rejection in ISO 8601; None if unknown."""
+        time = self.decoded.header("rejected_at")
+        return str(time) if time is not None else None
 
     @property
     def queue(self) -> str | None:
-        """The queue that it was refused from; None where nobody noted it."""
-        told = self.reading.header("from") or self.reading.header("x-first-death-queue")
-        return str(told) if told is not None else None
+        """The queue that it was rejected from; None if unknown."""
+        queue = self.decoded.header("from") or self.decoded.header("x-first-death-queue")
+        return str(queue) if queue is not None else None
 
     def as_dict(self, now: float) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the message as a JSON object."""
         return {
             "number": self.number,
             "reason": self.reason,
             "cause": self.cause,
             "rejected_at": self.rejected_at,
             "from": self.queue,
-            **self.reading.as_dict(now),
+            **self.decoded.as_dict(now),
         }
 
 
-async def kept(link: Link, topology: Topology) -> list[Rejected]:
-    """Return all that is kept, the oldest first; bodies are let go of, the queue is as before.
+async def list_rejected(link: Link, topology: Topology) -> list[Rejected]:
+    """Return all rejected messages without their bodies, oldest first; leave them in the queue.
 
     Raises:
-        UsageError: where the queue is not there, or cannot be looked at without consequences.
+        UsageError: if the queue does not exist, or reading it would have side effects.
     """
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
-    found: list[Rejected] = []
-    async with held(link, topology.rejected, count=count) as each:
+    messages: list[Rejected] = []
+    async with borrowed(link, topology.rejected, count=count) as each:
         async for delivery in each:
-            reading = decode_message(delivery, topology.federation, values=False)
-            found.append(Rejected(len(found) + 1, reading))
+            decoded = decode_message(delivery, topology.federation, values=False)
+            messages.append(Rejected(len(messages) + 1, decoded))
             delivery.body = b""
-    return found
+    return messages
 
 
-async def one(link: Link, topology: Topology, number: int) -> Rejected:
-    """Return one in full.
+async def read_rejected(link: Link, topology: Topology, number: int) -> Rejected:
+    """Return one rejected message in full; leave it in the queue.
 
     Raises:
-        UsageError: where there is none of that number, or see ``kept``.
+        UsageError: if there is no message of that number, or as ``list_rejected`` does.
     """
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
     at = 0
-    async with held(link, topology.rejected, count=number) as each:
+    async with borrowed(link, topology.rejected, count=number) as each:
         async for delivery in each:
             at += 1
             if at == number:
@@ -100,7 +100,7 @@ async def one(link: Link, topology: Topology, number: int) -> Rejected:
 
 @dataclass(frozen=True)
 class Requeued:
-    """What became of one message: where it went, or ``left`` says why it stays."""
+    """The result for one message: its destination, or in ``left`` why it stays in the queue."""
 
     message: Rejected
     exchange: str = ""
@@ -111,74 +111,75 @@ class Requeued:
 async def requeue(
     link: Link, topology: Topology, numbers: Collection[int] | None
 ) -> list[Requeued]:
-    """Publish refused messages again, to where they came from.
+    """Publish rejected messages again, to the queues that they were rejected from.
 
-    Each is published, confirmed by the broker, and only then taken out: dying in between leaves it
-    twice, never lost; who counts updates knows one that comes twice.
+    A message is removed only after the broker has confirmed the new one. A crash in between
+    duplicates a message but never loses it, and the coordinator recognizes duplicate updates.
 
     Args:
-        link: a link of its own.
+        link: a link that is used for nothing else.
         topology: the names of the federation.
-        numbers: which ones; None for all that are kept now.
+        numbers: the numbers of the messages; None for all messages.
 
     Raises:
-        UsageError: where there is none of that number.
+        UsageError: if one of the numbers does not exist.
     """
     count = await _count(link, topology)
     for number in numbers or ():
         if not 1 <= number <= count:
             raise _no_such(topology, number, count)
-    found: list[Requeued] = []
-    back: list[Delivery] = []
+    results: list[Requeued] = []
+    returned: list[Delivery] = []
     try:
         for number in range(1, (count if numbers is None else max(numbers, default=0)) + 1):
             delivery = await link.get(topology.rejected)
             if delivery is None:
                 break
             if numbers is not None and number not in numbers:
-                back.append(delivery)
+                returned.append(delivery)
                 continue
-            reading = decode_message(delivery, topology.federation, values=False)
-            done = await _send_again(link, topology, Rejected(number, reading))
-            found.append(done)
-            if done.left is None:
+            decoded = decode_message(delivery, topology.federation, values=False)
+            result = await _send_again(link, topology, Rejected(number, decoded))
+            results.append(result)
+            if result.left is None:
                 delivery.ack()
             else:
-                back.append(delivery)
+                returned.append(delivery)
             delivery.body = b""
     finally:
-        for delivery in back:
+        for delivery in returned:
             delivery.release()
-    return found
+    return results
 
 
 async def purge(link: Link, topology: Topology) -> int:
-    """Throw away what is kept now; return how many messages that were.
+    """Delete all rejected messages and return how many there were.
 
-    One by one, since RabbitMQ counts what is acknowledged and not what is purged: so ``dropped``
-    stays right.
+    They are acknowledged one by one, because RabbitMQ's statistics do not count purged messages,
+    and ``dropped`` relies on these.
     """
-    gone = 0
+    deleted = 0
     for _ in range(await _count(link, topology)):
         delivery = await link.get(topology.rejected)
         if delivery is None:
             break
         delivery.ack()
-        gone += 1
-    return gone
+        deleted += 1
+    return deleted
 
 
 def destination(message: Rejected, topology: Topology) -> tuple[str, str] | None:
-    """Return the exchange and the key that lead a message back to where it was refused.
+    """Return the exchange and the key that route a message back to its queue; None if unknown.
 
-    A message of a kind that its queue has no business with goes by the queue's own name; where
-    nobody noted the queue, the kind and the worker tell. None where nothing tells.
+    The key is the one that its sender used. A message of a kind that does not belong in its queue
+    goes there through the default exchange. If the queue is unknown, the kind and the worker
+    determine it.
     """
-    reading = message.reading
-    queue, kind, worker = message.queue, reading.kind, reading.worker
-    sender = _refused_by(reading.delivery, topology)
+    decoded = message.decoded
+    queue, kind, worker = message.queue, decoded.kind, decoded.worker
+    sender = _refused_by(decoded.delivery, topology)
     if sender is not None and queue not in (topology.inbox(sender), topology.outbox(sender)):
-        return None  # a worker refuses its own mail only: this may lead anywhere
+        return None  # a worker rejects messages only from its own queues
     by_key = {topology.updates: UPDATE_KINDS, topology.presence: PRESENCE_KINDS}
     if queue is None:
         known = worker is not None and kind in (*UPDATE_KINDS, *PRESENCE_KINDS)
@@ -195,37 +196,37 @@ def destination(message: Rejected, topology: Topology) -> tuple[str, str] | None
 
 
 def dropped(figures: QueueFigures | None, kept_now: int) -> int | None:
-    """Return how many messages the bound has dropped; None where that cannot be told.
+    """Return how many messages the queue's limit has dropped; None if that is unknown.
 
-    What was published, less what was taken out, less what is there, as RabbitMQ's statistics have
-    it: they begin anew when the broker starts, and are gathered every 5 seconds, so they count only
-    where they know of just as many messages as there are.
+    The number is published minus removed minus present, from RabbitMQ's statistics. These restart
+    with the broker and are up to 5 seconds old, so they are used only if they agree with the
+    actual number of messages.
 
     Args:
-        figures: what the management API tells of the queue.
-        kept_now: how many are in it, exactly.
+        figures: the queue's figures from the management API.
+        kept_now: the exact number of messages in the queue.
     """
     if figures is None or figures.published is None or figures.settled is None:
         return None
     if figures.ready + (figures.unacknowledged or 0) != kept_now:
         return None
-    left = figures.published - figures.settled - kept_now
-    return left if left >= 0 else None
+    missing = figures.published - figures.settled - kept_now
+    return missing if missing >= 0 else None
 
 
 def _refused_by(delivery: Delivery, topology: Topology) -> str | None:
-    """Return the worker that sent a message to where refused ones are kept; None: none did."""
+    """Return the worker that rejected a message; None if it was the coordinator."""
     if delivery.exchange != topology.results:
         return None
     return delivery.keys[0].partition(".")[2]
 
 
 async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requeued:
-    goes_to = destination(message, topology)
-    if goes_to is None:
+    target = destination(message, topology)
+    if target is None:
         return Requeued(message, left="its origin is unknown")
-    exchange, key = goes_to
-    delivery = message.reading.delivery
+    exchange, key = target
+    delivery = message.decoded.delivery
     if CUT in delivery.properties.headers:
         return Requeued(message, left=f"only the first {len(delivery.body)} bytes of it were kept")
     headers = {
@@ -234,8 +235,8 @@ async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requ
         if name not in _ADDED and not name.startswith(_BY_BROKER)
     }
     try:
-        again = delivery.properties._replace(headers=headers)
-        await link.publish(delivery.body, again, exchange=exchange, keys=[key])
+        properties = delivery.properties._replace(headers=headers)
+        await link.publish(delivery.body, properties, exchange=exchange, keys=[key])
     except Unroutable:
         return Requeued(message, left=f"{message.queue or key} no longer exists")
     except QueueFull:
@@ -265,5 +266,5 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
 
 
 def _no_such(topology: Topology, number: int, count: int) -> UsageError:
-    there = f"choose 1 to {count}" if count else "it is empty"
-    return UsageError(f"there is no message {number} in {topology.rejected}; {there}")
+    remedy = f"choose 1 to {count}" if count else "it is empty"
+    return UsageError(f"there is no message {number} in {topology.rejected}; {remedy}")

@@ -1,10 +1,10 @@
 """Following the traffic of a federation live, through copies.
 
-Looking must change nothing. A tap is a queue, so a message that no other queue is bound for would
-reach the tap alone and pass as delivered: an update published while ``updates`` is gone would not
-go to ``unrouted``. So a tap is bound only to the very keys that another queue is bound for, and
-that is looked at again every ``LOOK_AGAIN_S``: what remains is that a queue which expires (an inbox
-does after 30 minutes of absence) is missed by so much.
+A tap must change nothing, but it is a queue. If it were the only queue bound to a key, a message
+under that key would count as delivered: an update published while ``updates`` does not exist would
+reach the tap instead of ``unrouted``. A tap is therefore bound only to keys that another queue is
+bound to. It checks this again every ``LOOK_AGAIN_S`` seconds, and notices only then that a queue
+has expired (an inbox does after 30 minutes without a consumer).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
@@ -22,7 +22,7 @@ from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Bindi
 from fluffle_common.transport.base import Delivery, Link
 
 LOOK_AGAIN_S = 10.0
-# While there is nothing to be bound to: nobody has come to this federation yet.
+# The interval as long as there is nothing to bind to, because the federation has no queues yet.
 LOOK_SOON_S = 1.0
 WORK_KINDS = kinds_of(ToWorker)
 KINDS = tuple(dict.fromkeys((*WORK_KINDS, *UPDATE_KINDS, *PRESENCE_KINDS, "part")))
@@ -31,89 +31,92 @@ _WITH_A_WORKER = ("hello", "heartbeat")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to show.
+    """The messages to show.
 
     Args:
-        kinds: messages of these kinds; empty stands for all but heartbeats.
-        worker: only what is of, or for, this worker.
-        parts: fetch the parts of updates too; those of the coordinator's work come anyway.
+        kinds: the kinds of messages; an empty set stands for all but heartbeats.
+        worker: the worker whose messages are shown, in both directions; None for all.
+        parts: whether to copy the parts of updates; the parts of models are always copied.
     """
 
     kinds: frozenset[str] = frozenset()
     worker: str | None = None
     parts: bool = False
 
-    def takes(self, reading: DecodedMessage) -> bool:
-        """Whether a message is wanted at all: some are fetched only for what they tell."""
-        # Work for others does not get here; and where it is for many, not all of them are named.
-        if self.worker is not None and not is_work(reading) and self.worker not in whom(reading):
+    def takes(self, decoded: DecodedMessage) -> bool:
+        """Return whether to show a message; some are read only to learn of new workers."""
+        # The bindings leave out work for other workers; a message may not list all its recipients.
+        if (
+            self.worker is not None
+            and not is_work(decoded)
+            and self.worker not in workers_of(decoded)
+        ):
             return False
-        if reading.kind in self.kinds or (self.parts and reading.kind == "part"):
+        if decoded.kind in self.kinds or (self.parts and decoded.kind == "part"):
             return True
-        return not self.kinds and reading.kind != "heartbeat"
+        return not self.kinds and decoded.kind != "heartbeat"
 
-    def lists(self, reading: DecodedMessage) -> bool:
-        """Whether a message that is wanted gets a line of its own."""
-        return reading.kind != "part" or "part" in self.kinds
-
-
-def whom(reading: DecodedMessage) -> tuple[str, ...]:
-    """Return the workers that a message is for (the first, where they are many), or is of."""
-    if is_work(reading):
-        return reading.delivery.keys
-    return (reading.worker or reading.delivery.keys[0].partition(".")[2],)
+    def lists(self, decoded: DecodedMessage) -> bool:
+        """Return whether a message that is shown gets a line of its own."""
+        return decoded.kind != "part" or "part" in self.kinds
 
 
-def is_work(reading: DecodedMessage) -> bool:
-    """Whether it goes from the coordinator to workers."""
-    return reading.delivery.exchange.endswith(".work")
+def workers_of(decoded: DecodedMessage) -> tuple[str, ...]:
+    """Return the recipients of work, only the first if there are many, else the sender."""
+    if is_work(decoded):
+        return decoded.delivery.keys
+    return (decoded.worker or decoded.delivery.keys[0].partition(".")[2],)
+
+
+def is_work(decoded: DecodedMessage) -> bool:
+    """Return whether a message goes from the coordinator to workers."""
+    return decoded.delivery.exchange.endswith(".work")
 
 
 def bindings(
-    topology: Topology, wanted: Wanted, queue: str, existing: Iterable[str]
+    topology: Topology, wanted: Wanted, queue: str, existing: Collection[str]
 ) -> set[Binding]:
-    """Return what a tap is to be bound to.
+    """Return the bindings of a tap.
 
     Args:
         topology: the names of the federation.
-        wanted: what to show.
-        queue: the tap.
-        existing: the queues that are there: no key is tapped that leads to none of them.
+        wanted: the messages to show.
+        queue: the name of the tap's queue.
+        existing: the queues that exist; only keys that route to one of them are tapped.
     """
-    there = set(existing)
-    found: set[Binding] = set()
+    result: set[Binding] = set()
     kinds = wanted.kinds or set(KINDS)
     ending = wanted.worker or "#"
     for target, all_kinds in (
         (topology.updates, UPDATE_KINDS),
         (topology.presence, PRESENCE_KINDS),
     ):
-        for kind in all_kinds if target in there else ():
+        for kind in all_kinds if target in existing else ():
             if kind in kinds:
-                found.add(Binding(queue, topology.results, f"{kind}.{ending}"))
-            if kind in _WITH_A_WORKER and wanted.worker is None:  # it tells of workers
-                found.add(Binding(queue, topology.results, f"{kind}.#"))
-    for name in there:
+                result.add(Binding(queue, topology.results, f"{kind}.{ending}"))
+            if kind in _WITH_A_WORKER and wanted.worker is None:  # to learn of new workers
+                result.add(Binding(queue, topology.results, f"{kind}.#"))
+    for name in existing:
         inbox, outbox = topology.inbox(""), topology.outbox("")
         worker = name.removeprefix(inbox) if name.startswith(inbox) else name.removeprefix(outbox)
         if wanted.worker not in (None, worker):
             continue
         if name.startswith(inbox) and kinds & {*WORK_KINDS, "part"}:
-            found.add(Binding(queue, topology.work, worker))
+            result.add(Binding(queue, topology.work, worker))
         if name.startswith(outbox) and wanted.parts:
-            found.add(Binding(queue, topology.results, f"part.{worker}"))
-    return found
+            result.add(Binding(queue, topology.results, f"part.{worker}"))
+    return result
 
 
 class Tap:
-    """One tap over one link.
+    """A tap on one link.
 
     Args:
-        link: a link of its own.
+        link: a link that is used for nothing else.
         topology: the names of the federation.
-        wanted: what to show.
-        workers: who is known to be in the federation; more are learnt from what they say.
-        show: told each message that is wanted.
+        wanted: the messages to show.
+        workers: the known workers; others are noticed by their hellos and heartbeats.
+        show: called with each message to show.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class Tap:
         """Follow the traffic until cancelled.
 
         Args:
-            ready: called when everything from here on will be seen.
+            ready: called once the tap is bound and misses nothing more.
 
         Raises:
             LinkLost: when the link is lost.
@@ -147,11 +150,11 @@ class Tap:
 
     async def _read(self, copies: AsyncGenerator[Delivery]) -> None:
         async for copy in copies:
-            reading = decode_message(copy, self._topology.federation, values=False)
-            if isinstance(reading.message, Hello | Heartbeat) and self._wanted.worker is None:
-                self._learn(reading.message.worker)
-            if self._wanted.takes(reading):
-                self._show(reading)
+            decoded = decode_message(copy, self._topology.federation, values=False)
+            if isinstance(decoded.message, Hello | Heartbeat) and self._wanted.worker is None:
+                self._learn(decoded.message.worker)
+            if self._wanted.takes(decoded):
+                self._show(decoded)
 
     def _learn(self, worker: str) -> None:
         if worker not in self._workers:
@@ -167,14 +170,14 @@ class Tap:
             await self._bind()
 
     async def _bind(self) -> None:
-        """Bind the tap to what it should be bound to now, and to nothing else."""
+        """Update the tap's bindings to the queues that exist now."""
         existing = await self._existing()
         target = bindings(self._topology, self._wanted, self._queue.name, existing)
-        if self._wanted.worker is None:  # the others say who they are again, should they come back
+        if self._wanted.worker is None:  # a worker that comes back is noticed again
             self._workers = {w for w in self._workers if self._topology.inbox(w) in existing}
         await self._link.declare(target - self._bound)
-        for gone in self._bound - target:
-            await self._link.unbind(gone)
+        for binding in self._bound - target:
+            await self._link.unbind(binding)
         self._bound = target
 
     async def _existing(self) -> list[str]:

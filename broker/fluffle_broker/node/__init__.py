@@ -1,1 +1,1 @@
-"""A private RabbitMQ: find or unpack it, configure, start and stop it."""
+"""A private RabbitMQ node: find or unpack, configure, start and stop it."""

@@ -1,4 +1,4 @@
-"""The node in a container, by compose.yaml: where there is no RabbitMQ and no apt to get it."""
+"""A node in a Docker container, for machines without RabbitMQ and without apt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NODE_NAME = "rabbit@fluffle"
 
 
 def available() -> bool:
-    """Tell whether there is a Docker with compose whose engine answers."""
+    """Return whether Docker with compose is installed and its engine runs."""
     return bool(shutil.which("docker")) and all(
         subprocess.run(["docker", *probe], capture_output=True, check=False).returncode == 0
         for probe in (["compose", "version"], ["info"])
@@ -23,24 +23,24 @@ def available() -> bool:
 
 
 def start(info: NodeInfo, extra_conf: str) -> None:
-    """Start the container and wait until its health check holds."""
+    """Start the container and wait until its health check passes."""
     conf = info.folder / "etc/container.conf"
     conf.parent.mkdir(parents=True, exist_ok=True)
-    # The listeners are the image's; which ports of this machine lead there is compose's to say.
+    # The image sets the listeners; compose.yaml maps this machine's ports to them.
     conf.write_text(f"{launch.base_configuration()}\n{extra_conf}\n")
     conf.chmod(0o644)  # the container reads it as another user
     _compose(info, "up", "--detach", "--wait")
 
 
 def stop(info: NodeInfo) -> None:
-    """Stop and remove the container; the volume with its data stays."""
+    """Stop and remove the container, but keep the volume with its data."""
     _compose(info, "down")
 
 
 def _compose(info: NodeInfo, *arguments: str) -> None:
-    # One project for each folder, so that several nodes live side by side.
+    # One project for each folder, so that several nodes can run at the same time.
     project = "fluffle-" + hashlib.sha256(os.fsencode(info.folder)).hexdigest()[:12]
-    compose = str(launch.shipped("compose.yaml"))
+    compose = str(launch.packaged_file("compose.yaml"))
     done = subprocess.run(
         ["docker", "compose", "--project-name", project, "--file", compose, *arguments],
         env={
@@ -56,8 +56,8 @@ def _compose(info: NodeInfo, *arguments: str) -> None:
         check=False,
     )
     if done.returncode != 0:
-        told = done.stderr.strip().splitlines() or ["no reason given"]
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise BrokerError(
-            f"docker compose {arguments[0]} failed: {told[-1]}; see 'docker compose "
+            f"docker compose {arguments[0]} failed: {lines[-1]}; see 'docker compose "
             f"--project-name {project} logs'"
         )

@@ -1,4 +1,4 @@
-"""How a node is doing, as its management API tells."""
+"""Uptime and memory use of a node, from its management API."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fluffle_common.transport.rabbitmq.management import UNTOLD, ask
 
 @dataclass(frozen=True)
 class Figures:
-    """How a node is doing."""
+    """The health figures of a node."""
 
     uptime_s: float
     memory_bytes: int
 
 
-def figures(info: NodeInfo, *, timeout_s: float = 5) -> Figures | None:
-    """Ask a node how it is doing; None where it does not tell, as in its first second or two."""
+def figures(info: NodeInfo) -> Figures | None:
+    """Return a node's figures; None if it has none yet, as in its first two seconds."""
     name = urllib.parse.quote(info.node_name, safe="")
     base = info.management_url.rstrip("/")
     try:
-        told = ask(base, f"/api/nodes/{name}", info.url, timeout_s=timeout_s)
-        return Figures(uptime_s=told["uptime"] / 1000, memory_bytes=told["mem_used"])
+        stats = ask(base, f"/api/nodes/{name}", info.url)
+        return Figures(uptime_s=stats["uptime"] / 1000, memory_bytes=stats["mem_used"])
     except UNTOLD:
         return None

@@ -1,4 +1,4 @@
-"""Starting an Erlang VM with RabbitMQ in it, private in every file and port; why one failed."""
+"""Launching RabbitMQ with private files and ports, and explaining a failed boot."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
 
 DISK_FREE_LIMIT_BYTES = 256_000_000
-"""What rabbitmq.conf says of ``disk_free_limit``."""
+"""The ``disk_free_limit`` in rabbitmq.conf."""
 
 _PLUGINS = "[rabbitmq_management,rabbitmq_prometheus].\n"
 
-# What others set for another node must not reach ours.
+# Prefixes of inherited variables that would configure our node like another one.
 _FOREIGN = ("RABBITMQ_", "ERL_", "NOTIFY_SOCKET", "CONF_ENV_FILE")
 
-# Between Erlang nodes, rabbitmqctl among them.
+# For the connections between Erlang nodes, including rabbitmqctl.
 _LOOPBACK_ONLY = "-kernel inet_dist_use_interface {127,0,0,1}"
 
 _LOG_PREFIX = re.compile(r"^\d{4}-\S+ \S+ \[\w+\] <[\d.]+> ?")
 _LONGEST_REASON = 240
 
-# As Erlang spells them, wherever they stand in the nested terms of a failure.
+# Erlang's error codes, which may appear anywhere in the nested terms of a failure.
 _SYSTEM_ERRORS = {
     "enospc": "there is no space left on the disk; make room or choose another --state",
     "eaddrinuse": "another program took one of its ports; choose other ports, or --port 0",
-    "eacces": "it may not read or write its own files; check who owns the state folder",
+    "eacces": "RabbitMQ may not read or write its own files; check who owns the state folder",
     "erofs": "the state folder is on a read-only disk; choose another --state",
     "emfile": "too many files are open; raise 'ulimit -n'",
     "duplicate_node_name": (
-        "a node with this name is already running at this epmd; choose another --node-name"
+        "a node of this name is already registered with this epmd; choose another --node-name"
     ),
 }
 
-# The shell ends at once, so that the node is a child of nobody here: it is not left a zombie, and
-# its end does not concern the program that started it. $! stays true, as everything is exec'd.
+# The shell exits at once, so that the node is not our child: it leaves no zombie, and the program
+# that started it is not affected by its exit. Every script uses exec, so $! is the VM's pid.
 _LAUNCH = 'cd "$1" && { "./$2" </dev/null >"$3" 2>&1 & echo $!; }'
 
 
 def base_configuration() -> str:
-    """Read the annotated rabbitmq.conf that every node starts with."""
-    return shipped("rabbitmq.conf").read_text()
+    """Return the annotated rabbitmq.conf that every node starts with."""
+    return packaged_file("rabbitmq.conf").read_text()
 
 
-def shipped(name: str) -> Path:
-    """Find a file that comes with the package: inside it in a wheel, beside it in a checkout."""
+def packaged_file(name: str) -> Path:
+    """Return the path of a data file: in a wheel inside the package, in a checkout next to it."""
     package = Path(__file__).parents[1]
     inside = package / name
     return inside if inside.exists() else package.parent / name
 
 
 def listeners(ports: Ports) -> str:
-    """Write the part of rabbitmq.conf that says where the node listens."""
+    """Return the lines of rabbitmq.conf that set where the node listens."""
     return (
         f"listeners.tcp.1 = {network.LOOPBACK}:{ports.amqp}\n"
         f"management.tcp.ip = {network.LOOPBACK}\n"
@@ -72,7 +72,7 @@ def listeners(ports: Ports) -> str:
 
 
 def write_files(info: NodeInfo, extra_conf: str, cookie: str | None) -> None:
-    """Write what the node reads when it boots; its data is left alone."""
+    """Write the configuration files and the Erlang cookie; leave the data alone."""
     folder = info.folder
     for name in ("data", "log", "home", "etc/conf.d"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def write_files(info: NodeInfo, extra_conf: str, cookie: str | None) -> None:
 def environment(
     info: NodeInfo, installation: Installation, inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """Compose the variables that keep every file and port of the node private."""
+    """Return the variables that keep every file and port of the node private."""
     folder = info.folder
     path = [*map(str, installation.path), inherited.get("PATH", os.defpath)]
     libraries = list(map(str, installation.libraries))
@@ -101,7 +101,7 @@ def environment(
         "PATH": os.pathsep.join(path),
         "LC_ALL": "C.UTF-8",
         "HOME": str(folder / "home"),
-        "ERL_CRASH_DUMP_SECONDS": "0",  # no dump: the logs tell more, and sooner
+        "ERL_CRASH_DUMP_SECONDS": "0",  # no crash dump; the logs are more useful
         "ERL_EPMD_PORT": str(info.ports.epmd),
         "ERL_EPMD_ADDRESS": network.LOOPBACK,
         "RABBITMQ_NODENAME": info.node_name,
@@ -118,17 +118,16 @@ def environment(
         "RABBITMQ_DIST_PORT": str(info.ports.distribution),
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _LOOPBACK_ONLY,
         "RABBITMQ_CTL_ERL_ARGS": _LOOPBACK_ONLY,
-        # The scripts then become the VM instead of waiting for it: one process less, and its pid
-        # is known from the start.
+        # Makes the scripts exec the VM instead of waiting for it, so that its pid is known.
         "RUNNING_UNDER_SYSTEMD": "true",
     }
 
 
 def launch(info: NodeInfo, installation: Installation) -> int:
-    """Start the VM in a session of its own, holding no file of ours; return its pid."""
+    """Start the VM in its own session, with none of our files open; return its pid."""
     server = installation.server
     shell = subprocess.Popen(
-        # Called from its own folder, as the scripts do not quote the path they are called by.
+        # Started from its own folder, because the scripts do not quote their own path.
         ["/bin/sh", "-c", _LAUNCH, "sh", server.parent, server.name, startup_log(info)],
         env={**_without_foreign(os.environ), **environment(info, installation, os.environ)},
         stdin=subprocess.DEVNULL,
@@ -138,20 +137,20 @@ def launch(info: NodeInfo, installation: Installation) -> int:
         start_new_session=True,
     )
     try:
-        pid, told = shell.communicate()
+        pid, error = shell.communicate()
     except BaseException:
-        # Ctrl-C does not reach the new session: learn what was started there, and end it.
+        # Ctrl-C does not reach the new session, so stop what was started there.
         pid, _ = shell.communicate()
         if pid:
             processes.stop_tree(int(pid), grace_s=0)
         raise
     if not pid:
-        raise BrokerError(f"cannot run {server}: {told.strip() or 'the shell gave no reason'}")
+        raise BrokerError(f"cannot run {server}: {error.strip() or 'the shell gave no reason'}")
     return int(pid)
 
 
 def write_rabbitmqctl(info: NodeInfo, installation: Installation) -> None:
-    """Write a `rabbitmqctl` that talks to this node and no other."""
+    """Write a `rabbitmqctl` script that controls this node."""
     variables = environment(info, installation, os.environ)
     lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     script = info.folder / "rabbitmqctl"
@@ -170,31 +169,31 @@ def write_rabbitmqctl(info: NodeInfo, installation: Installation) -> None:
 
 
 def startup_log(info: NodeInfo) -> Path:
-    """Name the file with what the VM prints before and beside RabbitMQ's own log."""
+    """Return the path of the file that captures the VM's own output."""
     return info.logs / "startup.log"
 
 
-def why_it_failed(info: NodeInfo) -> str:
-    """Tell in one line why a boot failed, and where to read on."""
+def boot_failure(info: NodeInfo) -> str:
+    """Return in one line why a boot failed and where the full output is."""
     log = startup_log(info)
     try:
-        reason = telling_line(log.read_text(errors="replace"))
+        reason = failure_reason(log.read_text(errors="replace"))
     except OSError as unreadable:
         reason = str(unreadable)
     return f"RabbitMQ did not start: {reason}; the full output is in {log}"
 
 
-def telling_line(log: str) -> str:
-    """Find what matters to a user in the output of a boot that failed."""
+def failure_reason(log: str) -> str:
+    """Return the line that helps the user most from the output of a failed boot."""
     lines = [_LOG_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
-    # What the configuration's parser found wrong is a list.
-    if found := [line[4:] for line in lines if line.startswith("  - ")]:
-        return "; ".join(dict.fromkeys(found))
+    # Errors in the configuration file are printed as a list.
+    if errors := [line[4:] for line in lines if line.startswith("  - ")]:
+        return "; ".join(dict.fromkeys(errors))
     for code, meaning in _SYSTEM_ERRORS.items():
         if re.search(rf"\b{code}\b", log):
             port = re.search(r'could_not_start_listener,"[^"]*",\s*(\d+)', log)
             return f"{meaning} (port {port[1]})" if port else meaning
-    # Of Erlang's nested terms the beginning says most.
+    # Otherwise the start of the first paragraph, which is usually a nested Erlang term.
     text = "\n".join(lines)
     failed = text.rpartition("BOOT FAILED\n===========\n")[2].strip() or "it printed nothing"
     paragraph = failed.partition("\n\n")[2 if failed.startswith("Exception during") else 0]

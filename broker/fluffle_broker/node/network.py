@@ -1,4 +1,4 @@
-"""The little of three protocols that starting and stopping a node takes: TCP ports, AMQP, epmd."""
+"""Probing TCP ports, AMQP brokers and epmd, as far as starting and stopping a node needs it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from fluffle_common.errors import BrokerError
 
 LOOPBACK = "127.0.0.1"
 
+_TIMEOUT_S = 2.0
+
 _AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _METHOD_FRAME = 1
 _CONNECTION_START = b"\x00\x0a\x00\x0a"  # class 10, method 10
@@ -20,7 +22,7 @@ _EPMD_KILL = b"\x00\x01k"
 
 
 def free_ports(count: int) -> list[int]:
-    """Choose ports that nobody listens on; all different, as all are held until all are chosen."""
+    """Return different free ports; each stays bound until all are chosen."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -29,9 +31,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def require_free(port: int, what: str, option: str) -> None:
-    """Raise a `BrokerError` that names the port and who has it, unless the port can be had."""
+    """Raise a `BrokerError` that names the process on a port, unless the port is free."""
     with socket.socket() as probe:
-        # As the Erlang VM does: the closed connections of a node that was killed do not matter.
+        # As the Erlang VM does, so that closed connections of a killed node do not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
@@ -48,24 +50,24 @@ def require_free(port: int, what: str, option: str) -> None:
             ) from None
 
 
-def answers(port: int, *, timeout_s: float = 2) -> bool:
-    """Tell whether something accepts connections on a port."""
+def answers(port: int) -> bool:
+    """Return whether something accepts connections on a port."""
     try:
-        with socket.create_connection((LOOPBACK, port), timeout=timeout_s):
+        with socket.create_connection((LOOPBACK, port), _TIMEOUT_S):
             return True
     except OSError:
         return False
 
 
-def amqp_version(port: int, *, timeout_s: float = 2) -> str | None:
-    """Greet an AMQP 0-9-1 broker on a port.
+def amqp_version(port: int) -> str | None:
+    """Start an AMQP 0-9-1 handshake on a port.
 
     Returns:
-        The version the broker tells in its Connection.Start ("" if it tells none), or None where
-        no broker answers.
+        The version in the broker's Connection.Start ("" if there is none), or None if no broker
+        answers.
     """
     try:
-        with socket.create_connection((LOOPBACK, port), timeout=timeout_s) as link:
+        with socket.create_connection((LOOPBACK, port), _TIMEOUT_S) as link:
             link.sendall(_AMQP_HEADER)
             kind, _channel, size = struct.unpack(">BHI", _exactly(link, 7))
             payload = _exactly(link, min(size, 65536))
@@ -78,14 +80,14 @@ def amqp_version(port: int, *, timeout_s: float = 2) -> str | None:
     return rest[4 : 4 + int.from_bytes(rest[:4])].decode(errors="replace")
 
 
-# RabbitMQ starts epmd by starting, and ending at once, a node of this name and a number.
+# RabbitMQ starts epmd by running a short-lived node with this name and a number.
 _EPMD_STARTER = "epmd-starter-"
 
 
 def epmd_nodes(port: int) -> list[str] | None:
-    """List the Erlang nodes an epmd knows, or return None where no epmd answers."""
+    """Return the Erlang nodes that an epmd knows, or None if no epmd answers."""
     reply = _ask_epmd(port, _EPMD_NAMES)
-    # Four bytes that repeat the port, then a line "name fluffle at port 25673" for each node.
+    # Four bytes with the port, then a line like "name fluffle at port 25673" for each node.
     if reply is None or reply[:4] != struct.pack(">I", port):
         return None
     return [
@@ -96,30 +98,30 @@ def epmd_nodes(port: int) -> list[str] | None:
 
 
 def stop_epmd(port: int, node: str) -> bool:
-    """End the epmd on a port, unless it serves other nodes than ``node``, which has ended.
+    """Stop the epmd on a port, unless it serves other nodes than ``node``, which has ended.
 
     Returns:
-        Whether no epmd is left there.
+        Whether the epmd is gone.
     """
 
-    def gone_or_of_others() -> bool:
+    def gone_or_shared() -> bool:
         names = epmd_nodes(port)
         if names == []:
             _ask_epmd(port, _EPMD_KILL)
             return epmd_nodes(port) is None
-        # It takes epmd a moment to see that a killed node is gone. While it boots, a node is known
-        # by a longer name, and before that, whoever has started epmd for it by another.
+        # epmd needs a moment to notice that a killed node is gone. A booting node has a longer
+        # name, and before that, the node that started epmd is registered.
         return names is None or not any(
             f"{name}_".startswith((f"{node}_", _EPMD_STARTER)) for name in names
         )
 
-    processes.wait_until(gone_or_of_others, timeout_s=10)
+    processes.wait_until(gone_or_shared, timeout_s=10)
     return epmd_nodes(port) is None
 
 
 def _ask_epmd(port: int, request: bytes) -> bytes | None:
     try:
-        with socket.create_connection((LOOPBACK, port), timeout=2) as link:
+        with socket.create_connection((LOOPBACK, port), _TIMEOUT_S) as link:
             link.sendall(request)
             reply = b""
             while chunk := link.recv(4096):
@@ -134,6 +136,6 @@ def _exactly(link: socket.socket, size: int) -> bytes:
     while len(data) < size:
         chunk = link.recv(size - len(data))
         if not chunk:
-            raise ConnectionError("closed in the middle of a frame")
+            raise ConnectionError("the connection was closed in the middle of a frame")
         data += chunk
     return data

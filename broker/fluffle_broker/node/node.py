@@ -1,10 +1,10 @@
-"""A private RabbitMQ node in a state folder: start it, find it, stop it.
+"""Starting, finding and stopping the private RabbitMQ node of a state folder.
 
-Everything of a node is under ``<state>/broker/``: ``node.json`` (see `record`), ``etc/``,
-``data/``, ``log/``, ``home/`` (the Erlang cookie) and a ``rabbitmqctl`` that talks to this node.
-Several nodes live side by side when each has its own state folder and ports. The record is there
-from the moment the VM is launched until `down` has stopped it, so that nothing that interrupts
-either of them leaves a node that nobody can find.
+All files of a node are under ``<state>/broker/``: ``node.json`` (see `record`), ``etc/``,
+``data/``, ``log/``, ``home/`` (the Erlang cookie) and a ``rabbitmqctl`` for this node. Several
+nodes can run at the same time, each with its own state folder and ports. The record exists from
+the launch of the VM until `down` has stopped it, so that an interruption never leaves a node that
+nobody can find.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fluffle_common.protocol import topology
 
 __all__ = ["NodeInfo", "Ports", "down", "running_node", "up"]
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
@@ -41,13 +41,13 @@ _UNQUOTABLE = frozenset("'\"`")
 
 
 def _silent(_: str) -> None:
-    """Say nothing."""
+    """Ignore a progress message."""
 
 
 def running_node(state: Path) -> NodeInfo | None:
-    """Return the node of a state folder, or None where none is up (or not up yet)."""
+    """Return the node of a state folder, or None if none is up yet or any more."""
     info = record.load(record.broker_folder(state))
-    if info is None or not _lives(info):
+    if info is None or not _is_alive(info):
         return None
     return info if network.answers(info.ports.amqp) else None
 
@@ -59,123 +59,123 @@ def up(
     node_name: str = "fluffle",
     extra_conf: str = "",
     cookie: str | None = None,
-    say: Say = _silent,
+    report: Report = _silent,
 ) -> NodeInfo:
-    """Start the node of a state folder and wait until it serves; return it if it is up already.
+    """Start the node of a state folder and wait until it is ready; return it if it is already up.
 
-    Data of an earlier run in the same folder, under the same node name, is served again, however
-    that run ended.
+    The node serves the data of earlier runs in the same folder under the same node name, even
+    after a crash.
 
     Args:
-        state: The state folder; made if it is missing.
-        ports: Where to listen, on the loopback interface; 0 chooses a free port.
+        state: the state folder; created if it is missing.
+        ports: the ports on the loopback interface; 0 chooses a free one.
         node_name: Erlang's name of the node, without a host.
-        extra_conf: More lines of rabbitmq.conf; they win over those of the node.
-        cookie: The secret that Erlang nodes of one cluster share; one of its own by default.
-        say: Is told what is being done, in a few words each time.
+        extra_conf: more lines of rabbitmq.conf, which override the usual ones.
+        cookie: the secret that the Erlang nodes of a cluster share; a random one by default.
+        report: called with a few words about each step.
 
     Raises:
-        BrokerError: The node cannot be started; nothing is left running then.
+        BrokerError: if the node cannot be started; nothing is left running then.
     """
     folder = record.broker_folder(state)
-    with _explained(folder), _alone(folder, say):
+    with _readable_errors(folder), _locked(folder, report):
         known = record.load(folder)
         if known is not None and (ready := _await_ready(known)):
             return ready
         if known is not None:
-            say(f"the earlier node {known.node_name} is gone; cleaning up after it")
-            _forget(known)
+            report(f"the earlier node {known.node_name} is gone; cleaning up after it")
+            _clean_up(known)
         wanted = ports or Ports()
         _require_free(wanted)
-        _require_plain(folder)
+        _require_plain_path(folder)
         _require_space(folder, extra_conf)
-        installation = _find(say)
-        info = _plan(folder, _chosen(wanted), node_name, installation)
+        installation = _find_or_unpack(report)
+        info = _describe(folder, _with_free_ports(wanted), node_name, installation)
         if installation is None:
-            return _start_container(info, extra_conf, say)
-        return _start(info, installation, extra_conf, cookie, say)
+            return _start_container(info, extra_conf, report)
+        return _start(info, installation, extra_conf, cookie, report)
 
 
-def down(state: Path, *, grace_s: float = 30.0, say: Say = _silent) -> bool:
-    """Stop the node of a state folder and everything that came with it; its data stays.
+def down(state: Path, *, grace_s: float = 30.0, report: Report = _silent) -> bool:
+    """Stop the node of a state folder and all its processes; keep its data.
 
     Args:
-        state: The state folder.
-        grace_s: How long it may take to stop by itself before it is killed. RabbitMQ 3.10 takes
-            6 s; 0 kills at once, for a node whose data nobody will need.
-        say: Is told what is being done.
+        state: the state folder.
+        grace_s: how long to wait for a clean stop before killing it. RabbitMQ 3.10 takes 6 s;
+            0 kills it at once, for a node whose data nobody needs.
+        report: called with a few words about each step.
 
     Returns:
-        Whether there was one to stop.
+        Whether a node was running.
     """
     folder = record.broker_folder(state)
     if not folder.is_dir():
         return False
-    with _explained(folder), _alone(folder, say):
+    with _readable_errors(folder), _locked(folder, report):
         info = record.load(folder)
         if info is None:
             return False
-        was_alive = _lives(info)
+        was_alive = _is_alive(info)
         if was_alive:
-            say(f"stopping {info.node_name}")
-        _forget(info, grace_s=grace_s)
+            report(f"stopping {info.node_name}")
+        _clean_up(info, grace_s=grace_s)
         return was_alive
 
 
 def _start(
-    info: NodeInfo, installation: Installation, extra_conf: str, cookie: str | None, say: Say
+    info: NodeInfo, installation: Installation, extra_conf: str, cookie: str | None, report: Report
 ) -> NodeInfo:
     launch.write_files(info, extra_conf, cookie)
     launch.write_rabbitmqctl(info, installation)
-    say(f"starting the {installation.origin} RabbitMQ")
+    report(f"starting the {installation.origin} RabbitMQ")
     try:
         pid = launch.launch(info, installation)
         info = dataclasses.replace(info, pid=pid, born=processes.birth(pid))
         record.save(info)
         if ready := _await_ready(info):
-            _bound(ready, say)
+            _limit_queues(ready, report)
             return ready
-        raise BrokerError(launch.why_it_failed(info))
-    except BaseException:  # Ctrl-C as well: what was begun is ended
-        _forget(info, grace_s=0)
+        raise BrokerError(launch.boot_failure(info))
+    except BaseException:  # Ctrl-C as well: leave nothing running
+        _clean_up(info, grace_s=0)
         raise
 
 
-def _start_container(info: NodeInfo, extra_conf: str, say: Say) -> NodeInfo:
-    say("starting RabbitMQ in a container (the first time, Docker downloads the image)")
+def _start_container(info: NodeInfo, extra_conf: str, report: Report) -> NodeInfo:
+    report("starting RabbitMQ in a container (the first time, Docker downloads the image)")
     record.save(info)
     try:
         container.start(info, extra_conf)
         if ready := _await_ready(info):
-            _bound(ready, say)
+            _limit_queues(ready, report)
             return ready
         raise BrokerError("the container ended at once; 'docker ps --all' lists it")
     except BaseException:
-        with contextlib.suppress(BrokerError):  # the first error tells more
-            _forget(info)
+        with contextlib.suppress(BrokerError):  # the first error is the one to report
+            _clean_up(info)
         raise
 
 
-def _bound(info: NodeInfo, say: Say) -> None:
-    """Bound the queues of every federation, unless an operator has said otherwise before."""
+def _limit_queues(info: NodeInfo, report: Report) -> None:
+    """Set the policies that limit queues, except those that an operator has changed."""
     base = info.management_url.rstrip("/")
     try:
         policies.apply(topology.policies(), info.url, base, keep=True)
-    except BrokerError as why:  # such as guest's password, which its operator has changed
-        say(f"the limits of queues are not set: {why}")
+    except BrokerError as why:  # for example, the password of guest was changed
+        report(f"the queue limits are not set: {why}")
 
 
 def _await_ready(info: NodeInfo) -> NodeInfo | None:
-    """Wait until all listeners answer, AMQP in its own tongue, and complete the record.
+    """Wait until all listeners answer, AMQP with a handshake, and complete the record.
 
     Returns:
-        The completed record, or None when the node has ended.
+        The completed record, or None if the node has exited.
     """
     others = (info.ports.management, info.ports.prometheus)
     end = time.monotonic() + _BOOT_TIMEOUT_S
-    while _lives(info):
-        # RabbitMQ opens the AMQP port last, and looking at a port costs the boot nothing, while
-        # each rabbitmqctl would cost it a second of CPU.
+    while _is_alive(info):
+        # Probing ports is cheap, while each call of rabbitmqctl takes a second of CPU time.
+        # RabbitMQ opens the AMQP port last.
         version = network.amqp_version(info.ports.amqp)
         if version is not None and all(network.answers(port) for port in others):
             ready = dataclasses.replace(info, version=version)
@@ -190,34 +190,34 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
     return None
 
 
-def _lives(info: NodeInfo) -> bool:
-    if info.pid is None:  # in a container, whose processes are not ours to see
+def _is_alive(info: NodeInfo) -> bool:
+    if info.pid is None:  # in a container, whose processes are not visible here
         return info.started_as == "docker" and network.answers(info.ports.amqp)
     return info.born is not None and processes.birth(info.pid) == info.born
 
 
-def _forget(info: NodeInfo, *, grace_s: float = 30.0) -> None:
-    """Stop whatever is left of a node, then its record: gone is only what is known to be gone."""
+def _clean_up(info: NodeInfo, *, grace_s: float = 30.0) -> None:
+    """Stop what is left of a node, then remove its record, which must come last."""
     if info.started_as == "docker":
         container.stop(info)
-    elif info.pid is not None and _lives(info):
+    elif info.pid is not None and _is_alive(info):
         processes.stop_tree(info.pid, grace_s=grace_s)
     network.stop_epmd(info.ports.epmd, info.node_name.partition("@")[0])
     record.remove(info.folder)
 
 
-def _find(say: Say) -> Installation | None:
-    """Find a RabbitMQ, or get one; None means: in a container."""
-    found = packages.find_installed() or packages.find_unpacked()
-    if found is not None:
-        return found
+def _find_or_unpack(report: Report) -> Installation | None:
+    """Find or unpack a RabbitMQ; None means that it has to run in a container."""
+    installation = packages.find_installed() or packages.find_unpacked()
+    if installation is not None:
+        return installation
     if shutil.which("apt-get"):
         try:
-            return packages.unpack(say)
+            return packages.unpack(report)
         except BrokerError as failed:
             if not container.available():
                 raise
-            say(f"{failed}; trying Docker")
+            report(f"{failed}; trying Docker")
             return None
     if container.available():
         return None
@@ -236,38 +236,38 @@ def _require_free(ports: Ports) -> None:
     ):
         if port:
             network.require_free(port, what, option)
-    # An epmd that is there already is the one to share.
+    # An epmd that already runs on the port is shared.
     if ports.epmd and network.epmd_nodes(ports.epmd) is None:
         network.require_free(ports.epmd, "epmd", "--port 0")
 
 
-def _require_plain(folder: Path) -> None:
-    """Refuse a path at which RabbitMQ hangs without a word: it hands it to a shell, for ``df``."""
-    if found := _UNQUOTABLE.intersection(str(folder)):
+def _require_plain_path(folder: Path) -> None:
+    """Refuse a path with quotes: RabbitMQ passes it to a shell for ``df``, and then hangs."""
+    if quotes := _UNQUOTABLE.intersection(str(folder)):
         raise BrokerError(
-            f"RabbitMQ cannot boot in a folder with {' or '.join(sorted(found))} in its path "
+            f"RabbitMQ cannot boot in a folder with {' or '.join(sorted(quotes))} in its path "
             f"({folder}); choose another one with --state"
         )
 
 
 def _require_space(folder: Path, extra_conf: str) -> None:
-    """Refuse a disk on which the node would boot, and then hold every publisher for good."""
+    """Refuse a disk that is so full that the node would block every publisher."""
     free = shutil.disk_usage(folder).free
     if free < launch.DISK_FREE_LIMIT_BYTES and "disk_free_limit" not in extra_conf:
         raise BrokerError(
-            f"only {free / 1000000.0:.0f} MB are free in {folder}, and RabbitMQ accepts no "
-            f"messages below {launch.DISK_FREE_LIMIT_BYTES / 1000000.0:.0f} MB; make room or "
+            f"only {free / 1e6:.0f} MB are free in {folder}, and RabbitMQ accepts no "
+            f"messages below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB; make room or "
             "choose another --state"
         )
 
 
-def _chosen(ports: Ports) -> Ports:
-    asked = dataclasses.asdict(ports)
-    free = iter(network.free_ports(len(asked)))
-    return Ports(**{name: port or next(free) for name, port in asked.items()})
+def _with_free_ports(ports: Ports) -> Ports:
+    given = dataclasses.asdict(ports)
+    free = iter(network.free_ports(len(given)))
+    return Ports(**{name: port or next(free) for name, port in given.items()})
 
 
-def _plan(
+def _describe(
     folder: Path, ports: Ports, node_name: str, installation: Installation | None
 ) -> NodeInfo:
     here = network.LOOPBACK
@@ -275,7 +275,7 @@ def _plan(
         url=f"amqp://guest:guest@{here}:{ports.amqp}/",
         management_url=f"http://{here}:{ports.management}/",
         prometheus_url=f"http://{here}:{ports.prometheus}/metrics",
-        # The host is localhost, so that the data outlives a change of the machine's name.
+        # The host is localhost, so that the data survives a change of the machine's name.
         node_name=f"{node_name}@localhost" if installation else container.NODE_NAME,
         ports=ports,
         pid=None,
@@ -287,21 +287,21 @@ def _plan(
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, say: Say) -> Iterator[None]:
-    """Let one `up` or `down` at a time work in a folder; the system unlocks it if we are killed."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is in the queues is private
+def _locked(folder: Path, report: Report) -> Iterator[None]:
+    """Lock a folder against other `up` and `down` calls; a killed process unlocks it as well."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # queues hold private data
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another 'fluffle broker' command in this folder")
+            report("waiting for another 'fluffle broker' command in this folder")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line for the user."""
+def _readable_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into one line for the user."""
     try:
         yield
     except OSError as refused:

@@ -1,7 +1,7 @@
-"""Finding a RabbitMQ on this machine, or unpacking Debian's packages of it without root.
+"""Finding an installed RabbitMQ, or unpacking Debian's packages without root.
 
-Unpacked packages go to ``$XDG_CACHE_HOME/fluffle/rabbitmq/<distribution>-<version>-<machine>/``:
-nothing is installed, no service is started, and removing that folder undoes all of it.
+Packages are unpacked into ``$XDG_CACHE_HOME/fluffle/rabbitmq/<distribution>-<version>-<machine>/``.
+This installs nothing and starts no service; deleting the folder undoes it.
 """
 
 from __future__ import annotations
@@ -29,42 +29,41 @@ REMEDIES = (
     "install rabbitmq-server, or start Docker, or point --url (FLUFFLE_URL) at a RabbitMQ you run"
 )
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Installation:
-    """A RabbitMQ that can be started."""
+    """A RabbitMQ that can be launched."""
 
     server: Path
-    """The server script itself."""
+    """The path of the server script."""
     origin: Literal["installed", "unpacked"]
     path: tuple[Path, ...] = ()
-    """Folders to look for programs in, before those of PATH."""
+    """Folders that come before those of PATH."""
     libraries: tuple[Path, ...] = ()
-    """Folders with shared libraries that the system does not have."""
+    """Folders with shared libraries that the system may lack."""
 
 
 def find_installed(system_lib: Path = _SYSTEM_LIB) -> Installation | None:
-    """Find the system's own RabbitMQ.
+    """Find the system's RabbitMQ.
 
-    Debian and Fedora keep the real script in a folder with the version in its name, and put a
-    wrapper on PATH that insists on root; elsewhere (Homebrew, the generic archive) what is on PATH
-    is the script itself.
+    On Debian and Fedora, the server script is in a folder with the version in its name, and PATH
+    has a wrapper that insists on root. With Homebrew and the generic archive, PATH has the script.
     """
-    found = _newest(system_lib.glob(f"rabbitmq_server-*/sbin/{_SERVER}"))
-    if found is None:
+    server = _newest(system_lib.glob(f"rabbitmq_server-*/sbin/{_SERVER}"))
+    if server is None:
         on_path = shutil.which(_SERVER)
-        found = Path(on_path) if on_path else None
-    return Installation(found, "installed") if found else None
+        server = Path(on_path) if on_path else None
+    return Installation(server, "installed") if server else None
 
 
 def find_unpacked(cache: Path | None = None) -> Installation | None:
-    """Find packages that were unpacked earlier."""
+    """Find the packages of an earlier ``unpack``."""
     root = cache or _cache_folder()
     try:
         server = _newest(root.glob(f"usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/{_SERVER}"))
-    except PermissionError:  # `unpack` will say so
+    except PermissionError:  # `unpack` reports it
         return None
     if server is None:
         return None
@@ -74,98 +73,100 @@ def find_unpacked(cache: Path | None = None) -> Installation | None:
     )
 
 
-def unpack(say: Say, cache: Path | None = None) -> Installation:
+def unpack(report: Report, cache: Path | None = None) -> Installation:
     """Download Debian's packages of RabbitMQ and Erlang and unpack them into the cache.
 
     Raises:
-        BrokerError: apt cannot reach or does not know the packages, or the disk is full.
+        BrokerError: if apt cannot download the packages, or the disk is full.
     """
     root = cache or _cache_folder()
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its final place, so that one rename makes it whole or not there at all.
+        # On the same file system, so that a rename puts it in place atomically.
         with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root.parent) as scratch:
-            whole = _unpack_into(Path(scratch), say)
+            whole = _unpack_into(Path(scratch), report)
             try:
                 whole.rename(root)
-            except OSError as taken:
-                # Somebody else was quicker; theirs is as good.
-                if taken.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            except OSError as exists:
+                # Another process was faster; use its result.
+                if exists.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
     except OSError as failed:
         raise BrokerError(
             f"cannot unpack RabbitMQ into {root.parent}: {failed.strerror or failed}; "
             "make room there, or set XDG_CACHE_HOME to another folder"
         ) from failed
-    found = find_unpacked(root)
-    if found is None:
-        raise BrokerError(f"the packages in {root} hold no {_SERVER}; remove that folder")
-    return found
+    installation = find_unpacked(root)
+    if installation is None:
+        raise BrokerError(f"the packages in {root} contain no {_SERVER}; delete that folder")
+    return installation
 
 
-def _unpack_into(scratch: Path, say: Say) -> Path:
+def _unpack_into(scratch: Path, report: Report) -> Path:
     debs = scratch / "debs"
     debs.mkdir()
     apt = _Apt(scratch)
-    names = _needed(apt, say)
-    say(f"downloading {len(names)} packages of RabbitMQ and Erlang (about 35 MB)")
+    names = _needed(apt, report)
+    report(f"downloading {len(names)} packages of RabbitMQ and Erlang (about 35 MB)")
     try:
         apt.run("download", *names, cwd=debs)
     except _AptFailed:
-        # A mirror keeps only the newest version; lists that are older name one that is gone.
-        apt.update(say)
-        apt.run("download", *_needed(apt, say), cwd=debs)
+        # Old package lists name versions that the mirror no longer has.
+        apt.update(report)
+        apt.run("download", *_needed(apt, report), cwd=debs)
     whole = scratch / "whole"
     for position, deb in enumerate(sorted(debs.glob("*.deb")), start=1):
-        say(f"unpacking {deb.name.partition('_')[0]} ({position} of {len(names)})")
+        report(f"unpacking {deb.name.partition('_')[0]} ({position} of {len(names)})")
         _run(["dpkg-deb", "--extract", str(deb), str(whole)], cwd=scratch)
     _rewrite_erl(whole)
     return whole
 
 
-def _needed(apt: _Apt, say: Say) -> list[str]:
-    """List the packages to fetch: what an installation would add to this machine."""
+def _needed(apt: _Apt, report: Report) -> list[str]:
+    """Return the packages to download: those that an installation would add."""
     try:
         names = apt.simulate()
     except _AptFailed as failed:
         if not failed.unknown_package:
             raise
-        apt.update(say)
+        apt.update(report)
         names = apt.simulate()
     if "erlang-base" in names:
         return names
-    # An Erlang of the system is of no use to an unpacked RabbitMQ when any application is missing
-    # in it; so fetch the whole of it, as if nothing were installed.
+    # Parts of Erlang are installed. An unpacked RabbitMQ needs all applications in one place, so
+    # download all of Erlang, as if nothing were installed.
     bare = apt.simulate("-o", "Dir::State::status=/dev/null")
     return sorted({*names, *(each for each in bare if each.startswith("erlang-"))})
 
 
 class _AptFailed(BrokerError):
-    """apt said no."""
+    """apt-get failed."""
 
-    def __init__(self, told: str) -> None:
-        lines = [line for line in told.splitlines() if line.startswith("E:")]
+    def __init__(self, output: str) -> None:
+        lines = [line for line in output.splitlines() if line.startswith("E:")]
         reason = lines[0].removeprefix("E:").strip() if lines else "it gave no reason"
-        self.unknown_package = "Unable to locate package" in told or "no installation cand" in told
+        self.unknown_package = any(
+            text in output for text in ("Unable to locate package", "no installation cand")
+        )
         super().__init__(f"apt-get cannot fetch RabbitMQ ({reason}); {REMEDIES}")
 
 
 class _Apt:
-    """apt-get as this user can run it, with state of its own once it had to update the lists."""
+    """apt-get for an ordinary user, with private package lists once it had to update them."""
 
     def __init__(self, scratch: Path) -> None:
         self._private = scratch / "apt"
-        # As root, apt would download as another user, who cannot write into our folder.
+        # If we are root, apt would download as another user, who cannot write into our folder.
         self._options: tuple[str, ...] = ("-o", "APT::Sandbox::User=root")
 
     def simulate(self, *options: str) -> list[str]:
-        """List the packages that installing RabbitMQ would add."""
-        told = self.run(*options, "install", "-s", "--no-install-recommends", _SERVER)
-        return sorted(re.findall(r"^Inst (\S+)", told, flags=re.MULTILINE))
+        """Return the packages that installing RabbitMQ would add."""
+        output = self.run(*options, "install", "-s", "--no-install-recommends", _SERVER)
+        return sorted(re.findall(r"^Inst (\S+)", output, flags=re.MULTILINE))
 
-    def update(self, say: Say) -> None:
-        """Fetch new package lists: the system's as root, private ones otherwise."""
-        say("updating the package lists")
+    def update(self, report: Report) -> None:
+        """Update the package lists: the system's if we are root, else private ones."""
+        report("updating the package lists")
         if os.geteuid() != 0:
             for each in ("lists/partial", "cache/archives/partial"):
                 (self._private / each).mkdir(parents=True, exist_ok=True)
@@ -177,7 +178,7 @@ class _Apt:
         self.run("update")
 
     def run(self, *arguments: str, cwd: Path | None = None) -> str:
-        """Run apt-get and return what it printed."""
+        """Run apt-get and return its output."""
         return _run(["apt-get", "-q", *self._options, *arguments], cwd=cwd or self._private.parent)
 
 
@@ -201,11 +202,11 @@ def _run(command: Sequence[str], *, cwd: Path) -> str:
 
 
 def _rewrite_erl(root: Path) -> None:
-    """Let the unpacked ``erl`` find itself: Debian's has /usr/lib/erlang written in it."""
+    """Make the unpacked ``erl`` relocatable: Debian's refers to /usr/lib/erlang."""
     erlang = root / "usr/lib/erlang"
     runtime = _newest(erlang.glob("erts-*/bin"))
     if runtime is None:
-        raise BrokerError(f"the packages hold no Erlang runtime; {REMEDIES}")
+        raise BrokerError(f"the packages contain no Erlang runtime; {REMEDIES}")
     erl = erlang / "bin/erl"
     erl.write_text(
         "#!/bin/sh\n"
@@ -215,13 +216,13 @@ def _rewrite_erl(root: Path) -> None:
         "export ROOTDIR BINDIR EMU PROGNAME\n"
         'exec "$BINDIR/erlexec" "$@"\n'
     )
-    # RabbitMQ calls the other copy, when it starts epmd.
+    # RabbitMQ calls this copy to start epmd.
     (runtime / "erl").unlink()
     (runtime / "erl").symlink_to("../../bin/erl")
 
 
 def _cache_folder() -> Path:
-    # Packages of one release may not run on the next one, and a home may be shared by machines.
+    # Packages depend on the release, and several machines may share a home folder.
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -231,7 +232,7 @@ def _cache_folder() -> Path:
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:
-    """Choose the path with the highest version number in it."""
+    """Return the path with the highest version number."""
     return max(
         paths, key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))], default=None
     )

@@ -1,4 +1,4 @@
-"""The least that RabbitMQ must allow a worker's user, and the coordinator's: see docs/rights.md."""
+"""The minimal RabbitMQ permissions of workers and the coordinator (see docs/rights.md)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Exchange, Queue, Topology, lock_of
 
 NOTHING = "^$"
-_LINE = 77  # signs, before the backslash of a line that goes on
-# To publish to a queue by its name, and to send there what a queue gives up, takes write on this.
+_LINE = 77  # characters, before the backslash of a continued line
+# Publishing to a queue by its name and dead-lettering need write access to this exchange.
 _DEFAULT_EXCHANGE = "amq.default"
 _REPLACED = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -23,13 +23,14 @@ Run = Callable[[Sequence[str], str | None], str]
 
 @dataclass(frozen=True)
 class Rights:
-    """What one user may do in a vhost: regular expressions, as RabbitMQ wants them.
+    """The permissions of one user in a vhost, as regular expressions.
 
     Args:
-        user: whose.
-        configure: what it may declare and delete.
-        write: what it may publish to and, of queues, bind.
-        read: what it may consume, get and purge and, of exchanges, bind to.
+        user: the name of the user.
+        configure: the entities that it may declare and delete.
+        write: the exchanges that it may publish to, and the queues that it may bind.
+        read: the queues that it may consume from, get from and purge, and the exchanges that it may
+            bind queues to.
         topics: the routing keys that it may publish under, by topic exchange.
     """
 
@@ -40,7 +41,7 @@ class Rights:
     topics: dict[str, str] = field(default_factory=dict)
 
     def commands(self, vhost: str) -> list[list[str]]:
-        """Return the arguments of ``rabbitmqctl`` that grant just this, in their order."""
+        """Return the ``rabbitmqctl`` commands that grant these permissions, in order."""
         at = ["--vhost", vhost, self.user]
         return [
             ["set_permissions", *at, self.configure, self.write, self.read],
@@ -52,7 +53,7 @@ class Rights:
 
 
 def worker_rights(topology: Topology, worker: str) -> Rights:
-    """Return what a worker needs; its user is named like its id, for ``--verify-users``.
+    """Return the permissions of a worker, whose user has its ID as name (``--verify-users``).
 
     Example:
         >>> worker_rights(Topology("letters"), "site.7").configure
@@ -70,9 +71,9 @@ def worker_rights(topology: Topology, worker: str) -> Rights:
 
 
 def coordinator_rights(topology: Topology, user: str) -> Rights:
-    """Return what the coordinator needs: all that is the federation's, and nothing else.
+    """Return the permissions of the coordinator.
 
-    It declares what is shared, not what is a worker's own.
+    It may read from and write to everything in the federation, but declare only shared entities.
     """
     shared = [one.name for one in topology.shared() if isinstance(one, Exchange | Queue)]
     locks = [lock_of(topology.presence)] if topology.queue_type == "quorum" else []
@@ -86,8 +87,8 @@ def coordinator_rights(topology: Topology, user: str) -> Rights:
 
 
 def shell_lines(rights: Rights, vhost: str) -> list[str]:
-    """Write out what to type where the broker runs, in lines that fit a terminal."""
-    lines = [f"# if there is no user {rights.user} yet; asks for a password"]
+    """Return the commands to run on the broker's machine, in lines that fit a terminal."""
+    lines = [f"# if user {rights.user} does not exist yet; asks for a password"]
     for command in (["add_user", rights.user], *rights.commands(vhost)):
         lines.append("rabbitmqctl")
         for word in map(shlex.quote, command):
@@ -100,35 +101,36 @@ def shell_lines(rights: Rights, vhost: str) -> list[str]:
 
 
 def apply(rights: Rights, vhost: str, run: Run, password: str | None = None) -> str | None:
-    """Grant it on a broker; a user that is not there is made.
+    """Grant permissions on a broker, and create the user if it does not exist.
 
     Args:
-        rights: what to grant; it replaces what the user could do in the vhost.
-        vhost: where.
-        run: runs ``rabbitmqctl`` with arguments and a standard input; returns what it prints.
-        password: of the user, if it is made or to be changed; None makes one up where it is made.
+        rights: the permissions, which replace those that the user has in the vhost.
+        vhost: the name of the vhost.
+        run: runs ``rabbitmqctl`` with arguments and a standard input, and returns its output.
+        password: the new password of the user. None keeps the password of an existing user, and
+            generates one for a new user.
 
     Returns:
-        The password that was made up; None where none was.
+        The generated password, or None.
 
     Raises:
-        BrokerError: where ``rabbitmqctl`` fails.
+        BrokerError: if ``rabbitmqctl`` fails.
     """
     listed = run(["list_users", "--silent"], None).splitlines()
-    made_up = None
+    generated = None
     if rights.user not in (line.partition("\t")[0] for line in listed):
-        made_up = None if password else secrets.token_urlsafe(24)
-        # By standard input: what is on a command line, all of the machine can see.
-        run(["add_user", rights.user], f"{password or made_up}\n")
+        generated = None if password else secrets.token_urlsafe(24)
+        # By standard input, because all users of the machine can see command lines.
+        run(["add_user", rights.user], f"{password or generated}\n")
     elif password:
         run(["change_password", rights.user], f"{password}\n")
     for command in rights.commands(vhost):
         run(command, None)
-    return made_up
+    return generated
 
 
 def runner(rabbitmqctl: Sequence[str]) -> Run:
-    """Return what runs a ``rabbitmqctl``."""
+    """Return a function that runs ``rabbitmqctl``."""
 
     def run(arguments: Sequence[str], text: str | None) -> str:
         try:
@@ -139,15 +141,15 @@ def runner(rabbitmqctl: Sequence[str]) -> Run:
         except OSError as wrong:
             raise BrokerError(f"cannot run {rabbitmqctl[0]}: {wrong.strerror}") from None
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or "it gives no reason").splitlines()
-            raise BrokerError(f"rabbitmqctl {arguments[0]} failed: {said[-1]}")
+            output = done.stderr.strip() or done.stdout.strip() or "it gives no reason"
+            raise BrokerError(f"rabbitmqctl {arguments[0]} failed: {output.splitlines()[-1]}")
         return done.stdout
 
     return run
 
 
 def _one_of(names: Sequence[str]) -> str:
-    """Return a pattern that matches just these names; what they begin with stands there once."""
+    """Return a pattern that matches exactly these names, with their common first part once."""
     if len(names) == 1:
         return f"^{_literal(names[0])}$"
     first = f"{names[0].partition('.')[0]}."
@@ -157,5 +159,5 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def _literal(name: str) -> str:
-    """Write a name so that each of its characters stands for itself."""
+    """Return a pattern that matches exactly this name."""
     return _REPLACED.sub(lambda char: "\\" + char[0], name)

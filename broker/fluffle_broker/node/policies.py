@@ -1,4 +1,4 @@
-"""The limits of a federation's queues, as policies: printed for rabbitmqctl, or set by the API."""
+"""Policies that limit a federation's queues: printed for rabbitmqctl, or set through the API."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fluffle_common.transport.rabbitmq.management import UNTOLD, ask, vhost
 from fluffle_common.transport.rabbitmq.urls import parse_urls
 
 _APPLY_TO = "queues"
-_INSTEAD = "or let --print write the lines for whoever may"
+_INSTEAD = "or print the commands for an administrator with --print"
 
 
-def shell_lines(policies: Sequence[Policy], where: str) -> list[str]:
-    """Write out what to type where the broker runs, for the vhost ``where``."""
+def shell_lines(policies: Sequence[Policy], vhost_name: str) -> list[str]:
+    """Return the commands to run on the broker's machine."""
     return [
         shlex.join(
             [
-                *("rabbitmqctl", "set_policy", "--vhost", where),
+                *("rabbitmqctl", "set_policy", "--vhost", vhost_name),
                 *("--priority", str(one.priority), "--apply-to", _APPLY_TO),
                 *(one.name, one.pattern, json.dumps(one.definition)),
             ]
@@ -31,21 +31,21 @@ def shell_lines(policies: Sequence[Policy], where: str) -> list[str]:
 
 
 def apply(policies: Sequence[Policy], url: str, base: str, *, keep: bool = False) -> None:
-    """Set them in the vhost of the broker at ``url``, by its management API.
+    """Set policies in a vhost through the management API.
 
     Args:
-        policies: what to set; one of the same name is replaced.
-        url: the broker's AMQP URL, for the vhost, the user and the password in it.
-        base: where its management API is.
-        keep: leave those alone that are there, as an operator may have changed them.
+        policies: the policies; existing ones of the same name are replaced.
+        url: the broker's AMQP URL, for its vhost, user and password.
+        base: the URL of the management API.
+        keep: keep existing policies, because an operator may have changed them.
 
     Raises:
-        BrokerError: if the API does not answer, or the user may not.
+        BrokerError: if the API does not answer, or the user may not set policies.
     """
     try:
-        there = {one["name"] for one in ask(base, f"/api/policies/{vhost(url)}", url)}
+        existing = {one["name"] for one in ask(base, f"/api/policies/{vhost(url)}", url)}
         for one in policies:
-            if not (keep and one.name in there):
+            if not (keep and one.name in existing):
                 value = {
                     "pattern": one.pattern,
                     "definition": one.definition,

@@ -1,7 +1,7 @@
-"""Processes of this machine: since when one lives, what listens on a port, and ending a tree.
+"""Identifying processes, stopping process trees, and finding who listens on a port.
 
-A process is named by its pid *and* its birth, as pids are used again. Zombies count as gone: only
-their parent can do anything about them.
+A process is identified by its pid *and* its start time, because pids are reused. Zombies count as
+gone, since only their parent can remove them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _POLL_S = 0.05
 
 
 def birth(pid: int) -> str | None:
-    """Say when process ``pid`` was born; None where none lives. Only to be compared."""
+    """Return a start time to compare with others; None if the process does not run."""
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         if process.status() != psutil.STATUS_ZOMBIE:
-            # Since the boot, which does not change when the clock is set.
+            # Relative to the boot time, so that setting the clock does not change it.
             return f"{process.create_time() - psutil.boot_time():.2f}"
     return None
 
 
 def stop_tree(root: int, *, grace_s: float) -> bool:
-    """Ask a process to end, wait for it and all below it, then kill what is left.
+    """Terminate a process, wait for it and its descendants, then kill those that are left.
 
     Returns:
-        Whether everything ended by itself within ``grace_s``.
+        Whether all of them exited within ``grace_s``.
     """
     try:
         top = psutil.Process(root)
@@ -40,7 +40,7 @@ def stop_tree(root: int, *, grace_s: float) -> bool:
         top.terminate()
     if wait_until(lambda: not any(map(_lives, tree)), timeout_s=grace_s):
         return True
-    # What was begun in the meantime; orphans have another parent now, and are in the tree.
+    # Add processes that were started meanwhile, also by orphans, which are in the list.
     for each in list(tree):
         with contextlib.suppress(psutil.NoSuchProcess):
             tree += [new for new in each.children(recursive=True) if new not in tree]
@@ -52,7 +52,7 @@ def stop_tree(root: int, *, grace_s: float) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> bool:
-    """Look until the condition holds or the time is over; return whether it holds."""
+    """Poll a condition until it holds or the time is up; return whether it holds."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() >= end:
@@ -62,8 +62,8 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> bool:
 
 
 def listener(port: int) -> str | None:
-    """Name the process that listens on a TCP port, as "name (pid 123)", where it can be told."""
-    with contextlib.suppress(psutil.Error, OSError):  # another user's hides what it holds
+    """Return the process that listens on a TCP port as "name (pid 123)"; None if unknown."""
+    with contextlib.suppress(psutil.Error, OSError):  # other users' processes are hidden
         for each in psutil.net_connections("tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
                 return f"{psutil.Process(each.pid).name()} (pid {each.pid})"
@@ -72,6 +72,6 @@ def listener(port: int) -> str | None:
 
 def _lives(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        # Whether it is the same process as before, and not another with its pid.
+        # is_running() also checks that the pid was not reused.
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False

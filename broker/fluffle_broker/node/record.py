@@ -1,6 +1,6 @@
-"""What is known of a node, and the file ``node.json`` it is kept in.
+"""The record of a node in the file ``node.json``.
 
-Other parts of fluffle find the broker by the key ``url`` of that file.
+Other packages find the broker through the key ``url`` of that file.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Origin = Literal["installed", "unpacked", "docker"]
 
 @dataclass(frozen=True)
 class Ports:
-    """The ports of a node, all on the loopback interface; 0 means: choose a free one."""
+    """The ports of a node on the loopback interface; 0 chooses a free one."""
 
     amqp: int = 5673
     management: int = 15673
     prometheus: int = 15693
     epmd: int = 0
-    """Where Erlang nodes find each other: the nodes of one cluster share it (and their cookie)."""
+    """The port of epmd, through which the nodes of a cluster find each other."""
     distribution: int = 0
-    """Where other Erlang nodes, and rabbitmqctl, reach this one."""
+    """The port on which other Erlang nodes and rabbitmqctl reach this one."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class NodeInfo:
     node_name: str
     ports: Ports
     pid: int | None
-    """The Erlang VM; None in a container."""
+    """The pid of the Erlang VM; None in a container."""
     born: str | None
-    """When ``pid`` was born: together they name one process for good."""
+    """The start time of ``pid``; together they identify the process."""
     started_as: Origin
     version: str
-    """Of RabbitMQ; empty until the node has told it."""
+    """The version of RabbitMQ; empty until the node is ready."""
     folder: Path
-    """All files of the node: configuration, data and logs."""
+    """The folder with all files of the node: configuration, data and logs."""
 
     @property
     def logs(self) -> Path:
@@ -56,12 +56,12 @@ class NodeInfo:
 
 
 def broker_folder(state: Path) -> Path:
-    """Name the folder with the files of the node that belongs to a state folder."""
+    """Return the folder with the files of a state folder's node."""
     return state.absolute() / "broker"
 
 
 def load(folder: Path) -> NodeInfo | None:
-    """Read the record of a node; None where there is none, or none that can be read."""
+    """Read the record of a node; None if it is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         fields = json.loads((folder / "node.json").read_text())
         return NodeInfo(**{**fields, "ports": Ports(**fields["ports"]), "folder": folder})
@@ -69,9 +69,9 @@ def load(folder: Path) -> NodeInfo | None:
 
 
 def save(info: NodeInfo) -> None:
-    """Write the record in one step: readers find the old one or the new one."""
+    """Write the record atomically."""
     fields = {**dataclasses.asdict(info), "folder": str(info.folder)}
-    descriptor, scratch = tempfile.mkstemp(prefix=".node-", dir=info.folder)  # of mode 0600
+    descriptor, scratch = tempfile.mkstemp(prefix=".node-", dir=info.folder)  # mode 0600
     try:
         with os.fdopen(descriptor, "w") as file:
             json.dump(fields, file, indent=2)
@@ -83,5 +83,5 @@ def save(info: NodeInfo) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Forget the node."""
+    """Delete the record of a node."""
     (folder / "node.json").unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""What every command shares: the program, its settings, its output, its process."""
+"""What all commands share: the program, options and settings, output, signals."""

@@ -1,4 +1,4 @@
-"""The one command, ``fluffle``: sub-commands from entry points, errors in one line."""
+"""The program ``fluffle``: sub-commands from entry points, common options, error handling."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from fluffle_common.errors import FluffleError
 from fluffle_common.installed import installed
 
 _GROUP = "fluffle.commands"
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _FAILED = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_MOST_SECONDS = 1e9  # 30 years; clocks and timers cannot take much more
+_MOST_SECONDS = 1e9  # 30 years, about the most that clocks and timers can handle
 MOST_COUNT = 2**31 - 1
 MOST_SEED = 2**63 - 1
 
 
-# No limits of ours, but of clocks, timers and the wire: only who exceeds one hears of it.
+# Limits of clocks, timers and the wire, which appear in errors but not in the help.
 _SILENT_LIMITS = (MOST_COUNT, MOST_SEED, _MOST_SECONDS)
 
 
-def _shown(range_: click.IntRange | click.FloatRange, otherwise: str) -> str:
-    """Return what the help says of a range: ``otherwise``, or only its lower limit."""
+def _range_help(range_: click.IntRange | click.FloatRange, default: str) -> str:
+    """Return the help text of a range, without a silent upper limit."""
     if range_.max not in (None, *_SILENT_LIMITS):
-        return otherwise
+        return default
     return "" if range_.min is None else f"x{'>' if range_.min_open else '>='}{range_.min:g}"
 
 
 class FiniteFloat(click.FloatRange):
-    """A range of numbers without NaN and infinity, which pass every comparison of `FloatRange`."""
+    """A range of finite numbers; `FloatRange` accepts NaN, and infinity if there is no limit."""
 
     name = "number"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return what stands for the value in the help."""
+        """Return the placeholder for the value in the help."""
         return "X"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Parse it."""
+        """Parse and validate a value."""
         number = click.FLOAT.convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
@@ -64,14 +64,14 @@ class FiniteFloat(click.FloatRange):
         return float(super().convert(value, param, ctx))
 
     def _describe_range(self) -> str:
-        return _shown(self, super()._describe_range())
+        return _range_help(self, super()._describe_range())
 
 
 class Seconds(FiniteFloat):
     """A duration in seconds."""
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return what stands for the value in the help."""
+        """Return the placeholder for the value in the help."""
         return "SECONDS"
 
 
@@ -81,35 +81,35 @@ class WholeNumber(click.IntRange):
     name = "whole number"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return what stands for the value in the help."""
+        """Return the placeholder for the value in the help."""
         return "N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse it."""
+        """Parse and validate a value."""
         number = click.INT.convert(value, param, ctx)
         if self.max in _SILENT_LIMITS and number > self.max:
             self.fail(f"{value} is too large; at most {self.max:,} is possible", param, ctx)
         return int(super().convert(value, param, ctx))
 
     def _describe_range(self) -> str:
-        return _shown(self, super()._describe_range())
+        return _range_help(self, super()._describe_range())
 
 
 def seconds(least: float = 0.0, most: float = _MOST_SECONDS, *, min_open: bool = False) -> Any:
-    """Return the type of an option that is a duration in seconds."""
+    """Return the type of an option for a duration in seconds."""
     return Seconds(least, most, min_open=min_open)
 
 
 def count(least: int = 1, most: int = MOST_COUNT) -> Any:
-    """Return the type of an option that counts something."""
+    """Return the type of an option for a count."""
     return WholeNumber(least, most)
 
 
 SEED = WholeNumber(0, MOST_SEED)
-"""The type of a seed: what the wire, NumPy and JAX can take."""
+"""The type of a seed, within the range of the wire, NumPy and JAX."""
 
 
-# How `fluffle --help` orders the commands; one that is not named here comes last.
+# The sections of `fluffle --help`; other commands come last.
 _SECTIONS = {
     "Run a federation": ("broker", "coordinator", "worker", "simulate", "strategies"),
     "Look into it": ("explain", "queues", "dashboard", "journal", "tap", "peek", "rejected"),
@@ -119,26 +119,26 @@ _SECTIONS = {
 
 
 class Commands(click.Group):
-    """A group of the ``fluffle.commands`` entry points, each loaded when it is named."""
+    """A group of the ``fluffle.commands`` entry points, each imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name every installed sub-command, in alphabetical order."""
+        """Return the names of the installed sub-commands, sorted."""
         return sorted(installed(_GROUP))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Load the one command that was asked for."""
+        """Import a command."""
         point = installed(_GROUP).get(cmd_name)
         return None if point is None else cast("click.Command", point.load())
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what the commands do, those of one purpose together."""
-        left = self.list_commands(ctx)
-        width = max(map(len, left))
+        """Write the list of commands in sections."""
+        commands = self.list_commands(ctx)
+        width = max(map(len, commands))
         sections = {
-            head: [name for name in names if name in left] for head, names in _SECTIONS.items()
+            head: [name for name in names if name in commands] for head, names in _SECTIONS.items()
         }
         placed = {name for names in sections.values() for name in names}
-        sections["More"] = [name for name in left if name not in placed]
+        sections["More"] = [name for name in commands if name not in placed]
         for head, names in sections.items():
             rows = [
                 (f"{name:<{width}}", command.get_short_help_str(formatter.width - 6 - width))
@@ -152,7 +152,7 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command, or name the nearest one."""
+        """Find a command, or suggest a similar one."""
         import difflib
 
         name = args[0]
@@ -164,7 +164,7 @@ class Commands(click.Group):
 
 
 def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None:
-    if wanted:  # `main` asks when click has forgotten its context
+    if wanted:  # for `main`, which runs outside of click's context
         os.environ["FLUFFLE_DEBUG"] = "1"
 
 
@@ -175,15 +175,16 @@ def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None
     is_flag=True,
     expose_value=False,
     callback=_remember_debug,
-    help="Show the traceback of an unexpected error, and each event with what follows from it; "
+    help="Show the traceback of an unexpected error, and log each event with its consequences; "
     "FLUFFLE_DEBUG=1 does the same.",
 )
 def fluffle() -> None:
     """Federated learning over a message broker.
 
-    A coordinator publishes global weights over RabbitMQ; workers train on data that stays with
-    them and send updates back; as soon as a quorum has answered, the coordinator averages them
-    and opens the next round. Start them in any order, on any machines that reach the broker:
+    A coordinator publishes the global weights over RabbitMQ. Workers train on data that stays
+    with them and send updates back. Once a quorum has answered, the coordinator averages the
+    updates and opens the next round. Start them in any order, on any machines that reach the
+    broker:
 
     \b
       fluffle broker up                                a private RabbitMQ
@@ -198,7 +199,7 @@ def fluffle() -> None:
 
 
 def url_option(command: Any) -> Any:
-    """Add ``--url`` to a command; None where neither the flag nor FLUFFLE_URL is set."""
+    """Add ``--url`` to a command; its value is None if neither it nor FLUFFLE_URL is set."""
     return click.option(
         "--url",
         envvar="FLUFFLE_URL",
@@ -224,14 +225,14 @@ def federation_option(command: Any, *, required: bool = True) -> Any:
 
 
 def management_option(command: Any) -> Any:
-    """Add ``--management`` to a command that asks RabbitMQ's management API."""
+    """Add ``--management`` to a command that uses RabbitMQ's management API."""
     return click.option(
         "--management",
         envvar="FLUFFLE_MANAGEMENT_URL",
         metavar="URL",
         help=(
-            "URL of RabbitMQ's management API, which has the figures of the queues.  "
-            "[default: that of the broker of --url, on its usual port]"
+            "URL of RabbitMQ's management API, which provides queue statistics.  "
+            "[default: the host of --url and the usual port]"
         ),
         show_default=False,
     )(command)
@@ -253,7 +254,7 @@ def queue_type_option(command: Any) -> Any:
 
 
 def main() -> None:
-    """Run the command; every error is one line on stderr and a telling exit code."""
+    """Run the program; an error becomes one line on stderr and an exit code."""
     prepare_streams()
     code = _exit_code()
     settle_streams()
@@ -267,29 +268,29 @@ def _exit_code() -> int:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _INTERRUPTED
-    except SystemExit as ends:
-        return ends.code if isinstance(ends.code, int) else int(ends.code is not None)
+    except SystemExit as exits:
+        return exits.code if isinstance(exits.code, int) else int(exits.code is not None)
     except click.MissingParameter as wrong:
-        return _said(_what_is_missing(wrong), wrong.exit_code)
+        return _print_error(_missing_parameter(wrong), wrong.exit_code)
     except click.ClickException as wrong:
-        return _said(wrong.format_message(), wrong.exit_code)
+        return _print_error(wrong.format_message(), wrong.exit_code)
     except ReaderGone as enough:
         return enough.exit_code
     except FluffleError as wrong:
-        return _said(str(wrong), wrong.exit_code)
+        return _print_error(str(wrong), wrong.exit_code)
     except Exception as wrong:
         if _debugging():
             traceback.print_exc()
-        return _said(unexpected(wrong), _FAILED)
+        return _print_error(unexpected(wrong), _FAILED)
 
 
-def _said(text: str, code: int) -> int:
+def _print_error(text: str, code: int) -> int:
     echo_sentences(f"fluffle: {one_line(text)}", err=True)
     return code
 
 
-def _what_is_missing(wrong: click.MissingParameter) -> str:
-    """Name a parameter that was not given, and where to read about it."""
+def _missing_parameter(wrong: click.MissingParameter) -> str:
+    """Return an error that names the missing parameter and the command's help."""
     if wrong.param is None or wrong.ctx is None:
         return wrong.format_message()
     command = wrong.ctx.command_path
@@ -304,9 +305,10 @@ def _debugging() -> bool:
 
 
 def unexpected(wrong: BaseException) -> str:
-    """Say an error that nobody foresaw in one line.
+    """Describe an unexpected error in one line.
 
-    The system's refusals are about a file or the machine; all else is a bug of ours.
+    Errors of the operating system concern a file or the machine; everything else is a bug in
+    fluffle.
     """
     while isinstance(wrong, BaseExceptionGroup):
         wrong = wrong.exceptions[0]

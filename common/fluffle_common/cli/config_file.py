@@ -1,8 +1,7 @@
-"""A command's options from elsewhere than its command line: a TOML file, or keyword arguments.
+"""Options of a command from a TOML file or from keyword arguments.
 
-The declarations of a command are the one owner of what its options are called, which values they
-take and what they default to. A key of a file is a flag without its dashes, a keyword argument the
-same with underscores::
+The options that a command declares define the names, types and defaults for all three. A key in a
+file is the flag without its dashes; a keyword argument is the same with underscores::
 
     rounds = 12                 --rounds 12             rounds=12
     min-workers = 3             --min-workers 3         min_workers=3
@@ -28,13 +27,13 @@ from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import parse_config
 from fluffle_common.errors import UsageError
 
-_RAW = f"{__name__}.raw"  # in a context: what was typed, by the names of the parameters
+_RAW = f"{__name__}.raw"  # key in ctx.meta: the parsed command line, by parameter name
 _PRINTS = f"{__name__}.prints"
 _FILE = f"{__name__}.file"
 _PASSWORD = re.compile(r"(://[^:/@,\s]*):[^@/,\s]*@")
 
 TABLES = ("simulation",)
-"""The tables that some command has for its own."""
+"""The tables that belong to a single command (see ``own_table``)."""
 
 Style: TypeAlias = Literal["key", "keyword"]
 
@@ -45,22 +44,22 @@ class KeyValue(click.ParamType[str]):
     name = "KEY=VALUE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Take it as it is."""
+        """Return the text unchanged."""
         return str(value)
 
 
 class ConfiguredCommand(click.Command):
-    """A command that takes its options from a TOML file as well, named as its one argument.
+    """A command that also takes its options from a TOML file, given as its one argument.
 
-    A flag overrides its environment variable, that its key in the file, and that the default.
-    ``--print-config`` prints what holds, as such a file, instead of running.
+    In order of precedence, a value comes from the flag, the environment variable, the key in the
+    file, or the default. ``--print-config`` prints the result as such a file instead of running.
 
-    One file may serve several commands: what only some of them know is in a table of its own, which
-    the others pass over.
+    Several commands may share a file. Options of only one command are in a table of its own, which
+    the other commands ignore.
     """
 
     own_table: str | None = None
-    """The table of a file whose keys are options of this command, too."""
+    """The name of the table with options of only this command, if any."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,19 +81,19 @@ class ConfiguredCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_remember,
-                help="Print every option in effect as a TOML file, with where each comes from.",
+                help="Print every option in effect, with its source, as a TOML file.",
             )
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line, and keep it as it was typed."""
+        """Parse the command line, and keep the raw values for ``--print-config``."""
         ctx.meta[_RAW] = self.make_parser(ctx).parse_args(list(args))[0]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, or print what it would run with."""
+        """Run the command, or print its configuration."""
         if ctx.meta.get(_PRINTS):
-            echo(*_what_holds(self, ctx))
+            echo(*_print_config_lines(self, ctx))
             return None
         return super().invoke(ctx)
 
@@ -104,30 +103,30 @@ def _remember(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 
 def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Let the keys of a file be the defaults of a command's options."""
+    """Make the keys of a file the defaults of the command's options."""
     if path is None:
         return
     ctx.meta[_FILE] = path
-    text = _text_of(path)
+    text = _read_text(path)
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as why:
         raise UsageError(f"{path} is not valid TOML: {why}") from None
-    given = _of_this_command(ctx.command, given, path)
-    ctx.default_map = {**(ctx.default_map or {}), **_checked(ctx, given, _InFile(path, text))}
+    given = _keys_for(ctx.command, given, path)
+    ctx.default_map = {**(ctx.default_map or {}), **_validated(ctx, given, _InFile(path, text))}
 
 
-def _of_this_command(command: click.Command, given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the keys of a file that are a command's, those of its own table among them."""
-    ours = getattr(command, "own_table", None)
+def _keys_for(command: click.Command, given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the keys that apply to a command, including those in its own table."""
+    table = getattr(command, "own_table", None)
     keys = {name: value for name, value in given.items() if name not in TABLES}
-    own = given.get(ours, {}) if ours else {}
+    own = given.get(table, {}) if table else {}
     if not isinstance(own, Mapping):
-        raise UsageError(f"{path}: {ours} must be a table, [{ours}]")
+        raise UsageError(f"{path}: {table} must be a table, [{table}]")
     return {**keys, **own}
 
 
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -139,25 +138,25 @@ def _text_of(path: Path) -> str:
 
 
 def options_from(command: click.Command, given: Mapping[str, Any], caller: str) -> dict[str, Any]:
-    """Return all options of a command, as its function gets them, from keyword arguments.
+    """Return the values of all options of a command, as its function receives them.
 
     Args:
-        command: whose options.
-        given: values by the names of flags, with underscores; None leaves an option as it is.
-        caller: who was given them, for errors: ``fluffle.run``.
+        command: the command.
+        given: keyword arguments, named like flags with underscores; None stands for the default.
+        caller: the function that received them, for error messages, such as ``fluffle.run``.
 
     Raises:
-        UsageError: naming a keyword that is no option, or a value that one does not take.
+        UsageError: if a keyword is not an option or its value is invalid.
     """
     ctx = click.Context(command)
     stated = {name: value for name, value in given.items() if value is not None}
-    values = _checked(ctx, stated, _InCall(caller))
+    values = _validated(ctx, stated, _InCall(caller))
     options: dict[str, Any] = {}
     for option in _options_of(command):
         name = str(option.name)
-        # No environment here: what a call does is what it says.
+        # The environment is ignored, so that a call depends only on its arguments.
         value = values.get(name, option.get_default(ctx))
-        if not isinstance(value, _PRINTABLE):  # None, or click's own word for it
+        if not isinstance(value, _PRINTABLE):  # None, or click's sentinel for it
             value = () if option.multiple else None
         options[name] = option.type_cast_value(ctx, value)
     return options
@@ -165,14 +164,14 @@ def options_from(command: click.Command, given: Mapping[str, Any], caller: str) 
 
 @dataclass(frozen=True)
 class _InFile:
-    """How the keys of a file are called, and where each is."""
+    """Names and places of options in a file, for error messages."""
 
     path: Path
     text: str
     style: Style = "key"
 
     def at(self, name: str) -> str:
-        """Return the file and the line of a key."""
+        """Return the file and line of a key."""
         key = re.compile(rf"""\s*(\[\s*)?["']?{re.escape(name)}["']?\s*[=.\]]""")
         for number, line in enumerate(self.text.splitlines(), start=1):
             if key.match(line):
@@ -182,35 +181,35 @@ class _InFile:
 
 @dataclass(frozen=True)
 class _InCall:
-    """How keyword arguments are called."""
+    """Names and places of options in a call, for error messages."""
 
     caller: str
     style: Style = "keyword"
 
     def at(self, _: str) -> str:
-        """Return whose arguments they are."""
+        """Return the function that was called."""
         return f"{self.caller}()"
 
 
 def _options_of(command: click.Command) -> list[click.Option]:
-    found = [one for one in command.params if isinstance(one, click.Option)]
-    return [one for one in found if one.expose_value]
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    return [option for option in options if option.expose_value]
 
 
-def _called(option: click.Option, style: Style = "key") -> str:
+def _key_of(option: click.Option, style: Style = "key") -> str:
     key = max(option.opts, key=len).removeprefix("--")
     return key if style == "key" else key.replace("-", "_")
 
 
-def _checked(
+def _validated(
     ctx: click.Context, given: Mapping[str, Any], place: _InFile | _InCall
 ) -> dict[str, Any]:
-    """Return values by the names of the command's parameters, each of a type that it takes.
+    """Validate values and return them by the names of the command's parameters.
 
     Raises:
-        UsageError: where there is no such option, or it takes no such value.
+        UsageError: if an option does not exist or does not accept its value.
     """
-    known = {_called(one, place.style): one for one in _options_of(ctx.command)}
+    known = {_key_of(one, place.style): one for one in _options_of(ctx.command)}
     values = {}
     for name, value in given.items():
         option = known.get(name)
@@ -221,44 +220,44 @@ def _checked(
         try:
             values[str(option.name)] = raw = _raw(option, value)
             option.type_cast_value(ctx, raw)
-        except (click.BadParameter, _Wrong) as why:
-            told = why.message if isinstance(why, click.BadParameter) else str(why)
-            raise UsageError(f"{place.at(name)}: {name} = {_toml(value)}: {told}") from None
+        except (click.BadParameter, _WrongType) as why:
+            text = why.message if isinstance(why, click.BadParameter) else str(why)
+            raise UsageError(f"{place.at(name)}: {name} = {_toml(value)}: {text}") from None
         except UsageError as why:
             raise UsageError(f"{place.at(name)}: {why}") from None
     return values
 
 
-class _Wrong(Exception):
-    """A value has another type than its option takes."""
+class _WrongType(Exception):
+    """A value has the wrong type for its option."""
 
 
 def _raw(option: click.Option, value: Any) -> Any:
-    """Return a value as the command line would give it, checked for its type.
+    """Return a value as it would come from the command line, after a strict type check.
 
-    Strictly: ``rounds = 2.5`` is a mistake, and not 2.
+    For example, ``rounds = 2.5`` is an error and does not become 2.
 
     Raises:
-        _Wrong: saying what is expected.
+        _WrongType: with the expected type.
     """
     if isinstance(option.type, KeyValue) and isinstance(value, Mapping):
         return [f"{key}={_json(key, one)}" for key, one in value.items()]
     if option.multiple:
         if not isinstance(value, list | tuple):
             expected = "a table" if isinstance(option.type, KeyValue) else "a list"
-            raise _Wrong(f"{expected} is expected, as {_example(option)}")
+            raise _WrongType(f"{expected} is expected, such as {_example(option)}")
         return [_single(option, one) for one in value]
     return _single(option, value)
 
 
 def _json(key: str, value: Any) -> str:
     if not isinstance(value, bool | int | float | str):
-        raise _Wrong(f"{key} must be true, false, a number or text")
+        raise _WrongType(f"{key} must be true, false, a number or text")
     return json.dumps(value)
 
 
 def _example(option: click.Option) -> str:
-    key = _called(option)
+    key = _key_of(option)
     if isinstance(option.type, KeyValue):
         return f"{key} = {{momentum = 0.9}}"
     return f'{key} = ["…"]'
@@ -281,27 +280,27 @@ def _single(option: click.Option, value: Any) -> Any:
         fits, expected = isinstance(value, str) or is_number, "text or a number is expected"
         value = str(value) if is_number else value
     if not fits:
-        raise _Wrong(expected)
+        raise _WrongType(expected)
     return value
 
 
-# --- printing what holds -----------------------------------------------------------------------
+# --- --print-config ----------------------------------------------------------------------------
 
 
-def _what_holds(command: click.Command, ctx: click.Context) -> Iterable[str]:
-    """Return the lines of a TOML file of every option of a command, with where each comes from."""
+def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[str]:
+    """Return the lines of a TOML file with every option's value and source."""
     typed, rows = ctx.meta[_RAW], []
     for option in _options_of(command):
         value, source = option.consume_value(ctx, typed)
         if source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
-            value = _as_given_in_a_file(option, option.value_from_envvar(ctx), value, source)
-        key = _called(option)
+            value = _toml_value(option, option.value_from_envvar(ctx), value, source)
+        key = _key_of(option)
         if not isinstance(value, _PRINTABLE) or value in ((), []):
             rows.append((f"# {key}", "not set"))
         else:
             if isinstance(option.type, KeyValue) and isinstance(value, list | tuple):
                 value = parse_config(value)
-            rows.append((f"{key} = {_toml(value)}", _origin(option, source, ctx)))
+            rows.append((f"{key} = {_toml(value)}", _source_of(option, source, ctx)))
     width = min(max(len(text) for text, _ in rows), 40)
     return [f"{_without_password(text):<{width}}  # {origin}" for text, origin in rows]
 
@@ -313,7 +312,7 @@ def _without_password(text: str) -> str:
     return _PASSWORD.sub(r"\1:***@", text)
 
 
-def _as_given_in_a_file(
+def _toml_value(
     option: click.Option, of_environment: Any, value: Any, source: ParameterSource
 ) -> Any:
     if source is ParameterSource.ENVIRONMENT:
@@ -322,7 +321,7 @@ def _as_given_in_a_file(
     return option.type.convert(value, option, None) if number and not option.multiple else value
 
 
-def _origin(option: click.Option, source: ParameterSource, ctx: click.Context) -> str:
+def _source_of(option: click.Option, source: ParameterSource, ctx: click.Context) -> str:
     if source is ParameterSource.COMMANDLINE:
         return max(option.opts, key=len)
     if source is ParameterSource.ENVIRONMENT:
@@ -331,7 +330,7 @@ def _origin(option: click.Option, source: ParameterSource, ctx: click.Context) -
 
 
 def _toml(value: Any) -> str:
-    """Return a value as TOML has it.
+    """Return a value in TOML syntax.
 
     >>> _toml([1, 2.5, True, "a\\n"]), _toml({"momentum": 0.9})
     ('[1, 2.5, true, "a\\\\n"]', '{momentum = 0.9}')

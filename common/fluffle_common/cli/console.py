@@ -1,4 +1,4 @@
-"""What people see while something runs: bars on a terminal, plain lines in a pipe, or JSON."""
+"""The output of a running program: progress bars and lines on a terminal, lines, or JSON."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 import click
 from pydantic_core import to_json
 
-from fluffle_common.cli.patient_stream import PatientStream, warn_once
+from fluffle_common.cli.background_stream import BackgroundStream, write_warning
 from fluffle_common.cli.printing import echo_sentences, printable, visible_json
 from fluffle_common.clock import timestamp
+from fluffle_common.protocol.events import RunEvent
 
 LogFormat = Literal["auto", "plain", "json"]
-# So long a line may wait for others, so that they are written in one go.
+# How long a line may wait for others, so that they are written together.
 _WITHIN_S = 0.02
-# How long the end may wait for a slow terminal or pipe to take the last lines.
+# How long to wait at the end until a slow terminal or pipe has taken the last lines.
 _SETTLE_S = 2.0
 
 
 class Console:
-    """Writes events as lines, and progress as bars when the output is a terminal.
+    """Writes events as lines, and draws progress bars if the output is a terminal.
 
-    It never raises and never waits for its output: what is observed goes on, whatever becomes of
-    the terminal, the pipe or the disk behind (see ``patient_stream``).
+    It never raises and never blocks, so a full disk or a stuck terminal cannot stop the program
+    (see ``background_stream``).
 
     Args:
         log_format: ``auto`` draws bars on a terminal and writes plain lines elsewhere.
-        always: fields that every JSON line carries, such as the federation.
-        stream: where to write; stdout by default.
+        always: fields that every JSON line contains, such as the federation.
+        stream: the output stream; stdout by default.
     """
 
     def __init__(
         self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
     ) -> None:
-        self._stream = PatientStream(stream or sys.stdout, warn_once("the log"))
+        self._stream = BackgroundStream(stream or sys.stdout, write_warning("the log"))
         self._json = log_format == "json"
         self._always = dict(always)
         self._held: list[str] = []  # lines that are not written yet
-        self._prompt = True  # so far, the output has taken every line in time
+        self._prompt = True  # whether the output has taken every line in time so far
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
         if log_format == "auto" and self._stream.isatty():
@@ -52,7 +53,7 @@ class Console:
             self._progress = progress_on(self._stream)
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
+        """Start drawing bars."""
         if self._progress is not None:
             self._progress.start()
         return self
@@ -63,7 +64,7 @@ class Console:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write what is held, and leave the terminal as it was."""
+        """Write the remaining lines and restore the terminal."""
         self._flush()
         if self._progress is not None:
             for bar in self._bars.values():
@@ -73,26 +74,33 @@ class Console:
 
     @property
     def draws(self) -> bool:
-        """Whether there is a terminal to draw bars on."""
+        """Whether bars are drawn."""
         return self._progress is not None
 
-    def line(
-        self, event: str, text: Callable[[], str], fields: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write one event: ``text`` for people, ``event`` and ``fields`` for programs."""
+    def event(self, event: RunEvent) -> None:
+        """Write an event: its sentence for people, its name and fields for programs."""
         if self._json:
-            told = {"time": timestamp("microseconds"), "event": event, **self._always}
-            told.update(fields or {})
-            written = json_line(told)
+            self._write(self._as_json(event.name, event.fields()))
         else:
-            written = f"{time.strftime('%H:%M:%S')}  {printable(text())}"
+            self._write(_as_text(event.sentence()))
+
+    def line(self, name: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Write a line: ``text`` for people, ``name`` and ``fields`` for programs."""
+        self._write(self._as_json(name, fields or {}) if self._json else _as_text(text))
+
+    def _as_json(self, name: str, fields: Mapping[str, Any]) -> str:
+        return json_line(
+            {"time": timestamp("microseconds"), "event": name, **self._always, **fields}
+        )
+
+    def _write(self, line: str) -> None:
         if self._progress is not None:
-            self._progress.console.print(written, markup=False)
+            self._progress.console.print(line, markup=False)
         else:
-            self._hold(f"{written}\n")
+            self._hold(f"{line}\n")
 
     def _hold(self, line: str) -> None:
-        """Keep a line for a moment, since several often follow each other, if there is a loop."""
+        """Collect lines for a moment if an event loop runs; otherwise write the line at once."""
         self._held.append(line)
         if len(self._held) > 1:
             return
@@ -100,7 +108,7 @@ class Console:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self._flush()
-            if self._prompt:  # once it is slow, nobody waits for it again
+            if self._prompt:  # do not wait again for an output that was slow once
                 self._prompt = self._stream.settle(_SETTLE_S)
         else:
             loop.call_later(_WITHIN_S, self._flush)
@@ -111,7 +119,7 @@ class Console:
             self._stream.write("".join(held))
 
     def bar(self, label: str, done: float, total: float, description: str = "") -> None:
-        """Draw or move a bar; nothing happens where there is no terminal."""
+        """Draw or update a bar; do nothing without a terminal."""
         if self._progress is None:
             return
         description = printable(description)
@@ -122,12 +130,16 @@ class Console:
         )
 
 
-def json_line(told: Mapping[str, Any]) -> str:
-    """Return JSON in one line, in ASCII; what JSON has no word for is said by ``str``."""
+def _as_text(text: str) -> str:
+    return f"{time.strftime('%H:%M:%S')}  {printable(text)}"
+
+
+def json_line(entry: Mapping[str, Any]) -> str:
+    """Return one line of ASCII JSON; other types are converted with ``str``."""
     try:
-        return visible_json(to_json(told, ensure_ascii=True, fallback=str).decode())
-    except ValueError:  # not every name of a file is text
-        return visible_json(json.dumps(told, default=str, separators=(",", ":")))
+        return visible_json(to_json(entry, ensure_ascii=True, fallback=str).decode())
+    except ValueError:  # a file name may not be valid Unicode
+        return visible_json(json.dumps(entry, default=str, separators=(",", ":")))
 
 
 def log_format_option(command: Any) -> Any:
@@ -137,10 +149,10 @@ def log_format_option(command: Any) -> Any:
         type=click.Choice(["auto", "plain", "json"]),
         default="auto",
         show_default=True,
-        help="auto: bars on a terminal, plain lines elsewhere; json: one object a line.",
+        help="auto: bars on a terminal, plain lines elsewhere; json: one object per line.",
     )(command)
 
 
 def warn(text: str) -> None:
-    """Write a line of warning to stderr."""
+    """Write a warning to stderr."""
     echo_sentences(f"fluffle: {text}", err=True)

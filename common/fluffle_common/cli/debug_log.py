@@ -1,4 +1,4 @@
-"""``fluffle --debug``: what the loggers of ``logs`` say, on stderr."""
+"""``fluffle --debug``: the output of the loggers in ``logs``, on stderr."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from fluffle_common.logs import ROOT
 
 
 class _Stderr(logging.Handler):
-    """Prints as everything is printed: escaped, and without failing where stderr is gone."""
+    """Writes records through ``echo``, which escapes text and survives a closed stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         echo(self.format(record), err=True)
 
 
 def show_debug_log() -> None:
-    """Let every logger of ours speak, with the time and its name."""
+    """Enable all fluffle loggers, with the time and the logger's name."""
     log = logging.getLogger(ROOT)
     log.setLevel(logging.DEBUG)
-    if not any(isinstance(one, _Stderr) for one in log.handlers):
+    if not any(isinstance(handler, _Stderr) for handler in log.handlers):
         handler = _Stderr()
-        form = "{asctime}.{msecs:03.0f}  {name}  {message}"
-        handler.setFormatter(logging.Formatter(form, "%H:%M:%S", style="{"))
+        line = "{asctime}.{msecs:03.0f}  {name}  {message}"
+        handler.setFormatter(logging.Formatter(line, "%H:%M:%S", style="{"))
         log.addHandler(handler)

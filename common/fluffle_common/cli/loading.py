@@ -1,7 +1,7 @@
-"""How an object that is not ours is found.
+"""Loading users' own tasks, strategies, codecs and rules.
 
-``module:name`` or ``path.py:name`` names one in a user's own files; an installed package offers it
-by an entry point.
+``module:name`` or ``path.py:name`` names an object in a user's own code. An installed package
+offers one by an entry point.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 
-# What the extra ``worker`` brings, by what is imported of it.
+# The import names of the packages in the extra ``worker``.
 _OF_THE_EXTRA = frozenset({"jax", "jaxlib", "flax", "optax", "PIL"})
-# Packages that are installed under another name than they are imported by.
+# Import names that differ from the name of the package to install.
 _INSTALLED_AS = {
     "attr": "attrs",
     "bs4": "beautifulsoup4",
@@ -35,12 +35,12 @@ _INSTALLED_AS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a user's object is.
+    """The place of an object in a user's code.
 
     Args:
-        what: what it is to be, such as ``task``; the option that names it is called the same.
-        where: the module, or the path of the file.
-        attribute: its name there.
+        what: what the object is used for, such as ``task``; also the name of the option.
+        where: the name of the module, or the path of the file.
+        attribute: the name of the object in it.
     """
 
     what: str
@@ -49,10 +49,10 @@ class Place:
 
     @classmethod
     def parse(cls, what: str, name: str) -> Place:
-        """Take ``module:name`` or ``path.py:name`` apart.
+        """Parse ``module:name`` or ``path.py:name``.
 
         Raises:
-            UsageError: where it is neither.
+            UsageError: if it is neither.
         """
         where, colon, attribute = name.rpartition(":")
         if not colon or not where or not attribute:
@@ -61,43 +61,43 @@ class Place:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is in a file, and not in a module that is imported by its name."""
+        """Whether this is a path, not the name of a module."""
         return self.where.endswith(".py")
 
     def load(self, callers: Collection[str] = ()) -> object:
-        """Import the module and return the object; None where the module has none of that name.
+        """Import the module and return the object; None if the module has no such attribute.
 
         Args:
-            callers: our files on the way here, which no traceback need show.
+            callers: fluffle's source files on the call path, which tracebacks leave out.
 
         Raises:
-            UsageError: where there is no such module or file, or a module that it needs is missing.
-            TaskError: where its own code fails; its traceback goes to stderr.
+            UsageError: if the module or file does not exist, or needs a module that is missing.
+            TaskError: if its own code fails; the traceback goes to stderr.
         """
         return getattr(self._module({*callers, __file__}), self.attribute, None)
 
     def found(self, callers: Collection[str] = ()) -> Any:
-        """Return the object, as ``load`` does.
+        """Return the object, as ``load`` does, but never None.
 
         Raises:
-            UsageError: if there is none of this name, besides.
+            UsageError: as ``load`` does, or if the module has no such attribute.
             TaskError: as ``load`` does.
         """
-        found = self.load(callers)
-        if found is None:
+        loaded = self.load(callers)
+        if loaded is None:
             raise UsageError(f"{self.where} has no '{self.attribute}' (--{self.what})")
-        return found
+        return loaded
 
     @property
     def called(self) -> str:
-        """What it is called, wherever its file lies."""
+        """The name for display, without the folder of the file."""
         return f"{Path(self.where).name if self.is_file else self.where}:{self.attribute}"
 
     def missing(self, why: ModuleNotFoundError) -> UsageError:
-        """Say which module is missing, and what to install or where to put it."""
+        """Return an error that names the missing module and how to install it."""
         package = (why.name or "").partition(".")[0]
-        told = one_line(why)
-        place = told[told.rindex("(") :] if told.endswith(")") else ""
+        text = one_line(why)
+        place = text[text.rindex("(") :] if text.endswith(")") else ""
         if package in _OF_THE_EXTRA:
             remedy = "pip install 'fluffle[worker]' brings JAX, Flax, optax and pillow"
         else:
@@ -107,7 +107,7 @@ class Place:
                 "if it is a module of your own"
             )
         return UsageError(
-            f"the {self.what} {self.where} needs the module '{why.name}', which is not there "
+            f"the {self.what} {self.where} needs the module '{why.name}', which is not installed "
             f"{place}; {remedy}"
         )
 
@@ -115,7 +115,7 @@ class Place:
         try:
             if self.is_file:
                 return self._from_file()
-            with _found_first(""):  # a module beside the user, as `python -m` finds it
+            with _searched_first(""):  # modules in the current folder, as with `python -m`
                 return importlib.import_module(self.where)
         except ModuleNotFoundError as why:
             if why.name and (self.where == why.name or self.where.startswith(f"{why.name}.")):
@@ -135,9 +135,9 @@ class Place:
             raise UsageError(f"there is no file {self.where} (--{self.what})")
         path = path.resolve()
         name = path.stem
-        there = sys.modules.get(name)
-        if there is not None and getattr(there, "__file__", None) != str(path):
-            # A file called queue.py is not to replace that module.
+        existing = sys.modules.get(name)
+        if existing is not None and getattr(existing, "__file__", None) != str(path):
+            # A user's queue.py must not replace the module queue.
             name = f"fluffle_{self.what}_{name}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
@@ -145,7 +145,7 @@ class Place:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:
-            with _found_first(str(path.parent)):
+            with _searched_first(str(path.parent)):
                 spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
@@ -154,15 +154,15 @@ class Place:
 
 
 def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) -> Any:
-    """Import what an installed package offers.
+    """Import the object of an entry point.
 
     Args:
-        what: what it is to be, such as ``strategy``.
-        point: where it is.
-        callers: our files on the way here, which no traceback need show.
+        what: what the object is used for, such as ``strategy``.
+        point: the entry point.
+        callers: fluffle's source files on the call path, which tracebacks leave out.
 
     Raises:
-        TaskError: if its own code fails; its traceback goes to stderr.
+        TaskError: if its own code fails; the traceback goes to stderr.
     """
     try:
         return point.load()
@@ -173,12 +173,41 @@ def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) 
         ) from why
 
 
-@contextlib.contextmanager
-def _found_first(folder: str) -> Iterator[None]:
-    """Let modules of a folder be imported: first of all for now, then after all others.
+def load_object(name: str, option: str) -> Any:
+    """Return the object that ``path.py:name`` names.
 
-    What a user's code imports later, inside its functions, is found too, and what we import later
-    is not hidden by a neighbour of the same name.
+    Args:
+        name: the path of the file and the name in it.
+        option: the option that it was given to, such as ``--codec``.
+
+    Raises:
+        UsageError: if the file does not exist or has no such attribute.
+        TaskError: if the file fails to load.
+    """
+    place = Place.parse(option.removeprefix("--"), name)
+    if not place.is_file:
+        raise UsageError(f"{option} expects path.py:name, not '{name}'")
+    return place.found()
+
+
+def load_codec(name: str, option: str) -> str:
+    """Register the codec that ``path.py:name`` names and return its own name.
+
+    Raises:
+        UsageError: if there is no such object, or it is not a codec.
+        TaskError: if the file fails to load.
+    """
+    from fluffle_common.tensors.codecs.registry import CODECS
+
+    return CODECS.add(load_object(name, option), f"{name} ({option})").name
+
+
+@contextlib.contextmanager
+def _searched_first(folder: str) -> Iterator[None]:
+    """Put a folder at the start of ``sys.path``, and on exit at the end.
+
+    Imports inside the user's functions then still find modules in the folder, but these do not
+    shadow modules that fluffle imports later.
     """
     sys.path.insert(0, folder)
     try:

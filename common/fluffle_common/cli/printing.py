@@ -1,9 +1,9 @@
-"""The one way to a terminal or a pipe: other people's text is escaped, a failing output has a name.
+"""Printing to a terminal or a pipe, with untrusted text escaped and errors handled.
 
-A reason, a tensor's name or a file's name may hold anything, also an escape sequence that rewrites
-the screen, or a newline that forges a line of the log. Everything that fluffle prints for people
-passes through ``printable``: lines by ``echo`` and ``Console``, tables by ``table`` and ``screen``.
-JSON is ASCII already.
+A reason, a tensor's name or a file's name may contain anything, such as an escape sequence that
+rewrites the screen or a newline that forges a log line. All text that fluffle prints for people
+therefore passes through ``printable``: lines in ``echo`` and ``Console``, tables in ``table``. JSON
+is ASCII already.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# What moves the cursor, ends a line, turns the direction of reading, or cannot be seen: Unicode's
-# categories Cc, Cf, Cs, Zl and Zp. Joiners stay: emoji and several scripts are made with them.
-_UNSEEN = re.compile(
+# Characters that move the cursor, end a line, change the text direction, or are invisible: the
+# Unicode categories Cc, Cf, Cs, Zl and Zp without joiners, which emoji and several scripts need.
+_INVISIBLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b\u200e"
     "\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000110bd\U000110cd"
     "\U00013430-\U0001345f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e007f]"
@@ -35,43 +35,43 @@ _WIDTH_IN_A_PIPE = 140
 
 
 class OutputError(FluffleError):
-    """What was to be printed cannot be written."""
+    """The output cannot be written."""
 
 
 class ReaderGone(FluffleError):
-    """Whoever reads the output has had enough, as in ``| head``; nothing is wrong."""
+    """The reader closed the pipe, as with ``| head``; this is not an error."""
 
     exit_code = 0
 
 
 def printable(text: str) -> str:
-    r"""Return a text in one line in which everything can be seen.
+    r"""Return a text with control and invisible characters escaped.
 
     >>> printable("north"), printable("no\nrth\x1b[2J")
     ('north', 'no\\nrth\\x1b[2J')
     """
     if text.isprintable():
         return text
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """Return a text of our own that may have several lines in one, with everything visible."""
+    """Return a text with all white space collapsed, and escaped by ``printable``."""
     return printable(" ".join(text.split()))
 
 
 def echo(*lines: str, err: bool = False) -> None:
-    """Print lines for people, escaped, and at once.
+    """Print lines, escaped and flushed.
 
     Raises:
-        ReaderGone: when the reader has what it wanted (``| head``).
-        OutputError: when they cannot be written for another reason, such as a full disk.
+        ReaderGone: if the reader closed the pipe (``| head``).
+        OutputError: if writing fails for another reason, such as a full disk.
     """
     _write("".join(f"{printable(line)}\n" for line in lines or ("",)), err=err)
 
 
 def echo_sentences(*lines: str, err: bool = False) -> None:
-    """Print sentences as ``echo`` does; on a terminal, wrap them between words, indented."""
+    """Print lines as ``echo`` does, but wrap them between words on a terminal."""
     if is_terminal(sys.stderr if err else sys.stdout):
         width = shutil.get_terminal_size().columns
         wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False)
@@ -82,27 +82,27 @@ def echo_sentences(*lines: str, err: bool = False) -> None:
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print JSON, in ASCII, in one line if there is no indent; raises what ``echo`` does."""
+    """Print ASCII JSON, on one line if ``indent`` is None; raise what ``echo`` does."""
     _write(f"{visible_json(json.dumps(value, indent=indent, default=str))}\n")
 
 
 def visible_json(text: str) -> str:
-    """Escape the one control character that JSON in ASCII may hold as it is."""
+    """Escape DEL, the one control character that ASCII JSON may contain."""
     return text.replace("\x7f", "\\u007f")
 
 
 def _write(text: str, *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
-    if stream is None:  # the process was started without it (`>&-`)
+    if stream is None:  # closed before the process started (`>&-`)
         return
-    with named_errors(quiet=err):
+    with output_errors(quiet=err):
         stream.write(text)
         stream.flush()
 
 
 @contextlib.contextmanager
-def named_errors(*, quiet: bool = False) -> Iterator[None]:
-    """Turn an error of stdout into one line; ``quiet`` drops it, as there is nowhere to say it."""
+def output_errors(*, quiet: bool = False) -> Iterator[None]:
+    """Map errors of writing to ours; ``quiet`` suppresses them, since stderr itself fails."""
     try:
         yield
     except BrokenPipeError:
@@ -115,7 +115,7 @@ def named_errors(*, quiet: bool = False) -> Iterator[None]:
 
 
 def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
-    """Return where tables are drawn: as wide as the terminal, and wide enough in a pipe."""
+    """Return a rich console on stdout, with a fixed width unless stdout is a terminal."""
     from rich.console import Console
 
     class Screen(Console):
@@ -123,7 +123,7 @@ def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
             raise ReaderGone from None
 
         def _write_buffer(self) -> None:
-            with named_errors():
+            with output_errors():
                 super()._write_buffer()
 
     width = None if is_terminal(sys.stdout) else width_in_a_pipe
@@ -132,7 +132,7 @@ def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
 
 
 def table(*, caption: str | None = None, **options: Any) -> Table:
-    """Return a table whose cells and caption are escaped; ``options`` are those of rich."""
+    """Return a rich table that escapes cells and caption; ``options`` go to rich."""
     from rich import box
     from rich.table import Table
 
@@ -151,30 +151,30 @@ def table(*, caption: str | None = None, **options: Any) -> Table:
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
-    """Whether a stream is a terminal; one that is closed or missing is not."""
+    """Return whether a stream is a terminal; False if it is closed or None."""
     with contextlib.suppress(OSError, ValueError):
         return stream is not None and stream.isatty()
     return False
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr ready for every text, whatever they can print and wherever they go.
+    """Make stdout and stderr safe for any text.
 
-    A stream that the process was started without gets the null device, so that no file or socket
-    of ours takes its place, and a character that an encoding lacks is escaped.
+    A standard stream that is closed is opened on the null device, so that no other file or socket
+    gets its number. Characters that the encoding lacks are escaped.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # opens the lowest free descriptor, which is this one
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def settle_streams() -> None:
-    """Flush stdout and stderr; drop what cannot be written, or it would be tried again at exit."""
+    """Flush stdout and stderr; drop unwritable text, which Python would retry at exit."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal: a bar keeps its width, the text beside it gives way."""
+"""Progress bars of a fixed width; the text next to them is truncated to fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LABEL_WIDTH = 9
 
 
 class _Label(ProgressColumn):
-    """What a bar counts, at the same width for all bars, or they would not be aligned."""
+    """The label of a bar, padded so that all bars are aligned."""
 
     def render(self, task: Task) -> Text:
         """Return the label."""
@@ -25,7 +25,7 @@ class _Label(ProgressColumn):
 
 
 def progress_on(stream: object) -> Progress:
-    """Return bars that are drawn on a stream."""
+    """Return a progress display on a stream."""
     console = Console(file=cast("IO[str]", stream), highlight=False)
     width = _BAR_WIDTH if console.width >= _NARROW else _NARROW_BAR_WIDTH
     return Progress(
@@ -40,6 +40,6 @@ def progress_on(stream: object) -> Progress:
         ),
         console=console,
         expand=True,
-        # What goes to a file stays out of the bars' terminal.
+        # If stderr goes to a file, leave it there.
         redirect_stderr=is_terminal(sys.stderr),
     )

@@ -1,4 +1,4 @@
-"""Running until done or until told to stop: Ctrl-C and SIGTERM end a program cleanly."""
+"""Running a coroutine until it ends or a signal cancels it, with tuned GC and malloc."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# Asyncio makes and drops thousands of small objects a round, few of them in cycles.
+# asyncio creates thousands of small objects per round, few of them in reference cycles.
 _GC_THRESHOLDS = (10_000, 20, 20)
-# Of glibc's mallopt: pieces of memory up to here, which messages and models of a few megabytes take
-# every round, are kept for the next instead of being given back to the system and asked for again,
-# page by page, which costs about as much as filling them.
+# Parameters of glibc's mallopt. Every round allocates messages and models of a few megabytes. Up to
+# these sizes, free memory is kept for the next round, because returning it to the system and
+# faulting it in again, page by page, takes about as long as filling it.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _PIECE_BYTES = 32 * 2**20, 32 * 2**20
 
 
 class Interrupted(Exception):
-    """A signal came; what was running has been cancelled and has cleaned up."""
+    """A signal cancelled the coroutine, which has cleaned up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -40,22 +40,22 @@ def run_until_signalled(
     main: Coroutine[Any, Any, T],
     loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
 ) -> T:
-    """Run a coroutine; SIGINT, SIGTERM and SIGHUP cancel it, a second one ends the process at once.
+    """Run a coroutine; SIGINT, SIGTERM or SIGHUP cancels it, and a second one kills the process.
 
-    SIGHUP, of a terminal that was closed, stays ignored under ``nohup``.
+    Under ``nohup``, SIGHUP stays ignored.
 
     Args:
         main: the coroutine.
-        loop: makes the event loop that it runs on.
+        loop: the factory of the event loop.
 
     Raises:
-        Interrupted: after a signal, when the coroutine has cleaned up.
+        Interrupted: after a signal, once the coroutine has cleaned up.
     """
     received: list[int] = []
-    _leave_children_alone()
+    _reset_signals_in_children()
 
     async def watched() -> T:
-        # What has been imported stays: the garbage collector need not look through it again.
+        # Imported modules stay for good, so the garbage collector can skip them.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         _keep_memory()
@@ -86,11 +86,11 @@ def run_until_signalled(
 
 
 def _once(number: int) -> None:
-    """Let the handler of a signal take it once; the kernel itself ends the process at the next.
+    """Let the kernel reset a signal to its default action when it is first delivered.
 
-    Whoever holds the GIL, such as a regular expression at its worst, keeps our handler from being
-    called, and must not keep a second Ctrl-C from being heard. Nothing happens where the C library
-    knows no such handlers.
+    Python runs handlers only between bytecodes, so code that holds the GIL, such as a slow regular
+    expression, delays them. With this, the second Ctrl-C kills the process even then. It does
+    nothing if the C library lacks ``sysv_signal``.
     """
     install = getattr(ctypes.CDLL(None), "sysv_signal", None)
     if install is not None:
@@ -99,32 +99,32 @@ def _once(number: int) -> None:
 
 
 @functools.cache
-def _leave_children_alone() -> None:
-    """See to it that a signal to a forked child is the child's own affair; once is enough.
+def _reset_signals_in_children() -> None:
+    """Install fork hooks, once, that give a child the default signal handling.
 
-    What a task forks inherits our handlers and the socket through which they wake our loop: the
-    SIGTERM by which a pool ends its processes would end us. No signal comes in between, before the
-    child has let go of both.
+    A child that a task forks inherits our handlers and the socket that wakes our loop, so the
+    SIGTERM with which a pool stops its processes would stop us. Signals are blocked during the
+    fork, until the child has dropped both.
     """
-    before = threading.local()
+    saved = threading.local()
 
-    def hold() -> None:
-        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    def block() -> None:
+        saved.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
 
-    def go_on() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before.mask)
+    def restore() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, saved.mask)
 
-    def let_go() -> None:
+    def reset() -> None:
         signal.set_wakeup_fd(-1)
         for each in _ENDING:
             signal.signal(each, signal.SIG_DFL)
-        go_on()
+        restore()
 
-    os.register_at_fork(before=hold, after_in_parent=go_on, after_in_child=let_go)
+    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=reset)
 
 
 def _keep_memory() -> None:
-    """See ``_KEPT_BYTES``; nothing happens where the C library has no such setting."""
+    """Set ``_KEPT_BYTES`` and ``_PIECE_BYTES``, if the C library has ``mallopt``."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

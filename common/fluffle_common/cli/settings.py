@@ -1,4 +1,4 @@
-"""Where things are: the broker's URL, the state folder. Read at the CLI, passed down as values."""
+"""Settings from options and the environment, which only commands read: URLs, folders, names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/"
 
 
 def state_folder() -> Path:
-    """Return the folder for what outlives a command: ``$FLUFFLE_STATE``, else ``.fluffle`` here."""
+    """Return the folder for persistent state: ``$FLUFFLE_STATE``, else ``.fluffle``."""
     return Path(os.environ.get("FLUFFLE_STATE") or ".fluffle")
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: ``$XDG_CACHE_HOME``, else ``~/.cache``.
+    """Return the folder for caches: ``$XDG_CACHE_HOME``, else ``~/.cache``.
 
     Raises:
-        UsageError: for a user without a home, as in some containers.
+        UsageError: if the user has no home folder, as in some containers.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 
 
 def node_record(state: Path) -> dict[str, str | int]:
-    """Return what ``fluffle broker up`` noted of its node; empty where there is none."""
+    """Return the record that ``fluffle broker up`` wrote; empty if there is none."""
     try:
         record: dict[str, str | int] = json.loads((state / "broker" / "node.json").read_text())
     except (OSError, ValueError):
@@ -47,12 +47,12 @@ def node_record(state: Path) -> dict[str, str | int]:
 
 
 def broker_url(given: str | None) -> str:
-    """Return the broker's URL: the one given, else that of our own node, else the usual one."""
+    """Return the broker's URL: the given one, else the private node's, else ``DEFAULT_URL``."""
     return given or str(node_record(state_folder()).get("url") or DEFAULT_URL)
 
 
 def management_of(url: str, given: str | None) -> str:
-    """Return where the management API of the broker at ``url`` should be; ``given`` wins."""
+    """Return the URL of the management API of the broker at ``url``; ``given`` if set."""
     from fluffle_common.transport.rabbitmq.management import management_base
 
     return management_base(url, given, node_record(state_folder()))
@@ -62,7 +62,7 @@ def check_federation(name: str) -> str:
     """Return the name of a federation.
 
     Raises:
-        UsageError: where it cannot be one.
+        UsageError: if it is invalid.
     """
     if not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
@@ -73,10 +73,10 @@ def check_federation(name: str) -> str:
 
 
 def check_worker(name: str) -> str:
-    """Return the id of a worker.
+    """Return the ID of a worker.
 
     Raises:
-        UsageError: where it cannot be one.
+        UsageError: if it is invalid.
     """
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
@@ -87,13 +87,13 @@ def check_worker(name: str) -> str:
 
 
 def parse_classes(text: str | None) -> tuple[str, ...] | None:
-    """Parse ``A,B,…``; None, or nothing at all, stays None.
+    """Parse ``A,B,…``; None and an empty text give None.
 
     >>> parse_classes("a,b"), parse_classes(None)
     (('a', 'b'), None)
 
     Raises:
-        UsageError: where a class has no name, or is named twice.
+        UsageError: if a class has no name or appears twice.
     """
     if not text:
         return None
@@ -109,13 +109,13 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
 def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
     """Parse ``KEY=VALUE`` pairs; a value that is a number, true or false becomes one.
 
-    What looks like one and is text stands in quotes.
+    Text that looks like one of these needs quotes.
 
     >>> parse_config(["momentum=0.9", "name=a=b", 'version="0.9"'])
     {'momentum': 0.9, 'name': 'a=b', 'version': '0.9'}
 
     Raises:
-        UsageError: where a pair is none, or has a number that no task can be told.
+        UsageError: if a pair is malformed, a key is repeated, or a number is out of range.
     """
     config: dict[str, bool | int | float | str] = {}
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""Errors of a user's own code: where they happened, in one line and in full."""
+"""Describing errors in users' own code, in one line or with the traceback."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LONGEST = 500
 
 
 def one_line(why: BaseException) -> str:
-    """Return an error of a user's code in one line, with the file and line that it comes from.
+    """Return an error in a user's code in one line, with its file and line.
 
-    What fluffle itself says of a task is not an error *in* its code, and stands as it is.
+    A ``TaskError`` is not raised *in* the user's code, so its text is returned without a place.
     """
     try:
         text = " ".join(str(why).split())
@@ -35,24 +35,24 @@ def one_line(why: BaseException) -> str:
 
 
 def full_trace(why: BaseException, callers: Collection[str]) -> str:
-    """Return the whole traceback of an error, from the first line of the user's code on.
+    """Return the traceback of an error, which starts in the user's code.
 
     Args:
         why: the error.
-        callers: our files that call a user's code, which are no part of its story.
+        callers: fluffle's source files that call the user's code, which are left out.
     """
     trace = why.__traceback__
-    while trace is not None and trace.tb_next is not None and _leads_there(trace, callers):
+    while trace is not None and trace.tb_next is not None and _is_before_user_code(trace, callers):
         trace = trace.tb_next
     return sendable("".join(traceback.format_exception(type(why), why, trace)).rstrip())
 
 
 def warn_in_full(why: BaseException, what: str, callers: Collection[str]) -> None:
-    """Write the whole traceback of an error to stderr.
+    """Write the traceback of an error to stderr.
 
     Args:
         why: the error.
-        what: whose code it is in, such as ``task``.
+        what: what the user's code is, such as ``task``.
         callers: see ``full_trace``.
     """
     warn(f"the error in the {what}'s code:")
@@ -60,19 +60,19 @@ def warn_in_full(why: BaseException, what: str, callers: Collection[str]) -> Non
 
 
 def sendable(text: str, longest: int | None = None) -> str:
-    """Return text that can be encoded, of at most this length: not every file name can."""
+    """Return a text of at most ``longest`` characters that can be encoded as UTF-8."""
     return text[:longest].encode(errors="backslashreplace").decode()[:longest]
 
 
-def _leads_there(trace: TracebackType, callers: Collection[str]) -> bool:
+def _is_before_user_code(trace: TracebackType, callers: Collection[str]) -> bool:
     name = trace.tb_frame.f_code.co_filename
     return name in callers or name.startswith("<frozen ")
 
 
 def _where(why: BaseException) -> str:
-    """Return ``file.py:12``, the last line of the user's own files that the error went through.
+    """Return the innermost place in the user's own files, such as ``file.py:12``.
 
-    Only the file's name: the folders of a data owner's machine are nobody else's business.
+    The folders are left out, because they belong to the data owner's machine.
     """
     if isinstance(why, SyntaxError):
         return ""  # its text says where

@@ -1,1 +1,1 @@
-"""What both sides say to each other: messages, their bytes, and every name on the broker."""
+"""The protocol: messages, their encoding, run events, and every name on the broker."""

@@ -1,12 +1,12 @@
-"""Bytes to messages and back, bounded and checked.
+"""Encoding and decoding of messages.
 
-A body is one msgpack document, the array ``[header, payload]``: a map and one ``bin`` that holds
-every tensor, little-endian, each at a multiple of 64 bytes. Any msgpack library reads it. Because
-the payload comes last, a reader takes it as a memoryview without copying it, and because the header
-is padded, the payload itself starts at a multiple of 64 bytes of the body.
+A body is one msgpack document, the array ``[header, payload]``: a map, and one ``bin`` that holds
+all tensors, little-endian, each at a multiple of 64 bytes. Because the payload comes last, it can
+be read as a memoryview without a copy. Because the header is padded, the payload starts at a
+multiple of 64 bytes of the body.
 
-What arrives is hostile until checked here: nothing is allocated from a number in a header, and
-whatever is wrong with it is a ``MalformedMessage`` that says so.
+Bodies are untrusted input. Decoding never allocates memory by a number in a header, and every
+fault raises ``MalformedMessage``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from fluffle_common.protocol.messages import (
     Transfer,
     WithTensors,
     parse,
-    told_of,
+    present_fields,
 )
 from fluffle_common.tensors.digest import blake3_of
-from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of, placed
+from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, entries_at, groups_of
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -46,22 +46,21 @@ from fluffle_common.tensors.layout import (
 )
 from fluffle_common.tensors.table import MAX_TENSORS, MODEL, TensorEntry
 
-# Of any message; enough for as many tensors as there may be, with names of an ordinary length.
 MAX_HEADER_BYTES = 16 * 2**20
-# Of a message without a table of tensors.
+"""Limit for any header; enough for ``MAX_TENSORS`` tensors with names of ordinary length."""
 SMALL_HEADER_BYTES = 64 * 2**10
-# Between two tensors may lie as much as aligns the second one to a page.
-_MOST_PADDING_BYTES = 4096
-# A payload up to this size travels inside its message, a larger one in parts of this size: small
-# enough that no broker refuses it (RabbitMQ 4 stops at 16 MiB) and that neither side nor the broker
-# holds more than a few of them at a time.
+"""Limit for a header without a table of tensors."""
 PART_BYTES = 4 * 2**20
+"""A larger payload travels in parts of this size.
 
-_TOLD = ("round", "worker", "num_examples", "part")
-_APART = {"pad", "tensors"}
-_HEADER_STEP = 8 * 2**10
-# What an entry of a table takes besides its name and its shape: the keys, and three numbers.
-_ENTRY_BYTES = 100
+RabbitMQ 4 refuses messages above 16 MiB, and small parts bound the memory of both sides and of the
+broker.
+"""
+
+_MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may align to pages
+_AMQP_HEADERS = ("round", "worker", "num_examples", "part")
+_FEED_BYTES = 8 * 2**10
+_ENTRY_BYTES = 100  # of a table entry without its name and shape: keys and three numbers
 _ARRAY_OF_TWO = b"\x92"
 _BIN = {0xC4: struct.Struct(">B"), 0xC5: struct.Struct(">H"), 0xC6: struct.Struct(">I")}
 _BIN32 = struct.Struct(">BI")
@@ -72,23 +71,20 @@ def encode(
     payload: bytes | memoryview | list[memoryview] = b"",
     table: tuple[TensorEntry, ...] | None = None,
 ) -> bytes:
-    """Pack a message and its payload into one document.
+    """Encode a message and its payload as one body, copying the payload once.
 
     Args:
         message: the header.
-        payload: the bytes behind it, or the pieces that make them up (see ``lay_out``).
-        table: what is in the payload, where the message does not say it itself.
-
-    Returns:
-        The body, made with a single copy of the payload.
+        payload: the payload, or the pieces of which it consists (see ``lay_out``).
+        table: the tensors in the payload, if not those of ``message.tensors``.
     """
     pieces = payload if isinstance(payload, list) else [payload]
     nbytes = sum(map(len, pieces))
-    header = message.model_dump(exclude=_APART, exclude_none=True)
+    header = message.model_dump(exclude={"pad", "tensors"}, exclude_none=True)
     if isinstance(message, TensorHeader):
         header["tensors"] = as_maps(message.tensors if table is None else table)
     if nbytes:
-        header["pad"] = b""  # the last, so that it can be filled up behind its length
+        header["pad"] = b""  # comes last, so that the last byte is its length
     packed: bytes = msgpack.packb(header)
     if nbytes:
         fill = -(len(_ARRAY_OF_TWO) + len(packed) + _BIN32.size) % ALIGNMENT
@@ -99,30 +95,30 @@ def encode(
 def decode(
     body: bytes | memoryview, federation: str | None = None, *, max_header: int = MAX_HEADER_BYTES
 ) -> tuple[Message, memoryview]:
-    """Unpack a body into its message and its payload, a view into ``body``.
+    """Decode a body into its message and its payload, which is a view into ``body``.
 
     Args:
-        body: what was received.
-        federation: the only one that the message may be of; None takes any.
-        max_header: the most bytes that the header may have; no more of it are looked at.
+        body: the bytes received.
+        federation: the federation to which the message must belong; None accepts any.
+        max_header: the maximum number of bytes in the header; the decoder reads no more of it.
 
     Raises:
-        MalformedMessage: where the body is anything else than one whole, valid document.
+        MalformedMessage: if the body is not exactly one valid document.
     """
     if body[:1] != _ARRAY_OF_TWO:
         raise MalformedMessage("not a msgpack array of [header, payload]")
     view = memoryview(body)
-    header, end = _header(view[1:], max_header)
+    header, end = _unpack_header(view[1:], max_header)
     if not isinstance(header, dict):
         raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
     message = parse(header)
     if federation is not None and message.federation != federation:
         raise MalformedMessage(f"it belongs to federation {message.federation}")
-    return message, _payload(view, 1 + end)
+    return message, _payload_from(view, 1 + end)
 
 
 class Greeting(NamedTuple):
-    """What stays the same in the hello of every version: enough to answer it."""
+    """The fields of a hello that are the same in all protocol versions; enough to refuse it."""
 
     protocol: int
     worker: str
@@ -130,9 +126,9 @@ class Greeting(NamedTuple):
 
 
 def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
-    """Return who greets in a body that ``decode`` refused; None if it is no hello to answer."""
+    """Return the sender of a hello that ``decode`` rejected; None if it is not a usable hello."""
     try:
-        header, _ = _header(memoryview(body)[1:], SMALL_HEADER_BYTES)
+        header, _ = _unpack_header(memoryview(body)[1:], SMALL_HEADER_BYTES)
     except MalformedMessage:
         return None
     if not isinstance(header, dict) or header.get("kind") != "hello":
@@ -148,51 +144,54 @@ def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
 
 
 def encode_refusal(refusal: Refusal, protocol: int) -> bytes:
-    """Pack a refusal as version ``protocol`` reads it, of what stays the same in every version."""
-    same = ("federation", "kind", "session", "reason")
+    """Encode a refusal for a worker with another protocol version.
+
+    In another version it has only the fields that are the same in all versions.
+    """
     if protocol == PROTOCOL:
         return encode(refusal)
-    packed: bytes = msgpack.packb({"protocol": protocol, **told_of(refusal, same)})
+    fields = present_fields(refusal, ("federation", "kind", "session", "reason"))
+    packed: bytes = msgpack.packb({"protocol": protocol, **fields})
     return b"".join([_ARRAY_OF_TWO, packed, _BIN32.pack(0xC6, 0)])
 
 
 def header_room(tensors: Iterable[tuple[str, Sequence[int]]]) -> int:
-    """Return how long the header of a message may be whose tensors have these names and shapes.
+    """Return the header limit of a message whose tensors have these names and shapes.
 
-    Twice what its table needs, since an encoding makes two tensors of one.
+    The limit allows twice the size of the table, because a codec turns one tensor into up to two.
     """
     table = sum(_ENTRY_BYTES + len(name.encode()) + 9 * len(shape) for name, shape in tensors)
     return min(SMALL_HEADER_BYTES + 2 * table, MAX_HEADER_BYTES)
 
 
-def _header(whole: memoryview, most: int) -> tuple[Any, int]:
-    """Unpack what ``whole`` begins with, up to ``most`` bytes; return it, and where it ends."""
-    view = whole[:most]
+def _unpack_header(body: memoryview, max_bytes: int) -> tuple[Any, int]:
+    """Unpack the first msgpack object of ``body``; return it and its length in bytes."""
+    view = body[:max_bytes]
     unpacker = msgpack.Unpacker(
-        max_buffer_size=max(most, 1),
-        max_array_len=MAX_TENSORS,  # what it claims, a msgpack before 1.2 allocates
+        max_buffer_size=max(max_bytes, 1),
+        max_array_len=MAX_TENSORS,  # msgpack before 1.2 allocates the length that is claimed
         max_map_len=MAX_TENSORS,
         max_ext_len=0,
         strict_map_key=True,
         raw=False,
     )
-    fed, step = 0, _HEADER_STEP
+    fed, step = 0, _FEED_BYTES
     while True:
         try:
-            # What is fed is copied: so in steps, or the payload behind the header would be too.
+            # feed() copies. Small steps avoid copying the payload that follows the header.
             unpacker.feed(view[fed : fed + step])
             fed, step = min(fed + step, len(view)), 2 * step
             return unpacker.unpack(), unpacker.tell()
-        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as wrong:
-            if isinstance(wrong, msgpack.OutOfData) and fed < len(view):
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+            if isinstance(error, msgpack.OutOfData) and fed < len(view):
                 continue
-            if isinstance(wrong, msgpack.OutOfData) and len(whole) > most:
-                raise MalformedMessage(f"the header has more than {most} bytes") from None
-            told = str(wrong) or type(wrong).__name__
-            raise MalformedMessage(f"the header is not valid msgpack: {told}"[:500]) from None
+            if isinstance(error, msgpack.OutOfData) and len(body) > max_bytes:
+                raise MalformedMessage(f"the header has more than {max_bytes} bytes") from None
+            reason = str(error) or type(error).__name__
+            raise MalformedMessage(f"the header is not valid msgpack: {reason}"[:500]) from None
 
 
-def _payload(view: memoryview, start: int) -> memoryview:
+def _payload_from(view: memoryview, start: int) -> memoryview:
     size = _BIN.get(view[start]) if start < len(view) else None
     if size is None:
         raise MalformedMessage("the payload is missing, or is not a msgpack bin")
@@ -207,32 +206,31 @@ def _payload(view: memoryview, start: int) -> memoryview:
 
 
 def lay_out(
-    weights: Weights, beside: Groups = NO_GROUPS
+    weights: Weights, others: Groups = NO_GROUPS
 ) -> tuple[tuple[TensorEntry, ...], list[memoryview]]:
-    """Lay tensors out one behind the other in a payload.
+    """Lay out tensors in a payload.
 
     Args:
-        weights: the tensors of the model's group.
-        beside: those of other groups, which follow; an empty group does not travel.
+        weights: the tensors of the group ``model``.
+        others: the other groups, which follow; empty groups are left out.
 
     Returns:
-        The tensor table, and the pieces (views of the arrays, and padding between them) that
-        joined make the payload. What is laid out already is one piece, and no array that is
-        little-endian and C-contiguous is copied.
+        The tensor table, and the pieces of the payload: views of the arrays, and padding between
+        them. Arrays that are little-endian and C-contiguous are not copied.
 
     Raises:
-        ValueError: for a dtype that does not travel.
+        ValueError: if a tensor has an unsupported dtype.
     """
     layout = layout_for(weights)
     table, pieces, end = layout.table, _pieces(layout, weights), layout.nbytes
-    for group, tensors in beside.items():
+    for group, tensors in others.items():
         if not tensors:
             continue
         layout = layout_for(tensors)
         start = end + -end % ALIGNMENT
         if start > end:
             pieces.append(memoryview(bytes(start - end)))
-        table += placed(layout, group, start)
+        table += entries_at(start, layout, group)
         pieces += _pieces(layout, tensors)
         end = start + layout.nbytes
     return table, pieces
@@ -253,139 +251,142 @@ def _pieces(layout: Layout, tensors: Weights) -> list[memoryview]:
 
 
 def read_groups(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str, Tensors]:
-    """Return the tensors of a table, group by group, as read-only views into the payload.
+    """Return the tensors of each group as read-only views into the payload.
 
-    The group of the model is there in any case, if only an empty one.
+    The group ``model`` is always there, though it may be empty.
 
     Raises:
-        MalformedMessage: of cause ``tensors``, where an entry is not what it says, or does not lie
-            in the payload behind the entry before it.
+        MalformedMessage: with the cause ``tensors`` if the table is invalid or does not match the
+            payload.
     """
     try:
         return groups_of(table).over(payload)
-    except ValueError as wrong:
-        raise MalformedMessage(str(wrong), "tensors") from None
+    except ValueError as error:
+        raise MalformedMessage(str(error), "tensors") from None
 
 
 def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors:
-    """Return the tensors of the model's group; see ``read_groups``."""
+    """Return the tensors of the group ``model``; raises what ``read_groups`` raises."""
     return read_groups(table, payload)[MODEL]
 
 
 class Packing:
-    """A message that carries tensors, and its payload: in one piece or, where large, in parts.
+    """A message with tensors, ready to encode: in one body or, if large, with parts.
 
     Args:
-        message: the header, yet without its table of tensors.
-        weights: the tensors of the model's group.
-        beside: those of other groups.
+        message: the header, without its tensor table.
+        weights: the tensors of the group ``model``.
+        others: the other groups.
 
     Raises:
-        ValueError: for a dtype that does not travel.
+        ValueError: if a tensor has an unsupported dtype.
     """
 
-    def __init__(self, message: WithTensors, weights: Weights, beside: Groups = NO_GROUPS) -> None:
+    def __init__(self, message: WithTensors, weights: Weights, others: Groups = NO_GROUPS) -> None:
         self._message = message
-        self._table, self._pieces = lay_out(weights, beside)
+        self._table, self._pieces = lay_out(weights, others)
         self.nbytes = sum(map(len, self._pieces))
         fits = self.nbytes <= PART_BYTES
         self.parts = 0 if fits else -(-self.nbytes // PART_BYTES)
         self.id = uuid.uuid4().hex if self.parts else ""
 
     def body(self, digest: str | None = None) -> bytes:
-        """Return the message's body; one whose payload is in parts announces their ``digest``."""
+        """Return the encoded message; if the payload is in parts, it needs their ``digest``."""
         if not self.parts:
             return encode(self._message, self._pieces, self._table)
         assert digest is not None
-        transfer = Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
-        return encode(self._message.model_copy(update={"transfer": transfer}), table=self._table)
+        return encode(
+            self._message.model_copy(update={"transfer": self.transfer(digest)}), table=self._table
+        )
+
+    def transfer(self, digest: str) -> Transfer:
+        """Return the announcement of the parts."""
+        return Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
 
     def bodies(self) -> Iterator[bytes]:
-        """Make the bodies of the parts, one at a time, as asked for."""
+        """Yield the encoded parts, each encoded when it is requested."""
         if self.parts:
-            for number, cut in enumerate(_cuts(self._pieces)):
+            for number, pieces in enumerate(_split(self._pieces)):
                 part = Part(federation=self._message.federation, transfer=self.id, part=number)
-                yield encode(part, cut)
+                yield encode(part, pieces)
 
     def digest(self) -> str:
-        """Return the digest of the parts; it takes its time, and does not hold up other threads."""
+        """Return the digest of the parts; the hashing releases the GIL."""
         return _digest(self._pieces)
 
 
 def pack(
-    message: WithTensors, weights: Weights, beside: Groups = NO_GROUPS
+    message: WithTensors, weights: Weights, others: Groups = NO_GROUPS
 ) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
-    """Pack a message that carries tensors.
+    """Encode a message with tensors.
 
     Returns:
-        The transfer that it announces, its body, and the bodies of its parts: none of either where
-        the payload fits into the message itself. Parts are made one at a time, as asked for.
+        The transfer, the encoded message, and an iterator of the encoded parts. If the payload fits
+        into the message, the transfer is None and there are no parts.
     """
-    packing = Packing(message, weights, beside)
+    packing = Packing(message, weights, others)
     if not packing.parts:
         return None, packing.body(), iter(())
-    body = packing.body(packing.digest())
-    announced, _ = decode(body)
-    assert isinstance(announced, WithTensors)
-    return announced.transfer, body, packing.bodies()
+    digest = packing.digest()
+    return packing.transfer(digest), packing.body(digest), packing.bodies()
 
 
-def digest_of(weights: Weights, beside: Groups = NO_GROUPS) -> str:
-    """Return the digest with which tensors travel, where they travel in parts."""
-    return _digest(lay_out(weights, beside)[1])
+def digest_of(weights: Weights, others: Groups = NO_GROUPS) -> str:
+    """Return the digest of tensors that travel in parts."""
+    return _digest(lay_out(weights, others)[1])
 
 
-def _cuts(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Cut a payload into parts, none of which is copied."""
-    room, cut = PART_BYTES, []
+def _split(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Split a payload into parts without copying it."""
+    room, part = PART_BYTES, []
     for piece in pieces:
         rest = piece
         while len(rest):
-            cut.append(rest[:room])
+            part.append(rest[:room])
             rest = rest[room:]
-            room -= len(cut[-1])
+            room -= len(part[-1])
             if not room:
-                yield cut
-                room, cut = PART_BYTES, []
-    if cut:
-        yield cut
+                yield part
+                room, part = PART_BYTES, []
+    if part:
+        yield part
 
 
 def _digest(pieces: list[memoryview]) -> str:
-    return digest_of_parts(map(blake3_of, _cuts(pieces)))
+    return digest_of_parts(map(blake3_of, _split(pieces)))
 
 
 def digest_of_parts(hashes: Iterable[bytes]) -> str:
-    """Return the digest of a transfer: that of the BLAKE3 of its parts, in their order."""
+    """Return the digest of a transfer from the BLAKE3 hashes of its parts, in order."""
     return blake3_of(hashes).hex()
 
 
-def announced(message: WithTensors) -> GroupedLayout:
-    """Return how the tensors lie in a payload that is announced, before anything of it is fetched.
+def announced_layout(message: WithTensors) -> GroupedLayout:
+    """Return the layout of an announced payload, before any part of it is fetched.
 
     Raises:
-        MalformedMessage: of cause ``tensors``, where the table and the transfer do not go together.
+        MalformedMessage: with the cause ``tensors`` if the table does not match the transfer.
     """
     assert message.transfer is not None
     nbytes = message.transfer.nbytes
     try:
         layout = groups_of(message.tensors)
-    except ValueError as wrong:
-        raise MalformedMessage(str(wrong), "tensors") from None
+    except ValueError as error:
+        raise MalformedMessage(str(error), "tensors") from None
     if layout.nbytes != nbytes:
         raise MalformedMessage(
             f"its tensors end at byte {layout.nbytes}, a transfer of {nbytes} bytes is announced",
             "tensors",
         )
-    needed = sum(entry.nbytes + _MOST_PADDING_BYTES for entry in message.tensors)
-    if nbytes > needed:
+    max_bytes = sum(entry.nbytes + _MAX_PADDING_BYTES for entry in message.tensors)
+    if nbytes > max_bytes:
         raise MalformedMessage(
-            f"a transfer of {nbytes} bytes is announced, its tensors need no more than {needed}",
+            f"a transfer of {nbytes} bytes is announced, its tensors need no more than {max_bytes}",
             "tensors",
         )
     return layout
 
 
 def describe(message: Message) -> dict[str, Any]:
-    """Return the headers that let RabbitMQ's own page tell the story of a message."""
-    return told_of(message, _TOLD)
+    """Return the AMQP headers that describe a message in RabbitMQ's management UI."""
+    return present_fields(message, _AMQP_HEADERS)

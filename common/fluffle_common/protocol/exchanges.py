@@ -1,8 +1,8 @@
-"""Who handles messages of kind ``exchange``: the same on both sides, by name.
+"""The handlers of ``exchange`` messages, on both sides.
 
-A handler is a function from one message to those that it answers with, as the machines are. Nobody
-sends an exchange again: a message may be handled twice, if a link is lost meanwhile, and an answer
-may be lost with it. A protocol asks again for what it still lacks.
+A handler is a function from one message to the messages that answer it. Delivery is not reliable:
+when a link is lost, a message may be handled twice and an answer may be lost. A protocol has to ask
+again for what it has not received.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out, read_tens
 from fluffle_common.protocol.messages import Exchange
 from fluffle_common.tensors.layout import Array, Weights
 
-_NOTHING: Weights = MappingProxyType[str, Array]({})
+_NO_TENSORS: Weights = MappingProxyType[str, Array]({})
 
 
 class Sent(NamedTuple):
-    """A message to send; ``workers`` are those whom the coordinator sends it to."""
+    """A message to send; ``workers`` are its recipients if the coordinator sends it."""
 
     message: Exchange
-    tensors: Weights = _NOTHING
+    tensors: Weights = _NO_TENSORS
     workers: tuple[str, ...] = ()
 
     def body(self) -> bytes:
-        """Return its bytes.
+        """Return the encoded message.
 
         Raises:
-            ValueError: if its tensors do not travel, or are too large for one message.
+            ValueError: if a tensor has an unsupported dtype, or the tensors exceed ``PART_BYTES``.
         """
         table, pieces = lay_out(self.tensors)
         size_bytes = sum(map(len, pieces))
@@ -42,24 +42,25 @@ class Sent(NamedTuple):
 
 
 Handler = Callable[[Exchange, Weights], Iterable[Sent]]
-"""Takes a message and its tensors, views that are read-only; returns what is sent for it."""
+"""Takes a message and its tensors (read-only views); returns the messages to send."""
 
 
 class Exchanges:
     """The handlers of one process.
 
     Args:
-        handlers: by the ``name`` of the messages that they handle.
+        handlers: the handlers, by the ``name`` of their messages.
     """
 
     def __init__(self, handlers: Mapping[str, Handler] | None = None) -> None:
         self._handlers = dict(handlers or {})
 
     def receive(self, message: Exchange, payload: memoryview) -> list[tuple[Sent, bytes]]:
-        """Give a message to its handler; return what is to be sent for it, and its bytes.
+        """Handle a message; return the messages to send, each with its encoding.
 
         Raises:
-            MalformedMessage: of cause ``exchange``, if nobody handles it or its handler fails.
+            MalformedMessage: with the cause ``exchange`` if there is no handler or it fails; with
+                the cause ``tensors`` if the tensors are invalid.
         """
         tensors = read_tensors(message.tensors, payload)
         handler = self._handlers.get(message.name)
@@ -70,8 +71,8 @@ class Exchanges:
             )
         try:
             return [(sent, sent.body()) for sent in handler(message, tensors)]
-        except Exception as why:
-            told = " ".join(f"{type(why).__name__}: {why}".split())
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise MalformedMessage(
-                f"the handler of the exchange '{message.name}' fails: {told}"[:500], "exchange"
-            ) from why
+                f"the handler of the exchange '{message.name}' fails: {reason}"[:500], "exchange"
+            ) from error

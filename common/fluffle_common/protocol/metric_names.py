@@ -1,4 +1,4 @@
-"""The names of metrics where they stand beside other fields, as in a line of the history."""
+"""Names for metrics that share a flat record with other fields, such as a history line."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
-TEST = "test/"
-"""What the names of metrics of the coordinator's own test begin with, beside the federated ones."""
 
 _PREFIX = "metric/"
-TEST = "test/"
-"""What the coordinator's own test measures is called ``test/NAME`` beside the federated metrics."""
+TEST_PREFIX = "test/"
+"""Prefix of the metrics of the coordinator's own test, to tell them from the workers' metrics."""
 
 
-def beside(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str, T]:
-    """Return metrics under names that none of these fields has.
+def avoid_fields(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str, T]:
+    """Rename the metrics that have the name of a field, by adding a prefix.
 
-    A task may call its metrics what it likes. One called as a field is written with a prefix, and
-    so is one that has the prefix already: no two metrics come to have one name.
+    A metric that has the prefix already gets it again, so that no two metrics end up with the same
+    name.
 
     Example:
-        >>> beside({"accuracy": 0.5, "round": 1.0, "metric/round": 2.0}, {"round"})
+        >>> avoid_fields({"accuracy": 0.5, "round": 1.0, "metric/round": 2.0}, {"round"})
         {'accuracy': 0.5, 'metric/round': 1.0, 'metric/metric/round': 2.0}
     """
     return {
@@ -30,18 +28,18 @@ def beside(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str, T]:
     }
 
 
-def of_a_test(metrics: Mapping[str, T]) -> dict[str, T]:
-    """Return what the coordinator's own test measured, by the names that it has elsewhere.
+def add_test_prefix(metrics: Mapping[str, T]) -> dict[str, T]:
+    """Return the metrics of the coordinator's own test under their prefixed names.
 
     Example:
-        >>> of_a_test({"accuracy": 0.5})
+        >>> add_test_prefix({"accuracy": 0.5})
         {'test/accuracy': 0.5}
     """
-    return {f"{TEST}{name}": value for name, value in metrics.items()}
+    return {f"{TEST_PREFIX}{name}": value for name, value in metrics.items()}
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether the lowest value of a metric is the best, which its name says.
+    """Whether lower values of a metric are better, judging by its name.
 
     Example:
         >>> [lower_is_better(name) for name in ("loss", "test/loss", "error", "accuracy")]

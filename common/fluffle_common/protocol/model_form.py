@@ -1,4 +1,7 @@
-"""What a model is made of, in a form that two sides can compare without sending it."""
+"""The form of a model: a digest and a summary of its tensors' names, dtypes and shapes.
+
+Coordinator and worker compare forms to find out, without sending weights, if their models match.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fluffle_common.tensors.layout import Weights, signature_of
 
 
 def model_form(weights: Weights) -> ModelForm:
-    """Return the form of these weights; see ``form_from``.
+    """Return the form of these weights.
 
     Example:
         >>> import numpy as np
@@ -24,11 +27,11 @@ def model_form(weights: Weights) -> ModelForm:
 
 
 def form_from(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> ModelForm:
-    """Return the form of tensors of these names, dtypes and shapes, in any order."""
+    """Return the form of tensors with these names, dtypes and shapes, in any order."""
     entries = sorted(tensors)
     packed = json.dumps(entries, separators=(",", ":"))
     count, size = len(entries), sum(math.prod(shape) for *_, shape in entries)
     dtypes = Counter(dtype for _, dtype, _ in entries)
-    told = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
-    summary = f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {told}"
+    by_dtype = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
+    summary = f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {by_dtype}"
     return ModelForm(digest=sha256(packed.encode()).hexdigest()[:16], summary=summary[:300])

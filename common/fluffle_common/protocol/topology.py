@@ -1,9 +1,11 @@
-"""Every exchange and queue name, and every queue's arguments, in this one place.
+"""All exchanges, queues and bindings on the broker, with the arguments of each queue.
 
-The coordinator declares what is shared, and binds. A worker declares its own two queues and needs
-no right to anything else. Declaring again with the same arguments changes nothing, with others it
-is an error for everybody. So an argument is only what belongs to the meaning of a queue, and how
-much it may hold is a policy, which an operator can change at any time.
+The coordinator declares the shared entities and makes every binding. A worker declares its own two
+queues and needs no right to configure anything else.
+
+Declaring a queue again with different arguments is an error (406). So arguments contain only what
+defines a queue's behaviour; how much it may hold is a policy, which operators can change at any
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ ArgumentValue = str | int | bool
 QueueType = Literal["classic", "quorum"]
 
 GiB = 2**30
-_INBOX_BYTES = 8 * GiB  # several copies of a large model; the oldest go first, newest work wins
+_INBOX_BYTES = 8 * GiB  # several copies of a large model
 _UPDATES_BYTES = 16 * GiB
 _REJECTED_MESSAGES = 1000
 _REJECTED_BYTES = GiB // 4
@@ -27,14 +29,14 @@ _PRESENCE_MESSAGES = 100_000
 _PRESENCE_TTL_MS = 60_000
 _TAP_MESSAGES = 10_000
 _TAP_BYTES = GiB // 4
-_ABSENT_MS = 30 * 60 * 1000
+_UNUSED_MS = 30 * 60 * 1000
 _JOURNAL_BYTES = GiB // 4
 _JOURNAL_AGE = "30D"
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """An exchange to declare; always durable."""
+    """A durable exchange."""
 
     name: str
     type: Literal["direct", "topic", "fanout"]
@@ -43,13 +45,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Queue:
-    """A queue to declare; always durable.
+    """A durable queue.
 
     Args:
-        name: of the queue.
-        purpose: what ``fluffle queues`` says of it.
-        arguments: what it is declared with.
-        limits: how much it may hold, in the words of a policy; nobody declares that.
+        name: the queue's name.
+        purpose: the description that ``fluffle queues`` shows.
+        arguments: the arguments of its declaration.
+        limits: how much it may hold, as the definition of a policy; not part of the declaration.
     """
 
     name: str
@@ -60,13 +62,13 @@ class Queue:
 
 @dataclass(frozen=True)
 class Policy:
-    """The limits of some queues, as RabbitMQ takes them.
+    """A RabbitMQ policy that limits queues.
 
     Args:
-        name: of the policy.
-        pattern: a regular expression; the queues whose names it is found in.
+        name: the policy's name.
+        pattern: a regular expression that is searched for in queue names.
         definition: the limits.
-        priority: of the policies that match a queue, the one with the highest counts, alone.
+        priority: RabbitMQ applies only the matching policy with the highest priority.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Binding:
-    """Lets what is published to ``exchange`` under ``key`` reach ``queue``."""
+    """A binding: messages published to ``exchange`` with the routing ``key`` reach ``queue``."""
 
     queue: str
     exchange: str
@@ -92,8 +94,8 @@ class Topology:
     """The names of one federation on the broker.
 
     Args:
-        federation: what every name starts with.
-        queue_type: ``classic``, or ``quorum`` on a cluster; the same for everyone who takes part.
+        federation: the federation's name, with which every name starts.
+        queue_type: ``classic``, or ``quorum`` on a cluster; coordinator and workers must agree.
     """
 
     federation: str
@@ -101,17 +103,17 @@ class Topology:
 
     @property
     def work(self) -> str:
-        """Exchange, coordinator to workers: the routing keys (also in ``CC``) are worker ids."""
+        """Exchange from coordinator to workers; routing keys (also in ``CC``) are worker ids."""
         return f"{self.federation}.work"
 
     @property
     def results(self) -> str:
-        """Exchange, workers to coordinator: the routing keys are ``<kind>.<worker>``."""
+        """Exchange from workers to coordinator; routing keys are ``<kind>.<worker>``."""
         return f"{self.federation}.results"
 
     @property
     def unrouted(self) -> str:
-        """Exchange and queue for results that no queue is bound for."""
+        """Exchange and queue of results that no binding matches."""
         return f"{self.federation}.unrouted"
 
     @property
@@ -126,31 +128,31 @@ class Topology:
 
     @property
     def rejected(self) -> str:
-        """Queue of what was refused, with the reason in its headers."""
+        """Queue of rejected messages, each with the reason in its headers."""
         return f"{self.federation}.rejected"
 
     @property
     def journal(self) -> str:
-        """Stream of every event of the federation; anyone may read it, any number of times."""
+        """Stream of all events of the federation; any number of readers can read it."""
         return f"{self.federation}.journal"
 
     def inbox(self, worker: str) -> str:
-        """Queue of a worker's mail."""
+        """Queue of messages for a worker."""
         return f"{self.federation}.inbox.{worker}"
 
     def outbox(self, worker: str) -> str:
-        """Queue of the parts of a worker's update that is too large for one message."""
+        """Queue of the parts of a worker's update, if it is too large for one message."""
         return f"{self.federation}.outbox.{worker}"
 
     def rejecting(self, worker: str) -> str:
-        """Routing key under which a worker sends what it refuses to ``results``."""
+        """Routing key with which a worker publishes rejected messages to ``results``."""
         return f"{_REJECTING}.{worker}"
 
     def shared(self) -> list[Entity]:
-        """Everything that is no worker's own, as the coordinator declares it.
+        """Return all entities that are shared, in the order in which to declare them.
 
-        ``unrouted`` is bound last: until all of it is there, a result is unroutable, which its
-        sender is told, and not lost there.
+        The binding of ``unrouted`` comes last. Until then, the broker returns a result that has no
+        binding yet to its sender, instead of moving it to ``unrouted``.
         """
         return [
             Exchange(self.work, "direct"),
@@ -158,12 +160,12 @@ class Topology:
             Exchange(self.results, "topic", alternate=self.unrouted),
             self._queue(
                 self.unrouted,
-                "results that no queue was bound for; should be empty",
+                "results that no binding matched; should be empty",
                 limits={"max-length": _REJECTED_MESSAGES, "overflow": "drop-head"},
             ),
             self._queue(
                 self.rejected,
-                "messages that were refused, each with its reason in its headers",
+                "rejected messages, each with its reason in its headers",
                 limits={
                     "max-length": _REJECTED_MESSAGES,
                     "max-length-bytes": _REJECTED_BYTES,
@@ -179,13 +181,13 @@ class Topology:
                     "x-dead-letter-exchange": "",
                     "x-dead-letter-routing-key": self.rejected,
                 },
-                # Full means wait: the sender is told, keeps its update and tries again.
+                # When the queue is full, the sender gets a nack, keeps its update and tries again.
                 {"max-length-bytes": _UPDATES_BYTES, "overflow": "reject-publish"},
             ),
             self._queue(
                 self.presence,
                 "presence of the workers: hello, heartbeat, bye, failure",
-                {"x-message-ttl": _PRESENCE_TTL_MS},  # an older one tells nothing
+                {"x-message-ttl": _PRESENCE_TTL_MS},
                 {"max-length": _PRESENCE_MESSAGES, "overflow": "drop-head"},
             ),
             self.journal_stream(),
@@ -196,49 +198,48 @@ class Topology:
         ]
 
     def journal_stream(self) -> Queue:
-        """The journal; it is in ``shared``, and not every broker can have it."""
+        """Return the journal, the only entity in ``shared`` that some brokers do not support."""
         return Queue(
             self.journal,
             "every event of the federation; reading it takes nothing out",
             {
                 "x-queue-type": "stream",
-                # The oldest segment goes as a whole. No policy cuts a stream that exists anew.
+                # RabbitMQ deletes whole segments, and no policy can change their size later.
                 "x-stream-max-segment-size-bytes": _JOURNAL_BYTES // 16,
             },
             {"max-length-bytes": _JOURNAL_BYTES, "max-age": _JOURNAL_AGE},
         )
 
     def of_worker(self, worker: str) -> list[Entity]:
-        """What there is for one worker besides ``shared``."""
+        """Return a worker's queues and their bindings."""
         return [*self.queues_of(worker), *self.bindings_of(worker)]
 
     def bindings_of(self, worker: str) -> list[Binding]:
-        """How a worker's own queues are bound; the coordinator does it when it hears of them."""
+        """Return the bindings of a worker's queues; the coordinator makes them on its hello."""
         return [
             Binding(self.inbox(worker), self.work, worker),
             Binding(self.outbox(worker), self.results, f"part.{worker}"),
         ]
 
     def queues_of(self, worker: str) -> list[Queue]:
-        """A worker's own queues, which it declares itself."""
+        """Return a worker's queues, which the worker declares itself."""
         return [
             self._queue(
                 self.inbox(worker),
                 f"messages for worker {worker}: the work of a round",
-                # Without it, the queues of workers that never come again would stay for good.
-                {"x-expires": _ABSENT_MS},
+                {"x-expires": _UNUSED_MS},  # for workers that never return
                 {"max-length-bytes": _INBOX_BYTES, "overflow": "drop-head"},
             ),
             self._queue(
                 self.outbox(worker),
                 f"parts of an update of worker {worker} that is too large for one message",
-                {"x-expires": _ABSENT_MS},
+                {"x-expires": _UNUSED_MS},
                 {"max-length-bytes": _INBOX_BYTES, "overflow": "reject-publish"},
             ),
         ]
 
     def tap(self, unique: str) -> Queue:
-        """Return the queue of someone who looks; a slow reader loses copies, and costs no more."""
+        """Return the queue of a ``fluffle tap``; when its reader is slow, the oldest copies go."""
         return Queue(
             f"{self.federation}.tap.{unique}",
             _TAP_PURPOSE,
@@ -251,16 +252,16 @@ class Topology:
         )
 
     def purpose(self, queue: str) -> str | None:
-        """Say in words what a queue of this federation is for; None for a foreign queue."""
+        """Return the description of a queue; None if it is not of this federation."""
         if queue.startswith(f"{self.federation}.tap."):
             return _TAP_PURPOSE
         if queue.startswith(f"{self.federation}.lock."):
             return _LOCK_PURPOSE
-        found = self.find(queue)
-        return found.purpose if found else None
+        declared = self.find(queue)
+        return declared.purpose if declared else None
 
     def find(self, queue: str) -> Queue | None:
-        """Return a queue of the federation that holds messages, as it is declared; None else."""
+        """Return a queue by name, except taps and locks; None if there is no such queue."""
         entities: Iterable[Entity] = self.shared()
         for kind in ("inbox", "outbox"):
             prefix = f"{self.federation}.{kind}."
@@ -275,31 +276,33 @@ class Topology:
         arguments: Mapping[str, ArgumentValue] = MappingProxyType({}),
         limits: Mapping[str, ArgumentValue] = MappingProxyType({}),
     ) -> Queue:
-        own = {"x-queue-type": self.queue_type, **arguments}
-        return Queue(name, purpose, own, dict(limits))
+        return Queue(name, purpose, {"x-queue-type": self.queue_type, **arguments}, dict(limits))
 
 
 def policies(federation: str | None = None) -> list[Policy]:
-    """Return the policies that bound a federation's queues; None: those of every federation.
+    """Return the policies that limit a federation's queues, or those of all federations (None).
 
-    >>> [one.name for one in policies("letters")][:2]
+    Policies of one federation have a higher priority than those of all.
+
+    >>> [policy.name for policy in policies("letters")][:2]
     ['fluffle.letters.unrouted', 'fluffle.letters.rejected']
     """
-    # What is said of one federation counts for more than what is said of all.
     name, priority = (f"fluffle.{federation}", 1) if federation else ("fluffle", 0)
-    head = federation or FEDERATION_PATTERN.strip("^$")
+    prefix = federation or FEDERATION_PATTERN.strip("^$")
     topology = Topology(federation or "any")
-    shared = [one for one in topology.shared() if isinstance(one, Queue)]
-    found = []
+    shared = [entity for entity in topology.shared() if isinstance(entity, Queue)]
+    result = []
     for queue in (*shared, *topology.queues_of("W")):
         kind = queue.name.split(".")[1]
-        tail = rf"{kind}\..+" if queue.name.endswith(".W") else kind
-        found.append(Policy(f"{name}.{kind}", rf"^{head}\.{tail}$", queue.limits, priority))
-    return found
+        suffix = rf"{kind}\..+" if queue.name.endswith(".W") else kind
+        result.append(Policy(f"{name}.{kind}", rf"^{prefix}\.{suffix}$", queue.limits, priority))
+    return result
 
 
 def lock_of(queue: str) -> str:
-    """Name the lock that whoever alone may read a quorum queue holds; see ``rabbitmq``.
+    """Return the name of the lock queue that the only consumer of a quorum queue declares.
+
+    Quorum queues do not enforce exclusive consumers, so an exclusive queue serves as the lock.
 
     >>> lock_of("letters.inbox.w1")
     'letters.lock.inbox.w1'

@@ -1,4 +1,4 @@
-"""The parts of a transfer, checked as they come, in any order, each at most once."""
+"""The receiving side of a transfer: parts are verified as they arrive, in any order."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fluffle_common.tensors.digest import blake3_of
 
 
 class Incoming(ABC):
-    """One transfer on its way in; a subclass says where its parts are kept.
+    """An incoming transfer; subclasses store the parts.
 
     Args:
-        transfer: what was announced.
-        max_bytes: the most that may be announced.
+        transfer: the announcement.
+        max_bytes: the maximum size that is accepted.
 
     Raises:
-        MalformedMessage: where more is announced than ``max_bytes``, or the number of parts does
-            not go with the number of bytes.
+        MalformedMessage: if the announced size exceeds ``max_bytes``, or the number of parts does
+            not match it.
     """
 
     def __init__(self, transfer: Transfer, max_bytes: int) -> None:
@@ -36,25 +36,25 @@ class Incoming(ABC):
             )
         self.transfer = transfer
         self._missing = set(range(transfer.parts))
-        self._hashed: dict[int, bytes] = {}
+        self._hashes: dict[int, bytes] = {}
 
     @property
     def complete(self) -> bool:
-        """Whether every part is there."""
+        """Whether all parts have arrived."""
         return not self._missing
 
     @property
     def done_parts(self) -> int:
-        """How many parts are there."""
+        """The number of parts that have arrived."""
         return self.transfer.parts - len(self._missing)
 
     def add(self, part: Part, payload: memoryview) -> None:
-        """Take one part; one that is there already, or belongs elsewhere, is passed over.
+        """Hash and store a part, ignoring duplicates and parts of other transfers.
 
-        It takes a millisecond or two, most of it outside of the GIL.
+        This takes a millisecond or two, during most of which the GIL is released.
 
         Raises:
-            MalformedMessage: where it has not the size that its number asks for.
+            MalformedMessage: if the part has the wrong size.
         """
         number = part.part
         if part.transfer != self.transfer.id or number not in self._missing:
@@ -67,56 +67,56 @@ class Incoming(ABC):
                 f"part {number} has {len(payload)} bytes, {expected} were announced"
             )
         if self.transfer.digest is not None:
-            # At once, while it is in the processor's cache: elsewhere it takes twice the time.
-            self._hashed[number] = blake3_of([payload])
-        self._keep(start, payload)
+            # Hashing takes half as long while the part is still in the processor's cache.
+            self._hashes[number] = blake3_of([payload])
+        self._store(start, payload)
         self._missing.discard(number)
 
     @abstractmethod
-    def _keep(self, start: int, payload: memoryview) -> None:
-        """Keep the bytes that begin at ``start`` of the transfer."""
+    def _store(self, start: int, payload: memoryview) -> None:
+        """Store the bytes that begin at offset ``start`` of the transfer."""
 
     def check_digest(self) -> None:
-        """Compare the digest of all parts, once they are there, with what was announced.
+        """Compare the digest of a complete transfer with the announced one, if there is one.
 
         Raises:
-            MalformedMessage: of cause ``tensors``, where it is another.
+            MalformedMessage: with the cause ``tensors`` if they differ.
         """
         assert self.complete
         if self.transfer.digest is None:
             return
-        found = codec.digest_of_parts(self._hashed[part] for part in range(self.transfer.parts))
-        if found != self.transfer.digest:
+        digest = codec.digest_of_parts(self._hashes[part] for part in range(self.transfer.parts))
+        if digest != self.transfer.digest:
             raise MalformedMessage(
-                f"the parts have the digest {found}, {self.transfer.digest} was announced: "
+                f"the parts have the digest {digest}, {self.transfer.digest} was announced: "
                 "some were replaced or damaged on their way",
                 "tensors",
             )
 
 
 class Assembly(Incoming):
-    """A transfer that is put together in one piece of memory; arguments as of ``Incoming``.
+    """A transfer that is assembled in memory; the arguments are those of ``Incoming``.
 
     Raises:
-        MalformedMessage: also where there is no memory for it.
+        MalformedMessage: also if there is not enough memory.
     """
 
     def __init__(self, transfer: Transfer, max_bytes: int) -> None:
         super().__init__(transfer, max_bytes)
         try:
-            # Untouched pages cost nothing: an announcement alone takes addresses, no memory.
-            self._whole = np.empty(transfer.nbytes, np.uint8)
+            # Reserves addresses only: the system provides each page when it is first written.
+            self._buffer = np.empty(transfer.nbytes, np.uint8)
         except MemoryError:
             raise MalformedMessage(f"there is no room for {transfer.nbytes} bytes") from None
 
-    def _keep(self, start: int, payload: memoryview) -> None:
-        self._whole[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
+    def _store(self, start: int, payload: memoryview) -> None:
+        self._buffer[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
 
     def payload(self) -> memoryview:
-        """Return the payload, read-only, once it is complete.
+        """Return the complete payload, read-only.
 
         Raises:
-            MalformedMessage: of cause ``tensors``, where it is not what was announced.
+            MalformedMessage: with the cause ``tensors`` if the digest is not the announced one.
         """
         self.check_digest()
-        return self._whole.data.toreadonly()
+        return self._buffer.data.toreadonly()

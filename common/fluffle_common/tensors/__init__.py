@@ -1,1 +1,1 @@
-"""Named tensors: how they lie in memory, their arithmetic, checkpoints, compression."""
+"""Named tensors: memory layout, arithmetic, checkpoints, compression."""

@@ -1,28 +1,26 @@
-"""Checkpoints: weights in a safetensors file, which any framework opens, whole or not at all.
+"""Checkpoints: safetensors files with a digest, written atomically.
 
-A checkpoint carries a digest of itself in its metadata, under ``DIGEST``: the BLAKE3 of the whole
-file as it is with 64 zeros in the place of the digest. What bits a disk has flipped is found when
-it is read.
+The metadata contains a digest of the file under ``DIGEST``: the BLAKE3 of the whole file with 64
+zeros in place of the digest. Reading verifies it, and so detects damage on disk.
 
-Beside the model, a checkpoint may hold what a strategy keeps of its state, as tensors whose names
-begin with ``strategy/``. Readers of a checkpoint get the model alone; ``read_whole`` reads both.
+A checkpoint may also hold the state of a strategy, as tensors whose names begin with ``strategy/``.
+``read_checkpoint`` returns the model only; ``read_whole`` returns both.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
-from typing import IO
 
+from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.layout import Layout, Tensors, bytes_of, layout_for
@@ -31,36 +29,35 @@ from fluffle_common.tensors.weights import FLOATS, INTEGERS, Array, Weights
 
 _HEADER_SIZE = struct.Struct("<Q")
 _ALIGNMENT = 8  # of the first tensor
-# How the format calls each dtype: float32 is F32, uint8 is U8; and one by another rule.
+# The names of dtypes in the format: F32 for float32, U8 for uint8, and so on.
 _DTYPES = {name: name[0].upper() + name.lstrip(ascii_lowercase) for name in FLOATS + INTEGERS}
 _DTYPES["bfloat16"] = "BF16"
-_READABLE = {*_DTYPES.values(), "BOOL", "C64"}  # of which the last two do not travel
-# A small model is written in one go.
-_BUFFER_BYTES = 2**18
+_READABLE = {*_DTYPES.values(), "BOOL", "C64"}  # BOOL and C64 can be read, but do not travel
 
 DIGEST = "fluffle_blake3"
-_KEPT = "strategy/"
-_HAS_KEPT = "fluffle_strategy_state"  # in the metadata: the file has tensors of such names
+"""The key of the digest in the metadata."""
+_STRATEGY_PREFIX = "strategy/"
+_HAS_STRATEGY_STATE = "fluffle_strategy_state"  # a key in the metadata
 _BEFORE_DIGEST = f'{{"__metadata__":{{"{DIGEST}": "'.encode()
 _DIGEST_AT = _HEADER_SIZE.size + len(_BEFORE_DIGEST)
 _NO_DIGEST = "0" * 64
-_AT_ONCE_BYTES = 2**22  # the digest of so much takes a millisecond
+_SMALL_BYTES = 2**22  # takes about a millisecond to hash
 _READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is in a checkpoint.
+    """The contents of a checkpoint.
 
     Args:
         weights: the model.
-        metadata: what is said of it.
-        kept: what the strategy kept of its state, by its own names.
+        metadata: the metadata, except the keys of this module.
+        strategy_state: the tensors of the strategy's state, under the strategy's own names.
     """
 
     weights: dict[str, Array]
     metadata: dict[str, str]
-    kept: dict[str, Array]
+    strategy_state: dict[str, Array]
 
 
 def checkpoint_name(number: int) -> str:
@@ -69,70 +66,70 @@ def checkpoint_name(number: int) -> str:
 
 
 def check_names(weights: Weights) -> None:
-    """Check that a model has no tensor that a checkpoint would take for the strategy's.
+    """Check that no tensor of a model has a name that is reserved for a strategy's state.
 
     Raises:
-        ValueError: naming the first, and the remedy.
+        ValueError: naming the first such tensor, and the remedy.
     """
     for name in weights:
-        if name.startswith(_KEPT):
+        if name.startswith(_STRATEGY_PREFIX):
             raise ValueError(
-                f"the name of tensor '{name[:60]}' begins with '{_KEPT}', which checkpoints "
-                "reserve for the state of a strategy; rename it"
+                f"the name of tensor '{name[:60]}' begins with '{_STRATEGY_PREFIX}', which "
+                "checkpoints reserve for the state of a strategy; rename it"
             )
 
 
-def as_kept(kept: Weights) -> dict[str, Array]:
-    """Return what a strategy keeps of its state, by the names that it has in a checkpoint."""
-    return {f"{_KEPT}{name}": tensor for name, tensor in kept.items()}
+def add_strategy_prefix(state: Weights) -> dict[str, Array]:
+    """Return a strategy's state under the names that its tensors have in a checkpoint."""
+    return {f"{_STRATEGY_PREFIX}{name}": tensor for name, tensor in state.items()}
 
 
 def save_checkpoint(
     path: Path,
     weights: Weights,
     metadata: dict[str, str],
-    kept: Weights | None = None,
+    strategy_state: Weights | None = None,
     *,
     named_first: bool = False,
 ) -> None:
-    """Write a checkpoint, straight from the memory of the tensors.
+    """Write a checkpoint directly from the memory of the tensors.
 
-    The format is https://github.com/huggingface/safetensors#format; its own writer goes by way of a
-    file with a name of chance, which a crash would leave behind.
+    The format is https://github.com/huggingface/safetensors#format. The writer of the safetensors
+    library is not used because it writes to a temporary file that a crash would leave behind.
 
     Args:
-        path: the file.
+        path: the file to write.
         weights: the model.
-        metadata: what is said of it.
-        kept: what the strategy keeps of its state.
-        named_first: see ``replacing``; has no effect on a large one.
+        metadata: the metadata to store.
+        strategy_state: the state of the strategy.
+        named_first: as for ``replacing``; ignored for checkpoints above 4 MiB.
 
     Raises:
-        OSError: where the disk refuses; an earlier file of that name is as it was.
-        ValueError: for a dtype that does not travel.
+        OSError: if writing fails; an earlier file at ``path`` is then unchanged.
+        ValueError: if a tensor has an unsupported dtype.
     """
-    if kept:
+    if strategy_state:
         check_names(weights)
-        weights = {**weights, **as_kept(kept)}
-        metadata = {**metadata, _HAS_KEPT: "yes"}
+        weights = {**weights, **add_strategy_prefix(strategy_state)}
+        metadata = {**metadata, _HAS_STRATEGY_STATE: "yes"}
     layout = layout_for(weights)
-    in_order, described = _described(layout)
-    told = json.dumps({DIGEST: _NO_DIGEST, **metadata})
-    header = f'{{"__metadata__":{told}{described}}}'.encode()
+    entries, described = _described(layout)
+    metadata_json = json.dumps({DIGEST: _NO_DIGEST, **metadata})
+    header = f'{{"__metadata__":{metadata_json}{described}}}'.encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     if isinstance(weights, Tensors) and (memory := weights.memory) is not None:
-        pieces = [memory[entry.offset : entry.offset + entry.nbytes] for entry in in_order]
+        pieces = [memory[entry.offset : entry.offset + entry.nbytes] for entry in entries]
     else:
-        pieces = [bytes_of(weights[entry.name]) for entry in in_order]
+        pieces = [bytes_of(weights[entry.name]) for entry in entries]
     start = bytearray(_HEADER_SIZE.pack(len(header)) + header)
-    if layout.nbytes <= _AT_ONCE_BYTES:
+    if layout.nbytes <= _SMALL_BYTES:
         _put_digest(start, blake3_of([start, *pieces]))
         with replacing(path, named_first=named_first) as file:
             file.writelines([start, *pieces])
         return
-    # The disk takes its time, and the digest too: both at once.
-    with ThreadPoolExecutor(1) as beside, replacing(path) as file:
-        digest = beside.submit(blake3_of, [bytes(start), *pieces])
+    # Hash while writing, and fill in the digest at the end.
+    with ThreadPoolExecutor(1) as hashing, replacing(path) as file:
+        digest = hashing.submit(blake3_of, [bytes(start), *pieces])
         file.writelines([start, *pieces])
         file.flush()
         os.fsync(file.fileno())
@@ -147,56 +144,56 @@ def _put_digest(start: bytearray, digest: bytes) -> None:
 
 @functools.lru_cache(4)
 def _described(layout: Layout) -> tuple[list[TensorEntry], str]:
-    """Return the tensors in the order of the file, and what its header says of them.
+    """Return the tensors in the order of the file, and their part of its header.
 
-    Those of larger elements come first, so that all are aligned.
+    Tensors with larger elements come first, so that all tensors are aligned.
     """
-    in_order = sorted(
+    entries = sorted(
         layout.table, key=lambda entry: (-layout.places[entry.name].dtype.itemsize, entry.name)
     )
-    told, end = [], 0
-    for entry in in_order:
+    items, end = [], 0
+    for entry in entries:
         start, end = end, end + entry.nbytes
-        about = {
+        description = {
             "dtype": _DTYPES[entry.dtype],
             "shape": entry.shape,
             "data_offsets": (start, end),
         }
-        told.append(f",{json.dumps(entry.name)}:{json.dumps(about)}")
-    return in_order, "".join(told)
+        items.append(f",{json.dumps(entry.name)}:{json.dumps(description)}")
+    return entries, "".join(items)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Read a checkpoint's weights and metadata.
 
     Raises:
-        UsageError: see ``read_whole``.
+        UsageError: as ``read_whole`` does.
     """
-    found = read_whole(path)
-    return found.weights, found.metadata
+    checkpoint = read_whole(path)
+    return checkpoint.weights, checkpoint.metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read what is said of a checkpoint's weights, without the weights.
+    """Read a checkpoint's metadata without its weights.
 
     Raises:
-        UsageError: where there is no such file, or it cannot be read.
+        UsageError: if the file is missing or cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as why:
-        raise UsageError(f"{path} is not a complete model file ({why})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a complete model file ({error})") from None
 
 
 def read_whole(path: Path) -> Checkpoint:
-    """Read a checkpoint, with what the strategy kept in it.
+    """Read a checkpoint, including the strategy's state.
 
     Raises:
-        UsageError: where the file is missing, is not a whole safetensors file, is not what its
-            digest says, or holds what NumPy cannot.
+        UsageError: if the file is missing or truncated, does not match its digest, or contains a
+            dtype that NumPy does not have.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -208,14 +205,14 @@ def read_whole(path: Path) -> Checkpoint:
         _check_digest(path)
     except FileNotFoundError:
         raise UsageError(f"there is no model file {path}") from None
-    except (SafetensorError, OSError, ValueError) as why:
-        raise UsageError(f"{path} is not a complete model file ({why})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a complete model file ({error})") from None
     metadata.pop(DIGEST, None)
-    kept = [name for name in weights if name.startswith(_KEPT)]
-    if metadata.pop(_HAS_KEPT, None) is None:
-        kept = []  # of another program, which may call its tensors as it likes
-    of_the_strategy = {name.removeprefix(_KEPT): weights.pop(name) for name in kept}
-    return Checkpoint(weights, metadata, of_the_strategy)
+    names: list[str] = []
+    if metadata.pop(_HAS_STRATEGY_STATE, None):  # else the prefix has no meaning
+        names = [name for name in weights if name.startswith(_STRATEGY_PREFIX)]
+    strategy_state = {name.removeprefix(_STRATEGY_PREFIX): weights.pop(name) for name in names}
+    return Checkpoint(weights, metadata, strategy_state)
 
 
 def _check_readable(path: Path, dtypes: Mapping[str, str]) -> None:
@@ -227,71 +224,16 @@ def _check_readable(path: Path, dtypes: Mapping[str, str]) -> None:
 
 
 def _check_digest(path: Path) -> None:
-    """Raise ``ValueError`` where a file is not what its digest says; it need not have one."""
+    """Raise ``ValueError`` if a file has a digest and does not match it."""
     with open(path, "rb") as file:
         start = bytearray(file.read(_DIGEST_AT + len(_NO_DIGEST)))
         if start[_HEADER_SIZE.size : _DIGEST_AT] != _BEFORE_DIGEST:
-            return  # of an earlier version, or of another program
-        there = bytes(start[_DIGEST_AT:])
+            return  # written by an earlier version or another program
+        expected = bytes(start[_DIGEST_AT:])
         start[_DIGEST_AT:] = _NO_DIGEST.encode()
-        found = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
-    if there != found.hex().encode():
+        digest = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
+    if digest.hex().encode() != expected:
         raise ValueError(
             "its bytes do not match their digest: it is damaged, or was changed without "
             f"removing {DIGEST} from its metadata"
         )
-
-
-@contextlib.contextmanager
-def replacing(path: Path, *, named_first: bool = False) -> Iterator[IO[bytes]]:
-    """Yield a file to write to; on success it becomes ``path``, fsynced, in one step.
-
-    Args:
-        path: the file that is there afterwards.
-        named_first: sync the bytes and their name together if the name is new, in about two thirds
-            of the time. Only for a file that carries a digest of itself: if the power fails
-            meanwhile, the name may stand for a part of the file.
-
-    Raises:
-        OSError: where the disk refuses; ``path`` is as it was.
-    """
-    final, partial = str(path), f"{path}.partial"  # a Path of each costs a small round 2 %
-    named_first = named_first and not os.path.exists(final)
-    try:
-        with open(partial, "wb", _BUFFER_BYTES) as file:
-            yield file
-            file.flush()
-            if named_first:
-                os.replace(partial, final)
-            os.fsync(file.fileno())
-        if not named_first:
-            os.replace(partial, final)
-    except BaseException:
-        for name in (partial, final) if named_first else (partial,):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-        raise
-    sync_folder(os.path.dirname(final))  # the new name itself
-
-
-def sync_folder(folder: str | Path) -> None:
-    """Return when the names in a folder are on disk."""
-    descriptor = os.open(folder or ".", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and what it is in, all of them on disk; it may be there already.
-
-    Raises:
-        OSError: where it cannot be made.
-    """
-    if folder.is_dir():
-        return
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for one in reversed(missing):
-        sync_folder(one.parent)

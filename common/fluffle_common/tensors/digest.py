@@ -1,4 +1,4 @@
-"""The hash that checkpoints and transfers carry: BLAKE3."""
+"""BLAKE3, the hash of checkpoints and transfers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from blake3 import blake3
 
 
 def blake3_of(pieces: Iterable[bytes | bytearray | memoryview]) -> bytes:
-    """Return the BLAKE3 of some bytes, which may come in pieces: 32 bytes."""
-    found = blake3()
+    """Return the 32-byte BLAKE3 hash of the concatenated pieces."""
+    hasher = blake3()
     for piece in pieces:
-        found.update(piece)
-    return found.digest()
+        hasher.update(piece)
+    return hasher.digest()

@@ -1,7 +1,7 @@
-"""Groups of tensors: the model, and what travels beside it, in one payload.
+"""Groups of tensors in one payload: the model (or a delta), and extra tensors.
 
-Each entry of a table of tensors names its group. The entries of a group follow each other, so that
-each group lies in one piece of the payload and has a layout of its own, as if it came alone.
+Every entry of a tensor table names its group. The entries of a group are adjacent, so that each
+group occupies one contiguous range of the payload and has a ``Layout`` of its own.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from fluffle_common.tensors.layout import (
     Weights,
     is_float,
     layout_of,
-    misfit,
+    size_mismatch,
 )
-from fluffle_common.tensors.table import MODEL, MOST_TENSORS_KEPT, TABLES_KEPT, TensorEntry
+from fluffle_common.tensors.table import CACHED_TABLES, MAX_CACHED_TENSORS, MODEL, TensorEntry
 
 EXTRA = "extra"
-"""What a strategy sends its workers besides the model, and what they send back besides a delta."""
+"""The group of tensors that a strategy adds to the model, and workers add to their delta."""
 
 Groups = Mapping[str, Weights]
-"""Tensors by the names of their groups."""
+"""Tensors by group name."""
 NO_GROUPS: Groups = {}
 ExtraForm = Literal["model"] | dict[str, tuple[int, ...]]
-"""Which extra tensors a strategy asks for.
+"""The extra tensors that a strategy requires.
 
-Either their names and shapes, all of which are expected; or ``"model"``: for some tensors of the
-model, one of the same name and shape, such as a correction of each gradient.
+Either the names and shapes of all of them, or ``"model"`` for one or more tensors that have the
+names and shapes of tensors of the model, such as a correction of each gradient.
 """
 
 
 class GroupedLayout:
-    """Where the tensors of a table lie, group by group; made by ``groups_of``.
+    """The layouts of all groups of a table; created by ``groups_of``.
 
     Args:
         table: the entries, as they are on the wire.
 
     Raises:
-        ValueError: where an entry is not what it says, does not lie behind the entry before it, or
-            is apart from the others of its group.
+        ValueError: if an entry is inconsistent, overlaps or precedes the entry before it, or is
+            separated from others of its group.
     """
 
     def __init__(self, table: tuple[TensorEntry, ...]) -> None:
@@ -65,27 +65,25 @@ class GroupedLayout:
                     f"a multiple of {ALIGNMENT} is expected, from {end} on"
                 )
             self._starts[group] = start
-            self.layouts[group] = layout_of(_moved(entries, -start, MODEL))
+            self.layouts[group] = layout_of(_shifted(entries, -start, MODEL))
             end = start + self.layouts[group].nbytes
         self.nbytes = end
         if MODEL not in self.layouts:
             self.layouts[MODEL], self._starts[MODEL] = layout_of(()), 0
 
     def over(self, memory: memoryview) -> dict[str, Tensors]:
-        """Return the tensors of each group as views of ``memory``; read-only where that is.
+        """Return the tensors of each group as views of ``memory``, read-only if it is read-only.
 
         Raises:
-            ValueError: where it has not ``nbytes`` bytes.
+            ValueError: if ``memory`` does not have ``nbytes`` bytes.
         """
         if len(memory) != self.nbytes:
-            raise ValueError(misfit(self.table, self.nbytes, len(memory)))
+            raise ValueError(size_mismatch(self.table, self.nbytes, len(memory)))
         if len(self.layouts) == 1:
             return {MODEL: self.layouts[MODEL].over(memory)}
         return {
-            group: layout.over(memory[start : start + layout.nbytes])
-            for (group, layout), start in zip(
-                self.layouts.items(), self._starts.values(), strict=True
-            )
+            group: layout.over(memory[(start := self._starts[group]) : start + layout.nbytes])
+            for group, layout in self.layouts.items()
         }
 
 
@@ -93,44 +91,44 @@ def groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
     """Return the layout that a table describes.
 
     Raises:
-        ValueError: see ``GroupedLayout``.
+        ValueError: as ``GroupedLayout`` does.
     """
-    return _groups_of(table) if len(table) <= MOST_TENSORS_KEPT else GroupedLayout(table)
+    return _groups_of(table) if len(table) <= MAX_CACHED_TENSORS else GroupedLayout(table)
 
 
-@functools.lru_cache(TABLES_KEPT)
+@functools.lru_cache(CACHED_TABLES)
 def _groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
     return GroupedLayout(table)
 
 
-def placed(layout: Layout, group: str, start: int) -> tuple[TensorEntry, ...]:
-    """Return the entries of a group that begins at byte ``start`` of a payload."""
-    return _moved(layout.table, start, group)
+def entries_at(start: int, layout: Layout, group: str) -> tuple[TensorEntry, ...]:
+    """Return the table entries of a group that begins at byte ``start`` of a payload."""
+    return _shifted(layout.table, start, group)
 
 
-def _moved(table: tuple[TensorEntry, ...], by: int, group: str) -> tuple[TensorEntry, ...]:
+def _shifted(table: tuple[TensorEntry, ...], by: int, group: str) -> tuple[TensorEntry, ...]:
     if not by and all(entry.group == group for entry in table):
         return table
     return tuple([e._replace(offset=e.offset + by, group=group) for e in table])
 
 
-def chosen(weights: Weights, train: Sequence[str] | None) -> Weights:
+def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
     """Return the tensors that a plan lets workers train.
 
     Args:
         weights: the model.
-        train: names, or beginnings of names with a ``*`` behind them; None chooses all.
+        train: names, or prefixes of names followed by ``*``; None selects all tensors.
 
     Example:
         >>> model = dict.fromkeys(["head/kernel", "head/bias", "body/kernel"], np.zeros(1))
-        >>> sorted(chosen(model, ["head/*"]))
+        >>> sorted(select_tensors(model, ["head/*"]))
         ['head/bias', 'head/kernel']
     """
     if train is None:
         return weights
-    names = {one for one in train if not one.endswith("*")}
-    beginnings = tuple(one[:-1] for one in train if one.endswith("*"))
-    return {n: w for n, w in weights.items() if n in names or n.startswith(beginnings)}
+    names = {pattern for pattern in train if not pattern.endswith("*")}
+    prefixes = tuple(pattern[:-1] for pattern in train if pattern.endswith("*"))
+    return {n: w for n, w in weights.items() if n in names or n.startswith(prefixes)}
 
 
 def forms_of(tensors: Weights) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
@@ -143,15 +141,15 @@ def check_extra(
     wanted: ExtraForm | None,
     model: Weights,
 ) -> None:
-    """Check that extra tensors of these dtypes and shapes are those that were asked for.
+    """Check that extra tensors with these dtypes and shapes are those that were required.
 
     Args:
-        forms: the dtype and the shape of each, as ``forms_of`` returns them.
-        wanted: what was asked for; None: nothing.
+        forms: the dtype and shape of each tensor, as ``forms_of`` returns them.
+        wanted: the required tensors; None if there should be none.
         model: the weights of the model.
 
     Raises:
-        ValueError: naming the first that differs, and how.
+        ValueError: naming the first tensor that is missing, unexpected or different.
     """
     if wanted is None:
         if forms:

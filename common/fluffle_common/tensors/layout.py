@@ -1,8 +1,8 @@
-"""How named tensors lie in one piece of memory: on the wire, and in the processes at both ends.
+"""The layout of named tensors in one contiguous buffer, on the wire and in memory.
 
-They follow each other, little-endian, each at a multiple of 64 bytes. A layout is worked out and
-checked once, and then serves every model and every update of the same form; what lies in one piece,
-and is all of one dtype, is sent, checked and added up as one vector, however many tensors it has.
+Tensors follow each other, little-endian, each at a multiple of 64 bytes. Layouts are computed and
+checked once and cached, since all models and updates of a run have the same few. If all tensors
+have one dtype, the whole buffer can be sent, checked and summed as a single vector (``flat``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from fluffle_common.tensors.table import (
+    CACHED_TABLES,
+    MAX_CACHED_TENSORS,
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
     MODEL,
-    MOST_TENSORS_KEPT,
-    TABLES_KEPT,
     TensorEntry,
 )
 
@@ -36,23 +36,23 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # for NumPy it is of kind "V", not of "
 ALIGNMENT = 64
 Signature = tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
 
-# How each dtype that travels is called; in this byte order an array needs no conversion.
-_TRAVELS = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
-_READ = {name: dtype for dtype, name in _TRAVELS.items()}
+_NAMES_BY_DTYPE = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
+_DTYPES_BY_NAME = {name: dtype for dtype, name in _NAMES_BY_DTYPE.items()}
+# For unsupported dtypes, by the first match of the beginning of their name.
 _REMEDIES = {
     "bool": "keep it out of the weights or use uint8",
     "complex": "split it into its real and imaginary parts",
     "float8": "use bfloat16",
-    "float": "use float64",  # longer ones, whatever this machine calls them
+    "float": "use float64",  # float96 or float128
     "longdouble": "use float64",
-    "int": "use int8",  # of 2 or 4 bits
+    "int": "use int8",  # int2 or int4
     "uint": "use uint8",
 }
-_KEEP_OUT = "keep it out of the weights"
+_DEFAULT_REMEDY = "keep it out of the weights"
 
 
 class Place(NamedTuple):
-    """Where one tensor lies: ``offset`` in bytes, ``size`` in elements."""
+    """The place of one tensor in the buffer: ``offset`` in bytes, ``size`` in elements."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -61,30 +61,30 @@ class Place(NamedTuple):
 
 
 class Tensors(Mapping[str, Array]):
-    """Named tensors in one piece of memory; arrays are made of it when they are asked for.
+    """Named tensors in one buffer; the array of each is created on first access.
 
     Args:
-        layout: in which places they are.
-        memory: the piece, where it is as it travels.
-        flat: all of them in one vector, together with what is between them, which means nothing;
-            None where they have several dtypes.
+        layout: the tensors' places in the buffer.
+        memory: the buffer in its wire format; None if ``flat`` has another dtype than the layout.
+        flat: the buffer as one vector, including the gaps between tensors, whose values are
+            undefined; None if the tensors have several dtypes.
     """
 
-    __slots__ = ("_made", "flat", "layout", "memory")
+    __slots__ = ("_arrays", "flat", "layout", "memory")
 
     def __init__(self, layout: Layout, memory: memoryview | None, flat: Array | None) -> None:
         self.layout, self.memory, self.flat = layout, memory, flat
-        self._made: dict[str, Array] | None = None
+        self._arrays: dict[str, Array] | None = None
 
     @property
     def as_dict(self) -> dict[str, Array]:
-        """The tensors one by one, for many to be asked for; not to be changed."""
-        if self._made is None:
-            self._made = self._make(self.layout.places)
-        return self._made
+        """All tensors by name; callers must not modify this dict."""
+        if self._arrays is None:
+            self._arrays = self._make_arrays()
+        return self._arrays
 
-    def _make(self, places: Mapping[str, Place]) -> dict[str, Array]:
-        memory, flat = self.memory, self.flat
+    def _make_arrays(self) -> dict[str, Array]:
+        memory, flat, places = self.memory, self.flat, self.layout.places
         if memory is not None:
             return {
                 name: np.ndarray(shape, dtype, memory, offset)
@@ -107,18 +107,25 @@ class Tensors(Mapping[str, Array]):
 
 
 class Layout:
-    """Where the tensors of a table lie; made by ``layout_of`` and ``layout_for``.
+    """The layout of a tensor table; created by ``layout_of`` and ``layout_for``.
+
+    Attributes:
+        places: the tensors' places, by name.
+        nbytes: the size of the buffer.
+        signature: the tensors' names, dtypes and shapes.
+        floats: whether all tensors are floats.
+        dtype: the dtype of all tensors; None if they have several.
 
     Args:
         table: the entries, as they are on the wire.
 
     Raises:
-        ValueError: where an entry is not what it says, or does not lie behind the entry before it.
+        ValueError: if an entry is inconsistent, or overlaps or precedes the entry before it.
     """
 
     def __init__(self, table: tuple[TensorEntry, ...]) -> None:
         self.table = table
-        self.places = _checked(table)
+        self.places = _checked_places(table)
         last = table[-1] if table else None
         self.nbytes = last.offset + last.nbytes if last else 0
         dtypes = {place.dtype for place in self.places.values()}
@@ -126,81 +133,80 @@ class Layout:
             [(name, p.dtype, p.shape) for name, p in self.places.items()]
         )
         self.floats = all(map(is_float, dtypes))
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all tensors; None: of several
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         ends = [entry.offset + entry.nbytes for entry in table]
         starts = [entry.offset for entry in table[1:]]
         self._gaps = [(a, b) for a, b in zip(ends, starts, strict=False) if a < b]
-        self._small_gaps = all(end - start < ALIGNMENT for start, end in self._gaps)
-        self._between: Array | None = None  # the same in elements, once it was asked for
+        self._gaps_are_small = all(end - start < ALIGNMENT for start, end in self._gaps)
+        self._gap_elements: Array | None = None  # computed on first use
 
     def over(self, memory: bytes | memoryview) -> Tensors:
-        """Return the tensors as views of ``memory``; read-only where that is.
+        """Return the tensors as views of ``memory``, read-only if it is read-only.
 
         Raises:
-            ValueError: where it has not ``nbytes`` bytes.
+            ValueError: if ``memory`` does not have ``nbytes`` bytes.
         """
         if len(memory) != self.nbytes:
-            raise ValueError(misfit(self.table, self.nbytes, len(memory)))
+            raise ValueError(size_mismatch(self.table, self.nbytes, len(memory)))
         flat = None if self.dtype is None else np.frombuffer(memory, self.dtype)
         return Tensors(self, memoryview(memory), flat)
 
     def empty(self) -> Tensors:
-        """Return tensors with any values; what is between them is 0, since it travels with them."""
+        """Return tensors with undefined values; the gaps, which travel too, are zero."""
         memory = np.empty(self.nbytes, np.uint8).data
         self.clear_gaps(memory)
         return self.over(memory)
 
     def clear_gaps(self, memory: memoryview) -> None:
-        """Write 0 between the tensors."""
+        """Fill the gaps between the tensors with zeros."""
         for start, end in self._gaps:
             memory[start:end] = bytes(end - start)
 
-    def zero_between(self, flat: Array, start: int = 0) -> bool:
-        """Whether ``flat``, of this layout, is known to hold 0 wherever no tensor is.
+    def has_zero_gaps(self, flat: Array, start: int = 0) -> bool:
+        """Whether the gaps in ``flat`` hold zeros; False if a gap is larger than alignment needs.
 
-        Gaps are as small as alignment asks for; into larger ones nobody looks. ``flat`` may be a
-        piece of the vector, from the element ``start`` on.
+        Args:
+            flat: the values in this layout, or a slice of them.
+            start: the index of the slice's first element.
         """
-        if not self._small_gaps:
+        if not self._gaps_are_small:
             return False
-        if self._between is None:
+        if self._gap_elements is None:
             size = flat.dtype.itemsize
             gaps = [np.arange(start // size, end // size) for start, end in self._gaps]
-            self._between = np.concatenate(gaps) if gaps else np.empty(0, np.intp)
-        between = self._between
+            self._gap_elements = np.concatenate(gaps) if gaps else np.empty(0, np.intp)
+        elements = self._gap_elements
         if flat.nbytes < self.nbytes:
-            first, end = np.searchsorted(between, (start, start + flat.size))
-            between = between[first:end] - start
-        return not flat[between].any()
+            first, end = np.searchsorted(elements, (start, start + flat.size))
+            elements = elements[first:end] - start
+        return not flat[elements].any()
 
     def empty_as(self, dtype: np.dtype[Any]) -> Tensors:
-        """Return tensors of the same names and shapes in another dtype, with any values.
+        """Return tensors with the same names and shapes, of another dtype and undefined values.
 
-        Where all of this layout have one dtype, they are of this layout too: each element has the
-        place in ``flat`` that it has here.
+        If this layout has a single dtype, ``flat`` of the result has the elements in the same
+        places as ``flat`` of this layout's tensors.
         """
-        if self.dtype is None:
-            places = self.places.items()
-            return layout_of_signature(
-                tuple([(n, dtype, place.shape) for n, place in places])
-            ).empty()
-        return Tensors(self, None, np.empty(self.nbytes // self.dtype.itemsize, dtype))
+        if self.dtype is not None:
+            return Tensors(self, None, np.empty(self.nbytes // self.dtype.itemsize, dtype))
+        signature = tuple([(name, dtype, place.shape) for name, place in self.places.items()])
+        return layout_of_signature(signature).empty()
 
 
 def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
     """Return the layout that a table describes.
 
     Raises:
-        ValueError: where an entry is not what it says, or does not lie behind the entry before it.
+        ValueError: as ``Layout`` does.
     """
-    return _layout_of(table) if len(table) <= MOST_TENSORS_KEPT else Layout(table)
+    return _layout_of(table) if len(table) <= MAX_CACHED_TENSORS else Layout(table)
 
 
 def layout_for(weights: Weights) -> Layout:
     """Return the layout in which these weights travel.
 
     Raises:
-        ValueError: for a dtype that does not travel.
+        ValueError: if a tensor has an unsupported dtype.
     """
     if isinstance(weights, Tensors):
         return weights.layout
@@ -208,24 +214,24 @@ def layout_for(weights: Weights) -> Layout:
 
 
 def check_signature(weights: Weights) -> None:
-    """Check that these can be the weights of a model: that every tensor travels.
+    """Check that weights can be a model: there are tensors, and each is an array that travels.
 
     Raises:
-        ValueError: naming the first tensor that does not, and the remedy.
+        ValueError: naming the first unsuitable tensor, and the remedy.
     """
     if not weights:
         raise ValueError("there is no tensor in the weights")
     for name, tensor in weights.items():
         if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
-            made_by = "np.asarray makes one of numbers"
             raise ValueError(
-                f"{_told(name)} is of type {type(tensor).__name__}, not an array; {made_by}"
+                f"{_label(name)} is of type {type(tensor).__name__}, not an array; convert it "
+                "with np.asarray"
             )
     layout_for(weights)
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype that travels is a float."""
+    """Whether a supported dtype is a float."""
     return dtype.kind == "f" or dtype == BFLOAT16
 
 
@@ -239,125 +245,127 @@ def largest(dtype: np.dtype[Any]) -> float:
 
 
 def signature_of(weights: Weights) -> Signature:
-    """Return the names, dtypes and shapes of tensors, in their order."""
+    """Return the names, dtypes and shapes of tensors, in order."""
     return tuple([(name, tensor.dtype, tensor.shape) for name, tensor in weights.items()])
 
 
-def layout_of_signature(form: Signature) -> Layout:
-    """Return the layout in which tensors of these names, dtypes and shapes travel.
+def layout_of_signature(signature: Signature) -> Layout:
+    """Return the layout in which tensors with these names, dtypes and shapes travel.
 
     Raises:
-        ValueError: for a dtype that does not travel.
+        ValueError: if a dtype is unsupported.
     """
-    return _layout_of_signature(form) if len(form) <= MOST_TENSORS_KEPT else Layout(_table(form))
+    if len(signature) <= MAX_CACHED_TENSORS:
+        return _layout_of_signature(signature)
+    return Layout(_table_of(signature))
 
 
-def misfit(table: tuple[TensorEntry, ...], nbytes: int, there: int) -> str:
-    """Say why a payload of ``there`` bytes does not go with a table that ends at ``nbytes``."""
+def size_mismatch(table: tuple[TensorEntry, ...], nbytes: int, actual: int) -> str:
+    """Return why a payload of ``actual`` bytes does not match a table that ends at ``nbytes``."""
     for entry in table:
         end = entry.offset + entry.nbytes
-        if end > there:
-            return f"tensor '{entry.name}' ends at byte {end}, the payload has {there}"
-    return f"{there - nbytes} bytes of the payload belong to no tensor"
+        if end > actual:
+            return f"tensor '{entry.name}' ends at byte {end}, the payload has {actual}"
+    return f"{actual - nbytes} bytes of the payload belong to no tensor"
 
 
 def bytes_of(tensor: Array) -> memoryview:
-    """Return a tensor as it travels; one that is little-endian and C-contiguous is not copied."""
+    """Return a tensor's bytes as they travel, without a copy if it is already in that format."""
     if not tensor.size:
         return memoryview(b"")
     ready = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
-    return ready.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer of its own
+    return ready.reshape(-1).view(np.uint8).data  # bfloat16 does not support the buffer protocol
 
 
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
-    """Return a table as it is on the wire."""
-    return _as_maps(table) if len(table) <= MOST_TENSORS_KEPT else [*map(_as_map, table)]
+    """Return a table in its wire format."""
+    return _as_maps(table) if len(table) <= MAX_CACHED_TENSORS else [*map(_as_map, table)]
 
 
-@functools.lru_cache(TABLES_KEPT)
+@functools.lru_cache(CACHED_TABLES)
 def _as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     return [*map(_as_map, table)]
 
 
 def _as_map(entry: TensorEntry) -> dict[str, Any]:
-    told = entry._asdict()
+    fields = entry._asdict()
     if entry.group == MODEL:
-        del told["group"]
-    return told
+        del fields["group"]
+    return fields
 
 
-@functools.lru_cache(TABLES_KEPT)
+@functools.lru_cache(CACHED_TABLES)
 def _layout_of(table: tuple[TensorEntry, ...]) -> Layout:
     return Layout(table)
 
 
-@functools.lru_cache(TABLES_KEPT)
-def _layout_of_signature(form: Signature) -> Layout:
-    return layout_of(_table(form))
+@functools.lru_cache(CACHED_TABLES)
+def _layout_of_signature(signature: Signature) -> Layout:
+    return layout_of(_table_of(signature))
 
 
-def _table(form: Signature) -> tuple[TensorEntry, ...]:
-    if len(form) > MAX_TENSORS:
-        raise ValueError(f"there are {len(form)} tensors; at most {MAX_TENSORS} can be sent")
+def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
+    if len(signature) > MAX_TENSORS:
+        raise ValueError(f"there are {len(signature)} tensors; at most {MAX_TENSORS} can be sent")
     table, offset = [], 0
-    for name, dtype, shape in form:
+    for name, dtype, shape in signature:
         _check_name(name)
-        called = _TRAVELS.get(dtype) or _TRAVELS.get(dtype.newbyteorder("<"))
-        if called is None:
+        dtype_name = _NAMES_BY_DTYPE.get(dtype) or _NAMES_BY_DTYPE.get(dtype.newbyteorder("<"))
+        if dtype_name is None:
             raise ValueError(
-                f"{_told(name)} is {str(dtype)[:60]}, which does not travel; {_remedy(dtype.name)}"
+                f"{_label(name)} is {str(dtype)[:60]}, which does not travel; {_remedy(dtype.name)}"
             )
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(
-                f"{_told(name)} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} can be "
+                f"{_label(name)} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} can be "
                 "sent; reshape it"
             )
         offset += -offset % ALIGNMENT
         nbytes = math.prod(shape) * dtype.itemsize
-        table.append(TensorEntry(name, called, shape, offset, nbytes))
+        table.append(TensorEntry(name, dtype_name, shape, offset, nbytes))
         offset += nbytes
     return tuple(table)
 
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
-        raise ValueError(f"{_told(name)} is named by a {type(name).__name__}; name it by a string")
+        raise ValueError(f"{_label(name)} is named by a {type(name).__name__}; name it by a string")
     if not name:
         raise ValueError("a tensor has the empty name ''; give it one")
     if len(name) > MAX_TENSOR_NAME:
         raise ValueError(
-            f"{_told(name)} has a name of {len(name)} characters; at most {MAX_TENSOR_NAME} "
+            f"{_label(name)} has a name of {len(name)} characters; at most {MAX_TENSOR_NAME} "
             "can be sent; shorten it"
         )
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{_told(ascii(name))} has a name that is not valid Unicode") from None
+        raise ValueError(f"{_label(ascii(name))} has a name that is not valid Unicode") from None
 
 
 def _remedy(dtype: str) -> str:
-    return next((r for start, r in _REMEDIES.items() if dtype.startswith(start)), _KEEP_OUT)
+    return next((r for start, r in _REMEDIES.items() if dtype.startswith(start)), _DEFAULT_REMEDY)
 
 
-def _told(name: object) -> str:
-    """Name a tensor in an error, however long its name is."""
-    told = str(name)
-    return f"tensor '{told[:60]}…'" if len(told) > MAX_TENSOR_NAME else f"tensor '{told}'"
+def _label(name: object) -> str:
+    """Return how error messages refer to a tensor, shortening very long names."""
+    text = str(name)
+    return f"tensor '{text[:60]}…'" if len(text) > MAX_TENSOR_NAME else f"tensor '{text}'"
 
 
-def _checked(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
+def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
     places: dict[str, Place] = {}
     end = 0
-    for name, called, shape, offset, nbytes, _ in table:
-        dtype = _READ.get(called)
+    for name, dtype_name, shape, offset, nbytes, _ in table:
+        dtype = _DTYPES_BY_NAME.get(dtype_name)
         if dtype is None:
-            raise ValueError(f"tensor '{name}' has the unknown dtype '{called}'")
+            raise ValueError(f"tensor '{name}' has the unknown dtype '{dtype_name}'")
         if name in places:
             raise ValueError(f"tensor '{name}' is there twice")
         size = math.prod(shape)
         if size * dtype.itemsize != nbytes:
             raise ValueError(
-                f"tensor '{name}' of shape {shape} and {called} cannot have {nbytes} bytes"
+                f"tensor '{name}' of shape {shape} and {dtype_name} cannot have {nbytes} bytes"
             )
         if offset < end or offset % ALIGNMENT:
             raise ValueError(
@@ -367,9 +375,9 @@ def _checked(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
         if not nbytes:
             try:
                 np.empty(shape, dtype)
-            except (ValueError, OverflowError):  # no bytes, and yet a dimension beyond all bounds
-                told = f"tensor '{name}' has the impossible shape {shape}"
-                raise ValueError(told[:500]) from None
+            except (ValueError, OverflowError):  # one dimension is 0, another one too large
+                message = f"tensor '{name}' has the impossible shape {shape}"
+                raise ValueError(message[:500]) from None
         places[name] = Place(dtype, shape, offset, size)
         end = offset + nbytes
     return places

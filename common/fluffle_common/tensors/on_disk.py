@@ -1,6 +1,7 @@
-"""Tensors that wait on disk: written to a file without a name, and mapped into memory.
+"""Tensors in memory-mapped temporary files, for updates that would not fit into memory.
 
-Such a file is gone as soon as nobody uses its tensors any more, whatever happens to the process.
+The files have no name, so the system deletes each as soon as its tensors are no longer in use, even
+if the process crashes.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from fluffle_common.tensors.layout import Tensors, bytes_of, layout_for
 from fluffle_common.tensors.weights import Weights
 
 
-def laid_on_disk(tensors: Weights, folder: Path) -> Tensors:
-    """Return the same tensors, read-only, in a file instead of in memory.
+def map_to_disk(tensors: Weights, folder: Path) -> Tensors:
+    """Write tensors to a file and return them as a read-only memory map of it.
 
     Args:
-        tensors: of dtypes that travel.
-        folder: where the file is; never /tmp, which is memory on many machines.
+        tensors: tensors of supported dtypes.
+        folder: the folder of the file; not ``/tmp``, which many systems keep in memory.
 
     Raises:
-        OSError: where the disk refuses.
+        OSError: if writing fails.
     """
     layout = layout_for(tensors)
     if not layout.nbytes:
@@ -30,12 +31,12 @@ def laid_on_disk(tensors: Weights, folder: Path) -> Tensors:
         for entry in layout.table:
             file.seek(entry.offset)
             file.write(bytes_of(tensors[entry.name]))
-        file.truncate(layout.nbytes)  # a last tensor may be empty
+        file.truncate(layout.nbytes)  # extends the file if the last tensor is empty
         return layout.over(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
-def let_go(tensors: Weights) -> None:
-    """Give back the memory of tensors that are on disk; they are read again when they are used."""
+def release_pages(tensors: Weights) -> None:
+    """Free the memory of tensors that ``map_to_disk`` returned; the next access reads the file."""
     memory = tensors.memory if isinstance(tensors, Tensors) else None
     if memory is not None and isinstance(memory.obj, mmap.mmap):
         memory.obj.madvise(mmap.MADV_DONTNEED)

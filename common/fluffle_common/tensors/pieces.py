@@ -1,10 +1,10 @@
-"""Named tensors that are never in one piece of memory: their bytes come piece by piece.
+"""Named tensors whose bytes are read in pieces, so that a large update is never whole in memory.
 
 Example:
     >>> from fluffle_common.tensors.layout import layout_for
     >>> layout = layout_for({"a": np.zeros(2, np.float32), "b": np.zeros(1, np.float32)})
-    >>> whole = np.arange(17, dtype=np.float32).tobytes()
-    >>> delta = InPieces(layout, [memoryview(whole)[:64], memoryview(whole)[64:]])
+    >>> memory = memoryview(np.arange(17, dtype=np.float32).tobytes())
+    >>> delta = InPieces(layout, [memory[:64], memory[64:]])
     >>> [vector.size for vector in delta.vectors()], delta["b"]
     ([16, 1], array([16.], dtype=float32))
 """
@@ -20,15 +20,15 @@ from fluffle_common.tensors.layout import Array, Layout, Tensors
 
 
 class InPieces(Mapping[str, Array]):
-    """Tensors of one dtype, whose bytes come in pieces.
+    """Tensors of a single dtype whose bytes come in pieces.
 
-    A tensor that is asked for by its name has all of them put together, and read-only.
+    Access by name joins the pieces in memory; ``vectors`` and ``by_tensor`` do not.
 
     Args:
-        layout: in which places they are; all of one dtype.
-        pieces: their bytes in order, each time they are iterated over; every piece is of whole
-            elements, and good until the next one is asked for.
-        norm: the norm of all tensors, which are finite; None where nobody has looked yet.
+        layout: the layout of the tensors, all of one dtype.
+        pieces: the bytes of the whole layout in order; iterable more than once. Every piece
+            consists of whole elements, and is valid until the next piece is requested.
+        norm: the norm of the tensors, if it is known and all values are finite.
     """
 
     def __init__(
@@ -38,34 +38,38 @@ class InPieces(Mapping[str, Array]):
         self._joined: Tensors | None = None
 
     def vectors(self) -> Iterator[Array]:
-        """Yield all values in order, with what is between the tensors, which means nothing."""
+        """Yield each piece as a vector, including the gaps between tensors (undefined values)."""
         for piece in self.pieces:
             yield np.frombuffer(piece, self.layout.dtype)
 
     def by_tensor(self) -> Iterator[tuple[str, Array]]:
-        """Yield the same by the tensors they are of, without what is between those."""
+        """Yield the values in order, without gaps, as vectors that each belong to one tensor."""
         assert self.layout.dtype is not None
         size = self.layout.dtype.itemsize
-        left = deque(
+        remaining = deque(
             (name, place.offset // size, place.offset // size + place.size)
             for name, place in self.layout.places.items()
         )
         begin = 0
         for vector in self.vectors():
             end = begin + vector.size
-            while left and left[0][1] < end:
-                name, first, last = left[0]
+            while remaining and remaining[0][1] < end:
+                name, first, last = remaining[0]
                 yield name, vector[max(first - begin, 0) : last - begin]
-                if last > end:  # the rest of it is in the next piece
+                if last > end:  # continues in the next piece
                     break
-                left.popleft()
+                remaining.popleft()
             begin = end
 
     @property
     def joined(self) -> Tensors:
-        """The same tensors in one piece of memory."""
+        """The tensors in one read-only buffer, created on first access."""
         if self._joined is None:
-            self._joined = self.layout.over(join(self.pieces, self.layout.nbytes))
+            buffer, end = np.empty(self.layout.nbytes, np.uint8), 0
+            for piece in self.pieces:
+                buffer[end : end + len(piece)] = np.frombuffer(piece, np.uint8)
+                end += len(piece)
+            self._joined = self.layout.over(buffer.data.toreadonly())
         return self._joined
 
     def __getitem__(self, name: str) -> Array:
@@ -76,12 +80,3 @@ class InPieces(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.layout.places)
-
-
-def join(pieces: Iterable[memoryview], nbytes: int) -> memoryview:
-    """Return pieces in one piece of memory, read-only."""
-    whole, end = np.empty(nbytes, np.uint8), 0
-    for piece in pieces:
-        whole[end : end + len(piece)] = np.frombuffer(piece, np.uint8)
-        end += len(piece)
-    return whole.data.toreadonly()

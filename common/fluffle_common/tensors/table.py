@@ -1,4 +1,4 @@
-"""What is said of tensors beside their bytes: an entry each, and how many and how large at most."""
+"""The entries of a tensor table, and its limits."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pydantic import Field, Strict
 
 MAX_TENSORS = 100_000
 MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
-# So many tables of tensors are remembered, of up to this length: anyone may send any table.
-TABLES_KEPT, MOST_TENSORS_KEPT = 8, 5_000
+# Limits of the caches of tables, which bound what peers can make a process remember.
+CACHED_TABLES, MAX_CACHED_TENSORS = 8, 5_000
 
 MODEL = "model"
-"""The group of tensors that are the model's, or a delta of it."""
+"""The group of the model's tensors, or of a delta."""
 GROUP_PATTERN = r"^[a-z][a-z0-9_-]{0,31}$"
 ENCODING_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
 Encoding = Annotated[str, Field(pattern=ENCODING_PATTERN)]
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor lies in the payload: little-endian, C order, ``offset`` a multiple of 64.
+    """A tensor in the payload: little-endian, in C order, at an ``offset`` divisible by 64.
 
-    ``group`` says what it is for; on the wire, it is left out for a tensor of the model.
+    ``group`` is its purpose; on the wire, the key is left out for ``model``.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)]

@@ -1,9 +1,8 @@
-"""Named tensors, and the arithmetic both sides must agree on.
+"""Weights and deltas: subtraction, comparison of shapes, checks for finite values, and norms.
 
-Weights are a mapping from a path (``"conv1/kernel"``) to a NumPy array. What travels from a worker
-is not the trained weights but the *delta*, trained - received: the pseudo-gradient that server
-optimizers, clipping and compression all want (Reddi et al., "Adaptive Federated Optimization",
-ICLR 2021, section 2).
+Weights map a path (``"conv1/kernel"``) to a NumPy array. Workers send the *delta*, trained minus
+received weights. It is the pseudo-gradient on which server optimizers, clipping and compression
+work (Reddi et al., "Adaptive Federated Optimization", ICLR 2021, section 2).
 """
 
 from __future__ import annotations
@@ -46,16 +45,13 @@ __all__ = [
     "largest",
 ]
 
-# A larger piece of memory goes back to the system, and is slow to touch when it comes again.
-_ONE_PIECE_BYTES = 16 * 2**20
-
-
-# So many values are looked at at a time: a block of rows, each squared by itself. With rows of more
-# than 10,000, BLAS wakes up threads of its own.
+# malloc returns larger buffers to the system, and touching fresh pages is slow.
+_MAX_BUFFER_BYTES = 16 * 2**20
+# Norms are computed in blocks of rows. BLAS starts threads for rows of more than 10,000 values.
 _ROW = 4 * 1024
 _BLOCK = 64 * _ROW
-# A smaller sum of squares may have lost what was too small to be squared as a float32.
-_SURE = 1e-20
+# A smaller sum of squares may lack values whose squares underflowed in float32.
+_MIN_EXACT = 1e-20
 
 
 class NotFinite(ValueError):
@@ -63,9 +59,7 @@ class NotFinite(ValueError):
 
 
 def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype in which a delta of ``dtype`` travels.
-
-    Floats keep their own; a difference of integers of any width needs a sign, so it is int64.
+    """Return the dtype of a delta of weights in ``dtype``: int64 for integers, else ``dtype``.
 
     Example:
         >>> delta_dtype(np.dtype("uint8"))
@@ -75,54 +69,52 @@ def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def delta_signature(weights: Weights) -> Signature:
-    """Return the names, dtypes and shapes that a delta of these weights has."""
+    """Return the names, dtypes and shapes of a delta of these weights."""
     return tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in weights.items()])
 
 
 def delta(trained: Weights, received: Weights) -> Weights:
-    """Subtract what was received from what was trained, tensor by tensor.
+    """Return ``trained - received``, tensor by tensor.
 
     Args:
-        trained: the weights after the local epochs; same names, shapes and dtypes as ``received``.
+        trained: the weights after local training; same names, shapes and dtypes as ``received``.
         received: the global weights of the round.
 
     Returns:
-        trained - received, in ``delta_dtype`` of each tensor; in one piece, unless that is large.
+        The delta, each tensor in its ``delta_dtype``; in one buffer if that is at most 16 MiB.
 
     Raises:
-        ValueError: where names, shapes or dtypes differ, or a difference of 64-bit integers does
-            not fit into 64 bits.
+        ValueError: if names, shapes or dtypes differ, or a difference of 64-bit integers overflows.
     """
     base = as_dict(received)
     layout = layout_for(received)
-    if signature_of(trained) != layout.signature:  # perhaps only in another order
+    if signature_of(trained) != layout.signature:  # the order may differ
         same_form(trained, base)
     if not layout.floats:
         layout = layout_of_signature(delta_signature(base))
-    if layout.nbytes > _ONE_PIECE_BYTES:
+    if layout.nbytes > _MAX_BUFFER_BYTES:
         return {name: _subtract(name, trained[name], old) for name, old in base.items()}
-    found = layout.empty()
-    for name, into in found.as_dict.items():
-        _subtract(name, trained[name], base[name], into)
-    return found
+    difference = layout.empty()
+    for name, out in difference.as_dict.items():
+        _subtract(name, trained[name], base[name], out)
+    return difference
 
 
-def _subtract(name: str, new: Array, old: Array, into: Array | None = None) -> Array:
+def _subtract(name: str, new: Array, old: Array, out: Array | None = None) -> Array:
     dtype = delta_dtype(old.dtype)
-    found: Array = np.subtract(new, old, out=into, dtype=dtype)
-    # Of 64-bit integers at opposite ends the difference wraps, and has the other sign.
+    difference: Array = np.subtract(new, old, out=out, dtype=dtype)
     if is_float(dtype) or old.dtype.itemsize < dtype.itemsize:
-        return found
-    if ((new >= old) != (found >= 0)).any():
+        return difference
+    if ((new >= old) != (difference >= 0)).any():  # wrapped around
         raise ValueError(
             f"tensor '{name}' changed by more than an int64 can hold; "
             "keep it out of the weights, or use integers of 32 bits"
         )
-    return found
+    return difference
 
 
 def as_dict(weights: Weights) -> dict[str, Array]:
-    """Return tensors in a mapping that is the caller's own."""
+    """Return the tensors in a new dict."""
     return dict(weights.as_dict if isinstance(weights, Tensors) else weights)
 
 
@@ -130,36 +122,33 @@ def same_form(weights: Weights, like: Weights) -> None:
     """Check that two sets of weights have the same names, shapes and dtypes.
 
     Raises:
-        ValueError: naming the first tensor that differs, and how.
+        ValueError: naming the first tensor that differs.
     """
-    _same_names(weights, like)
+    _check_names(weights, like)
     for name, expected in like.items():
-        _same_tensor(name, weights[name], expected.shape, expected.dtype)
+        _check_tensor(name, weights[name], expected.shape, expected.dtype)
 
 
 def check_delta(update: Weights, base: Weights) -> float:
-    """Check that ``update`` is a delta for ``base``: names, shapes, dtypes, and finite everywhere.
-
-    Nothing is broadcast: a shape of (1,) is not a shape of ().
+    """Check that ``update`` is a finite delta for ``base``, with exactly its names and shapes.
 
     Returns:
-        Its norm, as ``finite_norm`` does.
+        The Euclidean norm of the delta, as ``finite_norm`` computes it.
 
     Raises:
-        NotFinite: naming the first tensor that holds NaN or an infinity.
-        ValueError: naming the first tensor that differs, and how.
+        NotFinite: naming the first tensor that holds NaN or infinity.
+        ValueError: naming the first tensor that differs.
     """
     if isinstance(update, InPieces) and update.layout is layout_for(base):
         return _norm_of_pieces(update)
-    if not _same_layout(update, base):
-        _same_names(update, base)
+    if not _share_float_layout(update, base):
+        _check_names(update, base)
         for name, expected in base.items():
-            _same_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
+            _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
     return finite_norm(update)
 
 
-def _same_layout(update: Weights, base: Weights) -> bool:
-    """Whether they are known to be of the same form, all floats, without a closer look."""
+def _share_float_layout(update: Weights, base: Weights) -> bool:
     if not isinstance(update, Tensors) or not isinstance(base, Tensors):
         return False
     return update.layout is base.layout and base.layout.floats
@@ -169,23 +158,23 @@ def check_finite(weights: Weights) -> None:
     """Check that no value is NaN or infinite.
 
     Raises:
-        NotFinite: naming the first tensor that holds NaN or an infinity.
+        NotFinite: naming the first tensor that holds NaN or infinity.
     """
     flat = weights.flat if isinstance(weights, Tensors) else None
-    if flat is not None and not _infinite(flat):  # what lies between tensors may be anything
+    if flat is not None and not _count_not_finite(flat):
         return
-    for name, tensor in weights.items():
-        if bad := _infinite(tensor.reshape(-1)):
+    for name, tensor in weights.items():  # flat includes gaps, so check the tensors themselves
+        if bad := _count_not_finite(tensor.reshape(-1)):
             raise _not_finite(name, bad)
 
 
 def finite_norm(weights: Weights) -> float:
-    """Return the Euclidean norm of all values, integers too, which must be finite.
+    """Return the Euclidean norm of all values (floats and integers), which must be finite.
 
-    It is good to a millionth, and the largest float64 where it is beyond that.
+    The relative error is at most about 1e-6. A norm beyond float64 is the largest float64.
 
     Raises:
-        NotFinite: naming the first tensor that holds NaN or an infinity.
+        NotFinite: naming the first tensor that holds NaN or infinity.
 
     Example:
         >>> finite_norm({"w": np.array([3.0, 0.0]), "n": np.array(-4)})
@@ -196,8 +185,8 @@ def finite_norm(weights: Weights) -> float:
         and weights.layout.floats
         and (flat := weights.flat) is not None
     ):
-        # What lies between tensors may be anything; here it is 0, unless someone is up to no good.
-        if weights.layout.zero_between(flat):
+        # A peer may send any values in the gaps between tensors; normally they are 0.
+        if weights.layout.has_zero_gaps(flat):
             norm, bad = _measure(flat)
             if not bad:
                 return min(norm, sys.float_info.max)
@@ -211,24 +200,24 @@ def finite_norm(weights: Weights) -> float:
 
 
 def norm_of_piece(layout: Layout, vector: Array, start: int) -> float | None:
-    """Return the norm of a piece of all tensors, from the element ``start`` on.
+    """Return the norm of a slice of ``flat`` that begins at the element ``start``.
 
-    None where not all of it is finite, or where it is not known to be 0 between the tensors: then
-    each tensor has to be looked at.
+    The result is None if the slice has values that are not finite, or gaps that are not zero. Then
+    the tensors must be checked one by one.
     """
     norm, bad = _measure(vector)
-    return None if bad or not layout.zero_between(vector, start) else norm
+    return None if bad or not layout.has_zero_gaps(vector, start) else norm
 
 
 def _norm_of_pieces(update: InPieces) -> float:
-    """Do what ``finite_norm`` does, without putting the pieces together."""
+    """Return what ``finite_norm`` does, without joining the pieces."""
     if update.norm is not None:
         return update.norm
-    norm, found = 0.0, dict.fromkeys(update, 0)
+    norm, bad_values = 0.0, dict.fromkeys(update, 0)
     for name, values in update.by_tensor():
         part, bad = _measure(values)
-        norm, found[name] = math.hypot(norm, part), found[name] + bad
-    for name, bad in found.items():
+        norm, bad_values[name] = math.hypot(norm, part), bad_values[name] + bad
+    for name, bad in bad_values.items():
         if bad:
             raise _not_finite(name, bad)
     return min(norm, sys.float_info.max)
@@ -238,37 +227,40 @@ def _not_finite(name: str, bad: int) -> NotFinite:
     return NotFinite(f"tensor '{name}' has {bad} values that are NaN or infinite")
 
 
-def _infinite(values: Array) -> int:
-    """Count what is NaN or infinite, a block at a time."""
+def _count_not_finite(values: Array) -> int:
     if not is_float(values.dtype):
         return 0
-    found = 0
+    count = 0
     for start in range(0, values.size, _BLOCK):
         finite = np.isfinite(values[start : start + _BLOCK])
         if not np.logical_and.reduce(finite):
-            found += int(finite.size - np.count_nonzero(finite))
-    return found
+            count += int(finite.size - np.count_nonzero(finite))
+    return count
 
 
 def _measure(values: Array) -> tuple[float, int]:
-    """Return the norm of the finite values of a vector, and how many are not finite."""
+    """Return the norm of the finite values of a vector, and how many are not finite.
+
+    A plain sum of squares is right unless it overflows, underflows, or meets NaN; only then are
+    rows scaled before they are squared.
+    """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         squares = sum(float(np.vecdot(rows, rows).sum(dtype=np.float64)) for rows in _rows(values))
-        if _SURE < squares < math.inf:  # so all are finite
+        if _MIN_EXACT < squares < math.inf:
             return math.sqrt(squares), 0
         norm, bad = 0.0, 0
         for rows in _rows(values):
             for row in rows if rows.any() else ():
-                part, infinite = _measure_closely(row)
-                norm, bad = math.hypot(norm, part), bad + infinite
+                row_norm, bad_in_row = _measure_scaled(row)
+                norm, bad = math.hypot(norm, row_norm), bad + bad_in_row
     return norm, bad
 
 
 def _rows(values: Array) -> Iterator[Array]:
-    """Yield the values of a vector in rows of which each can be squared and added up by itself."""
-    wide = _wide(values.dtype)
+    """Yield a vector's values in blocks of rows, in a dtype that BLAS can square and sum."""
+    dtype = _squared_dtype(values.dtype)
     for start in range(0, values.size, _BLOCK):
-        block = values[start : start + _BLOCK].astype(wide, copy=False)
+        block = values[start : start + _BLOCK].astype(dtype, copy=False)
         whole = block.size - block.size % _ROW
         if whole:
             yield block[:whole].reshape(-1, _ROW)
@@ -276,46 +268,45 @@ def _rows(values: Array) -> Iterator[Array]:
             yield block[whole:].reshape(1, -1)
 
 
-def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype in which the values of one are squared."""
+def _squared_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     if not is_float(dtype):
         return np.dtype(np.float64)
     return np.dtype(np.float32) if dtype.itemsize < np.dtype(np.float32).itemsize else dtype
 
 
-def _measure_closely(row: Array) -> tuple[float, int]:
-    """Do what ``_measure`` does, whatever the squares of a row would be."""
+def _measure_scaled(row: Array) -> tuple[float, int]:
+    """Return what ``_measure`` does, dividing by the largest magnitude before squaring."""
     if not row.any():
         return 0.0, 0
     finite = row[np.isfinite(row)].astype(np.float64)
-    highest = float(np.abs(finite).max(initial=0))
-    if not highest:
+    scale = float(np.abs(finite).max(initial=0))
+    if not scale:
         return 0.0, row.size - finite.size
-    finite /= highest
-    return highest * math.sqrt(float(np.vecdot(finite, finite))), row.size - finite.size
+    finite /= scale
+    return scale * math.sqrt(float(np.vecdot(finite, finite))), row.size - finite.size
 
 
 def size_bytes(weights: Weights) -> int:
-    """Return the number of bytes of all tensors together."""
+    """Return the size of all tensors in bytes."""
     if isinstance(weights, Tensors) and weights.memory is not None:
         return len(weights.memory)
     return sum(tensor.nbytes for tensor in weights.values())
 
 
-def _same_names(weights: Weights, like: Weights) -> None:
+def _check_names(weights: Weights, like: Weights) -> None:
     if weights.keys() == like.keys():
         return
     missing = sorted(like.keys() - weights.keys())
     extra = sorted(weights.keys() - like.keys())
-    told = [
+    differences = [
         f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
         for what, names in (("missing", missing), ("unknown", extra))
         if names
     ]
-    raise ValueError(f"tensor names differ from the model's: {'; '.join(told)}")
+    raise ValueError(f"tensor names differ from the model's: {'; '.join(differences)}")
 
 
-def _same_tensor(name: str, tensor: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def _check_tensor(name: str, tensor: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"tensor '{name}' has shape {tensor.shape}, the model has {shape}")
     if tensor.dtype != dtype and tensor.dtype.newbyteorder("=") != dtype:

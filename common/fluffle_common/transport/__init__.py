@@ -1,1 +1,1 @@
-"""How messages travel: the contract, staying connected, sending, and a broker in memory."""
+"""The transport contract, reconnecting, sending and fetching messages, and an in-memory broker."""

@@ -1,18 +1,19 @@
-"""What fluffle asks of a broker: the contract that ``rabbitmq`` and ``memory`` both keep.
+"""The transport contract, which ``rabbitmq`` and ``memory`` implement.
 
-A ``Transport`` opens a ``Link``, one connection's life. A link never repairs itself: when anything
-of it breaks, all of it is lost, every waiting call raises ``LinkLost``, and what was delivered over
-it and not acknowledged will be delivered again over another link. Repairing is opening a new link,
-which ``reconnecting`` does with backoff; so every layer above sees one plain event instead of a
-connection in an unknown state.
+A ``Transport`` opens a ``Link``, which represents one connection to the broker. A link never
+repairs itself. When any part of it fails, the whole link is lost, every pending call raises
+``LinkLost``, and the broker redelivers unacknowledged messages over the next link.
+``reconnecting`` opens that link, with backoff. The layers above therefore handle one event, a lost
+link, instead of a connection in an unknown state.
 
-The contract, which ``tests/contract`` holds both implementations to:
+``tests/contract`` checks that both implementations keep these rules:
 
-- ``publish`` returns when the broker has taken the message, and raises ``LinkLost`` when that is
-  unknown: the caller sends again, under the same ``message_id``.
-- A delivery is handed out to one consumer, and again (``redelivered``) if that consumer's link is
-  lost before it was acknowledged. At most ``prefetch`` are unacknowledged at a time.
-- Acknowledging over a link that is lost does nothing: the redelivery is under way already.
+- ``publish`` returns once the broker has confirmed the message. It raises ``LinkLost`` if the
+  outcome is unknown; the caller then sends the message again with the same ``message_id``.
+- A message is delivered to one consumer. If that consumer's link is lost before the
+  acknowledgement, the message is delivered again, marked as ``redelivered``. At most ``prefetch``
+  deliveries are unacknowledged at a time.
+- Acknowledging over a lost link does nothing, because the redelivery is already under way.
 """
 
 from __future__ import annotations
@@ -40,29 +41,30 @@ Since = datetime | int | None
 
 
 class QueueFull(Exception):
-    """The queue has no room; nothing was lost, the sender tries again later."""
+    """The queue is full and did not take the message; the sender can try again later."""
 
 
 class Unroutable(Exception):
-    """No queue is bound for this message; it was not taken."""
+    """No queue is bound for this message; the broker did not take it."""
 
 
 class QueueInUse(Exception):
-    """Another consumer has the queue for itself."""
+    """Another consumer has exclusive use of the queue."""
 
 
 class OtherArguments(BrokerError):
-    """What is declared is there already, with other arguments."""
+    """A declared queue or exchange already exists with different arguments."""
 
 
 class UnknownQueueType(BrokerError):
-    """The broker has no queues of this type, such as streams; the link may be lost with it."""
+    """The broker does not support a queue type, such as streams; the link may be lost as well."""
 
 
 class Properties(NamedTuple):
-    """What travels beside a body, readable in RabbitMQ's own pages.
+    """The properties of a message, which RabbitMQ's management page shows too.
 
-    ``user`` is filled in by the broker's own check of the sender, where the sender gave it.
+    ``user`` is the sender's user name. The broker verifies it; it is None if the sender did not
+    set it.
     """
 
     type: str = ""
@@ -72,25 +74,22 @@ class Properties(NamedTuple):
     user: str | None = None
 
 
-# So many receivers of a message are named to each of them. To write a thousand names into a
-# thousand messages, and to read them, would take longer than all the rest.
+# A message lists its recipients only up to this number. Encoding and decoding a thousand names in
+# each of a thousand copies would take longer than everything else.
 NAMED = 16
 
 
 class Counts(NamedTuple):
-    """What AMQP itself tells of a queue; what is unacknowledged it does not tell."""
+    """The numbers that AMQP reports for a queue, which do not include unacknowledged messages."""
 
     ready: int
     consumers: int
 
 
 class Delivery(Protocol):
-    """One message handed out to us, ours until we acknowledge it.
+    """A message that the broker has delivered and that awaits our acknowledgement.
 
-    ``queue`` is where it was taken from, ``exchange`` and ``keys`` are what it was published to; of
-    more than ``NAMED`` keys only the first.
-    ``sent_at`` is when, by its sender's clock: seconds since 1970, whole ones; None where the
-    sender did not say. ``offset`` is its place in a stream, None elsewhere.
+    ``queue`` is the queue that it was delivered from.
     """
 
     body: Body
@@ -98,39 +97,39 @@ class Delivery(Protocol):
 
     @property
     def redelivered(self) -> bool:
-        """Whether it was handed out before."""
+        """Whether it was delivered before."""
 
     @property
     def exchange(self) -> str:
-        """See above."""
+        """The exchange that it was published to."""
 
     @property
     def properties(self) -> Properties:
-        """What travels beside the body."""
+        """Its type, identity, headers and sender."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """See above."""
+        """The routing keys that it was published under; only the first if above ``NAMED``."""
 
     @property
     def sent_at(self) -> float | None:
-        """See above."""
+        """The sender's time stamp in whole seconds since 1970; None if it is missing."""
 
     @property
     def offset(self) -> int | None:
-        """See above."""
+        """Its offset in a stream; None in any other queue."""
 
     def ack(self) -> None:
-        """We are done with it; the broker hears of it soon, and before the link is closed."""
+        """Acknowledge it; the broker is told soon, and before the link closes."""
 
     def release(self) -> None:
-        """Give it back: it goes to the queue again."""
+        """Return it to its queue."""
 
 
 class Blocking:
-    """Why a broker takes nothing that is published, if it does not, and who waits for news of it.
+    """Whether the broker blocks publishing, and why.
 
-    RabbitMQ does that when it runs out of memory or disk; everything else goes on.
+    RabbitMQ blocks publishers while it is out of memory or disk space; consuming goes on.
     """
 
     def __init__(self) -> None:
@@ -140,7 +139,7 @@ class Blocking:
         self._changed = asyncio.Event()
 
     def set(self, reason: str | None) -> None:
-        """Note it; None: it takes what is published again."""
+        """Set the reason for blocking, or None when the broker accepts messages again."""
         if reason != self.reason:
             self.reason = reason
             if reason is None:
@@ -151,7 +150,7 @@ class Blocking:
             self._changed = asyncio.Event()
 
     async def changes(self) -> AsyncGenerator[str | None]:
-        """Yield the reason of now, if there is one, and then what it is after each change."""
+        """Yield the current reason, unless it is None, and then the new one after each change."""
         known: str | None = None
         while True:
             changed = self._changed
@@ -163,35 +162,35 @@ class Blocking:
 
 
 class Link(Protocol):
-    """One connection's life.
+    """One connection to the broker, from opening to loss.
 
-    Any call may raise a ``BrokerError`` instead of ``LinkLost``: what was asked is refused, and
-    would be again, as for want of a right; the error says which.
+    Any call may raise a ``BrokerError`` instead of ``LinkLost`` if the broker refuses a request and
+    would refuse it again, for example because the user lacks a permission. The error names it.
     """
 
     @property
     def blocked(self) -> str | None:
-        """Why the broker takes nothing from us at the moment, in its words; None: it does."""
+        """The broker's reason for blocking publishers at the moment; None if it does not."""
 
     def blocking(self) -> AsyncGenerator[str | None]:
-        """Yield ``blocked`` whenever it has changed, for ever; the first time if it is not None."""
+        """Yield ``blocked`` after each change, without end, and at first unless it is None."""
 
     async def declare(self, entities: Iterable[Entity]) -> None:
-        """Make sure that these exist.
+        """Create the queues, exchanges and bindings that do not exist yet.
 
         Raises:
-            OtherArguments: where one exists with other arguments.
-            UnknownQueueType: where the broker has no queues of a type.
+            OtherArguments: if one exists with different arguments.
+            UnknownQueueType: if the broker does not support the type of a queue.
         """
 
     async def exists(self, exchange: str) -> bool:
-        """Return whether there is an exchange of this name; that takes no right to it."""
+        """Return whether an exchange of this name exists; this needs no permission on it."""
 
     async def bind(self, bindings: Iterable[Binding]) -> bool:
-        """Bind what is there already; nothing happens where it is bound.
+        """Bind existing queues to existing exchanges; a binding that exists is left as it is.
 
         Returns:
-            False where a queue or an exchange is missing; unlike with ``declare``, the link lives.
+            False if a queue or an exchange is missing. Unlike ``declare``, this keeps the link.
         """
 
     async def publish(
@@ -205,91 +204,92 @@ class Link(Protocol):
     ) -> None:
         """Send one message to every queue bound to ``exchange`` under one of ``keys``.
 
-        However long it takes to get there, it may while some of it moves. What is ``urgent`` does
-        not wait for large messages that were published before it.
+        There is no time limit as long as bytes of the message leave. An ``urgent`` message does not
+        wait behind large messages that were published before it.
 
         Raises:
-            Unroutable: where none is.
-            QueueFull: where a queue refused it for want of room.
-            LinkLost: where the outcome is unknown.
+            Unroutable: if no queue is bound.
+            QueueFull: if a queue refused the message because it is full.
+            LinkLost: if the outcome is unknown.
         """
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
-        """Begin to consume; the iterator yields until the link is lost, which raises ``LinkLost``.
+        """Start to consume; the iterator yields deliveries and raises ``LinkLost`` at the end.
 
-        Closing the iterator ends it earlier: what was not acknowledged goes back to the queue.
+        Closing the iterator ends consumption; unacknowledged messages return to the queue.
 
         Raises:
-            QueueInUse: where ``exclusive`` is asked and another consumer is there, or the other
-                way.
+            QueueInUse: if ``exclusive`` is set and the queue has another consumer, or if another
+                consumer is exclusive.
         """
 
     async def get(self, queue: str) -> Delivery | None:
-        """Take one message, or None where there is none."""
+        """Take one message; return None if the queue is empty."""
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
-        """Begin to read a stream; the iterator goes on until the link is lost (``LinkLost``).
+        """Start to read a stream; the iterator raises ``LinkLost`` when the link is lost.
 
-        Nothing is taken out, and what is handed out is ours at once. Entries come in the order of
-        their offsets, which grow, each once.
+        Reading removes nothing and needs no acknowledgement. Entries arrive once each, in the order
+        of their offsets.
 
         Args:
-            stream: the queue.
-            since: where to begin: at an offset; at a time, by the broker's clock, with perhaps a
-                few entries from before it; None at the oldest entry that is kept.
+            stream: the name of the stream.
+            since: the first offset; or a time by the broker's clock, which may also yield a few
+                earlier entries; or None for the oldest entry that the broker keeps.
         """
 
     async def newest(self, stream: str) -> Delivery | None:
-        """Return the last entry of a stream; None where it is empty."""
+        """Return the last entry of a stream; None if the stream is empty."""
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
-        """Make a queue for copies of the traffic and read it; the copies are ours at once.
+        """Declare a queue for copies of the traffic and read it; copies need no acknowledgement.
 
-        The queue is this link's alone and goes with the iterator or the link. ``declare`` binds it
-        to more, ``unbind`` to less. It is a queue like any other to who publishes: what only a tap
-        is bound for is not ``Unroutable``.
+        The queue is exclusive to this link and is deleted with the iterator or the link. Use
+        ``declare`` to add bindings and ``unbind`` to remove them. Publishers cannot tell it from
+        another queue: a message that reaches only a tap is not ``Unroutable``.
         """
 
     async def unbind(self, binding: Binding) -> None:
-        """Undo a binding; nothing happens where it is not there."""
+        """Remove a binding if it exists."""
 
     async def counts(self, queue: str) -> Counts | None:
-        """Count what is in a queue, changing nothing; None where there is no such queue."""
+        """Return the numbers of a queue without changing it; None if it does not exist."""
 
     async def purge(self, queue: str) -> int:
-        """Drop what is ready in a queue; return how many messages that were."""
+        """Delete the ready messages of a queue and return how many there were."""
 
     async def lost(self) -> None:
         """Return when the link is lost.
 
         Raises:
-            BrokerError: where another link would be lost in the same way: see ``Link``.
+            BrokerError: if another link would be lost for the same reason (see ``Link``).
         """
 
     async def close(self) -> None:
-        """Lose the link on purpose; nothing raises."""
+        """Close the link; this never raises."""
 
 
 class Transport(Protocol):
-    """Where links come from."""
+    """A broker that links can be opened to."""
 
     @property
     def address(self) -> str:
-        """The broker's address for messages to people, without the password."""
+        """The broker's address for display, without credentials."""
 
     async def open(self) -> Link:
         """Open a link.
 
         Raises:
-            LinkLost: where the broker cannot be reached now; trying again is sensible.
-            BrokerError: where trying again is not: refused credentials, an unknown vhost.
+            LinkLost: if the broker cannot be reached now and another attempt may succeed.
+            BrokerError: if another attempt cannot succeed, as with refused credentials or an
+                unknown vhost.
         """
 
 
 async def tell_of_blocking(link: Link, tell: Callable[[RunEvent], object]) -> None:
-    """Tell, for ever, when the broker begins to take nothing from us, and when that ends."""
+    """Pass on an event whenever the broker blocks or unblocks publishing, without end."""
     async with contextlib.aclosing(link.blocking()) as news:
         async for reason in news:
             if reason is not None:

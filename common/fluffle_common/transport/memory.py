@@ -1,8 +1,8 @@
-"""A broker in this process that keeps the same contract as RabbitMQ.
+"""An in-memory broker that keeps the same contract as RabbitMQ.
 
-It has queues, routing, acknowledgements, redelivery, prefetch, competing and exclusive consumers,
-bounds and forced disconnects: enough to run whole federations in one process, in tests and in
-simulations, and to be held to ``tests/contract`` beside the real one.
+It implements queues, streams, routing, acknowledgements, redelivery, prefetch, competing and
+exclusive consumers, length limits and forced disconnects. Tests and simulations run whole
+federations on it in one process; ``tests/contract`` holds it to the same rules as RabbitMQ.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class MemoryLink(Link):
         for entity in entities:
             _LOG.debug("declaring %s", entity)
             if isinstance(entity, Binding):
-                if not self._broker.bind(entity):  # as RabbitMQ closes the channel
+                if not self._broker.bind(entity):  # RabbitMQ closes the channel here
                     self.cut()
                     raise LinkLost(f"no '{entity.queue}' or no '{entity.exchange}' to bind")
             else:
@@ -95,7 +95,7 @@ class MemoryLink(Link):
         """See ``base.Link``."""
         await self._unblocked()
         stored = Stored(body, properties, exchange, tuple(keys), float(int(wall_time())))
-        if exchange and exchange not in self._broker.exchanges:  # as RabbitMQ closes the channel
+        if exchange and exchange not in self._broker.exchanges:  # RabbitMQ closes the channel
             self.cut()
             raise LinkLost(f"there is no exchange '{exchange}'")
         self._broker.route(stored, exchange, keys)
@@ -160,7 +160,7 @@ class MemoryLink(Link):
 
     async def _copy(self, source: MemoryQueue, stored: Stored) -> Delivery:
         copy = MemoryDelivery(source, stored, self, None)
-        copy.ack()  # nothing is taken out of a stream, so nothing may be given back to it
+        copy.ack()  # so that losing the link does not put it into the stream again
         return copy
 
     async def newest(self, stream: str) -> Delivery | None:
@@ -223,7 +223,7 @@ class MemoryLink(Link):
         self.cut()
 
     def cut(self) -> None:
-        """Lose the link now: everything unacknowledged goes back to its queue."""
+        """Lose the link now and return all unacknowledged messages to their queues."""
         if self._gone.is_set():
             return
         self._gone.set()
@@ -240,7 +240,7 @@ class MemoryLink(Link):
             queue.dispatch()
 
     async def _unblocked(self) -> None:
-        """Wait until the broker takes what is published."""
+        """Wait until the broker accepts messages."""
         self._check()
         if self.blocked is None:
             return
@@ -256,10 +256,10 @@ class MemoryLink(Link):
 
     def _find(self, queue: str, *, reads: bool = False) -> MemoryQueue:
         found = self._broker.queues.get(queue)
-        if found is None:  # as RabbitMQ closes the channel
+        if found is None:  # RabbitMQ closes the channel
             self.cut()
             raise LinkLost(f"there is no queue '{queue}'")
-        if found.is_stream and not reads:  # as RabbitMQ closes the connection
+        if found.is_stream and not reads:  # RabbitMQ closes the connection
             self.cut()
             raise LinkLost(f"nothing can be taken out of the stream '{queue}'")
         return found
@@ -270,7 +270,7 @@ class MemoryLink(Link):
 
 
 class MemoryBroker(Transport):
-    """A broker in this process; every ``open`` is a connection of its own."""
+    """An in-memory broker; each ``open`` returns a separate link."""
 
     def __init__(self) -> None:
         self.exchanges: dict[str, Exchange] = {}
@@ -294,7 +294,7 @@ class MemoryBroker(Transport):
         return link
 
     def stop(self) -> None:
-        """Go down: cut every link and lose every message that is not durable."""
+        """Stop the broker: cut every link and lose every message that is not durable."""
         self.up = False
         for link in list(self.links):
             link.cut()
@@ -302,22 +302,22 @@ class MemoryBroker(Transport):
             queue.ready = deque(s for s in queue.ready if s.properties.durable)
 
     def block(self, reason: str | None) -> None:
-        """Take nothing that is published, as RabbitMQ without memory; None: take it again."""
+        """Block publishers, as RabbitMQ does when memory runs out; None unblocks them."""
         self.blocking.set(reason)
 
     def start(self) -> None:
-        """Come up again, with what was durable."""
+        """Start again with the durable messages."""
         self.up = True
 
     def bind(self, binding: Binding) -> bool:
-        """Bind what is there; return whether it is."""
+        """Add a binding; return False if its queue or its exchange does not exist."""
         there = binding.queue in self.queues and binding.exchange in self.exchanges
         if there:
             self.bindings.add(binding, self.exchanges[binding.exchange].type)
         return there
 
     def declare(self, entity: Exchange | Queue) -> None:
-        """Make sure that an entity exists."""
+        """Create an exchange or a queue if it does not exist yet."""
         if isinstance(entity, Exchange):
             self.exchanges.setdefault(entity.name, entity)
         elif isinstance(entity, Queue):
@@ -326,12 +326,12 @@ class MemoryBroker(Transport):
                 raise OtherArguments(_otherwise(entity, known))
 
     def delete(self, queue: str) -> None:
-        """Delete a queue and what is bound to it."""
+        """Delete a queue and its bindings."""
         self.queues.pop(queue, None)
         self.bindings.forget(queue)
 
     def route(self, stored: Stored, exchange: str, keys: Sequence[str]) -> None:
-        """Put a message into every queue that one of the keys leads to, once each."""
+        """Put a message once into every queue that one of the keys routes to."""
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
             raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
@@ -339,13 +339,13 @@ class MemoryBroker(Transport):
         for name in sorted(targets):
             try:
                 self.queues[name].put(replace(stored))
-            except QueueFull as full:  # the others have it nevertheless
+            except QueueFull as full:  # the other queues still get it
                 refused = full
         if refused is not None:
             raise refused
 
     def _targets(self, exchange: str, key: str) -> set[str]:
-        if not exchange:  # the default exchange: every queue is bound to it under its own name
+        if not exchange:  # the default exchange routes to the queue named like the key
             return {key} & self.queues.keys()
         found = self.bindings.queues(exchange, key)
         alternate = self.exchanges[exchange].alternate
@@ -355,7 +355,7 @@ class MemoryBroker(Transport):
 
 
 def _otherwise(wanted: Queue, known: Queue) -> str:
-    """Say what is there with other arguments, and what to do about it."""
+    """Describe a conflict between two declarations of a queue, and the remedy."""
     wanted_type, known_type = (one.arguments.get("x-queue-type") for one in (wanted, known))
     if wanted_type != known_type:
         return (

@@ -1,4 +1,4 @@
-"""What the broker in memory keeps: queues with their messages, and where each key leads to."""
+"""The queues of the in-memory broker, their messages and the bindings between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluffle_common.transport.base import NAMED, Body, Properties, QueueFull
 
 
 class Holder(Protocol):
-    """Whoever has taken deliveries and not settled them: a link."""
+    """A holder of unacknowledged deliveries: a link."""
 
     held: list[MemoryDelivery]
 
@@ -31,12 +31,12 @@ class Stored:
     keys: tuple[str, ...]
     sent_at: float
     redelivered: bool = False
-    number: int = 0  # its place in its queue
+    number: int = 0  # its position in the queue
 
 
 @dataclass(eq=False)
 class Consumer:
-    """Whoever takes what comes into a queue."""
+    """A consumer of a queue."""
 
     link: Holder
     prefetch: int
@@ -53,26 +53,26 @@ class MemoryQueue:
     ready: deque[Stored] = field(default_factory=deque)
     consumers: list[Consumer] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    news: set[asyncio.Event] = field(default_factory=set)  # one for each who follows
+    news: set[asyncio.Event] = field(default_factory=set)  # one for each reader of the stream
 
     @property
     def is_stream(self) -> bool:
-        """Whether what is read stays in it."""
+        """Whether this is a stream, which keeps what is read."""
         return self.spec.arguments.get("x-queue-type") == "stream"
 
     @property
     def ready_bytes(self) -> int:
-        """How much waits in it."""
+        """The total size of the ready messages."""
         return sum(len(stored.body) for stored in self.ready)
 
     @cached_property
     def limits(self) -> dict[str, ArgumentValue]:
-        """What it was declared with, and what a policy would say; here it is always applied."""
+        """The limits from its arguments and its policy, which always applies here."""
         declared = {key.removeprefix("x-"): of for key, of in self.spec.arguments.items()}
         return {**self.spec.limits, **declared}
 
     def put(self, stored: Stored) -> None:
-        """Take a message in; raises ``QueueFull`` where it has no room and says so."""
+        """Add a message; raise ``QueueFull`` if the queue is full and rejects new messages."""
         limits = self.limits
         most, most_bytes = limits.get("max-length"), limits.get("max-length-bytes")
 
@@ -93,7 +93,7 @@ class MemoryQueue:
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Hand out what is ready to whoever has room, in turn."""
+        """Deliver the ready messages round robin to the consumers below their prefetch."""
         able = list(self.consumers)
         if self.spec.arguments.get("x-single-active-consumer"):
             able = able[:1]
@@ -136,7 +136,7 @@ class MemoryDelivery:
         self._source.dispatch()
 
     def give_back(self) -> None:
-        """Return to its place in the queue, marked as redelivered, without dispatching it."""
+        """Put it back at its position, marked as redelivered, without dispatching it."""
         if self._settle():
             bisect.insort(self._source.ready, self._stored, key=lambda stored: stored.number)
             self._stored.redelivered = True
@@ -151,45 +151,45 @@ class MemoryDelivery:
 
 
 class Bindings:
-    """Which queues a message reaches: found by its key, however many thousands there are."""
+    """The bindings of all exchanges, indexed by key so that thousands of them cost nothing."""
 
     def __init__(self) -> None:
         self._exact: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         self._patterns: defaultdict[str, set[Binding]] = defaultdict(set)  # by exchange
 
     def add(self, binding: Binding, exchange_type: str) -> None:
-        """Bind a queue to an exchange of this type."""
+        """Add a binding to an exchange of this type."""
         if exchange_type == "fanout" or (exchange_type == "topic" and binding.key.endswith(".#")):
             self._patterns[binding.exchange].add(binding)
         else:
             self._exact[binding.exchange, binding.key].add(binding.queue)
 
     def discard(self, binding: Binding) -> None:
-        """Take a binding away, if it is there."""
+        """Remove a binding if it exists."""
         self._patterns[binding.exchange].discard(binding)
         self._exact[binding.exchange, binding.key].discard(binding.queue)
 
     def forget(self, queue: str) -> None:
-        """Take all bindings of a queue away."""
+        """Remove all bindings of a queue."""
         for queues in self._exact.values():
             queues.discard(queue)
         for exchange, bindings in self._patterns.items():
             self._patterns[exchange] = {one for one in bindings if one.queue != queue}
 
     def __iter__(self) -> Iterator[Binding]:
-        """Yield them all."""
+        """Yield all bindings."""
         for (exchange, key), queues in self._exact.items():
             yield from (Binding(queue, exchange, key) for queue in queues)
         for bindings in self._patterns.values():
             yield from bindings
 
     def queues(self, exchange: str, key: str) -> set[str]:
-        """Return the queues that a key leads to."""
+        """Return the names of the queues that a key routes to."""
         found = set(self._exact.get((exchange, key), ()))
         for binding in self._patterns.get(exchange, ()):
             pattern = binding.key
             if (
-                not pattern.endswith(".#")  # a fanout asks for no key
+                not pattern.endswith(".#")  # a fanout ignores the key
                 or key == pattern[:-2]
                 or key.startswith(pattern[:-1])
             ):

@@ -1,4 +1,7 @@
-"""Sending messages, in one piece or in parts, and rejecting what is wrong; see ``parts``."""
+"""Publishing messages, in one piece or in parts, and rejecting invalid ones.
+
+``parts`` fetches what is sent in parts here.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import NAMED, Delivery, HeaderValue, Link, Properties
 
-# How many parts may be on their way to the broker, unconfirmed: enough that it never waits for us.
+# The number of unconfirmed parts in flight: enough to keep the broker busy.
 _WINDOW = 4
 
-# Of what is no message at all, so much is kept: many of these must not push out what was rejected
-# before. What is a message, if not a welcome one, is kept whole, to be looked at or sent again.
+# A body that is not a valid message is cut to this size, so that a flood of them cannot push older
+# entries out of the queue. A valid message is kept whole, so that it can be inspected or resent.
 _KEPT_BYTES = 64 * 2**10
-# Of a rejected message's own headers, so many of so many characters at most are kept.
+# The most headers of a rejected message that are kept, and the most characters of one.
 _HEADERS, _HEADER_CHARACTERS = 32, 500
 
-# The header of a rejected message that says how long it was, where only its beginning is kept.
+# The header that holds the original size of a rejected message that was cut.
 CUT = "cut_from_bytes"
 
 Progress = Callable[[int, int], None]
@@ -36,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Route:
-    """Where a message goes, whether it outlives the broker, and whether it goes ahead of others."""
+    """An exchange and routing keys, and whether the message is durable and urgent."""
 
     exchange: str
     keys: Sequence[str]
@@ -45,7 +48,7 @@ class Route:
 
 
 async def send(link: Link, message: Message, route: Route, body: bytes | None = None) -> None:
-    """Publish a message without tensors; ``body`` is how it is packed, if not as ever."""
+    """Publish a message without tensors; ``body`` replaces its usual encoding."""
     await _publish(link, message, encode(message) if body is None else body, route)
 
 
@@ -61,19 +64,19 @@ async def send_tensors(
     progress: Progress | None = None,
     digest: Awaitable[str] | None = None,
 ) -> None:
-    """Publish a message that carries tensors, in one piece or, where it is large, in parts.
+    """Publish a message that carries tensors, in one piece or, if it is large, in parts.
 
     Args:
-        link: the way to the broker.
-        message: the header, yet without its table of tensors.
-        weights: the tensors of the model's group.
-        route: where the message goes.
-        beside: tensors of other groups.
-        parts: where its parts go, ahead of it; None sends them after it, the same way.
-        before_parts: called first, if there are parts at all.
-        progress: told how many parts of how many the broker has taken.
-        digest: what ``codec.digest_of`` returns for the tensors, where somebody works it out
-            already.
+        link: the link to publish over.
+        message: the header, without its table of tensors.
+        weights: the tensors of the ``model`` group.
+        route: the route of the message.
+        beside: the tensors of the other groups.
+        parts: the route of the parts, which are then sent before the message. None sends them
+            after the message, by the same route.
+        before_parts: awaited before anything is published, if the message has parts.
+        progress: called with the number of confirmed parts and the number of all parts.
+        digest: the result of ``codec.digest_of`` for the tensors, if it is already being computed.
     """
     packing = Packing(message, weights, beside)
     if not packing.parts:
@@ -83,7 +86,7 @@ async def send_tensors(
         await before_parts()
     hashing = digest if digest is not None else asyncio.to_thread(packing.digest)
     if parts is not None:
-        finding = asyncio.ensure_future(hashing)  # meanwhile
+        finding = asyncio.ensure_future(hashing)  # while the parts are sent
         await _send_parts(link, packing, parts, progress)
         await _publish(link, message, packing.body(await finding), route)
     else:
@@ -130,13 +133,14 @@ async def _send_parts(
 async def reject(
     link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str | Route
 ) -> None:
-    """Put a delivery into a queue ``rejected`` with what is wrong, then acknowledge it.
+    """Publish a delivery to the queue of rejected messages with the reason, then acknowledge it.
 
     Args:
-        link: the way to the broker.
-        delivery: what is refused.
-        wrong: why.
-        rejected: the queue, or the way there for who may not publish to a queue by its name.
+        link: the link to publish over.
+        delivery: the invalid delivery.
+        wrong: the cause and the reason.
+        rejected: the name of the queue, or a route to it for users who may not publish to the
+            default exchange.
     """
     headers: dict[str, HeaderValue] = {
         **_in_bounds(delivery.properties.headers),
@@ -160,17 +164,16 @@ async def reject(
 
 
 def _in_bounds(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
-    """Keep as much of somebody's headers as always fits into AMQP's frame, with ours beside it."""
+    """Return the headers that fit into an AMQP frame together with our own."""
     short = [(k, v) for k, v in headers.items() if len(k) + len(str(v)) <= _HEADER_CHARACTERS]
     return dict(short[:_HEADERS])
 
 
 def check_user(user: str | None, delivery: Delivery) -> None:
-    """Compare whom a message has to be from with who the broker says has sent it.
+    """Check that the broker's verified sender of a delivery is ``user``; None accepts anyone.
 
     Raises:
-        MalformedMessage: of cause ``sender``, where that is somebody else, or not known; ``user``
-            None takes anyone.
+        MalformedMessage: with cause ``sender``, if the sender is someone else or unknown.
     """
     if user is None:
         return

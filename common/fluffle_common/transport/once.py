@@ -1,4 +1,4 @@
-"""Reaching the broker of a federation once, to look and to leave again."""
+"""A link for a single command, which does not reconnect."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fluffle_common.transport.base import Link, QueueInUse, Transport
 
 @contextlib.asynccontextmanager
 async def open_once(transport: Transport) -> AsyncGenerator[Link]:
-    """Open a link and close it again.
+    """Open a link for the duration of a ``with`` block.
 
     Raises:
-        BrokerError: where the broker cannot be reached, is lost meanwhile, or forbids it.
+        BrokerError: if the broker cannot be reached, refuses the request, or the link is lost.
     """
     try:
         link = await transport.open()

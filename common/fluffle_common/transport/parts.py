@@ -1,4 +1,4 @@
-"""The parts of a large message, fetched from the queue in which they lie."""
+"""Fetching the parts of a large message from the queue that holds them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fluffle_common.protocol.transfer import Incoming
 from fluffle_common.transport.base import Body, Delivery, Link
 from fluffle_common.transport.messaging import check_user, reject
 
-# How many parts may be on their way to us.
+# Twice this number of parts may be in flight to us.
 _WINDOW = 4
-# So few are asked for one by one.
+# Up to this number, parts are fetched one by one, without a consumer.
 _FEW_PARTS = 8
-# How long the next part may take to come, once the broker says that it has all of them.
+# How long to wait for the next part, although the broker reported all of them as ready.
 _PART_PATIENCE_S = 60.0
 
 
 class PartsGone(Exception):
-    """Parts of a transfer are not on the broker any more: their sender has to send them again."""
+    """Parts of a transfer are missing on the broker; their sender must send them again."""
 
 
 def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryview]:
-    """Read what lies in an outbox: a part, and its piece of the payload.
+    """Decode a part from an outbox into its header and its piece of the payload.
 
     Raises:
-        MalformedMessage: where it is anything else.
+        MalformedMessage: if the body is not a valid part.
     """
     message, payload = decode(body, federation, max_header=SMALL_HEADER_BYTES)
     if not isinstance(message, Part):
@@ -40,18 +40,17 @@ def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryvi
 async def fetch(
     link: Link, queue: str, into: Incoming, rejected: str, *, user: str | None = None
 ) -> None:
-    """Pull the parts of a transfer out of a queue; each is taken in while the next one comes.
+    """Fetch the parts of a transfer; one part is stored while the next one arrives.
 
-    They are acknowledged as they come: their sender has them still, and sends them again when it is
-    asked. So are the parts of other transfers, which nobody will ask for; what is no part at all
-    goes to the queue ``rejected``, and so does what another than ``user`` has sent, where that is
-    given.
+    Parts are acknowledged on arrival, because their sender keeps them and sends them again on
+    request. Parts of other transfers are acknowledged too, since nobody will ask for them. Anything
+    else goes to the queue ``rejected``, as does a part that was not sent by ``user``, if given.
 
     Raises:
-        PartsGone: where some are missing.
+        PartsGone: if parts are missing.
     """
     parts = into.transfer.parts
-    there = await link.counts(queue)  # all of them, since they were sent before the announcement
+    there = await link.counts(queue)  # all parts: they are sent before the announcement
     if there is None or there.ready < parts:
         raise PartsGone(f"{there.ready if there else 0} of {parts} parts are there")
     few = parts <= _FEW_PARTS
@@ -71,9 +70,9 @@ async def fetch(
             await asyncio.shield(taking)
     finally:
         if taking is not None:
-            # A thread cannot be stopped: nothing is to be kept any more once this has returned.
+            # The thread cannot be stopped, and must not write to `into` after this has returned.
             await asyncio.wait([taking])
-            taking.exception()  # of two reasons to give up, the first one is raised
+            taking.exception()  # if two errors occur, the first one is raised
     if not into.complete:
         raise PartsGone(f"{into.done_parts} of {parts} parts came")
 
@@ -92,13 +91,13 @@ async def _take(
 
 
 async def _one_by_one(link: Link, queue: str) -> AsyncGenerator[Delivery]:
-    """Take what is in a queue; a few messages are taken sooner than a consumer is begun."""
+    """Get messages until the queue is empty; for a few, this is faster than a consumer."""
     while (delivery := await link.get(queue)) is not None:
         yield delivery
 
 
 async def _streamed(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
-    """Consume so many messages of a queue."""
+    """Consume ``count`` messages of a queue."""
     async with contextlib.aclosing(await link.consume(queue, prefetch=2 * _WINDOW)) as deliveries:
         for _ in range(count):
             try:

@@ -1,4 +1,4 @@
-"""Staying connected: one link after another, with a backoff that has jitter."""
+"""Reconnecting to the broker, with exponential backoff and jitter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOG = logger("transport.link")
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long to wait between attempts: doubling up to ``most_s``, ``give_up_s`` in all."""
+    """The pause between attempts, which doubles up to ``most_s``, and the total time limit."""
 
     first_s: float = 0.2
     most_s: float = 5.0
@@ -30,22 +30,22 @@ async def reconnecting(
     waiting: Callable[[str, float], None],
     chance: Callable[[], float] = random.random,
 ) -> AsyncGenerator[Link, None]:
-    """Yield one link after another, each when the one before it is done with.
+    """Yield one open link at a time; asking for the next one closes it and reconnects.
 
     Args:
-        transport: where links come from.
-        backoff: how long to wait between attempts, and when to give up.
-        waiting: told why there is no link and in how many seconds the next attempt is made.
-        chance: a number from 0 to 1, by which a pause is between half of what it may be and all of
-            it: those who lost the same broker do not come back all at once.
+        transport: the transport to open links with.
+        backoff: the pauses between attempts, and when to give up.
+        waiting: called after a failed attempt with the reason and the seconds until the next one.
+        chance: returns a random number from 0 to 1. Each pause lasts between half and all of the
+            current backoff, so that clients of a restarted broker do not all reconnect at once.
 
     Raises:
-        BrokerError: when no link could be opened for ``backoff.give_up_s`` seconds.
+        BrokerError: if no link could be opened for ``backoff.give_up_s`` seconds.
     """
     loop = asyncio.get_running_loop()
     pause, since = backoff.first_s, loop.time()
     while True:
-        if cancelled():  # and the link was lost in the same moment
+        if cancelled():  # if the link was lost at the same moment
             raise asyncio.CancelledError
         try:
             link = await transport.open()
@@ -68,7 +68,7 @@ async def reconnecting(
         finally:
             await link.close()
             _LOG.debug("closed the link after %.1f s", loop.time() - opened)
-        # A link that broke at once is no reason to hammer the broker.
+        # If the link was lost at once, keep backing off.
         pause = backoff.first_s if loop.time() - opened > pause else min(2 * pause, backoff.most_s)
         since = loop.time()
         await asyncio.sleep(pause * (1 + chance()) / 2)

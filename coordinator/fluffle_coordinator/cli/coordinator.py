@@ -1,4 +1,4 @@
-"""``fluffle coordinator``, and what there is to see of a run afterwards."""
+"""``fluffle coordinator``, and ``fluffle history`` and ``fluffle plot`` of the runs it made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import (
+    MOST_COUNT,
     SEED,
     FiniteFloat,
     count,
@@ -24,23 +25,21 @@ from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
-from fluffle_coordinator.cli.stopping import stopping_options
+from fluffle_coordinator.cli.stopping_options import stopping_options
 
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
 
-_MOST_COUNT = 2**31 - 1
-
 
 class QuorumType(click.ParamType[Any]):
-    """``all``, a number of updates (``2``), or a fraction of those asked (``0.5``, ``50%``)."""
+    """``all``, a number of updates (``2``), or a fraction of the cohort (``0.5``, ``50%``)."""
 
     name = "quorum"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Quorum:
-        """Parse it."""
+        """Return the quorum that ``value`` describes."""
         from fluffle_coordinator.machine.state import Quorum
 
         if isinstance(value, Quorum):
@@ -51,7 +50,7 @@ class QuorumType(click.ParamType[Any]):
         try:
             if text.endswith("%"):
                 fraction = float(text[:-1]) / 100
-            elif text.isdecimal() and 0 < int(text[:11]) <= _MOST_COUNT:
+            elif text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
                 return Quorum(number=int(text))
             else:
                 fraction = float(text)
@@ -60,22 +59,22 @@ class QuorumType(click.ParamType[Any]):
         except ValueError:
             pass
         self.fail(
-            f"'{text}' is not a quorum; give a number of updates from 1 (2), a fraction of "
-            "those asked (0.5 or 50%), or 'all'",
+            f"'{text}' is not a quorum; give a number of updates such as 2, a fraction of the "
+            "workers asked such as 0.5 or 50%, or 'all'",
             param,
             ctx,
         )
 
 
 def run_option(command: Any) -> Any:
-    """Add ``--run DIR`` to a command that looks at a run."""
+    """Add ``--run DIR`` to a command that reads a run folder."""
     return click.option(
         "--run",
         "folder",
         required=True,
         type=click.Path(file_okay=False, path_type=Path),
         metavar="DIR",
-        help="The run's folder, such as runs/letters.",
+        help="The run folder, such as runs/letters.",
     )(command)
 
 
@@ -159,14 +158,14 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help=("Classes that every worker must have.  [default: those of most of the workers waiting]"),
+    help="Classes that every worker must have.  [default: those of most of the workers waiting]",
     show_default=False,
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Start from the weights in this model file.  [default: a worker makes them]",
+    help="Start from the weights in this model file.  [default: a worker initializes them]",
     show_default=False,
 )
 @click.option(
@@ -183,8 +182,8 @@ def run_option(command: Any) -> Any:
     default=86400.0,
     metavar="SECONDS",
     help=(
-        "Maximum time that a round stays open. Until then, workers that advance keep it open "
-        "past its deadlines."
+        "Maximum time that a round stays open. Until then, workers that make progress keep it "
+        "open past its deadline."
     ),
 )
 @click.option(
@@ -192,7 +191,7 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     metavar="SECONDS",
     help=(
-        "Count a training as failed when it has not advanced for this long.  [default: only "
+        "Count a training as failed if it makes no progress for this long.  [default: only "
         "reported, after 2 minutes]"
     ),
     show_default=False,
@@ -213,7 +212,7 @@ def run_option(command: Any) -> Any:
     metavar="R",
     help=(
         "Reject an update whose norm is more than R times the median of the last round's.  "
-        "[default: only reported, from 10 on]"
+        "[default: only reported, from 10 times on]"
     ),
     show_default=False,
 )
@@ -234,16 +233,16 @@ def run_option(command: Any) -> Any:
     "--verify-users",
     is_flag=True,
     help=(
-        "Require each worker to log in to the broker as a user named like its id; messages "
-        "sent in its name by another user are rejected."
+        "Require each worker to log in to the broker as the user with its id as the name; "
+        "messages that another user sends in its name are rejected."
     ),
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
     help=(
-        "Keep every counted update in the run folder, for 'fluffle replay'; a round takes as "
-        "many bytes as all its updates."
+        "Keep every counted update in the run folder, for 'fluffle replay'. A round then takes "
+        "as many bytes as all its updates."
     ),
 )
 @click.option(
@@ -258,22 +257,22 @@ def run_option(command: Any) -> Any:
 @queue_type_option
 @log_format_option
 def coordinator(**options: Any) -> None:
-    """Open rounds, average the updates, keep every model.
+    """Run a federation: open rounds, average updates, keep models.
 
-    It waits for workers, sends them the global weights, and as soon as a quorum has answered,
-    averages what they learnt by their number of examples and opens the next round. Every round's
-    model is kept in the run folder; updates are acknowledged once it is on disk.
+    The coordinator waits for workers and sends them the global weights. As soon as a quorum of
+    updates has arrived, it averages them by number of examples and opens the next round. Every
+    round's model is kept in the run folder; its updates are acknowledged once it is on disk.
 
-    Stop it with Ctrl-C, or lose it to a crash: the same command goes on after the last round that
-    was committed. A second one on the same run folder waits and takes over when the first is gone.
+    After Ctrl-C or a crash, the same command continues after the last committed round. A second
+    coordinator on the same run folder waits, and takes over when the first is gone.
 
     \b
       fluffle coordinator --federation letters --quorum 3
       fluffle coordinator --federation letters --quorum 0.5 --deadline 300
       fluffle coordinator federation.toml --rounds 12
 
-    Every option may also stand in a TOML file, as a key of the same name: 'rounds = 6'. A flag
-    overrides its key.
+    Every option can also be set in a TOML file, as a key of the same name: 'rounds = 6'. An option
+    on the command line overrides its key.
     """
     from fluffle_coordinator.service.app import run_coordinator
 
@@ -284,20 +283,24 @@ def coordinator(**options: Any) -> None:
 
 
 def rules_of(options: dict[str, Any]) -> Rules:
-    """Turn options into the rules of a run."""
+    """Return the rules of a run that the command's options describe.
+
+    Raises:
+        UsageError: if two options contradict each other.
+    """
     from fluffle_coordinator.machine.selection import UNIFORM, sample_size
     from fluffle_coordinator.machine.state import Rules
 
     quorum: Quorum = options["quorum"]
     fraction: float = options["fraction"]
-    written = options["min_workers"]
-    asked_for: int | None = options.get("sample")
-    if asked_for is not None and fraction < 1:
+    min_workers: int | None = options["min_workers"]
+    sample: int | None = options.get("sample")
+    if sample is not None and fraction < 1:
         raise UsageError("--fraction and --sample exclude each other; give one of them")
-    sample = (
-        min(asked_for, written or asked_for) if asked_for else sample_size(fraction, written or 1)
-    )
-    least = quorum.of(sample) if written else quorum.number or 1
+    least = quorum.number or 1
+    if min_workers:
+        cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
+        least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
             f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, "
@@ -305,7 +308,7 @@ def rules_of(options: dict[str, Any]) -> Rules:
         )
     return Rules(
         rounds=options["rounds"],
-        min_workers=written or quorum.number or 2,
+        min_workers=min_workers or quorum.number or 2,
         least=least,
         quorum=quorum,
         grace_s=options["grace"],
@@ -313,7 +316,7 @@ def rules_of(options: dict[str, Any]) -> Rules:
         on_deadline=options["on_deadline"],
         min_updates=options["min_updates"],
         fraction=fraction,
-        sample=asked_for,
+        sample=sample,
         over_provision=options.get("over_provision", 1.0),
         selection=options.get("select") or UNIFORM,
         max_examples=options["max_examples"],
@@ -327,13 +330,13 @@ def rules_of(options: dict[str, Any]) -> Rules:
 
 @click.command()
 @run_option
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, one a round.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list with one object per round.")
 def history(folder: Path, as_json: bool) -> None:
-    """Show what is known of every round of a run, one row a round.
+    """Show the history of a run, one row per round.
 
-    Loss and metrics are those of the round's model on what the workers hold out. The metric
-    temperature, of the letters task, is what 'fluffle predict' divides the model's outputs by so
-    that the model is right as often as it is sure; 1 changes nothing.
+    Loss and metrics are those of the round's model on the workers' held-out data. The letters
+    task's metric 'temperature' calibrates the model: 'fluffle predict' divides the model's outputs
+    by it, so that its confidence matches its accuracy; 1 changes nothing.
     """
     from fluffle_coordinator.cli.history_table import history_table
     from fluffle_coordinator.storage.history import read_history
@@ -342,9 +345,9 @@ def history(folder: Path, as_json: bool) -> None:
     if as_json:
         echo_json(rounds)
     else:
-        # `| tail` ends on a terminal all the same; COLUMNS says how wide one is.
-        shown = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
-        shown.print(history_table(rounds, shown.width))
+        # In a pipe, too, the reader usually is at a terminal: use its width.
+        console = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
+        console.print(history_table(rounds, console.width))
 
 
 @click.command()
@@ -354,14 +357,14 @@ def history(folder: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     metavar="PNG",
-    help="Where to write the chart.",
+    help="File to write the chart to.",
 )
 def plot(folder: Path, out: Path) -> None:
     """Draw the federated accuracy and loss after each round."""
     from fluffle_coordinator.cli.history_table import draw_history
     from fluffle_coordinator.storage.history import read_history
 
-    rounds = [one for one in read_history(folder) if "loss" in one]
+    rounds = [row for row in read_history(folder) if "loss" in row]
     if not rounds:
         raise UsageError(f"no round of {folder} has been evaluated yet")
     try:

@@ -1,4 +1,4 @@
-"""``fluffle dashboard``: the live page beside a running federation."""
+"""``fluffle dashboard``: the live page, served independently of the coordinator."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from fluffle_common.cli.app import federation_option, management_option, url_opt
 def dashboard(federation: str, url: str | None, address: str, management: str | None) -> None:
     """Show a federation on a live page.
 
-    The page has rounds, workers, queues, and what was refused. It runs beside the federation, on
-    any machine that reaches the broker, and only reads: the journal, copies of the workers' signs
-    of life, and RabbitMQ's management API. Start and stop it at any time; it outlives the broker
-    and the coordinator. Beside the page are /metrics for Prometheus, /healthz, /readyz and
-    /api/board.
+    The page shows rounds, workers, queues and rejected messages. This command runs on any machine
+    that reaches the broker and only reads: the journal, copies of the workers' heartbeats, and
+    RabbitMQ's management API. Start and stop it at any time; it survives outages of the broker and
+    the coordinator. It also serves /metrics for Prometheus, /healthz, /readyz and /api/board.
 
-    A coordinator shows the same page of its own accord, with 'fluffle coordinator --dashboard'.
+    'fluffle coordinator --dashboard' serves the same page from the coordinator itself.
 
     \b
       fluffle dashboard --federation letters

@@ -17,51 +17,51 @@ _BLUE, _RUST = "#1f5fa8", "#c1502e"
 
 
 def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
-    """Return one row a round, within ``width`` columns where that is possible.
+    """Return a table with one row per round, shortened if it is wider than ``width`` columns.
 
-    When names do not fit, participants are counted, and columns that say nothing are left out. In
-    a run with stale updates, ``updates`` are counted, since a worker can have several in a round,
-    and ``stalest`` is how many versions old the oldest was.
+    The short form counts participants instead of naming them and omits empty columns. A run with
+    stale updates gets two columns more: ``updates``, because one worker can have several in a
+    round, and ``stalest``, the largest staleness in versions.
     """
     from rich.console import Console
 
-    whole = _history_table(rounds)
-    if Console(width=10_000).measure(whole).maximum <= width:
-        return whole
+    full = _history_table(rounds)
+    if Console(width=10_000).measure(full).maximum <= width:
+        return full
     return _history_table(rounds, short=True)
 
 
 def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Table:
-    metrics = sorted({name for one in rounds for name in metrics_of(one)})
-    if any(one.get("epsilon") is not None for one in rounds):
+    metrics = sorted({name for row in rounds for name in metrics_of(row)})
+    if any(row.get("epsilon") is not None for row in rounds):
         metrics.append("epsilon")
     counts = [
-        name for name in ("late", "rejected") if not short or any(one.get(name) for one in rounds)
+        name for name in ("late", "rejected") if not short or any(row.get(name) for row in rounds)
     ]
-    losses = [name for name in ("loss",) if not short or any(name in one for one in rounds)]
-    views = [remembered(one) for one in rounds]
+    losses = [name for name in ("loss",) if not short or any(name in row for row in rounds)]
+    views = [remembered(row) for row in rounds]
     stale = any(answer.staleness for view in views for answer in view.answers.values())
-    counted = [_counted(view, short=short, stale=stale) for view in views]
-    who = list(counted[0]) if counted else []
+    updates = [_updates(view, short=short, stale=stale) for view in views]
+    columns = list(updates[0]) if updates else []
     rows = table(padding=(0, 1), pad_edge=not short)
-    for name in ("round", *who, "examples", "train loss", *losses, *metrics, *counts):
+    for name in ("round", *columns, "examples", "train loss", *losses, *metrics, *counts):
         rows.add_column(
             name, justify="left" if name == "participants" else "right", overflow="fold"
         )
-    for one, view, updates in zip(rounds, views, counted, strict=True):
+    for row, view, cells in zip(rounds, views, updates, strict=True):
         rows.add_row(
             str(view.number),
-            *updates.values(),
+            *cells.values(),
             str(view.num_examples or 0),
             _number(train_loss(view.answers.values())),
-            *(_number(one.get(name)) for name in (*losses, *metrics)),
-            *(str(one.get(name, "")) for name in counts),
+            *(_number(row.get(name)) for name in (*losses, *metrics)),
+            *(str(row.get(name, "")) for name in counts),
         )
     return rows
 
 
-def _counted(view: RoundView, *, short: bool, stale: bool) -> dict[str, str]:
-    """Return the cells that say whose updates are in a round, by their columns."""
+def _updates(view: RoundView, *, short: bool, stale: bool) -> dict[str, str]:
+    """Return the cells about a round's updates, by column name."""
     names = {"participants": ", ".join(sorted(view.participants))}
     if not stale:
         return {"workers": str(len(view.participants))} if short else names
@@ -71,22 +71,22 @@ def _counted(view: RoundView, *, short: bool, stale: bool) -> dict[str, str]:
 
 
 def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
-    """Draw accuracy (left) and loss (right) after each round into a PNG."""
+    """Write a PNG with the accuracy (left axis) and the loss (right axis) after each round."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    from fluffle_common.tensors.checkpoint import replacing
+    from fluffle_common.durable_files import replacing
 
-    numbers = [one["round"] for one in rounds]
+    numbers = [row["round"] for row in rounds]
     figure, left = plt.subplots(figsize=(7, 4.2), layout="constrained")
     left.set_xlabel("round")
     left.set_xticks(numbers)
     lines = []
     losses = left
-    if all("accuracy" in one for one in rounds):
-        percent = [100 * one["accuracy"] for one in rounds]
+    if all("accuracy" in row for row in rounds):
+        percent = [100 * row["accuracy"] for row in rounds]
         lines += left.plot(numbers, percent, "o-", color=_BLUE, label="accuracy")
         left.set_ylabel("federated accuracy (%, held-out)", color=_BLUE)
         left.set_ylim(0, 100)
@@ -100,7 +100,7 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
             color=_BLUE,
         )
         losses = left.twinx()
-    lines += losses.plot(numbers, [one["loss"] for one in rounds], "s--", color=_RUST, label="loss")
+    lines += losses.plot(numbers, [row["loss"] for row in rounds], "s--", color=_RUST, label="loss")
     losses.set_ylabel("federated loss (held-out)", color=_RUST)
     losses.set_ylim(bottom=0)
     left.legend(handles=lines, loc="lower right", frameon=False)

@@ -30,13 +30,13 @@ _run_id_option = click.option(
 
 
 def moment(text: str) -> datetime:
-    """Return a moment: so long ago (``10m``), or in ISO 8601, local unless it says otherwise.
+    """Return the time that ``text`` means: an age such as ``10m``, or ISO 8601 (local by default).
 
     >>> moment("2026-03-01T12:00+01:00").astimezone(UTC).isoformat()
     '2026-03-01T11:00:00+00:00'
 
     Raises:
-        ValueError: where it is neither.
+        ValueError: if it is neither.
     """
     ago = _AGO.fullmatch(text)
     if ago is None:
@@ -81,13 +81,13 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
 )
 @_run_id_option
 @click.option("--follow", "-f", is_flag=True, help="Continue with new events as they happen.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def journal(**options: Any) -> None:
-    """Read what happened in a federation, one event a line.
+    """Print what happened in a federation, one event per line.
 
-    The coordinator keeps its journal on the broker: anyone who reaches that can read it, at any
-    time and any number of times, and takes nothing out. Times are local; a line with the day and
-    the run is put in where they change.
+    The coordinator keeps its journal on the broker. Anyone who can reach the broker can read it as
+    often as they like; reading removes nothing. Times are local; a heading marks each change of
+    the day or the run.
 
     \b
       fluffle journal --federation letters --since 10m
@@ -95,14 +95,14 @@ def journal(**options: Any) -> None:
       fluffle journal --federation letters --kind rejected --kind late
       fluffle journal --federation letters --follow
     """
-    printed = _as_json if options["as_json"] else _Lines()
+    show = _print_json if options["as_json"] else _SentencePrinter()
 
     async def run() -> None:
         where = (options["federation"], options["url"], options["since"])
         async with contextlib.aclosing(_events(*where, live=options["follow"])) as events:
             async for event in events:
                 if _is_wanted(event, options):
-                    printed(event)
+                    show(event)
 
     asyncio.run(run())
 
@@ -126,34 +126,35 @@ def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
 def explain(
     federation: str, url: str | None, number: int | None, run_id: str | None, as_json: bool
 ) -> None:
-    """Say what happened in a round, and what it waits for.
+    """Explain what happened in a round, or what it is waiting for.
 
-    It is worked out from the journal, so that anyone can ask, while the round is open or long
-    after: who was asked and who answered when, who is missing and why, what was late or refused,
-    how much time is left, and who answered last. Without ROUND, it is the newest round of the
-    newest run.
+    The answer comes from the journal, so anyone can ask, while the round is open or long after:
+    which workers were asked, which answered and when, which are missing and why, what was late or
+    rejected, how much time is left, and which answered last. Without ROUND, it explains the newest
+    round of the newest run.
 
     \b
-      fluffle explain --federation letters            why does it not go on?
+      fluffle explain --federation letters            what is it waiting for?
       fluffle explain --federation letters 7
     """
-    from fluffle_coordinator.observe.explain import explain as work_out
+    from fluffle_coordinator.observe.explain import explain as explain_round
     from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
 
     events, coordinated = asyncio.run(_read(federation, url))
-    run, number = _which(events, run_id, number)
-    told = work_out(events, run, number, datetime.now(UTC), coordinated=coordinated)
+    run, number = _choose_round(events, run_id, number)
+    now = datetime.now(UTC)
+    explanation = explain_round(events, run, number, now, coordinated=coordinated)
     if as_json:
-        echo_json(as_dict(told))
+        echo_json(as_dict(explanation))
     else:
-        echo_sentences(*sentences(told))
+        echo_sentences(*sentences(explanation))
 
 
-def _which(events: Iterable[Event], run: str | None, number: int | None) -> tuple[str, int]:
-    """Return the run and the round that are meant; round 0 while there is none.
+def _choose_round(events: Iterable[Event], run: str | None, number: int | None) -> tuple[str, int]:
+    """Return the run and round to explain, the newest by default; round 0 if there is none yet.
 
     Raises:
-        UsageError: where they are not in the journal, saying which are.
+        UsageError: if the journal does not have them; the message lists those that it has.
     """
     from fluffle_coordinator.observe.explain import runs_of
 
@@ -168,8 +169,8 @@ def _which(events: Iterable[Event], run: str | None, number: int | None) -> tupl
         return run, 0
     if not rounds:
         raise UsageError(
-            f"run {run} has opened no round yet; 'fluffle explain' without a round says what it "
-            "waits for"
+            f"run {run} has not opened a round yet; 'fluffle explain' without a round says what it "
+            "is waiting for"
         )
     if number is not None and number not in rounds:
         others = "; ".join(f"{other} has {_spans(have)}" for other, have in runs.items() if have)
@@ -178,7 +179,7 @@ def _which(events: Iterable[Event], run: str | None, number: int | None) -> tupl
 
 
 def _spans(numbers: Iterable[int]) -> str:
-    """Return numbers in short.
+    """Abbreviate numbers as ranges.
 
     >>> _spans([4, 1, 2, 3, 7])
     '1-4, 7'
@@ -198,7 +199,7 @@ async def _read(federation: str, url: str | None) -> tuple[list[Event], bool | N
     from fluffle_common.transport.base import QueueInUse
 
     async with contextlib.aclosing(_events(federation, url)) as events:
-        found = [event async for event in events]
+        journal = [event async for event in events]
     transport, topology = _where(federation, url)
     with contextlib.suppress(LinkLost, BrokerError, QueueInUse):
         link = await transport.open()
@@ -206,8 +207,8 @@ async def _read(federation: str, url: str | None) -> tuple[list[Event], bool | N
             counts = await link.counts(topology.presence)
         finally:
             await link.close()
-        return found, counts is not None and counts.consumers > 0
-    return found, None
+        return journal, counts is not None and counts.consumers > 0
+    return journal, None
 
 
 def _where(federation: str, url: str | None) -> tuple[Transport, Topology]:
@@ -228,9 +229,9 @@ def _events(
     transport, topology = _where(federation, url)
 
     def waiting(why: str, pause_s: float) -> None:
-        warn(f"no journal for the moment ({why}); trying again in {pause_s:.1f} s")
+        warn(f"cannot read the journal now ({why}); trying again in {pause_s:.1f} s")
 
-    backoff = Backoff() if live else Backoff(give_up_s=5.0)  # who only looks wants an answer
+    backoff = Backoff() if live else Backoff(give_up_s=5.0)
     return read_journal(
         transport, topology, since=since, live=live, waiting=waiting, backoff=backoff
     )
@@ -238,19 +239,18 @@ def _events(
 
 def _concerns(event: Event, worker: str) -> bool:
     fields = event.fields
-    several = (fields.get(key) for key in ("asked", "participants"))
+    lists = (fields.get(key) for key in ("asked", "participants"))
     return fields.get("worker") == worker or any(
-        worker in names for names in several if isinstance(names, list)
+        worker in names for names in lists if isinstance(names, list)
     )
 
 
-def _as_json(event: Event) -> None:
-    told = event.model_dump(exclude={"protocol", "kind", "pad"})
-    echo_json(told, indent=None)
+def _print_json(event: Event) -> None:
+    echo_json(event.model_dump(exclude={"protocol", "kind", "pad"}), indent=None)
 
 
-class _Lines:
-    """Prints events as sentences, with a line where the day or the run changes."""
+class _SentencePrinter:
+    """Prints events as sentences, under a heading whenever the day or the run changes."""
 
     def __init__(self) -> None:
         self._heading = ""

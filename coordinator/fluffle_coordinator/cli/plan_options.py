@@ -8,14 +8,14 @@ import click
 
 from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.cli.config_file import KeyValue
-from fluffle_coordinator.cli.compress import CompressType
+from fluffle_coordinator.cli.compress_option import CompressType
 
 _OPTIONS = [
-    click.option("--epochs", type=count(), default=1, help="Local epochs a round."),
+    click.option("--epochs", type=count(), default=1, help="Local epochs per round."),
     click.option(
         "--steps",
         type=count(),
-        help="Local training steps a round, in place of --epochs.",
+        help="Local training steps per round, instead of --epochs.",
     ),
     click.option("--batch-size", type=count(), default=32, help="Local batch size."),
     click.option(
@@ -45,8 +45,8 @@ _OPTIONS = [
         type=click.Choice(["float32", "bf16", "f16"]),
         default="float32",
         help=(
-            "Round the floats of updates on the wire: bf16 and f16 halve the bytes, float32 "
-            "changes nothing."
+            "Type of the floats of updates on the wire: bf16 and f16 round them and halve the "
+            "bytes; float32 changes nothing."
         ),
     ),
     click.option(
@@ -55,9 +55,9 @@ _OPTIONS = [
         metavar="int8|topk:FRACTION|PATH.PY:NAME",
         help=(
             "Send updates as 8-bit integers with scales (int8, about a quarter of the bytes), or "
-            "only their largest values (topk:0.01 sends one in a hundred). What is left out is "
-            "added to the worker's next update. Or use your own codec (docs/codecs.md).  "
-            "[default: neither]"
+            "only their largest values (topk:0.01 sends one in a hundred), or with your own codec "
+            "(docs/codecs.md). What is left out is added to the worker's next update.  "
+            "[default: no compression]"
         ),
         show_default=False,
     ),
@@ -66,9 +66,8 @@ _OPTIONS = [
         multiple=True,
         metavar="TENSOR",
         help=(
-            "Train only this tensor of the model, or all that begin with a prefix, such as "
-            "'head/*'; may be given several times. The others stay unchanged and do not travel "
-            "back.  [default: all]"
+            "Train only this tensor of the model, or all with a prefix, such as 'head/*'; may be "
+            "given several times. The others stay unchanged and are not sent back.  [default: all]"
         ),
         show_default=False,
     ),
@@ -76,7 +75,7 @@ _OPTIONS = [
 
 
 def plan_options(command: Any) -> Any:
-    """Add the options to a command."""
+    """Add these options to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

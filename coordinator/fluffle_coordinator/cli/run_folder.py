@@ -1,4 +1,4 @@
-"""``fluffle replay`` and ``fluffle report``: what a run folder tells long after the run."""
+"""``fluffle replay`` and ``fluffle report``: read the folder of a run, also long after its end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fluffle_coordinator.storage.replay import Distance, Replay
     from fluffle_coordinator.strategy.base import Strategy
 
-_DIFFERENT = 1  # as cmp and diff have it
+_DIFFERENT = 1  # the exit code of cmp and diff
 
 _run_argument = click.argument(
     "folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path)
@@ -26,54 +26,58 @@ _run_argument = click.argument(
 
 @click.command()
 @_run_argument
-@click.option("--round", "number", type=count(), required=True, help="Which round.")
+@click.option("--round", "number", type=count(), required=True, help="The round to replay.")
 @click.option(
     "--codec",
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="A codec from a file, as given to the coordinator by --compress.",
+    help="Your own codec, as given to the coordinator with --compress.",
 )
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
     help="The run's strategy, if its file has moved.  [default: as in run.json]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one object with every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")
 def replay(
     folder: Path, number: int, codecs: tuple[str, ...], strategy: str | None, as_json: bool
 ) -> None:
     """Average a round's kept updates again, and compare the result.
 
-    RUN is the run's folder, such as runs/letters, of a coordinator that ran with --keep-updates.
-    The updates of the round go through the checks of the coordinator and the run's strategy again,
-    in the order in which they were counted, from the model of the round before; the result is
-    compared with what was committed, bit by bit. Beside it, for federated averaging, the average as
-    plain NumPy computes it says whether the average itself is right: being summed in another order,
-    it may be a last bit away.
+    RUN is the run folder, such as runs/letters, of a coordinator that ran with --keep-updates.
+    Starting from the model of the round before, the round's updates go through the coordinator's
+    checks and the run's strategy again, in the order in which they were counted. The result is
+    compared bit by bit with the committed model. For federated averaging, the average is also
+    computed independently with plain NumPy; that may differ in the last bit, because it sums in
+    another order.
 
-    Exit code 0: equal to what was committed; 1: different; 2: something is missing or damaged.
+    Exit code 0: equal; 1: different; 2: something is missing or damaged.
 
     \b
       fluffle coordinator --federation letters --keep-updates
       fluffle replay runs/letters --round 3
     """
-    from fluffle_common.cli.objects import load_codec
-    from fluffle_coordinator.storage.replay import replay as compute_again
+    from fluffle_common.cli.loading import load_codec
+    from fluffle_coordinator.storage.replay import replay as replay_round
 
     for codec in codecs:
         load_codec(codec, "--codec")
-    found = compute_again(folder, number, _strategy(folder, number, strategy))
+    comparison = replay_round(folder, number, _strategy(folder, number, strategy))
     if as_json:
-        echo_json(found.as_json())
+        echo_json(comparison.as_json())
     else:
-        _print(found)
-    if not found.equal:
+        _print(comparison)
+    if not comparison.equal:
         sys.exit(_DIFFERENT)
 
 
 def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
-    """Return the strategy that made a round; ``given`` says where it is now."""
+    """Load the strategy that made a round, from ``given`` if its file has moved.
+
+    Raises:
+        UsageError: if ``given`` is another strategy, or the strategy draws noise that is not kept.
+    """
     from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
     from fluffle_coordinator.service.strategy_loading import load_strategy
     from fluffle_coordinator.storage.replay import strategy_of
@@ -83,42 +87,43 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     named = load_strategy(given or recorded)
     if named.name != name:
         raise UsageError(
-            f"round {number} of {folder} was made with the strategy {name}, not with {named.name}; "
-            "name that one with --strategy"
+            f"round {number} of {folder} was made with the strategy {name}, not {named.name}; give "
+            f"{name} with --strategy"
         )
     if not named.strategy.needs.repeatable:
         raise UsageError(
-            f"round {number} of {folder} was made with random noise that is not kept ({name}), "
-            "so it cannot be computed again"
+            f"round {number} of {folder} cannot be replayed: its strategy, {name}, adds random "
+            "noise that is not kept"
         )
     return GuardedStrategy(named, number)
 
 
-def _print(found: Replay) -> None:
+def _print(comparison: Replay) -> None:
+    tensors = comparison.tensors
     rows = table()
     heads = ["tensor", "dtype", "shape", "committed"]
-    if found.tensors[0].second_opinion:
+    if tensors[0].second_opinion:
         heads.append("plain NumPy")
     for name in heads:
         rows.add_column(name, overflow="fold")
-    for tensor in found.tensors:
+    for tensor in tensors:
         shape = " x ".join(map(str, tensor.shape)) or "()"
-        verdicts = [_words(one) for one in (tensor.replayed, tensor.second_opinion) if one]
-        rows.add_row(tensor.name, tensor.dtype, shape, *verdicts)
+        distances = [_words(each) for each in (tensor.replayed, tensor.second_opinion) if each]
+        rows.add_row(tensor.name, tensor.dtype, shape, *distances)
     screen().print(rows)
-    who = ", ".join(f"{worker} ({examples})" for worker, examples in found.participants)
+    workers = ", ".join(f"{worker} ({count})" for worker, count in comparison.participants)
     echo_sentences(
-        f"round {found.round} of run {found.run}, averaged again from the kept updates of {who} "
-        f"and compared with {found.checkpoint}"
+        f"round {comparison.round} of run {comparison.run}, averaged again from the kept updates "
+        f"of {workers} and compared with {comparison.checkpoint}"
     )
-    wrong = [tensor.name for tensor in found.tensors if not tensor.replayed.equal]
+    wrong = [tensor.name for tensor in tensors if not tensor.replayed.equal]
     if wrong:
         echo(
-            f"DIFFERENT: {len(wrong)} of {len(found.tensors)} tensors are not what was committed: "
+            f"DIFFERENT: {len(wrong)} of {len(tensors)} tensors differ from the committed model: "
             + ", ".join(wrong)
         )
     else:
-        echo(f"equal: all {len(found.tensors)} tensors are, bit by bit, what was committed")
+        echo(f"equal: all {len(tensors)} tensors match the committed model bit by bit")
 
 
 def _words(distance: Distance) -> str:
@@ -137,21 +142,21 @@ def _words(distance: Distance) -> str:
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="HTML",
-    help="Where to write the page.  [default: report.html in the run's folder]",
+    help="File to write the page to.  [default: report.html in the run folder]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the data of the page instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print the page's data as JSON instead.")
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
-    """Write a run as one page, to keep or to send.
+    """Write a report of a run: one HTML file, to keep or to send.
 
-    The page needs nothing else. It is the live page as the run left it, drawn by the JavaScript in
-    it, without a network: the curves, who took part in which round, where the time went, what was
-    late or rejected and why, how the run was configured, its versions, and its checkpoints with
-    their SHA-256. RUN is the run's folder, such as runs/letters; the run may still be going on.
+    The report is the live page as the run left it, in one file that works without a network. It
+    shows the curves, who took part in which round, where the time went, what was late or rejected
+    and why, the configuration, the versions of the software, and the checkpoints with their
+    SHA-256. RUN is the run folder, such as runs/letters; the run may still be going on.
 
     \b
       fluffle report runs/letters --out report.html
     """
-    from fluffle_common.tensors.checkpoint import replacing
+    from fluffle_common.durable_files import replacing
     from fluffle_coordinator.dashboard.report import page, read_report
 
     shown = read_report(folder, time.time())

@@ -1,4 +1,4 @@
-"""The options of ``fluffle coordinator`` for how rounds follow each other, and who is asked."""
+"""The options of ``fluffle coordinator`` for its schedule and for selecting workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.errors import UsageError
 
-_OF_ROUNDS = {
+_SYNCHRONOUS_ONLY = {
     "quorum": "--quorum",
     "grace": "--grace",
     "fraction": "--fraction",
@@ -24,24 +24,24 @@ class DiscountType(click.ParamType[Any]):
     name = "staleness"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse it."""
+        """Return the discount that ``value`` describes."""
         from fluffle_coordinator.machine.staleness import Discount
 
         if isinstance(value, Discount):
             return value
         try:
             return Discount.parse(str(value).strip())
-        except ValueError as wrong:
-            self.fail(f"{wrong}", param, ctx)
+        except ValueError as why:
+            self.fail(str(why), param, ctx)
 
 
 class SelectionType(click.ParamType[Any]):
-    """The name of a rule of selection, perhaps with its settings."""
+    """The name of a selection rule, optionally with settings: ``fastest:0.2``."""
 
     name = "selection"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Find it."""
+        """Return the selection rule that ``value`` names."""
         from fluffle_coordinator.machine.selection import Selection
         from fluffle_coordinator.service.schedule_loading import load_selection
 
@@ -49,8 +49,8 @@ class SelectionType(click.ParamType[Any]):
             return value
         try:
             return load_selection(str(value).strip())
-        except ValueError as wrong:
-            self.fail(f"{wrong}", param, ctx)
+        except ValueError as why:
+            self.fail(str(why), param, ctx)
 
 
 _OPTIONS = [
@@ -58,13 +58,13 @@ _OPTIONS = [
         "--fraction",
         type=FiniteFloat(0, 1, min_open=True),
         default=1.0,
-        help="Fraction of the workers present that is asked in a round.",
+        help="Fraction of the connected workers to select in each round.",
     ),
     click.option(
         "--sample",
         type=count(),
         metavar="N",
-        help="Number of workers that are asked in a round, in place of --fraction.",
+        help="Number of workers to select in each round, instead of --fraction.",
     ),
     click.option(
         "--over-provision",
@@ -72,8 +72,8 @@ _OPTIONS = [
         default=1.0,
         metavar="P",
         help=(
-            "Ask P times as many workers as --fraction or --sample says, and count the first "
-            "to answer: 1.3 asks 130 %."
+            "Select P times as many workers as --fraction or --sample says, and count the first "
+            "to answer: 1.3 selects 130 %."
         ),
     ),
     click.option(
@@ -82,10 +82,9 @@ _OPTIONS = [
         default="uniform",
         metavar="NAME|PATH.PY:NAME",
         help=(
-            "How the workers are selected if not all are asked: uniform (at random), poisson "
-            "(each independently at random), weighted (in proportion to their examples), "
-            "round-robin (in turn), or fastest:0.2 (the fastest, and 20 % of the places in "
-            "turn)."
+            "How to select workers: uniform (at random), poisson (each independently at random), "
+            "weighted (in proportion to their examples), round-robin (in turn), or fastest:0.2 "
+            "(the fastest, with 20 % of the places given in turn)."
         ),
     ),
     click.option(
@@ -93,9 +92,9 @@ _OPTIONS = [
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
         help=(
-            "How rounds follow each other: synchronous rounds close at a quorum; in "
-            "asynchronous ones, idle workers train the newest model at once and every "
-            "--buffer updates make the next (docs/schedules.md)."
+            "quorum: synchronous rounds that close at a quorum. buffered: asynchronous; idle "
+            "workers train the newest model at once, and every --buffer updates make the next "
+            "(docs/schedules.md)."
         ),
     ),
     click.option(
@@ -140,32 +139,33 @@ _OPTIONS = [
         type=click.Choice(["discard", "discount"]),
         default="discard",
         help=(
-            "What happens to an update that arrives after its synchronous round: it is "
-            "discarded, or it counts in the open round, discounted as --staleness says."
+            "What to do with an update that arrives after its synchronous round: discard it, or "
+            "count it in the open round, discounted as --staleness says."
         ),
     ),
 ]
 
 
 def schedule_options(command: Any) -> Any:
-    """Add them to a command."""
+    """Add these options to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def check_schedule_options(options: dict[str, Any]) -> None:
-    """Refuse options of synchronous rounds for asynchronous ones.
+    """Refuse options that ``--schedule buffered`` would ignore.
 
     Raises:
-        UsageError: naming the first.
+        UsageError: if one of them was given; the message names it.
     """
+    if options["schedule"] != "buffered":
+        return
     context = click.get_current_context()
-    for name, option in _OF_ROUNDS.items():
+    for name, option in _SYNCHRONOUS_ONLY.items():
         source = context.get_parameter_source(name)
-        given = source not in (None, click.core.ParameterSource.DEFAULT)
-        if given and options["schedule"] == "buffered":
+        if source not in (None, click.core.ParameterSource.DEFAULT):
             raise UsageError(
-                f"{option} is for synchronous rounds, and --schedule buffered has none; use "
-                "--buffer and --concurrency instead"
+                f"{option} has no effect with --schedule buffered, which has no synchronous "
+                "rounds; use --buffer and --concurrency instead"
             )

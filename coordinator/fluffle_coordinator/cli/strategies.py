@@ -1,4 +1,4 @@
-"""``fluffle strategies``: what ``--strategy`` may name."""
+"""``fluffle strategies``: lists the values of ``--strategy``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fluffle_common.cli.printing import echo, screen, table
 
 @click.command()
 def strategies() -> None:
-    """List the strategies that have a name, with their arguments.
+    """List the built-in strategies with their arguments.
 
-    A strategy is put together from parts with '+' between: transforms of an update, one mean, and
-    one server step. What is left out is as in fedavg: the mean by numbers of examples, added to
-    the model. An argument is given by its name; that of the first may be left out.
+    Join parts with '+': transforms of an update, at most one mean, and at most one server step.
+    Parts that you leave out are as in fedavg: a mean weighted by numbers of examples, added to the
+    model. Give arguments by name; the name of the first may be left out.
 
     \b
       fluffle coordinator --federation letters --strategy fedadam:lr=0.03
@@ -26,7 +26,7 @@ def strategies() -> None:
     from fluffle_coordinator.strategy.names import PARTS
 
     rows = table()
-    for head in ("name", "is a", "what it does", "arguments, by default"):
+    for head in ("name", "kind", "what it does", "arguments and defaults"):
         rows.add_column(head, overflow="fold")
     for name, part in PARTS.items():
         rows.add_row(name, part.kind, part.about, _arguments(part.make))
@@ -38,10 +38,11 @@ def _arguments(make: Callable[..., Any]) -> str:
     from fluffle_common.arguments import write_arguments
 
     parameters = inspect.signature(make).parameters.values()
-    open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    known = {
-        one.name: "…" if one.default is one.empty else one.default
-        for one in parameters
-        if one.kind is not one.VAR_KEYWORD
+    accepts_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    defaults = {
+        each.name: "…" if each.default is each.empty else each.default
+        for each in parameters
+        if each.kind is not each.VAR_KEYWORD
     }
-    return (write_arguments(known) + ",…" * open_ended).replace(",", ", ")  # so that it wraps
+    text = write_arguments(defaults) + ",…" * accepts_more
+    return text.replace(",", ", ")  # the table wraps at spaces

@@ -1,1 +1,1 @@
-"""Plays a coordinator against somebody's worker, and judges what the worker does."""
+"""Checks a third-party worker against docs/protocol.md by playing a coordinator."""

@@ -1,4 +1,4 @@
-"""Scenarios of the end: what was seen all along, a stop, and a refusal."""
+"""The last scenarios: checks of everything received so far, a stop, and a refusal."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from fluffle_coordinator.conformance.findings import Skipped, Unmet, check_rhyth
 from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, MESSAGE, demands
 
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 _FAULTS_SHOWN = 3
 
 
-@demands(LIFE, "five heartbeats in a row never fail to come, also during training")
+@demands(LIFE, "a worker never misses five heartbeats in a row, not even during training")
 async def heartbeats(probe: Probe) -> str:
-    """Look back at all signs of life."""
-    return check_rhythm(probe.signs, asyncio.get_running_loop().time())
+    """Check the intervals between all hellos and heartbeats."""
+    return check_rhythm(probe.presence, asyncio.get_running_loop().time())
 
 
-@demands(LIFE, "the session changes only when the process starts anew")
+@demands(LIFE, "the session changes only when the process restarts")
 async def one_session(probe: Probe) -> str:
-    """Look back at who spoke."""
-    sessions = {one.message.session for one in probe.signs}
+    """Check the session of all presence messages."""
+    sessions = {each.message.session for each in probe.presence}
     if len(sessions) > 1:
-        raise Unmet(f"{len(sessions)} sessions: it started anew meanwhile, or changes it")
+        raise Unmet(f"{len(sessions)} sessions: the worker restarted, or changes its session")
     return "one session"
 
 
@@ -34,18 +34,18 @@ async def one_session(probe: Probe) -> str:
     "evaluations, first weights and failures are persistent",
 )
 async def well_formed(probe: Probe) -> str:
-    """Look back at all that was wrong."""
+    """Report the faults of all messages."""
     faults = list(dict.fromkeys(probe.faults))
     if faults:
         more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
         raise Unmet("; ".join(faults[:_FAULTS_SHOWN]) + more)
-    return f"{len(probe.signs) + len(probe.answers)} messages"
+    return f"{len(probe.presence) + len(probe.answers)} messages"
 
 
 @demands(FROM_COORDINATOR, "a stop of its run lets a worker leave, with a bye, or wait for another")
 async def stop(probe: Probe) -> str:
     """End the run."""
-    since = len(probe.signs)
+    since = len(probe.presence)
     await probe.send(
         Stop(
             federation=probe.topology.federation,
@@ -57,11 +57,11 @@ async def stop(probe: Probe) -> str:
     )
 
     def find() -> str | None:
-        later = [one.message for one in probe.signs[since:]]
-        if any(isinstance(one, Bye) for one in later):
+        later = [each.message for each in probe.presence[since:]]
+        if any(isinstance(each, Bye) for each in later):
             return "it left, with a bye"
-        # The second one was said well after the stop.
-        beats = [one for one in later if isinstance(one, Heartbeat) and one.state == "idle"]
+        # The first heartbeat may have been sent before the stop arrived.
+        beats = [each for each in later if isinstance(each, Heartbeat) and each.state == "idle"]
         return "it stays, idle" if len(beats) > 1 else None
 
     return await probe.until(find, "bye")
@@ -69,33 +69,33 @@ async def stop(probe: Probe) -> str:
 
 @demands(FROM_COORDINATOR, "a refusal of its session lets a worker leave")
 async def refusal(probe: Probe) -> str:
-    """Refuse the worker when it has been started once more."""
-    if not probe.how.twice:
-        raise Skipped("a worker ends only once; --twice waits until it is started again")
-    first = {one.message.session for one in probe.signs}
-    probe.how.tell(f"start worker {probe.worker} once more, to be refused")
+    """Refuse the worker after it has been restarted."""
+    if not probe.options.twice:
+        raise Skipped("needs a second start of the worker; --twice waits for it")
+    earlier = {each.message.session for each in probe.presence}
+    probe.options.tell(f"start worker {probe.worker} once more, to be refused")
 
     def find() -> Hello | None:
-        hellos = (one.message for one in probe.signs if isinstance(one.message, Hello))
-        return next((one for one in hellos if one.session not in first), None)
+        hellos = (each.message for each in probe.presence if isinstance(each.message, Hello))
+        return next((each for each in hellos if each.session not in earlier), None)
 
-    again = await probe.until(find, "hello of another session", within_s=probe.how.patience_s)
+    again = await probe.until(find, "hello of another session", within_s=probe.options.patience_s)
     await probe.send(
         Refusal(
             federation=probe.topology.federation,
             session=again.session,
             code="model",
-            reason="a trial of what follows from a refusal",
+            reason="the conformance check tests a refusal",
         )
     )
     try:
-        async with asyncio.timeout(probe.how.patience_s):
-            while not await probe.gone():  # noqa: ASYNC110 - the broker tells nobody of it
-                await asyncio.sleep(_LOOK_EVERY_S)
+        async with asyncio.timeout(probe.options.patience_s):
+            while not await probe.gone():  # noqa: ASYNC110 - the broker does not announce it
+                await asyncio.sleep(_POLL_S)
     except TimeoutError:
-        raise Unmet(f"it still reads its inbox after {probe.how.patience_s:g} s") from None
+        raise Unmet(f"it still reads its inbox after {probe.options.patience_s:g} s") from None
     return "it left"
 
 
-LOOKING_BACK = (one_session, well_formed)
+RETROSPECTIVE = (one_session, well_formed)
 ENDING = (heartbeats, one_session, well_formed, stop, refusal)

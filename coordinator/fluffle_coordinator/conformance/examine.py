@@ -1,4 +1,4 @@
-"""One examination: every scenario in turn, over one link, and a finding for each."""
+"""Runs every scenario in turn over one link and yields a finding for each."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fluffle_common.errors import RunError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import QueueInUse, Transport
 from fluffle_common.transport.once import open_once
-from fluffle_coordinator.conformance.ending import ENDING, LOOKING_BACK
+from fluffle_coordinator.conformance.ending import ENDING, RETROSPECTIVE
 from fluffle_coordinator.conformance.findings import Finding, Outcome, Skipped, Unmet
 from fluffle_coordinator.conformance.greeting import GREETING
-from fluffle_coordinator.conformance.listener import Conduct
-from fluffle_coordinator.conformance.mail import MAIL
+from fluffle_coordinator.conformance.listener import ExamOptions
+from fluffle_coordinator.conformance.odd_messages import ODD_MESSAGES
 from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.scenario import Scenario
 from fluffle_coordinator.conformance.work import WORK
 
 _T = TypeVar("_T")
-SCENARIOS: tuple[Scenario, ...] = (*GREETING, *WORK, *MAIL, *ENDING)
+SCENARIOS: tuple[Scenario, ...] = (*GREETING, *WORK, *ODD_MESSAGES, *ENDING)
 
 
 async def examine(
@@ -35,65 +35,67 @@ async def examine(
     patience_s: float = 60.0,
     tell: Callable[[str], object] = lambda _: None,
 ) -> AsyncGenerator[Finding]:
-    """Wait for a worker, examine it, and yield what was found, one scenario after the other.
+    """Wait for a worker and examine it; yield one finding per scenario.
 
     Args:
-        transport: the way to the broker.
-        topology: the names on it; of a federation that is for this alone.
-        worker: whom to examine; None takes the first that says hello.
+        transport: the connection to the broker.
+        topology: the names on the broker, of a federation that nothing else uses.
+        worker: the id of the worker to examine; None takes the first that connects.
         large: add a tensor to the model, so that it travels in parts.
         twice: wait for a second start of the worker, and refuse it.
-        wait_s: how long to wait for the worker.
-        patience_s: how long to wait for an answer.
-        tell: told what happens, in a line.
+        wait_s: seconds to wait for the worker.
+        patience_s: seconds to wait for an answer.
+        tell: called with progress messages for people.
 
     Raises:
-        BrokerError: if there is no broker, or it is lost.
-        RunError: if no worker comes, or the federation has a coordinator.
-        UsageError: if the federation has work of a real run.
+        BrokerError: if there is no broker, or the link to it was lost.
+        RunError: if no worker came, or the federation has a coordinator.
+        UsageError: if the federation has messages of a real run.
     """
-    how = Conduct(worker, large, twice, patience_s, tell)
-    async with _probe(transport, topology, how) as probe:
+    options = ExamOptions(worker, large, twice, patience_s, tell)
+    async with _probe(transport, topology, options) as probe:
         tell(
-            f"waiting for worker {worker or 'of any id'} in federation {topology.federation} "
-            f"at {transport.address}"
+            f"waiting for {f'worker {worker}' if worker else 'any worker'} in federation "
+            f"{topology.federation} at {transport.address}"
         )
         reading = asyncio.ensure_future(probe.read())
         try:
-            await _first_come(reading, _hello(probe, wait_s))
-            over: str | None = None
+            await _while_reading(reading, _first_presence(probe, wait_s))
+            abort_reason: str | None = None
             for scenario in SCENARIOS:
-                if over is None or scenario in LOOKING_BACK:
-                    finding = await _first_come(reading, _play(scenario, probe))
+                if abort_reason is None or scenario in RETROSPECTIVE:
+                    finding = await _while_reading(reading, _play(scenario, probe))
                 else:
-                    finding = _found(scenario, "skipped", over)
+                    finding = _finding(scenario, "skipped", abort_reason)
                 yield finding
-                if over is None and finding.outcome == "failed":
-                    over = await _over(scenario, probe)
+                if abort_reason is None and finding.outcome == "failed":
+                    abort_reason = await _abort_reason(scenario, probe)
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
-async def _probe(transport: Transport, topology: Topology, how: Conduct) -> AsyncIterator[Probe]:
-    """Declare what a coordinator declares, and play one."""
+async def _probe(
+    transport: Transport, topology: Topology, options: ExamOptions
+) -> AsyncIterator[Probe]:
+    """Yield a probe, after declaring what a coordinator declares."""
     async with open_once(transport) as link:
         try:
             if await link.counts(topology.presence) is not None:
-                await link.purge(topology.presence)  # whoever is alive speaks up again
+                await link.purge(topology.presence)  # workers that are alive send new heartbeats
             journal = topology.journal_stream()
-            await link.declare([one for one in topology.shared() if one != journal])
-            yield Probe(link, topology, how)
+            await link.declare([each for each in topology.shared() if each != journal])
+            yield Probe(link, topology, options)
         except QueueInUse:
             raise RunError(
-                f"federation {topology.federation} has a coordinator; name a federation that is "
-                "for this alone with --federation"
+                f"federation {topology.federation} has a coordinator; give a federation that "
+                "nothing else uses with --federation"
             ) from None
 
 
-async def _first_come(reading: asyncio.Future[None], work: Coroutine[Any, Any, _T]) -> _T:
-    """Return what ``work`` returns; reading, which goes on for ever, ends it by failing."""
+async def _while_reading(reading: asyncio.Future[None], work: Coroutine[Any, Any, _T]) -> _T:
+    """Return the result of ``work``; raise the error of ``reading`` if that fails first."""
     working = asyncio.ensure_future(work)
     try:
         both: set[asyncio.Future[Any]] = {reading, working}
@@ -106,33 +108,33 @@ async def _first_come(reading: asyncio.Future[None], work: Coroutine[Any, Any, _
         await asyncio.gather(working, return_exceptions=True)
 
 
-async def _hello(probe: Probe, wait_s: float) -> None:
+async def _first_presence(probe: Probe, wait_s: float) -> None:
     """Wait until a worker is heard."""
     try:
-        await probe.until(lambda: probe.signs or None, "hello", within_s=wait_s)
+        await probe.until(lambda: probe.presence or None, "hello", within_s=wait_s)
     except Unmet:
-        seen = f"; malformed: {probe.faults[0]}" if probe.faults else ""
+        fault = f"; malformed message {probe.faults[0]}" if probe.faults else ""
         raise RunError(
             f"no worker was heard in federation {probe.topology.federation} within {wait_s:g} s"
-            f"{seen}; start it, or give it more time with --wait"
+            f"{fault}; start one, or give it more time with --wait"
         ) from None
 
 
 async def _play(scenario: Scenario, probe: Probe) -> Finding:
     try:
-        return _found(scenario, "ok", await scenario.play(probe))
-    except Unmet as seen:
-        return _found(scenario, "failed", str(seen))
+        return _finding(scenario, "ok", await scenario.play(probe))
+    except Unmet as why:
+        return _finding(scenario, "failed", str(why))
     except Skipped as why:
-        return _found(scenario, "skipped", str(why))
+        return _finding(scenario, "skipped", str(why))
 
 
-def _found(scenario: Scenario, outcome: Outcome, seen: str) -> Finding:
+def _finding(scenario: Scenario, outcome: Outcome, seen: str) -> Finding:
     return Finding(scenario.name, outcome, seen, scenario.demand, scenario.section)
 
 
-async def _over(scenario: Scenario, probe: Probe) -> str | None:
-    """Return why nothing further can be tried after a failure; None if it can."""
+async def _abort_reason(scenario: Scenario, probe: Probe) -> str | None:
+    """Return why the scenarios after a failed one cannot run; None if they can."""
     if scenario.needed:
         return f"not tried: {scenario.name} failed"
     if scenario not in ENDING and await probe.gone():

@@ -1,4 +1,4 @@
-"""What a conformance check demands, and what it found: pure data, and the judgements on it."""
+"""The findings of a conformance check, and pure functions that judge a worker's messages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fluffle_common.protocol.messages import Bye, Failure, Heartbeat, Hello, Upd
 from fluffle_coordinator.machine.state import Rules
 
 Outcome = Literal["ok", "failed", "skipped"]
-SignOfLife = Hello | Heartbeat | Bye | Failure
+PresenceMessage = Hello | Heartbeat | Bye | Failure
 
 
 class Unmet(Exception):
-    """The worker did something else than the document demands; the text says what was seen."""
+    """The worker does not meet a demand; the text says what it did."""
 
 
 class Skipped(Exception):
-    """A scenario does not apply to this worker; the text says why."""
+    """A scenario cannot be tried with this worker; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Finding:
     """The outcome of one scenario.
 
     Args:
-        scenario: its name.
+        scenario: the name of the scenario.
         outcome: ``ok``, ``failed`` or ``skipped``.
-        seen: what the worker did, or why nothing was tried.
-        demand: what the document demands.
-        section: the heading in docs/protocol.md under which it does.
+        seen: what the worker did, or why the scenario was skipped.
+        demand: what docs/protocol.md demands.
+        section: the heading there under which it does.
     """
 
     scenario: str
@@ -41,65 +41,67 @@ class Finding:
     section: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the finding as plain data, for JSON."""
         return asdict(self)
 
 
-class Sign(NamedTuple):
-    """A sign of life, and when it came: seconds of any monotonic clock."""
+class Heard(NamedTuple):
+    """A presence message and the time of its arrival, in seconds of a monotonic clock."""
 
     at: float
-    message: SignOfLife
+    message: PresenceMessage
 
 
-def check_rhythm(signs: Sequence[Sign], now: float) -> str:
+def check_rhythm(presence: Sequence[Heard], now: float) -> str:
     """Check that a worker was never silent for so long that it would count as gone.
 
     Returns:
-        What was seen, in words.
+        A summary for people.
 
     Raises:
-        Unmet: naming the longest silence.
+        Unmet: if the worker was silent for too long.
     """
     beats = [
-        (one.message.heartbeat_s, one.at)
-        for one in signs
-        if isinstance(one.message, Hello | Heartbeat)
+        (each.message.heartbeat_s, each.at)
+        for each in presence
+        if isinstance(each.message, Hello | Heartbeat)
     ]
     if not beats:
-        raise Unmet("no sign of life came at all")
+        raise Unmet("no heartbeat came")
     every_s = max(heartbeat_s for heartbeat_s, _ in beats)
     times = [*(at for _, at in beats), now]
     longest_s = max(later - earlier for earlier, later in pairwise(times))
-    told = f"{len(beats)} signs of life, every {every_s:g} s announced"
+    summary = f"{len(beats)} heartbeats, one every {every_s:g} s announced"
     if longest_s > Rules.patience * every_s:
-        raise Unmet(f"{told}, and none for {longest_s:.1f} s")
-    return f"{told}, the longest silence {longest_s:.1f} s"
+        raise Unmet(f"{summary}, and none for {longest_s:.1f} s")
+    return f"{summary}, the longest silence {longest_s:.1f} s"
 
 
-class Taken(NamedTuple):
-    """An update and its payload, once all of it is there."""
+class ReceivedUpdate(NamedTuple):
+    """An update with its complete payload."""
 
     update: Update
     payload: memoryview
 
 
-def same_answer(one: Taken, other: Taken) -> bool:
-    """Whether two updates are the same answer; ``seconds`` tells a second training apart.
+def same_answer(one: ReceivedUpdate, other: ReceivedUpdate) -> bool:
+    """Return whether two updates come from the same training, which ``seconds`` reveals.
 
-    What belongs to the journey alone does not count: a payload in parts travels under a new id.
+    The transfer is ignored, because a payload in parts gets a new id each time it is sent.
     """
     headers = [each.update.model_dump(exclude={"transfer", "pad"}) for each in (one, other)]
     return headers[0] == headers[1] and one.payload == other.payload
 
 
 def at_work_on(message: Hello | Heartbeat) -> str:
-    """Say in words what a worker says that it does.
+    """Return the state in a worker's message, for people.
 
     >>> at_work_on(Heartbeat(federation="f", worker="w", session="s", num_examples=1, task="t",
     ...     heartbeat_s=2.0, state="training", round=3, step=2, steps=8))
     'training for round 3, step 2 of 8'
     """
     steps = f", step {message.step} of {message.steps}" if message.steps else ""
-    of = f" {'after' if message.state == 'idle' else 'for'} round {message.round}"
-    return f"{message.state}{of if message.round else ''}{steps}"
+    if not message.round:
+        return message.state + steps
+    preposition = "after" if message.state == "idle" else "for"
+    return f"{message.state} {preposition} round {message.round}{steps}"

@@ -1,4 +1,4 @@
-"""Scenarios of a worker's first minute: it greets, is welcomed, and makes first weights."""
+"""The first scenarios: hello, welcome, first weights."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.weights import check_finite
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
-from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, TO_COORDINATOR, demands
+from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, TO_COORDINATOR, demands
 
 _HELLO_AGAIN_S = 5.0
 
 
 @demands(
     TO_COORDINATOR,
-    f"a hello says who the worker is and what it has, and speaks protocol {PROTOCOL}",
+    f"a hello identifies the worker and its data, and offers protocol {PROTOCOL}",
     needed=True,
 )
 async def hello(probe: Probe) -> str:
-    """Look at the hello."""
-    try:  # heartbeats may be heard before a hello that was returned is said again
-        greeted = await probe.sign(Hello, 0, "hello", within_s=_HELLO_AGAIN_S)
+    """Check the hello."""
+    try:  # a worker may send heartbeats before it repeats a hello that was returned to it
+        greeting = await probe.next_presence(Hello, 0, "hello", within_s=_HELLO_AGAIN_S)
     except Unmet:
         if probe.faults:
             raise Unmet(f"malformed: {probe.faults[0]}") from None
         raise Skipped(
-            f"worker {_first(probe).worker} was here before; start it after this command"
+            f"worker {_first(probe).worker} was started before this command; start it afterwards"
         ) from None
-    if PROTOCOL not in greeted.protocols:
-        raise Unmet(f"protocols are {list(greeted.protocols)}")
+    if PROTOCOL not in greeting.protocols:
+        raise Unmet(f"protocols are {list(greeting.protocols)}")
     return (
-        f"worker {greeted.worker}, {greeted.num_examples:,} examples, task '{greeted.task}', "
-        f"a heartbeat every {greeted.heartbeat_s:g} s"
+        f"worker {greeting.worker}, {greeting.num_examples:,} examples, task '{greeting.task}', "
+        f"a heartbeat every {greeting.heartbeat_s:g} s"
     )
 
 
 @demands(FROM_COORDINATOR, "a welcome is followed by a heartbeat")
 async def welcome(probe: Probe) -> str:
-    """Welcome it once more, and wait for a sign of life."""
-    since = len(probe.signs)
+    """Send another welcome, and wait for a heartbeat."""
+    since = len(probe.presence)
     await probe.welcome()
-    beat = await probe.sign(Heartbeat, since, "heartbeat")
+    beat = await probe.next_presence(Heartbeat, since, "heartbeat")
     return f"a heartbeat, {beat.state}"
 
 
@@ -52,43 +52,31 @@ async def welcome(probe: Probe) -> str:
     needed=True,
 )
 async def first_weights(probe: Probe) -> str:
-    """Ask for the model that everything else begins with."""
+    """Request the weights that all later scenarios start from."""
     since = len(probe.answers)
     await probe.send(InitRequest(federation=probe.topology.federation, run=probe.run, seed=7))
     weights = await probe.first_weights(since)
     try:
         if not weights:
-            raise ValueError("there is no tensor")
+            raise ValueError("first_weights without a tensor")
         check_names(weights)
         check_finite(weights)
-    except ValueError as wrong:
-        raise Unmet(str(wrong)) from None
+    except ValueError as why:
+        raise Unmet(str(why)) from None
     form = model_form(weights)
     announced = _first(probe).model
     probe.begin_with(weights)
     if announced is not None and announced.digest != form.digest:
-        raise Unmet(f"{form.summary} of digest {form.digest}; the hello says {announced.digest}")
+        raise Unmet(
+            f"{form.summary} with digest {form.digest}; the hello announced {announced.digest}"
+        )
     return form.summary
 
 
-@demands(LIFE, "an idle worker says which round of which run it did last")
-async def last_work(probe: Probe) -> str:
-    """Let it speak up after a round."""
-    asked = await probe.ask(probe.next_fit())
-    update = (await probe.update(asked)).update
-
-    beat = await probe.idle()
-    if (beat.run, beat.round) != (update.run, update.round):
-        raise Unmet(f"it says run {beat.run}, round {beat.round}; it did round {update.round}")
-    if beat.base not in (None, update.base):
-        raise Unmet(f"it says that it began with {beat.base}, not with {update.base}")
-    return f"idle after round {beat.round}"
-
-
 def _first(probe: Probe) -> Hello | Heartbeat:
-    """Return how the worker introduced itself."""
-    signs = (one.message for one in probe.signs)
-    return next(one for one in signs if isinstance(one, Hello | Heartbeat))
+    """Return the worker's first hello or heartbeat."""
+    messages = (each.message for each in probe.presence)
+    return next(each for each in messages if isinstance(each, Hello | Heartbeat))
 
 
 GREETING = (hello, welcome, first_weights)

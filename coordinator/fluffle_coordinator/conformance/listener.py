@@ -1,12 +1,12 @@
-"""What a worker says to the coordinator that is played: kept, looked at, waited for."""
+"""The receiving half of the played coordinator: collects, checks and awaits a worker's messages."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, UsageError
@@ -25,34 +25,26 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Delivery, Link
-from fluffle_coordinator.conformance.findings import Sign, Taken, Unmet, at_work_on
+from fluffle_coordinator.conformance.findings import Heard, ReceivedUpdate, Unmet, at_work_on
 
 _T = TypeVar("_T")
 _PREFETCH = 100
-_LOOK_EVERY_S = 2.0
+_POLL_S = 2.0
 _DURABLE = ("update", "evaluation", "first_weights", "failure")
 RUNS = "conformance-"
-"""What the ids of the runs begin with that are played here."""
+"""Prefix of the ids of the runs played here."""
 
 
 class Answer(NamedTuple):
-    """What came in ``F.updates``, with the payload that was in the message itself."""
+    """A message from ``F.updates``, with the payload that it carried itself."""
 
     message: Update | Evaluation | FirstWeights
     payload: memoryview
 
 
 @dataclass(frozen=True)
-class Conduct:
-    """How an examination is conducted.
-
-    Args:
-        worker: whom to examine; None takes the first that says hello.
-        large: add a tensor to the model, so that it travels in parts.
-        twice: wait for a second start of the worker, and refuse it.
-        patience_s: how long an answer may take, in seconds.
-        tell: told what happens, in a line.
-    """
+class ExamOptions:
+    """The options of an examination; see ``examine``."""
 
     worker: str | None = None
     large: bool = False
@@ -62,100 +54,102 @@ class Conduct:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Work that was sent.
+class SentFit:
+    """A ``fit`` that was sent, and how many messages had arrived before it.
 
     Args:
         fit: the message.
-        since: how many answers there were before.
-        signs: how many signs of life.
+        answers: the number of answers before it.
+        presence: the number of presence messages before it.
     """
 
     fit: Fit
-    since: int
-    signs: int
+    answers: int
+    presence: int
 
 
 class Listener:
-    """Reads what workers send, and keeps what one of them says.
+    """Reads what workers send and keeps the messages of the examined one.
 
     Args:
-        link: the way to the broker.
-        topology: the names on it.
-        how: how to conduct the examination.
-        greeted: called when the worker says hello, or is heard for the first time.
+        link: the link to the broker.
+        topology: the names on the broker.
+        options: the options of the examination.
+        greeted: called at each hello of the worker, or at its first heartbeat if that comes first.
     """
 
     def __init__(
         self,
         link: Link,
         topology: Topology,
-        how: Conduct,
+        options: ExamOptions,
         greeted: Callable[[], Awaitable[None]],
     ) -> None:
-        self.link, self.topology, self.how = link, topology, how
-        self.worker = how.worker
-        self.signs: list[Sign] = []
+        self.link, self.topology, self.options = link, topology, options
+        self.worker = options.worker
+        self.presence: list[Heard] = []
         self.answers: list[Answer] = []
-        self.faults: list[str] = []  # what was wrong with messages, whatever they were for
+        self.faults: list[str] = []  # of any message; the scenario "well formed" reports them
         self._greeted = greeted
         self._news = asyncio.Event()
         self._now = asyncio.get_running_loop().time
 
     async def read(self) -> None:
-        """Read what workers send, for ever.
+        """Read what workers send until the link is lost.
 
         Raises:
+            LinkLost: if the link was lost.
             QueueInUse: if a coordinator of this federation is running.
-            UsageError: if the federation has work of a real run.
+            UsageError: if the federation has messages of a real run.
         """
         names = self.topology
         presence = await self.link.consume(names.presence, prefetch=_PREFETCH, exclusive=True)
         updates = await self.link.consume(names.updates, prefetch=_PREFETCH)
 
-        async def each(deliveries: Any) -> None:
+        async def take_all(deliveries: AsyncIterator[Delivery]) -> None:
             async for delivery in deliveries:
                 await self._take(delivery)
 
-        await run_all(each(presence), each(updates))
+        await run_all(take_all(presence), take_all(updates))
         raise LinkLost("the link was lost")
 
     async def _take(self, delivery: Delivery) -> None:
         try:
             message, payload = decode(delivery.body, self.topology.federation)
-        except MalformedMessage as wrong:
-            self.faults.append(f"in {delivery.queue}: {wrong}")
+        except MalformedMessage as why:
+            self.faults.append(f"in {delivery.queue}: {why}")
             delivery.ack()
             self._news.set()
             return
         if not isinstance(message, FromWorker):
-            return delivery.ack()  # a coordinator that was here before talked to itself
-        self._keep_off_real_runs(message)
+            return delivery.ack()  # the echo of an earlier coordinator
+        self._check_is_ours(message)
         delivery.ack()
         present = isinstance(message, Hello | Heartbeat) and self.worker in (None, message.worker)
-        if present and (isinstance(message, Hello) or not self.signs):
+        if present and (isinstance(message, Hello) or not self.presence):
             self.worker = message.worker
             await self._greeted()
         if message.worker != self.worker:
             return
         self._check_envelope(message, delivery)
         if isinstance(message, Hello | Heartbeat | Bye | Failure):
-            self.signs.append(Sign(self._now(), message))
+            self.presence.append(Heard(self._now(), message))
         elif isinstance(message, Update | Evaluation | FirstWeights):
             self.answers.append(Answer(message, payload))
         self._news.set()
 
-    def _keep_off_real_runs(self, message: Message) -> None:
+    def _check_is_ours(self, message: Message) -> None:
+        """Check that a message is not the work of a real run, which must not be consumed."""
         if not isinstance(message, Update | Evaluation | FirstWeights):
             return
         if not message.run.startswith(RUNS):
             raise UsageError(
                 f"federation {self.topology.federation} has messages of run {message.run}; "
-                "name a federation that is for this alone with --federation"
+                "give a federation that nothing else uses with --federation"
             )
 
     def _check_envelope(self, message: Message, delivery: Delivery) -> None:
-        """Look at what travels beside the body."""
+        """Check the routing key and the AMQP properties."""
         kind, properties = message.kind, delivery.properties
         key = f"{kind}.{self.worker}"
         if key not in delivery.keys:
@@ -172,83 +166,81 @@ class Listener:
     async def until(
         self, find: Callable[[], _T | None], what: str, *, within_s: float | None = None
     ) -> _T:
-        """Return what ``find`` returns, once that is not None.
+        """Wait until ``find`` returns something other than None, and return that.
 
         Args:
-            find: looks through what has come.
-            what: what is waited for, in words.
-            within_s: how long; None: as long as an answer may take, and no longer than there is
-                somebody who reads the worker's inbox.
+            find: searches the messages received so far.
+            what: the name of what is awaited, for error messages.
+            within_s: seconds to wait. None: the patience of the examination, or until nobody
+                consumes from the worker's inbox.
 
         Raises:
-            Unmet: if it does not come.
+            Unmet: if it did not come in time.
         """
-        limit_s = self.how.patience_s if within_s is None else within_s
+        limit_s = self.options.patience_s if within_s is None else within_s
         end = self._now() + limit_s
         while True:
             self._news.clear()
-            found = find()
-            if found is not None:
-                return found
+            result = find()
+            if result is not None:
+                return result
             left_s = end - self._now()
             if left_s <= 0:
-                raise Unmet(f"no {what} within {limit_s:g} s; {self._last_sign()}")
+                raise Unmet(f"no {what} within {limit_s:g} s; {self._last_heartbeat()}")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left_s, _LOOK_EVERY_S)):
+                async with asyncio.timeout(min(left_s, _POLL_S)):
                     await self._news.wait()
                 continue
             if within_s is None and await self.gone() and find() is None:
-                raise Unmet(f"no {what}: the worker is gone, nobody reads its inbox")
+                raise Unmet(f"no {what}: the worker is gone; its inbox has no consumer")
 
-    def _last_sign(self) -> str:
-        beats = [one for one in self.signs if isinstance(one.message, Hello | Heartbeat)]
-        if not beats:
-            return "there was no sign of life"
-        at, message = beats[-1]
-        assert isinstance(message, Hello | Heartbeat)
-        return f"{self._now() - at:.1f} s ago the worker was {at_work_on(message)}"
+    def _last_heartbeat(self) -> str:
+        for at, message in reversed(self.presence):
+            if isinstance(message, Hello | Heartbeat):
+                return f"{self._now() - at:.1f} s ago the worker was {at_work_on(message)}"
+        return "no heartbeat came"
 
-    async def sign(
+    async def next_presence(
         self, kind: type[_T], since: int, what: str, *, within_s: float | None = None
     ) -> _T:
-        """Wait for a sign of life of this kind, from number ``since`` on."""
+        """Wait for a presence message of this kind, ignoring the first ``since`` messages."""
 
         def find() -> _T | None:
-            later = (one.message for one in self.signs[since:])
+            later = (each.message for each in self.presence[since:])
             return next((message for message in later if isinstance(message, kind)), None)
 
         return await self.until(find, what, within_s=within_s)
 
-    def updates_of(self, asked: Asked) -> list[Taken]:
-        """Return the answers to a ``fit`` so far, with the payload that was in the message."""
-        of = asked.fit.run, asked.fit.round, asked.fit.base
+    def updates_of(self, sent: SentFit) -> list[ReceivedUpdate]:
+        """Return the updates of a ``fit`` so far, with the payload that each carried itself."""
+        work = sent.fit.run, sent.fit.round, sent.fit.base
         return [
-            Taken(message, payload)
-            for message, payload in self.answers[asked.since :]
-            if isinstance(message, Update) and (message.run, message.round, message.base) == of
+            ReceivedUpdate(message, payload)
+            for message, payload in self.answers[sent.answers :]
+            if isinstance(message, Update) and (message.run, message.round, message.base) == work
         ]
 
-    def failure_of(self, asked: Asked) -> Failure | None:
-        """Return the worker's word that it could not do the work, if it gave that."""
-        of = asked.fit.run, asked.fit.round
-        failures = (one.message for one in self.signs if isinstance(one.message, Failure))
-        return next((one for one in failures if (one.run, one.round) == of), None)
+    def failure_of(self, sent: SentFit) -> Failure | None:
+        """Return the worker's report that it could not do the work, if it sent one."""
+        work = sent.fit.run, sent.fit.round
+        failures = (each.message for each in self.presence if isinstance(each.message, Failure))
+        return next((each for each in failures if (each.run, each.round) == work), None)
 
-    def took(self, asked: Asked) -> str | None:
-        """Return what shows that the worker has taken work that it had to refuse, if it has."""
-        if self.updates_of(asked):
+    def accepted(self, sent: SentFit) -> str | None:
+        """Return the evidence that the worker accepted work that it had to refuse, if any."""
+        if self.updates_of(sent):
             return "an update"
-        if self.failure_of(asked):
+        if self.failure_of(sent):
             return None
-        for _, message in self.signs[asked.signs :]:
+        for _, message in self.presence[sent.presence :]:
             if isinstance(message, Heartbeat) and message.state != "idle":
-                if (message.run, message.round) == (asked.fit.run, asked.fit.round):
+                if (message.run, message.round) == (sent.fit.run, sent.fit.round):
                     return f"a heartbeat, {at_work_on(message)}"
         return None
 
     async def gone(self) -> bool:
-        """Whether nobody reads the worker's inbox any more."""
+        """Return whether the worker's inbox has no consumer any more."""
         if self.worker is None:
             return True
-        there = await self.link.counts(self.topology.inbox(self.worker))
-        return there is None or not there.consumers
+        counts = await self.link.counts(self.topology.inbox(self.worker))
+        return counts is None or not counts.consumers

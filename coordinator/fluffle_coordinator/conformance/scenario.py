@@ -1,4 +1,4 @@
-"""A scenario: one demand of docs/protocol.md, and how to see whether a worker meets it."""
+"""A scenario: one demand of docs/protocol.md, and the test of whether a worker meets it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fluffle_coordinator.conformance.probe import Probe
 
 Play = Callable[[Probe], Awaitable[str]]
-"""Plays it; returns what was seen, or raises ``Unmet`` or ``Skipped``."""
+"""Plays a scenario; returns what the worker did, or raises ``Unmet`` or ``Skipped``."""
 
 LIFE = "The life of a worker"
 FROM_COORDINATOR = "From the coordinator, in `F.inbox.W`"
@@ -22,14 +22,14 @@ SECTIONS = (LIFE, FROM_COORDINATOR, TO_COORDINATOR, MESSAGE, PARTS, OUTCOME, REF
 
 @dataclass(frozen=True)
 class Scenario:
-    """See above.
+    """One scenario.
 
     Args:
-        name: in a few words.
-        section: the heading in docs/protocol.md under which the demand stands.
+        name: a few words that name it.
+        section: the heading in docs/protocol.md under which the demand is.
         demand: what a worker has to do.
-        play: how to see it.
-        needed: if it is not met, nothing further can be tried.
+        play: the test.
+        needed: whether no later scenario can be tried if this one fails.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Scenario:
 
 
 def demands(section: str, demand: str, *, needed: bool = False) -> Callable[[Play], Scenario]:
-    """Make a scenario of a function, named like it."""
+    """Return a decorator that makes a scenario of a function and names it after that."""
 
-    def made(play: Play) -> Scenario:
+    def decorate(play: Play) -> Scenario:
         name = getattr(play, "__name__", "").replace("_", " ")
         return Scenario(name, section, demand, play, needed)
 
-    return made
+    return decorate

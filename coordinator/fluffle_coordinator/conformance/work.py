@@ -1,12 +1,11 @@
-"""Scenarios of work: what a worker answers, once, again, and when newer work comes."""
+"""Scenarios of work: how a worker answers it, once, again, and when newer work arrives."""
 
 from __future__ import annotations
 
 from fluffle_common.protocol.messages import Evaluation, Update, Verdict
-from fluffle_coordinator.conformance.findings import Taken, Unmet, same_answer
-from fluffle_coordinator.conformance.greeting import last_work
-from fluffle_coordinator.conformance.listener import Asked
-from fluffle_coordinator.conformance.probe import Probe, a_name
+from fluffle_coordinator.conformance.findings import ReceivedUpdate, Unmet, same_answer
+from fluffle_coordinator.conformance.listener import SentFit
+from fluffle_coordinator.conformance.probe import Probe, fresh_name
 from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, OUTCOME, demands
 
 
@@ -28,54 +27,66 @@ async def fit(probe: Probe) -> str:
     "before the update; without held-out data, with none",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
-    """Ask for both, and see in which order they come."""
-    asked = await probe.ask(probe.next_fit(evaluate=True))
-    await probe.update(asked)
-    await probe.evaluation()  # whatever came late is here by then
-    came = [one.message for one in probe.answers[asked.since :]]
-    at_update = next(n for n, one in enumerate(came) if isinstance(one, Update))
-    found = [
-        (n, one)
-        for n, one in enumerate(came)
-        if isinstance(one, Evaluation) and one.base == asked.fit.base
+    """Ask for both, and check their order."""
+    sent = await probe.ask(probe.next_fit(evaluate=True))
+    await probe.update(sent)
+    await probe.evaluation()  # by then, a late evaluation has arrived
+    answers = [each.message for each in probe.answers[sent.answers :]]
+    update_at = next(n for n, each in enumerate(answers) if isinstance(each, Update))
+    evaluations = [
+        (n, each)
+        for n, each in enumerate(answers)
+        if isinstance(each, Evaluation) and each.base == sent.fit.base
     ]
-    if not found:
+    if not evaluations:
         return "an update without an evaluation: there is no held-out data"
-    number, evaluation = found[0]
-    if evaluation.round != asked.fit.round - 1:
-        raise Unmet(f"an evaluation of round {evaluation.round}, not of {asked.fit.round - 1}")
-    if number > at_update:
+    (evaluation_at, evaluation), *_ = evaluations
+    if evaluation.round != sent.fit.round - 1:
+        raise Unmet(f"an evaluation of round {evaluation.round}, not of {sent.fit.round - 1}")
+    if evaluation_at > update_at:
         raise Unmet("the evaluation came after the update")
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples, then the update"
 
 
+@demands(LIFE, "an idle worker says which round of which run it did last")
+async def last_work(probe: Probe) -> str:
+    """Play a round, then ask for a heartbeat."""
+    update, _ = await probe.update(await probe.ask(probe.next_fit()))
+    beat = await probe.idle()
+    if (beat.run, beat.round) != (update.run, update.round):
+        raise Unmet(f"it says run {beat.run}, round {beat.round}; it did round {update.round}")
+    if beat.base not in (None, update.base):
+        raise Unmet(f"it says that it started from {beat.base}, not from {update.base}")
+    return f"idle after round {beat.round}"
+
+
 @demands(LIFE, "a fit that was answered is answered with the same update when it comes again")
 async def same_fit_again(probe: Probe) -> str:
-    """Send the same bytes twice, the second time after the answer."""
-    asked = await probe.ask(probe.next_fit())
-    first = await probe.update(asked)
+    """Send the same fit twice, the second time after the answer."""
+    sent = await probe.ask(probe.next_fit())
+    first = await probe.update(sent)
     await probe.idle()
-    again = await probe.update(await probe.ask(asked.fit))
+    again = await probe.update(await probe.ask(sent.fit))
     if not same_answer(first, again):
         raise Unmet(f"it trained again: {_difference(first, again)}")
     return "the same update"
 
 
-@demands(LIFE, "a fit for a round that is at work already is passed over")
+@demands(LIFE, "a repeated fit is ignored while the worker is at work on its round")
 async def same_fit_while_at_work(probe: Probe) -> str:
-    """Send the same bytes twice, at once."""
-    asked = await probe.ask(probe.next_fit())
-    await probe.send(asked.fit, probe.weights)
-    await probe.update(asked, crossed=True)
+    """Send the same fit twice in a row."""
+    sent = await probe.ask(probe.next_fit())
+    await probe.send(sent.fit, probe.weights)
+    await probe.update(sent, crossed=True)
     await probe.evaluation()
-    updates = probe.updates_of(asked)
+    updates = probe.updates_of(sent)
     for other in updates[1:]:
         if not same_answer(updates[0], other):
             raise Unmet(f"it trained twice: {_difference(updates[0], other)}")
     return f"{len(updates)} update{'s, the same' if len(updates) > 1 else ''}"
 
 
-@demands(LIFE, "the next fit is answered also if it comes before the last update is confirmed")
+@demands(LIFE, "the next fit is answered even if it comes before the last update is confirmed")
 async def next_fit_at_once(probe: Probe) -> str:
     """Play rounds without a pause between them."""
     for _ in range(3):
@@ -85,7 +96,7 @@ async def next_fit_at_once(probe: Probe) -> str:
 
 @demands(LIFE, "a fit for a newer round ends the older work, and is answered")
 async def newer_fit(probe: Probe) -> str:
-    """Ask for the next round while it trains."""
+    """Send the next round while the worker trains."""
     older = await probe.ask(probe.next_fit())
     newer = await probe.ask(probe.next_fit())
     await probe.update(newer)
@@ -94,10 +105,10 @@ async def newer_fit(probe: Probe) -> str:
 
 @demands(
     LIFE,
-    "an older fit is taken or passed over; if it is passed over, the newer one is still answered",
+    "an older fit is accepted or ignored; if it is ignored, the newer one is still answered",
 )
 async def older_fit(probe: Probe) -> str:
-    """Go back two rounds while it trains."""
+    """Send an older round while the worker trains."""
     newer = await probe.ask(probe.next_fit(round=probe.round + 2))
     older = await probe.ask(probe.next_fit(round=newer.fit.round - 1))
     await probe.until(
@@ -112,72 +123,71 @@ async def older_fit(probe: Probe) -> str:
     return "the older round, and the newer one when it came again"
 
 
-@demands(LIFE, "the same round with another base is other work, and trained anew")
+@demands(LIFE, "the same round with another base is different work, and trained again")
 async def another_base(probe: Probe) -> str:
-    """Send the weights of the round under another name while it trains."""
+    """Send the round under another base while the worker trains."""
     first = await probe.ask(probe.next_fit())
-    other = await probe.ask(first.fit.model_copy(update={"base": a_name()}))
+    other = await probe.ask(first.fit.model_copy(update={"base": fresh_name()}))
     await probe.update(other)
     return "the round from its new base" + _and_also(probe, first, "from the old one")
 
 
 @demands(
     OUTCOME,
-    "after a verdict with train_again, and a fit of the next attempt, the round is trained anew",
+    "after a verdict with train_again and a fit of the next attempt, the round is trained again",
 )
 async def rejected_update(probe: Probe) -> str:
-    """Reject an update, and ask for the round again."""
-    asked = await probe.ask(probe.next_fit())
-    rejected = await probe.update(asked)
-    of = rejected.update
+    """Reject an update, and send the round again."""
+    sent = await probe.ask(probe.next_fit())
+    rejected = await probe.update(sent)
     verdict = Verdict(
         federation=probe.topology.federation,
         run=probe.run,
-        round=of.round,
-        base=of.base,
+        round=sent.fit.round,
+        base=sent.fit.base,
         outcome="rejected",
         cause="norm",
-        reason="a trial of what follows from a verdict",
+        reason="the conformance check tests a verdict",
         train_again=True,
     )
     await probe.send(verdict)
-    anew = await probe.update(await probe.ask(asked.fit.model_copy(update={"attempt": 1})))
-    if same_answer(rejected, anew):
-        raise Unmet("the update that was rejected, once more, byte for byte")
-    return f"another update, after {anew.update.seconds:.2f} s of training"
+    second = await probe.update(await probe.ask(sent.fit.model_copy(update={"attempt": 1})))
+    if same_answer(rejected, second):
+        raise Unmet("it sent the rejected update again, byte for byte")
+    return f"another update, after {second.update.seconds:.2f} s of training"
 
 
 @demands(
-    FROM_COORDINATOR, "an evaluate is answered with its round and base, also without held-out data"
+    FROM_COORDINATOR, "an evaluate is answered with its round and base, even without held-out data"
 )
 async def evaluate(probe: Probe) -> str:
-    """Have the weights evaluated."""
-    asked_of = probe.round
+    """Send an evaluate."""
+    number = probe.round
     evaluation = await probe.evaluation()
-    if evaluation.round != asked_of:
-        raise Unmet(f"an evaluation of round {evaluation.round}, not of {asked_of}")
+    if evaluation.round != number:
+        raise Unmet(f"an evaluation of round {evaluation.round}, not of {number}")
     if not evaluation.num_examples:
         return "no held-out data"
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples"
 
 
-@demands(LIFE, "an evaluate is newer than the fit of its round: it is answered during training too")
+@demands(LIFE, "an evaluate is newer than the fit of its round: it is answered during training")
 async def evaluate_during_training(probe: Probe) -> str:
-    """Have the weights evaluated while it trains, then go on."""
+    """Send an evaluate while the worker trains, then the next round."""
     await probe.ask(probe.next_fit())
     await probe.evaluation()
     await probe.update(await probe.ask(probe.next_fit()))
-    return "an evaluation, and then the next round"
+    return "an evaluation, then the next round"
 
 
-def _difference(one: Taken, other: Taken) -> str:
+def _difference(one: ReceivedUpdate, other: ReceivedUpdate) -> str:
     if one.update.seconds != other.update.seconds:
         return f"{one.update.seconds:.6f} s of training, then {other.update.seconds:.6f} s"
     return "the two updates differ"
 
 
-def _and_also(probe: Probe, asked: Asked, what: str) -> str:
-    return f"; {what} too" if probe.updates_of(asked) else ""
+def _and_also(probe: Probe, sent: SentFit, what: str) -> str:
+    return f"; {what} too" if probe.updates_of(sent) else ""
 
 
 WORK = (

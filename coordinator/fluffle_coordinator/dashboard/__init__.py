@@ -1,14 +1,14 @@
-"""The live page: what goes on in a federation, for a browser and for Prometheus.
+"""The live page of a federation, for browsers and for Prometheus.
 
 ::
 
-    events, signs of life ──> RunView ──> board ──> feed ──> server (page, SSE, JSON, health)
-                                 │          │          └───> metrics (Prometheus)
-                                 │          └── snapshot ──> static/: what draws it
-    a run's folder ──────────> RunView ─────────── snapshot ──> report: the same page, in one file
+    events, heartbeats ──> RunView ──> board ──> feed ──> server (page, SSE, JSON, health)
+                              │          │         └────> metrics (Prometheus)
+                              │          └── snapshot ──> static/: draws it in the browser
+    a run folder ────────> RunView ───────── snapshot ──> report: the same page as one file
 
 ``coordinator_source`` feeds a board inside the coordinator; ``broker_source`` feeds one from the
-broker, for a page that runs anywhere. Both only read.
+broker, so that the page can run anywhere. Both are read-only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from fluffle_common.errors import UsageError
 
 @contextlib.contextmanager
 def needs() -> Iterator[None]:
-    """Say in words what to install, where what the page is served with is missing."""
+    """Turn the ``ImportError`` of a missing optional dependency into one that says what to install.
+
+    Raises:
+        UsageError: a package that serves the page is not installed.
+    """
     try:
         yield
     except ImportError:

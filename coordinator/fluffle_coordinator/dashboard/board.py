@@ -1,8 +1,8 @@
-"""What the page shows, as a rendering of what happened: events and signs of life in, one dict out.
+"""The content of the live page: events and heartbeats in, one dict of plain data out.
 
-Pure: no clock and no IO. Times are seconds since 1970 and come in as data. Taking something in is
-O(1), since it happens at every event of a run; ``snapshot`` does the work, when somebody looks.
-Whatever can grow without end is bounded: a worker may send what it likes.
+Pure: no clock, no IO; times are seconds since 1970 and come in as data. Taking in an event is O(1),
+because every event of a run passes here; ``snapshot`` does the work, and only when someone looks.
+Everything that workers could make grow is bounded.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ class Board:
     """Everything the page shows of one federation.
 
     Args:
-        federation: its name.
-        source: where this is known from: ``coordinator`` or ``journal``.
+        federation: the name of the federation.
+        source: where the events come from: ``coordinator`` or ``journal``.
     """
 
     def __init__(self, federation: str, source: str = "coordinator") -> None:
         self.federation, self.source = federation, source
         self.view = RunView()
         self._linked = False
-        self._link_words = "not connected to the broker yet"
+        self._link_sentence = "not connected to the broker yet"
         self._journal: deque[dict[str, Any]] = deque(maxlen=_JOURNAL_LINES)
-        self._numbered = 0
+        self._lines_seen = 0
         self.figures: list[Mapping[str, Any]] = []
         self.figures_note: str | None = "not asked yet"
 
-    # --- taking in -----------------------------------------------------------------------------
+    # --- input ---------------------------------------------------------------------------------
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Take in an event of ``run``, when that is known apart from the event."""
+        """Take in an event; ``run`` is its run id, if known from elsewhere than the event."""
         self.view.add(at, event, run)
         if self.source == "coordinator":
             self._follow_link(event)
-        self._note(at, event)
+        self._add_to_journal(at, event)
 
-    def link(self, linked: bool, words: str) -> None:
-        """Take in whether the broker can be reached by whoever feeds this board."""
-        self._linked, self._link_words = linked, words
+    def link(self, linked: bool, sentence: str) -> None:
+        """Take in whether the source of this board is connected to the broker."""
+        self._linked, self._link_sentence = linked, sentence
 
     def queues(self, figures: Iterable[Mapping[str, Any]], note: str | None = None) -> None:
-        """Take in the figures of the queues, and why they are old or missing, if they are."""
+        """Take in the queues' figures; ``note`` says why there are none."""
         self.figures, self.figures_note = list(figures), note
 
     def _follow_link(self, event: RunEvent) -> None:
@@ -65,25 +65,25 @@ class Board:
             case run_events.Disconnected() | run_events.NoBroker() | run_events.Standby():
                 self.link(False, event.sentence())
 
-    def _note(self, at: float, event: RunEvent) -> None:
-        self._numbered += 1
+    def _add_to_journal(self, at: float, event: RunEvent) -> None:
+        self._lines_seen += 1
         last = self._journal[-1] if self._journal else None
         line = {
-            "id": self._numbered,
+            "id": self._lines_seen,
             "time": at,
             "event": event.name,
             "tone": event.severity,
             "text": clipped(event.sentence(), 600),
         }
         if isinstance(event, run_events.Waiting) and last and last["event"] == event.name:
-            self._journal[-1] = line | {"id": last["id"]}  # it says so every ten seconds
+            self._journal[-1] = line | {"id": last["id"]}  # repeated every ten seconds
         else:
             self._journal.append(line)
 
-    # --- giving out ----------------------------------------------------------------------------
+    # --- output --------------------------------------------------------------------------------
 
     def snapshot(self, now: float) -> dict[str, Any]:
-        """Return the whole page at a time as plain data, one key a section."""
+        """Return the whole page at time ``now`` as plain data, one key per section."""
         return {
             "now": now,
             "run": self.run(),
@@ -95,12 +95,12 @@ class Board:
 
     @property
     def _current(self) -> int:
-        """The round that is open or will be."""
+        """The number of the open round, or of the next one."""
         return self.view.open.number if self.view.open is not None else self.view.next
 
     def run(self) -> dict[str, Any]:
-        """Return the section ``run``: where the run stands, in figures and in words."""
-        current, view, words = self._current, self.view, self._words()
+        """Return the section ``run``: the state of the run, in figures and as a sentence."""
+        current, view, words = self._current, self.view, self._phase_sentence()
         if self._abandoned and view.phase != "ended":
             words = f"no coordinator is connected; last heard: {words}"
         return {
@@ -114,18 +114,18 @@ class Board:
             "rounds": view.planned,
             "committed": view.committed,
             "linked": self._linked,
-            "link": self._link_words,
+            "link": self._link_sentence,
         }
 
     @property
     def _abandoned(self) -> bool:
-        """Whether nobody reads the signs of life, which a coordinator does as long as it lives."""
+        """Whether the presence queue has no consumer, that is, no coordinator is connected."""
         presence = f"{self.federation}.presence"
         return self.source == "journal" and any(
             queue["name"] == presence and queue.get("consumers") == 0 for queue in self.figures
         )
 
-    def _words(self) -> str:
+    def _phase_sentence(self) -> str:
         match self.view.phase:
             case "open":
                 updates, needed = self.filling
@@ -143,34 +143,35 @@ class Board:
 
     @property
     def filling(self) -> tuple[int, int]:
-        """How many updates the open round has, and how many close it."""
-        one = self.view.open
-        return (len(one.answers), one.needed or len(one.asked)) if one else (0, 0)
+        """The number of updates in the open round, and the number that closes it."""
+        opened = self.view.open
+        return (len(opened.answers), opened.needed or len(opened.asked)) if opened else (0, 0)
 
     def _open_section(self) -> dict[str, Any] | None:
-        one = self.view.open
-        if one is None or self.view.phase not in ("open", "committing"):
+        opened = self.view.open
+        if opened is None or self.view.phase not in ("open", "committing"):
             return None
         updates, needed = self.filling
         return {
-            "round": one.number,
+            "round": opened.number,
             "updates": updates,
             "needed": needed,
-            "opened_at": one.asked_at,
-            "deadline_at": one.deadline_at,
-            "answered": [asdict(answer) for answer in one.answers.values()],
+            "opened_at": opened.asked_at,
+            "deadline_at": opened.deadline_at,
+            "answered": [asdict(answer) for answer in opened.answers.values()],
             "missing": [
-                self._missing(name, one.number, one.failures.get(name))
-                for name in one.asked
-                if name not in one.answers
+                self._missing(name, opened.number, opened.failures.get(name))
+                for name in opened.asked
+                if name not in opened.answers
             ],
         }
 
-    def _missing(self, worker: str, current: int, failed: str | None) -> dict[str, Any]:
-        """Say what a worker does that was asked and has not answered; whether that is hopeless."""
+    def _missing(self, worker: str, current: int, failure: str | None) -> dict[str, Any]:
+        """Return what a worker without an update is doing, and whether it can still send one."""
         row = self.view.workers.get(worker)
-        if row is None and failed is None:
-            return {"worker": worker, "doing": "not heard of yet", "hopeless": False}
+        if row is None and failure is None:
+            return {"worker": worker, "doing": "no heartbeat yet", "hopeless": False}
         row = row or WorkerView(worker)
-        doing = row.doing(current, None if failed is None else clipped(failed, 300))
-        return {"worker": worker, "doing": doing, "hopeless": failed is not None or not row.is_here}
+        doing = row.doing(current, None if failure is None else clipped(failure, 300))
+        hopeless = failure is not None or not row.is_here
+        return {"worker": worker, "doing": doing, "hopeless": hopeless}

@@ -1,7 +1,8 @@
-"""The page of a federation whose coordinator runs anywhere, as the broker tells it.
+"""The board of a federation, fed from the broker: the coordinator can run anywhere.
 
-Three sources: the journal (every event, from the oldest that is kept), copies of the workers' signs
-of life, and RabbitMQ's management API. All three only read; the coordinator notices nothing.
+Three sources: the journal (every event, from the oldest that the broker still has), copies of the
+workers' heartbeats, and RabbitMQ's management API. All are read-only; the coordinator notices
+nothing.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from fluffle_coordinator.observe.journal_reader import read_journal
 
 _FOREVER = Backoff(give_up_s=math.inf)
 _KINDS = ("hello", "heartbeat", "bye")
-_NOBODY_YET_S = 2.0
+_JOURNAL_POLL_S = 2.0
 
 
 class BrokerSource:
-    """Follows a federation through the broker, and keeps a board of it.
+    """Follows a federation through the broker and keeps its board.
 
     Args:
-        topology: the names of the federation.
-        transport: the way to the broker.
-        ask_queues: asks for the figures of the queues; see ``Feed``.
+        topology: the names of the federation's queues and exchanges.
+        transport: the connection to the broker.
+        ask_queues: returns the queues' figures; see ``Feed``.
     """
 
     def __init__(
@@ -49,19 +50,19 @@ class BrokerSource:
         self.feed = Feed(self._board, ask_queues=ask_queues)
 
     async def serve(self, listening: socket.socket) -> None:
-        """Show the page until cancelled; a broker that is away is waited for.
+        """Serve the page until cancelled; wait for the broker whenever it is away.
 
         Raises:
-            BrokerError: where the broker refuses us for good.
+            BrokerError: if the broker refuses this user for good.
         """
         async with served(self.feed, listening):
             await self.follow()
 
     async def follow(self) -> None:
         """Keep the board until cancelled."""
-        await run_all(self._journal(), self._signs_of_life())
+        await run_all(self._follow_journal(), self._follow_presence())
 
-    async def _journal(self) -> None:
+    async def _follow_journal(self) -> None:
         events = read_journal(self._transport, self._topology, live=True, backoff=_FOREVER)
         async with contextlib.aclosing(events):
             async for event in events:
@@ -69,53 +70,53 @@ class BrokerSource:
                     at = event.moment.timestamp()
                     self.feed.add(at, from_fields(event.event, event.fields), event.run)
 
-    async def _signs_of_life(self) -> None:
+    async def _follow_presence(self) -> None:
         opened = reconnecting(self._transport, _FOREVER, self._no_broker)
         async with contextlib.aclosing(opened):
             async for link in opened:
                 try:
                     await self._tap(link)
-                except LinkLost as gone:
-                    self._linked(False, f"lost the broker ({gone}); connecting again")
-                except QueueInUse as no:
+                except LinkLost as why:
+                    self._set_link(False, f"lost the broker ({why}); reconnecting")
+                except QueueInUse as why:
                     raise BrokerError(
-                        f"the broker does not let this user show the page: {no}; it needs the "
-                        f"rights to configure, write and read {self._topology.federation}.tap.* "
-                        f"and to read {self._topology.results}"
+                        f"this user has too few rights on the broker to serve the page ({why}); "
+                        "grant configure, write and read on "
+                        f"{self._topology.federation}.tap.* and read on {self._topology.results}"
                     ) from None
 
     def _no_broker(self, reason: str, _: float) -> None:
-        self._linked(False, f"no broker at {self._transport.address} ({reason}); trying again")
+        self._set_link(False, f"no broker at {self._transport.address} ({reason}); trying again")
 
-    def _linked(self, linked: bool, words: str) -> None:
-        self._board.link(linked, words)
+    def _set_link(self, linked: bool, sentence: str) -> None:
+        self._board.link(linked, sentence)
         self.feed.touch()
 
     async def _tap(self, link: Link) -> None:
         federation, address = self._topology.federation, self._transport.address
-        # The journal is the last that whoever comes first declares: with it, all else is there.
+        # A coordinator declares the journal last: once it exists, so does everything else.
         while await link.counts(self._topology.journal) is None:
-            self._linked(True, f"there is no federation {federation} at {address} yet")
-            await asyncio.sleep(_NOBODY_YET_S)
-        self._linked(True, f"linked to the broker at {address}")
+            self._set_link(True, f"there is no federation {federation} at {address} yet")
+            await asyncio.sleep(_JOURNAL_POLL_S)
+        self._set_link(True, f"connected to the broker at {address}")
         queue = self._topology.tap(f"page-{uuid.uuid4().hex[:8]}")
         bindings = [Binding(queue.name, self._topology.results, f"{kind}.#") for kind in _KINDS]
         copies = await link.tap(queue, bindings)
         async with contextlib.aclosing(copies):
             async for copy in copies:
-                self._hear(copy)
+                self._take_presence(copy)
 
-    def _hear(self, copy: Delivery) -> None:
+    def _take_presence(self, copy: Delivery) -> None:
         try:
-            said, _ = decode(copy.body, self._topology.federation)
+            message, _ = decode(copy.body, self._topology.federation)
         except MalformedMessage:
-            return  # the coordinator rejects it, and the journal tells
-        now = round(time.time(), 3)
-        match said:
+            return  # the coordinator rejects the original, and the journal shows that
+        now, workers = round(time.time(), 3), self._board.view.workers
+        match message:
             case Hello() | Heartbeat():
-                self._board.view.workers.sign_of_life(now, said.worker, said.model_dump())
+                workers.sign_of_life(now, message.worker, message.model_dump())
             case Bye():
-                self._board.view.workers.add(now, Left(worker=said.worker, reason=said.reason))
+                workers.add(now, Left(worker=message.worker, reason=message.reason))
             case _:
                 return
         self.feed.touch()

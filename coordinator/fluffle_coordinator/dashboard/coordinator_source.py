@@ -1,4 +1,4 @@
-"""The page of a coordinator that runs in this very process: it watches the run."""
+"""The board of the coordinator in this process, fed by watching its run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.waiting import waiting_for
 
 _CLOCK_STEP_S = 0.5
-_IN_A_HEARTBEAT = (
+_HEARTBEAT_FIELDS = (
     "state", "num_examples", "run", "round", "step", "steps", "loss", "heartbeat_s",
 )  # fmt: skip
 
@@ -21,13 +21,13 @@ _IN_A_HEARTBEAT = (
 class CoordinatorSource:
     """A watcher of a run (``watchers.Watcher``) that keeps a board for the page.
 
-    To be shown the run's state costs one assignment; it is read when somebody looks.
+    ``show`` costs the run one assignment; the state is read only when someone looks at the page.
 
     Args:
-        federation: its name.
-        ask_queues: asks for the figures of the queues; see ``Feed``.
-        clock: the time, in seconds since 1970.
-        monotonic: the clock of the run.
+        federation: the name of the federation.
+        ask_queues: returns the queues' figures; see ``Feed``.
+        clock: returns the time in seconds since 1970.
+        monotonic: the run's own clock, in seconds.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class CoordinatorSource:
         self.feed = Feed(self._board, refresh=self._refresh, ask_queues=ask_queues, clock=clock)
 
     def record(self, event: RunEvent) -> None:
-        """Take an event of the run."""
+        """Take in an event of the run."""
         self.feed.add(self._clock(), event)
 
     def show(self, state: State, now: float) -> None:
-        """Take where the run stands."""
+        """Take in the state of the run's machine."""
         self._state = state
         self.feed.touch()
 
     def _refresh(self) -> None:
-        # The clock is set, a laptop sleeps: only then, so that times do not tremble.
+        # The offset moves only when the clock was set or the machine slept, so times do not jitter.
         epoch = self._clock() - self._monotonic()
         if abs(epoch - self._epoch) > _CLOCK_STEP_S:
             self._epoch = epoch
@@ -63,13 +63,13 @@ class CoordinatorSource:
 
 
 def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> None:
-    """Tell a view of the run what its machine knows better than its events can tell.
+    """Add to a view what only the machine's state shows: phase, cohort, deadline, heartbeats.
 
     Args:
-        view: of the run's events.
+        view: the view of the run's events; changed in place.
         state: the state of the round machine.
-        epoch: what to add to its times for seconds since 1970.
-        now: the time by its clock.
+        epoch: the seconds to add to the machine's times to get seconds since 1970.
+        now: the time by the machine's clock.
     """
     view.planned = state.rules.rounds
     if view.ended is None:
@@ -77,14 +77,14 @@ def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> N
     if state.phase is Phase.WAITING:
         waiting = waiting_for(state, now)
         view.waiting = None if waiting is None else (now + epoch, waiting)
-    one = view.open
-    if one is not None and one.number == state.round:
-        one.asked, one.needed = tuple(sorted(state.asked)), state.needed
-        one.failures = dict(state.failed)
+    opened = view.open
+    if opened is not None and opened.number == state.round:
+        opened.asked, opened.needed = tuple(sorted(state.asked)), state.needed
+        opened.failures = dict(state.failed)
         ends_at = state.opened_at + state.rules.deadline_s
         if state.quorum_at is not None:
             ends_at = state.quorum_at + state.rules.grace_s
-        one.deadline_at = round(ends_at + epoch, 3)
+        opened.deadline_at = round(ends_at + epoch, 3)
     for worker in state.workers.values():
-        told = {name: getattr(worker, name) for name in _IN_A_HEARTBEAT}
-        view.workers.sign_of_life(round(worker.last_seen + epoch, 3), worker.name, told)
+        heartbeat = {name: getattr(worker, name) for name in _HEARTBEAT_FIELDS}
+        view.workers.sign_of_life(round(worker.last_seen + epoch, 3), worker.name, heartbeat)

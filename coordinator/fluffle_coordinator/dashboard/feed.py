@@ -1,6 +1,6 @@
-"""Between a board and whoever looks at it: what is new, when to look, and the queues' figures.
+"""Connects a board to its viewers: change notification, cached JSON, and the queues' figures.
 
-Nothing is computed unless somebody looks, and nothing that goes wrong here reaches the run.
+Nothing is computed unless someone looks, and no failure here reaches the run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _AFTER_A_FAILURE_S = 10.0
 
 
 class Feed:
-    """A board that takes events in, looked at by any number of viewers.
+    """A board with any number of viewers.
 
     Args:
-        board: what is shown.
-        refresh: brings the board up to date before it is looked at.
-        ask_queues: asks for the figures of the queues, off the event loop; None where nobody can.
-        clock: the time, in seconds since 1970.
+        board: the content of the page.
+        refresh: called before each read, to bring the board up to date.
+        ask_queues: returns the queues' figures; called in a thread. None: queues are not shown.
+        clock: returns the time in seconds since 1970.
     """
 
     def __init__(
@@ -46,54 +46,53 @@ class Feed:
         self._refresh, self._ask_queues = refresh, ask_queues
         self._news = asyncio.Event()
         self._sections: dict[str, str] = {}
-        self._sections_of = -1
+        self._sections_version = -1
         self._asking = asyncio.Lock()
         self._ask_again_at = -math.inf
-        self._failed = False
+        self._warned = False
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Take an event in; what the board cannot take is warned of once, and left out."""
+        """Take in an event; skip one that the board cannot process, and warn of the first."""
         try:
             self._board.add(at, event, run)
-        except Exception as why:  # a page that cannot follow must not stop what it watches
-            if not self._failed:
-                what = f"an event '{event.name}' ({why!r})"
-                warn(f"the page cannot show {what}; everything else goes on")
-            self._failed = True
+        except Exception as why:  # a fault of the page must not stop the run
+            if not self._warned:
+                warn(f"the page skips an event '{event.name}' ({why!r}); the run is not affected")
+            self._warned = True
         self.touch()
 
     def touch(self) -> None:
-        """Something may have changed."""
+        """Announce that something may have changed."""
         self.version += 1
         self._news.set()
 
     def close(self) -> None:
-        """Let every stream of news end."""
+        """End every viewer's stream."""
         self.closed = True
         self.touch()
 
     async def news(self, since: int) -> None:
-        """Return when there is something newer than version ``since``, or the feed is closed."""
+        """Wait until there is something newer than version ``since``, or the feed is closed."""
         while self.version == since and not self.closed:
             self._news.clear()
             await self._news.wait()
 
     @property
     def board(self) -> Board:
-        """The board, as it is at this moment."""
+        """The board, brought up to date."""
         self._refresh()
         return self._board
 
     def sections(self) -> dict[str, str]:
-        """Return the page as JSON, one text a section, the same object while nothing changes."""
-        if self._sections_of != self.version:
-            self._sections_of = self.version
+        """Return the page as JSON, one text per section, cached until something changes."""
+        if self._sections_version != self.version:
+            self._sections_version = self.version
             snapshot = self.board.snapshot(self.clock())
             self._sections = {name: as_json(section) for name, section in snapshot.items()}
         return self._sections
 
     async def ask_queues(self, max_age_s: float) -> None:
-        """Ask for the queues' figures, unless they are younger than ``max_age_s``."""
+        """Refresh the queues' figures, unless they are younger than ``max_age_s``."""
         if self._ask_queues is None:
             return
         loop = asyncio.get_running_loop()
@@ -113,18 +112,18 @@ class Feed:
 
 
 def queue_asker(topology: Topology, url: str, base: str) -> Callable[[], Figures]:
-    """Return what asks RabbitMQ's management API once; it raises what ``queue_figures`` does.
+    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does.
 
     Args:
-        topology: of the federation.
-        url: the broker's URL.
-        base: where its management API is.
+        topology: the names of the federation's queues.
+        url: URL of the broker.
+        base: URL of its management API.
     """
     return lambda: [figures.as_dict() for figures in queue_figures(url, base, topology)]
 
 
 def as_json(value: Any) -> str:
-    """Return plain data as JSON on one line; what JSON has no word for becomes null or text."""
+    """Return plain data as one line of JSON; NaN and infinity become null, other objects text."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
 """``/metrics``: the board's figures for Prometheus.
 
-Read off the board when they are asked for, so that a run pays nothing for them. No label has a
-value that a worker could choose: causes, states, phases and the roles of queues are all ours.
+They are computed from the board at each scrape, so a run pays nothing for them. Every label value
+comes from a fixed set (causes, states, phases, roles of queues), so no worker can add series.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ _QUEUE_FIGURES = {
     "ready": ("fluffle_queue_ready_messages", "Messages waiting to be delivered."),
     "unacknowledged": (
         "fluffle_queue_unacknowledged_messages",
-        ("Messages delivered but not acknowledged; an update stays so until its round is on disk."),
+        "Messages delivered but not acknowledged; an update stays so until its round is on disk.",
     ),
     "consumers": ("fluffle_queue_consumers", "Consumers of these queues."),
     "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),
 }
-
 
 _EVALUATIONS = (
     ("loss", "fluffle_federated_loss", "Federated loss of the most recently evaluated model."),
@@ -50,18 +49,14 @@ _EVALUATIONS = (
 
 
 def registry(feed: Feed) -> CollectorRegistry:
-    """Return a registry of one collector: that of this feed's board."""
-    made = CollectorRegistry(auto_describe=False)
-    made.register(BoardCollector(feed))
-    return made
+    """Return a registry whose only collector reads this feed's board."""
+    collectors = CollectorRegistry(auto_describe=False)
+    collectors.register(BoardCollector(feed))
+    return collectors
 
 
 class BoardCollector(Collector):
-    """Turns a board into metrics.
-
-    Args:
-        feed: of the board.
-    """
+    """Turns the board of ``feed`` into metrics."""
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
@@ -151,8 +146,8 @@ def _queues(board: Board) -> Iterator[Metric]:
         sums: dict[str, float] = {}
         for queue in board.figures:
             if queue.get(figure) is not None:
-                of = role(str(queue["name"]), board.federation)
-                sums[of] = sums.get(of, 0) + queue[figure]
+                label = role(str(queue["name"]), board.federation)
+                sums[label] = sums.get(label, 0) + queue[figure]
         if sums:
             yield _labelled(name, words, "queue", sums)
 

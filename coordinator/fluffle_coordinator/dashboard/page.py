@@ -1,4 +1,4 @@
-"""The page of a running coordinator: a watcher of the run, a port, and a server between."""
+"""The page that a coordinator serves itself (``--dashboard``)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ T = TypeVar("T")
 
 
 class Page(CoordinatorSource):
-    """The page of the coordinator in this process.
+    """A watcher of the run with a web server.
 
-    The port is taken at once, and requests are answered in ``beside``.
+    The port is bound at once, so that a port in use stops the command before the run begins.
+    Requests are answered while ``beside`` runs.
 
     Args:
-        address: ``HOST:PORT``, port 0 for any free one.
-        topology: of the federation.
-        url: the broker's URL.
-        management: where its management API is.
+        address: ``HOST:PORT``; port 0 means any free one.
+        topology: the names of the federation's queues.
+        url: URL of the broker.
+        management: URL of its management API.
 
     Raises:
-        UsageError: where the port cannot be had.
+        UsageError: if ``address`` is malformed or cannot be bound.
     """
 
     def __init__(self, address: str, topology: Topology, url: str, management: str) -> None:
@@ -37,10 +38,10 @@ class Page(CoordinatorSource):
         super().__init__(topology.federation, queue_asker(topology, url, management))
 
     def remember(self, rounds: Iterable[Mapping[str, Any]]) -> None:
-        """Show the rounds of an earlier coordinator of the same run."""
+        """Show the rounds that an earlier coordinator of the same run committed."""
         self.feed.board.view.remember(rounds)
 
     async def beside(self, run: Coroutine[Any, Any, T]) -> T:
-        """Answer requests for as long as the run takes; return what it returns."""
+        """Await ``run`` while answering requests; return its result."""
         async with served(self.feed, self._listening):
             return await run

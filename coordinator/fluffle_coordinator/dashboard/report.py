@@ -1,7 +1,7 @@
-"""The report of a run: the live page, frozen. One file that needs no network and no other file.
+"""The report of a run: the live page, frozen into one file that needs no network.
 
-It has the page's own HTML, style and scripts (``static/``) in it, and the snapshot that they draw:
-what ``/api/board`` answers, as the run's folder tells it.
+The file embeds the page's own HTML, style and scripts (``static/``) and the snapshot that they
+draw. That snapshot has the shape of ``/api/board`` but is computed from the run folder.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import read_history, read_history_lines
 
-_SCRIPTS = ("dom.js", "chart.js", "results.js", "panels.js", "page.js")  # each after what it uses
+_SCRIPTS = ("dom.js", "chart.js", "results.js", "panels.js", "page.js")  # in dependency order
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
 _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 
 
 def read_report(folder: Path, now: float) -> dict[str, Any]:
-    """Return everything that a report shows of a run; every checkpoint in its folder is hashed.
+    """Return everything that a report shows, including the SHA-256 of every checkpoint.
 
     Args:
-        folder: of the run, which may still be going on.
+        folder: the run folder; the run may still be going on.
         now: the time, in seconds since 1970.
 
     Raises:
-        UsageError: when there is no run in it, or its files cannot be read.
+        UsageError: if the folder holds no run, or its files cannot be read.
     """
     rows, last = read_history(folder), read_history_lines(folder)[-1:]
     path = folder / "run.json"
@@ -59,13 +59,13 @@ def snapshot(
     end: Mapping[str, Any] | None,
     now: float,
 ) -> dict[str, Any]:
-    """Work out what a report shows.
+    """Return everything that a report shows as plain data, one key per section.
 
     Args:
-        rows: the history, a row a round.
-        identity: what run.json says.
-        checkpoints: the model files.
-        end: the line of the history that tells how the run ended; None when it goes on.
+        rows: the history, one row per round.
+        identity: the content of ``run.json``.
+        checkpoints: name, size and SHA-256 of each model file.
+        end: the history's ``ended`` line; None if the run has not ended.
         now: the time, in seconds since 1970.
     """
     view = RunView(whole=True)
@@ -98,7 +98,7 @@ def snapshot(
 
 
 def page(shown: Mapping[str, Any]) -> str:
-    """Return the page of a snapshot; nothing in that is ever read as HTML or as a script."""
+    """Return the HTML that shows a snapshot; nothing in the data can act as markup or script."""
     icon = base64.b64encode(_static("icon.svg").encode()).decode()
     style, theme = _static("page.css"), _static("theme.js")
     script = "\n".join(_IMPORTS.sub("", _static(name)) for name in _SCRIPTS)
@@ -108,10 +108,10 @@ def page(shown: Mapping[str, Any]) -> str:
         f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f'style-src {_hash(style)}; script-src {_hash(theme)} {_hash(script)}">'
     )
-    # In JSON, these stand in texts alone, where the escape means the same.
+    # JSON has these characters only inside strings, where the escape means the same.
     data = as_json(shown).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     html = _LIVE_ONLY.sub("", _static("page.html"))
-    for part, becomes in (
+    for part, replacement in (
         ('href="icon.svg"', f'href="data:image/svg+xml;base64,{icon}"'),
         ('src="icon.svg"', f'src="data:image/svg+xml;base64,{icon}"'),
         ('<link rel="stylesheet" href="page.css">', f"<style>{style}</style>"),
@@ -127,9 +127,8 @@ def page(shown: Mapping[str, Any]) -> str:
         ("<title>fluffle</title>", f"<title>{escape(shown['run']['federation'])}: report</title>"),
         ('<meta charset="utf-8">', f'<meta charset="utf-8">\n  {policy}'),
     ):
-        before, found, after = html.partition(part)
-        assert found, part
-        html = before + becomes + after
+        assert part in html, part
+        html = html.replace(part, replacement, 1)
     return html
 
 
@@ -138,7 +137,7 @@ def _static(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return what a Content-Security-Policy calls this very text by."""
+    """Return the Content-Security-Policy source expression that allows exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

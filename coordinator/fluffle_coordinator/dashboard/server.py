@@ -1,11 +1,11 @@
-"""The page over HTTP: read-only, on loopback unless told otherwise, beside whatever else runs.
+"""The page over HTTP: read-only, and on the loopback interface unless told otherwise.
 
 ======================  ===========================================================================
 ``/``                   the page; its parts are ``page.css``, ``page.js``, …
-``/events``             server-sent events: the whole board at once, then what changed
+``/events``             server-sent events: the whole board first, then the sections that change
 ``/api/board``          the board as one JSON object
 ``/healthz``            200 while the process answers
-``/readyz``             200 while there is a broker and the run goes on, else 503; words either way
+``/readyz``             200 while the broker is connected and the run goes on, else 503, with reason
 ``/metrics``            for Prometheus
 ======================  ===========================================================================
 """
@@ -35,13 +35,13 @@ from fluffle_common.errors import UsageError
 from fluffle_coordinator.dashboard.feed import Feed, as_json
 from fluffle_coordinator.dashboard.metrics import registry
 
-_MOST_VIEWERS = 50
-_SHORTEST_PAUSE_S = 0.2
-_PAUSE_FOR_WORK = 20  # a large federation's board may take longer: never more than 5 % of the time
+_MAX_VIEWERS = 50
+_MIN_PAUSE_S = 0.2
+_PAUSE_PER_WORK = 20  # rendering a large board never takes more than 5 % of the loop's time
 _ALIVE_EVERY_S = 10.0
 _QUEUES_EVERY_S = 3.0
 _QUEUES_FOR_METRICS_S = 5.0
-_FAREWELL_S = 2.0
+_SHUTDOWN_S = 2.0
 
 _STATIC = files("fluffle_coordinator.dashboard") / "static"
 _MEDIA_TYPES = {
@@ -63,18 +63,18 @@ _HEADERS = [
 ]
 
 
-# --- where it listens --------------------------------------------------------------------------
+# --- the socket --------------------------------------------------------------------------------
 
 
 def listen(address: str, flag: str) -> socket.socket:
-    """Take the address for the page, before anything else is begun.
+    """Bind the page's address.
 
     Args:
-        address: ``HOST:PORT``, or a port of 127.0.0.1; port 0 is any free one.
-        flag: the option it was given with, for the error.
+        address: ``HOST:PORT``, or just a port of 127.0.0.1; port 0 means any free one.
+        flag: the option that the address comes from, for error messages.
 
     Raises:
-        UsageError: where it is no address, or cannot be had.
+        UsageError: if ``address`` is malformed or cannot be bound.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
@@ -91,38 +91,38 @@ def listen(address: str, flag: str) -> socket.socket:
 
 
 def url_of(listening: socket.socket) -> str:
-    """Return where the page is, for people."""
+    """Return the URL of the page."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def is_loopback(listening: socket.socket) -> bool:
-    """Whether only this machine can reach it."""
+    """Return whether only this machine can reach the page."""
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
 def exposure(listening: socket.socket) -> str | None:
-    """Return what to warn of, where others than this machine can reach the page."""
+    """Return a warning if other machines can reach the page, else None."""
     if is_loopback(listening):
         return None
     return f"anyone who can reach this machine can read the page at {url_of(listening)}"
 
 
-# --- the life of the server --------------------------------------------------------------------
+# --- the server --------------------------------------------------------------------------------
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that leaves signals to whoever owns the process."""
+    """Uvicorn without its signal handlers: signals belong to the command."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Install no signal handlers."""
         yield
 
 
 @contextlib.asynccontextmanager
 async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
-    """Serve the page while the body runs; what goes wrong with it is a warning, no more."""
+    """Serve the page while the body runs; a failure of the server is only a warning."""
     hosts = {"localhost", "127.0.0.1", "::1", listening.getsockname()[0]}
     config = uvicorn.Config(
         application(feed, hosts if is_loopback(listening) else None),
@@ -135,7 +135,7 @@ async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=int(_FAREWELL_S),
+        timeout_graceful_shutdown=int(_SHUTDOWN_S),
     )
     server = _Server(config)
     task = asyncio.create_task(_guarded(server, listening), name="page")
@@ -144,28 +144,27 @@ async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
     finally:
         feed.close()
         server.should_exit = True
-        _, running = await asyncio.wait({task}, timeout=2 * _FAREWELL_S)
-        for left in running:
-            left.cancel()
+        await asyncio.wait({task}, timeout=2 * _SHUTDOWN_S)
+        task.cancel()
         listening.close()
 
 
 async def _guarded(server: _Server, listening: socket.socket) -> None:
     try:
         await server.serve(sockets=[listening])
-    except Exception as why:  # the run must not end because nobody can look at it
+    except Exception as why:  # a fault of the page must not stop the run
         warn(f"the page failed ({why!r}); the run goes on without it")
 
 
-# --- what it answers ---------------------------------------------------------------------------
+# --- the responses -----------------------------------------------------------------------------
 
 
 def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
-    """Return the page of a feed as an ASGI application.
+    """Return the ASGI application that serves a feed.
 
     Args:
-        feed: what is shown.
-        hosts: the names that a request may call this host by; None: any.
+        feed: the content of the page.
+        hosts: host names that requests may use; None allows any.
     """
     metrics = registry(feed)
     viewers = 0
@@ -177,16 +176,17 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
     async def events(request: Request) -> Response:
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
-        if viewers >= _MOST_VIEWERS:
-            return PlainTextResponse(f"{_MOST_VIEWERS} are looking already\n", 503)
+        if viewers >= _MAX_VIEWERS:
+            reason = f"this page already has {_MAX_VIEWERS} viewers, the most that it serves\n"
+            return PlainTextResponse(reason, 503)
 
         async def stream() -> AsyncIterator[str]:
             nonlocal viewers
             viewers += 1
             try:
-                async with contextlib.aclosing(_events(feed)) as told:
-                    async for text in told:
-                        yield text
+                async with contextlib.aclosing(_events(feed)) as messages:
+                    async for message in messages:
+                        yield message
             finally:
                 viewers -= 1
 
@@ -230,35 +230,35 @@ def _file(file: Traversable) -> Callable[[Request], Coroutine[Any, Any, Response
 
 
 async def _events(feed: Feed) -> AsyncGenerator[str, None]:
-    """Yield the board, then what changes of it, until the feed is closed."""
+    """Yield the whole board, then the sections that change, until the feed is closed."""
     known: dict[str, str] = {}
     loop = asyncio.get_running_loop()
-    asking = asyncio.create_task(_keep_asking(feed), name="queues of the page")
+    polling = asyncio.create_task(_poll_queues(feed), name="queues of the page")
     yield "retry: 1000\n\n"
     try:
         while True:
-            seen, ending, began = feed.version, feed.closed, loop.time()
+            version, is_last, began = feed.version, feed.closed, loop.time()
             sections = feed.sections()
-            pause_s = max(_SHORTEST_PAUSE_S, _PAUSE_FOR_WORK * (loop.time() - began))
+            pause_s = max(_MIN_PAUSE_S, _PAUSE_PER_WORK * (loop.time() - began))
             new = {name: text for name, text in sections.items() if known.get(name) != text}
             known = sections
             if new.keys() - {"now"}:
                 yield f"data: {_joined({**new, 'now': as_json(feed.clock())})}\n\n"
-            if ending:
+            if is_last:
                 return
             try:
                 async with asyncio.timeout(_ALIVE_EVERY_S):
-                    await feed.news(seen)
+                    await feed.news(version)
             except TimeoutError:
-                # An event and no mere comment: the page, too, wants to know that we are alive.
+                # An event instead of a comment: scripts cannot see comments.
                 yield f"event: alive\ndata: {feed.clock()}\n\n"
             if not feed.closed:
                 await asyncio.sleep(pause_s)
     finally:
-        asking.cancel()
+        polling.cancel()
 
 
-async def _keep_asking(feed: Feed) -> None:
+async def _poll_queues(feed: Feed) -> None:
     while True:
         await feed.ask_queues(_QUEUES_EVERY_S)
         await asyncio.sleep(_QUEUES_EVERY_S)
@@ -269,10 +269,10 @@ def _joined(sections: dict[str, str]) -> str:
 
 
 class Guard:
-    """Lets in only what reads, under a name that is ours, and says how browsers are to treat it.
+    """Middleware that admits only reads of known host names and adds the security headers.
 
-    A page on the web can point a name of its own at 127.0.0.1 and have a browser read us; it
-    cannot keep that name out of the ``Host`` header.
+    The host check prevents DNS rebinding: a web page can point its own name at 127.0.0.1 and make
+    a browser read this server, but that name is then in the ``Host`` header.
     """
 
     def __init__(self, app: ASGIApp, hosts: set[str] | None) -> None:
@@ -285,15 +285,15 @@ class Guard:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = {name for name, _ in message["headers"]}
-                more = [header for header in _HEADERS if header[0] not in own]
-                message["headers"] = [*message["headers"], *more]
+                present = {name for name, _ in message["headers"]}
+                missing = [header for header in _HEADERS if header[0] not in present]
+                message["headers"] = [*message["headers"], *missing]
             await send(message)
 
         refusal: Response | None = None
         if scope["method"] not in ("GET", "HEAD"):
             refusal = PlainTextResponse(
-                "this page can only be read\n", 405, headers={"allow": "GET, HEAD"}
+                "this page is read-only; use GET or HEAD\n", 405, headers={"allow": "GET, HEAD"}
             )
         elif self._hosts is not None and _host(scope) not in self._hosts:
             refusal = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
@@ -301,10 +301,9 @@ class Guard:
 
 
 def _host(scope: Scope) -> str:
-    """Return the name that a request calls this host by, without the port."""
-    named = next((value for name, value in scope["headers"] if name == b"host"), b"").decode(
-        "latin-1"
-    )
-    if named.startswith("["):
-        return named[1:].partition("]")[0]
-    return named.partition(":")[0].lower()
+    """Return the name in a request's ``Host`` header, without the port."""
+    header = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    host = header.decode("latin-1")
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()

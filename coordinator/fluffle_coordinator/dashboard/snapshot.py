@@ -1,6 +1,6 @@
-"""What the page and the report show of a run: a ``RunView`` as plain data, a key a section. Pure.
+"""The sections that the live page and the report share: a ``RunView`` as plain data. Pure.
 
-The page's own files draw it (``static/``): live as it changes, and in a report as it was.
+The scripts in ``static/`` draw them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fluffle_coordinator.observe.tally import cause_of
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
-# At most, on a live page; a report has them all.
-_WORKERS = 2000
-_METRICS = 6
+# Limits of a live page; a report has them all.
+_MAX_WORKERS = 2000
+_MAX_METRICS = 6
 
 
 def results(view: RunView, current: int) -> dict[str, Any]:
-    """Return the sections that a run leaves behind; ``current`` is the round at work."""
-    workers = view.workers.in_order()[: None if view.whole else _WORKERS]
+    """Return the sections about rounds, workers and rejections; ``current`` is the open round."""
+    workers = view.workers.in_order()[: None if view.whole else _MAX_WORKERS]
     return {
-        "rounds": [_round(one) for one in view.detailed],
+        "rounds": [_round(each) for each in view.detailed],
         "curves": curves(view),
         "staleness": staleness(view),
         "workers": [_worker(row, current) for row in workers],
@@ -35,7 +35,7 @@ def results(view: RunView, current: int) -> dict[str, Any]:
 
 
 def ending(event: RunEvent | None) -> str:
-    """Say how a run has ended."""
+    """Return how a run ended, as a sentence; None means that it was interrupted."""
     match event:
         case run_events.Finished(reason=reason) | run_events.Stopped(reason=reason):
             return f"{event.name}: {reason or ''}"
@@ -43,53 +43,57 @@ def ending(event: RunEvent | None) -> str:
 
 
 def curves(view: RunView) -> dict[str, Any]:
-    """Return what was measured of each round: one list a metric, all as long as ``rounds``.
+    """Return the measured values by round: one list per metric, each as long as ``rounds``.
 
-    The training loss is in histories alone: of a live run it would end where the run was resumed.
+    The training loss is only in reports: a live page knows it only since the run was resumed.
     """
-    told = [
-        (one, {**_metrics(one), "loss": one.loss, "epsilon": one.epsilon,
-               "training loss": train_loss(one.answers.values()) if view.whole else None})
-        for one in view.done
-    ]  # fmt: skip
-    told = [(one, values) for one, values in told if any(v is not None for v in values.values())]
-    named = {n: None for _, values in told for n, value in values.items() if value is not None}
-    own = [name for name in ("loss", "training loss", "epsilon") if name in named]
-    names = [*own, *sorted(named.keys() - own)[: None if view.whole else _METRICS]]
+    points = []
+    for each in view.done:
+        loss = train_loss(each.answers.values()) if view.whole else None
+        values = _metrics(each) | {
+            "loss": each.loss, "epsilon": each.epsilon, "training loss": loss,
+        }  # fmt: skip
+        values = {name: value for name, value in values.items() if value is not None}
+        if values:
+            points.append((each.number, values))
+    measured = {name for _, values in points for name in values}
+    first = [name for name in ("loss", "training loss", "epsilon") if name in measured]
+    names = [*first, *sorted(measured - set(first))[: None if view.whole else _MAX_METRICS]]
     return {
-        "rounds": [one.number for one, _ in told],
-        **{name: [values.get(name) for _, values in told] for name in names},
+        "rounds": [number for number, _ in points],
+        **{name: [values.get(name) for _, values in points] for name in names},
     }
 
 
 def train_loss(answers: Iterable[Answer]) -> float | None:
-    """Average the training loss over the examples of those who tell it; None if nobody does."""
+    """Return the mean training loss, weighted by examples; None if no update reports one."""
     return weighted_mean(
-        (one.num_examples or 0, one.train_loss) for one in answers if one.train_loss is not None
+        (each.num_examples or 0, each.train_loss) for each in answers if each.train_loss is not None
     )
 
 
 def staleness(view: RunView) -> dict[str, Any] | None:
-    """Say how stale updates were and what share of their weight that cost; None if none was stale.
+    """Return how stale the updates were and what that cost; None if all were fresh.
 
     Returns:
-        ``counts``, the number of updates by the versions that were committed since the one they
-        were trained from, and ``lost``, the share from 0 to 1 of all their examples; None when no
-        weight is told.
+        ``counts``, the number of updates by staleness, and ``lost``, the share of the examples'
+        total weight that the discount took away, from 0 to 1; None if no update has a weight.
     """
-    answers = [one for each in view.detailed for one in each.answers.values()]
-    if not any(one.staleness for one in answers):
+    answers = [answer for each in view.detailed for answer in each.answers.values()]
+    if not any(answer.staleness for answer in answers):
         return None
-    # Of a fresh one neither its staleness nor its weight is told: 0, and all of its examples.
-    counts = Counter(one.staleness or 0 for one in answers)
+    # A fresh update has no staleness and no weight in the history: 0, and its number of examples.
+    counts = Counter(answer.staleness or 0 for answer in answers)
     weighed = [
-        (one.num_examples if one.weight is None else one.weight, one.num_examples)
-        for one in answers
-        if one.num_examples is not None and (one.weight is not None or not one.staleness)
+        (answer.num_examples if answer.weight is None else answer.weight, answer.num_examples)
+        for answer in answers
+        if answer.num_examples is not None and (answer.weight is not None or not answer.staleness)
     ]
-    told = any(one.weight is not None for one in answers)
-    examples = sum(of for _, of in weighed) if told else 0
-    lost = max(0.0, sum(of - weight for weight, of in weighed) / examples) if examples else None
+    lost = None
+    if any(answer.weight is not None for answer in answers):
+        examples = sum(full for _, full in weighed)
+        if examples:
+            lost = max(0.0, sum(full - weight for weight, full in weighed) / examples)
     return {
         "counts": {str(versions): counts[versions] for versions in sorted(counts)},
         "lost": lost,
@@ -97,7 +101,7 @@ def staleness(view: RunView) -> dict[str, Any] | None:
 
 
 def rejected(view: RunView) -> dict[str, Any]:
-    """Return the latest messages that were rejected, all of them by cause, and how many."""
+    """Return the latest rejected messages, the counts by cause, and the total."""
     latest = [
         {
             "id": number,
@@ -113,57 +117,61 @@ def rejected(view: RunView) -> dict[str, Any]:
             view.rejections, start=sum(view.causes.values()) - len(view.rejections)
         )
     ]
-    # A history describes the first of a flood alone, and counts all.
-    total = max(sum(view.causes.values()), sum(one.rejected for one in view.done))
+    # A history describes only the first of many rejections, but counts all.
+    total = max(sum(view.causes.values()), sum(each.rejected for each in view.done))
     return {"latest": latest, "causes": dict(view.causes), "total": total}
 
 
 def latest(view: RunView, metric: str) -> float | None:
-    """Return the newest value of a metric, or of ``loss``; None when there is none."""
-    for one in reversed(view.done):
-        value = one.loss if metric == "loss" else _metrics(one).get(metric)
+    """Return the newest value of a metric or of ``loss``; None if there is none."""
+    for each in reversed(view.done):
+        value = each.loss if metric == "loss" else _metrics(each).get(metric)
         if value is not None:
             return float(value)
     return None
 
 
-def _round(one: RoundView) -> dict[str, Any]:
-    row: dict[str, Any] = {"round": one.number}
-    if one.committed_at is not None:
-        answers, counted = one.answers, set(one.participants)
+def _round(view: RoundView) -> dict[str, Any]:
+    row: dict[str, Any] = {"round": view.number}
+    if view.committed_at is not None:
+        answers, counted = view.answers, set(view.participants)
         row |= {
-            "participants": list(one.participants),
+            "participants": list(view.participants),
             "examples": [
-                answers[name].num_examples if name in answers else None for name in one.participants
+                answers[name].num_examples if name in answers else None
+                for name in view.participants
             ],
-            "asked": [name for name in one.asked if name not in counted],
-            "came_late": sorted(one.came_late),
-            "opened_at": one.asked_at,
-            "committed_at": one.committed_at,
-            "num_examples": one.num_examples,
+            "asked": [name for name in view.asked if name not in counted],
+            "came_late": sorted(view.came_late),
+            "opened_at": view.asked_at,
+            "committed_at": view.committed_at,
+            "num_examples": view.num_examples,
             "bytes": sum(answer.bytes or 0 for answer in answers.values()),
             "train_loss": train_loss(answers.values()),
-            "phases": one.phases,
-            "late": one.late,
-            "rejected": one.rejected,
+            "phases": view.phases,
+            "late": view.late,
+            "rejected": view.rejected,
         }
-    if one.evaluated:
-        row |= {"loss": one.loss, "evaluated_on": one.evaluated_on}
-    if one.evaluated or one.metrics:
-        row["metrics"] = _metrics(one)
+    if view.evaluated:
+        row |= {"loss": view.loss, "evaluated_on": view.evaluated_on}
+    if view.evaluated or view.metrics:
+        row["metrics"] = _metrics(view)
     return row
 
 
-def _metrics(one: RoundView) -> dict[str, float]:
-    found = one.metrics.items()
-    return {clipped(name, 64): value for name, value in found if name not in ("loss", "rounds")}
+def _metrics(view: RoundView) -> dict[str, float]:
+    return {
+        clipped(name, 64): value
+        for name, value in view.metrics.items()
+        if name not in ("loss", "rounds")
+    }
 
 
 def _worker(row: WorkerView, current: int) -> dict[str, Any]:
-    shown = (
+    names = (
         "name", "state", "why", "num_examples", "round", "step", "steps", "loss", "heartbeat_s",
         "last_seen", "counted", "late", "rejected", "bytes",
     )  # fmt: skip
     train_s = row.train_s / row.trained if row.trained else None
-    told = {name: getattr(row, name) for name in shown}
-    return {**told, "train_s": train_s, "doing": row.doing(current)}
+    fields = {name: getattr(row, name) for name in names}
+    return {**fields, "train_s": train_s, "doing": row.doing(current)}

@@ -1,1 +1,1 @@
-"""The coordinator's machine, pure: from state and event to state and effects."""
+"""The coordinator's pure state machine: state and event in, next state and effects out."""

@@ -1,4 +1,4 @@
-"""What the round machine asks for: frozen data, done by the shell around it, in order."""
+"""The effects that the machine asks for, carried out in order by the shell around it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, Ticket
 
 @dataclass(frozen=True)
 class Effect:
-    """Something to be done."""
+    """An instruction to the shell."""
 
 
 @dataclass(frozen=True)
 class Record(Effect):
-    """Let people know: a line of the log, an entry of the journal."""
+    """Report an event of the run, in the log and the journal."""
 
     event: RunEvent
 
 
 @dataclass(frozen=True)
 class Welcome(Effect):
-    """Tell a worker that it is in."""
+    """Tell a worker that it takes part."""
 
     worker: str
 
 
 @dataclass(frozen=True)
 class Refuse(Effect):
-    """Tell a worker that it is not, and why: in words, and in one word."""
+    """Tell a worker that it cannot take part, with a reason for people and a code."""
 
     worker: str
     session: str
@@ -43,9 +43,9 @@ class Refuse(Effect):
 
 @dataclass(frozen=True)
 class Judge(Effect):
-    """Tell a worker that its update does not count, and why.
+    """Send a worker the verdict that its update does not count, and why.
 
-    ``train_again``: the same update is no answer any more.
+    ``train_again``: sending the same update again does not help.
     """
 
     ticket: Ticket
@@ -66,15 +66,15 @@ class AskInit(Effect):
 
 @dataclass(frozen=True)
 class Opened(Effect):
-    """The round is open from this moment on."""
+    """Start a round: what is folded from now on is in its sum."""
 
 
 @dataclass(frozen=True)
 class SendFit(Effect):
     """Send the open round's work to these workers, in one publish.
 
-    Each gets the ticket (worker, ``sequence``). ``attempt`` counts how often its update of that was
-    rejected: after that, the same one is no answer.
+    Each gets the ticket (worker, ``sequence``). ``attempt`` counts how often its update for that
+    ticket was rejected; for a new attempt, it trains again.
     """
 
     workers: tuple[str, ...]
@@ -85,7 +85,7 @@ class SendFit(Effect):
 
 @dataclass(frozen=True)
 class SendEvaluate(Effect):
-    """Send the last model to these workers, to be evaluated only."""
+    """Send the last model to these workers, for evaluation only."""
 
     workers: tuple[str, ...]
 
@@ -94,8 +94,8 @@ class SendEvaluate(Effect):
 class Fold(Effect):
     """Check an update's tensors and add them to the running sum.
 
-    It weighs ``num_examples * discount`` there, as one that was trained from weights ``staleness``
-    versions old. One whose norm is above ``max_norm`` is not added.
+    Its weight is ``num_examples * discount``; it was trained from weights that are ``staleness``
+    versions old. It is not added if its norm is above ``max_norm``.
     """
 
     handle: Handle
@@ -108,14 +108,14 @@ class Fold(Effect):
 
 @dataclass(frozen=True)
 class Ack(Effect):
-    """Acknowledge a delivery: its story is over."""
+    """Acknowledge a delivery."""
 
     handle: Handle
 
 
 @dataclass(frozen=True)
 class Reject(Effect):
-    """Put a delivery into the rejected queue with this reason, and acknowledge it."""
+    """Move a delivery to the rejected queue, with this reason, and acknowledge it."""
 
     handle: Handle
     reason: str
@@ -126,7 +126,7 @@ class Reject(Effect):
 class Commit(Effect):
     """Average, write the checkpoint and the history line, fsync both; then report ``Committed``.
 
-    ``asked`` is whom the round was asked of, for the history.
+    ``asked`` are the workers that were asked in the round, for the history.
     """
 
     round: int
@@ -135,7 +135,7 @@ class Commit(Effect):
 
 @dataclass(frozen=True)
 class RecordEvaluation(Effect):
-    """Write the federated evaluation of a round's model."""
+    """Write the evaluation of a round's model to the history."""
 
     round: int
     evaluations: Mapping[str, Evaluated]
@@ -143,7 +143,7 @@ class RecordEvaluation(Effect):
 
 @dataclass(frozen=True)
 class End(Effect):
-    """The run is over: tell the workers and leave."""
+    """Tell the workers that the run has ended, and exit."""
 
     outcome: Outcome
     reason: str

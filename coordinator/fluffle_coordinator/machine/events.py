@@ -1,4 +1,4 @@
-"""What the round machine hears: frozen data, made by the shell around it (``coordinator``)."""
+"""The events that the machine takes in, made by the shell around it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluffle_coordinator.machine.state import Evaluated, Handle, Ticket, Worker
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened at ``now``."""
+    """Something that happened at ``now``."""
 
     now: float
 
@@ -23,7 +23,7 @@ class Tick(Event):
 
 @dataclass(frozen=True)
 class Connected(Event):
-    """A new link; every handle of an earlier one is void, its delivery will come again."""
+    """A new link; handles of earlier links are void, and their deliveries come again."""
 
     link: int
 
@@ -35,9 +35,9 @@ class Disconnected(Event):
 
 @dataclass(frozen=True)
 class Echoed(Event):
-    """What the coordinator sent itself over a link came back, the way that signs of life come.
+    """The echo that the coordinator sent itself through the queue of heartbeats came back.
 
-    So everything that was in that queue before it has been read.
+    So everything that was in that queue when the echo was sent has been read.
     """
 
     link: int
@@ -45,7 +45,7 @@ class Echoed(Event):
 
 @dataclass(frozen=True)
 class Seen(Event):
-    """A sign of life; ``hello`` where the worker has (re)connected."""
+    """A worker was heard; ``hello`` if it has just connected or reconnected."""
 
     worker: Worker
     hello: bool
@@ -53,7 +53,7 @@ class Seen(Event):
 
 @dataclass(frozen=True)
 class Left(Event):
-    """A worker said good-bye."""
+    """A worker said goodbye."""
 
     worker: str
     session: str
@@ -62,7 +62,7 @@ class Left(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """A worker's task failed; round 0: it could not make the first weights."""
+    """A worker's task failed; in round 0, while it made the first weights."""
 
     worker: str
     run: str
@@ -72,23 +72,23 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class InitLost(Event):
-    """The first weights that a worker sent did not arrive whole."""
+    """The first weights that a worker sent did not arrive completely."""
 
     worker: str
 
 
 @dataclass(frozen=True)
 class WeightsReady(Event):
-    """The first weights are there and on disk; ``base`` names them."""
+    """The first weights are on disk; ``base`` is their name."""
 
     base: str
 
 
 @dataclass(frozen=True)
 class Arrived(Event):
-    """An update's header was read and is in order; its tensors are yet to be checked.
+    """An update arrived with a valid header; its tensors are not checked yet.
 
-    It was trained from the weights ``base``, which ``round`` began with.
+    It was trained from the weights named ``base``, those of ``round``.
     """
 
     handle: Handle
@@ -101,10 +101,13 @@ class Arrived(Event):
 
 @dataclass(frozen=True)
 class Folded(Event):
-    """An update's tensors were checked and are in the running sum.
+    """An update's tensors were checked and added to the running sum.
 
-    Training took ``train_s``; its tensors came in ``size_bytes``, and its delta has the Euclidean
-    norm ``norm``.
+    Args:
+        ticket: the update's.
+        train_s: how long its training took.
+        size_bytes: the size of its tensors on the wire.
+        norm: the Euclidean norm of its delta.
     """
 
     ticket: Ticket
@@ -115,7 +118,7 @@ class Folded(Event):
 
 @dataclass(frozen=True)
 class FoldFailed(Event):
-    """An update was not folded; ``again``: its tensors did not arrive whole, ask for them again."""
+    """An update could not be folded; ``again`` if its tensors did not arrive completely."""
 
     ticket: Ticket
     reason: str
@@ -125,7 +128,7 @@ class FoldFailed(Event):
 
 @dataclass(frozen=True)
 class EvaluationArrived(Event):
-    """A worker evaluated the model of ``round``, whose weights are ``base``."""
+    """A worker evaluated the model of ``round``, whose weights are named ``base``."""
 
     run: str
     round: int
@@ -136,10 +139,10 @@ class EvaluationArrived(Event):
 
 @dataclass(frozen=True)
 class Committed(Event):
-    """The round's weights, named ``base``, and its history line are on disk.
+    """The round's new weights, named ``base``, and its history line are on disk.
 
-    ``num_examples`` are in it, and ``timings`` say where its time went, in seconds. ``enough`` says
-    why no further round is wanted; it is empty where only ``Rules.rounds`` decides.
+    ``num_examples`` is the sum over its updates, and ``timings`` are the seconds that each step
+    took. ``enough`` says why the run finishes now; if empty, only ``Rules.rounds`` decides.
     """
 
     round: int

@@ -1,6 +1,6 @@
-"""Who takes part: signs of life, who is new, who left, is gone or stands still, who is refused.
+"""Which workers take part: those that join, leave, fail, stall, are gone, or are refused.
 
-A part of the round machine (``machine``), as pure as the rest of it.
+Part of the pure machine (``machine``).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse, unfit
+from fluffle_coordinator.machine.clock import clock_time
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
-from fluffle_coordinator.machine.hearing import clock
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
 from fluffle_coordinator.machine.work import (
     first_due,
@@ -25,11 +25,11 @@ from fluffle_coordinator.machine.work import (
 
 
 def seen(state: State, event: Seen, out: Effects) -> State:
-    """Take a sign of life."""
+    """Take in a hello or a heartbeat: the worker joins, or its state is updated."""
     worker = event.worker
     if worker.num_examples > state.announced.get(worker.name, 0):
-        # The most it ever said: somebody else's hello in its name must not make it weigh less.
-        state = state.but(
+        # The maximum: a forged hello must not make a worker's updates weigh less.
+        state = state.replace(
             announced=state.announced.insert(worker.name, worker.num_examples),
             quickest_s=min(state.quickest_s, worker.heartbeat_s),
         )
@@ -53,9 +53,9 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     if restarted or event.hello:
         out.append(Welcome(worker.name))
         failed = failed.discard(worker.name)
-        if state.init_asked == worker.name:  # a process that has just begun emptied its inbox
-            state = state.but(init_asked=None)
-    state = state.of(
+        if state.init_asked == worker.name:  # a process that has just started purged its inbox
+            state = state.replace(init_asked=None)
+    state = state.replace_for(
         worker.name,
         workers=state.workers.insert(worker.name, worker),
         failed=failed,
@@ -66,22 +66,22 @@ def seen(state: State, event: Seen, out: Effects) -> State:
 
 
 def _greet(state: State, name: str, out: Effects) -> State:
-    """Answer a sign of life that may be old: whoever is alive answers at once."""
+    """Welcome a worker whose heartbeat may be old; if it is alive, it answers at once."""
     if name in state.greeted or name in state.workers:
         return state
     out.append(Welcome(name))
-    return state.but(greeted=state.greeted.insert(name, None))
+    return state.replace(greeted=state.greeted.insert(name, None))
 
 
 def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects) -> State:
-    """Send the open work to a worker that lacks it: it is new, or came back, or it was lost."""
+    """Send the open work to a worker that lacks it: a new one, or one that lost its work."""
     name, issued = worker.name, state.asked.get(worker.name)
     if state.phase not in (Phase.OPEN, Phase.EVALUATING) or name in state.failed:
         return state
     evaluating = state.phase is Phase.EVALUATING
     if name in state.evaluations if evaluating else state.answer(name) is not None:
         return state
-    # The rest of a model in parts was lost with a link, the worker's or ours.
+    # A model that is still being received lost its remaining parts with a link, at either end.
     patience_s, sent_at = state.rules.resend_s, issued.at if issued else 0.0
     broken_off = worker.state == "receiving" and (
         event.hello
@@ -90,41 +90,41 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     )
     at_work = state.busy(name) and not broken_off
     if issued is None:
-        return _take_in(state, worker, at_work, event.now, out)
+        return _include(state, worker, at_work, event.now, out)
     if at_work:
         return state
     if state.done(name):
-        patience_s *= 4  # its update may just be under way
+        patience_s *= 4  # its update may be on its way
     if fresh or broken_off or event.now - sent_at >= patience_s:
         return send_again(state, name, event.now, out)
     return state
 
 
-def _take_in(state: State, worker: Worker, at_work: bool, now: float, out: Effects) -> State:
-    """Take in a worker that was not asked: an earlier coordinator asked it, or it joins late."""
+def _include(state: State, worker: Worker, at_work: bool, now: float, out: Effects) -> State:
+    """Include a worker that was not asked: it joins late, or an earlier coordinator asked it."""
     name = worker.name
     if state.phase is Phase.EVALUATING:
         issued = Issued(now, state.sequence, state.round - 1)
-        state = watched(state.of(name, asked=state.asked.insert(name, issued)), name)
+        state = watched(state.replace_for(name, asked=state.asked.insert(name, issued)), name)
         if not at_work:
             out += work(state, (name,))
         return state
     chosen = state.schedule.idle(state, name)
-    before = state.issued_before(worker, now) if at_work else None
-    if before and (state.schedule.continuous or name in chosen):  # we wait for it
-        return watched(state.of(name, asked=state.asked.insert(name, before)), name)
+    earlier = state.issued_before(worker, now) if at_work else None
+    if earlier and (state.schedule.continuous or name in chosen):
+        return watched(state.replace_for(name, asked=state.asked.insert(name, earlier)), name)
     return give_work(state, chosen, now, out)
 
 
 def settle_doubt(state: State, worker: str) -> State:
-    """Count a worker as failed if it says that it sent what was found unsound.
+    """Mark a worker as failed if an unsound update came in its name and it reports it as sent.
 
-    While it is still at work, somebody else sent that in its name, and its own update is to come.
+    While the worker is still at work, that update was forged, and its own is still to come.
     """
     reason = state.doubted.get(worker)
     if reason is None or not state.done(worker):
         return state
-    return state.of(
+    return state.replace_for(
         worker,
         failed=state.failed.insert(worker, reason),
         doubted=state.doubted.discard(worker),
@@ -132,7 +132,7 @@ def settle_doubt(state: State, worker: str) -> State:
 
 
 def left(state: State, event: Left, out: Effects) -> State:
-    """Take a good-bye."""
+    """Remove a worker that said goodbye, unless an earlier process of it did."""
     known = state.workers.get(event.worker)
     if known is None or known.session != event.session:
         return state
@@ -141,23 +141,23 @@ def left(state: State, event: Left, out: Effects) -> State:
 
 
 def failed(state: State, event: Failed, out: Effects) -> State:
-    """Take a worker's word that its task failed."""
+    """Mark a worker as failed if the failed work is what it was asked for."""
     failure = run_events.Failure(worker=event.worker, round=event.round, reason=event.reason)
     out.append(Record(failure))
     if event.run != state.run:
         return state
     if event.worker == state.init_asked and event.round == 0:
-        state = state.but(init_asked=None)
+        state = state.replace(init_asked=None)
     elif event.worker not in state.asked or event.round != state.at_work_on(event.worker):
         return state
-    return state.of(event.worker, failed=state.failed.insert(event.worker, event.reason))
+    return state.replace_for(event.worker, failed=state.failed.insert(event.worker, event.reason))
 
 
 def tick(state: State, event: Tick, out: Effects) -> State:
-    """See who has been silent, and who stands still, for too long."""
+    """Remove the workers that are gone, and report those that have stalled."""
     if not state.link:
         return state
-    now = clock(state, event.now)
+    now = clock_time(state, event.now)
     if now < state.due_at:
         return state
     gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
@@ -166,11 +166,11 @@ def tick(state: State, event: Tick, out: Effects) -> State:
         out.append(Record(run_events.Gone(worker=worker.name, silent_s=silent_s)))
         state = state.without(worker.name)
     for worker in list(state.workers.values()):
-        state = _look_for_a_stall(state, worker, now, out)
-    return state.but(due_at=first_due(state))
+        state = _check_for_stall(state, worker, now, out)
+    return state.replace(due_at=first_due(state))
 
 
-def _look_for_a_stall(state: State, worker: Worker, now: float, out: Effects) -> State:
+def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> State:
     if all(now < at for at in stall_times(state, worker)):
         return state
     still_s, name = now - worker.moved_at, worker.name
@@ -184,10 +184,10 @@ def _look_for_a_stall(state: State, worker: Worker, now: float, out: Effects) ->
             still_s=round(still_s, 1),
         )
         out.append(Record(stalled))
-        state = state.but(workers=state.workers.insert(name, replace(worker, stalled=True)))
+        state = state.replace(workers=state.workers.insert(name, replace(worker, stalled=True)))
     limit_s = state.rules.stall_timeout_s
     if limit_s is None or still_s < limit_s or not state.busy(name):
         return state
     reason = f"no step for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
     out.append(Record(run_events.Failure(worker=name, round=worker.round, reason=reason)))
-    return state.of(name, failed=state.failed.insert(name, reason))
+    return state.replace_for(name, failed=state.failed.insert(name, reason))

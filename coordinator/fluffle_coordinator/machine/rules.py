@@ -1,4 +1,4 @@
-"""What the operator decides of a run."""
+"""The operator's rules for a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluffle_coordinator.machine.selection import UNIFORM, Selection, sample_siz
 
 @dataclass(frozen=True)
 class Quorum:
-    """How many updates close a round: a number, or a fraction of those expected.
+    """How many updates close a round: a number, or a fraction of the updates expected.
 
     Example:
         >>> Quorum(number=2).of(3), Quorum(fraction=0.5).of(3), Quorum().of(3)
@@ -22,7 +22,7 @@ class Quorum:
     fraction: float = 1.0
 
     def of(self, expected: int) -> int:
-        """Return how many of ``expected`` workers must have answered; at least 1."""
+        """Return how many of ``expected`` updates are needed; at least 1."""
         if self.number is not None:
             return self.number
         return sample_size(self.fraction, expected)
@@ -30,43 +30,44 @@ class Quorum:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the operator decided. Times in seconds.
+    """The operator's rules for a run. Times are in seconds.
 
     Args:
-        rounds: how many rounds the run has.
+        rounds: the number of rounds.
         min_workers: how many workers must be present before the first round opens.
-        least: the fewest updates that a round commits with, whoever is lost, unless ``close`` says
-            otherwise at its deadline.
+        least: the fewest updates that a round commits with, however many workers are lost;
+            ``min_updates`` takes its place if ``close`` closes a round at its deadline.
         quorum: how many updates close a round.
-        grace_s: how long to wait for the others after the quorum.
+        grace_s: how long to wait for further updates after the quorum.
         deadline_s: how long a round may stay open without a quorum.
-        on_deadline: what happens then. ``reopen``: ask whoever is there now; ``close``: commit with
-            what came if that is ``min_updates``, else reopen; ``stop``: end the run.
+        on_deadline: what happens then. ``reopen`` asks the workers present; ``close`` commits if
+            there are ``min_updates``, and reopens otherwise; ``stop`` ends the run.
         min_updates: the fewest updates that ``close`` commits with.
-        max_examples: the largest weight that an update may have; None bounds it only by the number
-            of examples that its worker announced.
-        fraction: which part of the workers present is asked in a round.
-        sample: how many are asked, in place of a fraction.
-        over_provision: how many times as many are asked as that, and as are waited for.
-        selection: who is asked.
-        seed: decides who is asked.
-        secret: what lots are drawn from in place of the seed. Then each worker's own lot decides,
-            with the chance ``fraction``, and nothing else: a round may ask nobody, and asks the
-            same workers when it is reopened. None: by ``selection``.
-        patience: how many heartbeats may fail to come before a worker counts as gone.
-        max_reopenings: how often in a row a round is reopened with nothing new: no update, and no
-            worker whose steps advance.
-        max_round_s: how long a round may be open in all, however far its workers have come.
-        stall_s: how long a training may stand still before people are told.
-        stall_timeout_s: how long a training may stand still before it counts as failed; None waits.
-        outlier_ratio: an update is far out if its norm is so many times the median of its round's.
-        max_norm_ratio: refuse an update whose norm is more than so many times the median of the
-            updates counted before it; None refuses none.
+        max_examples: the largest weight of an update; if None, only the number of examples that its
+            worker announced bounds it.
+        fraction: the fraction of the workers present that a round asks.
+        sample: how many workers a round asks, in place of ``fraction``.
+        over_provision: the factor by which more workers are asked than updates are waited for.
+        selection: the rule that selects the workers.
+        seed: the seed of the selection.
+        secret: the seed of a Poisson sample, in place of ``selection`` and ``seed``: each worker is
+            in a round with the chance ``fraction``, independently of all others. A round may then
+            ask nobody, and a reopened round asks the same workers. None for no Poisson sample.
+        patience: how many heartbeats a worker may miss before it counts as gone.
+        max_reopenings: how often in a row a round is reopened without progress: no new update, and
+            no worker whose steps advance.
+        max_round_s: how long a round may stay open in total, whatever its workers' progress.
+        stall_s: how long a training may stand still before it is reported.
+        stall_timeout_s: how long it may stand still before it counts as failed; None sets no limit.
+        outlier_ratio: an update is reported if its norm is more than this many times the median of
+            its round.
+        max_norm_ratio: an update is rejected if its norm is more than this many times the median of
+            the updates counted before it; None rejects none.
         wait_s: how long to wait for enough workers before the run stops.
-        resend_s: how long a worker may be idle after work was sent to it before it is sent again.
-        hearing_s: how long nobody may be heard, not even the coordinator's own echo, before time
-            stops to count (see ``hearing``); less where workers speak so often that they would be
-            gone by then. Infinity lets all time count.
+        resend_s: how long a worker may be idle after its work was sent before it is sent again.
+        hearing_s: how long the silence may last, the coordinator's own echo included, before the
+            clock stops (see ``clock``); less if a shorter silence would already make workers
+            count as gone. Infinity never stops the clock.
     """
 
     rounds: int
@@ -96,23 +97,23 @@ class Rules:
     hearing_s: float = 3.0
 
     def enough(self, present: int) -> bool:
-        """Whether so many workers make a round that can close: the sample of them is no smaller."""
+        """Whether a round can reach its quorum with so many workers present."""
         least = max(self.least, self.quorum.number or 1)
         return not self.samples or min(present, self.sample_of(present)) >= least
 
     @property
     def samples(self) -> bool:
-        """Whether only some of the workers present are asked."""
+        """Whether a round asks only some of the workers present."""
         return self.fraction < 1 or self.sample is not None or not self.selection.fixed
 
     def sample_of(self, present: int) -> int:
-        """Return how many of the workers present a round is to have."""
+        """Return how many updates a round waits for, given how many workers are present."""
         return self.sample or sample_size(self.fraction, present)
 
     def ask(self, present: int) -> int:
-        """Return how many of the workers present are asked for that."""
+        """Return how many of the workers present a round asks."""
         return math.ceil(self.over_provision * self.sample_of(present) - 1e-9)
 
     def waited_for(self, asked: int) -> int:
-        """Return of how many, of those asked, the quorum is taken."""
+        """Return how many updates the quorum is a fraction of, given how many workers are asked."""
         return max(1, math.floor(asked / self.over_provision + 1e-9))

@@ -1,12 +1,12 @@
-"""What a schedule decides of a run: who gets work, what an older update is worth, when to close.
+"""The interface of a schedule: who gets work, what a stale update weighs, when a round closes.
 
-A run is a sequence of versions of the model, one a round. A schedule is a frozen object of pure
-functions of the machine's state: no IO, no clock, no arrays. Everything else is the machine's and
-the same for all of them: an update is counted once and acknowledged when its version is on disk,
-redelivery, deadlines, who counts as gone, standby.
+A run is a sequence of versions of the model, one per round. A schedule is a frozen object of pure
+functions of the machine's state. The machine does everything else, alike for all schedules: it
+counts each update once, acknowledges it when its version is on disk, and handles redelivery,
+deadlines and lost workers. ``closing`` applies the schedule's ``needed`` and ``closes``.
 
-A class that inherits from ``Schedule`` has the defaults of synchronous rounds that ask nobody
-twice; ``schedules.quorum`` and ``schedules.buffered`` are the two that fluffle brings.
+A class that inherits from ``Schedule`` has the defaults of synchronous rounds. Fluffle comes with
+``schedules.quorum`` and ``schedules.buffered``.
 """
 
 from __future__ import annotations
@@ -18,54 +18,52 @@ S_contra = TypeVar("S_contra", contravariant=True)
 
 
 class Schedule(Protocol[S_contra]):
-    """How the versions of a run follow each other; ``S_contra`` is the machine's ``State``."""
+    """The rule for when versions are made; ``S_contra`` is the machine's ``State``."""
 
     @property
     def max_staleness(self) -> int:
-        """How many versions old an update may be that counts; 0: of the open version only."""
+        """How many versions old an update may be to count; 0 for the open version only."""
         return 0
 
     @property
     def continuous(self) -> bool:
-        """Whether work outlives its version, and a worker whose update counts gets new work."""
+        """Whether work outlives its version, and a worker gets new work after each update."""
         return False
 
     def discount(self, staleness: int) -> float:
-        """Return what part of its weight an update keeps that is so many versions old.
+        """Return the factor on the weight of an update that is so many versions old.
 
-        0 says that it is too late. It is not asked for updates of the open version, whose part is 1
-        unless ``continuous``.
+        0 makes it late. Unless ``continuous``, updates of the open version are not discounted.
         """
         return 1.0
 
     def needed(self, state: S_contra) -> int:
-        """Return how many updates close the open version; 0 only if it asks nobody."""
+        """Return how many updates the open version needs; 0 only if it asks nobody."""
 
     def cohort(self, state: S_contra) -> tuple[str, ...]:
-        """Return which of the workers present get work as the version opens.
+        """Return the workers present that get work when the version opens.
 
-        Those that are still at work, which happens in a ``continuous`` schedule only, are in
-        ``state.asked``.
+        In a ``continuous`` schedule, those that are still at work are in ``state.asked``.
         """
 
     def again(self, state: S_contra) -> tuple[str, ...]:
-        """Return whom the version is asked of when it is opened again, after its deadline.
+        """Return the workers that get work when the version is reopened after its deadline.
 
-        Those whose updates are there are in it anyway.
+        Workers whose update has arrived stay in the version in any case.
         """
         return self.cohort(state)
 
     def idle(self, state: S_contra, worker: str) -> tuple[str, ...]:
-        """Return who gets work now that this worker has none and the version is open.
+        """Return the workers that get work because this worker is idle while the version is open.
 
-        It has joined, or its update was counted (``continuous``), or it was not asked.
+        It has joined, it was not asked, or (if ``continuous``) its update was counted.
         """
         return ()
 
     def closes(self, state: S_contra, now: float) -> bool:
-        """Whether to close the version now; only asked when ``needed`` updates are there."""
+        """Whether to close the version now; asked once ``needed`` updates are in its sum."""
         return True
 
     def wakeup(self, state: S_contra) -> float:
-        """Return when ``closes`` may change its mind by time alone; infinity if it does not."""
+        """Return when time alone may change what ``closes`` returns; infinity if it does not."""
         return math.inf

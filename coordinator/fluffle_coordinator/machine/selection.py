@@ -1,8 +1,8 @@
-"""Who is asked: which of the workers present get work, and how many.
+"""Selection: which of the workers present get work.
 
-Every rule is a pure function of the candidates and of a draw, (seed, number, draw): the same seed
-chooses the same workers again. Chance is rendezvous hashing: each worker draws a lot from (seed,
-number, draw, name), so that one worker's leaving does not reshuffle the others.
+A selection is a pure function of the candidates and of a ``Draw``, so the same seed selects the
+same workers again. Chance is rendezvous hashing: each worker's lot is a hash of the draw and of its
+name, so that a worker that leaves does not reshuffle the others.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 
 class Candidate(NamedTuple):
-    """A worker that could be asked.
+    """A worker that could be selected.
 
     Args:
         name: its id.
         num_examples: how many examples it announced.
-        asked_in: the last round that it was asked in; 0: in none.
-        train_s: how long its last training took, in seconds; None: it has not been seen to train.
+        asked_in: the last round that it was asked in; 0 for none.
+        train_s: how long its last training took, in seconds; None if it has not trained yet.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Draw(NamedTuple):
     """What chance depends on.
 
     Args:
-        seed: the run's.
+        seed: the run's seed.
         number: the round.
-        again: how often this round's sample was drawn before.
+        again: how often this round's cohort was drawn before.
     """
 
     seed: int
@@ -44,7 +44,7 @@ class Draw(NamedTuple):
     again: int = 0
 
     def lot(self, name: str) -> bytes:
-        """Return a worker's lot: bytes that are as good as random."""
+        """Return a worker's lot: pseudorandom bytes."""
         again = f"/{self.again}" if self.again else ""
         return sha256(f"{self.seed}/{self.number}{again}/{name}".encode()).digest()
 
@@ -58,13 +58,14 @@ Choose = Callable[[Sequence[Candidate], int, Draw], Iterable[str]]
 
 @dataclass(frozen=True)
 class Selection:
-    """A rule with its settings.
+    """A rule of selection with its settings.
 
     Args:
-        name: as ``--select`` has it, with its settings.
-        choose: given the candidates by their names, how many to choose, and the draw.
-        fixed: whether it chooses as many as it is told to, if there are so many; else the size of
-            a sample is chance too.
+        name: the value of ``--select``, with its settings.
+        choose: returns the names of the selected workers, given the candidates in the order of
+            their names, how many to select, and the draw.
+        fixed: whether it selects as many as asked, if there are so many; otherwise, the size of the
+            sample is random too.
     """
 
     name: str
@@ -73,13 +74,13 @@ class Selection:
 
 
 def sample_size(fraction: float, present: int) -> int:
-    """Return how many of the workers present are asked; at least 1.
+    """Return how many workers a fraction of those present is, rounded up; at least 1.
 
     Example:
         >>> sample_size(0.5, 5), sample_size(0.1, 3)
         (3, 1)
     """
-    # 0.1 * 30 is 3.0000000000000004 in binary; that is not a fourth worker.
+    # In binary, 0.1 * 30 is 3.0000000000000004, which must not select a fourth worker.
     return max(1, math.ceil(fraction * present - 1e-9))
 
 
@@ -95,12 +96,12 @@ def select(
     """Draw a uniform sample of the workers, the same for the same seed, round and draw.
 
     Args:
-        workers: who is present.
-        count: how many to ask.
-        seed: decides the lots.
+        workers: the workers present.
+        count: how many to select.
+        seed: the run's seed.
         number: the round.
-        draw: how often this round's sample was drawn before.
-        last: who comes after all others, such as those that were asked before and did not answer.
+        draw: how often this round's cohort was drawn before.
+        last: workers that are selected only when no others are left.
 
     Example:
         >>> len(select(["a", "b", "c", "d"], 2, seed=0, number=1))
@@ -118,20 +119,20 @@ def chosen_by(
     draw: Draw,
     last: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Let a rule choose; return whom, by name. See ``select`` for ``last``."""
-    there = sorted(candidates)
-    if selection.fixed and count >= len(there):
-        return tuple(one.name for one in there)
-    first = [one for one in there if one.name not in last]
-    found = set(selection.choose(first, max(0, min(count, len(first))), draw))
-    if len(first) < count and len(first) < len(there):
-        others = [one for one in there if one.name in last]
-        found |= set(selection.choose(others, min(count - len(first), len(others)), draw))
-    return tuple(one.name for one in there if one.name in found)
+    """Return the names of the workers that a rule selects, in order; ``last`` as in ``select``."""
+    by_name = sorted(candidates)
+    if selection.fixed and count >= len(by_name):
+        return tuple(candidate.name for candidate in by_name)
+    first = [candidate for candidate in by_name if candidate.name not in last]
+    selected = set(selection.choose(first, max(0, min(count, len(first))), draw))
+    if len(first) < count and len(first) < len(by_name):
+        others = [candidate for candidate in by_name if candidate.name in last]
+        selected |= set(selection.choose(others, min(count - len(first), len(others)), draw))
+    return tuple(candidate.name for candidate in by_name if candidate.name in selected)
 
 
 def by_chance(workers: Iterable[str], rate: float, draw: Draw) -> list[str]:
-    """Return those whose lot is drawn, each with the same chance; perhaps nobody.
+    """Return a Poisson sample: each worker is in it with the same chance, so it may be empty.
 
     Example:
         >>> by_chance("abcd", 1.0, Draw(0, 1)), by_chance("abcd", 1e-9, Draw(0, 1))
@@ -144,58 +145,57 @@ def by_chance(workers: Iterable[str], rate: float, draw: Draw) -> list[str]:
 
 
 def _uniform(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
-    return sorted((one.name for one in candidates), key=draw.lot)[:count]
+    return sorted((candidate.name for candidate in candidates), key=draw.lot)[:count]
 
 
 def _poisson(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
-    """Ask each by a chance of its own, as the amplification of privacy by sampling needs it.
+    """Select each worker independently, with the chance ``count / len(candidates)``.
 
-    Nobody at all would be no round: then the one with the lowest lot is asked.
+    If that selects nobody, the worker with the lowest lot is selected.
     """
-    found = by_chance((one.name for one in candidates), count / max(1, len(candidates)), draw)
-    return found or _uniform(candidates, 1, draw)
+    names = [candidate.name for candidate in candidates]
+    return by_chance(names, count / max(1, len(names)), draw) or _uniform(candidates, 1, draw)
 
 
 def _weighted(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
-    """Sample without replacement, each step in proportion to the numbers of examples.
+    """Sample without replacement, at each step in proportion to the numbers of examples.
 
     Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: the largest keys
-    ``u ** (1 / w)``, here by their logarithms.
+    ``u ** (1 / w)``, compared by their logarithms.
     """
-    keys = {one.name: math.log(draw.chance(one.name)) / one.num_examples for one in candidates}
+    keys = {c.name: math.log(draw.chance(c.name)) / c.num_examples for c in candidates}
     return sorted(keys, key=lambda name: (-keys[name], name))[:count]
 
 
 def _round_robin(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
-    """Ask whoever was asked longest ago; lots decide among equals."""
-    by_turn = sorted(candidates, key=lambda one: (one.asked_in, draw.lot(one.name)))
-    return [one.name for one in by_turn[:count]]
+    """Select the workers that were asked longest ago; lots decide between equals."""
+    by_turn = sorted(candidates, key=lambda c: (c.asked_in, draw.lot(c.name)))
+    return [candidate.name for candidate in by_turn[:count]]
 
 
 @dataclass(frozen=True)
 class _FastestFirst:
-    """Ask the fastest; but a part of the places, rounded up, goes round by turns.
+    """Select the fastest workers, but fill a fraction of the places, rounded up, in turn.
 
-    Whoever has not been seen to train counts as the fastest, so that everyone is.
+    Workers that have not trained yet count as the fastest, so that their speed becomes known.
     """
 
     floor: float
 
     def __call__(self, candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
-        by_turn = math.ceil(self.floor * count - 1e-9)
-        found = _round_robin(candidates, by_turn, draw)
-        others = [one for one in candidates if one.name not in found]
-        others.sort(key=lambda one: (one.train_s or 0.0, draw.lot(one.name)))
-        return found + [one.name for one in others[: count - by_turn]]
+        in_turn = _round_robin(candidates, math.ceil(self.floor * count - 1e-9), draw)
+        others = [candidate for candidate in candidates if candidate.name not in in_turn]
+        others.sort(key=lambda c: (c.train_s or 0.0, draw.lot(c.name)))
+        return in_turn + [candidate.name for candidate in others[: count - len(in_turn)]]
 
 
 UNIFORM = Selection("uniform", _uniform)
-"""The rule of a run that names none."""
+"""The default."""
 _FLOOR = 0.2
 POISSON = Selection("poisson", _poisson, fixed=False)
 _RULES = {
-    one.name: one
-    for one in (
+    rule.name: rule
+    for rule in (
         UNIFORM,
         POISSON,
         Selection("weighted", _weighted),
@@ -209,7 +209,7 @@ def parse_selection(text: str) -> Selection:
     """Return the rule that ``--select`` names.
 
     Raises:
-        ValueError: saying what is known.
+        ValueError: if there is no such rule, or its setting is out of range.
 
     Example:
         >>> parse_selection("fastest:0.25").name
@@ -217,11 +217,11 @@ def parse_selection(text: str) -> Selection:
     """
     if text in _RULES:
         return _RULES[text]
-    name, _, given = text.partition(":")
+    name, _, setting = text.partition(":")
     if name != "fastest":
         raise ValueError(f"'{text[:60]}' is unknown; choose one of {', '.join(NAMES)}")
     try:
-        floor = float(given) if given else _FLOOR
+        floor = float(setting) if setting else _FLOOR
     except ValueError:
         floor = math.nan
     if not 0 <= floor <= 1:

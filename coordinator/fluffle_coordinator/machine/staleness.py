@@ -1,4 +1,4 @@
-"""What part of its weight an update keeps that was trained from an older version of the model.
+"""Discounts: the factor on the weight of an update, as a function of its staleness.
 
 The functions are those of Xie et al., "Asynchronous Federated Optimization", 2019, section 5.2;
 FedBuff uses the polynomial with a = 0.5. All are 1 at staleness 0.
@@ -30,7 +30,7 @@ def _threshold(staleness: int, args: tuple[float, ...]) -> float:
     return float(staleness <= args[0])
 
 
-# By name: the function, and its arguments by default.
+# The functions by name, with their default arguments.
 _KINDS: dict[str, tuple[Function, tuple[float, ...]]] = {
     "constant": (_constant, ()),
     "polynomial": (_polynomial, (0.5,)),
@@ -41,7 +41,7 @@ _KINDS: dict[str, tuple[Function, tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Discount:
-    """One of the functions with its arguments.
+    """A discount function with its arguments.
 
     Example:
         >>> phi = Discount.parse("polynomial:0.5")
@@ -55,7 +55,7 @@ class Discount:
     args: tuple[float, ...] = (0.5,)
 
     def __call__(self, staleness: int) -> float:
-        """Return the part that is kept, from 0 to 1."""
+        """Return the factor, from 0 to 1."""
         return _KINDS[self.kind][0](staleness, self.args)
 
     @classmethod
@@ -63,27 +63,28 @@ class Discount:
         """Read ``constant``, ``polynomial[:a]``, ``hinge[:a,b]`` or ``threshold[:s]``.
 
         Raises:
-            ValueError: saying what is expected instead.
+            ValueError: if there is no such function, or its arguments are wrong.
         """
-        kind, _, given = text.partition(":")
+        kind, _, values = text.partition(":")
         if kind not in _KINDS:
             raise ValueError(f"'{text[:60]}' is unknown; choose one of {', '.join(_KINDS)}")
         default = _KINDS[kind][1]
         try:
-            args = tuple(float(one) for one in given.split(",")) if given else default
+            args = tuple(map(float, values.split(","))) if values else default
         except ValueError:
             args = (math.nan,)
-        if len(args) != len(default) or not all(0 <= one < math.inf for one in args):
-            example = ":".join([kind, ",".join(f"{one:g}" for one in default)]).rstrip(":")
+        if len(args) != len(default) or not all(0 <= arg < math.inf for arg in args):
             raise ValueError(
-                f"'{text[:60]}' does not have {len(default)} numbers from 0 up, as {example} has"
+                f"'{text[:60]}' does not have {len(default)} numbers from 0 up, as "
+                f"{cls(kind, default)} has"
             )
         return cls(kind, args)
 
     def __str__(self) -> str:
-        """Return what ``parse`` reads."""
-        return ":".join([self.kind, ",".join(f"{one:g}" for one in self.args)]).rstrip(":")
+        """Return the text that ``parse`` reads."""
+        args = ",".join(f"{arg:g}" for arg in self.args)
+        return f"{self.kind}:{args}" if args else self.kind
 
 
 POLYNOMIAL = Discount()
-"""The one that is used if none is named: 1 / sqrt(1 + s)."""
+"""The default: 1 / sqrt(1 + s)."""

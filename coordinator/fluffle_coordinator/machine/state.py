@@ -1,4 +1,4 @@
-"""What the round machine knows, as frozen data; ``events`` are heard, ``effects`` asked for."""
+"""The machine's state, and the small records that it, the events and the effects are made of."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fluffle_coordinator.machine.selection import Candidate
 
 __all__ = ["Quorum", "Rules", "State", "Table"]
 
-# A mapping that shares what it has with the one it was made from, so that a change takes the same
-# time with four workers and with four thousand.
+# A persistent mapping: a changed copy shares its structure with the original, so that a change
+# takes about as long with four workers as with four thousand.
 Table = HashTrieMap
 
 Outcome = Literal["finished", "stopped"]
-TICKETS_LEFT_OUT = 10_000
-"""How many sequences a coordinator leaves out, where work outlives its round.
+SEQUENCE_GAP = 10_000
+"""How many sequences a restarted coordinator skips, if work outlives its round.
 
-The one before it may have issued some that nobody has counted yet. And they are greater than the
-round, which is the sequence of those that bring no ticket back.
+Its predecessor may have issued some of them for updates that are still to come. The gap also keeps
+sequences above the round numbers, which stand in for the sequence of workers that send no ticket.
 """
-# Of so many rounds it is remembered what is in them, so that a copy is not taken for late.
-_REMEMBERED = 3
+# For so many rounds, a copy of a counted update is recognised as such, not taken for a late one.
+_ROUNDS_REMEMBERED = 3
 
 
 class Phase(StrEnum):
-    """Where a run stands."""
+    """The phases of a run."""
 
     WAITING = "waiting"  # for workers, or for the first weights
     OPEN = "open"  # work is out, updates come in
@@ -44,30 +44,30 @@ class Phase(StrEnum):
 
 
 class Handle(NamedTuple):
-    """A delivery: the link it came over (they are counted from 1) and its number on that link."""
+    """A delivery: the link it came over (counted from 1) and its number on that link."""
 
     link: int
     number: int
 
 
 class Ticket(NamedTuple):
-    """What an update brings back: whose it is, and which piece of that worker's work it answers."""
+    """The identity of a piece of a worker's work, which its update brings back."""
 
     worker: str
     sequence: int
 
 
 class Issued(NamedTuple):
-    """What a worker was asked for: when (-inf: what was sent may be lost), and from which round."""
+    """The work that a worker was last asked for."""
 
-    at: float
+    at: float  # when it was sent; -inf if it may be lost
     sequence: int
-    round: int
+    round: int  # the round whose weights it starts from
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What is known of a worker: what it said of itself, and when."""
+    """A connected worker, as its hello and its heartbeats describe it."""
 
     name: str
     session: str
@@ -85,36 +85,33 @@ class Worker:
     loss: float | None = None
     task: str = ""
     model: ModelForm | None = None
-    joined_at: float = 0.0  # when this process of it was first heard
-    moved_at: float = 0.0  # when what it says of its work last changed
-    stalled: bool = False  # people were told that it stands still
+    joined_at: float = 0.0  # when this process was first heard
+    moved_at: float = 0.0  # when ``at`` last changed
+    stalled: bool = False  # whether it was reported as stalled
 
     def deadline(self, rules: Rules) -> float:
-        """Return when it counts as gone unless it is heard of before."""
+        """Return when it counts as gone unless it sends another heartbeat."""
         return self.last_seen + rules.patience * self.heartbeat_s
 
     @property
     def at(self) -> tuple[object, ...]:
-        """What it says of its work: where that changes, it advances."""
+        """Where its work stands; it advances whenever this changes."""
         return self.session, self.state, self.run, self.round, self.sequence, self.base, self.step
 
     @property
     def has_steps(self) -> bool:
-        """Whether it is at something that advances in steps, which can stand still."""
+        """Whether its current work advances in steps, so that it can stall."""
         return self.steps > 0 and self.state in ("receiving", "training", "sending")
 
 
 class Received(NamedTuple):
-    """An update that was taken in this round; ``num_examples`` is the weight that it has.
-
-    It was trained from the weights that ``round`` began with, this one or one before.
-    """
+    """An update that was accepted in the open round."""
 
     handle: Handle
-    num_examples: int
-    round: int
+    num_examples: int  # its weight, before any discount
+    round: int  # the round whose weights it was trained from: the open one or an earlier one
     folded: bool = False
-    spares: tuple[Handle, ...] = ()  # other copies, until we hold one that is known to be sound
+    spares: tuple[Handle, ...] = ()  # other copies, until one is known to be sound
     norm: float = 0.0
 
 
@@ -128,15 +125,15 @@ class Evaluated:
 
 
 class Tally(NamedTuple):
-    """How many of those asked are expected, and how many of these have not got so far.
+    """How many of the workers asked are expected to answer, and how far they are.
 
-    Kept up to date, since counting anew at every event would take time with the square of the
-    workers.
+    Kept up to date with each change: counting anew at every event would make a round's time
+    quadratic in the number of workers.
 
     Args:
-        expected: who was asked and has answered, or will: neither gone nor failed.
-        unfolded: whose update is not in the sum.
-        unevaluated: who has sent neither an evaluation nor an update.
+        expected: workers that have answered or still can: neither gone nor failed.
+        unfolded: those whose update is not in the sum.
+        unevaluated: those that have sent neither an evaluation nor an update.
     """
 
     expected: int = 0
@@ -144,112 +141,108 @@ class Tally(NamedTuple):
     unevaluated: int = 0
 
 
-NOBODY = Tally()
-
-
-def empty() -> Mapping[Any, Any]:
-    """Return a mapping that stays empty, as a default."""
+def _empty() -> Mapping[Any, Any]:
     return MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class State:
-    """Everything the machine knows; ``start`` makes the first one."""
+    """Everything the machine knows; ``machine.start`` makes the first state."""
 
     rules: Rules
     run: str
-    round: int  # the round that is open or will be; round - 1 is the last committed
+    round: int  # the open round, or the next one; round - 1 is the last committed
     schedule: Schedule[State]
-    base: str = ""  # names the weights that this round is trained from
-    # And those of the rounds before whose updates still count.
-    earlier: Mapping[int, str] = field(default_factory=empty)
-    sequence: int = 0  # the last that was issued; meant where work outlives its round
-    # What is counted in the last rounds: when an acknowledgement is lost, an update comes again.
-    counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=empty)
-    enough: str = ""  # why no further round is wanted, before all of them are done
-    unevaluated: frozenset[int] = frozenset()  # older versions that somebody may yet evaluate
+    base: str = ""  # the name of the weights that this round begins with
+    earlier: Mapping[int, str] = field(default_factory=_empty)  # the same for recent rounds
+    sequence: int = 0  # the last one issued; used if work outlives its round
+    # The tickets of the last rounds: an update is redelivered if its acknowledgement was lost.
+    counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=_empty)
+    enough: str = ""  # why the run finishes before its last round
+    unevaluated: frozenset[int] = frozenset()  # older versions that a worker may still evaluate
     evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
-    link: int = 0  # which link we are on; 0: none
-    caught_up: bool = False  # everything that waited in the broker before this link is read
-    unlinked_since: float = 0.0  # meant where there is none
-    heard_at: float = 0.0  # when anybody was last heard, the coordinator's own echo included
-    # No worker is gone or stands still before this, whose every time would else be looked at again.
+    link: int = 0  # the number of the current link; 0 if there is none
+    caught_up: bool = False  # all that waited in the broker before this link is read
+    unlinked_since: float = 0.0  # used while there is no link
+    heard_at: float = 0.0  # when anyone was last heard, the coordinator's own echo included
+    # No worker can be gone or stalled before this, so that not every tick checks all of them.
     due_at: float = -math.inf
-    quickest_s: float = math.inf  # the shortest time between the heartbeats of any worker
+    quickest_s: float = math.inf  # the shortest heartbeat interval of any worker
     has_weights: bool = False
-    init_asked: str | None = None
+    init_asked: str | None = None  # the worker that was asked for the first weights
     init_asked_at: float = 0.0
     classes: tuple[str, ...] | None = None
-    model: ModelForm | None = None  # what the model of the federation is made of
-    decided: bool = False  # whether those present have had their say about these two
-    decided_by: str = ""  # who set these two, for people
+    model: ModelForm | None = None
+    decided: bool = False  # whether the workers have voted on these two
+    decided_by: str = ""  # who decided on these two, for messages
     gate: int = 1  # how many workers must be present to open the next round
-    # Resumed: by then all who live have spoken up, and one is enough, since the dead will not.
+    # After a restart: by then every living worker was heard, and one is enough to go on.
     gate_until: float = math.inf
     waiting_since: float = 0.0
-    workers: Table[str, Worker] = field(default_factory=Table)
-    announced: Table[str, int] = field(default_factory=Table)  # how many examples each has
-    greeted: Table[str, None] = field(
-        default_factory=Table
-    )  # whose old signs of life were answered on this link
-    refused: Table[str, str] = field(default_factory=Table)  # and in which of its sessions
+    workers: Table[str, Worker] = field(default_factory=Table)  # those that are connected
+    announced: Table[str, int] = field(default_factory=Table)  # each one's number of examples
+    # Workers whose old heartbeats were answered on this link.
+    greeted: Table[str, None] = field(default_factory=Table)
+    refused: Table[str, str] = field(default_factory=Table)  # with the session that was refused
     asked: Table[str, Issued] = field(default_factory=Table)
-    attempts: Table[str, int] = field(default_factory=Table)  # whose update was rejected, how often
-    failed: Table[str, str] = field(default_factory=Table)  # who could not, and why
-    # Something unsound came in its name; it has failed if it says itself that it sent its update.
+    attempts: Table[str, int] = field(default_factory=Table)  # rejected updates in this round
+    failed: Table[str, str] = field(default_factory=Table)  # with the reason
+    # Workers in whose name an unsound update arrived; see ``membership.settle_doubt``.
     doubted: Table[str, str] = field(default_factory=Table)
-    met: Table[str, None] = field(default_factory=Table)  # who was here: all are told of the end
+    met: Table[str, None] = field(default_factory=Table)  # every worker that was ever here
     received: Table[Ticket, Received] = field(default_factory=Table)
-    folded: int = 0  # how many of those that can close the round are in the running sum
-    asked_in: Table[str, int] = field(default_factory=Table)  # the last round of each
-    train_s: Table[str, float] = field(default_factory=Table)  # how long its last training took
-    median_norm: float = 0.0  # of the updates in the last round that was averaged
+    folded: int = 0  # updates in the running sum that count towards the quorum
+    asked_in: Table[str, int] = field(default_factory=Table)  # the last round each was asked in
+    train_s: Table[str, float] = field(default_factory=Table)  # each one's last training time
+    median_norm: float = 0.0  # of the updates of the last round
     evaluations: Table[str, Evaluated] = field(default_factory=Table)
-    tally: Tally = NOBODY
-    opened_at: float = 0.0  # or opened again
-    began_at: float = 0.0  # first opened
-    quorum_at: float | None = None
-    reopenings: int = 0
-    reopened_with: int = 0  # updates that were there at the last reopening
-    draws: int = 0  # how often this round's sample was drawn
-    asked_before: frozenset[str] = frozenset()  # who was asked before the last draw of this round
+    tally: Tally = field(default_factory=Tally)
+    opened_at: float = 0.0  # when the round was last opened or reopened
+    began_at: float = 0.0  # when it was first opened
+    quorum_at: float | None = None  # when it reached its quorum
+    reopenings: int = 0  # in a row, without progress
+    reopened_with: int = 0  # how many updates there were at the last reopening
+    draws: int = 0  # how often this round's cohort was drawn
+    asked_before: frozenset[str] = frozenset()  # who was asked in its earlier cohorts
     outcome: Outcome | None = None
     reason: str = ""
 
-    def but(self, **changes: Any) -> State:
-        """Return this with other values; like ``dataclasses.replace``, and about 20 times faster.
+    def replace(self, **changes: Any) -> State:
+        """Return a copy with other values; like ``dataclasses.replace``, and about 20 times faster.
 
-        That sets each of some fifty fields anew, and with it a round takes the machine twice as
-        long: there are ten changes or more a round and a worker.
+        That one sets each of some fifty fields, which doubles the machine's time for a round: there
+        are ten or more changes a round and worker. Changes about workers' answers need
+        ``replace_for`` or ``replace_and_recount``, which keep the tally.
         """
         assert changes.keys() <= self.__dataclass_fields__.keys()
-        made = object.__new__(State)
-        object.__setattr__(made, "__dict__", {**self.__dict__, **changes})
-        return made
+        copy = object.__new__(State)
+        object.__setattr__(copy, "__dict__", {**self.__dict__, **changes})
+        return copy
 
-    def of(self, worker: str, **changes: Any) -> State:
-        """Return this with other values, all of which are about this one worker."""
-        made = self.but(**changes)
-        was, now = self._counts(worker), made._counts(worker)
-        if was != now:
-            all_in_all = zip(self.tally, was, now, strict=True)
-            made.__dict__["tally"] = Tally._make([a - b + c for a, b, c in all_in_all])
-        return made
+    def replace_for(self, worker: str, **changes: Any) -> State:
+        """Return a copy with other values, all of them about this worker; it updates the tally."""
+        copy = self.replace(**changes)
+        before, after = self._counts(worker), copy._counts(worker)
+        if before != after:
+            sums = zip(self.tally, before, after, strict=True)
+            copy.__dict__["tally"] = Tally._make([total - old + new for total, old, new in sums])
+        return copy
+
+    def replace_and_recount(self, **changes: Any) -> State:
+        """Return a copy with other values, about any number of workers; it counts the tally."""
+        copy = self.replace(**changes)
+        counts = [copy._counts(worker) for worker in copy.asked]
+        copy.__dict__["tally"] = Tally(*map(sum, zip(*counts, strict=True))) if counts else Tally()
+        return copy
 
     def without(self, worker: str) -> State:
-        """Return this without a worker that is not there any more."""
-        state = self.of(worker, workers=self.workers.discard(worker))
-        return state.but(init_asked=None) if state.init_asked == worker else state
-
-    def recounted(self, **changes: Any) -> State:
-        """Return this with other values, about any number of workers."""
-        made = self.but(**changes)
-        counts = [made._counts(worker) for worker in made.asked]
-        return made.but(tally=Tally(*map(sum, zip(*counts, strict=True))) if counts else Tally())
+        """Return a copy without a worker that is no longer connected."""
+        state = self.replace_for(worker, workers=self.workers.discard(worker))
+        return state.replace(init_asked=None) if state.init_asked == worker else state
 
     def _counts(self, worker: str) -> tuple[bool, bool, bool]:
-        """Whether it is expected, and as that unfolded and unevaluated."""
+        """Return what a worker adds to each count of the tally."""
         if worker not in self.asked:
             return False, False, False
         update = self.answer(worker)
@@ -260,7 +253,7 @@ class State:
 
     @property
     def hearing_s(self) -> float:
-        """How long nobody may be heard before time stops to count."""
+        """How long the silence may last before the clock stops; see ``clock``."""
         longest_s = self.rules.hearing_s
         if math.isinf(longest_s):
             return longest_s
@@ -272,32 +265,38 @@ class State:
         return self.round - 1
 
     @property
+    def has_enough_workers(self) -> bool:
+        """Whether enough workers are present to open the next round."""
+        present = len(self.workers)
+        return present >= self.gate and self.rules.enough(present)
+
+    @property
     def needed(self) -> int:
         """How many updates close the open round."""
         return self.schedule.needed(self)
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Who was asked and has not answered."""
+        """The workers that were asked and have not answered."""
         return tuple(sorted(w for w in self.asked if self.answer(w) is None))
 
     def answer(self, worker: str) -> Received | None:
-        """Return the update that a worker was asked for, if it is there."""
+        """Return a worker's update for the work that it was asked for, if it has arrived."""
         issued = self.asked.get(worker)
         if issued is None:
             return None
-        found = self.received.get(Ticket(worker, issued.sequence))
-        if found is None and issued.sequence != issued.round:  # it does not bring tickets back
-            found = self.received.get(Ticket(worker, issued.round))
-        return found
+        update = self.received.get(Ticket(worker, issued.sequence))
+        if update is None and issued.sequence != issued.round:  # the worker sends no tickets
+            update = self.received.get(Ticket(worker, issued.round))
+        return update
 
     @property
     def selects(self) -> bool:
-        """Whether not all are asked, so that it matters who was before, and how fast they were."""
+        """Whether some workers are selected, so that their past rounds and speeds matter."""
         return self.rules.samples or self.schedule.continuous
 
     def candidates(self, names: Iterable[str]) -> Iterator[Candidate]:
-        """Yield what a selection may know of these workers."""
+        """Yield these workers as candidates for a selection."""
         for name in names:
             yield Candidate(
                 name,
@@ -307,59 +306,56 @@ class State:
             )
 
     def has_counted(self, ticket: Ticket, since: int = 0) -> bool:
-        """Whether an update is in one of the last rounds, or of those ``since`` one."""
+        """Whether one of the remembered rounds, from ``since`` on, counted this update."""
         before = self.counted_before.items()
         return any(ticket in counted for number, counted in before if number >= since)
 
     def base_of(self, number: int) -> str | None:
-        """Return what the weights are named that a round began with, if they still matter."""
+        """Return the name of the weights that a round began with, if its updates still count."""
         return self.base if number == self.round else self.earlier.get(number)
 
     def at_work_on(self, worker: str) -> int:
-        """Return the round that a worker names while it is at what it was asked for."""
+        """Return the round that a worker reports while it does the work that it was asked for."""
         if self.phase is Phase.EVALUATING:
             return self.round - 1
         issued = self.asked.get(worker)
         return self.round if issued is None else issued.round
 
     def done(self, worker: str) -> bool:
-        """Whether a worker says that it has sent the update that it was asked for."""
+        """Whether a worker reports that it has sent the update that it was asked for."""
         known = self.workers.get(worker)
         if known is None or known.state != "idle" or self.phase is Phase.EVALUATING:
             return False
-        return self._is_at_it(known)
+        return self._is_on_task(known)
 
     def busy(self, worker: str) -> bool:
-        """Whether a worker says that it is at work on what is asked for.
+        """Whether a worker reports that it does the work that it was asked for.
 
-        Of one that was not asked: on what would count.
+        If it was not asked, whether it does work that would count.
         """
         known = self.workers.get(worker)
-        if known is None or not self._is_at_it(known):
+        if known is None or not self._is_on_task(known):
             return False
-        # Still training for the last round, it has not taken the order to evaluate its model.
-        away = ("idle", "training") if self.phase is Phase.EVALUATING else ("idle",)
-        return known.state not in away
+        # One that still trains for the last round has not read the request to evaluate its model.
+        elsewhere = ("idle", "training") if self.phase is Phase.EVALUATING else ("idle",)
+        return known.state not in elsewhere
 
     def advancing(self, worker: str) -> bool:
-        """Whether a worker is at work on what is asked for, and got further since the opening."""
+        """Whether a worker is busy and has advanced since the round was last opened."""
         return self.busy(worker) and self.workers[worker].moved_at > self.opened_at
 
     def issued_before(self, worker: Worker, now: float) -> Issued | None:
-        """Return what an earlier coordinator asked of a worker that is at it; None if it is not.
-
-        What a worker says of its work may be older than its update.
-        """
+        """Return the work that an earlier coordinator gave to a worker that still does it."""
         ticket = Ticket(worker.name, worker.sequence or worker.round)
-        over = ticket in self.received or self.has_counted(ticket)
-        if over or worker.name in self.asked or not self.busy(worker.name):
+        answered = ticket in self.received or self.has_counted(ticket)  # its report may be older
+        if answered or worker.name in self.asked or not self.busy(worker.name):
             return None
         return Issued(now, ticket.sequence, worker.round)
 
-    def _is_at_it(self, worker: Worker) -> bool:
-        """Whether a worker is at what it was asked for, or did it last.
+    def _is_on_task(self, worker: Worker) -> bool:
+        """Whether the work that a worker does, or did last, is the work that it was asked for.
 
-        Not all say which ticket they have, and which weights they began with.
+        Not all workers report their ticket and the name of their weights.
         """
         if worker.run != self.run:
             return False
@@ -374,15 +370,16 @@ class State:
         return worker.base in (None, self.base_of(issued.round))
 
 
-def remembered(
+def recently_counted(
     state: State, counted: Mapping[int, frozenset[Ticket]]
 ) -> Mapping[int, frozenset[Ticket]]:
-    """Keep what is counted in the last rounds; a copy of what is in an older one is late anyway."""
-    oldest = max(counted, default=0) - max(_REMEMBERED, state.schedule.max_staleness + 1)
+    """Return the tickets of the last rounds; a copy of an older update is late in any case."""
+    rounds = max(_ROUNDS_REMEMBERED, state.schedule.max_staleness + 1)
+    oldest = max(counted, default=0) - rounds
     return {number: tickets for number, tickets in counted.items() if number > oldest}
 
 
-def still_matter(state: State, bases: Mapping[int, str]) -> Mapping[int, str]:
-    """Keep the names of the weights that earlier rounds began with whose updates still count."""
+def recent_bases(state: State, bases: Mapping[int, str]) -> Mapping[int, str]:
+    """Return the names of the weights of those earlier rounds whose updates still count."""
     oldest = max(bases, default=0) - state.schedule.max_staleness
     return {number: base for number, base in bases.items() if number > oldest}

@@ -1,6 +1,8 @@
-"""What becomes of an update: taken in, folded, counted with its round, late, a copy, or refused.
+"""The life of an update: accepted, folded and committed; or late, a duplicate, or rejected.
 
-A part of the round machine (``machine``), as pure as the rest of it.
+Part of the pure machine (``machine``). A delivery stays unacknowledged until the round that counts
+its update is on disk. Until then, ``State.received`` holds its handle, and further copies as
+``spares``: each may be the only sound one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Recor
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
 from fluffle_coordinator.machine.state import (
-    TICKETS_LEFT_OUT,
+    SEQUENCE_GAP,
+    Handle,
     Issued,
     Phase,
     Received,
@@ -23,14 +26,14 @@ from fluffle_coordinator.machine.state import (
     Table,
     Tally,
     Ticket,
-    remembered,
-    still_matter,
+    recent_bases,
+    recently_counted,
 )
 from fluffle_coordinator.machine.work import give_work, send_again
 
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
-    """Take in that an update has come: fold it, hold it, or say why not."""
+    """Accept an update and fold it, hold it as a copy, or say why it does not count."""
     handle, ticket = event.handle, _ticket(state, event)
     if event.run != state.run:
         reason = f"it belongs to run {event.run}; this coordinator runs {state.run}"
@@ -47,41 +50,41 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     if event.round > state.round or not _takes(state):
         _reject(event, f"round {event.round} has not been opened", out)
         return state
-    began_with = state.base_of(event.round)
-    if event.base != began_with:
-        trained = f"it was trained from the weights {event.base}; round {event.round} began with"
-        _reject(event, f"{trained} {began_with}", out)
+    base = state.base_of(event.round)
+    if event.base != base:
+        trained = f"it was trained from the weights {event.base}"
+        _reject(event, f"{trained}; round {event.round} began with {base}", out)
         return state
-    if ticket.sequence > max(state.sequence, event.round) + TICKETS_LEFT_OUT:
+    if ticket.sequence > max(state.sequence, event.round) + SEQUENCE_GAP:
         _reject(event, f"ticket {ticket.sequence} of {ticket.worker} was not issued", out)
         return state
-    if state.schedule.continuous:  # an earlier coordinator may have issued more than this one yet
-        state = state.but(sequence=max(state.sequence, ticket.sequence))
+    if state.schedule.continuous:  # an earlier coordinator may have issued higher ones
+        state = state.replace(sequence=max(state.sequence, ticket.sequence))
     held = state.received.get(ticket)
     if held is not None:
-        return _again(state, ticket, held, event, out)
+        return _hold_copy(state, ticket, held, event, out)
     update = Received(handle, _weight(state, event, out), event.round)
-    if state.phase is not Phase.COMMITTING:  # else it is looked at once the commit is on disk
+    if state.phase is not Phase.COMMITTING:  # else ``committed`` decides what becomes of it
         out.append(_fold(state, ticket, update))
-    return _with(state, ticket, update)
+    return _hold(state, ticket, update)
 
 
 def _ticket(state: State, event: Arrived) -> Ticket:
-    """Return an update's ticket; where each worker is asked once a round, that is the round's."""
+    """Return an update's ticket: the round's, if each worker is asked once a round."""
     return event.ticket if state.schedule.continuous else Ticket(event.ticket.worker, event.round)
 
 
-def _with(state: State, ticket: Ticket, update: Received) -> State:
-    return state.of(ticket.worker, received=state.received.insert(ticket, update))
+def _hold(state: State, ticket: Ticket, update: Received) -> State:
+    return state.replace_for(ticket.worker, received=state.received.insert(ticket, update))
 
 
 def _takes(state: State) -> bool:
-    """Whether updates can be folded: there are weights, and the last round is yet to come."""
+    """Whether updates can be folded: there are weights, and a round is open or still to come."""
     return state.has_weights and state.phase is not Phase.EVALUATING
 
 
 def _discount(state: State, number: int) -> float:
-    """Return what part of its weight an update keeps that was trained from a round's weights."""
+    """Return the factor on the weight of an update that was trained from a round's weights."""
     staleness, schedule = state.round - number, state.schedule
     if staleness > schedule.max_staleness:
         return 0.0
@@ -95,22 +98,22 @@ def _fold(state: State, ticket: Ticket, update: Received) -> Fold:
 
 
 def _reject(event: Arrived, reason: str, out: Effects) -> None:
-    """Refuse an update of a round, or from weights, that this run does not have."""
+    """Reject an update from a round or from weights that this run does not have."""
     out += [
         Reject(event.handle, reason, "round"),
-        _judged(event.ticket, event.round, event.base, reason, "round"),
+        _rejected(event.ticket, event.round, event.base, reason, "round"),
     ]
 
 
-def _judged(ticket: Ticket, number: int, base: str, reason: str, cause: Cause) -> Judge:
+def _rejected(ticket: Ticket, number: int, base: str, reason: str, cause: Cause) -> Judge:
     return Judge(ticket, number, base, "rejected", reason, cause, train_again=True)
 
 
 def _weight(state: State, event: Arrived, out: Effects) -> int:
-    """Return the weight of an update: what it says, within what its worker announced."""
+    """Return the weight of an update: its number of examples, at most what its worker announced."""
     claimed, worker = event.num_examples, event.ticket.worker
     limit = state.announced.get(worker)
-    if limit is None:  # it is gone, and we never heard it
+    if limit is None:  # it left before this coordinator heard it
         limit = max(state.announced.values(), default=claimed)
     if state.rules.max_examples is not None:
         limit = min(limit, state.rules.max_examples)
@@ -128,61 +131,61 @@ def _max_norm(state: State) -> float:
     if ratio is None:
         return math.inf
     middle = state.median_norm
-    if not middle:  # the first round has only itself
+    if not middle:  # no round was committed yet
         norms = [update.norm for update in state.received.values() if update.folded]
         middle = median(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
 
 
 def _too_old(state: State, event: Arrived, ticket: Ticket, out: Effects) -> State:
-    """Let go of an update that counts no more; its worker gets other work."""
+    """Acknowledge a late update and report it; its worker gets other work."""
     out += [
         Ack(event.handle),
-        _late(ticket.worker, event.round, event.num_examples),
-        _too_late(ticket, event.round, event.base),
+        _late_event(ticket.worker, event.round, event.num_examples),
+        _late_verdict(ticket, event.round, event.base),
     ]
-    return _without_work(state, ticket, event.now, out)
+    return _finish_work(state, ticket, event.now, out)
 
 
-def _without_work(state: State, ticket: Ticket, now: float, out: Effects) -> State:
-    """Note that a worker has done what it was asked for, where work does not end with its round."""
+def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> State:
+    """Mark a worker's work as done and offer new work, if work outlives its round."""
     issued = state.asked.get(ticket.worker)
     if not state.schedule.continuous or issued is None:
         return state
-    brought_back = issued.sequence == ticket.sequence
-    if not brought_back and issued.round != ticket.sequence:
+    sends_tickets = issued.sequence == ticket.sequence
+    if not sends_tickets and issued.round != ticket.sequence:
         return state
-    state = state.of(ticket.worker, asked=state.asked.discard(ticket.worker))
-    # Who does not bring tickets back is asked once a round: its updates could not be told apart.
-    if not brought_back or state.phase is not Phase.OPEN or not state.link:
+    state = state.replace_for(ticket.worker, asked=state.asked.discard(ticket.worker))
+    # Without tickets, two updates of one round could not be told apart, so there is only one.
+    if not sends_tickets or state.phase is not Phase.OPEN or not state.link:
         return state
-    if state.folded >= state.needed:  # there will be newer weights in a moment
+    if state.folded >= state.needed:  # newer weights follow in a moment
         return state
     return give_work(state, state.schedule.idle(state, ticket.worker), now, out)
 
 
-def _too_late(ticket: Ticket, number: int, base: str) -> Judge:
+def _late_verdict(ticket: Ticket, number: int, base: str) -> Judge:
     return Judge(ticket, number, base, "late", f"round {number} was committed without it")
 
 
-def _late(worker: str, number: int, num_examples: int) -> Record:
+def _late_event(worker: str, number: int, num_examples: int) -> Record:
     return Record(run_events.Late(worker=worker, round=number, num_examples=num_examples))
 
 
-def _again(state: State, ticket: Ticket, held: Received, event: Arrived, out: Effects) -> State:
-    """Take another copy of an update that we hold: never folded twice, never lost.
+def _hold_copy(state: State, ticket: Ticket, held: Received, event: Arrived, out: Effects) -> State:
+    """Hold a copy of an update that is here already, so that it is neither folded twice nor lost.
 
-    Where we still hold the very delivery that was folded, a copy is not needed. Where that one is
-    void, or not folded yet, we cannot know which copy is sound, and keep them all.
+    A copy is not needed while the delivery that was folded is still valid. If that one is void, or
+    is not folded yet, any copy may be the only sound one, so all are held.
     """
     if held.folded and held.handle.link == event.handle.link:
         out.append(Ack(event.handle))
         return state
-    return _with(state, ticket, held._replace(spares=(*held.spares, event.handle)))
+    return _hold(state, ticket, held._replace(spares=(*held.spares, event.handle)))
 
 
 def folded(state: State, event: Folded, out: Effects) -> State:
-    """Take in that an update is in the sum."""
+    """Count an update that is in the sum."""
     ticket, held = event.ticket, state.received[event.ticket]
     worker, spares = ticket.worker, held.spares
     if spares and held.handle.link == state.link:
@@ -193,11 +196,11 @@ def folded(state: State, event: Folded, out: Effects) -> State:
     asked, open_and_fresh = state.asked, state.phase is Phase.OPEN and not staleness
     if open_and_fresh and worker not in asked and not state.schedule.continuous:
         asked = asked.insert(worker, Issued(-math.inf, ticket.sequence, state.round))
-    closes_with_it = state.schedule.continuous or not staleness
-    state = state.of(
+    towards_quorum = state.schedule.continuous or not staleness
+    state = state.replace_for(
         worker,
         received=state.received.insert(ticket, update),
-        folded=state.folded + closes_with_it,
+        folded=state.folded + towards_quorum,
         asked=asked,
         train_s=state.train_s.insert(worker, event.train_s) if state.selects else state.train_s,
         failed=state.failed.discard(worker),
@@ -216,11 +219,11 @@ def folded(state: State, event: Folded, out: Effects) -> State:
         weight=held.num_examples * _discount(state, held.round) if staleness else None,
     )
     out.append(Record(counted))
-    return _without_work(state, ticket, event.now, out)
+    return _finish_work(state, ticket, event.now, out)
 
 
 def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
-    """Take in that an update could not be added to the sum."""
+    """Try the next copy of an update that could not be folded; without one, ask for it again."""
     ticket, held = event.ticket, state.received[event.ticket]
     worker = ticket.worker
     if event.again:
@@ -231,17 +234,17 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     if held.spares:
         first, *rest = held.spares
         update = held._replace(handle=first, spares=tuple(rest))
-        if state.phase is not Phase.COMMITTING:  # then it would get into the next round's sum
+        if state.phase is not Phase.COMMITTING:  # else it would be in the next round's sum
             out.append(_fold(state, ticket, update))
-        return _with(state, ticket, update)
+        return _hold(state, ticket, update)
     was_asked = state.answer(worker) is held
-    state = state.of(worker, received=state.received.discard(ticket))
-    if not event.again:  # asked again, it would send the same again: if it was the worker at all
+    state = state.replace_for(worker, received=state.received.discard(ticket))
+    if not event.again:  # the worker would send the same bytes again, if they are its own at all
         base = state.base_of(held.round) or state.base
-        out.append(_judged(ticket, held.round, base, event.reason, event.cause))
-        state = state.but(
+        out.append(_rejected(ticket, held.round, base, event.reason, event.cause))
+        state = state.replace(
             doubted=state.doubted.insert(worker, event.reason),
-            # So when it is asked again, that is another attempt.
+            # A later request is another attempt, which the same bytes do not answer.
             attempts=state.attempts.insert(worker, state.attempts.get(worker, 0) + 1),
         )
         return settle_doubt(state, worker)
@@ -251,11 +254,12 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
 
 
 def committed(state: State, event: Committed, out: Effects) -> State:
-    """Take in that a round is on disk: its updates are acknowledged, and the next one begins."""
+    """Acknowledge the updates of a round that is on disk, and begin the next round."""
     counted = set()
     late: dict[Ticket, Received] = {}
     carried: dict[Ticket, Received] = {}
-    let_go, last = [], event.round >= state.rules.rounds or bool(event.enough)
+    last = event.round >= state.rules.rounds or bool(event.enough)
+    finished: list[Handle] = []
     for ticket, update in state.received.items():
         if update.folded:
             counted.add(ticket)
@@ -264,35 +268,35 @@ def committed(state: State, event: Committed, out: Effects) -> State:
             continue
         else:
             late[ticket] = update
-        let_go += [update.handle, *update.spares]
-    out += map(Ack, sorted(let_go))
+        finished += [update.handle, *update.spares]
+    out += map(Ack, sorted(finished))
     for ticket, update in sorted(late.items()):
-        out.append(_late(ticket.worker, update.round, update.num_examples))
+        out.append(_late_event(ticket.worker, update.round, update.num_examples))
     for ticket, update in sorted(late.items()):
-        out.append(_too_late(ticket, update.round, state.base_of(update.round) or state.base))
-    done = run_events.Committed(
+        out.append(_late_verdict(ticket, update.round, state.base_of(update.round) or state.base))
+    report = run_events.Committed(
         round=event.round,
         participants=tuple(sorted({ticket.worker for ticket in counted})),
         num_examples=event.num_examples,
         timings=event.timings,
     )
-    out.append(Record(done))
+    out.append(Record(report))
     for ticket in late:
-        state = _without_work(state, ticket, event.now, out)
+        state = _finish_work(state, ticket, event.now, out)
     state = _next_round(state, event, frozenset(counted), carried)
-    in_order = sorted(carried, key=lambda ticket: carried[ticket].handle)  # in which they came
-    out += [_fold(state, ticket, carried[ticket]) for ticket in in_order]
+    by_arrival = sorted(carried, key=lambda ticket: carried[ticket].handle)
+    out += [_fold(state, ticket, carried[ticket]) for ticket in by_arrival]
     return state
 
 
 def _counts_later(state: State, update: Received) -> bool:
-    """Whether an update that is not in this round's sum still counts in the next one's."""
+    """Whether an update that is not in this round's sum still counts in the next round."""
     staleness = state.round + 1 - update.round
     return staleness <= state.schedule.max_staleness and state.schedule.discount(staleness) > 0
 
 
 def _unevaluated(state: State) -> frozenset[int]:
-    """Return the versions without an evaluation that some worker may be at work on."""
+    """Return the versions without an evaluation that a worker may still evaluate."""
     if not state.schedule.continuous:
         return frozenset()
     known = {number - 1 for number in state.earlier}
@@ -306,9 +310,9 @@ def _next_round(
     counted: frozenset[Ticket],
     carried: Mapping[Ticket, Received],
 ) -> State:
-    state = state.but(
-        counted_before=remembered(state, {**state.counted_before, event.round: counted}),
-        earlier=still_matter(state, {**state.earlier, event.round: state.base}),
+    state = state.replace(
+        counted_before=recently_counted(state, {**state.counted_before, event.round: counted}),
+        earlier=recent_bases(state, {**state.earlier, event.round: state.base}),
         phase=Phase.WAITING,
         round=event.round + 1,
         base=event.base,
@@ -326,6 +330,6 @@ def _next_round(
         gate=1,
         waiting_since=event.now,
     )
-    if state.schedule.continuous:  # who is at work stays at it
-        return state.recounted()
-    return state.but(asked=Table(), failed=Table(), doubted=Table(), tally=Tally())
+    if state.schedule.continuous:  # workers continue with their work
+        return state.replace_and_recount()
+    return state.replace(asked=Table(), failed=Table(), doubted=Table(), tally=Tally())

@@ -1,1 +1,1 @@
-"""What can be seen of a run: watchers, the journal, and what explains it."""
+"""Observation of a run: watchers, the journal, and the folds that explain what happened."""

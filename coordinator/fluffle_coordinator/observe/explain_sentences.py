@@ -1,4 +1,4 @@
-"""The explanation of a round in sentences, and as one object for programs."""
+"""Renders the explanation of a round as sentences, and as plain data for programs."""
 
 from __future__ import annotations
 
@@ -12,49 +12,48 @@ from fluffle_coordinator.observe.round_view import Answer
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
-# A wait that is shorter is not worth a sentence.
-_WORTH_SAYING_S = 0.001
+_SHORTEST_WAIT_S = 0.001  # shorter waits get no sentence
 
 
-def sentences(about: Explanation) -> list[str]:
-    """Say what happened in a round, and what it waits for; one sentence a line."""
-    this = about.round
+def sentences(explanation: Explanation) -> list[str]:
+    """Return what happened in a round and what it waits for, as a list of sentences."""
+    this = explanation.round
     if not this.number:
-        return _before_the_first(about)
+        return _before_the_first(explanation)
     if this.opened_at is None and this.committed_at is None:
         return [
             f"The opening of round {this.number} is not in the journal.",
-            *_afterwards(about),
+            *_afterwards(explanation),
         ]
     return [
-        *_opening(about),
-        *_answers(about),
-        *_missing(about),
-        *_notes(about),
-        *(_standing(about) if about.is_open else _closing(about)),
-        *_longest(about),
-        *_afterwards(about),
+        *_opening(explanation),
+        *_answers(explanation),
+        *_missing(explanation),
+        *_notes(explanation),
+        *(_progress(explanation) if explanation.is_open else _closing(explanation)),
+        *_longest(explanation),
+        *_afterwards(explanation),
     ]
 
 
-def why_missing(about: Explanation, worker: str) -> str:
-    """Say what is known of a worker that has not answered."""
-    this = about.round
+def why_missing(explanation: Explanation, worker: str) -> str:
+    """Return what is known about a worker that has not answered, as a part of a sentence."""
+    this = explanation.round
     if worker in this.failures:
         return f"it failed: {this.failures[worker]}"
-    if (went := about.went(worker)) is not None:
-        return f"it {_absence(*went)}"
+    if (departed := explanation.departed(worker)) is not None:
+        return f"it {_absence(*departed)}"
     joined_at = this.joined.get(worker)
     joined = "" if joined_at is None else f", joined at {clock(joined_at)}"
-    if not about.waits:
+    if not explanation.waits:
         return f"it was connected{joined}"
-    doing = _doing(about, worker)
+    doing = _doing(explanation, worker)
     return f"connected{joined}{f', {doing}' if doing else ', no update yet'}"
 
 
-def _doing(about: Explanation, worker: str) -> str:
-    """Return what a worker was last said to do; "" where that says nothing new."""
-    known = about.doing(worker)
+def _doing(explanation: Explanation, worker: str) -> str:
+    """Return what a worker was last reported to do; "" if that adds nothing."""
+    known = explanation.doing(worker)
     if known is None or known[1].state in ("idle", "gone"):
         return ""
     return f"{known[1].sentence()} at {clock(known[0])}"
@@ -67,52 +66,54 @@ def _absence(at: float, event: Departure) -> str:
     return f"has been gone since {clock(at)}{heard}"
 
 
-def _before_the_first(about: Explanation) -> list[str]:
-    """Say what a run that has opened no round waits for."""
-    here = sorted(about.view.workers.present)
-    lines = [f"Run {about.run} has opened no round yet."]
-    if here:
-        are = "is" if len(here) == 1 else "are"
-        lines.append(f"Connected {are} {_names(here)}.")
-    lines += [f"{worker} {_absence(*how)}." for worker, how in about.view.workers.absent.items()]
-    lines += _notes(about)
-    if about.coordinated is False:
-        lines += _no_coordinator(about)
+def _before_the_first(explanation: Explanation) -> list[str]:
+    """Return the sentences about a run that has opened no round."""
+    present = sorted(explanation.view.workers.present)
+    lines = [f"Run {explanation.run} has opened no round yet."]
+    if present:
+        are = "is" if len(present) == 1 else "are"
+        lines.append(f"Connected {are} {_names(present)}.")
+    lines += [
+        f"{worker} {_absence(*how)}." for worker, how in explanation.view.workers.departed.items()
+    ]
+    lines += _notes(explanation)
+    if explanation.coordinated is False:
+        lines += _no_coordinator(explanation)
     else:
-        lines += _waiting(about)
-    return [*lines, *_afterwards(about)]
+        lines += _waiting(explanation)
+    return [*lines, *_afterwards(explanation)]
 
 
-def _waiting(about: Explanation) -> Iterator[str]:
-    """Say what the coordinator waits for, but for who is missing and what they do."""
-    if about.waiting is not None and about.waiting[1].reason:
-        at, event = about.waiting
+def _waiting(explanation: Explanation) -> Iterator[str]:
+    """Yield what the coordinator waits for, apart from the missing workers."""
+    if explanation.waiting is not None and explanation.waiting[1].reason:
+        at, event = explanation.waiting
         yield f"At {clock(at)} the coordinator said: {event.reason}."
 
 
-def as_dict(about: Explanation) -> dict[str, Any]:
-    """Return an explanation as plain data; times are ISO 8601, durations in seconds."""
-    this = about.round
-    wait = longest_wait(about)
+def as_dict(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation as plain data, with times in ISO 8601 and durations in seconds."""
+    this = explanation.round
+    wait = longest_wait(explanation)
     return {
-        "run": about.run,
+        "run": explanation.run,
         "round": this.number,
-        "open": about.is_open,
+        "open": explanation.is_open,
         "opened_at": _iso(this.opened_at),
         "asked": list(this.asked),
         "needed": this.needed,
         "answers": [
             {
-                "worker": one.worker,
-                "at": _iso(one.at),
-                "num_examples": one.num_examples,
-                "train_s": one.train_s,
+                "worker": answer.worker,
+                "at": _iso(answer.at),
+                "num_examples": answer.num_examples,
+                "train_s": answer.train_s,
             }
-            for one in about.round.answers.values()
+            for answer in this.answers.values()
         ],
-        "missing": [{"worker": w, "why": why_missing(about, w)} for w in about.missing],
-        "deadline_at": _iso(this.deadline_at) if about.is_open else None,
-        "left_s": about.left_s,
+        "missing": [{"worker": w, "why": why_missing(explanation, w)} for w in explanation.missing],
+        "deadline_at": _iso(this.deadline_at) if explanation.is_open else None,
+        "left_s": explanation.left_s,
         "notes": [
             {"event": n.event.name, "at": _iso(n.at), "worker": n.worker, "reason": n.reason}
             for n in this.notes
@@ -124,8 +125,8 @@ def as_dict(about: Explanation) -> dict[str, Any]:
         "timings": dict(this.timings),
         "loss": this.loss,
         "metrics": dict(this.metrics),
-        "ended": about.view.ended[1].name if about.view.ended else None,
-        "says": sentences(about),
+        "ended": explanation.view.ended[1].name if explanation.view.ended else None,
+        "says": sentences(explanation),
     }
 
 
@@ -144,78 +145,81 @@ def _local(at: float, form: str) -> str:
     return time.astimezone().strftime(form) if time else "?"
 
 
-def _opening(about: Explanation) -> Iterator[str]:
-    this = about.round
-    state = "is open" if about.is_open else "is committed"
+def _opening(explanation: Explanation) -> Iterator[str]:
+    this = explanation.round
+    state = "is open" if explanation.is_open else "is committed"
     if this.opened_at is None:
-        yield f"Round {this.number} of run {about.run} {state}; its opening is not in the journal."
+        yield (
+            f"Round {this.number} of run {explanation.run} {state}; its opening is not in the "
+            "journal."
+        )
         return
     needed = "" if this.needed is None else f", {_number(this.needed, 'update')} needed"
     day = _local(this.opened_at, "%Y-%m-%d")
     yield (
-        f"Round {this.number} of run {about.run} {state}: opened on {day} at "
+        f"Round {this.number} of run {explanation.run} {state}: opened on {day} at "
         f"{clock(this.opened_at)} for {_names(this.asked)}{needed}."
     )
     if this.openings > 1:
         yield "A coordinator was lost or stopped while it was open, and opened it again."
 
 
-def _answers(about: Explanation) -> Iterator[str]:
-    if not about.round.answers:
+def _answers(explanation: Explanation) -> Iterator[str]:
+    if not explanation.round.answers:
         yield "No update is counted."
-    for one in about.round.answers.values():
-        yield _answer(about, one)
+    for answer in explanation.round.answers.values():
+        yield _answer(explanation, answer)
 
 
-def _answer(about: Explanation, one: Answer) -> str:
-    this = about.round
+def _answer(explanation: Explanation, answer: Answer) -> str:
+    this = explanation.round
     after = ""
-    if this.opened_at is not None and one.at >= this.opened_at:
-        after = f", {duration(one.at - this.opened_at)} after the opening"
+    if this.opened_at is not None and answer.at >= this.opened_at:
+        after = f", {duration(answer.at - this.opened_at)} after the opening"
     words = [
-        _number(one.num_examples, "example") if one.num_examples is not None else "",
-        f"{duration(one.train_s)} of training" if one.train_s is not None else "",
-        f"{_number(one.staleness, 'version')} behind" if one.staleness else "",
+        _number(answer.num_examples, "example") if answer.num_examples is not None else "",
+        f"{duration(answer.train_s)} of training" if answer.train_s is not None else "",
+        f"{_number(answer.staleness, 'version')} behind" if answer.staleness else "",
     ]
     more = ", ".join(filter(None, words))
-    return f"{one.worker} answered at {clock(one.at)}{after}{f': {more}' if more else ''}."
+    return f"{answer.worker} answered at {clock(answer.at)}{after}{f': {more}' if more else ''}."
 
 
-def _missing(about: Explanation) -> Iterator[str]:
-    this = about.round
-    for worker in about.missing:
-        why = why_missing(about, worker)
-        if about.waits:
+def _missing(explanation: Explanation) -> Iterator[str]:
+    this = explanation.round
+    for worker in explanation.missing:
+        why = why_missing(explanation, worker)
+        if explanation.waits:
             yield f"Still waiting for {worker}: {why}."
-        elif worker in this.failures or about.went(worker) is not None:
+        elif worker in this.failures or explanation.departed(worker) is not None:
             yield f"{worker} did not answer: {why}."
         elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
-            # What it sent since waits in the broker, for the coordinator that goes on.
-            by_then = " by then" if about.is_open else ""
-            # Where work outlives its round, it may well have answered in the one before.
+            # Once the run has ended, an update may still wait in the broker for the next start.
+            by_then = " by then" if explanation.is_open else ""
+            # In an asynchronous run, the worker may have answered in an earlier round.
             yield (
                 f"No update of {worker} is in it{by_then}."
-                if this.has_work_of_others
+                if this.is_asynchronous
                 else f"{worker} did not answer{by_then}."
             )
 
 
-def _notes(about: Explanation) -> Iterator[str]:
-    this = about.round
+def _notes(explanation: Explanation) -> Iterator[str]:
+    this = explanation.round
     for note in this.notes:
         if not isinstance(note.event, Failure) or note.worker not in this.failures:
-            said = note.event.sentence().removeprefix(f"round {this.number}: ")
-            sender = note.worker and note.worker not in said
-            yield f"At {clock(note.at)}: {said}{f' ({note.worker})' if sender else ''}."
+            sentence = note.event.sentence().removeprefix(f"round {this.number}: ")
+            sender = note.worker and note.worker not in sentence
+            yield f"At {clock(note.at)}: {sentence}{f' ({note.worker})' if sender else ''}."
 
 
-def _standing(about: Explanation) -> Iterator[str]:
-    """Say where an open round stands."""
-    this = about.round
-    if about.view.ended is not None:
-        return  # said at the end
-    if about.coordinated is False:
-        yield from _no_coordinator(about)
+def _progress(explanation: Explanation) -> Iterator[str]:
+    """Yield the progress of an open round."""
+    this = explanation.round
+    if explanation.view.ended is not None:
+        return  # _afterwards reports the end
+    if explanation.coordinated is False:
+        yield from _no_coordinator(explanation)
         return
     if this.restarted_at is not None:
         yield (
@@ -224,40 +228,41 @@ def _standing(about: Explanation) -> Iterator[str]:
         )
         return
     if this.needed is not None:
-        lacking = this.needed - len(about.round.answers)
+        lacking = this.needed - len(explanation.round.answers)
         more = f"{lacking} more needed" if lacking > 0 else "enough to close it"
-        yield f"{_number(len(about.round.answers), 'update')} of {this.needed}: {more}."
-    if about.view.unlinked_since is not None:
-        lost = clock(about.view.unlinked_since)
+        yield f"{_number(len(explanation.round.answers), 'update')} of {this.needed}: {more}."
+    if explanation.view.unlinked_since is not None:
+        lost = clock(explanation.view.unlinked_since)
         yield (
             f"The coordinator lost the broker at {lost}; the time until it is back does not count."
         )
-    yield _deadline(about)
-    yield from _waiting(about)
+    yield _deadline(explanation)
+    yield from _waiting(explanation)
 
 
-def _no_coordinator(about: Explanation) -> Iterator[str]:
-    goes_on = "and opens the round again" if about.is_open else "and opens the next round"
+def _no_coordinator(explanation: Explanation) -> Iterator[str]:
+    opens = "opens the round again" if explanation.is_open else "opens the next round"
     yield (
         "No coordinator is connected to the broker now: the same command that started it "
-        f"(without --fresh) goes on with this run, {goes_on}."
+        f"(without --fresh) goes on with this run and {opens}."
     )
 
 
-def _deadline(about: Explanation) -> str:
-    this = about.round
-    if about.left_s is None or this.deadline_at is None:
+def _deadline(explanation: Explanation) -> str:
+    this = explanation.round
+    left_s = explanation.left_s
+    if left_s is None or this.deadline_at is None:
         return "Its deadline is not in the journal."
-    if about.left_s > 0:
-        return f"{duration(about.left_s)} left until the deadline, at {clock(this.deadline_at)}."
+    if left_s > 0:
+        return f"{duration(left_s)} left until the deadline, at {clock(this.deadline_at)}."
     return (
         f"The deadline passed at {clock(this.deadline_at)} and the journal has nothing after it: "
         "the coordinator is not running, or cannot reach the broker."
     )
 
 
-def _closing(about: Explanation) -> Iterator[str]:
-    this = about.round
+def _closing(explanation: Explanation) -> Iterator[str]:
+    this = explanation.round
     if this.committed_at is None:
         return
     after = ""
@@ -280,27 +285,27 @@ def _closing(about: Explanation) -> Iterator[str]:
         yield f"Its model was evaluated: loss {this.loss:.4f}{metrics}{on}."
 
 
-def _longest(about: Explanation) -> Iterator[str]:
-    wait = longest_wait(about)
-    if wait is None or wait.seconds < _WORTH_SAYING_S:
+def _longest(explanation: Explanation) -> Iterator[str]:
+    wait = longest_wait(explanation)
+    if wait is None or wait.seconds < _SHORTEST_WAIT_S:
         return
-    if about.waits and about.coordinated is False:
-        return  # nobody waits
+    if explanation.waits and explanation.coordinated is False:
+        return  # no coordinator is there to wait
     lasted = duration(wait.seconds)
     since = f"since {wait.after} answered" if wait.after else "since the opening"
     if wait.until == "commit":
         after = f"{wait.after} answered" if wait.after else "the opening"
         yield f"The longest wait was for the commit: it came {lasted} after {after}."
     elif wait.until:
-        yield _waited_for(about, wait)
-    elif about.missing and about.waits:
-        yield f"The longest wait is for {_names(about.missing)}: {lasted} so far, {since}."
-    elif about.missing:
-        yield f"The longest wait was for {_names(about.missing)}: {lasted} {since}."
+        yield _waited_for(explanation, wait)
+    elif explanation.missing and explanation.waits:
+        yield f"The longest wait is for {_names(explanation.missing)}: {lasted} so far, {since}."
+    elif explanation.missing:
+        yield f"The longest wait was for {_names(explanation.missing)}: {lasted} {since}."
 
 
-def _waited_for(about: Explanation, wait: Wait) -> str:
-    """Say who answered last; everyone else's update was there before."""
+def _waited_for(explanation: Explanation, wait: Wait) -> str:
+    """Return the sentence about the worker that answered last."""
     last = wait.last[-1]
     trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
     after = ""
@@ -312,22 +317,22 @@ def _waited_for(about: Explanation, wait: Wait) -> str:
     )
 
 
-def _afterwards(about: Explanation) -> Iterator[str]:
-    if about.view.ended is not None:
-        yield _ending(about, about.view.ended[1])
-    elif about.round.committed_at is not None and about.coordinated is False:
-        yield from _no_coordinator(about)
-    elif about.round.committed_at is not None:
-        yield from _waiting(about)
+def _afterwards(explanation: Explanation) -> Iterator[str]:
+    if explanation.view.ended is not None:
+        yield _ending(explanation, explanation.view.ended[1])
+    elif explanation.round.committed_at is not None and explanation.coordinated is False:
+        yield from _no_coordinator(explanation)
+    elif explanation.round.committed_at is not None:
+        yield from _waiting(explanation)
 
 
-def _ending(about: Explanation, event: RunEvent) -> str:
+def _ending(explanation: Explanation, event: RunEvent) -> str:
     match event:
         case run_events.Finished(reason=reason):
             return f"The run has finished: {reason or 'no reason is given'}."
         case run_events.Stopped(reason=reason):
             return f"The run has stopped: {reason or 'no reason is given'}."
-    again = "opens this round again" if about.is_open else "goes on from there"
+    again = "opens this round again" if explanation.is_open else "goes on from there"
     return f"The coordinator was told to stop; the same command {again}."
 
 
@@ -340,7 +345,7 @@ def _number(count: float, thing: str) -> str:
 
 
 def duration(value: float) -> str:
-    """Return a duration in seconds, in the unit that suits it.
+    """Format a duration in seconds, in suitable units.
 
     >>> duration(0.0123), duration(3.21), duration(125), duration(7260), duration(0)
     ('12 ms', '3.2 s', '2 min 5 s', '2 h 1 min', '0 s')

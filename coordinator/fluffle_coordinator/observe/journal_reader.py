@@ -1,4 +1,4 @@
-"""Reading a federation's journal: from any machine, any number of times, disturbing nobody."""
+"""Reads a federation's journal from the broker, without changing or consuming anything."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Since, Transport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
-# The broker begins at a time by its own clock, events have the coordinator's; and an event is told
-# before it is on the broker, never after.
-_CLOCKS_APART = timedelta(minutes=2)
-# Entries that are there come at once; a reader that was promised one and gets none gives up.
-_PATIENCE_S = 10.0
+# A stream starts at a time by the broker's clock, but events have the coordinator's clock, and are
+# recorded some time before they reach the broker. So start earlier and filter.
+_CLOCK_SKEW = timedelta(minutes=2)
+_PATIENCE_S = 10.0  # how long to wait for an entry that the broker says is there
 _POLL_S = 1.0
 
 Waiting = Callable[[str, float], None]
@@ -33,25 +32,25 @@ async def read_journal(
     waiting: Waiting = lambda _why, _pause_s: None,
     backoff: Backoff | None = None,
 ) -> AsyncGenerator[Event]:
-    """Yield the events of a federation in their order, each once.
+    """Yield the events of a federation in order, each once.
 
-    A lost link is opened again, and the reading goes on where it was.
+    After a lost link, reading continues where it stopped.
 
     Args:
-        transport: the way to the broker.
-        topology: where the journal is.
-        since: the first moment that is of interest; None for everything that is kept.
-        live: go on for ever with what happens from now on, and wait for a journal that is not
-            there yet; else end with what is there now.
-        waiting: told why there is no link, and in how many seconds the next attempt is made.
-        backoff: how to wait for a broker that is away.
+        transport: connects to the broker.
+        topology: the names of the federation's queues and exchanges.
+        since: yield events from this time on; None yields all that the broker keeps.
+        live: continue with new events until cancelled, and wait for a journal that does not exist
+            yet; otherwise end with the newest existing event.
+        waiting: called while disconnected, with the reason and the seconds to the next attempt.
+        backoff: how to wait for an unreachable broker.
 
     Raises:
-        UsageError: where there is no journal.
-        BrokerError: where there is no broker.
+        UsageError: if the federation has no journal.
+        BrokerError: if the broker is unreachable or denies access.
     """
-    newest_of: dict[str, int] = {}  # of each session: its events come in the order of their numbers
-    begin: Since = since - _CLOCKS_APART if since else None
+    newest: dict[str, int] = {}  # the highest number seen of each session, to skip duplicates
+    begin: Since = since - _CLOCK_SKEW if since else None
     opened = reconnecting(transport, backoff or Backoff(), waiting)
     async with contextlib.aclosing(opened):
         async for link in opened:
@@ -61,25 +60,25 @@ async def read_journal(
                     async for entry in entries:
                         begin = (entry.offset or 0) + 1
                         for event in _events(entry, topology.federation):
-                            if event.number <= newest_of.get(event.session, 0):
+                            if event.number <= newest.get(event.session, 0):
                                 continue
-                            newest_of[event.session] = event.number
+                            newest[event.session] = event.number
                             if since is None or (event.moment or since) >= since:
                                 yield event
                 return
-            except LinkLost as gone:
-                waiting(str(gone), 0.0)
-            except QueueInUse as no:
+            except LinkLost as why:
+                waiting(str(why), 0.0)
+            except QueueInUse as why:
                 raise BrokerError(
-                    f"the broker does not let this user read the journal: {no}; it needs the right "
-                    f"to read {topology.journal}"
+                    f"the broker does not let this user read the journal: {why}; the user needs "
+                    f"permission to read {topology.journal}"
                 ) from None
 
 
 async def _entries(
     link: Link, topology: Topology, begin: Since, *, live: bool
 ) -> AsyncGenerator[Delivery]:
-    """Yield what is in the stream from ``begin`` on, over one link."""
+    """Yield the entries of the stream from ``begin`` on, over one link."""
     while await link.counts(topology.journal) is None:
         if not live:
             raise UsageError(
@@ -101,7 +100,7 @@ async def _entries(
                 async with asyncio.timeout(None if live else _PATIENCE_S):
                     entry = await anext(entries)
             except TimeoutError:
-                return  # by the broker's clock, what is newest is from before ``begin``
+                return  # by the broker's clock, the newest entry is older than ``begin``
             yield entry
             if last is not None and (entry.offset or 0) >= last:
                 return
@@ -117,7 +116,7 @@ def _is_before(entry: Delivery, begin: Since) -> bool:
 
 
 def _events(entry: Delivery, federation: str) -> list[Event]:
-    """Return the events in an entry; none where somebody has put anything else there."""
+    """Return the events in an entry; empty if it is not a valid message of the journal."""
     try:
         message, _ = decode(entry.body, federation)
     except MalformedMessage:

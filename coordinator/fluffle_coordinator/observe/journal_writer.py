@@ -1,14 +1,13 @@
-"""The journal: every event of a run, published to a stream that anyone may read at any time.
+"""Publishes every event of a run to the journal, a stream that anyone may read at any time.
 
-What happens is noted at once and published by a task of its own, so that neither a slow broker nor
-one that is away ever holds up a round::
+Events are queued at once and published by a separate task, so that a slow or unreachable broker
+never delays a round::
 
-    record() ──> unsent (bounded) ──> window (on its way, unconfirmed) ──confirms──> done
-                                     └──the link is lost: sent again over the next one
+    record() ──> unsent (bounded) ──> window (published, unconfirmed) ──confirms──> done
+                                     └──link lost: published again over the next link
 
-An event goes out under the same identity however often it is sent; whoever reads passes over what
-came twice. When what cannot be sent becomes too much, the oldest go, and one event,
-``gap``, says how many.
+An event keeps its identity (session and number) however often it is published, so readers can skip
+duplicates. If too many events wait, the oldest are dropped, and a ``gap`` event gives their number.
 """
 
 from __future__ import annotations
@@ -44,23 +43,19 @@ from fluffle_common.transport.base import (
 )
 from fluffle_coordinator.observe.watchers import Watcher
 
-# Some hours of a busy federation without a broker, a few megabytes.
-_CAPACITY = 10_000
-# How long an event may wait for others: a few sent together cost the coordinator and the broker
-# much less than the same ones one by one.
+_CAPACITY = 10_000  # a busy federation's events of some hours, a few megabytes
+# How long an event may wait for others: batches cost the coordinator and the broker much less.
 _GATHER_S = 0.1
-# How many may be on their way to the broker, unconfirmed.
-_WINDOW = 500
-# So many go out one by one, as people can read them in the broker's own pages; more go out as one
-# message, which costs the coordinator and the broker much less.
+_WINDOW = 500  # the most unconfirmed events
+# Up to this many events become one message each, which is readable in RabbitMQ's own UI. More are
+# packed into a single message, which is much cheaper.
 _FEW = 8
-# The address of the broker is no news to anyone who reads there.
-_NOT_KEPT = "address"
+_OMITTED_FIELD = "address"  # of the broker: its readers know it
 _NOTHING = object()
 
 
-class _Noted(NamedTuple):
-    """An event as it happened; it gets its number when its turn comes."""
+class _Unsent(NamedTuple):
+    """An event that waits to be numbered and published."""
 
     name: str
     time: str
@@ -72,9 +67,9 @@ class Journal(Watcher):
     """A watcher that publishes every event.
 
     Args:
-        topology: where the stream is.
-        capacity: how many events may wait for a link before the oldest are dropped.
-        now: the time, UTC, as ISO 8601.
+        topology: the names of the federation's queues and exchanges.
+        capacity: the number of waiting events beyond which the oldest are dropped.
+        now: returns the time in UTC as ISO 8601.
     """
 
     def __init__(
@@ -87,68 +82,65 @@ class Journal(Watcher):
         self._topology, self._now = topology, now
         self._session, self._number = uuid.uuid4().hex[:12], 0
         self._run: str | None = None
-        self._unsent: deque[_Noted] = deque(maxlen=capacity)
+        self._unsent: deque[_Unsent] = deque(maxlen=capacity)
         self._window: list[Event] = []
         self._dropped = 0
-        self._lasting: dict[str, object] = {}
-        self._news = asyncio.Event()
-        self._at_rest = asyncio.Event()  # there is nothing to send, or no link to send it over
+        self._latest_gist: dict[str, object] = {}
+        self._not_empty = asyncio.Event()
+        self._at_rest = asyncio.Event()  # set while there is nothing to send, or no link
         self._at_rest.set()
         self._ending = asyncio.Event()
         self._linked = False
         self._broken = False
 
-    # --- what comes in -------------------------------------------------------------------------
+    # --- recording -----------------------------------------------------------------------------
 
     def record(self, event: RunEvent) -> None:
-        """See ``Watcher``."""
+        """Queue an event for publishing."""
         if isinstance(event, Started | Resumed) and event.run:
             self._run = event.run
-        if self._broken or not event.journalled or self._is_old_news(event):
+        if self._broken or not event.journalled or self._is_repetition(event):
             return
         if len(self._unsent) == self._unsent.maxlen:
-            self._dropped += 1  # the deque lets go of its oldest
+            self._dropped += 1  # append() removes the oldest
         fields = event.fields()
-        fields.pop(_NOT_KEPT, None)
-        self._unsent.append(_Noted(event.name, self._now(), self._run, fields))
+        fields.pop(_OMITTED_FIELD, None)
+        self._unsent.append(_Unsent(event.name, self._now(), self._run, fields))
         if self._linked:
             self._at_rest.clear()
-        self._news.set()
+        self._not_empty.set()
 
-    def _is_old_news(self, event: RunEvent) -> bool:
-        """Whether this is told again while it lasts, and nothing about it has changed."""
+    def _is_repetition(self, event: RunEvent) -> bool:
+        """Whether a periodic report has the same gist as the last one."""
         if not isinstance(event, Waiting | Standby):
             return False
         gist = event.gist()
-        before, self._lasting[event.name] = self._lasting.get(event.name, _NOTHING), gist
+        before, self._latest_gist[event.name] = self._latest_gist.get(event.name, _NOTHING), gist
         return gist == before
 
-    # --- what goes out -------------------------------------------------------------------------
+    # --- publishing ----------------------------------------------------------------------------
 
     async def publish(self, link: Link) -> None:
-        """Send over this link what has happened and happens, until cancelled.
+        """Publish past and new events over a link until cancelled.
 
-        What was not confirmed by then is sent again over the next link. An error that is about the
-        journal and not about the link ends the journal, never the run that it tells of.
+        Events that are unconfirmed by then are published again over the next link. An error that is
+        not the link's stops the journal, but never the run.
 
         Raises:
-            LinkLost: where the link is lost while something is on its way.
+            LinkLost: if the link is lost while an event is unconfirmed.
         """
         if self._broken:
-            return await _for_ever()
+            return await _forever()
         try:
             await self._publish(link)
-        except (
-            FluffleError,
-            QueueInUse,
-        ):  # of the link, or the broker's refusal: whoever has the link decides
+        except (FluffleError, QueueInUse):  # the coordinator, which owns the link, handles these
             raise
         except Exception as wrong:
             self._broken = True
             self._unsent.clear()
             self._window = []
             warn(f"the journal cannot be published ({wrong!r}); the run goes on without it")
-            await _for_ever()
+            await _forever()
 
     async def _publish(self, link: Link) -> None:
         self._linked = True
@@ -159,22 +151,21 @@ class Journal(Watcher):
                 if not self._window:
                     await self._gather()
                     self._fill_window()
-                # All at once, in order: a publish waits for its confirm, not for the one before.
-                await self._confirmed(link, self._window)
+                await self._send_window(link)
                 self._window = []
         finally:
             self._linked = False
             self._at_rest.set()
 
     async def _gather(self) -> None:
-        """Wait for news, and for what follows at once, so that it goes out in one go.
+        """Wait for an event, and then a moment for others, so that they are sent together.
 
-        At the end of a run, nothing is waited for; nor is it where there is enough for one go.
+        A full window is sent at once, and so is everything at the end of a run.
         """
         if not self._unsent:
             self._at_rest.set()
-            self._news.clear()
-            await self._news.wait()
+            self._not_empty.clear()
+            await self._not_empty.wait()
         if len(self._unsent) >= _WINDOW:
             return
         with contextlib.suppress(TimeoutError):
@@ -182,34 +173,36 @@ class Journal(Watcher):
                 await self._ending.wait()
 
     def _fill_window(self) -> None:
-        """Take up what is next."""
+        """Number the next events, after a ``gap`` if some were dropped."""
         if self._dropped and self._unsent:
             first = self._unsent[0]
-            gap = _Noted(Gap.name, first.time, first.run, Gap(dropped=self._dropped).fields())
+            gap = _Unsent(Gap.name, first.time, first.run, Gap(dropped=self._dropped).fields())
             self._window.append(self._numbered(gap))
             self._dropped = 0
         while self._unsent and len(self._window) < _WINDOW:
             self._window.append(self._numbered(self._unsent.popleft()))
 
-    def _numbered(self, noted: _Noted) -> Event:
+    def _numbered(self, unsent: _Unsent) -> Event:
         self._number += 1
         return Event(
             federation=self._topology.federation,
-            event=noted.name,
-            time=noted.time,
+            event=unsent.name,
+            time=unsent.time,
             session=self._session,
             number=self._number,
-            run=noted.run,
-            fields=dict(noted.fields),
+            run=unsent.run,
+            fields=dict(unsent.fields),
         )
 
-    async def _confirmed(self, link: Link, events: list[Event]) -> None:
+    async def _send_window(self, link: Link) -> None:
+        """Publish the window in order, and wait for all confirms together."""
+        events = self._window
         batches = [[event] for event in events] if len(events) <= _FEW else [events]
         outcomes = await asyncio.gather(
             *(self._send(link, batch) for batch in batches), return_exceptions=True
         )
         for batch, outcome in zip(batches, outcomes, strict=True):
-            if isinstance(outcome, QueueFull | Unroutable):  # the run goes on without its journal
+            if isinstance(outcome, QueueFull | Unroutable):  # the broker has no room for them
                 self._dropped += sum(
                     event.fields["dropped"] if event.event == Gap.name else 1 for event in batch
                 )
@@ -230,9 +223,9 @@ class Journal(Watcher):
         await link.publish(body, properties, exchange="", keys=[self._topology.journal])
 
     async def drained(self, within_s: float) -> None:
-        """Return when the broker has every event, or there is no link, or time is up.
+        """At the end of a run, wait until the broker has every event.
 
-        It is for the end of a run: from now on, everything goes out at once.
+        Returns early if there is no link, or after ``within_s`` seconds.
         """
         self._ending.set()
         with contextlib.suppress(TimeoutError):
@@ -240,7 +233,7 @@ class Journal(Watcher):
                 await self._at_rest.wait()
 
 
-async def _for_ever() -> None:
+async def _forever() -> None:
     """Wait until cancelled."""
     await asyncio.Event().wait()
 
@@ -249,8 +242,8 @@ def _packed(batch: list[Event]) -> tuple[bytes, Event | Events]:
     entry = _entry(batch)
     try:
         return encode(entry), entry
-    except (TypeError, ValueError, OverflowError):  # a value that msgpack has no word for
-        entry = _entry([_sayable(event) for event in batch])
+    except (TypeError, ValueError, OverflowError):  # a value that msgpack cannot encode
+        entry = _entry([_encodable(event) for event in batch])
         return encode(entry), entry
 
 
@@ -262,14 +255,15 @@ def _entry(batch: list[Event]) -> Event | Events:
         federation=first.federation,
         session=first.session,
         number=first.number,
-        events=tuple(batch),  # of each, what happened; its number follows from its place
+        events=tuple(batch),  # numbered consecutively, so the first number is enough
     )
 
 
-def _sayable(event: Event) -> Event:
+def _encodable(event: Event) -> Event:
+    """Return an event as it is, or with its fields as text if msgpack cannot encode them."""
     try:
         encode(event)
     except (TypeError, ValueError, OverflowError):
-        words = {name: repr(value)[:2000] for name, value in event.fields.items()}
-        return event.model_copy(update={"fields": words})
+        texts = {name: repr(value)[:2000] for name, value in event.fields.items()}
+        return event.model_copy(update={"fields": texts})
     return event

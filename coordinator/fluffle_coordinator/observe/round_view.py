@@ -1,4 +1,4 @@
-"""A round of a run, as its events or its history tell it. Pure; a part of ``RunView``."""
+"""What is known of one round, from its events or its history. Pure; part of ``RunView``."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from typing import Any
 
 from fluffle_common.protocol.events import RunEvent
 
-_NOTES = 1000
+_MAX_NOTES = 1000
 
 PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
-"""What the time between two commits goes to; see ``RoundView.phases``."""
+"""The phases of the time between two commits; see ``RoundView.phases``."""
 
-# What a line of the history says, as floating-point numbers, besides the metrics beside it.
-_NO_METRIC = {"loss", "epsilon", "delta"}
+_NO_METRIC = {"loss", "epsilon", "delta"}  # the floats in a line of the history that are no metrics
 
 
 @dataclass(frozen=True)
 class Answer:
     """An update that was counted.
 
-    ``after_s`` is since the round was last opened or opened again. An asynchronous run tells how
-    many versions were committed since the one it was trained from (``staleness``), and how many
-    examples it counted with because of that (``weight``).
+    ``after_s`` is the time since the round was opened or last reopened. In an asynchronous run,
+    ``staleness`` is the number of versions since the one that the update started from, and
+    ``weight`` the number of examples that it counts with after the discount.
     """
 
     worker: str
@@ -41,39 +40,40 @@ class Answer:
 
 @dataclass(frozen=True)
 class Note:
-    """Something else that happened to a round."""
+    """An event of a round that is not an answer."""
 
     at: float
     event: RunEvent
 
     @property
     def worker(self) -> str | None:
-        """The worker that it is about; None for the round itself, or nobody known."""
+        """The worker that the event is about; None if it names none."""
         return getattr(self.event, "worker", None) or None
 
     @property
     def reason(self) -> str:
-        """Why; "" when nothing is said of it."""
+        """The reason in the event; "" if it has none."""
         return getattr(self.event, "reason", None) or ""
 
 
 @dataclass
 class RoundView:
-    """A round. ``needed`` is the quorum of the moment: it falls when someone who was asked goes.
+    """What is known of a round; None means unknown.
 
-    ``deadline_at`` is put off by an outage, as the coordinator does it; None when it is unknown.
-    ``late`` and ``rejected`` count what came while the round was open; ``came_late`` names those
-    whose update of this round came after its commit.
+    ``needed`` is the current quorum, which falls when a worker that was asked leaves.
+    ``deadline_at`` is postponed by an outage, as in the coordinator. ``late`` and ``rejected``
+    count the messages that arrived while the round was open; ``came_late`` names the workers whose
+    update of this round arrived after its commit.
     """
 
     number: int
     opened_at: float | None = None
-    asked_at: float | None = None  # when it was last opened, or opened again
+    asked_at: float | None = None  # when it was opened or last reopened
     asked: tuple[str, ...] = ()
     needed: int | None = None
     deadline_at: float | None = None
-    openings: int = 0  # more than 1: a coordinator was started again while the round was open
-    restarted_at: float | None = None  # meant until the round is opened again
+    openings: int = 0  # above 1 if a coordinator was restarted while the round was open
+    restarted_at: float | None = None  # when it was restarted; None once the round is open again
     answers: dict[str, Answer] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
@@ -85,53 +85,57 @@ class RoundView:
     participants: tuple[str, ...] = ()
     num_examples: int | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
-    epsilon: float | None = None  # the privacy spent up to here, when the run accounts for it
+    epsilon: float | None = None  # the privacy budget used by all rounds so far
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluated_on: int | None = None
     evaluated: bool = False
 
-    def place_of(self, worker: str, updates: int) -> str:
-        """Return the key of a worker's answer, if it makes so many ``updates``.
+    def answer_key(self, worker: str, updates: int) -> str:
+        """Return the key of a worker's answer in ``answers``.
 
-        An asynchronous round can count a worker more than once: then it says which one it is.
+        An asynchronous round can count a worker more than once; later keys then contain a number.
+
+        Args:
+            worker: the worker.
+            updates: the number of counted updates, this one included.
         """
         again = worker in self.answers and updates > len(self.answers)
         return f"{worker} ({updates})" if again else worker
 
     @property
-    def has_work_of_others(self) -> bool:
-        """Whether updates are in it that other rounds asked for, or several of one worker."""
-        return any(one.staleness or key != one.worker for key, one in self.answers.items())
+    def is_asynchronous(self) -> bool:
+        """Whether it has updates that started in earlier rounds, or several of one worker."""
+        return any(answer.staleness or key != answer.worker for key, answer in self.answers.items())
 
     @property
     def is_done(self) -> bool:
-        """Whether there is a result of it."""
+        """Whether the round has a result."""
         return self.committed_at is not None or self.evaluated
 
     @property
     def is_open(self) -> bool:
-        """Whether updates are still waited for."""
+        """Whether the round still waits for updates."""
         return self.opened_at is not None and self.committed_at is None
 
     def note(self, at: float, event: RunEvent) -> None:
-        """Remember an event that is about the round."""
-        if len(self.notes) < _NOTES:
+        """Add an event to the notes."""
+        if len(self.notes) < _MAX_NOTES:
             self.notes.append(Note(at, event))
 
-    def let_go_of_details(self) -> None:
-        """Keep the result alone."""
+    def drop_details(self) -> None:
+        """Keep only the result, to bound the memory of old rounds."""
         self.answers, self.notes, self.failures, self.joined = {}, [], {}, {}
         self.asked, self.came_late = (), set()
 
     @property
     def phases(self) -> dict[str, float] | None:
-        """Where the time between the commit before and this one went, in seconds; None if unknown.
+        """The time from the previous commit to this one in seconds, by phase; None if unknown.
 
-        A round is as long as the path of the update that was counted last: it is trained (as its
-        worker measured), it travels (this is what remains, so it also holds what a worker does
-        besides: the evaluation before it trains, and its turn at the coordinator), and it is added
-        up. Time after that update, waiting for others that did not come, counts as waiting.
+        The path of the last counted update determines the length of a round: training (as its
+        worker measured it), transfer, aggregation. Transfer is what remains of the time, so it
+        includes the worker's evaluation and the wait for earlier updates at the coordinator. Time
+        after the last counted update counts as waiting.
 
         Example:
             >>> answers = {"a": Answer("a", 0.0, train_s=6.0, after_s=8.0)}
@@ -145,89 +149,94 @@ class RoundView:
             float(self.timings.get(f"{step}_s", 0.0))
             for step in ("waiting", "open", "fold", "average", "checkpoint")
         )
-        timed = ((one.after_s, one.train_s) for one in self.answers.values())
+        timed = ((answer.after_s, answer.train_s) for answer in self.answers.values())
         after_s, train_s = max(
             ((a, t or 0.0) for a, t in timed if a is not None), default=(open_s, 0.0)
         )
-        # One that was counted before this coordinator resumed, or opened again, is no longer than
-        # the round was open.
+        # After a restart or a reopening, ``after_s`` and ``open_s`` begin at different times.
         after_s = min(open_s, after_s)
         training_s = min(after_s, train_s)
         folding_s = min(after_s - training_s, fold_s)
-        spent_s = (
+        seconds = (
             waiting_s + open_s - after_s, training_s, after_s - training_s - folding_s,
             folding_s + average_s, checkpoint_s,
         )  # fmt: skip
-        return dict(zip(PHASES, spent_s, strict=True))
+        return dict(zip(PHASES, seconds, strict=True))
 
 
 def remembered(row: Mapping[str, Any]) -> RoundView:
-    """Return a round of a history, as ``history.read_history`` has it.
+    """Return the view of a round in a history.
 
-    Older histories tell less: what a row does not have is None, or left out, never an error.
+    Args:
+        row: a row of ``history.read_history``. Rows of older versions may lack fields; those are
+            None or empty in the view.
     """
-    one = RoundView(row["round"])
+    view = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:
         opened_at = epoch_seconds(row.get("opened_at"))
-        one.asked_at, one.committed_at = opened_at, epoch_seconds(row.get("committed_at")) or 0.0
-        one.asked = tuple(row.get("asked", ()))
-        for number, each in enumerate(row.get("participants", ()), start=1):
-            one.answers[one.place_of(each["worker"], number)] = _answer(each, opened_at)
-        one.participants = tuple(dict.fromkeys(each.worker for each in one.answers.values()))
-        one.num_examples = sum(each.num_examples or 0 for each in one.answers.values())
-        one.timings = row.get("timings") or {}
-        one.late, one.rejected = row.get("late", 0), row.get("rejected", 0)
-        one.epsilon = finite(row.get("epsilon"))
+        view.asked_at, view.committed_at = opened_at, epoch_seconds(row.get("committed_at")) or 0.0
+        view.asked = tuple(row.get("asked", ()))
+        for number, participant in enumerate(row.get("participants", ()), start=1):
+            key = view.answer_key(participant["worker"], number)
+            view.answers[key] = _answer(participant, opened_at)
+        view.participants = tuple(dict.fromkeys(answer.worker for answer in view.answers.values()))
+        view.num_examples = sum(answer.num_examples or 0 for answer in view.answers.values())
+        view.timings = row.get("timings") or {}
+        view.late, view.rejected = row.get("late", 0), row.get("rejected", 0)
+        view.epsilon = finite(row.get("epsilon"))
     if "loss" in row:
-        one.evaluated, one.loss = True, finite(row["loss"])
-        one.evaluated_on = row.get("num_examples")
-    one.metrics = metrics_of(row)
-    return one
+        view.evaluated, view.loss = True, finite(row["loss"])
+        view.evaluated_on = row.get("num_examples")
+    view.metrics = metrics_of(row)
+    return view
 
 
-def _answer(told: Mapping[str, Any], opened_at: float | None) -> Answer:
-    after_s = finite(told.get("counted_s"))
+def _answer(participant: Mapping[str, Any], opened_at: float | None) -> Answer:
+    after_s = finite(participant.get("counted_s"))
     return Answer(
-        told["worker"],
+        participant["worker"],
         (opened_at or 0.0) + (after_s or 0.0),
-        num_examples=told.get("num_examples"),
-        train_s=finite(told.get("seconds")),
-        bytes=told.get("bytes"),
+        num_examples=participant.get("num_examples"),
+        train_s=finite(participant.get("seconds")),
+        bytes=participant.get("bytes"),
         after_s=after_s,
-        train_loss=finite(told.get("train_loss")),
-        staleness=told.get("staleness"),
-        weight=finite(told.get("weight")),
+        train_loss=finite(participant.get("train_loss")),
+        staleness=participant.get("staleness"),
+        weight=finite(participant.get("weight")),
     )
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics in a row of a history, where they stand beside its fields.
+    """Return the finite metrics in a row of a history, without its other fields.
 
     Example:
         >>> metrics_of({"round": 3, "late": 0, "loss": 0.5, "accuracy": 0.75})
         {'accuracy': 0.75}
     """
-    found = {n: v for n, v in row.items() if isinstance(v, float) and n not in _NO_METRIC}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, float) and name not in _NO_METRIC and math.isfinite(value)
+    }
 
 
 def late_updates(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str]]:
-    """Yield the round and the worker of each late update; the row that tells it is a later one."""
+    """Yield the round and worker of each late update, which is listed in a later round's row."""
     for row in rows:
-        for one in row.get("late_updates", ()):
-            if "worker" in one and isinstance(one.get("round"), int):
-                yield one["round"], one["worker"]
+        for update in row.get("late_updates", ()):
+            if "worker" in update and isinstance(update.get("round"), int):
+                yield update["round"], update["worker"]
 
 
 def finite(value: Any) -> float | None:
-    """Return a number that JSON can carry; None for anything else."""
+    """Return a finite number as a float; None for anything else."""
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     return None
 
 
 def epoch_seconds(text: Any) -> float | None:
-    """Return an ISO 8601 time as seconds since 1970; None when it is none.
+    """Return an ISO 8601 time as seconds since 1970; None if it is not one.
 
     Example:
         >>> epoch_seconds("1970-01-01T00:01:00.500+00:00"), epoch_seconds("soon")

@@ -1,56 +1,56 @@
-"""What a run looks like, as a fold of its events: rounds, workers, what is waited for, its end.
+"""The one fold from events to what a run looks like: its rounds, workers and outcome.
 
-Pure: no clock and no IO. Times are seconds since 1970 and come in with the events. A journal may
-begin anywhere and may have been written by another version: what is not there is None, and nothing
-raises. Taking an event in is O(open rounds), and whatever can grow without end is bounded.
+``explain``, the live page, the report and the metrics all render a ``RunView``. It is pure: times,
+in seconds since 1970, come from the events. A journal may begin anywhere and come from another
+version of fluffle, so missing facts are None and nothing raises. An event costs O(open rounds), and
+memory is bounded.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent, from_fields
-from fluffle_common.protocol.metric_names import of_a_test
+from fluffle_common.protocol.metric_names import add_test_prefix
 from fluffle_coordinator.observe.round_view import Answer, RoundView, late_updates, remembered
 from fluffle_coordinator.observe.tally import Tally, cause_of
 from fluffle_coordinator.observe.worker_view import Departure, Workers
 
-_ROUNDS = 2000
-_DETAILED = 50  # of older rounds, only the result is kept
-_FAILURES = 10_000
-_REJECTIONS = 30
-_A_CENTURY_S = 3.2e9
+_MAX_ROUNDS = 2000
+_MAX_DETAILED = 50  # older rounds keep only their result
+_MAX_FAILURES = 10_000
+_MAX_REJECTIONS = 30
+_CENTURY_S = 3.2e9
 
 
 class RunView:
-    """A run, as its events tell it.
+    """A run, folded from its events or its history.
 
     Args:
-        only: the one round that is of interest; None for the latest ``_ROUNDS``.
-        whole: keep every round of a history, in full.
+        only: keep this round only; None keeps the latest 2000.
+        whole: keep every round, with all details.
 
     Attributes:
-        run: its id; None where it is not known yet.
-        planned: how many rounds it is to have.
+        run: the run's id; None while unknown.
+        planned: the number of rounds that the run is to have.
         phase: ``standby``, ``waiting``, ``open``, ``committing`` or ``ended``.
-        rounds: by their numbers.
-        before: what happened while there was no round.
-        workers: everybody who was heard of.
-        rejections: the latest messages that were rejected: when, in which round (0: none was
-            open), and what is known of them.
-        causes: how many messages were rejected, by cause.
-        tally: what is counted across runs, for Prometheus.
-        waiting: what the coordinator last said it waits for, and when.
-        ended: how the run has ended, and when.
-        unlinked_since: when the coordinator lost the broker; None while it has it.
+        rounds: the rounds by number.
+        before: round 0: what happened before the first round.
+        workers: all known workers.
+        rejections: the latest rejected messages, as (time, open round or 0, event).
+        causes: the number of rejected messages by cause.
+        tally: counters across runs, for Prometheus.
+        waiting: what the coordinator last reported to wait for, and when.
+        ended: when and how the run ended.
+        unlinked_since: when the coordinator lost the broker; None while it is connected.
     """
 
     def __init__(self, only: int | None = None, *, whole: bool = False) -> None:
-        self._only, self._most = only, math.inf if whole else _ROUNDS
+        self._only, self._most = only, math.inf if whole else _MAX_ROUNDS
         self.whole = whole
         self.run: str | None = None
         self.planned: int | None = None
@@ -61,7 +61,7 @@ class RunView:
         self.tally = Tally()
         self.causes: Counter[str] = Counter()
         self.rejections: deque[tuple[float, int, run_events.Rejected]] = deque(
-            maxlen=None if whole else _REJECTIONS
+            maxlen=None if whole else _MAX_REJECTIONS
         )
         self.waiting: tuple[float, run_events.Waiting] | None = None
         self.ended: tuple[float, RunEvent] | None = None
@@ -69,41 +69,48 @@ class RunView:
         self._open: dict[int, RoundView] = {}
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Take an event in, of ``run``, where that is known apart from the event."""
+        """Apply an event.
+
+        Args:
+            at: when it happened.
+            event: the event.
+            run: the run that it belongs to, for events that do not name it.
+        """
         run = getattr(event, "run", None) or run
         if run and run != self.run:
             self._begin(run)
         self.phase = _PHASE_AFTER.get(type(event), self.phase)
         self.workers.add(at, event)
         self.tally.add(at, event)
-        take = _TAKE.get(type(event))
-        if take is not None:
-            take(self, at, event)
+        handler = _HANDLERS.get(type(event))
+        if handler is not None:
+            handler(self, at, event)
 
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the rounds of a history (``history.read_history``): shown, not tallied."""
+        """Apply the rows of a history (``history.read_history``); they do not enter the tally."""
         rows = sorted(rows, key=lambda row: row["round"])
         for row in rows:
-            for known in self._round(row["round"]):
-                self.rounds[known.number] = one = remembered(row)
-                for name in one.asked:
+            number = row["round"]
+            if self._round(number):
+                view = self.rounds[number] = remembered(row)
+                for name in view.asked:
                     self.workers.remember(name)
-                for answer in one.answers.values():
+                for answer in view.answers.values():
                     worker = self.workers.remember(answer.worker)
                     worker.count(answer.num_examples, answer.bytes, answer.train_s)
         for number, name in late_updates(rows):
             self.workers.remember(name).late += 1
             if number in self.rounds:
                 self.rounds[number].came_late.add(name)
-        for row in rows:  # at the end: the name in a message that was refused may be anybody's
-            one = self.rounds.get(row["round"], self.before)
+        for row in rows:  # last, because a rejected message counts only for a known worker
+            view = self.rounds.get(row["round"], self.before)
             for fields in row.get("rejections", ()):
                 event = from_fields(run_events.Rejected.name, fields)
-                self.workers.add(one.committed_at or 0.0, event)
-                self._reject(one.committed_at or 0.0, one.number, event)
+                self.workers.add(view.committed_at or 0.0, event)
+                self._reject(view.committed_at or 0.0, view.number, event)
         if not self.whole:
-            for number in sorted(self.rounds)[:-_DETAILED]:
-                self.rounds[number].let_go_of_details()
+            for number in sorted(self.rounds)[:-_MAX_DETAILED]:
+                self.rounds[number].drop_details()
 
     def _reject(self, at: float, during: int, event: RunEvent) -> None:
         if isinstance(event, run_events.Rejected):
@@ -112,69 +119,69 @@ class RunView:
 
     @property
     def done(self) -> list[RoundView]:
-        """The rounds that there is a result of, in their order."""
+        """The rounds that have a result, in order."""
         return [self.rounds[n] for n in sorted(self.rounds) if self.rounds[n].is_done]
 
     @property
     def detailed(self) -> list[RoundView]:
-        """Those of them that are kept in full."""
-        return self.done if self.whole else self.done[-_DETAILED:]
+        """The latest rounds that have a result, which still have all details."""
+        return self.done if self.whole else self.done[-_MAX_DETAILED:]
 
     @property
     def open(self) -> RoundView | None:
-        """The round that is open; None where none is."""
+        """The open round; None if there is none."""
         return next(reversed(self._open.values()), None)
 
     @property
     def committed(self) -> int:
-        """The last committed round; 0 where there is none."""
-        committed = (n for n, one in self.rounds.items() if one.committed_at is not None)
+        """The number of the last committed round; 0 if there is none."""
+        committed = (n for n, view in self.rounds.items() if view.committed_at is not None)
         return max(committed, default=0)
 
     @property
     def next(self) -> int:
-        """The round after the last that there is a result of."""
-        return max((n for n, one in self.rounds.items() if one.is_done), default=0) + 1
+        """The number after that of the last round with a result."""
+        return max((n for n, view in self.rounds.items() if view.is_done), default=0) + 1
 
     def _begin(self, run: str) -> None:
         if self.run is not None:
             self.rounds, self._open, self.planned = {}, {}, None
             self.causes.clear()
             self.rejections.clear()
-            self.workers.another_run()
+            self.workers.begin_run()
         self.run = run
 
-    # --- who is here ---------------------------------------------------------------------------
+    # --- workers -------------------------------------------------------------------------------
 
     def _joined(self, at: float, event: run_events.Joined) -> None:
         worker = event.worker or ""
         self.before.failures.pop(worker, None)
-        for one in self._open.values():
-            one.failures.pop(worker, None)  # a process that was started again is asked again
-            if worker not in one.asked:
-                one.joined[worker] = at
+        for view in self._open.values():
+            view.failures.pop(worker, None)  # a restarted worker gets the work again
+            if worker not in view.asked:
+                view.joined[worker] = at
 
-    def _went(self, _: float, event: Departure) -> None:
+    def _departed(self, _: float, event: Departure) -> None:
         worker = event.worker or ""
-        for one in (self._open if self._only is None else self.rounds).values():
-            one.joined.pop(worker, None)
+        for view in (self._open if self._only is None else self.rounds).values():
+            view.joined.pop(worker, None)
 
     # --- the run -------------------------------------------------------------------------------
 
     def _started(self, at: float, event: run_events.Started | run_events.Resumed) -> None:
-        """Take in that a coordinator has started: it knows of nobody yet."""
+        """Apply the start of a coordinator, which does not know any worker yet."""
         self.planned = event.rounds or self.planned
-        for one in self._open.values():
-            one.restarted_at, one.deadline_at = at, None
-        self.workers.another_coordinator()
+        for view in self._open.values():
+            view.restarted_at, view.deadline_at = at, None
+        self.workers.begin_coordinator()
         self.waiting = self.ended = self.unlinked_since = None
 
     def _connected(self, at: float, _: RunEvent) -> None:
         if self.unlinked_since is not None:
             away_s = max(at - self.unlinked_since, 0.0)
-            for one in self._open.values():
-                if one.deadline_at is not None:
-                    one.deadline_at += away_s
+            for view in self._open.values():
+                if view.deadline_at is not None:
+                    view.deadline_at += away_s
         self.unlinked_since = None
 
     def _disconnected(self, at: float, _: RunEvent) -> None:
@@ -191,36 +198,36 @@ class RunView:
 
     def _opened(self, at: float, event: run_events.Opened) -> None:
         self.waiting = None
-        for one in self._round(event.round):
-            self._open.pop(one.number, None)  # it comes last, as the newest
-            one.openings += 1
-            one.opened_at, one.restarted_at = at, None
-            # What was counted before a coordinator was lost comes again, and is counted again.
-            one.answers, one.committed_at = {}, None
-            self._ask(one, at, event)
+        if view := self._round(event.round):
+            self._open.pop(view.number, None)  # so that _ask puts it last
+            view.openings += 1
+            view.opened_at, view.restarted_at = at, None
+            # After a restart, the broker delivers the updates again and they are counted again.
+            view.answers, view.committed_at = {}, None
+            self._ask(view, at, event)
 
     def _reopened(self, at: float, event: run_events.Reopened) -> None:
-        for one in self._round(event.round):
-            one.note(at, event)
-            one.opened_at = one.opened_at or at
-            self._ask(one, at, event)
+        if view := self._round(event.round):
+            view.note(at, event)
+            view.opened_at = view.opened_at or at
+            self._ask(view, at, event)
 
     def _ask(
-        self, one: RoundView, at: float, event: run_events.Opened | run_events.Reopened
+        self, view: RoundView, at: float, event: run_events.Opened | run_events.Reopened
     ) -> None:
-        one.asked, one.needed, one.asked_at = event.asked or (), event.needed, at
-        one.failures, one.joined = {}, {}
-        one.deadline_at = None
-        if event.deadline_s is not None and 0 <= event.deadline_s < _A_CENTURY_S:
-            one.deadline_at = at + event.deadline_s
-        if one.is_open:
-            self._open[one.number] = one
+        view.asked, view.needed, view.asked_at = event.asked or (), event.needed, at
+        view.failures, view.joined = {}, {}
+        view.deadline_at = None
+        if event.deadline_s is not None and 0 <= event.deadline_s < _CENTURY_S:
+            view.deadline_at = at + event.deadline_s
+        if view.is_open:
+            self._open[view.number] = view
 
     def _counted(self, at: float, event: run_events.Counted) -> None:
         worker = event.worker or ""
-        for one in self._round(event.round):
-            after_s = None if one.asked_at is None else max(0.0, at - one.asked_at)
-            one.answers[one.place_of(worker, event.updates or 0)] = Answer(
+        if view := self._round(event.round):
+            after_s = None if view.asked_at is None else max(0.0, at - view.asked_at)
+            view.answers[view.answer_key(worker, event.updates or 0)] = Answer(
                 worker,
                 at,
                 event.num_examples,
@@ -230,94 +237,91 @@ class RunView:
                 staleness=getattr(event, "staleness", None),
                 weight=getattr(event, "weight", None),
             )
-            one.failures.pop(worker, None)
-            one.needed = event.needed or one.needed
+            view.failures.pop(worker, None)
+            view.needed = event.needed or view.needed
 
     def _quorum(self, _: float, event: run_events.Quorum) -> None:
-        for one in self._known(event.round):
-            one.needed = event.needed or one.needed
+        if view := self._known(event.round):
+            view.needed = event.needed or view.needed
 
     def _failure(self, at: float, event: run_events.Failure) -> None:
-        for one in self._known(event.round):
-            one.note(at, event)
-            if len(one.failures) < _FAILURES:
-                one.failures[event.worker or ""] = event.reason or ""
+        if view := self._known(event.round):
+            view.note(at, event)
+            if len(view.failures) < _MAX_FAILURES:
+                view.failures[event.worker or ""] = event.reason or ""
 
     def _privacy(self, _: float, event: run_events.Privacy) -> None:
-        for one in self._round(event.round):
-            one.epsilon = event.epsilon
+        if view := self._round(event.round):
+            view.epsilon = event.epsilon
 
     def _committed(self, at: float, event: run_events.Committed) -> None:
         self.waiting = None
-        for one in self._round(event.round):
-            one.committed_at = at
-            one.participants = event.participants or ()
-            one.num_examples = event.num_examples
-            one.timings = event.timings or {}
-            self._open.pop(one.number, None)
+        if view := self._round(event.round):
+            view.committed_at = at
+            view.participants = event.participants or ()
+            view.num_examples = event.num_examples
+            view.timings = event.timings or {}
+            self._open.pop(view.number, None)
         if self._only is None:
-            self._let_go_of_details()
+            for number in sorted(self.rounds)[-_MAX_DETAILED - 2 : -_MAX_DETAILED]:
+                self.rounds[number].drop_details()
 
     def _evaluated(self, _: float, event: run_events.Evaluated) -> None:
-        for one in self._round(event.round):
-            one.loss, one.metrics = event.loss, {**one.metrics, **(event.metrics or {})}
-            one.evaluated_on, one.evaluated = event.num_examples, True
+        if view := self._round(event.round):
+            view.loss, view.metrics = event.loss, {**view.metrics, **(event.metrics or {})}
+            view.evaluated_on, view.evaluated = event.num_examples, True
 
     def _tested(self, _: float, event: run_events.Tested) -> None:
-        for one in self._round(event.round):
-            one.metrics = {**one.metrics, **of_a_test(event.metrics or {})}
+        if view := self._round(event.round):
+            view.metrics = {**view.metrics, **add_test_prefix(event.metrics or {})}
 
     def _noted(self, at: float, event: run_events.Closed | run_events.Duplicate) -> None:
-        for one in self._known(event.round):
-            one.note(at, event)
+        if view := self._known(event.round):
+            view.note(at, event)
 
     def _late(self, at: float, event: run_events.Late) -> None:
-        for one in self._known(event.round):
-            one.note(at, event)
-            one.came_late.add(event.worker or "")
+        if view := self._known(event.round):
+            view.note(at, event)
+            view.came_late.add(event.worker or "")
         if self.rounds:
             (self.open or self.rounds[max(self.rounds)]).late += 1
 
     def _rejected(self, at: float, event: run_events.Rejected) -> None:
-        now = self.open
-        if now is not None:
-            now.rejected += 1
-        self._reject(at, now.number if now else 0, event)
-        self._of_no_round(at, event)
+        current = self.open
+        if current is not None:
+            current.rejected += 1
+        self._reject(at, current.number if current else 0, event)
+        self._noted_in_open(at, event)
 
-    def _of_no_round(
+    def _noted_in_open(
         self, at: float, event: run_events.Rejected | run_events.Refused | run_events.Resend
     ) -> None:
-        """Take in what need not name a round: it is of that which was open when it happened."""
-        number = getattr(event, "round", None)
-        about = {one.number: one for one in (*self._known(number), *self._open.values())}
+        """Note an event in its own round, if it names one, and in every open round."""
+        views = dict(self._open)
+        if view := self._known(getattr(event, "round", None)):
+            views[view.number] = view
         if not self.rounds:
-            about[0] = self.before
-        for one in about.values():
-            one.note(at, event)
+            views[0] = self.before
+        for view in views.values():
+            view.note(at, event)
 
-    # --- which rounds are kept -----------------------------------------------------------------
+    # --- the rounds that are kept --------------------------------------------------------------
 
-    def _round(self, number: int | None) -> Iterator[RoundView]:
-        """Yield the round of this number, if it is kept."""
+    def _round(self, number: int | None) -> RoundView | None:
+        """Return the round of this number, new if it is unknown; None if it is not kept."""
         if number is None or self._only not in (None, number):
-            return
+            return None
         if number not in self.rounds and len(self.rounds) >= self._most:
             oldest = min(self.rounds)
             del self.rounds[oldest]
             self._open.pop(oldest, None)
-        yield self.rounds.setdefault(number, RoundView(number))
+        return self.rounds.setdefault(number, RoundView(number))
 
-    def _known(self, number: int | None) -> Iterator[RoundView]:
-        """Yield the round of this number, if it was opened or is the one that is of interest."""
-        if number and (number in self.rounds or number == self._only):
-            yield from self._round(number)
-        elif number == 0:
-            yield self.before
-
-    def _let_go_of_details(self) -> None:
-        for number in sorted(self.rounds)[-_DETAILED - 2 : -_DETAILED]:
-            self.rounds[number].let_go_of_details()
+    def _known(self, number: int | None) -> RoundView | None:
+        """Return the round of this number unless it is unknown, or is not ``only``."""
+        if number == 0:
+            return self.before
+        return self._round(number) if number in self.rounds or number == self._only else None
 
 
 _PHASE_AFTER: dict[type[RunEvent], str] = {
@@ -332,10 +336,10 @@ _PHASE_AFTER: dict[type[RunEvent], str] = {
     run_events.Stopped: "ended",
     run_events.Interrupted: "ended",
 }
-_TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
+_HANDLERS: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Joined: RunView._joined,
-    run_events.Left: RunView._went,
-    run_events.Gone: RunView._went,
+    run_events.Left: RunView._departed,
+    run_events.Gone: RunView._departed,
     run_events.Started: RunView._started,
     run_events.Resumed: RunView._started,
     run_events.Connected: RunView._connected,
@@ -358,6 +362,6 @@ _TAKE: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Late: RunView._late,
     run_events.Duplicate: RunView._noted,
     run_events.Rejected: RunView._rejected,
-    run_events.Refused: RunView._of_no_round,
-    run_events.Resend: RunView._of_no_round,
+    run_events.Refused: RunView._noted_in_open,
+    run_events.Resend: RunView._noted_in_open,
 }

@@ -1,6 +1,6 @@
-"""What is counted of a federation since it is watched, or since its journal begins. Pure.
+"""Counters of a federation, from the first event seen and across runs. Pure.
 
-It never goes down, whatever run the events are of: that is how Prometheus wants it.
+They never decrease, as Prometheus requires of counters.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from fluffle_common.protocol import events as run_events
 
 OUTCOMES = ("counted", "late", "rejected", "duplicate")
 STEPS = ("waiting", "open", "fold", "average", "checkpoint")
-"""The parts of a round's time, as ``timings`` of a committed round names them (``<step>_s``)."""
+"""The steps of a round; the ``timings`` of a committed round call them ``<step>_s``."""
 
 
 @dataclass
 class Tally:
-    """The counts. ``outcomes`` are of updates, ``causes`` of all rejected messages."""
+    """The counters; ``outcomes`` counts updates, ``causes`` counts all rejected messages."""
 
     rounds: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -32,7 +32,7 @@ class Tally:
     committed_at: float | None = None
 
     def add(self, at: float, event: run_events.RunEvent) -> None:
-        """Take an event in."""
+        """Count an event."""
         match event:
             case run_events.Counted(bytes=size):
                 self.outcomes[event.name] += 1
@@ -41,7 +41,7 @@ class Tally:
                 self.outcomes[event.name] += 1
             case run_events.Rejected(kind=kind):
                 self.causes[cause_of(event)] += 1
-                if kind in (None, "update"):  # what cannot be read at all may have been one
+                if kind in (None, "update"):  # a message that cannot be decoded may be an update
                     self.outcomes[event.name] += 1
             case run_events.Failure():
                 self.failures += 1
@@ -56,10 +56,10 @@ class Tally:
 
 
 def cause_of(event: run_events.Rejected) -> str:
-    """Return why a message was rejected, as one of ``CAUSES``."""
+    """Return the cause of a rejection; ``malformed`` if it is not one of ``CAUSES``."""
     return event.cause if event.cause in CAUSES else "malformed"
 
 
 def step_times(timings: Mapping[str, float]) -> dict[str, float]:
-    """Return the seconds of each of ``STEPS`` that the timings of a round have."""
+    """Return the seconds of each step that the timings of a round contain."""
     return {step: float(timings[f"{step}_s"]) for step in STEPS if f"{step}_s" in timings}

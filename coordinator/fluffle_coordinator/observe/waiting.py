@@ -1,36 +1,43 @@
-"""What a run waits for, and what each missing worker does, as the machine's state has it. Pure."""
+"""Describes what a run waits for and what each missing worker is doing. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
+from fluffle_coordinator.machine.opening import workers_needed
 from fluffle_coordinator.machine.state import Phase, State
-from fluffle_coordinator.machine.transitions import wanted
 
 
 class WaitingReport:
-    """Decides when people are told what a run waits for: if that changes, and every so often.
+    """Decides when to report what a run waits for: on a change, and at a fixed interval.
 
     Args:
-        every_s: how often the same is told again, in seconds.
+        every_s: the interval between two equal reports, in seconds.
         now: the time.
     """
 
     def __init__(self, every_s: float, now: float) -> None:
         self.due_at = now + every_s
         self._every_s = every_s
-        self._kind: tuple[str | None, ...] = ()  # of what was told last
-        self._looked_at: tuple[object, ...] = ()  # what can change it, at the last look
+        self._kind: tuple[str | None, ...] = ()  # of the last report
+        self._inputs: tuple[object, ...] = ()  # the part of the state that can change the report
 
-    def due(self, state: State, now: float, *, just_told: bool) -> Waiting | None:
-        """Return what is to be told now, if anything; ``just_told``: something else was."""
-        looked_at = state.phase is Phase.WAITING, state.round, len(state.workers), state.init_asked
-        if looked_at == self._looked_at and now < self.due_at:
+    def due(self, state: State, now: float, *, had_effects: bool) -> Waiting | None:
+        """Return the report that is due now, if any.
+
+        Args:
+            state: the machine's state.
+            now: the time.
+            had_effects: whether the machine has just reacted to something. Its own events then
+                say more than this report, which waits until its interval is over.
+        """
+        inputs = state.phase is Phase.WAITING, state.round, len(state.workers), state.init_asked
+        if inputs == self._inputs and now < self.due_at:
             return None
-        if looked_at[:2] != self._looked_at[:2]:  # the opening of a round says enough
+        if inputs[:2] != self._inputs[:2]:  # a round has just opened: that event says enough
             self.due_at = now + self._every_s
-        self._looked_at = looked_at
+        self._inputs = inputs
         waiting = waiting_for(state, now) if state.phase is Phase.WAITING else None
         kind: tuple[str | None, ...] = ()
         if waiting is not None:
@@ -38,14 +45,14 @@ class WaitingReport:
         if kind == self._kind and now < self.due_at:
             return None
         waiting = waiting or waiting_for(state, now)
-        if waiting is not None and just_told and now < self.due_at:
-            return None  # what was told just now says more; this, when nothing else happens
+        if waiting is not None and had_effects and now < self.due_at:
+            return None
         self.due_at, self._kind = now + self._every_s, kind
         return waiting
 
 
 def waiting_for(state: State, now: float) -> Waiting | None:
-    """Return what the run waits for and who is missing; None where it waits for nobody."""
+    """Return what the run waits for and who is missing; None if it waits for nothing."""
     if not state.link:
         return None
     if state.phase is Phase.WAITING:
@@ -68,8 +75,8 @@ def waiting_for(state: State, now: float) -> Waiting | None:
 
 
 def missing(state: State, now: float) -> str:
-    """Say what each worker that has not answered is doing."""
-    parts = [f"{one.worker} {one.sentence()}" for one in _doings(state, now)]
+    """Return a sentence part about what each worker that has not answered is doing."""
+    parts = [f"{doing.worker} {doing.sentence()}" for doing in _doings(state, now)]
     short = _short(state)
     if short:
         parts.append(f"{short} more worker{'s'[: short > 1]} needed")
@@ -77,7 +84,7 @@ def missing(state: State, now: float) -> str:
 
 
 def _before_a_round(state: State) -> Waiting | None:
-    present, gate = ", ".join(sorted(state.workers)) or "nobody", wanted(state)
+    present, gate = ", ".join(sorted(state.workers)) or "nobody", workers_needed(state)
     if len(state.workers) < gate:
         reason = f"waiting for workers: {len(state.workers)} of {gate} are here ({present})"
         return Waiting(reason=reason, what="workers")
@@ -88,7 +95,8 @@ def _before_a_round(state: State) -> Waiting | None:
 
 
 def _short(state: State) -> int:
-    if state.schedule.continuous:  # whoever is there can send all of them
+    """Return how many more workers the round needs; in continuous schedules, one can suffice."""
+    if state.schedule.continuous:
         return 0
     return max(0, state.needed - len(state.asked))
 
@@ -102,7 +110,7 @@ def _doings(state: State, now: float) -> Iterator[Doing]:
             yield Doing(name, "gone")
         elif state.busy(name):
             yield Doing(name, worker.state, worker.step, worker.steps)
-        elif worker.state != "idle":  # still at an earlier round, or at a message of this one
+        elif worker.state != "idle":  # still busy with an earlier round or receiving this one
             yield Doing(name, worker.state, round=worker.round)
         else:
             yield Doing(name, worker.state, heard_s=max(0.0, now - worker.last_seen))

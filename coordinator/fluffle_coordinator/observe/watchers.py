@@ -1,4 +1,4 @@
-"""Whoever follows a run: watchers, and the one that writes lines and draws bars."""
+"""Watchers: observers of a run, among them the one that writes log lines and draws bars."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from fluffle_coordinator.observe.waiting import missing, waiting_for
 
 
 class Watcher(Protocol):
-    """Whoever is told what happens in a run. Neither call may wait or raise: rounds go on."""
+    """An observer of a run. Its methods must neither block nor raise."""
 
     def record(self, event: RunEvent) -> None:
-        """Take note of one event."""
+        """Receive an event of the run."""
 
     def show(self, state: State, now: float) -> None:
-        """Take note of where the run stands; called after every event of the round machine.
-
-        Who keeps events only need not have it.
-        """
+        """Receive the machine's state, after every event of the machine; optional."""
         return
 
 
 class Watchers(Watcher):
-    """Tells several watchers the same, in the order in which they were given.
+    """Passes everything on to several watchers, in the given order.
 
-    A watcher that raises is a bug, which is reported once on stderr; the run and the other
-    watchers go on, and that watcher gets the next event as before.
+    A watcher that raises has a bug, which is reported once on stderr. The run, the other watchers
+    and that watcher continue.
     """
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
-        self._shown = [one for one in watchers if type(one).show is not Watcher.show]
+        self._with_show = [
+            watcher for watcher in watchers if type(watcher).show is not Watcher.show
+        ]
         self._reported: set[Watcher] = set()
 
     def record(self, event: RunEvent) -> None:
-        """See ``Watcher``."""
+        """Pass an event on."""
         for watcher in self._watchers:
             try:
                 watcher.record(event)
@@ -45,12 +44,12 @@ class Watchers(Watcher):
                 self._report(watcher, f"the event '{event.name}'", wrong)
 
     def show(self, state: State, now: float) -> None:
-        """See ``Watcher``."""
-        for watcher in self._shown:
+        """Pass the machine's state on to the watchers that have ``show``."""
+        for watcher in self._with_show:
             try:
                 watcher.show(state, now)
             except Exception as wrong:
-                self._report(watcher, "where the run stands", wrong)
+                self._report(watcher, "the state of the run", wrong)
 
     def _report(self, watcher: Watcher, what: str, wrong: Exception) -> None:
         if watcher not in self._reported:
@@ -59,19 +58,19 @@ class Watchers(Watcher):
 
 
 class View(Watcher):
-    """Turns the events of a run into lines and bars."""
+    """Writes the events of a run as lines and its state as progress bars."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def record(self, event: RunEvent) -> None:
-        """Write one event."""
-        self._console.line(event.name, event.sentence, event.fields())
+        """Write an event as a line."""
+        self._console.event(event)
 
     def show(self, state: State, now: float) -> None:
-        """Draw where the run stands."""
+        """Draw the bars."""
         if not self._console.draws:
-            return  # this is called at every event: no sentences that nobody sees
+            return  # called after every event, so build no sentences that nobody sees
         done = min(state.committed, state.rules.rounds)
         self._console.bar("rounds", done, state.rules.rounds)
         if state.phase is Phase.OPEN:

@@ -1,4 +1,4 @@
-"""The workers of a run: what each does now, and what it has done. Pure; a part of ``RunView``."""
+"""What each worker of a run is doing and has done. Pure; part of ``RunView``."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 
-_MOST = 10_000  # many more than take part; names are for whoever joins to choose
+_MAX_WORKERS = 10_000  # a bound, since anyone who joins can choose new names
 
 STATES = ("idle", "receiving", "evaluating", "training", "sending")
 ABSENT = ("left", "gone", "refused")
 Departure = run_events.Left | run_events.Gone
-_SHOWS_ITSELF = (
+# The events that create a row; the worker named in any other may not exist.
+_OF_REAL_WORKERS = (
     run_events.Joined, run_events.Counted, run_events.Refused, run_events.Init, Departure,
 )  # fmt: skip
 
 
 @dataclass
 class WorkerView:
-    """One worker.
+    """What is known of a worker.
 
-    ``state`` is one of ``STATES``, or of ``ABSENT`` when it is not here. ``joined`` says whether
-    the coordinator of the moment has taken it in, and ``went`` when and how it has departed since.
+    ``state`` is one of ``STATES``, or of ``ABSENT`` if it is not connected. ``joined`` says whether
+    the current coordinator has admitted it, and ``departed`` when and how it has departed since.
     """
 
     name: str
     state: str = "idle"
     why: str = ""
     joined: bool = False
-    went: tuple[float, Departure] | None = None
+    departed: tuple[float, Departure] | None = None
     num_examples: int | None = None
     run: str | None = None
     round: int = 0
@@ -44,16 +45,16 @@ class WorkerView:
     late: int = 0
     rejected: int = 0
     bytes: int = 0
-    train_s: float = 0.0  # of those of its updates that say it
-    trained: int = 0  # how many say it
+    train_s: float = 0.0  # the sum over the updates that report a training time
+    trained: int = 0  # the number of those updates
 
     @property
     def is_here(self) -> bool:
-        """Whether it is connected, as far as is known."""
+        """Whether it is connected, according to the latest event."""
         return self.state not in ABSENT
 
     def count(self, num_examples: int | None, size: int | None, train_s: float | None) -> None:
-        """Count an update of it."""
+        """Count one of its updates."""
         self.counted += 1
         self.num_examples = num_examples or self.num_examples
         self.bytes += size or 0
@@ -62,7 +63,12 @@ class WorkerView:
             self.trained += 1
 
     def doing(self, current: int, failed: str | None = None) -> str:
-        """Say what it does about the current round, in which it may have ``failed``."""
+        """Return in words what the worker is doing.
+
+        Args:
+            current: the number of the open round.
+            failed: the reason why it failed in that round, if it did.
+        """
         if failed is not None:
             return f"failed: {failed}"
         if not self.is_here:
@@ -76,35 +82,35 @@ class WorkerView:
 
 
 class Workers:
-    """Every worker that was heard of, the longest absent forgotten first when they are too many.
+    """All known workers; beyond a limit, the one that has been absent for longest is forgotten.
 
-    Only a worker that showed itself, or that was counted, gets a row: the name in a message that
-    was refused may be anything.
+    Only workers that joined, or whose updates were counted, get a row, because a rejected message
+    may contain any name.
     """
 
     def __init__(self) -> None:
         self._rows: dict[str, WorkerView] = {}
 
     def __getitem__(self, name: str) -> WorkerView:
-        """Return a worker, which is new when it was not heard of."""
-        known = self._rows.get(name)
-        if known is None:
-            if len(self._rows) >= _MOST:
+        """Return the row of a worker, new if it is unknown."""
+        row = self._rows.get(name)
+        if row is None:
+            if len(self._rows) >= _MAX_WORKERS:
                 forgotten = min(
                     self._rows.values(), key=lambda row: (row.is_here, row.last_seen or 0.0)
                 )
                 del self._rows[forgotten.name]
-            known = self._rows[name] = WorkerView(name)
-        return known
+            row = self._rows[name] = WorkerView(name)
+        return row
 
     def get(self, name: str) -> WorkerView | None:
-        """Return a worker; None when it was not heard of."""
+        """Return the row of a worker; None if it is unknown."""
         return self._rows.get(name)
 
     def add(self, at: float, event: RunEvent) -> None:
-        """Take an event in, when it is about a worker."""
+        """Apply an event; those that name no worker change nothing."""
         name: str | None = getattr(event, "worker", None)
-        if name is None or (name not in self._rows and not isinstance(event, _SHOWS_ITSELF)):
+        if name is None or (name not in self._rows and not isinstance(event, _OF_REAL_WORKERS)):
             return
         row = self[name]
         match event:
@@ -117,7 +123,7 @@ class Workers:
                 row.count(event.num_examples, event.bytes, event.train_s)
             case run_events.Left() | run_events.Gone() | run_events.Refused():
                 if not isinstance(event, run_events.Refused):
-                    row.joined, row.went = False, (at, event)
+                    row.joined, row.departed = False, (at, event)
                 if at >= (row.last_seen or 0.0):
                     row.state, row.why = event.name, clipped(getattr(event, "reason", ""), 300)
                     row.step = row.steps = 0
@@ -130,12 +136,18 @@ class Workers:
 
     def _appear(self, row: WorkerView, at: float) -> None:
         row.last_seen = max(at, row.last_seen or 0.0)
-        row.joined, row.went = True, None
+        row.joined, row.departed = True, None
         if not row.is_here:
             row.state, row.why = "idle", ""
 
     def sign_of_life(self, seen_at: float, worker: str, message: Mapping[str, Any]) -> None:
-        """Take in a hello or a heartbeat: ``message`` has the fields of the message."""
+        """Apply a hello or a heartbeat.
+
+        Args:
+            seen_at: when it arrived, in seconds since 1970.
+            worker: the worker.
+            message: the fields of the message.
+        """
         row = self[worker]
         state = message.get("state")
         row.state = state if state in STATES else "idle"
@@ -146,40 +158,40 @@ class Workers:
         row.loss, row.heartbeat_s = message.get("loss"), message.get("heartbeat_s")
 
     def remember(self, name: str) -> WorkerView:
-        """Return a worker of a history; until it is heard of, it is not here."""
-        known = self._rows.get(name)
-        if known is None:
-            known = self[name]
-            known.state = "gone"
-        return known
+        """Return the row of a worker that the history names; a new row begins as gone."""
+        row = self._rows.get(name)
+        if row is None:
+            row = self[name]
+            row.state = "gone"
+        return row
 
-    def another_run(self) -> None:
-        """Begin to count again."""
+    def begin_run(self) -> None:
+        """Reset the counts for a new run."""
         for row in self._rows.values():
             row.counted = row.late = row.rejected = row.bytes = row.trained = 0
             row.train_s = 0.0
 
-    def another_coordinator(self) -> None:
-        """Take in that a coordinator has started: it knows of nobody yet."""
+    def begin_coordinator(self) -> None:
+        """Forget who has joined or departed, since a new coordinator knows no worker yet."""
         for row in self._rows.values():
-            row.joined, row.went = False, None
+            row.joined, row.departed = False, None
 
     @property
     def present(self) -> set[str]:
-        """Those that the coordinator of the moment has taken in and that have not departed."""
+        """The workers that the current coordinator has admitted and that have not departed."""
         return {name for name, row in self._rows.items() if row.joined}
 
     @property
-    def absent(self) -> dict[str, tuple[float, Departure]]:
-        """Those that have departed: when, and how."""
-        return {name: row.went for name, row in self._rows.items() if row.went is not None}
+    def departed(self) -> dict[str, tuple[float, Departure]]:
+        """When and how each absent worker has departed."""
+        return {name: row.departed for name, row in self._rows.items() if row.departed is not None}
 
     def in_order(self) -> list[WorkerView]:
-        """Return all: whoever is here first, then by name."""
+        """Return all rows, connected workers first, then by name."""
         return sorted(self._rows.values(), key=lambda row: (not row.is_here, row.name))
 
     def by_state(self) -> dict[str, int]:
-        """Count the workers in each state; every state is there."""
+        """Return the number of workers in each state, including states without any."""
         counts = dict.fromkeys((*STATES, *ABSENT), 0)
         for row in self._rows.values():
             counts[row.state] += 1
@@ -187,7 +199,7 @@ class Workers:
 
 
 def clipped(text: Any, most: int) -> str:
-    """Return a text of at most ``most`` characters.
+    """Return a text, cut to at most ``most`` characters.
 
     Example:
         >>> clipped("a long story", 6), clipped(None, 6)

@@ -1,1 +1,1 @@
-"""The running coordinator: the machine's effects carried out."""
+"""The running coordinator: asyncio code that carries out the effects of the machine."""

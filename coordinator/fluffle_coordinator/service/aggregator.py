@@ -1,8 +1,8 @@
-"""The sum: from deliveries to the average of a round.
+"""The aggregator: fetches and checks updates, folds them into the round's sum, and averages it.
 
-What goes into the sum and out of it happens in the order it was asked for: at once where that takes
-no time, else in one task and off the event loop. So what is in the sum when a round is averaged is
-exactly what was folded before.
+Jobs run strictly in the order of the machine's effects, so the average contains exactly the updates
+that were folded before the commit. A small job runs at once, inside the call that requests it. A
+large one runs in a thread, started by the one task that serves the job queue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_te
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.groups import chosen
+from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.parts import PartsGone
@@ -40,11 +40,15 @@ from fluffle_coordinator.strategy.contribution import (
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
-_AT_ONCE_BYTES = 4 * 2**20  # two milliseconds of work
+_AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
 
 
-class _Next(NamedTuple):
-    """What a round ends with, and the next begins with; ``kept`` is of the strategy's state."""
+class _Result(NamedTuple):
+    """The outcome of a round: the start of the next one, and what the checkpoint stores.
+
+    ``kept`` is the part of the strategy's state that the checkpoint stores; ``spent`` is the
+    privacy budget used so far.
+    """
 
     weights: Weights
     state: Any
@@ -57,17 +61,17 @@ class Aggregator:
     """The weights of a run, and the running sum of its open round.
 
     Args:
-        topology: where the parts of large updates lie.
-        weights: the last committed weights; None where the first are yet to come.
-        committer: given first weights, averages, and updates to keep.
-        settings: how a round is averaged, among others; a strategy that is not ours gets a thread.
-        link: the link of the moment, None where there is none.
-        post: given the events for the round machine.
-        resumed: the round that the weights are of, and what the strategy kept in its checkpoint;
-            None where the run begins.
-        averaged: given new weights, and what is broadcast with them, which will be sent once they
-            are on disk.
-        folder: where large updates wait until they are checked.
+        topology: the names of the queues that hold the parts of large updates.
+        weights: the last committed weights; None before the first weights arrive.
+        committer: stores first weights, averages and kept updates.
+        settings: the operator's settings. Strategies other than FedAvg always run in a thread.
+        link: returns the current link, or None while disconnected.
+        post: sends an event to the machine.
+        resumed: the number of the round that produced ``weights``, and the strategy's state from
+            its checkpoint; None for a new run.
+        averaged: called with the new weights and the tensors broadcast with them, before they are
+            on disk, so that their digest is ready when they are sent.
+        folder: the folder of the files that hold large updates until they are checked.
     """
 
     def __init__(
@@ -84,11 +88,11 @@ class Aggregator:
         folder: Path | None = None,
     ) -> None:
         self.weights = weights
-        self.broadcast: Weights = NO_TENSORS  # of the strategy, beside the weights
+        self.broadcast: Weights = NO_TENSORS  # the strategy's tensors that travel with the weights
         self._committer, self._post = committer, post
         self._strategy, self._plan = settings.strategy, settings.whole_plan
         self._keep_updates = settings.keep_updates
-        # What comes too late for one sum may be in the next.
+        # Whether an update that missed one sum may go into the next.
         self._carries = settings.schedule.max_staleness > 0
         averages = self._strategy.name == FEDAVG.name
         self._averaged, self._jobs = averaged, SerialQueue()
@@ -97,7 +101,7 @@ class Aggregator:
             link=link,
             weights=lambda: self.weights,
             plan=self._plan,
-            in_pieces=averages,  # any other strategy sees tensors by their names
+            in_pieces=averages,  # other strategies need whole tensors, by name
             max_bytes=settings.max_model_bytes,
             verify_users=settings.verify_users,
             folder=folder,
@@ -105,37 +109,40 @@ class Aggregator:
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
         if weights is not None and resumed is not None:
-            number, kept = resumed
-            self._state = self._in_round(number + 1).load(kept, weights)
+            number, saved_state = resumed
+            self._state = self._in_round(number + 1).load(saved_state, weights)
             self.broadcast = self._in_round(number + 1).broadcast(self._state)
         elif weights is not None:
             self._init(weights)
-        self._in_the_sum: list[dict[str, Any]] = []
+        self._participants: list[dict[str, Any]] = []
         self._closing = False
         self._max_header: int | None = None
         self._clock = Clock()
 
     async def run(self) -> None:
-        """Do what is asked for, for ever."""
+        """Run jobs until cancelled."""
         try:
             await self._jobs.run()
         finally:
             await self._fetcher.close()
 
     async def drained(self) -> None:
-        """Return when everything that was asked for is done."""
+        """Wait until all jobs are done."""
         await self._jobs.drained()
 
     def opened(self) -> None:
-        """Note that the round is open."""
+        """Start the clock of the round."""
         self._clock.open()
 
     def take_first(self, held: Held) -> None:
-        """Check, save and use the first weights that a worker sent; reports ``WeightsReady``."""
+        """Check and save the first weights that a worker sent; posts ``WeightsReady``.
+
+        Posts ``InitLost`` or ``Failed`` instead if they are incomplete or invalid.
+        """
         self._jobs.put(lambda: self._take_first(held))
 
     def fold(self, held: Held, how: Fold, number: int) -> None:
-        """Check an update and fold it into a round; reports ``Folded`` or ``FoldFailed``."""
+        """Check an update and fold it into a round; posts ``Folded`` or ``FoldFailed``."""
         held.how, held.into = how, number
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
@@ -143,13 +150,13 @@ class Aggregator:
             self._fetcher.expect(held)
             self._jobs.put(lambda: self._fold(held))
 
-    def let_go(self, held: Held) -> None:
-        """Note that an update is over; it may have been waiting for the next sum."""
+    def drop(self, held: Held) -> None:
+        """Stop fetching an acknowledged update that was postponed to the next sum."""
         if self._carries and held.how is not None and held.message.transfer is not None:
             self._jobs.put(lambda: self._fetcher.drop(held))
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
-        """Average the round, and have it committed; what is not being folded yet stays out."""
+        """Average the round and commit it, without the updates whose folding has not begun."""
         self._clock.close()
         if self._quick:
             self._close(number, asked, self._finish(number))
@@ -159,8 +166,8 @@ class Aggregator:
 
     @property
     def max_header(self) -> int:
-        """How long the header of an update may be, or of the first weights."""
-        if self._max_header is None and self.weights is not None:  # it stays as it is, in a run
+        """The longest permitted header of an update or of first weights, in bytes."""
+        if self._max_header is None and self.weights is not None:  # shapes are fixed within a run
             shapes = [(name, tensor.shape) for name, tensor in self.weights.items()]
             extra = self._plan.extra or {}
             shapes += shapes if extra == "model" else [(n, tuple(s)) for n, s in extra.items()]
@@ -169,7 +176,7 @@ class Aggregator:
 
     @property
     def _quick(self) -> bool:
-        """Whether what is over at once may be done at once: nothing that was asked for waits."""
+        """Whether a job may run at once: the model is small and no earlier job waits."""
         return self._jobs.idle and size_bytes(self._base) <= self._at_once_bytes
 
     @property
@@ -187,7 +194,7 @@ class Aggregator:
         self.broadcast = strategy.broadcast(self._state)
 
     async def begin_with(self, weights: Weights) -> None:
-        """Save the first weights, and use them."""
+        """Save the first weights and start from them."""
         base = await self._committer.begin_with(weights)
         self.weights = weights
         self._init(weights)
@@ -206,7 +213,7 @@ class Aggregator:
                 check_finite(weights)
             except LinkLost:
                 held.free()
-                return  # they come again
+                return  # the broker delivers them again
             except PartsGone:
                 self._post(ev.InitLost(monotonic(), message.worker))
             except (MalformedMessage, ValueError) as wrong:
@@ -218,7 +225,7 @@ class Aggregator:
 
     async def _fold(self, held: Held) -> None:
         if self._closing:
-            if self._carries:  # it may be in the next sum
+            if self._carries:
                 self._fetcher.postpone(held)
             else:
                 await self._fetcher.drop(held)
@@ -229,7 +236,7 @@ class Aggregator:
             payload = await self._fetcher.payload(held)
             self._fetcher.fetch_next()
             received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
-            # However few bytes came, they are folded into all of the model.
+            # Folding touches the whole model, however small the encoded update is.
             nbytes = max(received, size_bytes(self._base))
             norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
         except (LinkLost, PartsGone, OSError) as gone:
@@ -239,7 +246,7 @@ class Aggregator:
         else:
             if self._keep_updates:
                 pieces = [payload] if isinstance(payload, memoryview) else payload.pieces
-                await self._committer.keep(len(self._in_the_sum) + 1, held, pieces)
+                await self._committer.keep(len(self._participants) + 1, held, pieces)
             self._folded(held, received, norm)
 
     def _fold_at_once(self, held: Held) -> None:
@@ -253,14 +260,14 @@ class Aggregator:
             self._folded(held, len(held.payload), norm)
 
     def _check_and_fold(self, held: Held, payload: Payload) -> float:
-        """Take an update into the sum; return the norm of its delta."""
+        """Fold an update into the sum; return the norm of its delta."""
         message, how = held.message, held.how
         assert isinstance(message, Update)
         assert how is not None
         began = monotonic()
         check_metrics(message, self._strategy.strategy.needs.metrics)
         if isinstance(payload, memoryview):
-            payload = payload.toreadonly()  # it may still have to be kept as it came
+            payload = payload.toreadonly()  # --keep-updates and rejection need the original bytes
         delta, norm = decode_contribution(message, payload, self._base, self._plan)
         if norm > how.max_norm:
             raise MalformedMessage(
@@ -268,7 +275,7 @@ class Aggregator:
                 "(--max-norm-ratio)",
                 "norm",
             )
-        one = Contribution(
+        contribution = Contribution(
             worker=message.worker,
             num_examples=how.num_examples,
             delta=delta,
@@ -278,7 +285,7 @@ class Aggregator:
             metrics=message.metrics,
             lay_on_disk=self._committer.lay_on_disk,
         )
-        self._state = self._in_round(held.into).fold(self._state, one)
+        self._state = self._in_round(held.into).fold(self._state, contribution)
         self._clock.fold_s += monotonic() - began
         return norm
 
@@ -302,50 +309,50 @@ class Aggregator:
         metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
-        self._in_the_sum.append(participant)
-        held.forget()  # only now: what is rejected is kept as it came
+        self._participants.append(participant)
+        held.forget()  # not earlier: a rejected update keeps its original bytes
         self._post(ev.Folded(now, how.ticket, message.seconds, nbytes, norm))
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
-        found = await self._off_loop(size_bytes(self._base), self._finish, number)
-        self._close(number, asked, found)
+        result = await self._off_loop(size_bytes(self._base), self._finish, number)
+        self._close(number, asked, result)
 
-    def _finish(self, number: int) -> _Next:
+    def _finish(self, number: int) -> _Result:
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
         kept, broadcast = strategy.dump(state), strategy.broadcast(state)
-        return _Next(self._trained(weights), state, kept, broadcast, strategy.spent(number))
+        return _Result(self._restored(weights), state, kept, broadcast, strategy.spent(number))
 
-    def _trained(self, weights: Weights) -> Weights:
-        """Return new weights in which noise changes nothing that is not trained."""
+    def _restored(self, weights: Weights) -> Weights:
+        """Undo the noise that a private strategy added to tensors that are not trained."""
         if self._plan.train is None or self._strategy.strategy.needs.repeatable:
             return weights
-        trained = chosen(self._base, self._plan.train)
+        trained = select_tensors(self._base, self._plan.train)
         for name, old in self._base.items():
             if name not in trained:
                 weights[name][...] = old
         return weights
 
-    def _close(self, number: int, asked: tuple[str, ...], found: _Next) -> None:
-        """Have the average committed, and begin the next sum."""
+    def _close(self, number: int, asked: tuple[str, ...], result: _Result) -> None:
+        """Commit the average and begin the next sum."""
         self._clock.average()
         average = Average(
             number,
-            found.weights,
+            result.weights,
             asked,
-            self._in_the_sum,
+            self._participants,
             self._clock,
-            found.kept,
-            found.spent,
+            result.kept,
+            result.spent,
         )
         self._committer.commit(average)
-        self._averaged(found.weights, found.broadcast)
-        self.weights, self._state, self.broadcast = found.weights, found.state, found.broadcast
+        self._averaged(result.weights, result.broadcast)
+        self.weights, self._state, self.broadcast = result.weights, result.state, result.broadcast
         self._clock = Clock()
-        self._in_the_sum, self._closing = [], False
+        self._participants, self._closing = [], False
 
     async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
-        """Do what takes time in proportion to ``nbytes``: in a thread, unless that is little."""
+        """Call ``work``, whose time grows with ``nbytes``: in a thread, unless that is small."""
         if nbytes <= self._at_once_bytes:
-            return work(*on)  # handing it to a thread and back would take longer
+            return work(*on)  # the trip to a thread and back would take longer
         return await asyncio.to_thread(work, *on)

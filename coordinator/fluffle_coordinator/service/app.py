@@ -1,4 +1,4 @@
-"""From options to a running coordinator: the run folder, the broker, signals, the exit code."""
+"""The coordinator process: from options through the run folder and the broker to an exit code."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.page import Page
 
 _STANDBY_POLL_S = 0.5
-_STANDBY_TOLD_S = 30.0
+_STANDBY_NOTICE_S = 30.0
 
 
 def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     """Run a coordinator to its end.
 
     Raises:
-        RunError: where the run stopped before its last round.
-        TaskError: where the strategy fails.
+        RunError: if the run stopped before its last round.
+        TaskError: if the user's strategy, schedule or selection fails.
         SystemExit: after a signal, with 128 + its number.
     """
     settings = settings_of(rules, options)
     federation = settings.federation
-    # Asked for again and again: our own node may be started later, and elsewhere.
+    # Called before every attempt: a private broker may start later, on another port.
     find = functools.partial(broker_url, options["url"])
     transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
     store = RunStore(options["folder"] or Path("runs") / federation)
@@ -77,8 +77,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         journal = Journal(topology)
         watcher = Watchers(View(console), journal, *([page] if page else []))
         if page:
-            url = page.url
-            console.line("page", lambda: f"the page is at {url}", {"url": url})
+            console.line("page", f"the page is at {page.url}", {"url": page.url})
         run = coordinate(
             settings,
             transport,
@@ -94,24 +93,24 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         except Interrupted as signalled:
             sys.exit(signalled.exit_code)
     if state.outcome == "stopped":
-        how = endings.after_a_stop(state, store.folder)
-        raise RunError(f"the run stopped: {state.reason}; {how}")
+        remedy = endings.after_a_stop(state, store.folder)
+        raise RunError(f"the run stopped: {state.reason}; {remedy}")
 
 
 def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
-    """Turn options into what the operator decided.
+    """Turn command-line options into settings.
 
     Raises:
-        UsageError: where they are wrong, or do not fit together.
-        TaskError: where the file of a strategy or a hook fails to load.
+        UsageError: if an option is invalid, or options contradict each other.
+        TaskError: if the file of a strategy, schedule or hook fails to load.
     """
     strategy = as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
-            f"--keep-updates would keep what the strategy {strategy.name} is to hide, and replay "
-            "cannot compute its rounds again; leave it out"
+            f"--keep-updates would store the updates that the strategy {strategy.name} keeps "
+            "private, and replay cannot reproduce its random noise; remove --keep-updates"
         )
-    timing = Timing(**{one.name: options[one.name] for one in fields(Timing)})
+    timing = Timing(**{field.name: options[field.name] for field in fields(Timing)})
     schedule_name, schedule = load_schedule(timing)
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
@@ -147,7 +146,7 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
 
 
 def _compress(options: dict[str, Any]) -> Compression | None:
-    """Return how workers are to encode their updates; None: not at all."""
+    """Return the encoding of the workers' updates, or None for plain tensors."""
     if options["compress"] is not None:
         return Compression.parse(options["compress"])
     dtype: str = options["upload_dtype"]
@@ -165,25 +164,25 @@ async def coordinate(
     page: Page | None = None,
     fresh: bool = False,
 ) -> State:
-    """Run a federation in its folder, from wherever it stands, to its end.
+    """Begin or resume the run in a folder, and run it to its end.
 
     Args:
-        settings: what the operator decided.
-        transport: the way to the broker.
-        topology: the names on it.
-        store: the run's folder; waited for while another coordinator has it.
-        watcher: told what happens; one of those it tells is the journal.
-        journal: what publishes the events, if anything does.
-        page: the live page, told of the rounds that are done already.
-        fresh: move an earlier run aside.
+        settings: the operator's settings.
+        transport: connects to the broker.
+        topology: the names of the federation's queues and exchanges.
+        store: the run folder; waits while another coordinator holds its lock.
+        watcher: receives every event, and passes it on to ``journal`` among others.
+        journal: publishes the events on the broker; None publishes none.
+        page: the live page, which also shows the rounds of the history.
+        fresh: move an earlier run aside and begin a new one.
 
     Returns:
-        How the run ended.
+        The final state of the machine.
 
     Raises:
-        RunError: where the folder cannot be used.
-        TaskError: where the strategy fails.
-        UsageError: where the folder holds a run that these settings do not continue.
+        RunError: if the folder cannot be used.
+        TaskError: if the user's strategy, schedule or selection fails.
+        UsageError: if the run in the folder cannot continue with these settings.
     """
     with _usable(store.folder):
         await _locked(store, watcher)
@@ -234,43 +233,43 @@ async def coordinate(
 
 @contextlib.contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """Say in one line why a run folder cannot be used: its rights, its disk, or its file system."""
+    """Turn an ``OSError`` about the run folder into a one-line ``RunError``."""
     try:
         yield
     except OSError as why:
         what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
         raise RunError(
-            f"cannot use the run folder {folder} ({what}); it must be on a file system with locks "
-            "and writable for this user: choose another with --run"
+            f"cannot use the run folder {folder} ({what}); it must be writable and on a file "
+            "system that supports locks: choose another with --run"
         ) from None
 
 
 def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: Watcher) -> None:
-    """Compare the model file of ``--init`` with what a run that exists began with.
+    """Check that ``--init`` names the weights that an existing run began with.
 
     Raises:
-        UsageError: where it is another.
+        UsageError: if the file holds other weights.
     """
     first = store.folder / checkpoint_name(0)
     if init is None or saved.weights is None or not first.exists():
         return
     try:
         other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
-    except UsageError as why:  # the run has its own copy
-        watcher.record(run_events.Note(what=f"--init is no longer needed, and is ignored: {why}"))
+    except UsageError as why:  # unreadable, but the run has its own copy
+        watcher.record(run_events.Note(what=f"--init is no longer needed and is ignored: {why}"))
         return
     if other:
         raise UsageError(other)
 
 
 async def _locked(store: RunStore, watcher: Watcher) -> None:
-    """Wait until no other coordinator has the run folder."""
-    told_at = -_STANDBY_TOLD_S
+    """Lock the run folder; wait while another coordinator holds the lock."""
+    notified_at = -_STANDBY_NOTICE_S
     try:
         while not store.try_lock():
-            if monotonic() - told_at >= _STANDBY_TOLD_S:
+            if monotonic() - notified_at >= _STANDBY_NOTICE_S:
                 watcher.record(run_events.Standby(what=str(store.folder)))
-                told_at = monotonic()
+                notified_at = monotonic()
             await asyncio.sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
         watcher.record(run_events.Interrupted(folder=str(store.folder)))
@@ -278,7 +277,7 @@ async def _locked(store: RunStore, watcher: Watcher) -> None:
 
 
 def _page(options: dict[str, Any], topology: Topology) -> Page | None:
-    """Open the live page, where it is wanted."""
+    """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
     from fluffle_coordinator.dashboard import needs
@@ -290,7 +289,11 @@ def _page(options: dict[str, Any], topology: Topology) -> Page | None:
 
 
 def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
-    """Take the first weights from a model file, such as another run's last."""
+    """Begin a run with the weights of a model file, such as another run's last checkpoint.
+
+    Raises:
+        UsageError: if the file holds no valid model.
+    """
     weights, metadata = read_checkpoint(file)
     try:
         check_signature(weights)

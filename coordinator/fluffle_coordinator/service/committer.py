@@ -1,7 +1,8 @@
-"""What is on disk: checkpoints and history lines, written and fsynced in the order they came.
+"""The committer: writes and fsyncs checkpoints and history lines, strictly in order.
 
-A round is committed when its line is on disk, which is after its checkpoint. Only then does the
-machine hear of it (``Committed``), send the new weights, and acknowledge the updates.
+A round is committed once its history line is on disk, and the line is written after the checkpoint.
+Only then does the machine receive ``Committed``, send the new weights and acknowledge the updates.
+A crash at any earlier point therefore loses no update: the broker delivers them again.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.metric_names import TEST, beside, of_a_test
+from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, avoid_fields
 from fluffle_common.tensors.checkpoint import checkpoint_name
-from fluffle_common.tensors.on_disk import laid_on_disk
+from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -34,8 +35,8 @@ from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _DISK_RETRY_S = 5.0
-# What else a round's lines in the history, and the event that tells of its evaluation, may say:
-# whoever reads them puts them together. No metric is called like one of these.
+# The field names of a round's history lines and of the Evaluated event. Readers merge those into
+# one mapping, so a metric of one of these names is renamed.
 _FIELDS = frozenset(
     "asked base bytes checkpoint committed_at delta ended_at epsilon evaluated_at evaluators event "
     "federation late late_updates loss metrics num_examples opened_at outcome participants reason "
@@ -45,16 +46,17 @@ _FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class Average:
-    """A round that is closed, and what came of it.
+    """A closed round and its new weights, ready to be committed.
 
     Args:
-        number: which round.
-        weights: its average.
-        asked: who was asked.
-        participants: what the history tells of each update in the sum, in the order of the sum.
-        clock: where its time went.
-        kept: what the strategy keeps of its state.
-        spent: what all rounds so far cost of privacy; empty where that is not counted.
+        number: the round.
+        weights: the new weights.
+        asked: the workers that were asked.
+        participants: the history's entry for each update in the sum, in the order of folding.
+        clock: the round's timings.
+        kept: the strategy's state for the checkpoint.
+        spent: the privacy budget that all rounds so far used; empty if the strategy does not count
+            it.
     """
 
     number: int
@@ -67,17 +69,17 @@ class Average:
 
 
 class Committer:
-    """Writes what a run keeps.
+    """Writes everything that a run stores: checkpoints, history, kept updates, the best model.
 
     Args:
-        store: the run's folder.
-        metadata: what a checkpoint of a round says of itself.
-        record: given what happened.
-        post: given the events for the round machine.
+        store: the run folder.
+        metadata: returns the metadata of a round's checkpoint.
+        record: records a run event.
+        post: sends an event to the machine.
         strategy: the name of the strategy.
-        hooks: what is called after each commit.
-        rounds: how many rounds the run is to have, for the hooks.
-        stopping: when the run has done enough, and which model is its best.
+        hooks: the user's functions, called after each commit.
+        rounds: the number of rounds of the run, for the hooks.
+        stopping: when to end the run early, and the metric that selects the best model.
     """
 
     def __init__(
@@ -96,24 +98,17 @@ class Committer:
         self._store, self._metadata = store, metadata
         self._record, self._post, self._strategy = record, post, strategy
         self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
-        # The round that was evaluated last, and its federated metrics.
+        # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
         self._stopping, self._best, self._warned = stopping, 0, False
-        asked = stopping != NO_STOPPING and store.history.path.exists()
-        self._standing = Standing(stopping, read_history_lines(store.folder) if asked else ())
-        self._lines = SerialQueue()
+        resumes = stopping != NO_STOPPING and store.history.path.exists()
+        self._standing = Standing(stopping, read_history_lines(store.folder) if resumes else ())
+        self._jobs = SerialQueue()
+        self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
 
-    async def run(self) -> None:
-        """Write what is asked for, for ever."""
-        await self._lines.run()
-
-    async def drained(self) -> None:
-        """Return when everything that was asked for is on disk."""
-        await self._lines.drained()
-
     async def begin_with(self, weights: Weights) -> str:
-        """Save the first weights as the checkpoint of round 0; return what they are named."""
+        """Save the first weights as the checkpoint of round 0; return their base name."""
         base = new_base()
         metadata = {**self._metadata(0), "base": base}
         await self._on_disk(lambda: self._store.save_weights(0, weights, metadata))
@@ -122,7 +117,14 @@ class Committer:
         return base
 
     async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
-        """Keep an update that was just folded, as the one of this place in the sum."""
+        """Store a folded update, so that replay can repeat the sum.
+
+        Args:
+            place: its place in the order of folding, from 1.
+            held: the update.
+            payload: its tensors; written only if they arrived in parts, otherwise the message's
+                body holds them.
+        """
         message, body = held.message, held.delivery.body
         assert isinstance(message, Update)
         number, worker = held.into, message.worker
@@ -130,13 +132,16 @@ class Committer:
         await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
 
     def lay_on_disk(self, delta: Weights) -> Weights:
-        """Lay an update of the open round on the disk of the run; see ``tensors.on_disk``.
+        """Move an update of the open round to a file in the run folder.
+
+        Returns:
+            The same tensors, mapped from the file.
 
         Raises:
-            RunError: where the disk refuses.
+            RunError: if the file cannot be written.
         """
         try:
-            return laid_on_disk(delta, self._store.folder)
+            return map_to_disk(delta, self._store.folder)
         except OSError as why:
             raise RunError(
                 f"cannot write an update of the open round to {self._store.folder} "
@@ -145,15 +150,15 @@ class Committer:
             ) from None
 
     def commit(self, average: Average) -> None:
-        """Commit a round; reports ``Committed``."""
-        self._lines.put(lambda: self._commit(average))
+        """Commit a round; posts ``Committed``."""
+        self._jobs.put(lambda: self._commit(average))
 
     def record_evaluation(self, number: int, evaluations: Mapping[str, rs.Evaluated]) -> None:
         """Write the federated evaluation of a round's model to the history."""
-        self._lines.put(lambda: self._record_evaluation(number, evaluations))
+        self._jobs.put(lambda: self._record_evaluation(number, evaluations))
 
     def record_end(self, number: int, outcome: str, reason: str) -> None:
-        """Write how the run ended after a round, and what came of that round too late."""
+        """Write the run's outcome, and the updates that were not counted since the last commit."""
         line = {"event": "ended", "round": number, "outcome": outcome, "reason": reason}
 
         async def record() -> None:
@@ -161,7 +166,7 @@ class Committer:
             await self._on_disk(lambda: self._store.history.append(line))
 
         if number:
-            self._lines.put(record)
+            self._jobs.put(record)
 
     async def _commit(self, average: Average) -> None:
         number, clock, base = average.number, average.clock, new_base()
@@ -191,9 +196,9 @@ class Committer:
         self._committed_at = monotonic()
         if average.spent:
             self._record(run_events.Privacy(round=number, **average.spent))
-        participants: Counter[str] = Counter()  # one can be in it more than once
-        for one in average.participants:
-            participants[one["worker"]] += one["num_examples"]
+        participants: Counter[str] = Counter()  # in a buffer, a worker can appear more than once
+        for participant in average.participants:
+            participants[participant["worker"]] += participant["num_examples"]
         self._standing.took(line["timings"])
         enough = await self._call_hooks(number, average.weights, participants)
         enough = enough or self._standing.enough()
@@ -203,13 +208,13 @@ class Committer:
     async def _call_hooks(
         self, number: int, weights: Weights, participants: Mapping[str, int]
     ) -> str:
-        """Test and show a round that is on disk; return why no further round is wanted."""
+        """Call the hooks for a committed round; return the reason to end the run, or ""."""
         if not self._hooks:
             return ""
         weights = read_only(weights)
         test = await self._calls.test(number, weights)
         if test:
-            measured = of_a_test(test)
+            measured = add_test_prefix(test)
             line = {"event": "tested", "round": number, **measured, "tested_at": timestamp()}
             await self._on_disk(lambda: self._store.history.append(line))
             await self._monitor(number, measured)
@@ -223,10 +228,10 @@ class Committer:
             test=test,
             evaluation=self._evaluated[1] if self._evaluated[0] == number - 1 else {},
         )
-        return await self._calls.look(commit)
+        return await self._calls.on_round(commit)
 
     async def _monitor(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Take note of how good a round's model is, and keep it if it is the best."""
+        """Update the stopping rule with a round's metrics, and keep the model if it is the best."""
         self._standing.note(number, metrics)
         missing = self._standing.missing(metrics)
         if missing and not self._warned:
@@ -238,14 +243,14 @@ class Committer:
             self._best = best
 
     def _not_counted(self) -> dict[str, Any]:
-        """Return what was not counted since this was last asked."""
+        """Return and reset the counts of late and rejected updates."""
         counts, self.counts = self.counts, Counts()
         return vars(counts)
 
     async def _record_evaluation(
         self, number: int, evaluations: Mapping[str, rs.Evaluated]
     ) -> None:
-        evaluations = {name: one for name, one in evaluations.items() if one.num_examples}
+        evaluations = {name: e for name, e in evaluations.items() if e.num_examples}
         if not evaluations:
             return  # nobody has held-out data
         averages = federated(evaluations)
@@ -267,7 +272,7 @@ class Committer:
         )
 
     async def _on_disk(self, write: Callable[[], object]) -> None:
-        """Write, and where the disk refuses, say so and try again until it does not."""
+        """Write in a thread; while the disk refuses, report it once and retry."""
         reported = False
         while True:
             try:
@@ -286,24 +291,24 @@ class Committer:
 
 
 def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
-    """Average evaluations by their number of examples; each metric over those who report it.
+    """Average evaluations, weighted by examples; each metric over the workers that report it.
 
     Example:
         >>> a, b = rs.Evaluated(1, 1.0, {"accuracy": 0.0}), rs.Evaluated(3, 2.0, {"accuracy": 1.0})
         >>> federated({"a": a, "b": b})["loss"], federated({"a": a, "b": b})["accuracy"]
         (1.75, 0.75)
     """
-    everyone = evaluations.values()
-    names = sorted({name for one in everyone for name in one.metrics})
+    every = evaluations.values()
+    names = sorted({name for e in every for name in e.metrics})
     metrics = {
-        name: mean(
-            [(one.num_examples, one.metrics[name]) for one in everyone if name in one.metrics]
-        )
+        name: mean([(e.num_examples, e.metrics[name]) for e in every if name in e.metrics])
         for name in names
     }
     return {
-        "num_examples": sum(one.num_examples for one in everyone),
-        "loss": mean([(one.num_examples, one.loss) for one in everyone]),
-        **beside(metrics, _FIELDS | {name for name in metrics if name.startswith(TEST)}),
+        "num_examples": sum(e.num_examples for e in every),
+        "loss": mean([(e.num_examples, e.loss) for e in every]),
+        **avoid_fields(
+            metrics, _FIELDS | {name for name in metrics if name.startswith(TEST_PREFIX)}
+        ),
         "evaluators": sorted(evaluations),
     }

@@ -1,4 +1,4 @@
-"""What a run is configured with, as run.json keeps it for whoever looks at the run afterwards."""
+"""The configuration of a run as ``run.json`` stores it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ if TYPE_CHECKING:
     from fluffle_coordinator.service.settings import CoordinatorSettings
 
 
-def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str, Any]:
-    """Return everything that was decided about a run, and the versions it runs on.
+# The packages that can affect the result or the files of a run.
+_PACKAGES = ("fluffle", "numpy", "ml-dtypes", "aio-pika", "msgpack", "pydantic", "safetensors")
 
-    The broker's address is left out: it may hold a password, and says nothing about the result.
+
+def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str, Any]:
+    """Return a run's settings and the versions of the software, ready for JSON.
+
+    The broker's address is left out: it may contain a password and does not affect the result. So
+    is the sampling secret.
     """
     named, rules = settings.strategy, asdict(settings.rules)
     del rules["secret"]
     return {
         "rules": {**rules, "selection": settings.rules.selection.name},
-        # Without what the rules and the strategy decide.
+        # The excluded fields repeat the rules and the strategy.
         "plan": settings.plan.model_dump(exclude={"seed", "deadline_s", "extra"}),
         "learning_rate_schedule": str(settings.learning_rate_schedule),
         "strategy": named.name,
@@ -34,11 +39,6 @@ def configuration(settings: CoordinatorSettings, topology: Topology) -> dict[str
         **settings.hooks.names(),
         "stopping": asdict(settings.stopping),
         "queue_type": topology.queue_type,
-        "versions": versions(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in _PACKAGES},
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that bear on what comes out, by name."""
-    names = ("fluffle", "numpy", "ml-dtypes", "aio-pika", "msgpack", "pydantic", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

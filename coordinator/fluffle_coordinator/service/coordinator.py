@@ -1,14 +1,14 @@
-"""The coordinator: the asyncio shell around the round machine.
+"""The coordinator: the asyncio shell around the pure round machine.
 
-Data flows one way::
+Data flows in one direction::
 
     link ──> intake ──> events ──> advance() ──> effects ─┬─> outbox     (publishes, in order)
                           ^                               └─> aggregator (the sum, in order)
                           └────────────────────────────────── committer  (the disk, in order)
 
-Only ``_post`` changes the state, one event after the other. Publishing, the sum and the disk have a
-queue and a task each, so that neither a slow broker nor a slow disk keeps signs of life from being
-heard.
+Only ``_post`` changes the state, one event at a time. The outbox, the aggregator and the committer
+each have a job queue and a task of their own, so neither a slow broker nor a slow disk delays the
+reading of heartbeats.
 """
 
 from __future__ import annotations
@@ -51,28 +51,26 @@ from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
 
 _LOG = logger("coordinator.machine")
-# How long the end of a run may wait for the journal to be on the broker.
-_JOURNAL_DRAIN_S = 2.0
-# How often, at most, what is due is looked for while much happens.
-_LOOK_EVERY_S = 0.1
+_JOURNAL_DRAIN_S = 2.0  # how long the end of a run waits for the broker to take the journal
+_TICK_EVERY_S = 0.1  # minimum interval between timer checks under load
 
 
 class Coordinator:
     """One run of a federation.
 
     Args:
-        settings: what the operator decided.
-        transport: the way to the broker.
-        topology: the names on it.
-        store: the run's folder, locked.
-        saved: what was found in it.
-        watcher: who is told what happens.
-        journal: one of those, which needs a link to publish what it is told; None keeps none.
-        exchanges: who handles protocols in several phases.
+        settings: the operator's settings.
+        transport: connects to the broker.
+        topology: the names of the federation's queues and exchanges.
+        store: the run folder, locked.
+        saved: the run's state as loaded from the folder.
+        watcher: receives every run event.
+        journal: the watcher that publishes the events once a link is there; None publishes none.
+        exchanges: the handlers of multi-phase protocols.
     """
 
     _ended: asyncio.Future[None]
-    _next_look: asyncio.TimerHandle
+    _next_tick: asyncio.TimerHandle
 
     def __init__(
         self,
@@ -88,10 +86,10 @@ class Coordinator:
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
-        self._events, self._taking = deque[ev.Event](), False
+        self._events, self._advancing = deque[ev.Event](), False
         self._link: Link | None = None
         self._linked = asyncio.Event()
-        self._look_at = 0.0  # when it is asked next what time has brought
+        self._next_tick_at = 0.0
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
             topology,
@@ -136,10 +134,14 @@ class Coordinator:
         self.state = _begin(settings, saved, store)
 
     async def run(self) -> rs.State:
-        """Run to the end; cancel it to stop earlier, which loses nothing that a restart needs."""
+        """Run to the end and return the final state; cancelling loses nothing a restart needs.
+
+        Raises:
+            TaskError: if the user's strategy, schedule or selection fails.
+        """
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
-        self._next_look = loop.call_later(0.0, self._look)
+        self._next_tick = loop.call_later(0.0, self._tick)
         tasks = [
             asyncio.create_task(work(), name=work.__name__)
             for work in (
@@ -153,25 +155,25 @@ class Coordinator:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()  # but for the first, they run for ever: one that is done has failed
+                task.result()  # only _end returns; any other task that is done has failed
         except asyncio.CancelledError:
             if self.state.outcome is None:
                 self._record(run_events.Interrupted(folder=str(self._folder)))
             raise
-        except TaskError as wrong:  # so that the journal has it too
-            self._record(run_events.Note(what=str(wrong)))
+        except TaskError as wrong:
+            self._record(run_events.Note(what=str(wrong)))  # so that the journal shows it too
             raise
         finally:
             if self._journal is not None:
                 await self._journal.drained(_JOURNAL_DRAIN_S)
-            self._next_look.cancel()
+            self._next_tick.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return self.state
 
     async def _end(self) -> None:
-        """Wait for the end, and until all that was asked for is done."""
+        """Wait until the machine has ended and every job queue is empty."""
         await self._ended
         await self._aggregator.drained()
         await self._committer.drained()
@@ -181,62 +183,68 @@ class Coordinator:
         self._record(kind(reason=self.state.reason))
 
     def exchange(self, sent: Sent) -> None:
-        """Begin, or go on with, a protocol in several phases; a link that is lost may lose it.
+        """Send a message of a multi-phase protocol; it is dropped if the link is lost meanwhile.
 
         Raises:
-            ValueError: see ``Sent.body``.
+            ValueError: if its tensors do not fit into one message.
         """
         self._outbox.exchange(sent, sent.body())
 
     # --- the machine ---------------------------------------------------------------------------
 
     def _post(self, event: ev.Event) -> None:
-        """Take an event and do what follows: now, or right after the event being taken now."""
+        """Advance the machine and perform the effects.
+
+        An effect may post events itself: the call that is already in progress handles them next.
+        """
         self._events.append(event)
-        if self._taking:
+        if self._advancing:
             return
-        self._taking, just_told = True, False
+        self._advancing, had_effects = True, False
         try:
             while self._events:
                 event = self._events.popleft()
-                self.state, asked_for = machine.advance(self.state, event)
-                if asked_for or not isinstance(event, ev.Tick | ev.Echoed):
-                    log_step(_LOG, event, asked_for)
-                for effect in asked_for:
+                self.state, effects = machine.advance(self.state, event)
+                if effects or not isinstance(event, ev.Tick | ev.Echoed):
+                    log_step(_LOG, event, effects)
+                for effect in effects:
                     self._perform(effect)
-                just_told |= bool(asked_for)
-            self._look_on(event.now, just_told=just_told)
-        except Exception as wrong:  # whoever posts can do nothing about it: it ends the run
+                had_effects |= bool(effects)
+            self._after_events(event.now, had_effects=had_effects)
+        except Exception as wrong:  # the poster cannot handle it, so it ends the run
             if not self._ended.done():
                 self._ended.set_exception(wrong)
         finally:
-            self._taking = False
+            self._advancing = False
 
-    def _look_on(self, now: float, *, just_told: bool) -> None:
-        """Show where the run stands, and see to it that time is not forgotten."""
-        phase = self.state.phase
+    def _after_events(self, now: float, *, had_effects: bool) -> None:
+        """Show the new state, notice the end, and keep the next tick near."""
         self._watcher.show(self.state, now)
-        waiting = self._waiting.due(self.state, now, just_told=just_told)
+        waiting = self._waiting.due(self.state, now, had_effects=had_effects)
         if waiting is not None:
             self._record(waiting)
-        if phase is rs.Phase.ENDED and not self._ended.done():
+        if self.state.phase is rs.Phase.ENDED and not self._ended.done():
             self._ended.set_result(None)
-        if self._look_at > now + _LOOK_EVERY_S:
-            self._look_in(_LOOK_EVERY_S)
+        if self._next_tick_at > now + _TICK_EVERY_S:
+            self._tick_in(_TICK_EVERY_S)
 
-    def _look(self) -> None:
-        """Ask what time has brought; at many events, that is not asked at each of them."""
+    def _tick(self) -> None:
+        """Let the machine look at the clock, then sleep until its next deadline.
+
+        Ticks come from this timer only, because checking deadlines after every event would be
+        expensive when many arrive.
+        """
         self._post(ev.Tick(monotonic()))
         left_s = min(self._waiting.due_at, machine.wakeup(self.state)) - monotonic()
-        self._look_in(left_s if left_s > 0 else _LOOK_EVERY_S)
+        self._tick_in(left_s if left_s > 0 else _TICK_EVERY_S)
 
-    def _look_in(self, seconds: float) -> None:
-        self._next_look.cancel()
-        self._look_at = monotonic() + seconds
-        self._next_look = asyncio.get_running_loop().call_later(seconds, self._look)
+    def _tick_in(self, seconds: float) -> None:
+        self._next_tick.cancel()
+        self._next_tick_at = monotonic() + seconds
+        self._next_tick = asyncio.get_running_loop().call_later(seconds, self._tick)
 
     def _perform(self, effect: fx.Effect) -> None:
-        match effect:  # what comes often is first
+        match effect:  # the most frequent effects come first
             case fx.Record(event):
                 self._record(event)
             case fx.Fold(handle):
@@ -261,7 +269,7 @@ class Coordinator:
 
     def _record(self, event: run_events.RunEvent) -> None:
         self._committer.counts.note(event)
-        if isinstance(event, run_events.OfTheBroker):
+        if isinstance(event, run_events.BrokerEvent):
             event = replace(event, address=self._transport.address)
         self._watcher.record(event)
 
@@ -300,30 +308,30 @@ class Coordinator:
 
     async def _serve(self, link: Link, number: int) -> None:
         journal = self._topology.journal_stream()
-        await link.declare([one for one in self._topology.shared() if one != journal])
-        await self._declare(journal, link)
-        # Whoever reads the signs of life, alone, is the federation's coordinator.
+        await link.declare([entity for entity in self._topology.shared() if entity != journal])
+        await self._declare_journal(journal, link)
+        # Exclusive: the consumer of this queue is the federation's only active coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
         self._link = link
         self._linked.set()
         self._intake.link_opened()
         self._post(ev.Connected(monotonic(), number))
-        works = [
+        tasks = [
             self._intake.read_presence(presence),
             self._intake.send_echoes(link, number),
             self._intake.consume_updates(link, number),
             tell_of_blocking(link, self._record),
         ]
-        await run_all(*works, *([self._journal.publish(link)] if self._journal else []))
+        await run_all(*tasks, *([self._journal.publish(link)] if self._journal else []))
 
-    async def _declare(self, journal: Queue, link: Link) -> None:
-        """Make sure that there is a journal; without one, the run goes on all the same."""
+    async def _declare_journal(self, journal: Queue, link: Link) -> None:
+        """Declare the journal's queue; run without a journal if the broker cannot hold one."""
         if self._journal is not None:
             try:
                 await link.declare([journal])
-            except UnknownQueueType as no:
+            except UnknownQueueType as why:
                 self._journal = None
-                self._record(run_events.NoJournal(reason=str(no)))
+                self._record(run_events.NoJournal(reason=str(why)))
 
     async def _a_link(self) -> Link:
         while self._link is None:
@@ -332,11 +340,11 @@ class Coordinator:
 
 
 def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore) -> rs.State:
-    """Return the machine's state where a run begins, or goes on."""
+    """Return the machine's first state, for a new run or a resumed one."""
     rules = settings.rules
     if settings.strategy.strategy.needs.rate is not None:
         rules = replace(rules, secret=sampling_secret(store.folder))
-    known = json.loads(saved.metadata.get("classes", "null"))
+    saved_classes = json.loads(saved.metadata.get("classes", "null"))
     return machine.start(
         rules,
         saved.run,
@@ -352,7 +360,7 @@ def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore) -> rs.S
         evaluated=saved.evaluated,
         has_weights=saved.weights is not None,
         base=saved.base,
-        classes=settings.classes or (tuple(known) if known else None),
+        classes=settings.classes or (tuple(saved_classes) if saved_classes else None),
         model=None if saved.weights is None else model_form(saved.weights),
         decided_by="--classes" if settings.classes else "this run's first weights",
     )

@@ -1,4 +1,4 @@
-"""What to do next: the sentence that goes with every end of a run, naming the command for it."""
+"""The advice printed at the end of a run: the command to type next."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from fluffle_common.tensors.weights import Array
 from fluffle_coordinator.machine.state import State
 
 
 def after_the_end(folder: Path, rounds: int) -> str:
-    """Say what a finished run offers.
+    """Return the advice after a finished run.
 
     >>> after_the_end(Path("runs/letters"), 6)
     "'fluffle history --run runs/letters' shows the rounds; start the coordinator again with \
@@ -27,7 +25,7 @@ def after_the_end(folder: Path, rounds: int) -> str:
 
 
 def after_an_early_end(folder: Path, committed: int) -> str:
-    """Say how a run goes on that was ended, by its own hook, before all rounds were done.
+    """Return how to continue a run that a hook or stopping rule ended before its last round.
 
     >>> after_an_early_end(Path("runs/letters"), 3)
     "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
@@ -40,7 +38,7 @@ goes on with round 4"
 
 
 def done_already(folder: Path, committed: int, rounds: int) -> str:
-    """Say that a run has nothing left to do when it is started again.
+    """Return the message for a run that is started again with no rounds left.
 
     >>> done_already(Path("runs/letters"), 6, 6)[:68]
     'the run in runs/letters is done: it has 6 rounds and --rounds is 6; '
@@ -52,10 +50,10 @@ def done_already(folder: Path, committed: int, rounds: int) -> str:
 
 
 def after_a_stop(state: State, folder: Path) -> str:
-    """Say how a run that stopped early goes on.
+    """Return how to continue a run that stopped.
 
-    Workers that fail, or whose updates are refused, may have another model than the run: that run
-    cannot be continued with it, whatever command is given.
+    If workers failed or their updates were rejected, their model may no longer be the run's model.
+    No command can continue the run with another model, so the advice then names ``--fresh`` first.
     """
     same = f"the same command (without --fresh) goes on with round {state.committed + 1}"
     if state.failed or state.doubted:
@@ -68,11 +66,14 @@ def after_a_stop(state: State, folder: Path) -> str:
 
 
 def other_beginning(file: Path, first: Mapping[str, Array], given: Mapping[str, Array]) -> str:
-    """Say that ``--init`` names other weights than a run began with; "" where they are the same."""
+    """Return an error message if ``--init`` names other weights than the run's first; else "".
+
+    The bytes are compared, so that a NaN equals itself.
+    """
     same = first.keys() == given.keys() and all(
         first[name].dtype == given[name].dtype
         and first[name].shape == given[name].shape
-        and np.array_equal(bits(first[name]), bits(given[name]))
+        and first[name].tobytes() == given[name].tobytes()
         for name in first
     )
     if same:
@@ -82,8 +83,3 @@ def other_beginning(file: Path, first: Mapping[str, Array], given: Mapping[str, 
         "that exists; --fresh begins a new run with them and moves this one aside, and without "
         "--init this run goes on"
     )
-
-
-def bits(tensor: Array) -> Array:
-    """Return a tensor as bytes, so that NaN equals itself and every dtype can be compared."""
-    return np.frombuffer(tensor.tobytes(), np.uint8)

@@ -1,4 +1,4 @@
-"""Gets the tensors of updates that came in parts: of the next one while this one is folded."""
+"""Fetches the parts of large updates: the next update's while the current one is folded."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Payload = memoryview | InPieces
 class Fetcher:
     """Fetches one transfer at a time.
 
-    What is in one piece of memory is fetched when it is asked for; what stays in pieces, of which
-    little is in memory, is fetched ahead.
+    An update that may stay in pieces is spooled to disk and uses little memory, so it is fetched
+    ahead. Any other update needs one block of memory and is fetched when it is folded.
 
     Args:
-        topology: where the parts lie.
-        link: the link of the moment, None where there is none.
-        weights: the model of the moment, None where there is none.
-        plan: which tensors were asked for.
+        topology: the names of the queues that hold the parts.
+        link: returns the current link, or None while disconnected.
+        weights: returns the current model, or None before the first weights.
+        plan: says which tensors an update carries.
         in_pieces: whether updates may stay in pieces.
-        max_bytes: the most that a transfer may have.
-        verify_users: whether parts have to come from the worker's own user.
-        folder: where updates wait until they are checked.
+        max_bytes: the largest permitted transfer.
+        verify_users: whether parts must come from the worker's own broker user.
+        folder: the folder of the spool files; None uses the system's temporary folder.
     """
 
     def __init__(
@@ -63,26 +63,25 @@ class Fetcher:
         self._ahead: tuple[Held, asyncio.Task[Payload]] | None = None
 
     def expect(self, held: Held) -> None:
-        """Note that an update will be asked for, after those noted before."""
-        here = self._ahead is not None and self._ahead[0] is held
-        if held.message.transfer is not None and not here:
+        """Add an update to the end of the queue of those to fetch."""
+        if held.message.transfer is not None and not self._is_ahead(held):
             self._expected.append(held)
 
     def postpone(self, held: Held) -> None:
-        """Note that an update will be asked for later, before all others; its parts are kept."""
+        """Stop expecting an update that the next sum will ask for first; keep fetched parts."""
         self._forget(held)
 
     async def payload(self, held: Held) -> Payload:
-        """Return the bytes of an update's tensors, or the tensors where they stay in pieces.
+        """Return the tensors of an update, as one block of bytes or in pieces.
 
         Raises:
-            MalformedMessage: where they are not what was announced, or cannot be.
-            PartsGone: where some are missing.
-            LinkLost: where there is no link any more.
+            MalformedMessage: if the announcement or the parts are invalid.
+            PartsGone: if parts are missing.
+            LinkLost: if the link was lost.
         """
         if held.message.transfer is None:
             return held.payload
-        if self._ahead is not None and self._ahead[0] is held:
+        if self._ahead is not None and self._is_ahead(held):
             task = self._ahead[1]
             self._ahead = None
             return await task
@@ -90,31 +89,34 @@ class Fetcher:
         return await self._fetch(held, check_announced(held.message, self._weights(), self._plan))
 
     def fetch_next(self) -> None:
-        """Begin with the next update that is expected."""
+        """Start fetching the next expected update, if it may stay in pieces."""
         if self._ahead is not None or not self._expected:
             return
         held = self._expected[0]
         try:
             layout = check_announced(held.message, self._weights(), self._plan)
         except MalformedMessage:
-            return  # raised when it is asked for
+            return  # payload() raises it
         if self._stays_in_pieces(held.message, layout):
             self._forget(held)
             self._ahead = held, asyncio.create_task(self._fetch(held, layout))
 
     async def drop(self, held: Held) -> None:
-        """Note that an expected update will not be asked for."""
+        """Stop expecting an update, and stop fetching it."""
         self._forget(held)
-        if self._ahead is not None and self._ahead[0] is held:
+        if self._is_ahead(held):
             await self.close()
 
     async def close(self) -> None:
-        """Stop fetching."""
+        """Stop fetching ahead."""
         if self._ahead is not None:
             _, task = self._ahead
             self._ahead = None
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    def _is_ahead(self, held: Held) -> bool:
+        return self._ahead is not None and self._ahead[0] is held
 
     def _forget(self, held: Held) -> None:
         if held in self._expected:
@@ -142,10 +144,10 @@ class Fetcher:
         return into.payload()
 
     def _stays_in_pieces(self, message: Update | FirstWeights, layout: GroupedLayout) -> bool:
-        """Whether an update need not be put together, as for a codec or for several dtypes."""
+        """Whether an update can be folded in pieces: not encoded, only the model, one dtype."""
         weights = self._weights()
         if weights is None or not isinstance(message, Update) or message.encoding is not None:
             return False
         model = layout.layouts[MODEL]
-        alone = len(layout.layouts) == 1 and model is layout_for(weights)
-        return self._in_pieces and alone and model.floats and model.dtype is not None
+        only_model = len(layout.layouts) == 1 and model is layout_for(weights)
+        return self._in_pieces and only_model and model.floats and model.dtype is not None

@@ -1,6 +1,6 @@
-"""A user's schedule or rule of selection, called with care: what it does wrong ends the run.
+"""Wraps a user's schedule or selection: any error or invalid result ends the run.
 
-Nothing is acknowledged before its round is on disk, so that a run which ends here loses nothing.
+Ending the run loses nothing, because no update is acknowledged before its round is on disk.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def _call(what: str, where: str, function: Callable[..., _T], *on: Any) -> _T:
 
 @dataclass(frozen=True)
 class GuardedSchedule(Schedule[State]):
-    """A schedule; every method raises ``TaskError`` for what the schedule does wrong.
+    """A user's schedule; every method raises ``TaskError`` if the schedule fails.
 
     Args:
-        name: what it is called.
-        schedule: the schedule.
-        max_staleness: as the schedule has it.
-        continuous: as the schedule has it.
+        name: the schedule's name, for messages.
+        schedule: the user's schedule.
+        max_staleness: ``schedule.max_staleness``.
+        continuous: ``schedule.continuous``.
     """
 
     name: str
@@ -52,40 +52,40 @@ class GuardedSchedule(Schedule[State]):
     continuous: bool = False
 
     def discount(self, staleness: int) -> float:
-        """See ``Schedule``; a part is from 0 to 1."""
-        found = self._number("discount()", self.schedule.discount, staleness)
-        if not 0 <= found <= 1:
-            raise self._wrong("discount()", f"it returned {found!r}, not a number from 0 to 1")
-        return found
+        """Return ``Schedule.discount``, checked to be from 0 to 1."""
+        discount = self._number("discount()", self.schedule.discount, staleness)
+        if not 0 <= discount <= 1:
+            raise self._wrong("discount()", f"it returned {discount!r}, not a number from 0 to 1")
+        return discount
 
     def needed(self, state: State) -> int:
-        """See ``Schedule``."""
-        found = self._number("needed()", self.schedule.needed, state)
-        if found < 1 or found != int(found):
-            raise self._wrong("needed()", f"it returned {found!r}, not a number from 1")
-        return int(found)
+        """Return ``Schedule.needed``, checked to be a whole number of at least 1."""
+        needed = self._number("needed()", self.schedule.needed, state)
+        if needed < 1 or needed != int(needed):
+            raise self._wrong("needed()", f"it returned {needed!r}, not a whole number from 1")
+        return int(needed)
 
     def cohort(self, state: State) -> tuple[str, ...]:
-        """See ``Schedule``."""
+        """Return ``Schedule.cohort``, checked to name connected workers."""
         return self._workers("cohort()", self.schedule.cohort, state)
 
     def again(self, state: State) -> tuple[str, ...]:
-        """See ``Schedule``."""
+        """Return ``Schedule.again`` without the workers that have answered."""
         answered = {ticket.worker for ticket in state.received}
-        found = self._workers("again()", self.schedule.again, state)
-        return tuple(name for name in found if name not in answered)
+        names = self._workers("again()", self.schedule.again, state)
+        return tuple(name for name in names if name not in answered)
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
-        """See ``Schedule``; whoever has work already gets no other."""
-        found = self._workers("idle()", self.schedule.idle, state, worker)
-        return tuple(name for name in found if name not in state.asked)
+        """Return ``Schedule.idle`` without the workers that have work already."""
+        names = self._workers("idle()", self.schedule.idle, state, worker)
+        return tuple(name for name in names if name not in state.asked)
 
     def closes(self, state: State, now: float) -> bool:
-        """See ``Schedule``."""
+        """Return ``Schedule.closes`` as a bool."""
         return bool(_call(self._what, "closes()", self.schedule.closes, state, now))
 
     def wakeup(self, state: State) -> float:
-        """See ``Schedule``."""
+        """Return ``Schedule.wakeup``, checked to be a number."""
         return self._number("wakeup()", self.schedule.wakeup, state)
 
     @property
@@ -96,23 +96,23 @@ class GuardedSchedule(Schedule[State]):
         return _failed(self._what, where, why)
 
     def _number(self, where: str, function: Callable[..., Any], *on: Any) -> float:
-        found = _call(self._what, where, function, *on)
-        if not isinstance(found, int | float) or math.isnan(found):
-            raise self._wrong(where, f"it returned {found!r:.60}, not a number")
-        return found
+        value = _call(self._what, where, function, *on)
+        if not isinstance(value, int | float) or math.isnan(value):
+            raise self._wrong(where, f"it returned {value!r:.60}, not a number")
+        return value
 
     def _workers(
         self, where: str, function: Callable[..., Iterable[str]], state: State, *on: Any
     ) -> tuple[str, ...]:
-        found = tuple(_call(self._what, where, function, state, *on))
-        for name in found:
+        names = tuple(_call(self._what, where, function, state, *on))
+        for name in names:
             if name not in state.workers:
                 raise self._wrong(where, f"it named {name!r:.60}, but no such worker is connected")
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(names))
 
 
 def guarded_choice(name: str, choose: Choose) -> Choose:
-    """Return a rule of selection that raises ``TaskError`` where a user's raises anything."""
+    """Wrap a user's selection function so that any exception becomes a ``TaskError``."""
 
     def guarded(candidates: Sequence[Candidate], count: int, draw: Draw) -> tuple[str, ...]:
         return tuple(_call(f"selection {name}", "its call", choose, candidates, count, draw))

@@ -1,6 +1,6 @@
-"""A user's strategy, called with care: what it does wrong ends the run, and nothing else.
+"""Wraps a strategy: any error or invalid result ends the run.
 
-Nothing is acknowledged before its round is on disk, so that a run which ends here loses nothing.
+Ending the run loses nothing, because no update is acknowledged before its round is on disk.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import RunError, TaskError
-from fluffle_common.tensors.checkpoint import as_kept
+from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, same_form
+from fluffle_coordinator.service.hooks import read_only
 from fluffle_coordinator.strategy.base import (
     NO_TENSORS,
     Accounted,
@@ -30,11 +31,11 @@ _CALLERS = frozenset({__file__})
 
 @dataclass(frozen=True)
 class GuardedStrategy:
-    """A strategy in one round; every method raises ``TaskError`` for what the strategy does wrong.
+    """A strategy in one round; every method raises ``TaskError`` if the strategy fails.
 
     Args:
-        named: the strategy.
-        number: the round.
+        named: the strategy and its name.
+        number: the round, for messages.
     """
 
     named: NamedStrategy
@@ -42,88 +43,91 @@ class GuardedStrategy:
 
     @property
     def needs(self) -> Needs:
-        """What it asks of the coordinator."""
+        """What the strategy needs from the coordinator."""
         return self.named.strategy.needs
 
     @property
     def _trusted(self) -> bool:
-        """Whether it is ours: what it returns is sound, and a closer look would take its time."""
+        """Whether the strategy is built in; checking its results would only cost time."""
         return self.named.ours
 
     def init(self, weights: Weights) -> Any:
-        """Return the state that a run begins with."""
-        return self._call("init()", self.named.strategy.init, self._shown(weights))
+        """Return the state at the start of a run."""
+        return self._call("init()", self.named.strategy.init, self._protected(weights))
 
     def broadcast(self, state: Any) -> Weights:
-        """Return what travels beside the model: finite, in one piece, and nobody else's."""
-        found = self._call("broadcast()", self.named.strategy.broadcast, state)
-        if isinstance(found, Mapping) and not found:
+        """Return a copy of the tensors that travel with the model, checked to be finite."""
+        tensors = self._call("broadcast()", self.named.strategy.broadcast, state)
+        if isinstance(tensors, Mapping) and not tensors:
             return NO_TENSORS
         try:
-            _check_tensors(found)
-            check_finite(found)
+            _check_tensors(tensors)
+            check_finite(tensors)
         except ValueError as wrong:
             raise self._wrong(
                 "broadcast()", f"it returned tensors that cannot be sent: {wrong}"
             ) from None
-        return _own(found, found)
+        return _copied(tensors, tensors)
 
-    def fold(self, state: Any, one: Contribution) -> Any:
-        """Take one contribution in."""
+    def fold(self, state: Any, contribution: Contribution) -> Any:
+        """Return the state with one more contribution."""
         return self._call(
-            f"fold() of the update of {one.worker}", self.named.strategy.fold, state, one
+            f"fold() of the update of {contribution.worker}",
+            self.named.strategy.fold,
+            state,
+            contribution,
         )
 
     def finish(self, state: Any, weights: Weights) -> tuple[Weights, Any]:
-        """Close the round; the weights are of the model's form, finite, and in one piece."""
-        found = self._call("finish()", self.named.strategy.finish, state, self._shown(weights))
+        """Close the round; return the new weights and the state of the next round.
+
+        The weights of a user's strategy are checked (finite, with the model's names, shapes and
+        dtypes) and copied into one block of memory.
+        """
+        result = self._call("finish()", self.named.strategy.finish, state, self._protected(weights))
         if self._trusted:
-            new, emptied = found
-            return new, emptied
-        return self._sound(found, weights)
+            new, next_state = result
+            return new, next_state
+        return self._checked(result, weights)
 
     def dump(self, state: Any) -> Weights:
-        """Return what is to be kept of a state."""
-        found = self._call("dump()", self.named.strategy.dump, state)
-        if isinstance(found, Mapping) and not found:
+        """Return the part of a state that the checkpoint stores."""
+        tensors = self._call("dump()", self.named.strategy.dump, state)
+        if isinstance(tensors, Mapping) and not tensors:
             return NO_TENSORS
         try:
-            _check_tensors(found)
-            check_signature(as_kept(found))  # their names are longer there
+            _check_tensors(tensors)
+            check_signature(
+                add_strategy_prefix(tensors)
+            )  # the checkpoint puts a prefix before the names
         except ValueError as wrong:
             raise self._wrong(
                 "dump()", f"it returned a state that cannot be saved: {wrong}"
             ) from None
-        return {name: np.asarray(tensor) for name, tensor in found.items()}
+        return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
     def spent(self, number: int) -> dict[str, float]:
-        """Return what so many rounds cost of privacy; nothing if that is not counted."""
+        """Return epsilon and delta after ``number`` rounds; empty if they are not accounted for."""
         strategy = self.named.strategy
         if not isinstance(strategy, Accounted):
             return {}
-        found = self._call("spent()", strategy.spent, number)
-        return {name: float(found[name]) for name in ("epsilon", "delta") if name in found}
+        budget = self._call("spent()", strategy.spent, number)
+        return {name: float(budget[name]) for name in ("epsilon", "delta") if name in budget}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
-        """Return the state that was kept."""
-        shown = self._shown(weights)
-        return self._call("load()", self.named.strategy.load, saved, shown)
+        """Return the state that ``dump`` saved."""
+        return self._call("load()", self.named.strategy.load, saved, self._protected(weights))
 
-    def _shown(self, weights: Weights) -> Weights:
-        """Return weights as a user's strategy sees them: it cannot change them by mistake."""
-        if self._trusted:
-            return weights
-        shown = {name: tensor.view() for name, tensor in weights.items()}
-        for tensor in shown.values():
-            tensor.flags.writeable = False
-        return shown
+    def _protected(self, weights: Weights) -> Weights:
+        """Return the weights, as read-only views for a user's strategy."""
+        return weights if self._trusted else read_only(weights)
 
-    def _sound(self, found: Any, weights: Weights) -> tuple[Tensors, Any]:
+    def _checked(self, result: Any, weights: Weights) -> tuple[Tensors, Any]:
         try:
-            new, emptied = found
+            new, next_state = result
         except (TypeError, ValueError):
             raise self._wrong(
-                "finish()", f"it returned {type(found).__name__}, not (weights, state)"
+                "finish()", f"it returned {type(result).__name__}, not (weights, state)"
             ) from None
         try:
             _check_tensors(new)
@@ -131,12 +135,12 @@ class GuardedStrategy:
             check_finite(new)
         except ValueError as wrong:
             raise self._wrong("finish()", f"it returned an invalid model: {wrong}") from None
-        return _own(new, weights), emptied
+        return _copied(new, weights), next_state
 
     def _call(self, what: str, function: Callable[..., _T], *on: Any) -> _T:
         try:
             return function(*on)
-        except RunError:  # of the disk, when it keeps an update there
+        except RunError:  # the disk refused an update that the strategy keeps there
             raise
         except (Exception, SystemExit) as why:
             if not self._trusted:
@@ -150,24 +154,24 @@ class GuardedStrategy:
         )
 
 
-def _own(found: Weights, like: Weights) -> Tensors:
-    """Copy tensors into one piece of memory: the strategy may go on using its own."""
+def _copied(tensors: Weights, like: Weights) -> Tensors:
+    """Copy tensors into one block of memory, since the strategy may change its own later."""
     copy = layout_for(like).empty()
     for name, into in copy.items():
-        into[...] = found[name]
+        into[...] = tensors[name]
     return copy
 
 
-def _check_tensors(found: Any) -> None:
-    """Check that these are named arrays that a checkpoint can hold.
+def _check_tensors(value: Any) -> None:
+    """Check that a value is a mapping of names to arrays that a checkpoint can hold.
 
     Raises:
-        ValueError: naming what is wrong.
+        ValueError: if it is not.
     """
-    if not isinstance(found, Mapping):
-        raise ValueError(f"it is of type {type(found).__name__}, not a mapping of names to arrays")
-    check_signature(found)
-    for name, tensor in found.items():
-        if not isinstance(tensor, np.ndarray | np.generic):  # arithmetic makes () a scalar
+    if not isinstance(value, Mapping):
+        raise ValueError(f"it is of type {type(value).__name__}, not a mapping of names to arrays")
+    check_signature(value)
+    for name, tensor in value.items():
+        if not isinstance(tensor, np.ndarray | np.generic):  # arithmetic turns () into a scalar
             kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
             raise ValueError(f"tensor '{name}' is a {kind}, not a NumPy array; use np.asarray")

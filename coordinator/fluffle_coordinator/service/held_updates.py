@@ -1,13 +1,12 @@
-"""How much of what was received may wait in memory to be folded.
+"""Bounds the memory of the updates that were received but not folded yet.
 
-A broker bounds what it delivers in number, not in bytes. And the number cannot be small: an update
-stays unacknowledged until its round is on disk, so that a round of many workers needs as many, or
-it would wait for updates that the broker does not deliver before others are acknowledged.
+The broker limits unacknowledged deliveries by number (prefetch), not by bytes. The number cannot be
+small: updates stay unacknowledged until their round is on disk, so with a prefetch below the number
+of workers, a round would wait for updates that the broker does not deliver.
 
-So the number is the operator's (``max_workers``), and the bytes are bounded here: what comes while
-too much waits already keeps its place and loses its body; when there is room, it is given back to
-the broker, which delivers it again. An update that is folded has no body any more, and takes none
-of the room.
+So the prefetch follows ``max_workers``, and ``Room`` bounds the bytes. A delivery that does not fit
+is *parked*: its body is dropped, and once there is room it is returned to the broker, which
+delivers it again. A folded update has no body any more and uses no room.
 """
 
 from __future__ import annotations
@@ -22,40 +21,43 @@ from fluffle_coordinator.machine.effects import Fold
 
 @dataclass(eq=False)
 class Held:
-    """A delivery that carries tensors, with what is needed to use it and then let go of it."""
+    """An unacknowledged delivery with tensors, and the room that its body occupies.
+
+    ``how`` and ``into`` are set when it is to be folded: the machine's effect, and the round.
+    """
 
     delivery: Delivery
     message: Update | FirstWeights
     payload: memoryview
     room: Room | None = None
-    how: Fold | None = None  # how it is to be added to the sum
-    into: int = 0  # of this round
+    how: Fold | None = None
+    into: int = 0
     size_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Take room for it."""
+        """Occupy room for the body."""
         self.size_bytes = len(self.delivery.body)
         if self.room is not None:
             self.room.used_bytes += self.size_bytes
 
     def forget(self) -> None:
-        """Let go of the bytes; the delivery stays ours."""
+        """Drop the body and free its room; the delivery stays unacknowledged."""
         self.payload = memoryview(b"")
         self.delivery.body = b""
         self.free()
 
     def free(self) -> None:
-        """Take no room any more."""
+        """Free the room; a second call does nothing."""
         if self.room is not None:
             self.room.freed(self.size_bytes)
             self.room = None
 
 
 class Room:
-    """The room for what waits.
+    """A budget of bytes for the bodies of held updates.
 
     Args:
-        most_bytes: how much of it there is; one message is taken in any case.
+        most_bytes: the budget; a single larger message is admitted while nothing else is held.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -64,7 +66,7 @@ class Room:
         self._parked: deque[tuple[Delivery, int]] = deque()
 
     def park(self, delivery: Delivery) -> bool:
-        """Keep a delivery without its body where there is no room for it; return whether so."""
+        """Park a delivery if there is no room for its body; return whether it was parked."""
         size_bytes = len(delivery.body)
         if not self.used_bytes or self.used_bytes + size_bytes <= self._most_bytes:
             return False
@@ -73,7 +75,7 @@ class Room:
         return True
 
     def freed(self, size_bytes: int) -> None:
-        """Note that something waits no more; let as much be delivered again as there is room."""
+        """Return bytes to the budget, and give parked deliveries that fit back to the broker."""
         self.used_bytes -= size_bytes
         room = self._most_bytes - self.used_bytes
         while self._parked and (self._parked[0][1] <= room or not self.used_bytes):
@@ -84,5 +86,5 @@ class Room:
                 break
 
     def link_lost(self) -> None:
-        """Forget what is parked: all of it will be delivered again over another link."""
+        """Forget parked deliveries, because the broker delivers them again over the next link."""
         self._parked.clear()

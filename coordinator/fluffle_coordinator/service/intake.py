@@ -1,8 +1,8 @@
-"""The coordinator's ears: what workers send, checked, and turned into events of the machine.
+"""The intake: decodes and checks what workers send, and turns it into events of the machine.
 
-Signs of life and updates come over two queues. What is wrong with a message is settled here: it
-goes to the rejected queue with the reason, and no event comes of it. Updates are held, each under
-its handle, until the machine says what becomes of them.
+Signs of life and updates arrive in two queues. An invalid message is put into the rejected queue
+with the reason and never reaches the machine. An update is held, unacknowledged and under a handle,
+until the machine acknowledges or rejects it.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ from fluffle_common.transport.messaging import Route, check_user, send
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.aggregator import Aggregator
-from fluffle_coordinator.service.greetings import Greetings
 from fluffle_coordinator.service.held_updates import Held, Room
+from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 
-# How often the coordinator sends itself an echo: so it knows that it would hear a worker.
+# How often the coordinator sends itself an echo, which proves that it would hear a worker.
 _ECHO_EVERY_S = 1.0
-# What the machine knows of a worker by what it says of itself.
-_OF_A_WORKER = {
-    one.name for one in dataclasses.fields(rs.Worker)
+# The fields of a heartbeat that the machine keeps, apart from the model, which is no plain value.
+_WORKER_FIELDS = {
+    field.name for field in dataclasses.fields(rs.Worker)
 } & Heartbeat.model_fields.keys() - {"model"}
 
 
 class Intake:
-    """What comes in from the workers of a run.
+    """Receives the messages of a run's workers.
 
     Args:
-        settings: what the operator decided.
-        topology: the names on the broker.
-        task: what the run's task is called; empty lets the first worker say.
-        exchanges: who handles protocols in several phases.
-        aggregator: given the first weights.
-        outbox: where rejections, refusals and answers go out.
-        state: returns the machine's state of the moment.
-        post: given the events for the machine.
-        record: told what is refused.
+        settings: the operator's settings.
+        topology: the names of the federation's queues and exchanges.
+        task: the name of the run's task; if empty, the first worker names it.
+        exchanges: the handlers of multi-phase protocols.
+        aggregator: receives the first weights.
+        outbox: sends rejections, refusals and answers.
+        state: returns the machine's current state.
+        post: sends an event to the machine.
+        record: records a run event.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Intake:
         self._aggregator, self._outbox = aggregator, outbox
         self._state, self._post, self._record = state, post, record
         self._held: dict[rs.Handle, Held] = {}
-        self._room, self._greetings = Room(settings.max_held_bytes), Greetings()
+        self._room, self._hellos = Room(settings.max_held_bytes), HelloLimiter()
         self._session = uuid.uuid4().hex[:12]
         self._caught_up = asyncio.Event()
 
@@ -93,30 +93,35 @@ class Intake:
         return self._held[handle]
 
     def ack(self, handle: rs.Handle) -> None:
-        """Acknowledge an update, and let go of it."""
-        done = self._held.pop(handle, None)
-        if done is not None:
-            done.delivery.ack()
-            done.free()
-            self._aggregator.let_go(done)
+        """Acknowledge an update and stop holding it."""
+        held = self._held.pop(handle, None)
+        if held is not None:
+            held.delivery.ack()
+            held.free()
+            self._aggregator.drop(held)
 
     def reject(self, handle: rs.Handle, reason: str, cause: Cause) -> None:
-        """Put an update into the rejected queue, and let go of it."""
-        done = self._held.pop(handle, None)
-        if done is not None:
-            self._reject(done.delivery, MalformedMessage(reason, cause), done.message)
-            done.free()
+        """Put an update into the rejected queue and stop holding it."""
+        held = self._held.pop(handle, None)
+        if held is not None:
+            self._reject(held.delivery, MalformedMessage(reason, cause), held.message)
+            held.free()
 
     def link_opened(self) -> None:
-        """Note that nothing was heard over the new link yet."""
+        """Read no updates until the first echo over the new link has come back."""
         self._caught_up.clear()
 
     def link_lost(self) -> None:
-        """Forget what comes again over another link, without a body so far."""
+        """Forget parked deliveries, because the broker delivers them again."""
         self._room.link_lost()
 
     async def send_echoes(self, link: Link, number: int) -> None:
-        """Send echoes to ourselves, the way that signs of life come; see ``hearing``."""
+        """Send echoes through the presence queue to ourselves; ``machine.hearing`` says why.
+
+        Args:
+            link: the link.
+            number: its number, by which the machine recognises the echoes of this link.
+        """
         echo = Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
@@ -125,15 +130,15 @@ class Intake:
             await asyncio.sleep(min(_ECHO_EVERY_S, self._state().hearing_s / 2))
 
     async def consume_updates(self, link: Link, number: int) -> None:
-        """Read updates and the like over the link of this number."""
-        # First, who is here is heard: what an update may weigh depends on it.
+        """Read the updates queue over the link with this number."""
+        # Read all waiting presence first: how an update is judged depends on who is present.
         await self._caught_up.wait()
         prefetch = self._settings.max_workers + 100
         updates = await link.consume(self._topology.updates, prefetch=prefetch)
         await self._read_updates(updates, number)
 
     async def read_presence(self, deliveries: Any) -> None:
-        """Read signs of life, our own echoes among them."""
+        """Read signs of life and our own echoes."""
         message: Message | None
         async for delivery in deliveries:
             try:
@@ -142,7 +147,7 @@ class Intake:
                 )
                 self._check_sender(message, delivery)
                 if isinstance(message, Hello | Heartbeat):
-                    message = self._greetings.admit(message, monotonic())
+                    message = self._hellos.admit(message, monotonic())
                 if message is not None:
                     self._presence(message)
             except MalformedMessage as wrong:
@@ -153,7 +158,7 @@ class Intake:
                 delivery.ack()
 
     def _refuse_hello(self, delivery: Delivery, wrong: MalformedMessage) -> None:
-        """Answer a hello that could not be taken, perhaps one of another version."""
+        """Answer a hello that could not be decoded, for example of another protocol version."""
         hello = greeting(delivery.body, self._settings.federation)
         if hello is None or self._outbox.was_refused(hello):
             return
@@ -163,14 +168,13 @@ class Intake:
             except MalformedMessage:
                 return
         if hello.protocol == PROTOCOL:
-            code, reason = "malformed", f"the hello of worker {hello.worker} is malformed: {wrong}"
+            code = "malformed"
+            reason = f"the hello of worker {hello.worker} is malformed: {wrong}"
         else:
-            code, reason = (
-                "protocol",
-                (
-                    f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
-                    f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
-                ),
+            code = "protocol"
+            reason = (
+                f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
+                f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
             )
         self._record(run_events.Refused(worker=hello.worker, reason=reason))
         self._outbox.bind(hello.worker, hello.session, again=True)
@@ -186,11 +190,11 @@ class Intake:
                     name=message.worker,
                     last_seen=now,
                     model=message.model,
-                    **message.model_dump(include=_OF_A_WORKER),
+                    **message.model_dump(include=_WORKER_FIELDS),
                 )
                 self._post(ev.Seen(now, worker, isinstance(message, Hello)))
             case Echo(session=session, number=link):
-                if session == self._session:  # else of one that had this queue before
+                if session == self._session:  # otherwise from an earlier coordinator
                     self._post(ev.Echoed(now, link))
                     if link == self._state().link:
                         self._caught_up.set()
@@ -221,7 +225,7 @@ class Intake:
                 self._reject(delivery, wrong)
 
     def _check_sender(self, message: Any, delivery: Delivery) -> None:
-        """Compare who a message says it is of with who the broker says has sent it."""
+        """Check that a message comes from the broker user of the worker that it names."""
         worker = getattr(message, "worker", None)
         if self._settings.verify_users and worker is not None:
             check_user(worker, delivery)
@@ -237,9 +241,9 @@ class Intake:
                 about = message.run, message.round, ticket, message.num_examples
                 self._post(ev.Arrived(now, handle, *about, message.base))
             case Evaluation():
-                found = rs.Evaluated(message.num_examples, message.loss, message.metrics)
+                evaluated = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
-                self._post(ev.EvaluationArrived(now, *of, found, message.base))
+                self._post(ev.EvaluationArrived(now, *of, evaluated, message.base))
                 delivery.ack()
             case FirstWeights() if message.run == self._state().run:
                 self._first_weights(Held(delivery, message, payload, self._room), message.worker)
@@ -256,9 +260,9 @@ class Intake:
                 raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
 
     def _first_weights(self, held: Held, worker: str) -> None:
-        """Take the first weights from the worker that was asked, and from no other."""
+        """Accept first weights only from the worker that was asked for them."""
         if self._state().has_weights or self._state().init_asked is None:
-            held.delivery.ack()  # nobody is asked now; whoever will be sends them again
+            held.delivery.ack()  # not needed now; if they are later, the worker sends them again
         elif worker == self._state().init_asked:
             self._aggregator.take_first(held)
         else:

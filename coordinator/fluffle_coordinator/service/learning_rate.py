@@ -1,16 +1,16 @@
-"""The local learning rate from round to round."""
+"""Learning rate schedules: the workers' learning rate as a function of the round."""
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from fluffle_common.arguments import nearest
 from fluffle_common.errors import UsageError
 
-FORMS = {
+_FORMS = {
     "constant": "constant",
     "cosine": "cosine",
     "exponential": "exponential:FACTOR",
@@ -21,16 +21,16 @@ _OPTION = "--learning-rate-schedule"
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """By what a learning rate is multiplied in each round.
+    """A multiplier of the learning rate for each round.
 
-    ``cosine`` falls to almost nothing in the last round (Loshchilov and Hutter, ICLR 2017, without
-    restarts), ``exponential`` is multiplied by a factor after each round, ``step`` after every so
-    many rounds. A worker is told the rate of its round, whatever the schedule.
+    ``cosine`` anneals to almost 0 in the last round (Loshchilov and Hutter, ICLR 2017,
+    without restarts), ``exponential`` multiplies by a factor after each round, ``step`` after every
+    ``rounds`` rounds. The coordinator evaluates the schedule: the plan of a round carries the rate.
 
     Args:
-        kind: one of ``FORMS``.
+        kind: a key of ``_FORMS``.
         factor: above 0 and at most 1; for ``exponential`` and ``step``.
-        rounds: how many rounds a step lasts; for ``step``.
+        rounds: the number of rounds of a step; for ``step``.
 
     >>> schedule = LearningRateSchedule.parse("step:2,0.5")
     >>> [schedule.at(number, rounds=5, base=0.8) for number in (1, 2, 3, 4, 5)]
@@ -43,37 +43,32 @@ class LearningRateSchedule:
 
     @classmethod
     def parse(cls, text: str) -> LearningRateSchedule:
-        """Read a schedule as the command line has it.
+        """Parse a schedule in one of the ``_FORMS``.
 
         Raises:
-            UsageError: if it is none; naming what would be one.
+            UsageError: if it has none of these forms.
         """
-        kind, _, settings = text.partition(":")
-        if kind not in FORMS:
-            near = difflib.get_close_matches(kind, FORMS, n=1)
-            hint = f"did you mean {FORMS[near[0]]}? " if near else ""
+        kind, _, rest = text.partition(":")
+        if kind not in _FORMS:
             raise UsageError(
-                f"there is no schedule '{kind}' ({_OPTION}); {hint}known are "
-                f"{', '.join(FORMS.values())}"
+                f"there is no schedule '{kind}' ({_OPTION}); {nearest(kind, _FORMS.values())}"
             )
-        wrong = UsageError(
-            f"{_OPTION} is '{text}'; expected is {FORMS[kind]}, with a FACTOR above 0 and at most 1"
-        )
-        names = FORMS[kind].partition(":")[2]
-        parts = settings.split(",") if settings else []
-        if len(parts) != len(names.split(",") if names else []):
-            raise wrong
-        try:
-            factor = float(parts[-1]) if parts else 1.0
-            rounds = int(parts[0]) if len(parts) == 2 else 1
-        except ValueError:
-            raise wrong from None
-        if not 0 < factor <= 1 or not 1 <= rounds < 2**31:
-            raise wrong
-        return cls(kind, factor, rounds)
+        schedule = None
+        with contextlib.suppress(ValueError):
+            match kind, rest.split(",") if rest else []:
+                case "constant" | "cosine", []:
+                    schedule = cls(kind)
+                case "exponential", [factor]:
+                    schedule = cls(kind, float(factor))
+                case "step", [rounds, factor]:
+                    schedule = cls(kind, float(factor), int(rounds))
+        if schedule is None or not (0 < schedule.factor <= 1 and 1 <= schedule.rounds < 2**31):
+            limits = ", with a FACTOR above 0 and at most 1" * ("FACTOR" in _FORMS[kind])
+            raise UsageError(f"{_OPTION} is '{text}'; expected is {_FORMS[kind]}{limits}")
+        return schedule
 
     def __str__(self) -> str:
-        """Write it as ``parse`` reads it."""
+        """Return the text that ``parse`` reads."""
         settings = {"exponential": f":{self.factor:g}", "step": f":{self.rounds},{self.factor:g}"}
         return self.kind + settings.get(self.kind, "")
 
@@ -81,29 +76,33 @@ class LearningRateSchedule:
         """Return the learning rate of a round.
 
         Args:
-            number: of the round, from 1.
-            rounds: how many the run has.
+            number: the round, from 1.
+            rounds: the number of rounds of the run.
             base: the rate of the first round.
         """
-        gone = number - 1
-        multiplier: dict[str, Callable[[], float]] = {
-            "constant": lambda: 1.0,
-            "cosine": lambda: (1 + math.cos(math.pi * min(gone, rounds - 1) / rounds)) / 2,
-            "exponential": lambda: self.factor**gone,
-            "step": lambda: self.factor ** (gone // self.rounds),
-        }
-        # However many rounds: a plan's rate is above 0.
-        return max(base * multiplier[self.kind](), sys.float_info.min)
+        done = number - 1
+        match self.kind:
+            case "cosine":
+                multiplier = (1 + math.cos(math.pi * min(done, rounds - 1) / rounds)) / 2
+            case "exponential":
+                multiplier = self.factor**done
+            case "step":
+                multiplier = self.factor ** (done // self.rounds)
+            case _:
+                multiplier = 1.0
+        # A plan's rate must be above 0, even if the product underflows.
+        return max(base * multiplier, sys.float_info.min)
 
 
 CONSTANT = LearningRateSchedule()
 
 
 def schedule_of(text: str, learning_rate: float | None) -> LearningRateSchedule:
-    """Read a schedule, for a rate that the coordinator decides.
+    """Parse a schedule and check that it has a learning rate to multiply.
 
     Raises:
-        UsageError: if it is none, or if it needs a ``--learning-rate`` and there is none.
+        UsageError: if ``text`` is not a schedule, or a schedule other than ``constant`` is given
+            without ``--learning-rate``.
     """
     schedule = LearningRateSchedule.parse(text)
     if schedule != CONSTANT and learning_rate is None:

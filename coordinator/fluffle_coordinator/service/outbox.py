@@ -1,7 +1,7 @@
-"""What the coordinator publishes, one message after the other, in order.
+"""The outbox: publishes everything that the coordinator sends, one message at a time, in order.
 
-A publish that a lost link interrupts is dropped here: when the link is back, the round machine
-sends again whatever is still wanted.
+A publish that a lost link interrupts is dropped: once the link is back, the machine sends again
+what is still needed.
 """
 
 from __future__ import annotations
@@ -40,24 +40,25 @@ from fluffle_coordinator.strategy.base import NO_TENSORS
 if TYPE_CHECKING:
     from fluffle_coordinator.service.settings import CoordinatorSettings
 
-# How long the end of a run may wait for a broker that is away, so that the workers hear of it.
+# How long the end of a run waits for an unreachable broker to deliver the stop message.
 _STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
 _REASON_CHARACTERS = 1000
-_REFUSED_KEPT = 10_000
+_STOP_REASON_CHARACTERS = 2000
+_MAX_REFUSED = 10_000
 
 Job = Callable[[Link], Awaitable[None]]
 
 
 class Outbox:
-    """The one way out.
+    """Publishes the coordinator's messages.
 
     Args:
-        topology: where things go.
+        topology: the names of the federation's queues and exchanges.
         run: the run's id.
-        settings: the plan that goes with the work, among others.
-        link: the link of the moment, None where there is none.
-        a_link: returns a link, once there is one.
-        record: given what could not be sent.
+        settings: the operator's settings, which include the training plan.
+        link: returns the current link, or None while disconnected.
+        a_link: waits for a link and returns it.
+        record: records a run event.
     """
 
     def __init__(
@@ -73,17 +74,17 @@ class Outbox:
         self._topology, self._run, self._settings = topology, run, settings
         self._link, self._a_link, self._record = link, a_link, record
         self._plan = settings.whole_plan
-        # Of which weights, of what is broadcast with them, and what it is.
+        # The weights and broadcast tensors that were last prepared, and their digest.
         self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
-        self._refused: dict[tuple[str, str], None] = {}  # worker and session, told once
-        # The session of each worker whose queues were bound, over the link of the moment.
+        self._refused: dict[tuple[str, str], None] = {}  # (worker, session), in insertion order
+        # The session of each worker whose queues were bound over the link ``_bound_over``.
         self._bound: dict[str, str] = {}
         self._bound_over: Link | None = None
-        self._turns = SerialQueue()
-        self.run, self.drained = self._turns.run, self._turns.drained
+        self._jobs = SerialQueue()
+        self.run, self.drained = self._jobs.run, self._jobs.drained
 
     def _put(self, job: Job) -> None:
-        self._turns.put(lambda: self._do(job))
+        self._jobs.put(lambda: self._do(job))
 
     async def _do(self, job: Job) -> None:
         link = self._link()
@@ -91,20 +92,21 @@ class Outbox:
             if link is not None:
                 await job(link)
         except LinkLost:
-            pass  # said by whoever watches the link; the machine sends again
+            pass  # the coordinator reports it; the machine sends again
         except Unroutable:
-            pass  # the worker's inbox is gone, and so is the worker; the machine notices
+            pass  # the inbox expired with its worker; the machine notices the missing heartbeats
         except QueueFull as why:
             self._record(Waiting(reason=f"the broker has no room: {why}", what="room"))
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
-        """Put a delivery into the rejected queue with what is wrong, then acknowledge it."""
+        """Put a delivery into the rejected queue with the error, then acknowledge it."""
         self._put(lambda link: reject(link, delivery, wrong, self._topology.rejected))
 
     def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
-        """Begin to work out the digest of weights: once, for all whom they are sent to.
+        """Start to compute the digest of the weights and broadcast tensors, once per version.
 
-        None where they travel in one piece, together with what is broadcast beside them.
+        Returns:
+            The digest; None if they fit into one message, which needs none.
         """
         if size_bytes(weights) + size_bytes(extra) <= PART_BYTES:
             self._digest = None
@@ -114,9 +116,13 @@ class Outbox:
         return self._digest and self._digest[2]
 
     def bind(self, worker: str, session: str, *, again: bool) -> None:
-        """Bind a worker's own queues, before anything is sent to it.
+        """Bind a worker's inbox and outbox, which the worker itself has no permission to do.
 
-        It has no right to do it itself. ``again``: it may have made them anew.
+        Args:
+            worker: the worker.
+            session: its session.
+            again: bind even if this session was bound already, since the worker may have
+                redeclared its queues.
         """
         link = self._link()
         if link is not self._bound_over:
@@ -125,8 +131,8 @@ class Outbox:
             self._put(lambda over: self._bind(over, worker, session))
 
     async def _bind(self, link: Link, worker: str, session: str) -> None:
-        there = await link.bind(self._topology.bindings_of(worker))
-        if there and link is self._bound_over:  # else its next sign of life asks for it again
+        bound = await link.bind(self._topology.bindings_of(worker))
+        if bound and link is self._bound_over:  # otherwise the next sign of life tries again
             self._bound[worker] = session
 
     def perform(
@@ -136,21 +142,21 @@ class Outbox:
         weights: Weights | None,
         broadcast: Weights = NO_TENSORS,
     ) -> None:
-        """Send what an effect asks for.
+        """Send the message of an effect; effects without a message are ignored.
 
         Args:
             effect: the effect.
-            state: the machine's, of this moment.
-            weights: of this moment.
-            broadcast: what travels with them to those who are to train.
+            state: the machine's current state.
+            weights: the current model.
+            broadcast: the strategy's tensors that travel with the model to training workers.
         """
         federation, run = self._settings.federation, self._run
         job: Job
         match effect:
             case fx.Welcome(worker):
                 rounds = state.rules.rounds
-                hello = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
-                job = self._to(hello, [worker])
+                welcome = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
+                job = self._to(welcome, [worker])
             case fx.Refuse(worker, session, reason, code):
                 self.refuse(Greeting(PROTOCOL, worker, session), reason, code)
                 return
@@ -182,29 +188,29 @@ class Outbox:
                     run=run,
                     round=state.round - 1,
                     outcome=outcome,
-                    reason=reason[:2000],
+                    reason=reason[:_STOP_REASON_CHARACTERS],
                 )
-                self._turns.put(lambda: self._until_sent(self._to(stop, workers)))
+                self._jobs.put(lambda: self._until_sent(self._to(stop, workers)))
                 return
             case _:
                 return
         self._put(job)
 
-    def _verdict(self, on: fx.Judge) -> Verdict:
+    def _verdict(self, effect: fx.Judge) -> Verdict:
         return Verdict(
             federation=self._settings.federation,
             run=self._run,
-            round=on.round,
-            base=on.base,
-            sequence=on.ticket.sequence,
-            outcome=on.outcome,
-            cause=on.cause,
-            reason=on.reason[:_REASON_CHARACTERS],
-            train_again=on.train_again,
+            round=effect.round,
+            base=effect.base,
+            sequence=effect.ticket.sequence,
+            outcome=effect.outcome,
+            cause=effect.cause,
+            reason=effect.reason[:_REASON_CHARACTERS],
+            train_again=effect.train_again,
         )
 
     def _plan_of(self, state: rs.State) -> Plan:
-        """Return the plan of the open round, with the learning rate of that round."""
+        """Return the plan with the learning rate of the open round."""
         base, schedule = self._plan.learning_rate, self._settings.learning_rate_schedule
         if base is None or schedule == CONSTANT:
             return self._plan
@@ -212,13 +218,13 @@ class Outbox:
         return self._plan.model_copy(update={"learning_rate": rate})
 
     def exchange(self, sent: Sent, body: bytes) -> None:
-        """Send a message of a protocol in several phases."""
+        """Send a message of a multi-phase protocol."""
         route = Route(self._topology.work, sent.workers)
         if sent.workers:
             self._put(lambda link: send(link, sent.message, route, body))
 
     def refuse(self, to: Greeting, reason: str, code: str) -> None:
-        """Tell a worker that it is not in: once in each of its sessions, in its own version."""
+        """Send a refusal, in the worker's protocol version and once per session."""
         if not self.was_refused(to):
             refusal = Refusal(
                 federation=self._settings.federation,
@@ -229,24 +235,24 @@ class Outbox:
             self._put(self._refuse(refusal, to))
 
     def was_refused(self, to: Greeting) -> bool:
-        """Whether this session of a worker was told already."""
+        """Whether a refusal was sent to this session already."""
         return (to.worker, to.session) in self._refused
 
     async def _until_sent(self, job: Job) -> None:
-        """Send what nobody would ask for again: over the next link, if this one is lost."""
+        """Send a message that the machine does not repeat; if the link is lost, use the next."""
         try:
             async with asyncio.timeout(_STOP_PATIENCE_S):
                 while True:
                     try:
                         await job(await self._a_link())
                     except LinkLost:
-                        await asyncio.sleep(_STOP_PAUSE_S)  # the loss is noticed meanwhile
+                        await asyncio.sleep(_STOP_PAUSE_S)  # until the coordinator drops the link
                     else:
                         return
         except (TimeoutError, QueueFull):
             self._record(Untold(waited_s=_STOP_PATIENCE_S))
         except Unroutable:
-            pass  # all of their inboxes are gone
+            pass  # all inboxes have expired
 
     def _to(self, message: Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))
@@ -260,7 +266,7 @@ class Outbox:
             if who not in self._refused:
                 await send(link, refusal, route, body)
                 self._refused[who] = None
-                if len(self._refused) > _REFUSED_KEPT:
+                if len(self._refused) > _MAX_REFUSED:
                     del self._refused[next(iter(self._refused))]
 
         return once
@@ -272,7 +278,7 @@ class Outbox:
         workers: Sequence[str],
         extra: Weights = NO_TENSORS,
     ) -> Job:
-        """Send weights to all of them in one publish; the checkpoint is their durable copy."""
+        """Send weights to the workers in one publish; not durable, since a checkpoint exists."""
         assert weights is not None
         route = Route(self._topology.work, workers, durable=False)
         return lambda link: send_tensors(

@@ -1,4 +1,4 @@
-"""How a schedule is found: by its name and options, or as an object in a user's own file."""
+"""Loads the schedule and the selection that the options name, built in or from a user's file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarde
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
 _CALLERS = frozenset({__file__})
-_LATE_ROUNDS = 2  # of so many rounds late updates count, unless --max-staleness says otherwise
+_LATE_ROUNDS = 2  # the default --max-staleness of --late discount
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What the options say of how rounds follow each other; None: not given.
+    """The options that define the schedule; None means that the option was not given.
 
     Args:
         schedule: ``quorum``, ``buffered`` or ``path.py:name``.
-        buffer: how many updates make a version.
-        concurrency: how many workers train at a time at most.
-        max_staleness: how many versions old an update may be.
-        staleness: what part of its weight a stale update keeps.
-        late: what becomes of late updates of synchronous rounds.
+        buffer: the number of updates that make a version.
+        concurrency: the largest number of workers that train at a time.
+        max_staleness: the largest permitted staleness of an update, in versions.
+        staleness: the discount of a stale update's weight.
+        late: ``discard`` or ``discount``: the treatment of late updates in synchronous rounds.
     """
 
     schedule: str = "quorum"
@@ -42,11 +42,11 @@ class Timing:
 
 
 def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
-    """Return the schedule that the options name, and what it is called with its settings.
+    """Return the name of the schedule with its settings, and the schedule.
 
     Raises:
-        UsageError: where there is no such thing, or an option does not go with it.
-        TaskError: where a user's own code fails while it is loaded.
+        UsageError: if there is no such schedule, or an option does not apply to it.
+        TaskError: if a user's file fails to load.
     """
     name = timing.schedule
     stale = {"--max-staleness": timing.max_staleness, "--staleness": timing.staleness}
@@ -61,9 +61,9 @@ def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
             return name, QuorumRounds()
         oldest = _LATE_ROUNDS if timing.max_staleness is None else timing.max_staleness
         phi = timing.staleness or POLYNOMIAL
-        told = f"quorum:late=discount,max_staleness={oldest},staleness={phi}"
-        return told, QuorumRounds(max_staleness=oldest, phi=phi)
-    _refuse(stale, "is for fluffle's own schedules; your schedule decides this itself")
+        full_name = f"quorum:late=discount,max_staleness={oldest},staleness={phi}"
+        return full_name, QuorumRounds(max_staleness=oldest, phi=phi)
+    _refuse(stale, "applies to fluffle's own schedules; your schedule decides this itself")
     _refuse({"--late discount": discounts or None}, "goes with --schedule quorum")
     if ":" not in name:
         raise UsageError(
@@ -75,19 +75,19 @@ def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
 
 def _buffered(timing: Timing) -> tuple[str, Buffered]:
     _refuse({"--late discount": timing.late == "discount" or None}, "goes with --schedule quorum")
-    found = Buffered(concurrency=timing.concurrency, phi=timing.staleness or POLYNOMIAL)
-    found = Buffered(
-        found.buffer if timing.buffer is None else timing.buffer,
-        found.concurrency,
-        found.max_staleness if timing.max_staleness is None else timing.max_staleness,
-        found.phi,
+    options = {
+        "buffer": timing.buffer,
+        "concurrency": timing.concurrency,
+        "max_staleness": timing.max_staleness,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    schedule = Buffered(phi=timing.staleness or POLYNOMIAL, **given)
+    concurrency = "" if schedule.concurrency is None else f",concurrency={schedule.concurrency}"
+    full_name = (
+        f"buffered:buffer={schedule.buffer}{concurrency},max_staleness={schedule.max_staleness},"
+        f"staleness={schedule.phi}"
     )
-    most = "" if found.concurrency is None else f",concurrency={found.concurrency}"
-    return (
-        f"buffered:buffer={found.buffer}{most},max_staleness={found.max_staleness},"
-        f"staleness={found.phi}",
-        found,
-    )
+    return full_name, schedule
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:
@@ -97,43 +97,46 @@ def _refuse(options: dict[str, Any], why: str) -> None:
 
 
 def load_selection(text: str) -> Selection:
-    """Return the rule of selection that ``--select`` names.
+    """Return the selection that ``--select`` names.
 
     Raises:
-        ValueError: where there is none of this name.
-        UsageError: where a user's file has none.
-        TaskError: where a user's own code fails while it is loaded.
+        ValueError: if there is no built-in selection of this name.
+        UsageError: if the user's file has no such function.
+        TaskError: if the user's file fails to load.
     """
     where, _, _ = text.rpartition(":")
     if not where or text.startswith("fastest:"):
         return parse_selection(text)
     place = Place.parse("select", text)
-    found = place.load(_CALLERS)
-    if not callable(found) or isinstance(found, type):
+    function = place.load(_CALLERS)
+    if not callable(function) or isinstance(function, type):
         raise UsageError(
-            f"--select {text} names no function; it is given the candidates, how many to choose "
-            "and the draw, and returns their names (docs/schedules.md)"
+            f"--select {text} is not a function; a function of the candidates, the number to "
+            "choose and the draw is expected, which returns names (docs/schedules.md)"
         )
-    return Selection(place.called, guarded_choice(place.called, cast("Choose", found)))
+    return Selection(place.called, guarded_choice(place.called, cast("Choose", function)))
 
 
 def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
     place = Place.parse("schedule", name)
-    found = place.found(_CALLERS)
-    if isinstance(found, type):
+    schedule = place.found(_CALLERS)
+    if isinstance(schedule, type):
         raise UsageError(
-            f"--schedule {name} is a class, not a schedule; create an instance in the file, "
+            f"--schedule {name} is a class, not a schedule; create an instance in the file "
             "and name that"
         )
-    missing = [f"{one}()" for one in _METHODS if not callable(getattr(found, one, None))]
+    missing = [
+        f"{method}()" for method in _METHODS if not callable(getattr(schedule, method, None))
+    ]
     missing += [
-        f"{one} ({kind.__name__})"
-        for one, kind in (("max_staleness", int), ("continuous", bool))
-        if not isinstance(getattr(found, one, None), kind)
+        f"{field} ({kind.__name__})"
+        for field, kind in (("max_staleness", int), ("continuous", bool))
+        if not isinstance(getattr(schedule, field, None), kind)
     ]
     if missing:
         raise UsageError(
-            f"--schedule {name} is not a schedule: this {type(found).__name__} lacks "
+            f"--schedule {name} is not a schedule: this {type(schedule).__name__} lacks "
             f"{', '.join(missing)}; inherit from fluffle_coordinator.machine.schedule.Schedule"
         )
-    return place.called, GuardedSchedule(place.called, found, found.max_staleness, found.continuous)
+    guarded = GuardedSchedule(place.called, schedule, schedule.max_staleness, schedule.continuous)
+    return place.called, guarded

@@ -9,7 +9,7 @@ Job = Callable[[], Awaitable[None]]
 
 
 class SerialQueue:
-    """A queue of jobs and the one who does them."""
+    """An unbounded queue of jobs that ``run`` awaits one at a time."""
 
     def __init__(self) -> None:
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
@@ -17,16 +17,16 @@ class SerialQueue:
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was asked for is done."""
+        """Whether no job is waiting or running."""
         return not self._open
 
     def put(self, job: Job) -> None:
-        """Ask for a job."""
+        """Append a job."""
         self._open += 1
         self._jobs.put_nowait(job)
 
     async def run(self) -> None:
-        """Do one job after the other, for ever."""
+        """Run jobs until cancelled; an exception of a job propagates."""
         while True:
             job = await self._jobs.get()
             await job()
@@ -34,5 +34,5 @@ class SerialQueue:
             self._jobs.task_done()
 
     async def drained(self) -> None:
-        """Return when everything that was asked for is done."""
+        """Wait until all jobs are done."""
         await self._jobs.join()

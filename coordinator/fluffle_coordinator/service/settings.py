@@ -1,4 +1,4 @@
-"""What the operator decides of a coordinator."""
+"""The settings of a coordinator."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 @dataclass(frozen=True)
 class CoordinatorSettings:
-    """What the operator decided, besides the rules of the rounds.
+    """The operator's decisions about a run and its process.
 
     Args:
-        federation: whose queues to use.
-        rules: the rules of the rounds.
-        plan: what workers are told about training; ``whole_plan`` adds what is decided elsewhere.
+        federation: the name of the federation.
+        rules: the rules of the round machine.
+        plan: the training settings for workers; ``whole_plan`` adds those decided elsewhere.
         learning_rate_schedule: how the plan's learning rate changes from round to round.
-        strategy: how a round is averaged.
-        schedule: how rounds follow each other.
-        schedule_name: what that is called, with its settings.
-        classes: the classes that workers must have; None lets the first worker say.
-        init: a checkpoint to begin with; None asks a worker.
-        max_workers: the most updates that may be held unacknowledged, give or take a few; where
-            more workers answer, the next round's wait until those of the last are on disk.
-        max_held_bytes: how much of the updates may wait to be folded; see ``held_updates``.
-        max_model_bytes: the most that a model or an update may have.
-        verify_users: reject what a worker sends while logged in to the broker under another name
-            than its id.
-        keep_updates: keep every update that is counted, as it came.
-        hooks: what is called after each commit.
-        stopping: when the run has done enough, before all of its rounds.
-        backoff: how to wait for a broker that is away.
-        waiting_every_s: how often to say what is waited for.
+        strategy: how contributions become the next model.
+        schedule: when versions are made.
+        schedule_name: the schedule's name with its settings.
+        classes: the classes that workers must have; None takes those of the first worker.
+        init: a checkpoint to begin with; None requests first weights from a worker.
+        max_workers: the approximate limit of unacknowledged updates. If more workers answer, the
+            broker delivers the rest once a round is on disk.
+        max_held_bytes: the limit of the updates in memory that wait to be folded; see
+            ``held_updates``.
+        max_model_bytes: the limit of a model or an update.
+        verify_users: reject messages whose broker user differs from the worker's id.
+        keep_updates: store every counted update as it arrived.
+        hooks: the user's functions, called after each commit.
+        stopping: when to end the run before its last round.
+        backoff: how to wait for an unreachable broker.
+        waiting_every_s: the interval between reports of what the run waits for, in seconds.
     """
 
     federation: str

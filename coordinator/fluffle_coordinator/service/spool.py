@@ -1,8 +1,7 @@
-"""An update in parts, kept until all of it is checked: a little in memory, the rest in a file.
+"""Stores the parts of a large update until all are checked: 8 MiB in memory, the rest in a file.
 
-The sum of a round is only touched by what is known to be sound as a whole: in floating point, what
-was added cannot be taken back exactly. So the parts wait, and of a large update most of them on
-disk, where they take no memory that anything else needs.
+An update must be complete and valid before any of it is added to the sum, because floating-point
+addition cannot be undone exactly. So its parts have to wait, and a large update waits on disk.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import norm_of_piece
 
 _IN_MEMORY_BYTES = 8 * 2**20
-_PIECE_BYTES = 2**20  # of the file, read at a time: it stays in the processor's cache
+_PIECE_BYTES = 2**20  # read from the file at a time; fits into the processor's cache
 
 
 class SpoolFile:
-    """A file without a name, which serves one spool after the other.
+    """An unnamed temporary file, reused by one spool after another.
 
-    It is made when it is needed, and goes when nobody reads it any more, as a thread may.
+    It is created at the first write and closed with its last reference, which a thread may hold.
 
     Args:
-        folder: where it is; None: among the system's temporary files.
+        folder: the folder of the file; None uses the system's temporary folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -42,41 +41,43 @@ class SpoolFile:
         self._descriptor: int | None = None
 
     def write(self, start: int, payload: memoryview) -> None:
-        """Write to a place.
+        """Write at an offset.
 
         Raises:
-            OSError: where the disk refuses.
+            OSError: if the disk refuses.
         """
         if self._descriptor is None:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 self._descriptor = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._descriptor)
         while payload:
-            done = os.pwrite(self._descriptor, payload, start)
-            start, payload = start + done, payload[done:]
+            count = os.pwrite(self._descriptor, payload, start)
+            start, payload = start + count, payload[count:]
 
     def read(self, start: int, into: memoryview) -> None:
-        """Read what was written to a place.
+        """Fill a buffer from an offset.
 
         Raises:
-            OSError: where the disk refuses.
+            OSError: if the disk refuses.
         """
         assert self._descriptor is not None
         while into:
-            done = os.preadv(self._descriptor, [into], start)
-            if not done:
-                raise OSError("the file of the spool was cut off")
-            start, into = start + done, into[done:]
+            count = os.preadv(self._descriptor, [into], start)
+            if not count:
+                raise OSError("the spool file ends too early")
+            start, into = start + count, into[count:]
 
 
 class Spool(Incoming):
-    """The parts of one update; iterating yields its bytes in order, in pieces, once complete.
+    """The parts of one update; once complete, iterating yields its bytes in order, in pieces.
+
+    A piece is only valid until the next one, because pieces from the file share a buffer.
 
     Args:
-        transfer: what was announced.
-        max_bytes: the most that may be announced.
-        layout: how the tensors lie in it; all of one dtype.
-        file: for what is not kept in memory; no other spool uses it meanwhile.
+        transfer: the announced transfer.
+        max_bytes: the largest permitted transfer.
+        layout: the layout of the tensors, all of one dtype.
+        file: stores what exceeds the memory; no other spool may use it meanwhile.
     """
 
     def __init__(self, transfer: Transfer, max_bytes: int, layout: Layout, file: SpoolFile) -> None:
@@ -87,12 +88,12 @@ class Spool(Incoming):
         self._room_bytes = _IN_MEMORY_BYTES
         self._norms: dict[int, float | None] = {}
 
-    def _keep(self, start: int, payload: memoryview) -> None:
+    def _store(self, start: int, payload: memoryview) -> None:
         assert self._layout.dtype is not None
         vector = np.frombuffer(payload, self._layout.dtype)
         self._norms[start] = norm_of_piece(self._layout, vector, start // vector.itemsize)
         if len(payload) > self._room_bytes:
-            with contextlib.suppress(OSError):  # a disk that is full costs memory, not the update
+            with contextlib.suppress(OSError):  # if the disk is full, use memory instead
                 self._file.write(start, payload)
                 self._in_file[start] = len(payload)
                 return
@@ -100,16 +101,17 @@ class Spool(Incoming):
         self._room_bytes -= len(payload)
 
     def payload(self) -> InPieces:
-        """Return the tensors, once all parts are there.
+        """Return the tensors of a complete transfer, with their norm if every piece has one.
 
         Raises:
-            MalformedMessage: of cause ``tensors``, where they are not what was announced.
+            MalformedMessage: with cause ``tensors``, if the digest differs from the announced one.
         """
         self.check_digest()
         norms = [self._norms[start] for start in sorted(self._norms)]
-        whole = math.hypot(*[norm for norm in norms if norm is not None])
-        known = None if None in norms else min(whole, sys.float_info.max)
-        return InPieces(self._layout, self, known)
+        norm = math.hypot(*[part for part in norms if part is not None])
+        return InPieces(
+            self._layout, self, None if None in norms else min(norm, sys.float_info.max)
+        )
 
     def __iter__(self) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(_PIECE_BYTES if self._in_file else 0))

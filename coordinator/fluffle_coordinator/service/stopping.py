@@ -1,7 +1,7 @@
-"""When a run has done enough: at a target, without progress, or out of time. Pure.
+"""Early stopping: at a target, without progress, or out of time. Pure.
 
-What is monitored is a metric of the federated evaluation, which is there one round later, since
-workers evaluate what they are sent; or, as ``test/NAME``, of the coordinator's own test.
+The monitored metric comes from the federated evaluation, which follows one round later because
+workers evaluate the model that they are sent, or, as ``test/NAME``, from the coordinator's test.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_common.protocol.metric_names import TEST, lower_is_better
+from fluffle_common.protocol.metric_names import TEST_PREFIX, lower_is_better
 from fluffle_coordinator.storage.round_stats import seconds_of
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """What the operator decided; what is None is not asked.
+    """The rules of early stopping; a rule that is None does not apply.
 
     Args:
-        monitor: the metric that the others go by; the best model by it is kept. None is the loss,
-            and keeps none.
-        target: end the run when a model is this good.
-        patience: end the run when the best model is so many rounds old.
-        time_budget_s: end the run when its rounds have taken so long, also before a restart.
+        monitor: the metric that decides, and by which the best model is kept. None decides by the
+            loss and keeps no best model.
+        target: end the run when a model reaches this value.
+        patience: end the run when the best model is this many rounds old.
+        time_budget_s: end the run when its rounds, including those before a restart, took this
+            many seconds.
     """
 
     monitor: str | None = None
@@ -34,7 +35,7 @@ class Stopping:
 
     @property
     def metric(self) -> str:
-        """The metric that is gone by."""
+        """The name of the metric that decides."""
         return self.monitor or "loss"
 
 
@@ -42,11 +43,11 @@ NO_STOPPING = Stopping()
 
 
 class Standing:
-    """How far a run has come, by what its operator monitors.
+    """The progress of a run by its monitored metric.
 
     Args:
-        stopping: what the operator decided.
-        lines: of the run's history so far.
+        stopping: the rules.
+        lines: the lines of the run's history so far.
 
     Example:
         >>> standing = Standing(Stopping("accuracy", patience=2))
@@ -68,11 +69,11 @@ class Standing:
                 self.took(line["timings"])
 
     def took(self, timings: Mapping[str, float]) -> None:
-        """Count the time of a round."""
+        """Add the time of a round."""
         self._seconds += seconds_of(timings)
 
     def note(self, number: int, metrics: Mapping[str, Any]) -> None:
-        """Take note of what is known of a round's model."""
+        """Compare the metrics of a round's model with the best so far."""
         value = metrics.get(self._stopping.metric)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return
@@ -81,16 +82,16 @@ class Standing:
             self.best, self._value = number, value
 
     def missing(self, metrics: Mapping[str, Any]) -> str | None:
-        """Say that these metrics are without the one that is asked for."""
+        """Return a warning if the metrics lack the monitored one, which should be among them."""
         rules, name = self._stopping, self._stopping.metric
-        asked = (rules.monitor, rules.target, rules.patience) != (None, None, None)
-        of_a_test = any(one.startswith(TEST) for one in metrics)
-        if not asked or name in metrics or name.startswith(TEST) != of_a_test:
+        monitored = (rules.monitor, rules.target, rules.patience) != (None, None, None)
+        of_a_test = any(metric.startswith(TEST_PREFIX) for metric in metrics)
+        if not monitored or name in metrics or name.startswith(TEST_PREFIX) != of_a_test:
             return None
         return f"no round has the metric '{name}' (--monitor); known are {', '.join(metrics)}"
 
     def enough(self) -> str:
-        """Return why no further round is wanted; empty if one is."""
+        """Return the reason to end the run; empty to continue."""
         rules, name = self._stopping, self._stopping.metric
         if self.best is not None:
             of = f"{self._value:.4f}, of round {self.best}"

@@ -1,4 +1,4 @@
-"""How a strategy is found: by its name, or as an object in a user's own file."""
+"""Loads a strategy, by its name or from a user's file, and fits the run's rules to its needs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ _CALLERS = frozenset({__file__})
 
 
 def load_strategy(name: str) -> NamedStrategy:
-    """Find what ``--strategy`` names: parts by their names, ``path.py:name`` or ``module:name``.
+    """Return the strategy that ``--strategy`` names.
+
+    Args:
+        name: the names of parts, an installed strategy's name, ``path.py:name`` or ``module:name``.
 
     Raises:
-        UsageError: where there is no such thing, or it is no strategy.
-        TaskError: where its own code fails while it is loaded.
+        UsageError: if there is no such object, or it is not a strategy.
+        TaskError: if its code fails to load.
     """
     if is_name(name):
         try:
@@ -49,63 +52,59 @@ def load_strategy(name: str) -> NamedStrategy:
 
 
 def _by_name(name: str) -> Any:
-    found = installed(_GROUP)
-    if name in found:
-        return load_installed("strategy", found[name], _CALLERS)
-    known = {*PARTS, *found}
+    entry_points = installed(_GROUP)
+    if name in entry_points:
+        return load_installed("strategy", entry_points[name], _CALLERS)
+    known = {*PARTS, *entry_points}
     raise UsageError(
         f"there is no strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
         "'fluffle strategies' explains them, and path.py:name takes one from a file of your own"
     )
 
 
-def _checked(name: str, found: Any) -> Any:
-    """Return a strategy that has all that one has.
+def _checked(name: str, value: Any) -> Any:
+    """Return ``value`` if it has the methods and needs of a strategy.
 
     Raises:
-        UsageError: naming what is missing.
+        UsageError: if it is a class or lacks some of them.
     """
     attribute = name.rpartition(":")[2]
-    if isinstance(found, type):
+    if isinstance(value, type):
         raise UsageError(
             f"--strategy {name} is a class, not a strategy; create an instance in the file, "
             f"such as my_{attribute.lower()} = {attribute}(), and name that"
         )
-    missing = [f"{one}()" for one in _METHODS if not callable(getattr(found, one, None))]
-    if not isinstance(getattr(found, "needs", None), Needs):
+    missing = [f"{method}()" for method in _METHODS if not callable(getattr(value, method, None))]
+    if not isinstance(getattr(value, "needs", None), Needs):
         missing.append("needs (a Needs object)")
     if missing:
-        of = type(found).__name__
-        hint = "; if it makes one, call it there and name what it returns" * (of == "function")
+        kind = type(value).__name__
+        hint = "; if it makes one, call it there and name what it returns" * (kind == "function")
         raise UsageError(
-            f"--strategy {name} is not a strategy: this {of} lacks {', '.join(missing)}; "
+            f"--strategy {name} is not a strategy: this {kind} lacks {', '.join(missing)}; "
             f"pipeline() makes one that has them{hint}"
         )
-    return found
+    return value
 
 
 def rules_for(
     named: NamedStrategy, rules: Rules, schedule_name: str = "quorum", schedule: object = None
 ) -> Rules:
-    """Return the rules of a run, so that its strategy gets what it needs.
+    """Return the rules of a run, changed so that its strategy gets what it needs.
 
-    Where the operator asks for fewer workers or updates than that, they are raised: those are the
-    fewest. A quorum that is a number is how many updates close a round, and is refused instead. The
-    rounds are as many as the strategy allows. A strategy with a rate decides who is asked.
+    The minimum numbers of workers and updates are raised to the strategy's, and the number of
+    rounds is limited to the strategy's. A strategy with a sampling rate decides who is asked. An
+    explicit ``--quorum`` or ``--buffer`` below the strategy's minimum is an error.
 
     Raises:
-        UsageError: naming what the strategy does not get, and the remedy.
+        UsageError: if the strategy cannot get what it needs.
     """
     needs: Needs = named.strategy.needs
-    not_yet = {
-        f"at least {needs.min_examples} examples a round": needs.min_examples > 1,
-    }
-    for what, wanted in not_yet.items():
-        if wanted:
-            raise UsageError(
-                f"the strategy {named.name} needs {what}, which this version does not offer; "
-                "choose another with --strategy"
-            )
+    if needs.min_examples > 1:
+        raise UsageError(
+            f"the strategy {named.name} needs at least {needs.min_examples} examples a round, "
+            "which this version does not offer; choose another with --strategy"
+        )
     try:
         Plan(extra=needs.extra)
     except ValidationError:
@@ -119,7 +118,7 @@ def rules_for(
             f"the strategy {named.name} needs {fewest} updates a round, and --quorum {quorum} "
             f"closes it with {quorum}; give --quorum {fewest} or more, or all"
         )
-    buffer = getattr(schedule, "buffer", fewest)  # of asynchronous rounds
+    buffer = getattr(schedule, "buffer", fewest)  # only Buffered has one
     if buffer < fewest:
         raise UsageError(
             f"the strategy {named.name} needs {fewest} updates a version, and --buffer {buffer} "
@@ -143,65 +142,66 @@ def _check_once(named: NamedStrategy, rules: Rules, schedule_name: str) -> None:
     if schedule_name != "quorum":
         raise UsageError(
             f"the strategy {named.name} needs synchronous rounds that discard late updates, "
-            f"and not the schedule {schedule_name}; leave --schedule and --late out"
+            f"not the schedule {schedule_name}; remove --schedule and --late"
         )
     if rules.max_norm_ratio is not None:
         raise UsageError(
-            f"the strategy {named.name} cannot have --max-norm-ratio, by which one update decides "
-            "whether another counts; leave it out: the strategy clips"
+            f"the strategy {named.name} does not allow --max-norm-ratio, because one update would "
+            "then decide whether another counts; remove it: the strategy clips"
         )
 
 
 def _sampled(named: NamedStrategy, rules: Rules, rate: float) -> Rules:
-    """Return the rules of a run whose rounds ask each worker with a chance of its own."""
-    whole = Quorum()
-    wrong = {
+    """Return the rules of a run that samples each worker independently (Poisson sampling)."""
+    conflicts = {
         f"--select {rules.selection.name}": rules.selection not in (UNIFORM, POISSON),
         f"--fraction {rules.fraction:g}": rules.fraction not in (1.0, rate),
         f"--sample {rules.sample}": rules.sample is not None,
         f"--over-provision {rules.over_provision:g}": rules.over_provision > 1,
-        f"--quorum {rules.quorum.number or rules.quorum.fraction:g}": rules.quorum != whole,
+        f"--quorum {rules.quorum.number or rules.quorum.fraction:g}": rules.quorum != Quorum(),
     }
-    for option in (one for one, given in wrong.items() if given):
-        raise UsageError(
-            f"the strategy {named.name} needs rounds that ask each worker with the chance {rate:g} "
-            f"and wait for all of those, and not {option}; leave it out, or leave out rate"
-        )
+    for option, conflicting in conflicts.items():
+        if conflicting:
+            raise UsageError(
+                f"the strategy {named.name} asks each worker with probability {rate:g} and waits "
+                f"for all that were asked, which {option} contradicts; remove that option, or the "
+                "strategy's rate"
+            )
     return replace(rules, selection=POISSON, fraction=rate, least=1)
 
 
 def uncounted_sampling(named: NamedStrategy, rules: Rules) -> Iterator[str]:
-    """Yield what to tell of a private run whose rounds are samples that nobody accounts for."""
+    """Yield a note if a private run samples workers without counting that in its epsilon."""
     strategy = named.strategy
     if not rules.samples or strategy.needs.rate is not None:
         return
     if isinstance(strategy, Accounted) and strategy.spent(1):
         yield (
-            "epsilon is told as if every worker were in every round; give rate=… to the strategy "
-            f"{named.name} to count the sampling"
+            "epsilon is computed as if every worker took part in every round; give rate=… to the "
+            f"strategy {named.name} to account for the sampling"
         )
 
 
 def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
-    """Check that a run goes on with the strategy that it was made with.
+    """Check that a run continues with its own strategy.
 
     Raises:
-        UsageError: where this is another one.
+        UsageError: if the strategy is another one.
     """
     if saved.committed and saved.strategy != named.name:
         raise UsageError(
-            f"the run in {folder} was made with the strategy {saved.strategy} up to round "
+            f"the run in {folder} used the strategy {saved.strategy} up to round "
             f"{saved.committed}, and this command names {named.name}; give --strategy "
-            f"{saved.strategy} to go on with it, or --fresh to begin a new run"
+            f"{saved.strategy} to continue it, or --fresh to begin a new run"
         )
 
 
 def as_named(given: str | Strategy[Any]) -> NamedStrategy:
-    """Return a strategy that is given by its name, see ``load_strategy``, or as an object.
+    """Return the named strategy for a name, as in ``load_strategy``, or for an object.
 
     Raises:
-        UsageError: where it is none.
-        TaskError: where its own code fails while it is loaded.
+        UsageError: if it is not a strategy.
+        TaskError: if its code fails to load.
     """
     if isinstance(given, str):
         return load_strategy(given)

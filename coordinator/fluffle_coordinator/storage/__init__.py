@@ -1,1 +1,1 @@
-"""The folder of a run: checkpoints, history, kept updates, and their replay."""
+"""The run folder: checkpoints, the history, archived updates, and their replay."""

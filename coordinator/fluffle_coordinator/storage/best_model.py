@@ -1,4 +1,4 @@
-"""The best model of a run so far, under a name of its own beside the checkpoints."""
+"""The run's best model so far, as ``best.safetensors`` in the run folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ BEST_NAME = "best.safetensors"
 
 
 def keep_best(folder: Path, number: int) -> None:
-    """Let ``best.safetensors`` be the checkpoint of this round.
+    """Make ``best.safetensors`` the checkpoint of this round.
 
     Raises:
-        OSError: where the disk refuses; the file is as it was.
+        OSError: if it cannot be written; the earlier file is then unchanged.
     """
-    beside = folder / f"{BEST_NAME}.partial"
-    beside.unlink(missing_ok=True)
+    partial = folder / f"{BEST_NAME}.partial"
+    partial.unlink(missing_ok=True)
     checkpoint = folder / checkpoint_name(number)
     try:
-        os.link(checkpoint, beside)  # a checkpoint is never written again
-    except OSError:  # a file system without links
-        shutil.copyfile(checkpoint, beside)
-    os.replace(beside, folder / BEST_NAME)
+        os.link(checkpoint, partial)  # safe, since a checkpoint is never written to again
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(checkpoint, partial)
+    os.replace(partial, folder / BEST_NAME)

@@ -1,7 +1,7 @@
-"""A round's average computed again from the updates that were kept, and compared bit by bit.
+"""Replay: a round's model computed again from its archived updates, and compared bit by bit.
 
-The same checks and the same strategy as in the coordinator, in the same order; and for federated
-averaging, as a second opinion that shares no code with it, the average as NumPy has it.
+A replay uses the coordinator's checks and strategy, and the same order of updates. For federated
+averaging, there is also a second opinion: the average by NumPy, which shares no code with ours.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two tensors of one form are apart.
+    """How far apart two tensors of the same shape and dtype are.
 
     Args:
-        equal: every bit is the same.
+        equal: whether all bits are equal.
         different: how many values differ in any bit.
-        largest: the largest absolute difference; infinite where a value is not finite.
-        ulps: the most representable values that lie between two values, plus one; of integers,
-            the largest difference.
+        largest: the largest absolute difference; infinite if a value is not finite.
+        ulps: the largest difference in units in the last place; of integers, the largest
+            difference.
     """
 
     equal: bool
@@ -50,9 +50,9 @@ class Distance:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a replayed round, compared with the checkpoint.
+    """A tensor of a replayed round, compared with the checkpoint.
 
-    ``second_opinion`` is None where the strategy is not ``fedavg``: there is no other way to it.
+    ``second_opinion`` is None unless the strategy is ``fedavg``.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Replay:
-    """A replayed round; ``participants`` in the order of the sum."""
+    """A replayed round; ``participants`` are in the order in which they were summed."""
 
     run: str
     round: int
@@ -74,62 +74,62 @@ class Replay:
 
     @property
     def equal(self) -> bool:
-        """Whether what was committed is, bit by bit, what the kept updates give."""
+        """Whether the archived updates give the committed model bit by bit."""
         return all(tensor.replayed.equal for tensor in self.tensors)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything, as JSON can hold it."""
-        told = asdict(self)
-        told["participants"] = [
+        """Return all fields as a JSON object."""
+        fields = asdict(self)
+        fields["participants"] = [
             {"worker": worker, "num_examples": examples} for worker, examples in self.participants
         ]
-        for tensor in told["tensors"]:
+        for tensor in fields["tensors"]:
             for distance in (tensor["replayed"], tensor["second_opinion"]):
                 if distance and math.isinf(distance["largest"]):
                     distance["largest"] = None  # JSON has no infinity
-        return {"equal": self.equal, **told}
+        return {"equal": self.equal, **fields}
 
 
 def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
-    """Return the name of the strategy that made a round, and the file that it came from.
+    """Return the name of the strategy that made a round, and the file that it came from, if any.
 
     Raises:
-        UsageError: where the round is not committed.
+        UsageError: if the round is not committed.
     """
-    name = _committed_by(_committed_line(run, number))
+    name = _strategy_name(_committed_line(run, number))
     file = None
-    for one in _configurations(run, number):
-        if one.get("strategy") == name:
-            file = one.get("strategy_file")
+    for configuration in _configurations(run, number):
+        if configuration.get("strategy") == name:
+            file = configuration.get("strategy_file")
     return name, file
 
 
 def _configurations(run: Path, number: int) -> list[dict[str, Any]]:
-    """Return how the run was configured up to a round, the last time last."""
+    """Return the run's configurations up to a round, the one of that round last."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((run / "run.json").read_text())["configurations"]
-        return [one for one in found if one["from_round"] <= number]
+        configurations = json.loads((run / "run.json").read_text())["configurations"]
+        return [one for one in configurations if one["from_round"] <= number]
     return []
 
 
 def _plan(run: Path, number: int, strategy: Strategy[Any]) -> Plan:
-    """Return which tensors the workers were asked for in a round."""
+    """Return the plan of a round, as far as it says which tensors workers send."""
     train = None
-    for one in _configurations(run, number):
-        train = one.get("plan", {}).get("train")
+    for configuration in _configurations(run, number):
+        train = configuration.get("plan", {}).get("train")
     return Plan(train=train, extra=strategy.needs.extra)
 
 
 def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
-    """Compute the average of a round again.
+    """Compute the model of a round again, and compare it with the checkpoint.
 
     Args:
-        run: the run's folder.
+        run: the run folder.
         number: the round, from 1.
-        strategy: the one that made it; see ``strategy_of``.
+        strategy: the strategy that made it; see ``strategy_of``.
 
     Raises:
-        UsageError: where something that it takes is missing or is not what was counted.
+        UsageError: if a file is missing, or is not the one that was counted.
     """
     line = _committed_line(run, number)
     participants = line["participants"]
@@ -143,20 +143,20 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     committed, _ = read_checkpoint(run / line.get("checkpoint", checkpoint_name(number)))
     plan = _plan(run, number, strategy)
     contributions = [
-        _kept(update_path(run, number, place, one["worker"]), line, one, base, plan)
-        for place, one in enumerate(participants, start=1)
+        _archived(update_path(run, number, place, who["worker"]), line, who, base, plan)
+        for place, who in enumerate(participants, start=1)
     ]
-    state = strategy.init(base) if number == 1 else strategy.load(before.kept, base)
+    state = strategy.init(base) if number == 1 else strategy.load(before.strategy_state, base)
     for contribution in contributions:
         state = strategy.fold(state, contribution)
     replayed, _ = strategy.finish(state, base)
-    averages = _committed_by(line) == FEDAVG.name
+    averages = _strategy_name(line) == FEDAVG.name
     opinion = _second_opinion(base, contributions) if averages else None
     return Replay(
         run=str(line.get("run", "")),
         round=number,
         checkpoint=checkpoint_name(number),
-        participants=tuple((one["worker"], one["num_examples"]) for one in participants),
+        participants=tuple((who["worker"], who["num_examples"]) for who in participants),
         tensors=_compared(committed, replayed, opinion),
     )
 
@@ -173,49 +173,49 @@ def _committed_line(run: Path, number: int) -> dict[str, Any]:
     return committed[number]
 
 
-def _committed_by(line: Mapping[str, Any]) -> str:
+def _strategy_name(line: Mapping[str, Any]) -> str:
     return str(line.get("strategy", FEDAVG.name))
 
 
-def _kept(
+def _archived(
     path: Path,
     line: Mapping[str, Any],
     participant: Mapping[str, Any],
     base: Weights,
     plan: Plan,
 ) -> Contribution:
-    """Read a kept update as the coordinator read it when it came."""
+    """Read an archived update as the coordinator read it when it arrived."""
     worker = participant["worker"]
     try:
         body, payload = read_update(path)
     except FileNotFoundError:
         raise UsageError(f"the update of {worker} is missing: there is no {path}") from None
-    except OSError as why:
+    except OSError as error:
         raise UsageError(
-            f"the update of {worker} cannot be read: {path} ({why.strerror})"
+            f"the update of {worker} cannot be read: {path} ({error.strerror})"
         ) from None
     try:
-        message, inside = decode(body)
+        message, inline = decode(body)
         if not isinstance(message, Update):
             raise MalformedMessage(f"a message of kind {message.kind} is no update")
-        # It may say more examples than it was counted with.
+        # An update may claim more examples than it was counted with.
         num_examples = min(message.num_examples, participant["num_examples"])
-        # A stale one was trained from an earlier round's weights.
+        # A stale update names the earlier round that it was trained from.
         number = message.round + participant.get("staleness", 0)
-        found = (message.run, number, message.worker, num_examples)
+        archived = (message.run, number, message.worker, num_examples)
         counted = (line["run"], line["round"], worker, participant["num_examples"])
-        if found != counted:
-            raise MalformedMessage(f"(run, round, worker, examples) is {found}, not {counted}")
+        if archived != counted:
+            raise MalformedMessage(f"(run, round, worker, examples) is {archived}, not {counted}")
         if message.transfer is not None and payload is None:
             missing = path.with_suffix(".payload")
             raise UsageError(
                 f"the update of {worker} is missing its tensors: there is no {missing}"
             )
-        payload = inside if payload is None else payload
+        payload = inline if payload is None else payload
         delta, _ = decode_contribution(message, payload, base, plan)
         extra = decode_extra(message, payload, base, plan)
-    except MalformedMessage as wrong:
-        raise UsageError(f"{path} is not the update that was counted: {wrong}") from None
+    except MalformedMessage as error:
+        raise UsageError(f"{path} is not the update that was counted: {error}") from None
     return Contribution(
         worker=worker,
         num_examples=participant["num_examples"],
@@ -228,37 +228,34 @@ def _kept(
 
 
 def _second_opinion(base: Weights, contributions: Sequence[Contribution]) -> Callable[[str], Array]:
-    """Return what gives the average of one tensor, by other means than ``fedavg``."""
-    deltas = [one.delta for one in contributions]
-    examples = [one.num_examples for one in contributions]
-    weights = [one.weight for one in contributions]
+    """Return a function that averages one tensor, by its name, without the code of ``fedavg``."""
+    deltas = [contribution.delta for contribution in contributions]
+    examples = [contribution.num_examples for contribution in contributions]
+    weights = [contribution.weight for contribution in contributions]
 
     def average(name: str) -> Array:
         dtype = base[name].dtype
         if dtype.kind in "iu":
             return _exactly(base[name], [delta[name] for delta in deltas], examples)
-        # Halved so often that no sum is beyond the end of float64.
-        several = [np.ldexp(delta[name].astype(np.float64), -64) for delta in deltas]
-        with np.errstate(over="ignore", invalid="ignore"):  # beyond the ends of the dtype
-            mean = np.ldexp(np.average(several, axis=0, weights=weights), 64)
+        # Scaled by 2**-64 so that no sum overflows float64.
+        scaled = [np.ldexp(delta[name].astype(np.float64), -64) for delta in deltas]
+        with np.errstate(over="ignore", invalid="ignore"):  # the dtype may overflow
+            mean = np.ldexp(np.average(scaled, axis=0, weights=weights), 64)
             return np.asarray(base[name] + mean).astype(dtype)
 
     return average
 
 
 def _exactly(base: Array, deltas: Sequence[Array], examples: Sequence[int]) -> Array:
-    """Average integers as Python does, in as many digits as it takes."""
+    """Average integers in Python's exact arithmetic."""
     limits, count = np.iinfo(base.dtype), sum(examples)
-    averaged = [
-        min(
-            max(round(Fraction(sum(map(mul, examples, learnt)), count) + old), limits.min),
-            limits.max,
-        )
-        for old, *learnt in zip(
-            base.ravel().tolist(), *(d.ravel().tolist() for d in deltas), strict=True
-        )
-    ]
-    return np.array(averaged, base.dtype).reshape(base.shape)
+
+    def average(old: int, *changes: int) -> int:
+        exact = round(Fraction(sum(map(mul, examples, changes)), count) + old)
+        return min(max(exact, limits.min), limits.max)
+
+    columns = (tensor.ravel().tolist() for tensor in (base, *deltas))
+    return np.array(list(map(average, *columns)), base.dtype).reshape(base.shape)
 
 
 def _compared(
@@ -281,7 +278,7 @@ def _compared(
 
 
 def distance(one: Array, other: Array) -> Distance:
-    """Say how far two tensors of the same shape and dtype are apart.
+    """Return how far apart two tensors of the same shape and dtype are.
 
     >>> distance(np.array([1.0, 2.0]), np.array([1.0, np.nextafter(2.0, 3.0)]))
     Distance(equal=False, different=1, largest=4.440892098500626e-16, ulps=1)
@@ -300,7 +297,7 @@ def distance(one: Array, other: Array) -> Distance:
 
 
 def _ordered(tensor: Array) -> Array:
-    """Map values to unsigned integers in their order, so that neighbours are one apart."""
+    """Map values to unsigned integers in the same order, in which neighbours differ by one."""
     bits = np.ascontiguousarray(tensor).reshape(-1)
     unsigned: Array = bits.view(np.dtype(f"u{tensor.dtype.itemsize}"))
     ordered = unsigned
@@ -308,6 +305,6 @@ def _ordered(tensor: Array) -> Array:
     if tensor.dtype.kind == "i":
         ordered = unsigned ^ top
     elif is_float(tensor.dtype):
-        # A sign and a magnitude: the negative ones run backwards, and -0 is just below 0.
+        # Floats are sign and magnitude: negative ones are in reverse order, and -0 is next to 0.
         ordered = np.where(unsigned & top, ~unsigned, unsigned | top)
     return ordered

@@ -1,4 +1,4 @@
-"""What the history tells of a round besides its average: what was not counted, and the time."""
+"""Statistics of a round for the history: late and rejected updates, and where the time went."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from operator import sub
 from typing import Any
 
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.protocol.events import Late, Rejected, RunEvent
 
-_TOLD_OF_EACH = 50  # a flood of rubbish must not make a flood of history
+_MOST_DETAILS = 50  # so that a flood of bad updates does not flood the history
 
 
 def weighted_mean(values: Iterable[tuple[int, float]]) -> float | None:
-    """Average ``(num_examples, value)`` pairs; None where there are no examples.
+    """Return the mean of finite ``(num_examples, value)`` pairs; None if there are no examples.
 
-    What is averaged is finite, and so is the average, even of values whose sum is not.
+    The mean is finite even if the sum of the values is not.
 
     >>> weighted_mean([(1, 1.0), (3, 2.0)])
     1.75
@@ -29,13 +28,13 @@ def weighted_mean(values: Iterable[tuple[int, float]]) -> float | None:
     total = sum(n for n, _ in pairs)
     if not total:
         return None
-    found = sum(n * value for n, value in pairs) / total
-    return found if math.isfinite(found) else float(sum(n * Fraction(v) for n, v in pairs) / total)
+    mean = sum(n * value for n, value in pairs) / total
+    return mean if math.isfinite(mean) else float(sum(n * Fraction(v) for n, v in pairs) / total)
 
 
 @dataclass
 class Counts:
-    """What came late and what was refused since the last commit, and of the first of them more."""
+    """How many updates were late or rejected since the last commit, with details of the first."""
 
     late: int = 0
     rejected: int = 0
@@ -43,7 +42,7 @@ class Counts:
     rejections: list[Mapping[str, Any]] = field(default_factory=list)
 
     def note(self, event: RunEvent) -> None:
-        """Count an event, if it is one that is counted."""
+        """Count an event if it is about a late or a rejected update."""
         match event:
             case Late():
                 self.late += 1
@@ -53,12 +52,12 @@ class Counts:
                 details = self.rejections
             case _:
                 return
-        if len(details) < _TOLD_OF_EACH:
+        if len(details) < _MOST_DETAILS:
             details.append(event.fields())
 
 
-def with_later(line: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a round's line with what a later one says was not counted either."""
+def add_uncounted(line: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a round's line with the late and rejected updates of a later line added."""
     return {**line, **{name: line.get(name, none) + later[name] for name, none in _NONE.items()}}
 
 
@@ -67,9 +66,9 @@ _NONE: dict[str, Any] = vars(Counts())
 
 @dataclass
 class Clock:
-    """Where the time of a round goes, in seconds of a monotonic clock.
+    """When the steps of a round happened, in seconds of a monotonic clock.
 
-    ``opened`` is the time of the opening for people.
+    ``opened`` is the opening as a timestamp.
     """
 
     opened_at: float = field(default_factory=monotonic)
@@ -83,32 +82,35 @@ class Clock:
         self.opened_at, self.opened = monotonic(), timestamp()
 
     def close(self) -> None:
-        """Note that nothing more is folded."""
+        """Note that the round is closed: nothing more is folded."""
         self.closed_at = monotonic()
 
     def average(self) -> None:
-        """Note that the average is known."""
+        """Note that the average is computed."""
         self.averaged_at = monotonic()
 
     def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
-        """Tell what the time from commit to commit was spent on.
-
-        Before the round, open (folding included), and closing it.
+        """Return the seconds of each step from the previous commit to this one.
 
         Args:
-            committed_at: when the round before was on disk.
-            saved_at: when this one was.
+            committed_at: when the previous round was on disk.
+            saved_at: when this round's checkpoint was.
+
+        Returns:
+            The steps in order; ``fold_s`` is a part of ``open_s``.
         """
-        moments = [self.opened_at, self.closed_at, self.averaged_at, saved_at]
-        names = ("waiting_s", "open_s", "average_s", "checkpoint_s")
-        told = dict(zip(names, map(sub, moments, [committed_at, *moments]), strict=True))
-        return {
-            name: round(seconds, 6) for name, seconds in {**told, "fold_s": self.fold_s}.items()
+        seconds = {
+            "waiting_s": self.opened_at - committed_at,
+            "open_s": self.closed_at - self.opened_at,
+            "average_s": self.averaged_at - self.closed_at,
+            "checkpoint_s": saved_at - self.averaged_at,
+            "fold_s": self.fold_s,
         }
+        return {name: round(value, 6) for name, value in seconds.items()}
 
 
 def seconds_of(timings: Mapping[str, float]) -> float:
-    """Return how long a round took in all, from the commit before to its own.
+    """Return how long a round took in total, from the previous commit to its own.
 
     >>> seconds_of({"waiting_s": 1.0, "open_s": 2.0, "average_s": 0.5, "fold_s": 1.5})
     3.5

@@ -1,20 +1,19 @@
-"""A run on disk: checkpoints, the history, and what is needed to go on after a crash.
+"""The run folder: checkpoints, the history, and the state to go on from after a crash.
 
 ::
 
     runs/letters/
-        run.json                  the run's id, and how it was started, each time that changed
-        history.jsonl             a line when a round is committed, when it is evaluated, and when
-                                  the run ends
-        round-0000.safetensors    the first weights, then one file a round
+        run.json                  the run's id, and its configurations
+        history.jsonl             a line for each commit, for each evaluation and for the end
+        round-0000.safetensors    the first weights, then one file per round
         best.safetensors          with --monitor: the best of them
-        updates/round-0001/       with --keep-updates: what was averaged (see ``update_archive``)
+        updates/round-0001/       with --keep-updates: a round's updates (see ``update_archive``)
         sampling.secret           if a strategy needs secret samples (see ``sampling_secret``)
         lock                      held by the coordinator that writes here
 
-A file is written beside its final name and then renamed, so that a name stands for a whole file;
-only if the power fails, a checkpoint that no history line names may be in part. A round is
-committed when its history line is on disk, which is after its checkpoint.
+Files are written under a temporary name and then renamed, so each is complete. (After a power
+failure, a checkpoint may be incomplete, but then no history line names it.) A round is committed
+when its history line is on disk, which is written after its checkpoint.
 """
 
 from __future__ import annotations
@@ -29,16 +28,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from fluffle_common.clock import timestamp
+from fluffle_common.durable_files import make_folder, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
     Checkpoint,
     checkpoint_name,
-    make_folder,
     read_metadata,
     read_whole,
-    replacing,
     save_checkpoint,
-    sync_folder,
 )
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
@@ -51,13 +48,23 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 @dataclass(frozen=True)
 class Saved:
-    """Where a run on disk stands; ``committed`` 0 and ``weights`` None for a new one.
+    """The state of a run on disk; the defaults are those of a new run.
 
-    ``strategy`` made the last committed round, and ``kept`` is what it kept of its state there.
-    ``base`` names the weights, and ``earlier`` those that each round began with. ``announced`` is
-    how many examples each worker counted with at most, ``counted`` the tickets of each round, and
-    ``sequence`` the highest of all. ``asked_in`` is the last round that each worker was asked in,
-    ``train_s`` how long its last training took.
+    Args:
+        run: the run's id.
+        committed: the last committed round; 0 for none.
+        announced: the largest number of examples that each worker was counted with.
+        counted: the tickets of each round.
+        sequence: the highest sequence in these tickets.
+        earlier: the name of the weights that each round began with.
+        asked_in: the last round that each worker was asked in.
+        train_s: the seconds that each worker's last training took.
+        evaluated: whether the last model's evaluation is in the history.
+        weights: the last model; None if there are no weights yet.
+        metadata: of its checkpoint.
+        repairs: descriptions of what was repaired.
+        strategy: the name of the strategy that made the last model.
+        kept: the state that this strategy saved with it.
     """
 
     run: str
@@ -77,42 +84,42 @@ class Saved:
 
     @property
     def participants(self) -> frozenset[str]:
-        """Who took part in the last committed round."""
+        """The participants of the last committed round."""
         return frozenset(ticket.worker for ticket in self.counted.get(self.committed, ()))
 
     @property
     def base(self) -> str:
-        """What the weights are named; a checkpoint of an earlier version has no name in it."""
+        """The name of the weights; checkpoints of early versions of fluffle have none."""
         return self.metadata.get("base", "unnamed")
 
 
 def new_base() -> str:
-    """Name weights that were just made; no other weights have this name."""
+    """Return a new, unique name for weights."""
     return secrets.token_hex(6)
 
 
 def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
     most: dict[str, int] = {}
-    for one in (one for line in lines for one in line["participants"]):
-        most[one["worker"]] = max(one["num_examples"], most.get(one["worker"], 0))
+    for who in (who for line in lines for who in line["participants"]):
+        most[who["worker"]] = max(who["num_examples"], most.get(who["worker"], 0))
     return most
 
 
 def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
-    """Return what is counted in a round; a line of an earlier version names no sequence."""
+    """Return the tickets of a round; lines of early versions of fluffle have no sequence."""
     return frozenset(
-        Ticket(one["worker"], one.get("sequence", line["round"])) for one in line["participants"]
+        Ticket(who["worker"], who.get("sequence", line["round"])) for who in line["participants"]
     )
 
 
 class RunStore:
-    """The folder of one run.
+    """The folder of a run.
 
     Args:
-        folder: made where it is missing.
+        folder: created if it does not exist.
 
     Raises:
-        RunError: where it cannot be made or written.
+        RunError: if it cannot be created or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,13 +128,13 @@ class RunStore:
         self._lock: IO[str] | None = None
         try:
             make_folder(folder)
-        except OSError as why:
+        except OSError as error:
             raise RunError(
-                f"cannot make the run folder {folder} ({why.strerror}); choose another with --run"
+                f"cannot make the run folder {folder} ({error.strerror}); choose another with --run"
             ) from None
 
     def try_lock(self) -> bool:
-        """Take the folder for this store; False where another coordinator has it."""
+        """Lock the folder; return False if another coordinator holds the lock."""
         if self._lock is not None:
             return True
         lock = (self.folder / "lock").open("w")
@@ -136,47 +143,47 @@ class RunStore:
         except BlockingIOError:
             lock.close()
             return False
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             lock.close()
             raise
         self._lock = lock
         return True
 
     def unlock(self) -> None:
-        """Let another coordinator have the folder; the end of the process does that, too."""
+        """Release the lock, as the end of the process does too."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def start_afresh(self) -> Path | None:
-        """Move an earlier run out of the way; return where it is now, None where there was none."""
-        kept = [path for path in self.folder.iterdir() if path.name != "lock"]
-        if not kept:
+        """Move an earlier run to a new folder, and return that; None if there was no run."""
+        earlier = [path for path in self.folder.iterdir() if path.name != "lock"]
+        if not earlier:
             return None
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
         aside.mkdir()
-        for path in kept:
+        for path in earlier:
             path.rename(aside / path.name)
         for folder in (aside, aside.parent, self.folder):
             sync_folder(folder)
         return aside
 
     def load(self, federation: str) -> Saved:
-        """Read where the run stands, and repair what a crash left half-done.
+        """Read the state of the run, and repair what a crash has damaged.
 
         Raises:
-            RunError: where the folder holds another federation's run, or nothing sound is left.
+            RunError: if the folder holds another federation's run, or no readable checkpoint.
         """
         for leftover in self.folder.glob("*.partial"):
             leftover.unlink()
         identity = self._identity(federation)
-        sync_folder(self.folder)  # of which a crash may have left names that are not on disk
+        sync_folder(self.folder)  # a crash may have left renamed files that are not on disk
         lines, repairs = self.history.mend()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
-        last, sound = self._last_sound(max(committed, default=0))
-        if sound is None and (committed or (self.folder / checkpoint_name(0)).exists()):
+        last, checkpoint = self._last_readable(max(committed, default=0))
+        if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
             raise RunError(f"no checkpoint in {self.folder} can be read; --fresh starts a new run")
         if last < max(committed, default=0):
             self.history.forget_after(last, lines)
@@ -184,33 +191,33 @@ class RunStore:
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
         line = committed.get(last, {})
-        commits = [x for x in lines if x["event"] == "committed"]
-        counted = {x["round"]: _tickets(x) for x in commits}
+        commits = [line for line in committed.values() if line["round"] <= last]
+        counted = {line["round"]: _tickets(line) for line in commits}
         return Saved(
             run=identity,
             committed=last,
             announced=_most_examples(commits),
             counted=counted,
-            sequence=max((t.sequence for some in counted.values() for t in some), default=0),
+            sequence=max((t.sequence for tickets in counted.values() for t in tickets), default=0),
             earlier=self._bases(commits),
-            asked_in={name: x["round"] for x in commits for name in x.get("asked", ())},
+            asked_in={name: line["round"] for line in commits for name in line.get("asked", ())},
             train_s={
-                one["worker"]: one["seconds"]
-                for x in commits
-                for one in x["participants"]
-                if one.get("seconds") is not None
+                who["worker"]: who["seconds"]
+                for line in commits
+                for who in line["participants"]
+                if who.get("seconds") is not None
             },
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
-            weights=sound.weights if sound else None,
-            metadata=sound.metadata if sound else {},
+            weights=checkpoint.weights if checkpoint else None,
+            metadata=checkpoint.metadata if checkpoint else {},
             repairs=tuple(repairs),
             strategy=line.get("strategy", FEDAVG.name),
-            kept=sound.kept if sound else {},
+            kept=checkpoint.strategy_state if checkpoint else {},
         )
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
-        """Return what the weights are named that each round began with, if that is known."""
+        """Return the names of the weights that each round began with, as far as they are known."""
         bases = {line["round"] + 1: line["base"] for line in committed if "base" in line}
         with contextlib.suppress(UsageError):
             bases[1] = read_metadata(self.folder / checkpoint_name(0)).get("base", "unnamed")
@@ -223,13 +230,14 @@ class RunStore:
         metadata: dict[str, str],
         kept: Weights = NO_TENSORS,
     ) -> Path:
-        """Write the checkpoint of a round, whole or not at all, with what its strategy keeps.
+        """Write the checkpoint of a round, with the state that its strategy keeps.
 
         Raises:
-            OSError: where the disk refuses; an earlier file of that name is as it was.
+            OSError: if it cannot be written; an earlier file of that name is unchanged.
         """
         path = self.folder / checkpoint_name(number)
-        # What a power failure may leave of a later one is passed over: no history line names it.
+        # A power failure may leave an incomplete checkpoint of a later round, which is not read:
+        # no history line names it.
         save_checkpoint(path, weights, metadata, kept, named_first=number > 0)
         return path
 
@@ -241,44 +249,44 @@ class RunStore:
         body: Body,
         payload: Iterable[memoryview] | None,
     ) -> None:
-        """Keep an update that is in the sum of round ``number``; see ``update_archive``.
+        """Archive an update of round ``number``; see ``update_archive.keep_update``.
 
         Raises:
-            OSError: where the disk refuses; no file stands for half an update.
+            OSError: if the disk refuses.
         """
         update_archive.keep_update(
             update_archive.update_path(self.folder, number, place, worker), body, payload
         )
 
     def note_configuration(self, configuration: dict[str, Any], committed: int) -> None:
-        """Add to run.json how the run goes on from here, unless that is as it was.
+        """Add a configuration to run.json, unless it equals the last one.
 
         Args:
-            configuration: what JSON can hold.
-            committed: the last committed round; it holds from the next one on.
+            configuration: as a JSON object.
+            committed: the last committed round; the configuration holds from the next one on.
 
         Raises:
-            RunError: where the disk refuses.
+            RunError: if run.json cannot be written.
         """
         path = self.folder / "run.json"
-        told = json.loads(path.read_text())
-        before = told.setdefault("configurations", [])
+        run = json.loads(path.read_text())
+        configurations = run.setdefault("configurations", [])
         new = json.loads(json.dumps(configuration))
-        if before and {**before[-1], **new} == before[-1]:
+        if configurations and {**configurations[-1], **new} == configurations[-1]:
             return
-        before.append({"from_round": committed + 1, "since": timestamp(), **new})
+        configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
         try:
             with replacing(path) as file:
-                file.write(json.dumps(told, indent=1).encode() + b"\n")
-        except OSError as why:
-            raise RunError(f"cannot write {path} ({why.strerror})") from None
+                file.write(json.dumps(run, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise RunError(f"cannot write {path} ({error.strerror})") from None
 
     def _identity(self, federation: str) -> str:
         path = self.folder / "run.json"
         if path.exists():
             try:
-                told = json.loads(path.read_text())
-                known, run = str(told["federation"]), str(told["run"])
+                identity = json.loads(path.read_text())
+                known, run = str(identity["federation"]), str(identity["run"])
             except (ValueError, KeyError, TypeError):
                 raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
             if known != federation:
@@ -292,7 +300,7 @@ class RunStore:
             file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
         return run
 
-    def _last_sound(self, last: int) -> tuple[int, Checkpoint | None]:
+    def _last_readable(self, last: int) -> tuple[int, Checkpoint | None]:
         for number in range(last, -1, -1):
             path = self.folder / checkpoint_name(number)
             if path.exists():

@@ -1,4 +1,4 @@
-"""What a run draws its samples from if nobody may be able to tell who is in them."""
+"""The secret seed of a run's Poisson samples, so that nobody can tell who is in them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 import secrets
 from pathlib import Path
 
+from fluffle_common.durable_files import replacing
 from fluffle_common.errors import RunError
-from fluffle_common.tensors.checkpoint import replacing
 
 _BITS = 128
 
 
 def sampling_secret(folder: Path) -> int:
-    """Return the secret of the run in a folder; the first call makes it.
+    """Return the secret of the run in a folder; the first call creates it.
 
-    It stays the same, so that a round that a crash interrupts goes on with the same sample.
+    A run keeps its secret, so that a round that a crash interrupts asks the same sample again.
 
     Raises:
-        RunError: if the file of the secret cannot be read or written.
+        RunError: if the file cannot be read or written.
     """
     path = folder / "sampling.secret"
     try:
@@ -27,8 +27,8 @@ def sampling_secret(folder: Path) -> int:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(f"{secrets.randbits(_BITS):032x}\n".encode())
         return int(path.read_text(), 16)
-    except (OSError, ValueError) as why:
+    except (OSError, ValueError) as error:
         raise RunError(
-            f"{path} cannot be used ({why}); it decides who is in a sample: restore it, or "
+            f"{path} cannot be used ({error}); it decides who is in a sample: restore it, or "
             "--fresh starts a new run"
         ) from None

@@ -1,15 +1,15 @@
-"""The updates of a run, kept as they came (``--keep-updates``), so that a round can be replayed.
+"""The archive of a run's updates (``--keep-updates``), from which a round can be replayed.
 
 ::
 
     runs/letters/updates/round-0007/
         0001-north.msgpack    the message that was counted first, byte for byte
         0002-south.msgpack
-        0002-south.payload    its tensors, where they travelled in parts beside the message
+        0002-south.payload    its tensors, if they travelled in parts
 
-The number is the place in the running sum, from 1: the last bit of an average depends on it. A file
-is written beside its name and then renamed, so that a name always stands for a whole file, and all
-files of a round are on disk before its history line is.
+The number is the update's place in the running sum, from 1: the last bits of an average depend on
+the order. Files are written under a temporary name and then renamed, so each is complete. All files
+of a round are on disk before its history line is.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fluffle_common.tensors.checkpoint import make_folder, replacing
+from fluffle_common.durable_files import make_folder, replacing
 from fluffle_common.transport.base import Body
 
 _UPDATES = "updates"
 
 
 def round_folder(run: Path, number: int) -> Path:
-    """Return where the updates of a round are kept."""
+    """Return the folder of a round's updates."""
     return run / _UPDATES / f"round-{number:04d}"
 
 
 def update_path(run: Path, number: int, place: int, worker: str) -> Path:
-    """Return where the message of one update is kept.
+    """Return the file of an update's message.
 
     >>> str(update_path(Path("runs/letters"), 7, 1, "north"))
     'runs/letters/updates/round-0007/0001-north.msgpack'
@@ -40,18 +40,18 @@ def update_path(run: Path, number: int, place: int, worker: str) -> Path:
 
 
 def keep_update(path: Path, body: Body, payload: Iterable[memoryview] | None) -> None:
-    """Write one update; nothing with the final name is there before all of it is.
+    """Write an update.
 
     Args:
-        path: what ``update_path`` says.
-        body: the message as it came.
-        payload: its tensors, in pieces, where they came in parts; None where they are in the body.
+        path: the file of its message, see ``update_path``.
+        body: the message as it arrived.
+        payload: its tensors, in pieces, if they travelled in parts; None if they are in the body.
 
     Raises:
-        OSError: where the disk refuses; call again for another try.
+        OSError: if the disk refuses; the call can be repeated.
     """
     make_folder(path.parent)
-    if payload is not None:  # first: a message is only there when all that it needs is
+    if payload is not None:  # written first: a message's payload must exist when the message does
         with replacing(path.with_suffix(".payload")) as file:
             file.writelines(payload)
     with replacing(path) as file:
@@ -59,26 +59,26 @@ def keep_update(path: Path, body: Body, payload: Iterable[memoryview] | None) ->
 
 
 def read_update(path: Path) -> tuple[bytes, memoryview | None]:
-    """Return the body and, where it came in parts, the payload (a view of the file) of an update.
+    """Return the body of an update, and its payload (mapped from disk) if it travelled in parts.
 
     Raises:
-        OSError: where the message is not there or cannot be read.
+        OSError: if the message does not exist or cannot be read.
     """
     body = path.read_bytes()
-    beside = path.with_suffix(".payload")
-    if not beside.exists():
+    payload = path.with_suffix(".payload")
+    if not payload.exists():
         return body, None
-    with beside.open("rb") as file:
-        if not beside.stat().st_size:
+    with payload.open("rb") as file:
+        if not payload.stat().st_size:  # an empty file cannot be mapped
             return body, memoryview(b"")
         return body, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def forget_uncommitted(run: Path, committed: int) -> None:
-    """Remove the updates of the rounds that are not committed: their updates will come again.
+    """Remove the updates of rounds that are not committed; the broker redelivers them.
 
     Raises:
-        OSError: where the disk refuses.
+        OSError: if the disk refuses.
     """
     for folder in (run / _UPDATES).glob("round-*"):
         number = folder.name.removeprefix("round-")

@@ -1,1 +1,1 @@
-"""From updates to the next model, pure: decode, check, sum, step."""
+"""Strategies, pure: decode and check updates, sum them, and step to the next model."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fluffle_common.errors import Cause, MalformedMessage
-from fluffle_common.protocol.codec import announced, read_groups, read_tensors
+from fluffle_common.protocol.codec import announced_layout, read_groups, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
 from fluffle_common.tensors.compression import check_announced_signature, decompress
 from fluffle_common.tensors.groups import (
@@ -15,8 +15,8 @@ from fluffle_common.tensors.groups import (
     GroupedLayout,
     Groups,
     check_extra,
-    chosen,
     forms_of,
+    select_tensors,
 )
 from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.table import MODEL
@@ -49,7 +49,7 @@ def check_announced(
         MalformedMessage: of cause ``tensors``, where that cannot be what it says, or is no delta
             for ``base``.
     """
-    layout = announced(message)
+    layout = announced_layout(message)
     if base is None or not isinstance(message, Update):
         return layout
     forms = {
@@ -58,7 +58,7 @@ def check_announced(
     }
     try:
         _check_groups(forms)
-        check_announced_signature(forms[MODEL], message.encoding, chosen(base, plan.train))
+        check_announced_signature(forms[MODEL], message.encoding, select_tensors(base, plan.train))
         check_extra(forms.get(EXTRA, {}), plan.extra, base)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "tensors") from None
@@ -104,7 +104,7 @@ def decode_contribution(
         payload if isinstance(payload, InPieces) else read_tensors(message.tensors, payload)
     )
     try:
-        trained = chosen(base, plan.train)
+        trained = select_tensors(base, plan.train)
         delta = decompress(tensors, message.encoding, trained)
         norm = check_delta(delta, trained)
     except ValueError as wrong:

@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from fluffle_common.tensors.weights import Weights
-from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Accounted, Contribution, Needs
+from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta
 
 M = TypeVar("M")
@@ -135,6 +136,10 @@ class Pipeline(Generic[M, T]):
         """What its mean needs."""
         return self.mean.needs
 
+    @cached_property  # asking a runtime protocol takes longer than a small round's average
+    def _lasting(self) -> Lasting | None:
+        return self.mean if isinstance(self.mean, Lasting) else None
+
     def init(self, weights: Weights) -> Running[M, T]:
         """Return the state that a run begins with."""
         return Running(self.mean.init(weights), self.server.init(weights))
@@ -162,21 +167,21 @@ class Pipeline(Generic[M, T]):
 
     def spent(self, rounds: int) -> Mapping[str, float]:
         """Return what its mean has spent of privacy after so many rounds."""
-        return self.mean.spent(rounds) if isinstance(self.mean, Accounted) else {}
+        return self.mean.spent(rounds) if hasattr(self.mean, "spent") else {}
 
     def dump(self, state: Running[M, T]) -> Weights:
         """Return what the server step keeps, and the mean if it lasts; of most, that is nothing."""
         of_server = self.server.dump(state.server)
-        if not isinstance(self.mean, Lasting):
+        if self._lasting is None:
             return of_server
-        of_mean = self.mean.dump(state.mean)
+        of_mean = self._lasting.dump(state.mean)
         return {**_under(_MEAN, of_mean), **_under(_SERVER, of_server)}
 
     def load(self, saved: Weights, weights: Weights) -> Running[M, T]:
         """Return the state that the next round begins with."""
-        if not isinstance(self.mean, Lasting):
+        if self._lasting is None:
             return Running(self.mean.init(weights), self.server.load(saved, weights))
-        mean: M = self.mean.load(_from_under(_MEAN, saved), weights)
+        mean: M = self._lasting.load(_from_under(_MEAN, saved), weights)
         return Running(mean, self.server.load(_from_under(_SERVER, saved), weights))
 
 

@@ -37,7 +37,7 @@ import numpy as np
 
 from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import Tensors, layout_for
-from fluffle_common.tensors.on_disk import let_go
+from fluffle_common.tensors.on_disk import release_pages
 from fluffle_common.tensors.weights import Array, Weights, largest
 from fluffle_coordinator.strategy.base import Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
@@ -211,7 +211,7 @@ def _stacked(updates: Sequence[Weights], delta: Tensors) -> Iterator[tuple[Array
         rows = np.empty((len(blocks), into.size), _FLOAT)
         for row, block, update in zip(rows, blocks, updates, strict=True):
             row[...] = block
-            let_go(update)  # a touch may have brought far more than the block into memory
+            release_pages(update)  # a touch may have brought far more than the block into memory
         yield into, rows
 
 

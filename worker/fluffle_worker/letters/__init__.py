@@ -1,1 +1,1 @@
-"""The letters task: handwritten A to J, 100 by 100 pixels, grey."""
+"""The letters task: classify handwritten letters A to J in grey images of 100 by 100 pixels."""

@@ -1,4 +1,4 @@
-"""``fluffle letters``, ``predict`` and ``confusion``: draw letters, classify, score a model."""
+"""The commands ``fluffle letters``, ``predict`` and ``confusion``."""
 
 from __future__ import annotations
 
@@ -35,10 +35,9 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw handwritten letters A to J, as different people would.
 
-    They go into OUT/client-N/<letter>/. Every client is a writer with a hand of their own: slant,
-    size, pen, tremor, and which of several shapes of a letter they prefer. OUT/writer-N/<letter>/
-    has the letters of writers who are not clients, to score a model on with 'fluffle confusion
-    --unseen'.
+    They go into OUT/client-N/<letter>/. Each client is a writer with a personal slant, size, pen
+    and tremor, who prefers some of the shapes of each letter. OUT/writer-N/<letter>/ has letters of
+    writers who are not clients, to score a model on with 'fluffle confusion --unseen'.
     """
     try:
         from fluffle_worker.letters.handwriting.drawing import draw_letters
@@ -71,7 +70,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
-    """Name the letter in an image, and how sure the model is.
+    """Classify the letter in an image, with the model's confidence.
 
     The percentage is calibrated: the model's outputs are divided by its temperature, a number that
     the workers fit on held-out letters so that the model is right as often as it is sure.
@@ -138,10 +137,10 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     help="The --seed of the worker with this folder; it decides what is held out.",
 )
 def confusion(**options: Any) -> None:
-    """Draw which letters of a folder a model takes for which.
+    """Draw the confusion matrix of a model on a folder of letters.
 
-    A model recognises the letters that it was trained on better than others. So by default, only
-    the letters that the folder's worker holds out are scored. This requires that the folder has not
+    A model recognises the letters that it was trained on better than others, so by default only
+    the letters that the folder's worker held out are scored. This requires that the folder has not
     changed since the training. For a folder that no worker trained on, use --unseen.
     """
     try:

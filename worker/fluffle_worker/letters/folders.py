@@ -1,4 +1,4 @@
-"""Class folders: which folders are classes, which files are images, and what is ignored."""
+"""Search of a data folder for class folders and their image files."""
 
 from __future__ import annotations
 

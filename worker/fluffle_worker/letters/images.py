@@ -1,7 +1,7 @@
-"""Folders of letter images, one folder per class, read as grey arrays of 100 by 100 pixels.
+"""Reads folders ``<class>/<image>`` as arrays of 100 by 100 grey pixels, white on black.
 
-The letters are white on black. `find_classes` decides what is a class, `read_picture` decodes an
-image; training, ``predict`` and ``confusion`` all read images through this module.
+``find_classes`` decides what is a class and ``read_picture`` decodes an image. Training,
+``predict`` and ``confusion`` all read images through this module.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "split",
 ]
 
-_EACH = 5  # unreadable images that get a line of their own
+_NAMED = 5  # unreadable images named one by one; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Images:
 
 
 def read_image(path: Path) -> Array:
-    """Read one image as float32, shape [100, 100, 1], 0 to 1; see `read_picture`.
+    """Read one image as float32, shape [100, 100, 1], 0 to 1; see ``read_picture``.
 
     Raises:
         UsageError: if there is no such image, or it cannot be read.
@@ -62,16 +62,16 @@ def read_image(path: Path) -> Array:
 
 
 def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
-    """Read a folder ``<class>/<image>``: class by class, the images in the order of their names.
+    """Read a folder ``<class>/<image>``, ordered by class, then by file name.
 
     Args:
         folder: the parent of the class folders.
-        classes: the classes, in the order of the model's outputs; None takes those that are there,
-            numbers by value, then the others by code point.
+        classes: the classes in the order of the model's outputs; by default those of the folder,
+            whole numbers by value, then the others by code point.
 
     Raises:
-        TaskError: if there is no such folder, no readable image in it, or a class not asked for.
-        UsageError: if a class is asked for twice.
+        TaskError: if the folder does not exist, has no readable image, or has another class.
+        UsageError: if ``classes`` lists a class twice.
     """
     found = find_classes(folder)
     if not found.files:
@@ -131,7 +131,7 @@ def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
 
 
 def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
-    """Split indices 0…count-1 into a training and a held-out part; a seed always gives the same.
+    """Split the indices 0…count-1 at random into a training and a held-out part, by ``seed``.
 
     Example:
         >>> train, held_out = split(10, 0.1, seed=0)
@@ -144,9 +144,9 @@ def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
 
 
 def _skipped_notes(skipped: Sequence[str], read: int) -> Iterable[str]:
-    """Name the first few images that cannot be read, and count them all."""
+    """Yield lines that count the unreadable images and name the first few."""
     if skipped:
         yield f"left out {len(skipped)} of {len(skipped) + read} images that cannot be read:"
-        yield from (f"  {reason}" for reason in skipped[:_EACH])
-        if len(skipped) > _EACH:
-            yield f"  and {len(skipped) - _EACH} more"
+        yield from (f"  {reason}" for reason in skipped[:_NAMED])
+        if len(skipped) > _NAMED:
+            yield f"  and {len(skipped) - _NAMED} more"

@@ -1,4 +1,4 @@
-"""Apply a letters model: classify images, and count its confusions."""
+"""Inference with a letters model: classification, scores and confusion matrices."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
-from fluffle_common.tensors.checkpoint import read_checkpoint, replacing
+from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.letters.images import SIDE, Images
 from fluffle_worker.letters.task import letters_task
@@ -56,10 +57,10 @@ class Score:
 
 
 class LettersModel:
-    """A model file of the letters task, ready to classify images.
+    """A model of the letters task, loaded from its file.
 
     Raises:
-        UsageError: if the file is no model of this task.
+        UsageError: if the file is not a model of this task.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,8 +75,8 @@ class LettersModel:
                 f"(its task: {metadata.get('task') or 'unknown'})"
             )
         self.classes: tuple[str, ...] = tuple(map(str, classes))
-        nothing = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
-        self._task = letters_task(self.classes, nothing, None)
+        dummy_data = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
+        self._task = letters_task(self.classes, dummy_data, None)
         self._weights = weights
         history = _read_history(path.parent / "history.jsonl")
         self.temperature = temperature_of(history, metadata.get("round"))
@@ -97,9 +98,9 @@ class LettersModel:
             ]
         ).astype(np.float64)
         logits /= self.temperature
-        raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-        total: Array = raised / raised.sum(axis=1, keepdims=True)
-        return total
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
+        return probabilities
 
     def score(self, images: Images, which: Array | None = None) -> Score:
         """Classify the images with these indices (default: all), and count the outcomes."""
@@ -107,13 +108,13 @@ class LettersModel:
         classes = len(self.classes)
         if not len(indices):
             return Score(np.zeros((classes, classes), np.int64))
-        named = self.probabilities(images.inputs[indices]).argmax(axis=1)
-        return Score(confusion_counts(images.targets[indices], named, classes))
+        predicted = self.probabilities(images.inputs[indices]).argmax(axis=1)
+        return Score(confusion_counts(images.targets[indices], predicted, classes))
 
     def predict(self, image: Array) -> Prediction:
         """Classify one image, float32 [100, 100, 1]."""
-        found = self.probabilities(image[None])[0]
-        return Prediction(dict(zip(self.classes, map(float, found), strict=True)))
+        probabilities = self.probabilities(image[None])[0]
+        return Prediction(dict(zip(self.classes, map(float, probabilities), strict=True)))
 
 
 def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> float:
@@ -127,9 +128,13 @@ def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> 
     """
     for line in reversed(history):
         if line.get("event") == "evaluated" and str(line.get("round")) == number:
-            found = line.get("temperature")
-            if isinstance(found, int | float) and math.isfinite(found) and found > 0:
-                return float(found)
+            temperature = line.get("temperature")
+            if (
+                isinstance(temperature, int | float)
+                and math.isfinite(temperature)
+                and temperature > 0
+            ):
+                return float(temperature)
     return 1.0
 
 
@@ -165,10 +170,10 @@ def shown_names(classes: Sequence[str]) -> dict[str, str]:
     return dict(zip(classes, classes if alike else upper, strict=True))
 
 
-def confusion_counts(targets: Array, named: Array, classes: int) -> Array:
+def confusion_counts(targets: Array, predicted: Array, classes: int) -> Array:
     """Count how often class i (row) was predicted as j (column); int64 [classes, classes]."""
     counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (targets, named), 1)
+    np.add.at(counts, (targets, predicted), 1)
     return counts
 
 
@@ -196,6 +201,8 @@ def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Pat
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
     with replacing(out) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks one: it draws a box
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # a character missing in the font becomes a box
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Decode one image file to grey pixels, for any mode, depth, orientation and number of frames."""
+"""Decoding of an image file, whatever its mode, depth or orientation, to grey pixels."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def read_picture(path: Path) -> Picture:
     - Images deeper than 8 bits keep their contrast: white is the smallest of 1, 255, 1023, 4095,
       16383 and 65535 that no pixel exceeds. If that does not fit (negative values, larger ones, or
       none that reaches an eighth of white), the darkest pixel is black and the brightest white.
-    - Transparency is black, unless the ink is too dark to be seen on black: then whatever is opaque
-      is the letter.
+    - Transparency is black. If the ink is too dark to be seen on black, opacity is used as grey.
 
     Raises:
         UsageError: if there is no such image, or it cannot be read.

@@ -21,7 +21,7 @@ from fluffle_worker.tasks.flax import FlaxTask, accuracy
 HELD_OUT = 0.1
 LEARNING_RATE = 1e-3
 _SHIFT = 4
-_FLAT = 46 * 46 * 16  # what two unpadded convolutions and a halving leave of 100 by 100
+_FLAT = 46 * 46 * 16  # output of conv2 on 100 by 100 pixels: height, width, channels
 
 
 class CNN(nnx.Module):
@@ -40,9 +40,9 @@ class CNN(nnx.Module):
 
 
 def halved(images: jax.Array) -> jax.Array:
-    """Max-pool by 2: the same as ``nnx.max_pool``, about twice as fast in training on a CPU.
+    """Max-pool by 2, like ``nnx.max_pool``, but about twice as fast in training on a CPU.
 
-    The gradient of XLA's window reduction is a slow loop.
+    On a CPU, the gradient of XLA's window reduction is a slow loop.
 
     Args:
         images: shape [batch, height, width, channels], both even.
@@ -55,11 +55,11 @@ def halved(images: jax.Array) -> jax.Array:
 
 
 def shifted(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Shift each image by up to 4 pixels each way; the model is not translation-invariant.
+    """Shift each image by up to 4 pixels each way, because the model is not shift-invariant.
 
     Args:
         key: the random key.
-        images: shape [batch, 100, 100, 1], on black.
+        images: shape [batch, 100, 100, 1], on a black background.
     """
     padding = ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
     starts = jax.random.randint(key, (images.shape[0], 2), 0, 2 * _SHIFT + 1)
@@ -71,7 +71,7 @@ def shifted(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 class LettersTask(FlaxTask):
-    """The letters task; evaluation also fits the temperature that calibrates the model.
+    """The letters task, whose evaluation also fits a temperature that calibrates the model.
 
     A network's confidence often differs from its accuracy. Dividing its logits by one number, the
     temperature, corrects that without changing the predicted class (Guo et al., "On Calibration of
@@ -80,13 +80,13 @@ class LettersTask(FlaxTask):
     """
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """Evaluate weights on the held-out letters, and fit their temperature."""
-        found = super().evaluate(weights)
-        if found is None or self._valid is None:
-            return found
+        """Evaluate ``weights`` on the held-out letters and fit the temperature."""
+        result = super().evaluate(weights)
+        if result is None or self._valid is None:
+            return result
         inputs, targets = map(np.asarray, self._valid)
         temperature = fit_temperature(self.outputs(weights, inputs), targets)
-        return replace(found, metrics={**found.metrics, "temperature": temperature})
+        return replace(result, metrics={**result.metrics, "temperature": temperature})
 
 
 def fit_temperature(logits: Array, targets: Array) -> float:
@@ -112,7 +112,7 @@ def letters_task(
     valid: Examples | None,
     sample_seed: int = 0,
 ) -> LettersTask:
-    """Make the task from arrays: inputs [n, 100, 100, 1] float32, targets [n] int32."""
+    """Return a task on arrays: inputs float32 [n, 100, 100, 1], targets int32 [n]."""
     assert train[0].shape[1:] == (SIDE, SIDE, 1)
     return LettersTask(
         lambda rngs: CNN(len(classes), rngs),
@@ -129,15 +129,15 @@ def letters_task(
 
 
 def held_out_split(images: Images, seed: int) -> tuple[Array, Array]:
-    """Return the indices that a worker with this seed trains on, and those that it holds out."""
+    """Return the indices of the training and of the held-out images of a worker with this seed."""
     return split(len(images.targets), HELD_OUT, seed)
 
 
 def task(options: TaskOptions) -> LettersTask:
-    """Make the task of a folder ``<class>/<image>``; 10 % of it are held out, by ``--seed``.
+    """Return the task on a folder ``<class>/<image>``; ``--seed`` decides which 10 % it holds out.
 
     Raises:
-        TaskError: if the folder has nothing to learn from.
+        TaskError: if the folder has no readable image.
     """
     images = read_images(Path(options.data), options.classes)
     for note in images.notes:

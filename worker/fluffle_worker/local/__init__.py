@@ -1,1 +1,1 @@
-"""Local rules: what is done to the gradients of a worker's training."""
+"""Local rules: changes to the gradients of a worker's training, such as FedProx or DP-SGD."""

@@ -1,4 +1,4 @@
-"""The ``LocalRule`` protocol: a transformation of the gradients of one worker's training."""
+"""The ``LocalRule`` protocol: a change to each gradient of a worker's training."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any, Protocol, TypeVar
 from fluffle_common.errors import UsageError
 
 Named = Mapping[str, Any]
-"""Arrays by the names of the model's tensors, of NumPy or of the task's framework."""
+"""Arrays by tensor name, of NumPy or of the task's framework."""
 S = TypeVar("S")
 
 
 class LocalRule(Protocol[S]):
-    """What is done to each gradient, as functions of named arrays.
+    """A change to each gradient before the optimizer sees it, as functions of named arrays.
 
-    Use arithmetic operators only, and the rule works in every framework. With ``flax_task``,
-    ``gradient`` is compiled by JAX: state is then a tree of arrays, and ``gradient`` changes
-    nothing outside of what it returns. FedProx (Li et al., "Federated Optimization in Heterogeneous
-    Networks", MLSys 2020) is
+    A rule that uses arithmetic operators only works in every framework. With ``flax_task``, JAX
+    compiles ``gradient``: its state must be a tree of arrays, and it must have no side effects.
+
+    Example:
+        FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020):
 
         >>> class Proximal:
         ...     def begin(self, received, broadcast, kept):
@@ -35,50 +36,49 @@ class LocalRule(Protocol[S]):
         >>> rule.gradient({"w": 1.0}, {"w": 3.0}, rule.begin({"w": 1.0}, {}, {}))[0]
         {'w': 1.2}
 
-    A rule with an attribute ``per_example = True`` gets the gradient of each example: arrays with a
-    first axis of examples, of which it returns one gradient. ``flax_task`` then lets no training
-    loss leave the worker.
+    A rule with the attribute ``per_example = True`` receives the gradients of all examples of a
+    batch, arrays of shape [batch, …], and returns one gradient. ``flax_task`` then reports no
+    training loss, because that would reveal something about the examples.
     """
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> S:
-        """Return the state with which a training begins.
+        """Return the initial state of a training.
 
         Args:
-            received: the weights that have gradients, as received.
-            broadcast: what the strategy sends besides the model, by its own names; empty for most
-                strategies.
-            kept: what ``end`` kept in an earlier round of this run; empty at first.
+            received: the trainable weights, as received.
+            broadcast: the extra tensors that the strategy sends; empty for most strategies.
+            kept: what ``end`` returned in an earlier round of this run; empty at first.
         """
         ...
 
     def gradient(self, gradient: Named, weights: Named, state: S) -> tuple[Named, S]:
-        """Return the gradient to use, in the same names and shapes, and the next state.
+        """Return the gradient to use, with the same names and shapes, and the next state.
 
         Args:
-            gradient: of the loss on one batch.
-            weights: the weights that it was computed at.
-            state: what ``begin``, or the last call, returned.
+            gradient: the gradient of the loss on one batch.
+            weights: the weights at which it was computed.
+            state: the state from ``begin`` or the previous call.
         """
         ...
 
     def end(self, trained: Named, state: S) -> Named | tuple[Named, Named]:
-        """Return what to keep for the next round; an empty mapping keeps nothing.
+        """Return the arrays to keep for the next round; empty to keep nothing.
 
-        For a strategy that asks for extra tensors, return them too: ``(kept, extra)``.
+        For a strategy that asks for extra tensors, return ``(kept, extra)``.
         """
         ...
 
 
-def ended(found: Any) -> tuple[Any, Any]:
-    """Return what ``end`` returned as ``(kept, extra)``."""
-    return found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+def kept_and_extra(result: Any) -> tuple[Any, Any]:
+    """Return the result of ``LocalRule.end`` as a pair ``(kept, extra)``."""
+    return result if isinstance(result, tuple) and len(result) == 2 else (result, {})
 
 
 def check_number(rule: str, name: str, value: float, *, zero: bool = False) -> None:
-    """Check a setting of a rule: a finite number above 0, or 0 where ``zero`` says so.
+    """Check that a rule's setting is finite and above 0, or 0 if ``zero`` allows that.
 
     Raises:
-        UsageError: saying what it is instead.
+        UsageError: if it is not.
     """
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         bound = "of 0 or more" if zero else "above 0"
@@ -91,12 +91,12 @@ class Identity:
     """The rule that changes nothing."""
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> None:
-        """See ``LocalRule``."""
+        """Return no state."""
 
     def gradient(self, gradient: Named, weights: Named, state: None) -> tuple[Named, None]:
-        """See ``LocalRule``."""
+        """Return the gradient unchanged."""
         return gradient, state
 
     def end(self, trained: Named, state: None) -> Named:
-        """See ``LocalRule``."""
+        """Keep nothing."""
         return {}

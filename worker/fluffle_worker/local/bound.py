@@ -1,4 +1,4 @@
-"""A local rule as a task uses it: checked, its errors in one line, what it keeps kept."""
+"""A local rule as a task calls it: with checked results and persistent state."""
 
 from __future__ import annotations
 
@@ -11,86 +11,88 @@ import numpy as np
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Weights
-from fluffle_worker.local.base import Identity, LocalRule, Named, ended
+from fluffle_worker.local.base import Identity, LocalRule, Named, kept_and_extra
 from fluffle_worker.local.kept import KeptTensors
 from fluffle_worker.user_code import one_line
 
-_METHODS = ("begin", "gradient", "end")
 NOTHING: Named = MappingProxyType({})
 
 
 class BoundRule:
-    """A rule, checked.
+    """A wrapper around a user's rule that checks its results and keeps its arrays.
 
-    A task calls ``begin`` with the weights that it received, ``gradient`` at each step, and ``end``
-    with the trained weights. What ``end`` keeps is given to ``begin`` in a later round of the same
-    run; a worker keeps it in its state folder too.
+    A task calls ``begin`` with the received weights, ``gradient`` at each step, and ``end`` with
+    the trained weights. The arrays that ``end`` keeps are passed to ``begin`` in the next round of
+    the same run. Every method raises ``TaskError`` if the rule fails or returns something invalid.
 
     Args:
-        rule: the user's rule; None for the identity.
-        name: what it is called, for errors.
+        rule: the rule; None for the identity.
+        name: the rule's name in errors; by default, that of its class.
+
+    Raises:
+        UsageError: if ``rule`` is a class or lacks a method.
     """
 
     def __init__(self, rule: LocalRule[Any] | None = None, name: str = "") -> None:
         self._rule: LocalRule[Any] = Identity() if rule is None else rule
         self._name = name or type(self._rule).__name__
-        missing = [one for one in _METHODS if not callable(getattr(self._rule, one, None))]
-        if isinstance(rule, type) or missing:
-            what = "is a class; name an instance of it" if isinstance(rule, type) else ""
-            told = what or f"has no method '{missing[0]}'"
-            raise UsageError(f"the local rule {self._name} {told} (docs/tasks.md)")
-        self._at = ("", 0)
+        if isinstance(rule, type):
+            raise UsageError(
+                f"the local rule {self._name} is a class; name an instance of it (docs/tasks.md)"
+            )
+        for method in ("begin", "gradient", "end"):
+            if not callable(getattr(self._rule, method, None)):
+                raise UsageError(
+                    f"the local rule {self._name} has no method '{method}' (docs/tasks.md)"
+                )
+        self._round = ("", 0)
         self._broadcast: Named = NOTHING
         self._kept = KeptTensors()
         self.sent: Weights = {}
 
     @property
     def name(self) -> str:
-        """What it is called, for people."""
+        """The rule's name in errors."""
         return self._name
 
     @property
     def per_example(self) -> bool:
-        """Whether it takes the gradient of each example, not that of their mean."""
+        """Whether the rule receives the gradient of each example instead of their mean."""
         return bool(getattr(self._rule, "per_example", False))
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether it is the identity."""
+        """Whether the rule is the identity."""
         return isinstance(self._rule, Identity)
 
     @property
     def key(self) -> int:
-        """What the rule itself is known by: the same for all that are made of it by ``anew``."""
+        """Identifies the wrapped rule, for caches; wrappers made by ``anew`` share it."""
         return id(self._rule)
 
     def anew(self) -> BoundRule:
-        """Return the same rule with nothing kept, for another worker in this process."""
+        """Return a wrapper of the same rule with no kept arrays, for another worker."""
         return BoundRule(self._rule, self._name)
 
     def keep_in(self, folder: Path) -> None:
-        """Keep what the rule keeps in this folder, from where it is read after a restart."""
+        """Keep the rule's arrays in this folder, so that they outlive a restart."""
         self._kept = KeptTensors(folder)
 
     def of_round(self, run: str, number: int, broadcast: Named = NOTHING) -> None:
-        """Say for which round the next training is, and what the strategy broadcasts in it.
+        """Set the round of the next training, and the extra tensors that the strategy sent.
 
-        After the training, ``sent`` holds the extra tensors that the rule made.
+        After the training, ``sent`` holds the extra tensors that the rule returned.
         """
-        self._at, self._broadcast, self.sent = (run, number), broadcast, {}
+        self._round, self._broadcast, self.sent = (run, number), broadcast, {}
 
     def begin(self, received: Named) -> Any:
-        """Return the state with which a training begins.
-
-        Raises:
-            TaskError: if the rule fails; so do the others.
-        """
-        kept = self._kept.before(*self._at)
-        return self._do("begin", self._rule.begin, received, self._broadcast, kept)
+        """Return the initial state of a training."""
+        kept = self._kept.before(*self._round)
+        return self._call("begin", self._rule.begin, received, self._broadcast, kept)
 
     def gradient(self, gradient: Named, weights: Named, state: Any) -> tuple[dict[str, Any], Any]:
         """Return the gradient to use, and the next state."""
-        found = self._do("gradient", self._rule.gradient, gradient, weights, state)
+        found = self._call("gradient", self._rule.gradient, gradient, weights, state)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Mapping):
             raise TaskError(
                 f"gradient() of the local rule {self._name} returned a {type(found).__name__}; "
@@ -100,8 +102,8 @@ class BoundRule:
         if changed.keys() != gradient.keys():
             differ = min(changed.keys() ^ gradient.keys(), key=str)
             raise TaskError(
-                f"gradient() of the local rule {self._name} returned other tensors than it was "
-                f"given: '{differ!s:.60}' is on one side only"
+                f"gradient() of the local rule {self._name} returned other tensors than it "
+                f"received: '{differ!s:.60}' is only in one of them"
             )
         for name, old in gradient.items():
             shape = np.shape(old)[1:] if self.per_example else np.shape(old)
@@ -113,9 +115,9 @@ class BoundRule:
         return dict(changed), state
 
     def end(self, trained: Named, state: Any) -> None:
-        """Keep what the rule keeps, and take what it sends."""
-        found = self._do("end", self._rule.end, trained, state)
-        kept, extra = ended(found)
+        """Keep the arrays to keep, and set ``sent`` to the extra tensors."""
+        found = self._call("end", self._rule.end, trained, state)
+        kept, extra = kept_and_extra(found)
         if not isinstance(kept, Mapping) or not isinstance(extra, Mapping):
             raise TaskError(
                 f"end() of the local rule {self._name} returned a {type(found).__name__}; a "
@@ -123,21 +125,21 @@ class BoundRule:
                 "(kept, extra)"
             )
         try:
-            self._kept.keep(*self._at, kept)
+            self._kept.keep(*self._round, kept)
         except ValueError as wrong:
             raise TaskError(
-                f"end() of the local rule {self._name} returned what cannot be kept: {wrong}"
+                f"end() of the local rule {self._name} returned arrays that cannot be kept: {wrong}"
             ) from None
         self.sent = {str(name): np.array(array) for name, array in extra.items()}
 
-    def _do(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+    def _call(self, method: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
         except TaskError:
             raise
         except Exception as why:
-            trace = why.__traceback__  # its first frame is ours
+            trace = why.__traceback__  # without its first frame, which is this one
             own = why.with_traceback(trace.tb_next if trace and trace.tb_next else trace)
             raise TaskError(
-                f"{what}() of the local rule {self._name} fails: {one_line(own)}"
+                f"{method}() of the local rule {self._name} fails: {one_line(own)}"
             ) from own

@@ -1,4 +1,4 @@
-"""Several local rules, one after the other."""
+"""Several local rules in sequence."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from fluffle_common.errors import UsageError
-from fluffle_worker.local.base import LocalRule, Named, ended
+from fluffle_worker.local.base import LocalRule, Named, kept_and_extra
 
 
 class Chain:
-    """Gives each gradient to the first rule, what that returns to the next, and so on.
+    """A rule that passes each gradient through several rules, in order.
 
-    Each keeps what it keeps under a name of its own.
+    The arrays that the rules keep are prefixed with the rule's index.
 
     Args:
-        rules: in their order.
+        rules: the rules, in order.
 
     Raises:
-        UsageError: if a rule that takes the gradients of single examples is not the first.
+        UsageError: if a rule other than the first takes per-example gradients.
     """
 
     def __init__(self, rules: Sequence[LocalRule[Any]]) -> None:
@@ -28,12 +28,12 @@ class Chain:
         if any(later):
             where = type(self._rules[1 + later.index(True)]).__name__
             raise UsageError(
-                f"the local rule {where} takes the gradient of each example, which those before it "
-                "have added up; name it first"
+                f"the local rule {where} takes the gradient of each example, but the rules before "
+                "it return only one per batch; name it first"
             )
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> list[Any]:
-        """See ``LocalRule``."""
+        """Return the initial states of all rules."""
         return [
             rule.begin(received, broadcast, _of(number, kept))
             for number, rule in enumerate(self._rules)
@@ -42,19 +42,19 @@ class Chain:
     def gradient(
         self, gradient: Named, weights: Named, state: list[Any]
     ) -> tuple[Named, list[Any]]:
-        """See ``LocalRule``."""
-        after = []
+        """Return the gradient after the last rule, and the next states."""
+        states = []
         for rule, own in zip(self._rules, state, strict=True):
-            gradient, new = rule.gradient(gradient, weights, own)
-            after.append(new)
-        return gradient, after
+            gradient, own = rule.gradient(gradient, weights, own)  # noqa: PLW2901
+            states.append(own)
+        return gradient, states
 
     def end(self, trained: Named, state: list[Any]) -> tuple[Named, Named]:
-        """See ``LocalRule``; what they send goes to the one strategy that there is."""
+        """Return the arrays that the rules keep, and their extra tensors, merged."""
         kept: dict[str, Any] = {}
         sent: dict[str, Any] = {}
         for number, (rule, own) in enumerate(zip(self._rules, state, strict=True)):
-            keeps, extra = ended(rule.end(trained, own))
+            keeps, extra = kept_and_extra(rule.end(trained, own))
             kept |= {f"{number}/{name}": array for name, array in keeps.items()}
             sent |= extra
         return kept, sent

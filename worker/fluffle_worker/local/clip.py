@@ -1,4 +1,4 @@
-"""Clipping: no gradient is longer than a norm."""
+"""Gradient clipping by global norm."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 from fluffle_worker.local.base import Named, check_number
 
-_TINY = 1e-30  # no gradient of norm 0 is divided by it; a float32 can hold it
+_TINY = 1e-30  # avoids a division by 0; representable as float32
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Scales a gradient down to a norm, if it is longer: all its tensors by one factor.
+    """Scales all tensors of a gradient by one factor so that its norm is at most ``norm``.
 
-    The norm is the Euclidean one of all tensors together. From Pascanu et al., "On the difficulty
-    of training recurrent neural networks", ICML 2013.
+    The norm is the Euclidean norm over all tensors. Source: Pascanu et al., "On the difficulty of
+    training recurrent neural networks", ICML 2013.
 
     Args:
-        norm: the longest that a gradient may be.
+        norm: the largest norm of a gradient.
 
     Raises:
         UsageError: if ``norm`` is not above 0, or not finite.
@@ -30,14 +30,14 @@ class Clip:
         check_number("clip", "norm", self.norm)
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> None:
-        """See ``LocalRule``; there is no state."""
+        """Return no state."""
 
     def gradient(self, gradient: Named, weights: Named, state: None) -> tuple[Named, None]:
-        """See ``LocalRule``."""
+        """Return the clipped gradient."""
         length = sum((one * one).sum() for one in gradient.values()) ** 0.5
         factor = (self.norm / (length + _TINY)).clip(max=1)
         return {name: (one * factor).astype(one.dtype) for name, one in gradient.items()}, None
 
     def end(self, trained: Named, state: None) -> Named:
-        """See ``LocalRule``."""
+        """Keep nothing."""
         return {}

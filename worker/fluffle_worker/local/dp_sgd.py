@@ -1,4 +1,4 @@
-"""DP-SGD: the gradient of each example is clipped, and noise covers what any one of them adds."""
+"""DP-SGD: clips the gradient of each example and adds noise that hides any single example."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class DpSgd:
-    """Differentially private SGD, at the level of one example of this worker's data.
+    """Differentially private SGD; it protects single examples of this worker's data.
 
-    Each example's gradient is scaled down to the norm ``clip``; to the mean of a batch of ``B``,
-    Gaussian noise of standard deviation ``noise * clip / B`` is added. From Abadi et al., "Deep
-    Learning with Differential Privacy", CCS 2016. It needs JAX, and a task of ``flax_task``.
+    Each example's gradient is scaled down to the norm ``clip``. Gaussian noise of standard
+    deviation ``noise * clip / B`` is added to the mean over a batch of ``B`` examples. Source:
+    Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1. The rule needs
+    JAX and a task made with ``flax_task``.
 
-    What it does not do: it computes no ε. An accountant does, from ``noise``, the batch size, the
-    number of examples and of steps; it must be told that batches are shuffled, not Poisson-sampled.
-    Noise is drawn by JAX's counter-based generator from a fresh key of the system's random source,
-    never from the plan's seed, which the coordinator knows: no two trainings are the same.
+    The rule does not compute ε. Use an accountant with ``noise``, the batch size and the numbers of
+    examples and steps, and note that batches are shuffled, not Poisson-sampled.
+
+    The noise comes from JAX's counter-based generator with a fresh key from the operating system.
+    It does not depend on the plan's seed, which the coordinator knows, so trainings are not
+    reproducible.
 
     Args:
         clip: the largest norm of an example's gradient.
-        noise: the noise multiplier; 0 clips only, and protects nothing.
+        noise: the noise multiplier; with 0, the rule only clips and protects nothing.
 
     Raises:
         UsageError: if ``clip`` is not above 0, ``noise`` is negative, or either is not finite.
@@ -43,7 +46,7 @@ class DpSgd:
         check_number("dp_sgd", "noise", self.noise, zero=True)
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> Any:
-        """See ``LocalRule``; the state is the key of the noise."""
+        """Return the key of the noise as the state."""
         import jax
         import jax.numpy as jnp
 
@@ -51,22 +54,21 @@ class DpSgd:
         return jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl="threefry2x32")
 
     def gradient(self, gradient: Named, weights: Named, state: Any) -> tuple[Named, Any]:
-        """See ``LocalRule``; the gradients that come have a first axis of examples."""
+        """Return the private mean of gradients of shape [batch, …]."""
         import jax
         import jax.numpy as jnp
 
-        squares = [(one * one).reshape(len(one), -1).sum(axis=1) for one in gradient.values()]
-        lengths = jnp.sqrt(sum(one.astype(jnp.float32) for one in squares))
-        factors = jnp.minimum(1, self.clip / (lengths + _TINY))
-        size = len(factors)
-        key, *keys = jax.random.split(state, len(gradient) + 1)
+        exact = {name: array.astype(jnp.float32) for name, array in gradient.items()}
+        squares = [(array**2).reshape(len(array), -1).sum(axis=1) for array in exact.values()]
+        factors = jnp.minimum(1, self.clip / (jnp.sqrt(sum(squares)) + _TINY))
+        next_key, *keys = jax.random.split(state, len(gradient) + 1)
         private = {}
-        for one_key, (name, one) in zip(keys, gradient.items(), strict=True):
-            total = jnp.tensordot(factors, one.astype(jnp.float32), axes=1)
-            noise = self.noise * self.clip * jax.random.normal(one_key, total.shape)
-            private[name] = ((total + noise) / size).astype(one.dtype)
-        return private, key
+        for key, (name, array) in zip(keys, exact.items(), strict=True):
+            total = jnp.tensordot(factors, array, axes=1)
+            noise = self.noise * self.clip * jax.random.normal(key, total.shape)
+            private[name] = ((total + noise) / len(factors)).astype(gradient[name].dtype)
+        return private, next_key
 
     def end(self, trained: Named, state: Any) -> Named:
-        """See ``LocalRule``."""
+        """Keep nothing."""
         return {}

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.tensors.checkpoint import make_folder, read_checkpoint, save_checkpoint
+from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import Weights, check_signature
 from fluffle_worker.local.base import Named
 

@@ -1,4 +1,4 @@
-"""How a local rule is found and given to a task."""
+"""Lookup of the local rule that ``--local-rule`` names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fluffle_common.arguments import read_arguments
-from fluffle_common.cli.loading import load_installed
-from fluffle_common.cli.objects import load_object
+from fluffle_common.cli.loading import load_installed, load_object
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_worker.local.bound import BoundRule
@@ -28,15 +27,15 @@ OWN = {
     "proximal": "fluffle_worker.local.proximal:Proximal",
     "scaffold": "fluffle_worker.local.scaffold:Scaffold",
 }
-"""fluffle's own rules: what makes each, of its settings."""
+"""The factories of the built-in rules."""
 
 
 def use_local_rule(task: Any, name: str) -> None:
-    """Let a task train by the rule of this name; see ``find_rule``.
+    """Set a task's local rule by name; see ``find_rule``.
 
     Raises:
-        UsageError: if there is no such rule, or the task applies none.
-        TaskError: if its file fails to load.
+        UsageError: if there is no such rule, or the task does not apply local rules.
+        TaskError: if the rule's file fails to load.
     """
     if not isinstance(getattr(task, "local_rule", None), BoundRule):
         raise UsageError(
@@ -47,22 +46,22 @@ def use_local_rule(task: Any, name: str) -> None:
 
 
 def find_rule(name: str) -> Any:
-    """Return the rule of this name.
+    """Return the rule with this name.
 
     Args:
         name: ``NAME``, ``NAME:SETTINGS`` such as ``proximal:0.1`` or ``dp_sgd:clip=1,noise=1.1``,
-            ``path.py:name``, or several of these with a ``+`` between them.
+            ``path.py:name``, or several of these joined by ``+``.
 
     Raises:
-        UsageError: if there is none, or it does not take these settings.
-        TaskError: if it fails to load.
+        UsageError: if there is no such rule, or it rejects the settings.
+        TaskError: if the rule fails to load.
     """
     parts = _JOIN.split(name)
     if len(parts) == 1 or Path(name.rpartition(":")[0]).is_file():
         return _find_one(name)
     rules = [_find_one(part) for part in parts]
     for rule, part in zip(rules, parts, strict=True):
-        BoundRule(rule, part)  # which says what it lacks
+        BoundRule(rule, part)  # raises if it is not a rule
     return Chain(rules)
 
 
@@ -92,7 +91,7 @@ def _find_one(name: str) -> Any:
 
 
 def _made(called: str, make: Callable[..., Any], settings: str) -> Any:
-    """Make a rule of its settings, in their order or by their names."""
+    """Call a rule's factory with settings given by position or by name."""
     try:
         given = read_arguments(make, settings, in_order=True)
     except ValueError as wrong:

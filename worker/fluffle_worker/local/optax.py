@@ -1,4 +1,4 @@
-"""A local rule as an optax transformation."""
+"""Adapter that makes an optax gradient transformation from a local rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluffle_worker.local.bound import BoundRule
 
 
 def gradient_transformation(rule: BoundRule) -> optax.GradientTransformation:
-    """Return the transformation to chain before an optimizer; its state is the rule's."""
+    """Return a transformation to chain before an optimizer; its state is the rule's."""
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         changed, state = rule.gradient(named(gradient), named(params), state)
@@ -29,5 +29,5 @@ def named(state: Any) -> Named:
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:
-    """Return the name under which a tensor travels."""
+    """Return a tensor's name on the wire: its path in the model, joined by ``/``."""
     return "/".join(map(str, path))

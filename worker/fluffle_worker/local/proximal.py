@@ -1,4 +1,4 @@
-"""FedProx: a pull towards the weights that the round began with."""
+"""FedProx: a proximal term that pulls towards the received weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from fluffle_worker.local.base import Named, check_number
 class Proximal:
     """Adds ``mu * (w - w0)`` to each gradient, the gradient of ``mu / 2 * |w - w0|²``.
 
-    It keeps workers whose data differ from drifting apart when they train for many steps. From Li
-    et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, which tries 0.001 to 1.
+    This limits how far workers with different data drift apart over many local steps. Source: Li et
+    al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, which uses ``mu`` from
+    0.001 to 1.
 
     Args:
         mu: the strength of the pull; 0 changes nothing.
@@ -32,16 +33,16 @@ class Proximal:
         check_number("proximal", "mu", self.mu, zero=True)
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> Named:
-        """See ``LocalRule``; the state is the weights as received."""
+        """Return the received weights as the state."""
         return received
 
     def gradient(self, gradient: Named, weights: Named, state: Named) -> tuple[Named, Named]:
-        """See ``LocalRule``."""
+        """Return the gradient with the proximal term added."""
         pulled = {
             name: one + self.mu * (weights[name] - state[name]) for name, one in gradient.items()
         }
         return pulled, state
 
     def end(self, trained: Named, state: Named) -> Named:
-        """See ``LocalRule``."""
+        """Keep nothing."""
         return {}

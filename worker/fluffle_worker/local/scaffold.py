@@ -1,4 +1,4 @@
-"""SCAFFOLD: each gradient is corrected by how this worker's gradients differ from all workers'."""
+"""SCAFFOLD: control variates correct each gradient for the drift between workers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fluffle_worker.local.base import Named
 
 
 class ControlVariates(NamedTuple):
-    """What a training goes along with; named arrays in the shapes of the model's tensors.
+    """The state of a training; arrays with the names and shapes of the model's tensors.
 
     Args:
         server: ``c``, the mean of all workers' control variates, as broadcast.
-        own: ``c_k``, this worker's, as it kept it; zeros at first.
-        mean: the mean gradient of the steps so far, before the correction.
-        steps: how many there were.
+        own: ``c_k``, this worker's control variate; zeros at first.
+        mean: the mean uncorrected gradient of the steps so far.
+        steps: the number of steps so far.
     """
 
     server: Named
@@ -25,25 +25,26 @@ class ControlVariates(NamedTuple):
 
 
 class Scaffold:
-    """Uses ``g + c - c_k`` in place of each gradient ``g``.
+    """Replaces each gradient ``g`` by ``g + c - c_k``.
 
-    From Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
-    ICML 2020. Its option II sets the new ``c_k`` to ``c_k - c + (x - y) / (K η)``, of the weights
-    before and after ``K`` steps of SGD. That is the mean of the ``K`` gradients, which is what is
-    kept here: it needs no learning rate, and is the same under any optimizer.
+    Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
+    ICML 2020. Option II of the paper sets the new ``c_k`` to ``c_k - c + (x - y) / (K η)``, where
+    ``x`` and ``y`` are the weights before and after ``K`` steps of SGD with learning rate ``η``.
+    That equals the mean of the ``K`` uncorrected gradients, which is computed here instead: it
+    needs no learning rate and holds for any optimizer.
     """
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> ControlVariates:
-        """See ``LocalRule``.
+        """Return the state from the broadcast and the kept control variates.
 
         Raises:
-            TaskError: if nothing is broadcast: by the worker's own variate alone, it would learn to
-                stand still.
+            TaskError: if nothing was broadcast. With its own control variate alone, the worker's
+                corrected gradients would shrink to zero.
         """
         if not broadcast:
             raise TaskError(
-                "the local rule 'scaffold' gets no control variates from the coordinator; let it "
-                "run with --strategy scaffold, or train without this rule"
+                "the local rule 'scaffold' received no control variates from the coordinator; "
+                "start that with --strategy scaffold, or train without this rule"
             )
         zeros = {name: one * 0 for name, one in received.items()}
         server = {name: broadcast.get(name, zero) for name, zero in zeros.items()}
@@ -53,7 +54,7 @@ class Scaffold:
     def gradient(
         self, gradient: Named, weights: Named, state: ControlVariates
     ) -> tuple[Named, ControlVariates]:
-        """See ``LocalRule``."""
+        """Return the corrected gradient."""
         steps = state.steps + 1
         mean = {name: old + (gradient[name] - old) / steps for name, old in state.mean.items()}
         corrected = {
@@ -62,5 +63,5 @@ class Scaffold:
         return corrected, state._replace(mean=mean, steps=steps)
 
     def end(self, trained: Named, state: ControlVariates) -> tuple[Named, Named]:
-        """See ``LocalRule``; kept is the new ``c_k``, and sent by how much it changed."""
+        """Keep the new ``c_k`` and send its change."""
         return state.mean, {name: one - state.own[name] for name, one in state.mean.items()}

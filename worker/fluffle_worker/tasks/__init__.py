@@ -1,1 +1,1 @@
-"""Tasks made from the models of other libraries."""
+"""Adapters that make tasks from models of Flax and scikit-learn."""

@@ -1,4 +1,4 @@
-"""Which examples are in which batch, for data that lies in memory."""
+"""Shuffled index batches of equal size, for training data in memory."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from fluffle_common.tensors.weights import Array
 
 
 def batch_size_of(plan: Plan, count: int) -> int:
-    """Return the size of all batches of ``count`` examples."""
+    """Return the batch size for ``count`` examples."""
     return min(plan.batch_size, count)
 
 
 def steps_of(plan: Plan, count: int) -> int:
-    """Return how many steps a training on ``count`` examples takes."""
+    """Return the number of training steps on ``count`` examples."""
     return plan.steps or plan.epochs * -(-count // batch_size_of(plan, count))
 
 
 def index_batches(plan: Plan, count: int, sample_seed: int) -> Iterator[Array]:
-    """Yield index arrays of one size: a fresh order each epoch, its last batch filled up.
+    """Yield one int32 index array of shape [batch size] per step, shuffled in each epoch.
 
-    A last batch of another size would be compiled a second time by JAX; filling it up from the
-    start of the epoch's order shows a few examples twice.
+    The last batch of an epoch is filled with examples from the start of that epoch's order, which
+    are then used twice. JAX would compile the step a second time for a smaller batch.
 
     Args:
-        plan: how many, and the seed of the round.
-        count: how many examples there are.
-        sample_seed: makes the order this worker's own.
+        plan: the number of epochs or steps, the batch size and the seed of the round.
+        count: the number of examples.
+        sample_seed: decorrelates this worker's order from those of other workers.
     """
     size, left = batch_size_of(plan, count), steps_of(plan, count)
     rng = np.random.default_rng([plan.seed, sample_seed])

@@ -1,4 +1,4 @@
-"""Training data of a Flax task: arrays on the device, or batches that come one after the other."""
+"""Training data of a Flax task: arrays on the device, or a stream of batches."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from fluffle_common.tensors.weights import Array
 from fluffle_worker.tasks.batches import index_batches, steps_of
 
 Examples = tuple[Any, Any]
-"""(inputs, targets): each an array, or a dict, tuple or list of arrays, with one first axis."""
+"""(inputs, targets): each an array, or a dict, tuple or list of arrays; equal first axes."""
 Stream = Callable[[int, np.random.Generator], Iterator[Examples]]
-"""``(epoch, rng) -> batches``: called once for each epoch, which counts from 0."""
+"""``(epoch, rng) -> batches``: called once per epoch, counted from 0."""
 
 
 class InMemory:
-    """Arrays that stay on the device: a batch is a gather there, not a copy from here.
+    """Arrays that stay on the device, so that a batch is gathered there instead of copied to it.
 
     Args:
         data: the examples.
-        sample_seed: makes the order of batches this worker's own.
+        sample_seed: decorrelates this worker's batches from those of other workers.
 
     Raises:
-        TaskError: if the arrays differ in how many examples they have.
+        TaskError: if the arrays differ in their number of examples.
     """
 
     def __init__(self, data: Examples, sample_seed: int) -> None:
         self.num_examples = count_of(data, "train_data")
         self.source: Any = jax.device_put(data)
         self._sample_seed = sample_seed
-        self._rows: Array | None = None  # those of a part
+        self._rows: Array | None = None  # the examples of a part; None for all
 
     def part(self, rows: Array, sample_seed: int) -> InMemory:
-        """Return some of the examples, by their indices; their arrays are the same."""
-        made = copy.copy(self)
-        made.num_examples, made._rows = len(rows), np.asarray(rows, np.int32)
-        made._sample_seed = sample_seed
-        return made
+        """Return the examples with these indices, sharing the arrays."""
+        part = copy.copy(self)
+        part.num_examples, part._rows = len(rows), np.asarray(rows, np.int32)
+        part._sample_seed = sample_seed
+        return part
 
     def steps(self, plan: Plan) -> int:
-        """Return how many steps a training takes."""
+        """Return the number of training steps."""
         return steps_of(plan, self.num_examples)
 
     def batches(self, plan: Plan) -> Iterator[Array]:
@@ -58,12 +58,12 @@ class InMemory:
 class Streamed:
     """Batches from a callable, for data larger than memory.
 
-    The sizes of the batches are the stream's own; each size is compiled once.
+    The stream decides on the batch sizes; the step is compiled once per size.
 
     Args:
-        stream: makes the batches of an epoch.
-        num_examples: how many examples there are in an epoch.
-        sample_seed: makes the ``rng`` of each epoch this worker's own.
+        stream: returns the batches of an epoch.
+        num_examples: the number of examples in an epoch.
+        sample_seed: decorrelates each epoch's ``rng`` from those of other workers.
 
     Raises:
         TaskError: if ``num_examples`` is not given.
@@ -74,21 +74,21 @@ class Streamed:
     def __init__(self, stream: Stream, num_examples: int | None, sample_seed: int) -> None:
         if not num_examples:
             raise TaskError(
-                "train_data is a callable, which does not say how many examples it yields; give "
+                "train_data is a callable, so its number of examples is unknown; give "
                 "num_examples= as well"
             )
         self.num_examples = num_examples
         self._stream, self._sample_seed = stream, sample_seed
 
     def steps(self, plan: Plan) -> int:
-        """Return how many steps a training is expected to take."""
+        """Return the expected number of training steps."""
         return plan.steps or plan.epochs * -(-self.num_examples // plan.batch_size)
 
     def batches(self, plan: Plan) -> Iterator[Examples]:
-        """Yield the batches of all epochs, or of so many that there are ``steps``.
+        """Yield the batches of ``plan.epochs`` epochs or, if set, exactly ``plan.steps`` batches.
 
         Raises:
-            TaskError: if an epoch has none.
+            TaskError: if an epoch yields no batch.
         """
         done = epoch = 0
         while done < plan.steps if plan.steps else epoch < plan.epochs:
@@ -105,30 +105,31 @@ class Streamed:
 
 
 def count_of(data: Examples, what: str) -> int:
-    """Return how many examples there are.
+    """Return the number of examples, the length of the first axis of all arrays.
 
     Raises:
-        TaskError: if the arrays differ in that, or there is none.
+        TaskError: if the arrays differ in it, or there are no arrays.
     """
     counts = {len(array) for array in jax.tree.leaves(data)}
     if len(counts) != 1:
-        told = ", ".join(map(str, sorted(counts))) or "no arrays"
+        if not counts:
+            raise TaskError(f"{what} has no arrays")
         raise TaskError(
-            f"the arrays of {what} have {told} examples; all need the same length of their first "
-            "axis"
+            f"the arrays of {what} have {', '.join(map(str, sorted(counts)))} examples; all need "
+            "the same length of their first axis"
         )
     return counts.pop()
 
 
 def picked(source: Any, batch: Any) -> Examples:
-    """Return the examples of a batch: indices into ``source``, or, without one, the batch."""
+    """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
     if source is None:
         return batch  # type: ignore[no-any-return]
     return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)  # type: ignore[no-any-return]
 
 
 def call(model: Any, inputs: Any) -> Any:
-    """Call a model with a batch: a dict by keywords, a tuple or list by position."""
+    """Call a model with a batch: a dict by keyword, a tuple or list by position."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)

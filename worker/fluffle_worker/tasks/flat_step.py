@@ -1,8 +1,8 @@
-"""A compiled training step whose state goes in and out as a plain list of arrays.
+"""A compiled training step that takes and returns its state as a flat list of arrays.
 
-Taking a Flax state apart and putting it together at every call costs as much as a small model's
-step itself. Here it happens only when the step is compiled. For small dense models, handing each
-step to the device still costs more than the step: many of them go there in one call.
+Flattening and unflattening a Flax state at each call takes as long as a small model's step. Here
+that happens only while the step is being traced. For a small dense model, dispatching a step still
+takes longer than computing it, so several steps go into one call.
 """
 
 from __future__ import annotations
@@ -18,61 +18,61 @@ import numpy as np
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
 
-# The most steps in one call, after which progress is reported, and the largest step that is worth
-# it: a millisecond or two of arithmetic.
+# The number of steps in one call, and the size of a step (1 or 2 ms on one core) from which one call
+# for each step costs no more, and reports progress sooner.
 _TOGETHER = 16
 _SMALL_FLOPS = 50e6
-# XLA computes these 3 to 6 times slower in a loop of its own, on a CPU.
+# On a CPU, XLA computes convolutions 3 to 6 times slower inside a loop.
 _SLOW_IN_A_LOOP = "stablehlo.convolution"
 
 
 class Flat(NamedTuple):
-    """A tree of arrays: its leaves, and what it is made of, which can be hashed."""
+    """A flattened tree of arrays: the leaves and the hashable tree structure."""
 
     leaves: list[Any]
     form: Any
 
     @classmethod
     def of(cls, tree: Any) -> Flat:
-        """Take a tree apart."""
+        """Flatten a tree."""
         return cls(*jax.tree.flatten(tree))
 
     def tree(self) -> Any:
-        """Put it together again."""
+        """Return the tree."""
         return jax.tree.unflatten(self.form, self.leaves)
 
 
 class FlatStep:
-    """A compiled step.
+    """The compiled form of a step on trees.
 
     Args:
-        step: ``(learning_rate, state, frozen, source, batch, key) -> (state, loss)``, of trees; at
-            each step it gets the training's key with the step's number folded in.
-        static_rate: compile it anew for each learning rate.
+        step: ``(learning_rate, state, frozen, source, batch, key) -> (state, loss)``; it receives
+            the key of the training with the number of the step folded in.
+        static_rate: whether to compile it anew for each learning rate.
     """
 
     def __init__(self, step: Callable[..., Any], *, static_rate: bool) -> None:
         self._step = step
         static = (0, 1) if static_rate else (1,)
         self._one = jax.jit(self._on_leaves, static_argnums=static)
-        self._many = jax.jit(self._loop, static_argnums=static)
+        self._several = jax.jit(self._loop, static_argnums=static)
         self._small: dict[Any, bool] = {}
 
-    def run(  # noqa: PLR0917 - as the step itself has them
+    def run(  # noqa: PLR0917 - the parameters of the step
         self, rate: Any, state: Flat, frozen: Flat, source: Any, batches: Iterator[Any], key: Any
     ) -> Iterator[tuple[Flat, Sequence[Any]]]:
-        """Train on all batches, and yield the state after every call, with the losses of its steps.
+        """Train on all batches; yield the state after each call, with the losses of its steps.
 
         Args:
             rate: the learning rate.
-            state: what changes.
-            frozen: what does not.
-            source: what the batches are indices of; None if they are examples themselves.
-            batches: index arrays of one size, or examples.
-            key: of everything random.
+            state: the state at the beginning.
+            frozen: tensors that the step reads and does not change.
+            source: the examples that batches index; None if a batch holds examples itself.
+            batches: index arrays of one shape, or examples.
+            key: the key of the training.
 
         Raises:
-            TaskError: if the step changes the form of its state.
+            TaskError: if the step changes the structure of its state.
         """
         forms, leaves, done = (state.form, frozen.form), state.leaves, 0
         first = next(batches, None)
@@ -83,7 +83,7 @@ class FlatStep:
         if source is not None and self._is_small(args, first, key):
             while chunk := list(itertools.islice(batches, _TOGETHER)):
                 indices = np.resize(np.stack(chunk), (_TOGETHER, *first.shape))
-                leaves, losses = self._many(
+                leaves, losses = self._several(
                     rate, forms, leaves, frozen.leaves, source, indices, key, done, len(chunk)
                 )
                 done += len(chunk)
@@ -95,10 +95,10 @@ class FlatStep:
             yield Flat(leaves, state.form), [loss]
 
     def _is_small(self, args: tuple[Any, ...], batch: Array, key: Any) -> bool:
-        """Whether handing a step over costs about as much as the step, and a loop costs nothing.
+        """Whether dispatching a step takes about as long as the step, and a loop no longer.
 
-        It depends on the step and its shapes alone: on every machine, and in a simulation, the
-        same training has the same bits.
+        The answer depends only on the step and its shapes, so that a training gives the same bits
+        on every machine, and in a simulation.
         """
         which = args[1], batch.shape
         if which not in self._small:
@@ -111,7 +111,7 @@ class FlatStep:
             ]
         return self._small[which]
 
-    def _on_leaves(  # noqa: PLR0917 - all of them traced, or static, by position
+    def _on_leaves(  # noqa: PLR0917 - jitted: positional, static or traced
         self,
         rate: Any,
         forms: tuple[Any, Any],
@@ -122,18 +122,18 @@ class FlatStep:
         key: Any,
         number: Any,
     ) -> tuple[list[Any], Any]:
-        before, kept = Flat(leaves, forms[0]), Flat(frozen, forms[1])
+        before, constant = Flat(leaves, forms[0]), Flat(frozen, forms[1])
         key = jax.random.fold_in(key, number)
-        state, loss = self._step(rate, before.tree(), kept.tree(), source, batch, key)
+        state, loss = self._step(rate, before.tree(), constant.tree(), source, batch, key)
         after = Flat.of(state)
         if after.form != before.form:
             raise TaskError(
-                "a training step changes what the state of the model or of its optimizer is made "
-                "of; create all variables in the model's __init__"
+                "a training step changes the structure of the model's or the optimizer's state; "
+                "create all variables in the model's __init__"
             )
         return after.leaves, loss
 
-    def _loop(  # noqa: PLR0917 - as above
+    def _loop(  # noqa: PLR0917 - jitted, too
         self,
         rate: Any,
         forms: tuple[Any, Any],
@@ -145,7 +145,7 @@ class FlatStep:
         done: Any,
         count: Any,
     ) -> tuple[list[Any], Any]:
-        """Do ``count`` steps after those that are done."""
+        """Return the state and the losses after ``count`` steps; ``done`` came before them."""
 
         def one(at: Any, carry: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
             leaves, losses = carry

@@ -1,8 +1,8 @@
-"""A task from a Flax model: the local training, compiled once.
+"""Adapter that makes a task from a Flax NNX model; the training step is compiled once.
 
-What is averaged is every ``nnx.Param`` and every ``nnx.BatchStat``, by name, unless a filter says
-otherwise: running statistics that stay behind ruin a federated model with batch normalization. The
-state of random number generators, such as dropout's, never travels.
+By default, every ``nnx.Param`` and every ``nnx.BatchStat`` travels and is averaged by name. Running
+statistics are included because a model with batch normalization degrades when each worker keeps its
+own. The state of random number generators, such as dropout's, never travels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flax import nnx
 from fluffle_common.cli.settings import cache_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
-from fluffle_common.tensors.groups import chosen
+from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
@@ -53,42 +53,42 @@ def accuracy(outputs: Any, targets: Any) -> Any:
 
 
 class FlaxTask:
-    """A task from a plain Flax model.
+    """A task that trains and evaluates a Flax model.
 
-    JAX never writes to the arrays that it is given: the task gets views of the weights.
+    Every round starts with a new optimizer state. A worker therefore keeps nothing between rounds,
+    and a restart changes no result, unless the local rule keeps state or some tensors are personal.
 
-    The optimizer's state is fresh in every round: unless its local rule keeps something, or some of
-    its tensors stay at home, a worker keeps nothing between rounds, so that one that was restarted,
-    or joined late, does exactly what it would have done otherwise.
+    The task declares ``only_reads`` because JAX never writes to the arrays it is given, so that it
+    receives views of the weights instead of copies.
 
     Args:
-        model: ``(rngs) -> module``; the module is called with a batch of inputs: a dict of arrays
-            by keywords, a tuple or list of them by position.
-        loss: ``(outputs, targets) -> losses``, one for each example, shape [batch]; or one number
-            for the whole batch.
+        model: ``(rngs) -> module``. The module is called with a batch of inputs; a dict of arrays
+            is passed by keyword, a tuple or list by position.
+        loss: ``(outputs, targets) -> losses``, one per example, shape [batch], or one number for
+            the whole batch.
         optimizer: any optax transformation, or a function of the learning rate such as
-            ``optax.adam``, which lets the coordinator's ``--learning-rate`` decide.
+            ``optax.adam``; the coordinator's ``--learning-rate`` applies to the latter only.
         train_data: (inputs, targets), each an array or a dict, tuple or list of arrays, with the
-            same first axis; or, for data larger than memory, ``(epoch, rng) -> batches`` of these.
-        valid_data: arrays as above, held out; None: this worker does not evaluate.
-        learning_rate: for an ``optimizer`` that takes one and a plan that names none.
-        metrics: more numbers of the form of ``loss``, such as ``{"accuracy": accuracy}``.
-        augment: ``(key, inputs) -> inputs``, random changes to a training batch.
-        classes: the names of the outputs, for a classifier.
-        sample_seed: makes this worker's batches its own.
-        local_rule: changes each gradient before the optimizer sees it.
-        federated: a Flax filter of the tensors that travel. The others are personal: trained here,
-            and kept from round to round of a run, by a worker in its state folder too.
-        frozen: a Flax filter of the tensors that neither travel nor train: each worker has them
-            as ``model`` makes them of ``nnx.Rngs(0)``.
-        num_examples: how many examples a streamed epoch has.
-        score_trained: after each training, evaluate what was trained on ``valid_data`` as well, as
-            the metrics ``personal_loss`` and so on: how well the model does here once it has
-            learnt from this data, beside the evaluation of the one that was received.
+            same first axis; for data larger than memory, ``(epoch, rng) -> batches`` of such pairs.
+        valid_data: held-out arrays of the same structure. If None, this worker does not evaluate.
+        learning_rate: the rate for an ``optimizer`` that takes one, if the plan sets none.
+        metrics: further functions with the signature of ``loss``, such as
+            ``{"accuracy": accuracy}``.
+        augment: ``(key, inputs) -> inputs``, a random change to each training batch.
+        classes: the names of a classifier's outputs.
+        sample_seed: decorrelates this worker's batches from those of other workers.
+        local_rule: a change to each gradient before the optimizer sees it.
+        federated: a Flax filter of the tensors that travel. The others are personal: each worker
+            trains its own and keeps them between the rounds of a run, in its state folder too.
+        frozen: a Flax filter of the tensors that neither travel nor train. Every worker has them
+            as ``model(nnx.Rngs(0))`` initializes them.
+        num_examples: the number of examples in an epoch of streamed data.
+        score_trained: whether to evaluate the model on ``valid_data`` after local training too.
+            The update then carries the metrics ``personal_loss`` and so on, to compare with the
+            evaluation of the model as received.
 
     Raises:
-        TaskError: if the arrays have different lengths, or the filters leave nothing to train or
-            to send.
+        TaskError: if the arrays differ in length, or the filters leave nothing to train or to send.
     """
 
     only_reads = True
@@ -135,22 +135,22 @@ class FlaxTask:
         self._forward = jax.jit(self._forward_step)
 
     def keep_in(self, folder: Path) -> None:
-        """Keep the personal tensors in this folder, from where they are read after a restart."""
+        """Keep the personal tensors in this folder, so that they outlive a restart."""
         self._personal = KeptTensors(folder, "personal")
 
     @property
     def labels(self) -> Array:
-        """The targets of the training examples, in memory; see ``fluffle.simulation``."""
+        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
         return np.asarray(self._data.source[1])
 
     def part(self, rows: Array, sample_seed: int) -> FlaxTask:
-        """Return a task on some of the training examples; it holds nothing out.
+        """Return a task on a subset of the training examples, without held-out data.
 
-        Parts share the data and what is compiled, so that a thousand of them are soon made.
+        Parts share the arrays and the compiled functions, so a thousand of them are cheap.
 
         Args:
-            rows: their indices, shape [examples of the part].
-            sample_seed: makes the batches of this part its own.
+            rows: indices of the part's examples, shape [part size].
+            sample_seed: decorrelates the part's batches from those of other parts.
         """
         made = copy.copy(self)
         assert isinstance(self._data, InMemory)
@@ -161,15 +161,21 @@ class FlaxTask:
         return made
 
     def model_form(self) -> dict[str, Any]:
-        """See ``task.Task``."""
+        """Return the names, shapes and dtypes of the tensors that travel."""
         return {tensor_name(path): leaf.get_value() for path, leaf in self._parts.form}
 
     def init(self, seed: int) -> Weights:
-        """See ``task.Task``."""
+        """Return initial weights, determined by ``seed``."""
         return self._parts.init(jax.random.key(seed))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
-        """See ``task.Task``."""
+        """Train from ``weights`` and return the result; see ``task.Task.train``.
+
+        Raises:
+            TaskError: if the local rule needs the gradient of each example and the model has batch
+                normalization.
+            ValueError: if ``weights`` do not fit this model.
+        """
         self.check(weights)
         parts, data, rule = self._parts, self._data, self.local_rule
         if rule.per_example and parts.has_statistics:
@@ -194,8 +200,8 @@ class FlaxTask:
             for loss in found:
                 losses.append(loss)
                 done = len(losses)
-                # JAX runs ahead; reading the loss of an earlier step keeps it from running far
-                # ahead of what is reported, and costs nothing.
+                # JAX dispatches steps asynchronously. Reading the previous step's loss bounds how
+                # far it runs ahead of the reported progress, without stalling the current step.
                 seen = float(losses[-2]) if done > 1 else None
                 progress(done, max(done, steps), None if rule.per_example else seen)
         learnt, _, optimizer_state = state.tree()
@@ -203,7 +209,7 @@ class FlaxTask:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
         self._personal.keep(run, number, parts.personal(learnt))
         metrics = {"steps": float(len(losses))}
-        if not rule.per_example:  # of what a private training saw, only the weights may tell
+        if not rule.per_example:  # a loss is not noised, so private training reports none
             metrics["loss"] = float(np.mean([float(one) for one in losses]))
         if self._score_trained and self._valid is not None:
             scores = self._scores(learnt, frozen, parts.at_home.rest)
@@ -211,7 +217,7 @@ class FlaxTask:
         return TrainResult(parts.travelling(learnt), self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """See ``task.Task``; with the personal tensors as the last training left them."""
+        """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
         if self._valid is None:
             return None
         scores = self._scores(*self._states(weights))
@@ -223,19 +229,19 @@ class FlaxTask:
         size = min(_EVALUATION_BATCH, count)
         totals: dict[str, float] = {}
         for start in range(0, count, size):
-            # The last batch is filled up, so that all have one shape and are compiled once.
+            # Pad the last batch: one shape for all batches means one compilation.
             wanted = np.arange(start, start + size)
             real = wanted[wanted < count]
             found = self._evaluate_batch(*states, self._valid, np.minimum(wanted, count - 1))
             if len(real) < size and any(not values.shape for values in found.values()):
-                # Numbers of a whole batch would count what fills it up.
+                # A metric of the whole batch would include the padding.
                 found = self._evaluate_batch(*states, self._valid, real)
             for name, values in found.items():
                 totals[name] = totals.get(name, 0.0) + _total(values, len(real))
         return {name: total / count for name, total in totals.items()}
 
     def check(self, weights: Weights) -> None:
-        """Raise ValueError where these are not weights of this model."""
+        """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""
         same_form(weights, self.model_form())
 
     def outputs(self, weights: Weights, inputs: Any) -> Array:
@@ -256,16 +262,16 @@ class FlaxTask:
         return optax.chain(gradient_transformation(self.local_rule), optimizer)
 
     def _step(self, plan: Plan, params: Any) -> FlatStep:
-        """Return the compiled step: one for each local rule, whatever the learning rate."""
+        """Return the compiled step, one per local rule and set of trained tensors."""
         which = self.local_rule.key, plan.train
         if which not in self._steps:
-            # A function of its own: what JAX has traced of an equal one, it does not trace again.
+            # A new function object per step: JAX would reuse the trace of an equal one.
             own = functools.partial(self._train_step, _trained(plan))
             static_rate = not _traces(self._optimizer, params)
             self._steps[which] = FlatStep(own, static_rate=static_rate)
         return self._steps[which]
 
-    def _train_step(  # noqa: PLR0917 - all of them traced, by position
+    def _train_step(  # noqa: PLR0917 - jitted: positional, traced
         self,
         trained: Any,
         learning_rate: Any,
@@ -311,20 +317,23 @@ class FlaxTask:
 
 
 flax_task = FlaxTask
-"""The name under which a user's task file calls it."""
+"""The public name, as in ``fluffle.flax_task``."""
 
 
 def _trained(plan: Plan) -> Any:
-    """Return a filter of the parameters that a plan trains."""
+    """Return a Flax filter of the parameters that ``plan`` trains."""
     if plan.train is None:
         return nnx.Param
     return nnx.All(
-        nnx.Param, lambda path, _: bool(chosen({tensor_name(path): _NOTHING}, plan.train))
+        nnx.Param, lambda path, _: bool(select_tensors({tensor_name(path): _NOTHING}, plan.train))
     )
 
 
 def _total(values: Any, count: int) -> float:
-    """Return the sum over a batch: of its examples' own numbers, or of the one for all of them."""
+    """Return a metric summed over the first ``count`` examples of a batch.
+
+    ``values`` has one entry per example, or is one mean for the whole batch.
+    """
     found = np.asarray(values, np.float64)
     if not found.shape:
         return float(found) * count
@@ -332,7 +341,7 @@ def _total(values: Any, count: int) -> float:
 
 
 def _each(grad: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``grad`` for each example of a batch by itself, as a batch of one."""
+    """Return ``grad`` applied to each example on its own, as a batch of one."""
 
     def of_one(params: Any, example: Any) -> Any:
         return grad(params, jax.tree.map(lambda part: part[None], example))
@@ -345,9 +354,10 @@ def _each(grad: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _traces(optimizer: Any, params: Any) -> bool:
-    """Whether an optimizer is the same function of any learning rate: one compiled step then does.
+    """Return whether an optimizer can be traced with the learning rate as an argument.
 
-    Else it looks at the number, and each learning rate is compiled by itself.
+    If so, one compiled step serves all learning rates. If not, because the optimizer looks at the
+    number (``if learning_rate > …``), the step is compiled anew for each rate.
     """
     if isinstance(optimizer, optax.GradientTransformation):
         return True
@@ -358,17 +368,17 @@ def _traces(optimizer: Any, params: Any) -> bool:
 
     try:
         jax.eval_shape(update, 0.1, params)
-    except Exception:  # of a mistake in it, the step itself tells
+    except Exception:  # a genuine error is raised again by the step itself
         return False
     return True
 
 
 def keep_compiled() -> None:
-    """Keep what JAX compiles on disk, so that the next process on this machine need not."""
+    """Enable JAX's compilation cache on disk, unless the user has configured one."""
     try:
         cache = cache_folder()
     except UsageError:
-        return  # it only takes longer
+        return  # no cache folder: compile every time
     config: Any = jax.config
     if not config.jax_compilation_cache_dir:
         config.update("jax_compilation_cache_dir", str(cache / "fluffle" / "jax"))

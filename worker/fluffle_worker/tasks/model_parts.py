@@ -1,4 +1,4 @@
-"""A Flax model taken apart: what travels, what stays here, what never changes."""
+"""Split of a Flax model's state into tensors that travel, personal, frozen and other ones."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fluffle_common.tensors.weights import Array
 from fluffle_worker.local.optax import named, tensor_name
 
 AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
-"""What training changes, and may travel."""
+"""Flax filter of the tensors that training changes and that may travel."""
 
 
 class AtHome(NamedTuple):
-    """What does not travel, as the model's own initializer makes it.
+    """The state that does not travel, as ``model(nnx.Rngs(0))`` initializes it.
 
     Args:
-        personal: trained here, and kept from round to round.
-        frozen: as it was made.
-        rest: what is neither parameter nor running statistic, such as dropout's random state; it
-            begins anew in each round.
+        personal: trained here and kept between rounds.
+        frozen: never changed.
+        rest: neither parameters nor running statistics, such as dropout's random state; reset at
+            the start of each round.
     """
 
     personal: Any
@@ -34,15 +34,15 @@ class AtHome(NamedTuple):
 
 
 class ModelParts:
-    """Takes a model apart by two filters, and puts it together.
+    """The parts of a model, split by two Flax filters, and the way to merge them again.
 
     Args:
         model: ``(rngs) -> module``.
-        federated: a Flax filter of the tensors that may travel.
-        frozen: a Flax filter of those that neither travel nor train.
+        federated: the filter of the tensors that travel.
+        frozen: the filter of the tensors that neither travel nor train.
 
     Raises:
-        TaskError: if nothing travels, nothing trains, or two tensors have one name.
+        TaskError: if no tensor travels, no parameter trains, or two tensors share a name.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class ModelParts:
     ) -> None:
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
-        # Its form is known without making it; and made, it is in one piece, not operation by
-        # operation, each of which would be compiled by itself.
+        # eval_shape finds the shapes without computing anything. Initialization is jitted as a
+        # whole: run eagerly, each of its operations would be compiled separately.
         compiled: Callable[[Any], Any] = jax.jit
         try:
             like = nnx.eval_shape(lambda: model(nnx.Rngs(0)))
-        except jax.errors.JAXTypeError:  # it looks at its own values while it is made
+        except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
             like, compiled = model(nnx.Rngs(0)), lambda make: make
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
@@ -63,8 +63,8 @@ class ModelParts:
         self._check(
             [*self.form, *self._personal_form], named(nnx.filter_state(nnx.state(like), AVERAGED))
         )
-        # A trained state as JAX flattens it: taking it apart by way of Flax takes as long as a
-        # training step of a small model, and leaves reference cycles that hold the arrays.
+        # The order of a trained state's leaves. Taking a state apart with Flax takes as long as a
+        # step of a small model, and leaves reference cycles that keep the arrays alive.
         labelled = nnx.merge_state(_labelled(self.form), _labelled(self._personal_form))
         self._names, self._tree = jax.tree.flatten(labelled)
         self._travel, self._stay = _names(self.form), _names(self._personal_form)
@@ -74,7 +74,7 @@ class ModelParts:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether there are running statistics, as of batch normalization."""
+        """Whether the model has running statistics, such as those of batch normalization."""
         flat = [*self.form, *self._personal_form, *nnx.to_flat_state(self.at_home.frozen)]
         return any(isinstance(leaf, nnx.BatchStat) for _, leaf in flat)
 
@@ -83,19 +83,19 @@ class ModelParts:
         return {name: np.asarray(array) for name, array in named(self._init(key)).items()}
 
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
-        """Return the state of all that is trained here: what came, and what was kept.
+        """Return the state that trains here, from received weights and kept personal tensors.
 
-        The arrays are those that are given; a compiled function takes them to its device.
+        Its leaves are the given arrays; a compiled function moves them to its device.
         """
         arrays = {**(personal or self._first_personal), **weights}
         return jax.tree.unflatten(self._tree, [arrays[name] for name in self._names])
 
     def travelling(self, learnt: Any) -> dict[str, Array]:
-        """Return the part of a trained state that travels, by name."""
+        """Return the tensors of a trained state that travel, by name."""
         return self._arrays(learnt, self._travel)
 
     def personal(self, learnt: Any) -> dict[str, Array]:
-        """Return the part of a trained state that stays here, by name."""
+        """Return the personal tensors of a trained state, by name."""
         return self._arrays(learnt, self._stay)
 
     def _arrays(self, learnt: Any, names: list[str]) -> dict[str, Array]:
@@ -103,11 +103,11 @@ class ModelParts:
         return {name: np.asarray(arrays[name]) for name in names}
 
     def module(self, learnt: Any, frozen: Any, rest: Any) -> Any:
-        """Return the model of these states."""
+        """Return the module merged from these states."""
         return nnx.merge(self._graph, learnt, frozen, rest, copy=True)
 
     def after(self, module: Any) -> tuple[Any, Any]:
-        """Return the running statistics of a model that was trained, and its rest."""
+        """Return a trained module's running statistics and its remaining state."""
         _, others = nnx.split_state(nnx.state(module), nnx.Any(self._frozen, nnx.Param), ...)
         statistics, rest = nnx.split_state(others, nnx.BatchStat, ...)
         return statistics, rest
@@ -132,7 +132,7 @@ class ModelParts:
 
 
 def _labelled(form: Any) -> Any:
-    """Return a state with the names of its tensors instead of their arrays."""
+    """Return the Flax state of this form with tensor names as its leaves."""
     return nnx.from_flat_state([(path, leaf.replace(tensor_name(path))) for path, leaf in form])
 
 
@@ -141,10 +141,10 @@ def _names(form: Any) -> list[str]:
 
 
 def _check_names(names: list[str]) -> None:
-    """Check that each tensor has a name of its own.
+    """Check that tensor names are unique.
 
     Raises:
-        TaskError: naming the first that has not.
+        TaskError: if two tensors share a name; it names the first such pair.
     """
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:

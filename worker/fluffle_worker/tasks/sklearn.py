@@ -1,4 +1,4 @@
-"""A task from an estimator of scikit-learn that has ``partial_fit``, such as ``SGDClassifier``."""
+"""Adapter that makes a task from a linear scikit-learn estimator with ``partial_fit``."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ _TENSORS = ("coef_", "intercept_")
 
 
 class SklearnTask:
-    """A task from a linear estimator of scikit-learn.
+    """A task that trains and evaluates a linear scikit-learn estimator.
 
-    What travels is ``coef_`` and ``intercept_``. Everything else begins afresh in each round, but
-    for the counter of updates, by which the estimator's own schedule lowers its learning rate: it
-    is set to what it would be if this worker had trained in every round before.
+    The tensors ``coef_`` and ``intercept_`` travel. All other state is reset in each round, except
+    the update counter ``t_``, on which the estimator's learning-rate schedule depends: it is set as
+    if this worker had trained in every previous round.
 
     Args:
-        estimator: unfitted, with ``partial_fit``, such as ``SGDClassifier(loss="log_loss")``.
-        train_data: (inputs, targets); inputs of shape [n, features], an array or a sparse matrix.
-        valid_data: the same, held out; None: this worker does not evaluate.
-        classes: all classes of the federation, for a classifier; None: those of its own data.
-        loss: ``(estimator, inputs, targets) -> loss``; None: the log loss of a classifier that
-            gives probabilities, the error rate of any other, the mean squared error of a regressor.
-        metrics: more numbers of this form; None: ``accuracy`` for a classifier.
-        sample_seed: makes this worker's batches its own.
+        estimator: an unfitted estimator, such as ``SGDClassifier(loss="log_loss")``.
+        train_data: (inputs, targets); inputs are an array or sparse matrix of shape [n, features].
+        valid_data: held-out data of the same form. If None, this worker does not evaluate.
+        classes: all classes of the federation, for a classifier; by default, those of its own data.
+        loss: ``(estimator, inputs, targets) -> loss``. The default is the log loss for a classifier
+            with ``predict_proba``, the error rate for other classifiers, and the mean squared error
+            for a regressor.
+        metrics: further functions with that signature; by default, ``accuracy`` for a classifier.
+        sample_seed: decorrelates this worker's batches from those of other workers.
 
     Raises:
-        TaskError: if the estimator cannot be trained in rounds, or the data are not all of a size.
+        TaskError: if the estimator cannot be federated, or inputs and targets differ in length.
     """
 
     only_reads = True
@@ -72,7 +73,7 @@ class SklearnTask:
         self.num_examples = len(targets)
         self._train, self._valid, self._sample_seed = train_data, valid_data, sample_seed
         classifies = is_classifier(estimator)
-        self._loss = loss or (_error if classifies else _squared)
+        self._loss = loss or (_log_loss_or_error if classifies else _squared_error)
         self._metrics = {"accuracy": _accuracy} if metrics is None and classifies else metrics or {}
         first: dict[str, Any] = {}
         if classifies:
@@ -87,17 +88,17 @@ class SklearnTask:
             )
 
     def init(self, seed: int) -> Weights:
-        """Return zeros, whatever the seed: what these estimators begin with."""
+        """Return zeros, with which these estimators start, whatever the seed."""
         return {name: np.zeros_like(getattr(self._fresh, name)) for name in _TENSORS}
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
-        """See ``task.Task``; a learning rate of the plan is used as it is, at every step."""
+        """Train from ``weights``; a learning rate in the plan replaces the estimator's schedule."""
         estimator = self._with(weights)
         changes: dict[str, Any] = {"random_state": plan.seed % 2**32}
         if plan.learning_rate is not None:
             changes |= {"eta0": plan.learning_rate, "learning_rate": "constant"}
         known = estimator.get_params()
-        estimator.set_params(**{name: one for name, one in changes.items() if name in known})
+        estimator.set_params(**{name: value for name, value in changes.items() if name in known})
         inputs, targets = self._train
         steps = steps_of(plan, self.num_examples)
         if hasattr(estimator, "t_") and isinstance(plan, RoundPlan):
@@ -112,16 +113,18 @@ class SklearnTask:
         return TrainResult(trained, self.num_examples, {"loss": loss, "steps": steps})
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """See ``task.Task``."""
+        """Evaluate ``weights`` on the held-out data; return None if there is none."""
         if self._valid is None or not len(self._valid[1]):
             return None
         estimator = self._with(weights)
-        found = {name: float(one(estimator, *self._valid)) for name, one in self._metrics.items()}
+        metrics = {
+            name: float(metric(estimator, *self._valid)) for name, metric in self._metrics.items()
+        }
         loss = float(self._loss(estimator, *self._valid))
-        return EvalResult(loss, len(self._valid[1]), found)
+        return EvalResult(loss, len(self._valid[1]), metrics)
 
     def _with(self, weights: Mapping[str, Array]) -> Any:
-        """Return an estimator of these weights, as if it had seen nothing yet."""
+        """Return a fresh estimator with these weights and its update counter reset."""
         estimator = copy.deepcopy(self._fresh)
         for name in _TENSORS:
             setattr(estimator, name, np.array(weights[name]))
@@ -131,10 +134,10 @@ class SklearnTask:
 
 
 sklearn_task = SklearnTask
-"""The name under which a user's task file calls it."""
+"""The public name, as in ``fluffle.sklearn_task``."""
 
 
-def _error(estimator: Any, inputs: Any, targets: Any) -> float:
+def _log_loss_or_error(estimator: Any, inputs: Any, targets: Any) -> float:
     if hasattr(estimator, "predict_proba"):
         labels = estimator.classes_
         return float(log_loss(targets, estimator.predict_proba(inputs), labels=labels))
@@ -145,5 +148,5 @@ def _accuracy(estimator: Any, inputs: Any, targets: Any) -> float:
     return float(accuracy_score(targets, estimator.predict(inputs)))
 
 
-def _squared(estimator: Any, inputs: Any, targets: Any) -> float:
+def _squared_error(estimator: Any, inputs: Any, targets: Any) -> float:
     return float(mean_squared_error(targets, estimator.predict(inputs)))

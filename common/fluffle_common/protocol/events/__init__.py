@@ -1,7 +1,7 @@
-"""The one vocabulary of a run: a frozen class for every event, with its fields and its sentence.
+"""Run events: a frozen class for each, with typed fields and a sentence.
 
-Machines and the shells around them make these; log, journal, explain, page and history read them.
-Their names and fields are those on the wire (``docs/protocol.md``).
+Coordinator and worker report what happens as these events, and the log, the journal, the live page
+and ``fluffle explain`` show them. Names and fields are those on the wire (``docs/protocol.md``).
 
 >>> Counted(round=7, worker="north", num_examples=80, updates=2).sentence()
 'round 7: update of north counted, 80 examples (2/?)'
@@ -15,10 +15,9 @@ from fluffle_common.protocol.events.base import (
     Other,
     RunEvent,
     Severity,
-    field_names,
     from_fields,
 )
-from fluffle_common.protocol.events.of_rounds import (
+from fluffle_common.protocol.events.rounds import (
     Closed,
     Committed,
     Counted,
@@ -37,8 +36,9 @@ from fluffle_common.protocol.events.of_rounds import (
     Stalled,
     Tested,
 )
-from fluffle_common.protocol.events.of_runs import (
+from fluffle_common.protocol.events.runs import (
     Blocked,
+    BrokerEvent,
     Classes,
     Connected,
     Disconnected,
@@ -54,7 +54,6 @@ from fluffle_common.protocol.events.of_runs import (
     NoBroker,
     NoJournal,
     Note,
-    OfTheBroker,
     Reconnected,
     Refused,
     Repaired,
@@ -66,7 +65,7 @@ from fluffle_common.protocol.events.of_runs import (
     Untold,
     Waiting,
 )
-from fluffle_common.protocol.events.of_workers import (
+from fluffle_common.protocol.events.workers import (
     Abandoned,
     Alone,
     Begun,
@@ -75,12 +74,12 @@ from fluffle_common.protocol.events.of_workers import (
     Loaded,
     NotCounted,
     Occupied,
-    OfAWorker,
     Sent,
     Traceback,
     Unfit,
     Unsent,
     Welcomed,
+    WorkerEvent,
 )
 
 __all__ = [
@@ -89,6 +88,7 @@ __all__ = [
     "Alone",
     "Begun",
     "Blocked",
+    "BrokerEvent",
     "Classes",
     "Closed",
     "Committed",
@@ -117,8 +117,6 @@ __all__ = [
     "NotCounted",
     "Note",
     "Occupied",
-    "OfAWorker",
-    "OfTheBroker",
     "Opened",
     "Other",
     "Outlier",
@@ -147,6 +145,6 @@ __all__ = [
     "Untold",
     "Waiting",
     "Welcomed",
-    "field_names",
+    "WorkerEvent",
     "from_fields",
 ]

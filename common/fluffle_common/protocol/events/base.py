@@ -1,7 +1,7 @@
-"""What every run event is: a name, typed fields, a severity, and a sentence for people.
+"""The base of all run events: a name, typed fields, a severity, and a sentence for people.
 
-Events come from a journal that another version may have written: every field may be missing, which
-is None, and whatever has the wrong type counts as missing. Whoever makes an event names its fields.
+Events may be read from a journal that another version wrote. So every field may be missing (None),
+and a value of the wrong type counts as missing.
 """
 
 from __future__ import annotations
@@ -10,52 +10,61 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
+from string import Formatter
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 Severity = Literal["plain", "good", "odd", "bad"]
 
-# The types of the fields, by the names that ``_READ`` has them under.
+# The types of fields. ``_READERS`` has a function for each of these names.
 Text = str | None
-Whole = int | None
+Integer = int | None
 Number = float | None
 Names = tuple[str, ...] | None
 Numbers = Mapping[str, float] | None
 
 
-class _Unknown:
-    """What a sentence says of a field that is not there, whatever its format."""
+class _Missing:
+    """Formats a missing field as a question mark, whatever the format specification."""
 
     def __format__(self, _: str) -> str:
         return "?"
 
 
-_UNKNOWN = _Unknown()
+_MISSING = _Missing()
 
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """Something that happened in a run. ``name`` is its name on the wire."""
+    """Something that happened in a run.
+
+    ``name`` is the name on the wire. ``template`` is the sentence; its placeholders are fields, or
+    keys of ``_derived``. An event that is not ``journalled`` appears in the log only.
+    """
 
     name: ClassVar[str] = ""
     severity: ClassVar[Severity] = "plain"
-    words: ClassVar[str] = ""
-    journalled: ClassVar[bool] = True  # else only the log has it
+    template: ClassVar[str] = ""
+    journalled: ClassVar[bool] = True
+    field_names: ClassVar[tuple[str, ...]] = ()
+    template_fields: ClassVar[tuple[str, ...]] = ()  # those that occur in the template
 
     def fields(self) -> dict[str, Any]:
-        """Return what is known of it, as plain data for the log and the wire."""
-        known = ((name, getattr(self, name)) for name in self._names())
-        return {name: _plain(value) for name, value in known if value is not None}
+        """Return the fields that are not missing, as plain data for the log and the wire."""
+        values = {}
+        for name in self.field_names:
+            value = getattr(self, name)
+            if value is not None:
+                values[name] = _plain(value) if isinstance(value, tuple) else value
+        return values
 
     def sentence(self) -> str:
-        """Say it in words; what is not known is a question mark."""
-        return self.words.format_map(self._spoken())
+        """Return the event in words, with a question mark for each missing field."""
+        values = {name: formatted(getattr(self, name)) for name in self.template_fields}
+        return self.template.format_map(values | self._derived())
 
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [name for name, _ in _READERS[cls.name]]
-
-    def _spoken(self) -> dict[str, Any]:
-        return {name: spoken(getattr(self, name)) for name in self._names()}
+    def _derived(self) -> dict[str, str]:
+        """Return the parts of the sentence that are computed from the fields."""
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +75,21 @@ class Other(RunEvent):
     details: Mapping[str, Any] | None = None
 
     def fields(self) -> dict[str, Any]:
-        """See ``RunEvent``."""
+        """Return the fields as they are in the journal."""
         return dict(self.details or {})
 
     def sentence(self) -> str:
-        """See ``RunEvent``."""
-        known = ", ".join(f"{key} {spoken(value)}" for key, value in self.fields().items())
-        return f"{self.name}: {known}" if known else self.name
+        """Return the name and all fields."""
+        listed = ", ".join(f"{key} {formatted(value)}" for key, value in self.fields().items())
+        return f"{self.name}: {listed}" if listed else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Doing:
-    """What a worker that is waited for does.
+    """What a worker that the run waits for is doing.
 
-    ``state`` is a worker's own word, or ``failed`` or ``gone``. ``round`` is there when it is at
-    the work of another round; ``heard_s`` says how long ago an idle one was heard.
+    ``state`` is the worker's own ``state``, or ``failed`` or ``gone``. ``round`` is set if the
+    worker is working on another round; ``heard_s`` is the age of an idle worker's last heartbeat.
     """
 
     worker: str
@@ -91,12 +100,12 @@ class Doing:
     heard_s: float | None = None
 
     def fields(self) -> dict[str, Any]:
-        """Return what is known, as plain data."""
-        known = ((one.name, getattr(self, one.name)) for one in fields_of(self))
-        return {name: value for name, value in known if value is not None}
+        """Return the fields that are not None, as plain data."""
+        values = {field.name: getattr(self, field.name) for field in fields_of(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def sentence(self) -> str:
-        """Say what it does, without its name.
+        """Return the state in words, without the worker's name.
 
         >>> Doing("north", "training", 3, 40).sentence(), Doing("north", "gone").sentence()
         ('training 3/40', 'is gone')
@@ -113,122 +122,116 @@ class Doing:
 Doings = tuple[Doing, ...] | None
 
 REGISTRY: dict[str, type[RunEvent]] = {}
-_READERS: dict[str, tuple[tuple[str, Callable[[Any], Any]], ...]] = {}
+"""All event classes by name."""
+_field_readers: dict[str, dict[str, Callable[[Any], Any]]] = {}
 _Event = TypeVar("_Event", bound=RunEvent)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def event(
-    name: str, words: str, severity: Severity = "plain"
+    name: str, template: str, severity: Severity = "plain"
 ) -> Callable[[type[_Event]], type[_Event]]:
-    """Make a class an event of the vocabulary, under its name on the wire."""
+    """Make a class an event: a frozen dataclass that is registered under its name."""
 
-    def enter(cls: type[_Event]) -> type[_Event]:
-        made = dataclass(frozen=True, slots=True, kw_only=True)(cls)
-        made.name, made.words, made.severity = name, words, severity
-        REGISTRY[name] = made
-        _READERS[name] = tuple((one.name, _READ[str(one.type)]) for one in fields_of(made))
-        return made
+    def register(cls: type[_Event]) -> type[_Event]:
+        event_class = dataclass(frozen=True, slots=True, kw_only=True)(cls)
+        event_class.name, event_class.template, event_class.severity = name, template, severity
+        event_class.field_names = tuple(field.name for field in fields_of(event_class))
+        in_template = {field for _, field, _, _ in Formatter().parse(template)}
+        event_class.template_fields = tuple(n for n in event_class.field_names if n in in_template)
+        REGISTRY[name] = event_class
+        _field_readers[name] = {f.name: _READERS[str(f.type)] for f in fields_of(event_class)}
+        return event_class
 
-    return enter
+    return register
 
 
 def from_fields(name: str, fields: Mapping[str, Any]) -> RunEvent:
-    """Return the event that a journal tells of.
-
-    Other versions know other events and fields: those are passed over.
+    """Return the event with this name and these fields, ignoring unknown fields.
 
     >>> from_fields("eclipse", {"seen_by": ["north", "south"]}).sentence()
     'eclipse: seen_by north, south'
     """
-    known = REGISTRY.get(name)
-    if known is None:
+    event_class = REGISTRY.get(name)
+    if event_class is None:
         return Other(name, fields)
-    return known(**{key: read(fields[key]) for key, read in _READERS[name] if key in fields})
-
-
-def field_names(name: str) -> tuple[str, ...]:
-    """Return the names of an event's fields, in their order."""
-    return tuple(field for field, _ in _READERS[name])
+    readers = _field_readers[name].items()
+    return event_class(**{field: read(fields[field]) for field, read in readers if field in fields})
 
 
 def _plain(value: Any) -> Any:
-    match value:
-        case tuple():
-            return [_plain(one) for one in value]
-        case Doing():
-            return value.fields()
-    return value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.fields() if isinstance(value, Doing) else value
 
 
-def spoken(value: Any) -> Any:
-    """Return a field's value as a sentence has it."""
+def formatted(value: Any) -> Any:
+    """Return a field's value as a sentence shows it."""
     if value is None:
-        return _UNKNOWN
+        return _MISSING
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-# --- fields that may be anything ----------------------------------------------------------------
+# --- readers: from untrusted values to fields ---------------------------------------------------
 
 
-def text(value: Any) -> Text:
-    """Return a text; a number is one, too."""
+def _read_text(value: Any) -> Text:
     return str(value) if isinstance(value, str | int | float) else None
 
 
-def number(value: Any) -> Number:
+def _read_number(value: Any) -> Number:
     """Return a finite number; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) <= sys.float_info.max else None
 
 
-def whole(value: Any) -> Whole:
-    """Return a whole number; None for anything else."""
-    found = number(value)
-    return found if isinstance(found, int) else None
+def _read_integer(value: Any) -> Integer:
+    number = _read_number(value)
+    return number if isinstance(number, int) else None
 
 
-def names(value: Any) -> Names:
-    """Return names; None for what is no list."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        return None
-    return tuple(map(str, value))
+def _read_names(value: Any) -> Names:
+    return tuple(map(str, value)) if _is_list(value) else None
 
 
-def numbers(value: Any) -> Numbers:
-    """Return the finite numbers among named values; None where nothing has a name."""
+def _read_numbers(value: Any) -> Numbers:
+    """Return the finite numbers of a mapping; None for anything else."""
     if not isinstance(value, Mapping):
         return None
-    found = {str(name): number(one) for name, one in value.items()}
-    return {name: one for name, one in found.items() if one is not None}
+    numbers = {str(name): _read_number(item) for name, item in value.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
-def doings(value: Any) -> Doings:
-    """Return what workers do; those without a name or a state are passed over."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+def _read_doings(value: Any) -> Doings:
+    """Return the workers' states, skipping those without a name or a state."""
+    if not _is_list(value):
         return None
     return tuple(
         Doing(
-            one["worker"],
-            one["state"],
-            step=whole(one.get("step")),
-            steps=whole(one.get("steps")),
-            round=whole(one.get("round")),
-            heard_s=number(one.get("heard_s")),
+            item["worker"],
+            item["state"],
+            step=_read_integer(item.get("step")),
+            steps=_read_integer(item.get("steps")),
+            round=_read_integer(item.get("round")),
+            heard_s=_read_number(item.get("heard_s")),
         )
-        for one in value
-        if isinstance(one, Mapping)
-        and isinstance(one.get("worker"), str)
-        and isinstance(one.get("state"), str)
+        for item in value
+        if isinstance(item, Mapping)
+        and isinstance(item.get("worker"), str)
+        and isinstance(item.get("state"), str)
     )
 
 
-_READ: dict[str, Callable[[Any], Any]] = {
-    "Text": text,
-    "Whole": whole,
-    "Number": number,
-    "Names": names,
-    "Numbers": numbers,
-    "Doings": doings,
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "Text": _read_text,
+    "Integer": _read_integer,
+    "Number": _read_number,
+    "Names": _read_names,
+    "Numbers": _read_numbers,
+    "Doings": _read_doings,
 }

@@ -1,9 +1,9 @@
-"""The messages: what a coordinator and a worker say to each other.
+"""The messages between coordinator and workers.
 
-Every message is a small, frozen header; some carry tensors behind it (see ``codec``). A wrong type
-is a ``MalformedMessage`` with the reason, never a guess. An unknown key is passed over, so that a
-later version may add some, unless the message lists it as ``critical``. The field names here are
-the names on the wire, in the journal and in the documentation.
+Every message is a small, frozen header; some carry tensors behind it (see ``codec``). A value of
+the wrong type raises ``MalformedMessage``; nothing is coerced. Unknown keys are ignored, so that
+later versions can add some, unless the message lists them as ``critical``. The field names are
+those on the wire, in the journal and in the documentation.
 """
 
 from fluffle_common.protocol.messages.base import (
@@ -11,8 +11,9 @@ from fluffle_common.protocol.messages.base import (
     Part,
     TensorHeader,
     Transfer,
-    told_of,
+    present_fields,
 )
+from fluffle_common.protocol.messages.exchange import Exchange
 from fluffle_common.protocol.messages.fields import (
     FEDERATION_PATTERN,
     MAX_CLASS_NAME,
@@ -25,15 +26,17 @@ from fluffle_common.protocol.messages.fields import (
     MAX_TASK_CHARACTERS,
     WORKER_PATTERN,
 )
-from fluffle_common.protocol.messages.of_exchange import (
-    Exchange,
+from fluffle_common.protocol.messages.journal import Event, EventRecord, Events
+from fluffle_common.protocol.messages.parsing import (
+    FromWorker,
+    Message,
+    ToWorker,
+    WithTensors,
+    json_schema,
+    kinds_of,
+    parse,
 )
-from fluffle_common.protocol.messages.of_journal import (
-    Event,
-    Events,
-    Happening,
-)
-from fluffle_common.protocol.messages.of_presence import (
+from fluffle_common.protocol.messages.presence import (
     Bye,
     Echo,
     Failure,
@@ -43,28 +46,19 @@ from fluffle_common.protocol.messages.of_presence import (
     Refusal,
     Welcome,
 )
-from fluffle_common.protocol.messages.of_results import (
+from fluffle_common.protocol.messages.results import (
     Evaluation,
     FirstWeights,
     Update,
     Verdict,
 )
-from fluffle_common.protocol.messages.of_work import (
+from fluffle_common.protocol.messages.work import (
     Compression,
     Evaluate,
     Fit,
     InitRequest,
     Plan,
     Stop,
-)
-from fluffle_common.protocol.messages.parsing import (
-    FromWorker,
-    Message,
-    ToWorker,
-    WithTensors,
-    json_schema,
-    kinds_of,
-    parse,
 )
 from fluffle_common.tensors.table import TensorEntry
 
@@ -86,13 +80,13 @@ __all__ = [
     "Evaluate",
     "Evaluation",
     "Event",
+    "EventRecord",
     "Events",
     "Exchange",
     "Failure",
     "FirstWeights",
     "Fit",
     "FromWorker",
-    "Happening",
     "Heartbeat",
     "Hello",
     "InitRequest",
@@ -113,5 +107,5 @@ __all__ = [
     "json_schema",
     "kinds_of",
     "parse",
-    "told_of",
+    "present_fields",
 ]

@@ -1,4 +1,4 @@
-"""What all messages have in common: the header, tensors, and a payload in parts."""
+"""The base classes of all messages: header, tensor table, and payload in parts."""
 
 from __future__ import annotations
 
@@ -15,57 +15,57 @@ from pydantic import (
 )
 
 from fluffle_common.protocol.messages.fields import (
+    Config,
     Critical,
-    Extension,
     Federation,
     Id,
     KeyId,
     Scheme,
     Signature,
 )
-from fluffle_common.tensors.table import MAX_TENSORS, MOST_TENSORS_KEPT, TABLES_KEPT, TensorEntry
+from fluffle_common.tensors.table import CACHED_TABLES, MAX_CACHED_TENSORS, MAX_TENSORS, TensorEntry
 
 PROTOCOL: Literal[2] = 2
-"""The version of the protocol that is spoken here."""
+"""The protocol version that this package implements."""
 
 _IDENTITY = ("kind", "run", "round", "worker")
 
-_TABLES: dict[bytes, tuple[TensorEntry, ...]] = {}
+_valid_tables: dict[bytes, tuple[TensorEntry, ...]] = {}
 
 
-def _checked_once(table: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Check a table that has been checked before by looking for it.
+def _validate_table(table: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Validate a tensor table, or return the earlier result for an identical one.
 
-    What is packed into the same bytes is of the same types and values throughout.
+    Most updates carry the same table. Two tables that pack into the same bytes have the same types
+    and values throughout.
     """
-    if not isinstance(table, list) or len(table) > MOST_TENSORS_KEPT:
-        return check(table)
+    if not isinstance(table, list) or len(table) > MAX_CACHED_TENSORS:
+        return validate(table)
     try:
         packed = msgpack.packb(table)
     except (TypeError, ValueError, OverflowError):
-        return check(table)
-    known = _TABLES.get(packed)
-    if known is None:
-        known = check(table)
-        if len(_TABLES) >= TABLES_KEPT:
-            del _TABLES[next(iter(_TABLES))]  # the oldest
-        _TABLES[packed] = known
-    return known
+        return validate(table)
+    entries = _valid_tables.get(packed)
+    if entries is None:
+        entries = validate(table)
+        if len(_valid_tables) >= CACHED_TABLES:
+            del _valid_tables[next(iter(_valid_tables))]  # the oldest
+        _valid_tables[packed] = entries
+    return entries
 
 
 class Model(BaseModel):
-    """What is read from a message: frozen, strict in its types; unknown keys are passed over."""
+    """A pydantic model that is frozen, has strict types and ignores unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
 class Transfer(Model):
-    """A payload that travels apart from its message, cut into ``part`` messages.
+    """The announcement of a payload that travels separately, cut into ``part`` messages.
 
-    ``digest`` is BLAKE3, in hexadecimal, of the parts' own BLAKE3 one after the other: so each part
-    can be hashed as it comes, in any order, and none can be another than was announced. BLAKE3
-    takes a third of the time of SHA-256, of which a round of large models has ten hashes. None:
-    its sender does not say.
+    ``digest`` is the BLAKE3, in hexadecimal, of the concatenated BLAKE3 hashes of the parts, so
+    that each part can be hashed when it arrives, in any order. BLAKE3 takes a third of the time of
+    SHA-256. Without a digest, the parts are not verified.
     """
 
     id: Id
@@ -75,61 +75,61 @@ class Transfer(Model):
 
 
 class Header(Model):
-    """What every message says first.
+    """The fields that every message has.
 
-    ``critical`` names the keys without which the message would be misunderstood: whoever does not
-    know one of them refuses the message. ``ext`` is for private use, and flat: it is passed over.
+    ``critical`` lists keys that the receiver must know; a receiver that does not know one of them
+    rejects the message. ``ext`` is a flat map for private use, which fluffle ignores.
 
-    There is room for signatures and for encrypted payloads: ``signature`` is by the key ``key_id``,
-    and is passed over here; ``sealed`` names the scheme by which the payload is encrypted, and a
-    message that has it is refused here.
+    Signatures and encrypted payloads are reserved for later: ``signature``, made with the key
+    ``key_id``, is ignored; ``sealed`` names the scheme that encrypts the payload, and a message
+    that has it is rejected.
     """
 
     protocol: Literal[2] = PROTOCOL
     federation: Federation
     critical: Critical | None = None
-    ext: Extension | None = None
+    ext: Config | None = None
     key_id: KeyId | None = None
     signature: Signature | None = None
     sealed: Scheme | None = None
-    pad: bytes = b""  # fills the header up, so that the payload starts at a multiple of 64 bytes
+    pad: bytes = b""  # aligns the payload to 64 bytes
 
     @property
     def identity(self) -> str:
-        """What makes two messages the same message: the AMQP ``message_id``, kept on a resend."""
-        told = [str(value) for value in told_of(self, _IDENTITY).values()]
+        """The AMQP ``message_id``: the same whenever the same message is sent again."""
+        fields = [str(value) for value in present_fields(self, _IDENTITY).values()]
         sequence = getattr(self, "sequence", None)
         if sequence not in (None, getattr(self, "round", None)):
-            told.append(str(sequence))
-        return "/".join(told)
+            fields.append(str(sequence))
+        return "/".join(fields)
 
 
 class TensorHeader(Header):
-    """A message whose payload is tensors."""
+    """A message with tensors in its payload."""
 
     tensors: Annotated[
         tuple[TensorEntry, ...],
         Strict(False),
         Field(max_length=MAX_TENSORS),
-        WrapValidator(_checked_once),
+        WrapValidator(_validate_table),
     ] = ()
 
 
 class TransferHeader(TensorHeader):
-    """A message whose payload is tensors, which may travel in parts."""
+    """A message with tensors, which travel in its payload or separately in parts."""
 
     transfer: Transfer | None = None
 
 
 class Part(Header):
-    """One piece of a payload too large for one message; ``part`` counts from 0."""
+    """One part of a payload that is too large for one message; ``part`` counts from 0."""
 
     kind: Literal["part"] = "part"
     transfer: Id
     part: Annotated[int, Field(ge=0)]
 
 
-def told_of(message: BaseModel, fields: tuple[str, ...]) -> dict[str, Any]:
-    """Return those of some fields that a message has a value for."""
+def present_fields(message: BaseModel, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of the given fields, leaving out those that are None or do not exist."""
     values = message.__dict__
     return {name: values[name] for name in fields if values.get(name) is not None}

@@ -1,4 +1,4 @@
-"""The fields of messages: their types, bounds and patterns, one name for each."""
+"""The types of message fields, with their bounds and patterns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fluffle_common.tensors.table import MAX_DIMENSIONS, MAX_TENSOR_NAME
 MAX_NUM_EXAMPLES = 10**12
 MAX_METRICS = MAX_METRIC_NAME = MAX_ID = 64
 MAX_CLASS_NAME = 100
-# A worker says these of itself every few seconds, and the coordinator keeps them of each.
+# Every heartbeat carries these, and the coordinator stores them for each worker.
 MAX_TASK_CHARACTERS = 200
 MAX_CLASSES, MAX_CLASSES_BYTES = 5_000, 32 * 2**10
 
-# Names end up in queue names and routing keys. A federation has no dot, so that its names on the
-# broker cannot be mistaken for another federation's.
+# Part of queue names and routing keys. A federation's name has no dot, so that its queues cannot be
+# mistaken for those of another federation.
 FEDERATION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 WORKER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
@@ -33,16 +33,6 @@ Metrics = Annotated[
 ]
 Text = Annotated[str, Field(max_length=2000)]
 TaskName = Annotated[str, Field(max_length=MAX_TASK_CHARACTERS)]
-
-
-def _not_too_long(classes: tuple[str, ...]) -> tuple[str, ...]:
-    size_bytes = sum(len(name.encode()) for name in classes)
-    if size_bytes > MAX_CLASSES_BYTES:
-        raise ValueError(
-            f"the names of {len(classes)} classes have {size_bytes} bytes; the limit is "
-            f"{MAX_CLASSES_BYTES}"
-        )
-    return classes
 
 
 KeyId = Annotated[str, Field(min_length=1, max_length=64)]
@@ -67,18 +57,28 @@ Train = Annotated[
     Strict(False),
     Field(min_length=1, max_length=1000),
 ]
-Classes = Annotated[
-    tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
-    Strict(False),
-    Field(max_length=MAX_CLASSES),
-    AfterValidator(_not_too_long),
-]
-Value = bool | int | float | Annotated[str, Field(max_length=2000)]
-Extension = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max_length=100)]
+Value = bool | int | float | Text
 Config = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max_length=100)]
-
 Critical = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=64)], ...],
     Strict(False),
     Field(max_length=32),
+]
+
+
+def _check_size(classes: tuple[str, ...]) -> tuple[str, ...]:
+    size_bytes = sum(len(name.encode()) for name in classes)
+    if size_bytes > MAX_CLASSES_BYTES:
+        raise ValueError(
+            f"the names of {len(classes)} classes have {size_bytes} bytes; the limit is "
+            f"{MAX_CLASSES_BYTES}"
+        )
+    return classes
+
+
+Classes = Annotated[
+    tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
+    Strict(False),
+    Field(max_length=MAX_CLASSES),
+    AfterValidator(_check_size),
 ]

@@ -1,4 +1,4 @@
-"""From a decoded header to its message, and a JSON schema of all of them."""
+"""Parsing of decoded headers into messages, and the JSON schema of all messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages.base import Part
-from fluffle_common.protocol.messages.of_exchange import Exchange
-from fluffle_common.protocol.messages.of_journal import Event, Events
-from fluffle_common.protocol.messages.of_presence import (
+from fluffle_common.protocol.messages.exchange import Exchange
+from fluffle_common.protocol.messages.journal import Event, Events
+from fluffle_common.protocol.messages.presence import (
     Bye,
     Echo,
     Failure,
@@ -19,8 +19,8 @@ from fluffle_common.protocol.messages.of_presence import (
     Refusal,
     Welcome,
 )
-from fluffle_common.protocol.messages.of_results import Evaluation, FirstWeights, Update, Verdict
-from fluffle_common.protocol.messages.of_work import Evaluate, Fit, InitRequest, Stop
+from fluffle_common.protocol.messages.results import Evaluation, FirstWeights, Update, Verdict
+from fluffle_common.protocol.messages.work import Evaluate, Fit, InitRequest, Stop
 from fluffle_common.tensors.table import TensorEntry
 
 WithTensors = Fit | Evaluate | FirstWeights | Update
@@ -30,19 +30,19 @@ Message = ToWorker | FromWorker | Echo | Part | Event | Events
 
 
 def kinds_of(messages: Any) -> tuple[str, ...]:
-    """Return the kinds of a union of messages, such as ``ToWorker``."""
-    return tuple(one.model_fields["kind"].default for one in get_args(messages))
+    """Return the ``kind`` of each message in a union such as ``ToWorker``."""
+    return tuple(message.model_fields["kind"].default for message in get_args(messages))
 
 
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 
 def json_schema() -> dict[str, Any]:
-    """Return a JSON schema of every header; binary data is a string there."""
+    """Return the JSON schema of all headers; it describes binary data as strings."""
     schema = _adapter.json_schema()
-    for one in schema["$defs"].values():
-        if "protocol" in one.get("properties", {}):
-            one["required"] = ["protocol", "kind", *one["required"]]
+    for definition in schema["$defs"].values():
+        if "protocol" in definition.get("properties", {}):
+            definition["required"] = ["protocol", "kind", *definition["required"]]
     entry = schema["$defs"]["TensorEntry"]  # a tuple in Python, a map on the wire
     schema["$defs"]["TensorEntry"] = {
         "type": "object",
@@ -54,21 +54,21 @@ def json_schema() -> dict[str, Any]:
 
 
 def parse(header: Any) -> Message:
-    """Turn a decoded header into its message.
+    """Validate a decoded header and return its message.
 
     Raises:
-        MalformedMessage: naming the first field that is wrong, and what is wrong with it; of cause
-            ``sealed``, if its payload is encrypted.
+        MalformedMessage: if a field is invalid, naming the first such field; with the cause
+            ``sealed`` if the payload is encrypted.
     """
     kind = header.get("kind") if isinstance(header, dict) else None
-    if not isinstance(kind, str):  # pydantic would print it, however deep it is nested
+    if not isinstance(kind, str):  # pydantic would print the whole value
         raise MalformedMessage(f"kind: a string is expected, not {type(kind).__name__}")
     try:
         message = _adapter.validate_python(header)
-    except ValidationError as wrong:
-        first = wrong.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "header"
-        raise MalformedMessage(f"{where}: {first['msg']}"[:500]) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        path = ".".join(map(str, first["loc"])) or "header"
+        raise MalformedMessage(f"{path}: {first['msg']}"[:500]) from None
     if message.sealed is not None:
         raise MalformedMessage(
             f"its payload is sealed by '{message.sealed}', which cannot be opened here", "sealed"

@@ -1,1 +1,1 @@
-"""Codecs: how one tensor of an update travels in fewer bytes; one file each."""
+"""Codecs, which encode a tensor of an update in fewer bytes; one file each."""

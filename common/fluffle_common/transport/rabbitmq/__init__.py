@@ -1,1 +1,1 @@
-"""The transport over RabbitMQ: all that knows aio_pika."""
+"""The transport over RabbitMQ; only this package imports aio_pika."""

@@ -1,8 +1,8 @@
-"""The contents of one channel: what is published, confirmed, delivered, got and settled there.
+"""The message traffic of one channel: publish, confirm, deliver, get and acknowledge.
 
-All of it goes past aiormq, straight to and from the socket (see ``connection``), since aiormq
-copies a body some eight times and runs through five tasks for each; it keeps the channel open, and
-everything else that happens on it.
+These frames bypass aiormq and go straight to and from the socket (see ``connection``), because
+aiormq copies each body about eight times and needs five tasks for it. aiormq still opens the
+channel and handles every other method on it.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import Body, QueueFull, Unroutable
 from fluffle_common.transport.rabbitmq import frames
 
-# Smaller bodies are better copied, into one piece with what is before them, than carried apart.
+# Below this size, one write of a joined copy is faster than several writes without a copy.
 LARGE_BYTES = 16 * 2**10
-# So long an acknowledgement may wait for others: many that leave together cost the broker, and us,
-# hardly more than one.
+# How long an acknowledgement may wait for others: a batch costs hardly more than one.
 _ACK_WITHIN_S = 0.02
 
 
 class Socket(Protocol):
-    """What contents are written to: an asyncio transport."""
+    """The part of ``asyncio.Transport`` that is used here."""
 
     def write(self, data: Body) -> None:
-        """Send bytes, at once or later, in order."""
+        """Send or buffer bytes, in order."""
 
     def writelines(self, pieces: list[Body]) -> None:
-        """Send several pieces, without joining them."""
+        """Send or buffer several pieces without joining them."""
 
     def is_closing(self) -> bool:
-        """Return whether nothing can be sent any more."""
+        """Return whether the socket is closing or closed."""
 
 
 class Content(NamedTuple):
-    """A message that has come in: the payloads of its method and of its header, and its body."""
+    """A received message: the payloads of its method frame and header frame, and its body."""
 
     method: bytes
     header: bytes
@@ -47,7 +46,7 @@ class Content(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """A message that is ours until it is settled by its tag."""
+    """A received message with the delivery tag that settles it."""
 
     tag: int
     content: Content
@@ -55,7 +54,7 @@ class Arrived(NamedTuple):
 
 @dataclass(slots=True)
 class _Published:
-    """A message that is not confirmed yet; ``returned`` says why no queue took it."""
+    """An unconfirmed message; ``returned`` is the broker's reason if it was unroutable."""
 
     message_id: str
     confirmed: asyncio.Future[None]
@@ -63,14 +62,14 @@ class _Published:
 
 
 class ContentChannel:
-    """See above.
+    """Sends and receives the messages of one channel.
 
     Args:
-        number: the channel's.
-        socket: where to write.
-        frame_max: the most bytes that a frame may have.
-        delivered: given what is delivered to a consumer on this channel.
-        prefetch: how many the broker delivers before some are settled; 0 where it does not count.
+        number: the number of the channel.
+        socket: the socket of its connection.
+        frame_max: the maximum size of a frame in bytes.
+        delivered: called with each message that is delivered to a consumer on this channel.
+        prefetch: the channel's prefetch count; 0 if it has none.
     """
 
     def __init__(
@@ -83,12 +82,12 @@ class ContentChannel:
     ) -> None:
         self.number = number
         self._socket, self._frame_max, self._delivered = socket, frame_max, delivered
-        self._published = 0  # how many; the broker counts them too, and confirms by number
+        self._published = 0  # the broker numbers messages the same way
         self._unconfirmed: dict[int, _Published] = {}
         self._getting: deque[asyncio.Future[Arrived | None]] = deque()
-        self._owed: set[int] = set()  # the tags of what came and is not settled yet
-        self._acked: set[int] = set()  # settled, and not sent yet
-        self._enough_acked = max(prefetch // 2, 1)  # so that the broker never waits for us
+        self._owed: set[int] = set()  # tags that are not settled yet
+        self._acked: set[int] = set()  # tags whose acknowledgement is not sent yet
+        self._enough_acked = max(prefetch // 2, 1)  # early enough that deliveries never stop
         self._over = False
 
     @property
@@ -99,21 +98,21 @@ class ContentChannel:
         if self._closed:
             raise LinkLost("the connection is lost")
 
-    # --- what goes out -------------------------------------------------------------------------
+    # --- sending -------------------------------------------------------------------------------
 
     def publish(self, head: bytes, message_id: str, body: Body) -> asyncio.Future[None]:
-        """Send a message; the future is done when the broker has taken it.
+        """Send a message; the future completes when the broker confirms it.
 
         Args:
-            head: what ``frames.publish`` returns for it.
-            message_id: the same that is in ``head``.
-            body: its bytes, which must stay as they are until then.
+            head: the result of ``frames.publish``.
+            message_id: the message ID that ``head`` contains.
+            body: the body, which must not change before the future completes.
 
         Returns:
-            A future that raises ``Unroutable``, ``QueueFull``, or what ``lose`` was given.
+            A future that raises ``Unroutable``, ``QueueFull``, or the exception given to ``lose``.
 
         Raises:
-            LinkLost: where the socket is closed, of which the others will only hear.
+            LinkLost: if the socket is already closed.
         """
         self._check()
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -127,10 +126,10 @@ class ContentChannel:
         return confirmed
 
     def get(self, queue: str) -> asyncio.Future[Arrived | None]:
-        """Ask for one message; the future is done with it, or with None where there is none.
+        """Request one message; the future's result is None if the queue is empty.
 
         Raises:
-            LinkLost: as ``publish`` does.
+            LinkLost: if the socket is already closed.
         """
         self._check()
         got: asyncio.Future[Arrived | None] = asyncio.get_running_loop().create_future()
@@ -139,10 +138,9 @@ class ContentChannel:
         return got
 
     def ack(self, tag: int, *, all_before: bool = False) -> None:
-        """Acknowledge a delivery; nothing happens where the channel is over.
+        """Acknowledge a delivery; do nothing if the channel is closed.
 
-        What is acknowledged in a moment, at least in one turn of the loop, leaves together, in few
-        frames.
+        Acknowledgements are collected for a moment and sent together in few frames.
         """
         if self._closed:
             return
@@ -168,13 +166,13 @@ class ContentChannel:
         self._socket.write(b"".join(pieces))
 
     def requeue(self, tag: int) -> None:
-        """Give a delivery back; nothing happens where the channel is over."""
+        """Return a delivery to its queue; do nothing if the channel is closed."""
         if not self._closed:
             self._owed.discard(tag)
             self._socket.write(frames.requeue(self.number, tag))
 
     def lose(self, why: Exception) -> None:
-        """Let go: whoever waits is told why, and nothing more is sent."""
+        """Close, and raise ``why`` in everyone who waits for an answer."""
         self._send_acks()
         self._over = True
         waiting: list[asyncio.Future[Any]] = [one.confirmed for one in self._unconfirmed.values()]
@@ -185,10 +183,10 @@ class ContentChannel:
             if not future.done():
                 future.set_exception(why)
 
-    # --- what comes in -------------------------------------------------------------------------
+    # --- receiving -----------------------------------------------------------------------------
 
     def method(self, payload: bytes) -> bool:
-        """Take a method without a content; return whether it is one of ours."""
+        """Handle a method without a body; return False if it is for aiormq."""
         match frames.kind_of(payload):
             case frames.ACK:
                 self._settle(payload, refused=False)
@@ -201,7 +199,7 @@ class ContentChannel:
         return True
 
     def content(self, content: Content) -> None:
-        """Take a message that is complete."""
+        """Handle a complete message."""
         match frames.kind_of(content.method):
             case frames.DELIVER:
                 arrived = self._ours(content)
@@ -209,7 +207,7 @@ class ContentChannel:
                     self._delivered(arrived)
             case frames.GET_OK:
                 self._answer(self._ours(content))
-            case frames.RETURN:  # its confirmation follows
+            case frames.RETURN:  # the confirmation follows
                 message_id = frames.properties(content.header).message_id or ""
                 for one in self._unconfirmed.values():
                     if one.message_id == message_id and one.returned is None:
@@ -243,5 +241,5 @@ class ContentChannel:
         got = self._getting.popleft()
         if not got.done():
             got.set_result(arrived)
-        elif arrived is not None:  # whoever asked has left
+        elif arrived is not None:  # the caller was cancelled
             self.requeue(arrived.tag)

@@ -1,7 +1,7 @@
-"""When a broker's confirmation is late: told by what moves, not by how fast a line should be.
+"""Time limits for publisher confirms that do not depend on the speed of the network.
 
-A message that is on its way may take as long as it takes, while bytes of it leave. Once all of it
-has left, or nothing leaves any more, its confirmation is late after a constant time.
+A message may take as long as it needs while its bytes leave this machine. Once all of them have
+left, or none leave any more, its confirmation is overdue after a constant time.
 """
 
 from __future__ import annotations
@@ -15,42 +15,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-# So long nothing may move.
+# How long a message may make no progress.
 _CONFIRM_S = 20.0
 _LOOK_S = 1.0
-# Where the system does not tell what the other end has, what it buffers needs time too.
+# Allows for bytes in the socket buffer on systems that do not report how many there are.
 _SLOWEST_BYTES_PER_S = 10_000
 
 _QUEUED = struct.Struct("@i")
 
 
 class Flow(Protocol):
-    """What moves on one connection."""
+    """The byte counters of one connection."""
 
     def waiting_bytes(self) -> int:
-        """Return how many bytes the system has not taken from this process yet."""
+        """Return how many bytes this process has not yet passed to the operating system."""
 
     def queued_bytes(self) -> int | None:
-        """Return how many bytes that the system has taken the other end has not acknowledged.
-
-        None where the system does not tell.
-        """
+        """Return how many sent bytes the peer's TCP has not acknowledged; None if unknown."""
 
     def come_bytes(self) -> int:
-        """Return how many bytes of messages have come in, which a confirmation may be behind.
-
-        The number only grows.
-        """
+        """Return the total size of the received bodies, behind which a confirmation may wait."""
 
 
 @dataclass(slots=True, eq=False)
 class Awaited:
-    """A message whose confirmation is yet to come.
+    """A message that is not confirmed yet.
 
     Args:
-        nbytes: its size.
-        ends_at: how many bytes will have left when all of it has.
-        since: from when on nothing of it has moved, by the watch's own clock.
+        nbytes: the size of the message.
+        ends_at: the number of bytes sent on the channel when the last byte of it has left.
+        since: the time of its last progress, by the watch's own clock.
         left: whether all of it has left.
     """
 
@@ -61,12 +55,12 @@ class Awaited:
 
 
 class ConfirmWatch:
-    """Watches over what one channel has sent.
+    """Checks the unconfirmed messages of one channel for progress.
 
     Args:
-        flow: what moves on the channel's connection.
-        late: told why the connection is to be given up.
-        blocked: whether the broker takes nothing for the moment; that time does not count.
+        flow: the byte counters of the channel's connection.
+        late: called with a reason when a confirmation is overdue.
+        blocked: returns whether the broker blocks publishers; that time does not count.
     """
 
     def __init__(
@@ -75,15 +69,14 @@ class ConfirmWatch:
         self.under_way_bytes = 0
         self._flow, self._late, self._blocked = flow, late, blocked
         self._awaited: dict[Awaited, None] = {}
-        self._sent = 0  # bytes, since nothing was awaited
+        self._sent = 0  # bytes, since there last was no unconfirmed message
         self._left, self._come = 0, 0  # at the last look
-        self._moved_at = 0.0
-        # Time in which this process did not run counts for nothing.
+        # A clock of its own: time in which this process was stopped does not count.
         self._clock_s, self._looked_at = 0.0, 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def sending(self, nbytes: int) -> Awaited:
-        """Note that so many bytes are sent now; to be called before they are."""
+        """Start watching a message of this size; call this before sending it."""
         if not self._awaited:
             self._sent = self._left = 0
         self._sent += nbytes
@@ -95,12 +88,12 @@ class ConfirmWatch:
         return one
 
     def settled(self, one: Awaited) -> None:
-        """Note that nobody waits for the confirmation any more."""
+        """Stop watching a message, because it was confirmed or its sender gave up."""
         if self._awaited.pop(one, 0) is None:
             self.under_way_bytes -= one.nbytes
 
     def close(self) -> None:
-        """Look no more."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -137,15 +130,15 @@ class ConfirmWatch:
 
 
 def queued_bytes(descriptor: int) -> int | None:
-    """Return how many bytes of a socket the other end's TCP has yet to acknowledge.
+    """Return how many bytes in a socket's send queue the peer's TCP has not acknowledged.
 
-    None where the system does not tell.
+    Returns None on systems that do not report it, and for a closed socket.
     """
     if sys.platform != "linux":
         return None
     try:
-        told = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
-    except (OSError, ValueError):  # it was closed
+        answer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
+    except (OSError, ValueError):  # it is closed
         return None
-    found: int = _QUEUED.unpack(told)[0]
-    return found
+    nbytes: int = _QUEUED.unpack(answer)[0]
+    return nbytes

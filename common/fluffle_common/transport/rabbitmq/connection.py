@@ -1,9 +1,10 @@
-"""How connections are opened, and how contents get past aiormq without being copied by it.
+"""Connections whose message traffic bypasses aiormq, so that bodies are not copied.
 
-Frames that carry a message, or settle one, never reach aiormq: they are parted from the others at
-the socket that its ``TransportFactory`` lets us open, and a body is put together in its last place.
-Handshake, channels, declarations, heartbeats and closing stay aiormq's. Only AMQP's own framing
-(AMQP 0-9-1, section 4.2) is touched, and nothing of aiormq's insides.
+aiormq's ``TransportFactory`` lets us open the socket. ``Incoming`` splits the bytes that arrive
+there into AMQP frames. Frames that carry or settle a message go to the ``ContentChannel`` of their
+channel, which assembles each body in its final buffer. All other frames go to aiormq, which keeps
+the handshake, channels, declarations, heartbeats and closing. This relies on AMQP's framing
+(AMQP 0-9-1, section 4.2) and on no internals of aiormq.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from fluffle_common.transport.rabbitmq.confirms import queued_bytes
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
-# aiormq gives a connection up on which it sees no frame for a minute: so often it is shown a
-# heartbeat instead of the frames that it does not see.
+# aiormq closes a connection on which it sees no frame for a minute. It does not see message frames,
+# so while they arrive it is given a heartbeat at this interval.
 _SHOW_LIFE_S = 5.0
 _FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
 _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
-_NO_END = "a frame does not end where it said it would"
+_NO_END = "an AMQP frame does not end with its frame-end byte"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
 _TLS_ALERT = b"\x15\x03"
@@ -40,7 +41,7 @@ _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT)
 
 
 class _Coming:
-    """A message that is coming in on a channel; ``left`` bytes of its body are yet to come."""
+    """A message that is being received; ``left`` bytes of its body are still missing."""
 
     __slots__ = ("body", "header", "left", "method", "of")
 
@@ -53,22 +54,23 @@ class _Coming:
     def begin(self, header: bytes) -> None:
         self.header = header
         self.left = frames.body_size(header)
-        # Not zeroed: it is filled anyway.
+        # Not zeroed, because all of it is overwritten.
         self.body = np.empty(self.left, np.uint8).data
 
     def content(self) -> Content:
-        large = len(self.body) >= LARGE_BYTES  # then it stays where it was received
+        large = len(self.body) >= LARGE_BYTES  # larger bodies are not copied
         body = self.body.toreadonly() if large else bytes(self.body)
         return Content(self.method, self.header, body)
 
 
 class Incoming:
-    """Parts what comes from the socket: contents to the channels that take them, else to aiormq.
+    """Splits received bytes into frames for content channels and frames for aiormq.
 
     Args:
-        feed: given whole frames, in order.
-        clock: seconds, of any monotonic clock.
-        blocked: told why the broker takes nothing that is published, and None when it does again.
+        feed: called with whole frames for aiormq, in order.
+        clock: a monotonic clock, in seconds.
+        blocked: called with the reason when the broker blocks publishers, and with None when it
+            unblocks them.
     """
 
     def __init__(
@@ -81,25 +83,25 @@ class Incoming:
         self._fed_at = clock()
         self._contents: dict[int, ContentChannel] = {}  # by channel
         self._coming: dict[int, _Coming] = {}  # by channel
-        self._rest = b""  # the beginning of a frame that is not whole yet
-        self._into: _Coming | None = None  # whose body frame we are in
-        self._left = 0  # bytes of that frame that are still to come, its end included
-        self.come_bytes = 0  # of bodies
-        self._foreign = False  # no AMQP 0-9-1 at all: aiormq says what is wrong
-        self.heard = False  # anything at all
-        self.tls_alert = False  # what came first was TLS
-        self.closed: tuple[int, str] | None = None  # code and text, once the broker closes it
+        self._rest = b""  # the beginning of an incomplete frame
+        self._into: _Coming | None = None  # the message whose body frame is incomplete
+        self._left = 0  # missing bytes of that frame, its end byte included
+        self.come_bytes = 0  # total size of the received bodies
+        self._foreign = False  # not AMQP 0-9-1; aiormq reports what is wrong
+        self.heard = False  # whether anything was received
+        self.tls_alert = False  # whether the first bytes were a TLS alert
+        self.closed: tuple[int, str] | None = None  # code and text of connection.close
 
     def hand_to(self, contents: ContentChannel) -> None:
-        """Give the contents of a channel to these from now on."""
+        """Pass the messages of a channel to ``contents`` from now on."""
         self._contents[contents.number] = contents
         self._coming.pop(contents.number, None)
 
     def received(self, data: bytes) -> None:
-        """Take what the socket gave, in whatever pieces.
+        """Handle received bytes, which may begin and end anywhere in a frame.
 
         Raises:
-            ConnectionError: where a frame does not end where it said it would.
+            ConnectionError: if the bytes are not well-formed frames.
         """
         if not self.heard:
             self.heard, self.tls_alert = True, data.startswith(_TLS_ALERT)
@@ -131,15 +133,15 @@ class Incoming:
         self._show_life(fed)
 
     def _fill(self, coming: _Coming, data: bytes, at: int) -> int:
-        """Take bytes of a body's frame; return where they end."""
-        stop = at + self._left - 1  # without the byte that ends the frame
+        """Copy the bytes of a body frame into its body; return the position after them."""
+        stop = at + self._left - 1  # the position of the end byte
         end = len(data)
         whole = stop < end
         if not whole:
             stop = end
         count = stop - at
         if count > coming.left:
-            raise ConnectionError("a body is longer than its header said")
+            raise ConnectionError("a message body is longer than its header declares")
         done = len(coming.body) - coming.left
         coming.body[done : done + count] = memoryview(data)[at:stop]
         coming.left -= count
@@ -154,7 +156,7 @@ class Incoming:
         return stop + 1
 
     def _take(self, kind: int, channel: int, payload: bytes) -> bool:
-        """Take a whole frame; return False where it is for aiormq."""
+        """Handle a whole frame; return False if it is for aiormq."""
         contents = self._contents.get(channel)
         if contents is None:
             if not channel and kind == frames.METHOD:
@@ -169,11 +171,11 @@ class Incoming:
         if kind != frames.HEADER or coming is None:
             return False
         coming.begin(payload)
-        self._finish(coming)  # if it has no body
+        self._finish(coming)  # an empty body is complete
         return True
 
     def _of_connection(self, payload: bytes) -> None:
-        """Note what the broker says of the connection itself; aiormq hears of it too."""
+        """Note that the broker blocks, unblocks or closes the connection."""
         method = frames.kind_of(payload)
         if method in _BLOCKING:
             self._blocked(frames.blocked(payload))
@@ -204,7 +206,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
 
 
 class ContentsBeside(TransportFactory):
-    """Opens the socket of one connection."""
+    """Opens the socket of one connection and puts an ``Incoming`` on it."""
 
     socket: asyncio.Transport
 
@@ -215,10 +217,10 @@ class ContentsBeside(TransportFactory):
     async def create(
         self, url: URL, **options: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open it.
+        """Open the socket.
 
         Raises:
-            OSError: where nothing answers.
+            OSError: if nothing answers.
         """
         provider = options.pop("ssl_context_provider", None)
         context = await provider.get_context() if url.scheme == "amqps" else None
@@ -233,7 +235,7 @@ class ContentsBeside(TransportFactory):
 
 
 class Connection(aio_pika.Connection):
-    """A connection whose contents are beside it."""
+    """An aio_pika connection on which message traffic can bypass aiormq."""
 
     PARAMETERS = (
         *aio_pika.Connection.PARAMETERS,
@@ -247,21 +249,21 @@ class Connection(aio_pika.Connection):
 
     @property
     def closed_by_broker(self) -> tuple[int, str] | None:
-        """Code and text with which the broker closed it; None where it did not."""
+        """Code and text with which the broker closed the connection; None if it did not."""
         return self._beside.incoming.closed
 
     @property
     def heard(self) -> bool:
-        """Whether anything has come from the other side."""
+        """Whether anything was received."""
         return self._beside.incoming.heard
 
     @property
     def tls_alert(self) -> bool:
-        """Whether what came, without TLS, was TLS."""
+        """Whether the broker answered a plain connection with a TLS alert."""
         return self._beside.incoming.tls_alert
 
     def __del__(self) -> None:
-        """Do nothing: it is we who close it, and aio_pika's way warns where no loop runs."""
+        """Do nothing: links close their connections, and aio_pika's version needs a loop."""
 
     def waiting_bytes(self) -> int:
         """See ``confirms.Flow``."""
@@ -282,15 +284,15 @@ class Connection(aio_pika.Connection):
         delivered: Callable[[Arrived], object] | None = None,
         prefetch: int = 0,
     ) -> ContentChannel:
-        """Take the contents of an open channel past aiormq from now on.
+        """Let the message traffic of an open channel bypass aiormq from now on.
 
         Args:
-            channel: of this connection, on which nothing was published or consumed yet.
-            delivered: given what is delivered there.
-            prefetch: what the broker was told of it.
+            channel: a channel of this connection that was not published to or consumed from yet.
+            delivered: called with each message that is delivered to a consumer on the channel.
+            prefetch: the channel's prefetch count.
 
         Raises:
-            AMQPError: where the channel is closed.
+            AMQPError: if the channel is closed.
         """
         underlay = await channel.get_underlay_channel()
         frame_max = underlay.connection.connection_tune.frame_max or _DEFAULT_FRAME_MAX
@@ -300,23 +302,11 @@ class Connection(aio_pika.Connection):
 
 
 def prepared(url: URL, name: str, context: ssl.SSLContext | None = None) -> Connection:
-    """Return a connection that is still to be opened with ``connect(timeout)``.
+    """Return a connection that is not open yet; open it with ``connect(timeout)``.
 
     Args:
-        url: of the broker.
-        name: what it shows as in RabbitMQ's own pages.
-        context: how TLS is checked; see ``urls.tls_context``.
+        url: the broker's URL.
+        name: the name of the connection on RabbitMQ's management page.
+        context: the result of ``urls.tls_context``.
     """
     return Connection(url, client_properties={"connection_name": name}, ssl_context=context)
-
-
-async def connect(url: URL, name: str, timeout_s: float) -> Connection:
-    """Open a connection that shows as ``name`` in RabbitMQ's own pages.
-
-    Raises:
-        AMQPError: where the broker refuses us.
-        OSError: where nothing answers.
-    """
-    connection = prepared(url, name)
-    await connection.connect(timeout_s)
-    return connection

@@ -1,4 +1,4 @@
-"""A message handed out by RabbitMQ: see ``base.Delivery``."""
+"""Deliveries from RabbitMQ, decoded only as far as they are read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fluffle_common.transport.rabbitmq.channel import Arrived, ContentChannel
 
 
 class Arrivals:
-    """What has come in for one reader, until it takes it; None: nothing comes any more.
+    """An unbounded queue of received messages with one reader; None marks the end.
 
-    There are some four messages a round and a worker: an ``asyncio.Queue`` takes several times as
-    many steps for each.
+    It takes a fraction of the steps of an ``asyncio.Queue``, which matters at about four messages
+    per worker and round.
     """
 
     def __init__(self) -> None:
@@ -27,26 +27,26 @@ class Arrivals:
         self._wanted: asyncio.Future[None] | None = None
 
     def put(self, arrived: Arrived | None) -> None:
-        """Add what has just come in."""
+        """Add a message and wake the reader."""
         self.there.append(arrived)
         wanted, self._wanted = self._wanted, None
         if wanted is not None and not wanted.done():
             wanted.set_result(None)
 
     async def some(self) -> None:
-        """Return when there is something."""
+        """Wait until there is an item."""
         while not self.there:
             self._wanted = asyncio.get_running_loop().create_future()
             await self._wanted
 
 
 class AmqpDelivery:
-    """See ``base.Delivery``; what nobody asks for is not read.
+    """A ``base.Delivery`` that decodes its properties on first use.
 
     Args:
-        arrived: what came in.
-        queue: where it was taken from.
-        contents: the channel that it came over.
+        arrived: the received message.
+        queue: the queue that it was delivered from.
+        contents: the channel that it was received on.
     """
 
     def __init__(self, arrived: Arrived, queue: str, contents: ContentChannel) -> None:
@@ -103,7 +103,7 @@ class AmqpDelivery:
         )
 
     def ack(self, *, all_before: bool = False) -> None:
-        """See ``base.Delivery``; ``all_before``: and all that its channel brought before."""
+        """Acknowledge it; ``all_before`` includes everything received earlier on its channel."""
         tag = self.disown()
         if tag is not None:
             self._contents.ack(tag, all_before=all_before)
@@ -115,7 +115,7 @@ class AmqpDelivery:
             self._contents.requeue(tag)
 
     def disown(self) -> int | None:
-        """Return what it is acknowledged by, once: a second time would break the channel."""
+        """Return its delivery tag on the first call only: settling twice closes the channel."""
         tag, self._tag = self._tag, None
         return tag
 

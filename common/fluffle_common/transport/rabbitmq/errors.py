@@ -1,7 +1,7 @@
-"""What aio_pika raises, and what RabbitMQ says, as the transport contract's own errors.
+"""Mapping of aio_pika's exceptions and RabbitMQ's error texts to the transport contract's errors.
 
-A refusal that another attempt would meet again is a ``BrokerError``: it says who was refused, what,
-by which right, limit or option, and what to do. Everything else is a ``LinkLost``, and another link
+A refusal that would happen again is a ``BrokerError``. It names the user, the action, the missing
+permission or the limit, and the remedy. Everything else is a ``LinkLost``, after which another link
 is opened.
 """
 
@@ -22,15 +22,15 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.urls import without_credentials
 
-# They log what they also raise; whoever catches it says it in our own words.
+# These loggers repeat what is also raised; our own errors report it.
 for _name in ("aio_pika", "aiormq"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 Right = Literal["configure", "read", "write", "bind"]
 Error = LinkLost | BrokerError | QueueInUse
 
-# Besides a bare RuntimeError (see `is_lost`), what aio_pika and aiormq raise when a connection or a
-# channel is no longer usable.
+# What aio_pika and aiormq raise when a connection or a channel is no longer usable, besides a bare
+# RuntimeError (see `is_lost`).
 _LOST = (
     aiormq.exceptions.AMQPError,
     aiormq.exceptions.ChannelInvalidStateError,
@@ -62,10 +62,10 @@ RIGHTS_REMEDY = (
 
 
 def is_lost(wrong: BaseException) -> bool:
-    """Whether an exception says that a connection or channel is no longer usable.
+    """Return whether an exception means that a connection or a channel is no longer usable.
 
-    Of a closed connection, aiormq and aio_pika raise a bare ``RuntimeError``. Only one that was
-    raised in their code says so; one of ours is a mistake of ours.
+    For a closed connection, aiormq and aio_pika also raise a bare ``RuntimeError``. One that was
+    raised outside their code is a bug and does not count.
     """
     if isinstance(wrong, _LOST):
         return True
@@ -82,17 +82,17 @@ def is_lost(wrong: BaseException) -> bool:
 
 @contextlib.contextmanager
 def as_ours(user: str = "", right: Right | None = None) -> Iterator[None]:
-    """Map foreign exceptions to the contract's, in one place.
+    """Raise the contract's errors in place of aio_pika's.
 
     Args:
-        user: whom the broker knows us as.
-        right: what is being asked for, where the broker does not name it.
+        user: the user that is logged in.
+        right: the permission that the request needs, for error texts that do not name it.
     """
     try:
         yield
     except asyncio.CancelledError:
-        # Closing a connection of aiormq raises this in whoever waits for something of it, which
-        # taken for the real thing would end a task, or the program, without a word.
+        # aiormq cancels whoever waits for a connection that closes. Unless it is this task that was
+        # cancelled, passing that on would end the task, or the program, silently.
         if cancelled():
             raise
         raise LinkLost("the link was closed") from None
@@ -104,7 +104,10 @@ def as_ours(user: str = "", right: Right | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def declaring() -> Iterator[None]:
-    """Tell what is declared otherwise; elsewhere, the same code means a consumer's time-out."""
+    """Raise ``OtherArguments`` or ``UnknownQueueType`` for a refused declaration.
+
+    The reply code alone is not enough: RabbitMQ also uses it when a consumer times out.
+    """
     try:
         yield
     except LinkLost as gone:
@@ -119,7 +122,7 @@ def declaring() -> Iterator[None]:
 
 
 def _otherwise(text: str) -> str:
-    """Say what is there with other arguments, and what to do about it."""
+    """Describe a conflict with an existing queue or exchange, and the remedy."""
     found = _ARGUMENT.search(text)
     if found is None or found["argument"] in ("x-queue-type", "type"):
         return (
@@ -134,7 +137,7 @@ def _otherwise(text: str) -> str:
 
 
 def meaning(text: str, user: str = "", right: Right | None = None) -> Error:
-    """Return the error that a text of the broker's stands for.
+    """Return the error for a reply text of the broker.
 
     >>> meaning("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
     QueueInUse("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
@@ -166,7 +169,7 @@ def meaning(text: str, user: str = "", right: Right | None = None) -> Error:
 
 
 def _forbidden(text: str, who: str, right: Right | None) -> str:
-    """Say who may not do what."""
+    """Name the user and the permission that is missing."""
     if found := _TOPIC.search(text):
         return (
             f"the broker does not let {who} {right or 'write'} the routing key '{found['key']}' in "
@@ -174,8 +177,8 @@ def _forbidden(text: str, who: str, right: Right | None) -> str:
         )
     if found := _ACCESS.search(text):
         name, what = found["name"], found["what"]
-        # To bind takes write on the queue and read on the exchange. Where nobody knows what was
-        # asked for, it was to get or to publish.
+        # Binding needs write on the queue and read on the exchange. Without a known right, the
+        # request was to get from a queue or to publish to an exchange.
         usual = ("write", "read") if right == "bind" else ("read", "write")
         usual_right = usual[0] if what == "queue" else usual[1]
         asked = found["right"] or (
@@ -187,6 +190,6 @@ def _forbidden(text: str, who: str, right: Right | None) -> str:
 
 
 def told(wrong: BaseException) -> str:
-    """Say what an exception says, in one line, without anybody's credentials."""
+    """Return the text of an exception in one line, without credentials."""
     text = " ".join(str(part) for part in wrong.args) or str(wrong)
     return without_credentials(" ".join(text.split())) or type(wrong).__name__

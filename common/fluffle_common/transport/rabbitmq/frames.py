@@ -1,8 +1,8 @@
-"""The frames of AMQP 0-9-1 that carry contents, and those that settle them, as bytes.
+"""Encoding and decoding of the AMQP 0-9-1 frames that carry or settle messages.
 
-What is published here many times a round has an encoding of its own, of just the types that are
-used. What is received is taken apart only as far as somebody asks: a delivery's properties are read
-by ``pamqp``, and most are never read.
+Publishing happens many times per round, so it has its own encoder for just the types that are used.
+Received frames are decoded on demand: ``pamqp`` decodes a delivery's properties, most of which are
+never read.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fluffle_common.transport.base import Body
 METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
 END = b"\xce"
 END_BYTE = END[0]
-FRAME = struct.Struct(">BHI")  # type, channel, size; then the payload and one byte that ends it
+FRAME = struct.Struct(">BHI")  # type, channel, size; the payload and the end byte follow
 A_HEARTBEAT = FRAME.pack(HEARTBEAT, 0, 0) + END
 
-# What a method's payload begins with: its class, Basic, and number.
+# The first four bytes of a method's payload: the class (Basic) and the method's number.
 _BASIC = 60
 _PUBLISH, RETURN, DELIVER, _GET, GET_OK, GET_EMPTY, ACK, NACK = (
     struct.pack(">HH", _BASIC, number) for number in (40, 50, 60, 70, 71, 72, 80, 120)
 )
 _KIND_SIZE = 4
-# Of the class Connection, on channel 0: the broker takes nothing that is published, or does again.
+# Methods of the class Connection, on channel 0.
 CLOSE, BLOCKED, UNBLOCKED = (struct.pack(">HH", 10, number) for number in (50, 60, 61))
 
-_SIZE_AT = _KIND_SIZE  # in the payload of a content's header, after class and weight
+_SIZE_AT = _KIND_SIZE  # the offset of the body size in a header frame, after class and weight
 _SIZE, _TAG = struct.Struct(">Q"), struct.Struct(">Q")
 _SETTLED = struct.Struct(">4sQB")
-_HEAD = struct.Struct(">HHQH")  # of a content's header: class, weight, size of the body, flags
+_HEAD = struct.Struct(">HHQH")  # of a header frame: class, weight, body size, flags
 _ALL_BEFORE, _REQUEUE = 1, 2
 _MANDATORY = 1
 
-# The properties that our messages have, as flags, in the order in which they follow.
+# The flags of the properties that we send, in the order in which the values follow.
 _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE = 1 << 15, 1 << 13, 1 << 12
 _MESSAGE_ID, _TIMESTAMP, _TYPE, _USER_ID = 1 << 7, 1 << 6, 1 << 5, 1 << 4
 _ALWAYS = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _TIMESTAMP | _TYPE | _USER_ID
@@ -51,7 +51,7 @@ Value = str | int | float | bool | Sequence[str]
 
 
 class Origin(NamedTuple):
-    """What a delivery's method says besides its tag: whether it came before, and where from."""
+    """The redelivered flag, exchange and routing key of a delivery."""
 
     redelivered: bool
     exchange: str
@@ -59,22 +59,22 @@ class Origin(NamedTuple):
 
 
 def frame(kind: int, channel: int, payload: bytes) -> bytes:
-    """Return a whole frame."""
+    """Return a complete frame."""
     return FRAME.pack(kind, channel, len(payload)) + payload + END
 
 
 def kind_of(payload: bytes) -> bytes:
-    """Return a method's class and number, as they are on the wire."""
+    """Return a method's class and number, as encoded on the wire."""
     return payload[:_KIND_SIZE]
 
 
 def body_size(payload: bytes) -> int:
-    """Return how many bytes follow a content's header."""
+    """Return the size of the body that follows a header frame."""
     size: int = _SIZE.unpack_from(payload, _SIZE_AT)[0]
     return size
 
 
-# --- what is sent ------------------------------------------------------------------------------
+# --- sending -----------------------------------------------------------------------------------
 
 
 def publish(
@@ -89,13 +89,13 @@ def publish(
     headers: Mapping[str, Value],
     durable: bool,
 ) -> bytes:
-    """Return the frames before the body of a message that some queue must take.
+    """Return the method and header frames of a mandatory publish.
 
     Raises:
-        ValueError: where a name has more than 255 bytes.
+        ValueError: if a name is longer than 255 bytes.
     """
     properties = [
-        b"",  # the fixed part: its flags are known at the end
+        b"",  # the fixed part, which is filled in below
         _CONTENT_TYPE_VALUE,
         _table(headers),
         _PERSISTENT if durable else _TRANSIENT,
@@ -116,7 +116,7 @@ def _publish_method(channel: int, exchange: str, key: str) -> bytes:
 
 
 def bodies(channel: int, body: Body, frame_max: int) -> list[Body]:
-    """Return the pieces that make up the frames of a body, which is not copied."""
+    """Return the pieces of a body's frames in order, without copying the body."""
     room = frame_max - FRAME.size - len(END)
     pieces: list[Body] = []
     for start in range(0, len(body), room):
@@ -131,12 +131,12 @@ def ack(channel: int, tag: int, *, all_before: bool) -> bytes:
 
 
 def requeue(channel: int, tag: int) -> bytes:
-    """Return the frame that gives a delivery back."""
+    """Return the frame that returns a delivery to its queue."""
     return frame(METHOD, channel, _SETTLED.pack(NACK, tag, _REQUEUE))
 
 
 def get(channel: int, queue: str) -> bytes:
-    """Return the frame that asks for one message, to be acknowledged."""
+    """Return the frame that requests one message, with acknowledgement."""
     return frame(METHOD, channel, _GET + b"\0\0" + _short(queue) + b"\0")
 
 
@@ -177,23 +177,23 @@ def _value(value: Value) -> bytes:
     return b"A" + _long(b"".join([_value(one) for one in value]))
 
 
-# --- what is received --------------------------------------------------------------------------
+# --- receiving ---------------------------------------------------------------------------------
 
 
 def settled(payload: bytes) -> tuple[int, bool]:
-    """Return what a confirmation confirms, or refuses: a tag, and whether all before it too."""
+    """Return the tag in an ack or nack, and whether it covers all earlier tags as well."""
     _, tag, flags = _SETTLED.unpack_from(payload)
     return tag, bool(flags & _ALL_BEFORE)
 
 
 def tag(payload: bytes) -> int:
-    """Return what the delivery of this method, or what was got with it, is settled by."""
-    found: int = _TAG.unpack_from(payload, _tag_at(payload))[0]
-    return found
+    """Return the delivery tag in a ``DELIVER`` or ``GET_OK`` method."""
+    number: int = _TAG.unpack_from(payload, _tag_at(payload))[0]
+    return number
 
 
 def origin(payload: bytes) -> Origin:
-    """Read the rest of such a method."""
+    """Return the origin in a ``DELIVER`` or ``GET_OK`` method."""
     at = _tag_at(payload) + _TAG.size
     exchange, after = _read_short(payload, at + 1)
     key, _ = _read_short(payload, after)
@@ -202,12 +202,12 @@ def origin(payload: bytes) -> Origin:
 
 def _tag_at(payload: bytes) -> int:
     if kind_of(payload) == DELIVER:
-        return _KIND_SIZE + 1 + payload[_KIND_SIZE]  # the consumer's tag is first
+        return _KIND_SIZE + 1 + payload[_KIND_SIZE]  # after the consumer tag
     return _KIND_SIZE
 
 
 def returned(payload: bytes) -> str:
-    """Say why, and from where, a message was returned."""
+    """Return the reason, the exchange and the key of a returned message in words."""
     reason, after = _read_short(payload, _KIND_SIZE + 2)
     exchange, after = _read_short(payload, after)
     key, _ = _read_short(payload, after)
@@ -215,23 +215,22 @@ def returned(payload: bytes) -> str:
 
 
 def closed(payload: bytes) -> tuple[int, str]:
-    """Return the code and the text with which a connection is closed, from ``CLOSE``."""
+    """Return the reply code and text in a ``CLOSE`` method."""
     code = int.from_bytes(payload[_KIND_SIZE : _KIND_SIZE + 2], "big")
     return code, _read_short(payload, _KIND_SIZE + 2)[0]
 
 
 def blocked(payload: bytes) -> str | None:
-    """Return why the broker takes nothing, from ``BLOCKED``; None from ``UNBLOCKED``."""
+    """Return the reason in a ``BLOCKED`` method; None for ``UNBLOCKED``."""
     if kind_of(payload) == UNBLOCKED:
         return None
-    return _read_short(payload, _KIND_SIZE)[0] or "it does not say why"
+    return _read_short(payload, _KIND_SIZE)[0] or "it gives no reason"
 
 
 def properties(payload: bytes) -> commands.Basic.Properties:
-    """Read the properties in a content's header; none where they cannot be read.
+    """Return the properties in a header frame, or empty ones if they are malformed.
 
-    They may be anyone's, and none of them is needed: whoever takes the message says what is wrong
-    with it, if anything is.
+    Any client may have sent them, and none is required: the receiver of the message validates it.
     """
     header = ContentHeader()
     try:

@@ -1,4 +1,4 @@
-"""Whether a link is there, and why it is no more."""
+"""The end of a link: when and why it was lost, for all its parts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ _LOG = logger("transport.link")
 
 
 class Lifetime:
-    """What the parts of one link have in common: its end.
+    """The shared state of the parts of one link: whether it is over, and why.
 
     Args:
-        user: who is logged in, for errors.
-        closed_by_broker: returns with what code and text the broker closed a connection, if it did.
+        user: the user that is logged in, for error texts.
+        closed_by_broker: returns the code and text with which the broker closed the connection, or
+            None.
     """
 
     def __init__(self, user: str, closed_by_broker: Callable[[], tuple[int, str] | None]) -> None:
         self.over = asyncio.Event()
         self.at_end: set[Callable[[], object]] = set()
-        """Called when it is over."""
+        """Callbacks for the end of the link."""
         self._user, self._closed_by_broker = user, closed_by_broker
         self._why: LinkLost | BrokerError = LinkLost("the link was closed")
 
     def lose(self, _: Any, why: BaseException | None = None) -> None:
-        """Note that a connection or a channel was closed, as their callbacks say it."""
+        """End the link because a connection or channel closed (aio_pika's close callback)."""
         if self.over.is_set():
             return
         if isinstance(why, LinkLost):
@@ -42,39 +43,39 @@ class Lifetime:
         self.end()
 
     def give_up(self, why: str) -> None:
-        """Lose the link for a reason of our own."""
+        """End the link for a reason that we found ourselves."""
         self.lose(None, LinkLost(why))
 
     def end(self) -> None:
-        """Let everybody know that it is over."""
+        """End the link and run the callbacks."""
         self.over.set()
         for call in tuple(self.at_end):
             call()
 
     def error(self) -> LinkLost | BrokerError:
-        """Return why it is over; a new error for each who asks."""
+        """Return the reason as a new exception, so that each caller raises its own."""
         return type(self._why)(str(self._why))
 
     def check(self) -> None:
-        """Raise why it is over, if it is."""
+        """Raise the reason if the link is over."""
         if self.over.is_set():
             raise self.error()
 
     async def lost(self) -> None:
-        """Return when it is over; raise where that is not for a moment."""
+        """Return when the link is over; raise ``BrokerError`` if reconnecting cannot help."""
         await self.over.wait()
         if isinstance(self._why, BrokerError):
             raise self.error()
 
     @contextlib.contextmanager
     def asking(self, right: Right | None = None) -> Iterator[None]:
-        """Map what is raised while the broker is asked for something that takes a right."""
+        """Map exceptions of a request that needs a permission to the contract's errors."""
         self.check()
         try:
             with as_ours(self._user, right):
                 yield
         except LinkLost:
             closed = self._closed_by_broker()
-            if closed is not None:  # which says more than what aiormq raises of it
+            if closed is not None:  # says more than what aiormq raises
                 raise meaning(closed[1], self._user, right) from None
             raise

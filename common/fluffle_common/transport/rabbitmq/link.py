@@ -1,12 +1,12 @@
-"""One connection's life on RabbitMQ: see ``base.Link``.
+"""A link to RabbitMQ.
 
-A link is two connections, one to publish and one to consume, because a large message under way in
-one direction delays acknowledgements and heartbeats behind it. What is urgent is published over the
-other one while much is under way, so that no upload is taken for death.
+A link uses two connections, one for publishing and one for consuming, because a large message
+delays everything behind it on the same socket, acknowledgements and heartbeats included. While a
+large message is being published, urgent messages go out on the consuming connection, so that a long
+upload does not make a worker look dead.
 
-aio_pika's ``connect_robust`` is not used: what it repairs by itself (consumers, prefetch, queues)
-it repairs without a word to the layers above, and those have to know, since everything
-unacknowledged comes again.
+aio_pika's ``connect_robust`` is not used. It restores consumers, prefetch and queues silently, but
+the layers above must know about a reconnection, since all unacknowledged messages come again.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 from fluffle_common.transport.rabbitmq.reading import STREAM_PREFETCH, Reading
 
 _CLOSE_TIMEOUT_S = 2.0
-# What is urgent does not wait behind more than this.
+# Urgent messages change the connection when more than this is unconfirmed on the usual one.
 _LITTLE_BYTES = 16 * 2**10
-# How many copies of the traffic a tap fetches ahead: they may be parts of 4 MiB.
+# How many copies a tap prefetches; each may be a part of 4 MiB.
 _TAP_PREFETCH = 16
 
 _LOG = logger("transport.link")
@@ -54,7 +54,7 @@ _T = TypeVar("_T")
 
 
 class AmqpLink(Link):
-    """See ``base.Link``."""
+    """A link over two open connections; call ``start`` before anything else."""
 
     def __init__(self, publishing: Connection, consuming: Connection, user: str) -> None:
         self._connections = (publishing, consuming)
@@ -63,8 +63,8 @@ class AmqpLink(Link):
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._get: AbstractChannel
         self._publishing: ContentChannel
-        self._getting: ContentChannel  # what is urgent may be published there too
-        # Over what was published on each of the two.
+        self._getting: ContentChannel  # urgent messages are published there too
+        # One for each channel that is published on.
         self._watch, self._urgent_watch = map(self._watch_over, self._connections)
         self._trying: AbstractChannel | None = None
         self._one_tries = asyncio.Lock()
@@ -94,7 +94,7 @@ class AmqpLink(Link):
 
     @property
     def blocked(self) -> str | None:
-        """See ``base.Link``: of the publishing connection."""
+        """See ``base.Link``; this is the state of the publishing connection."""
         return self._connections[0].blocking.reason
 
     def blocking(self) -> AsyncGenerator[str | None]:
@@ -140,9 +140,9 @@ class AmqpLink(Link):
         ask: Callable[[UnderlayChannel], Awaitable[_T]],
         right: Right | None = None,
     ) -> _T | None:
-        """Ask for something; return None where what it is about is not there.
+        """Send a request that names an entity; return None if the entity does not exist.
 
-        That closes the channel over which it was asked, so that one is for nothing else.
+        The broker then closes the channel, so these requests have a channel of their own.
         """
         self._lifetime.check()
         async with self._one_tries:
@@ -193,16 +193,16 @@ class AmqpLink(Link):
             if not self._quorum:
                 raise
             why = "the broker refused a message: a queue is full, or changes its leader"
-            self._lifetime.give_up(why)  # as in _unconfirmed
+            self._lifetime.give_up(why)  # for the reason in _unconfirmed
             raise self._lifetime.error() from None
         finally:
             watch.settled(sending)
 
     def _lane(self, *, urgent: bool) -> tuple[ContentChannel, ConfirmWatch]:
-        """Choose the connection to publish over.
+        """Choose the channel to publish on.
 
-        A broker that takes nothing would take nothing over the other connection either, from then
-        on, not even the acknowledgements there.
+        A blocked broker stops reading from every connection that publishes. Publishing on the
+        consuming connection would then hold up its acknowledgements as well.
         """
         blocked = any(connection.blocking.reason for connection in self._connections)
         if urgent and not blocked and self._watch.under_way_bytes > _LITTLE_BYTES:
@@ -214,11 +214,11 @@ class AmqpLink(Link):
         return ConfirmWatch(connection, self._unconfirmed, lambda: blocking.reason is not None)
 
     def _unconfirmed(self, why: str) -> None:
-        """Give the link up.
+        """End the link.
 
-        While a quorum queue changes its leader, a channel can get into a state in which RabbitMQ
-        confirms nothing that it sends there any more, or refuses all of it, which looks as if the
-        queue were full. Only another channel helps, which another link begins with.
+        While a quorum queue elects a new leader, a channel can get into a state in which RabbitMQ
+        never confirms its messages again, or refuses all of them as if the queue were full. Only a
+        new channel helps, which a new link opens.
         """
         self._lifetime.give_up(why)
 
@@ -244,7 +244,7 @@ class AmqpLink(Link):
 
     async def newest(self, stream: str) -> Delivery | None:
         """See ``base.Link``."""
-        # The last chunk: as many entries as were written in one go.
+        # "last" is the last chunk, which may hold many entries.
         return await (await self._stream(stream, {"x-stream-offset": "last"})).newest()
 
     async def _stream(self, stream: str, arguments: dict[str, Any]) -> Reading:
@@ -288,7 +288,7 @@ class AmqpLink(Link):
     async def close(self) -> None:
         """See ``base.Link``."""
         self._lifetime.end()
-        # Side by side: each may wait in vain for an answer, and nobody reconnects before that.
+        # Concurrently: each may run into its timeout, and reconnecting waits for both.
         await asyncio.gather(*(close(connection) for connection in self._connections))
 
 
@@ -297,7 +297,7 @@ async def _bind(binding: Binding, on: UnderlayChannel) -> Any:
 
 
 async def close(connection: Connection) -> None:
-    """Close a connection; nothing raises, and it takes no longer than a moment."""
+    """Close a connection within a short timeout; this never raises."""
     with contextlib.suppress(LinkLost), as_ours():
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
             await connection.close()

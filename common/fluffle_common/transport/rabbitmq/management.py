@@ -1,7 +1,7 @@
-"""RabbitMQ's management API: what it tells of the queues of a federation.
+"""A client of RabbitMQ's management API: queue statistics and alarms.
 
-Its statistics are gathered every few seconds (5 in RabbitMQ's own configuration), so what is told
-here may be that old; AMQP itself (``Link.counts``) is exact, and tells less.
+RabbitMQ refreshes its statistics every few seconds (5 by default), so the numbers may be that old.
+``Link.counts`` is exact but reports less.
 """
 
 from __future__ import annotations
@@ -20,21 +20,32 @@ from typing import Any
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
 
-# What asking may raise, whatever is wrong with what answers.
+# Everything that a request may raise.
 UNTOLD = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 
 
 @dataclass(frozen=True)
 class QueueFigures:
-    """One queue; None where it cannot be told.
+    """The figures of one queue; None where a figure is unknown.
 
-    ``known`` says whether it is one of fluffle's. ``in_rate`` and ``out_rate`` count messages per
-    second, published to the queue and handed out of it (redeliveries too). ``growth_rate`` is by
-    how many messages per second ``ready`` grows. ``oldest_s`` is the age of the message at its
-    head, in seconds. ``published`` and ``settled`` count messages since the broker started: what
-    came in, and what was acknowledged or taken without an acknowledgement. ``limited`` says whether
-    a policy bounds it, where one should.
+    Attributes:
+        name: its name on the broker.
+        purpose: what fluffle uses it for, in words.
+        ready: the number of messages that wait for a consumer.
+        unacknowledged: the number of messages that were delivered and not yet acknowledged.
+        consumers: the number of consumers.
+        size_bytes: the total size of its messages.
+        type: ``classic``, ``quorum`` or ``stream``.
+        known: whether fluffle uses a queue of this name.
+        in_rate: messages published to it, per second.
+        out_rate: messages delivered from it, per second, redeliveries included.
+        growth_rate: the change of ``ready``, in messages per second.
+        oldest_s: the age of the message at its head, in seconds.
+        published: messages published to it since the broker started.
+        settled: messages acknowledged, or delivered without acknowledgement, since then.
+        state: ``running``, or what is wrong with it.
+        limited: whether a policy limits its length; None if it needs no limit.
     """
 
     name: str
@@ -55,27 +66,27 @@ class QueueFigures:
     limited: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the figures as a JSON object."""
         return asdict(self)
 
 
 def ask(
     base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None, timeout_s: float = 5
 ) -> Any:
-    """Get one answer, parsed; None where it is empty.
+    """Send one request and return the decoded JSON response; None if it is empty.
 
     Args:
-        base: where the API is, without a slash at the end.
-        path: what is asked, from ``/api/`` on.
-        url: the broker's AMQP URL, for the user, the password and the options of TLS in it; of
-            several, the first.
-        put: what to put there; None only asks.
-        timeout_s: how long to wait for the answer.
+        base: the URL of the API, without a trailing slash.
+        path: the path of the resource, which starts with ``/api/``.
+        url: the broker's AMQP URL, for its user, password and TLS options; the first if there are
+            several.
+        put: the body of a PUT request; None sends a GET request.
+        timeout_s: how long to wait for the response.
 
     Raises:
-        OSError: where nothing answers, or not with success.
-        http.client.HTTPException: where what answers does not speak HTTP.
-        ValueError: where the answer is not JSON.
+        OSError: if there is no response or it is not a success.
+        http.client.HTTPException: if the response is not HTTP.
+        ValueError: if the response is not JSON.
     """
     split = urllib.parse.urlsplit(split_urls(url)[0])
     user, password = (urllib.parse.unquote(s or "guest") for s in (split.username, split.password))
@@ -85,8 +96,8 @@ def ask(
     request = urllib.request.Request(  # noqa: S310 - http(s)
         base + path, body, headers, method="GET" if put is None else "PUT"
     )
-    # Never by way of a proxy: it is the broker's own host, which AMQP reaches directly too; and
-    # trusted as the URL says.
+    # AMQP reaches the broker's host directly, so HTTP bypasses any proxy, and uses the TLS options
+    # of the AMQP URL.
     context = tls_context(split_urls(url)[0])
     direct = urllib.request.build_opener(
         urllib.request.ProxyHandler({}),
@@ -96,18 +107,18 @@ def ask(
         with direct.open(request, timeout=timeout_s) as answer:
             text = answer.read()
     except urllib.error.HTTPError as no:
-        no.close()  # it holds the connection
+        no.close()  # the exception keeps the connection open
         raise
     return json.loads(text) if text else None
 
 
 def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> str:
-    """Return where the management API of the broker at ``url`` should be.
+    """Return the URL of the management API of the broker at ``url``.
 
     Args:
         url: the broker's AMQP URL.
-        given: what the user said.
-        record: what is noted of our own node.
+        given: the URL from the command line, if any.
+        record: the record of the private node (``fluffle_broker.node.record``).
     """
     if given:
         return given.rstrip("/")
@@ -121,34 +132,34 @@ def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> s
 
 
 def queue_figures(url: str, base: str, topology: Topology) -> list[QueueFigures]:
-    """Return the queues of a federation, by name.
+    """Return the figures of a federation's queues, sorted by name.
 
     Args:
-        url: the broker's AMQP URL, for the vhost, the user and the password in it.
-        base: where its management API is.
+        url: the broker's AMQP URL, for its vhost, user and password.
+        base: the URL of its management API.
         topology: the names of the federation.
 
     Raises:
-        OSError, http.client.HTTPException, ValueError: see ``ask``.
-        KeyError, TypeError: where the answer is not one of RabbitMQ's.
+        OSError, http.client.HTTPException, ValueError: as ``ask`` does.
+        KeyError, TypeError: if the response does not have RabbitMQ's format.
     """
-    told = ask(base, f"/api/queues/{vhost(url)}", url)
+    queues = ask(base, f"/api/queues/{vhost(url)}", url)
     prefix = f"{topology.federation}."
     return [
         read_queue(queue, topology, time.time())
-        for queue in sorted(told, key=lambda queue: str(queue["name"]))
+        for queue in sorted(queues, key=lambda queue: str(queue["name"]))
         if queue["name"].startswith(prefix)
     ]
 
 
 def alarms(url: str, base: str) -> list[str]:
-    """Return what the broker has run out of, ``memory`` or ``disk``: meanwhile it takes nothing.
+    """Return the broker's resource alarms, ``memory`` and ``disk``, which block publishers.
 
-    Empty too where the user may not ask; see ``ask`` for what it raises.
+    The list is empty if the user may not see them. Raises what ``ask`` raises.
     """
     try:
         nodes = ask(base, "/api/nodes", url)
-    except urllib.error.HTTPError as no:  # takes the tag "monitoring"
+    except urllib.error.HTTPError as no:  # the user needs the tag "monitoring"
         if no.code in (401, 403):
             return []
         raise
@@ -163,14 +174,14 @@ def vhost(url: str) -> str:
 
 
 def read_queue(told: Mapping[str, Any], topology: Topology, now: float) -> QueueFigures:
-    """Read what the API tells of one queue; a queue that is new may lack its statistics yet.
+    """Read the figures of one queue from the API's description of it.
 
     Args:
         told: one object of ``/api/queues``.
         topology: the names of the federation.
         now: the time, in seconds since 1970.
     """
-    # Where nothing has happened yet there are no statistics of it, but there is "messages".
+    # A new queue has neither. One that was never used has "messages" but no "message_stats".
     stats: Mapping[str, Any] | None = told.get("message_stats") or (
         {} if "messages" in told else None
     )
@@ -182,7 +193,7 @@ def read_queue(told: Mapping[str, Any], topology: Topology, now: float) -> Queue
         ready=told.get("messages_ready", 0),
         unacknowledged=told.get("messages_unacknowledged", 0),
         consumers=told.get("consumers", 0),
-        # Of a stream RabbitMQ does not say it.
+        # RabbitMQ does not report the size of a stream.
         size_bytes=told.get("message_bytes") or (None if told.get("type") == "stream" else 0),
         type=told.get("type", "classic"),
         known=purpose is not None,
@@ -198,7 +209,7 @@ def read_queue(told: Mapping[str, Any], topology: Topology, now: float) -> Queue
 
 
 def _limited(told: Mapping[str, Any], topology: Topology) -> bool | None:
-    """Whether a policy bounds a queue that should be bounded, whoever made it, and whatever to."""
+    """Return whether any policy limits the queue; None if it needs no limit."""
     queue = topology.find(told["name"])
     if queue is None or not queue.limits or "effective_policy_definition" not in told:
         return None

@@ -1,4 +1,4 @@
-"""What is off with a queue, from its figures alone, in a few words."""
+"""Hints about queues that need attention, from their figures alone."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import QueueFigures
 
-# Below this many messages, growing is the ebb and flow of a round.
+# Below this number of messages, growth is normal during a round.
 _GROWN = 20
 _STOPPED = ("down", "crashed", "stopped", "minority")
 
 
 def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) -> str | None:
-    """Return what is off with a queue, and what to do about it; None where nothing is.
+    """Return what is wrong with a queue, and the remedy; None if nothing is wrong.
 
     Args:
-        queue: its figures.
+        queue: the queue's figures.
         topology: the names of its federation.
-        alarms: what the broker has run out of (``management.alarms``).
+        alarms: the broker's resource alarms (``management.alarms``).
 
     Example:
         >>> topology = Topology("letters")
@@ -41,7 +41,7 @@ def _blocked(queue: QueueFigures, topology: Topology, alarms: Sequence[str]) -> 
 
 
 def _about(queue: QueueFigures, topology: Topology) -> str | None:
-    """Say what this very queue should have, or should not."""
+    """Return what this queue lacks or should not contain."""
     inbox = topology.inbox("")
     if queue.name.startswith(inbox) and not queue.consumers:
         return f"worker {queue.name.removeprefix(inbox)} is not connected{_waiting(queue, 'it')}"
@@ -68,7 +68,7 @@ def _growing(queue: QueueFigures) -> str | None:
 
 
 def messages(count: int) -> str:
-    """Return a number of messages in words.
+    """Return a number of messages as text.
 
     >>> messages(1), messages(2500)
     ('1 message', '2,500 messages')

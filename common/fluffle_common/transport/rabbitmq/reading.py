@@ -1,4 +1,4 @@
-"""Reading from one queue, or one stream, over a channel of its own."""
+"""A consumer of one queue or stream, on a channel of its own."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fluffle_common.transport.rabbitmq.errors import as_ours
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
 _CLOSE_TIMEOUT_S = 2.0
-# How many entries of a stream are fetched ahead.
+# How many entries of a stream are prefetched.
 STREAM_PREFETCH = 500
 _STREAM_ACK_EVERY = 100
-# How long a stream that seems empty is given to show an entry.
+# How long to wait for an entry before a stream counts as empty.
 _EMPTY_S = 0.5
 
 
 class Reading:
-    """A consumer: ``begin`` it, then iterate over ``deliveries``, or take the ``newest``.
+    """A consumer; call ``begin``, then iterate over its deliveries or ask for the ``newest``.
 
     Args:
-        queue: what is read.
-        connection: over which.
-        lifetime: of the link that the connection is of.
+        queue: the name of the queue or stream.
+        connection: the consuming connection of the link.
+        lifetime: the lifetime of the link.
     """
 
     def __init__(self, queue: str, connection: Connection, lifetime: Lifetime) -> None:
@@ -50,18 +50,17 @@ class Reading:
         replicated: bool = False,
         arguments: dict[str, Any] | None = None,
     ) -> Reading:
-        """Begin to consume; ``replicated``: from a quorum queue."""
+        """Start to consume; ``replicated`` marks a quorum queue."""
         with self._lifetime.asking("read"):
             channel = self._connection.channel(publisher_confirms=False)
-            # A refusal closes the channel, which must not take the link with it: so the channel
-            # counts as part of the link only from here on.
+            # A refusal closes the channel, which must not end the link. The link therefore watches
+            # the channel only once consuming has started.
             await channel.initialize()
             await channel.set_qos(prefetch_count=prefetch)
             underlay = await channel.get_underlay_channel()
             if exclusive and replicated:
-                # Quorum queues let in any number of exclusive consumers. A queue that only the
-                # connection which declared it may use is a lock, gone with that connection or its
-                # node.
+                # Quorum queues accept any number of exclusive consumers. An exclusive queue serves
+                # as a lock, which is released when this connection or its node goes.
                 with self._lifetime.asking("configure"):
                     await underlay.queue_declare(
                         lock_of(self._queue), exclusive=True, arguments={"x-queue-type": "classic"}
@@ -77,7 +76,7 @@ class Reading:
         return self
 
     async def deliveries(self) -> AsyncGenerator[AmqpDelivery]:
-        """Return what arrives, until the link is lost or nobody iterates any more."""
+        """Yield deliveries until the link is lost or the iterator is closed."""
         arrived = self._arrived
         try:
             while True:
@@ -92,14 +91,14 @@ class Reading:
             await self._end()
 
     async def settled(self) -> AsyncGenerator[Delivery]:
-        """Return what arrives, acknowledged already."""
+        """Yield deliveries that are already acknowledged."""
         async with contextlib.aclosing(self.deliveries()) as deliveries:
             async for delivery in deliveries:
                 delivery.ack()
                 yield delivery
 
     async def entries(self) -> AsyncGenerator[Delivery]:
-        """Return the entries of a stream, acknowledged many at a time: so that more are sent."""
+        """Yield the entries of a stream, acknowledged in batches to keep the broker sending."""
         count = 0
         async with contextlib.aclosing(self.deliveries()) as deliveries:
             async for entry in deliveries:
@@ -111,14 +110,14 @@ class Reading:
                 yield entry
 
     async def newest(self) -> Delivery | None:
-        """Return the last of what is in a stream, which is read from its last chunk on."""
+        """Return the last entry of a stream that is read from its last chunk."""
         arrived = self._arrived
         found: AmqpDelivery | None = None
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + _EMPTY_S
         try:
             while True:
-                with as_ours():  # whatever the broker has sent by now is here before the answer
+                with as_ours():  # a round trip: all that was sent before has arrived
                     await self._channel.set_qos(prefetch_count=STREAM_PREFETCH)
                 self._lifetime.check()
                 if not arrived.there:
@@ -134,7 +133,7 @@ class Reading:
             await self._end()
 
     def _over(self) -> None:
-        self._arrived.put(None)  # whoever waits there sees that it is over
+        self._arrived.put(None)  # wakes the reader
         self._contents.lose(self._lifetime.error())
 
     def _cancelled(self, *_: Any) -> None:
@@ -142,15 +141,15 @@ class Reading:
 
     async def _end(self) -> None:
         self._lifetime.at_end.discard(self._over)
-        self._contents.lose(LinkLost("the reading was ended"))
+        self._contents.lose(LinkLost("the consumer was closed"))
         if not self._lifetime.over.is_set():
             self._channel.close_callbacks.discard(self._lifetime.lose)
             with contextlib.suppress(LinkLost, TimeoutError), as_ours():
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                    # Of a stream, RabbitMQ 3.10 goes on to count who only closes the channel.
+                    # RabbitMQ 3.10 keeps counting a stream consumer if only its channel closes.
                     await (await self._channel.get_underlay_channel()).basic_cancel(self._tag)
                     await self._channel.close()
 
 
 async def _nothing(_: Any) -> None:
-    """Take what aiormq would deliver, which is nothing: it never sees a content."""
+    """Stand in for the consumer callback, which is never called: messages bypass aiormq."""

@@ -1,4 +1,4 @@
-"""Why a broker did not let us in, and whether to try again: what happens before there is a link."""
+"""Errors of a connection attempt, and whether another attempt can succeed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIMIT = "limit"
 _AMQP = b"AMQP\x00\x00\x09\x01"
 _ASK_S = 3.0
 
-# What the other side says of ours, as ssl names it.
+# Alerts by which the broker rejects our certificate.
 _OURS = ("CERTIFICATE_REQUIRED", "UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED",
          "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED")  # fmt: skip
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE")
@@ -25,18 +25,18 @@ _NO_COMMON = ("HANDSHAKE_FAILURE", "PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "
 
 
 class WrongNode(BrokerError):
-    """This node cannot be used as the URL says; another one of its cluster may do."""
+    """This node cannot be used with this URL; another node of its cluster may work."""
 
 
 def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | LinkLost:
-    """Return the error for a broker that closed the connection while it was being opened.
+    """Return the error for a broker that closed a connection during the handshake.
 
     Args:
         code: AMQP's reply code.
-        text: what the broker said.
-        url: of the broker.
-        again: this process has been connected before. A limit that is reached then may be so
-            because its own old connections, cut by a network, live on in the broker for a while.
+        text: the broker's reply text.
+        url: the broker's URL.
+        again: whether this process was connected before. If so, a reached limit is temporary: the
+            broker may still count connections that the network has cut.
     """
     where, user, vhost = shown(url), url.user or "guest", url.path[1:] or "/"
     if code == _ACCESS_REFUSED:
@@ -45,7 +45,7 @@ def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | 
             f"the broker at {where} refuses user '{user}' or the password{only}; "
             "put the right ones into --url amqp://user:password@host"
         )
-    if code != _NOT_ALLOWED:  # it is starting or stopping, say, or has run out of something
+    if code != _NOT_ALLOWED:  # for example, it is starting or stopping
         return LinkLost(text)
     if _LIMIT in text:
         if again:
@@ -67,7 +67,7 @@ def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | 
 
 
 def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
-    """Return the error for TLS that will not do, whoever found that; None where it is not TLS."""
+    """Return the error for a failed TLS handshake; None if TLS was not the cause."""
     found = _ssl_error(failed)
     if found is None:
         return None
@@ -106,14 +106,15 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
 
 
 def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None:
-    """Find out why a broker closed a connection without a word of AMQP; None where TLS is not why.
+    """Return the error if TLS is why a broker closed a connection silently; None otherwise.
 
-    The event loop does not tell what TLS said after the handshake; a plain socket does. Blocks for
-    some seconds at most.
+    asyncio hides the TLS alerts that arrive after the handshake, so this connects again with a
+    plain socket. It blocks for a few seconds at most.
 
     Args:
-        url: of the broker.
-        context: how TLS is checked; None: without TLS, and the question is whether there must be.
+        url: the broker's URL.
+        context: the TLS context in use; None for a plain connection, where the question is whether
+            the broker requires TLS.
     """
     asking = context
     if asking is None:
@@ -140,7 +141,7 @@ def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None
 
 
 def _ssl_error(failed: BaseException | None) -> ssl.SSLError | None:
-    """Find what TLS said, also where aiormq has wrapped it."""
+    """Return the TLS error in a chain of exceptions, which aiormq may have wrapped."""
     seen: set[int] = set()  # aiormq's errors can be each other's cause
     while failed is not None and id(failed) not in seen:
         if isinstance(failed, ssl.SSLError):

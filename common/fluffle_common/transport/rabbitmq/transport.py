@@ -1,4 +1,4 @@
-"""RabbitMQ behind the transport contract; with its ``amqp_…`` siblings all that knows aio_pika."""
+"""The transport to RabbitMQ: choosing a node of the URL and opening a link to it."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ if TYPE_CHECKING:
     from yarl import URL
 
 _CONNECT_TIMEOUT_S = 15.0
-# Silence of this length on a connection means that the other side is gone; both sides look twice
-# in this time.
+# Silence of this length means that the other side is gone; both sides send twice in this time.
 _HEARTBEAT_S = 20
 
 
 class AmqpTransport(Transport):
-    """Links to a RabbitMQ, or to whichever node of a cluster can be reached.
+    """A transport to RabbitMQ, or to any reachable node of a cluster.
 
     Args:
-        url: ``amqp://user:password@host:port/vhost`` or ``amqps://…``; of a cluster as many of
-            these as there are nodes, comma-separated. The first that can be reached is used, and
-            after that the one in use before the others. Or what returns that: it is asked again
-            before every attempt, since a broker that is yet to be started has no address yet.
-        name: how the connections show in RabbitMQ's own pages.
+        url: ``amqp://user:password@host:port/vhost`` or ``amqps://…``; for a cluster, one URL for
+            each node, comma-separated. The first reachable node is used; after that, the node in
+            use is tried first. A callable that returns such a text is called before each attempt,
+            because a broker that has not started yet has no address yet.
+        name: the name of the connections on RabbitMQ's management page.
 
     Raises:
-        UsageError: where the URL is not one.
+        UsageError: if the URL is invalid.
     """
 
     def __init__(self, url: str | Callable[[], str], name: str) -> None:
@@ -52,7 +51,7 @@ class AmqpTransport(Transport):
 
     @property
     def address(self) -> str:
-        """See ``base.Transport``: of the node in use, or of all while none can be reached."""
+        """See ``base.Transport``; the node in use, or all nodes while none is reachable."""
         return self._shown
 
     async def open(self) -> Link:
@@ -93,7 +92,7 @@ class AmqpTransport(Transport):
 
 
 async def _connect(url: URL, name: str, *, again: bool) -> Connection:
-    """Open a connection; ``again``: this process has had one, whose remains may still count."""
+    """Open a connection; ``again`` says that this process was connected before."""
     with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
     context = tls_context(str(url))
     connection = prepared(with_heartbeat, name, context)
@@ -102,7 +101,7 @@ async def _connect(url: URL, name: str, *, again: bool) -> Connection:
     except asyncio.CancelledError:
         if cancelled():
             raise
-        raise LinkLost("the connection was closed while it was opened") from None
+        raise LinkLost("the connection was closed while it was being opened") from None
     except TimeoutError:
         raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
     except Exception as failed:

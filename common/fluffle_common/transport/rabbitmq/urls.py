@@ -1,7 +1,7 @@
-"""The URL of a broker, or of several brokers of one cluster: what ``--url`` may say.
+"""Validation of ``--url``: the URL of a broker, or of several nodes of a cluster.
 
-Nothing here ever says what is before the last ``@`` of a URL, whatever is wrong with it: no error
-of ``urlsplit`` or ``yarl`` gets through, as they quote what they could not read.
+No error text contains anything before the last ``@`` of a URL, which may be a password. Errors of
+``urlsplit`` and ``yarl`` quote their input, so none of them is passed on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fluffle_common.errors import UsageError
 if TYPE_CHECKING:
     from yarl import URL
 
-# A password or a vhost may hold a comma too; it separates only where another URL begins.
+# A password or a vhost may contain a comma; it is a separator only before another URL.
 _BETWEEN = re.compile(r"\s*,\s*(?=amqps?://)")
 _CREDENTIALS = re.compile(r"(\b[a-z]+://)\S*@", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -30,7 +30,7 @@ _FORM = "write amqp://user:password@host:port/vhost or amqps://…"
 
 
 def split_urls(text: str) -> list[str]:
-    """Split comma-separated URLs, at least one, in their order.
+    """Split one or more comma-separated URLs.
 
     >>> split_urls("amqp://me:a,b@one/v, amqp://me:a,b@two/v")
     ['amqp://me:a,b@one/v', 'amqp://me:a,b@two/v']
@@ -39,10 +39,10 @@ def split_urls(text: str) -> list[str]:
 
 
 def parse_urls(text: str) -> list[URL]:
-    """Check the URL of a broker, or of several of one cluster.
+    """Parse and validate the URL of a broker, or of several nodes of a cluster.
 
     Raises:
-        UsageError: saying what is wrong with it.
+        UsageError: if a URL is invalid, or the vhosts differ.
     """
     urls = [_parse(url) for url in split_urls(text)]
     if len({url.path for url in urls}) > 1:
@@ -54,12 +54,12 @@ def parse_urls(text: str) -> list[URL]:
 
 
 def shown(url: URL) -> str:
-    """Return a URL for messages to people, without user and password."""
+    """Return a URL for display, without user, password and options."""
     return str(url.with_password(None).with_user(None).with_query(None).with_fragment(None))
 
 
 def without_credentials(text: str) -> str:
-    """Return a text of any kind without the user and the password of the URLs in it.
+    """Return a text with user and password removed from every URL in it.
 
     >>> without_credentials("<Connection: 'amqp://me:p@ss@host/v'> closed")
     "<Connection: 'amqp://host/v'> closed"
@@ -68,14 +68,14 @@ def without_credentials(text: str) -> str:
 
 
 def tls_context(url: str) -> ssl.SSLContext | None:
-    """Return how the certificate of a broker is checked and which one it is shown; None: no TLS.
+    """Return the TLS context for a URL; None for ``amqp://``.
 
-    The options of the URL are those of aio_pika: ``cafile``, ``capath`` or ``cadata`` with who may
-    have signed the broker's certificate, ``certfile`` and ``keyfile`` with our own, and
-    ``no_verify_ssl=1``, which checks nothing.
+    The options of the URL are those of aio_pika: ``cafile``, ``capath`` or ``cadata`` for the CAs
+    to trust, ``certfile`` and ``keyfile`` for our own certificate, and ``no_verify_ssl=1`` to
+    accept any certificate.
 
     Raises:
-        UsageError: where a file of them cannot be used.
+        UsageError: if one of the files cannot be used.
     """
     split = urlsplit(url)
     if split.scheme != "amqps":
@@ -112,7 +112,7 @@ def _decoded(cadata: str | None) -> bytes | None:
 
 def _no_password() -> str:
     raise ValueError(
-        "the key has a passphrase, and there is nobody to type it; remove the passphrase"
+        "the key has a passphrase, which fluffle cannot ask for; remove the passphrase"
     )
 
 
@@ -126,14 +126,14 @@ def _parse(url: str) -> URL:
             parsed = URL(url)
             _ = parsed.port, parsed.password, parsed.path, shown(parsed)
         except (ValueError, TypeError):
-            wrong = f"it cannot be read: {_QUOTE}"
+            wrong = f"it cannot be parsed; {_QUOTE}"
     if parsed is None:
         raise UsageError(f"{_named(url)} is not the URL of a broker: {wrong}; {_FORM}")
     return parsed
 
 
 def _named(url: str) -> str:
-    """Name a URL that may not be one by what is safe to show of it."""
+    """Return the part of an invalid URL that is safe to show."""
     before, at, after = url.rpartition("@")
     scheme = re.match(r"[a-z]{1,10}://", before, re.IGNORECASE)
     if not at or _CONTROL.search(after):
@@ -157,11 +157,11 @@ def _what_is_wrong(url: str) -> str | None:
         split = urlsplit(url)
         hostname = split.hostname
     except ValueError:
-        return f"its host cannot be read: {_QUOTE}"
+        return f"its host cannot be parsed; {_QUOTE}"
     if not hostname:
         return "no host"
     if "," in hostname:
-        return "a comma in the host; of several brokers, write each as a whole URL"
+        return "a comma in the host; for several nodes, write a whole URL for each"
     try:
         _ = split.port
     except ValueError:
@@ -172,5 +172,5 @@ def _what_is_wrong(url: str) -> str | None:
 def _wrong_option(split: SplitResult) -> str | None:
     given = [name for name in parse_qs(split.query, keep_blank_values=True) if name in _TLS_OPTIONS]
     if split.scheme == "amqp" and given:
-        return f"?{given[0]}= is for amqps://, and this is amqp://, without TLS"
+        return f"?{given[0]}= needs TLS, which amqp:// does not use"
     return None

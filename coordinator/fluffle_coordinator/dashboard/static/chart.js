@@ -1,4 +1,4 @@
-// Charts as SVG, as wide as the node they are in: curves, stacked bars, and a matrix, over rounds.
+// SVG charts over rounds, as wide as their container: curves, stacked bars and a matrix.
 
 import { draw, figure, make, mark, percent, say } from "./dom.js";
 
@@ -7,13 +7,13 @@ const RIGHT = 14;
 const TOP = 20;
 const BOTTOM = 8;
 const AXIS = 20;
-const TALL = 128; // a panel of one or two
-const LOW = 96; // a panel of many
-const DOTS = 40; // points; a longer curve is a line only
+const TALL = 128; // height of a panel if there are one or two
+const LOW = 96; // height of a panel if there are more
+const DOTS = 40; // a curve with more points is drawn without dots
 
 const painters = new WeakMap();
 
-/** Paint into a node at its width, and again whenever that changes. */
+/** Call paint(width) now and whenever the node's width changes. */
 function fit(node, paint) {
   const painted = painters.get(node);
   painters.set(node, paint);
@@ -26,17 +26,17 @@ function picture(width, height, label) {
   return draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
 }
 
-/** Steps of 1, 2 or 5 times a power of ten: at most `most` of them from low to high. */
+/** Return at most `most` ticks from low to high, in steps of 1, 2 or 5 times a power of ten. */
 function ticks(low, high, most) {
   const range = high - low || 1;
   const power = 10 ** Math.floor(Math.log10(range / most));
   const step = [1, 2, 5, 10].map((times) => times * power).find((each) => range / each <= most);
-  const found = [];
-  for (let count = Math.ceil(low / step - 1e-9); count * step <= high + step * 1e-9; count += 1) found.push(count * step + 0); // no -0
-  return found;
+  const values = [];
+  for (let count = Math.ceil(low / step - 1e-9); count * step <= high + step * 1e-9; count += 1) values.push(count * step + 0); // + 0: no -0
+  return values;
 }
 
-/** Draw the lines of a scale with their values. */
+/** Draw the grid lines of a vertical scale, labelled with their values. */
 function scale(svg, low, high, y, width, words, most = 4) {
   for (const value of ticks(low, high, most)) {
     svg.append(draw("line", { x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value), class: "grid" }));
@@ -48,30 +48,30 @@ const plain = (value) => String(Number(value.toPrecision(6)));
 
 // --- curves --------------------------------------------------------------------------------------
 
-/** The curves that stand beside another one, in its panel, and not in one of their own. */
+/** Curves that share the panel of another metric. */
 const BESIDE = { "training loss": "loss" };
 const FIRST = ["accuracy", "loss", "training loss", "epsilon"];
 
-/** Every metric that is told, the best known first. */
+/** Every metric that has a value, the best known first. */
 export function metrics(curves) {
   const rest = Object.keys(curves).filter((name) => name !== "rounds" && !FIRST.includes(name));
   return [...FIRST, ...rest].filter((name) => curves[name]?.some((value) => value !== null));
 }
 
-/** Whether a metric is an accuracy, of the workers' held-out data or of the coordinator's test. */
+/** Whether a metric is an accuracy, on the workers' held-out data or in the coordinator's own test. */
 const isAccuracy = (name) => /(^|\/)accuracy$/.test(name);
 
-/** How the values of a metric are written. */
+/** Return the function that formats the values of a metric. */
 export function wording(name) {
   return isAccuracy(name) ? percent : figure;
 }
 
-/** The newest value of a metric; undefined where there is none. */
+/** The newest value of a metric; undefined if there is none. */
 export function newest(curves, name) {
   return curves[name]?.findLast((value) => value !== null);
 }
 
-/** Draw curves, a panel a metric, over one axis of rounds; the pointer tells the values. */
+/** Draw one panel per metric over a common axis of rounds; hovering shows the values. */
 export function chart(node, curves, rounds) {
   const names = metrics(curves);
   const panels = names.filter((name) => !names.includes(BESIDE[name]));
@@ -80,8 +80,8 @@ export function chart(node, curves, rounds) {
     const height = panels.length * each + AXIS;
     const last = Math.max(rounds ?? 0, curves.rounds.at(-1), 2);
     const x = (round) => LEFT + ((width - LEFT - RIGHT) * (round - 1)) / (last - 1);
-    const told = names.map((name) => `${name} ${wording(name)(newest(curves, name))}`);
-    const svg = picture(width, height, `After round ${curves.rounds.at(-1)}: ${told.join(", ")}`);
+    const values = names.map((name) => `${name} ${wording(name)(newest(curves, name))}`);
+    const svg = picture(width, height, `After round ${curves.rounds.at(-1)}: ${values.join(", ")}`);
     panels.forEach((name, index) => {
       const beside = names.filter((other) => BESIDE[other] === name);
       panel(svg, [name, ...beside], curves, x, index * each, width, each);
@@ -94,9 +94,9 @@ export function chart(node, curves, rounds) {
     svg.append(line);
     const tip = make("div", { class: "tip", hidden: "" });
     node.replaceChildren(svg, tip);
-    const told_at = (event) => point(node, curves, names, x, tip, line, event?.clientX ?? null);
-    node.onpointermove = told_at;
-    node.onpointerleave = () => told_at(null);
+    const hover = (event) => point(node, curves, names, x, tip, line, event?.clientX ?? null);
+    node.onpointermove = hover;
+    node.onpointerleave = () => hover(null);
   });
 }
 
@@ -134,7 +134,7 @@ function curve(svg, name, curves, x, y, base) {
   }
 }
 
-/** Show what was told of the round nearest to the pointer. */
+/** Show the values of the round nearest to the pointer; hide them if clientX is null. */
 function point(node, curves, names, x, tip, line, clientX) {
   mark(tip, "hidden", clientX === null ? "" : null);
   mark(line, "visibility", clientX === null ? "hidden" : "visible");
@@ -142,8 +142,8 @@ function point(node, curves, names, x, tip, line, clientX) {
   const at = clientX - node.getBoundingClientRect().left;
   const distance = (index) => Math.abs(x(curves.rounds[index]) - at);
   const nearest = curves.rounds.reduce((best, _, index) => (distance(index) < distance(best) ? index : best), 0);
-  const told = names.map((name) => `${name} ${wording(name)(curves[name][nearest])}`);
-  say(tip, [`round ${curves.rounds[nearest]}`, ...told].join("\n"));
+  const values = names.map((name) => `${name} ${wording(name)(curves[name][nearest])}`);
+  say(tip, [`round ${curves.rounds[nearest]}`, ...values].join("\n"));
   const place = x(curves.rounds[nearest]);
   mark(line, "x1", place);
   mark(line, "x2", place);
@@ -154,8 +154,8 @@ function point(node, curves, names, x, tip, line, clientX) {
 // --- bars ----------------------------------------------------------------------------------------
 
 /**
- * Draw a bar for each label, its parts one above the other.
- * bars: [{label, told, parts: {name: value}}]; names: the parts from below; words: of a value.
+ * Draw one stacked bar per label.
+ * bars: [{label, parts: {name: value}}]; names: the parts, bottom first; words(value) formats.
  */
 export function stacks(node, { title, axis, bars, names, words, height }) {
   fit(node, (width) => {
@@ -185,11 +185,11 @@ export function stacks(node, { title, axis, bars, names, words, height }) {
   });
 }
 
-// --- the matrix ----------------------------------------------------------------------------------
+// --- matrix --------------------------------------------------------------------------------------
 
 /**
- * Draw a row a name, a column a label.
- * rows: [{name, end, cells: [{kind, text, told, strength}]}]; it is as wide as it has to be.
+ * Draw a matrix of coloured cells, one row per name and one column per label.
+ * rows: [{name, end, cells: [{kind, text, title, strength}]}]; end is the text after the row.
  */
 export function matrix(node, { title, columns, rows }) {
   const HIGH = 26;
@@ -212,7 +212,7 @@ export function matrix(node, { title, columns, rows }) {
         const box = { x: x + gap / 2, y: top + 1.5, width: pitch - gap, height: HIGH - 3, rx: Math.min(4, pitch / 5) };
         const drawn = draw("rect", { ...box, class: "cell", "data-part": cell.kind });
         drawn.style.setProperty("--strength", cell.strength);
-        drawn.append(draw("title", {}, cell.told));
+        drawn.append(draw("title", {}, cell.title));
         svg.append(drawn);
         if (cell.text && cell.text.length * 7 < pitch - gap) {
           svg.append(draw("text", { x: x + pitch / 2, y: middle, class: "inside middle" }, cell.text));

@@ -1,15 +1,15 @@
-// Small tools to change the page only where it changes.
+// Helpers that touch the DOM only where something changed, and number formatting.
 
 export const $ = (id) => document.getElementById(id);
 
-/** Show either a panel's content or the words for having none. */
+/** Show a panel's content, or its text for being empty; return whether there is content. */
 export function either(id, there) {
   mark($(id), "hidden", there ? null : "");
   mark($(`${id}-empty`), "hidden", there ? "" : null);
   return there;
 }
 
-/** Make an element: make("td", {class: "number"}, "7"). Text is only ever text. */
+/** Make an element: make("td", {class: "number"}, "7"). Strings are inserted as text, never as HTML. */
 export function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -25,21 +25,21 @@ export function draw(tag, attributes = {}, text = null) {
   return node;
 }
 
-/** Set a text, if it is another one. */
+/** Set a node's text, if it differs. */
 export function say(node, text) {
-  const told = String(text ?? "");
-  if (node.textContent !== told) node.textContent = told;
+  const content = String(text ?? "");
+  if (node.textContent !== content) node.textContent = content;
 }
 
-/** Set an attribute, if it is another one; null removes it. */
+/** Set an attribute, if it differs; null, undefined and false remove it. */
 export function mark(node, name, value) {
   if (value === null || value === undefined || value === false) node.removeAttribute(name);
   else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value);
 }
 
 /**
- * Make the children of a node be one for each item, keeping the nodes of items that stay.
- * create() makes a node, update(node, item) fills it; key(item) says which item it is.
+ * Give a node one child per item and reuse the children of items that stay.
+ * create(item) makes a child, update(child, item) fills it, key(item) identifies the item.
  */
 export function keyed(parent, items, key, create, update) {
   const before = new Map();
@@ -61,8 +61,8 @@ export function keyed(parent, items, key, create, update) {
 }
 
 /**
- * Fill the body of a table, and its head. A column is {name, of(item) -> text}; with n it is of
- * numbers, with fill(cell, item) it is drawn, and title(item) says more of a cell.
+ * Fill a table, head and body. A column is {name, of(item) -> text}. Optional: n marks numbers,
+ * wide and code set the style, fill(cell, item) draws the cell, title(item) is its tooltip.
  */
 export function table(body, columns, items, key) {
   const kinds = ({ n, wide, code }) => [n && "n", wide && "wide", code && "code"].filter(Boolean).join(" ");
@@ -82,9 +82,9 @@ export function table(body, columns, items, key) {
       );
       return make("tr", {}, ...cells);
     },
-    (made, item) => {
+    (line, item) => {
       columns.forEach((column, place) => {
-        const cell = made.children[place];
+        const cell = line.children[place];
         if (column.fill) column.fill(cell, item);
         else say(cell, column.of(item));
         if (column.title) mark(cell, "title", column.title(item));
@@ -93,16 +93,16 @@ export function table(body, columns, items, key) {
   );
 }
 
-// --- words for numbers ---------------------------------------------------------------------------
+// --- formatting ----------------------------------------------------------------------------------
 
 const WHOLE = new Intl.NumberFormat("en");
 
-/** 12345 -> 12,345; nothing -> –. */
+/** 12345 -> 12,345; no number -> –. */
 export function whole(value) {
   return typeof value === "number" ? WHOLE.format(value) : "–";
 }
 
-/** A loss or another metric in few digits. */
+/** A loss or another metric with about four significant digits. */
 export function figure(value) {
   if (typeof value !== "number") return "–";
   if (value !== 0 && (Math.abs(value) < 0.001 || Math.abs(value) >= 100000)) {
@@ -116,7 +116,7 @@ export function percent(value) {
   return typeof value === "number" ? `${(100 * value).toFixed(1)} %` : "–";
 }
 
-/** Seconds, in the unit that suits them. */
+/** A duration in a suitable unit. */
 export function span(seconds) {
   if (typeof seconds !== "number") return "–";
   if (seconds === 0) return "0 s";
@@ -129,12 +129,12 @@ export function span(seconds) {
   return `${Math.floor(seconds / unit)} ${names[0]}${rest ? ` ${rest} ${names[1]}` : ""}`;
 }
 
-/** How long ago, in words. */
+/** How long ago something was. */
 export function ago(seconds) {
   return seconds < 1.5 ? "now" : `${span(Math.round(seconds))} ago`;
 }
 
-/** Bytes, in the unit that suits them. */
+/** A number of bytes in a suitable unit. */
 export function size(bytes) {
   if (typeof bytes !== "number") return "–";
   const units = ["B", "kB", "MB", "GB", "TB"];
@@ -146,19 +146,19 @@ export function size(bytes) {
   return `${unit === 0 ? bytes : bytes.toFixed(1)} ${units[unit]}`;
 }
 
-/** The time of day. */
+/** The local time of day. */
 export function clock(seconds) {
   return typeof seconds === "number" ? new Date(1000 * seconds).toTimeString().slice(0, 8) : "–";
 }
 
-/** From when to when, to the minute. */
+/** A period in UTC, to the minute. */
 export function period(from, to) {
   const [first, last] = [moment(from), moment(to)];
   const sameDay = first.slice(0, 10) === last.slice(0, 10);
   return `${first.slice(0, 16)} to ${last.slice(sameDay ? 11 : 0, 16)} UTC`;
 }
 
-/** The day and the time, the same wherever it is read. */
+/** Date and time in UTC. */
 export function moment(seconds) {
   if (typeof seconds !== "number") return "–";
   return `${new Date(1000 * seconds).toISOString().slice(0, 19).replace("T", " ")} UTC`;

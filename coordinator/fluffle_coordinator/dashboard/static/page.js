@@ -1,14 +1,14 @@
-// The page: listens to the coordinator, keeps what it said, and draws what changed of it.
-// A report is the same page with everything in it already: then there is nobody to listen to.
+// The page: keeps the board that the server sends, and redraws the panels whose sections changed.
+// A report is the same page with its snapshot embedded; it opens no connection.
 
 import { $, mark, moment, say, span } from "./dom.js";
 import { panels, tick } from "./panels.js";
 
-const SILENT_MS = 35000; // the server speaks every 10 s at least
+const SILENT_MS = 35000; // the server sends something at least every 10 s
 const AGAIN_MS = 2000;
 
 const board = {};
-const snapshot = $("snapshot"); // what a report is of; a live page has none
+const snapshot = $("snapshot"); // only a report has one
 let stream = null;
 let heardAt = Date.now();
 let lostAt = null;
@@ -29,7 +29,7 @@ function listen() {
   stream.onerror = () => {
     lostAt ??= Date.now();
     link();
-    // The browser tries again by itself, unless it was told something else than "come in".
+    // The browser reconnects by itself, except after a response that is not an event stream.
     if (stream.readyState === EventSource.CLOSED) setTimeout(listen, AGAIN_MS);
   };
 }
@@ -46,7 +46,7 @@ function heard(news) {
   link();
 }
 
-/** Say how it stands between this page, the coordinator and the broker. */
+/** Show the state of the connections between this page, the coordinator and the broker. */
 function link() {
   const pill = $("link");
   let state = "good";
@@ -58,8 +58,8 @@ function link() {
     const ended = board.run?.phase === "ended" && board.run.source === "coordinator";
     state = ended ? "wait" : "bad";
     words = ended
-      ? "the run is over, its coordinator has left; listening for another"
-      : `lost, trying again (${span(Math.round((Date.now() - lostAt) / 1000))})`;
+      ? "the run has ended and its coordinator is gone; waiting for another"
+      : `connection lost, retrying (${span(Math.round((Date.now() - lostAt) / 1000))})`;
   } else if (!board.run) {
     state = "wait";
     words = "connecting";
@@ -90,7 +90,7 @@ $("theme").addEventListener("click", () => {
   try {
     localStorage.setItem("fluffle-theme", root.dataset.theme);
   } catch {
-    // It lasts as long as the page, then.
+    // Without storage, the choice lasts until the page is reloaded.
   }
 });
 

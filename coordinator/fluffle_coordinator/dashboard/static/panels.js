@@ -1,27 +1,27 @@
-// One function a panel: each is given the whole board and draws its part of it.
+// One function per panel. Each gets the whole board, and `of` lists the sections that it draws.
 
 import { $, ago, clock, either, figure, keyed, make, mark, moment, period, say, size, span, whole } from "./dom.js";
 import { frozen, reached, results } from "./results.js";
 
 const QUEUES = ["updates", "presence", "journal", "rejected", "unrouted", "inbox", "outbox"];
 const SOURCES = {
-  coordinator: "Told by the coordinator itself; read-only.",
-  journal: "Told by the journal, the signs of life and the management API; read-only.",
+  coordinator: "Read-only. Source: the coordinator itself.",
+  journal: "Read-only. Sources: the journal, the workers' heartbeats and RabbitMQ's management API.",
 };
 const ABSENT = new Set(["left", "gone", "refused"]);
 
-/** Whether the run has ended: then silence, and queues that nobody reads, are as they should be. */
+/** Whether the run has ended; then silent workers and queues without consumers are normal. */
 const over = (board) => board.run?.phase === "ended" || frozen(board);
 
 const isHere = (worker) => !ABSENT.has(worker.state);
 
-/** How many workers, and what of them: whoever is here, or took part in what is over. */
+/** How many workers are connected, or took part in a run that has ended: [label, number]. */
 function people(board) {
-  if (!over(board)) return ["here", board.workers.filter(isHere).length];
+  if (!over(board)) return ["connected", board.workers.filter(isHere).length];
   return ["took part", board.workers.filter((worker) => worker.counted > 0).length];
 }
 
-// --- where the run stands ------------------------------------------------------------------------
+// --- the state of the run ------------------------------------------------------------------------
 
 function run(board) {
   const { run } = board;
@@ -41,8 +41,8 @@ function run(board) {
 run.of = ["run"];
 
 function tiles(board) {
-  const [what, many] = people(board);
-  const shown = reached(board, [what === "here" ? "workers" : what, whole(many)]);
+  const [label, count] = people(board);
+  const shown = reached(board, [label === "connected" ? "workers" : label, whole(count)]);
   keyed(
     $("tiles"),
     shown,
@@ -92,7 +92,7 @@ function open(board, now) {
     (row, one) => {
       mark(row, "data-state", one.in ? "in" : one.hopeless ? "bad" : "out");
       say(row.children[1], one.worker);
-      const told = one.in
+      const details = one.in
         ? [
             `${whole(one.num_examples)} examples`,
             `after ${span(one.after_s)}`,
@@ -100,7 +100,7 @@ function open(board, now) {
             one.staleness && `${one.staleness} versions behind`,
           ]
         : [one.doing];
-      say(row.children[2], told.filter(Boolean).join(" · "));
+      say(row.children[2], details.filter(Boolean).join(" · "));
     },
   );
   deadline(board, now);
@@ -111,21 +111,21 @@ function deadline(board, now) {
   const { open } = board;
   if (!open) return;
   const left = open.deadline_at === null ? null : open.deadline_at - now;
-  const told = [];
-  if (open.opened_at !== null) told.push(`open for ${span(Math.max(0, Math.round(now - open.opened_at)))}`);
+  const times = [];
+  if (open.opened_at !== null) times.push(`open for ${span(Math.max(0, Math.round(now - open.opened_at)))}`);
   if (left !== null) {
     const closes = open.updates >= open.needed ? "closes" : "deadline";
-    told.push(left > 0 ? `${closes} in ${span(Math.round(left))}` : `${closes} now`);
+    times.push(left > 0 ? `${closes} in ${span(Math.round(left))}` : `${closes} now`);
   }
-  say($("deadline"), told.join(", "));
+  say($("deadline"), times.join(", "));
   mark($("deadline"), "data-tone", left !== null && left < 30 && open.updates < open.needed ? "bad" : null);
 }
 
 // --- workers -------------------------------------------------------------------------------------
 
 function workers(board, now) {
-  const [what, many] = people(board);
-  say($("workers-count"), board.workers.length ? `${whole(many)} ${what}` : "");
+  const [label, count] = people(board);
+  say($("workers-count"), board.workers.length ? `${whole(count)} ${label}` : "");
   either("workers", board.workers.length > 0);
   keyed(
     $("workers"),
@@ -158,8 +158,8 @@ function workers(board, now) {
       say(loss, figure(worker.loss));
       say(examples, whole(worker.num_examples));
       say(counted, whole(worker.counted));
-      alarming(late, worker.late);
-      alarming(refused, worker.rejected);
+      showCount(late, worker.late);
+      showCount(refused, worker.rejected);
       say(training, span(worker.train_s));
       say(sent, worker.bytes ? size(worker.bytes) : "–");
     },
@@ -178,7 +178,7 @@ function progress(bar, worker) {
   say(words, steps ? `${worker.step}/${worker.steps}` : worker.round ? `round ${worker.round}` : "");
 }
 
-function alarming(cell, count) {
+function showCount(cell, count) {
   say(cell, whole(count));
   mark(cell, "data-tone", count > 0 ? "odd" : "none");
 }
@@ -222,7 +222,7 @@ function queues(board) {
       mark(row, "data-still", !queue.ready && !queue.unacknowledged ? "" : null);
       const unread = !over(board) && /^(inbox\.|updates|presence)/.test(name.textContent) && queue.consumers === 0;
       mark(consumers, "data-tone", unread ? "bad" : null);
-      mark(consumers, "title", unread ? "nobody reads this queue" : null);
+      mark(consumers, "title", unread ? "this queue has no consumer" : null);
     },
   );
   const words = figures.length ? note : note ?? "This federation has no queues yet.";
@@ -231,7 +231,7 @@ function queues(board) {
 }
 queues.of = ["queues", "run"];
 
-// --- the journal, and what was refused -----------------------------------------------------------
+// --- the journal, and rejected messages ----------------------------------------------------------
 
 function journal(board) {
   either("journal", board.journal.length > 0);
@@ -251,9 +251,9 @@ journal.of = ["journal"];
 
 function rejected(board) {
   const { latest, causes, total } = board.rejected;
-  const told = Object.entries(causes).map(([cause, count]) => `${count} ${cause}`);
-  if (total > latest.length) told.push(`${total - latest.length} more are not listed`);
-  say($("rejected-count"), told.join(", "));
+  const counts = Object.entries(causes).map(([cause, count]) => `${count} ${cause}`);
+  if (total > latest.length) counts.push(`${total - latest.length} more are not listed`);
+  say($("rejected-count"), counts.join(", "));
   either("rejected", latest.length > 0);
   keyed(
     $("rejected"),
@@ -263,9 +263,9 @@ function rejected(board) {
     (row, line) => {
       say(row.children[0], frozen(board) ? `in round ${line.during}` : clock(line.time));
       say(row.children[1], line.cause);
-      const of = [line.kind, line.worker && `of ${line.worker}`, line.round && `round ${line.round}`];
-      const who = of.filter(Boolean).join(", ");
-      say(row.children[2], who ? `${who}: ${line.reason}` : line.reason);
+      const origin = [line.kind, line.worker && `from ${line.worker}`, line.round && `round ${line.round}`];
+      const prefix = origin.filter(Boolean).join(", ");
+      say(row.children[2], prefix ? `${prefix}: ${line.reason}` : line.reason);
     },
   );
 }
@@ -275,7 +275,7 @@ rejected.of = ["rejected"];
 
 export const panels = [run, tiles, open, workers, queues, journal, rejected, ...results];
 
-/** What changes by time alone: ages and countdowns. */
+/** Update what changes with time alone: ages and countdowns. */
 export function tick(board, now) {
   if (!board.workers) return;
   deadline(board, now);

@@ -1,15 +1,15 @@
-// One function a panel, as in panels.js: what a run has left behind, and how it was set up.
+// The panels (see panels.js) about committed rounds and the configuration; the report has them too.
 
 import { $, either, figure, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
 import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 
-/** Where the time between two commits goes, as the coordinator names it. */
+/** The phases between two commits, in the coordinator's order. */
 const PHASES = ["waiting", "training", "transfer", "aggregation", "checkpoint"];
 const MOST_CELLS = { history: 40000, live: 4000 };
-/** Up to here a histogram has a bar for every value, also for those that nothing has. */
+/** Up to this staleness, the histogram has a bar for every value, even if it is empty. */
 const MOST_BARS = 60;
 
-/** Whether this is a report: a run as it was, from its folder. */
+/** Whether this page is a report. */
 export const frozen = (board) => board.run?.source === "history";
 
 const total = (rounds, value) => rounds.reduce((sum, round) => sum + (value(round) ?? 0), 0);
@@ -21,7 +21,7 @@ const seconds = (round) => round.phases && Object.values(round.phases).reduce((s
 /** The best known metric besides the loss. */
 const leading = (curves) => metrics(curves).find((name) => !["loss", "training loss", "epsilon"].includes(name));
 
-/** The tiles of what was reached: [name, words, tone]; `people` is how many took or take part. */
+/** The tiles with the run's key figures: [name, text, tone]; `people` is the tile about workers. */
 export function reached(board, people) {
   const { curves, rejected } = board;
   const tile = (name) => name in curves && [name, wording(name)(newest(curves, name))];
@@ -76,12 +76,12 @@ function rounds(board) {
 }
 rounds.of = ["rounds"];
 
-/** One bar that is as long whatever the round took: its parts are shares. */
+/** Draw a bar whose parts are each phase's share of the round's time. */
 function shares(cell, phases) {
   const known = PHASES.filter((name) => phases[name] > 0);
   const sum = known.reduce((before, name) => before + phases[name], 0);
   const words = known.map((name) => `${name} ${span(phases[name])}`).join(", ");
-  const bar = make("div", { class: "steps", role: "img", "aria-label": words || "not told", title: words });
+  const bar = make("div", { class: "steps", role: "img", "aria-label": words || "unknown", title: words });
   for (const name of known) {
     const piece = make("i", { "data-part": name });
     piece.style.setProperty("flex-grow", Math.max(0.004, phases[name] / sum));
@@ -106,7 +106,7 @@ function time(board) {
 }
 time.of = ["rounds"];
 
-// --- who took part -------------------------------------------------------------------------------
+// --- participation -------------------------------------------------------------------------------
 
 function participation(board) {
   const shown = committed(board);
@@ -128,8 +128,8 @@ function participation(board) {
   };
   const rows = names.slice(0, room).map((name) => {
     const cells = shown.map((one, place) => {
-      const { words, ...found } = cell(name, place);
-      return { strength: 0, ...found, told: `${name}, round ${one.round}: ${words}` };
+      const { words, ...look } = cell(name, place);
+      return { strength: 0, ...look, title: `${name}, round ${one.round}: ${words}` };
     });
     return { name, cells, end: `${cells.filter((each) => each.kind === "counted").length} of ${shown.length}` };
   });
@@ -140,7 +140,7 @@ function participation(board) {
     ["absent", "not asked"],
   ]);
   const left = names.length - rows.length;
-  say($("participation-note"), left > 0 ? `${whole(left)} more workers are not drawn.` : "");
+  say($("participation-note"), left > 0 ? `${whole(left)} more workers are not shown.` : "");
   matrix($("participation"), { title: "Who was counted in which round", columns: shown.map((one) => one.round), rows });
 }
 participation.of = ["rounds"];
@@ -152,8 +152,8 @@ function staleness(board) {
   const oldest = Math.max(...Object.keys(staleness.counts).map(Number));
   const versions = oldest < MOST_BARS ? [...Array(oldest + 1).keys()] : Object.keys(staleness.counts);
   const bars = versions.map((label) => ({ label: String(label), parts: { updates: staleness.counts[label] ?? 0 } }));
-  const lost = staleness.lost === null ? "" : `; ${percent(staleness.lost)} of the weight lost to it`;
-  say($("staleness-words"), `updates by the versions they were behind${lost}`);
+  const lost = staleness.lost === null ? "" : `; ${percent(staleness.lost)} of the weight lost to the discount`;
+  say($("staleness-words"), `updates by number of versions behind${lost}`);
   stacks($("staleness"), { title: "Updates by staleness", axis: "versions", bars, names: ["updates"], words: whole, height: 110 });
 }
 staleness.of = ["staleness"];
@@ -166,12 +166,12 @@ function refusals(board) {
   mark($("refusals"), "hidden", any ? null : "");
   if (!any) return;
   const bars = shown.map((round) => ({ label: round.round, parts: { late: round.late, rejected: round.rejected } }));
-  const title = "Late updates and rejected messages, by the round that was open when they came";
+  const title = "Late updates and rejected messages, by the round that was open when they arrived";
   stacks($("refusals"), { title, axis: "round", bars, names: ["late", "rejected"], words: whole, height: 70 });
 }
 refusals.of = ["rounds"];
 
-// --- how it was set up ---------------------------------------------------------------------------
+// --- configuration -------------------------------------------------------------------------------
 
 function configuration(board) {
   const all = board.configurations;
@@ -199,7 +199,7 @@ function configuration(board) {
 }
 configuration.of = ["configurations"];
 
-/** The leaves of a configuration by their names, in words. */
+/** Flatten a configuration to {setting name: formatted value}. */
 function flat(tree, above = "") {
   const leaves = {};
   for (const [key, value] of Object.entries(tree)) {

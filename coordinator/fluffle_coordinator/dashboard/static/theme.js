@@ -1,4 +1,4 @@
-// Before anything is drawn: the theme that was chosen here, else the system's, also as that changes.
+// Runs before the first paint: sets the theme chosen on this page, else the system's, and follows it.
 "use strict";
 {
   const system = matchMedia("(prefers-color-scheme: dark)");
@@ -6,7 +6,7 @@
     try {
       return localStorage.getItem("fluffle-theme");
     } catch {
-      return null; // No storage, no memory: the system's theme it is.
+      return null; // storage is disabled: use the system's theme
     }
   };
   const apply = () => {

@@ -1,1 +1,1 @@
-"""The schedules that fluffle brings; one file each."""
+"""The schedules that fluffle comes with, one file each."""

@@ -1,9 +1,8 @@
-"""Asynchronous federation: every K updates make a version, from whatever version they are.
+"""Asynchronous rounds: every K updates make a version, whichever version they started from.
 
 Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation" (FedBuff), AISTATS 2022,
-algorithm 1. Whoever is idle trains the newest version at once, up to a concurrency; so nobody waits
-for the slowest, and what the slowest learns still counts, discounted by how many versions were
-committed since the one that it began with.
+algorithm 1. An idle worker gets the newest version at once, up to a concurrency. So no worker waits
+for the slowest one, whose update still counts, discounted by its staleness.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ class Buffered(Schedule[State]):
 
     Args:
         buffer: how many updates make a version; K in the paper.
-        concurrency: how many workers train at a time at most; None: all of them.
-        max_staleness: how many versions old an update may be; what is older is discarded.
-        phi: what part of its weight a stale one keeps.
+        concurrency: the most workers that train at a time; None sets no limit.
+        max_staleness: how many versions old an update may be; older ones are discarded.
+        phi: the discount of a stale update.
     """
 
     buffer: int = 10
@@ -34,11 +33,11 @@ class Buffered(Schedule[State]):
 
     @property
     def continuous(self) -> bool:
-        """Work outlives its version."""
+        """True: work outlives its version."""
         return True
 
     def discount(self, staleness: int) -> float:
-        """Return what part of its weight an update keeps that is so many versions old."""
+        """Return the factor on the weight of an update that is so many versions old."""
         return self.phi(staleness)
 
     def needed(self, state: State) -> int:
@@ -46,21 +45,17 @@ class Buffered(Schedule[State]):
         return self.buffer
 
     def cohort(self, state: State) -> tuple[str, ...]:
-        """Choose among the idle workers, as many as the concurrency leaves room for."""
-        idle = [name for name in state.workers if name not in state.asked]
-        idle = [name for name in idle if name not in state.failed]
-        return self._chosen(state, idle)
-
-    def idle(self, state: State, worker: str) -> tuple[str, ...]:
-        """Give this worker new work; or where not all can have some, one of the idle."""
-        if self.concurrency is None or len(state.workers) <= self.concurrency:
-            there = worker in state.workers and worker not in state.failed
-            return (worker,) if there else ()
-        return self.cohort(state) if state.tally.unfolded < self.concurrency else ()
-
-    def _chosen(self, state: State, idle: list[str]) -> tuple[str, ...]:
+        """Select idle workers, as many as the concurrency leaves room for."""
+        idle = [n for n in state.workers if n not in state.asked and n not in state.failed]
         room = len(idle)
         if self.concurrency is not None:
             room = max(0, self.concurrency - state.tally.unfolded)
         rules, candidates = state.rules, state.candidates(idle)
         return chosen_by(rules.selection, candidates, room, Draw(rules.seed, state.sequence))
+
+    def idle(self, state: State, worker: str) -> tuple[str, ...]:
+        """Return this worker; if the concurrency is limited, any idle ones that it has room for."""
+        if self.concurrency is None or len(state.workers) <= self.concurrency:
+            able = worker in state.workers and worker not in state.failed
+            return (worker,) if able else ()
+        return self.cohort(state) if state.tally.unfolded < self.concurrency else ()

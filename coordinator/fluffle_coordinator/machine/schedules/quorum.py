@@ -1,7 +1,8 @@
-"""Synchronous rounds: a cohort is asked, and the round closes when a quorum has answered.
+"""Synchronous rounds: a cohort is asked, and the round closes once a quorum has answered.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
-2017, algorithm 1; with a quorum in place of all.
+2017, algorithm 1, with a quorum in place of the whole cohort. ``QuorumRounds.needed`` is the
+quorum; ``machine.closing`` compares it with the updates in the sum.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from fluffle_coordinator.machine.state import State
 
 @dataclass(frozen=True)
 class QuorumRounds(Schedule[State]):
-    """Rounds that close at the quorum, after the grace that the others have.
+    """Rounds that close at the quorum, plus a grace for further updates.
 
     Args:
-        max_staleness: of how many rounds before late updates count; they close no round.
-        phi: what part of its weight such an update keeps.
+        max_staleness: how many rounds old a late update may be to count. It does not count towards
+            the quorum.
+        phi: the discount of such an update.
     """
 
     max_staleness: int = 0
     phi: Discount = POLYNOMIAL
 
     def discount(self, staleness: int) -> float:
-        """Return what part of its weight a late update keeps that is so many rounds old."""
+        """Return the factor on the weight of a late update that is so many rounds old."""
         return self.phi(staleness)
 
     def needed(self, state: State) -> int:
-        """Return the quorum of those asked that answered or still will; 0 if chance asks nobody."""
+        """Return the quorum of the updates expected; 0 if a Poisson sample is empty."""
         rules, expected = state.rules, state.tally.expected
         if rules.secret is not None and not state.asked:
             return 0
@@ -42,7 +44,7 @@ class QuorumRounds(Schedule[State]):
         return max(rules.quorum.of(expected), rules.least)
 
     def cohort(self, state: State) -> tuple[str, ...]:
-        """Draw the round's sample of the workers present."""
+        """Draw the round's cohort from the workers present."""
         rules = state.rules
         if rules.secret is not None:
             return _drawn(state, rules.secret, state.workers)
@@ -50,7 +52,7 @@ class QuorumRounds(Schedule[State]):
         return chosen_by(rules.selection, state.candidates(state.workers), size, draw)
 
     def again(self, state: State) -> tuple[str, ...]:
-        """Draw a new sample: whoever advances stays, those who did not answer come last."""
+        """Draw a new cohort: workers that advance stay, those that did not answer come last."""
         rules, present = state.rules, state.workers
         answered = {ticket.worker for ticket in state.received}
         if rules.secret is not None:
@@ -63,14 +65,14 @@ class QuorumRounds(Schedule[State]):
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
-        """Ask whoever joins late, unless the round is that of a sample it would not be in."""
+        """Return a worker that joins late, unless the round asks only a sample of the workers."""
         rules = state.rules
         if rules.secret is not None:
             return _drawn(state, rules.secret, (worker,))
         return () if rules.samples else (worker,)
 
     def closes(self, state: State, now: float) -> bool:
-        """Close when all have answered, or at the end of the grace."""
+        """Whether all expected updates are in the sum, or the grace is over."""
         return not state.tally.unfolded or now >= self.wakeup(state)
 
     def wakeup(self, state: State) -> float:
@@ -79,9 +81,9 @@ class QuorumRounds(Schedule[State]):
 
 
 def _drawn(state: State, secret: int, workers: Iterable[str]) -> tuple[str, ...]:
-    """Return those whose lot of this round is drawn: the same, however often it is asked.
+    """Return the workers in the round's Poisson sample: the same ones at every call.
 
-    The accounting of privacy knows of no other reason to be in a sample, or not to be.
+    The privacy accountant assumes that nothing but this chance decides who is in a round.
     """
     return tuple(by_chance(sorted(workers), state.rules.fraction, Draw(secret, state.round)))
 

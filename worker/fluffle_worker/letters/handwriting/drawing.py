@@ -1,14 +1,14 @@
-"""Draws the letters A to J as people do, for whoever has no handwriting at hand.
+"""Draws letters A to J in the handwriting of different, invented people.
 
-Every client is one writer. A writer has a :class:`Style`: favourite constructions of each letter,
-a favourite pen, a slant, a size, a place on the page, a steadier or a less steady hand. Each image
-is then one attempt of that writer, and no two attempts are alike::
+Each client is one writer with a ``Style``: preferred constructions of each letter, a preferred pen,
+a slant, a size, a place on the page, and a more or less steady hand. Each image is one attempt of
+that writer, and no two attempts are alike::
 
     allograph ──> knots moved ──> pen's path ──> size, slant, turn ──> hand and mouse ──> pixels
     (strokes.py)  (_attempt)      (_trace)       (_posed)              (_unsteady)        (_ink)
 
-All chance comes from generators seeded with ``(seed, writer)``: the same seed draws the same bytes,
-and a client's letters do not depend on how many clients there are.
+All randomness comes from generators seeded with ``(seed, writer)``. Equal seeds draw equal bytes,
+and a client's letters do not depend on the number of clients.
 """
 
 import shutil
@@ -29,18 +29,18 @@ SIDE_PX = 100
 """Width and height of every image."""
 
 PENS_PX = (2.0, 4.0, 6.5)
-"""Widths of the pens that a drawing program offers: fine, medium, broad."""
+"""Pen widths of a drawing program: fine, medium, broad."""
 
-# Where the middle of a letter tends to lie, from the middle of the page to the right, in pixels: as
-# people were seen to place them who drew one letter after the other.
+# Mean horizontal offset of each letter from the middle of the page, as observed in people who drew
+# one letter after another.
 _OFFSETS_PX = dict(
     zip(LETTERS, (-1.5, 1.0, -3.5, 1.5, 3.0, 6.0, -1.0, -2.0, 2.5, -0.5), strict=True)
 )
 
-_SCATTER_PX = (7.5, 4.0)  # standard deviation of that place from attempt to attempt, (x, y)
+_SCATTER_PX = (7.5, 4.0)  # standard deviation of a letter's place between attempts, (x, y)
 _MARGIN_PX = 1.5  # black left at every edge, so that no letter is cut off
-_SUPERSAMPLING = 4  # drawn this many times too large, then averaged: that makes the grey edges
-_CURVE_STEPS = 12  # points between two knots of a curve
+_SUPERSAMPLING = 4  # drawn larger by this factor, then averaged, for grey edges
+_CURVE_STEPS = 12  # points per knot of a curve
 
 Path2D: TypeAlias = NDArray[np.float64]
 """A pen's path, shape (points, 2), columns x and y."""
@@ -48,22 +48,22 @@ Path2D: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How one person writes. Lengths with ``_px`` are pixels, plain ones shares of letter height.
+    """One person's handwriting. Lengths are shares of the letter's height, or pixels (``_px``).
 
-    Attributes:
-        allographs: for every letter the chances of its allographs, in their order, summing to 1.
-        pens: the chances of :data:`PENS_PX`, in their order, summing to 1.
-        habit: seed of this person's own lasting shape of each allograph.
-        height_px: height of a plain capital.
-        width: stretch of the x axis; 1 leaves the letters as they are in :mod:`.strokes`.
-        slant: shift to the right per unit of height; positive leans forward.
-        turn: clockwise rotation of the letter, in radians.
-        centre_px: where the middle of the letter comes to lie, ``(x, y)``.
-        wobble: standard deviation of a knot's place from one attempt to the next.
-        tremor_px: standard deviation of the hand's deviation from its path.
-        stride_px: distance between two positions the mouse reports; straight in between.
-        rounding: length over which sharp corners are smoothed.
-        overshoot: how far strokes go on beyond their ends; negative stops short.
+    Args:
+        allographs: for each letter, the probabilities of its allographs.
+        pens: the probabilities of ``PENS_PX``.
+        habit: the seed of this person's lasting deviation from each allograph.
+        height_px: the height of a plain capital.
+        width: the stretch of the x axis, relative to ``strokes.py``.
+        slant: the shift to the right per unit of height; positive leans forward.
+        turn: the clockwise rotation of the letter, in radians.
+        centre_px: the place of the letter's centre, ``(x, y)``.
+        wobble: the standard deviation of a knot's place between attempts.
+        tremor_px: the standard deviation of the hand from its path.
+        stride_px: the distance between two positions that the mouse reports.
+        rounding: the length over which sharp corners are smoothed.
+        overshoot: how far strokes extend beyond their ends; negative if they stop short.
     """
 
     allographs: Mapping[str, tuple[float, ...]]
@@ -82,14 +82,11 @@ class Style:
 
 
 def writer_style(rng: np.random.Generator, favourite_pen: int) -> Style:
-    """Make up a person.
+    """Return the style of a random person.
 
     Args:
-        rng: the source of all chance.
-        favourite_pen: index into :data:`PENS_PX` of the pen this person mostly takes.
-
-    Returns:
-        A style; generators in the same state yield equal ones.
+        rng: the source of randomness.
+        favourite_pen: the index in ``PENS_PX`` of the pen that this person mostly uses.
     """
     pens = np.full(len(PENS_PX), 0.15)
     pens[favourite_pen] += 1.0 - pens.sum()
@@ -114,20 +111,20 @@ def draw_letter(letter: str, style: Style, rng: np.random.Generator) -> NDArray[
     """Draw one attempt of a person at a letter.
 
     Args:
-        letter: one of :data:`~fluffle_worker.letters.handwriting.strokes.LETTERS`.
-        style: the person.
-        rng: the source of this attempt's chance.
+        letter: one of ``strokes.LETTERS``.
+        style: the person's style.
+        rng: the source of randomness.
 
     Returns:
-        The image, shape (100, 100), dtype uint8, the strokes 255 on 0 with grey edges. All ink is
-        inside the frame.
+        The image, uint8, shape [100, 100]: strokes of 255 on 0 with grey edges, all of them inside
+        the frame.
 
     Raises:
-        KeyError: there is no such letter.
+        KeyError: if there is no such letter.
     """
     shapes = ALLOGRAPHS[letter]
     chosen = int(rng.choice(len(shapes), p=style.allographs[letter]))
-    # The lasting deviation must be the same at every attempt, hence a generator of its own.
+    # A separate generator, so that the lasting deviation is the same in every attempt.
     habit = np.random.default_rng([style.habit, LETTERS.index(letter), chosen])
     pen_px = float(rng.choice(PENS_PX, p=style.pens) * rng.uniform(0.95, 1.08))
     paths = [_attempt(stroke, style, habit, rng) for stroke in shapes[chosen].strokes]
@@ -148,31 +145,31 @@ def draw_letters(
 ) -> None:
     """Draw a data set: ``out/client-<N>/<letter>/<nnnn>.png``, 8-bit grey, ``N`` from 1.
 
-    The writers' folders appear once all letters are drawn; a run that fails before leaves none.
+    The writers' folders appear once all letters are drawn; after a failure, there are none.
 
     Args:
-        out: the folder to fill; made if need be, with its parents.
-        clients: how many writers.
-        per_client: images of each writer, all letters together.
-        unseen: how many more writers, in ``out/writer-<N>``; ``N`` goes on from the clients'.
-        seed: equal seeds draw equal bytes.
-        progress: called after every image with the number of images drawn and of all.
+        out: the folder to fill; created with its parents if it does not exist.
+        clients: the number of clients.
+        per_client: the number of images per writer.
+        unseen: the number of additional writers, in ``out/writer-<N>``; ``N`` continues the count.
+        seed: the seed; equal seeds draw equal bytes.
+        progress: called after each image with the numbers of images drawn and in total.
 
     Raises:
-        UsageError: ``out`` holds something already or is no folder, or a number is out of range.
-        OSError: the disk is full, or may not be written to.
+        UsageError: if ``out`` is not an empty folder, or a number is out of range.
+        OSError: if the folder cannot be written.
     """
     least = {"clients": 1, "per_client": len(LETTERS), "unseen": 0, "seed": 0}
     given = {"clients": clients, "per_client": per_client, "unseen": unseen, "seed": seed}
     for name, value in given.items():
         if value < least[name]:
             raise UsageError(f"cannot draw: {name} is {value}, but must be at least {least[name]}")
-    # Inside `out`, not beside it: moving stays on one file system even if `out` is a mount point.
+    # Inside `out`, which may be a mount point, so that renaming stays on one file system.
     unfinished = out / ".unfinished"
     if out.exists() and not (out.is_dir() and set(out.iterdir()) <= {unfinished}):
         raise UsageError(f"{out} is not an empty folder: choose a new one, or remove it first")
 
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     unfinished.mkdir(parents=True)
     try:
         done, writers = 0, clients + unseen
@@ -192,9 +189,9 @@ def draw_letters(
 
 
 def _letters_of(writer: int, per_client: int, seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Yield all letters of one writer, each with its path inside the writer's folder."""
+    """Yield the path, relative to the writer's folder, and the image of each letter."""
     rng = np.random.default_rng([seed, writer])
-    # Favourite pens go round: even three writers differ in what a glance sees first.
+    # Favourite pens rotate, so that even three writers differ visibly.
     style = writer_style(rng, favourite_pen=writer % len(PENS_PX))
     for letter, count in zip(LETTERS, _class_counts(per_client, rng), strict=True):
         for number in range(count):
@@ -202,7 +199,7 @@ def _letters_of(writer: int, per_client: int, seed: int) -> Iterator[tuple[str, 
 
 
 def _class_counts(total: int, rng: np.random.Generator) -> list[int]:
-    """Split ``total`` into a count per letter, at least 1 each and not all equal."""
+    """Split ``total`` at random into a count per letter, each at least 1."""
     shares = rng.dirichlet(np.full(len(LETTERS), 50.0))
     spare = total - len(LETTERS)
     ends = np.rint(np.cumsum(shares) * spare).astype(int)
@@ -211,7 +208,7 @@ def _class_counts(total: int, rng: np.random.Generator) -> list[int]:
 
 
 def _preferences(shapes: tuple[Allograph, ...], rng: np.random.Generator) -> tuple[float, ...]:
-    """Draw a person's chances of a letter's allographs: favourites, the others now and then."""
+    """Draw a person's probabilities of a letter's allographs, with a few favourites."""
     common = np.array([shape.share for shape in shapes], dtype=np.float64)
     common /= common.sum()
     own = rng.dirichlet(2.0 * common)
@@ -221,7 +218,7 @@ def _preferences(shapes: tuple[Allograph, ...], rng: np.random.Generator) -> tup
 def _attempt(
     stroke: Stroke, style: Style, habit: np.random.Generator, rng: np.random.Generator
 ) -> Path2D:
-    """Move a stroke's knots, then run the pen through them, in units of the letter's height."""
+    """Return the pen's path through a stroke's displaced knots, in units of the letter's height."""
     knots = np.array(stroke.knots) / 100
     knots += habit.normal(0, 0.02, knots.shape) + rng.normal(0, style.wobble, knots.shape)
     path = _trace(knots, stroke.corners)
@@ -229,15 +226,14 @@ def _attempt(
 
 
 def _trace(knots: Path2D, corners: tuple[int, ...]) -> Path2D:
-    """Run smoothly through the knots, turning sharply at ``corners``.
+    """Return a path that passes smoothly through the knots and turns sharply at ``corners``.
 
-    Between two corners the path is a Catmull-Rom spline, which needs no control points besides the
-    knots themselves; at a corner it ends and the next one begins.
+    Between two corners it is a Catmull-Rom spline, which needs no control points besides the knots.
     """
     pieces = [knots[:1]]
     for first, last in pairwise(corners):
         run = knots[first : last + 1]
-        # Mirrored, so that the end pieces have a knot on either side too.
+        # Mirror the outer knots, because each piece needs a neighbour on both sides.
         padded = np.vstack([2 * run[0] - run[1], run, 2 * run[-1] - run[-2]])
         t = np.linspace(0, 1, _CURVE_STEPS + 1)[1:, None]
         for before, start, end, after in zip(
@@ -251,7 +247,7 @@ def _trace(knots: Path2D, corners: tuple[int, ...]) -> Path2D:
 
 
 def _rounded(path: Path2D, length: float) -> Path2D:
-    """Smooth a path's corners over about ``length``; its ends stay where they are."""
+    """Smooth a path's corners over about ``length``; its ends stay in place."""
     even = _resampled(path, 0.02)
     reach = round(length / 0.02 / 2)
     padded = np.pad(even, ((reach, reach), (0, 0)), mode="edge")
@@ -271,7 +267,7 @@ def _extended(path: Path2D, overshoot: float, rng: np.random.Generator) -> Path2
 
 
 def _resampled(path: Path2D, step: float) -> Path2D:
-    """Return points along a path about ``step`` apart, its two ends among them."""
+    """Return points along a path, about ``step`` apart and including both ends."""
     lengths = np.hypot(*np.diff(path, axis=0).T)
     along = np.concatenate([[0.0], np.cumsum(lengths)])
     places = np.linspace(0, along[-1], max(2, round(along[-1] / step) + 1))
@@ -279,7 +275,7 @@ def _resampled(path: Path2D, step: float) -> Path2D:
 
 
 def _posed(paths: list[Path2D], style: Style, rng: np.random.Generator) -> list[Path2D]:
-    """Size, slant and turn a letter's strokes alike; the result is in pixels."""
+    """Scale, slant and turn all strokes of a letter; the result is in pixels."""
     height = style.height_px * np.exp(rng.normal(0, 0.07))
     width = height * style.width * np.exp(rng.normal(0, 0.1))
     slant = style.slant + rng.normal(0, 0.05)
@@ -290,10 +286,10 @@ def _posed(paths: list[Path2D], style: Style, rng: np.random.Generator) -> list[
 
 
 def _unsteady(path: Path2D, style: Style, rng: np.random.Generator) -> Path2D:
-    """Add the hand's tremor to a path in pixels, then keep what a mouse reports of it."""
+    """Add the hand's tremor to a path in pixels, then sample it as a mouse does."""
     fine = _resampled(path, 1.0)
     noise = rng.normal(0, 1, (len(fine) + 8, 2))
-    # A moving average of nine: muscles sway, they do not jump. Times three restores the deviation.
+    # A moving average over nine points makes the noise sway; a factor of 3 restores its deviation.
     sway = np.column_stack(
         [np.convolve(noise[:, axis], np.full(9, 1 / 9), "valid") for axis in (0, 1)]
     )
@@ -301,7 +297,7 @@ def _unsteady(path: Path2D, style: Style, rng: np.random.Generator) -> Path2D:
 
 
 def _framed(paths: list[Path2D], pen_px: float, place: NDArray[np.float64]) -> list[Path2D]:
-    """Lay a letter's middle at ``place``, or as near as the frame lets; shrink it if it must be."""
+    """Centre a letter as near to ``place`` as fits into the frame, shrinking it if necessary."""
     points = np.vstack(paths)
     low, high = points.min(axis=0), points.max(axis=0)
     border = _MARGIN_PX + pen_px / 2
@@ -313,7 +309,7 @@ def _framed(paths: list[Path2D], pen_px: float, place: NDArray[np.float64]) -> l
 
 
 def _ink(paths: list[Path2D], pen_px: float) -> NDArray[np.uint8]:
-    """Draw paths in pixels with a round pen; shape (100, 100), grey only along the edges."""
+    """Draw paths with a round pen; return uint8 pixels, shape [100, 100], with grey edges."""
     scale = _SUPERSAMPLING
     canvas = Image.new("L", (SIDE_PX * scale, SIDE_PX * scale), 0)
     draw = ImageDraw.Draw(canvas)
@@ -321,7 +317,7 @@ def _ink(paths: list[Path2D], pen_px: float) -> NDArray[np.uint8]:
     for path in paths:
         points = [(float(x), float(y)) for x, y in path * scale]
         draw.line(points, fill=255, width=round(2 * radius))
-        for x, y in points:  # round ends, and round joints in between
-            # Pillow paints the right and the lower bound too, hence the one less.
+        for x, y in points:  # round ends and joints
+            # Pillow's bounds are inclusive on the right and at the bottom, hence - 1.
             draw.ellipse((x - radius, y - radius, x + radius - 1, y + radius - 1), fill=255)
     return np.asarray(canvas.reduce(scale), dtype=np.uint8)

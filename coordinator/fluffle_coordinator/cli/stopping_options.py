@@ -1,4 +1,4 @@
-"""The options that say when a run has done enough."""
+"""The options of ``fluffle coordinator`` that end a run early."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _OPTIONS = [
         "--monitor",
         metavar="METRIC",
         help=(
-            "Keep the best model by this metric as best.safetensors: a federated metric, "
-            "such as accuracy, or test/NAME of --evaluate. For a loss or an error, lower is "
-            "better."
+            "Keep the best model by this metric as best.safetensors: a federated metric such as "
+            "accuracy, or test/NAME for one that --evaluate returns. Lower is better for a loss "
+            "or an error."
         ),
     ),
     click.option(
@@ -31,19 +31,19 @@ _OPTIONS = [
         "--patience",
         type=count(),
         metavar="ROUNDS",
-        help="End the run when the best model by the same metric is this many rounds old.",
+        help="End the run when that metric has not improved for this many rounds.",
     ),
     click.option(
         "--time-budget",
         type=seconds(min_open=True),
         metavar="SECONDS",
-        help="End the run after the round in which its rounds reach this total time.",
+        help="End the run after the round in which the total time of its rounds reaches this.",
     ),
 ]
 
 
 def stopping_options(command: Any) -> Any:
-    """Add them to a command."""
+    """Add these options to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

@@ -1,4 +1,4 @@
-"""Messages of protocols in several phases, such as secure aggregation."""
+"""The message of multi-phase protocols, such as secure aggregation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fluffle_common.protocol.messages.fields import Id, Round, WorkerId
 
 
 class Exchange(TensorHeader):
-    """One message of a protocol that fluffle does not know itself, in either direction.
+    """A message of a user-defined protocol, in either direction.
 
-    ``name`` says of which protocol, and so who handles it; what is said in which ``phase`` is the
-    protocol's own. ``worker`` is the worker that sends it; None if the coordinator does. Tensors
-    travel in the message itself, never in parts.
+    ``name`` identifies the protocol and selects the handler; the meaning of ``phase`` is up to the
+    protocol. ``worker`` is the sender, or None if the coordinator sends the message. Tensors travel
+    in the message itself, never in parts.
     """
 
     kind: Literal["exchange"] = "exchange"
@@ -27,5 +27,5 @@ class Exchange(TensorHeader):
 
     @property
     def identity(self) -> str:
-        """What makes two of them the same: see ``Header.identity``."""
+        """The header's identity, followed by ``name`` and ``phase``."""
         return f"{super().identity}/{self.name}/{self.phase}"

@@ -1,4 +1,4 @@
-"""Events of a run as a whole: its beginning and its end, the broker, the disk, who takes part."""
+"""Events of a run as a whole: start and end, the broker, the disk, and the workers."""
 
 from __future__ import annotations
 
@@ -6,57 +6,56 @@ from dataclasses import dataclass
 
 from fluffle_common.protocol.events.base import (
     Doings,
+    Integer,
     Names,
     Number,
     RunEvent,
     Text,
-    Whole,
     event,
 )
 
 
 @event("started", "run {run} in {folder}")
 class Started(RunEvent):
-    """A coordinator has begun a run."""
+    """A coordinator has started a run."""
 
     run: Text = None
-    rounds: Whole = None
+    rounds: Integer = None
     folder: Text = None
 
 
 @event("resumed", "going on with run {run} after round {round}")
 class Resumed(RunEvent):
-    """A coordinator goes on with a run; ``round`` is the last one committed."""
+    """A coordinator has resumed a run; ``round`` is the last committed one."""
 
     run: Text = None
-    rounds: Whole = None
-    round: Whole = None
+    rounds: Integer = None
+    round: Integer = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OfTheBroker(RunEvent):
-    """An event about the link to the broker; its ``address`` is for the log only."""
+class BrokerEvent(RunEvent):
+    """An event about the connection to the broker; ``address`` appears in the log only."""
 
     address: Text = None
 
 
-@event("connected", "connected to the broker")
-class Connected(OfTheBroker):
-    """There is a first link to the broker; a worker says so of each."""
+@event("connected", "connected to the broker{where}")
+class Connected(BrokerEvent):
+    """The coordinator's first connection to the broker, or any of a worker's."""
 
-    def sentence(self) -> str:
-        """See ``RunEvent``."""
-        return f"{self.words} at {self.address}" if self.address else self.words
+    def _derived(self) -> dict[str, str]:
+        return {"where": f" at {self.address}" if self.address else ""}
 
 
 @event("reconnected", "connected to the broker again")
-class Reconnected(OfTheBroker):
-    """The coordinator has a link again."""
+class Reconnected(BrokerEvent):
+    """The coordinator has connected to the broker again."""
 
 
 @event("disconnected", "lost the broker ({reason}); connecting again", "bad")
-class Disconnected(OfTheBroker):
-    """The link to the broker is lost."""
+class Disconnected(BrokerEvent):
+    """The connection to the broker was lost."""
 
     reason: Text = None
 
@@ -67,8 +66,8 @@ class Disconnected(OfTheBroker):
     "('fluffle broker up' starts one here)",
     "bad",
 )
-class NoBroker(OfTheBroker):
-    """An attempt to reach the broker failed; the journal has ``disconnected`` and the next link."""
+class NoBroker(BrokerEvent):
+    """An attempt to connect to the broker failed."""
 
     journalled = False
     reason: Text = None
@@ -77,18 +76,18 @@ class NoBroker(OfTheBroker):
 
 @event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
 class Standby(RunEvent):
-    """Another coordinator holds the run folder or the federation."""
+    """This coordinator waits because another one holds the run folder or the federation."""
 
     what: Text = None
 
     def gist(self) -> object:
-        """Return what must change for this to be news."""
+        """Return the part that must change before the event is reported again."""
         return self.what
 
 
 @event("note", "{what}")
 class Note(RunEvent):
-    """A word to the operator."""
+    """A message to the operator."""
 
     what: Text = None
 
@@ -98,14 +97,14 @@ class Note(RunEvent):
     "the broker accepts no messages for now ({reason}); messages to send are waiting",
 )
 class Blocked(RunEvent):
-    """The broker has stopped taking messages."""
+    """The broker has stopped accepting messages."""
 
     reason: Text = None
 
 
 @event("unblocked", "the broker accepts messages again")
 class Unblocked(RunEvent):
-    """The broker takes messages again."""
+    """The broker accepts messages again."""
 
 
 @event(
@@ -114,7 +113,7 @@ class Unblocked(RunEvent):
     "it, everything else works",
 )
 class NoJournal(RunEvent):
-    """The broker has no streams."""
+    """The run has no journal, because the broker cannot provide a stream."""
 
     journalled = False
     reason: Text = None
@@ -122,14 +121,14 @@ class NoJournal(RunEvent):
 
 @event("repaired", "{what}")
 class Repaired(RunEvent):
-    """Something in the run folder was put right."""
+    """Something in the run folder was repaired."""
 
     what: Text = None
 
 
 @event("disk", "cannot write to {folder} ({reason}); trying again every {pause_s:.0f} s", "bad")
 class Disk(RunEvent):
-    """The disk refuses what is to be written."""
+    """Writing to the run folder failed."""
 
     folder: Text = None
     reason: Text = None
@@ -138,32 +137,34 @@ class Disk(RunEvent):
 
 @event("gap", "{dropped} earlier events are missing here: they could not be sent for too long")
 class Gap(RunEvent):
-    """So many events before this one are not in the journal."""
+    """``dropped`` events before this one are missing from the journal."""
 
-    dropped: Whole = None
+    dropped: Integer = None
 
 
 @event("waiting", "{reason}")
 class Waiting(RunEvent):
-    """What the run waits for; ``reason`` says it for people.
+    """The run is waiting; ``reason`` says for what, in words.
 
     ``what`` is ``workers``, ``first_weights``, ``updates``, ``evaluations`` or ``room`` (on the
-    broker); in a worker's own log, ``coordinator``. In an open round, ``round`` is its number,
-    ``missing`` says what each worker does that has not answered, and ``short`` how many workers
-    there are too few for the quorum.
+    broker); in a worker's log, ``coordinator``. In an open round, ``missing`` is what each worker
+    without an update is doing, and ``short`` the number of workers missing for the quorum.
     """
 
     reason: Text = None
     what: Text = None
-    round: Whole = None
+    round: Integer = None
     missing: Doings = None
-    short: Whole = None
+    short: Integer = None
 
     def gist(self) -> object:
-        """Return what must change for this to be news: not how far anyone is, or for how long."""
+        """Return the part that must change before the event is reported again.
+
+        Progress within a state, and time waited, do not count as changes.
+        """
         if self.missing is None:
             return self.reason
-        return self.round, self.short, [(one.worker, one.state, one.round) for one in self.missing]
+        return self.round, self.short, [(d.worker, d.state, d.round) for d in self.missing]
 
 
 @event(
@@ -172,7 +173,7 @@ class Waiting(RunEvent):
     "the workers by hand",
 )
 class Untold(RunEvent):
-    """The workers could not be told of the end."""
+    """The coordinator could not send ``stop`` to the workers."""
 
     waited_s: Number = None
 
@@ -186,7 +187,7 @@ class Finished(RunEvent):
 
 @event("stopped", "stopped: {reason}", "bad")
 class Stopped(RunEvent):
-    """The run has ended before all rounds were done."""
+    """The run has ended before its last round."""
 
     reason: Text = None
 
@@ -202,20 +203,20 @@ class Interrupted(RunEvent):
     folder: Text = None
 
 
-# --- who takes part ----------------------------------------------------------------------------
+# --- workers -----------------------------------------------------------------------------------
 
 
 @event("joined", "{worker} joined with {num_examples} examples", "good")
 class Joined(RunEvent):
-    """A worker is here; it has just begun, or was not heard before."""
+    """A worker was heard for the first time, or for the first time since it started or left."""
 
     worker: Text = None
-    num_examples: Whole = None
+    num_examples: Integer = None
 
 
 @event("left", "{worker} left ({reason})", "odd")
 class Left(RunEvent):
-    """A worker said good-bye."""
+    """A worker has left on purpose."""
 
     worker: Text = None
     reason: Text = None
@@ -223,7 +224,7 @@ class Left(RunEvent):
 
 @event("gone", "{worker} is gone: no heartbeat for {silent_s:.0f} s", "bad")
 class Gone(RunEvent):
-    """A worker has been silent for too long."""
+    """A worker has sent no heartbeat for too long."""
 
     worker: Text = None
     silent_s: Number = None
@@ -231,7 +232,7 @@ class Gone(RunEvent):
 
 @event("refused", "refused: {reason}", "bad")
 class Refused(RunEvent):
-    """A worker cannot take part."""
+    """A worker was refused."""
 
     worker: Text = None
     reason: Text = None
@@ -246,15 +247,15 @@ class Init(RunEvent):
 
 @event("first_weights", "received the first weights: {tensors} tensors, {parameters:,} parameters")
 class FirstWeights(RunEvent):
-    """The weights that the run begins with are on disk."""
+    """The initial weights of the run are on disk."""
 
-    tensors: Whole = None
-    parameters: Whole = None
+    tensors: Integer = None
+    parameters: Integer = None
 
 
 @event("classes", "the classes are {classes}: those of {worker}")
 class Classes(RunEvent):
-    """The federation's classes were decided on."""
+    """The federation's classes are fixed: those of ``worker``."""
 
     worker: Text = None
     classes: Names = None

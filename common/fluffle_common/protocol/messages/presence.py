@@ -1,4 +1,4 @@
-"""Messages of presence: who is there, and whether it is in."""
+"""Presence messages: which workers are connected, and whether they may join."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fluffle_common.protocol.messages.fields import (
 
 
 class ModelForm(Model):
-    """What a worker's model is made of: the names, dtypes and shapes of its tensors.
+    """A fingerprint of the names, dtypes and shapes of a model's tensors.
 
-    ``digest`` is the same for the same form; ``summary`` says the form in a few words.
+    ``digest`` identifies them; ``summary`` describes them in a few words.
     """
 
     digest: Id
@@ -31,11 +31,11 @@ class ModelForm(Model):
 
 
 class _Presence(Header):
-    """Who a worker is, and what it does.
+    """A worker's identity and current state.
 
-    ``round`` of ``run`` is what it works on or did last, beginning with the weights ``base``, and
-    ``sequence`` is the ticket of that, where it trains.
-    ``model`` is what its own task would begin with; None where that is not known.
+    ``run``, ``round``, ``base`` and ``sequence`` identify the work that the worker is doing or did
+    last; ``sequence`` is None if that was not training. ``model`` is the form of its task's initial
+    weights, if known. ``loss`` is the training loss at ``step`` of ``steps``.
     """
 
     worker: WorkerId
@@ -56,9 +56,10 @@ class _Presence(Header):
 
 
 class Hello(_Presence):
-    """A worker has connected, or connected again. ``session`` is new at every process start.
+    """A worker has connected or reconnected.
 
-    ``protocols`` are the versions that it speaks, ``features`` what it can do besides.
+    ``session`` is new at every process start. ``protocols`` lists the protocol versions that the
+    worker supports, ``features`` its optional capabilities.
     """
 
     kind: Literal["hello"] = "hello"
@@ -71,7 +72,10 @@ class Hello(_Presence):
 
 
 class Heartbeat(_Presence):
-    """Every ``heartbeat_s`` seconds; it repeats the hello, for a coordinator that started later."""
+    """Sent every ``heartbeat_s`` seconds.
+
+    It repeats the hello's fields for a coordinator that started later.
+    """
 
     kind: Literal["heartbeat"] = "heartbeat"
 
@@ -86,7 +90,7 @@ class Bye(Header):
 
 
 class Failure(Header):
-    """A worker's task failed in this round; the worker itself stays."""
+    """A worker's task failed in this round; the worker stays connected."""
 
     kind: Literal["failure"] = "failure"
     worker: WorkerId
@@ -97,7 +101,7 @@ class Failure(Header):
 
 
 class Welcome(Header):
-    """The answer to a hello: you are in; this is where the run stands."""
+    """Accepts a worker's hello and tells it the run's progress: ``round`` of ``rounds``."""
 
     kind: Literal["welcome"] = "welcome"
     run: Id
@@ -106,11 +110,12 @@ class Welcome(Header):
 
 
 class Refusal(Header):
-    """The answer to a hello that cannot be accepted; ``session`` says whose hello it was.
+    """Refuses the hello of ``session``.
 
-    ``code`` says in one word what is wrong: ``protocol`` (the version), ``malformed`` (the hello
-    itself), ``classes`` or ``model``. A worker of another version is refused in that version, of
-    which ``protocol``, ``federation``, ``kind``, ``session`` and ``reason`` never change.
+    ``code`` is what does not match: ``protocol`` (the version), ``malformed`` (the hello itself),
+    ``classes`` or ``model``. A worker with another protocol version is refused in that version; the
+    fields ``protocol``, ``federation``, ``kind``, ``session`` and ``reason`` are the same in all
+    versions.
     """
 
     kind: Literal["refusal"] = "refusal"
@@ -120,9 +125,9 @@ class Refusal(Header):
 
 
 class Echo(Header):
-    """Sent by a coordinator to itself, the way that signs of life come.
+    """Sent by a coordinator to itself through the presence queue.
 
-    Once it is back, everything that was in that queue before it has been read.
+    When it arrives, the coordinator has read everything that was in the queue before it.
     """
 
     kind: Literal["echo"] = "echo"

@@ -1,4 +1,4 @@
-"""Messages of results: what comes of work, and what becomes of an update."""
+"""Result messages: what workers send back, and the verdict on an update that does not count."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class FirstWeights(TransferHeader):
 
 
 class Update(TransferHeader):
-    """What a worker learnt in a round: the tensors are trained - received, perhaps encoded.
+    """A worker's update: its delta (trained - received weights), encoded by ``encoding`` if set.
 
-    (run, worker, ``sequence``), the ticket that its work came with, is its identity: it is counted
-    at most once, however often it is sent, and only where ``base``, which came with the weights it
-    was trained from, is that of ``round``. Without a ``sequence``, it counts as its round's.
+    An update carries the ticket of its work: (run, worker, ``sequence``). It is counted at most
+    once per ticket, however often it is sent, and only if ``base`` matches the weights that were
+    sent out for ``round``. Without a ``sequence``, the round takes its place.
     """
 
     kind: Literal["update"] = "update"
@@ -51,9 +51,9 @@ class Update(TransferHeader):
 
 
 class Evaluation(Header):
-    """How the weights that ``round`` committed, ``base``, do on a worker's own held-out data.
+    """The loss and metrics of a round's committed weights on a worker's held-out data.
 
-    ``num_examples`` 0 says that it has none; nobody needs to wait for it then.
+    ``num_examples`` is 0 if the worker has no held-out data, so that nobody waits for it.
     """
 
     kind: Literal["evaluation"] = "evaluation"
@@ -67,10 +67,10 @@ class Evaluation(Header):
 
 
 class Verdict(Header):
-    """What became of an update that does not count; one that counts is told of by the next work.
+    """Tells a worker that its update does not count; an update that counts gets no verdict.
 
-    ``sequence`` is that of the ticket that the update brought back. ``train_again``: the same
-    update is no answer any more; if its work is asked for again, it is to be trained anew.
+    ``sequence`` is that of the update. If ``train_again`` is set, the worker must train again when
+    it gets the same work again, rather than send the same update.
     """
 
     kind: Literal["verdict"] = "verdict"

@@ -1,4 +1,4 @@
-"""Messages of work: what a coordinator asks of its workers, and how a run ends."""
+"""Work messages: what a coordinator asks of its workers, and the end of a run."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from fluffle_common.protocol.messages.fields import (
 )
 from fluffle_common.tensors.table import Encoding
 
-# fluffle's own codecs take these settings and no others; those of others take any.
-_OWN_CODECS = {"bf16": False, "f16": False, "int8": False, "topk": True}
+_BUILT_IN_CODECS = ("bf16", "f16", "int8", "topk")
 
 
 class Compression(Model):
-    """How updates are wanted: the codec ``kind``, with its settings.
+    """The codec ``kind`` that updates must use, with its settings.
 
-    ``fraction`` is ``topk``'s: of the values, how many are sent. ``settings`` is for codecs that
-    are not fluffle's own.
+    ``fraction`` is the fraction of values that ``topk`` sends. ``settings`` belongs to codecs that
+    are not built in.
     """
 
     kind: Encoding
@@ -36,21 +35,21 @@ class Compression(Model):
     settings: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,=+-]{1,64}$")] | None = None
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        takes_fraction = _OWN_CODECS.get(self.kind, False)
-        if takes_fraction != (self.fraction is not None):
-            needs = "needs a fraction" if takes_fraction else "takes no fraction"
-            raise ValueError(f"the codec {self.kind} {needs}")
-        if self.kind in _OWN_CODECS and self.settings is not None:
+    def _check_settings(self) -> Self:
+        if self.kind == "topk" and self.fraction is None:
+            raise ValueError("the codec topk needs a fraction")
+        if self.kind != "topk" and self.fraction is not None:
+            raise ValueError(f"the codec {self.kind} takes no fraction")
+        if self.kind in _BUILT_IN_CODECS and self.settings is not None:
             raise ValueError(f"the codec {self.kind} takes no settings")
         return self
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return what a text such as ``topk:0.01`` or ``NAME:SETTINGS`` says.
+        """Parse an option such as ``topk:0.01`` or ``NAME:SETTINGS``.
 
         Raises:
-            ValueError: saying what is expected instead.
+            ValueError: if the text is not a codec; the message says what is expected.
         """
         kind, colon, rest = text.partition(":")
         try:
@@ -64,24 +63,25 @@ class Compression(Model):
             ) from None
 
     def __str__(self) -> str:
-        """Return it as a text that ``parse``, and a codec, understands."""
-        number = self.fraction
-        settings = self.settings if number is None else format(Decimal(repr(number)), "f")
+        """Format it in the syntax of ``parse``, which is also that of ``Codec.parse``."""
+        settings = self.settings
+        if self.fraction is not None:
+            settings = format(Decimal(repr(self.fraction)), "f")  # never 1e-05
         return self.kind if settings is None else f"{self.kind}:{settings}"
 
 
 class Plan(Model):
-    """How to train in this round; the same for every worker.
+    """The training settings of a round, the same for every worker.
 
-    ``deadline_s`` counts from the opening of the round; ``compress`` says by which codec
-    updates are encoded (see ``tensors.codecs``), None that they are plain; ``extra`` says which
-    tensors an update has to bring besides, and ``train`` which of the model's it brings, None all
-    of them (see ``tensors.groups``); ``config`` is free for a task's
-    own use.
+    ``steps``, if set, replaces ``epochs``. ``deadline_s`` counts from the opening of the round.
+    ``compress`` is the codec of the updates, or None for plain tensors. ``extra`` lists the extra
+    tensors that an update must carry, and ``train`` the tensors of the model that its delta
+    contains, or None for all of them (see ``tensors.groups``). ``config`` is for the task's own
+    use.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
-    steps: Annotated[int, Field(ge=1)] | None = None  # so many instead of ``epochs``
+    steps: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 32
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -101,14 +101,13 @@ class InitRequest(Header):
 
 
 class Fit(TransferHeader):
-    """The work of a round: evaluate these weights (if ``evaluate``), then train them.
+    """The work of a round: evaluate the weights (if ``evaluate`` is set), then train them.
 
-    The tensors are the weights that round ``round - 1`` committed (round 0: the first weights).
-    ``base`` names them: what is learnt from them says so, and is worth nothing elsewhere.
-    (run, worker, ``sequence``) is the ticket of this piece of work, which its update brings back.
-    ``sequence`` grows with every new piece of work that a worker is given; where each is asked once
-    a round, it is the round. ``attempt`` counts how often the update of this ticket was rejected:
-    at another attempt, the same update is no answer, and the weights are trained anew.
+    The tensors are the weights that round ``round - 1`` committed (round 0: the first weights), and
+    ``base`` is their name. (run, worker, ``sequence``) is the ticket of this work; its update
+    carries the same ``base`` and ``sequence``. ``sequence`` grows with every new piece of work that
+    a worker gets; in synchronous rounds it is the round. ``attempt`` counts how often the update of
+    this ticket was rejected; a new attempt requires the worker to train again.
     """
 
     kind: Literal["fit"] = "fit"
@@ -122,7 +121,7 @@ class Fit(TransferHeader):
 
 
 class Evaluate(TransferHeader):
-    """Evaluate the weights that ``round`` committed: sent once, after the last round."""
+    """Asks for an evaluation of a round's committed weights; sent once, after the last round."""
 
     kind: Literal["evaluate"] = "evaluate"
     run: Id
@@ -131,10 +130,7 @@ class Evaluate(TransferHeader):
 
 
 class Stop(Header):
-    """The run has ended; there is no more work in it.
-
-    ``outcome``: all its rounds are done, or it stopped before its end.
-    """
+    """The run has ended: ``finished`` after its last round, or ``stopped`` before it."""
 
     kind: Literal["stop"] = "stop"
     run: Id

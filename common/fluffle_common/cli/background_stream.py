@@ -1,13 +1,13 @@
-"""A stream that whoever writes to it never waits for, and that never fails.
+"""A text stream whose writers never block and never get an error.
 
 ::
 
-    write() ──> pending (bounded) ──a thread──> the file, pipe or terminal
+    write() ──> pending (bounded) ──thread──> file, pipe or terminal
 
-A full disk, a reader that is gone or reads nothing (``| less``, Ctrl-S), a closed terminal: what
-cannot be written is dropped and counted, and when writing works again a line says how much is
-missing. The thread writes to the file descriptor itself, since Python's own buffers keep what a
-full disk refused, and fail again when the process ends.
+If the disk is full, the terminal is closed, or the reader is gone or does not read (``| less``,
+Ctrl-S), text that cannot be written is dropped and counted. Once writing works again, a line says
+how much is missing. The thread writes to the file descriptor directly, because Python's buffers
+keep what a full disk refused and fail again when the process exits.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import IO
 
 from fluffle_common.cli.printing import is_terminal
 
-# As much as a slow reader may lag behind, some ten thousand lines.
+# How far a slow reader may lag behind, about ten thousand lines.
 _CAPACITY_CHARS = 2**20
 
 
-class PatientStream(io.TextIOBase):
-    """Writes to another stream in a thread of its own.
+class BackgroundStream(io.TextIOBase):
+    """Writes to another stream in a background thread.
 
     Args:
-        stream: where the text goes; None drops it.
-        failed: called once, in that thread, with the reason why writing fails.
-        capacity: how many characters may wait to be written.
+        stream: the stream to write to; None drops all text.
+        failed: called once, in the thread, with the reason of the first error.
+        capacity: the maximum number of pending characters.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class PatientStream(io.TextIOBase):
         self._pending: list[str] = []
         self._chars = 0
         self._writing = False
-        self._lost_lines, self._said = 0, False
-        self._torn = False  # the last thing written was cut off in the middle of a line
+        self._lost_lines, self._reported = 0, False
+        self._torn = False  # whether the last write was cut off in the middle of a line
         self._thread: threading.Thread | None = None
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of the stream behind."""
+        """The encoding of the underlying stream."""
         return self._encoding
 
     def isatty(self) -> bool:
-        """Whether a terminal is behind."""
+        """Return whether the underlying stream is a terminal."""
         return is_terminal(self._stream)
 
     def writable(self) -> bool:
@@ -72,28 +72,28 @@ class PatientStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Take a text; it is written soon, or dropped."""
-        written = len(text)
+        """Accept a text, to be written soon or dropped; return its length."""
+        length = len(text)
         with self._changed:
-            if self._chars + len(text) > self._capacity:
+            if self._chars + length > self._capacity:
                 self._lost_lines += text.count("\n")
-                return len(text)
+                return length
             if not self._pending and not self._writing and not self._lost_lines:
-                text = self._at_once(text)
+                text = self._write_ready(text)
                 if not text:
-                    return written
+                    return length
             self._pending.append(text)
             self._chars += len(text)
             if self._thread is None and self._stream is not None:
                 self._thread = threading.Thread(target=self._run, name="output", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        return written
+        return length
 
-    def _at_once(self, text: str) -> str:
-        """Write what is sure not to wait, here and now; return the rest, which is the thread's.
+    def _write_ready(self, text: str) -> str:
+        """Write as much as possible without blocking; return the rest for the thread.
 
-        The thread for every line would cost a round of a small model a tenth.
+        Passing every line through the thread would make a round of a small model 10 % slower.
         """
         if self._descriptor is None:
             return text
@@ -102,9 +102,9 @@ class PatientStream(io.TextIOBase):
         writable.register(self._descriptor, select.POLLOUT)
         while left:
             ready = writable.poll(0)
-            try:  # a pipe that is ready takes as much without waiting
+            try:  # a writable pipe takes up to PIPE_BUF bytes without blocking
                 count = os.write(self._descriptor, left[: select.PIPE_BUF]) if ready else 0
-            except OSError:  # the thread finds the same, and says so
+            except OSError:  # the thread gets the same error and reports it
                 count = 0
             if not count:
                 break
@@ -112,10 +112,10 @@ class PatientStream(io.TextIOBase):
         return bytes(left).decode(self._encoding, "replace")
 
     def flush(self) -> None:
-        """Do nothing: what was taken is written as soon as possible."""
+        """Do nothing, because all text is written as soon as possible."""
 
     def settle(self, within_s: float) -> bool:
-        """Wait until everything that was taken is written or dropped; return whether it is."""
+        """Wait until no text is pending; return False after ``within_s`` seconds."""
         with self._changed:
             return self._thread is None or self._changed.wait_for(
                 lambda: not self._pending and not self._writing, within_s
@@ -141,8 +141,8 @@ class PatientStream(io.TextIOBase):
         except (OSError, ValueError) as why:
             with self._changed:
                 self._lost_lines += text.count("\n") - bool(lost)
-            if not self._said:
-                self._said = True
+            if not self._reported:
+                self._reported = True
                 self._failed(str(getattr(why, "strerror", None) or why))
         else:
             self._torn = False
@@ -166,17 +166,17 @@ class PatientStream(io.TextIOBase):
             left = left[written:]
 
 
-def warn_once(what: str) -> Callable[[str], None]:
-    """Return what says on stderr, if that works, that ``what`` cannot be written.
+def write_warning(what: str) -> Callable[[str], None]:
+    """Return a callback that reports on stderr, if possible, that ``what`` cannot be written.
 
-    It is the stderr of now: while bars are drawn, they take the place of it.
+    It uses the current ``sys.stderr``, which progress bars may replace later.
     """
     stderr = sys.stderr
 
-    def warned(reason: str) -> None:
+    def warn(reason: str) -> None:
         with contextlib.suppress(OSError, ValueError):
             if stderr is not None:
                 stderr.write(f"fluffle: cannot write {what} ({reason}); going on without it\n")
                 stderr.flush()
 
-    return warned
+    return warn

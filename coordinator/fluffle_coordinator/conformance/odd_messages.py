@@ -1,4 +1,4 @@
-"""Scenarios of odd mail: what a worker passes over, refuses, or waits for the rest of."""
+"""Scenarios of unusual messages: unknown, malformed, incomplete, large, or for others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.listener import RUNS
-from fluffle_coordinator.conformance.probe import Probe, a_name, altered
+from fluffle_coordinator.conformance.probe import Probe, altered, fresh_name
 from fluffle_coordinator.conformance.scenario import (
     FROM_COORDINATOR,
     LIFE,
@@ -34,9 +34,9 @@ from fluffle_coordinator.conformance.scenario import (
 _UNKNOWN = "conformance_later"
 
 
-@demands(MESSAGE, "keys that a worker does not know are passed over, and so are ext and pad")
+@demands(MESSAGE, "keys that a worker does not know are ignored, and so are ext and pad")
 async def unknown_keys(probe: Probe) -> str:
-    """Send work of a later version of this one."""
+    """Send work with keys of a future minor version."""
     fit = probe.next_fit()
     plan = {**fit.plan.model_dump(exclude_none=True), _UNKNOWN: {"a": [1, None]}}
     changes = {_UNKNOWN: [1, {"b": 2.5}], "ext": {"mine": "yours"}, "plan": plan}
@@ -46,25 +46,25 @@ async def unknown_keys(probe: Probe) -> str:
 
 @demands(MESSAGE, "a message whose critical lists a key that the worker does not know is refused")
 async def unknown_critical_key(probe: Probe) -> str:
-    """Send work that is not what it looks like."""
+    """Send work whose meaning an unknown key may change."""
     changes = {_UNKNOWN: 1, "critical": ["base", _UNKNOWN]}
     refused = await probe.ask(probe.next_fit(), changes=changes)
     await probe.read_by_now()
-    if taken := probe.took(refused):
-        raise Unmet(f"it took the work: {taken}")
+    if evidence := probe.accepted(refused):
+        raise Unmet(f"it accepted the work: {evidence}")
     await probe.update(await probe.ask(probe.next_fit()))
-    failed = probe.failure_of(refused)
-    return f"a failure: {failed.reason}" if failed else "passed over"
+    failure = probe.failure_of(refused)
+    return f"a failure: {failure.reason}" if failure else "ignored"
 
 
 @demands(
     FROM_COORDINATOR,
-    "what is malformed, of another federation or of an unknown kind is passed over; the worker "
-    "goes on",
+    "a message that is malformed, of another federation or of an unknown kind is ignored; the "
+    "worker goes on",
 )
 async def mail_for_nobody(probe: Probe) -> str:
-    """Send what is no mail, and then work."""
-    elsewhere = probe.asking(probe.next_fit())
+    """Send such messages, then work."""
+    elsewhere = probe.mark_sent(probe.next_fit())
     _, body, _ = pack(elsewhere.fit, _small(probe))
     header, _ = msgpack.unpackb(body)
     odd = [
@@ -82,38 +82,38 @@ async def mail_for_nobody(probe: Probe) -> str:
     for each in odd:
         await probe.deliver(each, "fit")
     await probe.read_by_now()
-    if taken := probe.took(elsewhere):
-        raise Unmet(f"it took one of them for work: {taken}")
+    if evidence := probe.accepted(elsewhere):
+        raise Unmet(f"it accepted one of them as work: {evidence}")
     await probe.update(await probe.ask(probe.next_fit()))
-    return f"{len(odd)} odd messages passed over, then the update"
+    return f"{len(odd)} odd messages ignored, then the update"
 
 
-@demands(REFUSED, "a fit whose tensors are not what it says, or not finite, is refused")
+@demands(REFUSED, "a fit whose tensors do not match its header, or are not finite, is refused")
 async def unsound_weights(probe: Probe) -> str:
-    """Send work that cannot be done as it is."""
+    """Send such work, then sound work."""
     refused = []
     for body, fit in unsound_fits(probe):
-        refused.append(probe.asking(fit))
+        refused.append(probe.mark_sent(fit))
         await probe.deliver(body, "fit")
         await probe.read_by_now()
-    for asked in refused:
-        if taken := probe.took(asked):
-            raise Unmet(f"it took the work of round {asked.fit.round}: {taken}")
+    for sent in refused:
+        if evidence := probe.accepted(sent):
+            raise Unmet(f"it accepted the work of round {sent.fit.round}: {evidence}")
     await probe.update(await probe.ask(probe.next_fit()))
     return f"{len(refused)} refused"
 
 
 def unsound_fits(probe: Probe) -> Iterator[tuple[bytes, Fit]]:
-    """Yield bodies that look like work."""
+    """Yield bodies of unsound work, each with the ``fit`` in its header."""
     weights = _small(probe)
     table, pieces = lay_out(weights)
     payload = b"".join(pieces)
     maps = as_maps(table)
 
     def fit(entries: list[dict[str, Any]], data: bytes) -> tuple[bytes, Fit]:
-        one = probe.next_fit()
-        header = one.model_dump(exclude={"tensors", "pad"}, exclude_none=True)
-        return msgpack.packb([{**header, "tensors": entries}, data]), one
+        message = probe.next_fit()
+        header = message.model_dump(exclude={"tensors", "pad"}, exclude_none=True)
+        return msgpack.packb([{**header, "tensors": entries}, data]), message
 
     first, *others = [dict(entry) for entry in maps]
     yield fit([first, *others], payload + bytes(64))
@@ -130,7 +130,7 @@ def unsound_fits(probe: Probe) -> Iterator[tuple[bytes, Fit]]:
 
 
 def _small(probe: Probe) -> dict[str, np.ndarray]:
-    """Return tensors of the model that go into one message: all of them, if it is small."""
+    """Return as many tensors of the model as fit into one message."""
     small: dict[str, np.ndarray] = {}
     for name, tensor in probe.weights.items():
         if tensor.nbytes and size_bytes(small) + tensor.nbytes < PART_BYTES // 2:
@@ -140,31 +140,31 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
 
 @demands(
     PARTS,
-    "a model whose last part does not come is waited for, as receiving, and taken when all of it "
-    "is sent again as a new transfer",
+    "while a part of the model is missing, the worker waits in state receiving; it takes the model "
+    "when all of it is sent again as a new transfer",
 )
 async def lost_part(probe: Probe) -> str:
-    """Send a model in parts, and lose the last."""
+    """Send a model in parts without the last one, then all of it."""
     parts = _in_parts(probe)
-    since = len(probe.signs)
-    asked = await probe.ask(probe.next_fit(), lose=[parts - 1])
+    since = len(probe.presence)
+    sent = await probe.ask(probe.next_fit(), lose=[parts - 1])
     await probe.welcome()
 
     def receiving() -> Heartbeat | None:
-        later = (one.message for one in probe.signs[since:])
-        beats = (one for one in later if isinstance(one, Heartbeat) and one.state == "receiving")
-        return next(beats, None)
+        later = (each.message for each in probe.presence[since:])
+        beats = (each for each in later if isinstance(each, Heartbeat))
+        return next((beat for beat in beats if beat.state == "receiving"), None)
 
-    beat = await probe.until(receiving, "heartbeat that says receiving")
-    if (beat.run, beat.round) != (probe.run, asked.fit.round):
-        raise Unmet(f"it is receiving round {beat.round}, not {asked.fit.round}")
+    beat = await probe.until(receiving, "heartbeat in state receiving")
+    if (beat.run, beat.round) != (probe.run, sent.fit.round):
+        raise Unmet(f"it is receiving round {beat.round}, not {sent.fit.round}")
     await _send_strange_parts(probe)
-    await probe.update(await probe.ask(asked.fit))
+    await probe.update(await probe.ask(sent.fit))
     return f"receiving, {beat.step} of {beat.steps} parts; then the update"
 
 
 async def _send_strange_parts(probe: Probe) -> None:
-    """Send parts that belong to no transfer."""
+    """Send parts of an unknown transfer."""
     for number in (0, 10**6):
         part = Part(federation=probe.topology.federation, transfer="strange", part=number)
         await probe.deliver(encode(part, bytes(64)), "part")
@@ -172,19 +172,19 @@ async def _send_strange_parts(probe: Probe) -> None:
 
 @demands(
     PARTS,
-    "a payload of more than 4 MiB goes ahead of its update in parts, and again when the fit comes "
-    "again; a digest, if there is one, is that of the parts",
+    "a payload of more than 4 MiB is sent in parts before its update, and once more when the fit "
+    "comes again; a digest, if there is one, is that of the parts",
 )
 async def update_in_parts(probe: Probe) -> str:
-    """Fetch an update twice."""
+    """Fetch the same update twice."""
     _in_parts(probe)
-    asked = await probe.ask(probe.next_fit())
-    first, payload = await probe.update(asked)
+    sent = await probe.ask(probe.next_fit())
+    first, payload = await probe.update(sent)
     if len(payload) <= PART_BYTES:
         return f"{len(payload):,} bytes, in one piece"
     assert first.transfer is not None
     await probe.idle()
-    again, _ = await probe.update(await probe.ask(asked.fit))
+    again, _ = await probe.update(await probe.ask(sent.fit))
     assert again.transfer is not None
     if first.transfer.id == again.transfer.id:
         raise Unmet("the second transfer has the id of the first")
@@ -193,33 +193,37 @@ async def update_in_parts(probe: Probe) -> str:
 
 
 def _in_parts(probe: Probe) -> int:
-    """Return in how many parts the model travels; 0: it does not."""
+    """Return the number of parts that the model travels in.
+
+    Raises:
+        Skipped: if the model fits into one message.
+    """
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(
-            f"the model has {size_bytes(probe.weights):,} bytes, which go in one piece; --large "
-            "adds a tensor of 5 MiB to it"
+            f"the model's {size_bytes(probe.weights):,} bytes fit into one message; --large adds "
+            "a tensor of 5 MiB"
         )
     return transfer.parts
 
 
-@demands(LIFE, "a stop of another run, and a refusal of another session, are passed over")
+@demands(LIFE, "a stop of another run, and a refusal of another session, are ignored")
 async def end_of_others(probe: Probe) -> str:
-    """End what the worker is not in."""
-    federation, since = probe.topology.federation, len(probe.signs)
-    reason = "a trial: this is not for you"
-    other = RUNS + a_name()
+    """Send both, then work."""
+    federation, since = probe.topology.federation, len(probe.presence)
+    run, session = RUNS + fresh_name(), fresh_name()
+    reason = "the conformance check sends a message for another run or session"
     await probe.send(
-        Stop(federation=federation, run=other, round=1, outcome="stopped", reason=reason)
+        Stop(federation=federation, run=run, round=1, outcome="stopped", reason=reason)
     )
-    await probe.send(Refusal(federation=federation, session=a_name(), code="model", reason=reason))
+    await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     await probe.update(await probe.ask(probe.next_fit()))
-    if any(isinstance(one.message, Bye) for one in probe.signs[since:]):
+    if any(isinstance(each.message, Bye) for each in probe.presence[since:]):
         raise Unmet("it left")
-    return "passed over, then the update"
+    return "ignored, then the update"
 
 
-MAIL = (
+ODD_MESSAGES = (
     unknown_keys,
     unknown_critical_key,
     mail_for_nobody,

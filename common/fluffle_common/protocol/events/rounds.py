@@ -1,46 +1,46 @@
-"""Events of a round: its opening, what became of each update, its commit and evaluation."""
+"""Events of a round: its opening, the outcome of each update, its commit and evaluation."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fluffle_common.protocol.events.base import (
+    Integer,
     Names,
     Number,
     Numbers,
     RunEvent,
     Text,
-    Whole,
     event,
 )
 
 
 @event("opened", "round {round}: opened for {asked}, {needed} updates needed")
 class Opened(RunEvent):
-    """A round is open: its work goes out to those ``asked``."""
+    """A round has opened; its work is sent to the workers ``asked``."""
 
-    round: Whole = None
+    round: Integer = None
     asked: Names = None
-    needed: Whole = None
+    needed: Integer = None
     deadline_s: Number = None
 
 
 @event("reopened", "{reason}; reopened for {asked}", "odd")
 class Reopened(RunEvent):
-    """A round is open again, after its deadline passed."""
+    """A round has reopened after its deadline passed."""
 
-    round: Whole = None
+    round: Integer = None
     asked: Names = None
-    needed: Whole = None
+    needed: Integer = None
     deadline_s: Number = None
     reason: Text = None
 
 
 @event("closed", "{reason}; closed with the updates that have arrived", "odd")
 class Closed(RunEvent):
-    """A round was closed at its deadline with fewer updates than its quorum."""
+    """A round has closed at its deadline with fewer updates than its quorum."""
 
-    round: Whole = None
+    round: Integer = None
     reason: Text = None
 
 
@@ -48,9 +48,9 @@ class Closed(RunEvent):
 class Quorum(RunEvent):
     """The quorum of an open round has shrunk."""
 
-    round: Whole = None
-    needed: Whole = None
-    was: Whole = None
+    round: Integer = None
+    needed: Integer = None
+    was: Integer = None
     reason: Text = None
 
 
@@ -60,50 +60,48 @@ class Quorum(RunEvent):
     "({updates}/{needed})",
 )
 class Counted(RunEvent):
-    """An update is in the sum; ``updates`` are there so far.
+    """An update was counted, as number ``updates`` of the ``needed`` ones.
 
-    One that is ``staleness`` versions old counts with ``weight`` examples.
+    A stale update counts with ``weight`` examples instead of ``num_examples``.
     """
 
     worker: Text = None
-    round: Whole = None
-    num_examples: Whole = None
-    updates: Whole = None
-    needed: Whole = None
+    round: Integer = None
+    num_examples: Integer = None
+    updates: Integer = None
+    needed: Integer = None
     train_s: Number = None
-    bytes: Whole = None
-    staleness: Whole = None
+    bytes: Integer = None
+    staleness: Integer = None
     weight: Number = None
 
-    def sentence(self) -> str:
-        """See ``RunEvent``."""
-        stale = ""
-        if self.staleness:
-            versions = "1 version" if self.staleness == 1 else f"{self.staleness} versions"
-            stale = f", {versions} old, which weigh {self.weight or 0.0:.1f}"
-        return self.words.format_map({**self._spoken(), "stale": stale})
+    def _derived(self) -> dict[str, str]:
+        if not self.staleness:
+            return {"stale": ""}
+        versions = "1 version" if self.staleness == 1 else f"{self.staleness} versions"
+        return {"stale": f", {versions} old, which weigh {self.weight or 0.0:.1f}"}
 
 
 @event("late", "round {round}: update of {worker} came late and was discarded", "odd")
 class Late(RunEvent):
-    """An update came after its round was committed."""
+    """An update arrived after its round was committed."""
 
     worker: Text = None
-    round: Whole = None
-    num_examples: Whole = None
+    round: Integer = None
+    num_examples: Integer = None
 
 
 @event("duplicate", "round {round}: update of {worker} arrived again; it is already counted", "odd")
 class Duplicate(RunEvent):
-    """An update came again after its round was committed."""
+    """A counted update arrived again after its round was committed."""
 
     worker: Text = None
-    round: Whole = None
+    round: Integer = None
 
 
 @event("resend", "asking {worker} to send its update again: {reason}", "odd")
 class Resend(RunEvent):
-    """A worker is asked for its update again."""
+    """A worker was asked to send its update again."""
 
     worker: Text = None
     reason: Text = None
@@ -111,22 +109,22 @@ class Resend(RunEvent):
 
 @event("rejected", "rejected a message: {reason}", "bad")
 class Rejected(RunEvent):
-    """A message was put into the rejected queue; ``cause`` is one of ``errors.CAUSES``."""
+    """A message was moved to the rejected queue; ``cause`` is one of ``errors.CAUSES``."""
 
     reason: Text = None
     cause: Text = None
     kind: Text = None
     worker: Text = None
-    round: Whole = None
-    num_examples: Whole = None
+    round: Integer = None
+    num_examples: Integer = None
 
 
 @event("failure", "round {round}: the task of {worker} failed: {reason}", "bad")
 class Failure(RunEvent):
-    """A worker's task failed; round 0 is the first weights."""
+    """A worker's task failed; in round 0, it was making the first weights."""
 
     worker: Text = None
-    round: Whole = None
+    round: Integer = None
     reason: Text = None
 
 
@@ -136,13 +134,13 @@ class Failure(RunEvent):
     "{still_s:.0f} s without advancing; its heartbeats arrive (--stall-timeout)",
 )
 class Stalled(RunEvent):
-    """A worker is alive and does not advance."""
+    """A worker sends heartbeats and makes no progress."""
 
     worker: Text = None
-    round: Whole = None
+    round: Integer = None
     state: Text = None
-    step: Whole = None
-    steps: Whole = None
+    step: Integer = None
+    steps: Integer = None
     still_s: Number = None
 
 
@@ -152,12 +150,12 @@ class Stalled(RunEvent):
     "{limit}: {worker} announced no more, or --max-examples allows no more",
 )
 class Overweight(RunEvent):
-    """An update says more examples (``num_examples``) than count (``limit``)."""
+    """An update claims more examples (``num_examples``) than are counted (``limit``)."""
 
     worker: Text = None
-    round: Whole = None
-    num_examples: Whole = None
-    limit: Whole = None
+    round: Integer = None
+    num_examples: Integer = None
+    limit: Integer = None
 
 
 @event(
@@ -166,9 +164,9 @@ class Overweight(RunEvent):
     "is {median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
 )
 class Outlier(RunEvent):
-    """An update's norm is far outside the round's distribution."""
+    """An update's norm is far from those of the round's other updates."""
 
-    round: Whole = None
+    round: Integer = None
     worker: Text = None
     norm: Number = None
     median: Number = None
@@ -176,19 +174,19 @@ class Outlier(RunEvent):
 
 @event("committed", "round {round}: committed with {participants}", "good")
 class Committed(RunEvent):
-    """A round's model is on disk; ``timings`` are in seconds."""
+    """A round's checkpoint is on disk; ``timings`` are in seconds."""
 
-    round: Whole = None
+    round: Integer = None
     participants: Names = None
-    num_examples: Whole = None
+    num_examples: Integer = None
     timings: Numbers = None
 
 
 @event("privacy", "round {round}: privacy spent so far: epsilon {epsilon:.4g} at delta {delta:g}")
 class Privacy(RunEvent):
-    """What all rounds up to this one cost of privacy, as (epsilon, delta)."""
+    """The privacy budget spent by all rounds so far, as (epsilon, delta)."""
 
-    round: Whole = None
+    round: Integer = None
     epsilon: Number = None
     delta: Number = None
 
@@ -199,32 +197,30 @@ class Privacy(RunEvent):
 class Evaluated(RunEvent):
     """The workers have evaluated a round's model."""
 
-    round: Whole = None
-    num_examples: Whole = None
+    round: Integer = None
+    num_examples: Integer = None
     loss: Number = None
     evaluators: Names = None
     metrics: Numbers = None
 
     def fields(self) -> dict[str, Any]:
-        """Return what is known of it; each metric stands beside the fields, too."""
-        known = RunEvent.fields(self)
-        return {**known, **(self.metrics or {}), **known}
+        """Return the fields, followed by each metric whose name is not that of a field."""
+        fields = RunEvent.fields(self)
+        return {**fields, **(self.metrics or {}), **fields}
 
-    def sentence(self) -> str:
-        """See ``RunEvent``."""
-        return self.words.format_map({**self._spoken(), "more": _listed(self.metrics)})
+    def _derived(self) -> dict[str, str]:
+        return {"more": _listed(self.metrics)}
 
 
 @event("tested", "round {round}: tested by the coordinator{more}", "good")
 class Tested(RunEvent):
-    """The coordinator's own test of a round's model."""
+    """The coordinator has tested a round's model on its own data."""
 
-    round: Whole = None
+    round: Integer = None
     metrics: Numbers = None
 
-    def sentence(self) -> str:
-        """See ``RunEvent``."""
-        return self.words.format_map({**self._spoken(), "more": _listed(self.metrics)})
+    def _derived(self) -> dict[str, str]:
+        return {"more": _listed(self.metrics)}
 
 
 def _listed(metrics: Numbers) -> str:

@@ -1,0 +1,162 @@
+"""Events that only a worker's own log shows; none is in the journal.
+
+Events that workers and coordinators share (connections, rejected messages) are in ``runs`` and
+``rounds``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fluffle_common.protocol.events.base import (
+    Integer,
+    Names,
+    Number,
+    Numbers,
+    RunEvent,
+    Text,
+    event,
+    formatted,
+)
+from fluffle_common.protocol.metric_names import avoid_fields
+
+_ACTIVITIES = {"init": "making the first weights", "fit": "training", "evaluate": "evaluating"}
+_ANSWERS = {"init": "first weights", "fit": "update", "evaluate": "evaluation"}
+# The keys of a JSON log line that no metric may replace.
+_LOG_KEYS = frozenset({"event", "federation", "kind", "metrics", "round", "time", "worker"})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent(RunEvent):
+    """An event in a worker's log."""
+
+    journalled: ClassVar[bool] = False
+
+
+@event("loaded", "task {task}: {num_examples} examples{more}")
+class Loaded(WorkerEvent):
+    """The task is loaded; ``classes`` are those of its data."""
+
+    task: Text = None
+    num_examples: Integer = None
+    classes: Names = None
+
+    def _derived(self) -> dict[str, str]:
+        return {"more": f", classes {formatted(self.classes)}" if self.classes else ""}
+
+
+@event(
+    "alone",
+    "federation {federation} has no queues yet; waiting for a coordinator",
+)
+class Alone(WorkerEvent):
+    """The worker has connected before any coordinator."""
+
+    federation: Text = None
+
+
+@event(
+    "occupied",
+    "another worker has this id; waiting up to {pause_s:.0f} s, in case it is our own earlier "
+    "connection, which the broker has not closed yet",
+    "odd",
+)
+class Occupied(WorkerEvent):
+    """Another connection consumes this worker's inbox."""
+
+    pause_s: Number = None
+
+
+@event("welcome", "joined run {run}, round {round} of {rounds}", "good")
+class Welcomed(WorkerEvent):
+    """The coordinator has accepted the worker's hello."""
+
+    run: Text = None
+    round: Integer = None
+    rounds: Integer = None
+
+
+@event("begin", "round {round}: {doing}")
+class Begun(WorkerEvent):
+    """The worker has started on its work; ``kind`` is ``init``, ``fit`` or ``evaluate``."""
+
+    round: Integer = None
+    kind: Text = None
+
+    def _derived(self) -> dict[str, str]:
+        return {"doing": _ACTIVITIES.get(self.kind or "", "?")}
+
+
+@event("abandoned", "round {round}: closed without this worker's update; taking newer work", "odd")
+class Abandoned(WorkerEvent):
+    """The worker has given up its work, because its round closed without it."""
+
+    round: Integer = None
+
+
+@event("sent", "round {round}: {answer} sent{loss}", "good")
+class Sent(WorkerEvent):
+    """The broker has confirmed the worker's answer; ``metrics`` are those of an update."""
+
+    round: Integer = None
+    kind: Text = None
+    metrics: Numbers = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields, and each metric under a name that is not that of a log field."""
+        return {**RunEvent.fields(self), **avoid_fields(self.metrics or {}, _LOG_KEYS)}
+
+    def _derived(self) -> dict[str, str]:
+        loss = (self.metrics or {}).get("loss")
+        return {
+            "answer": _ANSWERS.get(self.kind or "", "?"),
+            "loss": "" if loss is None else f", training loss {loss:.4f}",
+        }
+
+
+@event("unsent", "round {round}: not sent yet ({reason}); trying again", "odd")
+class Unsent(WorkerEvent):
+    """The broker did not accept the worker's answer."""
+
+    round: Integer = None
+    reason: Text = None
+
+
+@event(
+    "not_counted",
+    "round {round}: the update was rejected: {reason}; it is trained again if the round is "
+    "asked for again",
+    "bad",
+)
+class NotCounted(WorkerEvent):
+    """The coordinator rejected this worker's update."""
+
+    round: Integer = None
+    reason: Text = None
+
+
+@event("unfit", "the task: {reason}", "odd")
+class Unfit(WorkerEvent):
+    """The task returned something unusable, which was left out."""
+
+    reason: Text = None
+
+
+@event("traceback", "{text}", "bad")
+class Traceback(WorkerEvent):
+    """The traceback of the task's own code, in ``text``."""
+
+    text: Text = None
+
+
+@event("ended", "the run has ended: {reason}")
+class Ended(WorkerEvent):
+    """The coordinator has ended the run."""
+
+    reason: Text = None
+
+
+@event("leaving", "left; the same command joins again", "odd")
+class Leaving(WorkerEvent):
+    """The worker was asked to stop."""

@@ -1,0 +1,126 @@
+"""The closing of a round: at its quorum, at its deadline, or by the end of the run.
+
+A round has its quorum once ``State.folded`` reaches ``State.needed``; the schedule says how many
+updates are needed, and when, from then on, the round closes (``Schedule.closes``). A quorum stands:
+workers that are asked afterwards do not undo it.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.effects import Commit, Effects, Record
+from fluffle_coordinator.machine.ending import end, last_failure
+from fluffle_coordinator.machine.evaluation import record_evaluation
+from fluffle_coordinator.machine.events import Event, Left
+from fluffle_coordinator.machine.opening import reopen
+from fluffle_coordinator.machine.state import Phase, State
+
+
+def try_to_close(state: State, now: float, out: Effects) -> State:
+    """Commit the open round at its quorum; at its deadline, reopen it, commit it or stop."""
+    if state.quorum_at is None and state.folded >= state.needed:
+        state = state.replace(quorum_at=now)
+    expired = now >= state.began_at + state.rules.max_round_s
+    if state.quorum_at is not None:
+        return _commit(state, out) if expired or state.schedule.closes(state, now) else state
+    if _all_failed(state):
+        reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
+        return end(state, "stopped", reason, out)
+    if now >= state.opened_at + state.rules.deadline_s:
+        return _at_the_deadline(state, now, out)
+    return end(state, "stopped", _too_long(state), out) if expired else state
+
+
+def _all_failed(state: State) -> bool:
+    # The sizes are compared first, since the names are looked up one by one.
+    if state.received or not 0 < len(state.asked) <= len(state.failed):
+        return False
+    return all(name in state.failed for name in state.asked)
+
+
+def _commit(state: State, out: Effects) -> State:
+    state = record_evaluation(state, out, partial=True)
+    state = _report_outliers(state, out)
+    in_it = {ticket.worker for ticket in state.received}
+    out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before, *in_it}))))
+    return state.replace(phase=Phase.COMMITTING)
+
+
+def _report_outliers(state: State, out: Effects) -> State:
+    """Report updates whose norm is many times the median of the round's norms."""
+    norms = {t: u.norm for t, u in state.received.items() if u.folded and u.norm > 0}
+    if not norms:
+        return state
+    ratio, middle = state.rules.outlier_ratio, median(norms.values())
+    if len(norms) <= 2 and state.median_norm:
+        middle = state.median_norm  # the median of two cannot expose either
+    for (worker, _), norm in sorted(norms.items()):
+        if norm > ratio * middle:
+            outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=middle)
+            out.append(Record(outlier))
+    return state.replace(median_norm=middle)
+
+
+# --- the deadline ------------------------------------------------------------------------------
+
+
+def _at_the_deadline(state: State, now: float, out: Effects) -> State:
+    rules = state.rules
+    reason = _progress_after(state, rules.deadline_s)
+    if rules.on_deadline == "stop":
+        return end(state, "stopped", reason, out)
+    if rules.on_deadline == "close" and state.folded >= rules.min_updates:
+        out.append(Record(run_events.Closed(round=state.round, reason=reason)))
+        return _commit(state, out)
+    if now >= state.began_at + rules.max_round_s:
+        return end(state, "stopped", _too_long(state), out)
+    if any(state.advancing(name) for name in state.missing):
+        fruitless = 0  # a long round is not a dead one
+    else:
+        fruitless = state.reopenings + 1 if state.folded == state.reopened_with else 1
+    if fruitless > rules.max_reopenings:
+        reason = f"{reason}; reopened {rules.max_reopenings} times without progress (--deadline)"
+        return end(state, "stopped", reason, out)
+    state = state.replace(reopenings=fruitless, reopened_with=state.folded)
+    return reopen(state, reason, now, out)
+
+
+def _too_long(state: State) -> str:
+    progress = _progress_after(state, state.rules.max_round_s)
+    return f"{progress}; no round may stay open longer (--max-round)"
+
+
+def _progress_after(state: State, seconds: float) -> str:
+    names = ", ".join(state.missing)
+    missing = f"missing: {names}" if names else "no other worker is connected"
+    return (
+        f"round {state.round} has {state.folded} of {state.needed} updates "
+        f"after {seconds:.0f} s, {missing}"
+    )
+
+
+# --- a smaller quorum --------------------------------------------------------------------------
+
+
+def report_smaller_quorum(before: State, after: State, event: Event, out: Effects) -> None:
+    """Report when an event makes the quorum of the open round smaller, and on whose account."""
+    if after.tally.expected >= before.tally.expected or after.phase is not Phase.OPEN:
+        return
+    if (before.phase, before.round) != (after.phase, after.round):
+        return
+    was, needed = before.needed, after.needed
+    if needed < was:
+        reason = _why_smaller(before, after, event)
+        out.append(
+            Record(run_events.Quorum(round=after.round, needed=needed, was=was, reason=reason))
+        )
+
+
+def _why_smaller(before: State, after: State, event: Event) -> str:
+    gone = [n for n in before.asked if n in before.workers and n not in after.workers]
+    if gone:
+        return f"{', '.join(sorted(gone))} {'left' if isinstance(event, Left) else 'is gone'}"
+    failed = [name for name in after.failed if name not in before.failed]
+    return f"{', '.join(sorted(failed)) or 'a worker'} failed"

@@ -1,0 +1,71 @@
+"""Evaluations: those of each round's model, and the last model's, with which a run finishes.
+
+A worker evaluates the model that it is about to train, so the evaluation of a round's model arrives
+during the next round. Only the last model needs work of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fluffle_coordinator.machine.effects import Effects, RecordEvaluation
+from fluffle_coordinator.machine.ending import end
+from fluffle_coordinator.machine.events import EvaluationArrived
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table
+from fluffle_coordinator.machine.work import work
+
+
+def evaluation_arrived(state: State, event: EvaluationArrived, out: Effects) -> State:
+    """Take in a worker's evaluation; ignore it if that model's line is already written."""
+    if event.run != state.run:
+        return state
+    number = event.round
+    if number in state.unevaluated and event.base == state.base_of(number + 1):
+        # No worker that began with this older version was done in time; the first one since is.
+        out.append(RecordEvaluation(number, {event.worker: event.evaluated}))
+        return state.replace(unevaluated=state.unevaluated - {number})
+    if (number, event.base) != (state.round - 1, state.base) or not state.evaluate_pending:
+        return state
+    evaluations = state.evaluations.insert(event.worker, event.evaluated)
+    return state.replace_for(event.worker, evaluations=evaluations)
+
+
+def record_evaluation(state: State, out: Effects, *, partial: bool = False) -> State:
+    """Record the evaluation of the last committed model.
+
+    Args:
+        state: the machine's state.
+        out: the effects, to which this one is appended.
+        partial: record what has arrived; otherwise, wait until all expected workers have sent
+            theirs.
+    """
+    if not state.evaluate_pending or not state.evaluations:
+        return state
+    # A worker's evaluation arrives before its update, if it sends one at all.
+    if not partial and (state.tally.unevaluated or not state.tally.expected):
+        return state
+    out.append(RecordEvaluation(state.round - 1, state.evaluations))
+    return state.replace(evaluate_pending=False)
+
+
+def evaluate_last_model(state: State, now: float, out: Effects) -> State:
+    """Ask all workers to evaluate the last model, unless it is evaluated already."""
+    present = tuple(sorted(state.workers))
+    asked = Table(dict.fromkeys(present, Issued(now, state.sequence, state.round - 1)))
+    state = state.replace_and_recount(
+        phase=Phase.EVALUATING, opened_at=now, began_at=now, due_at=-math.inf, asked=asked
+    )
+    if state.evaluate_pending and present:
+        out += work(state, present)
+    return try_to_finish(state, now, out)
+
+
+def try_to_finish(state: State, now: float, out: Effects) -> State:
+    """Finish the run once the last model is evaluated, or at the deadline."""
+    if state.evaluate_pending:
+        listening = state.gate_until < math.inf  # after a restart, workers may not be heard yet
+        expired = now >= state.opened_at + state.rules.deadline_s
+        if not expired and (listening or state.tally.unevaluated):
+            return state
+        state = record_evaluation(state, out, partial=True)
+    return end(state, "finished", state.enough or f"{state.round - 1} rounds are done", out)

@@ -1,0 +1,127 @@
+"""The opening of a round: how many workers must be present, who gets work, and reopening."""
+
+from __future__ import annotations
+
+import math
+
+from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.agreement import decide
+from fluffle_coordinator.machine.effects import Effects, Opened, Record
+from fluffle_coordinator.machine.ending import end
+from fluffle_coordinator.machine.first_weights import ask_for_weights
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table
+from fluffle_coordinator.machine.work import next_sequence, note_asked, work
+
+
+def try_to_open(state: State, now: float, out: Effects) -> State:
+    """Open the next round if there are weights and enough workers; stop if that takes too long."""
+    if state.has_enough_workers:
+        state = decide(state, out)  # may refuse some of them
+    if state.has_enough_workers and state.has_weights:
+        return _open(state, now, out)
+    wait_s = state.rules.wait_s
+    if now >= state.waiting_since + wait_s:
+        reason = (
+            "no first weights arrived"
+            if state.has_enough_workers
+            else f"{len(state.workers)} of {workers_needed(state)} workers joined"
+        )
+        return end(state, "stopped", f"{reason} in {wait_s:.0f} s (--wait-workers)", out)
+    return state if state.has_weights else ask_for_weights(state, now, out)
+
+
+def workers_needed(state: State) -> int:
+    """Return how many workers must be present to open the next round."""
+    count = state.gate
+    while not state.rules.enough(count):
+        count += 1
+    return count
+
+
+def _open(state: State, now: float, out: Effects) -> State:
+    state = state.replace_and_recount(
+        phase=Phase.OPEN,
+        opened_at=now,
+        began_at=now,
+        due_at=-math.inf,
+        asked=_still_at_work(state, now),
+        failed=Table(),
+        doubted=Table(),
+        attempts=Table(),
+        draws=1,
+        gate=1,
+        gate_until=math.inf,
+    )
+    state = next_sequence(state)
+    cohort = state.schedule.cohort(state)
+    issued = Issued(now, state.sequence, state.round)
+    # Updates that an earlier coordinator asked for may have arrived already.
+    answered = {} if state.schedule.continuous else _answered(state)
+    asked = {**dict.fromkeys(cohort, issued), **answered}
+    state = state.replace_and_recount(asked=Table({**state.asked, **asked}))
+    state = note_asked(state, cohort)
+    opened = run_events.Opened(
+        round=state.round,
+        asked=tuple(sorted(state.asked)),
+        needed=state.needed,
+        deadline_s=state.rules.deadline_s,
+    )
+    out.append(Opened())
+    out += work(state, tuple(name for name in cohort if name not in answered))
+    out.append(Record(opened))
+    return state
+
+
+def _still_at_work(state: State, now: float) -> Table[str, Issued]:
+    """Return the workers that continue with earlier work, if work outlives its round."""
+    if not state.schedule.continuous:
+        return Table()
+    found = {worker.name: state.issued_before(worker, now) for worker in state.workers.values()}
+    asked = {name: issued for name, issued in found.items() if issued}
+    for name, issued in state.asked.items():
+        sound = name not in state.doubted or state.busy(name)
+        if name in state.workers and name not in state.failed and sound:
+            asked[name] = issued
+    return Table(asked)
+
+
+def _answered(state: State) -> dict[str, Issued]:
+    """Return the workers whose update for the open round is here, as if asked in it."""
+    return {
+        ticket.worker: Issued(-math.inf, ticket.sequence, state.round)
+        for ticket, update in state.received.items()
+        if update.round == state.round
+    }
+
+
+def reopen(state: State, reason: str, now: float, out: Effects) -> State:
+    """Open the round again after its deadline, with the workers that are present now."""
+    continuous, answered = state.schedule.continuous, _answered(state)
+    asked_before = state.asked_before.union(state.asked)
+    if continuous:  # a worker that is not at work has lost its work
+        busy = {name: issued for name, issued in state.asked.items() if state.busy(name)}
+        state = state.replace_and_recount(asked=Table(busy))
+    state = next_sequence(state)
+    cohort = state.schedule.again(state)
+    issued = Issued(now, state.sequence, state.round)
+    asked = {**(state.asked if continuous else answered), **dict.fromkeys(cohort, issued)}
+    state = state.replace_and_recount(
+        opened_at=now,
+        asked=Table(asked),
+        asked_before=asked_before,
+        due_at=-math.inf,
+        failed=Table(),
+        doubted=Table(),
+        draws=state.draws + 1,
+    )
+    state = note_asked(state, cohort)
+    reopened = run_events.Reopened(
+        round=state.round,
+        asked=tuple(sorted(asked)),
+        needed=state.needed,
+        deadline_s=state.rules.deadline_s,
+        reason=reason,
+    )
+    out.append(Record(reopened))
+    out += work(state, tuple(n for n in cohort if n not in answered and not state.busy(n)))
+    return state

@@ -1,0 +1,55 @@
+"""A token bucket per worker that limits how often the coordinator answers hellos.
+
+Answering a hello can mean sending the current work again, which is as large as the model. A worker
+with an unstable link, or a hostile one, may greet very often.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fluffle_common.protocol.messages import Heartbeat, Hello
+
+_BURST = 4
+_REFILL_S = 5.0  # one more hello per so many seconds
+_MAX_WORKERS = 100_000
+
+
+class _Bucket(NamedTuple):
+    session: str
+    tokens: float
+    updated_at: float
+
+
+class HelloLimiter:
+    """Limits the hellos of each worker to 4 at once and then one in 5 seconds."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[str, _Bucket] = {}
+
+    def admit(self, sign: Hello | Heartbeat, now: float) -> Hello | Heartbeat | None:
+        """Return a sign of life as the machine is to see it.
+
+        The first heartbeat of a new session counts as a hello, because the coordinator answers it
+        like one.
+
+        Returns:
+            ``sign`` if it is within the limit; a heartbeat instead of a surplus hello of the same
+            session; None for a surplus hello of a new session.
+        """
+        bucket = self._buckets.get(sign.worker)
+        new_session = bucket is None or bucket.session != sign.session
+        if not new_session and isinstance(sign, Heartbeat):
+            return sign
+        tokens = float(_BURST)
+        if bucket is not None:
+            tokens = min(tokens, bucket.tokens + (now - bucket.updated_at) / _REFILL_S)
+        if tokens >= 1:
+            self._buckets.pop(sign.worker, None)
+            if len(self._buckets) >= _MAX_WORKERS:
+                del self._buckets[next(iter(self._buckets))]  # the least recently updated
+            self._buckets[sign.worker] = _Bucket(sign.session, tokens - 1, now)
+            return sign
+        if new_session:
+            return None
+        return Heartbeat.model_construct(**{**sign.__dict__, "kind": "heartbeat"})
