@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.observe.watchers import Watcher
+from fluffle_coordinator.observe.journal_file import JournalFile
+from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.hooks import Evaluate
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -61,6 +63,8 @@ async def simulate_run(
         hearing_s=never,
         stall_s=never,
     )
+    if rules.samples:  # a fraction is of those present, not of all clients
+        rules = replace(rules, least=min(rules.least, rules.sample_of(present)))
     settings = replace(
         settings,
         rules=rules,
@@ -76,8 +80,10 @@ async def simulate_run(
         task=task,
         say=say,
     )
+    journal = JournalFile(store.folder, settings.federation)
+    told = Watchers(watcher, journal)
     run = asyncio.ensure_future(
-        coordinate(settings, broker, topology, store, watcher, journal=None, fresh=fresh)
+        coordinate(settings, broker, topology, store, told, journal=None, fresh=fresh)
     )
     taking_part = asyncio.ensure_future(fleet.run())
     try:
@@ -90,6 +96,8 @@ async def simulate_run(
         for one in (run, taking_part):
             one.cancel()
         await asyncio.gather(run, taking_part, return_exceptions=True)
+        with contextlib.suppress(OSError):  # the run is over, and its files are whole
+            journal.write()
 
 
 def clients_of(

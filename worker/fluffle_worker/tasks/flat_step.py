@@ -18,8 +18,8 @@ import numpy as np
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
 
-# The number of steps in one call, and the size of a step (1 or 2 ms on one core) from which one call
-# for each step costs no more, and reports progress sooner.
+# The number of steps in one call. A larger step (from 1 to 2 ms on a core) gets a call of its own:
+# that costs no more, and progress is reported sooner.
 _TOGETHER = 16
 _SMALL_FLOPS = 50e6
 # On a CPU, XLA computes convolutions 3 to 6 times slower inside a loop.
