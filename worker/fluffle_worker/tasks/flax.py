@@ -22,6 +22,7 @@ from flax import nnx
 from fluffle_common.cli.settings import cache_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
 from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
@@ -213,7 +214,7 @@ class FlaxTask:
             metrics["loss"] = float(np.mean([float(one) for one in losses]))
         if self._score_trained and self._valid is not None:
             scores = self._scores(learnt, frozen, parts.at_home.rest)
-            metrics |= {f"personal_{name}": value for name, value in scores.items()}
+            metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}
         return TrainResult(parts.travelling(learnt), self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
