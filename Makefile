@@ -34,9 +34,10 @@ test: install check browser
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal.
-SLOW := $(addprefix unit/,demo flax_parts flax_task front_door letters letters_images \
-	letters_scores local_rules mutants node printing rabbitmq_connection rounds_machine sklearn_task) \
-	$(addprefix federation/,adapters local)
+SLOW := $(addprefix unit/,demo doctests drawing flax_parts flax_task front_door letters \
+	letters_images letters_scores local_rules mutants node printing rabbitmq_connection results \
+	rounds_machine server_steps sklearn_task task_loading) \
+	$(addprefix federation/,adapters local user_files)
 FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
 

@@ -1,6 +1,5 @@
-"""What fluffle costs, measured; ``python -m benchmarks.NAME --help`` of each program tells more.
+"""Benchmarks of fluffle; see ``python -m benchmarks.NAME --help`` for each.
 
-``rounds`` is the one that all others serve: whole rounds of real processes against the floor of
-bare AMQP, in the same run. No number is worth more than the run it comes from: the machine, the
-disk and the neighbours differ, so whatever is compared is measured side by side.
+The main one is ``rounds``: whole rounds of real processes, relative to a floor of bare AMQP. What
+is compared is measured in the same run, because machine, disk and neighbours vary between runs.
 """

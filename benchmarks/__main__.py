@@ -1,10 +1,9 @@
-"""All of fluffle's own benchmarks with small settings, a few minutes, and one table of them.
+"""Run the main benchmarks with small settings, in a few minutes, and print one table.
 
     python -m benchmarks            or        make bench
 
-Each is also a program of its own, with more to set and more to tell: ``--help`` of ``rounds``,
-``aggregate``, ``epoch``, ``letters_job`` and ``scale``. What is wanted of them is of a machine that
-does nothing else meanwhile.
+Each is also a command with more options and results: ``rounds``, ``aggregate``, ``epoch``,
+``letters_job`` and ``scale``. The targets assume that the machine does nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -17,60 +16,60 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import command
 from benchmarks.processes import ROOT
 
-Told = Mapping[str, Any]
+Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One program, and what to show of what it finds.
+    """One benchmark.
 
     Args:
-        words: its name and options.
-        rows: ``what it found -> rows of (what, found, wanted)``.
+        command: its name and options.
+        rows: ``results -> rows of (quantity, result, target)``.
     """
 
-    words: str
-    rows: Callable[[Told], list[list[Any]]]
+    command: str
+    rows: Callable[[Results], list[list[Any]]]
 
 
-def _rounds(wanted: float) -> Callable[[Told], list[list[Any]]]:
-    def rows(told: Told) -> list[list[Any]]:
-        size = f"{told['size_mb']:g} MB, {told['workers']} workers"
-        peaks = told["fluffle"]["peak_rss_mb"]
+def _rounds(target: float) -> Callable[[Results], list[list[Any]]]:
+    def rows(results: Results) -> list[list[Any]]:
+        size = f"{results['size_mb']:g} MB, {results['workers']} workers"
+        peaks = results["fluffle"]["peak_rss_mb"]
         return [
-            [f"{size}: round, s", told["fluffle"]["median_s"], None],
-            ["  over the floor", told["ratio"], f"<= {wanted:g}"],
-            ["  processor time over the floor's", told["cpu_ratio"], None],
+            [f"{size}: round, s", results["fluffle"]["median_s"], None],
+            ["  over the floor", results["ratio"], f"<= {target:g}"],
+            ["  processor time over the floor's", results["cpu_ratio"], None],
             ["  peak of the coordinator, MB", peaks["coordinator"], None],
         ]
 
     return rows
 
 
-def _aggregate(told: Told) -> list[list[Any]]:
-    return [["fold and average over axpy", told["ratio"], "<= 1.5"]]
+def _aggregate(results: Results) -> list[list[Any]]:
+    return [["fold and average over axpy", results["ratio"], "<= 1.5"]]
 
 
-def _epoch(told: Told) -> list[list[Any]]:
+def _epoch(results: Results) -> list[list[Any]]:
     return [
-        ["local fit over a bare loop", told["ratio"], "<= 1.1"],
-        ["  worker's first sign of life, s", told["start_up"]["first_sign_s"], None],
+        ["local fit over a bare loop", results["ratio"], "<= 1.1"],
+        ["  worker's first heartbeat, s", results["start_up"]["first_sign_s"], None],
     ]
 
 
-def _letters(told: Told) -> list[list[Any]]:
-    return [[f"letters job, cache {told['cache']}, s", told["median_s"], None]]
+def _letters(results: Results) -> list[list[Any]]:
+    return [[f"letters job, cache {results['cache']}, s", results["median_s"], None]]
 
 
-def _scale(told: Told) -> list[list[Any]]:
+def _scale(results: Results) -> list[list[Any]]:
     rows = [
-        [f"{one['workers']} workers, {told['size_mb']:g} MB: round, s", one["median_s"], None]
-        for one in told["runs"]
+        [f"{run['workers']} workers, {results['size_mb']:g} MB: round, s", run["median_s"], None]
+        for run in results["runs"]
     ]
-    return [*rows, ["  growth over that of the workers", told["growth"], "<= 1"]]
+    return [*rows, ["  growth over that of the workers", results["growth"], "<= 1"]]
 
 
 BENCHMARKS = (
@@ -86,26 +85,28 @@ BENCHMARKS = (
 
 
 def main() -> None:
-    """Run them one after the other."""
+    """Run all benchmarks and print their results."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--json", action="store_true", help="print all they found, by command")
+    parser.add_argument("--json", action="store_true", help="print all results as JSON, by command")
     options = parser.parse_args()
-    found: dict[str, Told] = {}
+    all_results: dict[str, Results] = {}
     for benchmark in BENCHMARKS:
-        print(f"python -m benchmarks.{benchmark.words}", file=sys.stderr, flush=True)
-        name, *words = benchmark.words.split()
-        command = [sys.executable, "-m", f"benchmarks.{name}", *words, "--json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
-        if done.returncode:
-            raise SystemExit(f"{benchmark.words} failed")
-        found[benchmark.words] = json.loads(done.stdout)
+        command.report(f"python -m benchmarks.{benchmark.command}")
+        name, *arguments = benchmark.command.split()
+        child = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
+        process = subprocess.run(child, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+        if process.returncode:
+            raise SystemExit(f"{benchmark.command} failed")
+        all_results[benchmark.command] = json.loads(process.stdout)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(all_results))
         return
-    rows = [row for benchmark in BENCHMARKS for row in benchmark.rows(found[benchmark.words])]
-    print(figures.table(["", "found", "wanted"], rows))
+    rows = [
+        row for benchmark in BENCHMARKS for row in benchmark.rows(all_results[benchmark.command])
+    ]
+    print(command.table(["", "result", "target"], rows))
 
 
 if __name__ == "__main__":

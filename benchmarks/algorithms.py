@@ -1,23 +1,23 @@
-"""Accuracy of the strategies on handwriting, shared out to ten workers.
+"""Accuracy of the strategies on handwriting, partitioned among ten workers.
 
     python -m benchmarks.algorithms --json
     python -m benchmarks.algorithms --data letters --json
 
-Only the strategies are fluffle's: the workers are a few lines of NumPy here, softmax regression
-trained by plain SGD, so that a whole comparison takes a minute or two. Of the examples, 1,500 are
-for training and the rest for the test.
+Only the strategies are fluffle's. The workers are a few lines of NumPy here, softmax regression
+trained by plain SGD, so that a comparison takes a minute or two. 1,500 examples are training data,
+the rest test data.
 
-``digits``    scikit-learn's, 1,797 images of 8 by 8 pixels.
+``digits``    1,797 images of scikit-learn, 8 by 8 pixels.
 ``letters``   1,800 letters A to J as ``fluffle letters`` draws them, 180 by each of ten writers,
               scaled down to 20 by 20 pixels.
 
 The cases:
 
-``iid``       150 random images each.
-``writers``   of letters only: each worker has those of one writer.
-``shards``    images by label, two shards of them each: a worker has two to four of the ten labels.
-``uneven``    the same, and each worker trains for 1 to 5 epochs, by chance, in each round.
-``attacked``  as ``iid``, and two of the ten send ten times their update with its sign flipped.
+``iid``       Each worker has 150 random images.
+``writers``   Only for letters: each worker has the letters of one writer.
+``shards``    Each worker has two shards of the images sorted by label: two to four labels.
+``uneven``    Like ``shards``; in each round, each worker trains for a random 1 to 5 epochs.
+``attacked``  Like ``iid``, but two of the ten workers send their update times -10.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import command, figures
+from benchmarks import command
 from benchmarks.arrays import Array
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.names import named_strategy
@@ -61,7 +61,7 @@ _RATE, _BATCH = 0.1, 25
 
 @functools.cache
 def examples(data: str) -> tuple[Array, Array, Array]:
-    """Return inputs of shape [examples, pixels] in [0, 1], labels, and who wrote each."""
+    """Return inputs of shape [examples, pixels] in [0, 1], their labels and their writers."""
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -80,13 +80,13 @@ def examples(data: str) -> tuple[Array, Array, Array]:
     return np.array(inputs), np.array(labels), np.array(writers)
 
 
-class Shared:
-    """Examples shared out to workers.
+class Partitioned:
+    """The partitioned examples and the workers' training.
 
     Args:
         data: ``digits`` or ``letters``.
         case: one of the ``CASES`` of these data.
-        seed: decides who gets what, the orders of the batches, and how long each worker trains.
+        seed: determines the partition, the order of the batches and the numbers of epochs.
     """
 
     def __init__(self, data: str = "digits", case: str = "iid", seed: int = 0) -> None:
@@ -109,7 +109,7 @@ class Shared:
         self._shares = [(inputs[some], labels[some]) for some in np.split(places, WORKERS)]
 
     def updates(self, weights: Mapping[str, Array]) -> Iterator[Contribution]:
-        """Train all workers from these weights."""
+        """Yield the update of each worker, trained from these weights."""
         for worker, (inputs, labels) in enumerate(self._shares):
             epochs = int(self._numbers.integers(1, 6)) if self.case == "uneven" else 2
             delta, metrics = self._trained(weights, inputs, labels, epochs)
@@ -142,29 +142,29 @@ class Shared:
 
 
 def softmax(scores: Array) -> Array:
-    """Turn scores, shape [examples, classes], into shares that sum to 1."""
+    """Return the softmax of scores of shape [examples, classes]."""
     shares = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
 def accuracies(name: str, data: str, case: str, rounds: int, seed: int = 0) -> list[float]:
     """Return the accuracy after each round of a federation."""
-    shared, strategy = Shared(data, case, seed), named_strategy(name).strategy
+    workers, strategy = Partitioned(data, case, seed), named_strategy(name).strategy
     weights: Mapping[str, Array] = {
-        "kernel": np.zeros(shared.shape),
-        "bias": np.zeros(shared.shape[1]),
+        "kernel": np.zeros(workers.shape),
+        "bias": np.zeros(workers.shape[1]),
     }
     state, found = strategy.init(weights), []
     for _ in range(rounds):
-        for one in shared.updates(weights):
+        for one in workers.updates(weights):
             state = strategy.fold(state, one)
         weights, state = strategy.finish(state, weights)
-        found.append(shared.accuracy(weights))
+        found.append(workers.accuracy(weights))
     return found
 
 
 def measure(strategies: Sequence[str], data: str, rounds: int, seeds: int) -> dict[str, Any]:
-    """Run every strategy in every case, and average over the seeds."""
+    """Return the final accuracy of each strategy in each case, averaged over the seeds."""
 
     def averaged(name: str, case: str) -> float:
         last = [accuracies(name, data, case, rounds, seed)[-1] for seed in range(seeds)]
@@ -174,18 +174,18 @@ def measure(strategies: Sequence[str], data: str, rounds: int, seeds: int) -> di
     return {"data": data, "rounds": rounds, "seeds": seeds, "strategies": found}
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
-    cases = CASES[told["data"]]
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
+    cases = CASES[results["data"]]
     rows = [
         [name, *(f"{100 * one[case]:.1f}" for case in cases)]
-        for name, one in told["strategies"].items()
+        for name, one in results["strategies"].items()
     ]
-    return figures.table([f"accuracy after {told['rounds']} rounds, %", *cases], rows)
+    return command.table([f"accuracy after {results['rounds']} rounds, %", *cases], rows)
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark from the command line."""
     parser = command.parser("algorithms", __doc__)
     parser.add_argument("--data", choices=CASES, default="digits", help="what is read (digits)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each run (10)")

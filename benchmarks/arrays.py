@@ -1,6 +1,6 @@
-"""The weights of a model that learns nothing, and a training that takes next to no time.
+"""Weights of a given size, and a "training" that costs about as much as copying them.
 
-Only NumPy, since the workers of other systems use it too.
+Only NumPy is imported, because the workers of other systems use this module too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 TENSORS = 8
 _COLUMNS = 64
-_NOISE = 256 * 1024  # elements; together with a block of the result this stays in the cache
+_NOISE = 256 * 1024  # elements; noise and a block of the result fit into the CPU cache together
 
 
 def make_weights(size_bytes: int, seed: int = 0, tensors: int = TENSORS) -> dict[str, Array]:
-    """Make float32 tensors of ``size_bytes`` together: equal matrices, and a vector of the rest."""
+    """Return float32 tensors of ``size_bytes`` in total: equal matrices and one vector."""
     elements = max(1, size_bytes // 4)
     rows = elements // tensors // _COLUMNS
     rng = np.random.default_rng(seed)
@@ -35,20 +35,20 @@ def make_weights(size_bytes: int, seed: int = 0, tensors: int = TENSORS) -> dict
 
 @functools.cache
 def _noise() -> Array:
-    """Make the random numbers that everyone in this process perturbs with."""
+    """Return the random numbers that all perturbations in this process share."""
     return np.random.default_rng(0).standard_normal(2 * _NOISE, dtype=np.float32)
 
 
 class Perturbation:
-    """Adds fresh noise to weights, at about the cost of copying them.
+    """Adds noise to weights, at about the cost of copying them.
 
-    A block of random numbers is made once and used at another scale and from another place in every
-    round, so that no two rounds send the same values, and no two workers.
+    One block of random numbers is reused with a different scale and offset each time, so that no
+    two rounds and no two workers send the same values.
 
     Args:
-        seed: makes one worker's noise its own.
-        keep: write into the same arrays each time, since touching fresh memory costs more than the
-            sum does; where many workers share a process, memory is worth more than that.
+        seed: determines this worker's noise.
+        keep: whether to reuse the result's arrays. That is faster, because touching new memory
+            costs more than the sum, but holds memory in a process of many workers.
     """
 
     def __init__(self, seed: int, *, keep: bool = True) -> None:
@@ -57,17 +57,17 @@ class Perturbation:
         self._results: dict[str, Array] = {}
 
     def __call__(self, weights: Mapping[str, Array]) -> dict[str, Array]:
-        """Return weights that differ from these; where they are kept, good until the next call."""
+        """Return perturbed weights; with ``keep``, they are valid until the next call."""
         start = int(self._rng.integers(_NOISE))
         longest = min(_NOISE, max(tensor.size for tensor in weights.values()))
         scale = np.float32(self._rng.uniform(0.001, 0.01))
         noise = _noise()[start : start + longest] * scale
         results = self._results if self._keep else {}
         for name, tensor in weights.items():
-            known = results.get(name)
-            if known is None or known.shape != tensor.shape:
-                known = results[name] = np.empty(tensor.shape, np.float32)
-            _add(tensor.reshape(-1), noise, known.reshape(-1))
+            result = results.get(name)
+            if result is None or result.shape != tensor.shape:
+                result = results[name] = np.empty(tensor.shape, np.float32)
+            _add(tensor.reshape(-1), noise, result.reshape(-1))
         return dict(results)
 
 

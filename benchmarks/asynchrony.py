@@ -1,13 +1,15 @@
-"""Time to an accuracy with one worker that is ten times slower: synchronous and asynchronous.
+"""Time to reach an accuracy with one slow worker, in synchronous and asynchronous runs.
 
     python -m benchmarks.asynchrony --json
 
-Three quick workers and a slow one (``slow_digits``), each a process, a coordinator, and a RabbitMQ
-of their own. The same job runs with ``--schedule quorum``, which waits for all, and with
-``--schedule buffered``, until the coordinator's own test of a version is as good as the target. The
-time is from the opening of the first round to that version's commit. ``without`` is a third one,
-with a quorum of the quick ones: what the slow one's data are worth. It never counts them, and ends
-after as many versions as the asynchronous one had.
+Three fast workers and a slow one (``slow_digits``), a coordinator and a private RabbitMQ run as
+separate processes, until the coordinator's test of a version reaches the target accuracy. The time
+is from the opening of the first round to that version's commit. There are three jobs:
+
+``synchronous``  ``--schedule quorum``, which waits for all workers.
+``buffered``     ``--schedule buffered``.
+``without``      A quorum of the fast workers, for as many versions as ``buffered`` had. It never
+                 counts the slow worker and so shows what that worker's data contribute.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, figures
+from benchmarks import command, stats
 from benchmarks.logs import read_events
 from benchmarks.processes import FLUFFLE, ROOT, Died, Programs, machine, private_broker, scratch
 from benchmarks.slow_digits import SLOW, WORKERS
@@ -30,14 +32,14 @@ _MOST_VERSIONS = 500
 _TASK = "benchmarks.slow_digits"
 
 
-def job(folder: Path, url: str, options: argparse.Namespace, *words: object) -> dict[str, Any]:
-    """Run the job once.
+def job(folder: Path, url: str, options: argparse.Namespace, *arguments: object) -> dict[str, Any]:
+    """Run one job.
 
     Args:
-        folder: made here; for the run and the logs.
-        url: the broker.
-        options: of the benchmark.
-        words: the coordinator's options that differ.
+        folder: the folder to create for the run and the logs.
+        url: the address of the broker.
+        options: the options of the benchmark.
+        arguments: the options of the coordinator that differ between jobs.
     """
     folder.mkdir()
     common = ("--federation", folder.name, "--url", url, "--log-format", "json")
@@ -46,7 +48,7 @@ def job(folder: Path, url: str, options: argparse.Namespace, *words: object) -> 
             "coordinator", *FLUFFLE, "coordinator", *common, "--run", folder / "run",
             "--min-workers", WORKERS, "--rounds", _MOST_VERSIONS, "--learning-rate", 0.01,
             "--evaluate", f"{ROOT / 'benchmarks/slow_digits.py'}:test",
-            "--monitor", "test/accuracy", "--target", options.target, *words,
+            "--monitor", "test/accuracy", "--target", options.target, *arguments,
         )  # fmt: skip
         for number in range(WORKERS):
             train_s = options.train_s * (options.slower if number == SLOW else 1)
@@ -57,23 +59,23 @@ def job(folder: Path, url: str, options: argparse.Namespace, *words: object) -> 
         if coordinator.wait(_PATIENCE_S):
             raise Died(programs.log("coordinator").read_text()[-2000:])
         events, _ = read_events(programs.log("coordinator"), 0)
-    opened = next(when for when, told in events if told["event"] == "opened")
-    committed = max(when for when, told in events if told["event"] == "committed")
-    test = [told["metrics"] for _, told in events if told["event"] == "tested"][-1]
+    opened = next(when for when, event in events if event["event"] == "opened")
+    committed = max(when for when, event in events if event["event"] == "committed")
+    test = [event["metrics"] for _, event in events if event["event"] == "tested"][-1]
     return {
         "seconds": round(committed - opened, 3),
-        "test": {name: round(found, 4) for name, found in test.items()},
+        "test": {name: round(value, 4) for name, value in test.items()},
         **_history(folder / "run/history.jsonl"),
     }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the three jobs."""
+    """Run the three jobs and return their results."""
     before = machine()
     with scratch() as folder, private_broker(folder / "state") as broker:
 
-        def timed(name: str, *words: object) -> dict[str, Any]:
-            return job(folder / name, broker.url, options, *words)
+        def timed(name: str, *arguments: object) -> dict[str, Any]:
+            return job(folder / name, broker.url, options, *arguments)
 
         synchronous = timed("synchronous", "--quorum", "all")
         buffered = timed("buffered", "--schedule", "buffered", "--buffer", options.buffer)
@@ -87,70 +89,79 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "synchronous": synchronous,
         "buffered": buffered,
         "without": without,
-        "ratio": figures.ratio([buffered["seconds"]], [synchronous["seconds"]]),
+        "ratio": stats.ratio([buffered["seconds"]], [synchronous["seconds"]]),
         "machine": before,
     }
 
 
 def _history(file: Path) -> dict[str, Any]:
-    """Read from the history how good the last version is, and how the slow worker counted."""
+    """Return from the history the number of updates, and the staleness of the slow worker's."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     commits = [line for line in lines if line["event"] == "committed"]
-    slow = [one for line in commits for one in line["participants"] if one["worker"] == f"w{SLOW}"]
-    staleness = Counter(one.get("staleness", 0) for one in slow)
+    slow = [
+        participant
+        for line in commits
+        for participant in line["participants"]
+        if participant["worker"] == f"w{SLOW}"
+    ]
+    staleness = Counter(participant.get("staleness", 0) for participant in slow)
     return {
         "versions": len(commits),
         "updates": sum(len(line["participants"]) for line in commits),
         "slow": {
             "counted": len(slow),
-            "staleness": {str(one): times for one, times in sorted(staleness.items())},
+            "staleness": {str(age): count for age, count in sorted(staleness.items())},
             "mean_discount": round(
-                statistics.fmean([one.get("discount", 1.0) for one in slow] or [0]), 3
+                statistics.fmean([participant.get("discount", 1.0) for participant in slow] or [0]),
+                3,
             ),
         },
     }
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     rows = [
         [
             name,
-            one["seconds"],
-            one["versions"],
-            one["updates"],
-            f"{one['test']['accuracy']:.3f}",
-            f"{one['test']['slow']:.3f}",
-            one["slow"]["counted"],
-            one["slow"]["mean_discount"],
+            run["seconds"],
+            run["versions"],
+            run["updates"],
+            f"{run['test']['accuracy']:.3f}",
+            f"{run['test']['slow']:.3f}",
+            run["slow"]["counted"],
+            run["slow"]["mean_discount"],
         ]
         for name in ("synchronous", "buffered", "without")
-        for one in [told[name]]
+        for run in [results[name]]
     ]
     head = [
-        f"to an accuracy of {told['target']:g}",
+        f"until accuracy {results['target']:g}",
         "seconds",
         "versions",
         "updates",
         "accuracy",
-        "of 8 and 9",
-        "slow one counted",
-        "its mean discount",
+        "on 8 and 9",
+        "slow updates",
+        "mean discount",
     ]
-    old = ", ".join(f"{s}: {n}" for s, n in told["buffered"]["slow"]["staleness"].items())
+    staleness = results["buffered"]["slow"]["staleness"]
+    ages = ", ".join(f"{age}: {count}" for age, count in staleness.items())
     return (
-        f"{figures.table(head, rows)}\nbuffered over synchronous: {told['ratio']:.2f}\n"
-        f"how many versions old the slow one's updates were, and how often: {old}"
+        f"{command.table(head, rows)}\ntime of buffered over synchronous: {results['ratio']:.2f}\n"
+        f"the slow worker's updates by staleness in versions: {ages}"
     )
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark from the command line."""
     parser = command.parser("asynchrony", __doc__)
-    parser.add_argument("--target", type=float, default=0.92, help="accuracy of the test (0.92)")
-    parser.add_argument("--train-s", type=float, default=0.2, help="of a quick worker (0.2)")
-    parser.add_argument("--slower", type=float, default=10, help="how much the slow one is (10)")
-    parser.add_argument("--buffer", type=int, default=SLOW, help=f"updates a version ({SLOW})")
+    parser.add_argument("--target", type=float, default=0.92, help="test accuracy to reach (0.92)")
+    parser.add_argument(
+        "--train-s", type=float, default=0.2, help="training time of a fast worker (0.2)"
+    )
+    parser.add_argument("--slower", type=float, default=10, help="factor for the slow worker (10)")
+    parser.add_argument("--buffer", type=int, default=SLOW, help=f"updates per version ({SLOW})")
     options = parser.parse_args()
     command.show(measure(options), options, as_text)
 

@@ -1,21 +1,21 @@
-"""What encoding the updates saves, and what it costs: one job, trained once with each encoding.
+"""Bytes saved and accuracy lost by each encoding of the updates.
 
     python -m benchmarks.compression --seeds 1,2,3
     python -m benchmarks.compression --seeds 1,2,3 --job digits --rounds 8 --epochs 3
 
-A simulation in one process: the workers' own ``job.execute`` with the real task, the wire's layout,
-the coordinator's ``decode_contribution`` and ``fedavg``; only the broker is left out, which changes
-no byte.
-Accuracy is that of the last round's model on what no worker has seen: another writer's letters, or
-a fifth of scikit-learn's digits. Bytes are those of the tensors of one update. Encoding and
-decoding are timed on noise.
+One job is trained once with each encoding, simulated in one process: the workers' ``job.execute``
+with the real task, the messages' layout, the coordinator's ``decode_contribution`` and ``fedavg``.
+Only the broker is left out, which changes no byte.
+
+Accuracy is that of the last model on data that no worker has: another writer's letters, or a fifth
+of scikit-learn's digits. Bytes are those of the tensors of one update. Encoding and decoding are
+timed on noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import command, figures
+from benchmarks import command
 from benchmarks.processes import scratch
 from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Compression, Fit, Plan, Update
-from fluffle_common.tensors.compression import compress, decompress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, execute
@@ -42,7 +43,7 @@ ENCODINGS = (PLAIN, "bf16", "f16", "int8", "topk:0.1", "topk:0.01")
 
 
 class Federation:
-    """Workers of one process, their residuals, and the average of what they send."""
+    """Simulated workers with their residuals, and the average of their updates."""
 
     def __init__(self, tasks: Sequence[Task], plan: Plan) -> None:
         self.weights = dict(tasks[0].init(plan.seed))
@@ -50,23 +51,23 @@ class Federation:
         self._residuals = [Residual() for _ in tasks]
 
     def round(self, number: int) -> int:
-        """Train, send and average once; return the bytes of the largest update."""
+        """Run one round; return the size of the largest update in bytes."""
         state, largest = fedavg.init(self.weights), 0
         for place, task in enumerate(self._tasks):
             message, payload = self._update(place, task, number)
             delta, _ = decode_contribution(message, payload, self.weights)
-            one = Contribution(
+            contribution = Contribution(
                 worker=message.worker, num_examples=message.num_examples, delta=delta
             )
-            state = fedavg.fold(state, one)
+            state = fedavg.fold(state, contribution)
             largest = max(largest, len(payload))
         self.weights, _ = fedavg.finish(state, self.weights)
         return largest
 
     def _update(self, place: int, task: Task, number: int) -> tuple[Update, memoryview]:
-        of = {"run": "r", "round": number, "base": f"b{number - 1}"}
-        fit = Fit(federation="bench", **of, evaluate=False, plan=self._plan)
-        job = Job(Work("fit", **of), fit, self.weights)
+        ids = {"run": "r", "round": number, "base": f"b{number - 1}"}
+        fit = Fit(federation="bench", **ids, evaluate=False, plan=self._plan)
+        job = Job(Work("fit", **ids), fit, self.weights)
         execute(
             job,
             task,
@@ -79,13 +80,13 @@ class Federation:
         assert job.answer is not None
         message, tensors = job.answer
         table, pieces = lay_out(tensors)
-        told, payload = decode(encode(message.model_copy(update={"tensors": table}), pieces))
-        assert isinstance(told, Update)
-        return told, payload
+        received, payload = decode(encode(message.model_copy(update={"tensors": table}), pieces))
+        assert isinstance(received, Update)
+        return received, payload
 
 
 def letters(folder: Path, clients: int, per_client: int, seed: int) -> tuple[list[Task], Task]:
-    """Draw letters; return the tasks of the workers, and one of a writer apart to evaluate with."""
+    """Draw letters; return the workers' tasks, and a task that evaluates on another writer's."""
     from fluffle_worker.letters.handwriting.drawing import draw_letters
     from fluffle_worker.letters.images import read_images
     from fluffle_worker.letters.task import letters_task
@@ -100,73 +101,74 @@ def letters(folder: Path, clients: int, per_client: int, seed: int) -> tuple[lis
 
 
 def digits(clients: int, seed: int) -> tuple[list[Task], Task]:
-    """Return the tasks of workers with a share of the digits each, and one to evaluate with."""
+    """Return the workers' tasks, and a task that evaluates on the remaining digits."""
     from sklearn.datasets import load_digits
 
     from examples.digits import digits_task
 
-    found = load_digits()
-    order = np.random.default_rng(seed).permutation(len(found.target))
-    pixels, targets = (found.data / 16).astype(np.float32)[order], found.target[order]
-    apart = len(order) // 5
-    unseen, seen = (pixels[:apart], targets[:apart]), (pixels[apart:], targets[apart:])
-    shares = [(seen[0][place::clients], seen[1][place::clients]) for place in range(clients)]
+    inputs, targets = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(targets))
+    inputs, targets = (inputs / 16).astype(np.float32)[order], targets[order]
+    held_out = len(order) // 5
+    unseen = inputs[:held_out], targets[:held_out]
+    inputs, targets = inputs[held_out:], targets[held_out:]
+    shares = [(inputs[place::clients], targets[place::clients]) for place in range(clients)]
     tasks = [digits_task(share, None, place) for place, share in enumerate(shares)]
     return tasks, digits_task(shares[0], unseen, 0)
 
 
 def one_run(tasks: Sequence[Task], judge: Task, plan: Plan, rounds: int) -> dict[str, Any]:
-    """Train with one encoding."""
+    """Train with one encoding; ``judge`` evaluates the model after each round."""
     federation = Federation(tasks, plan)
     accuracies, nbytes = [], 0
     for number in range(1, rounds + 1):
         nbytes = federation.round(number)
-        found = judge.evaluate(federation.weights)
-        assert found is not None
-        accuracies.append(round(found.metrics["accuracy"], 4))
+        result = judge.evaluate(federation.weights)
+        assert result is not None
+        accuracies.append(round(result.metrics["accuracy"], 4))
     return {
         "accuracies": accuracies,
-        "loss": round(found.loss, 4),
+        "loss": round(result.loss, 4),
         "update_bytes": nbytes,
         "model_bytes": size_bytes(federation.weights),
     }
 
 
-def seconds_a_100_mb(how: str, weights: Weights) -> tuple[float, float]:
-    """Return what encoding and decoding 100 MB of the weights take, once both are warm."""
+def seconds_a_100_mb(encoding: str, weights: Weights) -> tuple[float, float]:
+    """Return the seconds to encode and to decode 100 MB, after a warm-up."""
     scale = 100e6 / size_bytes(weights)
-    tensors, left = compress(weights, how, {})
+    _, residual = compress(weights, encoding, {})
     began = time.perf_counter()
-    tensors, left = compress(weights, how, left)
+    tensors, _ = compress(weights, encoding, residual)
     encoded = time.perf_counter()
-    decompress(tensors, encoding_of(how), weights)
+    decompress(tensors, encoding_of(encoding), weights)
     return scale * (encoded - began), scale * (time.perf_counter() - encoded)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Train with every encoding, for every seed."""
+    """Train with each encoding and seed, and time each encoding."""
     from benchmarks.arrays import make_weights
 
-    runs: dict[str, list[dict[str, Any]]] = {how: [] for how in options.encodings}
+    runs: dict[str, list[dict[str, Any]]] = {encoding: [] for encoding in options.encodings}
     for seed in options.seeds:
         if options.job == "digits":
             tasks, judge = digits(options.workers, seed)
         else:
             with scratch() as folder:
                 tasks, judge = letters(folder / "data", options.workers, options.per_client, seed)
-        for how in options.encodings:
-            print(f"seed {seed}, {how}", file=sys.stderr, flush=True)
+        for encoding in options.encodings:
+            command.report(f"seed {seed}, {encoding}")
             plan = Plan(
                 seed=seed,
                 epochs=options.epochs,
-                compress=None if how == PLAIN else Compression.parse(how),
+                compress=None if encoding == PLAIN else Compression.parse(encoding),
             )
-            runs[how].append(one_run(tasks, judge, plan, options.rounds))
+            runs[encoding].append(one_run(tasks, judge, plan, options.rounds))
     weights = make_weights(int(options.size_mb * 1e6))
     times = {
-        how: [round(seconds, 3) for seconds in seconds_a_100_mb(how, weights)]
-        for how in options.encodings
-        if how != PLAIN
+        encoding: [round(seconds, 3) for seconds in seconds_a_100_mb(encoding, weights)]
+        for encoding in options.encodings
+        if encoding != PLAIN
     }
     return {
         "job": options.job,
@@ -178,47 +180,53 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     rows = []
-    for how, runs in told["runs"].items():
+    for encoding, runs in results["runs"].items():
         last = [100 * run["accuracies"][-1] for run in runs]
-        nbytes, whole = runs[0]["update_bytes"], runs[0]["model_bytes"]
+        nbytes, plain = runs[0]["update_bytes"], runs[0]["model_bytes"]
         loss = statistics.mean(run["loss"] for run in runs)
-        found = (nbytes, nbytes / whole, statistics.mean(last), min(last), max(last), loss)
-        rows.append([how, *found, *told["encode_decode_s_a_100_mb"].get(how, (None, None))])
-    head = ["encoding", "bytes an update", "of plain", "accuracy %", "least", "most", "loss"]
-    run = f"{told['workers']} workers, {told['rounds']} rounds, seeds {told['seeds']}"
+        times = results["encode_decode_s_a_100_mb"].get(encoding, (None, None))
+        accuracies = statistics.mean(last), min(last), max(last)
+        rows.append([encoding, nbytes, nbytes / plain, *accuracies, loss, *times])
+    head = ["encoding", "bytes/update", "of plain", "accuracy %", "lowest", "highest", "loss"]
+    run = f"{results['workers']} workers, {results['rounds']} rounds, seeds {results['seeds']}"
     return (
-        f"{told['job']}, {run}\n"
-        f"{figures.table([*head, 'encode s/100 MB', 'decode s/100 MB'], rows)}"
+        f"{results['job']}, {run}\n"
+        f"{command.table([*head, 'encode s/100 MB', 'decode s/100 MB'], rows)}"
     )
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark from the command line."""
     parser = command.parser("compression", __doc__)
     parser.add_argument("--job", choices=["letters", "digits"], default="letters", help="(letters)")
-    parser.add_argument("--workers", type=int, default=3, help="how many workers (3)")
-    parser.add_argument("--epochs", type=int, default=1, help="local epochs of a round (1)")
-    parser.add_argument("--per-client", type=int, default=250, help="letters of each (250)")
-    parser.add_argument("--rounds", type=int, default=6, help="how many rounds (6)")
+    parser.add_argument("--workers", type=int, default=3, help="number of workers (3)")
+    parser.add_argument("--epochs", type=int, default=1, help="local epochs per round (1)")
+    parser.add_argument("--per-client", type=int, default=250, help="letters per worker (250)")
+    parser.add_argument("--rounds", type=int, default=6, help="number of rounds (6)")
     parser.add_argument(
         "--seeds",
         type=lambda text: [int(each) for each in text.split(",")],
         default=[1],
-        help="of data and first weights, such as 1,2,3 (1)",
+        help="seeds of data and initial weights, such as 1,2,3 (1)",
     )
     parser.add_argument(
         "--encodings",
         type=lambda text: text.split(","),
         default=list(ENCODINGS),
-        help=f"which ({','.join(ENCODINGS)})",
+        help=f"encodings ({','.join(ENCODINGS)})",
     )
-    parser.add_argument("--size-mb", type=float, default=100.0, help="for the times (100)")
+    parser.add_argument(
+        "--size-mb",
+        type=float,
+        default=100.0,
+        help="size of the noise to encode (100)",
+    )
     options = parser.parse_args()
-    told = measure(options)
-    command.show(told, options, as_text)
+    results = measure(options)
+    command.show(results, options, as_text)
 
 
 if __name__ == "__main__":

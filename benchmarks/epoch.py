@@ -1,15 +1,15 @@
-"""One local fit of the letters, beside a bare jitted loop; and what a worker's start takes.
+"""Time of local training on the letters, relative to a bare jitted loop, and of a worker's start.
 
     python -m benchmarks.epoch --examples 250 --epochs 1
     python -m benchmarks.epoch --data data/client-1 --start-up
 
-The bare loop is what one writes without a framework: the same nnx model, split once; one jitted
-step of gather, augmentation, gradient and Adam; data on the device; the same order of the same
-batches; nothing reported and nothing checked, and one wait at the end. fluffle's side is
-``LettersTask.train``, from named NumPy arrays to named NumPy arrays. Both in one process, in turn.
+The bare loop is what one would write by hand: the same NNX model, split once; one jitted step of
+gather, augmentation, gradient and Adam; data on the device; the same batches in the same order; no
+checks and no reports, and one wait at the end. fluffle's side is ``LettersTask.train``, from named
+NumPy arrays to named NumPy arrays. Both run in one process, in turn.
 
-``--start-up`` times a worker process of the letters from its start to its first sign of life and to
-the first weights in the coordinator, as the coordinator sees them, and what importing takes.
+``--start-up`` also times a worker process from its start until the coordinator has its first
+heartbeat and its first weights, and times the imports.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, figures
+from benchmarks import command, stats
 from benchmarks.logs import read_events
 from benchmarks.processes import FLUFFLE, Programs, private_broker, scratch
 
@@ -36,8 +36,8 @@ def bare_loop(task: Any, plan: Any) -> Callable[[Mapping[str, Any]], float]:
     """Return ``weights -> mean loss`` for the task's data, augmentation and batches.
 
     Args:
-        task: a ``LettersTask``: its arrays on the device and its order of batches are shared.
-        plan: how many epochs, which batch size.
+        task: a ``LettersTask``, whose arrays on the device and order of batches are reused.
+        plan: the number of epochs and the batch size.
     """
     import jax
     import jax.numpy as jnp
@@ -75,7 +75,7 @@ def bare_loop(task: Any, plan: Any) -> Callable[[Mapping[str, Any]], float]:
 
 
 def local_fit(options: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Train both ways in turn; the first time of each, which compiles, is told apart."""
+    """Train with both in turn; the first time of each, which includes compiling, is separate."""
     from fluffle_common.protocol.messages import Plan
     from fluffle_worker.letters.task import task as make
     from fluffle_worker.task import TaskOptions
@@ -84,35 +84,35 @@ def local_fit(options: argparse.Namespace, data: Path) -> dict[str, Any]:
     plan = Plan(epochs=options.epochs, batch_size=options.batch_size)
     weights = task.init(0)
     bare = bare_loop(task, plan)
-    works: dict[str, Callable[[], object]] = {
+    functions: dict[str, Callable[[], object]] = {
         "bare": lambda: bare(weights),
         "fluffle": lambda: task.train(weights, plan, lambda *_: None),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for name, _ in figures.interleaved(list(works), [1] * (options.repeats + 1)):
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for name, _ in stats.interleaved(list(functions), [1] * (options.repeats + 1)):
         began = time.perf_counter()
-        works[name]()
+        functions[name]()
         seconds[name].append(time.perf_counter() - began)
     later = {name: times[1:] for name, times in seconds.items()}
     return {
         "examples": task.num_examples,
         "steps": task._data.steps(plan),
-        **{name: figures.summary(times) for name, times in later.items()},
+        **{name: stats.summary(times) for name, times in later.items()},
         "first_s": {name: round(times[0], 3) for name, times in seconds.items()},
-        "ratio": round(figures.ratio(later["fluffle"], later["bare"]), 3),
+        "ratio": round(stats.ratio(later["fluffle"], later["bare"]), 3),
     }
 
 
 def start_up(folder: Path, data: Path, repeats: int) -> dict[str, Any]:
-    """Start a worker again and again, each time for a new coordinator, and time what it says."""
-    found: dict[str, list[float]] = {name: [] for name in _FIRST.values()}
+    """Start a worker repeatedly, each time with a new coordinator; return median times."""
+    times: dict[str, list[float]] = {name: [] for name in _FIRST.values()}
     with private_broker(folder / "state") as broker:
         for number in range(repeats + 1):
             with Programs(folder) as programs:
-                told = _one_start(programs, broker.url, f"start{number}", data)
-            for name, seconds in told.items():
-                if number:  # the first one compiles what the later ones find in the cache
-                    found[name].append(seconds)
+                first = _one_start(programs, broker.url, f"start{number}", data)
+            for name, seconds in first.items():
+                if number:  # the first start fills the compilation cache
+                    times[name].append(seconds)
     imports = {
         module: round(statistics.median(_import_s(module) for _ in range(repeats)), 3)
         for module in (
@@ -121,7 +121,7 @@ def start_up(folder: Path, data: Path, repeats: int) -> dict[str, Any]:
             "fluffle_worker.tasks.flax",
         )
     }
-    medians = {name: round(statistics.median(times), 3) for name, times in found.items()}
+    medians = {name: round(statistics.median(each), 3) for name, each in times.items()}
     return {**medians, "import_s": imports}
 
 
@@ -132,20 +132,20 @@ def _one_start(programs: Programs, url: str, federation: str, data: Path) -> dic
         "--rounds", 1, "--quorum", 1,
     )  # fmt: skip
     log, offset = programs.log("coordinator"), 0
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     began, latest = 0.0, time.monotonic() + _LATE_S
-    while len(found) < len(_FIRST):
+    while len(times) < len(_FIRST):
         events, offset = read_events(log, offset)
-        for when, told in events:
-            if told["event"] == "connected":
+        for when, event in events:
+            if event["event"] == "connected":
                 began = time.time()
                 programs.start("worker", *FLUFFLE, "worker", *common, "--data", data)
-            elif told["event"] in _FIRST:
-                found[_FIRST[told["event"]]] = when - began
+            elif event["event"] in _FIRST:
+                times[_FIRST[event["event"]]] = when - began
         if time.monotonic() > latest:
-            raise TimeoutError(f"the worker has not started; look into {programs.folder}")
+            raise TimeoutError(f"no worker after {_LATE_S:.0f} s; see {programs.folder}")
         time.sleep(_LOOK_S)
-    return found
+    return times
 
 
 def _import_s(module: str) -> float:
@@ -154,27 +154,31 @@ def _import_s(module: str) -> float:
     return time.monotonic() - began
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
-    rows = [[name, told[name]["median_s"], told["first_s"][name]] for name in ("bare", "fluffle")]
-    head = [f"{told['steps']} steps, {told['examples']} examples", "median s", "first s"]
-    lines = [figures.table(head, rows), f"ratio {told['ratio']:.2f}"]
-    if "start_up" in told:
-        told = told["start_up"]
-        lines.append(f"start-up: first sign of life {told['first_sign_s']} s, ")
-        lines.append(f"first weights {told['first_weights_s']} s; imports: {told['import_s']}")
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
+    rows = [
+        [name, results[name]["median_s"], results["first_s"][name]] for name in ("bare", "fluffle")
+    ]
+    head = [f"{results['steps']} steps, {results['examples']} examples", "median s", "first s"]
+    lines = [command.table(head, rows), f"ratio {results['ratio']:.2f}"]
+    if "start_up" in results:
+        start = results["start_up"]
+        lines.append(f"start-up: first heartbeat after {start['first_sign_s']} s")
+        lines.append(
+            f"first weights after {start['first_weights_s']} s; imports: {start['import_s']}"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark from the command line."""
     parser = command.parser("epoch", __doc__)
     parser.add_argument("--data", type=Path, help="a folder <class>/<image> (default: drawn)")
-    parser.add_argument("--examples", type=int, default=250, help="letters drawn (250)")
+    parser.add_argument("--examples", type=int, default=250, help="number of letters to draw (250)")
     parser.add_argument("--epochs", type=int, default=1, help="local epochs (1)")
     parser.add_argument("--batch-size", type=int, default=32, help="batch size (32)")
-    parser.add_argument("--repeats", type=int, default=9, help="how often (9)")
-    parser.add_argument("--start-up", action="store_true", help="time a worker's start as well")
+    parser.add_argument("--repeats", type=int, default=9, help="repetitions (9)")
+    parser.add_argument("--start-up", action="store_true", help="also time a worker's start")
     options = parser.parse_args()
     with scratch() as folder:
         data = options.data
@@ -183,10 +187,10 @@ def main() -> None:
 
             draw_letters(folder / "data", clients=1, per_client=options.examples, seed=1)
             data = folder / "data" / "client-1"
-        told = local_fit(options, data)
+        results = local_fit(options, data)
         if options.start_up:
-            told["start_up"] = start_up(folder, data.resolve(), 3)
-    command.show(told, options, as_text)
+            results["start_up"] = start_up(folder, data.resolve(), 3)
+    command.show(results, options, as_text)
 
 
 if __name__ == "__main__":

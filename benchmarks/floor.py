@@ -1,16 +1,16 @@
-"""The floor: the bytes of a federated round, sent by bare aio-pika, and nothing else.
+"""The floor: the bytes of a federated round, sent with bare aio-pika.
 
-A coordinator publishes a model once, transient, to the inboxes of all workers; each worker sends as
-many bytes back; the coordinator acknowledges what comes. Nothing is encoded, decoded, added up or
-written to a file. It is as fluffle's rounds are in what the broker is asked for: the same classic
-(or quorum) queues, confirms on, bodies up to the size of a part whole and durable, larger ones in
-parts, a few on their way at a time; parts are transient, as fluffle's are, unless told otherwise.
+A coordinator publishes a model once, transient, to the inboxes of all workers. Each worker sends as
+many bytes back, and the coordinator acknowledges them. Nothing is encoded, decoded, summed or
+written to a file. The broker gets the same work as from fluffle: the same classic (or quorum)
+queues, publisher confirms, small bodies whole and durable, larger ones in parts with a few
+unconfirmed at a time. Parts are transient, like fluffle's, unless ``durable_parts`` is set.
 
     python -m benchmarks.floor '{"url": …}' coordinator
     python -m benchmarks.floor '{"url": …}' 1
 
-The coordinator reads how many rounds to run from its standard input, a number a line, and answers
-each with a line: the list of their seconds, as JSON.
+The coordinator reads numbers of rounds from its standard input, one per line, and answers each with
+a line: the seconds of these rounds as a JSON list.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Spec:
     """What is sent.
 
     Args:
-        url: the broker.
-        workers: how many send it back.
-        size_bytes: of the model, and of each answer.
-        queue_type: classic or quorum.
-        part_bytes: a larger body is sent in parts of this size.
-        window: how many parts may be unconfirmed.
-        durable_parts: whether the parts of the answers are durable.
+        url: the address of the broker.
+        workers: the number of workers.
+        size_bytes: the size of the model and of each answer.
+        queue_type: ``classic`` or ``quorum``.
+        part_bytes: the size of a part; larger bodies are sent in parts.
+        window: the largest number of unconfirmed parts.
+        durable_parts: whether the parts of answers are durable.
     """
 
     url: str
@@ -61,44 +61,44 @@ class Spec:
 
     @property
     def parts(self) -> int:
-        """Of a model, and of each answer."""
+        """The number of parts of the model and of each answer."""
         return -(-self.size_bytes // self.part_bytes)
 
     @property
     def answer_mode(self) -> aio_pika.DeliveryMode:
-        """How an answer is sent."""
+        """The delivery mode of an answer."""
         durable = self.parts == 1 or self.durable_parts
         return aio_pika.DeliveryMode.PERSISTENT if durable else aio_pika.DeliveryMode.NOT_PERSISTENT
 
     def bodies(self) -> list[bytes]:
-        """Make a model's bytes."""
+        """Return random bodies of a model's size."""
         starts = range(0, self.size_bytes, self.part_bytes)
         return [os.urandom(min(self.part_bytes, self.size_bytes - start)) for start in starts]
 
     def json(self) -> str:
-        """Write it for the command line."""
+        """Return the spec as JSON for the command line."""
         return json.dumps(asdict(self))
 
 
 async def publish_all(publish: Publish, bodies: Sequence[bytes], window: int) -> None:
-    """Publish bodies in order and wait until all are confirmed; ``window`` at a time."""
+    """Publish bodies in order, ``window`` at a time, and wait until all are confirmed."""
     if len(bodies) == 1:
         await publish(bodies[0])
         return
-    room = asyncio.Semaphore(window)
+    window_slots = asyncio.Semaphore(window)
 
-    async def one(body: bytes) -> None:
+    async def publish_one(body: bytes) -> None:
         await publish(body)
-        room.release()
+        window_slots.release()
 
     async with asyncio.TaskGroup() as group:
         for body in bodies:
-            await room.acquire()
-            group.create_task(one(body))
+            await window_slots.acquire()
+            group.create_task(publish_one(body))
 
 
 async def work(spec: Spec, number: int) -> None:
-    """Be a worker: answer every model, until killed."""
+    """Run a worker, which answers each model, until killed."""
     connection = await aio_pika.connect(spec.url)
     sending = await connection.channel(publisher_confirms=True)
     reading = await connection.channel(publisher_confirms=False)
@@ -128,7 +128,7 @@ async def work(spec: Spec, number: int) -> None:
 
 
 async def coordinate(spec: Spec) -> None:
-    """Be the coordinator: run as many rounds as is asked, again and again, until killed."""
+    """Run the coordinator, which runs rounds on request, until killed."""
     connection = await aio_pika.connect(spec.url)
     sending = await connection.channel(publisher_confirms=True)
     reading = await connection.channel(publisher_confirms=False)
@@ -156,9 +156,9 @@ async def coordinate(spec: Spec) -> None:
     await updates.consume(take)
     model = spec.bodies()
     print("ready", flush=True)
-    while asked := await asyncio.to_thread(sys.stdin.readline):
+    while rounds := await asyncio.to_thread(sys.stdin.readline):
         seconds = []
-        for _ in range(int(asked)):
+        for _ in range(int(rounds)):
             began = time.monotonic()
             missing = spec.workers * spec.parts
             complete.clear()
@@ -169,7 +169,7 @@ async def coordinate(spec: Spec) -> None:
 
 
 def main() -> None:
-    """Be who the command line says."""
+    """Run the role that the command line names."""
     spec, role = Spec(**json.loads(sys.argv[1])), sys.argv[2]
     asyncio.run(coordinate(spec) if role == "coordinator" else work(spec, int(role)))
 

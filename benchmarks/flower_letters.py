@@ -1,25 +1,24 @@
-"""The whole letters job on fluffle and on Flower's two engines; a part of ``flower``.
+"""The whole letters job on fluffle and on Flower's two engines; part of ``flower``.
 
-All train the same network on the same images, in batches of the same size, for as many rounds, each
-with an evaluation on every client. A job lasts from the start of its first process to the saved
-model; one job of each comes before those that are timed. Flower's clients train by what Flax's
-tutorials show and JAX as it comes (see ``flower_side.letters``). What fluffle owes to its local
-epoch and to keeping what is compiled is told apart: *fluffle, first run* has nothing compiled yet,
-and *flower direct, fluffle's epoch* has Flower's clients borrow fluffle's task and its cache.
+All sides train the same network on the same images with the same batch size and number of rounds,
+and evaluate on every client. A job lasts from the start of its first process to the saved model.
+The first job of each side is not timed. Flower's clients train as in Flax's tutorials, with JAX's
+defaults (see ``flower_side.letters``). Two more variants separate the effects of fluffle's local
+training and its compilation cache: *fluffle, first run* starts with an empty cache, and in *flower
+direct, fluffle's epoch* Flower's clients use fluffle's task and cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, letters_job
-from benchmarks.flower_sides import start_direct, start_production
+from benchmarks import command, letters_job, stats
+from benchmarks.flower_engines import start_direct, start_production
 from benchmarks.processes import ROOT, Died, Programs, private_broker, scratch
 
 ROUNDS = 6
@@ -39,24 +38,24 @@ def flower_job(
 
     Args:
         start: starts that engine.
-        python: that of Flower's environment.
-        folder: made here; for logs and the model.
-        clients: the data of each.
-        cache: where what is compiled is kept; None: clients that keep nothing.
+        python: the Python of Flower's environment.
+        folder: the folder to create for logs and the model.
+        clients: the data folder of each client.
+        cache: the compilation cache, for clients that use fluffle's task; None for plain clients.
     """
     folder.mkdir()
     out, stamps = folder / "model.npz", folder / "stamps"
     stamps.touch()
-    told = {"clients": len(clients), "rounds": ROUNDS, "out": str(out), "stamps": str(stamps)}
-    told |= {"gate": "", "data": str(clients[0])}
+    config = {"clients": len(clients), "rounds": ROUNDS, "out": str(out), "stamps": str(stamps)}
+    config |= {"gate": "", "data": str(clients[0])}
     env = {"XDG_CACHE_HOME": str(cache or folder), "PYTHONPATH": ":".join(map(str, _TASK))}
     with Programs(folder, env) as programs:
         began = time.monotonic()
         plain = cache is None
-        start(programs, python, told, [{"data": str(data), "plain": plain} for data in clients])
+        start(programs, python, config, [{"data": str(data), "plain": plain} for data in clients])
         while len(stamps.read_text().splitlines()) < ROUNDS or not out.exists():
             if time.monotonic() > began + _LATE_S:
-                raise Died(f"no model after {_LATE_S:.0f} s; look into {folder}")
+                raise Died(f"no model after {_LATE_S:.0f} s; see {folder}")
             time.sleep(_LOOK_S)
         saved = time.monotonic() - began
     rounds = [float(line.split()[0]) - began for line in stamps.read_text().splitlines()]
@@ -64,44 +63,44 @@ def flower_job(
 
 
 def jobs(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the jobs of all of them in turn."""
+    """Run the job on all sides in turn and return the results."""
     from fluffle_worker.letters.handwriting.drawing import draw_letters
 
     names = [FLUFFLE, FIRST, DIRECT, BORROWING] + [PRODUCTION] * (not options.direct_only)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    by_side: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with scratch(options.folder) as folder, private_broker(folder / "state") as broker:
         draw_letters(folder / "data", clients=options.clients[0], per_client=250, seed=1)
         clients = sorted((folder / "data").iterdir())
 
-        def run(name: str, where: Path) -> dict[str, Any]:
-            cache = where.with_suffix(".cache") if name == FIRST else folder / "cache"
+        def run(name: str, job_folder: Path) -> dict[str, Any]:
+            cache = job_folder.with_suffix(".cache") if name == FIRST else folder / "cache"
             if name in (FLUFFLE, FIRST):
-                return letters_job.job(where, broker.url, clients, ROUNDS, cache)
+                return letters_job.job(job_folder, broker.url, clients, ROUNDS, cache)
             start = start_production if name == PRODUCTION else start_direct
             borrowed = cache if name == BORROWING else None
-            return flower_job(start, options.python, where, clients, borrowed)
+            return flower_job(start, options.python, job_folder, clients, borrowed)
 
-        for number, (name, _) in enumerate(figures.interleaved(names, [1] * (options.repeats + 1))):
-            told = run(name, folder / f"job{number}")
-            print(f"{name}: {told['saved_s']} s", file=sys.stderr, flush=True)
+        for number, (name, _) in enumerate(stats.interleaved(names, [1] * (options.repeats + 1))):
+            result = run(name, folder / f"job{number}")
+            command.report(f"{name}: {result['saved_s']} s")
             if number >= len(names):
-                found[name].append(told)
-    medians = {name: statistics.median(one["saved_s"] for one in found[name]) for name in names}
+                by_side[name].append(result)
+    medians = {name: statistics.median(job["saved_s"] for job in by_side[name]) for name in names}
     fastest = min(medians[name] for name in names if name in (DIRECT, PRODUCTION))
     return {
         "clients": len(clients),
         "rounds": ROUNDS,
         "medians_s": {name: round(median, 3) for name, median in medians.items()},
         "over_fastest_flower": round(medians[FLUFFLE] / fastest, 3),
-        "jobs": found,
+        "jobs": by_side,
     }
 
 
-def jobs_as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
-    rows = [[name, median] for name, median in told["medians_s"].items()]
-    head = [f"letters, {told['clients']} clients, {told['rounds']} rounds", "model saved s"]
+def jobs_as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
+    rows = [[name, median] for name, median in results["medians_s"].items()]
+    head = [f"letters, {results['clients']} clients, {results['rounds']} rounds", "model saved s"]
     return (
-        f"{figures.table(head, rows)}\n"
-        f"fluffle over the fastest of Flower's engines {told['over_fastest_flower']:.2f}"
+        f"{command.table(head, rows)}\n"
+        f"fluffle over the fastest of Flower's engines {results['over_fastest_flower']:.2f}"
     )

@@ -1,10 +1,10 @@
-"""A gate in the training of every worker, so that rounds go on only while they are measured.
+"""A gate in every worker's training, so that rounds proceed only while they are measured.
 
-Every worker asks its gate before it trains. While the gate is shut, all workers stand there with
-the next round's weights in their hands: nothing is on its way anywhere, and others can be measured
-undisturbed. ``release(n)`` lets each of them train n times, without another word in between.
+Each worker enters its gate before it trains. While the gate is closed, all workers wait there with
+the next round's weights and no message is under way, so that other sides can be measured
+undisturbed. ``release(n)`` lets each worker train n times without further communication.
 
-Only the standard library, since the workers of other systems use it too.
+Only the standard library is imported, because the workers of other systems use this module too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 _LOOK_S = 1.0
 _COUNT_BYTES = 4
-_AT_THE_GATE = b"."
+_ARRIVED = b"."
 
 
 class Gate:
-    """A worker's end.
+    """A worker's end of the connection.
 
     Args:
         path: the socket of the ``Gates``.
@@ -33,31 +33,31 @@ class Gate:
         self._left = 0
 
     def enter(self) -> None:
-        """Return when this worker may train once more.
+        """Block until this worker may train once more.
 
         Raises:
-            ConnectionError: where the benchmark is over.
+            ConnectionError: if the benchmark is over.
         """
         if not self._left:
-            self._socket.sendall(_AT_THE_GATE)
-            told = self._socket.recv(_COUNT_BYTES, socket.MSG_WAITALL)
-            if len(told) < _COUNT_BYTES:
+            self._socket.sendall(_ARRIVED)
+            reply = self._socket.recv(_COUNT_BYTES, socket.MSG_WAITALL)
+            if len(reply) < _COUNT_BYTES:
                 raise ConnectionError("the benchmark is over")
-            self._left = int.from_bytes(told, "big")
+            self._left = int.from_bytes(reply, "big")
         self._left -= 1
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         self._socket.close()
 
 
 class Gates:
-    """The benchmark's end of all the gates.
+    """The benchmark's end of the connections to all workers.
 
     Args:
-        path: where to make the socket.
-        workers: how many will come.
-        check: called now and then while waiting; raises where waiting has become pointless.
+        path: the socket to create.
+        workers: the number of workers to expect.
+        check: called once a second while waiting; raises if waiting has become pointless.
     """
 
     def __init__(self, path: Path, workers: int, check: Callable[[], None]) -> None:
@@ -69,7 +69,7 @@ class Gates:
         self._connected: list[socket.socket] = []
 
     def wait(self) -> None:
-        """Return when every worker stands at its gate."""
+        """Block until every worker waits at its gate."""
         while len(self._connected) < self._workers:
             with contextlib.suppress(TimeoutError):
                 connection, _ = self._listener.accept()
@@ -77,13 +77,13 @@ class Gates:
                 self._connected.append(connection)
             self._check()
         for connection in self._connected:
-            while not self._stands(connection):
+            while not self._has_arrived(connection):
                 self._check()
 
-    def _stands(self, connection: socket.socket) -> bool:
+    def _has_arrived(self, connection: socket.socket) -> bool:
         try:
             if not connection.recv(1):
-                time.sleep(_LOOK_S)  # its end may tell more
+                time.sleep(_LOOK_S)  # `check` may know why it died
                 self._check()
                 raise ConnectionError("a worker has left the benchmark")
         except TimeoutError:
@@ -91,11 +91,11 @@ class Gates:
         return True
 
     def release(self, times: int) -> None:
-        """Let every worker train that many times, and then wait at the gate again."""
+        """Let every worker train that many times before it waits at its gate again."""
         for connection in self._connected:
             connection.sendall(times.to_bytes(_COUNT_BYTES, "big"))
 
     def close(self) -> None:
-        """Send everyone home."""
-        for each in (self._listener, *self._connected):
-            each.close()
+        """Close all connections, which ends the workers."""
+        for connection in (self._listener, *self._connected):
+            connection.close()

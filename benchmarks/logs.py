@@ -1,4 +1,4 @@
-"""The logs of the programs under measurement: what happened, and when, to the microsecond."""
+"""Reader of the JSON logs of the programs under measurement."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def read_events(log: Path, offset: int) -> tuple[list[tuple[float, dict[str, Any]]], int]:
-    """Read the events of ``--log-format json`` that were written behind ``offset``.
+    """Read the events that ``--log-format json`` has written since ``offset``.
 
     Returns:
-        (when, event) of each, in seconds as ``time.time`` counts them, and where to read on.
+        A list of (time, event), with times as of ``time.time``, and the offset to continue from.
     """
     with log.open("rb") as lines:
         lines.seek(offset)
@@ -21,6 +21,6 @@ def read_events(log: Path, offset: int) -> tuple[list[tuple[float, dict[str, Any
     events = []
     for line in whole.splitlines():
         if line.startswith(b"{"):
-            told = json.loads(line)
-            events.append((datetime.fromisoformat(told["time"]).timestamp(), told))
+            event = json.loads(line)
+            events.append((datetime.fromisoformat(event["time"]).timestamp(), event))
     return events, offset + len(whole)

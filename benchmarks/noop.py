@@ -1,11 +1,15 @@
-"""A task that costs nothing, so that what is measured is everything else.
+"""A task that does almost nothing, so that everything else is measured.
 
     fluffle worker --task benchmarks.noop:task --data size=10000000,gate=/tmp/x,seed=1
 
-``size`` is in bytes, ``tensors`` says how many it is spread over (8), ``gate`` is the socket of the
-benchmark (see ``gate``; none: never waits), and ``seed`` makes a worker's noise its own; with
-``noise=0`` it returns what it was given, and with ``evaluates=1`` it says at once how good a model
-is.
+``--data`` takes these settings:
+
+``size``       the size of the model in bytes
+``tensors``    the number of its tensors (8)
+``gate``       the socket of the benchmark, see ``gate``; without it, the worker never waits
+``seed``       the seed of the worker's noise (0)
+``noise``      with 0, training returns the received weights unchanged (1)
+``evaluates``  with 1, the worker returns an evaluation at once (0)
 """
 
 from __future__ import annotations
@@ -18,19 +22,19 @@ from fluffle_worker.task import EvalResult, Progress, TaskOptions, TrainResult
 
 
 class Noop:
-    """Adds noise to what it receives; has nothing held out, unless it is told to.
+    """Adds noise to the received weights instead of training.
 
     Args:
-        size_bytes: of the model.
-        seed: makes the noise this worker's own.
-        gate: whom to ask before each training.
-        tensors: how many the model has.
+        size_bytes: the size of the model.
+        seed: the seed of the noise.
+        gate: the gate to enter before each training.
+        tensors: the number of tensors.
         keep: see ``Perturbation``.
-        noise: whether any is added.
-        evaluates: find every model as good as the last.
+        noise: whether to add noise.
+        evaluates: whether to return an evaluation, the same for every model.
     """
 
-    only_reads = True  # as what `flax_task` makes
+    only_reads = True  # like the tasks of `flax_task`
 
     def __init__(
         self,
@@ -46,33 +50,33 @@ class Noop:
         self.num_examples = 100 + seed
         self._size_bytes, self._tensors, self._gate = size_bytes, tensors, gate
         self._perturb = Perturbation(seed, keep=keep) if noise else dict
-        self._found = EvalResult(1.0, 1) if evaluates else None
+        self._evaluation = EvalResult(1.0, 1) if evaluates else None
 
     def init(self, seed: int) -> Weights:
-        """See ``task.Task``."""
+        """Return random weights."""
         return make_weights(self._size_bytes, seed, self._tensors)
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
-        """See ``task.Task``; the time at the gate is no time of a round that counts."""
+        """Wait at the gate, then return perturbed weights."""
         if self._gate is not None:
             self._gate.enter()
         return TrainResult(self._perturb(weights), self.num_examples, {"loss": 1.0})
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
-        """See ``task.Task``."""
-        return self._found
+        """Return the fixed evaluation, if any."""
+        return self._evaluation
 
 
 def task(options: TaskOptions) -> Noop:
-    """Make the task that ``--data`` describes."""
-    told = dict(pair.split("=", 1) for pair in options.data.split(","))
-    gate = Gate(told["gate"]) if "gate" in told else None
-    tensors = int(told.get("tensors", TENSORS))
+    """Return the task that ``--data`` describes."""
+    settings = dict(pair.split("=", 1) for pair in options.data.split(","))
+    gate = Gate(settings["gate"]) if "gate" in settings else None
+    tensors = int(settings.get("tensors", TENSORS))
     return Noop(
-        int(told["size"]),
-        int(told.get("seed", 0)),
+        int(settings["size"]),
+        int(settings.get("seed", 0)),
         gate,
         tensors=tensors,
-        noise=told.get("noise") != "0",
-        evaluates=told.get("evaluates") == "1",
+        noise=settings.get("noise") != "0",
+        evaluates=settings.get("evaluates") == "1",
     )

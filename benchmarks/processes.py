@@ -1,4 +1,4 @@
-"""Programs that a benchmark starts and ends, and what the system tells of them (Linux's /proc)."""
+"""Processes that a benchmark starts and stops, and their CPU time and memory (Linux's /proc)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _PATIENCE_S = 10.0
 
 
 class Died(RuntimeError):
-    """A program of the benchmark has ended before its time."""
+    """A program of the benchmark ended or stopped responding too early."""
 
 
 class Programs:
-    """Programs that all end when the block ends, however it ends.
+    """A context manager that stops all programs it started, even after an error.
 
     Args:
-        folder: where their logs go, one file each.
-        env: added to the environment of all of them.
+        folder: the folder for their logs, one file each.
+        env: additional environment variables of all programs.
     """
 
     def __init__(self, folder: Path, env: Mapping[str, str] | None = None) -> None:
@@ -44,7 +44,7 @@ class Programs:
         self._afterwards = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Begin with none."""
+        """Return this object."""
         return self
 
     def __exit__(
@@ -53,50 +53,50 @@ class Programs:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End all of them."""
+        """Stop all programs."""
         with self._afterwards:
             self.end(*self._running)
 
     def afterwards(self, close: Callable[[], object]) -> None:
-        """Do something once all have ended."""
+        """Register a function to call once all programs have stopped."""
         self._afterwards.callback(close)
 
     def start(
         self,
         name: str,
-        *words: object,
+        *command: object,
         pipes: bool = False,
         cwd: Path = ROOT,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[str]:
-        """Start one; it writes to ``<folder>/<name>.log``, or is talked to where it has pipes."""
+        """Start a program with its output in ``<folder>/<name>.log`` or, with ``pipes``, a pipe."""
         with (self.folder / f"{name}.log").open("w") as log:
             program = subprocess.Popen(
-                [str(word) for word in words],
+                [str(word) for word in command],
                 stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipes else log,
                 stderr=log if pipes else subprocess.STDOUT,
                 text=True,
                 cwd=cwd,
                 env={**self._env, **(env or {})},
-                start_new_session=True,  # Ctrl-C is ours; we end them
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops them
             )
         self._running[name] = program
         return program
 
     def check(self) -> None:
-        """Raise ``Died`` where one has ended."""
+        """Raise ``Died`` if a program has ended."""
         for name, program in self._running.items():
             if program.poll() is not None:
-                told = self.log(name).read_text(errors="replace").splitlines()[-20:]
-                raise Died(f"{name} ended with {program.returncode}:\n" + "\n".join(told))
+                tail = self.log(name).read_text(errors="replace").splitlines()[-20:]
+                raise Died(f"{name} ended with {program.returncode}:\n" + "\n".join(tail))
 
     def log(self, name: str) -> Path:
-        """Return the file that a program writes to."""
+        """Return the log file of a program."""
         return self.folder / f"{name}.log"
 
     def end(self, *names: str) -> None:
-        """End some, all at once: first with a word, after a while by force."""
+        """Stop programs concurrently: with SIGTERM first, with SIGKILL after 10 seconds."""
         ending = [self._running.pop(name) for name in names]
         for program in ending:
             with contextlib.suppress(ProcessLookupError):
@@ -107,7 +107,7 @@ class Programs:
             except subprocess.TimeoutExpired:
                 pass
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)  # and what it has started itself
+                os.killpg(program.pid, signal.SIGKILL)  # including its children
             program.wait()
             for pipe in (program.stdin, program.stdout):
                 _close(pipe)
@@ -121,13 +121,13 @@ def _close(pipe: IO[str] | None) -> None:
 
 @contextlib.contextmanager
 def scratch(within: Path | None = None) -> Iterator[Path]:
-    """Make a folder that is gone afterwards, and let SIGTERM end us as cleanly as Ctrl-C does."""
+    """Yield a temporary folder, and make SIGTERM exit as cleanly as Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if within is not None:
         within.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="fluffle-bench-", dir=within))
-    # On ext4, files that were just deleted nearby slow new ones down. What is in this folder goes
-    # elsewhere on the disk, as what is in the root does; where there is no such thing, no matter.
+    # On ext4, recently deleted files nearby slow down the creation of new ones. This flag places
+    # the folder elsewhere on the disk; other file systems do not need it.
     with contextlib.suppress(OSError):
         subprocess.run(["chattr", "+T", folder], check=False, capture_output=True)
     try:
@@ -138,7 +138,7 @@ def scratch(within: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def private_broker(folder: Path, extra_conf: str = "") -> Iterator[node.NodeInfo]:
-    """Run a RabbitMQ of our own in a folder, on free ports, with fluffle's configuration."""
+    """Run a private RabbitMQ in a folder, on free ports, with fluffle's configuration."""
     try:
         yield node.up(folder, ports=node.Ports(0, 0, 0, 0, 0), extra_conf=extra_conf)
     finally:
@@ -146,7 +146,7 @@ def private_broker(folder: Path, extra_conf: str = "") -> Iterator[node.NodeInfo
 
 
 def peak_bytes(pid: int) -> int | None:
-    """Return the peak of a process's resident memory; None where the system does not tell.
+    """Return the peak resident memory of a process, or None if the system does not report it.
 
     Not ``getrusage``: on Linux that also counts what the process was before it became this program.
     """
@@ -158,22 +158,22 @@ def peak_bytes(pid: int) -> int | None:
 
 
 def reset_peak(pid: int) -> None:
-    """Let the peak of a process begin again from what it holds now, where the system lets us."""
+    """Reset the peak memory of a process to its current memory, if the system permits that."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def cpu_s(pid: int) -> float:
-    """Return the processor time that the threads a process now has have used so far."""
+    """Return the CPU time of the current threads of a process so far."""
     nanoseconds = 0
     for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # it may just have ended
+        with contextlib.suppress(OSError):  # the thread may just have ended
             nanoseconds += int(thread.read_text().split()[0])
     return nanoseconds / 1e9
 
 
 def machine() -> dict[str, Any]:
-    """Say on what the numbers were measured."""
+    """Return a description of the machine and the versions."""
     names = ("fluffle", "numpy", "aio-pika", "aiormq")
     return {
         "cores": os.cpu_count(),
@@ -186,17 +186,17 @@ def machine() -> dict[str, Any]:
 
 
 def allow_files(wanted: int) -> None:
-    """Raise this process's limit of open files, and so that of what it starts.
+    """Raise the limit of open files of this process and the processes that it starts.
 
     Raises:
-        SystemExit: where the system does not allow as many.
+        SystemExit: if the hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= wanted or soft == resource.RLIM_INFINITY:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise SystemExit(
-            f"this takes {wanted} open files a process, and the system allows {hard}: "
-            f"raise the hard limit (ulimit -Hn {wanted}), or ask for fewer workers"
+            f"this needs {wanted} open files per process, but the system allows {hard}; raise the "
+            f"hard limit (ulimit -Hn {wanted}) or use fewer workers"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

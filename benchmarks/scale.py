@@ -1,13 +1,13 @@
-"""Many workers: how a round's time, the connections and the coordinator's memory grow with them.
+"""Growth of a round's time, the connections and the coordinator's memory with the workers.
 
     python -m benchmarks.scale --workers 10,30,100 --size-mb 1.36
     python -m benchmarks.scale --workers 100,1000 --size-mb 0.1 --processes 4
 
-The workers are real ones, with a no-op task, many to a process (see ``crowd``); they connect one
-after the other. Each number of workers has a run of its own on the same broker. Connections
-and queues are those that the broker's management API counts during the run. ``growth`` tells by how
-much more than in proportion to the workers a round's time has grown from the first number to the
-last: where it is above 1, the exit code is 1 with ``--check``.
+The workers are real ones with a no-op task, many per process (see ``worker_crowd``); they connect
+one by one. Each number of workers has its own run on the same broker. Connections and queues are
+counted by the broker's management API during the run. ``growth`` is the growth of a round's time
+from the first to the last number of workers, divided by the growth of that number. With
+``--check``, the exit code is 1 if it is above 1.1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, figures
-from benchmarks.crowd import Crowd
+from benchmarks import command, stats
 from benchmarks.logs import read_events
 from benchmarks.processes import (
     FLUFFLE,
@@ -33,21 +32,22 @@ from benchmarks.processes import (
     private_broker,
     scratch,
 )
+from benchmarks.worker_crowd import Crowd
 from fluffle_broker.node.record import NodeInfo
 from fluffle_common.transport.rabbitmq.management import ask
 
 WARM_UP = 2
 _LOOK_S = 0.2
 _SPARE_FILES = 200
-_CONNECTIONS = 2  # of a worker
+_CONNECTIONS = 2  # per worker
 _OF_COORDINATOR = ("coordinator_cpu_s_a_round", "coordinator_peak_mb")
-_SLACK = 1.1  # what a shared machine may add to a growth in proportion
+_SLACK = 1.1  # tolerance for other load on the machine
 
 
 def crowds(url: str, federation: str, options: argparse.Namespace, workers: int) -> list[Crowd]:
-    """Share the workers out to processes; all of these together start ``ramp`` workers a second."""
+    """Distribute the workers over processes, which together start ``ramp`` workers a second."""
     number = min(options.processes, workers)
-    sizes = figures.shares(workers, number)
+    sizes = stats.shares(workers, number)
     starts = [1 + sum(sizes[:at]) for at in range(number)]
     return [
         Crowd(
@@ -65,7 +65,7 @@ def crowds(url: str, federation: str, options: argparse.Namespace, workers: int)
 def run(
     broker: NodeInfo, folder: Path, options: argparse.Namespace, workers: int
 ) -> dict[str, Any]:
-    """Run one federation to its end and return what was seen of it."""
+    """Run one federation and return its results."""
     folder.mkdir()
     federation = f"scale{workers}"
     with Programs(folder) as programs:
@@ -76,13 +76,17 @@ def run(
         )  # fmt: skip
         for crowd in crowds(broker.url, federation, options, workers):
             programs.start(
-                f"crowd-{crowd.first}", sys.executable, "-m", "benchmarks.crowd", crowd.json()
+                f"crowd-{crowd.first}",
+                sys.executable,
+                "-m",
+                "benchmarks.worker_crowd",
+                crowd.json(),
             )
         seen = _watch(programs, broker, Watched(federation, workers, coordinator.pid), options)
-    times = figures.gaps(seen["committed"])[WARM_UP - 1 :][: options.rounds]
+    times = stats.gaps(seen["committed"])[WARM_UP - 1 :][: options.rounds]
     return {
         "workers": workers,
-        **figures.summary(times),
+        **stats.summary(times),
         "joined_s": round(seen["joined_s"], 2),
         "connections": seen["connections"],
         "queues": seen["queues"],
@@ -94,7 +98,7 @@ def run(
 
 @dataclass(frozen=True)
 class Watched:
-    """A run to follow: its name, how many workers it has, the coordinator's process."""
+    """A run to watch: its federation, number of workers and coordinator's process id."""
 
     federation: str
     workers: int
@@ -104,30 +108,30 @@ class Watched:
 def _watch(
     programs: Programs, broker: NodeInfo, run: Watched, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Follow a run until enough is known of it: its rounds, and what the broker counts."""
+    """Watch a run until enough rounds are committed and the broker has counted all connections."""
     log, offset = programs.log("coordinator"), 0
     began, latest = time.time(), time.monotonic() + options.limit
     seen: dict[str, Any] = {"committed": [], "joined_s": 0.0, "connections": 0, "queues": 0}
     seen["trouble"] = []
     enough = options.rounds + WARM_UP
-    # The broker's own figures are some seconds old, and a short run is over before that.
+    # The broker's counts lag by some seconds, so a short run has to be prolonged.
     while len(seen["committed"]) < enough or seen["connections"] < _CONNECTIONS * run.workers:
         if time.monotonic() > latest:
             raise TimeoutError(f"{len(seen['committed'])} rounds in {options.limit:.0f} s")
         programs.check()
-        if seen["connections"] < _CONNECTIONS * run.workers:  # to count is work for the broker
+        if seen["connections"] < _CONNECTIONS * run.workers:  # counting costs the broker time
             connections, queues = counts(broker, run.federation)
             seen["connections"] = max(seen["connections"], connections)
             seen["queues"] = max(seen["queues"], queues)
         events, offset = read_events(log, offset)
-        for when, told in events:
-            what = told["event"]
+        for when, event in events:
+            what = event["event"]
             if what == "committed":
                 seen["committed"].append(when)
             elif what == "joined":
                 seen["joined_s"] = when - began
             elif what in ("gone", "rejected", "failure", "disconnected", "reopened", "resend"):
-                seen["trouble"].append(f"{what}: {told.get('reason') or told.get('worker')}")
+                seen["trouble"].append(f"{what}: {event.get('reason') or event.get('worker')}")
         time.sleep(_LOOK_S)
     seen["peak"], seen["cpu_s"] = peak_bytes(run.pid), cpu_s(run.pid)
     for crowd in programs.folder.glob("crowd-*.log"):
@@ -137,7 +141,7 @@ def _watch(
 
 
 def counts(broker: NodeInfo, federation: str) -> tuple[int, int]:
-    """Return how many connections there are, and queues of a federation, as the broker tells."""
+    """Return the broker's counts of all connections and of a federation's queues."""
     base = broker.management_url.rstrip("/")
     try:
         connections = ask(base, "/api/overview", broker.url)["object_totals"]["connections"]
@@ -148,38 +152,42 @@ def counts(broker: NodeInfo, federation: str) -> tuple[int, int]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run every number of workers."""
+    """Run a federation for each number of workers and return the results."""
     before = machine()
     largest = max(options.workers)
-    allow_files(_CONNECTIONS * 2 * largest + _SPARE_FILES)  # the broker has a file a connection
-    found = []
+    allow_files(_CONNECTIONS * 2 * largest + _SPARE_FILES)  # one per connection at each end
+    runs = []
     with scratch() as folder, private_broker(folder / "state") as broker:
         for workers in options.workers:
-            found.append(run(broker, folder / f"scale{workers}", options, workers))
-            print(f"{workers} workers: {found[-1]['median_s']} s", file=sys.stderr, flush=True)
+            runs.append(run(broker, folder / f"scale{workers}", options, workers))
+            command.report(f"{workers} workers: {runs[-1]['median_s']} s")
         broker_peak = peak_bytes(broker.pid) if broker.pid else None
     return {
         "size_mb": options.size_mb,
         "rounds": options.rounds,
-        "growth": round(figures.growth(options.workers, [one["median_s"] for one in found]), 3),
-        "runs": found,
+        "growth": round(stats.growth(options.workers, [each["median_s"] for each in runs]), 3),
+        "runs": runs,
         "broker_peak_mb": round((broker_peak or 0) / 1e6, 1),
         "machine": before,
     }
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay the findings out for people."""
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     names = ("median_s", "joined_s", "connections", "queues", *_OF_COORDINATOR)
-    rows = [[f"{one['workers']} workers", *(one[name] for name in names)] for one in told["runs"]]
-    lines = [figures.table([f"{told['size_mb']:g} MB", *names], rows)]
-    lines.append(f"growth {told['growth']:.2f} of proportional; broker {told['broker_peak_mb']} MB")
-    trouble = [text for one in told["runs"] for text in one["trouble"]]
+    rows = [
+        [f"{run['workers']} workers", *(run[name] for name in names)] for run in results["runs"]
+    ]
+    lines = [command.table([f"{results['size_mb']:g} MB", *names], rows)]
+    lines.append(
+        f"growth {results['growth']:.2f} of proportional; broker {results['broker_peak_mb']} MB"
+    )
+    trouble = [text for run in results["runs"] for text in run["trouble"]]
     return "\n".join([*lines, *trouble])
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark from the command line."""
     parser = command.parser("scale", __doc__)
     parser.add_argument(
         "--workers",
@@ -188,15 +196,15 @@ def main() -> None:
         help="numbers of workers, growing (3,10,30)",
     )
     parser.add_argument("--size-mb", type=float, default=1.36, help="size of the model (1.36)")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds that count (8)")
+    parser.add_argument("--rounds", type=int, default=8, help="measured rounds (8)")
     parser.add_argument("--processes", type=int, default=2, help="processes of workers (2)")
-    parser.add_argument("--ramp", type=float, default=50.0, help="workers started a second (50)")
-    parser.add_argument("--limit", type=float, default=900.0, help="most seconds of a run (900)")
-    parser.add_argument("--check", action="store_true", help="fail where growth is above 1")
+    parser.add_argument("--ramp", type=float, default=50.0, help="workers started per second (50)")
+    parser.add_argument("--limit", type=float, default=900.0, help="maximum seconds per run (900)")
+    parser.add_argument("--check", action="store_true", help="fail if growth is above 1.1")
     options = parser.parse_args()
-    told = measure(options)
-    command.show(told, options, as_text)
-    if options.check and told["growth"] > _SLACK:
+    results = measure(options)
+    command.show(results, options, as_text)
+    if options.check and results["growth"] > _SLACK:
         raise SystemExit(1)
 
 

@@ -1,18 +1,18 @@
-"""How long a simulation takes, all in all: starting, compiling, testing and writing included.
+"""Time of whole simulations, including imports, compilation, tests and files.
 
     python -m benchmarks.simulation --job lr
     python -m benchmarks.simulation --job emnist --rounds 20 --json
 
-Three jobs, each of random data of the shape that is named:
+There are three jobs, on random data of the given shapes:
 
-- ``lr``: 1,000 clients with 60 MNIST-shaped examples each, 10 of them a round, logistic regression,
-  batches of 10, one epoch, 100 rounds, tested every 20;
-- ``emnist``: 340 clients a round with 100 EMNIST-shaped examples each, a dense network 784-128-62,
-  batches of 20, one epoch;
-- ``noop``: 100 clients that train nothing and send a model of 1.36 MB.
+``lr``      1,000 clients with 60 MNIST-shaped examples each, of which 10 take part in a round;
+            logistic regression, batches of 10, one epoch, 100 rounds, a test every 20 rounds
+``emnist``  340 clients per round with 100 EMNIST-shaped examples each; a dense network 784-128-62,
+            batches of 20, one epoch
+``noop``    100 clients that do not train and send a model of 1.36 MB
 
-``seconds`` counts from the start of this program, its imports included; ``seconds_a_round`` is the
-median time from one committed round to the next.
+``seconds`` is the time since the start of this program, including its imports; ``seconds_a_round``
+is the median time between commits.
 """
 
 # ruff: noqa: E402 - the imports are part of what is measured
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 import fluffle
-from benchmarks import command, figures
+from benchmarks import command, stats
 from benchmarks.noop import Noop
 from benchmarks.processes import machine, scratch
 
@@ -44,18 +44,18 @@ class Job:
     """One job.
 
     Args:
-        rounds: how many, unless others are asked for.
-        wanted: the most that it may take, of ``seconds`` or of ``seconds_a_round``.
-        arguments: makes the arguments of ``fluffle.simulate``.
+        rounds: the default number of rounds.
+        targets: upper limits of results, by name.
+        arguments: returns the arguments of ``fluffle.simulate``.
     """
 
     rounds: int
-    wanted: Mapping[str, float]
+    targets: Mapping[str, float]
     arguments: Callable[[], dict[str, Any]]
 
 
 def _classifier(width: int, classes: int, each: int, clients: int) -> Any:
-    """Return a classifier of random images; ``width`` 0 has no hidden layer."""
+    """Return a task that classifies random images; with ``width`` 0, without a hidden layer."""
     import optax
     from flax import nnx
 
@@ -113,7 +113,7 @@ JOBS = {
 
 
 def run(job: Job, rounds: int) -> dict[str, Any]:
-    """Simulate a job and return what it took."""
+    """Simulate a job and return its times."""
     committed: list[float] = []
 
     def on_round(_: fluffle.Commit) -> None:
@@ -130,31 +130,35 @@ def run(job: Job, rounds: int) -> dict[str, Any]:
         assert len(done.history) == rounds
     return {
         "seconds": round(time.perf_counter() - _BEGAN_AT, 3),
-        "seconds_a_round": round(statistics.median(figures.gaps(committed)), 4),
+        "seconds_a_round": round(statistics.median(stats.gaps(committed)), 4),
         "to_the_first_round_s": round(committed[0] - _BEGAN_AT, 3),
         "cpu_s": round(time.process_time(), 3),
     }
 
 
-def as_text(told: Mapping[str, Any]) -> str:
-    """Lay out what was found, for people."""
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     rows = [
-        [what, told[what], f"<= {told['wanted'][what]:g}" if what in told["wanted"] else None]
-        for what in ("seconds", "seconds_a_round", "to_the_first_round_s", "cpu_s")
+        [
+            name,
+            results[name],
+            f"<= {results['targets'][name]:g}" if name in results["targets"] else None,
+        ]
+        for name in ("seconds", "seconds_a_round", "to_the_first_round_s", "cpu_s")
     ]
-    return figures.table([told["job"], "found", "wanted"], rows)
+    return command.table([results["job"], "result", "target"], rows)
 
 
 def main() -> None:
-    """Run one job."""
+    """Run the benchmark from the command line."""
     parser = command.parser("simulation", __doc__)
-    parser.add_argument("--job", choices=sorted(JOBS), default="lr", help="which (%(default)s)")
-    parser.add_argument("--rounds", type=int, help="how many; each job has its own number")
+    parser.add_argument("--job", choices=sorted(JOBS), default="lr", help="job (%(default)s)")
+    parser.add_argument("--rounds", type=int, help="number of rounds; each job has its own default")
     options = parser.parse_args()
     job = JOBS[options.job]
     rounds = options.rounds or job.rounds
-    told = {"job": options.job, "rounds": rounds, "wanted": job.wanted, **machine()}
-    command.show(told | run(job, rounds), options, as_text)
+    results = {"job": options.job, "rounds": rounds, "targets": job.targets, **machine()}
+    command.show(results | run(job, rounds), options, as_text)
 
 
 if __name__ == "__main__":

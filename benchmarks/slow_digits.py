@@ -1,12 +1,12 @@
-"""Scikit-learn's digits for a federation with one slow worker; for ``asynchrony``.
+"""A task on scikit-learn's digits for a federation with one slow worker; used by ``asynchrony``.
 
     fluffle worker --task benchmarks.slow_digits:task --data share=3,train_s=3
     fluffle coordinator --evaluate benchmarks/slow_digits.py:test --monitor test/accuracy
 
-The last of ``WORKERS`` is the slow one. It has most of the eights and nines there are, and nothing
-else, so that a federation that did without it would be good at eight digits only. All others share
-what is left at random. The task is fluffle's own for scikit-learn (``tasks.sklearn``), softmax
-regression; what it learns takes a few milliseconds, and then it waits until ``train_s`` are over.
+The last of the ``WORKERS`` is the slow one. It has 80 % of the eights and nines and nothing else,
+so that a federation without it would recognise only eight digits well. The others share the
+remaining images at random. The task is softmax regression with ``tasks.sklearn``. Training takes a
+few milliseconds, after which the worker sleeps until ``train_s`` have passed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _SLOW_DIGITS, _SLOW_PART = (8, 9), 0.8
 
 @cache
 def _digits() -> tuple[Array, Array]:
-    """Return all images, shape [1797, 64], from 0 to 1, and their digits, in an order by chance."""
+    """Return all images, shape [1797, 64], from 0 to 1, and their labels, in random order."""
     inputs, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     return inputs[order] / 16, labels[order]
 
 
 def share(worker: int) -> tuple[Array, Array]:
-    """Return the images and digits that a worker trains on."""
+    """Return the images and labels that a worker trains on."""
     inputs, labels = (all_of[:_TRAINING] for all_of in _digits())
     at_slow = np.isin(labels, _SLOW_DIGITS)
     at_slow &= np.random.default_rng(1).random(_TRAINING) < _SLOW_PART
@@ -51,11 +51,11 @@ def share(worker: int) -> tuple[Array, Array]:
 
 
 class SlowDigits(SklearnTask):
-    """Softmax regression on one share, which takes as long as it is told to.
+    """Softmax regression on one worker's share, with a fixed training time.
 
     Args:
-        worker: whose share, from 0.
-        train_s: how long a training takes, in seconds.
+        worker: the number of the worker, from 0.
+        train_s: the duration of a training in seconds.
     """
 
     def __init__(self, worker: int, train_s: float) -> None:
@@ -64,22 +64,22 @@ class SlowDigits(SklearnTask):
         self._train_s = train_s
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
-        """See ``task.Task``."""
+        """Train, then sleep until the training time has passed."""
         until = time.monotonic() + self._train_s
-        found = super().train(weights, plan, progress)
+        result = super().train(weights, plan, progress)
         time.sleep(max(0.0, until - time.monotonic()))
-        return found
+        return result
 
 
 def task(options: TaskOptions) -> SlowDigits:
-    """Make the task that ``--data`` describes."""
-    told = dict(pair.split("=", 1) for pair in options.data.split(","))
-    return SlowDigits(int(told["share"]), float(told["train_s"]))
+    """Return the task that ``--data`` describes."""
+    settings = dict(pair.split("=", 1) for pair in options.data.split(","))
+    return SlowDigits(int(settings["share"]), float(settings["train_s"]))
 
 
 def test(weights: Mapping[str, Array]) -> dict[str, float]:
-    """Return the share of the test images that a model gets right, of all and of the slow one's."""
+    """Return a model's accuracy on all test images, and on the slow worker's digits."""
     inputs, labels = (all_of[_TRAINING:] for all_of in _digits())
-    right = np.argmax(inputs @ weights["coef_"].T + weights["intercept_"], axis=1) == labels
+    correct = np.argmax(inputs @ weights["coef_"].T + weights["intercept_"], axis=1) == labels
     of_slow = np.isin(labels, _SLOW_DIGITS)
-    return {"accuracy": float(right.mean()), "slow": float(right[of_slow].mean())}
+    return {"accuracy": float(correct.mean()), "slow": float(correct[of_slow].mean())}

@@ -1,10 +1,10 @@
-"""Draws the rooms of fluffle from its folders, for ``architecture.md``.
+"""Generates the diagram and the table of packages in ``architecture.md``.
 
-    python docs/rooms.py            writes the picture and the list into architecture.md
-    python docs/rooms.py --check    ends with 1 if they are not what the folders say
+    python docs/rooms.py            updates architecture.md
+    python docs/rooms.py --check    exits with 1 if architecture.md is out of date
 
-A room is a folder of modules, and the first line of its ``__init__.py`` says what is in it. An
-arrow leads from a room to a room that it imports.
+A room is a package with modules in it, described by the first line of its docstring. An arrow leads
+from a room to each room that it imports.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ BEGIN, END = "<!-- rooms: made by docs/rooms.py -->", "<!-- rooms: end -->"
 
 
 def rooms() -> dict[str, Path]:
-    """Return every folder that holds modules, by the name it is imported under."""
-    found = {}
+    """Return the folder of every room, by its import name."""
+    folders = {}
     for side in SIDES:
         base = ROOT if side == "fluffle" else ROOT / side
         for init in sorted(base.glob(f"{_package(side)}/**/__init__.py")):
             if init.parent.parent == base and len(list(init.parent.glob("*.py"))) == 1:
-                continue  # nothing but rooms
-            found[".".join(init.parent.relative_to(base).parts)] = init.parent
-    return found
+                continue  # the package of a side that has no modules of its own
+            folders[".".join(init.parent.relative_to(base).parts)] = init.parent
+    return folders
 
 
 def _package(side: str) -> str:
@@ -38,7 +38,7 @@ def _package(side: str) -> str:
 
 
 def arrows(names: set[str]) -> list[tuple[str, str]]:
-    """Return which room imports which, each pair once, none from a room to itself."""
+    """Return the pairs of a room and another that it imports, each once."""
     graph = grimp.build_graph(*map(_package, SIDES))
     pairs = {
         (_room(module, names), _room(imported, names))
@@ -63,21 +63,21 @@ def _side(room: str) -> str:
 
 
 def _node(room: str) -> str:
-    """Return what a room is called within the picture, where a side is a box of its own."""
+    """Return a room's node id in the diagram, where the name of a side is that of its box."""
     short = _short(room)
     return f"{short}_files" if short in SIDES else short.replace("/", "_")
 
 
 def picture(names: list[str], pairs: list[tuple[str, str]]) -> str:
-    """Return the rooms and arrows as a Mermaid flowchart, a box a side.
+    """Return the rooms and arrows as a Mermaid flowchart with one box per side.
 
-    Everyone may import ``common``: those arrows are drawn from side to side, or no other could be
-    seen.
+    Arrows between sides are merged into one per pair; otherwise those to ``common`` would hide all
+    others.
     """
     lines = ["flowchart TD"]
     for side in SIDES:
         lines.append(f"    subgraph {side}")
-        for room in (one for one in names if _side(one) == side):
+        for room in (name for name in names if _side(name) == side):
             inner = _short(room).partition("/")[2] or "(its own files)"
             lines.append(f'        {_node(room)}["{inner}"]')
         lines.append("    end")
@@ -89,38 +89,38 @@ def picture(names: list[str], pairs: list[tuple[str, str]]) -> str:
 
 
 def contents() -> str:
-    """Return what stands between the marks: the picture, and what is in each room."""
-    found = rooms()
-    names = sorted(found, key=lambda name: (SIDES.index(_side(name)), name))
-    text = [
+    """Return the text between the marks: the diagram and the table."""
+    folders = rooms()
+    names = sorted(folders, key=lambda name: (SIDES.index(_side(name)), name))
+    lines = [
         "```mermaid",
-        picture(names, arrows(set(found))),
+        picture(names, arrows(set(folders))),
         "```",
         "",
         "| room | what is in it |",
         "|---|---|",
     ]
     for name in names:
-        told = ast.get_docstring(ast.parse((found[name] / "__init__.py").read_text())) or ""
-        path = found[name].relative_to(ROOT)
-        text.append(f"| [`{_short(name)}`](../{path}) | {told.splitlines()[0]} |")
-    return "\n".join(text)
+        docstring = ast.get_docstring(ast.parse((folders[name] / "__init__.py").read_text())) or ""
+        path = folders[name].relative_to(ROOT)
+        lines.append(f"| [`{_short(name)}`](../{path}) | {docstring.splitlines()[0]} |")
+    return "\n".join(lines)
 
 
 def page(text: str) -> str:
-    """Return the page with its rooms drawn anew."""
+    """Return the text of the page with its generated part updated."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{contents()}\n{END}{after}"
 
 
 def main() -> int:
-    """Write the page, or check it."""
+    """Update the page, or check it."""
     text = PAGE.read_text(encoding="utf-8")
-    drawn = page(text)
+    updated = page(text)
     if "--check" in sys.argv:
-        return int(drawn != text)
-    PAGE.write_text(drawn, encoding="utf-8")
+        return int(updated != text)
+    PAGE.write_text(updated, encoding="utf-8")
     return 0
 
 

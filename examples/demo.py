@@ -1,14 +1,14 @@
-"""The whole of it in one go: three workers teach one model to read handwriting.
+"""The demo: three workers train one model to read handwritten letters.
 
     make demo        or        .venv/bin/python examples/demo.py
 
-It starts a private broker, draws handwritten letters, starts a coordinator and three workers as
-processes of their own, and then shows how well the model reads: letters that the workers held out,
-and those of a fourth writer, whom no worker trained on. Everything it runs is an ordinary
-``fluffle`` command, printed before it runs; the README does the same by hand in five terminals.
+It starts a private broker, draws handwritten letters, and starts a coordinator and three workers as
+separate processes. Then it shows how well the model reads the letters that the workers held out,
+and those of a fourth writer whom no worker trained on. Everything runs as an ordinary ``fluffle``
+command, which is printed first; the README runs the same commands by hand in five terminals.
 
-Broker, federation and run are the demo's own (``.fluffle/demo``, ``demo``, ``runs/demo``), so that
-it disturbs nothing else that runs in this folder. What each process printed is also in
+The demo has its own broker, federation and run folder (``.fluffle/demo``, ``demo``, ``runs/demo``),
+so it does not disturb anything else that runs here. The output of each process is also in
 ``runs/demo-logs``.
 """
 
@@ -33,31 +33,31 @@ FEDERATION = "demo"
 CLIENTS = 3
 ROUNDS = 6
 DATA = Path("data")
-DATA_ELSEWHERE = Path("runs/demo-data")  # if there is something else in `data`
+DATA_ELSEWHERE = Path("runs/demo-data")  # if `data` has other content
 UNSEEN = f"writer-{CLIENTS + 1}"
 RUN = Path("runs") / FEDERATION
 LOGS = Path("runs/demo-logs")
 STATE = Path(".fluffle/demo")
 MODEL = RUN / f"round-{ROUNDS:04d}.safetensors"
 FLUFFLE = shutil.which("fluffle", path=str(Path(sys.executable).parent)) or "fluffle"
-PATIENCE_S = 1200.0
-AFTER_S = 60.0  # for the workers to hear that the run has ended
-STOP_S = 15.0
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TIMEOUT_S = 1200.0
+LEAVE_S = 60.0  # for the workers to leave after the coordinator has ended
+STOP_S = 15.0  # for a process to end after SIGINT
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 COLOURS = {"coordinator": "1;36", "client-1": "32", "client-2": "33", "client-3": "35"}
 IN_COLOUR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 class Failed(Exception):
-    """A part of the demo failed; the text says which, and where to look."""
+    """A command of the demo failed; the text names it and its log."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
         self.code = code if code > 0 else 1
 
 
-class Ended(BaseException):
-    """Somebody wants the demo to end: Ctrl-C, ``kill``, or a terminal that was closed."""
+class Interrupted(BaseException):
+    """A signal asks the demo to stop: Ctrl-C, ``kill``, or a closed terminal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -65,53 +65,53 @@ class Ended(BaseException):
 
 
 class Signals:
-    """Turns the first signal that asks for the end into `Ended`, at a moment that suits."""
+    """Raises the first stop signal as `Interrupted`, but not inside a `deferred` block."""
 
     def __init__(self) -> None:
-        self._holding = False
-        self._kept: int | None = None
+        self._deferring = False
+        self._pending: int | None = None
 
-    def listen(self) -> None:
-        """Begin to listen."""
-        for number in ENDING:
-            signal.signal(number, self._heard)
+    def install(self) -> None:
+        """Install the handlers."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
 
     def ignore(self) -> None:
-        """Hear no more of them: what now follows is short, and must be done."""
-        for number in ENDING:
+        """Ignore stop signals from now on, so that the clean-up is not interrupted."""
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep a signal until the block has ended."""
-        self._holding = True
+    def deferred(self) -> Iterator[None]:
+        """Raise a signal only at the end of the block."""
+        self._deferring = True
         try:
             yield
         finally:
-            self._holding = False
-        if self._kept is not None:
-            kept, self._kept = self._kept, None
-            raise Ended(kept)
+            self._deferring = False
+        if self._pending is not None:
+            number, self._pending = self._pending, None
+            raise Interrupted(number)
 
-    def _heard(self, number: int, _: FrameType | None) -> None:
-        self.ignore()  # a second one would only disturb what the first one causes
-        if not self._holding:
-            raise Ended(number)
-        self._kept = number
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.ignore()  # a second signal must not interrupt the clean-up
+        if not self._deferring:
+            raise Interrupted(number)
+        self._pending = number
 
 
 SIGNALS = Signals()
 
 
 class Program:
-    """A command in the background; its lines are shown, with its name, and kept in a file."""
+    """A command in the background; its output is shown under its name and saved in a log."""
 
     def __init__(self, programs: list[Program], name: str, *words: object) -> None:
         self.name = name
         self.log = LOGS / f"{name}.log"
         say(f"\n{bold(shown(words))} &")
         pipe, out = subprocess.PIPE, subprocess.STDOUT
-        with SIGNALS.held():  # else one between the two would leave a process behind
+        with SIGNALS.deferred():  # a signal between the two lines would leave a process behind
             self.process = start(words, stdout=pipe, stderr=out, encoding="utf-8", errors="replace")
             programs.append(self)
         self._reader = threading.Thread(target=self._echo, daemon=True)
@@ -126,21 +126,25 @@ class Program:
                 say(labelled(self.name, line.rstrip("\n")))
 
     def ended(self) -> bool:
-        """Tell whether it has ended well; raise Failed if it ended otherwise."""
+        """Return whether the command has ended.
+
+        Raises:
+            Failed: if it ended with an error.
+        """
         code = self.process.poll()
         if code:
-            self._reader.join(1)  # its last words come first
-            raise Failed(f"{self.name} ended with {reason(code)}: see {self.log}", code)
+            self._reader.join(1)  # show its last lines first
+            raise Failed(f"{self.name} ended with {reason(code)}; see {self.log}", code)
         return code is not None
 
 
 def main() -> int:
     """Run the demo; return its exit code."""
-    SIGNALS.listen()
+    SIGNALS.install()
     began = time.monotonic()
     os.environ["FLUFFLE_STATE"] = str(STATE)
     for name in ("FLUFFLE_URL", "FLUFFLE_FEDERATION", "FLUFFLE_MANAGEMENT_URL"):
-        os.environ.pop(name, None)  # they would lead away from the broker of the demo
+        os.environ.pop(name, None)  # they would select another broker
     programs: list[Program] = []
     try:
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -153,7 +157,7 @@ def main() -> int:
     except Failed as why:
         explain(f"The demo failed: {why}.")
         code = why.code
-    except Ended as why:
+    except Interrupted as why:
         say(f"\n{why}: stopping everything …")
         code = why.code
     except OSError as why:
@@ -166,59 +170,60 @@ def main() -> int:
             run("broker", "down", check=False)
     if not code:
         explain(
-            f"Done in {time.monotonic() - began:.0f} s. The models, the history and the pictures "
-            f"are in {RUN}/, what each process printed in {LOGS}/."
+            f"Done in {time.monotonic() - began:.0f} s. The models, the history and the charts "
+            f"are in {RUN}/, the output of each process in {LOGS}/."
         )
     return code
 
 
 def letters() -> Path:
-    """Return the folder of the letters, drawn if they are not there yet."""
-    wanted = [*(f"client-{number}" for number in range(1, CLIENTS + 1)), UNSEEN]
+    """Return the folder of the letters; draw them if it does not have them yet."""
+    names = [*(f"client-{number}" for number in range(1, CLIENTS + 1)), UNSEEN]
     for folder in (DATA, DATA_ELSEWHERE):
-        if all((folder / name).is_dir() for name in wanted):
-            say(f"\nThe letters in {folder}/ are there already.")
+        if all((folder / name).is_dir() for name in names):
+            say(f"\nUsing the letters in {folder}/.")
             return folder
         if not folder.exists() or (folder.is_dir() and set(os.listdir(folder)) <= {".unfinished"}):
             break
         if folder == DATA:
-            say(f"\n{folder} holds something else: the letters go into {DATA_ELSEWHERE}/.")
+            say(f"\n{folder}/ has other content, so the letters go into {DATA_ELSEWHERE}/.")
     run("letters", folder, "--clients", CLIENTS, "--per-client", 250, "--unseen", 1, "--seed", 1)
     return folder
 
 
 def train(data: Path, programs: list[Program]) -> None:
-    """Run the federation to its end, with a look into its queues in the second round."""
+    """Run the federation to its end, and show its queues during the second round."""
     federation = ("--federation", FEDERATION)
     rules = ("--quorum", CLIENTS, "--rounds", ROUNDS, "--fresh")
     coordinator = Program(programs, "coordinator", "coordinator", *federation, *rules)
     for number in range(1, CLIENTS + 1):
         folder = data / f"client-{number}"
         Program(programs, folder.name, "worker", *federation, "--data", folder)
-    until, looked = time.monotonic() + PATIENCE_S, False
+    deadline, queues_shown = time.monotonic() + TIMEOUT_S, False
     while running := [program for program in programs if not program.ended()]:
-        if time.monotonic() > until:
-            raise Failed(f"{running[0].name} is not done in time: see {running[0].log}", 1)
+        if time.monotonic() > deadline:
+            raise Failed(f"{running[0].name} did not end in time; see {running[0].log}", 1)
         if coordinator not in running:
-            until = min(until, time.monotonic() + AFTER_S)
-        elif not looked and (RUN / "round-0001.safetensors").exists():
-            looked = True
+            deadline = min(deadline, time.monotonic() + LEAVE_S)
+        elif not queues_shown and (RUN / "round-0001.safetensors").exists():
+            queues_shown = True
             run("queues", *federation, check=False)
         time.sleep(0.1)
 
 
 def show(data: Path) -> None:
-    """Show what came of the run."""
+    """Show the results of the run."""
     explain(
-        "Each client held out a tenth of its letters. On those, the model of each round did as "
-        "follows. The temperature is what the model's outputs are divided by so that it is as sure "
-        "as it is right; 1 changes nothing."
+        "Each client held out a tenth of its letters. The table shows how well the model of each "
+        "round reads them. Dividing the model's outputs by the temperature calibrates them, so "
+        "that the model's confidence matches its accuracy; 1 changes nothing."
     )
     run("history", "--run", RUN)
     run("plot", "--run", RUN, "--out", RUN / "accuracy.png")
     explain(
-        "Those were other letters of writers that the model knows. None of the clients has any of "
-        f"{UNSEEN}, so this is how well it reads a stranger: one letter first, then all."
+        "Those letters are new to the model, but their writers are not. No client has a letter of "
+        f"{UNSEEN}, so the next figures show how well the model reads a stranger: first one "
+        "letter, then all."
     )
     image = min((data / UNSEEN).glob("*/*.png"))
     run("predict", "--model", MODEL, "--image", image)
@@ -235,33 +240,35 @@ def run(*words: object, check: bool = True) -> None:
     say(f"\n{bold(shown(words))}")
     process = None
     try:
-        with SIGNALS.held():
+        with SIGNALS.deferred():
             process = start(words)
         code = process.wait()
-    except Ended:
+    except Interrupted:
         stop([process] if process else [])
         raise
     if check and code:
-        more = f", and the logs in {STATE}/broker/log/" if words[0] == "broker" else ""
-        raise Failed(f"'{shown(words)[2:]}' ended with {reason(code)}: see above{more}", code)
+        logs = f" and the logs in {STATE}/broker/log/" if words[0] == "broker" else ""
+        raise Failed(
+            f"'{shown(words)[2:]}' ended with {reason(code)}; see its output above{logs}", code
+        )
 
 
 def start(words: Sequence[object], **options: Any) -> subprocess.Popen[str]:
-    """Start a command in a session of its own: the demo hears Ctrl-C, and ends what it started."""
+    """Start a command in its own session, so that Ctrl-C reaches the demo alone."""
     return subprocess.Popen(
         [FLUFFLE, *map(str, words)], stdin=subprocess.DEVNULL, start_new_session=True, **options
     )
 
 
 def stop(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """End what is still there, all at once, as Ctrl-C does; by force if it takes too long."""
-    there = [process for process in processes if process.poll() is None]
-    for process in there:
+    """Send SIGINT to the processes that still run; kill those that do not end in time."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
         process.send_signal(signal.SIGINT)
-    until = time.monotonic() + STOP_S
-    for process in there:
+    deadline = time.monotonic() + STOP_S
+    for process in running:
         try:
-            process.wait(max(0.1, until - time.monotonic()))
+            process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -269,40 +276,38 @@ def stop(processes: Sequence[subprocess.Popen[str]]) -> None:
 
 
 def reason(code: int) -> str:
-    """Say how a process ended."""
+    """Return how a process ended: its exit code or its signal."""
     return f"exit code {code}" if code > 0 else signal.Signals(-code).name
 
 
 def shown(words: Sequence[object]) -> str:
-    """Return a command as one would type it."""
+    """Return a command as a user types it."""
     return f"$ fluffle {' '.join(map(str, words))}"
 
 
 def bold(text: str) -> str:
-    """Print in bold on a terminal."""
+    """Return text that a terminal shows in bold."""
     return f"\033[1m{text}\033[0m" if IN_COLOUR else text
 
 
 def labelled(name: str, line: str) -> str:
-    """Put a process's name before its line; on a terminal, wrap what is too long below the text."""
+    """Put a process's name before a line; on a terminal, wrap and indent long lines."""
     label = f"{name:<11} "
     if sys.stdout.isatty():
         width = max(40, shutil.get_terminal_size().columns - len(label))
-        rows = textwrap.wrap(line, width, subsequent_indent=" " * 10, break_on_hyphens=False) or [
-            ""
-        ]
+        rows = textwrap.wrap(line, width, subsequent_indent=" " * 10, break_on_hyphens=False)
         line = f"\n{' ' * len(label)}".join(rows)
     return f"\033[{COLOURS.get(name, '0')}m{label}\033[0m{line}" if IN_COLOUR else f"{label}{line}"
 
 
 def explain(text: str) -> None:
-    """Print a few sentences, no wider than the terminal."""
+    """Print a paragraph, wrapped to the terminal."""
     width = min(100, shutil.get_terminal_size().columns)
     say(f"\n{textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)}")
 
 
 def say(text: str) -> None:
-    """Print, as long as anybody reads it."""
+    """Print, and go on if the reader of our output has closed it."""
     try:
         print(f"{text}\n", end="", flush=True)
     except OSError:

@@ -1,6 +1,6 @@
-"""Another model: an MLP on the handwritten digits that come with scikit-learn.
+"""A task of your own: an MLP on the handwritten digits that come with scikit-learn.
 
-In five terminals, in any order, in the project's folder (scikit-learn must be installed)::
+Run these in the project's folder, in five terminals, in any order (needs scikit-learn)::
 
     fluffle broker up
     fluffle coordinator --federation digits --quorum 3 --rounds 8 --epochs 3
@@ -22,19 +22,19 @@ from fluffle_worker.tasks.examples import Examples
 
 
 class MLP(nnx.Module):
-    """64 pixels, 64 hidden units, 10 digits."""
+    """A multilayer perceptron with 64 pixels, 64 hidden units and 10 digits."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.hidden = nnx.Linear(64, 64, rngs=rngs)
         self.out = nnx.Linear(64, 10, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Return logits, shape [batch, 10], of pixels, shape [batch, 64]."""
+        """Return the logits, shape [batch, 10], of pixels, shape [batch, 64]."""
         return self.out(nnx.relu(self.hidden(pixels)))
 
 
 def digits_task(train: Examples, valid: Examples | None, sample_seed: int) -> Task:
-    """Make the task from arrays: pixels [n, 64] float32 from 0 to 1, targets [n] int32."""
+    """Make the task from pixels, [n, 64] float32 from 0 to 1, and targets, [n] int32."""
     return flax_task(
         MLP,
         optax.softmax_cross_entropy_with_integer_labels,
@@ -49,7 +49,7 @@ def digits_task(train: Examples, valid: Examples | None, sample_seed: int) -> Ta
 
 
 def task(options: TaskOptions) -> Task:
-    """Make the task of one owner; ``--data shard:I/N`` is the I-th of N parts."""
+    """Make the task of one data owner; ``--data shard:I/N`` is part I of N, from 0."""
     index, parts = map(int, options.data.removeprefix("shard:").split("/"))
     if not 0 <= index < parts:
         raise ValueError(f"{parts} parts are shard:0/{parts} to shard:{parts - 1}/{parts}")

@@ -1,6 +1,6 @@
-"""A task without JAX: linear regression in plain NumPy, on data that three owners share out.
+"""A task without JAX: linear regression in plain NumPy, with the data divided among three owners.
 
-In four terminals, in any order, in the project's folder::
+Run these in the project's folder, in five terminals, in any order::
 
     fluffle broker up
     fluffle coordinator --federation regression --quorum 3 --rounds 10 --config learning_rate=0.3
@@ -8,8 +8,8 @@ In four terminals, in any order, in the project's folder::
     fluffle worker --federation regression --task examples/numpy_regression.py:task --data shard:1/3
     fluffle worker --federation regression --task examples/numpy_regression.py:task --data shard:2/3
 
-The data are y = x @ SLOPES + INTERCEPT and a little noise, so the federated loss falls to the
-noise, and ``runs/regression/round-0010.safetensors`` holds nearly those numbers.
+The data are y = x @ SLOPES + INTERCEPT plus a little noise, so the federated loss falls to the
+variance of the noise, and ``runs/regression/round-0010.safetensors`` holds nearly those numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXAMPLES, NOISE, LEARNING_RATE = 300, 0.1, 0.1
 
 
 class Regression:
-    """Least squares by gradient descent over the whole of the local data."""
+    """Least squares by full-batch gradient descent on the local data."""
 
     def __init__(self, inputs: np.ndarray, targets: np.ndarray) -> None:
         held_out = max(1, len(inputs) // 10)
@@ -33,12 +33,12 @@ class Regression:
         self.num_examples = len(self._train[0])
 
     def init(self, seed: int) -> Weights:
-        """Return small random slopes and no intercept."""
+        """Return small random slopes and an intercept of 0."""
         slopes = np.random.default_rng(seed).normal(0, 0.1, len(SLOPES))
         return {"slopes": slopes, "intercept": np.zeros(())}
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
-        """Take ten steps an epoch."""
+        """Take ten steps per epoch."""
         inputs, targets = self._train
         rate = float(plan.learning_rate or plan.config.get("learning_rate", LEARNING_RATE))
         slopes, intercept = weights["slopes"].copy(), weights["intercept"].copy()
@@ -54,14 +54,14 @@ class Regression:
         return TrainResult(trained, self.num_examples, {"loss": loss})
 
     def evaluate(self, weights: Weights) -> EvalResult:
-        """Return the mean squared error on what was held out."""
+        """Return the mean squared error on the held-out data."""
         inputs, targets = self._valid
         error = inputs @ weights["slopes"] + weights["intercept"] - targets
         return EvalResult(float(np.mean(error**2)), len(error))
 
 
 def task(options: TaskOptions) -> Regression:
-    """Make the task of one owner; ``--data shard:I/N`` is the I-th of N parts."""
+    """Make the task of one data owner; ``--data shard:I/N`` is part I of N, from 0."""
     index, parts = map(int, options.data.removeprefix("shard:").split("/"))
     if not 0 <= index < parts:
         raise ValueError(f"{parts} parts are shard:0/{parts} to shard:{parts - 1}/{parts}")

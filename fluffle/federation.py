@@ -224,7 +224,7 @@ class Federation:
             task,
             transport=self._transport(f"worker {task.name}"),
             topology=self._topology,
-            tell=lambda event: _on_worker_event(task, failure, event),
+            record=lambda event: _on_worker_event(task, failure, event),
             bar=lambda *_: None,
             training=self._threads[task.name],
             form=task.signature,

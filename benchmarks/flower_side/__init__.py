@@ -1,4 +1,4 @@
-"""What runs inside Flower's own environment (``.venv-flower``), and imports nothing of fluffle's.
+"""Code that runs in Flower's environment (``.venv-flower``) and does not import fluffle.
 
-The one exception are the letters: there, the clients of both systems train the very same task.
+The exception is the letters job, where the clients of both systems use fluffle's task.
 """

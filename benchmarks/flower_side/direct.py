@@ -1,4 +1,4 @@
-"""Flower's direct engine: ``start_server`` and ``start_client``.
+"""Server and client of Flower's direct engine: ``start_server`` and ``start_client``.
 
 python -m benchmarks.flower_side.direct server '{"address": …, "clients": 3, "rounds": 6, …}'
 python -m benchmarks.flower_side.direct client '{"address": …, "size": 10000000, "seed": 1}'
@@ -17,23 +17,23 @@ import numpy as np
 
 from benchmarks.flower_side.model import Model, Rounds, make
 
-_MAX_BYTES = 2**31 - 1  # of a gRPC message: all that it can be raised to
+_MAX_BYTES = 2**31 - 1  # the largest limit of a gRPC message
 
 
 class Timed(flwr.server.strategy.FedAvg):
-    """FedAvg as it comes, that tells when a round has been averaged."""
+    """FedAvg that waits at the gate before each round and stamps its end."""
 
     def __init__(self, rounds: Rounds, **options: Any) -> None:
         super().__init__(**options)
         self.rounds, self.latest = rounds, None
 
     def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
-        """Begin a round."""
+        """Wait at the gate, then begin the round."""
         self.rounds.begin()
         return super().configure_fit(server_round, parameters, client_manager)
 
     def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
-        """End a round."""
+        """Average, then stamp the end of the round."""
         if failures:
             raise RuntimeError(f"a client has failed: {failures[0]}")
         averaged = super().aggregate_fit(server_round, results, failures)
@@ -43,66 +43,66 @@ class Timed(flwr.server.strategy.FedAvg):
 
 
 class Client(flwr.client.NumPyClient):
-    """A client of a model."""
+    """A client that trains a model."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     def fit(self, parameters: Any, config: Any) -> Any:
-        """Train."""
+        """Train the model."""
         trained = self.model.train(parameters, int(config.get("round", 1)))
         return trained, self.model.num_examples, {}
 
     def evaluate(self, parameters: Any, config: Any) -> Any:
-        """Evaluate."""
+        """Evaluate the model."""
         return self.model.evaluate(parameters)
 
 
-def serve(told: dict[str, Any]) -> None:
-    """Be the server; at the end, save the model where told."""
+def serve(config: dict[str, Any]) -> None:
+    """Run the server, then save the model if ``out`` is set."""
     from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 
-    clients, learns = told["clients"], bool(told.get("data"))
-    evaluates = learns or told.get("evaluates")
+    clients, learns = config["clients"], bool(config.get("data"))
+    evaluates = learns or config.get("evaluates")
     strategy = Timed(
-        Rounds(told.get("gate"), told["stamps"]),
+        Rounds(config.get("gate"), config["stamps"]),
         fraction_fit=1.0,
         fraction_evaluate=1.0 if evaluates else 0.0,
         min_fit_clients=clients,
         min_evaluate_clients=clients,
         min_available_clients=clients,
         on_fit_config_fn=lambda number: {"round": number},
-        # As fluffle does: without a file, the first weights are made by a client.
-        initial_parameters=None if learns else ndarrays_to_parameters(make(told).first()),
+        # As in fluffle, a client makes the first weights.
+        initial_parameters=None if learns else ndarrays_to_parameters(make(config).first()),
     )
     flwr.server.start_server(
-        server_address=told["address"],
-        config=flwr.server.ServerConfig(num_rounds=told["rounds"]),
+        server_address=config["address"],
+        config=flwr.server.ServerConfig(num_rounds=config["rounds"]),
         strategy=strategy,
         grpc_max_message_length=_MAX_BYTES,
     )
-    if "out" in told:
-        with Path(told["out"]).open("wb") as file:
+    if "out" in config:
+        with Path(config["out"]).open("wb") as file:
             np.savez(file, *parameters_to_ndarrays(strategy.latest))
 
 
 class LettersClient(Client):
-    """A client that is asked for the first weights."""
+    """A client that can make the first weights."""
 
     def get_parameters(self, config: Any) -> Any:
-        """Make the first weights."""
+        """Return the first weights."""
         return self.model.first()
 
 
 def main() -> None:
-    """Be who the command line says."""
-    role, told = sys.argv[1], json.loads(sys.argv[2])
+    """Run the role that the command line names."""
+    role, config = sys.argv[1], json.loads(sys.argv[2])
     if role == "server":
-        serve(told)
+        serve(config)
     else:
         flwr.client.start_client(
-            server_address=told["address"],
-            client=LettersClient(make(told)).to_client(),
+            server_address=config["address"],
+            client=LettersClient(make(config)).to_client(),
             grpc_max_message_length=_MAX_BYTES,
         )
 

@@ -1,7 +1,7 @@
-"""The letters as a client of Flower would train them: by what Flax's own tutorials show.
+"""The letters task written for Flower in the style of Flax's tutorials.
 
-The same network, images, random shifts, batches and optimizer as fluffle's, without fluffle's local
-epoch: ``nnx.max_pool``, ``nnx.jit``, and JAX as it comes, which keeps nothing it has compiled.
+It has the same network, images, random shifts, batch size and optimizer as fluffle's task, but uses
+``nnx.max_pool``, ``nnx.jit`` and JAX's defaults, without a compilation cache.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _BATCH = 32
 
 
 class PlainCNN(CNN):
-    """The same layers, put together in the usual way."""
+    """The same layers, with Flax's max-pooling."""
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """See ``CNN``."""
+        """Return logits, shape [batch, classes], of images, shape [batch, 100, 100, 1]."""
         hidden = nnx.max_pool(nnx.relu(self.conv1(images)), (2, 2), strides=(2, 2))
         hidden = nnx.relu(self.conv2(hidden))
         return self.dense(hidden.reshape(hidden.shape[0], -1))
@@ -52,10 +52,10 @@ def _eval_step(model: PlainCNN, images: Any, targets: Any) -> Any:
 
 
 class PlainLetters:
-    """See ``model.Model``.
+    """A ``model.Model`` on a client's letters.
 
     Args:
-        data: a client's folder ``<class>/<image>``.
+        data: the client's folder ``<class>/<image>``.
     """
 
     def __init__(self, data: str) -> None:
@@ -68,24 +68,24 @@ class PlainLetters:
         self.num_examples = len(train)
 
     def first(self) -> list[Array]:
-        """See ``Model``."""
+        """Return the first weights."""
         return self._arrays()
 
     def train(self, arrays: Sequence[Array], number: int) -> list[Array]:
-        """See ``Model``."""
-        self._take(arrays)
+        """Train for one epoch from ``arrays``."""
+        self._load(arrays)
         optimizer = nnx.Optimizer(self._model, optax.adam(LEARNING_RATE), wrt=nnx.Param)
         images, targets = self._train
         order = self._rng.permutation(self.num_examples)
-        order = np.resize(order, -(-len(order) // _BATCH) * _BATCH)  # as many steps as fluffle's
+        order = np.resize(order, -(-len(order) // _BATCH) * _BATCH)  # as many steps as in fluffle
         for step, batch in enumerate(np.split(order, len(order) // _BATCH)):
             key = jax.random.key(number * 1000 + step)
             _train_step(self._model, optimizer, key, images[batch], targets[batch])
         return self._arrays()
 
     def evaluate(self, arrays: Sequence[Array]) -> tuple[float, int, dict[str, float]]:
-        """See ``Model``."""
-        self._take(arrays)
+        """Evaluate ``arrays`` on the held-out letters."""
+        self._load(arrays)
         loss, accuracy = _eval_step(self._model, *self._valid)
         return float(loss), len(self._valid[1]), {"accuracy": float(accuracy)}
 
@@ -93,10 +93,10 @@ class PlainLetters:
         state = nnx.to_flat_state(nnx.state(self._model, nnx.Param))
         return [np.asarray(leaf.get_value()) for _, leaf in state]
 
-    def _take(self, arrays: Sequence[Array]) -> None:
+    def _load(self, arrays: Sequence[Array]) -> None:
         state = nnx.to_flat_state(nnx.state(self._model, nnx.Param))
-        taken = [
+        loaded = [
             (path, leaf.replace(jnp.asarray(array)))
             for (path, leaf), array in zip(state, arrays, strict=True)
         ]
-        nnx.update(self._model, nnx.from_flat_state(taken))
+        nnx.update(self._model, nnx.from_flat_state(loaded))

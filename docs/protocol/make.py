@@ -1,13 +1,13 @@
-"""Makes what a worker in another language is tried against: a schema, and messages to read.
+"""Generates the files for testing a worker in another language, and the tables of protocol.md.
 
-    python docs/protocol/make.py            writes schema.json, vectors.json, and the tables of
-                                            ../protocol.md between their marks
-    python docs/protocol/make.py --check    ends with 1 if they are not what fluffle says today
+    python docs/protocol/make.py            writes schema.json, vectors.json, and the generated
+                                            tables of ../protocol.md
+    python docs/protocol/make.py --check    exits with 1 if one of them is out of date
 
-``schema.json`` is a JSON schema of every header. ``vectors.json`` holds whole bodies in base64: one
-of each kind with the header that it decodes to, updates and fits with what is wrong with them and
-the cause that they are rejected with, encoded updates with the numbers they stand for, and the
-digest of a payload in parts. The tables are made from the machines by ``tables.py``.
+``schema.json`` is a JSON schema of every header. ``vectors.json`` has complete message bodies in
+base64: sound messages of each kind, with their headers; unsound updates and fits, with the cause of
+their rejection; encoded updates, with the numbers that they decode to; and the digest of a payload
+in parts. ``tables.py`` makes the tables from the state machines.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ import msgpack
 import numpy as np
 
 from fluffle_common.protocol import messages as m
-from fluffle_common.protocol.codec import PART_BYTES, digest_of, encode, lay_out
-from fluffle_common.tensors.compression import compress, decompress, encoding_of
+from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
+from fluffle_common.protocol.transfer import digest_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import compress, decompress
 
 HERE = Path(__file__).parent
 F: dict[str, Any] = {"federation": "letters"}
 RUN: dict[str, Any] = {**F, "run": "0123456789ab"}
 W: dict[str, Any] = {"worker": "client-1"}
 MODEL = {"kernel": np.array([[0.5, -1.0], [2.0, 0.0]], np.float32), "steps": np.array(3, np.int64)}
-
-
 CONTROL = {"kernel": np.array([[0.25, 0.0], [0.0, -0.25]], np.float32)}
 
 
 class Grouped(NamedTuple):
-    """The tensors of a message that has those of the model and others."""
+    """The tensors of a message that has two groups."""
 
     model: dict[str, np.ndarray]
     extra: dict[str, np.ndarray]
@@ -137,7 +137,7 @@ def packed(message: m.Message, tensors: Carried) -> bytes:
 
 
 def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
-    """Yield what is wrong, the header, the payload, and the cause it is rejected with."""
+    """Yield unsound updates: what is wrong, the header, the payload, and the rejection's cause."""
     header: dict[str, Any] = {
         "protocol": 2, **RUN, "kind": "update", "round": 2, "base": "ba5e", **W,
         "num_examples": 51, "seconds": 1.5,
@@ -190,10 +190,7 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
 
 
 def unsound_fits() -> Iterator[tuple[str, Any, bytes, str]]:
-    """Yield what is wrong with a ``fit``, its header, its payload, and the cause.
-
-    A worker does none of this work.
-    """
+    """Yield unsound fits, which a worker must not accept: as ``unsound`` does."""
     entry: dict[str, Any] = {
         "name": "w", "dtype": "float32", "shape": [2], "offset": 0, "nbytes": 8,
     }  # fmt: skip
@@ -242,13 +239,14 @@ def unsound_fits() -> Iterator[tuple[str, Any, bytes, str]]:
 
 
 def encodings() -> Iterator[dict[str, Any]]:
-    """Yield encoded tensors with the delta that they stand for."""
+    """Yield encoded updates with the delta that each decodes to."""
     rng = np.random.default_rng(0)
     delta = {"w": rng.normal(size=(32, 33)).astype(np.float32)}
     base = {"w": np.zeros((32, 33), np.float32)}
-    for how in ("bf16", "f16", "int8", "topk:0.01"):
-        tensors, _ = compress(delta, how, {})
-        stands_for = decompress(tensors, encoding_of(how), base)["w"]
+    for compression in ("bf16", "f16", "int8", "topk:0.01"):
+        encoding = encoding_of(compression)
+        tensors, _ = compress(delta, compression, {})
+        decoded = decompress(tensors, encoding, base)["w"]
         message = m.Update(
             **RUN,
             **W,
@@ -256,25 +254,25 @@ def encodings() -> Iterator[dict[str, Any]]:
             base="ba5e",
             num_examples=51,
             seconds=1.5,
-            encoding=encoding_of(how),
+            encoding=encoding,
         )
         yield {
-            "encoding": encoding_of(how),
+            "encoding": encoding,
             "body": base64.b64encode(packed(message, dict(tensors))).decode(),
-            "shape": list(stands_for.shape),
-            "delta_float32": base64.b64encode(np.asarray(stands_for).tobytes()).decode(),
+            "shape": list(decoded.shape),
+            "delta_float32": base64.b64encode(np.asarray(decoded).tobytes()).decode(),
         }
 
 
 def plain(header: Any) -> Any:
-    """Return a header as JSON can hold it, without what only fills it up."""
+    """Return a header as JSON can represent it, without padding."""
     if isinstance(header, dict):
         return {key: plain(value) for key, value in header.items() if key != "pad"}
     return [plain(value) for value in header] if isinstance(header, list) else header
 
 
 def vectors() -> dict[str, Any]:
-    """Return everything that is in vectors.json."""
+    """Return the content of vectors.json."""
     good = []
     for name, message, tensors in sound():
         body = packed(message, tensors)
@@ -307,7 +305,7 @@ def vectors() -> dict[str, Any]:
     ]
     zeros = {"w": np.zeros(PART_BYTES + 64, np.uint8)}
     return {
-        "about": "made by make.py; see docs/protocol.md",
+        "about": "generated by make.py; see docs/protocol.md",
         "sound": good,
         "unsound": bad,
         "unsound_fits": [
@@ -320,7 +318,7 @@ def vectors() -> dict[str, Any]:
         ],
         "encoded": list(encodings()),
         "digest": {
-            "of": "a payload of zeros, in parts of 4 MiB as ever",
+            "of": "a payload of zeros, in parts of 4 MiB",
             "nbytes": PART_BYTES + 64,
             "parts": 2,
             "digest": digest_of(zeros),
@@ -329,37 +327,36 @@ def vectors() -> dict[str, Any]:
 
 
 def page(text: str) -> str:
-    """Return protocol.md with its tables made anew."""
+    """Return the text of protocol.md with its generated tables updated."""
     spec = importlib.util.spec_from_file_location("tables", HERE / "tables.py")
     assert spec is not None
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     for name in ("worker", "timers", "demands"):
-        made = getattr(tables, name)()
         begin, end = f"<!-- {name}: made by docs/protocol/make.py -->", f"<!-- {name}: end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{made}\n{end}{after}"
+        text = f"{before}{begin}\n{getattr(tables, name)()}\n{end}{after}"
     return text
 
 
 def files() -> dict[Path, str]:
-    """Return what is to be in each file."""
-    made = {
+    """Return the text of each generated file."""
+    generated = {
         HERE / name: json.dumps(value, indent=1) + "\n"
         for name, value in (("schema.json", m.json_schema()), ("vectors.json", vectors()))
     }
     document = HERE.parent / "protocol.md"
-    return {**made, document: page(document.read_text(encoding="utf-8"))}
+    return {**generated, document: page(document.read_text(encoding="utf-8"))}
 
 
 def main() -> int:
     """Write the files, or check them."""
-    made = files()
+    generated = files()
     if "--check" in sys.argv:
-        return int(any(not p.exists() or p.read_text() != text for p, text in made.items()))
-    for path, text in made.items():
+        return int(any(not p.exists() or p.read_text() != text for p, text in generated.items()))
+    for path, text in generated.items():
         path.write_text(text, encoding="utf-8")
     return 0
 

@@ -1,9 +1,8 @@
-"""The normative tables of docs/protocol.md, made from the machines themselves.
+"""The normative tables of docs/protocol.md, generated from the code.
 
-What a worker does in each state is not written down a second time: the table is what
-``fluffle_worker.machine.advance`` does. The coordinator's timers are the fields of its ``Rules``,
-with their defaults; only what follows from each is said
-here. The demands are those of ``fluffle conformance``.
+The tables of the worker show what ``fluffle_worker.machine.advance`` does for each state and event.
+The coordinator's timers are the durations in its ``Rules``, with their defaults; only the
+consequence of each is written here. The demands are those of ``fluffle conformance``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ NONE = "\N{EN DASH}"
 FIT = Work("fit", "run", 3, "base")
 NEWER = FIT._replace(round=4)
 
-MAIL: dict[str, m.Event] = {
+MESSAGES: dict[str, m.Event] = {
     "the same `fit` again": m.Asked(FIT),
     "its round, a higher `attempt`": m.Asked(FIT._replace(attempt=1)),
     "its round, another `base`": m.Asked(FIT._replace(base="another")),
@@ -54,30 +53,30 @@ OWN_STATES: dict[str, State] = {
 
 
 def does(state: State, event: m.Event) -> str:
-    """Say in words what a worker does about an event in a state."""
+    """Return the cell of a table: what a worker in a state does at an event."""
     after, effects = m.advance(state, event)
-    said = [words for effect in effects if (words := _words(effect, state))]
+    actions = [words for effect in effects if (words := _words(effect, state))]
     if after.next is not None and after.next != state.next:
-        said.append("then begins this")
+        actions.append("then begins this")
     if not effects and after != state:
-        said.append("keeps the answer")
-    return ", ".join(said) or "nothing"
+        actions.append("keeps the answer")
+    return ", ".join(actions) or "nothing"
 
 
 def _words(effect: m.Effect, state: State) -> str | None:
     match effect:
         case m.Begin(work):
-            return "begins what waits" if work == state.next else "begins it"
+            return "begins the waiting work" if work == state.next else "begins it"
         case m.Abandon():
-            return "gives the work up at its next step"
+            return "abandons the work at its next step"
         case m.Send(work):
             return "sends the same answer again" if work == state.answered else "sends the answer"
         case m.Drop(work) if work == state.sending:
-            return "sends its answer no more"
+            return "stops sending its answer"
         case m.Drop(work) if work == state.answered:
             return "forgets its answer"
         case m.Drop():
-            return None  # there is none yet
+            return None  # there is no answer yet
         case m.Report():
             return "sends `failure`"
         case m.Leave():
@@ -88,7 +87,7 @@ def worker() -> str:
     """Return the two tables of the worker."""
     return "\n".join(
         [
-            *_table("what comes", MAIL, STATES),
+            *_table("what arrives", MESSAGES, STATES),
             "",
             *_table("what happens", OWN, OWN_STATES, impossible=_impossible),
         ]
@@ -116,25 +115,32 @@ def _table(
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-# What follows, and the option where there is one; a field of ``Rules`` for each.
+# For each field of ``Rules``: the option that sets it, and what happens when the time is up.
 TIMERS: dict[str, tuple[str | None, str]] = {
-    "wait_s": ("--wait-workers", "too few workers, or no first weights: the run stops"),
-    "patience": (None, "so many heartbeats of a worker did not come: it counts as gone"),
-    "hearing_s": (None, "nobody was heard, not even the coordinator's echo: time stops to count"),
+    "wait_s": (
+        "--wait-workers",
+        "if there are too few workers, or no first weights, the run stops",
+    ),
+    "patience": (None, "a worker that missed so many heartbeats counts as gone"),
+    "hearing_s": (
+        None,
+        "if nothing was heard, not even the coordinator's own echo, the time counts for no timer",
+    ),
     "resend_s": (
         None,
-        "a worker says `idle`, or is `receiving` without a step: its work is sent again; if it "
-        "says that it has done the round, after 4 times as long",
+        "a worker that reports `idle`, or `receiving` without progress, is sent its work again; "
+        "one that reports that it has done the round, after 4 times as long",
     ),
-    "grace_s": ("--grace", "since the quorum: the round is averaged without the others"),
+    "grace_s": ("--grace", "after the quorum, the round is averaged without the missing updates"),
     "deadline_s": (
         "--deadline",
-        "no quorum: the round is reopened, closed or the run stopped (`--on-deadline`); no first "
-        "weights: another worker is asked; no evaluation of the last model: the run ends without",
+        "without a quorum, the round is reopened or closed, or the run stops (`--on-deadline`); "
+        "without first weights, another worker is asked; without an evaluation of the last model, "
+        "the run ends",
     ),
-    "max_reopenings": (None, "reopened so often with nothing new: the run stops"),
-    "max_round_s": ("--max-round", "a round open for so long, whoever advances: the run stops"),
-    "stall_s": (None, "the steps of a worker do not advance: it is reported as standing still"),
+    "max_reopenings": (None, "a round reopened so often without a new update stops the run"),
+    "max_round_s": ("--max-round", "a round open for so long, even with progress, stops the run"),
+    "stall_s": (None, "a worker whose training makes no progress is reported as stalled"),
     "stall_timeout_s": ("--stall-timeout", "… and then counts as failed in this round"),
 }
 
@@ -143,27 +149,27 @@ def timers() -> str:
     """Return the table of the coordinator's timers."""
     options = {option.opts[0]: option.default for option in coordinator.params}
     rows = ["| timer | option | default | what happens |", "|---|---|---|---|"]
-    for name, (option, follows) in TIMERS.items():
-        default = next(one.default for one in fields(Rules) if one.name == name)
+    for name, (option, consequence) in TIMERS.items():
+        default = next(field.default for field in fields(Rules) if field.name == name)
         assert default is not MISSING
         if option is not None and default is not None:
             assert options[option] == default, option
         rows.append(
             f"| {name.removesuffix('_s').replace('_', ' ')} | {f'`{option}`' if option else NONE} "
-            f"| {_value(name, default)} | {follows} |"
+            f"| {_value(name, default)} | {consequence} |"
         )
     return "\n".join(rows)
 
 
 def demands() -> str:
     """Return the table of what ``fluffle conformance`` demands."""
-    rows = (f"| {one.name} | {one.demand} |" for one in SCENARIOS)
+    rows = (f"| {scenario.name} | {scenario.demand} |" for scenario in SCENARIOS)
     return "\n".join(["| scenario | demand |", "|---|---|", *rows])
 
 
 def forgotten() -> set[str]:
-    """Return the durations among the rules that are not in the table."""
-    return {one.name for one in fields(Rules) if one.name.endswith("_s")} - TIMERS.keys()
+    """Return the durations of ``Rules`` that the table lacks."""
+    return {field.name for field in fields(Rules) if field.name.endswith("_s")} - TIMERS.keys()
 
 
 def _value(name: str, default: float | None) -> str:

@@ -1,4 +1,5 @@
-// One life of a worker's connections: one for mail and signs of life, one for what is large or slow.
+// A link to the broker, from connecting until it is lost. It has two connections: one for the inbox
+// and heartbeats, one for uploads, so that a long upload does not delay the heartbeats.
 
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -6,11 +7,11 @@ import amqp from 'amqplib';
 import { PART, split, write } from './protocol.js';
 
 const STALLED_MS = 60_000;
-const USED_MS = 5 * 60_000;
-const AHEAD = 4; // parts on their way at once
+const REDECLARE_MS = 5 * 60_000;
+const MAX_UNCONFIRMED_PARTS = 4;
 const DURABLE = new Set(['update', 'evaluation', 'first_weights', 'failure']);
 
-/** What another attempt would not mend. */
+/** An error that retrying cannot fix. */
 export class Final extends Error {}
 
 export class Link {
@@ -19,18 +20,19 @@ export class Link {
     [this.inbox, this.outbox] = ['inbox', 'outbox'].map((name) => `${federation}.${name}.${id}`);
     this.connections = [];
     this.timers = [];
-    this.waiting = new Map(); // what to tell of each message that has no confirmation
-    this.returned = new Set();
+    this.unconfirmed = new Map(); // message id -> callback for its confirmation
+    this.returned = new Set(); // ids of messages that the broker returned as unroutable
     this.lost = new Promise((resolve) => { this.lose = resolve; });
     this.lost.then((why) => {
       this.timers.forEach(clearInterval);
-      this.waiting.forEach((tell) => tell(why));
+      this.unconfirmed.forEach((settle) => settle(why));
     });
   }
 
   /**
-   * Connect, declare and consume, and be ready when the federation's exchange is there.
-   * `first` says that the process has just started: nobody may have this id, and old mail is dropped.
+   * Connect, declare the queues, consume the inbox, and wait for the federation's exchange.
+   * `first` says that the process has just started: nobody else may use this id, and messages left
+   * in the inbox are dropped.
    */
   async open(url, first, onMail, onReturn) {
     try {
@@ -40,7 +42,7 @@ export class Link {
       this.control.on('return', ({ properties }) => onReturn(properties.type));
       await this.control.consume(this.inbox, (message) => {
         if (message === null) return this.lose(new Error('the inbox is gone'));
-        this.control.ack(message); // on receipt
+        this.control.ack(message); // on receipt: training may take longer than consumer_timeout
         onMail(message.content);
       }, { exclusive: true });
       console.log(`[${this.id}] at the broker`);
@@ -49,15 +51,15 @@ export class Link {
       await this.close();
       const { message } = why;
       const taken = why.code === 405 || /in exclusive use/.test(message);
-      // After a reconnection it may be our own former connection that the broker still holds.
+      // After a reconnection, the consumer may be our own earlier one, which the broker still has.
       if (taken && first) throw new Final(`another worker is called ${this.id}`);
       const refused = [403, 406].includes(why.code) || /\b403\b/.test(message);
       if (refused && !taken) throw new Final(message);
       throw why;
     }
     this.timers.push(setInterval(() => this.watch(), 1000));
-    // An outbox that nobody fetches from expires, also while its worker is there.
-    this.timers.push(setInterval(() => this.use().catch(this.lose), USED_MS));
+    // Without use, the outbox expires even while its worker is connected; declaring counts as use.
+    this.timers.push(setInterval(() => this.declareQueues().catch(this.lose), REDECLARE_MS));
   }
 
   async connect(url) {
@@ -75,62 +77,62 @@ export class Link {
   async declare(first) {
     if (this.queueType === 'quorum') {
       const lock = `${this.federation}.lock.inbox.${this.id}`;
-      const how = { 'x-queue-type': 'classic' };
-      await this.control.assertQueue(lock, { exclusive: true, durable: false, arguments: how });
+      const options = { exclusive: true, durable: false, arguments: { 'x-queue-type': 'classic' } };
+      await this.control.assertQueue(lock, options);
     }
-    const { consumerCount } = await this.use();
+    const { consumerCount } = await this.declareQueues();
     if (first && consumerCount === 0) await this.control.purgeQueue(this.inbox);
   }
 
-  /** Declare both queues, which counts as a use of them. */
-  async use() {
-    const how = { durable: true, arguments: { 'x-queue-type': this.queueType, 'x-expires': 1800000 } };
-    const both = [this.inbox, this.outbox].map((name) => this.control.assertQueue(name, how));
+  /** Declare both queues; return what the broker says about the inbox. */
+  async declareQueues() {
+    const options = { durable: true, arguments: { 'x-queue-type': this.queueType, 'x-expires': 1800000 } };
+    const both = [this.inbox, this.outbox].map((name) => this.control.assertQueue(name, options));
     return (await Promise.all(both))[0];
   }
 
-  /** Wait for the exchange that a coordinator declares; asking in vain costs a channel. */
+  /** Wait for the exchange that a coordinator declares; each failed check closes a channel. */
   async federated() {
     for (;;) {
       const channel = await this.connections[0].createChannel();
-      const gone = new Promise((resolve) => { channel.on('error', resolve); });
+      const failed = new Promise((resolve) => { channel.on('error', resolve); });
       try {
         await channel.checkExchange(`${this.federation}.results`);
         return await channel.close();
       } catch (why) {
-        const { code } = await Promise.race([gone, this.lost]);
+        const { code } = await Promise.race([failed, this.lost]);
         if (code !== 404) throw why;
       }
       await sleep(1000);
     }
   }
 
-  /** Give a sign of life, without waiting for anything. */
+  /** Send a presence message without waiting for its confirmation. */
   say(kind, header, done = () => {}) {
     const id = `${kind}/${header.session}/${Date.now()}`;
     this.publish(this.control, kind, header, undefined, id).then(done, done);
   }
 
-  /** Publish and wait for the confirmation; what is large goes in parts, and these first. */
-  async send(kind, header, payload, messageId, tell = () => {}) {
+  /** Publish a message and wait for its confirmation; a large payload goes first, in parts. */
+  async send(kind, header, payload, messageId, onProgress = () => {}) {
     let transfer;
     if (payload?.length > PART) {
       let parts;
       [transfer, parts] = split(randomUUID(), payload);
       await this.upload.purgeQueue(this.outbox);
-      const underway = new Set();
-      let arrived = 0;
-      for (const [which, bytes] of parts) {
-        const id = `part/${which.transfer}/${which.part}`;
-        const one = this.publish(this.upload, 'part', which, bytes, id).then(() => {
-          underway.delete(one);
-          tell(++arrived, parts.length);
+      const pending = new Set();
+      let confirmed = 0;
+      for (const [partHeader, bytes] of parts) {
+        const id = `part/${partHeader.transfer}/${partHeader.part}`;
+        const sent = this.publish(this.upload, 'part', partHeader, bytes, id).then(() => {
+          pending.delete(sent);
+          onProgress(++confirmed, parts.length);
         });
-        underway.add(one);
-        one.catch(() => {}); // it is thrown where it is waited for
-        if (underway.size >= AHEAD) await Promise.race(underway);
+        pending.add(sent);
+        sent.catch(() => {}); // handled where it is awaited
+        if (pending.size >= MAX_UNCONFIRMED_PARTS) await Promise.race(pending);
       }
-      await Promise.all(underway);
+      await Promise.all(pending);
       payload = undefined;
     }
     await this.publish(this.upload, kind, { ...header, transfer }, payload, messageId);
@@ -144,26 +146,26 @@ export class Link {
     };
     const content = Buffer.from(body.buffer, body.byteOffset, body.length);
     return new Promise((resolve, reject) => {
-      const told = (why) => {
-        this.waiting.delete(messageId);
-        this.moved = performance.now();
+      const settle = (why) => {
+        this.unconfirmed.delete(messageId);
+        this.progressAt = performance.now();
         if (why) reject(why);
-        else if (this.returned.delete(messageId)) reject(new Error('nobody takes it yet'));
+        else if (this.returned.delete(messageId)) reject(new Error('no queue is bound for it yet'));
         else resolve();
       };
-      this.waiting.set(messageId, told);
-      channel.publish(`${this.federation}.results`, `${kind}.${this.id}`, content, options, told);
+      this.unconfirmed.set(messageId, settle);
+      channel.publish(`${this.federation}.results`, `${kind}.${this.id}`, content, options, settle);
     });
   }
 
-  /** Lose the link when nothing is confirmed although nothing more leaves. */
+  /** Drop the link if confirmations are due, but for a while nothing was sent or confirmed. */
   watch() {
-    const left = this.connections.reduce(
+    const sent = this.connections.reduce(
       (sum, { connection: { stream } }) => sum + stream.bytesWritten - stream.writableLength, 0,
     );
-    if (this.waiting.size === 0 || left !== this.left) this.moved = performance.now();
-    this.left = left;
-    if (performance.now() - this.moved > STALLED_MS) this.lose(new Error('nothing is confirmed'));
+    if (this.unconfirmed.size === 0 || sent !== this.sent) this.progressAt = performance.now();
+    this.sent = sent;
+    if (performance.now() - this.progressAt > STALLED_MS) this.lose(new Error('nothing is confirmed'));
   }
 
   async close() {

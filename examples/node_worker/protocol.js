@@ -1,10 +1,10 @@
-// Messages as docs/protocol.md has them: read and checked, or written. Nothing here knows a broker.
+// The messages of docs/protocol.md: reading, checking and writing them, without a broker.
 
 import { decode, encode } from '@msgpack/msgpack';
 
 export const PROTOCOL = 2;
 export const PART = 4 * 2 ** 20;
-const MODEL = 'model'; // the group of tensors that this worker knows; it passes over the others
+const MODEL = 'model'; // the only group of tensors that this worker uses
 const EMPTY = new Uint8Array();
 const HEADER_BYTES = 64 * 2 ** 10;
 const TABLE_BYTES = 16 * 2 ** 20;
@@ -14,14 +14,14 @@ const SIZES = {
   int8: 1, int16: 2, int32: 4, int64: 8, uint8: 1, uint16: 2, uint32: 4, uint64: 8,
 };
 
-/** What has to be passed over; `header` is there where it could be read but not understood. */
+/** A message to ignore. It has a `header` if only the meaning of the message is unknown. */
 export class Malformed extends Error {}
 
 function need(sound, why) {
   if (!sound) throw new Malformed(why);
 }
 
-// --- what a value has to be ------------------------------------------------------------------------
+// --- checks of values ------------------------------------------------------------------------------
 
 const int = (least = 0, most = Number.MAX_SAFE_INTEGER) => (v) =>
   Number.isInteger(v) && v >= least && v <= most;
@@ -46,7 +46,7 @@ const PLAN = {
   epochs: maybe(int(1)),
   batch_size: maybe(int(1)),
   learning_rate: maybe((v) => number(v) && v > 0),
-  seed: maybe(int(0, 2 ** 63)), // one above 2^53 is read inexactly, which is as good for a seed
+  seed: maybe(int(0, 2 ** 63)), // above 2^53 it loses digits, which does no harm to a seed
   deadline_s: maybe(number),
   compress: maybe((v) => map(v) && fields(v, COMPRESS)),
   extra: maybe((v) => v === 'model' || (map(v) && Object.values(v).every(list(32, int())))),
@@ -65,11 +65,11 @@ const COMMON = {
   federation: (v) => typeof v === 'string' && /^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$/.test(v),
   kind: text(1, 64), critical: maybe(list(32, text(1, 64))), ext: maybe(map),
   key_id: maybe(text(1, 64)), signature: maybe(text(1, 2000)),
-  sealed: (v) => v === undefined || v === null, // this worker can open nothing
+  sealed: (v) => v === undefined || v === null, // this worker cannot open sealed payloads
   pad: maybe((v) => v instanceof Uint8Array),
 };
 const TENSORS = { tensors: Array.isArray, transfer: maybe(map) };
-/** What the coordinator sends. */
+/** The messages that a coordinator sends, with their fields. */
 const KINDS = {
   welcome: { run: id, round, rounds: int() },
   refusal: { session: id, reason, code: maybe(text(0, 64)) },
@@ -100,7 +100,7 @@ const LIMITS = {
   maxArrayLength: 100_000,
   maxMapLength: 100_000,
   mapKeyConverter(key) {
-    need(typeof key === 'string', 'a key is no string');
+    need(typeof key === 'string', 'a key is not a string');
     return key;
   },
   extensionCodec: {
@@ -109,7 +109,7 @@ const LIMITS = {
   },
 };
 
-/** Take a body apart and check what every message has, of whatever kind it is. */
+/** Decode a body and check what all kinds of messages have in common. */
 export function open(body) {
   let document;
   try {
@@ -121,14 +121,14 @@ export function open(body) {
   const [header, payload] = document;
   need(map(header), 'the header is not a map');
   need(payload instanceof Uint8Array, 'the payload is missing');
-  const room = HEADER_BYTES + ('tensors' in header ? TABLE_BYTES : 0);
-  need(body.length - payload.length <= room, 'the header has too many bytes');
+  const limit = HEADER_BYTES + ('tensors' in header ? TABLE_BYTES : 0);
+  need(body.length - payload.length <= limit, 'the header has too many bytes');
   fields(header, COMMON);
   const { transfer } = header;
   if (header.kind !== 'part' && transfer) {
     fields(transfer, TRANSFER);
-    need(transfer.parts === Math.ceil(transfer.nbytes / PART), 'not so many parts');
-    need(payload.length === 0, 'a payload besides its parts');
+    need(transfer.parts === Math.ceil(transfer.nbytes / PART), 'parts that do not match nbytes');
+    need(payload.length === 0, 'a payload in addition to parts');
   }
   if (header.kind === 'part') return [header, payload];
   const bytes = transfer ? transfer.nbytes : payload.length;
@@ -137,16 +137,16 @@ export function open(body) {
   return [header, payload];
 }
 
-/** Read a message of the coordinator of this federation, or say why it is to be passed over. */
+/** Read a message of this federation's coordinator; throw Malformed if it is to be ignored. */
 export function read(body, federation) {
   const [header, payload] = open(body);
   need(header.federation === federation, `it belongs to federation ${header.federation}`);
   need(Object.hasOwn(KINDS, header.kind), `a message of kind ${header.kind}`);
   const known = { ...COMMON, ...KINDS[header.kind] };
-  const strange = (header.critical ?? []).filter((key) => !Object.hasOwn(known, key));
+  const unknown = (header.critical ?? []).filter((key) => !Object.hasOwn(known, key));
   fields(header, KINDS[header.kind]);
-  if (strange.length) {
-    const why = new Malformed(`it depends on ${strange}, which this worker does not know`);
+  if (unknown.length) {
+    const why = new Malformed(`it depends on ${unknown}, which this worker does not know`);
     throw Object.assign(why, { header });
   }
   return [header, payload];
@@ -158,13 +158,13 @@ function checkTable(table, bytes) {
   let last;
   let end = 0;
   for (const entry of table) {
-    need(map(entry), 'an entry of tensors is no map');
+    need(map(entry), 'an entry of tensors is not a map');
     fields(entry, ENTRY);
     need(Object.keys(entry).every((key) => Object.hasOwn(ENTRY, key)),
       'an unknown key in an entry of tensors');
     const { name, dtype, shape, offset, nbytes, group = MODEL } = entry;
     const key = `${group}:${name}`;
-    need(!names.has(key), `${name} is there twice`);
+    need(!names.has(key), `${name} appears twice`);
     names.add(key);
     need(group === last || !groups.has(group), `the group ${group} is not in one piece`);
     groups.add(group);
@@ -178,16 +178,16 @@ function checkTable(table, bytes) {
 
 const count = (shape) => shape.reduce((product, n) => product * n, 1);
 
-/** The model's tensors; each with bytes of its own, since those of a body lie anywhere. */
+/** The model's tensors. Each has a copy of its bytes, because typed arrays must be aligned. */
 export function tensors(table, payload) {
-  const ofTheModel = table.filter(({ group = MODEL }) => group === MODEL);
-  return ofTheModel.map(({ name, dtype, shape, offset, nbytes }) => ({
+  const model = table.filter(({ group = MODEL }) => group === MODEL);
+  return model.map(({ name, dtype, shape, offset, nbytes }) => ({
     name, dtype, shape, count: count(shape),
     bytes: new Uint8Array(payload.subarray(offset, offset + nbytes)),
   }));
 }
 
-/** A payload that comes in parts. */
+/** A payload that arrives in parts. */
 export class Incoming {
   constructor(header) {
     this.header = header;
@@ -195,7 +195,7 @@ export class Incoming {
     this.missing = new Set(Array(header.transfer.parts).keys());
   }
 
-  /** Put a part in its place; return whether it is a new one of this transfer. */
+  /** Store a part; return whether it is a new part of this transfer. */
   add({ transfer, part }, bytes) {
     const start = part * PART;
     const size = Math.min(PART, this.payload.length - start);
@@ -208,7 +208,7 @@ export class Incoming {
 
 // --- writing ---------------------------------------------------------------------------------------
 
-/** A table and a payload of some tensors (name, dtype, shape, bytes). */
+/** Return the table and the payload of tensors, each {name, dtype, shape, bytes}. */
 export function pack(arrays) {
   const table = [];
   let end = 0;
@@ -222,13 +222,13 @@ export function pack(arrays) {
   return { tensors: table, payload };
 }
 
-/** The body of a message. What is undefined in the header is left out. */
+/** Return the body of a message; header fields that are undefined are left out. */
 export function write(federation, kind, header, payload = EMPTY) {
-  const whole = { protocol: PROTOCOL, federation, kind, ...header };
-  return encode([whole, payload], { ignoreUndefined: true });
+  const complete = { protocol: PROTOCOL, federation, kind, ...header };
+  return encode([complete, payload], { ignoreUndefined: true });
 }
 
-/** A large payload's parts: what the message says of them, and each as [header, bytes]. */
+/** Split a large payload: return the message's `transfer` field, and each part as [header, bytes]. */
 export function split(transfer, payload) {
   const parts = Array.from({ length: Math.ceil(payload.length / PART) }, (_, part) => [
     { transfer, part },

@@ -1,4 +1,4 @@
-// docs/protocol/vectors.json against protocol.js: VECTORS=path node --test
+// Checks protocol.js against docs/protocol/vectors.json: [VECTORS=path] node --test
 
 import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
@@ -9,12 +9,12 @@ import { Malformed, open, read, write } from './protocol.js';
 const path = process.env.VECTORS ?? new URL('../../docs/protocol/vectors.json', import.meta.url);
 const vectors = JSON.parse(readFileSync(path, 'utf8'));
 const bytes = (base64) => Uint8Array.from(Buffer.from(base64, 'base64'));
-const MAIL = [
+const FROM_COORDINATOR = [
   'welcome', 'refusal', 'verdict', 'init_request', 'fit', 'evaluate', 'stop', 'part',
 ];
-// Of an update's own fields, which a worker never receives; and JavaScript has no float apart from
-// int once it is read.
-const NOT_FOR_US = new Set([
+// These are about fields of an update, which a worker never receives, or need a distinction between
+// floats and integers, which JavaScript does not have.
+const NOT_APPLICABLE = new Set([
   'a wildcard for a name', 'no base', 'a number of examples that is a float',
   'a number of examples that is a bool', 'no examples', 'a duration that is NaN',
   'a metric that is infinite', 'NaN',
@@ -25,8 +25,9 @@ for (const { name, body, header, payload_bytes: size } of vectors.sound) {
     const [{ pad, ...got }, payload] = open(bytes(body));
     assert.deepEqual(got, header);
     assert.equal(payload.length, size);
-    if (MAIL.includes(header.kind)) assert.equal(read(bytes(body), 'letters')[0].kind, header.kind);
-    else assert.throws(() => read(bytes(body), 'letters'), Malformed);
+    const readIt = () => read(bytes(body), 'letters')[0].kind;
+    if (FROM_COORDINATOR.includes(header.kind)) assert.equal(readIt(), header.kind);
+    else assert.throws(readIt, Malformed);
     assert.throws(() => read(bytes(body), 'another'), Malformed);
     const { protocol, federation, kind, ...rest } = header;
     assert.deepEqual(open(write(federation, kind, rest, payload))[0], header);
@@ -34,8 +35,8 @@ for (const { name, body, header, payload_bytes: size } of vectors.sound) {
 }
 
 for (const { name, body } of vectors.unsound) {
-  if (NOT_FOR_US.has(name)) continue;
-  if (name === 'an unknown key that is critical') continue; // see below: it hangs on the kind
+  if (NOT_APPLICABLE.has(name)) continue;
+  if (name === 'an unknown key that is critical') continue; // depends on the kind; tested below
   test(`unsound: ${name}`, () => assert.throws(
     () => (/^an unknown kind|^a fit/.test(name) ? read(bytes(body), 'letters') : open(bytes(body))),
     Malformed,
@@ -43,7 +44,7 @@ for (const { name, body } of vectors.unsound) {
 }
 
 for (const { name, body, cause } of vectors.unsound_fits) {
-  // Weights that are not finite are found by the task, before it trains.
+  // The task itself checks that weights are finite.
   if (cause === 'not_finite') continue;
   test(`unsound fit: ${name}`, () => assert.throws(() => read(bytes(body), 'letters'), Malformed));
 }
@@ -55,7 +56,7 @@ function changed(kind, change) {
   return write(federation, kind, { ...header, ...change }, payload);
 }
 
-test('unknown keys are passed over, unless they are critical', () => {
+test('unknown keys are ignored, unless they are critical', () => {
   const fit = (change) => () => read(changed('fit', change), 'letters');
   const plan = { epochs: 1, batch_size: 1, seed: 0, later: 1 };
   assert.equal(fit({ later: { on: [1] }, plan })()[0].kind, 'fit');

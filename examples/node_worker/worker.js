@@ -9,36 +9,37 @@ import { Regression } from './regression.js';
 
 const IDLE = { state: 'idle', step: 0, steps: 0, loss: undefined };
 
-/** Whether an update brings this tensor: names, or beginnings of names with a * behind them. */
-const trains = ({ train }, name) => !train || train.some((one) => (
-  one.endsWith('*') ? name.startsWith(one.slice(0, -1)) : name === one));
+/** Whether a plan trains this tensor; its `train` lists names, and prefixes that end with *. */
+const trains = ({ train }, name) => !train || train.some((pattern) => (
+  pattern.endsWith('*') ? name.startsWith(pattern.slice(0, -1)) : name === pattern));
 
 class Worker {
   constructor(options) {
     this.options = options;
     this.task = new Regression(options);
     this.session = randomUUID();
-    this.run = undefined; // the run that we are in, from what came last
-    this.at = { ...IDLE, round: 0 }; // what every heartbeat says
-    this.link = null; // while there is one, and the federation is there
-    this.work = null; // the mail that is worked on, and what ends that
-    this.answered = null; // the last update, while its round may be asked for again
-    this.incoming = null; // a message whose parts are still to come
+    this.run = undefined; // the run of the last welcome or work
+    this.status = { ...IDLE, round: 0 }; // the state in every heartbeat
+    this.link = null; // set while connected to the federation
+    this.work = null; // the current work: its header, and an AbortController that ends it
+    this.answered = null; // the last update, to send again if its fit comes again
+    this.incoming = null; // a message whose parts are still arriving
   }
 
   log(...words) {
     console.log(`[${this.options.id}]`, ...words);
   }
 
-  // --- being there -------------------------------------------------------------------------------
+  // --- presence ----------------------------------------------------------------------------------
 
+  /** Stay connected, reconnecting with backoff, until the worker leaves. */
   async live() {
     const { url, heartbeat } = this.options;
     setInterval(() => this.beat(), heartbeat * 1000);
     for (let wait = 0.2, first = true; ; wait = Math.min(2 * wait, 10)) {
       const link = new Link(this.options);
       try {
-        await link.open(url, first, (body) => this.receive(body), (kind) => this.unheard(link, kind));
+        await link.open(url, first, (body) => this.receive(body), (kind) => this.returned(link, kind));
         first = false;
         wait = 0.2;
         this.link = link;
@@ -57,25 +58,26 @@ class Worker {
   }
 
   greet() {
-    this.link?.say('hello', { ...this.life(), protocols: [PROTOCOL], features: [] });
+    this.link?.say('hello', { ...this.presence(), protocols: [PROTOCOL], features: [] });
   }
 
-  /** A sign of life was returned: no queue is bound for it yet. */
-  async unheard(link, kind) {
+  /** The broker returned a message, because no queue is bound for it yet; repeat a hello. */
+  async returned(link, kind) {
     if (kind !== 'hello') return;
     await sleep(1000);
     if (this.link === link) this.greet();
   }
 
   beat() {
-    this.link?.say('heartbeat', this.life());
+    this.link?.say('heartbeat', this.presence());
   }
 
-  life() {
+  /** The fields of a hello and a heartbeat. */
+  presence() {
     const { id, heartbeat } = this.options;
     return {
       worker: id, session: this.session, num_examples: this.task.training.length,
-      task: 'y = x·w + b, in JavaScript', classes: [], heartbeat_s: heartbeat, ...this.at,
+      task: 'y = x·w + b, in JavaScript', classes: [], heartbeat_s: heartbeat, ...this.status,
     };
   }
 
@@ -93,7 +95,7 @@ class Worker {
     process.exit(code);
   }
 
-  // --- mail --------------------------------------------------------------------------------------
+  // --- messages ----------------------------------------------------------------------------------
 
   receive(body) {
     let header, payload;
@@ -101,7 +103,7 @@ class Worker {
       [header, payload] = read(body, this.options.federation);
     } catch (why) {
       if (!(why instanceof Malformed)) throw why;
-      this.log('passes over:', why.message);
+      this.log('ignores a message:', why.message);
       if (why.header?.kind === 'fit') this.fail(why.header, why.message);
       return;
     }
@@ -119,23 +121,23 @@ class Worker {
       this.log('verdict', header.round, header.outcome, header.reason);
       if (header.train_again && same(this.answered?.header, header)) this.answered = null;
     } else if (kind === 'part') {
-      this.take(header, payload);
+      this.addPart(header, payload);
     } else {
       this.begin(header, payload);
     }
   }
 
-  take(header, payload) {
+  addPart(header, payload) {
     if (!this.incoming?.add(header, payload)) return;
-    // While this does not advance, or when we say hello again meanwhile, all of it is sent again.
-    this.at.step = this.at.steps - this.incoming.missing.size;
+    // The coordinator sends everything again if this stops advancing, or after another hello.
+    this.status.step = this.status.steps - this.incoming.missing.size;
     if (this.incoming.missing.size > 0) return;
-    const whole = this.incoming;
+    const complete = this.incoming;
     this.incoming = null;
-    this.start(whole.header, whole.payload);
+    this.start(complete.header, complete.payload);
   }
 
-  /** Begin what the mail asks for, unless that is done already or under way; it ends older work. */
+  /** Start the work that a message asks for, unless it is done or under way; end older work. */
   begin(header, payload) {
     const { kind, run, round, base, attempt = 0 } = header;
     if (kind === 'fit') {
@@ -149,7 +151,7 @@ class Worker {
     this.work?.abort.abort();
     this.work = null;
     this.incoming = new Incoming(header);
-    this.at = { ...IDLE, state: 'receiving', steps: header.transfer.parts, run, round, base };
+    this.status = { ...IDLE, state: 'receiving', steps: header.transfer.parts, run, round, base };
   }
 
   hasAnswered(header) {
@@ -163,56 +165,56 @@ class Worker {
     const { kind, run, round = 0, base } = header;
     const work = { header, abort: new AbortController() };
     this.work = work;
-    this.at = { ...IDLE, run, round, base };
-    const tell = (what) => { if (this.work === work) Object.assign(this.at, what); };
+    this.status = { ...IDLE, run, round, base };
+    const report = (changes) => { if (this.work === work) Object.assign(this.status, changes); };
     const { signal } = work.abort;
     try {
       this.log(kind, round);
-      await this[kind](header, payload, tell, signal);
+      await this[kind](header, payload, report, signal);
     } catch (why) {
       if (signal.aborted) return;
       this.log('failed:', why.stack);
       await this.fail(header, why.message, signal);
     }
-    tell(IDLE);
+    report(IDLE);
     if (this.work === work) this.work = null;
   }
 
   // --- work --------------------------------------------------------------------------------------
 
-  async init_request({ run, seed }, _, tell, signal) {
+  async init_request({ run, seed }, _, report, signal) {
     const { tensors: table, payload } = pack(this.task.firstWeights(seed));
-    tell({ state: 'sending' });
+    report({ state: 'sending' });
     const header = { run, worker: this.options.id, tensors: table };
     await this.deliver('first_weights', header, payload, `first_weights/${run}`, signal);
   }
 
-  async evaluate(header, payload, tell, signal) {
-    tell({ state: 'evaluating' });
+  async evaluate(header, payload, report, signal) {
+    report({ state: 'evaluating' });
     const result = this.task.evaluate(tensors(header.tensors, payload));
     const { run, round, base } = header;
-    const told = { run, round, base, worker: this.options.id, metrics: {}, ...result };
-    await this.deliver('evaluation', told, undefined, `evaluation/${run}/${round}`, signal);
+    const evaluation = { run, round, base, worker: this.options.id, metrics: {}, ...result };
+    await this.deliver('evaluation', evaluation, undefined, `evaluation/${run}/${round}`, signal);
   }
 
-  async fit(header, payload, tell, signal) {
+  async fit(header, payload, report, signal) {
     if (!this.hasAnswered(header)) {
       const { run, round, base, sequence, plan, attempt = 0 } = header;
       if (plan.extra) throw new Error('this worker makes no extra tensors');
       const weights = tensors(header.tensors, payload);
       this.task.check(weights);
-      // The evaluation goes while we train.
-      const told = header.evaluate
-        ? this.evaluate({ ...header, round: round - 1 }, payload, tell, signal) : undefined;
-      told?.catch(() => {});
+      // The evaluation is sent while we train.
+      const evaluated = header.evaluate
+        ? this.evaluate({ ...header, round: round - 1 }, payload, report, signal) : undefined;
+      evaluated?.catch(() => {});
       const began = performance.now();
-      tell({ state: 'training' });
+      report({ state: 'training' });
       const { delta, loss } = await this.task.train(
         weights, plan,
-        (step, steps, now) => tell({ step, steps, loss: Number.isFinite(now) ? now : undefined }),
+        (step, steps, now) => report({ step, steps, loss: Number.isFinite(now) ? now : undefined }),
         signal,
       );
-      await told;
+      await evaluated;
       const packed = pack(delta.filter(({ name }) => trains(plan, name)));
       this.answered = {
         attempt, payload: packed.payload,
@@ -224,8 +226,8 @@ class Worker {
       };
     }
     const { header: update, payload: bytes } = this.answered;
-    tell({ state: 'sending', step: 0, steps: 0 });
-    await this.deliver('update', update, bytes, `update/${update.run}/${update.round}`, signal, tell);
+    report({ state: 'sending', step: 0, steps: 0 });
+    await this.deliver('update', update, bytes, `update/${update.run}/${update.round}`, signal, report);
     this.log('sent', update.round);
   }
 
@@ -236,24 +238,24 @@ class Worker {
     return this.deliver('failure', header, undefined, name, signal).catch(() => {});
   }
 
-  /** Send a message until it is confirmed, over as many connections as that takes. */
-  async deliver(kind, header, payload, messageId, signal, tell = () => {}) {
+  /** Send a message until it is confirmed, over as many links as that takes. */
+  async deliver(kind, header, payload, messageId, signal, report = () => {}) {
     for (let wait = 0.2; ; wait = Math.min(2 * wait, 10)) {
       while (!this.link) await sleep(100, undefined, { signal });
       signal.throwIfAborted();
       try {
-        const arrived = (step, steps) => tell({ step, steps });
+        const onProgress = (step, steps) => report({ step, steps });
         const name = `${messageId}/${this.options.id}`;
-        return await this.link.send(kind, header, payload, name, arrived);
+        return await this.link.send(kind, header, payload, name, onProgress);
       } catch (why) {
-        this.log(`${kind} is sent again:`, why.message);
+        this.log(`sending ${kind} again:`, why.message);
       }
       await sleep(wait * 1000, undefined, { signal });
     }
   }
 }
 
-/** Whether two headers are of the same ticket, from the same weights of the same round. */
+/** Whether two headers have the same ticket, round and base. */
 function same(one, other) {
   return one !== undefined && ['run', 'round', 'base', 'sequence'].every((key) => one[key] === other[key]);
 }

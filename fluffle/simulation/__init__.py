@@ -1,1 +1,1 @@
-"""A federation of any number of simulated clients, in one process and in time of its own."""
+"""Simulated federations: any number of clients, one process, simulated time."""

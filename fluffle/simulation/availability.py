@@ -1,4 +1,4 @@
-"""When the simulated clients are present: always, or on and off."""
+"""When simulated clients are present: always, or intermittently."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fluffle_common.errors import UsageError
 
 @dataclass(frozen=True)
 class Availability:
-    """An on/off renewal process: the times present and the times away are exponential.
+    """An on/off renewal process with exponentially distributed times present and away.
 
     Args:
-        share: the part of the time that a client is present, in (0, 1]; 1: it never leaves.
-        present_s: how many seconds it stays on average.
+        share: the share of the time that a client is present, in (0, 1]; 1 means always.
+        present_s: the mean time that it stays, in seconds.
     """
 
     share: float = 1.0
     present_s: float = float("inf")
 
     def begin(self, rng: np.random.Generator) -> bool:
-        """Draw whether a client is present when the simulation begins."""
+        """Draw whether a client is present at the start of the simulation."""
         return bool(rng.random() < self.share)
 
     def spells(self, rng: np.random.Generator, *, present: bool) -> Iterator[float]:
-        """Yield how many seconds a client stays, is away, stays, and so on, without end.
+        """Yield the seconds until a client's next change, alternately present and away, forever.
 
         Args:
-            rng: the client's own.
-            present: whether it is there at first.
+            rng: the client's generator.
+            present: whether the client is present first.
         """
         if self.share == 1:
             return
@@ -45,14 +45,14 @@ ALWAYS = Availability()
 
 
 def parse_availability(text: str) -> Availability:
-    """Return the availability of ``always`` or ``SHARE:SECONDS``.
+    """Return the availability that ``always`` or ``SHARE:SECONDS`` describes.
 
     Example:
         >>> parse_availability("0.25:600")
         Availability(share=0.25, present_s=600.0)
 
     Raises:
-        UsageError: if it is neither.
+        UsageError: if ``text`` is neither.
     """
     if text == "always":
         return ALWAYS
@@ -62,8 +62,8 @@ def parse_availability(text: str) -> Availability:
         share = present_s = 0.0
     if not (0 < share < 1 and 0 < present_s < float("inf")):
         raise UsageError(
-            f"'{text}' is no availability: 'always' or SHARE:SECONDS is expected, the share of the "
-            "time that a client is present, between 0 and 1, and how long it stays on average, "
-            "such as 0.8:3600"
+            f"'{text}' is not an availability; give 'always', or SHARE:SECONDS such as 0.8:3600: "
+            "the share of the time that a client is present, between 0 and 1, and how long it "
+            "stays on average"
         )
     return Availability(share, present_s)

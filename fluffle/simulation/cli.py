@@ -1,4 +1,4 @@
-"""``fluffle simulate``: the coordinator's options, and those of the clients that there are not."""
+"""``fluffle simulate``: takes the coordinator's options and those of the simulated clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fluffle_coordinator.cli.coordinator import coordinator, rules_of
 if TYPE_CHECKING:
     from fluffle_worker.task import Task
 
-# Of a broker, of people who wait, and of who is who: a file that has them may be simulated, too.
+# Options without a meaning in a simulation. They are accepted, so that the TOML file of a real
+# coordinator can be simulated as it is.
 _PASSED_OVER = {
     "url",
     "management",
@@ -36,7 +37,7 @@ class _Simulate(ConfiguredCommand):
 
 
 def _of_the_coordinator() -> list[click.Parameter]:
-    """Return the coordinator's options, as far as a simulation has a use for them."""
+    """Return copies of the coordinator's options; those without a meaning here are hidden."""
     taken: list[click.Parameter] = []
     for option in coordinator.params:
         if not isinstance(option, click.Option) or not option.expose_value:
@@ -64,9 +65,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="",
     metavar="TEXT",
     help=(
-        "The task's --data. A task that cannot be divided is made once for each client: "
-        "'{client}' in this value becomes the number of the client, '{clients}' the number "
-        "of clients."
+        "The --data of the task. If it contains '{client}' or '{clients}', a task is made for "
+        "each client, with its number (from 0) and the number of clients in their place."
     ),
 )
 @click.option("--clients", type=count(), default=100, help="Number of clients.")
@@ -76,15 +76,14 @@ def _of_the_coordinator() -> list[click.Parameter]:
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
     help=(
         "How to split the examples among the clients: at random; by label, more unevenly for "
-        "a smaller A; in N shards of one label each; or one client for each value of a "
-        "column."
+        "a smaller A; N shards of sorted labels each; or one client for each value of a column."
     ),
 )
 @click.option(
     "--plot-partition",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
-    help="Draw who holds what, before the first round.",
+    help="Draw a chart of the labels that each client holds, before the first round.",
 )
 @click.option(
     "--step-time",
@@ -111,8 +110,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--availability",
     default="always",
     metavar="SHARE:SECONDS",
-    help="When a client is present: 0.8:3600 lets it leave after an hour on average, drop its "
-    "work, and come back, so that it is present 0.8 of the time.",
+    help="When a client is present: with 0.8:3600, it stays for an hour on average, drops its "
+    "work when it leaves, and is present 0.8 of the time.",
 )
 @click.option(
     "--test-every",
@@ -127,16 +126,16 @@ def _of_the_coordinator() -> list[click.Parameter]:
 def simulate(**options: Any) -> None:
     """Run a federation of many simulated clients in this process.
 
-    The coordinator, its rounds, strategies and files are those of a real run; only the broker is in
-    memory, and time passes when nobody has anything left to do. So an hour of training on slow
-    devices takes as long as the training takes here, and the same seeds give the same run.
+    The coordinator, rounds, strategies and files are those of a real run. Only the broker is in
+    memory, and time is simulated: an hour of training on slow devices takes only as long as the
+    computation takes here. The same seeds give the same run.
 
     \b
       fluffle simulate --task digits.py:task --clients 100 --fraction 0.1
       fluffle simulate federation.toml --partition dirichlet:0.5
       fluffle simulate --task digits.py:task --step-time classes:1,2,4
 
-    A file for the coordinator may have the options of this command in a table [simulation].
+    A coordinator's TOML file can hold the options of this command in a table [simulation].
     """
     from fluffle.place import committed
     from fluffle.simulation.availability import parse_availability
@@ -198,7 +197,7 @@ simulate.params += _of_the_coordinator()
 
 
 def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
-    """Return the task that was divided, if one was, and the clients' tasks."""
+    """Return the task that was divided, or None, and the clients' tasks by name."""
     from fluffle.simulation.partition import parse_partition
     from fluffle.simulation.population import Divisible, dealt, each_its_own
     from fluffle_worker.task import TaskOptions
@@ -214,18 +213,21 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     if not isinstance(whole, Divisible):
         raise UsageError(
             f"the task {options['task']} cannot be divided among clients (it has no part()); "
-            "name the data of each with {client} in --data, such as --data 'shard:{client}/"
-            "{clients}'"
+            "use {client} in --data to give each client its own data, such as --data "
+            "'shard:{client}/{clients}'"
         )
     return whole, dealt(whole, partition, number, seed)
 
 
 def _plot(whole: Any, options: dict[str, Any]) -> None:
-    """Draw who holds what of a task that was divided."""
+    """Write a chart of the labels that each client holds."""
     from fluffle.simulation.plot import plot_partition
 
     if whole is None:
-        raise UsageError("--plot-partition: with {client} in --data, nothing is dealt out")
+        raise UsageError(
+            "--plot-partition needs a task that is divided among the clients; with {client} in "
+            "--data, each client has its own"
+        )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
     file = options["plot_partition"]
     try:

@@ -1,4 +1,4 @@
-"""How quick the simulated clients are, and what their lines carry."""
+"""The speed of simulated clients: of their computation and of their network connection."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fluffle_common.tensors.weights import Array
 
 @dataclass(frozen=True)
 class Device:
-    """One client's.
+    """The speed of one client.
 
     Args:
-        step_s: seconds that one training step takes.
-        round_s: seconds that a training takes besides, however many steps it has.
-        bytes_per_s: what its line carries, either way; infinity where that takes no time.
+        step_s: the time of one training step, in seconds.
+        round_s: the fixed time that each training takes in addition, in seconds.
+        bytes_per_s: the bandwidth of its connection, in either direction; infinite by default.
     """
 
     step_s: float = 0.0
@@ -26,20 +26,21 @@ class Device:
     bytes_per_s: float = float("inf")
 
     def moving_s(self, nbytes: int) -> float:
-        """Return how long its line is busy with so many bytes."""
+        """Return the seconds that it takes to transfer ``nbytes``."""
         return nbytes / self.bytes_per_s
 
     def training_s(self, steps: int) -> float:
-        """Return how long it trains."""
+        """Return the seconds that a training of ``steps`` steps takes."""
         return self.round_s + steps * self.step_s
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a quantity differs from client to client.
+    """The distribution of a quantity over the clients.
 
-    ``constant:V``: the same for all; ``classes:A,B,C``: each client is of one class, in turn;
-    ``lognormal:MEDIAN,SIGMA``: most near the median, a few far above it; ``uniform:LOW,HIGH``.
+    ``constant:V`` is the same for all; ``classes:A,B,C`` assigns the values in turn;
+    ``lognormal:MEDIAN,SIGMA`` puts most near the median and a few far above it;
+    ``uniform:LOW,HIGH`` draws from an interval.
     """
 
     text: str
@@ -47,10 +48,10 @@ class Spread:
 
 
 def parse_spread(text: str) -> Spread:
-    """Return the spread that a text names; a number alone is ``constant``.
+    """Return the distribution that a text describes; a number alone is ``constant``.
 
     Raises:
-        UsageError: where it names none.
+        UsageError: if it describes none.
     """
     kind, colon, given = text.partition(":")
     if not colon:
@@ -65,7 +66,7 @@ def parse_spread(text: str) -> Spread:
     if not fits or not all(0 <= value < float("inf") for value in values):
         raise UsageError(
             f"'{text}' is not a distribution; use a number, classes:A,B,C, "
-            "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH, with numbers from 0 up"
+            "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH, with numbers of at least 0"
         )
     match kind:
         case "constant":
@@ -88,14 +89,17 @@ def devices(
     bytes_per_s: str | None = None,
     seed: int = 0,
 ) -> list[Device]:
-    """Return a device for each client; the same for the same seed.
+    """Return a device for each client; the same seed gives the same devices.
 
     Args:
-        clients: how many.
-        step_s: see ``Device``, as a spread.
-        round_s: likewise.
-        bytes_per_s: likewise; None: lines take no time.
-        seed: of the draws.
+        clients: the number of clients.
+        step_s: the distribution of ``Device.step_s``; see ``Spread``.
+        round_s: the distribution of ``Device.round_s``.
+        bytes_per_s: the distribution of ``Device.bytes_per_s``; None means infinite.
+        seed: the seed of the draws.
+
+    Raises:
+        UsageError: if a text is not a distribution, or a bandwidth is 0.
     """
     rng = np.random.default_rng([seed, clients])
     steps = parse_spread(step_s).draw(rng, clients)
@@ -105,7 +109,6 @@ def devices(
         lines = parse_spread(bytes_per_s).draw(rng, clients)
         if not np.all(lines > 0):
             raise UsageError(
-                f"a connection of {bytes_per_s} bytes a second carries nothing; "
-                "give a speed above 0"
+                f"a bandwidth of {bytes_per_s} bytes per second is not usable; give one above 0"
             )
     return [Device(*map(float, one)) for one in zip(steps, rounds, lines, strict=True)]

@@ -1,8 +1,8 @@
-"""The simulated clients of a federation: each speaks the protocol as a worker does.
+"""The simulated clients of a federation, which speak the protocol like workers.
 
-To the coordinator there is no difference: hello, fit, update and all else travel through the same
-queues. But one object plays all clients, over one link; what a client computes is computed when it
-is asked, and leaves when the client's device would have been done with it.
+The coordinator sees no difference: all messages travel through the same queues. But one object
+plays all clients over one link. It computes a client's answer at once when work arrives, and sends
+it when the client's device would have finished.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ from fluffle_worker.signature import described, signature_of_task
 from fluffle_worker.task import Task, classes_of, num_examples_of
 from fluffle_worker.user_code import one_line
 
-# How often a client that is at work says so. The rest of the time there is nothing to say: nobody
-# is gone.
+# The heartbeat interval of a client at work. Idle clients send none, since nobody is ever gone.
 _HEARTBEAT_S = 60.0
 _MAX_MODEL_BYTES = 8 * 2**30
 _PREFETCH = 100
@@ -63,11 +62,11 @@ class Client:
     """One simulated client.
 
     Args:
-        name: its id.
-        task: its model and its data.
-        device: how quick it is.
+        name: the worker id.
+        task: the model and the data.
+        device: the speed of its computation and connection.
         availability: when it is present.
-        rng: of its comings and goings.
+        rng: the generator of its times present and away.
     """
 
     name: str
@@ -86,13 +85,13 @@ class Fleet:
     """All clients of a federation.
 
     Args:
-        clients: who there is.
-        federation: its name.
+        clients: the clients.
+        federation: the name of the federation.
         topology: the names on the broker.
-        transport: the way to it.
-        task: what the run's files call the task.
-        say: told, once each, what a task returns that is not fit for use.
-        codecs: those that updates may be encoded by.
+        transport: the connection to the broker.
+        task: the name of the task, for the run's files.
+        say: called once for each kind of unusable result of a task, with a message.
+        codecs: the codecs that updates may be encoded with.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Fleet:
         self._results = Results(report=say, trace=say)
         self._forms: dict[int, Signature] = {}
         self._link: Link
-        # What was decoded last, and the work that it brings, once that is read.
+        # Cache: the last body decoded, and its weights and broadcast once they are decoded.
         self._read: tuple[Body, Message, memoryview] | None = None
         self._brought: tuple[Weights, Weights] | None = None
 
@@ -119,7 +118,7 @@ class Fleet:
         """Take part until cancelled.
 
         Raises:
-            TaskError: where the coordinator refuses a client.
+            TaskError: if the coordinator refuses a client.
         """
         self._link = await self._transport.open()
         while not await self._link.exists(self._topology.results):  # noqa: ASYNC110
@@ -146,7 +145,7 @@ class Fleet:
         await self._send(Hello(**self._about(client), **self._introduction(client, form)))
 
     async def _come_and_go(self, client: Client) -> None:
-        """Let a client leave, and drop its work, and come back, as its availability has it."""
+        """Let a client leave, which drops its work, and come back, as its availability says."""
         for seconds in client.availability.spells(client.rng, present=client.present):
             await asyncio.sleep(seconds)
             client.present = not client.present
@@ -164,7 +163,7 @@ class Fleet:
             client.at_work = None
 
     def _form(self, task: Task) -> Signature:
-        """Return what a task's model is made of; the parts of one task are found out once."""
+        """Return the signature of a task's model, computed once for all parts of one task."""
         key = id(getattr(task, "whole", task))
         if key not in self._forms:
             self._forms[key] = signature_of_task(task)
@@ -191,7 +190,7 @@ class Fleet:
     async def _read_mail(self, client: Client, mail: Any) -> None:
         delivery: Delivery
         async for delivery in mail:
-            if client.present:  # else it goes the way of what waits for a worker that restarts
+            if client.present:  # otherwise dropped, like the mail of a worker that restarts
                 self._receive(client, delivery.body)
             delivery.ack()
 
@@ -215,10 +214,10 @@ class Fleet:
             case Refusal():
                 raise TaskError(f"the coordinator refuses {client.name}: {message.reason}")
             case _:
-                pass  # a client of a simulation has nothing to make of it
+                pass  # of no consequence to a simulated client
 
     def _decoded(self, body: Body) -> tuple[Message, memoryview]:
-        """Decode a message; one that went to many is decoded once."""
+        """Decode a message; one body sent to many clients is decoded once."""
         if self._read is None or self._read[0] is not body:
             self._read, self._brought = (body, *decode(body, self._federation)), None
         return self._read[1], self._read[2]
@@ -236,7 +235,7 @@ class Fleet:
         self._begin(client, Job(work, message, weights, broadcast))
 
     def _begin(self, client: Client, job: Job) -> None:
-        """Begin a piece of work, unless it is being done; the newest wins."""
+        """Begin a piece of work, unless it is already under way; newer work ends older."""
         if client.at_work is not None:
             doing, task = client.at_work
             if doing == job.work:
@@ -281,7 +280,7 @@ class Fleet:
         await self._answer(client, job, seconds)
 
     async def _pass(self, client: Client, work: Work, steps: int, seconds: float) -> None:
-        """Let the time of a piece of work pass, and be heard meanwhile."""
+        """Let the time of a piece of work pass, sending heartbeats meanwhile."""
         left_s = seconds
         while left_s > _HEARTBEAT_S:
             await asyncio.sleep(_HEARTBEAT_S)

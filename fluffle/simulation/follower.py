@@ -1,4 +1,4 @@
-"""What people are shown of a simulation: what becomes of its rounds, not each of its clients."""
+"""The console output of a simulation: its rounds, but not every client's events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.observe.watchers import View, Watcher
 
-# Thousands of clients come and answer, in no time.
+# Too many of these: a simulation can have thousands of clients.
 _UNSAID = (
     run_events.Connected,
     run_events.Counted,
@@ -18,12 +18,12 @@ _UNSAID = (
 )
 
 
-# So many names fit a line.
+# At most so many participants are listed by name.
 _FEW = 10
 
 
 class Follower(Watcher):
-    """Shows the rest of the events as a run does."""
+    """Passes all other events to a ``View``, and shortens commits with many participants."""
 
     def __init__(self, view: View) -> None:
         self._view = view

@@ -68,45 +68,48 @@ def simulate(
     progress: bool | None = None,
     **options: Any,
 ) -> Run:
-    """Run a federation of simulated clients, in time of its own.
+    """Run a federation of simulated clients, in simulated time.
 
-    It is the machine of ``fluffle.run`` and of ``fluffle coordinator``: only the broker is in
-    memory, and time passes when nobody has anything left to do. The same seeds give the same run.
+    The coordinator is that of ``fluffle.run`` and ``fluffle coordinator``; only the broker is in
+    memory, and time advances whenever nothing is left to compute. The same seeds give the same run.
 
     Args:
-        tasks: one for each client, by name or in a list; or one that can be divided, such as a
-            ``flax_task``, whose training examples are dealt out to ``clients`` clients.
-        clients: how many clients a task is divided among.
-        partition: how: ``iid``, ``dirichlet:0.5``, ``shards:2``, ``by:COLUMN``, or an object.
-        rounds: how many rounds.
-        fraction: which part of the clients is asked in a round.
+        tasks: one task per client, in a list or by name; or one task that can be divided, such as
+            a ``flax_task``, whose training examples are split among the clients.
+        clients: the number of clients that a task is divided among; 100 by default.
+        partition: how to split it: ``iid``, ``dirichlet:0.5``, ``shards:2``, ``by:COLUMN``, or an
+            object.
+        rounds: the number of rounds.
+        fraction: the fraction of the clients to select in each round.
         strategy: how updates become the next model: a name, ``path.py:name`` or an object.
-        epochs: local epochs a round.
-        batch_size: of the local training.
-        learning_rate: of the local training; None is the task's own.
-        seed: of everything random, the partition and the devices as well.
-        step_s: seconds that a training step takes a client: a number, or a spread such as
-            ``classes:1,2,4`` or ``lognormal:1,0.5``.
-        fit_s: seconds that a training takes besides, likewise.
-        bytes_per_s: what a client's line carries, likewise; None: it takes no time.
-        owned: the devices themselves, instead of the three above.
-        availability: when a client is present: ``always``, or ``SHARE:SECONDS``, such as
-            ``0.8:3600``: it leaves after an hour on average, drops its work, and comes back, so
-            that it is present 0.8 of the time.
-        test_every: evaluate every so many rounds' model, and the last one, on what a divided task
-            holds out.
-        evaluate: another test of a model, ``evaluate(weights) -> metrics``, after every round.
-        on_round: shown every ``Commit``; ends the run by returning a reason or raising ``StopRun``.
-        folder: where the run is kept, and goes on from; a temporary one if not given.
-        progress: show how far it is; None does on a terminal and in a notebook.
+        epochs: local epochs per round.
+        batch_size: the local batch size.
+        learning_rate: the local learning rate; None means the task's own.
+        seed: the seed of every random choice, including the partition and the devices.
+        step_s: the time of one training step on a client, in seconds: a number, or a distribution
+            such as ``classes:1,2,4`` or ``lognormal:1,0.5``.
+        fit_s: the fixed time that each training takes in addition, in seconds, likewise.
+        bytes_per_s: the bandwidth of a client's connection, likewise; None means unlimited.
+        owned: the clients' devices, instead of the three arguments above.
+        availability: when a client is present: ``always``, or ``SHARE:SECONDS``. With ``0.8:3600``
+            it stays for an hour on average, drops its work when it leaves, and is present 0.8 of
+            the time.
+        test_every: evaluate every so many rounds' model, and the last one, on the held-out data of
+            a divided task.
+        evaluate: another test, ``evaluate(weights) -> metrics``, of every round's model.
+        on_round: called with each ``Commit``; ends the run if it returns a reason or raises
+            ``StopRun``.
+        folder: the run folder; an earlier run in it is continued. None means a temporary folder,
+            deleted together with the returned object.
+        progress: whether to show progress; None shows it on a terminal and in a notebook.
         **options: any other option of ``fluffle coordinator``, with underscores.
 
     Returns:
-        The run; its times are simulated ones.
+        The run; its times are simulated.
 
     Raises:
-        UsageError: for an argument that is wrong.
-        RunError: where the run stopped before its end, with the reason.
+        UsageError: if an argument is invalid.
+        RunError: if the run stopped before its end.
     """
     _check(options, clients=clients, test_every=test_every)
     whole, by_name = _tasks(tasks, clients, partition, seed)
@@ -147,10 +150,10 @@ def simulate(
 
 
 def _check(options: Mapping[str, Any], **counts: int | None) -> None:
-    """Check the arguments that have nothing to do with a simulation, and the counts.
+    """Refuse options without a meaning in a simulation, and counts below 1.
 
     Raises:
-        UsageError: naming the first that is wrong.
+        UsageError: if there is one; the message names the first.
     """
     for name, why in _NOT_HERE.items():
         if options.get(name):
@@ -166,7 +169,7 @@ def _tasks(
     partition: str | Partition,
     seed: int,
 ) -> tuple[Task | None, dict[str, Task]]:
-    """Return the task that is divided, if one is, and the clients' tasks."""
+    """Return the task that is divided, or None, and the clients' tasks by name."""
     if isinstance(tasks, Mapping):
         given = {str(name): check_task(f"'{name}'", task) for name, task in tasks.items()}
     elif isinstance(tasks, Sequence):

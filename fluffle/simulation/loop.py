@@ -1,8 +1,8 @@
-"""An event loop whose time is the simulation's: it moves on when nobody has anything left to do.
+"""An event loop with simulated time, which advances when nothing is left to run.
 
-What a simulated client is said to take, an hour of training or a minute of sending, passes in no
-time; what the computer itself has to do, such as training or writing a checkpoint, takes none of
-the simulation's. So the same seeds give the same events in the same order, each time.
+Whenever the loop would wait for a timer, its clock jumps there instead. Simulated durations, such
+as an hour of training, take no real time, and real work, such as writing a checkpoint, takes no
+simulated time. So the same seeds give the same events in the same order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fluffle_common.errors import RunError
 
 
 class _Selector(selectors.DefaultSelector):
-    """Waits for nothing: where the loop would, its time moves on instead."""
+    """Never waits; where a selector would, the loop's clock advances instead."""
 
     loop: SimulatedLoop
 
@@ -27,13 +27,13 @@ class _Selector(selectors.DefaultSelector):
         if found or (timeout is not None and timeout <= 0):
             return found
         if timeout is None:
-            raise RunError("the simulation is stuck: no event is due any more")
+            raise RunError("the simulation is stuck: no further event is due")
         self.loop.pass_time(timeout)
         return found
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
-    """The loop. Its time begins at 0 s, which is the moment of the real time it was made at."""
+    """The loop. Its time starts at 0 s, which corresponds to the wall time of its creation."""
 
     def __init__(self) -> None:
         self._now_s = 0.0
@@ -44,7 +44,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self.set_default_executor(InTheLoop(max_workers=1))
 
     def time(self) -> float:
-        """Return how many seconds have been simulated."""
+        """Return the simulated time in seconds."""
         return self._now_s
 
     def wall_time(self) -> float:
@@ -52,18 +52,18 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         return self._began_at + self._now_s
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Do nothing: there is no thread to wait for, and time does not pass for one."""
+        """Do nothing: there are no threads to wait for."""
 
     def pass_time(self, seconds: float) -> None:
-        """Let time move on."""
+        """Advance the clock."""
         self._now_s += seconds
 
 
 class InTheLoop(ThreadPoolExecutor):
-    """Does in the loop itself what would be handed to a thread, so that no time passes."""
+    """Runs work in the event loop's thread instead of another, so that no simulated time passes."""
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Do it, and return what became of it."""
+        """Run the work at once; return a future that is done."""
         done: Future[Any] = Future()
         try:
             done.set_result(work(*args, **kwargs))

@@ -1,7 +1,7 @@
-"""Who holds what: the examples of one data set, dealt out to clients.
+"""Partitions: rules that split the examples of one data set among clients.
 
-Every partition deals each example to exactly one client, leaves no client without one, and is the
-same for the same seed.
+Every partition gives each example to exactly one client and each client at least one example. The
+same seed gives the same partition.
 
 Example:
     >>> labels = np.array([0, 0, 0, 1, 1, 1])
@@ -22,23 +22,23 @@ from fluffle_common.errors import UsageError
 from fluffle_common.tensors.weights import Array
 
 Parts = list[Array]
-"""For each client the indices of its examples, ascending, int64."""
+"""For each client, the ascending indices of its examples, int64."""
 
 
 class Partition(Protocol):
-    """A rule by which examples are dealt out."""
+    """A rule that splits examples among clients."""
 
     def deal(self, labels: Array, clients: int, seed: int) -> Parts:
-        """Deal out the examples that have these labels, shape [examples].
+        """Split the examples with these labels, shape [examples].
 
         Raises:
-            UsageError: where there are not enough examples for so many clients.
+            UsageError: if there are too few examples for so many clients.
         """
 
 
 @dataclass(frozen=True)
 class Iid(Partition):
-    """Everybody gets a random sample, all of the same size, give or take one."""
+    """Random samples whose sizes differ by at most one."""
 
     def deal(self, labels: Array, clients: int, seed: int) -> Parts:
         """See ``Partition``."""
@@ -49,12 +49,12 @@ class Iid(Partition):
 
 @dataclass(frozen=True)
 class Dirichlet(Partition):
-    """The share of each label that a client gets is drawn from a Dirichlet distribution.
+    """Label shares drawn from a Dirichlet distribution.
 
-    Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated
-    Visual Classification", 2019, section 3: the smaller ``alpha``, the fewer labels does a client
-    have; with a large one they are all alike. Sizes differ as well. Whoever the draw leaves without
-    an example gets one of the client that has most.
+    As in Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated
+    Visual Classification", 2019, section 3. The smaller ``alpha``, the fewer labels a client has;
+    with a large one, all clients are alike. Their sizes differ, too. A client that the draw leaves
+    without examples gets one from the client with the most.
     """
 
     alpha: float
@@ -75,10 +75,10 @@ class Dirichlet(Partition):
 
 @dataclass(frozen=True)
 class Shards(Partition):
-    """Sorted by label and cut into shards of one size, of which each client gets ``each``.
+    """Equal shards of the examples sorted by label, ``each`` per client.
 
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-    AISTATS 2017, section 3, has 2 shards a client: most see two labels only.
+    AISTATS 2017, section 3, use 2 shards per client, so that most clients have only two labels.
     """
 
     each: int
@@ -94,7 +94,7 @@ class Shards(Partition):
 
 @dataclass(frozen=True)
 class By(Partition):
-    """One client for each value of a column, such as who wrote it; ``clients`` must be as many."""
+    """One client per value of a column, such as the writer; ``clients`` must be their number."""
 
     column: str
 
@@ -110,10 +110,13 @@ class By(Partition):
 
 
 def parse_partition(text: str) -> Partition:
-    """Return the partition of ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``by:COLUMN``.
+    """Return the partition that a text describes.
+
+    Args:
+        text: ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``by:COLUMN``.
 
     Raises:
-        UsageError: naming what is wrong.
+        UsageError: if it describes none.
     """
     kind, _, given = text.partition(":")
     if kind == "iid" and not given:
@@ -134,7 +137,7 @@ def parse_partition(text: str) -> Partition:
 
 
 def counts(labels: Array, parts: Parts) -> Array:
-    """Return how many examples of each label each client holds, shape [clients, labels]."""
+    """Return the number of examples of each label at each client, shape [clients, labels]."""
     values, numbers = np.unique(labels, return_inverse=True)
     return np.stack([np.bincount(numbers[part], minlength=len(values)) for part in parts])
 

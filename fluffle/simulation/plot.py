@@ -1,4 +1,4 @@
-"""A picture of a partition: how many examples of each label each client holds."""
+"""A chart of a partition: how many examples of each label each client holds."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = 20
-"""Of more labels than this, no colours can be told apart: only the sizes are drawn."""
+"""With more labels than this, colours are indistinguishable, and only the sizes are drawn."""
 
 
 def plot_partition(
     task: Divisible, *, clients: int = 100, partition: str | Partition = "iid", seed: int = 0
 ) -> Figure:
-    """Draw who holds what of a task that is divided among clients.
+    """Draw the labels that each client holds when a task is divided among them.
 
     Args:
-        task: with all examples, such as a ``flax_task``.
-        clients: how many.
-        partition: as for ``simulate``.
-        seed: likewise.
+        task: the task with all examples, such as a ``flax_task``.
+        clients: the number of clients.
+        partition: the partition, as for ``simulate``.
+        seed: the seed, as for ``simulate``.
 
     Returns:
-        A figure of matplotlib, which a notebook shows: a stack of labels for each client.
+        A matplotlib figure, which a notebook displays, with a stack of labels for each client.
 
     Raises:
-        UsageError: without matplotlib, or if the task cannot be divided in this way.
+        UsageError: if matplotlib is not installed, or the task cannot be divided in this way.
     """
     try:
         from matplotlib import colormaps
@@ -49,7 +49,7 @@ def plot_partition(
         held, names = held.sum(axis=1, keepdims=True), ["all labels"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    # Each client is a step, not a bar: a thousand clients are soon drawn.
+    # Steps instead of bars, which would be slow to draw for a thousand clients.
     edges = np.append(np.arange(clients), clients) - 0.5
     tops = np.cumsum(held, axis=1)
     colours = colormaps["tab10" if len(names) <= _COLOURS // 2 else "tab20"]

@@ -1,4 +1,4 @@
-"""Who takes part in a simulation: clients whose data are parts of one data set, or their own."""
+"""The tasks of simulated clients: parts of one divided task, or a task for each client."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fluffle_worker.task import Task, TaskOptions
 
 @runtime_checkable
 class Divisible(Protocol):
-    """A task on a whole data set that makes tasks on parts of it; ``FlaxTask`` is one."""
+    """A task that can make tasks for parts of its data, such as ``FlaxTask``."""
 
     @property
     def labels(self) -> Array:
-        """Return the label of each training example, shape [examples]."""
+        """The label of each training example, shape [examples]."""
 
     def part(self, rows: Array, sample_seed: int) -> Task:
-        """Return a task that trains on these training examples only.
+        """Return a task with only some of the training examples.
 
         Args:
-            rows: their indices, int64.
-            sample_seed: makes the batches of this part its own.
+            rows: the indices of the examples, int64.
+            sample_seed: the seed of this part's batches.
         """
 
 
@@ -37,16 +37,16 @@ def names(clients: int) -> list[str]:
 
 
 def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> dict[str, Task]:
-    """Deal the training examples of a task out to clients.
+    """Divide a task among clients; return their tasks by client name.
 
     Args:
         whole: the task with all examples.
-        partition: by which rule; ``by:COLUMN`` needs ``whole.columns[COLUMN]``.
-        clients: to how many.
-        seed: of what the rule draws.
+        partition: the rule; ``by:COLUMN`` needs ``whole.columns[COLUMN]``.
+        clients: the number of clients.
+        seed: the seed of the rule.
 
     Raises:
-        UsageError: where there is no such column, or there are too few examples.
+        UsageError: if there is no such column, or there are too few examples.
     """
     parts = parts_of(whole, partition, clients, seed)
     return {
@@ -56,13 +56,13 @@ def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -
 
 
 def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> Parts:
-    """Return the rows of each client; arguments and errors as of ``dealt``."""
+    """Return the rows of each client; see ``dealt`` for arguments and errors."""
     labels = np.asarray(whole.labels)
     if isinstance(partition, By):
         columns = getattr(whole, "columns", {})
         if partition.column != "label" and partition.column not in columns:
             there = ", ".join(["label", *columns])
-            raise UsageError(f"the data have no column '{partition.column}'; there is {there}")
+            raise UsageError(f"the data have no column '{partition.column}'; they have {there}")
         labels = np.asarray(columns.get(partition.column, labels))
     return partition.deal(labels, clients, seed)
 
@@ -70,23 +70,23 @@ def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0
 def each_its_own(
     make: Callable[[TaskOptions], Task], data: str, clients: int, seed: int = 0
 ) -> dict[str, Task]:
-    """Make a task for each client.
+    """Make a separate task for each client.
 
     Args:
-        make: as ``--task`` names it.
-        data: ``--data`` of each; ``{client}`` in it is the client's number, from 0 on, and
-            ``{clients}`` how many there are.
-        clients: how many.
-        seed: ``--seed`` of each.
+        make: makes a task from its options, like the function that ``--task`` names.
+        data: the ``--data`` of each task; ``{client}`` is replaced by the client's number, from 0,
+            and ``{clients}`` by the number of clients.
+        clients: the number of clients.
+        seed: the ``--seed`` of each task.
 
     Raises:
-        UsageError: where ``data`` has other braces.
+        UsageError: if ``data`` has other braces.
     """
     try:
         given = [data.format(client=number, clients=clients) for number in range(clients)]
     except (KeyError, IndexError, ValueError):
         raise UsageError(
-            f"--data '{data}': in braces, only {{client}} and {{clients}} are known"
+            f"--data '{data}' has unknown braces; only {{client}} and {{clients}} are replaced"
         ) from None
     return {
         name: make(TaskOptions(data=one, worker=name, seed=seed))

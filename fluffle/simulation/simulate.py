@@ -1,4 +1,4 @@
-"""A simulated run: the coordinator that is deployed, a broker in memory, and a fleet of clients."""
+"""A simulated run: the real coordinator, a broker in memory, and a fleet of clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.task import EvalResult, Task
 
-# A client says something when there is something to say: silence is no sign of anything.
+# Number of missed heartbeats after which a client counts as gone: idle clients send none.
 _NEVER = 10**9
 
 
@@ -39,38 +39,22 @@ async def simulate_run(
     say: Callable[[str], object] = lambda _: None,
     fresh: bool = False,
 ) -> State:
-    """Run a federation of these clients to its end; on a ``SimulatedLoop``, in its time.
+    """Run a federation of simulated clients to its end, in the time of a ``SimulatedLoop``.
 
     Args:
-        settings: as for any coordinator.
-        clients: who takes part.
-        store: the run's folder, locked; a run that is there goes on.
-        watcher: told what happens.
-        task: what the run's files call the task.
-        say: told, once each, what a task returns that is not fit for use.
-        fresh: move an earlier run aside.
+        settings: the coordinator's settings.
+        clients: the clients.
+        store: the run folder, locked; an earlier run in it is continued.
+        watcher: watches the run.
+        task: the name of the task, for the run's files.
+        say: called once for each kind of unusable result of a task, with a message.
+        fresh: whether to start a new run and move an earlier one aside.
 
     Raises:
-        RunError: where nothing is due any more, and the run has not ended.
-        TaskError: where a client is refused.
+        RunError: if no further event is due although the run has not ended.
+        TaskError: if the coordinator refuses a client.
     """
-    never = float("inf")
-    present = sum(client.present for client in clients)  # the first round is for all of these
-    rules = replace(
-        settings.rules,
-        min_workers=max(1, min(settings.rules.min_workers, present)),
-        patience=_NEVER,
-        hearing_s=never,
-        stall_s=never,
-    )
-    if rules.samples:  # a fraction is of those present, not of all clients
-        rules = replace(rules, least=min(rules.least, rules.sample_of(present)))
-    settings = replace(
-        settings,
-        rules=rules,
-        max_workers=max(settings.max_workers, len(clients)),
-        waiting_every_s=never,
-    )
+    settings = _for_clients(settings, clients)
     broker, topology = MemoryBroker(), Topology(settings.federation)
     fleet = Fleet(
         list(clients),
@@ -81,9 +65,9 @@ async def simulate_run(
         say=say,
     )
     journal = JournalFile(store.folder, settings.federation)
-    told = Watchers(watcher, journal)
+    watchers = Watchers(watcher, journal)
     run = asyncio.ensure_future(
-        coordinate(settings, broker, topology, store, told, journal=None, fresh=fresh)
+        coordinate(settings, broker, topology, store, watchers, journal=None, fresh=fresh)
     )
     taking_part = asyncio.ensure_future(fleet.run())
     try:
@@ -100,6 +84,27 @@ async def simulate_run(
             journal.write()
 
 
+def _for_clients(settings: CoordinatorSettings, clients: Sequence[Client]) -> CoordinatorSettings:
+    """Return the settings of a run whose clients are heard only when they have something to say."""
+    never = float("inf")
+    present = sum(client.present for client in clients)  # the first round waits for all of these
+    rules = replace(
+        settings.rules,
+        min_workers=max(1, min(settings.rules.min_workers, present)),
+        patience=_NEVER,
+        hearing_s=never,
+        stall_s=never,
+    )
+    if rules.samples:  # a fraction is of those present, not of all clients
+        rules = replace(rules, least=min(rules.least, rules.sample_of(present)))
+    return replace(
+        settings,
+        rules=rules,
+        max_workers=max(settings.max_workers, len(clients)),
+        waiting_every_s=never,
+    )
+
+
 def clients_of(
     tasks: Mapping[str, Task],
     owned: Sequence[Device] | None = None,
@@ -109,18 +114,18 @@ def clients_of(
     """Return a client for each task, by name.
 
     Args:
-        tasks: by the names of the clients.
-        owned: a device for each; None: nothing takes any time.
-        availability: when each of them is present.
-        seed: of their comings and goings.
+        tasks: the tasks, by the names of the clients.
+        owned: a device for each client; None means that nothing takes any time.
+        availability: when each client is present.
+        seed: the seed of their times present and away.
 
     Raises:
-        UsageError: if there are more or fewer devices than tasks.
+        UsageError: if the numbers of devices and tasks differ.
     """
     devices = [Device()] * len(tasks) if owned is None else owned
     if len(devices) != len(tasks):
         raise UsageError(
-            f"there are {len(devices)} devices for {len(tasks)} clients; give each one"
+            f"there are {len(devices)} devices for {len(tasks)} clients; give one for each"
         )
     made = []
     for number, ((name, task), device) in enumerate(zip(tasks.items(), devices, strict=True)):
@@ -133,13 +138,15 @@ def clients_of(
 def tested_every(
     settings: CoordinatorSettings, whole: Task | None, every: int, done: int
 ) -> CoordinatorSettings:
-    """Return the settings with a test on what a divided task holds out, unless there is another.
+    """Return settings that test models on a divided task's held-out data.
+
+    They are unchanged if they already have an ``evaluate`` hook, or no task was divided.
 
     Args:
-        settings: the run's.
-        whole: the task that was divided among the clients; None if they have tasks of their own.
-        every: how many rounds lie between two tests; the last round is tested too.
-        done: how many rounds there are already.
+        settings: the settings of the run.
+        whole: the task that was divided among the clients, or None.
+        every: test every so many rounds' model, and the last one.
+        done: the number of rounds already committed.
     """
     if settings.hooks.evaluate is not None or whole is None:
         return settings
@@ -148,13 +155,13 @@ def tested_every(
 
 
 def _evaluated_every(task: Task, every: int, begin: int, last: int) -> Evaluate:
-    """Return a hook that evaluates every so many rounds' model on what a task holds out.
+    """Return a hook that evaluates every so many rounds' model on a task's held-out data.
 
     Args:
         task: the task.
-        every: how many rounds lie between two tests.
-        begin: how many rounds there are already.
-        last: the round whose model is evaluated in any case.
+        every: evaluate every so many rounds' model.
+        begin: the number of rounds already committed.
+        last: the number of the last round, whose model is always evaluated.
     """
     number = begin
 

@@ -1,4 +1,4 @@
-"""The transport contract, held to by the broker in memory and by a real RabbitMQ alike."""
+"""The transport contract, tested against the in-memory broker and a real RabbitMQ."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from fluffle_common.transport.parts import PartsGone, fetch
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
-# How long anything may take before a test counts as hanging.
+# How long a step may take before the test counts as hanging.
 PATIENCE_S = 20.0
 
 
 class Proxy:
-    """A TCP connection's way to the broker that can be held up, or cut without a goodbye."""
+    """A TCP proxy to the broker that can hold back data or cut connections abruptly."""
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
         self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._flows: list[asyncio.Event] = []  # of each connection
+        self._flows: list[asyncio.Event] = []  # one for each connection
 
     async def start(self) -> int:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         return int(self._server.sockets[0].getsockname()[1])
 
     def hold(self, *connections: int) -> None:
-        """Pass nothing on any more, in either direction; of all connections, or of some."""
+        """Hold back data in both directions on these connections, or on all."""
         for number, flows in enumerate(self._flows):
             if not connections or number in connections:
                 flows.clear()
@@ -97,7 +97,7 @@ class Proxy:
 
 
 class Bench:
-    """One broker, in memory or real, with a federation of its own and links that can be cut."""
+    """A broker, in memory or real, with its own federation and links that can be cut."""
 
     def __init__(self, url: str | None) -> None:
         self.url = url
@@ -127,23 +127,23 @@ class Bench:
         return self._proxies[link]
 
     def cut(self, link: Link) -> None:
-        """Lose a link as a pulled cable or a killed process does: nobody says goodbye."""
+        """Lose a link abruptly, like a pulled cable or a killed process."""
         if isinstance(link, MemoryLink):
             link.cut()
         else:
             self._proxies[link].cut()
 
     async def queue(self, link: Link, name: str = "q", **arguments: str | int | bool) -> str:
-        """Declare a queue of this federation; reach it through the default exchange."""
+        """Declare a queue of this federation and return its full name."""
         full = f"{self.names.federation}.{name}"
         dashed = {key.replace("_", "-"): value for key, value in arguments.items()}
         await link.declare([Queue(full, "of a test", dashed)])
         return full
 
     async def settled(self, link: Link) -> None:
-        """Return when the broker has taken everything that this link sent so far, acks too.
+        """Return when the broker has processed everything that this link sent, acks included.
 
-        A round trip behind it on the same connection.
+        A round trip on the same connection guarantees that.
         """
         spare = await self.queue(link, "spare")
         assert await link.get(spare) is None
@@ -162,20 +162,20 @@ def broker_under_test(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 async def bench(broker_under_test: str | None) -> AsyncIterator[Bench]:
-    made = Bench(broker_under_test)
-    yield made
-    await made.close()
+    opened = Bench(broker_under_test)
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture
 async def real(rabbit_url: str) -> AsyncIterator[Bench]:
-    made = Bench(rabbit_url)
-    yield made
-    await made.close()
+    opened = Bench(rabbit_url)
+    yield opened
+    await opened.close()
 
 
 async def soon(work: Awaitable[Any]) -> Any:
-    """Await something that must come; a test that hangs tells less than one that fails."""
+    """Await something with a time limit, so that the test fails instead of hanging."""
     return await asyncio.wait_for(work, PATIENCE_S)
 
 
@@ -191,19 +191,19 @@ async def take(deliveries: AsyncIterator[Delivery], count: int) -> list[Delivery
 
 
 async def drain(link: Link, queue: str) -> list[bytes]:
-    """Get and acknowledge all that is ready."""
-    found = []
+    """Get and acknowledge all ready messages; return their bodies."""
+    ready = []
     while (delivery := await soon(link.get(queue))) is not None:
-        found.append(delivery.body)
+        ready.append(delivery.body)
         delivery.ack()
-    return found
+    return ready
 
 
 async def consume_when_free(link: Link, queue: str) -> AsyncIterator[Delivery]:
     while True:
         try:
             return await link.consume(queue, prefetch=5, exclusive=True)
-        except QueueInUse:  # the broker tells nobody when it notices that a reader is gone
+        except QueueInUse:  # the broker does not announce that a consumer is gone
             await asyncio.sleep(0.01)
 
 
@@ -230,7 +230,7 @@ async def test_declaring_again_changes_nothing(bench):
     assert await drain(two, inbox) == [b"kept", b"once"]
 
 
-async def test_a_queue_that_exists_with_other_arguments_is_an_error_that_says_what_to_do(bench):
+async def test_declaring_a_queue_with_different_arguments_names_the_remedy(bench):
     link = await bench.open()
     await bench.queue(link, "q", x_max_length=5)
     with pytest.raises(OtherArguments, match="another version of fluffle.*delete"):
@@ -243,7 +243,7 @@ async def test_a_queue_that_exists_with_other_arguments_is_an_error_that_says_wh
 # --- publishing --------------------------------------------------------------------------------
 
 
-async def test_what_is_published_is_consumed_in_order(bench):
+async def test_messages_are_consumed_in_the_order_of_publishing(bench):
     sender, receiver = await bench.open(), await bench.open()
     queue = await bench.queue(sender)
     await put(sender, queue, *numbered(3))
@@ -265,7 +265,7 @@ async def test_bodies_of_every_size_arrive_whole(bench, size):
     assert delivery.body == body
 
 
-async def test_headers_and_properties_come_out_as_they_went_in(bench):
+async def test_headers_and_properties_arrive_unchanged(bench):
     link = await bench.open()
     await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
     headers = {"round": 7, "worker": "w-ä", "loss": 0.25, "late": True, "big": 10**12, "neg": -3}
@@ -289,14 +289,14 @@ async def test_one_publish_with_several_keys_reaches_each_inbox_once(bench):
     await link.declare(bench.names.shared())
     for worker in ("a", "b.1", "c", "d"):
         await link.declare(bench.names.of_worker(worker))
-    # A key given twice, and one of nobody, make no difference.
+    # A repeated key and an unknown one make no difference.
     keys = ["b.1", "a", "b.1", "nobody", "c"]
     await link.publish(b"work", Properties(), exchange=bench.names.work, keys=keys)
     got = {w: await drain(link, bench.names.inbox(w)) for w in ("a", "b.1", "c", "d")}
     assert got == {"a": [b"work"], "b.1": [b"work"], "c": [b"work"], "d": []}
 
 
-async def test_a_message_for_many_names_only_the_first(bench):
+async def test_a_message_to_many_lists_only_the_first_recipient(bench):
     link = await bench.open()
     await link.declare(bench.names.shared())
     workers = [f"w{number}" for number in range(NAMED + 1)]
@@ -309,7 +309,7 @@ async def test_a_message_for_many_names_only_the_first(bench):
     assert await drain(link, bench.names.inbox(workers[-1])) == [b"work"]
 
 
-async def test_two_keys_that_lead_to_one_queue_put_one_message_there(bench):
+async def test_two_keys_of_one_queue_deliver_one_message(bench):
     link = await bench.open()
     queue = await bench.queue(link)
     exchange = f"{bench.names.federation}.e"
@@ -325,19 +325,19 @@ async def test_two_keys_that_lead_to_one_queue_put_one_message_there(bench):
 
 
 @pytest.mark.parametrize("keys", [["nobody"], ["nobody", "no one"]])
-async def test_a_message_that_no_queue_is_bound_for_is_unroutable(bench, keys):
+async def test_a_message_without_a_bound_queue_is_unroutable(bench, keys):
     link = await bench.open()
     await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
     with pytest.raises(Unroutable):
         await link.publish(b"x", Properties(), exchange=bench.names.work, keys=keys)
     with pytest.raises(Unroutable):
         await link.publish(b"x", Properties(), exchange="", keys=keys)
-    # The link is as good as before.
+    # The link still works.
     await link.publish(b"y", Properties(), exchange=bench.names.work, keys=["a"])
     assert await drain(link, bench.names.inbox("a")) == [b"y"]
 
 
-async def test_results_go_to_their_queue_by_kind_and_the_rest_to_unrouted(bench):
+async def test_results_are_routed_by_kind_and_unknown_kinds_to_unrouted(bench):
     link = await bench.open()
     names = bench.names
     await link.declare([*names.shared(), *names.of_worker("w.1"), *names.of_worker("w")])
@@ -367,11 +367,11 @@ async def test_results_go_to_their_queue_by_kind_and_the_rest_to_unrouted(bench)
     assert await drain(link, names.unrouted) == [b"updates.w", b"nonsense", b"part.w.2"]
 
 
-# --- room --------------------------------------------------------------------------------------
+# --- limits ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bound", [{"x_max_length": 2}, {"x_max_length_bytes": 5}])
-async def test_a_full_queue_refuses_and_loses_nothing(bench, bound):
+async def test_a_full_queue_refuses_messages_and_loses_none(bench, bound):
     link = await bench.open()
     queue = await bench.queue(link, "q", x_overflow="reject-publish", **bound)
     await put(link, queue, b"m0", b"m1")
@@ -380,12 +380,12 @@ async def test_a_full_queue_refuses_and_loses_nothing(bench, bound):
             await put(link, queue, b"m2")
     first = await soon(link.get(queue))
     assert first.body == b"m0"
-    await put(link, queue, b"m3")  # what is handed out takes no room
+    await put(link, queue, b"m3")  # unacknowledged messages do not count
     first.ack()
     assert await drain(link, queue) == [b"m1", b"m3"]
 
 
-async def test_a_full_queue_costs_the_others_nothing(bench):
+async def test_a_full_queue_does_not_affect_other_queues(bench):
     link = await bench.open()
     exchange = f"{bench.names.federation}.e"
     full = [
@@ -412,10 +412,10 @@ async def test_a_bounded_queue_drops_the_oldest(bench, bound):
     assert await drain(link, queue) == [b"m2", b"m3", b"m4"]
 
 
-# --- taking ------------------------------------------------------------------------------------
+# --- consuming ---------------------------------------------------------------------------------
 
 
-async def test_get_takes_one_at_a_time_and_none_of_nothing(bench):
+async def test_get_takes_one_message_or_returns_none(bench):
     link = await bench.open()
     queue = await bench.queue(link)
     assert await soon(link.get(queue)) is None
@@ -427,7 +427,7 @@ async def test_get_takes_one_at_a_time_and_none_of_nothing(bench):
     second.ack()
 
 
-async def test_purge_drops_what_is_ready_and_only_that(bench):
+async def test_purge_drops_only_ready_messages(bench):
     link = await bench.open()
     queue = await bench.queue(link)
     assert await soon(link.purge(queue)) == 0
@@ -440,7 +440,7 @@ async def test_purge_drops_what_is_ready_and_only_that(bench):
     assert await drain(link, queue) == [b"m0"]
 
 
-async def test_what_was_gotten_and_not_acknowledged_comes_back_when_the_link_is_lost(bench):
+async def test_unacknowledged_gets_return_to_the_queue_when_the_link_is_lost(bench):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     await put(one, queue, b"acked", b"held")
@@ -453,7 +453,7 @@ async def test_what_was_gotten_and_not_acknowledged_comes_back_when_the_link_is_
     assert (again.body, again.redelivered) == (b"held", True)
 
 
-async def test_at_most_prefetch_are_unacknowledged_and_an_ack_makes_room(bench):
+async def test_prefetch_limits_unacknowledged_deliveries_and_an_ack_makes_room(bench):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     deliveries = await one.consume(queue, prefetch=2)
@@ -461,7 +461,7 @@ async def test_at_most_prefetch_are_unacknowledged_and_an_ack_makes_room(bench):
     first, second = await take(deliveries, 2)
     assert bodies([first, second]) == [b"m0", b"m1"]
     waiting = asyncio.ensure_future(anext(deliveries))
-    # The third is still in the queue: somebody else can have it.
+    # The third is still in the queue, where another consumer can get it.
     third = await soon(two.get(queue))
     assert third.body == b"m2"
     assert not waiting.done()
@@ -475,7 +475,7 @@ async def test_at_most_prefetch_are_unacknowledged_and_an_ack_makes_room(bench):
     assert bodies(await take(deliveries, 1)) == [b"m5"]
 
 
-async def test_released_goes_back_to_the_head_marked(bench):
+async def test_a_released_message_returns_to_the_head_as_redelivered(bench):
     link = await bench.open()
     queue = await bench.queue(link)
     await put(link, queue, *numbered(3))
@@ -519,13 +519,13 @@ async def test_competing_consumers_get_each_message_once(bench):
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
-async def test_an_exclusive_consumer_and_another_exclude_each_other(bench, first, second):
+async def test_an_exclusive_consumer_and_another_consumer_exclude_each_other(bench, first, second):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     deliveries = await one.consume(queue, prefetch=5, exclusive=first)
     with pytest.raises(QueueInUse):
         await two.consume(queue, prefetch=5, exclusive=second)
-    # Both links are as good as before, and the first still has the queue.
+    # Both links still work, and the first one still has the queue.
     await put(two, queue, b"x")
     assert bodies(await take(deliveries, 1)) == [b"x"]
     other = await bench.queue(two, "other")
@@ -533,7 +533,7 @@ async def test_an_exclusive_consumer_and_another_exclude_each_other(bench, first
     assert bodies(await take(await two.consume(other, prefetch=1), 1)) == [b"y"]
 
 
-async def test_an_exclusive_queue_is_free_again_when_the_link_is_lost(bench):
+async def test_a_lost_link_frees_its_exclusive_queue(bench):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     await put(one, queue, b"x")
@@ -553,7 +553,7 @@ async def test_a_standby_gets_nothing_until_the_first_consumer_is_lost(bench):
     waiting = asyncio.ensure_future(anext(standby))
     await put(sender, queue, *numbered(4))
     first, _ = await take(active, 2)
-    # The first has no room for more, and still the standby gets nothing.
+    # Even when the first one is at its prefetch, the standby gets nothing.
     await bench.settled(two)
     assert not waiting.done()
     first.ack()
@@ -569,7 +569,7 @@ async def test_a_standby_gets_nothing_until_the_first_consumer_is_lost(bench):
 
 
 @pytest.mark.parametrize("waiting_before", [True, False])
-async def test_unacknowledged_deliveries_come_again_in_order(bench, waiting_before):
+async def test_unacknowledged_messages_are_redelivered_in_order(bench, waiting_before):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     await put(one, queue, *numbered(5))
@@ -591,7 +591,7 @@ async def test_unacknowledged_deliveries_come_again_in_order(bench, waiting_befo
     assert await soon(two.get(queue)) is None
 
 
-async def test_what_was_acknowledged_never_comes_again(bench):
+async def test_acknowledged_messages_are_never_redelivered(bench):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     await put(one, queue, b"done", b"open")
@@ -604,7 +604,7 @@ async def test_what_was_acknowledged_never_comes_again(bench):
     assert bodies(await take(deliveries, 1)) == [b"end"]
 
 
-async def test_closing_the_iterator_gives_back_what_is_open_and_leaves_the_link_alone(bench):
+async def test_closing_the_iterator_requeues_its_messages_and_keeps_the_link(bench):
     link = await bench.open()
     queue = await bench.queue(link)
     await put(link, queue, *numbered(5))
@@ -618,7 +618,7 @@ async def test_closing_the_iterator_gives_back_what_is_open_and_leaves_the_link_
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-async def test_what_is_released_goes_back_to_its_place_in_whatever_order(bench, order):
+async def test_messages_released_in_any_order_return_to_their_positions(bench, order):
     link = await bench.open()
     queue = await bench.queue(link)
     await put(link, queue, *numbered(5))
@@ -629,7 +629,7 @@ async def test_what_is_released_goes_back_to_its_place_in_whatever_order(bench, 
     assert await drain(link, queue) == numbered(5)
 
 
-async def test_a_delivery_says_where_it_comes_from_and_when_it_was_sent(bench):
+async def test_a_delivery_has_its_exchange_keys_and_time(bench):
     link = await bench.open()
     await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
     before = int(time.time())
@@ -640,7 +640,7 @@ async def test_a_delivery_says_where_it_comes_from_and_when_it_was_sent(bench):
     assert before <= got.sent_at <= time.time()
 
 
-async def test_acknowledging_twice_is_as_good_as_once(bench):
+async def test_acknowledging_twice_does_no_harm(bench):
     link = await bench.open()
     queue = await bench.queue(link)
     await put(link, queue, b"once", b"next")
@@ -659,7 +659,7 @@ async def test_acknowledging_twice_is_as_good_as_once(bench):
 
 
 async def stream(bench: Bench, link: Link, *bodies: bytes) -> str:
-    """Declare a federation's stream, and put these into it."""
+    """Declare a federation's stream and publish these bodies to it."""
     await link.declare(bench.names.shared())
     await put(link, bench.names.journal, *bodies)
     return bench.names.journal
@@ -669,7 +669,7 @@ def offsets(deliveries: list[Delivery]) -> list[int | None]:
     return [delivery.offset for delivery in deliveries]
 
 
-async def test_a_stream_can_be_read_any_number_of_times_and_goes_on_live(bench):
+async def test_a_stream_can_be_read_repeatedly_and_followed_live(bench):
     sender, reader = await bench.open(), await bench.open()
     journal = await stream(bench, sender, *numbered(3))
     first, second = await reader.follow(journal), await sender.follow(journal)
@@ -685,7 +685,7 @@ async def test_a_stream_can_be_read_any_number_of_times_and_goes_on_live(bench):
         live.ack()  # not needed, and harmless
 
 
-async def test_more_than_is_fetched_ahead_is_read_in_order(bench):
+async def test_a_stream_longer_than_the_prefetch_is_read_in_order(bench):
     sender, reader = await bench.open(), await bench.open()
     journal = await stream(bench, sender)
     sent = numbered(1200)
@@ -712,12 +712,12 @@ async def test_a_stream_is_read_from_an_offset_or_a_time(bench):
     assert (await soon(waiting)).body == b"next"
 
 
-async def test_the_newest_entry_is_the_last_of_all(bench):
+async def test_newest_returns_the_last_entry(bench):
     sender, reader = await bench.open(), await bench.open()
     journal = await stream(bench, sender)
     assert await soon(reader.newest(journal)) is None
     for number in range(10):
-        # Several in one go: a broker keeps them in one chunk.
+        # Published together, so that the broker stores them in one chunk.
         await soon(asyncio.gather(*(put(sender, journal, b"x") for _ in range(number + 1))))
         last = await soon(reader.newest(journal))
         assert last.offset == (number + 1) * (number + 2) // 2 - 1
@@ -725,7 +725,7 @@ async def test_the_newest_entry_is_the_last_of_all(bench):
 
 
 @pytest.mark.parametrize("how", ["cut", "close"])
-async def test_a_lost_link_ends_the_reading_of_a_stream_and_another_goes_on_from_there(bench, how):
+async def test_reading_a_stream_continues_over_another_link(bench, how):
     sender, reader = await bench.open(), await bench.open()
     journal = await stream(bench, sender, *numbered(5))
     following = await reader.follow(journal)
@@ -741,7 +741,7 @@ async def test_a_lost_link_ends_the_reading_of_a_stream_and_another_goes_on_from
 
 
 @pytest.mark.parametrize("what", ["get", "purge"])
-async def test_nothing_can_be_taken_out_of_a_stream(bench, what):
+async def test_taking_from_a_stream_loses_the_link(bench, what):
     link, other = await bench.open(), await bench.open()
     journal = await stream(bench, link, b"kept")
     with pytest.raises(LinkLost):
@@ -749,7 +749,7 @@ async def test_nothing_can_be_taken_out_of_a_stream(bench, what):
     assert bodies(await take(await other.follow(journal), 1)) == [b"kept"]
 
 
-async def test_a_bounded_stream_forgets_the_oldest_and_keeps_its_offsets():
+async def test_a_bounded_stream_drops_the_oldest_and_keeps_its_offsets():
     broker = MemoryBroker()
     link = await broker.open()
     arguments = {"x-queue-type": "stream", "x-max-length-bytes": 3}
@@ -772,7 +772,7 @@ async def tapped(
     return link, queue, tap
 
 
-async def test_a_tap_gets_a_copy_and_the_queue_the_message(bench):
+async def test_a_tap_gets_a_copy_of_a_message(bench):
     link = await bench.open()
     await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
     results, work = bench.names.results, bench.names.work
@@ -788,7 +788,7 @@ async def test_a_tap_gets_a_copy_and_the_queue_the_message(bench):
     assert await drain(link, bench.names.inbox("a")) == [b"f"]
 
 
-async def test_a_tap_on_several_keys_gets_one_copy_of_what_has_several(bench):
+async def test_a_tap_gets_one_copy_of_a_message_with_several_keys(bench):
     link = await bench.open()
     await link.declare([*bench.names.shared()])
     for worker in ("a", "b"):
@@ -800,7 +800,7 @@ async def test_a_tap_on_several_keys_gets_one_copy_of_what_has_several(bench):
     assert bodies(await take(tap, 2)) == [b"one", b"two"]
 
 
-async def test_a_tap_can_be_bound_to_more_and_to_less_while_it_runs(bench):
+async def test_bindings_of_a_tap_can_change_while_it_runs(bench):
     link = await bench.open()
     await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
     results = bench.names.results
@@ -821,7 +821,7 @@ async def test_a_tap_can_be_bound_to_more_and_to_less_while_it_runs(bench):
 
 
 @pytest.mark.parametrize("how", ["iterator", "close", "cut"])
-async def test_a_tap_goes_with_its_iterator_or_its_link(bench, how):
+async def test_a_tap_is_deleted_with_its_iterator_or_its_link(bench, how):
     link = await bench.open()
     await link.declare(bench.names.shared())
     work = bench.names.work
@@ -837,7 +837,7 @@ async def test_a_tap_goes_with_its_iterator_or_its_link(bench, how):
         bench.cut(tapping)
 
     async def publish_until_unroutable() -> None:
-        while True:  # a broker hears of a cut a moment later
+        while True:  # the broker notices a cut a moment later
             await link.publish(b"nobody", Properties(), exchange=work, keys=["nobody"])
             await asyncio.sleep(0)
 
@@ -845,14 +845,14 @@ async def test_a_tap_goes_with_its_iterator_or_its_link(bench, how):
         await soon(publish_until_unroutable())
 
 
-async def test_nobody_but_its_link_can_read_a_tap(bench):
+async def test_other_links_cannot_read_a_tap(bench):
     link = await bench.open()
     _, queue, _ = await tapped(bench)
     with pytest.raises(QueueInUse):
         await soon(link.consume(queue.name, prefetch=1))
 
 
-async def test_a_reader_too_slow_for_its_tap_loses_the_oldest_copies_and_nobody_else_does(bench):
+async def test_only_a_slow_tap_loses_its_oldest_copies(bench):
     link = await bench.open()
     await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])
     tapping = await bench.open()
@@ -889,7 +889,7 @@ async def test_settling_over_a_lost_link_does_nothing(bench, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "close"])
-async def test_a_lost_link_ends_everything_that_waits_on_it(bench, how):
+async def test_a_lost_link_raises_in_every_pending_call(bench, how):
     link = await bench.open()
     queue, other = await bench.queue(link), await bench.queue(link, "other")
     waiting = [
@@ -911,7 +911,7 @@ async def test_a_lost_link_ends_everything_that_waits_on_it(bench, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "close"])
-async def test_a_lost_link_stays_lost_whatever_is_asked_of_it(bench, how):
+async def test_every_call_on_a_lost_link_raises(bench, how):
     link = await bench.open()
     queue = await bench.queue(link)
     deliveries = await link.consume(queue, prefetch=1)
@@ -932,7 +932,7 @@ async def test_a_lost_link_stays_lost_whatever_is_asked_of_it(bench, how):
             await soon(asked())
 
 
-async def test_losing_one_link_leaves_the_others_alone(bench):
+async def test_losing_one_link_does_not_affect_others(bench):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     deliveries = await two.consume(queue, prefetch=5)
@@ -946,7 +946,7 @@ async def test_losing_one_link_leaves_the_others_alone(bench):
     held.ack()
 
 
-async def test_deliveries_waiting_in_the_iterator_are_not_handed_out_once_the_link_is_lost(bench):
+async def test_prefetched_deliveries_are_dropped_when_the_link_is_lost(bench):
     one, two = await bench.open(), await bench.open()
     queue = await bench.queue(one)
     await put(one, queue, *numbered(3))
@@ -960,7 +960,7 @@ async def test_deliveries_waiting_in_the_iterator_are_not_handed_out_once_the_li
 
 
 @pytest.mark.parametrize("what", ["get", "purge", "consume", "follow", "newest"])
-async def test_a_queue_that_is_not_there_loses_the_link(bench, what):
+async def test_using_a_missing_queue_loses_the_link(bench, what):
     link = await bench.open()
     name = f"{bench.names.federation}.missing"
     asked = {
@@ -977,7 +977,7 @@ async def test_a_queue_that_is_not_there_loses_the_link(bench, what):
 # --- the broker itself -------------------------------------------------------------------------
 
 
-async def test_a_broker_that_restarts_keeps_what_is_durable():
+async def test_a_restarted_broker_keeps_durable_messages():
     broker = MemoryBroker()
     link = await broker.open()
     await link.declare([Queue("q", "of a test")])
@@ -999,7 +999,7 @@ async def test_a_broker_that_restarts_keeps_what_is_durable():
 
 
 class Refusing(Transport):
-    """A transport that never lets anybody in."""
+    """A transport that refuses every connection."""
 
     address = "nowhere"
 
@@ -1007,7 +1007,7 @@ class Refusing(Transport):
         raise BrokerError("wrong password")
 
 
-async def test_links_are_opened_again_with_backoff():
+async def test_links_are_reopened_with_backoff():
     broker = MemoryBroker()
     broker.up = False
     pauses: list[float] = []
@@ -1021,7 +1021,7 @@ async def test_links_are_opened_again_with_backoff():
     seen: list[Link] = []
     async with contextlib.aclosing(reconnecting(broker, backoff, waiting, lambda: 1.0)) as opened:
         async for link in opened:
-            assert broker.links == {link}  # the one before it is closed
+            assert broker.links == {link}  # the previous one is closed
             seen.append(link)
             if len(seen) == 1:
                 assert pauses == [0.001, 0.002, 0.004, 0.004, 0.004]
@@ -1035,7 +1035,7 @@ async def test_links_are_opened_again_with_backoff():
     assert not broker.links
 
 
-async def test_links_are_closed_when_what_used_them_fails():
+async def test_links_are_closed_when_their_user_fails():
     broker = MemoryBroker()
 
     async def use() -> None:
@@ -1048,7 +1048,7 @@ async def test_links_are_closed_when_what_used_them_fails():
     assert not broker.links
 
 
-async def test_links_give_up_with_one_line_that_says_what_to_do():
+async def test_reconnecting_gives_up_with_one_line_that_names_the_remedy():
     broker = MemoryBroker()
     broker.up = False
     pauses: list[float] = []
@@ -1061,12 +1061,12 @@ async def test_links_give_up_with_one_line_that_says_what_to_do():
     assert pauses == [0.001, *[0.002] * (len(pauses) - 1)]
 
 
-async def test_links_do_not_try_again_where_that_is_no_use():
+async def test_reconnecting_stops_at_a_permanent_refusal():
     with pytest.raises(BrokerError, match="wrong password"):
         await anext(reconnecting(Refusing(), Backoff(), lambda *_: pytest.fail("waited")))
 
 
-async def test_together_ends_all_when_one_fails_and_says_why():
+async def test_run_all_cancels_the_others_when_one_fails():
     ended = asyncio.Event()
 
     async def forever() -> None:
@@ -1083,7 +1083,7 @@ async def test_together_ends_all_when_one_fails_and_says_why():
     assert ended.is_set()
 
 
-async def test_nothing_together_is_done_at_once():
+async def test_run_all_of_nothing_returns_at_once():
     task = asyncio.ensure_future(run_all())
     await soon(task)
     assert task.exception() is None
@@ -1097,7 +1097,7 @@ async def _fail_when_cancelled(begun: asyncio.Event) -> None:
         raise LinkLost("in just that moment") from None
 
 
-async def test_who_is_cancelled_while_the_link_is_lost_ends_all_the_same():
+async def test_cancellation_during_a_link_loss_is_not_swallowed():
     begun = [asyncio.Event(), asyncio.Event()]
     task = asyncio.ensure_future(run_all(*map(_fail_when_cancelled, begun)))
     for each in begun:
@@ -1107,7 +1107,7 @@ async def test_who_is_cancelled_while_the_link_is_lost_ends_all_the_same():
         await soon(task)
 
 
-async def test_who_is_cancelled_gets_no_other_link():
+async def test_a_cancelled_task_gets_no_other_link():
     opened, opening = [], asyncio.Event()
 
     class Lossy:
@@ -1132,12 +1132,12 @@ async def test_who_is_cancelled_gets_no_other_link():
 
 @pytest.mark.rabbit
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [("guest:guest", "guest:wrong", "password"), ("guest:guest", "nobody:guest", "nobody")],
 )
-async def test_wrong_credentials_are_an_error_at_once(rabbit_url, old, new, told):
+async def test_wrong_credentials_are_an_error_at_once(rabbit_url, old, new, message):
     url = rabbit_url.replace(old, new)
-    with pytest.raises(BrokerError, match=told) as caught:
+    with pytest.raises(BrokerError, match=message) as caught:
         await soon(AmqpTransport(url, "test").open())
     assert "wrong" not in str(caught.value)  # the password is not shown
 
@@ -1148,7 +1148,7 @@ async def test_an_unknown_vhost_is_an_error_at_once(rabbit_url):
         await soon(AmqpTransport(f"{rabbit_url}no-such-vhost", "test").open())
 
 
-async def test_a_port_where_nobody_listens_is_worth_another_try(unused_tcp_port):
+async def test_a_port_without_a_listener_is_a_lost_link(unused_tcp_port):
     transport = AmqpTransport(f"amqp://guest:secret@127.0.0.1:{unused_tcp_port}/", "test")
     with pytest.raises(LinkLost):
         await soon(transport.open())
@@ -1156,7 +1156,7 @@ async def test_a_port_where_nobody_listens_is_worth_another_try(unused_tcp_port)
 
 
 @pytest.mark.rabbit
-async def test_of_several_urls_the_one_that_answers_is_used(rabbit_url, unused_tcp_port):
+async def test_the_first_reachable_url_is_used(rabbit_url, unused_tcp_port):
     nobody = f"amqp://guest:guest@127.0.0.1:{unused_tcp_port}/"
     transport = AmqpTransport(f"{nobody}, {rabbit_url}", "test")
     assert str(unused_tcp_port) in transport.address
@@ -1169,8 +1169,8 @@ async def test_of_several_urls_the_one_that_answers_is_used(rabbit_url, unused_t
 
 
 @pytest.mark.rabbit
-async def test_a_quorum_queue_too_has_one_exclusive_reader_until_its_link_is_lost(real):
-    # RabbitMQ itself lets any number of them in.
+async def test_a_quorum_queue_has_one_exclusive_consumer_until_its_link_is_lost(real):
+    # RabbitMQ itself accepts any number of them.
     one, two = await real.open(), await real.open()
     queue = await real.queue(one, x_queue_type="quorum")
     await real.queue(two, x_queue_type="quorum")
@@ -1184,7 +1184,7 @@ async def test_a_quorum_queue_too_has_one_exclusive_reader_until_its_link_is_los
 
 
 @pytest.mark.rabbit
-async def test_a_publish_whose_fate_is_unknown_is_a_lost_link(real):
+async def test_a_publish_with_an_unknown_outcome_is_a_lost_link(real):
     link = await real.open()
     queue = await real.queue(link)
     real.proxy(link).hold()
@@ -1198,7 +1198,7 @@ async def test_a_publish_whose_fate_is_unknown_is_a_lost_link(real):
         await soon(getting)
 
 
-async def test_what_is_urgent_arrives_and_is_unroutable_as_anything_else_is(bench):
+async def test_urgent_messages_arrive_or_are_unroutable_like_others(bench):
     link = await bench.open()
     queue = await bench.queue(link)
     about = Properties(type="heartbeat", message_id="m")
@@ -1210,9 +1210,7 @@ async def test_what_is_urgent_arrives_and_is_unroutable_as_anything_else_is(benc
 
 @pytest.mark.rabbit
 @pytest.mark.parametrize("parts", [2, 20], ids=["one by one", "streamed"])
-async def test_parts_are_taken_from_the_user_who_may_send_them_and_no_other(
-    real, monkeypatch, parts
-):
+async def test_parts_from_another_user_are_rejected(real, monkeypatch, parts):
     monkeypatch.setattr("fluffle_common.protocol.codec.PART_BYTES", 64)
     link = await real.open()
     outbox, updates, rejected = [await real.queue(link, name) for name in ("o", "u", "r")]
@@ -1237,7 +1235,7 @@ async def test_parts_are_taken_from_the_user_who_may_send_them_and_no_other(
 
 
 @pytest.mark.rabbit
-async def test_what_is_urgent_does_not_wait_behind_an_upload(real):
+async def test_urgent_messages_do_not_wait_behind_an_upload(real):
     link = await real.open()
     queue = await real.queue(link)
     signs = Properties(type="heartbeat", message_id="m")
@@ -1271,7 +1269,7 @@ async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch
 
 @pytest.mark.rabbit
 async def test_a_message_that_a_quorum_queue_refuses_ends_the_link(real):
-    # It may be full, or the channel may be one to which it refuses everything for good.
+    # The queue may be full, or the channel may be broken for good.
     link = await real.open()
     settings = {"x_queue_type": "quorum", "x_max_length": 1, "x_overflow": "reject-publish"}
     queue = await real.queue(link, **settings)
@@ -1283,7 +1281,7 @@ async def test_a_message_that_a_quorum_queue_refuses_ends_the_link(real):
 
 
 @pytest.mark.rabbit
-async def test_a_deleted_queue_loses_the_link_of_who_reads_from_it(real):
+async def test_deleting_a_queue_loses_the_link_of_its_consumer(real):
     link = await real.open()
     queue = await real.queue(link)
     deliveries = await link.consume(queue, prefetch=1)
@@ -1297,8 +1295,8 @@ async def test_a_deleted_queue_loses_the_link_of_who_reads_from_it(real):
 
 
 @pytest.mark.rabbit
-async def test_what_fills_a_whole_frame_with_headers_is_rejected_without_them(real):
-    # With the reason beside them they would not fit, and the broker would end the connection.
+async def test_headers_that_fill_a_frame_are_dropped_when_rejecting(real):
+    # Together with the reason they would not fit, and the broker would close the connection.
     link = await real.open()
     queue, rejected = await real.queue(link), await real.queue(link)
     async with await aio_pika.connect(real.url) as connection:
@@ -1307,7 +1305,7 @@ async def test_what_fills_a_whole_frame_with_headers_is_rejected_without_them(re
         await channel.default_exchange.publish(huge, queue)
     delivery = await soon(link.get(queue))
     await soon(reject(link, delivery, MalformedMessage("it is no message"), rejected))
-    found = await soon(link.get(rejected))
-    assert found.properties.headers["reason"] == "it is no message"
-    assert found.properties.headers["round"] == 3
-    assert "huge" not in found.properties.headers
+    message = await soon(link.get(rejected))
+    assert message.properties.headers["reason"] == "it is no message"
+    assert message.properties.headers["round"] == 3
+    assert "huge" not in message.properties.headers

@@ -1,4 +1,4 @@
-"""A vhost of its own in which every user has just the rights that its part takes."""
+"""A vhost in which every user has exactly the permissions of its role."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COORDINATOR = "chief"
 
 
 class Narrow:
-    """The vhost, over RabbitMQ's management API, which takes less time than rabbitmqctl."""
+    """A vhost, managed through the management API, which is faster than rabbitmqctl."""
 
     def __init__(self, info: NodeInfo, workers: Iterable[str]) -> None:
         self._info = info
@@ -31,17 +31,17 @@ class Narrow:
             self.grant(worker_rights(self.topology, worker))
 
     def grant(self, rights: Rights) -> None:
-        """Make a user and give it these rights."""
+        """Create a user with these permissions."""
         self._put(f"users/{rights.user}", {"password": PASSWORD, "tags": ""})
         self._grant(rights.user, rights)
 
     def url(self, user: str) -> str:
-        """Return the URL by which a user logs in."""
+        """Return the URL with which a user logs in."""
         password = "guest" if user == "guest" else PASSWORD
         return f"amqp://{user}:{password}@127.0.0.1:{self._info.ports.amqp}/{self.vhost}"
 
     def close(self) -> None:
-        """Drop the vhost, and what is in it."""
+        """Delete the vhost and its contents."""
         self._ask("DELETE", f"vhosts/{self.vhost}")
 
     def _grant(self, user: str, rights: Rights) -> None:

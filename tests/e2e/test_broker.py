@@ -1,4 +1,4 @@
-"""The broker command against a real node: what an operator does, and what happens to one."""
+"""The command ``fluffle broker`` with real nodes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def manage(info: NodeInfo, method: str, path: str, body: Any = None) -> Any:
 
 
 def ours(state: Path) -> list[str]:
-    """Name the living processes that were started for a state folder, epmd and all."""
+    """Return the running processes of a state folder's node, epmd included."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -72,14 +72,14 @@ def ours(state: Path) -> list[str]:
 
 
 def assert_gone(state: Path) -> None:
-    """Check that a VM that ended by itself left nothing: its helpers need a moment to see it."""
+    """Check that nothing is left of a VM that exited; its helpers need a moment to notice."""
     processes.wait_until(lambda: not ours(state), timeout_s=10)
     assert ours(state) == []
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder with a path that is not easy, and no node left in it."""
+    """A state folder with a difficult path; a node in it is stopped at the end."""
     folder = tmp_path / "a state, größer"
     yield folder
     node.down(folder, grace_s=0)
@@ -92,7 +92,7 @@ def start(state: Path) -> Callable[..., NodeInfo]:
 
 
 def test_up_status_down(state: Path) -> None:
-    # capture_output waits for the end of both pipes: the node must hold neither.
+    # capture_output waits for both pipes to close, so the node must not keep them open.
     up = fluffle("broker", "up", "--port", "0", state=state)
     assert up.returncode == 0, up.stderr
     info = node.running_node(state)
@@ -144,11 +144,11 @@ def test_nothing_listens_beyond_the_loopback_interface(
 def _serves(process: psutil.Process, state: Path) -> bool:
     try:
         return str(process.environ().get("HOME", "")).startswith(str(state))
-    except psutil.NoSuchProcess:  # it is over; a zombie listens nowhere
+    except psutil.NoSuchProcess:  # it has exited, or is a zombie, which listens nowhere
         return False
 
 
-def test_a_killed_node_comes_back_on_its_ports_with_its_data(
+def test_a_killed_node_restarts_on_its_ports_with_its_data(
     state: Path, start: Callable[..., NodeInfo]
 ) -> None:
     info = start()
@@ -165,8 +165,8 @@ def test_a_killed_node_comes_back_on_its_ports_with_its_data(
             "properties": {"delivery_mode": 2},
         },
     )
-    # The API has answered, so the message is confirmed, so it is on disk. That there is a queue at
-    # all is known to Mnesia, which writes that down a little later, unless it is asked to.
+    # The API has answered, so the message is on disk. Mnesia writes the queue itself to disk a
+    # little later, unless it is told to.
     subprocess.run(
         [info.folder / "rabbitmqctl", "eval", "mnesia:sync_log()."], capture_output=True, check=True
     )
@@ -185,7 +185,7 @@ def test_a_killed_node_comes_back_on_its_ports_with_its_data(
     assert message["payload"] == "weights"
 
 
-def test_two_nodes_live_side_by_side(
+def test_two_nodes_can_run_at_the_same_time(
     state: Path, start: Callable[..., NodeInfo], tmp_path: Path
 ) -> None:
     first = start()
@@ -200,7 +200,9 @@ def test_two_nodes_live_side_by_side(
     assert ours(other) == []
 
 
-def test_the_callers_configuration_and_cookie_win(start: Callable[..., NodeInfo]) -> None:
+def test_extra_configuration_and_cookie_override_the_defaults(
+    start: Callable[..., NodeInfo],
+) -> None:
     info = start(extra_conf="consumer_timeout = 10000", cookie="shared")
     ask = "{ok, V} = application:get_env(rabbit, consumer_timeout), {V, erlang:get_cookie()}."
     told = subprocess.run(
@@ -209,7 +211,7 @@ def test_the_callers_configuration_and_cookie_win(start: Callable[..., NodeInfo]
     assert told.stdout.strip() == "{10000,shared}"
 
 
-def test_the_epmd_of_a_cluster_stays_as_long_as_a_node_needs_it(
+def test_the_epmd_of_a_cluster_runs_until_the_last_node_stops(
     start: Callable[..., NodeInfo], tmp_path: Path
 ) -> None:
     first = start()
@@ -223,7 +225,7 @@ def test_the_epmd_of_a_cluster_stays_as_long_as_a_node_needs_it(
     assert network.epmd_nodes(shared.epmd) == ["fluffle"]
 
 
-def test_a_boot_that_fails_is_told_in_one_line_and_leaves_nothing(
+def test_a_failed_boot_is_one_line_and_leaves_nothing_behind(
     state: Path, start: Callable[..., NodeInfo]
 ) -> None:
     with pytest.raises(BrokerError, match="unknown variable: no_such_key") as failed:
@@ -234,7 +236,7 @@ def test_a_boot_that_fails_is_told_in_one_line_and_leaves_nothing(
     assert record.load(record.broker_folder(state)) is None
 
 
-def test_a_taken_port_is_exit_code_3_and_one_line(
+def test_a_taken_port_is_one_line_and_exit_code_3(
     state: Path, start: Callable[..., NodeInfo], tmp_path: Path
 ) -> None:
     port = start().ports.amqp
@@ -246,7 +248,7 @@ def test_a_taken_port_is_exit_code_3_and_one_line(
 
 
 @pytest.mark.parametrize("moment", ["launched", "epmd answers"])
-def test_ctrl_c_while_it_starts_leaves_nothing(state: Path, moment: str) -> None:
+def test_ctrl_c_during_the_start_leaves_nothing_behind(state: Path, moment: str) -> None:
     with subprocess.Popen(
         _command("broker", "up", "--port", "0", state=state),
         stdout=subprocess.PIPE,
@@ -268,7 +270,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(state: Path, moment: str) -> None
     assert record.load(record.broker_folder(state)) is None
 
 
-def test_an_up_that_was_killed_is_completed_by_the_next_one(state: Path) -> None:
+def test_the_next_up_completes_one_that_was_killed(state: Path) -> None:
     with subprocess.Popen(
         _command("broker", "up", "--port", "0", state=state),
         stdout=subprocess.PIPE,

@@ -61,10 +61,10 @@ C = ["coordinator", "--federation", "f"]
         (["worker", "--federation", "f", "--data", "nowhere"], "there is no folder"),
         (["predict", "--model", "no.safetensors", "--image", "x.png"], "there is no model file"),
         (["predict", "--model", "half.safetensors", "--image", "x"], "not a complete model file"),
-        (["predict", "--model", "other.safetensors", "--image", "x"], "no model of letters"),
+        (["predict", "--model", "other.safetensors", "--image", "x"], "not a model of letters"),
         (
             ["confusion", "--model", "other.safetensors", "--data", "empty", "--out", "c.png"],
-            "no model of letters",
+            "not a model of letters",
         ),
         (["history", "--run", "empty"], "no history"),
         (["plot", "--run", "empty", "--out", "x.png"], "no history"),

@@ -18,8 +18,8 @@ import pytest
 from playwright.sync_api import Browser
 
 from fluffle_broker.node.node import NodeInfo
-from fluffle_common.protocol.codec import pack
 from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.transfer import pack
 from tests.browser import chromium, window
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults.proxy import Proxy
@@ -66,7 +66,7 @@ def publish_nan(federation: Federation, worker: str, number: int) -> None:
         opened.channel().basic_publish("", f"{federation.name}.updates", bytes(body))
 
 
-def said(federation: Federation, command: str, *flags: str) -> str:
+def json_output(federation: Federation, command: str, *flags: str) -> str:
     """Return what a command prints as JSON."""
     where = ("--federation", federation.name, "--url", federation.url, "--json")
     program = federation.start(FLUFFLE, command, *where, *flags)
@@ -116,11 +116,13 @@ def test_a_live_run(federation: Federation, browser: Browser, tmp_path: Path) ->
         metrics = read(f"{url}metrics")
         assert 'fluffle_rejected_messages_total{cause="not_finite"} 1.0' in metrics
         assert "fluffle_rounds_committed_total 2.0" in metrics
-        [event] = map(json.loads, said(federation, "journal", "--kind", "rejected").splitlines())
-        told = event["fields"]
-        assert (told["reason"], told["cause"]) == (NAN, "not_finite")
-        [kept] = json.loads(said(federation, "rejected"))["messages"]
-        assert (kept["reason"], kept["cause"]) == (NAN, "not_finite")
+        [event] = map(
+            json.loads, json_output(federation, "journal", "--kind", "rejected").splitlines()
+        )
+        fields = event["fields"]
+        assert (fields["reason"], fields["cause"]) == (NAN, "not_finite")
+        [message] = json.loads(json_output(federation, "rejected"))["messages"]
+        assert (message["reason"], message["cause"]) == (NAN, "not_finite")
         assert read(f"{url}readyz").startswith("ready: round 3 is open")
 
         gate.touch()

@@ -38,10 +38,10 @@ def browser() -> Iterator[Browser]:
 
 
 def row(number: int, *workers: str, **more: Any) -> dict[str, Any]:
-    told = {"num_examples": 100, "train_loss": 2.0 / number, "seconds": 4.0, "counted_s": 5.0}
+    fields = {"num_examples": 100, "train_loss": 2.0 / number, "seconds": 4.0, "counted_s": 5.0}
     return {
         "round": number,
-        "participants": [{"worker": worker, "bytes": 1000, **told} for worker in workers],
+        "participants": [{"worker": worker, "bytes": 1000, **fields} for worker in workers],
         "asked": ["a", "b", *workers],
         "opened_at": "2026-03-01T10:00:00+00:00",
         "committed_at": "2026-03-01T10:00:30+00:00",
@@ -121,8 +121,8 @@ def test_staleness_and_privacy_are_there_when_a_run_has_them(
 
 
 def test_whatever_came_from_outside_is_text(browser: Browser, tmp_path: Path) -> None:
-    said = dict.fromkeys(("reason", "cause", "kind", "worker"), EVIL)
-    rows = [row(1, EVIL, asked=[EVIL], rejected=1, rejections=[said], **{EVIL: 0.5})]
+    rejection = dict.fromkeys(("reason", "cause", "kind", "worker"), EVIL)
+    rows = [row(1, EVIL, asked=[EVIL], rejected=1, rejections=[rejection], **{EVIL: 0.5})]
     with window(browser, drawn(rows, tmp_path, EVIL)) as seen:
         seen.page.on("dialog", lambda _: seen.complaints.append("a script was run"))
         assert seen.wait("h1").startswith("<img src=x")

@@ -1,4 +1,4 @@
-"""The looking commands, as a user runs them, beside real federations on a real broker."""
+"""The commands ``queues``, ``peek``, ``tap`` and ``rejected`` with real federations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def channel(federation: Federation) -> Iterator[Any]:
 
 @pytest.fixture
 def ask(federation: Federation, broker_node: node.NodeInfo) -> Callable[..., Program]:
-    """Return what starts one of the looking commands."""
+    """Return a function that starts an inspection command."""
 
     def start(*words: object) -> Program:
         env = {"FLUFFLE_MANAGEMENT_URL": broker_node.management_url}
@@ -69,7 +69,7 @@ def told(ask: Callable[..., Program]) -> Callable[..., Any]:
 
 
 def declare(federation: Federation, *workers: str) -> Topology:
-    """Make sure that the federation's queues exist, without anybody in it."""
+    """Declare the federation's queues without a coordinator or workers."""
     topology = Topology(federation.name)
 
     async def once() -> None:
@@ -103,7 +103,7 @@ def drain(channel: Any, queue: str) -> list[bytes]:
 # --- peek ----------------------------------------------------------------------------------------
 
 
-def test_peek_shows_messages_and_leaves_depth_order_and_bodies(federation, channel, told):
+def test_peek_shows_messages_and_changes_nothing(federation, channel, told):
     topology = declare(federation, "w1")
     queues = [topology.updates, topology.rejected, topology.unrouted, topology.inbox("w1")]
     bodies = [*(update(federation.name, number) for number in range(1, 5)), b"junk"]
@@ -122,7 +122,7 @@ def test_peek_shows_messages_and_leaves_depth_order_and_bodies(federation, chann
         assert drain(channel, queue) == bodies
 
 
-def test_peek_refuses_where_looking_is_not_harmless(federation, channel, ask):
+def test_peek_refuses_queues_where_it_would_have_side_effects(federation, channel, ask):
     federation.coordinator("--quorum", 3).wait_for("connected")
     federation.worker("shard:0/3").wait_for("joined run")
     for queue, why in (
@@ -138,8 +138,8 @@ def test_peek_refuses_where_looking_is_not_harmless(federation, channel, ask):
         assert why in line
 
 
-def test_peek_tells_what_it_cannot_see(federation, ask, tmp_path):
-    """An update that the coordinator holds until its commit is out of everybody's sight."""
+def test_peek_reports_updates_that_it_cannot_see(federation, ask, tmp_path):
+    """Nobody else can see an update that the coordinator holds until its commit."""
     waiting = {"WAIT_FOR": str(tmp_path / "go")}
     federation.coordinator("--quorum", 2).wait_for("connected")
     federation.worker("shard:0/3", task=WAITING, env=waiting).wait_for("joined run")
@@ -156,7 +156,7 @@ def test_peek_tells_what_it_cannot_see(federation, ask, tmp_path):
     assert "fluffle journal" in line
 
 
-def test_peeking_at_the_journal_leaves_no_reader_behind(federation, ask, told):
+def test_peeking_at_the_journal_leaves_no_consumer_behind(federation, ask, told):
     coordinator = federation.coordinator("--quorum", 2)
     coordinator.wait_for("connected")
     events = [message["event"] for message in told("peek", "journal")]
@@ -180,7 +180,7 @@ WORKERS, ROUNDS, PEEKS = 3, 10, 50
 async def look_while(
     program: harness.Program, federation: harness.Federation, hold: Path
 ) -> Counter[str]:
-    """Peek at every queue until a run ends; return how often each was looked at.
+    """Peek at every queue until a run ends; return how often each was read.
 
     The run is held in its first round for half of the peeks, and in its middle for the others.
     """
@@ -236,7 +236,7 @@ def test_fifty_peeks_on_every_queue_change_nothing(broker_node: node.NodeInfo, t
             federation.gather()
             federation.gather_orphans()
             verdict = check(federation.folder)
-            assert verdict.clean, verdict.told()
+            assert verdict.clean, verdict.text()
             assert not (federation.folder / "evidence/rejected.jsonl").exists()
             for line in federation.history("committed"):
                 assert len(line["participants"]) == WORKERS
@@ -252,13 +252,13 @@ def test_fifty_peeks_on_every_queue_change_nothing(broker_node: node.NodeInfo, t
 
 
 def tapped(federation: Federation, broker: node.NodeInfo) -> set[str]:
-    """Return the workers whose mail a tap gets copies of."""
+    """Return the workers whose messages a tap copies."""
     path = f"/api/exchanges/%2F/{federation.name}.work/bindings/source"
     bindings = management.ask(broker.management_url.rstrip("/"), path, broker.url)
     return {one["routing_key"] for one in bindings if ".tap." in one["destination"]}
 
 
-def test_tap_follows_a_run_and_keeps_the_messages(federation, ask, tmp_path, broker_node):
+def test_tap_follows_a_run_and_saves_the_messages(federation, ask, tmp_path, broker_node):
     coordinator = federation.coordinator("--quorum", 2, "--rounds", 2)
     coordinator.wait_for("connected")
     kept = tmp_path / "kept"
@@ -288,7 +288,7 @@ def test_tap_follows_a_run_and_keeps_the_messages(federation, ask, tmp_path, bro
     assert json.loads(saved.read_text())["tensors"]
 
 
-def test_tap_ends_after_so_many_lines(federation, ask, channel):
+def test_tap_stops_after_the_given_number_of_lines(federation, ask, channel):
     topology = declare(federation, "w1")
     tap = ask("tap", "--kind", "update", "--worker", "w1", "-n", 2)
     tap.wait_for("following federation")
@@ -305,7 +305,7 @@ def test_tap_ends_after_so_many_lines(federation, ask, channel):
 # --- rejected ------------------------------------------------------------------------------------
 
 
-def test_rejected_lists_shows_sends_again_and_throws_away(federation, channel, told, ask):
+def test_rejected_lists_shows_requeues_and_purges(federation, channel, told, ask):
     topology = Topology(federation.name)
     coordinator = federation.coordinator("--quorum", 2)
     coordinator.wait_for("connected")
@@ -318,7 +318,7 @@ def test_rejected_lists_shows_sends_again_and_throws_away(federation, channel, t
         listed: list[dict[str, Any]] = told("rejected")["messages"]
         return listed if len(listed) == 2 else None
 
-    # The coordinator tells of a message before it is in the queue.
+    # The coordinator logs a rejection before the message is in the queue.
     junk, other = harness.wait_until(both, "both are rejected")
     assert (junk["cause"], junk["from"]) == ("malformed", topology.updates)
     assert (other["cause"], other["worker"], other["round"]) == ("run", "w1", 3)
@@ -328,7 +328,7 @@ def test_rejected_lists_shows_sends_again_and_throws_away(federation, channel, t
 
     (sent,) = told("rejected", "requeue", 2)
     assert (sent["exchange"], sent["key"]) == (topology.results, "update.w1")
-    coordinator.wait_for("rejected a message: it belongs to run r")  # as bad as before
+    coordinator.wait_for("rejected a message: it belongs to run r")  # still invalid
     harness.wait_until(both, "it is rejected again")
     purge = ask("rejected", "purge", "--yes")
     assert purge.end() == 0
@@ -336,7 +336,7 @@ def test_rejected_lists_shows_sends_again_and_throws_away(federation, channel, t
     assert told("rejected")["messages"] == []
 
 
-def test_rejected_tells_what_its_bound_dropped(federation, channel, told, ask):
+def test_rejected_reports_dropped_messages(federation, channel, told, ask):
     topology = declare(federation)
     for number in range(1200):
         channel.basic_publish("", topology.rejected, b"%d" % number)
@@ -356,7 +356,7 @@ def test_rejected_tells_what_its_bound_dropped(federation, channel, told, ask):
 # --- queues --------------------------------------------------------------------------------------
 
 
-def test_queues_hint_at_a_worker_that_died(federation, told):
+def test_queues_shows_a_worker_that_died(federation, told):
     federation.coordinator("--quorum", 2).wait_for("connected")
     worker = federation.worker("shard:0/2")
     worker.wait_for("joined run")
@@ -370,7 +370,7 @@ def test_queues_hint_at_a_worker_that_died(federation, told):
     assert told_of.startswith("worker shard-0-2 is not connected")
 
 
-def test_watching_queues_ends_with_ctrl_c(federation, ask):
+def test_queues_watch_ends_with_ctrl_c(federation, ask):
     declare(federation)
     program = ask("queues", "--watch")
     for _ in range(2):

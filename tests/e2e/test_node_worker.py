@@ -48,7 +48,7 @@ def start(federation: Federation, installed: Path, *flags: object) -> Program:
     return federation.start(NODE, installed / "worker.js", "--url", federation.url, *names, *flags)
 
 
-def told(federation: Federation, event: str) -> list[dict[str, Any]]:
+def history_lines(federation: Federation, event: str) -> list[dict[str, Any]]:
     lines = (federation.run / "history.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["event"] == event]
 
@@ -57,7 +57,7 @@ def counted(federation: Federation) -> list[dict[str, int]]:
     """Return who was counted in each round, with how many examples."""
     return [
         {one["worker"]: one["num_examples"] for one in line["participants"]}
-        for line in told(federation, "committed")
+        for line in history_lines(federation, "committed")
     ]
 
 
@@ -95,8 +95,8 @@ def test_it_is_counted_in_every_round(federation: Federation, installed: Path, q
     )
     assert [program.end() for program in (coordinator, foreign, *ours)] == [0] * 4
     assert counted(federation) == [{"js": 90, "shard-0-3": 90, "shard-1-3": 90}] * 5
-    assert all(line["rejected"] == 0 for line in told(federation, "committed"))
-    evaluated = told(federation, "evaluated")
+    assert all(line["rejected"] == 0 for line in history_lines(federation, "committed"))
+    evaluated = history_lines(federation, "evaluated")
     assert all("js" in line["evaluators"] for line in evaluated)
     assert evaluated[-1]["loss"] < evaluated[0]["loss"]
     last = load_file(federation.run / "round-0005.safetensors")
@@ -146,8 +146,8 @@ def test_large_models_and_updates_travel_in_parts(federation: Federation, instal
         connection.channel().queue_delete(f"{federation.name}.outbox.js")
     assert [program.end() for program in (coordinator, foreign, ours)] == [0] * 3
     assert [set(one) for one in counted(federation)] == [{"js", "shard-0-3"}] * 4
-    assert all(line["rejected"] == 0 for line in told(federation, "committed"))
-    evaluated = told(federation, "evaluated")
+    assert all(line["rejected"] == 0 for line in history_lines(federation, "committed"))
+    evaluated = history_lines(federation, "evaluated")
     assert evaluated[-1]["loss"] < evaluated[0]["loss"]
 
 
@@ -200,10 +200,10 @@ def test_what_it_does_with_each_kind_of_mail(federation: Federation, installed: 
     assert hello["state"] == "idle"
     coordinator.send("welcome", round=0, rounds=9, later="a key of a later version")
     coordinator.fit()
-    told, first, delta = coordinator.hear(*work)
+    properties, first, delta = coordinator.hear(*work)
     assert (first["round"], first["base"], first["num_examples"]) == (1, "b", 90)
-    assert told.message_id == "update/r/1/js"
-    assert (told.delivery_mode, told.type) == (2, "update")
+    assert properties.message_id == "update/r/1/js"
+    assert (properties.delivery_mode, properties.type) == (2, "update")
     coordinator.fit()  # the same again: the same update again
     assert coordinator.hear(*work)[1:] == (first, delta)
     coordinator.fit(attempt=1)  # a higher attempt: trained anew

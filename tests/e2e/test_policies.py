@@ -1,4 +1,4 @@
-"""Limits of queues on a real broker: set by its own node, missing elsewhere, changed at will."""
+"""Policies that limit queues on a real broker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.rabbit
 
 
 class Elsewhere:
-    """A vhost that nobody has set a policy in, as on a broker of somebody else's."""
+    """A vhost without policies, as on someone else's broker."""
 
     def __init__(self, info: NodeInfo) -> None:
         self.info, self.vhost = info, f"else-{uuid.uuid4().hex[:8]}"
@@ -69,7 +69,7 @@ async def declare(url: str, names: Topology) -> None:
 def wait_for_limits(
     ask_api: Callable[[str], Any], vhost: str, names: Topology, *, none: bool = False
 ) -> None:
-    """Wait until RabbitMQ's statistics, which come late, say that the limits are in force."""
+    """Wait until RabbitMQ's statistics, which are delayed, show the limits."""
     queues = [*names.shared(), *names.queues_of("w")]
     wanted = {one.name: {} if none else one.limits for one in queues if isinstance(one, Queue)}
     ends = time.monotonic() + PATIENCE_S
@@ -82,7 +82,7 @@ def wait_for_limits(
         time.sleep(0.2)
 
 
-async def test_without_a_policy_queues_says_so_and_apply_policy_sets_them(
+async def test_queues_reports_missing_policies_and_apply_policy_sets_them(
     federation: Federation, elsewhere: Elsewhere
 ) -> None:
     names = Topology(federation.name)
@@ -98,7 +98,7 @@ async def test_without_a_policy_queues_says_so_and_apply_policy_sets_them(
     assert not any("no policy" in line for line in run(federation, "queues", *where).lines)
 
 
-async def test_the_lines_that_are_printed_set_the_same(
+async def test_the_printed_commands_set_the_same_policies(
     federation: Federation, elsewhere: Elsewhere
 ) -> None:
     names = Topology(federation.name)
@@ -111,7 +111,7 @@ async def test_the_lines_that_are_printed_set_the_same(
     wait_for_limits(elsewhere.api, elsewhere.vhost, names)
 
 
-async def test_a_limit_that_is_changed_holds_at_once_and_declares_nothing_anew(
+async def test_a_changed_limit_applies_at_once(
     federation: Federation, elsewhere: Elsewhere
 ) -> None:
     names = Topology(federation.name)
@@ -128,11 +128,11 @@ async def test_a_limit_that_is_changed_holds_at_once_and_declares_nothing_anew(
     await publish()
     with pytest.raises(QueueFull):
         await publish()
-    await link.declare(names.shared())  # nobody has to know of it
+    await link.declare(names.shared())  # still the same arguments
     await link.close()
 
 
-async def test_our_own_node_bounds_every_federation(
+async def test_a_private_node_limits_every_federation(
     federation: Federation, broker_node: NodeInfo
 ) -> None:
     names = Topology(federation.name)

@@ -1,4 +1,4 @@
-"""A broker that lacks streams, takes small messages only, and runs out of memory when told to."""
+"""A broker without streams, with a small message limit, and with memory alarms on demand."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def ctl(picky: node.NodeInfo) -> Callable[..., None]:
     return run
 
 
-async def test_streams_are_told_from_other_arguments(picky):
+async def test_missing_streams_are_not_mistaken_for_other_arguments(picky):
     link = await AmqpTransport(picky.url, "test").open()
     with pytest.raises(UnknownQueueType):
         await link.declare([Queue("s", "of a test", {"x-queue-type": "stream"})])
     await link.close()
 
 
-def test_without_streams_a_run_has_no_journal_and_goes_on(picky, tmp_path: Path):
+def test_a_run_without_streams_has_no_journal(picky, tmp_path: Path):
     federation = Federation("f", picky.url, tmp_path)
     try:
         coordinator = federation.coordinator("--quorum", 2, "--rounds", 2)
@@ -68,14 +68,16 @@ def test_without_streams_a_run_has_no_journal_and_goes_on(picky, tmp_path: Path)
     assert sum("has no journal" in line for line in coordinator.lines) == 1
 
 
-async def test_a_message_above_the_brokers_limit_says_which_limit(picky):
+async def test_a_message_above_the_brokers_limit_names_the_limit(picky):
     link = await AmqpTransport(picky.url, "test").open()
     await link.declare([Queue("q", "of a test")])
     with pytest.raises(BrokerError, match=r"2,000,000 .*1,000,000 \(max_message_size\)"):
         await asyncio.wait_for(
             link.publish(bytes(2_000_000), Properties(), exchange="", keys=["q"]), PATIENCE_S
         )
-    with pytest.raises(BrokerError, match="max_message_size"):  # so that nobody opens another
+    with pytest.raises(
+        BrokerError, match="max_message_size"
+    ):  # not a LinkLost, so nobody reconnects
         await link.lost()
     await link.close()
 
@@ -93,7 +95,7 @@ async def test_limits_of_a_vhost_are_named(picky, ctl):
         await AmqpTransport(f"{picky.url}narrow", "test").open()
 
 
-async def test_a_broker_without_memory_says_so_and_takes_messages_again(picky, ctl):
+async def test_a_memory_alarm_blocks_publishing_until_it_clears(picky, ctl):
     link = await AmqpTransport(picky.url, "test").open()
     await link.declare([Queue("blocked", "of a test")])
     news = link.blocking()

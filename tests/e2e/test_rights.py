@@ -1,4 +1,4 @@
-"""Whole federations whose users may do no more than their parts take."""
+"""Federations in which every user has only the permissions of its role."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INBOX, OUTBOX = f"{F}.inbox.", f"{F}.outbox."
 
 
 class Run(Federation):
-    """A federation whose programs log in as the users that they are."""
+    """A federation whose coordinator and workers log in as their own users."""
 
     def __init__(self, narrow: Narrow, folder: Path) -> None:
         super().__init__(F, "", folder)
@@ -72,7 +72,7 @@ def committed(run: Run) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("order", ["chief a.lice bob", "a.lice bob chief", "bob chief a.lice"])
-def test_a_federation_with_narrow_rights_starts_in_any_order(run: Run, order: str) -> None:
+def test_a_federation_with_minimal_permissions_starts_in_any_order(run: Run, order: str) -> None:
     programs = []
     for shard, name in enumerate(order.split()):
         if name == "chief":
@@ -86,7 +86,7 @@ def test_a_federation_with_narrow_rights_starts_in_any_order(run: Run, order: st
     assert committed(run) == [["a.lice", "bob"]] * 3
 
 
-def test_with_narrow_rights_whoever_is_killed_comes_back(run: Run) -> None:
+def test_with_minimal_permissions_killed_programs_recover(run: Run) -> None:
     rounds = ("--quorum", 2, "--rounds", 200, "--grace", 0.1)
     chief = run.chief(*rounds)
     alice, bob = run.site("a.lice", 0), run.site("bob", 1)
@@ -108,7 +108,7 @@ def test_with_narrow_rights_whoever_is_killed_comes_back(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def besieged(broker_node: NodeInfo) -> Iterator[Narrow]:
-    """Yield the vhost of a federation, with one of its workers' users in the wrong hands."""
+    """Yield the vhost of a federation in which an attacker has a worker's user."""
     made = Narrow(broker_node, [ME, VICTIM])
 
     async def settle() -> None:
@@ -154,7 +154,7 @@ def bind(queue: str, exchange: str, key: str) -> Callable[[BlockingChannel], obj
 
 
 ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
-    # of another worker's
+    # another worker's queues
     "get its mail": lambda on: on.basic_get(INBOX + VICTIM),
     "consume its mail alone": consume(INBOX + VICTIM, exclusive=True),
     "purge its mail": lambda on: on.queue_purge(INBOX + VICTIM),
@@ -163,11 +163,11 @@ ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
     "bind its inbox elsewhere": bind(INBOX + VICTIM, f"{F}.results", "#"),
     "get its parts": lambda on: on.basic_get(OUTBOX + VICTIM),
     "a name that its dot would match": lambda on: on.queue_declare(INBOX + "axlice", durable=True),
-    # copies of what is for others
+    # copies of others' messages
     "copies of its mail": bind(INBOX + ME, f"{F}.work", VICTIM),
     "copies of all updates": bind(OUTBOX + ME, f"{F}.results", "update.#"),
     "copies of all signs of life": bind(OUTBOX + ME, f"{F}.results", "heartbeat.#"),
-    # in the name of others
+    # messages in the name of others
     "work for another": publish(f"{F}.work", VICTIM),
     "mail for another": publish("", INBOX + VICTIM),
     "an event in the journal": publish("", f"{F}.journal"),
@@ -181,7 +181,7 @@ ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
             INBOX + ME, durable=True, arguments={"x-dead-letter-exchange": f"{F}.work"}
         ),
     ),
-    # of what is shared
+    # shared entities
     "get updates": lambda on: on.basic_get(f"{F}.updates"),
     "consume updates": consume(f"{F}.updates"),
     "purge updates": lambda on: on.queue_purge(f"{F}.updates"),
@@ -194,7 +194,7 @@ ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
     "delete the way out": lambda on: on.exchange_delete(f"{F}.work"),
     "delete the way in": lambda on: on.exchange_delete(f"{F}.results"),
     "declare the way in": lambda on: on.exchange_declare(f"{F}.results", "topic", durable=True),
-    # anything else
+    # other entities
     "a queue of another name": lambda on: on.queue_declare("evil", durable=True),
     "a queue of no name": lambda on: on.queue_declare("", exclusive=True),
     "an exchange": lambda on: on.exchange_declare("evil", durable=True),
@@ -203,14 +203,14 @@ ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
-def test_a_workers_user_is_refused_what_is_not_its_own(besieged: Narrow, attempt: str) -> None:
+def test_a_workers_user_is_refused_everything_else(besieged: Narrow, attempt: str) -> None:
     with channel(besieged) as on, pytest.raises(ChannelClosedByBroker) as refused:
         ATTEMPTS[attempt](on)
     assert refused.value.reply_code in (403, 406)
     assert "ACCESS_REFUSED" in refused.value.reply_text or "user_id" in refused.value.reply_text
 
 
-def test_before_anybody_else_a_workers_user_can_make_nothing_that_is_shared(
+def test_a_worker_that_is_first_cannot_declare_shared_entities(
     broker_node: NodeInfo,
 ) -> None:
     made = Narrow(broker_node, [ME])
@@ -222,14 +222,14 @@ def test_before_anybody_else_a_workers_user_can_make_nothing_that_is_shared(
         made.close()
 
 
-def test_of_anothers_queue_a_workers_user_can_only_see_how_much_is_there(besieged: Narrow) -> None:
-    # RabbitMQ asks for no right to look whether a queue is there, which also counts.
+def test_a_workers_user_can_only_count_the_messages_of_other_queues(besieged: Narrow) -> None:
+    # A passive declaration needs no permission, and also returns the counts.
     with channel(besieged) as on:
         found = on.queue_declare(INBOX + VICTIM, passive=True).method
     assert (found.message_count, found.consumer_count) == (0, 0)
 
 
-def test_a_workers_user_can_do_what_its_part_takes(besieged: Narrow) -> None:
+def test_a_workers_user_can_do_its_work(besieged: Narrow) -> None:
     topology = besieged.topology
     with channel(besieged) as on:
         for queue in topology.queues_of(ME):
@@ -242,7 +242,7 @@ def test_a_workers_user_can_do_what_its_part_takes(besieged: Narrow) -> None:
         assert on.basic_get(topology.rejected, auto_ack=True)[2] == b"x"
 
 
-def test_a_user_that_may_do_nothing_is_told_what_it_lacks(besieged: Narrow, tmp_path: Path) -> None:
+def test_a_user_without_permissions_gets_the_remedy(besieged: Narrow, tmp_path: Path) -> None:
     besieged.grant(worker_rights(Topology("other"), "eve"))
     run = Run(besieged, tmp_path)
     try:

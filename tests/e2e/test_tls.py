@@ -1,4 +1,4 @@
-"""TLS to the broker: what is trusted, what is refused, and what is said of it."""
+"""TLS to the broker: trust, refusals and error messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_S = 20.0
 
 
 class Certificates:
-    """Made with openssl: a CA, and what it signs."""
+    """A CA made with openssl, and the certificates that it signs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,7 +31,7 @@ class Certificates:
         self.ca = folder / "ca.pem"
 
     def signed(self, name: str, alternative: str, *validity: str) -> tuple[Path, Path]:
-        """Return a certificate and its key."""
+        """Create a certificate and return it with its key."""
         request = self._folder / f"{name}.csr"
         subject = ("-subj", f"/CN={name}", "-addext", f"subjectAltName={alternative}")
         self._openssl("req", *self._new(name, request), *subject)
@@ -59,7 +59,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 def tls_before(
     port: int, certificate: tuple[Path, Path], *, asks_for: Path | None = None
 ) -> Iterator[int]:
-    """Yield a port that takes TLS and hands on to another one, in the clear.
+    """Yield a port that accepts TLS and forwards plain bytes to another port.
 
     In threads, over plain sockets: an event loop's server does not tell a client why it refuses it.
     """
@@ -101,7 +101,7 @@ def tls_before(
 
 
 def pass_on(secure: ssl.SSLSocket, back: socket.socket) -> None:
-    """Pass bytes between two sockets until one of them ends."""
+    """Forward bytes between two sockets until one of them closes."""
     while True:
         ready = [secure] if secure.pending() else select.select([secure, back], [], [])[0]
         for source, sink in ((secure, back), (back, secure)):
@@ -125,7 +125,7 @@ async def refused(url: str) -> str:
     return str(error.value)
 
 
-async def test_a_ca_of_our_own_is_trusted_where_the_url_names_it(broker_node, certificates):
+async def test_a_ca_in_the_url_is_trusted(broker_node, certificates):
     good = certificates.signed("good", "IP:127.0.0.1")
     with tls_before(broker_node.ports.amqp, good) as port:
         url = f"amqps://guest:guest@127.0.0.1:{port}/"
@@ -136,7 +136,7 @@ async def test_a_ca_of_our_own_is_trusted_where_the_url_names_it(broker_node, ce
     assert "?cafile=" in said
 
 
-async def test_the_management_api_is_trusted_as_amqp_is(broker_node, certificates):
+async def test_the_management_api_uses_the_same_tls_options(broker_node, certificates):
     good = certificates.signed("management", "IP:127.0.0.1")
     with tls_before(broker_node.ports.management, good) as port:
         base, url = f"https://127.0.0.1:{port}", "amqps://guest:guest@127.0.0.1/"
@@ -148,11 +148,11 @@ async def test_the_management_api_is_trusted_as_amqp_is(broker_node, certificate
             await asyncio.to_thread(ask, base, "/api/overview", url)
 
 
-async def test_a_certificate_for_another_host_is_refused_by_name(broker_node, certificates):
+async def test_a_certificate_for_another_host_is_refused(broker_node, certificates):
     other = certificates.signed("other", "DNS:other.example")
     with tls_before(broker_node.ports.amqp, other) as port:
         url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
-        assert "is not made out for '127.0.0.1'" in await refused(url)
+        assert "is not valid for '127.0.0.1'" in await refused(url)
 
 
 async def test_an_expired_certificate_is_refused(broker_node, certificates):
@@ -164,7 +164,7 @@ async def test_an_expired_certificate_is_refused(broker_node, certificates):
     assert "renew" in said
 
 
-async def test_a_broker_that_asks_for_a_certificate_gets_ours(broker_node, certificates):
+async def test_a_client_certificate_is_sent_on_request(broker_node, certificates):
     good, ours = (certificates.signed(name, "IP:127.0.0.1") for name in ("asks", "ours"))
     with tls_before(broker_node.ports.amqp, good, asks_for=certificates.ca) as port:
         url = f"amqps://guest:guest@127.0.0.1:{port}/?cafile={certificates.ca}"
@@ -173,13 +173,13 @@ async def test_a_broker_that_asks_for_a_certificate_gets_ours(broker_node, certi
         assert "?certfile=" in await refused(url)
 
 
-async def test_tls_where_there_is_none_is_refused(broker_node):
+async def test_tls_to_a_plain_port_is_refused(broker_node):
     said = await refused(f"amqps://w:open-sesame@127.0.0.1:{broker_node.ports.amqp}/")
     assert "there is no TLS" in said
     assert "amqp://" in said
 
 
-async def test_no_tls_where_there_must_be_is_refused(broker_node, certificates):
+async def test_plain_amqp_to_a_tls_port_is_refused(broker_node, certificates):
     good = certificates.signed("must", "IP:127.0.0.1")
     with tls_before(broker_node.ports.amqp, good) as port:
         said = await refused(f"amqp://w:open-sesame@127.0.0.1:{port}/")
@@ -187,23 +187,23 @@ async def test_no_tls_where_there_must_be_is_refused(broker_node, certificates):
     assert "amqps://" in said
 
 
-async def test_one_node_with_a_bad_certificate_does_not_stop_who_can_reach_another(
+async def test_a_bad_certificate_of_one_node_does_not_exclude_the_others(
     broker_node, certificates, unused_tcp_port
 ):
     old = certificates.signed("old-node", "IP:127.0.0.1", "-days", "-1")
     with tls_before(broker_node.ports.amqp, old) as port:
         bad = f"amqps://guest:guest@127.0.0.1:{port}/?cafile={certificates.ca}"
         await opened(f"{bad},{broker_node.url}")
-        with pytest.raises(LinkLost, match="has expired"):  # the other may be back soon
+        with pytest.raises(LinkLost, match="has expired"):  # the other node may come back
             await opened(f"{bad},amqp://127.0.0.1:{unused_tcp_port}/")
 
 
-async def test_a_file_that_cannot_be_read_is_named():
+async def test_an_unreadable_certificate_file_is_named():
     with pytest.raises(UsageError, match="'/nowhere/ca.pem'.*No such file"):
         await opened("amqps://w:open-sesame@127.0.0.1:1/?cafile=/nowhere/ca.pem")
 
 
-async def test_a_server_that_closes_without_a_word_is_tried_again():
+async def test_a_server_that_closes_silently_is_retried():
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 

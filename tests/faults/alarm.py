@@ -1,4 +1,4 @@
-"""A broker's memory alarm: while it lasts, the broker reads nothing from whoever publishes."""
+"""Raises a broker's memory alarm, during which it reads nothing from publishers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from fluffle_broker.node import node
 from tests.faults.harness import PATIENCE_S, wait_until
 
-_TINY, _USUAL = "0.0001", "0.4"  # the share of the memory; the other is as in broker/rabbitmq.conf
+_TINY, _USUAL = "0.0001", "0.4"  # memory watermarks; the usual one as in broker/rabbitmq.conf
 
 
 @contextlib.contextmanager
 def memory_alarm(broker: node.NodeInfo) -> Iterator[None]:
-    """Let a broker on this machine be short of memory meanwhile."""
+    """Keep a broker on this machine in a memory alarm."""
     try:
         _allow(broker, _TINY)
         wait_until(lambda: _is_alarmed(broker), "the broker raises its memory alarm")

@@ -1,13 +1,12 @@
-"""A federation under a seeded rain of faults, and an independent verdict on what it did.
+"""Runs a federation under a seeded sequence of faults, and judges it independently.
 
     python -m tests.faults.chaos --faults 100 --seed 7          make chaos FAULTS=100 SEED=7
     python -m tests.faults.chaos --faults 100 --seed 7 --schedule buffered
 
 One coordinator and a standby on the same run folder, four workers, and a real RabbitMQ behind a
-proxy. The sequence of faults, with the pauses between them, follows from the seed alone. When all
-of them have happened and enough rounds are committed, the run is brought to its end, and
-`checker` judges it from the files. One line a fault, a verdict; exit code 0 where it is clean.
-On failure the folder is kept.
+proxy. The seed alone determines the faults and the pauses between them. After the last fault and
+enough rounds, the run is finished and `checker` judges it from its files. Prints a line per fault
+and a verdict; the exit code is 0 if the verdict is clean. On failure the folder is kept.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ from tests.faults.schedule import WORKERS, Fault, schedule
 
 _TRAIN_S, _SLOW_S = 0.4, 0.9  # one worker is slower, so that rounds are open with updates in them
 _HEARTBEAT_S = 1.0
-_STOP_S = 15.0  # three times as long as a worker may be silent
-_QUIET_S = 2.0  # after a stop or an alarm, so that what the coordinator makes of it is seen
+_STOP_S = 15.0  # three times as long as a worker may miss heartbeats
+_QUIET_S = 2.0  # after a stop or an alarm, so that its consequences show before the next fault
 _SLOW_BYTES_S = 500e3
 _KERNEL = 2**15  # elements: a model of 131 kB, a quarter of a second on such a line
-_STALLED_FOR_S = 60.0  # without a single round, the run counts as hanging
+_STALLED_FOR_S = 60.0  # a run that commits no round for this long hangs
 _END_S = 90.0
 SYNCHRONOUS = ("--quorum", "all")
 ASYNCHRONOUS = ("--schedule", "buffered", "--buffer", 3, "--max-staleness", 50)
-# In how many of the latest rounds everybody takes part, if all is well.
+# All workers must take part within this many of the latest rounds.
 _LATEST = {SYNCHRONOUS: 1, ASYNCHRONOUS: 4}
 
 
@@ -54,12 +53,12 @@ class Chaos:
     """One run under faults.
 
     Args:
-        federation: what is hurt.
+        federation: the federation.
         state: the state folder of its broker.
         broker: the broker.
-        proxy: what is between the two.
-        say: told one line a fault.
-        timing: the coordinator's options that say how rounds follow each other.
+        proxy: the proxy between the two.
+        say: prints one line per fault.
+        timing: the coordinator's schedule options.
     """
 
     def __init__(
@@ -82,18 +81,18 @@ class Chaos:
         self.workers = [self._worker(number) for number in range(WORKERS)]
 
     def run(self, faults: list[Fault], rounds: int) -> None:
-        """Let the faults happen, wait for the rounds, and bring the run to its end."""
+        """Cause the faults, wait for enough rounds, and finish the run."""
         self.federation.wait_committed(1)
         for number, fault in enumerate(faults, start=1):
             self._wait(fault.after_s)
             began = now()
-            told = self._do(fault)
-            line = {"fault": number, "kind": fault.kind, "what": told, "began": began}
+            outcome = self._do(fault)
+            line = {"fault": number, "kind": fault.kind, "what": outcome, "began": began}
             self.federation.note("faults", {**line, "lasts_s": fault.lasts_s})
             at = time.monotonic() - self._began
             self._say(
                 f"fault {number:3}/{len(faults)}  at {at:6.1f} s, "
-                f"{self.federation.committed():3} rounds: {fault.kind}: {told}"
+                f"{self.federation.committed():3} rounds: {fault.kind}: {outcome}"
             )
         while self.federation.committed() < rounds:
             self._wait(0.1)
@@ -101,7 +100,7 @@ class Chaos:
         self._end()
 
     def _recover(self) -> None:
-        """Wait until everybody takes part again, whom nobody has helped to."""
+        """Wait until all workers take part again, without any help."""
         began = time.monotonic()
         everybody = {f"w{number}" for number in range(WORKERS)}
         while True:
@@ -114,7 +113,7 @@ class Chaos:
             self._wait(0.1)
 
     def _wait(self, seconds: float) -> None:
-        """Let time pass, during which nobody may end by itself and rounds must go on."""
+        """Wait; no process may end by itself meanwhile, and rounds must continue."""
         end = time.monotonic() + seconds
         while True:
             self._watch()
@@ -140,12 +139,12 @@ class Chaos:
             )
 
     def _end(self) -> None:
-        """Let a last coordinator finish the run in a round or two, as an operator would."""
+        """Finish the run with a last coordinator, as an operator would."""
         self._last_round = self.federation.committed() + 2
-        # After the last fault, two may have been after the run folder: which one has it?
+        # After the last fault, two coordinators may compete for the run folder: find the holder.
         wait_until(lambda: any(map(_has_begun, self.coordinators)), "one has the run folder")
         standby, active = self._standby(), self._active()
-        standby.wait_for("standby")  # Ctrl-C while Python imports is at times lost in somebody's C
+        standby.wait_for("standby")  # extension modules can swallow a Ctrl-C during import
         for program in (standby, active):
             program.interrupt()
             program.end()
@@ -194,12 +193,14 @@ class Chaos:
         )
 
     def _kill_both(self, fault: Fault, _: random.Random) -> str:
-        """Kill the coordinator, and a worker whose update it has counted but not committed."""
+        """Kill the coordinator, and a worker whose update is counted but not committed."""
         active = self._active()
 
         def counted() -> list[str]:
             number = self.federation.committed() + 1
-            return [told["worker"] for told in active.events("counted") if told["round"] == number]
+            return [
+                event["worker"] for event in active.events("counted") if event["round"] == number
+            ]
 
         with contextlib.suppress(AssertionError):
             wait_until(counted, "an update was counted", timeout_s=5)
@@ -220,7 +221,8 @@ class Chaos:
         began = time.monotonic()
         self._broker = node.up(self._state, ports=self._broker.ports)
         committed, at = self._progress
-        self._progress = committed, at + time.monotonic() - killed  # nothing can go on without it
+        # No round can continue without the broker, so that time does not count as a stall.
+        self._progress = committed, at + time.monotonic() - killed
         return (
             f"killed, began {fault.for_s / 3:.1f} s later, up {time.monotonic() - began:.1f} s on"
         )
@@ -242,7 +244,7 @@ class Chaos:
         return f"{count} connections share {_SLOW_BYTES_S / 1e3:.0f} kB/s for {fault.for_s} s"
 
     def _stop(self, _: Fault, __: random.Random) -> str:
-        """Stop the coordinator for longer than any worker may be silent, then let it go on."""
+        """Stop the coordinator for longer than a worker may miss heartbeats, then continue it."""
         wait_until(lambda: any(map(_has_begun, self.coordinators)), "one has the run folder")
         victim = self._active()
         with self.federation.stopped(victim):
@@ -251,14 +253,14 @@ class Chaos:
         return f"stopped the active one (pid {victim.pid}) for {_STOP_S:.0f} s"
 
     def _alarm(self, fault: Fault, _: random.Random) -> str:
-        """Let the broker hold all publishers; nothing of ours is published before it is over."""
+        """Raise a memory alarm, and publish nothing from the harness until it is over."""
         with self.federation.unheard("alarm"), memory_alarm(self._broker):
             self._pause.wait(fault.for_s)
         self._pause.wait(_QUIET_S)
         return f"a memory alarm for {fault.for_s} s"
 
     def _replay(self, fault: Fault, rng: random.Random) -> str:
-        """Send again what was sent: the newest update twice more, and three old ones."""
+        """Publish copies of past updates: the newest twice, and three old ones."""
         bodies = self.federation.bodies("update")
         if not bodies:
             return "nothing was sent yet"
@@ -294,7 +296,7 @@ class Chaos:
         )
 
     def _active(self) -> Program:
-        """Return the coordinator that has the run folder, or the one that will have it."""
+        """Return the coordinator that holds the run folder, or will hold it."""
         for program in self.coordinators:
             if _has_begun(program):
                 return program
@@ -317,13 +319,13 @@ def rain(
     say: Callable[[str], None],
     timing: tuple[str | int, ...] = SYNCHRONOUS,
 ) -> Verdict:
-    """Run a federation under faults, end everything, and judge it.
+    """Run a federation under faults, end its processes, and judge it.
 
     Raises:
-        AssertionError: where it hangs or a process ends by itself.
+        AssertionError: if it hangs, or a process ends by itself.
     """
     state = folder / "broker"
-    with marked(folder):  # the broker as well is to be found, should it be left
+    with marked(folder):  # so that a leftover broker is found too
         try:
             broker = node.up(state, ports=node.Ports(0, 0, 0, 0, 0))
             with Proxy(broker.ports.amqp) as proxy:
@@ -340,7 +342,7 @@ def rain(
 
 
 def main() -> int:
-    """Run it from the command line; return the exit code."""
+    """Run from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=7)
@@ -366,7 +368,7 @@ def main() -> int:
         _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: FAILED: {wrong}")
         _say(f"everything is in {folder}")
         return 1
-    _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: {verdict.told()}")
+    _say(f"verdict after {time.monotonic() - began:.0f} s, seed {given.seed}: {verdict.text()}")
     if not verdict.clean:
         _say(f"everything is in {folder}")
     elif given.folder is None:

@@ -1,44 +1,42 @@
-"""Judges a federation from the files it left, without any of fluffle's code.
+"""Judges a federation from the files that it left, without using fluffle's code.
 
     python -m tests.faults.checker FOLDER
 
-The folder is one of `harness.Federation`. What is checked, each with what it needs of the files:
+The folder is one of `harness.Federation`. The rules:
 
-1.  *Rounds*: the history has every round from 1 to the last, once, in this order, of one run. Each
-    line gives the round's model a name of its own, which the model's file has too.
+1.  *Rounds*: the history has every round of one run from 1 to the last, once and in order. Each
+    line gives the round's model a unique base name, which the model's file contains too.
 2.  *Averages*: each committed model is, to 1e-6, base + sum(n * delta) / sum(n) in float64 over
-    exactly the updates that its history line names, as they were sent (integers: rounded to the
-    nearest), and each such delta was really trained from the base by that worker. In an
-    asynchronous run, it was trained from the model of the version that its staleness s says, and
-    weighs n / sqrt(1 + s).
-3.  *Once*: no ticket twice, so no worker twice in a synchronous round, no round twice; whoever is
-    named has sent that update, and said that it was trained from the weights that the round begins
-    with, by their name. What was sent for a round names those weights, or such as are in no
-    history: a coordinator died before they were on disk, and they were taken back.
-4.  *None missing*: a synchronous round that closed by everybody's quorum has every confirmed update
-    of those who were there. Who was there, in the coordinator's eyes, is nothing that the files
-    prove; what they do prove is the order. The queue is first in, first out, across redeliveries
-    too, and a round is committed with everything that was read before. So: if the update of worker
-    w for round r was confirmed at the time t, and round r was committed without it, then no
-    participant of r began to send its own first copy after t. In words: an update may be left out
-    only if it came after the last one that was counted, which is when its worker was taken for dead
-    and nobody waited for it. All times are of one machine's monotonic clock. What was trained from
-    weights that were taken back can be in no round, and is not missing.
-5.  *Accounted for*: every confirmed update was counted, was told to be late or a duplicate, is in
-    the rejected queue with a reason, or is of the round that was open at the very end. One that
-    was trained from weights that were taken back is never counted; where its worker is counted with
-    a newer one, it may have come so late that nobody said a word. What is still in the queue
-    `updates` at the end: nothing.
-6.  *Garbage*: every hostile message is in the rejected queue with a reason. Except what was put
-    into the inbox or outbox of a worker that was started anew after that, which empties both, and
-    what a bound dropped.
-7.  *Nothing left*: no process, no queue but the declared ones.
-8.  *Quorum*: no round has fewer updates than the coordinator that committed it said it needed
-    (``opened``, ``reopened``), less what an event ``quorum`` took off; no quorum shrinks without
-    one; and none has fewer than ``--quorum`` of ``--min-workers``. See `fairness`.
-9.  *Silence*: while a coordinator is stopped, or a memory alarm holds every publisher, nobody can
-    be heard. No worker that lives all along is said to be gone over that, each is asked in the
-    next round, and no standby takes the run of a coordinator that is only stopped.
+    exactly the updates that its history line names, as they were sent (integers are rounded to
+    the nearest), and the named worker trained each such delta from the base. In an asynchronous
+    run, an update of staleness s was trained from the model s versions earlier and has the
+    weight n / sqrt(1 + s).
+3.  *Once*: no ticket counts twice, so no worker counts twice in a synchronous round. Every worker
+    in the history sent that update, and named in it the base that the round begins with. An
+    update that was sent for a round names that base, or one that no history has, because a
+    coordinator died before it was on disk (such a base was *taken back*).
+4.  *None missing*: a synchronous round with the quorum ``all`` has every confirmed update of the
+    workers that were present. The files do not prove who was present, but they prove the order:
+    the queue is first in, first out, also across redeliveries, and a round is committed with
+    everything that was read before. So if the update of worker w for round r was confirmed at time
+    t, and round r was committed without it, then no participant of r began to send its own first
+    copy after t. In other words, an update may be missing only if it arrived after the last
+    counted one, when its worker counted as gone. All times are from one machine's monotonic clock.
+    Updates from a base that was taken back belong to no round and are not missing.
+5.  *Accounted for*: every confirmed update was counted, was reported as late or as a duplicate, is
+    in the rejected queue with a reason, or belongs to the round that was open at the end. An update
+    from a base that was taken back is never counted; if a newer update of its worker is counted, it
+    may have arrived too late to be reported. At the end, the queue `updates` is empty.
+6.  *Garbage*: every hostile message is in the rejected queue with a reason, unless it was put into
+    the inbox or outbox of a worker that restarted afterwards, which empties both, or the length
+    limit of the queue dropped it.
+7.  *Nothing left*: no process is left, and no queue except the declared ones.
+8.  *Quorum*: no round has fewer updates than its coordinator announced to need (``opened``,
+    ``reopened``), reduced by ``quorum`` events; no quorum shrinks without such an event; and no
+    round has fewer updates than ``--quorum`` of ``--min-workers``. See `fairness`.
+9.  *Silence*: while a coordinator is stopped, or a memory alarm blocks every publisher, no worker
+    can be heard. No worker that lives throughout counts as gone because of that, each is asked in
+    the next round, and no standby takes over from a coordinator that is only stopped.
 """
 
 from __future__ import annotations
@@ -61,8 +59,7 @@ from tests.faults import fairness
 from tests.faults.harness import whole_lines
 
 Tensors = dict[str, np.ndarray[Any, Any]]
-# The sequence of its ticket (of a synchronous round, the round), its worker, and the name of the
-# weights that it was trained from.
+# An update's sequence (in synchronous rounds, the round), its worker, and its base.
 Identity = tuple[int, str, str]
 
 _TOLERANCE = 1e-6
@@ -72,7 +69,7 @@ _SHARED = {"updates", "presence", "rejected", "unrouted", "journal"}
 
 @dataclass
 class Sent:
-    """What is known of one update, over all attempts to send it."""
+    """What is known of one update, over all attempts to publish it."""
 
     began: float = float("inf")
     confirmed: float = float("inf")
@@ -86,7 +83,7 @@ class Sent:
 
 @dataclass
 class Verdict:
-    """What was found wrong, and how much was looked at."""
+    """The violations found, and the numbers of things checked."""
 
     faults: list[str] = field(default_factory=list)
     figures: dict[str, int] = field(default_factory=dict)
@@ -95,18 +92,18 @@ class Verdict:
     def clean(self) -> bool:
         return not self.faults
 
-    def told(self) -> str:
-        """Say it in a few lines."""
+    def text(self) -> str:
+        """Return the verdict as text."""
         seen = ", ".join(f"{number} {what}" for what, number in self.figures.items())
         if self.clean:
             return f"clean: {seen}"
-        shown = "\n".join(f"  {fault}" for fault in self.faults[:20])
-        return f"NOT CLEAN, {len(self.faults)} findings ({seen}):\n{shown}"
+        listing = "\n".join(f"  {fault}" for fault in self.faults[:20])
+        return f"NOT CLEAN, {len(self.faults)} findings ({seen}):\n{listing}"
 
 
 def check(folder: Path) -> Verdict:
-    """Judge a federation that has ended."""
-    found = Verdict()
+    """Check all rules for a federation that has ended."""
+    verdict = Verdict()
     history = [
         json.loads(line) for line in (folder / "run/history.jsonl").read_bytes().splitlines()
     ]
@@ -115,33 +112,33 @@ def check(folder: Path) -> Verdict:
     run = json.loads((folder / "run/run.json").read_text())["run"]
     sent = _sent(folder, run)
     logs = fairness.coordinator_logs(folder)
-    said = _said(logs)
+    uncounted = _uncounted(logs)
     rejected = whole_lines(folder / "evidence/rejected.jsonl")
-    found.figures = {
+    verdict.figures = {
         "rounds": len(commits),
         "updates counted": sum(len(line["participants"]) for line in commits),
         "updates confirmed": sum(one.is_confirmed for one in sent.values()),
-        "late": sum(said["late"].values()),
-        "duplicates": sum(said["duplicate"].values()),
+        "late": sum(uncounted["late"].values()),
+        "duplicates": sum(uncounted["duplicate"].values()),
         "rejected": len(rejected),
         "quorums known": fairness.judged(logs),
         "silences judged": fairness.silences_judged(folder),
     }
-    found.faults += [
+    verdict.faults += [
         *_rounds(folder, commits, run),
         *_averages(folder, commits, bases, sent),
         *_once(commits, bases, sent),
         *_none_missing(commits, bases, sent),
-        *_accounted(commits, bases, sent, said, rejected, folder),
+        *_accounted(commits, bases, sent, uncounted, rejected, folder),
         *_garbage(folder, rejected),
         *_nothing_left(folder),
         *fairness.quorums(folder, logs, commits),
         *fairness.silences(folder, logs),
     ]
-    return found
+    return verdict
 
 
-# --- the rules; `fairness` has the last two -------------------------------------------------------
+# --- rules 1 to 7; `fairness` has the others ------------------------------------------------------
 
 
 def _rounds(folder: Path, commits: list[dict[str, Any]], run: str) -> Iterator[str]:
@@ -177,12 +174,12 @@ def _averages(
         examples, weights = 0, 0.0
         for one in line["participants"]:
             identity, staleness = _identity(line, one, bases), one.get("staleness", 0)
-            told = list(_contents(sent[identity])) if identity in sent else []
-            if not told:
+            copies = list(_contents(sent[identity])) if identity in sent else []
+            if not copies:
                 yield f"round {number} counts {one['worker']}, which sent nothing for it"
                 continue
-            header, delta = told[0]
-            if any(not _same(delta, other) for _, other in told[1:]):
+            header, delta = copies[0]
+            if any(not _same(delta, other) for _, other in copies[1:]):
                 yield f"round {number}: {one['worker']} sent updates that differ"
             if header["num_examples"] != one["num_examples"]:
                 yield f"round {number}: {one['worker']} sent another num_examples than the line has"
@@ -191,7 +188,7 @@ def _averages(
             weight = header["num_examples"] / (1 + staleness) ** 0.5
             examples, weights = examples + header["num_examples"], weights + weight
             for name, tensor in base.items():
-                exact = tensor.dtype.kind in "iu"  # they are averaged by examples alone
+                exact = tensor.dtype.kind in "iu"  # the average of integers ignores staleness
                 part = header["num_examples"] if exact else weight
                 totals[name] += part * delta[name].astype(np.float64)
         for name, tensor in base.items():
@@ -209,7 +206,7 @@ def _averages(
 
 
 def _identity(line: dict[str, Any], one: dict[str, Any], bases: dict[int, str]) -> Identity:
-    """Return what a round's history line counts, as one of its participants."""
+    """Return the identity of the update of a participant in a history line."""
     number = line["round"]
     began_with = bases.get(number - one.get("staleness", 0), "")
     return one.get("sequence", number), one["worker"], began_with
@@ -246,7 +243,7 @@ def _none_missing(
 ) -> Iterator[str]:
     there = _participants(commits)
     if any(one.round != sequence for (sequence, _, _), one in sent.items()):
-        return  # it is asynchronous
+        return  # asynchronous
     for (number, worker, base), one in sent.items():
         if number not in there or worker in there[number] or not one.is_confirmed:
             continue
@@ -268,7 +265,7 @@ def _accounted(
     commits: list[dict[str, Any]],
     bases: dict[int, str],
     sent: dict[Identity, Sent],
-    said: dict[str, Counter[tuple[int, str]]],
+    uncounted: dict[str, Counter[tuple[int, str]]],
     rejected: list[dict[str, Any]],
     folder: Path,
 ) -> Iterator[str]:
@@ -277,11 +274,11 @@ def _accounted(
     refused = {line["sha256"] for line in rejected if line["reason"]}
     for (sequence, worker, base), one in sent.items():
         number = one.round
-        # Who is there is counted with this one, or with another of the right base: see `_once`.
+        # A participant is counted with this update, or with another of the right base: see `_once`.
         if not one.is_confirmed or (sequence, worker) in there or number == open_at_the_end:
             continue
-        told = said["late"][number, worker] + said["duplicate"][number, worker]
-        if not told and not refused & {path.stem for path in one.bodies}:
+        reported = uncounted["late"][number, worker] + uncounted["duplicate"][number, worker]
+        if not reported and not refused & {path.stem for path in one.bodies}:
             taken_back = "" if base in bases.values() else f", from {base}, which was taken back,"
             yield (
                 f"the confirmed update of {worker} in round {number}{taken_back} "
@@ -301,9 +298,9 @@ def _garbage(folder: Path, rejected: list[dict[str, Any]]) -> Iterator[str]:
         if not one["rejected"]:
             continue
         kind, _, worker = one["queue"].partition(".")
-        told = by_id.get(one["id"])
-        if told is not None:
-            if not told["reason"]:
+        rejection = by_id.get(one["id"])
+        if rejection is not None:
+            if not rejection["reason"]:
                 yield f"{one['what']} was rejected without a reason"
         elif kind in ("inbox", "outbox") and any(at > one["at"] for at in starts[worker]):
             continue
@@ -326,7 +323,7 @@ def _nothing_left(folder: Path) -> Iterator[str]:
 
 
 def _sent(folder: Path, run: str) -> dict[Identity, Sent]:
-    """Read what the workers published; replays are copies of it, and come after it."""
+    """Read the updates that the workers published; replays are later copies of them."""
     sent: dict[Identity, Sent] = defaultdict(Sent)
     headers: dict[Path, dict[str, Any]] = {}
     for path in sorted(folder.glob("sent/*/*.jsonl")):
@@ -366,7 +363,7 @@ def _contents(one: Sent) -> Iterator[tuple[dict[str, Any], Tensors]]:
 
 
 def _parts(folder: Path, transfer: dict[str, Any]) -> Iterator[bytes]:
-    """Find the parts of a payload that was too large for one message, in order."""
+    """Return the parts of a large payload, in order."""
     named = {
         line["message_id"]: folder / f"{line['sha256']}.msgpack"
         for path in folder.glob("*.jsonl")
@@ -387,34 +384,31 @@ def _unpacked(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def _trained(folder: Path) -> set[tuple[str, str, str]]:
-    """Read what was trained: worker, digest of the base, digest of the delta."""
-    found = set()
+    """Read the trainings: worker, digest of the base, digest of the delta."""
+    trainings = set()
     for path in folder.glob("trained/*.npz"):
-        with np.load(path) as told:
+        with np.load(path) as record:
             delta = {
-                name.removeprefix("delta:"): told[name]
-                for name in told.files
+                name.removeprefix("delta:"): record[name]
+                for name in record.files
                 if name.startswith("delta:")
             }
-            found.add((str(told["worker"]), str(told["received"]), digest(delta)))
-    return found
+            trainings.add((str(record["worker"]), str(record["received"]), digest(delta)))
+    return trainings
 
 
-def _said(logs: fairness.Logs) -> dict[str, Counter[tuple[int, str]]]:
-    """Read what the coordinators said of updates that were not counted: round and worker."""
-    said: dict[str, Counter[tuple[int, str]]] = defaultdict(Counter)
+def _uncounted(logs: fairness.Logs) -> dict[str, Counter[tuple[int, str]]]:
+    """Read the round and worker of each update that a coordinator reported as not counted."""
+    uncounted: dict[str, Counter[tuple[int, str]]] = defaultdict(Counter)
     for log in logs.values():
-        for told in log:
-            if told["event"] in ("late", "duplicate"):
-                said[told["event"]][told["round"], told["worker"]] += 1
-    return said
+        for line in log:
+            if line["event"] in ("late", "duplicate"):
+                uncounted[line["event"]][line["round"], line["worker"]] += 1
+    return uncounted
 
 
 def _bases(folder: Path, commits: list[dict[str, Any]]) -> dict[int, str]:
-    """Read the name of the weights that each round begins with, which the one before it made.
-
-    The last is of a round that has not been, or was open at the end.
-    """
+    """Read the base that each round begins with, including the one after the last commit."""
     first = _name(folder / "run/round-0000.safetensors")
     return {1: first} | {line["round"] + 1: line["base"] for line in commits}
 
@@ -433,16 +427,16 @@ def _same(one: Tensors, other: Tensors) -> bool:
 
 
 def digest(weights: Tensors) -> str:
-    """Name tensors by their content, as the task does."""
-    told = sha256()
+    """Return a digest of tensors, computed as in `fast_task`."""
+    hashed = sha256()
     for name in sorted(weights):
         tensor = np.asarray(weights[name])
-        told.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
-        told.update(np.ascontiguousarray(tensor).tobytes())
-    return told.hexdigest()
+        hashed.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
+        hashed.update(np.ascontiguousarray(tensor).tobytes())
+    return hashed.hexdigest()
 
 
 if __name__ == "__main__":
     verdict = check(Path(sys.argv[1]))
-    print(verdict.told())
+    print(verdict.text())
     sys.exit(not verdict.clean)

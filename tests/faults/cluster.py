@@ -1,4 +1,4 @@
-"""Three RabbitMQ nodes on this machine that form one cluster, and that can be killed one by one."""
+"""A cluster of three RabbitMQ nodes on this machine that can be killed one by one."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ NAMES = ("rabbit1", "rabbit2", "rabbit3")
 
 
 class Cluster:
-    """The nodes, by name; each has its state in a folder of its own.
+    """A cluster of named nodes, each with its own state folder.
 
     Args:
-        folder: where everything is kept.
+        folder: the folder of the state folders.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._cookie = secrets.token_hex(16)
-        # Chosen together, as the nodes start side by side: four each, and the epmd of all three.
+        # Reserve all ports at once, because the nodes start in parallel: four each, one for epmd.
         epmd, *free = network.free_ports(1 + 4 * len(NAMES))
         self._ports = {
             name: node.Ports(*free[4 * i : 4 * i + 3], epmd, free[4 * i + 3])
@@ -38,10 +38,10 @@ class Cluster:
         self.nodes: dict[str, node.NodeInfo] = {}
 
     def form(self) -> None:
-        """Start the nodes and wait until each sees all.
+        """Start the nodes and wait until each sees all others.
 
-        The first begins alone, so that there is one cluster to find; the others find it while they
-        boot, which is quicker than stopping and resetting them to join.
+        The first starts alone and forms the cluster; the others join while they boot, which is
+        faster than to stop and reset them.
         """
         self.start(NAMES[0])
         with ThreadPoolExecutor() as side_by_side:
@@ -49,7 +49,7 @@ class Cluster:
         self.wait_whole()
 
     def start(self, name: str) -> None:
-        """Start a node, with the data it has; one without data joins the first."""
+        """Start a node with its existing data; a node without data joins the first."""
         peers = (
             "cluster_formation.peer_discovery_backend = classic_config\n"
             f"cluster_formation.classic_config.nodes.1 = {NAMES[0]}@localhost\n"
@@ -63,18 +63,18 @@ class Cluster:
         )
 
     def kill(self, name: str) -> None:
-        """Kill a node with -9."""
+        """Kill a node with ``kill -9``."""
         pid = self.nodes.pop(name).pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill whatever runs, epmd too."""
+        """Kill all nodes and epmd."""
         for name in NAMES:
             node.down(self._folder / name, grace_s=0)
 
     def wait_whole(self) -> None:
-        """Wait until every node sees all of them running."""
+        """Wait until every node sees all nodes running."""
         everyone = {f"{name}@localhost" for name in NAMES}
         for name in NAMES:
             wait_until(
@@ -85,18 +85,18 @@ class Cluster:
             )
 
     def leader(self, queue: str) -> str:
-        """Name the node that leads a replicated queue; "" while it has no leader."""
-        told = self.ctl("list_queues", "name", "leader")
-        leaders = [str(one["leader"]) for one in told if one["name"] == queue]
+        """Return the name of the leader of a quorum queue; "" while it has none."""
+        queues = self.ctl("list_queues", "name", "leader")
+        leaders = [str(one["leader"]) for one in queues if one["name"] == queue]
         return leaders[0].partition("@")[0] if leaders else ""
 
     def urls(self, first: int) -> str:
-        """Return the URLs of all three, beginning with that of one, as ``--url`` takes them."""
+        """Return the URLs of all nodes for ``--url``, beginning with the given node's."""
         ports = [self._ports[name].amqp for name in (*NAMES[first:], *NAMES[:first])]
         return ",".join(f"amqp://guest:guest@127.0.0.1:{port}/" for port in ports)
 
     def ctl(self, *words: str, at: str | None = None) -> Any:
-        """Ask a node that is up, with rabbitmqctl."""
+        """Run rabbitmqctl against a running node."""
         script = self._folder / (at or next(iter(self.nodes))) / "broker/rabbitmqctl"
         asked = [script, "--quiet", *words, "--formatter", "json"]
         return json.loads(subprocess.run(asked, check=True, capture_output=True).stdout)
@@ -104,10 +104,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def three_nodes(folder: Path) -> Iterator[Cluster]:
-    """Run a cluster meanwhile.
+    """Run a cluster for the duration of the context.
 
     Raises:
-        BrokerError: where none can be started.
+        BrokerError: if it cannot be started.
     """
     cluster = Cluster(folder)
     try:

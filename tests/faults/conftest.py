@@ -1,4 +1,4 @@
-"""Federations of real processes, on the session's broker or on one that may be killed."""
+"""Fixtures: federations of real processes on the session's broker or on their own."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ CONSUMER_TIMEOUT_S = 10
 
 @dataclass
 class OwnBroker:
-    """A broker that one may kill."""
+    """A broker that a test may kill."""
 
     state: Path
     info: node.NodeInfo
 
     def kill(self) -> None:
-        """Kill it with -9."""
+        """Kill it with ``kill -9``."""
         assert self.info.pid is not None
         os.kill(self.info.pid, signal.SIGKILL)
 
     def start(self) -> None:
-        """Start it again, with its data and its ports."""
+        """Start it again with the same data and ports."""
         self.info = node.up(self.state, ports=self.info.ports, extra_conf=_conf())
 
 
@@ -40,11 +40,11 @@ def _conf() -> str:
 
 @pytest.fixture(scope="module")
 def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
-    """Run a broker that loses patience with a consumer after ten seconds, and looks each second."""
+    """Run a broker with a delivery acknowledgement timeout of 10 s, checked every second."""
     state = tmp_path_factory.mktemp("own")
     etc = record.broker_folder(state) / "etc"
     etc.mkdir(parents=True)
-    # How often a channel looks for unacknowledged deliveries; rabbitmq.conf has no word for it.
+    # The interval of that check, which rabbitmq.conf cannot set.
     (etc / "advanced.config").write_text("[{rabbit, [{channel_tick_interval, 1000}]}].\n")
     try:
         info = node.up(state, ports=node.Ports(0, 0, 0, 0, 0), extra_conf=_conf())
@@ -65,7 +65,7 @@ def federation(broker_node: node.NodeInfo, tmp_path: Path) -> Iterator[Federatio
 
 @pytest.fixture
 def own_federation(own_broker: OwnBroker, tmp_path: Path) -> Iterator[Federation]:
-    """Yield a federation on a broker of its own."""
+    """Yield a federation on its own broker."""
     info = own_broker.info
     with Federation(tmp_path, info.url, info.ports.management) as made:
         yield made

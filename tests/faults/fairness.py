@@ -1,6 +1,6 @@
-"""What the coordinators' own logs prove: quorums that were kept, and silence judged fairly.
+"""Checks from the coordinators' logs that quorums held and that silence was judged fairly.
 
-A part of `checker`, as independent of fluffle's code: it reads JSON lines and nothing else.
+A part of `checker`; it does not use fluffle's code either and reads nothing but JSON lines.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Line = dict[str, Any]
 Logs = dict[str, list[Line]]
 
 _QUORUM_EVENTS = frozenset({"opened", "reopened", "quorum", "counted", "closed", "committed"})
-# For so long after a time in which nobody could be heard, nobody may be taken for gone.
+# After a time in which no worker could be heard, none may count as gone for this long.
 _JUDGED_FOR = timedelta(seconds=15)
-# So long after the end of a fault on the lines everybody is heard again.
+# All workers are heard again this long after a fault of the connections.
 _SETTLED_AFTER = timedelta(seconds=8)
-# Whoever was silent for so long before nobody could be heard may be gone for that. A worker is gone
-# after five heartbeats of a second: up to one since its last, this, and 2.5 that still count
-# when nobody is heard.
+# A worker that was silent for this long before the unheard time may be gone because of that. A
+# worker is gone after five heartbeats of 1 s: up to 1 s since its last, this, and 2.5 s that still
+# count when nobody is heard.
 _HALF_GONE = timedelta(seconds=1.5)
-# The faults after which a worker may not be heard of for a while; who was started anew is known.
+# The faults that can silence a worker for a while; restarted workers are known otherwise.
 _ON_THE_LINE = frozenset({"broker", "cut", "stall", "half-close"})
 
 
 def coordinator_logs(folder: Path) -> Logs:
-    """Read the events that each coordinator logged, by the name of its log, in their order.
+    """Read each coordinator's events in order, by the name of its log.
 
-    A line that a kill cut off is left out, and so is whatever is no JSON, as of a crash.
+    Lines that are no JSON are skipped: a kill can truncate one, and a crash prints a traceback.
     """
     return {
         path.name: [line for line in whole_lines(path, strict=False) if "event" in line]
@@ -47,16 +47,16 @@ def coordinator_logs(folder: Path) -> Logs:
 
 
 def quorums(folder: Path, logs: Logs, commits: list[Line]) -> Iterator[str]:
-    """Find the rounds that were closed with less than their quorum, and quorums that shrank mutely.
+    """Find rounds that closed below their quorum, and quorums that shrank without an event.
 
-    What counts is what the coordinator that committed the round had said of it. If it was killed
-    before it could log the commit, it may have said more than its log has; only the floor holds.
+    The log of the coordinator that committed a round decides. If that coordinator was killed before
+    it could log the commit, its log may lack events, and only the operator's minimum applies.
     """
     have = {line["round"]: len(line["participants"]) for line in commits}
     for log in logs.values():
         yield from _kept(log, have)
-    told = json.loads((folder / "run/run.json").read_text())
-    configurations = told.get("configurations", [])
+    run = json.loads((folder / "run/run.json").read_text())
+    configurations = run.get("configurations", [])
     closed = {line["round"] for log in logs.values() for line in log if line["event"] == "closed"}
     for line in commits:
         number = line["round"]
@@ -69,44 +69,44 @@ def quorums(folder: Path, logs: Logs, commits: list[Line]) -> Iterator[str]:
 
 
 def judged(logs: Logs) -> int:
-    """Count the rounds of which one log tells both the quorum and the commit."""
-    found: set[int] = set()
+    """Count the rounds whose opening and commit are in the same log."""
+    rounds: set[int] = set()
     for log in logs.values():
         opened = {line["round"] for line in log if line["event"] == "opened"}
-        found |= {line["round"] for line in log if line["event"] == "committed"} & opened
-    return len(found)
+        rounds |= {line["round"] for line in log if line["event"] == "committed"} & opened
+    return len(rounds)
 
 
 def _kept(log: list[Line], have: Mapping[int, int]) -> Iterator[str]:
-    """Follow what one coordinator said of each round's quorum."""
+    """Find violations in one coordinator's log."""
     needed: dict[int, int] = {}
     reached: set[int] = set()
     for line in log:
         if line["event"] not in _QUORUM_EVENTS:
             continue
         number = line["round"]
-        said = needed.get(number, 0)
+        announced = needed.get(number, 0)
         match line["event"]:
             case "opened" | "reopened":
                 needed[number] = line["needed"]
             case "quorum":
                 if number not in needed:
                     yield f"the event 'quorum' of round {number} comes before its event 'opened'"
-                if line["was"] < said:
-                    yield _mutely(number, said, line["was"])
+                if line["was"] < announced:
+                    yield _mutely(number, announced, line["was"])
                 needed[number] = line["needed"]
-            case "counted" if number not in reached:  # who joins then does not undo the quorum
-                if line["needed"] < said:
-                    yield _mutely(number, said, line["needed"])
+            case "counted" if number not in reached:  # once reached, it does not rise
+                if line["needed"] < announced:
+                    yield _mutely(number, announced, line["needed"])
                 needed[number] = line["needed"]
                 if line["updates"] >= line["needed"]:
                     reached.add(number)
             case "closed":
                 needed[number] = 0
-            case "committed" if have.get(number, 0) < said:
+            case "committed" if have.get(number, 0) < announced:
                 yield (
                     f"round {number} was closed with {_updates(have.get(number, 0))}, "
-                    f"its quorum was {said}"
+                    f"its quorum was {announced}"
                 )
 
 
@@ -115,13 +115,13 @@ def _mutely(number: int, was: int, now: int) -> str:
 
 
 def _floor(configurations: list[Line], number: int) -> tuple[int, str]:
-    """Return the fewest updates that the operator allows a round to have, and in which words."""
+    """Return the operator's minimum of updates for a round, and the options that set it."""
     holding = [one for one in configurations if one["from_round"] <= number]
     if not holding:
         return 1, "a round"
     schedule, rules = holding[-1].get("schedule", "quorum"), holding[-1]["rules"]
-    if found := re.match(r"buffered:buffer=(\d+)", schedule):
-        return int(found[1]), f"--buffer {found[1]}"
+    if buffer := re.match(r"buffered:buffer=(\d+)", schedule):
+        return int(buffer[1]), f"--buffer {buffer[1]}"
     quorum, workers = rules["quorum"], rules["min_workers"]
     if quorum["number"] is not None:
         return quorum["number"], f"--quorum {quorum['number']}"
@@ -143,14 +143,14 @@ def _updates(number: int) -> str:
 
 @dataclass(frozen=True)
 class Unheard:
-    """A time in which no coordinator could hear anybody.
+    """A time in which no coordinator could hear any worker.
 
     Args:
-        words: what happened.
-        began: when it began.
-        ended: when it was over.
-        living: the workers that lived all along.
-        log: of the coordinator that was stopped; None if it was something else.
+        words: the cause, for messages.
+        began: its start.
+        ended: its end.
+        living: the workers that lived throughout.
+        log: the log of the stopped coordinator; None for another cause.
     """
 
     words: str
@@ -161,7 +161,7 @@ class Unheard:
 
 
 def silences(folder: Path, logs: Logs) -> Iterator[str]:
-    """Find workers that lived, and were taken for gone since nobody could be heard for a while."""
+    """Find living workers that counted as gone because of an unheard time."""
     faults = whole_lines(folder / "evidence/faults.jsonl")
     for one in _unheard(folder):
         if _disturbed(faults, one):
@@ -171,7 +171,7 @@ def silences(folder: Path, logs: Logs) -> Iterator[str]:
             then = [line for line in log if one.began <= _time(line) <= until]
             for line in then:
                 if line["event"] == "gone" and line["worker"] in one.living:
-                    yield f"{one.words}, and {line['worker']}, which lived, was said to be gone"
+                    yield f"{one.words}, and {line['worker']}, which lived, counted as gone"
                 if line["event"] == "resumed" and one.log not in (None, name):
                     yield f"{one.words}, and another one ({name}) took its run"
             if name == one.log:
@@ -179,13 +179,13 @@ def silences(folder: Path, logs: Logs) -> Iterator[str]:
 
 
 def silences_judged(folder: Path) -> int:
-    """Count the times in which nobody could be heard that no other fault excuses."""
+    """Count the unheard times that no other fault disturbed."""
     faults = whole_lines(folder / "evidence/faults.jsonl")
     return sum(not _disturbed(faults, one) for one in _unheard(folder))
 
 
 def _left_out(one: Unheard, log: list[Line], then: list[Line]) -> Iterator[str]:
-    """Compare whom a coordinator asked before it was stopped and afterwards."""
+    """Find living workers that a coordinator asked before it was stopped but not afterwards."""
     here: set[str] = set()
     for line in log:
         if _time(line) >= one.began:
@@ -209,16 +209,15 @@ def _unheard(folder: Path) -> Iterator[Unheard]:
 
 
 def _until(faults: list[Line], one: Unheard) -> datetime:
-    """Return until when what a coordinator says is judged: the next fault may be a reason."""
+    """Return the end of the time to judge; the next fault may be a reason of its own."""
     begins = [datetime.fromisoformat(line["began"]) for line in faults]
     return min([one.ended + _JUDGED_FOR, *(began for began in begins if began > one.ended)])
 
 
 def _disturbed(faults: list[Line], one: Unheard) -> bool:
-    """Whether a fault of the line before it lasted into it.
+    """Whether an earlier fault of the connections overlaps it.
 
-    Then somebody was silent while others were heard, and may be gone for that; or somebody could
-    not be heard afterwards.
+    Then a worker may be silent while others are heard, or remain unheard afterwards.
     """
     for line in faults:
         if line["kind"] in _ON_THE_LINE and _time(line) < one.began:

@@ -1,15 +1,16 @@
-"""A task without JAX that trains in a fraction of a second, and keeps its own record of it.
+"""A task without JAX that trains in a fraction of a second and records every training.
 
     fluffle worker --task tests/faults/fast_task.py:task --data shard:0/4 ...
     fluffle coordinator --config train_s=0.2 --config slow_s=25 ...
 
-What is trained follows from the weights, the plan's seed and the worker's name alone, so that a
-round trained twice gives the same result, and weights that differ in their last bit give results
-that differ no more. Every training is written to ``$FAULTS_TRAINED`` as one
-``.npz`` before fluffle hears of it: the digest of what was received, the delta, the number of
-examples. ``config`` of the plan: ``train_s``, how long it takes; ``slow_s``, the same for shard 0.
-``$FAULTS_HOLD``: a file; while it exists, no training ends.
-``$FAULTS_KERNEL``: how many elements the one large tensor has.
+The result depends only on the weights, the plan's seed and the worker's name: training a round
+twice gives the same result, and a difference in the last bit of the weights does not grow. Every
+training is written to the folder ``$FAULTS_TRAINED`` as an ``.npz`` file before fluffle receives
+it: the digest of the received weights, the delta, the number of examples.
+
+The plan's ``config`` has ``train_s``, the duration of a training, and ``slow_s``, the same for
+shard 0. While the file ``$FAULTS_HOLD`` exists, no training ends. ``$FAULTS_KERNEL`` is the number
+of elements of the one large tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SHRINK = 0.9
 
 
 class FastTask:
-    """Pulls the weights towards noise of its own."""
+    """Pulls the weights towards noise that depends on the worker."""
 
     def __init__(self, options: TaskOptions) -> None:
         shard, _, shards = options.data.removeprefix("shard:").partition("/")
@@ -45,7 +46,7 @@ class FastTask:
         self._hold = Path(os.environ["FAULTS_HOLD"]) if "FAULTS_HOLD" in os.environ else None
 
     def init(self, seed: int) -> Weights:
-        """Make the first weights."""
+        """Return the first weights."""
         return first_weights(seed)
 
     def train(
@@ -54,7 +55,7 @@ class FastTask:
         plan: Plan,
         progress: Callable[[int, int, float | None], None],
     ) -> TrainResult:
-        """Train; takes as long as the plan says."""
+        """Train for as long as the plan says."""
         received = digest(weights)
         seconds = float(plan.config.get("train_s", 0.0))
         if self.shard == 0:
@@ -72,13 +73,13 @@ class FastTask:
         return TrainResult(trained, self.num_examples, {"loss": 1.0 / steps})
 
     def evaluate(self, weights: Weights) -> EvalResult:
-        """Measure how far from zero the weights are."""
+        """Return the distance of the weights from zero as the loss."""
         return EvalResult(float(np.mean(np.square(weights["dense/kernel"]))), self.num_examples)
 
     def _learn(self, weights: Weights, lot: str) -> dict[str, np.ndarray[Any, Any]]:
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(lot.encode()).digest()[:8]))
         trained = {}
-        for name, tensor in sorted(weights.items()):  # a resumed run has them in another order
+        for name, tensor in sorted(weights.items()):  # a resumed run has another order
             if tensor.dtype.kind == "f":
                 noise = rng.normal(size=tensor.shape)
                 trained[name] = np.asarray(_SHRINK * tensor + noise, tensor.dtype)
@@ -110,12 +111,12 @@ class FastTask:
 
 
 def task(options: TaskOptions) -> FastTask:
-    """Make the task; ``--data shard:I/N``."""
+    """Return the task for ``--data shard:I/N``."""
     return FastTask(options)
 
 
 def first_weights(seed: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Make the first weights."""
+    """Return the first weights."""
     rng = np.random.default_rng(seed)
     size = int(os.environ.get("FAULTS_KERNEL", "256"))
     return {
@@ -126,10 +127,10 @@ def first_weights(seed: int) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def digest(weights: Weights) -> str:
-    """Name weights by their content."""
-    told = hashlib.sha256()
+    """Return a digest of weights."""
+    hashed = hashlib.sha256()
     for name in sorted(weights):
         tensor = np.asarray(weights[name])
-        told.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
-        told.update(np.ascontiguousarray(tensor).tobytes())
-    return told.hexdigest()
+        hashed.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
+        hashed.update(np.ascontiguousarray(tensor).tobytes())
+    return hashed.hexdigest()

@@ -1,14 +1,14 @@
-"""A federation of real processes that can be killed, and the evidence of what it did.
+"""A federation of real processes that can be killed, and the evidence of what they did.
 
-Everything is under one folder::
+The folder of a federation contains::
 
     run/          the coordinator's run folder
-    sent/<worker> what a worker published and what was confirmed (see logged_worker)
-    trained/      what was trained (see fast_task)
-    log/          one file of JSON lines a process
-    evidence/     what the harness itself did and saw
+    sent/<worker> the messages that a worker published, and their confirms (see logged_worker)
+    trained/      the trainings (see fast_task)
+    log/          one file of JSON lines per process
+    evidence/     what the harness did and observed
 
-All of it is plain files, for the checker and for whoever looks into a failure.
+All are plain files, for the checker and for people who investigate a failure.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ LOGGED_WORKER = (sys.executable, str(ROOT / "tests/faults/logged_worker.py"))
 TASK = f"{ROOT / 'tests/faults/fast_task.py'}:task"
 PATIENCE_S = 60.0
 _MARK = "FLUFFLE_FAULTS"
-_PYTHONPATH = os.environ.get("PYTHONPATH")  # of what is tested, where it is not installed
+_PYTHONPATH = os.environ.get("PYTHONPATH")  # needed if fluffle is not installed
 _LOOK_S = 0.05
-_SETTLED_S = 8.0  # a process that lives for so long has said hello
+_SETTLED_S = 8.0  # a worker that lives for this long has sent its hello
 
 
 def wait_until(
     condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S, look_s: float = _LOOK_S
 ) -> Any:
-    """Look until the condition holds; return what it returned.
+    """Poll a condition until it is true; return its value.
 
     Raises:
-        AssertionError: where it does not hold in time.
+        AssertionError: if it is not true in time.
     """
     end = time.monotonic() + timeout_s
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, f"not in {timeout_s:.0f} s: {what}"
         threading.Event().wait(look_s)
-    return found
+    return value
 
 
 class Program:
-    """One process; its output is in a file, so that nothing of ours can hold it up."""
+    """A process that writes its output to a file, so that a full pipe cannot block it."""
 
     def __init__(self, name: str, words: list[str], log: Path, env: dict[str, str]) -> None:
         self.name, self.log = name, log
@@ -75,26 +75,26 @@ class Program:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **env},
-                start_new_session=True,  # Ctrl-C is for the harness, which ends them itself
+                start_new_session=True,  # Ctrl-C is for the harness, which ends its processes
             )
         self.pid = self._popen.pid
 
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process runs."""
         return self._popen.poll() is None
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code; None while the process runs."""
         return self._popen.poll()
 
     def kill(self) -> None:
-        """Kill it with -9 and wait until it is gone."""
+        """Kill it with ``kill -9`` and wait until it has ended."""
         self._popen.kill()
         self._popen.wait(PATIENCE_S)
 
     def interrupt(self) -> None:
-        """Ask it to end."""
+        """Interrupt it like Ctrl-C."""
         self.send(signal.SIGINT)
 
     def send(self, number: signal.Signals) -> None:
@@ -109,18 +109,18 @@ class Program:
             raise AssertionError(f"{self.name} does not end; {self.log}:\n{self.tail()}") from None
 
     def rss_bytes(self) -> int:
-        """How much memory it has."""
+        """Return its resident memory in bytes."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Return what it told, as JSON objects; those of one kind, or all."""
-        told = whole_lines(self.log, strict=False)
-        return [line for line in told if event is None or line.get("event") == event]
+        """Return its events as JSON objects, all or those of one name."""
+        lines = whole_lines(self.log, strict=False)
+        return [line for line in lines if event is None or line.get("event") == event]
 
     def wait_for(self, event: str, timeout_s: float = PATIENCE_S, **fields: Any) -> dict[str, Any]:
-        """Wait until it tells an event with these fields; return the first such."""
+        """Wait for an event with these fields; return the first."""
 
-        def told() -> dict[str, Any] | None:
+        def first_match() -> dict[str, Any] | None:
             for one in self.events(event):
                 if all(one.get(key) == value for key, value in fields.items()):
                     return one
@@ -128,10 +128,12 @@ class Program:
                 raise AssertionError(f"{self.name} ended with {self.code}:\n{self.tail()}")
             return None
 
-        found: dict[str, Any] = wait_until(
-            told, f"{self.name} tells '{event}' {fields}; {self.log}:\n{self.tail()}", timeout_s
+        first: dict[str, Any] = wait_until(
+            first_match,
+            f"{self.name} emits '{event}' {fields}; {self.log}:\n{self.tail()}",
+            timeout_s,
         )
-        return found
+        return first
 
     def tail(self) -> str:
         """Return the end of its output."""
@@ -139,13 +141,13 @@ class Program:
 
 
 class Federation:
-    """The processes of one federation on one broker, and what is known of them.
+    """The processes of one federation on one broker, and the evidence about them.
 
     Args:
-        folder: where everything is kept; made where it is missing.
-        broker_url: the broker itself, for the harness.
-        url: what the processes are given; the broker's unless there is a proxy.
-        management_port: of the broker.
+        folder: the federation's folder; created if it is missing.
+        broker_url: the URL of the broker itself, for the harness.
+        url: the URL for the processes, which differs if there is a proxy.
+        management_port: the port of the broker's management API.
     """
 
     def __init__(
@@ -161,11 +163,11 @@ class Federation:
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
-        """Nothing runs yet."""
+        """Return the federation; no process runs yet."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill whatever is left, so that no test leaves a process behind."""
+        """Kill all processes, so that no test leaves one behind."""
         for program in self.programs:
             program.kill()
 
@@ -175,7 +177,7 @@ class Federation:
         return self._start("coordinator", [*FLUFFLE, "coordinator", *where, *flags], env)
 
     def worker(self, number: int, workers: int, *flags: object, **env: str) -> Program:
-        """Start the worker with this number; its name is ``w<number>``."""
+        """Start worker ``w<number>``."""
         name = f"w{number}"
         sent = self.folder / "sent" / name
         sent.mkdir(exist_ok=True)
@@ -205,13 +207,13 @@ class Federation:
         return program
 
     def note(self, what: str, line: dict[str, Any]) -> None:
-        """Add a line to the evidence, with the time of the harness and that of the logs."""
+        """Add a line to the evidence, with the monotonic time and the time of the logs."""
         with (self.folder / "evidence" / f"{what}.jsonl").open("a") as file:
             file.write(json.dumps({"at": time.monotonic(), "time": now(), **line}) + "\n")
 
     @contextlib.contextmanager
     def unheard(self, why: str, **fields: object) -> Iterator[None]:
-        """Note in the evidence from when to when nobody could be heard, and who lived all along."""
+        """Note in the evidence when no worker could be heard, and which ones lived throughout."""
         began = now()
         try:
             yield
@@ -222,7 +224,7 @@ class Federation:
 
     @contextlib.contextmanager
     def stopped(self, program: Program) -> Iterator[None]:
-        """Let a coordinator stand still meanwhile, as one whose machine is swapped or suspended."""
+        """Stop a coordinator with SIGSTOP meanwhile, like one whose machine is suspended."""
         with self.unheard("stop", log=program.log.name):
             program.send(signal.SIGSTOP)
             try:
@@ -230,10 +232,10 @@ class Federation:
             finally:
                 program.send(signal.SIGCONT)
 
-    # --- what the run has come to --------------------------------------------------------------
+    # --- the state of the run ------------------------------------------------------------------
 
     def committed(self) -> int:
-        """Return the last round in the history; 0 where there is none."""
+        """Return the last round in the history; 0 if there is none."""
         return max((line["round"] for line in self.history("committed")), default=0)
 
     def run_id(self) -> str:
@@ -249,7 +251,7 @@ class Federation:
         )
 
     def bodies(self, kind: str) -> list[Path]:
-        """Return what the workers sent of one kind, as far as it is known, in no order."""
+        """Return the bodies of the messages of one kind that the workers sent, in no order."""
         names = {
             line["sha256"]: path.parent
             for path in self.folder.glob("sent/*/*.jsonl")
@@ -259,7 +261,7 @@ class Federation:
         return [parent / f"{sha}.msgpack" for sha, parent in sorted(names.items())]
 
     def orphans(self) -> list[str]:
-        """Name the processes of this federation that live and that nobody will end."""
+        """Return the processes of this federation that still run and that nobody will end."""
         known = {program.pid for program in self.programs if program.alive()}
         return [
             f"{process.name()} (pid {process.pid})"
@@ -267,11 +269,11 @@ class Federation:
             if process.pid not in known
         ]
 
-    # --- the broker, seen by somebody else -----------------------------------------------------
+    # --- the broker, seen from outside the federation ------------------------------------------
 
     @contextlib.contextmanager
     def channel(self, *, confirm: bool = True) -> Iterator[Any]:
-        """Yield a channel of a connection that does not pass the proxy."""
+        """Yield a channel to the broker that bypasses the proxy."""
         connection = pika.BlockingConnection(pika.URLParameters(self.broker_url))
         try:
             channel = connection.channel()
@@ -283,12 +285,12 @@ class Federation:
                 connection.close()
 
     def history(self, event: str) -> list[dict[str, Any]]:
-        """Return the lines of the history of one kind."""
+        """Return the history's lines of one event."""
         lines = whole_lines(self.run / "history.jsonl")
         return [line for line in lines if line["event"] == event]
 
     def inject(self, messages: list[Hostile], *, confirm: bool = True) -> None:
-        """Publish messages straight into queues; each is noted."""
+        """Publish messages directly into queues, and note each in the evidence."""
         with self.channel(confirm=confirm) as channel:
             for one in messages:
                 self.note(
@@ -307,12 +309,12 @@ class Federation:
                 channel.basic_publish("", one.queue, one.body, properties)
 
     def queues(self) -> dict[str, dict[str, Any]]:
-        """Ask the broker's management for the queues of this federation and what is in them."""
+        """Return the queues of this federation and their counts, from the management API."""
         link = http.client.HTTPConnection("127.0.0.1", self.management_port, timeout=10)
         login = base64.b64encode(b"guest:guest").decode()
         try:
             link.request("GET", "/api/queues", headers={"Authorization": f"Basic {login}"})
-            told = json.load(link.getresponse())
+            queues = json.load(link.getresponse())
         finally:
             link.close()
         prefix = f"{self.name}."
@@ -321,12 +323,12 @@ class Federation:
                 "ready": one.get("messages_ready"),
                 "unacked": one.get("messages_unacknowledged"),
             }
-            for one in told
+            for one in queues
             if one["name"].startswith((prefix, "amq."))
         }
 
     def take_rejected(self) -> None:
-        """Take everything out of the rejected queue and note it."""
+        """Take all messages from the rejected queue and note them."""
         with self.channel() as channel:
             while True:
                 method, properties, body = channel.basic_get(f"{self.name}.rejected", auto_ack=True)
@@ -335,7 +337,7 @@ class Federation:
                 self.note_rejected(properties, body)
 
     def note_rejected(self, properties: Any, body: bytes) -> dict[str, Any]:
-        """Note what was found in the rejected queue."""
+        """Note rejected messages in the evidence."""
         headers = properties.headers or {}
         line = {
             "id": headers.get("faults_id"),
@@ -347,8 +349,8 @@ class Federation:
         return line
 
     def gather(self) -> None:
-        """Write what is left on the broker into the evidence, after the end."""
-        # The management's figures are a second old; what counts is that they come to rest.
+        """After the end, write what is left on the broker into the evidence."""
+        # The figures of the management API are about 1 s old, so wait until they stop changing.
         with contextlib.suppress(AssertionError):
             wait_until(
                 lambda: self.queues().get("updates") == {"ready": 0, "unacked": 0},
@@ -361,33 +363,33 @@ class Federation:
         self.take_rejected()
 
     def gather_orphans(self) -> None:
-        """Write which processes are left into the evidence; the last ones may take a moment."""
+        """Write the remaining processes into the evidence, after a moment for the last to end."""
         with contextlib.suppress(AssertionError):
             wait_until(lambda: not self.orphans(), "all have ended", timeout_s=5)
         (self.folder / "evidence/orphans.json").write_text(json.dumps(self.orphans()))
 
 
 def now() -> str:
-    """Return the time as the logs have it."""
+    """Return the time in the format of the logs."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def whole_lines(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
-    """Read JSON lines; a last one that a kill cut off is left out.
+    """Read JSON lines, except a last one that a kill truncated.
 
-    Unless ``strict``, so is every line that is no object, such as one of a traceback.
+    Unless ``strict``, skip lines that are no objects, such as those of a traceback.
     """
     data = path.read_bytes() if path.exists() else b""
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     if strict:
         return [json.loads(line) for line in lines]
-    found = []
+    entries = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            told = json.loads(line)
-            if isinstance(told, dict):
-                found.append(told)
-    return found
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries
 
 
 def _processes(mark: str) -> Iterator[psutil.Process]:
@@ -399,7 +401,7 @@ def _processes(mark: str) -> Iterator[psutil.Process]:
 
 @contextlib.contextmanager
 def marked(folder: Path) -> Iterator[None]:
-    """Let everything that is started meanwhile be known as of this folder."""
+    """Mark all processes that are started meanwhile as belonging to this folder."""
     os.environ[_MARK] = str(folder)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Messages that nobody should send, made without fluffle's code: seeded, and each with a name.
+"""Generates invalid messages, seeded, each with a name, and without fluffle's code.
 
-Everything here must end in the rejected queue, and none of it may be mistaken for a sound message:
-nothing in AMQP or in the protocol tells a well-formed lie from the truth.
+Each must end in the rejected queue, so none may happen to be valid: neither AMQP nor the protocol
+could distinguish a well-formed lie from the truth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ELSEWHERE = "elsewhere"
 
 @dataclass(frozen=True)
 class Hostile:
-    """One message for one queue. ``rejected``: whether it must end in the rejected queue."""
+    """A message for a queue; ``rejected`` says whether it must end in the rejected queue."""
 
     queue: str
     what: str
@@ -33,11 +33,11 @@ class Hostile:
 
 
 class Foe:
-    """Makes messages that are wrong, for one federation.
+    """Generates invalid messages for a federation.
 
     Args:
-        rng: decides everything.
-        federation: whom to bother.
+        rng: makes all random choices.
+        federation: the name of the federation.
         workers: the names of its workers.
         run: the id of its run.
     """
@@ -48,7 +48,7 @@ class Foe:
         self.rng, self.federation, self.workers, self.run = rng, federation, workers, run
 
     def queues(self) -> list[str]:
-        """Name the queues that fluffle always listens to; an outbox is read only at need."""
+        """Return the queues that fluffle always consumes; an outbox is read only on demand."""
         return [
             f"{self.federation}.updates",
             f"{self.federation}.presence",
@@ -56,20 +56,20 @@ class Foe:
         ]
 
     def some(self, count: int, queues: list[str] | None = None) -> list[Hostile]:
-        """Make messages, the queues in turn."""
+        """Return messages for all queues in turn."""
         names = queues or self.queues()
         return [self.one(names[number % len(names)]) for number in range(count)]
 
     def one(self, queue: str) -> Hostile:
-        """Make one message for a queue."""
+        """Return a message for a queue."""
         makers: list[Callable[[str], tuple[str, bytes]]] = [self._noise]
         kind = queue.removeprefix(f"{self.federation}.").partition(".")[0]
-        if kind != "outbox":  # a part of a transfer that nobody knows is passed over
+        if kind != "outbox":  # a part of an unknown transfer is ignored
             makers += [self._mutant, self._wrong, self._misplaced]
         what, body = self.rng.choice(makers)(kind)
         return Hostile(queue, what, body)
 
-    # --- what is no message at all -------------------------------------------------------------
+    # --- bytes that are no message -------------------------------------------------------------
 
     def _noise(self, _: str) -> tuple[str, bytes]:
         rng = self.rng
@@ -92,18 +92,18 @@ class Foe:
         what = rng.choice(list(kinds))
         return what, kinds[what]()
 
-    # --- sound messages of another federation, damaged at random --------------------------------
+    # --- valid messages of another federation, damaged at random --------------------------------
 
     def _mutant(self, kind: str) -> tuple[str, bytes]:
-        """Damage a message in one to five places; whatever comes of it is not for us."""
+        """Damage a message of another federation in one to five places."""
         header, payload = self._sound(kind)
         header["federation"] = _ELSEWHERE
         body = bytearray(msgpack.packb([header, payload]))
-        told = []
+        damages = []
         for _ in range(self.rng.randint(1, 5)):
             at = self.rng.randrange(len(body) + 1)
             what = self.rng.choice(("flip", "set", "cut", "insert", "repeat"))
-            told.append(f"{what} at {at}")
+            damages.append(f"{what} at {at}")
             if what == "flip":
                 body[at : at + 1] = bytes(b ^ 1 << self.rng.randrange(8) for b in body[at : at + 1])
             elif what == "set":
@@ -114,9 +114,9 @@ class Foe:
                 body[at:at] = self.rng.randbytes(self.rng.randint(1, 8))
             else:
                 body[at:at] = body[at : at + 20]
-        return f"damaged {header['kind']}: {', '.join(told)}", bytes(body)
+        return f"damaged {header['kind']}: {', '.join(damages)}", bytes(body)
 
-    # --- messages for us, wrong in one thing ----------------------------------------------------
+    # --- messages of this federation with one error ---------------------------------------------
 
     def _misplaced(self, kind: str) -> tuple[str, bytes]:
         others = {"updates": "inbox", "inbox": "presence", "presence": "updates"}
@@ -133,7 +133,7 @@ class Foe:
         if what == "a field is missing":
             needed = [key for key in ("protocol", "federation", "kind", "base") if key in header]
             del header[self.rng.choice(needed)]
-            # A missing protocol means the only one there is.
+            # A missing protocol means the only existing one.
             header["protocol"] = 7 if "protocol" not in header else header["protocol"]
         return f"{header.get('kind')}: {what}", msgpack.packb([header, payload])
 
@@ -174,7 +174,7 @@ class Foe:
             yield "a seed that is text", {"plan": {"seed": "7"}}
 
     def _sound(self, kind: str) -> tuple[Header, bytes]:
-        """Make what would be a sound message for a queue of this kind, but for one worker more."""
+        """Return a message for a kind of queue that is valid except that its worker is unknown."""
         header: Header = {"protocol": 2, "federation": self.federation}
         if kind == "presence":
             return header | {

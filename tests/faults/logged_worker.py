@@ -1,11 +1,10 @@
-"""``fluffle worker``, with a durable record of what it sent and what the broker confirmed.
+"""``fluffle worker`` with a durable record of its publishes and the broker's confirms.
 
     FAULTS_SENT=folder python tests/faults/logged_worker.py worker --federation ...
 
-The record is kept outside fluffle's own code, by wrapping the one method through which everything
-leaves: before a message is published its body is in ``<sha256>.msgpack`` and a line of
-``<pid>.jsonl`` says so, both fsynced; another line follows when the broker has confirmed it, or
-when the outcome is unknown. Signs of life are left out.
+It wraps the one method through which all messages leave. Before a message is published, its body is
+in ``<sha256>.msgpack`` and a line in ``<pid>.jsonl``, both fsynced; another line follows after the
+confirm, or if the outcome is unknown. Signs of life are not recorded.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _SIGNS_OF_LIFE = ("hello", "heartbeat", "bye")
 
 
 class Record:
-    """The record of one process."""
+    """The record of a process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -34,7 +33,7 @@ class Record:
         self._attempts = 0
 
     def begin(self, body: bytes, properties: Properties) -> dict[str, Any]:
-        """Note that a message is about to be published."""
+        """Record that a message is about to be published."""
         name = hashlib.sha256(body).hexdigest()
         path = self._folder / f"{name}.msgpack"
         if not path.exists():
@@ -55,14 +54,14 @@ class Record:
         return attempt
 
     def note(self, event: str, attempt: dict[str, Any]) -> None:
-        """Write a line; it is on disk when this returns."""
+        """Write a line and fsync it."""
         line = {"event": event, "at": time.monotonic(), **attempt}
         self._lines.write(json.dumps(line).encode() + b"\n")
         os.fsync(self._lines.fileno())
 
 
 def wrap(record: Record) -> None:
-    """Let every publish pass by the record."""
+    """Record every publish of the transport."""
     publish = AmqpLink.publish
 
     async def recorded(

@@ -1,7 +1,7 @@
 """A TCP proxy between clients and a broker that can be cut, stalled and half-closed.
 
-It runs an event loop in a thread of its own; every method may be called from any thread. Nothing
-here knows AMQP: what passes through is bytes.
+It runs an event loop in its own thread; every method may be called from any thread. It forwards
+bytes and does not know AMQP.
 
     with Proxy(broker_port) as proxy:
         ...connect to 127.0.0.1:proxy.port...
@@ -24,18 +24,18 @@ Side = Literal["client", "broker"]
 T = TypeVar("T")
 
 _CHUNK_BYTES = 2**16
-# Over a slow line, pieces are small, so that connections take turns, and little lies in buffers.
+# Over a slow line, chunks are small, so that connections take turns and buffers stay short.
 _SLOW_CHUNK_BYTES, _SLOW_BUFFER_BYTES = 2**12, 2**15
 _PATIENCE_S = 10.0
 
 
 class Proxy:
-    """Forwards every connection to ``127.0.0.1:target`` until it is told to misbehave.
+    """Forwards every connection to ``127.0.0.1:target``, with faults on request.
 
     Args:
-        target: the broker's port; where nothing listens, a client's connection is reset.
-        rate: bytes per second that pass in each direction, over all connections together; None does
-            not slow them down.
+        target: the broker's port; if nothing listens there, the client's connection is reset.
+        rate: the limit in bytes per second in each direction, for all connections together; None
+            sets no limit.
     """
 
     def __init__(self, target: int, rate: float | None = None) -> None:
@@ -55,22 +55,22 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Reset what is open and end the thread."""
+        """Reset all connections and end the thread."""
         self._call(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_PATIENCE_S)
         self._loop.close()
 
     def open_connections(self) -> int:
-        """Count the connections that are open."""
+        """Return the number of open connections."""
         return self._call(self._do(lambda: len(self._connections)))
 
     def aim(self, target: int) -> None:
-        """Forward what connects from now on to another port; what is open stays as it is."""
+        """Forward new connections to another port; open connections are unchanged."""
         self._target = target
 
     def slow(self, rate: float | None) -> None:
-        """Let only so many bytes per second pass in each direction from now on; None lets all."""
+        """Set the limit in bytes per second in each direction; None removes it."""
 
         def change() -> None:
             for line in self._lines.values():
@@ -79,26 +79,26 @@ class Proxy:
         self._call(self._do(change))
 
     def slow_some(self, share: float, rate: float, seconds: float, rng: random.Random) -> int:
-        """Let a share of the connections have a slow line to themselves for a while.
+        """Limit a share of the connections, together, for a while.
 
-        Returns how many share it.
+        Returns the number of these connections.
         """
         lines: dict[Side, _Line] = {"client": _Line(rate), "broker": _Line(rate)}
         return self._each(share, rng, lambda one: one.detour(lines, seconds))
 
     def cut(self, share: float, rng: random.Random) -> int:
-        """Reset a share of the connections, both sides of each; return how many."""
+        """Reset a share of the connections on both sides; return their number."""
         return self._each(share, rng, lambda one: one.reset())
 
     def stall(self, share: float, seconds: float, rng: random.Random) -> int:
-        """Forward nothing over a share of the connections for a while; return how many."""
+        """Forward nothing over a share of the connections for a while; return their number."""
         return self._each(share, rng, lambda one: one.stall(seconds))
 
     def half_close(self, share: float, side: Side, seconds: float, rng: random.Random) -> int:
-        """End a share of the connections towards one side only; return how many.
+        """End a share of the connections towards one side only; return their number.
 
-        That side reads the end of the stream; the other believes the connection to be alive, and
-        what it sends goes nowhere, until both are reset after ``seconds``.
+        That side reads the end of the stream. The other side believes the connection to be alive,
+        and its bytes are discarded, until both are reset after ``seconds``.
         """
         return self._each(share, rng, lambda one: one.half_close(side, seconds))
 
@@ -120,7 +120,7 @@ class Proxy:
 
     async def _listen(self) -> None:
         listening = socket.create_server(("127.0.0.1", 0))
-        if self._lines["broker"].rate is not None:  # what is accepted inherits it
+        if self._lines["broker"].rate is not None:  # accepted sockets inherit it
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BUFFER_BYTES)
         self._server = await asyncio.start_server(
             self._accept, sock=listening, limit=_SLOW_BUFFER_BYTES // 2
@@ -158,7 +158,7 @@ class Proxy:
 
 
 class _Line:
-    """One direction of a line that connections share."""
+    """One direction of a rate-limited line that connections share."""
 
     def __init__(self, rate: float | None) -> None:
         self.rate = rate
@@ -166,11 +166,11 @@ class _Line:
 
     @property
     def chunk_bytes(self) -> int:
-        """How much is to be sent at a time."""
+        """The number of bytes to send at a time."""
         return _CHUNK_BYTES if self.rate is None else _SLOW_CHUNK_BYTES
 
     async def carry(self, nbytes: int) -> None:
-        """Return when so many bytes are through."""
+        """Wait until this many bytes have passed."""
         if self.rate is None:
             return
         now = asyncio.get_running_loop().time()
@@ -179,7 +179,7 @@ class _Line:
 
 
 class _Connection:
-    """One client's connection and the broker's that goes with it."""
+    """A client's connection and the corresponding connection to the broker."""
 
     def __init__(
         self,
@@ -191,11 +191,11 @@ class _Connection:
         self._writers: dict[Side, asyncio.StreamWriter] = {"client": client, "broker": broker}
         self._flows = asyncio.Event()
         self._flows.set()
-        self._ended: Side | None = None  # the side that was told that the stream is over
+        self._ended: Side | None = None  # the side that has read the end of the stream
         self._over = asyncio.Event()
 
     async def pump(self, source: asyncio.StreamReader, to: Side) -> None:
-        """Forward until the source ends, then end the other side too."""
+        """Forward until the source ends, then end the other side."""
         with contextlib.suppress(ConnectionError):
             while data := await source.read(self._lines[to].chunk_bytes):
                 await self._lines[to].carry(len(data))
@@ -205,11 +205,11 @@ class _Connection:
                     await self._writers[to].drain()
         await self._flows.wait()
         if self._ended is not None:
-            await self._over.wait()  # what one side does, the other is not to see
+            await self._over.wait()  # hide what one side does from the other
         self.reset(hard=False)
 
     def reset(self, *, hard: bool = True) -> None:
-        """End both sides, without a goodbye where ``hard``."""
+        """Close both sides; if ``hard``, with a reset."""
         self._over.set()
         self._flows.set()
         for writer in self._writers.values():
@@ -226,7 +226,7 @@ class _Connection:
         self._lines = lines
 
         def back() -> None:
-            if self._lines is lines:  # another one may have begun since
+            if self._lines is lines:  # a newer limit may have replaced it
                 self._lines = self._usual_lines
 
         asyncio.get_running_loop().call_later(seconds, back)
@@ -242,8 +242,8 @@ class _Connection:
 
 def _abort(writer: asyncio.StreamWriter) -> None:
     """Close a socket so that its peer sees a reset."""
-    found = writer.get_extra_info("socket")
+    connection = writer.get_extra_info("socket")
     with contextlib.suppress(OSError):
-        if found is not None:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

@@ -1,4 +1,4 @@
-"""What happens in a rain of faults, and when: it follows from a seed alone."""
+"""Generates the sequence of faults of a chaos run from a seed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from tests.faults.proxy import Side
 
 WORKERS = 4
-# How often each kind comes among a hundred; each comes at least once among the first twelve. A stop
-# and an alarm take much time, and are fewer for that.
+# The frequency of each kind among a hundred; each occurs at least once among the first twelve.
+# Stops and alarms are rarer because they take much time.
 KINDS = {
     "coordinator": 13,
     "worker": 15,
@@ -32,24 +32,24 @@ _SIDES: tuple[Side, ...] = ("client", "broker")
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing to do, ``after_s`` seconds after the one before it was done."""
+    """A fault, ``after_s`` seconds after the previous one was done."""
 
     kind: str
     after_s: float
-    who: int  # which worker, or (coordinator) whether the standby
+    who: int  # the number of the worker, or whether to use the standby coordinator
     share: float  # of the connections
     for_s: float
     side: Side
-    seed: int  # decides the rest
+    seed: int  # for all other choices
 
     @property
     def lasts_s(self) -> float:
-        """How long it goes on while others come already."""
+        """How long it lasts while the next faults begin."""
         return self.for_s if self.kind in _GO_ON else 0.0
 
 
 def schedule(seed: int, faults: int) -> list[Fault]:
-    """Return what happens, which follows from the seed alone.
+    """Return the faults, which depend only on the seed.
 
     Example:
         >>> schedule(7, 100) == schedule(7, 100), schedule(7, 100) == schedule(8, 100)

@@ -1,4 +1,4 @@
-"""A short rain of faults over a whole federation, judged by the independent checker."""
+"""A short chaos run of a whole federation, judged by the independent checker."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ pytestmark = pytest.mark.rabbit
 
 
 def test_one_fault_of_each_kind(tmp_path: Path) -> None:
-    said: list[str] = []
-    verdict = rain(faults=len(KINDS), seed=1666, rounds=8, folder=tmp_path, say=said.append)
-    assert verdict.clean, "\n".join([*said, verdict.told()])
-    assert len(said) == len(KINDS) == 12
+    lines: list[str] = []
+    verdict = rain(faults=len(KINDS), seed=1666, rounds=8, folder=tmp_path, say=lines.append)
+    assert verdict.clean, "\n".join([*lines, verdict.text()])
+    assert len(lines) == len(KINDS) == 12
     assert verdict.figures["rounds"] >= 8
 
 

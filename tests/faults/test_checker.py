@@ -1,4 +1,4 @@
-"""The checker itself: a sound federation is clean, and every kind of wrong is found."""
+"""The checker itself: a correct federation is clean, and every kind of violation is found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def sound(broker_node: node.NodeInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run a small federation to its end, with one hostile message on the way."""
+    """Run a small federation to its end, with one hostile message."""
     folder = tmp_path_factory.mktemp("sound")
     made = Federation(folder, broker_node.url, broker_node.ports.management)
     with made as federation:
@@ -45,7 +45,7 @@ def sound(broker_node: node.NodeInfo, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_a_sound_federation_is_clean(sound: Path) -> None:
     verdict = check(sound)
-    assert verdict.clean, verdict.told()
+    assert verdict.clean, verdict.text()
     assert verdict.figures["rounds"] == ROUNDS
     assert verdict.figures["updates counted"] == verdict.figures["updates confirmed"] == 2 * ROUNDS
     assert verdict.figures["rejected"] == 1
@@ -88,7 +88,7 @@ def said_otherwise(lines: list[Line]) -> list[Line]:
 
 
 def forgotten(folder: Path) -> None:
-    """Let round 2 lack w0, whose update had been confirmed before w1 began; model and all."""
+    """Remove w0 from round 2 and its model, though its update was confirmed before w1 began."""
 
     def without(lines: list[Line]) -> list[Line]:
         line = of_round(lines, 2)
@@ -123,9 +123,9 @@ def named_twice(lines: list[Line]) -> list[Line]:
 
 
 def send_from(folder: Path, worker: str, base: str, *, instead: bool = False) -> str:
-    """Let a worker have sent what w1 sent for round 2, as if trained from other weights.
+    """Add a copy of w1's update of round 2, as sent by a worker and trained from other weights.
 
-    ``instead``: of what w1 sent. Returns the digest of the body.
+    ``instead`` replaces w1's update. Returns the digest of the body.
     """
     (path,) = folder.glob("sent/w1/[0-9]*.jsonl")
     mine, others = [], []
@@ -181,8 +181,8 @@ def without_reason(folder: Path) -> None:
 def queue(name: str, ready: int) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "evidence/queues.json"
-        told = json.loads(path.read_text())
-        path.write_text(json.dumps(told | {name: {"ready": ready, "unacked": 0}}))
+        queues = json.loads(path.read_text())
+        path.write_text(json.dumps(queues | {name: {"ready": ready, "unacked": 0}}))
 
     return change
 
@@ -197,7 +197,7 @@ def wanted_more(folder: Path) -> None:
 
 
 def unheard(folder: Path) -> None:
-    """Let the coordinator have been stopped for the whole run, and say that somebody is gone."""
+    """Pretend that the coordinator was stopped for the whole run and reported a worker as gone."""
     (log,) = folder.glob("log/*-coordinator.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     first, last = lines[0], lines[-1]
@@ -207,7 +207,7 @@ def unheard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tamper", "told"),
+    ("tamper", "message"),
     [
         (history(doubled), "once and in order"),
         (history(left_out), "once and in order"),
@@ -231,18 +231,18 @@ def unheard(folder: Path) -> None:
         (queue("leaked", 0), "['leaked']"),
         (orphan, "left running: beam.smp"),
         (wanted_more, "the quorum of round 2 fell from 3 to 2, and no event 'quorum' says why"),
-        (unheard, "and w0, which lived, was said to be gone"),
+        (unheard, "and w0, which lived, counted as gone"),
     ],
 )
 def test_what_is_wrong_is_found(
-    sound: Path, tmp_path: Path, tamper: Callable[[Path], None], told: str
+    sound: Path, tmp_path: Path, tamper: Callable[[Path], None], message: str
 ) -> None:
     folder = tmp_path / "tampered"
     shutil.copytree(sound, folder)
     tamper(folder)
     verdict = check(folder)
     assert not verdict.clean
-    assert told in verdict.told()
+    assert message in verdict.text()
 
 
 def test_what_was_trained_from_weights_that_were_taken_back_is_no_fault(
@@ -250,10 +250,10 @@ def test_what_was_trained_from_weights_that_were_taken_back_is_no_fault(
 ) -> None:
     folder = tmp_path / "crashed"
     shutil.copytree(sound, folder)
-    send_from(folder, "w1", "lost")  # and was counted with another
+    send_from(folder, "w1", "lost")  # another one was counted
     digest = send_from(folder, "w2", "lost")
     line = {"id": None, "reason": "it was trained from the weights lost", "sha256": digest}
     with (folder / "evidence/rejected.jsonl").open("a") as rejected:
         rejected.write(json.dumps(line) + "\n")
     verdict = check(folder)
-    assert verdict.clean, verdict.told()
+    assert verdict.clean, verdict.text()

@@ -1,4 +1,4 @@
-"""A cluster of three brokers loses the node that matters most; the federation loses nothing."""
+"""A cluster of three brokers loses its most important node, and the federation loses nothing."""
 
 from __future__ import annotations
 
@@ -30,28 +30,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class ClusterFederation(Federation):
-    """A federation on a cluster, which the harness looks at through a node that is up."""
+    """A federation on a cluster, observed through a running node."""
 
     def __init__(self, folder: Path, cluster: Cluster) -> None:
         super().__init__(folder, "", 0, url=cluster.urls(0))
         self._cluster = cluster
 
     def queues(self) -> dict[str, dict[str, Any]]:
-        """Ask the queues themselves: management repeats what a dead leader last told."""
+        """Return the counts from the queues; the management API repeats a dead leader's figures."""
         self.broker_url = next(iter(self._cluster.nodes.values())).url
-        told = self._cluster.ctl("list_queues", "name", "messages_ready", "messages_unacknowledged")
+        queues = self._cluster.ctl(
+            "list_queues", "name", "messages_ready", "messages_unacknowledged"
+        )
         return {
             one["name"].removeprefix(f"{self.name}."): {
                 "ready": one["messages_ready"],
                 "unacked": one["messages_unacknowledged"],
             }
-            for one in told
+            for one in queues
         }
 
 
 @pytest.fixture
 def federation(cluster: Cluster, tmp_path: Path) -> Iterator[ClusterFederation]:
-    """Yield a federation that knows the whole cluster."""
+    """Yield a federation whose processes know all nodes."""
     with ClusterFederation(tmp_path, cluster) as made:
         yield made
 
@@ -59,13 +61,13 @@ def federation(cluster: Cluster, tmp_path: Path) -> Iterator[ClusterFederation]:
 def test_the_leader_of_the_updates_is_killed_under_load_twice(
     cluster: Cluster, federation: Federation
 ) -> None:
-    # One worker is slow, so that between the first update of a round that is counted and its
-    # commit there is time to kill: what is counted is then unacknowledged.
+    # One worker is slow, so that there is time to kill a node between the first counted update of a
+    # round and its commit, while that update is unacknowledged.
     flags = (*rules(WORKERS), *QUORUM, "--config", "train_s=0.2", "--config", "slow_s=1.2")
     coordinator = federation.coordinator(*flags, "--rounds", 1000)
     coordinator.wait_for("connected")
     workers = [
-        # Each begins with another node, so that whichever is killed, somebody is connected to it.
+        # Each begins with another node, so that some process is connected to the killed one.
         federation.worker(n, WORKERS, *Beat, *QUORUM, "--url", cluster.urls(n % len(NAMES)))
         for n in range(WORKERS)
     ]
@@ -80,19 +82,19 @@ def test_the_leader_of_the_updates_is_killed_under_load_twice(
     assert second != first
     federation.wait_committed(federation.committed() + 3)
 
-    # While that node is down: the coordinator too ends, and another one brings the run to its end.
+    # While that node is down, the coordinator ends too, and another one finishes the run.
     assert all(program.alive() for program in (coordinator, *workers))
     coordinator.interrupt()
     coordinator.end()
     last = federation.coordinator(*flags, "--rounds", federation.committed() + 2)
     assert_ended_well(federation, last, *workers)
     assert federation.committed() >= 10
-    # No worker was restarted, or restarted itself.
+    # No worker was restarted.
     assert all(len(program.events("loaded")) == 1 for program in workers)
 
 
 def kill_the_leader(cluster: Cluster, federation: Federation, coordinator: Program) -> str:
-    """Kill the node that leads the updates while some of an open round are in it; name it."""
+    """Kill the leader of the updates queue while it holds updates; return its name."""
     updates = f"{federation.name}.updates"
     leader = wait_until(lambda: cluster.leader(updates), "the updates have a leader")
     number = federation.committed() + 2

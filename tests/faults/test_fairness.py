@@ -1,4 +1,4 @@
-"""What the checker reads from the coordinators' logs, on logs that are made up for it."""
+"""The checks of the coordinators' logs, tested with artificial logs."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def at(second: float) -> str:
     return (_BEGAN + timedelta(seconds=second)).isoformat(timespec="microseconds")
 
 
-def said(event: str, second: float = 0.0, **fields: Any) -> Line:
+def logged(event: str, second: float = 0.0, **fields: Any) -> Line:
     return {"time": at(second), "event": event, **fields}
 
 
 def opened(number: int, needed: int, second: float = 0.0, *, asked: Sequence[str] = ()) -> Line:
-    return said("opened", second, round=number, needed=needed, asked=list(asked))
+    return logged("opened", second, round=number, needed=needed, asked=list(asked))
 
 
 def counted(number: int, updates: int, needed: int) -> Line:
-    return said("counted", round=number, worker=f"w{updates}", updates=updates, needed=needed)
+    return logged("counted", round=number, worker=f"w{updates}", updates=updates, needed=needed)
 
 
 def shrank(number: int, needed: int, was: int) -> Line:
-    return said("quorum", round=number, needed=needed, was=was, reason="w3 is gone")
+    return logged("quorum", round=number, needed=needed, was=was, reason="w3 is gone")
 
 
-COMMITTED = said("committed", round=1)
+COMMITTED = logged("committed", round=1)
 
 
 def write(path: Path, lines: Sequence[Line]) -> None:
@@ -49,7 +49,7 @@ def write(path: Path, lines: Sequence[Line]) -> None:
 # --- quorums -------------------------------------------------------------------------------------
 
 
-def found(
+def judged_quorums(
     folder: Path,
     updates: int,
     *logs: Sequence[Line],
@@ -57,7 +57,7 @@ def found(
     min_workers: int = 1,
     fraction: float = 1.0,
 ) -> list[str]:
-    """Judge a run of one round, which was committed with so many updates."""
+    """Judge a run of one round that was committed with this many updates."""
     rules = {"quorum": quorum, "min_workers": min_workers, "fraction": fraction}
     (folder / "run").mkdir()
     (folder / "run/run.json").write_text(
@@ -75,12 +75,12 @@ MUTE = "the quorum of round 1 fell from 3 to 1, and no event 'quorum' says why"
 
 
 @pytest.mark.parametrize(
-    ("updates", "log", "told"),
+    ("updates", "log", "violations"),
     [
         (3, [opened(1, 3), counted(1, 3, 3), COMMITTED], []),
         (1, [opened(1, 3), COMMITTED], [SHORT]),
         (1, [opened(1, 3), counted(1, 1, 1), COMMITTED], [MUTE]),
-        (1, [opened(1, 2), said("reopened", round=1, needed=3), COMMITTED], [SHORT]),
+        (1, [opened(1, 2), logged("reopened", round=1, needed=3), COMMITTED], [SHORT]),
         (2, [opened(1, 2), counted(1, 1, 3), COMMITTED],
          ["round 1 was closed with 2 updates, its quorum was 3"]),
         (2, [opened(1, 3), shrank(1, 2, 3), counted(1, 2, 2), COMMITTED], []),
@@ -89,23 +89,23 @@ MUTE = "the quorum of round 1 fell from 3 to 1, and no event 'quorum' says why"
         (1, [opened(1, 3), shrank(1, 0, 1), COMMITTED], [MUTE]),
         (2, [shrank(1, 2, 3), opened(1, 2), COMMITTED],
          ["the event 'quorum' of round 1 comes before its event 'opened'"]),
-        (2, [opened(1, 2), shrank(1, 2, 3), COMMITTED], []),  # a third one came and went
-        (3, [opened(1, 2), counted(1, 2, 2), counted(1, 3, 4), COMMITTED], []),  # within the grace
-        (1, [opened(1, 3), said("closed", round=1), COMMITTED], []),
-        (1, [opened(1, 3)], []),  # killed before it could say all
+        (2, [opened(1, 2), shrank(1, 2, 3), COMMITTED], []),  # a third worker joined and left
+        (3, [opened(1, 2), counted(1, 2, 2), counted(1, 3, 4), COMMITTED], []),  # in the grace
+        (1, [opened(1, 3), logged("closed", round=1), COMMITTED], []),
+        (1, [opened(1, 3)], []),  # killed before it could log everything
         (1, [opened(1, 1), COMMITTED, opened(2, 3)], []),
     ],
 )  # fmt: skip
 def test_a_round_that_was_closed_with_less_than_its_quorum_is_found(
-    tmp_path: Path, updates: int, log: list[Line], told: list[str]
+    tmp_path: Path, updates: int, log: list[Line], violations: list[str]
 ) -> None:
-    assert found(tmp_path, updates, log) == told
+    assert judged_quorums(tmp_path, updates, log) == violations
 
 
 def test_the_coordinator_that_committed_a_round_is_the_one_whose_quorum_counts(
     tmp_path: Path,
 ) -> None:
-    assert found(tmp_path, 2, [opened(1, 4)], [opened(1, 2), COMMITTED]) == []
+    assert judged_quorums(tmp_path, 2, [opened(1, 4)], [opened(1, 2), COMMITTED]) == []
     logs = fairness.coordinator_logs(tmp_path)
     assert fairness.judged(logs) == 1
 
@@ -124,15 +124,15 @@ def test_the_coordinator_that_committed_a_round_is_the_one_whose_quorum_counts(
 def test_no_round_has_fewer_than_the_quorum_of_those_who_must_be_there(
     tmp_path: Path, quorum: Line, min_workers: int, fraction: float, floor: int
 ) -> None:
-    def told(folder: str, updates: int) -> list[str]:
+    def violations_with(folder: str, updates: int) -> list[str]:
         (tmp_path / folder).mkdir()
         rules = {"quorum": quorum, "min_workers": min_workers, "fraction": fraction}
-        return found(tmp_path / folder, updates, [opened(1, 0), COMMITTED], **rules)
+        return judged_quorums(tmp_path / folder, updates, [opened(1, 0), COMMITTED], **rules)
 
-    assert told("enough", floor) == []
-    assert [line.endswith(f"takes fewer than {floor}") for line in told("less", floor - 1)] == [
-        True
-    ]
+    assert violations_with("enough", floor) == []
+    assert [
+        line.endswith(f"takes fewer than {floor}") for line in violations_with("less", floor - 1)
+    ] == [True]
 
 
 def test_what_the_operator_wrote_holds_from_the_round_on_in_which_it_was_written(
@@ -160,7 +160,7 @@ def test_what_the_operator_wrote_holds_from_the_round_on_in_which_it_was_written
 
 STOPPED = {"why": "stop", "began": at(10), "time": at(25), "log": "001-coordinator.jsonl"}
 ALARM = {"why": "alarm", "began": at(10), "time": at(25)}
-GONE = said("gone", 25.001, worker="w1", silent_s=15.2)
+GONE = logged("gone", 25.001, worker="w1", silent_s=15.2)
 EVERYBODY = ("w0", "w1")
 BEFORE = opened(1, 2, 9, asked=EVERYBODY)
 WORDS = "a coordinator (001-coordinator.jsonl) was stopped for 15.0 s, and "
@@ -185,37 +185,37 @@ def fault(kind: str, began: float, done: float, lasts_s: float = 0.0) -> Line:
 
 
 def test_whoever_lived_and_was_said_to_be_gone_after_a_stop_is_found(tmp_path: Path) -> None:
-    told = judged(tmp_path, STOPPED, [BEFORE, GONE])
-    assert told == [f"{WORDS}w1, which lived, was said to be gone"]
+    violations = judged(tmp_path, STOPPED, [BEFORE, GONE])
+    assert violations == [f"{WORDS}w1, which lived, counted as gone"]
 
 
 def test_whoever_lived_and_was_said_to_be_gone_after_an_alarm_is_found(tmp_path: Path) -> None:
-    told = judged(tmp_path, ALARM, [BEFORE, GONE])
-    assert told == ["a memory alarm took 15.0 s, and w1, which lived, was said to be gone"]
+    violations = judged(tmp_path, ALARM, [BEFORE, GONE])
+    assert violations == ["a memory alarm took 15.0 s, and w1, which lived, counted as gone"]
 
 
 def test_whoever_lived_and_is_not_asked_in_the_next_round_is_found(tmp_path: Path) -> None:
-    told = judged(tmp_path, STOPPED, [BEFORE, opened(2, 1, 26, asked=["w0"])])
-    assert told == [f"{WORDS}round 2 did not ask w1"]
+    violations = judged(tmp_path, STOPPED, [BEFORE, opened(2, 1, 26, asked=["w0"])])
+    assert violations == [f"{WORDS}round 2 did not ask w1"]
 
 
 def test_a_standby_that_takes_the_run_of_a_coordinator_that_is_stopped_is_found(
     tmp_path: Path,
 ) -> None:
-    told = judged(tmp_path, STOPPED, [BEFORE], [said("resumed", 20, round=1)])
-    assert told == [f"{WORDS}another one (002-coordinator.jsonl) took its run"]
+    violations = judged(tmp_path, STOPPED, [BEFORE], [logged("resumed", 20, round=1)])
+    assert violations == [f"{WORDS}another one (002-coordinator.jsonl) took its run"]
 
 
 @pytest.mark.parametrize(
     ("log", "more"),
     [
         ([BEFORE, opened(2, 2, 26, asked=EVERYBODY)], {}),
-        ([BEFORE, GONE], {"living": ["w0"]}),  # it was killed, or has only just begun
-        ([BEFORE, said("gone", 41, worker="w1")], {}),  # much later, and for another reason
+        ([BEFORE, GONE], {"living": ["w0"]}),  # it was killed or has just started
+        ([BEFORE, logged("gone", 41, worker="w1")], {}),  # much later, for another reason
         ([BEFORE, GONE], {"faults": [fault("cut", 25.0005, 25.0005)]}),  # the next fault
-        ([BEFORE, GONE], {"faults": [fault("stall", 9, 9, 9.0)]}),  # one that was not over
-        ([BEFORE, GONE], {"faults": [fault("stall", 7, 7, 4.0)]}),  # it was silent for 3 s before
-        ([BEFORE, said("left", 9.5, worker="w1"), opened(2, 1, 26, asked=["w0"])], {}),
+        ([BEFORE, GONE], {"faults": [fault("stall", 9, 9, 9.0)]}),  # an earlier one lasted
+        ([BEFORE, GONE], {"faults": [fault("stall", 7, 7, 4.0)]}),  # it had been silent for 3 s
+        ([BEFORE, logged("left", 9.5, worker="w1"), opened(2, 1, 26, asked=["w0"])], {}),
     ],
 )
 def test_what_has_another_reason_is_no_fault(tmp_path: Path, log: list[Line], more: Line) -> None:
@@ -228,6 +228,6 @@ def test_a_silence_that_another_fault_excuses_is_not_counted_as_judged(tmp_path:
 
 
 def test_a_fault_that_was_long_over_is_no_excuse(tmp_path: Path) -> None:
-    told = judged(tmp_path, STOPPED, [BEFORE, GONE], faults=[fault("stall", 9, 9, 6.0)])
-    assert len(told) == 1
+    violations = judged(tmp_path, STOPPED, [BEFORE, GONE], faults=[fault("stall", 9, 9, 6.0)])
+    assert len(violations) == 1
     assert fairness.silences_judged(tmp_path) == 1

@@ -1,4 +1,4 @@
-"""The proxy itself, and what a link makes of the worst moments."""
+"""The proxy itself, and how a link handles the worst moments for a fault."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATIENCE_S = 5.0
 
 
 class Pair:
-    """A client's socket and the one that it reached through a proxy."""
+    """A client's socket and the server's socket, connected through a proxy."""
 
     def __init__(self, proxy: Proxy, server: socket.socket) -> None:
         self.proxy = proxy
@@ -36,7 +36,7 @@ class Pair:
         self.server.settimeout(PATIENCE_S)
 
     def passes(self) -> bool:
-        """Whether bytes pass both ways."""
+        """Whether bytes pass in both directions."""
         self.client.sendall(b"there")
         self.server.sendall(b"back")
         return (self.server.recv(5), self.client.recv(4)) == (b"there", b"back")
@@ -89,7 +89,7 @@ def test_some_connections_have_a_slow_line_to_themselves_for_a_while(pair: Pair)
     assert pair.passes()
     assert pair.proxy.slow_some(1.0, 100_000, 0.4, random.Random(0)) == 1
     began = time.monotonic()
-    pair.client.sendall(bytes(1_000_000))  # ten seconds, at this rate
+    pair.client.sendall(bytes(1_000_000))  # 10 s at this rate
     left = 1_000_000
     while left:
         left -= len(pair.server.recv(left))
@@ -100,10 +100,10 @@ def test_some_connections_have_a_slow_line_to_themselves_for_a_while(pair: Pair)
 @pytest.mark.parametrize("side", ["client", "broker"])
 def test_half_close_ends_one_side_and_leaves_the_other_in_the_dark(pair: Pair, side: Side) -> None:
     assert pair.passes()
-    told, dark = (pair.client, pair.server) if side == "client" else (pair.server, pair.client)
+    ended, dark = (pair.client, pair.server) if side == "client" else (pair.server, pair.client)
     assert pair.proxy.half_close(1.0, side, 0.6, random.Random(0)) == 1
-    assert told.recv(1) == b""
-    told.close()
+    assert ended.recv(1) == b""
+    ended.close()
     dark.settimeout(0.2)
     dark.sendall(b"anybody?")
     with pytest.raises(TimeoutError):
@@ -135,7 +135,7 @@ def test_a_slow_line_lets_so_many_bytes_pass_over_all_its_connections() -> None:
 def test_where_nobody_listens_the_client_is_reset(pair: Pair) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with Proxy(port) as proxy, contextlib.suppress(ConnectionResetError):  # at once, even
+    with Proxy(port) as proxy, contextlib.suppress(ConnectionResetError):  # even immediately
         with socket.create_connection(("127.0.0.1", proxy.port), PATIENCE_S) as one:
             assert gone(one)
 
@@ -144,7 +144,7 @@ def test_where_nobody_listens_the_client_is_reset(pair: Pair) -> None:
 async def test_closing_a_link_is_no_cancellation_for_whoever_publishes_over_it(
     broker_node: node.NodeInfo,
 ) -> None:
-    """A worker once left, as if told to, when the broker died while it sent its update."""
+    """Regression: a worker ended as if interrupted when the broker died during its upload."""
     names = Topology(f"t{uuid.uuid4().hex[:8]}")
     with Proxy(broker_node.ports.amqp) as proxy:
         url = broker_node.url.replace(f":{broker_node.ports.amqp}", f":{proxy.port}")
@@ -154,7 +154,7 @@ async def test_closing_a_link_is_no_cancellation_for_whoever_publishes_over_it(
         sending = asyncio.create_task(
             link.publish(b"x", Properties(), exchange="", keys=[names.rejected])
         )
-        await asyncio.to_thread(threading.Event().wait, 0.2)  # on its way, not yet confirmed
+        await asyncio.to_thread(threading.Event().wait, 0.2)  # published, not yet confirmed
         assert not sending.done()
         await link.close()
         with pytest.raises(LinkLost):
@@ -166,7 +166,7 @@ async def test_closing_a_link_is_no_cancellation_for_whoever_publishes_over_it(
 async def test_a_connection_that_is_gone_before_its_channels_are_open_is_a_lost_link(
     broker_node: node.NodeInfo,
 ) -> None:
-    """A worker once ended with a traceback when the broker died at this very moment."""
+    """Regression: a worker ended with a traceback when the broker died at this moment."""
     url = URL(broker_node.url)
     first, second = (prepared(url, f"fault test {number}") for number in (1, 2))
     for connection in (first, second):

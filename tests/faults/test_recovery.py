@@ -1,6 +1,6 @@
-"""What each single kind of failure does to a run, with real processes: nothing that stays.
+"""Recovery of a run of real processes from each kind of failure.
 
-``FULL=1`` in the environment takes the longer times and larger numbers of the promise.
+``FULL=1`` in the environment uses the longer times and larger numbers of docs/guarantees.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Beat = ("--heartbeat", 0.5)
 def start(
     federation: Federation, workers: int, *flags: object, **env: str
 ) -> tuple[Program, list[Program]]:
-    """Start a coordinator that wants everybody, and everybody."""
+    """Start all workers, and a coordinator that waits for all of them."""
     coordinator = federation.coordinator(*rules(workers), *flags)
     return coordinator, [federation.worker(n, workers, *Beat, **env) for n in range(workers)]
 
@@ -45,12 +45,12 @@ def rules(workers: int) -> tuple[object, ...]:
 
 
 def assert_ended_well(federation: Federation, *programs: Program) -> None:
-    """Wait until all have ended by themselves; nothing may have been lost, doubled or left."""
+    """Wait until all processes have ended by themselves, and check that nothing was lost."""
     assert [program.end() for program in programs] == [0] * len(programs)
     federation.gather()
     federation.gather_orphans()
     verdict = check(federation.folder)
-    assert verdict.clean, verdict.told()
+    assert verdict.clean, verdict.text()
 
 
 # --- the coordinator -----------------------------------------------------------------------------
@@ -72,10 +72,10 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
     coordinator, others = start(federation, workers, *flags)
 
     def opened() -> int:
-        return max((told["round"] for told in coordinator.events("opened")), default=0)
+        return max((event["round"] for event in coordinator.events("opened")), default=0)
 
     def again() -> Program:
-        killed_in.add(federation.committed() + 1)  # the one that is open, or about to be
+        killed_in.add(federation.committed() + 1)  # the open round, or the next to open
         coordinator.kill()
         return federation.coordinator(*rules(workers), *flags)
 
@@ -87,19 +87,19 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
             f"a round after {number} is open, or all are done",
         )
         if opened() <= number:
-            break  # a kill came so late that its successor found nothing left to open
-        time.sleep(rng.uniform(0.0, 0.33))  # anywhere in the round
+            break  # the kill came so late that no round was left to open
+        time.sleep(rng.uniform(0.0, 0.33))  # at any time in the round
         number = opened()
         coordinator = again()
         once_more = rng.random()
-        if once_more < 0.3:  # before it has begun, or shortly after
+        if once_more < 0.3:  # before or shortly after its start
             time.sleep(rng.uniform(0.3, 1.5))
             coordinator = again()
-        elif once_more < 0.6:  # while it averages and writes
+        elif once_more < 0.6:  # while it averages or writes
             coordinator.wait_for("counted", updates=workers)
             coordinator = again()
     missed = set(range(1, rounds + 1)) - killed_in
-    assert len(missed) <= 2, missed  # where the machine is slow, a kill can come a round too late
+    assert len(missed) <= 2, missed  # on a slow machine, a kill can come a round too late
     assert_ended_well(federation, coordinator, *others)
 
     name = f"round-{rounds:04d}.safetensors"
@@ -157,7 +157,7 @@ def test_a_broker_killed_in_the_middle_of_a_round(
     threading.Event().wait(10 if FULL else 3)
     own_broker.start()
     assert_ended_well(federation, coordinator, *workers)
-    # Nobody was restarted, or restarted itself.
+    # No process was restarted.
     assert all(len(program.events("loaded")) == 1 for program in workers)
 
 
@@ -167,19 +167,19 @@ def test_a_round_longer_than_the_brokers_patience(own_federation: Federation) ->
     flags = ("--rounds", 1, "--config", "train_s=0.2", "--config", f"slow_s={slow_s}")
     coordinator, workers = start(federation, 3, *flags)
     federation.wait_committed(1, timeout_s=slow_s + 60)
-    # The channel was closed over its unacknowledged updates, more than once.
+    # The broker closed the channel because of unacknowledged updates, more than once.
     assert len(coordinator.events("disconnected")) >= 2
     assert [program.end(slow_s + 60) for program in (coordinator, *workers)] == [0] * 4
     assert_ended_well(federation, coordinator, *workers)
 
 
-# --- messages that nobody should send ------------------------------------------------------------
+# --- invalid messages ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def listening(federation: Federation) -> Iterator[dict[str, str]]:
-    """Take what is rejected as it comes: the ids of hostile messages, each with its reason."""
-    found: dict[str, str] = {}
+    """Consume the rejected queue; collect the reason of each hostile message by its id."""
+    reasons: dict[str, str] = {}
     done = threading.Event()
 
     def listen() -> None:
@@ -191,7 +191,7 @@ def listening(federation: Federation) -> Iterator[dict[str, str]]:
         ):
             if method is not None:
                 line = federation.note_rejected(properties, body)
-                found[line["id"]] = line["reason"]
+                reasons[line["id"]] = line["reason"]
             elif done.is_set():
                 break
         connection.close()
@@ -199,7 +199,7 @@ def listening(federation: Federation) -> Iterator[dict[str, str]]:
     thread = threading.Thread(target=listen)
     thread.start()
     try:
-        yield found
+        yield reasons
     finally:
         done.set()
         thread.join(60)
@@ -212,7 +212,7 @@ def test_a_flood_of_hostile_messages(federation: Federation) -> None:
     federation.wait_committed(3)
     foe = Foe(random.Random(6), federation.name, ["w0", "w1"], federation.run_id())
     with listening(federation) as rejected:
-        # A first wave, so that what is measured afterwards is not what the first one makes grow.
+        # Warm up, so that one-time allocations do not count as growth.
         flood(federation, foe.some(count // 10), rejected)
         before = {program.name: program.rss_bytes() for program in (coordinator, *workers)}
         committed = federation.committed()
@@ -228,7 +228,7 @@ def test_a_flood_of_hostile_messages(federation: Federation) -> None:
 
 
 def flood(federation: Federation, messages: list[Hostile], rejected: dict[str, str]) -> None:
-    """Send them, and wait until each is rejected with a reason."""
+    """Publish messages, and wait until each is rejected with a reason."""
     federation.inject(messages, confirm=False)
     wanted = {one.id: one for one in messages}
 
@@ -242,7 +242,7 @@ def flood(federation: Federation, messages: list[Hostile], rejected: dict[str, s
 
 
 def finish(federation: Federation, coordinator: Program) -> Program:
-    """Bring an endless run to its end: a last coordinator has a round or two to do."""
+    """Finish an endless run with a last coordinator that runs one or two more rounds."""
     coordinator.interrupt()
     coordinator.end()
     return federation.coordinator(*rules(2), "--rounds", federation.committed() + 2)
@@ -270,10 +270,10 @@ def test_the_rejected_queue_is_bounded_and_what_it_dropped_can_be_counted(
     foe = Foe(random.Random(9), federation.name, ["w0", "w1"], federation.run_id())
     federation.inject(foe.some(1200, foe.queues()[:2]), confirm=False)
     wait_until(lambda: len(coordinator.events("rejected")) >= 1200, "all are told")
-    federation.wait_committed(federation.committed() + 2)  # the line of a round says how many
+    federation.wait_committed(federation.committed() + 2)  # a round's line has the number
     assert_ended_well(federation, finish(federation, coordinator), *workers)
-    kept = (federation.folder / "evidence/rejected.jsonl").read_bytes().splitlines()
-    assert len(kept) == 1000
+    lines = (federation.folder / "evidence/rejected.jsonl").read_bytes().splitlines()
+    assert len(lines) == 1000
     assert sum(line["rejected"] for line in federation.history("committed")) == 1200
 
 
@@ -282,7 +282,7 @@ def test_the_rejected_queue_is_bounded_and_what_it_dropped_can_be_counted(
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[bool], None]]:
-    """Make the folder a disk of 4 MB; the function yielded fills it, or makes room."""
+    """Mount a disk of 4 MB at the folder; yield a function that fills it or makes room."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     try:
@@ -310,9 +310,9 @@ def test_a_full_disk_pauses_the_run_until_there_is_room(federation: Federation) 
         coordinator, workers = start(federation, 2, "--rounds", 6, "--config", "train_s=0.3")
         federation.wait_committed(2)
         fill(True)
-        told = coordinator.wait_for("disk")
-        assert told["folder"] == str(federation.run)
-        assert "No space left" in told["reason"]
+        event = coordinator.wait_for("disk")
+        assert event["folder"] == str(federation.run)
+        assert "No space left" in event["reason"]
         committed = federation.committed()
         threading.Event().wait(3)
         assert coordinator.alive()
@@ -325,7 +325,7 @@ def test_a_full_disk_pauses_the_run_until_there_is_room(federation: Federation) 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of others: Linux only")
 def test_a_disk_that_refuses_large_files_pauses_the_run_too(federation: Federation) -> None:
-    # The same without root: the kernel refuses to let a file grow beyond a limit.
+    # The same without root: a resource limit keeps files from growing.
     coordinator, workers = start(
         federation, 2, "--rounds", 5, "--config", "train_s=0.3", FAULTS_KERNEL="400000"
     )
@@ -352,8 +352,8 @@ def test_an_average_that_never_was_on_disk_was_sent_to_nobody(federation: Federa
     again = federation.coordinator(*rules(2), *flags)
     assert again.wait_for("resumed")["round"] == last
     assert_ended_well(federation, again, *workers)
-    for worker in workers:  # what they had sent came again
-        begun = [told["round"] for told in worker.events("begin") if told["kind"] == "fit"]
+    for worker in workers:  # their updates were delivered again
+        begun = [event["round"] for event in worker.events("begin") if event["kind"] == "fit"]
         assert begun == list(range(1, 6))
     assert not again.events("rejected")
 

@@ -1,7 +1,7 @@
-"""Silence and signs of life, judged fairly: whoever lives is waited for, whoever died is not here.
+"""Silence is judged fairly: living workers are waited for, and dead ones count as gone.
 
-Heartbeats are short here, so that five of them are, and a stop or an alarm of three seconds is what
-half a minute is with the defaults.
+Heartbeats are short here, so a stop or an alarm of 3 s corresponds to half a minute with the
+defaults.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = ("--min-workers", WORKERS, "--quorum", "all", "--rounds", ROUNDS)
 
 @contextlib.contextmanager
 def two_of_three_have_answered(federation: Federation) -> Iterator[Program]:
-    """Start everybody, let the third train meanwhile, and see to it that it is counted as well."""
+    """Start all; yield while the third worker trains, then check that it is counted too."""
     hold = federation.folder / "hold"
     hold.touch()
     coordinator = federation.coordinator(*FLAGS)
@@ -74,7 +74,7 @@ def test_a_memory_alarm_of_the_broker_ends_nobodys_presence(
 def test_signs_of_life_of_workers_that_are_dead_open_no_round(
     federation: Federation, tmp_path: Path
 ) -> None:
-    model = tmp_path / "first.safetensors"  # so that nobody need be asked for it
+    model = tmp_path / "first.safetensors"  # so that no worker is asked for first weights
     save_file(first_weights(seed=0), model)
 
     before = federation.coordinator("--min-workers", WORKERS + 1)
@@ -82,7 +82,7 @@ def test_signs_of_life_of_workers_that_are_dead_open_no_round(
     for number in range(WORKERS):
         before.wait_for("joined", worker=f"w{number}")
     before.kill()
-    threading.Event().wait(2 * FIVE_BEATS_S)  # what they say now is for the next coordinator
+    threading.Event().wait(2 * FIVE_BEATS_S)  # their messages now wait for the next coordinator
     for dead in workers[1:]:
         dead.kill()
     threading.Event().wait(2 * FIVE_BEATS_S)

@@ -1,4 +1,4 @@
-"""Whoever is behind a slow line is heard, and what it sends arrives, however long that takes."""
+"""A worker behind a slow line keeps its heartbeats, and its updates arrive however slowly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def slow_url(broker_node: node.NodeInfo, proxy: Proxy) -> str:
 def test_a_worker_behind_a_slow_line_is_counted_in_every_round(
     federation: Federation, broker_node: node.NodeInfo
 ) -> None:
-    """Its update takes 3.3 s, and after 1.5 s without a sign of life it would be gone."""
+    """Its upload takes 3.3 s, and it would be gone after 1.5 s without a heartbeat."""
     kernel = {"FAULTS_KERNEL": str(16 * 1024)}  # 65 kB
     coordinator = federation.coordinator("--min-workers", 3, "--rounds", 2)
     with Proxy(broker_node.ports.amqp, rate=20_000) as proxy:
@@ -49,7 +49,7 @@ def test_a_worker_behind_a_slow_line_is_counted_in_every_round(
 async def test_an_upload_ends_while_its_bytes_move_and_signs_of_life_go_past_it(
     broker_node: node.NodeInfo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What takes 8 s at this speed ends although nothing may stand still for longer than 3 s."""
+    """An upload of 8 s succeeds with a timeout of 3 s, because its bytes keep moving."""
     monkeypatch.setattr(amqp_confirms, "_CONFIRM_S", 3.0)
     monkeypatch.setattr(wire, "PART_BYTES", 2**16)
     names = Topology(f"t{uuid.uuid4().hex[:8]}")
@@ -81,7 +81,7 @@ async def test_an_upload_ends_while_its_bytes_move_and_signs_of_life_go_past_it(
         counts = await link.counts(names.outbox("w"))
         assert counts is not None
         assert counts.ready == 7
-        # And what comes in as slowly is no silence either.
+        # A slow download is no silence either.
         for _ in range(counts.ready):
             assert await link.get(names.outbox("w")) is not None
         await link.close()

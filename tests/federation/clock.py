@@ -31,18 +31,18 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
     loop: VirtualLoop
 
     def select(self, timeout: float | None = None) -> Any:
-        found = super().select(0)
-        if found or (timeout is not None and timeout <= 0):
-            return found
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
         if self.loop.busy:
-            found = super().select(_STUCK_S)
-            if not found:
+            ready = super().select(_STUCK_S)
+            if not ready:
                 raise Stuck(f"a thread has been at work for {_STUCK_S:.0f} s")
         elif timeout is None:
             raise Stuck("everybody waits, and nothing is due")
         else:
             self.loop.now_s += timeout
-        return found
+        return ready
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):

@@ -200,7 +200,7 @@ class Federation:
             task if task is not None else Adder(self.loop),
             transport=line,
             topology=self.topology,
-            tell=log.record,
+            record=log.record,
             bar=lambda *_: None,
             training=training,
             form=getattr(task, "form", None),
@@ -244,8 +244,8 @@ class Federation:
 
     def weights(self, number: int) -> Weights:
         """Return the model after a round."""
-        found, _ = read_checkpoint(self.folder / f"round-{number:04}.safetensors")
-        return found
+        weights, _ = read_checkpoint(self.folder / f"round-{number:04}.safetensors")
+        return weights
 
     def check_averages(self, values: Mapping[str, float]) -> None:
         """Check every model against an independent average, where worker x adds ``values[x]``."""

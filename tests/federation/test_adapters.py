@@ -55,15 +55,15 @@ def adapted(seed: int) -> Any:
 def trained_alone(rounds: int) -> list[Any]:
     """Return the average after each round, computed without a federation."""
     tasks = [adapted(seed) for seed in (0, 1)]
-    weights, found = tasks[0].init(0), []
+    weights, averages = tasks[0].init(0), []
     for number in range(1, rounds + 1):
         plan = RoundPlan(
             **{**dict(PLAN), "seed": number, "run": "r", "round": number, "sequence": number}
         )
         ends = [task.train(weights, plan, lambda *_: None).weights for task in tasks]
         weights = {name: (ends[0][name] + ends[1][name]) / 2 for name in weights}
-        found.append(weights)
-    return found
+        averages.append(weights)
+    return averages
 
 
 @pytest.mark.usefixtures("_compiled_elsewhere")
@@ -79,13 +79,12 @@ def test_only_adapters_travel_while_each_worker_keeps_a_head_of_its_own(federate
             federation.worker(name, task)
         await coordinator.end()
         for number, weights in enumerate(expected, start=1):
-            found = federation.weights(number)
-            assert found.keys() == {"backbone/lora/lora_a", "backbone/lora/lora_b"}
-            for name, array in found.items():
+            model = federation.weights(number)
+            assert model.keys() == {"backbone/lora/lora_a", "backbone/lora/lora_b"}
+            for name, array in model.items():
                 np.testing.assert_allclose(array, weights[name], rtol=1e-4, atol=1e-6)
-        for (
-            line
-        ) in federation.history():  # two adapters of 64 float32 each; the whole model has 16 KiB
+        # two adapters of 64 float32 each; the whole model has 16 KiB
+        for line in federation.history():
             assert [one["bytes"] for one in line["participants"]] == [2 * 4 * WIDE] * 2
 
     federated(scenario)

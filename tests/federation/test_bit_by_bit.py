@@ -17,13 +17,13 @@ EVERY = 3
 
 def models(folder):
     """Return the tensors of each checkpoint as bytes: the model and the strategy's state."""
-    found = [read_whole(folder / checkpoint_name(number)) for number in range(ROUNDS + 1)]
+    checkpoints = [read_whole(folder / checkpoint_name(number)) for number in range(ROUNDS + 1)]
     return [
         {
             name: tensor.tobytes()
             for name, tensor in [*one.weights.items(), *one.strategy_state.items()]
         }
-        for one in found
+        for one in checkpoints
     ]
 
 
@@ -54,17 +54,17 @@ async def killed(federation, strategy, start, *, workers_too, when):
 
 
 def both(federated, strategy, start, **how):
-    found = {}
+    results = {}
 
     async def first(federation):
-        found["undisturbed"] = await undisturbed(federation, strategy, start)
+        results["undisturbed"] = await undisturbed(federation, strategy, start)
 
     async def second(federation):
-        found["killed"] = await killed(federation, strategy, start, **how)
+        results["killed"] = await killed(federation, strategy, start, **how)
 
     federated(first)
     federated(second)
-    return found["undisturbed"], found["killed"]
+    return results["undisturbed"], results["killed"]
 
 
 def adders(federation):

@@ -14,7 +14,7 @@ from fluffle_common.protocol.messages import Exchange
 from tests.federation.harness import NAME, Adder
 
 
-def said(phase: str, **fields: Any) -> Exchange:
+def sum_exchange(phase: str, **fields: Any) -> Exchange:
     return Exchange(federation=NAME, name="sum", phase=phase, round=1, **fields)
 
 
@@ -28,7 +28,7 @@ async def began(coordinator) -> str:
     return coordinator.service.state.run
 
 
-def test_a_protocol_goes_back_and_forth_by_its_name(federated):
+def test_handlers_on_both_sides_exchange_messages(federated):
     numbers = {"a": 3.0, "b": 4.0}
     totals: dict[str, list[float]] = {name: [] for name in numbers}
     shares: dict[str, float] = {}
@@ -38,13 +38,13 @@ def test_a_protocol_goes_back_and_forth_by_its_name(federated):
         if shares.keys() < numbers.keys():
             return []
         total = {"total": np.array(sum(shares.values()))}
-        return [Sent(said("total", run=message.run), total, tuple(numbers))]
+        return [Sent(sum_exchange("total", run=message.run), total, tuple(numbers))]
 
     def takes_part(worker: str) -> Any:
         def handle(message: Exchange, tensors: Any) -> list[Sent]:
             if message.phase == "begin":
                 share = {"share": np.array(numbers[worker])}
-                return [Sent(said("share", run=message.run, worker=worker), share)]
+                return [Sent(sum_exchange("share", run=message.run, worker=worker), share)]
             totals[worker].append(float(tensors["total"]))
             return []
 
@@ -56,7 +56,7 @@ def test_a_protocol_goes_back_and_forth_by_its_name(federated):
             exchanges = Exchanges({"sum": takes_part(name)})
             federation.worker(name, slow(federation), exchanges=exchanges)
         run = await began(coordinator)
-        begin = Sent(said("begin", run=run), {}, tuple(numbers))
+        begin = Sent(sum_exchange("begin", run=run), {}, tuple(numbers))
         coordinator.service.exchange(begin)
         assert (await coordinator.end()).outcome == "finished"
         assert totals == {"a": [7.0], "b": [7.0]}
@@ -65,37 +65,37 @@ def test_a_protocol_goes_back_and_forth_by_its_name(federated):
     federated(scenario)
 
 
-def test_what_nobody_handles_is_refused_on_both_sides(federated):
+def test_an_exchange_without_a_handler_is_rejected_on_both_sides(federated):
     def asks(message: Exchange, tensors: Any) -> list[Sent]:
-        return [Sent(said("more", run=message.run, worker="a"))]
+        return [Sent(sum_exchange("more", run=message.run, worker="a"))]
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1)
         federation.worker("a", slow(federation), exchanges=Exchanges({"sum": asks}))
         b = federation.worker("b", slow(federation), exchanges=Exchanges({"product": asks}))
         run = await began(coordinator)
-        begin = Sent(said("begin", run=run), {}, ("a", "b"))
+        begin = Sent(sum_exchange("begin", run=run), {}, ("a", "b"))
         coordinator.service.exchange(begin)
         assert (await coordinator.end()).outcome == "finished"
-        told = "nobody here handles the exchange 'sum' (handled: {})"
+        reason = "no handler for the exchange 'sum' (handled: {})"
         (rejected,) = coordinator.log.of("rejected")
-        assert rejected["reason"] == told.format("none")
+        assert rejected["reason"] == reason.format("none")
         assert rejected["cause"] == "exchange"
-        assert [one["reason"] for one in b.log.of("rejected")] == [told.format("product")]
+        assert [one["reason"] for one in b.log.of("rejected")] == [reason.format("product")]
 
     federated(scenario)
 
 
-def test_a_handler_that_fails_is_a_refusal_in_one_line():
+def test_a_failing_handler_is_reported_in_one_line():
     def fails(message: Exchange, tensors: Any) -> list[Sent]:
         raise RuntimeError("no\nkey")
 
-    message, payload = codec.decode(Sent(said("begin", run="r")).body())
+    message, payload = codec.decode(Sent(sum_exchange("begin", run="r")).body())
     with pytest.raises(MalformedMessage, match="of the exchange 'sum' fails: RuntimeError: no key"):
         Exchanges({"sum": fails}).receive(message, payload)
 
 
-def test_an_exchange_travels_in_one_piece():
+def test_the_tensors_of_an_exchange_must_fit_into_one_message():
     large = {"x": np.zeros(codec.PART_BYTES + 1, np.uint8)}
     with pytest.raises(ValueError, match=r"have 4194305 bytes; the limit is 4194304"):
-        Sent(said("begin", run="r"), large).body()
+        Sent(sum_exchange("begin", run="r"), large).body()

@@ -64,7 +64,7 @@ class Descent:
 
 def reference(rounds: int) -> list[float]:
     """Return x after each round, by the algorithm in the paper."""
-    x, c, own, found = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
+    x, c, own, values = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
     for _ in range(rounds):
         moved, changed = [], []
         for name, target in TARGETS.items():
@@ -77,8 +77,8 @@ def reference(rounds: int) -> list[float]:
             own[name] = new
         x += float(np.mean(moved))
         c += sum(changed) / len(TARGETS)
-        found.append(x)
-    return found
+        values.append(x)
+    return values
 
 
 def strategy():
@@ -126,8 +126,8 @@ def test_what_a_rule_keeps_outlives_its_worker_and_the_state_its_coordinator(fed
             federation.worker(name, Descent(name), state_dir=tmp_path / name)
         assert (await again.end()).outcome == "finished"
         check(federation, 4)
-        kept = sorted(path.name for path in (tmp_path / "a").iterdir())
-        assert kept == ["local-rule-0003.safetensors", "local-rule-0004.safetensors"]
+        names = sorted(path.name for path in (tmp_path / "a").iterdir())
+        assert names == ["local-rule-0003.safetensors", "local-rule-0004.safetensors"]
 
     federated(scenario)
 
@@ -139,9 +139,9 @@ def test_a_worker_without_the_rule_says_what_is_asked_of_it(federated):
         b = federation.worker("b", Descent("b", rule=None))
         await coordinator.end()
         assert federation.participants() == [["a"]]
-        (told, *_) = b.log.of("failure")
-        assert "asks for extra tensors" in told["reason"]
-        assert "--local-rule" in told["reason"]
+        (event, *_) = b.log.of("failure")
+        assert "asks for extra tensors" in event["reason"]
+        assert "--local-rule" in event["reason"]
 
     federated(scenario)
 
@@ -168,7 +168,7 @@ def test_what_nobody_asks_for_does_not_leave_a_worker(federated):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "sent", "told"),
+    ("wanted", "sent", "reason"),
     [
         ({"steps": ()}, {"steps": np.ones(2)}, "'steps' is float64 (2,), expected floats of sh"),
         ({"steps": ()}, {"steps": np.array(1)}, "'steps' is int64 ()"),
@@ -179,7 +179,7 @@ def test_what_nobody_asks_for_does_not_leave_a_worker(federated):
         ("model", {"v": np.ones(4)}, "'v' was not asked for"),
     ],
 )
-def test_a_worker_sends_what_is_asked_for_or_says_what_is_wrong(federated, wanted, sent, told):
+def test_a_worker_sends_what_is_asked_for_or_says_what_is_wrong(federated, wanted, sent, reason):
     named = strategy()
     object.__setattr__(named, "strategy", SimpleNamespace(**{
         name: getattr(named.strategy, name) for name in ("init", "fold", "finish", "dump", "load")
@@ -187,13 +187,13 @@ def test_a_worker_sends_what_is_asked_for_or_says_what_is_wrong(federated, wante
 
     class Sends(Adder):
         def train(self, *of: Any) -> TrainResult:
-            found = super().train(*of)
-            return TrainResult(found.weights, found.num_examples, {}, sent)
+            result = super().train(*of)
+            return TrainResult(result.weights, result.num_examples, {}, sent)
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, min_workers=1, strategy=named)
         federation.worker("a", Sends(federation.loop))
-        assert told in (await coordinator.log.until("failure"))["reason"]
+        assert reason in (await coordinator.log.until("failure"))["reason"]
         await coordinator.kill()
 
     federated(scenario)
@@ -267,8 +267,8 @@ def test_a_plan_that_trains_nothing_of_the_model_is_told(federated):
             rounds=1, min_workers=1, plan=Plan(train=("head/*", "tail"))
         )
         federation.worker("a", Adder(federation.loop))
-        told = (await coordinator.log.until("failure"))["reason"]
-        assert "the federation trains the tensors head/*, tail, and this task's model has" in told
+        reason = (await coordinator.log.until("failure"))["reason"]
+        assert "the federation trains the tensors head/*, tail, but this task's model has" in reason
         await coordinator.kill()
 
     federated(scenario)

@@ -101,9 +101,9 @@ def test_a_hook_that_fails_is_told_once_with_its_traceback_and_loses_no_round(fe
         assert not any("test" in json.loads(line)["event"] for line in lines)
 
     federated(scenario)
-    told = capsys.readouterr().err
-    assert told.count("Traceback") == 2
-    assert 'raise KeyError("accuracy")' in told
+    errors = capsys.readouterr().err
+    assert errors.count("Traceback") == 2
+    assert 'raise KeyError("accuracy")' in errors
 
 
 @pytest.mark.parametrize("wrong", [0.5, {"accuracy": "high"}, {"accuracy": np.zeros(2)}])
@@ -122,8 +122,8 @@ def test_what_is_no_metric_is_told(federated, capsys, wrong):
 def test_a_metric_that_is_called_like_a_test_is_kept_apart_from_it(federated):
     class Confusing(Adder):
         def evaluate(self, weights):
-            found = super().evaluate(weights)
-            return type(found)(found.loss, found.num_examples, {"test/accuracy": 0.25})
+            result = super().evaluate(weights)
+            return type(result)(result.loss, result.num_examples, {"test/accuracy": 0.25})
 
     async def scenario(federation):
         coordinator = federation.coordinator(1, hooks=Hooks(lambda _: {"accuracy": 0.75}))

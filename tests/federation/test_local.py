@@ -1,4 +1,4 @@
-"""``fluffle.run``: whole federations in one process, in real time."""
+"""``fluffle.run``: whole federations in this process, in real time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Adder:
-    """A task that adds 1 to its weights, in steps."""
+    """Adds 1 to its weights, a step at a time."""
 
     num_examples = 10
 
@@ -46,7 +46,7 @@ class Adder:
 
 
 class Softmax:
-    """Softmax regression on handwritten digits in float64, trained by SGD."""
+    """Softmax regression on handwritten digits, in float64, by stochastic gradient descent."""
 
     def __init__(self, inputs, targets):
         self.inputs, self.targets, self.num_examples = inputs, targets, len(inputs)
@@ -73,8 +73,8 @@ class Softmax:
         return fluffle.EvalResult(1 - right, self.num_examples, {"accuracy": right})
 
     def accuracy(self, weights):
-        found = (self.inputs @ weights["w"] + weights["b"]).argmax(axis=1)
-        return float((found == self.targets).mean())
+        predicted = (self.inputs @ weights["w"] + weights["b"]).argmax(axis=1)
+        return float((predicted == self.targets).mean())
 
     def _errors(self, w, b, batch):
         logits = self.inputs[batch] @ w + b
@@ -86,10 +86,10 @@ class Softmax:
 
 @pytest.fixture(scope="module")
 def digits():
-    """Return three tasks with different numbers of examples and distributions of digits."""
-    found = load_digits()
-    order = np.argsort(found.target[:1500], kind="stable")
-    inputs, targets = found.data[:1500][order] / 16, found.target[:1500][order]
+    """Three owners of different size, each with more of some digits than of others."""
+    data = load_digits()
+    order = np.argsort(data.target[:1500], kind="stable")
+    inputs, targets = data.data[:1500][order] / 16, data.target[:1500][order]
     return {
         name: Softmax(inputs[start::3][:size], targets[start::3][:size])
         for name, start, size in (("north", 0, 500), ("south", 1, 300), ("west", 2, 407))
@@ -97,7 +97,7 @@ def digits():
 
 
 def federated_averaging(tasks, orders, seed, **plan):
-    """Compute the rounds in plain NumPy, in float64.
+    """Return what plain NumPy makes of the rounds, in float64.
 
     ``orders`` names the tasks of each round, in the order in which their updates are added.
     """
@@ -112,8 +112,8 @@ def federated_averaging(tasks, orders, seed, **plan):
         averaged = {}
         for name, old in weights.items():
             moved = np.zeros_like(old)
-            for count, found in trained:
-                moved += count * (found.weights[name] - old)
+            for count, result in trained:
+                moved += count * (result.weights[name] - old)
             averaged[name] = moved / total + old
         weights = averaged
     return weights
@@ -213,7 +213,7 @@ async def test_a_callers_loop_goes_on_meanwhile():
         assert go_on.wait(60)
 
     running = asyncio.create_task(fluffle.arun([Adder()], rounds=1, on_round=on_round))
-    await inside.wait()  # needs this loop to run while the hook waits
+    await inside.wait()  # which needs this loop, while the run waits for us
     go_on.set()
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
 
@@ -251,9 +251,9 @@ fluffle.run([Adder(steps=100, step_s=0.001)], rounds=1000, on_round=on_round, **
 """
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, kept):
-    options = {"folder": str(tmp_path / "run")} if kept else {}
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, with_folder):
+    options = {"folder": str(tmp_path / "run")} if with_folder else {}
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, repr(options)],
         stdout=subprocess.PIPE,
@@ -265,22 +265,23 @@ def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, kept):
     assert process.stdout is not None
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
-    assert told.rstrip().endswith("KeyboardInterrupt")
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
     (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
-    if not kept:
+    if not with_folder:
         assert (
-            f"the same call with folder={str(folder)!r} goes on with round {committed + 1}" in told
+            f"the same call with folder={str(folder)!r} goes on with round {committed + 1}"
+            in stderr
         )
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
     assert run.weights["w"].tolist() == [committed + 1.0] * 2
 
 
 class Broken(Adder):
-    """A task that fails in one of its methods."""
+    """Fails in one of its methods."""
 
     def __init__(self, where, *, at=1):
         super().__init__()
@@ -313,7 +314,7 @@ def test_an_error_of_a_task_is_raised_with_its_name_and_its_own_traceback(tmp_pa
     assert isinstance(cause, ZeroDivisionError)
     frames = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
     assert frames == ["train", "_perhaps"]
-    assert capsys.readouterr().err == ""  # it is not reported twice
+    assert capsys.readouterr().err == ""  # it is not shown twice
     assert len(fluffle.Run(tmp_path).history) == 1
     assert fluffle.run([Adder(), Adder()], rounds=2, folder=tmp_path).weights["w"][0] == 2.0
 
@@ -330,9 +331,9 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
 def test_an_evaluation_that_fails_is_told_and_costs_the_evaluation_only(capsys):
     run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
     assert run.history["loss"] == [1.0, 2.0]
-    told = capsys.readouterr().err
-    assert "the task 'south': evaluate() fails, and this worker trains without it" in told
-    assert told.count("ZeroDivisionError: mine\n") == 1
+    stderr = capsys.readouterr().err
+    assert "the task 'south': evaluate() fails, and this worker trains without it" in stderr
+    assert stderr.count("ZeroDivisionError: mine\n") == 1
 
 
 def test_a_run_that_stops_raises_why_and_how_it_goes_on(tmp_path):
@@ -387,7 +388,7 @@ def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "options", "said"),
+    ("tasks", "options", "message"),
     [
         ([], {}, "has no tasks; give some, or url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
@@ -404,10 +405,10 @@ def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
         ([object()], {}, "no method 'init'"),
     ],
 )
-def test_a_wrong_argument_is_named_before_anything_runs(tasks, options, said):
+def test_a_wrong_argument_is_named_before_anything_runs(tasks, options, message):
     with pytest.raises(fluffle.UsageError) as wrong:
         fluffle.run(tasks, **options)
-    assert said in str(wrong.value)
+    assert message in str(wrong.value)
     assert "\n" not in str(wrong.value)
 
 

@@ -40,7 +40,7 @@ def test_each_event_has_a_line_and_so_has_each_link(federated, listening, capsys
     federated(scenario)
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d\.\d{3}  fluffle\.[a-z.]+  \S", line) for line in lines)
-    said = "\n".join(line.split("  ", 1)[1] for line in lines)
+    text = "\n".join(line.split("  ", 1)[1] for line in lines)
     for line in (
         r"fluffle\.coordinator\.machine  Seen\(.*'a'.*\) -> .*Welcome\(",
         r"fluffle\.coordinator\.machine  Folded\(.* -> .*Commit\(",
@@ -51,8 +51,8 @@ def test_each_event_has_a_line_and_so_has_each_link(federated, listening, capsys
         r"fluffle\.transport\.link  closed the link after ",
         r"fluffle\.transport\.link  declaring Queue\(name='letters\.updates'",
     ):
-        assert re.search(line, said), line
-    assert "Tick(" not in re.sub(r".*Tick\(.* -> (?!nothing).*", "", said)
+        assert re.search(line, text), line
+    assert "Tick(" not in re.sub(r".*Tick\(.* -> (?!nothing).*", "", text)
 
 
 def test_nothing_is_put_into_words_if_nobody_listens(caplog):

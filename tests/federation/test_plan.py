@@ -28,8 +28,8 @@ def test_a_plan_names_its_round_its_steps_and_the_rate_of_that_round(federated):
         federation.worker("a", task)
         federation.worker("b")
         ended = await coordinator.end()
-        told = [(plan.round, plan.steps, plan.learning_rate) for plan in task.plans]
-        assert told == [(1, 7, 0.8), (2, 7, 0.8), (3, 7, 0.4), (4, 7, 0.4)]
+        received = [(plan.round, plan.steps, plan.learning_rate) for plan in task.plans]
+        assert received == [(1, 7, 0.8), (2, 7, 0.8), (3, 7, 0.4), (4, 7, 0.4)]
         assert {plan.run for plan in task.plans} == {ended.run}
         assert len({plan.seed for plan in task.plans}) == 4
 

@@ -66,8 +66,8 @@ def test_who_is_lost_is_gone_and_counts_again_when_it_is_back(federated):
         three(federation, step_s=3.0)
         await coordinator.log.until("opened")
         await federation.processes[3].kill()
-        told = await coordinator.log.until("quorum")
-        assert told == {"round": 1, "needed": 2, "was": 3, "reason": "c is gone"}
+        event = await coordinator.log.until("quorum")
+        assert event == {"round": 1, "needed": 2, "was": 3, "reason": "c is gone"}
         await coordinator.log.until("opened", 2)
         federation.worker("c", Adder(federation.loop, VALUES["c"], 50))
         await coordinator.end()
@@ -91,7 +91,7 @@ def test_signs_of_life_of_the_dead_open_no_round(federated, silent_s):
         await asyncio.sleep(silent_s)
         coordinator = federation.coordinator(rounds=1, min_workers=3, least=3)
         await asyncio.sleep(120)
-        assert [told["worker"] for told in coordinator.log.of("joined")] == ["a"]
+        assert [event["worker"] for event in coordinator.log.of("joined")] == ["a"]
         assert not coordinator.log.of("opened")
         for name in "bc":
             federation.worker(name, Adder(federation.loop, VALUES[name], int(10 * VALUES[name])))
@@ -101,7 +101,7 @@ def test_signs_of_life_of_the_dead_open_no_round(federated, silent_s):
     federated(scenario)
 
 
-def test_no_round_commits_with_less_than_was_written(federated):
+def test_no_round_commits_with_fewer_updates_than_least(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, min_workers=3, least=3)
         three(federation, step_s=3.0)
@@ -131,7 +131,7 @@ def test_who_joins_late_is_asked_and_who_leaves_is_not_waited_for(federated):
         assert state.outcome == "finished"
         assert "c" in federation.participants()[1]
         assert federation.participants()[-1] == ["a", "c"]
-        assert [told["worker"] for told in coordinator.log.of("left")][:1] == ["b"]
+        assert [event["worker"] for event in coordinator.log.of("left")][:1] == ["b"]
         await a.end()
 
     federated(scenario)

@@ -48,7 +48,7 @@ class Descent:
 
 def reference(rounds: int) -> list[float]:
     """Return x after each round: Karimireddy et al. 2020, algorithm 1, option II."""
-    x, c, own, found = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
+    x, c, own, values = 0.0, 0.0, dict.fromkeys(TARGETS, 0.0), []
     for _ in range(rounds):
         ends, changed = [], []
         for name, target in TARGETS.items():
@@ -61,8 +61,8 @@ def reference(rounds: int) -> list[float]:
             own[name] = new
         x = float(np.mean(ends))
         c += sum(changed) / len(TARGETS)
-        found.append(x)
-    return found
+        values.append(x)
+    return values
 
 
 def check(federation: Any, rounds: int) -> None:
@@ -90,7 +90,7 @@ def test_the_rule_without_the_strategy_says_what_is_missing(federated):
         workers = [federation.worker(name, Descent(name)) for name in TARGETS]
         await coordinator.log.until("failure")
         reason = workers[0].log.of("failure")[0]["reason"]
-        assert "let it run with --strategy scaffold" in reason
+        assert "start that with --strategy scaffold" in reason
         await coordinator.kill()
 
     federated(scenario)

@@ -102,8 +102,8 @@ def test_a_slow_worker_is_counted_discounted_and_visible(federated):
         for one in slow:
             assert one["staleness"] >= 3
             assert one["discount"] == (1 + one["staleness"]) ** -0.5
-        told = [one for one in coordinator.log.of("counted") if one["worker"] == "slow"]
-        assert [one["staleness"] for one in told] == [one["staleness"] for one in slow]
+        counted = [one for one in coordinator.log.of("counted") if one["worker"] == "slow"]
+        assert [one["staleness"] for one in counted] == [one["staleness"] for one in slow]
         evaluated = [line["round"] for line in federation.history("evaluated")]
         assert sorted(evaluated) == list(range(1, 31))
 
@@ -212,9 +212,9 @@ def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
         ]
         assert max(stale) > 0
         for number in range(1, 13):
-            found = replay(federation.folder, number)
-            assert found.equal, number
-            assert all(one.second_opinion.ulps <= 2 for one in found.tensors)
+            replayed = replay(federation.folder, number)
+            assert replayed.equal, number
+            assert all(one.second_opinion.ulps <= 2 for one in replayed.tensors)
 
     federated(scenario)
 
@@ -298,7 +298,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated,
 
 
 @pytest.mark.parametrize(
-    ("method", "told"),
+    ("method", "message"),
     [
         ("needed(self, state): return 'two'", "in needed(): it returned 'two', not a number"),
         ("cohort(self, state): return ['nobody']", "it named 'nobody', but no such worker"),
@@ -306,7 +306,9 @@ def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated,
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
     ],
 )
-def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(federated, tmp_path, method, told):
+def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(
+    federated, tmp_path, method, message
+):
     original = (Path(__file__).parent / "windows.py").read_text()
     broken = original.replace("minutes = Windows()", f"    def {method}\n\n\nminutes = Windows()")
     (tmp_path / "broken.py").write_text(broken)
@@ -315,7 +317,7 @@ def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(federated, tmp_p
     async def scenario(federation):
         federation.workers(2)
         coordinator = federation.coordinator(rounds=2, schedule=schedule)
-        with pytest.raises(TaskError, match=re.escape(told)) as wrong:
+        with pytest.raises(TaskError, match=re.escape(message)) as wrong:
             await coordinator.end()
         assert "no update is lost" in str(wrong.value)
 
@@ -341,18 +343,18 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
 
 
 @pytest.mark.parametrize(
-    ("timing", "told"),
+    ("timing", "message"),
     [
-        (Timing(schedule="async"), "there is no schedule 'async'"),
-        (Timing(buffer=3), "--buffer goes with --schedule buffered"),
-        (Timing(staleness=Discount()), "--staleness goes with"),
-        (Timing(schedule="buffered", late="discount"), "--late discount goes with"),
+        (Timing(schedule="async", max_staleness=3), "there is no schedule 'async'"),
+        (Timing(buffer=3), "--buffer needs --schedule buffered; add that, or remove --buffer"),
+        (Timing(staleness=Discount()), "--staleness needs"),
+        (Timing(schedule="buffered", late="discount"), "--late discount needs --schedule quorum"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is not a schedule"),
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
     ],
 )
-def test_what_does_not_go_together_is_said_in_one_line(timing, told):
-    with pytest.raises(UsageError, match=told) as refused:
+def test_what_does_not_go_together_is_said_in_one_line(timing, message):
+    with pytest.raises(UsageError, match=message) as refused:
         load_schedule(timing)
     assert "\n" not in str(refused.value)

@@ -80,8 +80,8 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
             velocity = 0.9 * velocity + 3.0
             weights += 0.7 * velocity
             np.testing.assert_allclose(federation.weights(number)["w"], weights, rtol=1e-6)
-            kept = read_whole(federation.folder / checkpoint_name(number)).strategy_state
-            np.testing.assert_allclose(kept["w"], velocity, rtol=1e-6)
+            state = read_whole(federation.folder / checkpoint_name(number)).strategy_state
+            np.testing.assert_allclose(state["w"], velocity, rtol=1e-6)
             assert list(federation.weights(number)) == ["w"]
             words = [str(federation.folder), "--round", str(number), "--strategy"]
             shown = CliRunner().invoke(replay, [*words, f"{FILE}:momentum"])
@@ -92,7 +92,7 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "tensors"),
     [
         (f"{FILE}:momentum", {"w"}),
         ("fedavgm:lr=0.5", {"w"}),
@@ -100,7 +100,7 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
         ("fedyogi:lr=0.1", {"steps", "first/w", "second/w"}),
     ],
 )
-def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, name, kept):
+def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, name, tensors):
     rounds, folders, strategy = 6, [], load_strategy(name)
 
     async def uninterrupted(federation):
@@ -127,7 +127,9 @@ def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, 
     for number in range(rounds + 1):
         one, other = (read_whole(folder / checkpoint_name(number)) for folder in folders)
         assert (
-            one.strategy_state.keys() == other.strategy_state.keys() == (kept if number else set())
+            one.strategy_state.keys()
+            == other.strategy_state.keys()
+            == (tensors if number else set())
         )
         for mine, theirs in (
             (one.weights, other.weights),
@@ -159,9 +161,9 @@ def test_a_strategy_of_all_updates_finds_them_on_the_disk_of_the_run(federated, 
     laid = []
 
     def lay(delta, folder):
-        found = map_to_disk(delta, folder)
-        laid.append((folder, isinstance(found.memory.obj, mmap.mmap)))
-        return found
+        mapped = map_to_disk(delta, folder)
+        laid.append((folder, isinstance(mapped.memory.obj, mmap.mmap)))
+        return mapped
 
     monkeypatch.setattr(committer, "map_to_disk", lay)
 
@@ -202,8 +204,8 @@ def test_a_disk_without_room_for_the_updates_of_a_round_ends_the_run_and_loses_n
 def test_an_update_without_the_metric_that_the_strategy_needs_is_refused(federated):
     class Counting(Adder):
         def train(self, weights, plan, progress):
-            found = super().train(weights, plan, progress)
-            return dataclasses.replace(found, metrics={"steps": 4.0})
+            result = super().train(weights, plan, progress)
+            return dataclasses.replace(result, metrics={"steps": 4.0})
 
     async def scenario(federation):
         strategy = load_strategy("fednova")
@@ -256,8 +258,8 @@ def test_the_examples_of_the_docs_run(federated, tmp_path, name):
             federation.worker(worker, Adder(federation.loop, value))
         await coordinator.end()
         expected = {"median": [2.0, 4.0], "momentum": [34.0, 98.6]}[name]
-        found = [federation.weights(number)["w"][0] for number in (1, 2)]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        values = [federation.weights(number)["w"][0] for number in (1, 2)]
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
 
     federated(scenario)
 
@@ -291,7 +293,10 @@ WRONG = {
     "list": ({"finish": "new['w'] = [1.0]"}, "tensor 'w' is of type list, not an array"),
     "none": ({"finish": "return None"}, r"returned NoneType, not \(weights, state\)"),
     "model": ({"finish": "return [], 1"}, "is of type list, not a mapping"),
-    "dump": ({"dump": "return {'m': np.array(['x'])}"}, "tensor 'm' is <U1, which does not"),
+    "dump": (
+        {"dump": "return {'m': np.array(['x'])}"},
+        "tensor 'm' is <U1, which is not supported",
+    ),
     "state": ({"dump": "return 5"}, "a state that cannot be saved: it is of type int"),
 }
 
@@ -300,7 +305,7 @@ WRONG = {
 def test_what_a_strategy_does_wrong_ends_the_run_and_loses_nothing(
     federated, tmp_path, capsys, case
 ):
-    how, told = WRONG[case]
+    how, message = WRONG[case]
     code = {"fold": "pass", "finish": "pass", "dump": "pass"}
     (tmp_path / "broken.py").write_text(BROKEN.format(**{**code, **how}))
     (tmp_path / "sub").mkdir()
@@ -314,7 +319,7 @@ def test_what_a_strategy_does_wrong_ends_the_run_and_loses_nothing(
         coordinator = federation.coordinator(rounds=1, strategy=broken)
         for name, task in zip("ab", tasks, strict=True):
             federation.worker(name, task)
-        with pytest.raises(TaskError, match=told) as wrong:
+        with pytest.raises(TaskError, match=message) as wrong:
             await coordinator.end()
         assert wrong.value.exit_code == 5
         assert str(wrong.value).startswith("the strategy broken.py:mean failed in round 1, in ")

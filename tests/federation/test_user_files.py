@@ -97,9 +97,9 @@ def test_a_worker_without_the_codec_says_which_and_the_round_goes_on(federated, 
         await coordinator.end()
         assert federation.participants() == [["a", "b"]] * 2
         federation.check_averages({"a": 1.0, "b": 1.0})
-        (told, *_) = c.log.of("failure")
-        assert "codec 'signs', which this worker does not have" in told["reason"]
-        assert "--codec path.py:name" in told["reason"]
+        (event, *_) = c.log.of("failure")
+        assert "codec 'signs', which this worker does not have" in event["reason"]
+        assert "--codec path.py:name" in event["reason"]
         assert lacking.trained == []  # no wasted training
         assert any("--codec path.py:name" in str(one) for one in coordinator.log.of("failure"))
 
@@ -171,9 +171,9 @@ def test_an_update_that_the_codec_fails_to_decode_is_rejected_and_trained_anew(
         await coordinator.end()
         federation.check_averages({"a": 1.0, "b": 1.0})
         assert federation.participants() == [["a", "b"]]
-        (told,) = coordinator.log.of("rejected")
-        assert "'signs' fails to decode tensor 'w': TypeError" in told["reason"]
-        assert "(bad.py:" in told["reason"]
+        (event,) = coordinator.log.of("rejected")
+        assert "'signs' fails to decode tensor 'w': TypeError" in event["reason"]
+        assert "(bad.py:" in event["reason"]
 
     federated(scenario)
 
@@ -342,18 +342,18 @@ def test_what_a_rule_keeps_goes_into_later_rounds_of_the_same_run():
 
 
 @pytest.mark.parametrize(
-    ("gradient", "told"),
+    ("gradient", "message"),
     [
         (lambda g, w, s: g, "returned a dict; (gradient, state) is expected"),
         (lambda g, w, s: ({}, s), "'w' is only in one of them"),
         (lambda g, w, s: ({"w": np.zeros(2)}, s), "returned 'w' of shape (2,), expected (1,)"),
     ],
 )
-def test_a_gradient_of_another_form_is_refused(gradient, told):
+def test_a_gradient_of_another_form_is_refused(gradient, message):
     rule = rule_of(gradient=gradient)
     with pytest.raises(TaskError) as wrong:
         rule.gradient({"w": np.zeros(1)}, {"w": np.zeros(1)}, None)
-    assert told in str(wrong.value)
+    assert message in str(wrong.value)
 
 
 def test_what_end_returns_is_a_mapping():
@@ -362,14 +362,14 @@ def test_what_end_returns_is_a_mapping():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("Proximal", "is a class; name an instance of it"),
         ("nothing", "has no 'nothing'"),
     ],
 )
-def test_what_is_no_rule_is_refused(name, told):
-    with pytest.raises(UsageError, match=told):
+def test_what_is_no_rule_is_refused(name, message):
+    with pytest.raises(UsageError, match=message):
         use_local_rule(Pull(1.0), PROXIMAL.replace(":proximal", f":{name}"))
 
 
@@ -385,9 +385,9 @@ def test_a_rule_for_a_task_that_applies_none_is_refused():
 
 
 def test_an_installed_rule_is_found_by_its_name(monkeypatch):
-    found = [EntryPoint("fedprox", f"{__name__}:INSTALLED", loading.GROUP)]
-    found += [EntryPoint("broken", "nowhere_to_be_found:rule", loading.GROUP)]
-    monkeypatch.setattr(loading, "installed", lambda group: {one.name: one for one in found})
+    entry_points = [EntryPoint("fedprox", f"{__name__}:INSTALLED", loading.GROUP)]
+    entry_points += [EntryPoint("broken", "nowhere_to_be_found:rule", loading.GROUP)]
+    monkeypatch.setattr(loading, "installed", lambda group: {one.name: one for one in entry_points})
     assert find_rule("fedprox") is INSTALLED
     with pytest.raises(TaskError, match="rule broken of .* fails to load: ModuleNotFoundError"):
         find_rule("broken")

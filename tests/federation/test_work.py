@@ -64,8 +64,8 @@ def test_a_training_that_stands_still_is_told_and_by_option_not_waited_for(feder
         for name in "ab":
             federation.worker(name, Adder(federation.loop))
         federation.worker("c", hangs)
-        told = await coordinator.log.until("stalled")
-        assert (told["worker"], told["step"], told["steps"]) == ("c", 3, 4)
+        event = await coordinator.log.until("stalled")
+        assert (event["worker"], event["step"], event["steps"]) == ("c", 3, 4)
         await coordinator.log.until("committed", within_s=600)
         assert federation.participants() == [["a", "b"]]
 
@@ -90,9 +90,9 @@ def test_a_rejected_update_is_not_sent_again_byte_for_byte(federated):
         worker = federation.worker("b", bad)
         state = await coordinator.end()
         assert state.outcome == "finished"
-        (told,) = worker.log.of("not_counted")
-        assert told["round"] == 1
-        assert "NaN" in told["reason"]
+        (event,) = worker.log.of("not_counted")
+        assert event["round"] == 1
+        assert "NaN" in event["reason"]
         assert len(coordinator.log.of("rejected")) == 1
         assert len(bad.trained) == 2
         federation.check_averages({"a": 1.0, "b": 1.0})
@@ -111,7 +111,7 @@ def test_a_worker_is_told_that_its_update_came_too_late(federated):
         slow.line.release()
         late = await coordinator.log.until("late")
         assert (await coordinator.end()).outcome == "finished"
-        assert [told["round"] for told in slow.log.of("late")] == [late["round"]] == [1]
+        assert [event["round"] for event in slow.log.of("late")] == [late["round"]] == [1]
 
     federated(scenario)
 
@@ -150,8 +150,8 @@ def test_a_worker_of_another_version_is_told_so_in_its_own_and_so_is_the_operato
         route = {"exchange": federation.topology.results, "keys": ["hello.old"]}
         for _ in range(3):
             await link.publish(body, Properties(type="hello", message_id="h"), **route)
-        told = await coordinator.log.until("refused")
-        assert told["reason"] == (
+        event = await coordinator.log.until("refused")
+        assert event["reason"] == (
             f"worker old speaks protocol {protocol}, but this coordinator speaks protocol 2; "
             "install the same version of fluffle on both sides"
         )
@@ -162,7 +162,7 @@ def test_a_worker_of_another_version_is_told_so_in_its_own_and_so_is_the_operato
         refusal, _ = msgpack.unpackb(mail[0])
         assert refusal == {
             "protocol": protocol, "federation": NAME, "kind": "refusal", "session": "s1",
-            "reason": told["reason"],
+            "reason": event["reason"],
         }  # fmt: skip
         federation.workers(2)
         assert (await coordinator.end()).outcome == "finished"
@@ -179,7 +179,7 @@ def test_an_update_weighs_what_its_worker_announced(federated, says):
         await coordinator.end()
         federation.check_averages({"a": 1.0, "b": 3.0})
         np.testing.assert_allclose(federation.weights(2)["w"], 4.0)
-        assert {told["worker"] for told in coordinator.log.of("overweight")} == {"b"}
+        assert {event["worker"] for event in coordinator.log.of("overweight")} == {"b"}
 
     federated(scenario)
 
@@ -198,7 +198,7 @@ def test_first_weights_are_taken_from_another_worker_if_the_first_hangs(federate
         for name in "bc":
             federation.worker(name, Adder(federation.loop))
         await coordinator.log.until("first_weights", within_s=120)
-        assert [told["worker"] for told in coordinator.log.of("init")] == ["a", "b"]
+        assert [event["worker"] for event in coordinator.log.of("init")] == ["a", "b"]
 
     federated(scenario)
 
@@ -229,8 +229,8 @@ def test_a_sample_that_cannot_reach_the_quorum_is_waited_for_not_opened(federate
         )
         federation.workers(4)
         await asyncio.sleep(60)
-        told = coordinator.log.of("waiting")[-1]
-        assert "4 of 5" in told["reason"]
+        event = coordinator.log.of("waiting")[-1]
+        assert "4 of 5" in event["reason"]
         federation.worker("e")
         assert (await coordinator.end()).outcome == "finished"
 

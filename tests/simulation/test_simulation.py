@@ -134,7 +134,7 @@ def test_hundreds_of_clients_are_sampled_as_anywhere(tmp_path):
     assert [tuple(one["asked"]) for one in again] == asked
 
 
-def test_a_run_goes_on_where_it_was(tmp_path):
+def test_a_run_continues_where_it_stopped(tmp_path):
     tasks = {name: Adder(1.0) for name in names(2)}
     run(tmp_path, tasks, rounds=2)
     _, rounds = run(tmp_path, tasks, rounds=4)
@@ -207,7 +207,7 @@ class TestDevices:
             devices(2, step_s=text)
 
     def test_a_line_that_carries_nothing_is_refused(self):
-        with pytest.raises(UsageError, match="carries nothing"):
+        with pytest.raises(UsageError, match="a bandwidth of 0 bytes per second is not usable"):
             devices(2, bytes_per_s="0")
 
 
@@ -219,7 +219,7 @@ class TestDevices:
         ({"clients": 0}, "clients = 0 must be at least 1"),
         ({"clients": 3}, "clients = 3, but there are 2 tasks"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
-        ({"availability": "often"}, "'often' is no availability"),
+        ({"availability": "often"}, "'often' is not an availability"),
     ],
 )
 def test_what_a_simulation_cannot_do_is_told_at_once(options, said):

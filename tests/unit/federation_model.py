@@ -1,9 +1,8 @@
-"""A whole federation in miniature: both real machines, with models of what is around them.
+"""A model of a federation: both real machines, with models of everything around them.
 
-The coordinator's and the workers' decisions are those of the two ``machine.advance``; the broker,
-the disk and the two shells (``coordinator``, ``outbox``, ``aggregator``) are modelled, one effect
-a step, so that a test can stop, crash or cut anything between any two of them. What must
-hold whatever happens is asserted here, as it happens.
+The coordinator and the workers decide with their real ``machine.advance``. The broker, the disk and
+the two shells are models that carry out one effect per step, so a test can stop, crash or
+disconnect anything between any two effects. The model asserts its invariants as it runs.
 """
 
 from __future__ import annotations
@@ -28,19 +27,20 @@ from fluffle_worker import machine as session
 RUN = "run-a"
 HEARTBEAT_S = 2.0
 NUM_EXAMPLES = 10
-# Nobody is gone that spoke within this time: five heartbeats, less what may be heard late.
+# A worker that was heard within this time must not be gone: five heartbeats, less the time for
+# which the clock runs on in silence.
 SILENCE_S = 5 * HEARTBEAT_S - Rules(rounds=1).hearing_s
-Flaw = Literal["", "bad", "torn"]  # sound; its tensors are refused; they do not arrive whole
+Flaw = Literal["", "bad", "torn"]  # none, rejected tensors, incomplete tensors
 
 
 class Identity(NamedTuple):
-    """An update's (run, worker, sequence), and the weights that it was trained from."""
+    """The identity of an update, and the weights that it was trained from."""
 
     run: str
     round: int
     worker: str
     base: str
-    sequence: int = 0  # of those that bring no ticket back, the round
+    sequence: int = 0  # 0 if the worker sends no tickets
 
     @property
     def ticket(self) -> Ticket:
@@ -49,7 +49,7 @@ class Identity(NamedTuple):
 
 @dataclass(eq=False)
 class Message:
-    """One message in the queue of updates; every copy is a message of its own."""
+    """A message in the queue of updates; copies are separate messages."""
 
     kind: Literal["update", "evaluation", "init"]
     identity: Identity
@@ -58,7 +58,7 @@ class Message:
 
 
 class Order(NamedTuple):
-    """One message in a worker's inbox."""
+    """A message in a worker's inbox."""
 
     kind: Literal["init", "fit", "evaluate", "stop"]
     run: str
@@ -70,7 +70,7 @@ class Order(NamedTuple):
 
 
 class Broker:
-    """Queues that outlive everyone; what is not acknowledged comes again."""
+    """Queues that outlive all processes, and redeliver messages that are not acknowledged."""
 
     def __init__(self) -> None:
         self.updates: deque[Message] = deque()
@@ -78,7 +78,7 @@ class Broker:
         self.presence: deque[ev.Event] = deque()
         self.inboxes: dict[str, deque[Order]] = {}
         self.published: list[Message] = []
-        self.links = 0  # of coordinators, so far
+        self.links = 0  # of all coordinators so far
         self.deliveries = 0
 
     def publish(self, message: Message) -> None:
@@ -93,11 +93,11 @@ class Broker:
 
     def settle(self, handle: Handle, fate: Literal["acked", "rejected"]) -> None:
         message = self.unacked.pop(handle, None)
-        if message is not None:  # else it is void, of an earlier link
+        if message is not None:  # else the handle is void: it is from an earlier link
             message.fate = fate
 
     def take_back(self) -> None:
-        """Put what is not acknowledged back to where it was: the consumer is gone."""
+        """Put unacknowledged messages back in their places: their consumer is gone."""
         self.updates.extendleft(reversed(self.unacked.values()))
         self.unacked.clear()
 
@@ -106,31 +106,31 @@ class Broker:
 class Disk:
     first_weights: bool
     checkpoint: int = 0
-    history: list[frozenset[str]] = field(default_factory=list)  # the participants of each round
-    counted: list[frozenset[Ticket]] = field(default_factory=list)  # and their tickets
-    bases: list[str] = field(default_factory=list)  # the names of all weights, the first ones too
+    history: list[frozenset[str]] = field(default_factory=list)  # each round's participants
+    counted: list[frozenset[Ticket]] = field(default_factory=list)  # each round's tickets
+    bases: list[str] = field(default_factory=list)  # of the first weights and of each round
     evaluated: set[int] = field(default_factory=set)
 
 
 class CoordinatorModel:
-    """The coordinator's shell: what comes in, what is averaged and what goes out, step by step."""
+    """A model of the coordinator's shell, which works step by step."""
 
     def __init__(self, world: World) -> None:
         disk = world.disk
         self.world, self.broker, self.disk = world, world.broker, disk
         self.link = 0
-        self.read_until = 0.0  # when what was read last of the signs of life was sent
+        self.read_until = 0.0  # when the last presence message that was read had been sent
         self.events: deque[ev.Event] = deque()
-        self.jobs: deque[tuple[Any, ...]] = deque()  # of the aggregation, into and out of the sum
-        self.lines: deque[tuple[Any, ...]] = deque()  # and onto the disk
+        self.jobs: deque[tuple[Any, ...]] = deque()  # for the aggregator
+        self.lines: deque[tuple[Any, ...]] = deque()  # for the committer
         self.out: deque[tuple[Any, ...]] = deque()
         self.deliveries: dict[Handle, Message] = {}
         self.sum: set[Ticket] = set()
-        self.in_a_sum = {ticket for some in disk.counted for ticket in some}  # of an earlier round
+        self.averaged_tickets = {ticket for some in disk.counted for ticket in some}
         self.closing = False
         last = len(disk.history)
         self.averaged = last
-        # What each round is trained from, as far as this process knows.
+        # The base of each round, as far as this process knows.
         self.issued = {number + 1: base for number, base in enumerate(disk.bases)}
         counted = dict(enumerate(disk.counted, start=1))
         self.state = world.machine.start(
@@ -157,7 +157,7 @@ class CoordinatorModel:
             self.echo()
 
     def echo(self) -> None:
-        """Send itself an echo, the way that signs of life come."""
+        """Send an echo to itself through the presence queue."""
         if self.link:
             self.broker.presence.append(ev.Echoed(self.world.now, self.link))
 
@@ -180,8 +180,8 @@ class CoordinatorModel:
                 self.deliveries[handle] = message
                 self.events.append(ev.Arrived(now, handle, run, number, ticket, NUM_EXAMPLES, base))
             case "evaluation":
-                found = rs.Evaluated(10, 0.5, {})
-                self.events.append(ev.EvaluationArrived(now, run, number, worker, found, base))
+                evaluated = rs.Evaluated(10, 0.5, {})
+                self.events.append(ev.EvaluationArrived(now, run, number, worker, evaluated, base))
                 self.broker.settle(handle, "acked")
             case "init":
                 asked = worker == self.state.init_asked
@@ -257,7 +257,7 @@ class CoordinatorModel:
             return False
         match self.out.popleft():
             case _ if not self.link:
-                pass  # the machine does it again when there is a link
+                pass  # the machine sends it again over the next link
             case "settle", handle, fate:
                 self.broker.settle(handle, fate)
             case "send", workers, order:
@@ -278,7 +278,7 @@ class CoordinatorModel:
             case "commit", number:
                 assert number == self.averaged + 1
                 done = number, frozenset(self.sum), self.world.new_base()
-                self.in_a_sum |= self.sum
+                self.averaged_tickets |= self.sum
                 self.averaged, self.issued[number + 1] = number, done[2]
                 self.sum, self.closing = set(), False
                 self.lines.append(("checkpoint", *done))
@@ -320,16 +320,16 @@ class CoordinatorModel:
             self.events.append(ev.FoldFailed(now, ticket, "it is " + message.flaw, again=torn))
             return
         number = self.averaged + 1
-        told = f"{identity} folded into round {number}"
-        assert identity.run == RUN, told
-        assert identity.base == self.issued.get(identity.round), told
-        assert 0 <= number - identity.round <= self.world.schedule.max_staleness, told
-        assert ticket not in self.sum | self.in_a_sum, f"{identity} folded twice"
+        fold = f"{identity} folded into round {number}"
+        assert identity.run == RUN, fold
+        assert identity.base == self.issued.get(identity.round), fold
+        assert 0 <= number - identity.round <= self.world.schedule.max_staleness, fold
+        assert ticket not in self.sum | self.averaged_tickets, f"{identity} folded twice"
         self.sum.add(ticket)
         self.events.append(ev.Folded(now, ticket, 1.0, 100))
 
     def break_off_fold(self) -> bool:
-        """Lose the link while an update's parts are fetched."""
+        """Lose the link while the parts of an update are being fetched."""
         if not self.jobs or self.jobs[0][0] != "folding":
             return False
         _, message = self.jobs.popleft()
@@ -339,7 +339,7 @@ class CoordinatorModel:
         return True
 
     def knows(self, handle: Handle) -> bool:
-        """Whether a delivery is on its way to an end."""
+        """Whether a delivery is held or about to be settled."""
         held = {
             h for update in self.state.received.values() for h in (update.handle, *update.spares)
         }
@@ -349,15 +349,15 @@ class CoordinatorModel:
 
 
 class WorkerModel:
-    """A worker's shell: its inbox, its thread, its answers and its signs of life."""
+    """A model of a worker's shell: its inbox, thread, answers and heartbeats."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.broker, self.name = world, world.broker, name
         self.sessions = 0
         self.alive = False
-        self.slow = False  # it does not finish by itself
-        self.spoke: list[float] = []  # when
-        self.unheard = False  # what it said was lost, and it was not heard since
+        self.slow = False  # it finishes only when a move says so
+        self.spoke: list[float] = []  # when it sent hellos and heartbeats
+        self.unheard = False  # its last heartbeats were lost
         self.broker.inboxes[name] = deque()
 
     @property
@@ -375,7 +375,7 @@ class WorkerModel:
             self.thread: session.Work | None = None
             self.wanted = True
             self.sent: session.Work | None = None
-            self.told: dict[str, Any] = {"state": "idle", "run": None, "round": 0}
+            self.report: dict[str, Any] = {"state": "idle", "run": None, "round": 0}
             self.inbox.clear()
             self.connect()
 
@@ -407,8 +407,9 @@ class WorkerModel:
 
     def _speak(self, *, hello: bool) -> None:
         self.spoke.append(self.world.now)
-        told = rs.Worker(self.name, self._session, NUM_EXAMPLES, (), HEARTBEAT_S, 0.0, **self.told)
-        self.broker.presence.append(ev.Seen(self.world.now, told, hello))
+        fields = self.report
+        worker = rs.Worker(self.name, self._session, NUM_EXAMPLES, (), HEARTBEAT_S, 0.0, **fields)
+        self.broker.presence.append(ev.Seen(self.world.now, worker, hello))
 
     def read(self) -> bool:
         if not self.alive or not self.linked or not self.inbox:
@@ -426,7 +427,7 @@ class WorkerModel:
         return True
 
     def finish(self, how: Literal["finished", "failed"] = "finished") -> bool:
-        """Let the thread be done; it may or may not notice that it is not wanted any more."""
+        """Let the thread finish, or stop if its work was abandoned."""
         if not self.alive or self.thread is None:
             return False
         work, self.thread = self.thread, None
@@ -442,12 +443,12 @@ class WorkerModel:
         return not self.slow and self.finish()
 
     def finish_unwanted(self) -> bool:
-        """Let the thread finish before it notices."""
+        """Let the thread finish before it notices that its work was abandoned."""
         self.wanted = True
         return self.finish()
 
     def send(self, *, flaw: Flaw = "", confirmed: bool = True) -> bool:
-        """Send an answer; without its confirmation the link is lost and the answer kept."""
+        """Send an answer; if it is not confirmed, lose the link and keep the answer."""
         if not self.alive or not self.linked or not self.unsent:
             return False
         work = self.unsent[0]
@@ -458,7 +459,7 @@ class WorkerModel:
                 return True
             self._advance(self.world.session.Sent(work))
             self.sent = work
-            self.told["state"] = "idle"
+            self.report["state"] = "idle"
         self.unsent.popleft()
         return True
 
@@ -503,16 +504,16 @@ class WorkerModel:
                     self.broker.presence.append(failure)
             elif isinstance(effect, module.Leave):
                 self.leave()
-        kept = {self.state.doing, self.state.next, self.state.sending, self.state.answered}
-        kept.add(getattr(event, "work", None))
-        assert not self.alive or self.evaluates.keys() <= kept, "a work is leaked"
+        held = {self.state.doing, self.state.next, self.state.sending, self.state.answered}
+        held.add(getattr(event, "work", None))
+        assert not self.alive or self.evaluates.keys() <= held, "a work is leaked"
 
     def _now(self, state: str, work: session.Work) -> None:
-        self.told = {"state": state, "run": work.run, "round": work.round, "base": work.base}
-        self.told["sequence"] = work.sequence or None
+        self.report = {"state": state, "run": work.run, "round": work.round, "base": work.base}
+        self.report["sequence"] = work.sequence or None
 
     def _check_order(self, before: session.State) -> None:
-        """Check that nothing under way was replaced by something older of the same run."""
+        """Check that no work was replaced by older work of the same run."""
         for was in (before.doing, before.next, before.sending):
             for now in (self.state.doing, self.state.next):
                 if was is not None and now is not None and was.run == now.run:
@@ -520,7 +521,7 @@ class WorkerModel:
 
 
 class World:
-    """One federation, and what must hold of it."""
+    """A federation and its invariants."""
 
     def __init__(
         self,
@@ -539,8 +540,8 @@ class World:
         self.bases = 0
         self.disk = Disk(first_weights, bases=[self.new_base()] if first_weights else [])
         self.in_parts = False  # whether updates are too large for one message
-        self.confirmed: set[Identity] = set()  # updates whose sender knows them to be safe
-        self.tickets: dict[tuple[str, int], str] = {}  # what was trained for each
+        self.confirmed: set[Identity] = set()  # updates whose sender has a confirmation
+        self.tickets: dict[tuple[str, int], str] = {}  # the base of each
         self.workers = {name: WorkerModel(self, name) for name in names}
         self.coordinator: CoordinatorModel | None = None
 
@@ -548,7 +549,7 @@ class World:
         self.bases += 1
         return f"b{self.bases}"
 
-    # --- what can be done to it ---
+    # --- moves ---
 
     def start_coordinator(self) -> None:
         if self.coordinator is None:
@@ -560,7 +561,7 @@ class World:
             self.coordinator = None
 
     def run(self, steps: float = math.inf) -> bool:
-        """Let everybody work, in turns, until nothing is left to do but wait."""
+        """Let everyone work in turns; return True once all are waiting, False after ``steps``."""
         done = 0
         while done < steps:
             before = done
@@ -588,7 +589,7 @@ class World:
         return steps
 
     def beat(self) -> None:
-        """Let the time to the next heartbeats pass."""
+        """Advance the clock to the next heartbeats."""
         self.now += HEARTBEAT_S
         for worker in self.workers.values():
             worker.heartbeat()
@@ -596,11 +597,11 @@ class World:
             self.coordinator.echo()
 
     def settle(self, *, afresh: bool = False) -> None:
-        """Let the faults end and time pass; check that this alone ends the run.
+        """End all faults and let time pass; check that this alone ends the run.
 
-        Where enough workers live, a coordinator that starts ``afresh`` must finish it; unless an
-        earlier one has declared the end, and its word is still on the way to somebody, or this one
-        is to stop where it asked only some of them, and those do not answer.
+        If enough workers are alive, a coordinator that starts ``afresh`` must finish the run, with
+        two exceptions: an earlier one has ended it and a stop is still in an inbox, or the rules
+        stop a round in which only some workers were asked and these do not answer.
         """
         if afresh:
             self.crash_coordinator()
@@ -631,13 +632,13 @@ class World:
         assert state.reason
         if state.outcome == "finished":
             assert len(self.disk.history) == self.rules.rounds
-        else:  # declared: a poisoned copy of everyone's update may have come first
+        else:  # a declared stop: forged copies of all updates may have come first
             assert not (afresh and enough) or state.reason.startswith("every worker failed"), state
 
-    # --- what must hold ---
+    # --- invariants ---
 
     def check_tickets(self, workers: tuple[str, ...], order: Order) -> None:
-        """Check that work from other weights has another ticket."""
+        """Check that work from different weights has different tickets."""
         for name in workers:
             known = self.tickets.setdefault((name, order.sequence), order.base)
             assert not self.schedule.continuous or known == order.base, f"{order} has an old ticket"
@@ -653,7 +654,7 @@ class World:
         assert participants
 
     def check(self) -> None:
-        """Check what must hold after every step."""
+        """Check the invariants of every step."""
         coordinator = self.coordinator
         if coordinator is not None:
             state = coordinator.state

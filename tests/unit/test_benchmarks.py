@@ -1,4 +1,4 @@
-"""What the benchmarks make of their measurements, and what holds the rounds back meanwhile."""
+"""The benchmarks' statistics, gates, logs and simulated workers."""
 
 import doctest
 import threading
@@ -7,22 +7,22 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import figures, papers
+from benchmarks import command, papers, stats
 from benchmarks.aggregate import axpy
 from benchmarks.arrays import Perturbation, make_weights
+from benchmarks.comparison import compare
 from benchmarks.compression import Federation
 from benchmarks.floor import Spec
 from benchmarks.gate import Gate, Gates
 from benchmarks.logs import read_events
 from benchmarks.processes import Died
-from benchmarks.sides import compare
 from fluffle_common.cli.console import Console
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_worker.task import RoundPlan
 from tests.e2e.pull_task import COUNT, Pull, target
 
 
-@pytest.mark.parametrize("module", [figures, papers])
+@pytest.mark.parametrize("module", [command, papers, stats])
 def test_the_examples_do_what_they_say(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -30,11 +30,11 @@ def test_the_examples_do_what_they_say(module):
 
 
 def test_ratio_is_median_over_median():
-    assert figures.ratio([4.0, 1.0, 100.0], [2.0, 0.1, 2.0]) == 2.0
+    assert stats.ratio([4.0, 1.0, 100.0], [2.0, 0.1, 2.0]) == 2.0
 
 
 def test_summary_of_a_single_time_has_quartiles_too():
-    assert figures.summary([0.5]) == {
+    assert stats.summary([0.5]) == {
         "median_s": 0.5,
         "mean_s": 0.5,
         "quartiles_s": [0.5, 0.5],
@@ -44,38 +44,38 @@ def test_summary_of_a_single_time_has_quartiles_too():
 
 @pytest.mark.parametrize(("rounds", "blocks"), [(1, 1), (7, 3), (10, 5), (3, 9)])
 def test_shares_are_even_and_none_is_empty(rounds, blocks):
-    shares = figures.shares(rounds, blocks)
+    shares = stats.shares(rounds, blocks)
     assert sum(shares) == rounds
     assert len(shares) == min(rounds, blocks)
     assert 0 < min(shares) <= max(shares) <= min(shares) + 1
 
 
 def test_the_order_turns_around_after_every_block():
-    order = [side for side, _ in figures.interleaved(["a", "b", "c"], [1, 1, 1])]
+    order = [side for side, _ in stats.interleaved(["a", "b", "c"], [1, 1, 1])]
     assert order == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
 
 
 def test_growth_compares_the_ends():
-    assert figures.growth([3, 10, 30], [1.0, 99.0, 20.0]) == 2.0
+    assert stats.growth([3, 10, 30], [1.0, 99.0, 20.0]) == 2.0
 
 
 class Scripted:
-    """A side whose rounds take what it was told."""
+    """A side whose rounds take a given time."""
 
     def __init__(self, name, seconds):
         self.name, self.seconds, self.asked = name, seconds, []
 
     def block(self, rounds):
-        """See ``Side``."""
+        """Return the given time for each round."""
         self.asked.append(rounds)
         return [self.seconds] * rounds
 
     def pids(self):
-        """See ``Side``."""
+        """Return no processes."""
         return {}
 
     def more(self):
-        """See ``Side``."""
+        """Return the side's name."""
         return {"told": self.name}
 
 
@@ -188,7 +188,7 @@ def test_a_simulated_federation_learns_in_as_many_bytes_as_its_encoding_takes(ho
 
 
 class Untrained:
-    """A task that only notes for how many epochs it was to train."""
+    """A task that records the number of epochs of each training."""
 
     num_examples = 7
 
@@ -196,7 +196,7 @@ class Untrained:
         self.epochs = []
 
     def train(self, weights, plan, progress):
-        """See ``Task``."""
+        """Record the number of epochs."""
         self.epochs.append(plan.epochs)
 
 

@@ -1,4 +1,4 @@
-"""bfloat16, which NumPy does not know by itself, all the way: checked, encoded, averaged, kept."""
+"""bfloat16 models from end to end: checks, encodings, averages and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from fluffle_common.protocol.codec import lay_out
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
-from fluffle_common.tensors.compression import SMALLEST, compress, decompress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import BFLOAT16, check_delta, check_finite, size_bytes
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
-from fluffle_coordinator.service.app import _begin_with
+from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 
 HOWS = ("bf16", "f16", "int8", "topk:0.05")
@@ -42,7 +43,7 @@ def update(tensors: dict[str, np.ndarray], encoding: str | None) -> tuple[Update
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_found(value):
+def test_values_that_are_not_finite_are_found(value):
     bad = np.ones(2000, BFLOAT16)
     bad[1234] = value
     with pytest.raises(ValueError, match="'w' has 1 values that are NaN or infinite"):
@@ -54,7 +55,7 @@ def test_what_is_not_finite_is_found(value):
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_a_model_of_bfloat16_is_encoded_and_comes_back(how):
+def test_a_bfloat16_model_is_encoded_and_decoded(how):
     numbers = np.random.default_rng(0)
     delta = {"w": numbers.normal(size=(60, 50)).astype(BFLOAT16)}
     encoded, left = compress(delta, how, {})
@@ -70,8 +71,8 @@ def test_a_model_of_bfloat16_is_encoded_and_comes_back(how):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("how", ["int8", "topk:0.01"])
-def test_what_is_too_small_to_be_sent_adds_up_in_spite_of_few_bits(how, dtype):
-    """In 8 bits 1 + 0.003 is 1: what is left over is added up in more."""
+def test_the_residual_accumulates_in_float32(how, dtype):
+    """In bfloat16, 1 + 0.003 is 1, so the residual must be wider."""
     delta = {"w": np.full(SMALLEST, 0.003, dtype)}
     delta["w"][::100] = 1.0
     sent, left = np.zeros(SMALLEST), {}
@@ -83,7 +84,7 @@ def test_what_is_too_small_to_be_sent_adds_up_in_spite_of_few_bits(how, dtype):
     assert abs(float(left["w"][1])) < 0.3 * expected
 
 
-def test_someone_without_the_dtype_sends_its_upper_halves():
+def test_a_worker_without_bfloat16_may_send_the_upper_halves_of_float32():
     base = {"w": np.ones((2, 3), BFLOAT16)}
     halves = {"w": base["w"].view(np.uint16)}
     got, _ = decode_contribution(*update(halves, "bf16"), base)
@@ -96,7 +97,7 @@ def test_someone_without_the_dtype_sends_its_upper_halves():
 
 
 def nearest(exact: Fraction) -> float:
-    """Round to bfloat16, to the nearest, halves to even, by going through the neighbours."""
+    """Round to the nearest bfloat16, ties to even, by comparing the neighbours."""
     close = np.array([float(exact)]).astype(BFLOAT16).view(np.uint16)[0]
     around = np.array([close - 1, close, close + 1], np.uint16)
     found = around.view(BFLOAT16).astype(np.float64)
@@ -112,13 +113,13 @@ values = st.integers(0x3E80, 0x4080).map(
 
 
 def fold(state, update, num_examples):
-    """Fold an update of some worker."""
+    """Fold an update into the state of a strategy."""
     one = Contribution(worker="a", num_examples=num_examples, delta=update)
     return fedavg.fold(state, one)
 
 
 @given(values, st.lists(st.tuples(values, st.integers(1, 10**6)), min_size=1, max_size=5))
-def test_the_average_is_the_nearest_to_the_exact_one(base, updates):
+def test_the_average_is_the_exact_one_rounded_to_nearest(base, updates):
     weights = {"w": np.array([base], BFLOAT16)}
     state = fedavg.init(weights)
     for value, count in updates:
@@ -128,12 +129,12 @@ def test_the_average_is_the_nearest_to_the_exact_one(base, updates):
     exact = Fraction(base) + sum(Fraction(value) * count for value, count in updates) / total
     assert got["w"].dtype == BFLOAT16
     rounded = nearest(exact)
-    if rounded != float(got["w"][0]):  # float64 itself may stand on the other side of the middle
+    if rounded != float(got["w"][0]):  # float64 may itself be on the other side of the tie
         middle = (Fraction(rounded) + Fraction(float(got["w"][0]))) / 2
         assert abs(exact - middle) < Fraction(1, 10**14)
 
 
-def test_what_is_just_above_the_middle_is_rounded_up():
+def test_values_just_above_the_middle_are_rounded_up():
     base = {"w": np.ones(3, BFLOAT16)}
     half = 2.0**-8  # half a step above 1
     updates = [([half] * 3, 2**20 - 1), ([half, 1.0, -1.0], 1)]
@@ -144,7 +145,7 @@ def test_what_is_just_above_the_middle_is_rounded_up():
     assert got["w"].tolist() == [1.0, 1.0 + 2.0**-7, 1.0]
 
 
-def test_four_thousand_updates_are_not_added_up_in_eight_bits():
+def test_many_updates_are_not_summed_in_bfloat16():
     base = {"w": np.zeros(2, BFLOAT16)}
     state = fedavg.init(base)
     for _ in range(4000):
@@ -174,7 +175,7 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
         assert other[name].tobytes() == tensor.tobytes()
 
 
-def test_a_checkpoint_is_read_here_and_by_safetensors(tmp_path):
+def test_a_checkpoint_is_readable_here_and_by_safetensors(tmp_path):
     save_checkpoint(tmp_path / "m", model(), {"round": "3"})
     assert_same(read_checkpoint(tmp_path / "m")[0], model())
     assert_same(dict(load_file(tmp_path / "m")), model())
@@ -183,12 +184,12 @@ def test_a_checkpoint_is_read_here_and_by_safetensors(tmp_path):
 
 def begin(file: Path, folder: Path) -> dict[str, np.ndarray]:
     store = RunStore(folder)
-    saved = _begin_with(file, store, store.load("letters"), "letters")
+    saved = begin_with_file(file, store, store.load("letters"), "letters")
     assert saved.weights is not None
     return saved.weights
 
 
-def test_a_run_begins_with_a_file_of_bfloat16(tmp_path):
+def test_a_run_may_start_from_a_bfloat16_file(tmp_path):
     save_file(model(), tmp_path / "first")
     assert_same(begin(tmp_path / "first", tmp_path / "run"), model())
     assert_same(RunStore(tmp_path / "run").load("letters").weights, model())
@@ -201,10 +202,10 @@ def test_a_run_begins_with_a_file_of_bfloat16(tmp_path):
         ({"x" * 501: np.ones(3)}, "a name of 501 characters"),
         ({"c": np.ones(3, np.complex64)}, "'c' is complex64, .* its real and"),
         ({"w": np.array([1, np.nan], BFLOAT16)}, "'w' has 1 values that are NaN"),
-        ({}, "there is no tensor"),
+        ({}, "the weights contain no tensors"),
     ],
 )
-def test_a_run_does_not_begin_with_what_does_not_travel(tmp_path, tensors, why):
+def test_a_run_does_not_start_from_unsupported_tensors(tmp_path, tensors, why):
     save_file(tensors, tmp_path / "first")
     with pytest.raises(UsageError, match=why) as refused:
         begin(tmp_path / "first", tmp_path / "run")
@@ -212,10 +213,10 @@ def test_a_run_does_not_begin_with_what_does_not_travel(tmp_path, tensors, why):
     assert not (tmp_path / "run" / "round-0000.safetensors").exists()
 
 
-# --- looking at it -----------------------------------------------------------------------------
+# --- inspection --------------------------------------------------------------------------------
 
 
-async def test_a_message_is_read_with_what_its_tensors_say():
+async def test_tensors_of_a_message_are_described():
     link = await MemoryBroker().open()
     await link.declare([Queue("q", "of a test")])
     message, _ = update({}, None)
@@ -223,9 +224,9 @@ async def test_a_message_is_read_with_what_its_tensors_say():
     await send_tensors(link, message, tensors, Route("", ["q"]))
     delivery = await link.get("q")
     assert delivery is not None
-    (told,) = decode_message(delivery, "f").tensors
-    assert (told.dtype, told.norm, told.min, told.max) == ("bfloat16", 5.0, -4.0, 3.0)
-    assert (told.nan, told.inf) == (1, 1)
+    (facts,) = decode_message(delivery, "f").tensors
+    assert (facts.dtype, facts.norm, facts.min, facts.max) == ("bfloat16", 5.0, -4.0, 3.0)
+    assert (facts.nan, facts.inf) == (1, 1)
 
 
 def test_neighbours_are_one_apart():

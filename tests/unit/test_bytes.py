@@ -1,4 +1,4 @@
-"""How many bytes a peer can make the coordinator hold, fetch or send: bounded, checked first."""
+"""Bounds on the bytes that a peer can make the coordinator hold, fetch or send."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from fluffle_broker.inspect.rejected import requeue
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode, pack
-from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Transfer, Update
+from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Part, Transfer, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, pack
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import delta
@@ -33,7 +33,7 @@ from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.strategy.contribution import check_announced
+from fluffle_coordinator.strategy.decoding import check_announced
 
 TOPOLOGY = Topology("f")
 MODEL = {
@@ -53,7 +53,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "PART_BYTES", 64)
 
 
-# --- what is announced ---------------------------------------------------------------------------
+# --- announcements -------------------------------------------------------------------------------
 
 
 def announcement(weights: Any, encoding: Any = None) -> Update:
@@ -64,7 +64,7 @@ def announcement(weights: Any, encoding: Any = None) -> Update:
 
 @pytest.mark.parametrize("how", [None, "bf16", "f16", "int8", "topk:0.1", "topk:0.9"])
 @pytest.mark.usefixtures("small_parts")
-def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
+def test_valid_announcements_are_accepted_in_every_encoding(how):
     learnt = delta(MODEL, MODEL)
     if how is None:
         check_announced(announcement(learnt), MODEL)
@@ -74,7 +74,7 @@ def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "change", "told"),
+    ("encoding", "change", "reason"),
     [
         (None, {"kernel": np.zeros((64, 32), np.float32)}, "'kernel' is float32 (64, 32)"),
         (None, {"kernel": np.zeros((32, 64), np.float64)}, "'kernel' is float64"),
@@ -109,43 +109,43 @@ def test_what_a_worker_announces_is_let_pass_whatever_its_encoding(how):
     ],
 )
 @pytest.mark.usefixtures("small_parts")
-def test_what_cannot_be_of_the_model_is_refused_when_it_is_announced(encoding, change, told):
+def test_an_announcement_that_does_not_match_the_model_is_refused(encoding, change, reason):
     learnt = {**delta(MODEL, MODEL), **change}
     tensors = {name: tensor for name, tensor in learnt.items() if tensor is not None}
     with pytest.raises(MalformedMessage) as caught:
         check_announced(announcement(tensors, encoding), MODEL)
-    assert told in str(caught.value)
+    assert reason in str(caught.value)
     assert caught.value.cause == "tensors"
 
 
 @pytest.mark.parametrize(
-    ("offset", "nbytes", "told"),
+    ("offset", "nbytes", "reason"),
     [
         (0, 8 * 2**30, "end at byte 8, a transfer of 8589934592 bytes is announced"),
         (2**32, 2**32 + 8, "its tensors need no more than"),
         (4, 12, "wrong offset"),
     ],
 )
-def test_a_transfer_is_no_larger_than_its_tensors(offset, nbytes, told):
+def test_a_transfer_larger_than_its_tensors_is_refused(offset, nbytes, reason):
     table = (TensorEntry("w", "float32", (2,), offset, 8),)
     transfer = Transfer(id="t", parts=1, nbytes=nbytes, digest="0" * 64)
     message = update(tensors=table, transfer=transfer)
-    with pytest.raises(MalformedMessage, match=told):
+    with pytest.raises(MalformedMessage, match=reason):
         check_announced(message, None)
 
 
 class Untouched:
-    """A link that nobody may use."""
+    """A link that must not be used."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the link was used: {name}")
 
 
 @pytest.mark.parametrize("first", [False, True])
-async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first):
-    told: list[ev.Event] = []
+async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp_path, first):
+    events: list[ev.Event] = []
     committer = Committer(
-        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=told.append
+        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=events.append
     )
     aggregator = Aggregator(
         TOPOLOGY,
@@ -153,7 +153,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
         committer,
         CoordinatorSettings("f", rs.Rules(rounds=1), max_model_bytes=2**33),
         link=Untouched,  # type: ignore[arg-type]
-        post=told.append,
+        post=events.append,
     )
     table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)
     transfer = Transfer(id="t", parts=2048 if first else 1024, nbytes=2**33 if first else 2**32,
@@ -168,7 +168,7 @@ async def test_nothing_is_fetched_of_what_cannot_be_of_the_model(tmp_path, first
     running = asyncio.ensure_future(aggregator.run())
     await aggregator.drained()
     running.cancel()
-    (event,) = told
+    (event,) = events
     if first:
         assert isinstance(event, ev.Failed)
         assert "a transfer of 8589934592 bytes is announced" in event.reason
@@ -189,7 +189,7 @@ async def link() -> MemoryLink:
 
 
 class As:
-    """A link over which everything is sent as somebody's user."""
+    """A link that publishes everything as one broker user."""
 
     def __init__(self, link: MemoryLink, user: str) -> None:
         self._link, self._user = link, user
@@ -199,7 +199,7 @@ class As:
 
 
 async def send_as(link: MemoryLink, user: str) -> Update:
-    """Send an update in parts, and return its announcement."""
+    """Send an update in parts; return its announcement."""
     to = TOPOLOGY.results
     weights = {"w": np.arange(40.0)}
     await send_tensors(
@@ -211,13 +211,13 @@ async def send_as(link: MemoryLink, user: str) -> Update:
 
 
 @pytest.mark.usefixtures("small_parts")
-async def test_parts_of_another_user_never_get_into_an_update(link):
+async def test_parts_of_another_user_are_ignored(link):
     transfer = (await send_as(link, "w")).transfer
     payload = np.arange(40.0).tobytes()
     mine = [await link.get(TOPOLOGY.outbox("w")) for _ in range(transfer.parts)]
     about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
-    for number, delivery in enumerate(mine):  # a foreign part before each of ours
-        false = wire.Part(federation="f", transfer=transfer.id, part=number)
+    for number, delivery in enumerate(mine):  # a part of another user before each of ours
+        false = Part(federation="f", transfer=transfer.id, part=number)
         body = wire.encode(false, bytes(len(decode(delivery.body)[1])))
         await link.publish(body, Properties(user="mallory"), **about)
         await link.publish(delivery.body, delivery.properties, **about)
@@ -233,10 +233,10 @@ async def test_parts_of_another_user_never_get_into_an_update(link):
 
 
 @pytest.mark.usefixtures("small_parts")
-async def test_where_users_are_not_verified_replaced_parts_are_found_out(link):
+async def test_replaced_parts_are_detected_without_verified_users(link):
     transfer = (await send_as(link, "w")).transfer
     first = await link.get(TOPOLOGY.outbox("w"))
-    false = wire.Part(federation="f", transfer=transfer.id, part=0)
+    false = Part(federation="f", transfer=transfer.id, part=0)
     about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
     await link.publish(wire.encode(false, bytes(64)), Properties(), **about)
     first.ack()
@@ -248,7 +248,7 @@ async def test_where_users_are_not_verified_replaced_parts_are_found_out(link):
 
 
 @pytest.mark.usefixtures("small_parts")
-async def test_only_foreign_parts_are_as_good_as_none(link):
+async def test_parts_of_another_user_alone_count_as_missing(link):
     transfer = (await send_as(link, "mallory")).transfer
     with pytest.raises(PartsGone):
         await fetch(
@@ -257,22 +257,22 @@ async def test_only_foreign_parts_are_as_good_as_none(link):
     assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
 
 
-# --- what is rejected ----------------------------------------------------------------------------
+# --- rejected messages ---------------------------------------------------------------------------
 
 
-async def test_of_large_garbage_the_beginning_is_kept_and_that_is_not_sent_again(link):
+async def test_large_garbage_is_truncated_and_cannot_be_requeued(link):
     garbage = b"\x92" + bytes(10**6)
     await link.publish(garbage, Properties(), exchange="", keys=[TOPOLOGY.updates])
     wrong = MalformedMessage("the header is a int, not a map")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
-    (told,) = await requeue(link, TOPOLOGY, [1])
-    assert told.left == "only the first 65536 bytes of it were kept"
-    kept = await link.get(TOPOLOGY.rejected)
-    assert kept.body == garbage[: 2**16]
-    assert kept.properties.headers["cut_from_bytes"] == len(garbage)
+    (result,) = await requeue(link, TOPOLOGY, [1])
+    assert result.left == "only the first 65536 bytes of it were kept"
+    rejected = await link.get(TOPOLOGY.rejected)
+    assert rejected.body == garbage[: 2**16]
+    assert rejected.properties.headers["cut_from_bytes"] == len(garbage)
 
 
-async def test_a_message_that_is_one_is_kept_whole(link):
+async def test_a_rejected_valid_message_is_stored_whole(link):
     body = wire.encode(update(), bytes(10**6))
     await link.publish(body, Properties(), exchange="", keys=[TOPOLOGY.updates])
     wrong = MalformedMessage("it belongs to run other", "run")
@@ -280,11 +280,11 @@ async def test_a_message_that_is_one_is_kept_whole(link):
     assert (await link.get(TOPOLOGY.rejected)).body == body
 
 
-# --- what waits to be folded ---------------------------------------------------------------------
+# --- updates that wait to be folded --------------------------------------------------------------
 
 
 class Delivered:
-    """A delivery of so many bytes."""
+    """A delivery with a body of the given size."""
 
     def __init__(self, size_bytes: int) -> None:
         self.body, self.released = bytes(size_bytes), False
@@ -296,7 +296,7 @@ class Delivered:
         pass
 
 
-def test_what_there_is_no_room_for_is_given_back_when_there_is():
+def test_parked_deliveries_are_returned_when_there_is_room():
     room, of = Room(100), update()
     held = []
     for size_bytes in (60, 40):
@@ -308,13 +308,13 @@ def test_what_there_is_no_room_for_is_given_back_when_there_is():
     assert [len(delivery.body) for delivery in waiting] == [0, 0, 0]
     held[1].forget()  # 40 are free
     assert [delivery.released for delivery in waiting] == [True, False, False]
-    held[1].free()  # twice is as good as once
+    held[1].free()  # a second call changes nothing
     assert room.used_bytes == 60
     held[0].forget()
     assert all(delivery.released for delivery in waiting)
 
 
-def test_one_larger_than_all_the_room_is_taken_alone():
+def test_a_delivery_larger_than_the_room_is_held_alone():
     room = Room(100)
     delivery = Delivered(500)
     assert not room.park(delivery)
@@ -325,7 +325,7 @@ def test_one_larger_than_all_the_room_is_taken_alone():
     assert large.released
 
 
-def test_what_is_parked_on_a_link_that_is_lost_comes_over_another():
+def test_deliveries_parked_on_a_lost_link_are_dropped():
     room = Room(100)
     held = Held(Delivered(90), update(), memoryview(b""), room)
     parked = Delivered(90)
@@ -335,7 +335,7 @@ def test_what_is_parked_on_a_link_that_is_lost_comes_over_another():
     assert not parked.released
 
 
-# --- signs of life, and what they are answered ---------------------------------------------------
+# --- presence messages and their answers ---------------------------------------------------------
 
 ABOUT = {"federation": "f", "worker": "w", "num_examples": 1, "heartbeat_s": 2.0, "task": "t"}
 
@@ -344,19 +344,19 @@ def hello(session: str = "s", **changes: Any) -> Hello:
     return Hello(**{**ABOUT, "session": session, **changes})
 
 
-def test_a_worker_that_greets_without_end_is_heard_and_answered_a_few_times():
+def test_endless_hellos_are_answered_a_few_times():
     hellos = HelloLimiter()
     taken = [hellos.admit(hello(), 0.0).kind for _ in range(60)]
     assert taken == ["hello"] * 4 + ["heartbeat"] * 56
     assert hellos.admit(hello(), 6.0).kind == "hello"
 
 
-def test_so_is_one_that_seems_to_start_again_without_end():
+def test_endless_restarts_are_answered_a_few_times():
     hellos = HelloLimiter()
     taken = [hellos.admit(hello(str(number)), 0.0) for number in range(60)]
     assert [one is None for one in taken] == [False] * 4 + [True] * 56
     beat = Heartbeat(**{**ABOUT, "session": "new"})
-    assert hellos.admit(beat, 1.0) is None  # it would be answered as a greeting is
+    assert hellos.admit(beat, 1.0) is None  # it would be answered like a hello
     assert hellos.admit(beat, 6.0) is beat
     assert hellos.admit(hello("other", worker="v"), 0.0) is not None
 
@@ -370,13 +370,13 @@ def test_so_is_one_that_seems_to_start_again_without_end():
         ("classes", ["é" * 90] * 200),
     ],
 )
-def test_what_a_worker_says_of_itself_is_bounded(field, value):
+def test_the_size_of_presence_messages_is_bounded(field, value):
     header = {"protocol": 2, "kind": "hello", **ABOUT, "session": "s", field: value}
     with pytest.raises(MalformedMessage, match=field):
         decode(b"\x92" + wire.msgpack.packb(header) + b"\xc4\x00")
 
 
-async def test_a_refusal_is_sent_once_a_session_and_again_where_it_was_not(link):
+async def test_a_refusal_is_sent_once_per_session_and_again_if_sending_failed(link):
     links = [None, link]
     settings = CoordinatorSettings("f", rs.Rules(rounds=1))
 
@@ -405,7 +405,7 @@ async def test_a_refusal_is_sent_once_a_session_and_again_where_it_was_not(link)
 # --- headers -------------------------------------------------------------------------------------
 
 
-def test_no_more_of_a_header_is_looked_at_than_it_may_have():
+def test_no_more_of_a_header_is_read_than_its_limit():
     huge = b"\x92" + wire.msgpack.packb({"kind": "hello", "x": b"y" * 30_000_000}) + b"\xc4\x00"
     for most in (wire.SMALL_HEADER_BYTES, wire.MAX_HEADER_BYTES):
         with pytest.raises(MalformedMessage, match=f"more than {most} bytes"):
@@ -413,7 +413,7 @@ def test_no_more_of_a_header_is_looked_at_than_it_may_have():
 
 
 @pytest.mark.parametrize("encoding", [None, "int8"])
-def test_the_header_of_any_update_of_a_model_has_room(encoding):
+def test_the_header_of_every_update_of_a_model_fits(encoding):
     names = [f"block_{number}/{'x' * 300}/kernel" for number in range(300)]
     model = {name: np.zeros((1024, 1), np.float32) for name in names}
     room = wire.header_room((name, tensor.shape) for name, tensor in model.items())

@@ -1,4 +1,4 @@
-"""Bytes and messages: there and back again, and nothing but MalformedMessage from hostile bytes."""
+"""Encoding and decoding of messages: round trips, and MalformedMessage from hostile bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol import messages
-from fluffle_common.protocol.codec import decode, describe, encode, pack, read_tensors
+from fluffle_common.protocol.codec import decode, describe, encode, read_tensors
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -32,7 +32,7 @@ from fluffle_common.protocol.messages import (
     Transfer,
     Update,
 )
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, digest_of, pack
 from fluffle_common.tensors.table import MAX_TENSORS
 from fluffle_common.tensors.weights import BFLOAT16, DTYPES, Weights
 
@@ -40,11 +40,11 @@ DIGEST = "0" * 64
 MiB = 2**20
 
 
-# --- what is sent ------------------------------------------------------------------------------
+# --- round trips -------------------------------------------------------------------------------
 
 
 def _views() -> st.SearchStrategy[Callable[[np.ndarray], np.ndarray]]:
-    """Make other memory layouts of an array."""
+    """Functions that change the memory layout of an array."""
     return st.sampled_from(
         [
             lambda a: a,
@@ -63,10 +63,10 @@ def _views() -> st.SearchStrategy[Callable[[np.ndarray], np.ndarray]]:
 def tensors(draw: st.DrawFn) -> np.ndarray:
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
-    if dtype == "bfloat16":  # which hypothesis does not know
+    if dtype == "bfloat16":  # hypothesis does not know it
         array = draw(hnp.arrays(np.uint16, shape)).view(BFLOAT16)
     else:
-        array = draw(hnp.arrays(dtype, shape))  # NaN and the infinities among the floats
+        array = draw(hnp.arrays(dtype, shape))  # floats include NaN and infinity
     return draw(_views())(array)
 
 
@@ -150,8 +150,8 @@ def test_arrays_that_are_ready_are_not_copied():
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "bool", "U3", "O", "datetime64[s]", "longdouble"])
-def test_other_dtypes_do_not_travel(dtype):
-    with pytest.raises(ValueError, match="'odd'.*does not travel"):
+def test_unsupported_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match="'odd'.*is not supported"):
         pack(update(), {"odd": np.zeros(2, dtype)})
 
 
@@ -180,7 +180,7 @@ def test_parts_in_any_order_and_more_than_once_make_the_same_weights(weights, si
             assert assembly.complete == (len(seen) == len(bodies))
             part, payload = decode(bodies[number])
             assert part.part == number
-            # A part of something else is passed over, whether or not its place is free.
+            # Parts of other transfers are ignored.
             other = part.model_copy(update={"transfer": "other"})
             assembly.add(other, memoryview(bytes(len(payload))))
             assembly.add(part.model_copy(update={"part": len(bodies)}), payload)
@@ -188,14 +188,14 @@ def test_parts_in_any_order_and_more_than_once_make_the_same_weights(weights, si
             assembly.add(part, payload)
             seen.add(number)
             assert assembly.done_parts == len(seen)
-            assembly.add(part, memoryview(bytes(len(payload))))  # the first one counts
+            assembly.add(part, memoryview(bytes(len(payload))))  # a duplicate is ignored
         assert assembly.complete
         whole = assembly.payload()
         assert whole.readonly
         assert_same(read_tensors(message.tensors, whole), weights)
 
 
-def test_every_transfer_has_an_id_of_its_own(monkeypatch):
+def test_every_transfer_has_a_unique_id(monkeypatch):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
     weights = {"w": np.zeros(100)}
     one, two = pack(update(), weights)[0], pack(update(), weights)[0]
@@ -210,15 +210,15 @@ def test_a_payload_of_exactly_one_part_travels_in_its_message(monkeypatch):
     hashes = [blake3(payload[:64]).digest(), blake3(payload[64:]).digest()]
     digest = blake3(b"".join(hashes)).hexdigest()
     assert transfer == Transfer(id=transfer.id, parts=2, nbytes=72, digest=digest)
-    assert wire.digest_of({"w": np.zeros(9)}) == digest
+    assert digest_of({"w": np.zeros(9)}) == digest
     assert [len(decode(body)[1]) for body in parts] == [64, 8]
 
 
-# --- parts that lie ----------------------------------------------------------------------------
+# --- invalid parts -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("parts", "nbytes", "most", "told"),
+    ("parts", "nbytes", "most", "reason"),
     [
         (50, 200 * MiB, 100 * MiB, "209715200 bytes is announced; the limit is 104857600"),
         (49, 200 * MiB, 300 * MiB, "cannot hold"),
@@ -227,12 +227,12 @@ def test_a_payload_of_exactly_one_part_travels_in_its_message(monkeypatch):
         (1, 2**63, 300 * MiB, "is announced"),
     ],
 )
-def test_an_announcement_that_does_not_add_up_is_refused(parts, nbytes, most, told):
-    with pytest.raises(MalformedMessage, match=told):
+def test_an_inconsistent_announcement_is_refused(parts, nbytes, most, reason):
+    with pytest.raises(MalformedMessage, match=reason):
         Assembly(Transfer(id="t", parts=parts, nbytes=nbytes, digest=DIGEST), most)
 
 
-def test_an_announcement_alone_takes_next_to_no_memory():
+def test_an_announcement_allocates_almost_no_memory():
     process = psutil.Process()
     before = process.memory_info().rss
     transfer = Transfer(id="t", parts=250, nbytes=1000 * MiB, digest=DIGEST)
@@ -241,17 +241,17 @@ def test_an_announcement_alone_takes_next_to_no_memory():
     assert not assembly.complete
 
 
-def test_an_announcement_that_no_memory_can_hold_is_refused(monkeypatch):
+def test_an_announcement_larger_than_memory_is_refused(monkeypatch):
     def full(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(np, "empty", full)
-    with pytest.raises(MalformedMessage, match="no room for 1000 bytes"):
+    with pytest.raises(MalformedMessage, match="not enough memory for 1000 bytes"):
         Assembly(Transfer(id="t", parts=1, nbytes=1000, digest=DIGEST), 1000)
 
 
 @pytest.mark.parametrize(("number", "size"), [(0, 63), (0, 65), (0, 0), (1, 64), (1, 7), (1, 9)])
-def test_a_part_of_the_wrong_size_is_refused_and_leaves_its_place_free(monkeypatch, number, size):
+def test_a_part_of_the_wrong_size_is_refused_and_can_be_sent_again(monkeypatch, number, size):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
     hashes = blake3(b"a" * 64).digest() + blake3(b"b" * 8).digest()
     transfer = Transfer(id="t", parts=2, nbytes=72, digest=blake3(hashes).hexdigest())
@@ -266,12 +266,12 @@ def test_a_part_of_the_wrong_size_is_refused_and_leaves_its_place_free(monkeypat
 
 
 @pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, "g" * 64])
-def test_what_is_no_digest_is_malformed(digest):
+def test_an_invalid_digest_is_malformed(digest):
     transfer = {"id": "t", "parts": 2, "nbytes": 5 * MiB, "digest": digest}
     refused(packed(header(transfer=transfer)), "transfer.digest")
 
 
-def test_parts_that_were_replaced_are_found_out(monkeypatch):
+def test_replaced_parts_are_detected(monkeypatch):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
     transfer, _, bodies = pack(update(), {"w": np.arange(20.0)})
     assembly = Assembly(transfer, transfer.nbytes)
@@ -287,7 +287,7 @@ def test_parts_that_were_replaced_are_found_out(monkeypatch):
 
 
 class peak:
-    """Measure the most memory that Python allocates at a time within a block."""
+    """Measure the peak of memory that Python allocates in a block."""
 
     def __enter__(self) -> Callable[[], int]:
         tracemalloc.start()
@@ -302,7 +302,7 @@ class peak:
 
 
 def read(body: bytes) -> None:
-    """Take a body as a receiver does; anything but MalformedMessage stops a service."""
+    """Decode a body and its tensors as a receiver does."""
     message, payload = decode(body)
     describe(message)
     assert message.identity
@@ -310,13 +310,13 @@ def read(body: bytes) -> None:
         read_tensors(message.tensors, payload)
 
 
-def refused(body: bytes, told: str) -> None:
-    read(VALID)  # what is imported lazily, or built once, is not counted
-    with peak() as used, pytest.raises(MalformedMessage, match=told) as caught:
+def refused(body: bytes, reason: str) -> None:
+    read(VALID)  # do not measure lazy imports and caches
+    with peak() as used, pytest.raises(MalformedMessage, match=reason) as caught:
         read(body)
     reason = str(caught.value)
     assert 10 <= len(reason) <= 500
-    # msgpack always takes a buffer of 1 MiB to read into.
+    # msgpack always allocates a buffer of 1 MiB.
     assert used() < 1.5 * MiB + 4 * len(body)
 
 
@@ -325,8 +325,8 @@ def packed(header: Any, payload: bytes = b"") -> bytes:
 
 
 def header(*entries: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    told = update().model_dump(exclude={"pad", "tensors", "transfer"})
-    return {**told, "tensors": list(entries), **changes}
+    fields = update().model_dump(exclude={"pad", "tensors", "transfer"})
+    return {**fields, "tensors": list(entries), **changes}
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def entry(**changes: Any) -> dict[str, Any]:
 VALID = packed(header(entry()), bytes(8))
 
 
-def test_an_unknown_key_is_passed_over_and_a_critical_one_that_is_known_is_taken():
+def test_unknown_keys_are_ignored_and_known_critical_keys_are_accepted():
     message, _ = decode(packed(header(later={"deep": [1]}, ext={"mine": "x"}, critical=["round"])))
     assert (message.round, message.ext, message.critical) == (3, {"mine": "x"}, ("round",))
     assert decode(wire.encode(message))[0] == message
@@ -346,14 +346,14 @@ HELLO = {"federation": "f", "kind": "hello", "worker": "w", "session": "s", "num
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 7])
-def test_a_hello_of_any_version_says_whom_to_answer_and_is_answered_in_its_own(protocol):
-    greets = wire.greeting(packed({"protocol": protocol, **HELLO}), "f")
-    assert greets == (protocol, "w", "s")
+def test_a_hello_of_any_version_is_refused_in_that_version(protocol):
+    hello = wire.minimal_hello(packed({"protocol": protocol, **HELLO}), "f")
+    assert hello == (protocol, "w", "s")
     refusal = messages.Refusal(federation="f", session="s", code="protocol", reason="no")
-    told, payload = msgpack.unpackb(wire.encode_refusal(refusal, protocol))
+    answer, payload = msgpack.unpackb(wire.encode_refusal(refusal, protocol))
     frozen = {"protocol": protocol, "federation": "f", "kind": "refusal", "session": "s"}
-    assert {**frozen, "reason": "no"} == {k: v for k, v in told.items() if k != "code"}
-    assert ("code" in told, payload) == (protocol == 2, b"")
+    assert {**frozen, "reason": "no"} == {k: v for k, v in answer.items() if k != "code"}
+    assert ("code" in answer, payload) == (protocol == 2, b"")
 
 
 @pytest.mark.parametrize(
@@ -363,20 +363,20 @@ def test_a_hello_of_any_version_says_whom_to_answer_and_is_answered_in_its_own(p
         {"session": ""}, {"session": "s" * 65}, {"protocol": "1"}, {"protocol": True},
     ],
 )  # fmt: skip
-def test_nobody_is_answered_who_does_not_say_who_it_is(changes):
-    assert wire.greeting(packed({"protocol": 1, **HELLO, **changes}), "f") is None
-    assert wire.greeting(b"junk", "f") is None
-    assert wire.greeting(packed([1]), "f") is None
+def test_a_hello_without_a_valid_identity_is_not_answered(changes):
+    assert wire.minimal_hello(packed({"protocol": 1, **HELLO, **changes}), "f") is None
+    assert wire.minimal_hello(b"junk", "f") is None
+    assert wire.minimal_hello(packed([1]), "f") is None
 
 
-def test_the_example_is_valid_until_it_is_spoilt():
+def test_the_unspoilt_example_is_valid():
     read(VALID)
     read(packed(header(entry(), entry(name="v", offset=64)), bytes(72)))
     read(packed(header()))
 
 
 @pytest.mark.parametrize(
-    ("entries", "payload", "told"),
+    ("entries", "payload", "reason"),
     [
         ([entry(shape=[50 * MiB], nbytes=200 * MiB)], 8, "ends at byte 209715200"),
         ([entry(shape=[50 * MiB])], 8, "cannot have 8 bytes"),
@@ -411,7 +411,7 @@ def test_the_example_is_valid_until_it_is_spoilt():
         ([entry(name="n" * 501)], 8, "name.*at most 500"),
         ([entry(name=b"w")], 8, "name"),
         ([entry(more=1)], 8, "more"),
-        ([entry(), entry(offset=64)], 72, "'w' is there twice"),
+        ([entry(), entry(offset=64)], 72, "'w' appears twice"),
         ([entry()], 9, "1 bytes of the payload belong to no tensor"),
         ([], 8, "8 bytes of the payload belong to no tensor"),
         ([entry()], 7, "ends at byte 8, the payload has 7"),
@@ -419,12 +419,12 @@ def test_the_example_is_valid_until_it_is_spoilt():
         ([None], 8, "tensors"),
     ],
 )
-def test_a_table_that_lies_is_refused(entries, payload, told):
-    refused(packed(header(*entries), bytes(payload)), told)
+def test_an_inconsistent_table_is_refused(entries, payload, reason):
+    refused(packed(header(*entries), bytes(payload)), reason)
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "reason"),
     [
         (b"", "not a msgpack array"),
         (b"\x92", "not valid msgpack"),
@@ -456,8 +456,8 @@ def test_a_table_that_lies_is_refused(entries, payload, told):
         (b"\x92" + msgpack.packb(header()) + b"\xc6\xff\xff\xff\xff", "claims 4294967295"),
     ],
 )
-def test_a_body_that_is_not_one_whole_document_is_refused(body, told):
-    refused(body, told)
+def test_a_body_that_is_not_exactly_one_document_is_refused(body, reason):
+    refused(body, reason)
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_a_body_that_is_not_one_whole_document_is_refused(body, told):
         (b"\xc9\x0c\x80\x00\x00\x01", "an extension of 200 MB"),
     ],
 )
-def test_a_size_that_is_only_claimed_is_not_allocated(claim, kind):
+def test_claimed_sizes_are_not_allocated(claim, kind):
     for before in (b"\x92", b"\x92\x81\xa7tensors", b"\x92\x81\xa7tensors\x91\x81\xa5shape"):
         refused(before + claim, "not valid msgpack")
         refused(before + claim + b"\xc0" * 50, "not valid msgpack")
@@ -483,16 +483,16 @@ def test_a_size_that_is_only_claimed_is_not_allocated(claim, kind):
 @pytest.mark.parametrize("unit", [b"\x91", b"\x81\xa1k", b"\xdc\x00\x01"])
 @pytest.mark.parametrize("field", sorted(set(header()) - {"federation"}))
 def test_deep_nesting_is_refused(depth, unit, field):
-    # Spliced in behind a valid field, since packing it would itself recurse.
-    told = {key: value for key, value in header().items() if key != field}
-    pairs = b"".join(msgpack.packb(key) + msgpack.packb(value) for key, value in told.items())
-    spoilt = msgpack.Packer().pack_map_header(len(told) + 1) + pairs
+    # Appended to the packed bytes, because packing would itself recurse.
+    others = {key: value for key, value in header().items() if key != field}
+    pairs = b"".join(msgpack.packb(key) + msgpack.packb(value) for key, value in others.items())
+    spoilt = msgpack.Packer().pack_map_header(len(others) + 1) + pairs
     body = b"\x92" + spoilt + msgpack.packb(field) + unit * depth + b"\xc0\xc4\x00"
     refused(body, f"{field}|not valid msgpack")
 
 
-def test_nested_claims_do_not_add_up_without_bound():
-    # Each level may take a little in advance; the number of levels has a limit.
+def test_nested_claimed_sizes_are_bounded():
+    # Each level may allocate a little; the number of levels is limited.
     for depth in (1000, 100_000):
         with peak() as used, pytest.raises(MalformedMessage, match="not valid msgpack"):
             decode(b"\x92" + b"\xdd\x00\x01\x86\xa0" * depth)
@@ -500,10 +500,10 @@ def test_nested_claims_do_not_add_up_without_bound():
 
 
 @pytest.mark.parametrize("alike", [{"offset": 0.0}, {"offset": False}, {"nbytes": 8.0}])
-def test_a_table_that_equals_one_that_was_right_is_still_refused_for_its_types(alike):
+def test_a_table_with_wrong_types_that_equals_a_cached_one_is_refused(alike):
     right = entry()
     read(packed(header(right), bytes(8)))
-    assert {**right, **alike} == right  # for Python
+    assert {**right, **alike} == right  # Python considers 1, 1.0 and True equal
     refused(packed(header({**right, **alike}), bytes(8)), "tensors.0")
     read(packed(header(right), bytes(8)))
 
@@ -521,7 +521,7 @@ def test_a_table_with_as_many_tensors_as_allowed_is_read():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reason"),
     [
         ({"protocol": 1}, "protocol"),
         ({"federation": "a.b"}, "federation"),
@@ -563,8 +563,8 @@ def test_a_table_with_as_many_tensors_as_allowed_is_read():
         ({"ext": {"deep": {}}}, "ext"),
     ],
 )
-def test_a_field_out_of_its_bounds_is_refused_by_name(changes, told):
-    refused(packed(header(**changes)), told)
+def test_a_field_out_of_its_bounds_is_refused_by_name(changes, reason):
+    refused(packed(header(**changes)), reason)
 
 
 FIT = Fit(federation="f", run="r", round=1, base="b", evaluate=True, plan=Plan())
@@ -582,22 +582,22 @@ FIT = Fit(federation="f", run="r", round=1, base="b", evaluate=True, plan=Plan()
     ],
     ids=lambda message: message.kind,
 )
-def test_work_and_its_answers_name_the_weights_they_begin_with(message):
-    told = message.model_dump(exclude_none=True)
-    assert decode(packed(told))[0] == message
-    del told["base"]
-    refused(packed(told), "base: Field required")
+def test_work_and_its_answers_name_their_base(message):
+    fields = message.model_dump(exclude_none=True)
+    assert decode(packed(fields))[0] == message
+    del fields["base"]
+    refused(packed(fields), "base: Field required")
 
 
 @pytest.mark.parametrize("kind", [Hello, Heartbeat])
-def test_a_sign_of_life_may_name_the_weights_it_is_at(kind):
+def test_presence_messages_may_name_their_base(kind):
     known = {"federation": "f", "worker": "w", "session": "s", "num_examples": 3, "task": "t"}
-    told = kind(**known, heartbeat_s=1.0).model_dump()
-    for says, base in ((told, None), (told | {"base": "b"}, "b")):
+    fields = kind(**known, heartbeat_s=1.0).model_dump()
+    for says, base in ((fields, None), (fields | {"base": "b"}, "b")):
         assert decode(packed(says))[0].base == base
         assert decode(encode(decode(packed(says))[0]))[0].base == base
     assert "base" not in msgpack.unpackb(encode(kind(**known, heartbeat_s=1.0)))[0]
-    refused(packed(told | {"base": ""}), "base")
+    refused(packed(fields | {"base": ""}), "base")
 
 
 @given(st.binary(max_size=300))
@@ -697,7 +697,7 @@ def try_to_read(body: bytes) -> None:
         assert len(str(why)) <= 500
 
 
-def test_without_a_digest_nothing_is_compared(monkeypatch):
+def test_parts_without_a_digest_are_not_verified(monkeypatch):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
     assembly = Assembly(Transfer(id="t", parts=1, nbytes=8), 100)
     assembly.add(Part(federation="f", transfer="t", part=0), memoryview(b"anything"))

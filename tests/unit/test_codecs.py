@@ -1,4 +1,4 @@
-"""Codecs: the bytes of fluffle's own, and what is made of those of others."""
+"""Codecs: the wire format of built-in ones, and the handling of users' ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).resha
 
 @dataclass(frozen=True)
 class Signs:
-    """The sign of each value, and the mean magnitude."""
+    """A codec that sends the sign of each value and the mean magnitude."""
 
     name: ClassVar[str] = "signs"
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
@@ -49,12 +49,12 @@ class Signs:
 
 @pytest.fixture
 def codecs(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    """Let this test add codecs to those of the process."""
+    """Remove codecs that a test adds to the registry of the process."""
     monkeypatch.setattr(CODECS, "_codecs", dict(CODECS._codecs))
     return CODECS
 
 
-# What is on the wire does not change: docs/protocol.md says it, and others decode it.
+# Other implementations rely on this format, which docs/protocol.md describes.
 @pytest.mark.parametrize(
     ("how", "digest"),
     [
@@ -64,7 +64,7 @@ def codecs(monkeypatch: pytest.MonkeyPatch) -> Registry:
         ("topk:0.01", "ce3e4c307bf8dfad"),
     ],
 )
-def test_the_bytes_of_an_encoding_are_what_they_were(how, digest):
+def test_the_wire_format_of_built_in_codecs_is_unchanged(how, digest):
     encoded, _ = compress(DELTA, how, {})
     found = hashlib.sha256()
     for name, tensor in encoded.items():
@@ -72,7 +72,7 @@ def test_the_bytes_of_an_encoding_are_what_they_were(how, digest):
     assert found.hexdigest()[:16] == digest
 
 
-def test_a_codec_of_someone_else_encodes_and_decodes(codecs):
+def test_a_users_codec_encodes_and_decodes(codecs):
     codecs.add(Signs, "here")
     encoded, left = compress(DELTA, "signs", {})
     assert {name: (t.dtype.name, t.shape) for name, t in encoded.items()} == {
@@ -87,7 +87,7 @@ def test_a_codec_of_someone_else_encodes_and_decodes(codecs):
         check_announced_signature(announced, "signs", DELTA)
 
 
-def test_random_numbers_are_those_of_the_plan(codecs):
+def test_random_numbers_are_seeded_by_the_plan(codecs):
     class Dithered(Signs):
         name = "dithered"
 
@@ -103,7 +103,7 @@ def test_random_numbers_are_those_of_the_plan(codecs):
     assert not np.array_equal(one, other)
 
 
-# --- what is no codec ----------------------------------------------------------------------------
+# --- invalid codecs ------------------------------------------------------------------------------
 
 
 def changed(**changes: Any) -> type:
@@ -111,7 +111,7 @@ def changed(**changes: Any) -> type:
 
 
 @pytest.mark.parametrize(
-    ("codec", "told"),
+    ("codec", "reason"),
     [
         (Signs(), "is a Signs; a codec is a class"),
         (changed(name="No Name"), "a codec's name has 1 to 32 of a-z"),
@@ -129,19 +129,19 @@ def changed(**changes: Any) -> type:
         (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "of one suffix"),
     ],
 )
-def test_what_is_no_codec_is_refused_with_what_to_change(codec, told):
+def test_an_invalid_codec_is_refused_with_a_remedy(codec, reason):
     with pytest.raises(UsageError) as wrong:
         Registry().add(codec, "codec.py:C (--codec)")
-    assert told in str(wrong.value)
+    assert reason in str(wrong.value)
     assert "\n" not in str(wrong.value)
 
 
-def test_fluffles_own_are_codecs():
+def test_built_in_codecs_are_valid():
     for name in ("bf16", "f16", "int8", "topk"):
         assert check_codec(CODECS.get(name), name).name == name
 
 
-# --- codecs that fail ----------------------------------------------------------------------------
+# --- failing codecs ------------------------------------------------------------------------------
 
 
 def fails(*_: Any) -> Any:
@@ -149,7 +149,7 @@ def fails(*_: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("encode", "told"),
+    ("encode", "reason"),
     [
         (fails, "'signs' fails to encode tensor 'w': RuntimeError: as it was written (test_codecs"),
         (lambda *_: None, "returned a NoneType for tensor 'w'; a tuple of 2 is expected"),
@@ -160,39 +160,39 @@ def fails(*_: Any) -> Any:
         ),
         (
             lambda self, tensor, rng: (tensor, np.float32(1)),
-            "tensor 'w#sign' is float32, expected int8",
+            "tensor 'w#sign' is float32 (30, 100), expected int8 (30, 100)",
         ),
         (
             lambda self, tensor, rng: (np.zeros(3, np.int8), np.float32(1)),
-            "'w#sign' has shape (3,), expected (30, 100)",
+            "'w#sign' is int8 (3,), expected int8 (30, 100)",
         ),
     ],
 )
-def test_an_encode_that_fails_says_so_in_one_line(codecs, encode, told):
+def test_a_failing_encode_is_reported_in_one_line(codecs, encode, reason):
     codecs.add(changed(encode=encode), "here")
     with pytest.raises(CodecError) as wrong:
         compress(DELTA, "signs", {})
-    assert told in str(wrong.value)
+    assert reason in str(wrong.value)
     assert "\n" not in str(wrong.value)
 
 
 @pytest.mark.parametrize(
-    ("decode", "told"),
+    ("decode", "reason"),
     [
         (fails, "'signs' fails to decode tensor 'w': RuntimeError: as it was written (test_codecs"),
         (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w', expected float32"),
         (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
     ],
 )
-def test_a_decode_that_fails_refuses_the_update(codecs, decode, told):
+def test_a_failing_decode_rejects_the_update(codecs, decode, reason):
     encoded, _ = compress(DELTA, Signs(), {})
     codecs.add(changed(decode=staticmethod(decode)), "here")
     with pytest.raises(ValueError, match="signs") as wrong:
         decompress(encoded, "signs", DELTA)
-    assert told in str(wrong.value)
+    assert reason in str(wrong.value)
 
 
-def test_what_a_codec_leaves_unsent_is_finite_or_no_update_is_sent(codecs):
+def test_a_residual_that_is_not_finite_is_an_error(codecs):
     def infinite(parts: Any, like: Any) -> Any:
         return np.full(like.shape, np.inf, like.dtype)
 
@@ -211,7 +211,7 @@ def test_a_codec_cannot_change_the_model(codecs):
         decompress(encoded, "signs", DELTA)
 
 
-def test_what_a_codec_refuses_is_told_with_its_tensor_and_line(codecs):
+def test_a_refusal_of_a_codec_names_the_tensor_and_the_line(codecs):
     def refuses(parts: Any, like: Any) -> Any:
         raise ValueError("#size is negative")
 
@@ -221,7 +221,7 @@ def test_what_a_codec_refuses_is_told_with_its_tensor_and_line(codecs):
         decompress(encoded, "signs", DELTA)
 
 
-# --- where they come from ------------------------------------------------------------------------
+# --- origins of codecs ---------------------------------------------------------------------------
 
 
 def entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Registry:
@@ -230,24 +230,24 @@ def entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Regis
     return Registry()
 
 
-def test_an_installed_codec_is_found_by_its_name(monkeypatch):
+def test_an_installed_codec_is_found_by_name(monkeypatch):
     assert entry_point(monkeypatch, "signs", f"{__name__}:Signs").parse("signs:1") == Signs()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "reason"),
     [
         ("signs", "nowhere_to_be_found:Signs", "fails to load: ModuleNotFoundError"),
         ("other", f"{__name__}:Signs", "has the name 'signs', not 'other'"),
         ("signs", f"{__name__}:fails", "a codec is a class"),
     ],
 )
-def test_an_installed_codec_that_is_none_is_told(monkeypatch, name, value, told):
-    with pytest.raises(BrokenCodec, match=told):
+def test_an_invalid_installed_codec_is_reported(monkeypatch, name, value, reason):
+    with pytest.raises(BrokenCodec, match=reason):
         entry_point(monkeypatch, name, value).get(name)
 
 
-def test_no_name_on_the_wire_makes_a_process_import_a_file(tmp_path):
+def test_no_message_makes_a_process_import_a_file(tmp_path):
     for name in (f"{tmp_path}/codec.py", "codec"):
         with pytest.raises(UnknownCodec):
             Registry().get(name)
@@ -273,15 +273,15 @@ class Tenths:
 
 
 @pytest.mark.parametrize("settings", ["", ":1"])
-def test_compress_takes_a_codec_from_a_file_and_tells_workers_its_name(codecs, tmp_path, settings):
-    (tmp_path / "queue.py").write_text(CODEC)  # it replaces no module
+def test_compress_takes_a_codec_from_a_file_and_sends_its_name(codecs, tmp_path, settings):
+    (tmp_path / "queue.py").write_text(CODEC)  # does not shadow the standard library's module
     how = CompressType().convert(f"{tmp_path}/queue.py:Tenths{settings}", None, None)
     assert str(Compression.parse(how)) == f"tenths{settings}"
     assert decompress(compress(DELTA, how, {})[0], "tenths", DELTA)["w"].shape == (30, 100)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [
         ("{}/none.py:Tenths", "there is no file"),
         ("{}/codec.py:Nothing", "has no 'Nothing' (--compress)"),
@@ -290,23 +290,23 @@ def test_compress_takes_a_codec_from_a_file_and_tells_workers_its_name(codecs, t
         ("{}/codec.py:Tenths:a b", "is not a codec"),
     ],
 )
-def test_compress_refuses_what_is_no_codec(codecs, tmp_path, text, told):
+def test_compress_refuses_an_invalid_codec(codecs, tmp_path, text, reason):
     (tmp_path / "codec.py").write_text(CODEC)
     with pytest.raises(UsageError) as wrong:
         CompressType().convert(text.format(tmp_path), None, None)
-    assert told in str(wrong.value)
+    assert reason in str(wrong.value)
     assert "\n" not in str(wrong.value)
 
 
-def test_a_file_that_fails_is_told_in_one_line_and_its_traceback_is_the_users_own(tmp_path, capsys):
+def test_a_failing_file_is_reported_in_one_line_with_the_users_traceback(tmp_path, capsys):
     path = tmp_path / "broken.py"
     path.write_text("import json\n\njson.loads('{')\n")
     with pytest.raises(TaskError, match=r"JSONDecodeError: .* \(broken\.py:3\)$"):
         load_codec(f"{path}:C", "--codec")
-    told = capsys.readouterr().err
-    assert "json.loads('{')" in told
-    assert "objects.py" not in told
-    assert "importlib" not in told
+    output = capsys.readouterr().err
+    assert "json.loads('{')" in output
+    assert "objects.py" not in output
+    assert "importlib" not in output
 
 
 @pytest.mark.parametrize("name", ["codec", "codec:C", ":C", "codec.py", "codec.py:"])

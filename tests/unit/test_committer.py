@@ -1,4 +1,4 @@
-"""What the committer writes, besides what the whole federations show."""
+"""The committer: what it writes, beyond what tests/federation covers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATE = {"worker": "b", "round": 1, "num_examples": 10}
 
 
 class Run:
-    """A committer at work in a folder."""
+    """A running committer with a run folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Encoded deltas: how far off they may be, what is carried over, and what is not believed."""
+"""Compression: encoding errors, error feedback, and checks of encoded tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from hypothesis.extra import numpy as hnp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Compression, Plan, Update, parse
-from fluffle_common.tensors.compression import BLOCK, SMALLEST, compress, decompress, encoding_of
+from fluffle_common.tensors.codecs.int8 import BLOCK
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import check_delta, size_bytes
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_contribution
 
 HOWS = ("bf16", "f16", "int8", "topk:0.01", "topk:0.5")
 FED_BACK = ("int8", "topk:0.01", "topk:0.5")
@@ -24,7 +26,7 @@ F16_TINY = float(np.finfo(np.float16).tiny)
 
 @st.composite
 def tensors(draw: st.DrawFn, largest: float = 1e30) -> np.ndarray:
-    """Values of many magnitudes, some of them zero, in a shape that is no multiple of a block."""
+    """Values of many magnitudes, including zeros, whose number is not a multiple of a block."""
     size = draw(st.integers(SMALLEST, SMALLEST + 3 * BLOCK))
     numbers = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     low, high = sorted(draw(st.tuples(*[st.floats(-30, math.log10(largest) - 1)] * 2)))
@@ -39,22 +41,22 @@ def sent_of(delta: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
 
 
 def update(encoded: dict[str, np.ndarray], encoding: str | None) -> tuple[Update, memoryview]:
-    """Return an update as the coordinator has it once it came over the wire."""
+    """Return an update as the coordinator decodes it."""
     table, pieces = lay_out(encoded)
     message = Update(
         federation="f", run="r", round=1, base="b", worker="w", num_examples=1, seconds=0.0,
         tensors=table, encoding=encoding,
     )  # fmt: skip
-    told, payload = decode(encode(message, pieces))
-    assert isinstance(told, Update)
-    return told, payload
+    decoded, payload = decode(encode(message, pieces))
+    assert isinstance(decoded, Update)
+    return decoded, payload
 
 
 # --- round trips -------------------------------------------------------------------------------
 
 
 @given(tensors())
-def test_bf16_is_off_by_at_most_half_a_step(tensor):
+def test_the_error_of_bf16_is_at_most_half_a_step(tensor):
     got = sent_of({"w": tensor}, "bf16")["w"]
     assert got.dtype == tensor.dtype
     assert np.all(np.abs(got - tensor) <= 2.0**-8 * np.abs(tensor))
@@ -63,8 +65,8 @@ def test_bf16_is_off_by_at_most_half_a_step(tensor):
 @pytest.mark.parametrize(
     ("bits", "rounded"),
     [
-        (0x3F808000, 0x3F80),  # halfway, down to the even one
-        (0x3F818000, 0x3F82),  # halfway, up to the even one
+        (0x3F808000, 0x3F80),  # a tie, rounded down to even
+        (0x3F818000, 0x3F82),  # a tie, rounded up to even
         (0x3F808001, 0x3F81),
         (0x3F807FFF, 0x3F80),
         (0xBF818000, 0xBF82),
@@ -81,34 +83,34 @@ def test_bf16_rounds_to_nearest_and_halves_to_even(bits, rounded):
 
 
 @given(tensors(largest=6e4))
-def test_f16_is_off_by_at_most_half_a_step(tensor):
+def test_the_error_of_f16_is_at_most_half_a_step(tensor):
     got = sent_of({"w": tensor}, "f16")["w"]
     assert got.dtype == tensor.dtype
     bound = np.where(np.abs(tensor) >= F16_TINY, 2.0**-11 * np.abs(tensor), 2.0**-25)
     assert np.all(np.abs(got - tensor) <= bound)
 
 
-def test_what_f16_cannot_hold_is_its_largest():
+def test_f16_clips_values_beyond_its_range():
     tensor = np.tile(np.array([1e6, -1e6], np.float32), SMALLEST)
     assert np.all(np.abs(sent_of({"w": tensor}, "f16")["w"]) == 65504)
 
 
 @given(tensors())
-def test_int8_is_off_by_at_most_half_a_scale(tensor):
+def test_the_error_of_int8_is_at_most_half_a_scale(tensor):
     encoded, left = compress({"w": tensor}, "int8", {})
     q, scale = encoded["w#q"], encoded["w#scale"]
     assert q.shape == tensor.shape
     assert scale.shape == (-(-tensor.size // BLOCK),)
     off = np.abs(decompress(encoded, "int8", {"w": tensor})["w"] - tensor)
     half = np.repeat(scale, BLOCK)[: tensor.size] / 2
-    # The quotient is rounded before it is rounded to a whole number, and scales have an end below.
+    # The quotient itself is rounded before rint, and scales may be subnormal.
     assert np.all(off <= half.astype(np.float64) * (1 + 1e-4) + 1e-42)
     assert np.array_equal(np.abs(left["w"]), off)
     assert np.abs(q).max() <= 127
 
 
 @given(tensors(), st.sampled_from(["topk:0.01", "topk:0.3", "topk:0.000001"]))
-def test_topk_keeps_the_largest_and_nothing_else(tensor, how):
+def test_topk_sends_exactly_the_largest_values(tensor, how):
     encoded, left = compress({"w": tensor}, how, {})
     index, value = encoded["w#index"], encoded["w#value"]
     kept = math.ceil(float(how.partition(":")[2]) * tensor.size)
@@ -124,7 +126,7 @@ def test_topk_keeps_the_largest_and_nothing_else(tensor, how):
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("shape", [(1024,), (33, 40), (1, 5, 300), (2, 0), (), (1023,)])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_every_form_of_tensor_comes_back_in_its_own(how, shape, dtype):
+def test_every_dtype_and_shape_is_restored(how, shape, dtype):
     numbers = np.random.default_rng(1)
     delta = {
         "w": np.asarray(numbers.normal(size=shape), dtype),
@@ -159,12 +161,12 @@ def test_bytes_on_the_wire():
     }  # fmt: skip
 
 
-# --- what travels as it is ---------------------------------------------------------------------
+# --- tensors that are not encoded --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused_as_such_and_not_carried_over(how, value):
+def test_values_that_are_not_finite_are_refused_and_leave_no_residual(how, value):
     good = np.ones(2000, np.float32)
     bad = good.copy()
     bad[7] = value
@@ -177,7 +179,7 @@ def test_what_is_not_finite_is_refused_as_such_and_not_carried_over(how, value):
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("other", ["w#q", "w#scale", "w#index", "w#value"])
-def test_names_of_the_model_are_never_mistaken_for_encoded_ones(how, other):
+def test_names_of_the_model_are_never_mistaken_for_parts(how, other):
     tensor = np.random.default_rng(0).normal(size=2000).astype(np.float32)
     delta = {"w": tensor, other: 2 * tensor, "x" * 500: 3 * tensor}
     encoded, left = compress(delta, how, {})
@@ -192,7 +194,7 @@ def test_names_of_the_model_are_never_mistaken_for_encoded_ones(how, other):
 @pytest.mark.parametrize("how", FED_BACK)
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=10)
-def test_what_was_sent_is_what_was_learnt_less_what_is_left(how, seed):
+def test_the_residual_is_the_delta_less_what_was_sent(how, seed):
     numbers = np.random.default_rng(seed)
     learnt, sent, left = np.zeros((3, 700)), np.zeros((3, 700)), {}
     for _ in range(40):
@@ -203,7 +205,7 @@ def test_what_was_sent_is_what_was_learnt_less_what_is_left(how, seed):
     np.testing.assert_allclose(sent, learnt - left["w"], atol=1e-3)
 
 
-def test_a_value_too_small_to_be_sent_is_sent_in_the_end():
+def test_small_values_accumulate_until_they_are_sent():
     delta = {"w": np.full(SMALLEST, 1e-3, np.float32)}
     delta["w"][::BLOCK] = 1.0  # a scale of 1/127: the others round to 0
     sent, left = np.zeros(SMALLEST), {}
@@ -215,11 +217,11 @@ def test_a_value_too_small_to_be_sent_is_sent_in_the_end():
 
 
 @pytest.mark.parametrize("how", ["bf16", "f16"])
-def test_rounding_alone_leaves_nothing(how):
+def test_bf16_and_f16_leave_no_residual(how):
     assert compress({"w": np.full(SMALLEST, 1 / 3, np.float32)}, how, {})[1] == {}
 
 
-# --- what is not believed ----------------------------------------------------------------------
+# --- invalid encoded tensors -------------------------------------------------------------------
 
 BASE = {"w": np.zeros((30, 50), np.float32), "n": np.zeros(3, np.int32)}
 DELTA = {"w": np.random.default_rng(3).normal(size=(30, 50)).astype(np.float32), "n": np.arange(3)}
@@ -247,26 +249,26 @@ VALUE = np.ones(3, F32)
 @pytest.mark.parametrize(
     ("message", "reason", "cause"),
     [
-        (spoilt("bf16", w=DELTA["w"].astype(np.uint32)), "uint32, expected uint16", "tensors"),
-        (spoilt("bf16", w=np.zeros((50, 30), np.uint16)), "has shape (50, 30)", "tensors"),
+        (spoilt("bf16", w=DELTA["w"].astype(np.uint32)), "is uint32 (30, 50)", "tensors"),
+        (spoilt("bf16", w=np.zeros((50, 30), np.uint16)), "expected uint16 (30, 50)", "tensors"),
         (spoilt("bf16", w=np.full((30, 50), 0x7F80, np.uint16)), "NaN or infinite", "not_finite"),
         (spoilt("bf16", w=np.full((30, 50), 0x7FA0, np.uint16)), "NaN or infinite", "not_finite"),
         (spoilt("bf16", n=np.zeros(3, np.uint16)), "'n' is uint16, expected int64", "tensors"),
-        (spoilt("f16", w=np.zeros(1500, np.float16)), "has shape (1500,)", "tensors"),
+        (spoilt("f16", w=np.zeros(1500, np.float16)), "expected float16 (30, 50)", "tensors"),
         (spoilt("f16", w=np.full((30, 50), np.inf, np.float16)), "NaN or infinite", "not_finite"),
-        (spoilt("int8", q=np.zeros((30, 50), np.uint8)), "uint8, expected int8", "tensors"),
-        (spoilt("int8", q=np.zeros((30, 49), np.int8)), "has shape (30, 49)", "tensors"),
-        (spoilt("int8", scale=np.zeros(5, F32)), "'w#scale' has shape (5,)", "tensors"),
-        (spoilt("int8", scale=np.zeros(6)), "float64, expected float32", "tensors"),
+        (spoilt("int8", q=np.zeros((30, 50), np.uint8)), "uint8 (30, 50), expected", "tensors"),
+        (spoilt("int8", q=np.zeros((30, 49), np.int8)), "expected int8 (30, 50)", "tensors"),
+        (spoilt("int8", scale=np.zeros(5, F32)), "(5,), expected float32 (6,)", "tensors"),
+        (spoilt("int8", scale=np.zeros(6)), "is float64 (6,), expected float32 (6,)", "tensors"),
         (spoilt("int8", scale=np.full(6, -1, F32)), "has negative values", "tensors"),
         (spoilt("int8", scale=np.full(6, np.nan, F32)), "NaN or infinite", "not_finite"),
         (spoilt("int8", scale=np.full(6, 3e38, F32)), "NaN or infinite", "not_finite"),
         (spoilt("int8", scale=None), "unknown w#q", "tensors"),
         (spoilt("int8", w=DELTA["w"]), "unknown w#q, w#scale", "tensors"),
         (spoilt("int8", other=VALUE), "unknown other", "tensors"),
-        (spoilt("topk:0.1", index=INDEX), "'w#value' has shape (150,), expected (3,)", "tensors"),
+        (spoilt("topk:0.1", index=INDEX), "(150,), expected float32 (3,)", "tensors"),
         (spoilt("topk:0.1", index=INDEX.astype(np.int64), value=VALUE), "is int64", "tensors"),
-        (spoilt("topk:0.1", index=INDEX[None], value=VALUE), "has shape (1, 3)", "tensors"),
+        (spoilt("topk:0.1", index=INDEX[None], value=VALUE), "expected at most", "tensors"),
         (spoilt("topk:0.1", index=INDEX[::-1], value=VALUE), "does not increase", "tensors"),
         (spoilt("topk:0.1", index=INDEX * 0, value=VALUE), "does not increase", "tensors"),
         (spoilt("topk:0.1", index=INDEX - 1, value=VALUE), "does not increase", "tensors"),
@@ -274,26 +276,26 @@ VALUE = np.ones(3, F32)
         (spoilt("topk:0.1", index=INDEX, value=VALUE * np.inf), "NaN or infinite", "not_finite"),
         (
             spoilt("topk:0.1", index=np.arange(1501, dtype=np.int32), value=np.ones(1501, F32)),
-            "'w#index' has shape (1501,), expected (1500,)",
+            "'w#index' is int32 (1501,), expected at most int32 (1500,)",
             "tensors",
         ),
     ],
 )  # fmt: skip
-def test_what_is_not_what_it_says_is_refused(message, reason, cause):
+def test_invalid_encoded_tensors_are_refused(message, reason, cause):
     with pytest.raises(MalformedMessage) as refused:
         decode_contribution(*message, BASE)
     assert reason in str(refused.value)
     assert refused.value.cause == cause
 
 
-def test_encoded_tensors_without_an_encoding_are_no_delta():
+def test_encoded_tensors_without_an_encoding_are_refused():
     encoded, _ = compress(DELTA, "int8", {})
     with pytest.raises(MalformedMessage, match="tensor names differ"):
         decode_contribution(*update(encoded, None), BASE)
 
 
 @pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk"])
-def test_a_plain_update_is_taken_whatever_its_encoding_says(encoding):
+def test_plain_tensors_are_accepted_with_any_encoding(encoding):
     got, _ = decode_contribution(*update(DELTA, encoding), BASE)
     assert all(np.array_equal(got[name], DELTA[name]) for name in BASE)
 
@@ -311,7 +313,7 @@ ANY = hnp.arrays(
     st.sampled_from(["float16", "float32", "float64"]),
 )
 @settings(max_examples=400)
-def test_whatever_comes_is_a_delta_or_refused(sent, encoding, dtype):
+def test_any_tensors_are_a_delta_or_refused(sent, encoding, dtype):
     base = {"w": np.zeros((2, 3), dtype), "none": np.zeros((0,), dtype), "n": np.zeros(1, np.int8)}
     base = {name: tensor for name, tensor in base.items() if name == "w" or len(sent) % 2}
     try:
@@ -322,11 +324,11 @@ def test_whatever_comes_is_a_delta_or_refused(sent, encoding, dtype):
         check_delta(got, base)
 
 
-# --- the messages ------------------------------------------------------------------------------
+# --- codecs in messages ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [*HOWS, "topk:0.000001"])
-def test_a_plan_carries_what_is_wanted(how):
+def test_a_plan_carries_the_codec(how):
     compress = Compression.parse(how)
     assert str(compress) == how
     assert Plan.model_validate(Plan(compress=compress).model_dump()).compress == compress
@@ -347,7 +349,7 @@ def test_a_plan_carries_what_is_wanted(how):
         "x/y",
     ],
 )
-def test_a_plan_carries_nothing_else(how):
+def test_a_plan_refuses_invalid_codecs(how):
     with pytest.raises(ValueError, match="is not a codec; bf16, f16, int8, topk:0.01 or NAME"):
         Compression.parse(how)
 
@@ -360,22 +362,22 @@ def test_a_plan_carries_nothing_else(how):
         {"kind": "x", "fraction": 0.5}, {"kind": "topk", "fraction": "0.1"},
     ],
 )  # fmt: skip
-def test_on_the_wire_it_is_a_map_whose_settings_are_its_codecs(said):
+def test_a_codec_is_a_map_on_the_wire(said):
     with pytest.raises(ValueError, match="compress"):
         Plan.model_validate({"compress": said})
 
 
-def test_a_plan_may_ask_for_the_codec_of_someone_else():
+def test_a_plan_may_name_a_codec_that_is_not_built_in():
     assert [str(Compression.parse(how)) for how in ("zip", "zip:4,x=1")] == ["zip", "zip:4,x=1"]
 
 
-def test_what_is_no_name_of_an_encoding_is_malformed():
+def test_an_invalid_name_of_an_encoding_is_malformed():
     header = update(DELTA, None)[0].model_dump(exclude={"pad", "transfer"}) | {"encoding": "a/b"}
     with pytest.raises(MalformedMessage, match="encoding"):
         parse(header)
 
 
-def test_an_unknown_encoding_is_refused_with_those_that_are_known():
+def test_an_unknown_encoding_is_refused_with_a_list_of_known_ones():
     with pytest.raises(
         MalformedMessage, match="'zip' is unknown here; known are bf16, f16"
     ) as wrong:

@@ -1,4 +1,4 @@
-"""Options from a TOML file and from keyword arguments, and what is said of wrong ones."""
+"""Options from a TOML file and from keyword arguments, and errors in them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_key_is_a_flag_without_its_dashes(written):
     ]
 
 
-def test_a_flag_overrides_the_environment_that_the_file_and_that_the_default(written):
+def test_precedence_of_flag_environment_file_and_default(written):
     file = written('name = "file"\nrounds = 12\nurl = "file"')
     assert "url='file'" in invoke(file).output
     assert "url='env'" in invoke(file, TEST_URL="env").output
@@ -69,7 +69,7 @@ def test_a_flag_overrides_the_environment_that_the_file_and_that_the_default(wri
     assert "rounds=3" in invoke(file, "--rounds", "3").output
 
 
-def test_what_holds_is_printed_as_a_file_that_says_the_same(written):
+def test_print_config_prints_an_equivalent_file(written):
     file = written('name = "a\\"b"\ngrace = 2\n[config]\nmomentum = 0.9\n')
     printed = invoke(file, "--rounds", "3", "--print-config", TEST_URL="amqp://me:secret@h/v")
     assert printed.exit_code == 0
@@ -92,7 +92,7 @@ def test_what_holds_is_printed_as_a_file_that_says_the_same(written):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("ruonds = 1", "unknown key 'ruonds'; did you mean 'rounds'?"),
         ("where = 'a'", "unknown key 'where'; known are codec, config, data, fresh"),
@@ -110,31 +110,31 @@ def test_what_holds_is_printed_as_a_file_that_says_the_same(written):
         ("config = {a = [1]}", "a must be true, false, a number or text"),
     ],
 )
-def test_a_mistake_is_named_with_its_line_and_the_remedy(written, line, said):
+def test_an_error_names_the_line_and_the_remedy(written, line, message):
     file = written(f'# mine\nname = "north"\n{line}\n')
     wrong = invoke(file).exception
     assert isinstance(wrong, UsageError)
     assert str(wrong).startswith(f"{file}:3: ")
-    assert said in str(wrong)
+    assert message in str(wrong)
     assert "\n" not in str(wrong)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"rounds = ", "is not valid TOML: Invalid value"), (b"\xff", "is not UTF-8 text")],
 )
-def test_a_file_that_is_none_is_named(tmp_path, content, said):
+def test_an_unreadable_file_is_named(tmp_path, content, message):
     file = tmp_path / "federation.toml"
     file.write_bytes(content)
-    assert said in str(invoke(file).exception)
+    assert message in str(invoke(file).exception)
     assert f"there is no file {tmp_path / 'x'}" in str(invoke(tmp_path / "x").exception)
 
 
-def test_a_required_option_may_be_in_neither_place(written):
+def test_a_missing_required_option_is_an_error(written):
     assert "Missing option '--name'" in invoke(written("rounds = 1")).output
 
 
-def test_keyword_arguments_are_options_too(monkeypatch):
+def test_options_from_keyword_arguments(monkeypatch):
     monkeypatch.setenv("TEST_URL", "not asked for")
     given = {"name": "north", "rounds": 2, "config": {"a": 1}, "data": Path("x"), "grace": None}
     assert options_from(command, given, "fluffle.run") == {
@@ -156,15 +156,15 @@ def test_keyword_arguments_are_options_too(monkeypatch):
 @pytest.mark.parametrize(
     "value", ["quorum = 2", "quorum = 0.5", 'quorum = "50%"', 'quorum = "all"']
 )
-def test_a_type_of_our_own_takes_text_and_numbers(written, value):
+def test_a_custom_type_accepts_text_and_numbers(written, value):
     file = written(f'federation = "letters"\nmin-workers = 4\n{value}\n')
     printed = CliRunner().invoke(coordinator, [str(file), "--print-config"])
     assert tomllib.loads(printed.output)["quorum"] == value.removeprefix("quorum = ").strip('"')
     assert tomllib.loads(printed.output)["min-workers"] == 4
 
 
-def test_a_worker_has_a_file_too(written):
+def test_a_worker_reads_a_file(written):
     file = written('federation = "letters"\ndata = "data/a"\nid = "a"\ncodec = ["c.py:zip"]\n')
     printed = CliRunner().invoke(worker, [str(file), "--id", "b", "--print-config"])
-    told = tomllib.loads(printed.output)
-    assert (told["data"], told["id"], told["codec"]) == ("data/a", "b", ["c.py:zip"])
+    options = tomllib.loads(printed.output)
+    assert (options["data"], options["id"], options["codec"]) == ("data/a", "b", ["c.py:zip"])

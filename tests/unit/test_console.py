@@ -1,4 +1,4 @@
-"""Lines for people and programs: when they are written, and what is left of them."""
+"""The console: when lines are written, and what happens when the output is broken."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_S = 5.0
 
 
 class Stream(io.StringIO):
-    """Counts how often it is written to, and may be closed at the other end."""
+    """A stream that counts writes and may be closed at the other end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Terminal(Stream):
 
 
 async def written(console: Console) -> None:
-    """Wait until the lines that are held have been handed on and written."""
+    """Wait until all pending lines are written."""
     await asyncio.sleep(2 * _WITHIN_S)
     console._stream.settle(PATIENCE_S)
 
@@ -54,7 +54,7 @@ def events(stream: Stream) -> list[str]:
     return [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
 
 
-def test_without_a_loop_every_line_is_written_at_once():
+def test_without_an_event_loop_lines_are_written_at_once():
     stream = Stream()
     with Console("json", {"worker": "a"}, stream) as console:
         console.line("one", "")
@@ -63,7 +63,7 @@ def test_without_a_loop_every_line_is_written_at_once():
         assert json.loads(stream.getvalue().splitlines()[1])["round"] == 3
 
 
-async def test_lines_that_follow_each_other_are_written_in_one_go_a_moment_later():
+async def test_lines_in_quick_succession_are_written_together():
     stream = Stream()
     with Console("json", {}, stream) as console:
         console.line("one", "")
@@ -73,7 +73,7 @@ async def test_lines_that_follow_each_other_are_written_in_one_go_a_moment_later
         assert (events(stream), stream.writes) == (["one", "two"], 1)
 
 
-async def test_what_is_held_is_written_at_the_end():
+async def test_pending_lines_are_written_at_the_end():
     stream = Stream()
     with pytest.raises(KeyboardInterrupt), Console("plain", {}, stream) as console:
         console.line("one", "the last words")
@@ -92,7 +92,7 @@ GONE = [
 
 @pytest.mark.parametrize("kind", [Stream, Terminal])
 @pytest.mark.parametrize("wrong", GONE, ids=str)
-async def test_no_output_ends_what_writes_to_it(kind, wrong, capsys):
+async def test_a_broken_output_never_raises(kind, wrong, capsys):
     stream = kind()
     with Console("auto", {}, stream) as console:
         stream.wrong = wrong
@@ -100,12 +100,12 @@ async def test_no_output_ends_what_writes_to_it(kind, wrong, capsys):
             console.line("one", "lost")
             console.bar("rounds", 1, 3, "going on")
             await written(console)
-    said = capsys.readouterr().err
-    assert said.count("cannot write the log") == 1
-    assert "going on without it" in said
+    error = capsys.readouterr().err
+    assert error.count("cannot write the log") == 1
+    assert "going on without it" in error
 
 
-async def test_when_the_disk_has_room_again_lines_go_on_and_say_what_is_missing():
+async def test_writing_resumes_after_a_full_disk_and_counts_lost_lines():
     stream = Stream()
     with Console("plain", {}, stream) as console:
         stream.wrong = OSError(errno.ENOSPC, "No space left on device")
@@ -120,7 +120,7 @@ async def test_when_the_disk_has_room_again_lines_go_on_and_say_what_is_missing(
     assert second.endswith("here again")
 
 
-async def test_a_reader_that_takes_nothing_slows_nobody():
+async def test_a_stuck_reader_does_not_block_the_writer():
     stream = Stream()
     stream.reads.clear()
     with Console("plain", {}, stream) as console:
@@ -133,7 +133,7 @@ async def test_a_reader_that_takes_nothing_slows_nobody():
     assert "lines could not be written here" in stream.getvalue() or stream.writes
 
 
-def test_without_a_loop_a_reader_that_takes_nothing_is_waited_for_once(monkeypatch):
+def test_without_an_event_loop_a_stuck_reader_is_waited_for_once(monkeypatch):
     monkeypatch.setattr("fluffle_common.cli.console._SETTLE_S", 0.05)
     stream = Stream()
     stream.reads.clear()
@@ -169,7 +169,7 @@ def test_a_character_that_the_encoding_lacks_is_escaped(tmp_path, encoding):
     )
 
 
-def test_a_line_of_other_peoples_text_is_one_line_that_can_be_seen():
+def test_untrusted_text_is_escaped_into_one_line():
     stream = Stream()
     with Console("plain", {}, stream) as console:
         console.line("one", "reason\n12:00:00  committed \x1b[2J\u202eevil")
@@ -177,7 +177,7 @@ def test_a_line_of_other_peoples_text_is_one_line_that_can_be_seen():
     assert line.endswith(r"reason\n12:00:00  committed \x1b[2J\u202eevil")
 
 
-def test_bars_keep_their_width_and_text_gives_way(monkeypatch):
+def test_bars_keep_their_width_and_text_is_truncated(monkeypatch):
     for columns, width in ((60, 12), (80, 12), (120, 24)):
         monkeypatch.setenv("COLUMNS", str(columns))
         stream = Terminal()
@@ -209,21 +209,21 @@ def test_bars_keep_their_width_and_text_gives_way(monkeypatch):
         "a delete: \x7f",
     ],
 )
-def test_json_says_what_it_was_told_in_one_ascii_line(value):
+def test_json_lines_are_ascii(value):
     written = json_line({"value": value})
     assert written.isascii()
     assert written.isprintable()
     assert json.loads(written) == {"value": value}
 
 
-def test_json_finds_a_word_for_everything():
-    told = {"path": Path("/a"), "many": ("x", "y"), "none": float("nan"), "why": OSError("gone")}
-    said = json.loads(json_line(told))
-    assert math.isnan(said.pop("none"))
-    assert said == {"path": "/a", "many": ["x", "y"], "why": "gone"}
+def test_json_converts_other_types():
+    entry = {"path": Path("/a"), "many": ("x", "y"), "none": float("nan"), "why": OSError("gone")}
+    decoded = json.loads(json_line(entry))
+    assert math.isnan(decoded.pop("none"))
+    assert decoded == {"path": "/a", "many": ["x", "y"], "why": "gone"}
 
 
-def test_what_is_sure_not_to_wait_is_written_without_a_thread(tmp_path):
+def test_a_writable_output_needs_no_thread(tmp_path):
     with (tmp_path / "log").open("w") as file:
         stream = BackgroundStream(file)
         stream.write("ä line\n")
@@ -231,7 +231,7 @@ def test_what_is_sure_not_to_wait_is_written_without_a_thread(tmp_path):
         assert stream._thread is None
 
 
-def test_what_a_full_pipe_does_not_take_at_once_follows_when_it_has_room():
+def test_a_full_pipe_gets_the_rest_later():
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as pipe, os.fdopen(reader, "rb") as lines:
         stream = BackgroundStream(pipe)

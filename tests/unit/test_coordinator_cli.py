@@ -1,4 +1,4 @@
-"""How the coordinator's flags become what a plan says."""
+"""The coordinator's options as settings and as the training plan."""
 
 import click
 import pytest

@@ -18,13 +18,13 @@ from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Table, Worker
-from fluffle_coordinator.observe.tally import OUTCOMES
+from fluffle_coordinator.observe.counters import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
 
 RUN = "0123456789ab"
 
 
-def told(*events: tuple[str, dict[str, Any]], source: str = "coordinator") -> Board:
+def board_after(*events: tuple[str, dict[str, Any]], source: str = "coordinator") -> Board:
     """Return a board that was told events, one a second from 100 on."""
     board = Board("letters", source)
     for second, (what, fields) in enumerate(events, start=100):
@@ -68,7 +68,7 @@ COMMITTED = (
 
 class TestOpenRound:
     def test_it_names_who_answered_and_what_the_others_do(self) -> None:
-        board = told(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1))
+        board = board_after(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1))
         board.view.workers.sign_of_life(
             105.0, "south", {"state": "training", "round": 1, "step": 3, "steps": 9}
         )
@@ -80,7 +80,7 @@ class TestOpenRound:
         assert shown["missing"] == [south]
 
     def test_a_worker_that_failed_or_is_gone_is_said_to_be(self) -> None:
-        board = told(
+        board = board_after(
             STARTED,
             *JOINED,
             opened(1, "north", "south"),
@@ -94,23 +94,25 @@ class TestOpenRound:
 
     def test_reopened_keeps_who_has_answered(self) -> None:
         again = ("reopened", {**opened(1, "north", "south")[1], "reason": "too few"})
-        board = told(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1), again)
+        board = board_after(
+            STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1), again
+        )
         shown = board.snapshot(110.0)["open"]
         assert [one["worker"] for one in shown["answered"]] == ["north"]
         assert shown["deadline_at"] == 105.0 + 60.0
 
     def test_committed_closes_it(self) -> None:
-        board = told(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
+        board = board_after(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
         assert board.snapshot(110.0)["open"] is None
         assert board.snapshot(110.0)["run"]["words"] == "between two rounds"
 
     def test_a_quorum_that_shrinks_is_told_at_once(self) -> None:
         shrunk = ("quorum", {"round": 1, "needed": 1, "was": 2, "reason": "south has left"})
-        board = told(STARTED, *JOINED, opened(1, "north", "south"), shrunk)
+        board = board_after(STARTED, *JOINED, opened(1, "north", "south"), shrunk)
         assert board.run()["words"] == "round 1 is open: 0 of 1 updates"
 
     def test_the_coordinator_knows_better_than_its_events(self) -> None:
-        board = told(STARTED, CONNECTED, *JOINED, opened(1, "north", "south"))
+        board = board_after(STARTED, CONNECTED, *JOINED, opened(1, "north", "south"))
         here = Worker("north", "s", 5, (), 2.0, last_seen=8.0, state="training", step=3, steps=8)
         state = State(
             Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, QUORUM, phase=Phase.OPEN, link=1,
@@ -143,38 +145,38 @@ class TestRun:
     def test_the_phase_in_words(
         self, events: tuple[tuple[str, dict[str, Any]], ...], phase: str, words: str
     ) -> None:
-        run = told(*events).run()
+        run = board_after(*events).run()
         assert run["phase"] == phase
         assert words in run["words"]
 
     def test_a_run_that_goes_on_after_its_end_is_not_ended(self) -> None:
-        board = told(
+        board = board_after(
             STARTED, ("interrupted", {"folder": "x"}), ("resumed", {"run": RUN, "round": 1})
         )
         assert (board.run()["phase"], board.run()["outcome"]) == ("waiting", None)
 
     def test_the_link_of_the_coordinator_is_the_page_s(self) -> None:
-        board = told(STARTED, CONNECTED)
+        board = board_after(STARTED, CONNECTED)
         assert board.run()["linked"]
         board.add(200.0, from_fields("disconnected", {"reason": "reset"}))
-        assert (board.run()["linked"], board.view.tally.outages) == (False, 1)
+        assert (board.run()["linked"], board.view.counters.outages) == (False, 1)
         assert "reset" in board.run()["link"]
 
     def test_beside_a_coordinator_its_link_is_not_ours(self) -> None:
-        board = told(STARTED, ("disconnected", {"reason": "reset"}), source="journal")
+        board = board_after(STARTED, ("disconnected", {"reason": "reset"}), source="journal")
         board.link(True, "linked")
         assert board.run()["linked"]
 
     def test_another_run_begins_afresh(self) -> None:
-        board = told(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
+        board = board_after(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
         board.add(200.0, from_fields("started", {"run": "another", "folder": "x"}))
         shown = board.snapshot(201.0)
         assert shown["rounds"] == []
         assert {row["counted"] for row in shown["workers"]} == {0}
-        assert board.view.tally.rounds == 1  # what is counted for Prometheus never goes down
+        assert board.view.counters.rounds == 1  # what is counted for Prometheus never goes down
 
     def test_what_a_machine_that_waits_says(self) -> None:
-        board = told(STARTED, CONNECTED)
+        board = board_after(STARTED, CONNECTED)
         state = start(Rules(rounds=3, min_workers=2), RUN, now=5.0).replace(link=1)
         bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
         run = board.run()
@@ -184,7 +186,7 @@ class TestRun:
 
 class TestRounds:
     def test_curves_have_a_value_or_none_for_each_evaluated_round(self) -> None:
-        board = told(
+        board = board_after(
             STARTED,
             COMMITTED,
             ("evaluated", {"round": 1, "loss": 0.5, "num_examples": 5, "metrics": {}}),
@@ -229,13 +231,13 @@ class TestRounds:
         assert [(row["name"], row["counted"], row["state"]) for row in shown["workers"]] == [
             ("north", 1, "gone")
         ]
-        assert board.view.tally.rounds == 0
+        assert board.view.counters.rounds == 0
         assert shown["run"]["round"] == 2
 
 
 class TestWorkers:
     def test_what_is_counted_of_each(self) -> None:
-        board = told(
+        board = board_after(
             STARTED,
             *JOINED,
             opened(1, "north", "south"),
@@ -249,7 +251,7 @@ class TestWorkers:
         assert rows["south"]["rejected"] == 1
 
     def test_a_name_in_a_refused_message_is_nobody(self) -> None:
-        board = told(STARTED, rejected(worker="mallory", kind="update"))
+        board = board_after(STARTED, rejected(worker="mallory", kind="update"))
         assert board.snapshot(120.0)["workers"] == []
 
     def test_an_old_farewell_does_not_undo_a_newer_sign_of_life(self) -> None:
@@ -262,7 +264,7 @@ class TestWorkers:
         assert workers.by_state()["left"] == 1
 
     def test_whoever_is_here_comes_first(self) -> None:
-        board = told(*JOINED, ("gone", {"worker": "north", "silent_s": 9.0}))
+        board = board_after(*JOINED, ("gone", {"worker": "north", "silent_s": 9.0}))
         assert [row["name"] for row in board.snapshot(120.0)["workers"]] == ["south", "north"]
 
     def test_a_worker_of_an_earlier_round_is_said_to_be_behind(self) -> None:
@@ -272,13 +274,13 @@ class TestWorkers:
 
     def test_those_on_the_page_are_bounded(self) -> None:
         refused = [("refused", {"worker": f"w{n}", "reason": "classes"}) for n in range(2500)]
-        assert len(told(*refused).snapshot(1.0)["workers"]) == 2000
+        assert len(board_after(*refused).snapshot(1.0)["workers"]) == 2000
 
     def test_what_it_sent_and_how_long_it_trained(self) -> None:
         rounds = [
             told_of for n in (1, 2) for told_of in (opened(n, "north"), counted("north", n, 1))
         ]
-        [row] = told(STARTED, *rounds).snapshot(120.0)["workers"]
+        [row] = board_after(STARTED, *rounds).snapshot(120.0)["workers"]
         assert (row["counted"], row["bytes"], row["train_s"]) == (2, 2000, 0.5)
 
 
@@ -294,39 +296,43 @@ class TestAsynchrony:
         shown = board.snapshot(1.0)
         assert shown["staleness"] == {"counts": {"0": 2, "3": 1}, "lost": 0.2}
         assert shown["curves"] == {"rounds": [1], "epsilon": [1.5]}
-        assert told(STARTED, COMMITTED).snapshot(1.0)["staleness"] is None
+        assert board_after(STARTED, COMMITTED).snapshot(1.0)["staleness"] is None
 
 
 class TestRefusals:
     def test_the_reason_is_the_same_everywhere(self) -> None:
-        board = told(STARTED, rejected("tensor 'a' is NaN", worker="north", round=3, kind="update"))
+        board = board_after(
+            STARTED, rejected("tensor 'a' is NaN", worker="north", round=3, kind="update")
+        )
         shown = board.snapshot(120.0)
         latest = shown["rejected"]["latest"][-1]
         assert latest["reason"] == "tensor 'a' is NaN"
         assert (latest["cause"], latest["worker"], latest["round"]) == ("not_finite", "north", 3)
         assert "tensor 'a' is NaN" in shown["journal"][-1]["text"]
         assert (shown["rejected"]["causes"], shown["rejected"]["total"]) == ({"not_finite": 1}, 1)
-        assert board.view.tally.causes["not_finite"] == 1
-        assert board.view.tally.outcomes["rejected"] == 1
+        assert board.view.counters.causes["not_finite"] == 1
+        assert board.view.counters.outcomes["rejected"] == 1
 
     def test_causes_are_bounded(self) -> None:
-        board = told(*[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)])
-        assert set(board.view.tally.causes) <= set(CAUSES)
+        board = board_after(
+            *[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)]
+        )
+        assert set(board.view.counters.causes) <= set(CAUSES)
 
     def test_a_bad_heartbeat_is_no_bad_update(self) -> None:
-        board = told(rejected(kind="heartbeat"))
-        assert board.view.tally.outcomes["rejected"] == 0
-        assert board.view.tally.causes["not_finite"] == 1
+        board = board_after(rejected(kind="heartbeat"))
+        assert board.view.counters.outcomes["rejected"] == 0
+        assert board.view.counters.causes["not_finite"] == 1
 
 
 class TestJournal:
     def test_waiting_is_said_once_however_often_it_is_told(self) -> None:
-        board = told(STARTED, *[("waiting", {"reason": f"{n} missing"}) for n in (3, 2, 1)])
+        board = board_after(STARTED, *[("waiting", {"reason": f"{n} missing"}) for n in (3, 2, 1)])
         lines = board.snapshot(120.0)["journal"]
         assert [line["text"] for line in lines[1:]] == ["1 missing"]
 
     def test_it_is_bounded_and_its_lines_keep_their_ids(self) -> None:
-        board = told(*[("left", {"worker": "x", "reason": str(n)}) for n in range(300)])
+        board = board_after(*[("left", {"worker": "x", "reason": str(n)}) for n in range(300)])
         before = board.snapshot(500.0)["journal"]
         board.add(500.0, from_fields("left", {"worker": "x", "reason": "the last"}))
         after = board.snapshot(500.0)["journal"]
@@ -334,7 +340,7 @@ class TestJournal:
         assert [line["id"] for line in before[1:]] == [line["id"] for line in after[:-1]]
 
     def test_long_texts_are_cut(self) -> None:
-        shown = told(rejected("x" * 5000)).snapshot(1.0)
+        shown = board_after(rejected("x" * 5000)).snapshot(1.0)
         assert len(shown["journal"][0]["text"]) <= 600
         assert len(shown["rejected"]["latest"][0]["reason"]) <= 500
 
@@ -371,7 +377,7 @@ events = st.one_of(
 
 @given(st.lists(events, max_size=30))
 def test_whatever_happens_there_is_a_page(happened: list[tuple[str, dict[str, Any]]]) -> None:
-    board = told(*happened)
+    board = board_after(*happened)
     shown = board.snapshot(1000.0)
     json.loads(as_json(shown))
     assert len({len(curve) for curve in shown["curves"].values()}) == 1
@@ -379,4 +385,4 @@ def test_whatever_happens_there_is_a_page(happened: list[tuple[str, dict[str, An
     if shown["open"] is not None:
         answered = {one["worker"] for one in shown["open"]["answered"]}
         assert not answered & {one["worker"] for one in shown["open"]["missing"]}
-    assert set(board.view.tally.outcomes) <= set(OUTCOMES)
+    assert set(board.view.counters.outcomes) <= set(OUTCOMES)

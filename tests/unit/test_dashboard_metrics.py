@@ -14,7 +14,7 @@ from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import PHASES, Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import ROLES, registry, role
-from fluffle_coordinator.observe.tally import OUTCOMES, STEPS
+from fluffle_coordinator.observe.counters import OUTCOMES, STEPS
 from fluffle_coordinator.observe.worker_view import ABSENT, STATES
 
 _NO_BASE_UNITS = re.compile(
@@ -70,7 +70,7 @@ def families(board: Board) -> list[Metric]:
 
 
 def busy() -> Board:
-    """Return a board on which all that can be told was told, with names of a hostile kind."""
+    """Return a board that has taken in every kind of event, with hostile names."""
     board = Board("letters")
     board.add(1.0, from_fields("started", {"run": "r", "folder": "f"}))
     board.add(1.0, from_fields("connected", {}))
@@ -81,8 +81,8 @@ def busy() -> Board:
     board.add(
         3.0, from_fields("opened", {"round": 1, "asked": ["north"], "needed": 1, "deadline_s": 9.0})
     )
-    told = {"worker": "north", "round": 1, "num_examples": 5, "updates": 1, "needed": 1}
-    board.add(5.0, from_fields("counted", {**told, "bytes": 400}))
+    counted = {"worker": "north", "round": 1, "num_examples": 5, "updates": 1, "needed": 1}
+    board.add(5.0, from_fields("counted", {**counted, "bytes": 400}))
     for what in ("late", "duplicate"):
         board.add(6.0, from_fields(what, {"worker": "north", "round": 1, "num_examples": 5}))
     board.add(6.0, from_fields("failure", {"worker": "north", "round": 1, "reason": "x"}))
@@ -104,12 +104,12 @@ def busy() -> Board:
 
 def samples(board: Board) -> dict[str, float]:
     """Return every sample as ``name{label=value}``."""
-    found = {}
+    values = {}
     for family in families(board):
         for sample in family.samples:
             labels = ",".join(f"{label}={value}" for label, value in sample.labels.items())
-            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-    return found
+            values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return values
 
 
 @pytest.mark.parametrize("board", [Board("letters"), busy()], ids=["new", "busy"])
@@ -130,7 +130,7 @@ def test_the_lint_finds_what_is_wrong() -> None:
 
 
 def test_what_they_say() -> None:
-    said = samples(busy())
+    values = samples(busy())
     expected = {
         "fluffle_rounds_committed_total": 1,
         "fluffle_round": 2,
@@ -157,7 +157,7 @@ def test_what_they_say() -> None:
         "fluffle_queue_ready_messages{queue=inboxes}": 2,
         "fluffle_queue_size_bytes{queue=other}": 4,
     }
-    assert {name: said[name] for name in expected} == expected
+    assert {name: values[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

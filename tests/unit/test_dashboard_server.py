@@ -53,8 +53,8 @@ class Site:
             async with asyncio.timeout(PATIENCE_S):
                 while line := await reader.readline():
                     if line.startswith(b"data: {"):
-                        told: dict[str, object] = json.loads(line.removeprefix(b"data: "))
-                        return told
+                        sections: dict[str, object] = json.loads(line.removeprefix(b"data: "))
+                        return sections
             return None
 
         try:

@@ -1,4 +1,4 @@
-"""What a message says, and how it is put into words."""
+"""Decoding messages for display, and formatting them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fluffle_common.transport.messaging import Route, send_tensors
 
 
 def update(**more: object) -> Update:
-    told = {"run": "r", "round": 7, "base": "b", "worker": "w1", "num_examples": 120, **more}
-    return Update(federation="f", seconds=0.5, metrics={"loss": 0.25}, **told)
+    fields = {"run": "r", "round": 7, "base": "b", "worker": "w1", "num_examples": 120, **more}
+    return Update(federation="f", seconds=0.5, metrics={"loss": 0.25}, **fields)
 
 
 async def through(*bodies: bytes, **properties: object) -> list[Delivery]:
-    """Send bodies through a queue of a broker in memory."""
+    """Send bodies through a queue of an in-memory broker."""
     link = await MemoryBroker().open()
     await link.declare([Queue("q", "of a test")])
     for body in bodies:
@@ -37,13 +37,13 @@ async def sent(weights: dict) -> list[Delivery]:
     link = await MemoryBroker().open()
     await link.declare([Queue("q", "of a test")])
     await send_tensors(link, update(), weights, Route("", ["q"]))
-    found = []
+    deliveries = []
     while (delivery := await link.get("q")) is not None:
-        found.append(delivery)
-    return found
+        deliveries.append(delivery)
+    return deliveries
 
 
-async def test_an_update_is_read_with_its_tensors():
+async def test_an_update_is_decoded_with_its_tensors():
     weights = {
         "kernel": np.array([[3.0, 4.0], [0.0, 0.0]], np.float32),
         "count": np.array(-5, np.int64),
@@ -62,7 +62,7 @@ async def test_an_update_is_read_with_its_tensors():
     assert facts(decoded) == ["round 7", "120 examples", "loss 0.25"]
 
 
-async def test_an_encoded_update_says_so_and_shows_its_tensors_as_they_travel():
+async def test_an_encoded_update_shows_its_encoded_tensors():
     tensors = {"w#q": np.ones(3, np.int8), "w#scale": np.ones(1, np.float32)}
     table, pieces = lay_out(tensors)
     (delivery,) = await through(encode(update(encoding="int8", tensors=table), pieces))
@@ -71,16 +71,16 @@ async def test_an_encoded_update_says_so_and_shows_its_tensors_as_they_travel():
     assert facts(decoded) == ["round 7", "120 examples", "encoded as int8", "loss 0.25"]
 
 
-async def test_what_has_no_finite_norm_is_still_json():
+async def test_a_tensor_without_a_finite_norm_is_valid_json():
     (delivery,) = await sent({"huge": np.array([1e300, 1e300])})
     decoded = decode_message(delivery, "f")
     assert decoded.tensors[0].norm is None
     assert decoded.tensors[0].max == 1e300
-    told = json.loads(json.dumps(decoded.as_dict(0.0), allow_nan=False))
-    assert told["num_examples"] == 120
+    fields = json.loads(json.dumps(decoded.as_dict(0.0), allow_nan=False))
+    assert fields["num_examples"] == 120
 
 
-async def test_tensors_that_travel_apart_have_no_values_here():
+async def test_tensors_of_a_transfer_have_no_statistics():
     announced, *parts = await sent({"kernel": np.zeros(PART_BYTES // 4 + 1, np.float32)})
     decoded = decode_message(announced, "f")
     assert decoded.tensors[0].shape == (PART_BYTES // 4 + 1,)
@@ -103,51 +103,51 @@ async def test_tensors_that_travel_apart_have_no_values_here():
         (encode(update().model_copy(update={"federation": "other"})), "federation other"),
     ],
 )
-async def test_what_cannot_be_read_says_why_and_how_it_begins(body, word):
+async def test_an_invalid_message_has_a_reason_and_its_first_bytes(body, word):
     (delivery,) = await through(body, type="update", headers={"worker": "w9", "round": 3})
     decoded = decode_message(delivery, "f")
     assert word in decoded.wrong
-    told = decoded.as_dict(0.0)
-    assert told["first_bytes"] == body[:48].hex(" ")
-    assert told["kind"] == "update"
+    fields = decoded.as_dict(0.0)
+    assert fields["first_bytes"] == body[:48].hex(" ")
+    assert fields["kind"] == "update"
     if decoded.message is None:
         assert (decoded.worker, decoded.round) == ("w9", 3)
     assert any(word in fact for fact in facts(decoded))
 
 
-async def test_the_sign_of_life_of_a_training_worker_in_words():
+async def test_facts_of_a_heartbeat():
     hello = Hello(
         federation="f", worker="w1", session="s", num_examples=5, task="t", heartbeat_s=1,
         state="training", run="r", round=2, step=3, steps=8, loss=1.5,
     )  # fmt: skip
     (delivery,) = await through(encode(hello))
-    told = facts(decode_message(delivery, "f"))
-    assert told == ["round 2", "5 examples", "training 3/8", "loss 1.5"]
+    phrases = facts(decode_message(delivery, "f"))
+    assert phrases == ["round 2", "5 examples", "training 3/8", "loss 1.5"]
 
 
-async def test_an_event_of_the_journal_in_words():
+async def test_facts_of_a_journal_event():
     fields = {"round": 2, "asked": ["a", "b"], "needed": 3, "timings": {"open_s": 1.0}}
     event = Event(federation="f", event="opened", time="t", session="s", number=1, fields=fields)
     (delivery,) = await through(encode(event))
-    said = ["round 2: opened for a, b, 3 updates needed"]
-    assert facts(decode_message(delivery, "f")) == said
+    sentences = ["round 2: opened for a, b, 3 updates needed"]
+    assert facts(decode_message(delivery, "f")) == sentences
 
 
-async def test_many_events_of_the_journal_are_counted():
-    told = [EventRecord(event=event, time="t") for event in ("opened", "counted", "counted")]
-    events = Events(federation="f", session="s", number=1, events=tuple(told))
+async def test_several_journal_events_are_counted():
+    records = [EventRecord(event=event, time="t") for event in ("opened", "counted", "counted")]
+    events = Events(federation="f", session="s", number=1, events=tuple(records))
     (delivery,) = await through(encode(events))
     assert facts(decode_message(delivery, "f")) == ["1 x opened, 2 x counted"]
 
 
-async def test_a_kept_message_is_its_body_and_what_is_known_of_it(tmp_path):
+async def test_a_saved_message_is_its_body_and_a_description(tmp_path):
     evaluation = Evaluation(
         federation="f", run="r", round=4, base="b", worker="w.1", num_examples=3, loss=math.pi
     )
     bodies = [encode(evaluation), b"junk"]
     first, second = await through(*bodies, type="../../evil", headers={"worker": "../x"})
     folder = MessageArchive(tmp_path / "kept")
-    names = [folder.keep(decode_message(each, "f"), now=0.0) for each in (first, second)]
+    names = [folder.save(decode_message(each, "f"), now=0.0) for each in (first, second)]
     assert [name.read_bytes() for name in names] == bodies
     assert [name.name.split("-", 1)[1] for name in names] == [
         "000001-evaluation-w.1-round-4.msgpack",

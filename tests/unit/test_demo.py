@@ -62,8 +62,8 @@ def _assert_nothing_is_left(stub: Path) -> None:
 
 def test_it_says_what_was_measured_on_what_and_scores_a_writer_that_no_client_has(stub):
     demo = _start(stub, FLUFFLE_URL="amqp://elsewhere", FLUFFLE_STATE="mine")
-    told, _ = demo.communicate(timeout=30)
-    assert demo.returncode == 0, told
+    output, _ = demo.communicate(timeout=30)
+    assert demo.returncode == 0, output
     calls = [line.split(" ", 1)[1] for line in _calls(stub)]
     assert sorted(line for line in calls if line.startswith("worker")) == [
         f"worker --federation demo --data data/client-{number}" for number in (1, 2, 3)
@@ -72,18 +72,18 @@ def test_it_says_what_was_measured_on_what_and_scores_a_writer_that_no_client_ha
     assert "--data data/writer-4 --unseen" in scored
     (named,) = [line for line in calls if line.startswith("predict")]
     assert "data/writer-4/a/0000.png" in named
-    assert "held out a tenth" in " ".join(told.split())
-    assert "how well it reads a stranger" in " ".join(told.split())
-    assert "The temperature is what" in told
-    assert "Traceback" not in told
+    assert "held out a tenth" in " ".join(output.split())
+    assert "how well the model reads a stranger" in " ".join(output.split())
+    assert "by the temperature calibrates" in " ".join(output.split())
+    assert "Traceback" not in output
     assert (stub.parent / "runs/demo-logs/client-2.log").read_text() == "done with client-2\n"
 
 
 def test_a_second_time_uses_the_letters_of_the_first(stub):
     for _ in range(2):
         demo = _start(stub)
-        told, _ = demo.communicate(timeout=30)
-        assert demo.returncode == 0, told
+        output, _ = demo.communicate(timeout=30)
+        assert demo.returncode == 0, output
     assert sum(line.startswith("letters ") for line in _calls(stub)) == 1
 
 
@@ -91,9 +91,9 @@ def test_other_things_in_the_folder_of_the_letters_are_no_dead_end(stub):
     (stub.parent / "data/client-1").mkdir(parents=True)
     for _ in range(2):
         demo = _start(stub)
-        told, _ = demo.communicate(timeout=30)
-        assert demo.returncode == 0, told
-        assert "data holds something else: the letters go into runs/demo-data/" in told
+        output, _ = demo.communicate(timeout=30)
+        assert demo.returncode == 0, output
+        assert "data/ has other content, so the letters go into runs/demo-data/" in output
     assert any("--data runs/demo-data/client-1" in line for line in _calls(stub))
     assert sum(line.startswith("letters ") for line in _calls(stub)) == 1
 
@@ -107,23 +107,23 @@ def test_a_part_that_fails_ends_it_with_its_code_and_names_the_log(stub, ending,
     (stub.parent / "client-2").write_text(f"echo no such data; {ending}")
     began = time.monotonic()
     demo = _start(stub)
-    told, _ = demo.communicate(timeout=30)
+    output, _ = demo.communicate(timeout=30)
     assert time.monotonic() - began < 20
     assert demo.returncode == code
-    said = " ".join(told.split())
-    assert f"client-2 ended with {reason}: see runs/demo-logs/client-2.log" in said
+    text = " ".join(output.split())
+    assert f"client-2 ended with {reason}; see runs/demo-logs/client-2.log" in text
     assert "no such data" in (stub.parent / "runs/demo-logs/client-2.log").read_text()
-    assert "Traceback" not in told
+    assert "Traceback" not in output
     _assert_nothing_is_left(stub)
 
 
 def test_a_command_that_fails_ends_it_with_its_code(stub):
     (stub.parent / "broker").write_text("echo no RabbitMQ here; exit 3")
     demo = _start(stub)
-    told, _ = demo.communicate(timeout=30)
+    output, _ = demo.communicate(timeout=30)
     assert demo.returncode == 3
-    assert "'fluffle broker up --port 0' ended with exit code 3: see above" in told
-    assert "Traceback" not in told
+    assert "'fluffle broker up --port 0' ended with exit code 3; see its" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_a_signal_ends_everything(stub, number, where):
         assert time.monotonic() < until
         time.sleep(0.02)
     demo.send_signal(number)
-    told, _ = demo.communicate(timeout=30)
+    output, _ = demo.communicate(timeout=30)
     assert demo.returncode == 128 + number
-    assert "stopping everything" in told
+    assert "stopping everything" in output
     assert _calls(stub)[-1] == "broker broker down"
-    assert "Traceback" not in told
+    assert "Traceback" not in output
     _assert_nothing_is_left(stub)
 
 

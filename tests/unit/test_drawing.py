@@ -1,4 +1,4 @@
-"""Drawn letters: reproducible, whole, inside the frame, and different from writer to writer."""
+"""Drawn letters are reproducible, inside the frame, and differ between writers."""
 
 from pathlib import Path
 

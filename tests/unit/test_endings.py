@@ -1,4 +1,4 @@
-"""What is said at an end, and that observers never cause one."""
+"""The advice at the end of a run, and observers, which must never end one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Ticke
 from fluffle_coordinator.observe.waiting import waiting_for
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service import app as main
-from fluffle_coordinator.service import endings
+from fluffle_coordinator.service import endings, run_opening
 from fluffle_coordinator.storage.run_store import RunStore
 
 FOLDER = Path("runs/f")
 
 
-class Told(Watcher):
+class Recorder(Watcher):
     def __init__(self) -> None:
         self.events: list[run_events.RunEvent] = []
         self.shown = 0
@@ -36,7 +36,7 @@ class Told(Watcher):
         self.shown += 1
 
 
-class Broken(Told):
+class Broken(Recorder):
     def record(self, event):
         raise UnicodeEncodeError("ascii", "Ö", 0, 1, "ordinal not in range")
 
@@ -45,30 +45,30 @@ class Broken(Told):
 
 
 def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
-    before, after = Told(), Told()
+    before, after = Recorder(), Recorder()
     watchers = Watchers(before, Broken(), after)
     for _ in range(3):
         watchers.record(run_events.Committed(round=1))
         watchers.show(State(Rules(1), "r", 1, QUORUM), 0.0)
     assert len(before.events) == len(after.events) == after.shown == 3
-    said = capsys.readouterr().err
-    assert said.count("fluffle: Broken cannot show the event 'committed'") == 1
-    assert "the run goes on" in said
-    assert len(said.splitlines()) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("fluffle: Broken cannot show the event 'committed'") == 1
+    assert "the run goes on" in errors
+    assert len(errors.splitlines()) == 1
 
 
-# --- the command that goes on --------------------------------------------------------------------
+# --- the command that continues ------------------------------------------------------------------
 
 
 def test_a_stop_names_the_command_that_really_goes_on():
     state = State(Rules(6), "r", 4, QUORUM, counted_before={3: frozenset([Ticket("a", 3)])})
-    said = endings.after_a_stop(state, FOLDER)
-    assert said == ("once that is fixed, the same command (without --fresh) goes on with round 4")
+    advice = endings.after_a_stop(state, FOLDER)
+    assert advice == ("once that is fixed, the same command (without --fresh) goes on with round 4")
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
-        said = endings.after_a_stop(state.replace(**other), FOLDER)
-        assert "if the model or the classes have changed" in said
-        assert "--fresh begins a new run" in said
-        assert said.endswith("the same command (without --fresh) goes on with round 4")
+        advice = endings.after_a_stop(state.replace(**other), FOLDER)
+        assert "if the model or the classes have changed" in advice
+        assert "--fresh begins a new run" in advice
+        assert advice.endswith("the same command (without --fresh) goes on with round 4")
     assert endings.after_a_stop(State(Rules(6), "r", 1, QUORUM), FOLDER).endswith("with round 1")
 
 
@@ -79,9 +79,8 @@ def store(tmp_path):
     return store
 
 
-def begun(store: RunStore, weights: dict[str, np.ndarray]):
+def begin(store: RunStore, weights: dict[str, np.ndarray]) -> None:
     store.save_weights(0, weights, {"base": "b", "classes": "[]"})
-    return store.load("f")
 
 
 def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(store, tmp_path):
@@ -89,20 +88,21 @@ def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(sto
     same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
     save_checkpoint(same, weights, {})
     save_checkpoint(other, {**weights, "n": np.array(4, np.int64)}, {})
-    saved, told = begun(store, weights), Told()
-    main._check_beginning(same, store, saved, told)
-    main._check_beginning(None, store, saved, told)
-    assert not told.events
+    begin(store, weights)
+    watcher = Recorder()
+    run_opening.check_first_weights(same, store, watcher)
+    assert not watcher.events
     with pytest.raises(UsageError, match=r"other\.safetensors holds other weights .* --fresh"):
-        main._check_beginning(other, store, saved, told)
+        run_opening.check_first_weights(other, store, watcher)
     for differs in ({"w": weights["w"]}, {**weights, "w": weights["w"].astype(np.float64)}):
-        assert endings.other_beginning(other, weights, differs)
+        assert not run_opening.same_weights(weights, differs)
 
 
 def test_an_init_that_is_gone_is_said_and_the_run_goes_on(store, tmp_path):
-    saved, told = begun(store, {"w": np.zeros(2, np.float32)}), Told()
-    main._check_beginning(tmp_path / "gone.safetensors", store, saved, told)
-    (event,) = told.events
+    begin(store, {"w": np.zeros(2, np.float32)})
+    watcher = Recorder()
+    run_opening.check_first_weights(tmp_path / "gone.safetensors", store, watcher)
+    (event,) = watcher.events
     assert isinstance(event, run_events.Note)
     assert "--init is no longer needed" in event.sentence()
     assert (store.folder / checkpoint_name(0)).exists()
@@ -120,7 +120,7 @@ async def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(
     settings = SimpleNamespace(federation="f")
     with pytest.raises(RunError, match=r"cannot use the run folder .* --run") as caught:
         await main.coordinate(
-            settings, None, None, store, Told(), journal=None, page=None, fresh=False  # type: ignore[arg-type]
+            settings, None, None, store, Recorder(), journal=None, page=None, fresh=False  # type: ignore[arg-type]
         )  # fmt: skip
     assert "\n" not in str(caught.value)
 
@@ -134,16 +134,16 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(RunError, match="lock: Permission denied"):
         await main.coordinate(
-            SimpleNamespace(federation="f"), None, None, store, Told(),
+            SimpleNamespace(federation="f"), None, None, store, Recorder(),
             journal=None, page=None, fresh=False,
         )  # fmt: skip
 
 
-# --- what a worker does --------------------------------------------------------------------------
+# --- what a worker is doing ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("state", "number", "said"),
+    ("state", "number", "words"),
     [
         ("training", 4, "a training 3/8"),
         ("training", 3, "a training for round 3"),
@@ -151,7 +151,7 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
         ("idle", 3, "a idle (heard 2 s ago)"),
     ],
 )
-def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, said):
+def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, words):
     worker = Worker(
         "a", "s", 5, (), 2.0, last_seen=8.0, state=state, run="r", round=number, step=3, steps=8
     )
@@ -167,4 +167,4 @@ def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, sai
     )
     waiting = waiting_for(run, 10.0)
     assert waiting is not None
-    assert waiting.sentence().endswith(f"; {said}")
+    assert waiting.sentence().endswith(f"; {words}")

@@ -1,4 +1,4 @@
-"""A worker over the broker in memory: what it carries from one encoded update to the next."""
+"""Error feedback of a worker on the in-memory broker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = {"w": np.zeros(COUNT, np.float32)}
 
 
 class Steps:
-    """A task that always learns the same delta."""
+    """A task whose training always adds the same delta."""
 
     num_examples = 5
 
@@ -42,7 +42,7 @@ class Steps:
 
 
 class Coordinator:
-    """Asks the one worker and reads its answers."""
+    """A coordinator of one worker that requests rounds and reads the updates."""
 
     def __init__(self, broker: MemoryBroker) -> None:
         self.broker = broker
@@ -55,7 +55,7 @@ class Coordinator:
     async def ask(
         self, number: int, how: str | None = HOW, run: str = "r", base: str = "b"
     ) -> bytes:
-        """Ask for a round; return the update as it came."""
+        """Request a round and return the update."""
         ids = {"federation": "f", "run": run, "round": number, "base": base}
         fit = Fit(**ids, evaluate=False, plan=Plan(compress=how and Compression.parse(how)))
         await send_tensors(self.link, fit, WEIGHTS, Route(TOPOLOGY.work, ["w"]))
@@ -74,7 +74,7 @@ def learnt(body: bytes) -> np.ndarray:
 async def at_work(
     broker: MemoryBroker | None = None, task: Steps | None = None
 ) -> AsyncIterator[tuple[Coordinator, asyncio.Queue[int]]]:
-    """Run a worker; yield its coordinator, and the rounds whose answers it knows to be sent."""
+    """Run a worker; yield its coordinator and the list of rounds with confirmed answers."""
     coordinator = Coordinator(broker or MemoryBroker())
     await coordinator.connect()
     connected, sent = asyncio.Event(), asyncio.Queue[int]()
@@ -87,7 +87,7 @@ async def at_work(
 
     service = WorkerService(
         WorkerSettings("f", "w", "steps"), task or Steps(), transport=coordinator.broker,
-        topology=TOPOLOGY, tell=tell, bar=lambda *_: None,
+        topology=TOPOLOGY, record=tell, bar=lambda *_: None,
     )  # fmt: skip
     running = asyncio.create_task(service.run())
     try:
@@ -118,7 +118,7 @@ async def test_what_a_round_left_is_known_when_its_update_is_confirmed_however_l
     loop, confirmed = asyncio.get_running_loop(), asyncio.Event()
 
     class Confirming(MemoryBroker):
-        """Confirms the first update only when the next training is over."""
+        """A link that confirms the first update only after the next training."""
 
         async def open(self):
             link = await super().open()

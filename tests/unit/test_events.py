@@ -1,4 +1,4 @@
-"""The vocabulary of run events: what is written of it, and how it takes what others write."""
+"""Run events: fields, sentences, and events from other versions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WORD = re.compile(r"`(\w+)`")
 
 
 def documented() -> dict[str, list[str]]:
-    """Return the fields of each event as the table of the journal has them."""
+    """Return the fields of each event that docs/protocol.md documents."""
     table = PROTOCOL.read_text().split("| event | fields |\n|---|---|\n")[1].split("\n\n")[0]
     rows = [re.sub(r"\(.*?\)", "", row).split("|")[1:3] for row in table.splitlines()]
     return {name: WORD.findall(fields) for names, fields in rows for name in WORD.findall(names)}
 
 
-def test_the_table_of_the_protocol_has_every_event_of_the_journal_and_its_fields():
+def test_the_protocol_documents_every_journalled_event_and_its_fields():
     log_only = {"address"}
     assert documented() == {
         name: [field for field in event.field_names if field not in log_only]
@@ -42,7 +42,7 @@ def test_the_table_of_the_protocol_has_every_event_of_the_journal_and_its_fields
     }
 
 
-def test_an_event_says_what_is_known_of_it_and_comes_back_from_the_wire():
+def test_fields_omit_missing_values_and_make_the_same_event_again():
     doing = Doing("north", "training", 3, 40)
     event = Waiting(reason="a reason", what="updates", round=7, missing=(doing,), short=0)
     fields = event.fields()
@@ -51,7 +51,7 @@ def test_an_event_says_what_is_known_of_it_and_comes_back_from_the_wire():
     assert Joined(worker="north").fields() == {"worker": "north"}
 
 
-def test_the_metrics_of_an_evaluation_stand_beside_its_fields_too():
+def test_the_metrics_of_an_evaluation_are_fields_too():
     event = Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75})
     assert event.fields() == {
         "round": 1,
@@ -74,7 +74,7 @@ def test_the_metrics_of_an_evaluation_stand_beside_its_fields_too():
         ("eclipse", {}, "eclipse"),
     ],
 )
-def test_what_another_version_writes_is_passed_over(name, fields, sentence):
+def test_invalid_fields_count_as_missing_and_unknown_ones_are_ignored(name, fields, sentence):
     assert from_fields(name, fields).sentence() == sentence
 
 
@@ -91,12 +91,12 @@ def test_what_another_version_writes_is_passed_over(name, fields, sentence):
         (Sent(round=2, kind="evaluate"), "round 2: evaluation sent"),
     ],
 )
-def test_a_worker_says_what_it_is_at(event, sentence):
+def test_events_of_a_worker_in_words(event, sentence):
     assert event.sentence() == sentence
     assert not event.journalled
 
 
-def test_no_metric_of_a_task_hides_a_field_of_the_line_that_tells_of_its_update():
+def test_no_metric_replaces_a_field_of_the_log_line():
     event = Sent(round=2, kind="fit", metrics={"round": 9.0, "metrics": 1.0, "loss": 0.5})
     fields = event.fields()
     assert (fields["round"], fields["metric/round"], fields["loss"]) == (2, 9.0, 0.5)
@@ -116,7 +116,7 @@ _anything = st.recursive(
 
 
 @given(st.data(), st.sampled_from(sorted(REGISTRY)))
-def test_whatever_the_fields_are_it_is_an_event_with_a_sentence(data, name):
+def test_any_fields_make_an_event_with_a_sentence(data, name):
     keys = st.sampled_from([*REGISTRY[name].field_names, "other"])
     event = from_fields(name, data.draw(st.dictionaries(keys, _anything)))
     assert isinstance(event.sentence(), str)

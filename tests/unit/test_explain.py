@@ -1,4 +1,4 @@
-"""A round, explained from its events."""
+"""Explanations of a round from its events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clock(time: datetime) -> str:
 
 
 class Story:
-    """Events of one run, each at its second."""
+    """The events of a run, each at a given second."""
 
     def __init__(self, run: str = "r") -> None:
         self.run, self.events = run, list[Event]()
@@ -55,16 +55,16 @@ class Story:
     def opened(
         self, seconds: float = 10, number: int = 7, event: str = "opened", **more: Any
     ) -> Story:
-        told = {"round": number, "asked": ["a", "b", "c"], "needed": 3, "deadline_s": 600.0}
-        return self.add(seconds, event, **{**told, **more})
+        fields = {"round": number, "asked": ["a", "b", "c"], "needed": 3, "deadline_s": 600.0}
+        return self.add(seconds, event, **{**fields, **more})
 
     def counted(self, seconds: float, worker: str, updates: int, **more: Any) -> Story:
-        told = {"round": 7, "worker": worker, "num_examples": 80, "updates": updates, "needed": 3}
-        return self.add(seconds, "counted", **{**told, "train_s": 1.5, **more})
+        fields = {"round": 7, "worker": worker, "num_examples": 80, "updates": updates, "needed": 3}
+        return self.add(seconds, "counted", **{**fields, "train_s": 1.5, **more})
 
     def explained(self, now: float, number: int = 7) -> tuple[Explanation, str]:
-        told = explain(self.events, self.run, number, at(now))
-        return told, "\n".join(sentences(told))
+        explanation = explain(self.events, self.run, number, at(now))
+        return explanation, "\n".join(sentences(explanation))
 
 
 def begun() -> Story:
@@ -78,10 +78,10 @@ def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
     story = (
         begun().counted(13, "a", 1).counted(15, "b", 2).add(40, "gone", worker="c", silent_s=5.0)
     )
-    told, text = story.explained(now=100)
-    assert told.is_open
-    assert told.missing == ["c"]
-    assert told.left_s == pytest.approx(510)
+    explanation, text = story.explained(now=100)
+    assert explanation.round.is_open
+    assert explanation.missing == ["c"]
+    assert explanation.left_s == pytest.approx(510)
     assert "is open" in text
     assert "for a, b, c, 3 updates needed" in text
     assert "a answered at" in text
@@ -94,7 +94,7 @@ def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
 
 
 @pytest.mark.parametrize(
-    ("event", "fields", "said"),
+    ("event", "fields", "words"),
     [
         ("left", {"worker": "c", "reason": "told to stop"}, "(told to stop)"),
         (
@@ -109,23 +109,23 @@ def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
         ),
     ],
 )
-def test_what_is_known_of_a_missing_worker(event, fields, said):
+def test_what_is_known_of_a_missing_worker(event, fields, words):
     _, text = begun().add(20, event, **fields).explained(now=30)
     (line,) = [line for line in text.splitlines() if line.startswith("Still waiting for c")]
-    assert said in line
+    assert words in line
 
 
 def test_a_worker_that_came_back_is_no_longer_gone():
     story = begun().add(20, "gone", worker="c", silent_s=5.0)
     story.add(30, "joined", worker="c", num_examples=80)
-    told, text = story.explained(now=40)
+    explanation, text = story.explained(now=40)
     assert "Still waiting for c: connected, no update yet." in text
-    assert told.view.workers.present == {"a", "b", "c"}
+    assert explanation.view.workers.present == {"a", "b", "c"}
 
 
 def test_a_worker_that_joined_late_is_waited_for_too():
-    told, text = begun().add(20, "joined", worker="d", num_examples=5).explained(now=30)
-    assert told.missing == ["a", "b", "c", "d"]
+    explanation, text = begun().add(20, "joined", worker="d", num_examples=5).explained(now=30)
+    assert explanation.missing == ["a", "b", "c", "d"]
     assert f"Still waiting for d: connected, joined at {clock(at(20))}" in text
 
 
@@ -137,9 +137,9 @@ def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_
     metrics = {"accuracy": 0.9}
     story.opened(35, 8)
     story.add(40, "evaluated", round=7, loss=0.5, num_examples=60, metrics=metrics)
-    told, text = story.explained(now=1000)
-    assert not told.is_open
-    assert told.left_s is None
+    explanation, text = story.explained(now=1000)
+    assert not explanation.round.is_open
+    assert explanation.left_s is None
     assert f"Committed at {clock(at(34))}, 24 s after the opening, with a, c, 160 examples." in text
     assert "adding up 2 ms, averaging 1 ms, the checkpoint 30 ms" in text
     assert "loss 0.5000, accuracy 0.9000 on 60 held-out examples" in text
@@ -176,20 +176,20 @@ def test_what_was_refused_is_told_in_its_own_words():
 def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
     story = begun().counted(13, "a", 1)
     story.opened(610, event="reopened", asked=["a", "b"], needed=2, reason="round 7 has 1 of 3")
-    told, text = story.explained(now=620)
-    assert told.left_s == pytest.approx(590)
-    assert told.missing == ["b"]
-    assert list(told.round.answers) == ["a"]
+    explanation, text = story.explained(now=620)
+    assert explanation.left_s == pytest.approx(590)
+    assert explanation.missing == ["b"]
+    assert list(explanation.round.answers) == ["a"]
     assert "round 7 has 1 of 3; reopened for a, b." in text
 
 
 def test_an_outage_puts_the_deadline_off():
     story = begun().add(100, "disconnected", reason="reset")
-    told, text = story.explained(now=300)
-    assert told.left_s == pytest.approx(510)  # as it was when the broker went
+    explanation, text = story.explained(now=300)
+    assert explanation.left_s == pytest.approx(510)  # as when the broker was lost
     assert "lost the broker" in text
-    told, _ = story.add(160, "reconnected").explained(now=300)
-    assert told.left_s == pytest.approx(370)
+    explanation, _ = story.add(160, "reconnected").explained(now=300)
+    assert explanation.left_s == pytest.approx(370)
 
 
 def test_a_deadline_that_passed_in_silence_says_that_nobody_is_there():
@@ -200,20 +200,20 @@ def test_a_deadline_that_passed_in_silence_says_that_nobody_is_there():
 
 def test_a_round_that_was_open_when_the_coordinator_was_lost():
     story = begun().counted(13, "a", 1).add(50, "resumed", round=6).add(51, "connected")
-    told, text = story.explained(now=55)
-    assert told.left_s is None
+    explanation, text = story.explained(now=55)
+    assert explanation.left_s is None
     assert "A coordinator was started at" in text
     story.add(56, "joined", worker="a", num_examples=80).opened(57, asked=["a"], needed=1)
-    told, text = story.explained(now=60)
-    assert told.missing == ["a"]  # its update comes again
-    assert told.left_s == pytest.approx(597)
+    explanation, text = story.explained(now=60)
+    assert explanation.missing == ["a"]  # its update is delivered again
+    assert explanation.left_s == pytest.approx(597)
     assert "opened it again" in text
-    told, _ = story.counted(61, "a", 1, needed=1).explained(now=62)
-    assert told.missing == []
+    explanation, _ = story.counted(61, "a", 1, needed=1).explained(now=62)
+    assert explanation.missing == []
 
 
 @pytest.mark.parametrize(
-    ("event", "said"),
+    ("event", "sentence"),
     [
         ("finished", "The run has finished: enough."),
         ("stopped", "The run has stopped: enough."),
@@ -223,21 +223,21 @@ def test_a_round_that_was_open_when_the_coordinator_was_lost():
         ),
     ],
 )
-def test_a_run_that_ended_with_the_round_open(event, said):
+def test_a_run_that_ended_with_the_round_open(event, sentence):
     _, text = begun().add(20, event, reason="enough").explained(now=9999)
-    assert said in text
+    assert sentence in text
     assert "deadline" not in text
     assert "Still waiting" not in text
     assert "so far" not in text
     assert "a did not answer by then." in text
-    assert "The longest wait was for a, b, c: 10 s since the opening." in text  # up to the end
+    assert "The longest wait was for a, b, c: 10 s since the opening." in text  # until the end
 
 
 def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
     story = begun().counted(19, "a", 1).counted(20, "b", 2).counted(21, "c", 3, train_s=10.5)
     story.add(21.5, "committed", round=7, participants=["a", "b", "c"], num_examples=240)
-    told, text = story.explained(now=30)
-    assert longest_wait(told) == Wait(11.0, "c", "b")
+    explanation, text = story.explained(now=30)
+    assert longest_wait(explanation) == Wait(11.0, "c", "b")
     assert (
         "The longest wait was for c: it trained for 10.5 s and answered 11 s after the opening, "
         "1.0 s after b." in text
@@ -256,8 +256,8 @@ def test_of_an_asynchronous_round_no_wait_is_negative_and_nobody_is_said_to_be_s
 def test_a_round_that_took_long_to_close_says_so():
     story = begun().counted(11, "a", 1)
     story.add(41, "committed", round=7, participants=["a"], num_examples=80)
-    said = "The longest wait was for the commit: it came 30 s after a answered."
-    assert said in story.explained(now=50)[1]
+    sentence = "The longest wait was for the commit: it came 30 s after a answered."
+    assert sentence in story.explained(now=50)[1]
 
 
 def test_a_finished_run_says_that_it_is_finished_and_waits_for_nobody():
@@ -274,11 +274,11 @@ def test_a_finished_run_says_that_it_is_finished_and_waits_for_nobody():
 
 
 def test_what_a_worker_does_is_what_the_coordinator_said_last():
-    said = "round 7: 1 of 3 updates, 580 s to the deadline; b training 3/40, c receiving"
+    sentence = "round 7: 1 of 3 updates, 580 s to the deadline; b training 3/40, c receiving"
     training = {"worker": "b", "state": "training", "step": 3, "steps": 40}
     missing = [training, {"worker": "c", "state": "receiving"}, {"worker": 1}]
     story = begun().counted(13, "a", 1)
-    story.add(30, "waiting", reason=said, what="updates", round=7, missing=missing, short=0)
+    story.add(30, "waiting", reason=sentence, what="updates", round=7, missing=missing, short=0)
     _, text = story.explained(now=31)
     assert "the coordinator said" not in text
     assert f"Still waiting for b: connected, training 3/40 at {clock(at(30))}." in text
@@ -290,8 +290,8 @@ def test_without_a_coordinator_it_says_so_and_names_the_command(committed):
     story = begun().counted(13, "a", 1)
     if committed:
         story.add(14, "committed", round=7, participants=["a"])
-    told = explain(story.events, "r", 7, at(50), coordinated=False)
-    text = "\n".join(sentences(told))
+    explanation = explain(story.events, "r", 7, at(50), coordinated=False)
+    text = "\n".join(sentences(explanation))
     assert "No coordinator is connected to the broker now: the same command" in text
     assert "left until the deadline" not in text
 
@@ -308,26 +308,26 @@ def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
     story.add(2, "joined", worker="a", num_examples=80)
     story.add(3, "refused", worker="b", reason="it has other classes")
     story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a)")
-    told = explain(story.events, *_choose_round(story.events, None, None), at(10))
-    text = "\n".join(sentences(told))
+    explanation = explain(story.events, *_choose_round(story.events, None, None), at(10))
+    text = "\n".join(sentences(explanation))
     assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")
     assert f"At {clock(at(3))}: refused: it has other classes (b)." in text
     assert "waiting for workers: 1 of 2" in text
-    assert as_dict(told)["round"] == 0
+    assert as_dict(explanation)["round"] == 0
 
 
 def test_other_runs_are_left_out():
     story = begun().add(20, "counted", run="other", round=7, worker="a", num_examples=1)
     story.add(21, "gone", run="other", worker="c", silent_s=1.0)
-    told, _ = story.explained(now=30)
-    assert not told.round.answers
-    assert told.missing == ["a", "b", "c"]
+    explanation, _ = story.explained(now=30)
+    assert not explanation.round.answers
+    assert explanation.missing == ["a", "b", "c"]
 
 
 def test_a_round_whose_opening_is_forgotten():
     story = Story().counted(13, "a", 1)
-    told, text = story.explained(now=20)
-    assert longest_wait(told) is None
+    explanation, text = story.explained(now=20)
+    assert longest_wait(explanation) is None
     assert text == "The opening of round 7 is not in the journal."
     story.add(20, "committed", round=7, participants=["a"])
     assert "its opening is not in the journal" in story.explained(now=30)[1]
@@ -355,8 +355,10 @@ def test_which_round_is_meant():
 
 
 def test_as_data():
-    told, text = begun().counted(13, "a", 1).add(14, "left", worker="b", reason="bye").explained(20)
-    data = as_dict(told)
+    explanation, text = (
+        begun().counted(13, "a", 1).add(14, "left", worker="b", reason="bye").explained(20)
+    )
+    data = as_dict(explanation)
     assert data["says"] == text.splitlines()
     assert data["open"] is True
     assert data["left_s"] == pytest.approx(590)
@@ -371,7 +373,7 @@ def test_as_data():
     ]
 
 
-# --- whatever is in a journal -------------------------------------------------------------------
+# --- arbitrary journals -------------------------------------------------------------------------
 
 EVENTS = """started resumed connected reconnected disconnected standby joined left gone refused
 failure
@@ -420,9 +422,9 @@ _event = st.builds(
 
 @given(st.lists(_event, max_size=30), st.integers(0, 2), st.floats(-100, 1e6))
 def test_no_journal_is_too_strange_to_be_explained(events, number, now):
-    told = explain(events, "r", number, at(now))
-    assert all(isinstance(line, str) for line in sentences(told))
-    data = as_dict(told)
-    assert {one["worker"] for one in data["missing"]}.isdisjoint(told.round.answers)
+    explanation = explain(events, "r", number, at(now))
+    assert all(isinstance(line, str) for line in sentences(explanation))
+    data = as_dict(explanation)
+    assert {one["worker"] for one in data["missing"]}.isdisjoint(explanation.round.answers)
     for have in runs_of(events).values():
         assert len(have) == len(set(have))

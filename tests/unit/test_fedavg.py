@@ -1,4 +1,4 @@
-"""Federated averaging: against NumPy, whatever the order, and at the edges of every dtype."""
+"""Federated averaging: compared with NumPy, in any order, and at the ends of every dtype."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 
 
 def fold(state, update, num_examples):
-    """Fold an update of some worker."""
+    """Fold an update."""
     one = Contribution(worker="a", num_examples=num_examples, delta=update)
     return fedavg.fold(state, one)
 
 
 def average(base: Weights, updates: Sequence[tuple[Weights, int]]) -> dict[str, np.ndarray]:
-    """Fold (delta, num_examples) one after another, as a coordinator does."""
+    """Return the average of (delta, num_examples) pairs, folded one by one as in a coordinator."""
     state = fedavg.init(base)
     for update, num_examples in updates:
         check_delta(update, base)
@@ -65,8 +65,8 @@ def test_the_average_is_numpys_weighted_average(drawn):
 
 
 @given(rounds())
-def test_the_average_of_trained_weights_is_theirs(drawn):
-    """The way over deltas costs another rounding of each delta to float32, no more."""
+def test_the_average_of_deltas_is_that_of_the_trained_weights(drawn):
+    """Deltas cost one more rounding of each to float32, and no more."""
     base, trained = drawn
     got = average_of({"w": base}, [({"w": weights}, n) for weights, n in trained])["w"]
     total = sum(n for _, n in trained)
@@ -87,8 +87,8 @@ def test_float64_weights_lose_nothing_on_the_way(drawn):
 
 @given(rounds(), st.randoms(use_true_random=False))
 def test_the_order_of_arrival_makes_no_difference(drawn, random):
-    """Float64 sums in another order differ by a few 1e-16; that shows in float32 as one unit in the
-    last place at most, and only where the exact value lies in the middle between two."""
+    """Sums in another order differ by a few 1e-16: at most one unit in the last place of float32,
+    and only if the exact value lies in the middle between two."""
     base, updates = drawn
     shuffled = random.sample(updates, len(updates))
     one, two = (
@@ -158,7 +158,7 @@ def test_every_tensor_is_averaged_by_its_own_name(data):
         assert got[name].tolist() == [101 * position] * 2
 
 
-# --- integers, and the ends of the dtypes --------------------------------------------------------
+# --- integers, and the ends of the dtypes ------------------------------------------------------
 
 
 @given(st.sampled_from(INTEGERS), st.data())
@@ -178,14 +178,14 @@ def test_integers_are_rounded_to_the_nearest_and_never_wrap(dtype, data):
         assert abs(int(got[position]) * total - exact) * 2 <= total * (1 + 1e-3)
 
 
-def test_halves_go_to_the_even_neighbour():
+def test_halves_are_rounded_to_even():
     base = {"n": np.zeros(4, np.int32)}
     ones = [({"n": np.int32([1, 3, -1, -3])}, 1), ({"n": np.int32([0, 2, 0, -2])}, 1)]
     assert average_of(base, ones)["n"].tolist() == [0, 2, 0, -2]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_integers_beyond_the_end_stay_at_the_end(dtype):
+def test_integers_saturate_at_the_end_of_their_dtype(dtype):
     limits = np.iinfo(dtype)
     base = {"n": np.array([limits.max, limits.min, limits.max, limits.min], dtype)}
     beyond = {"n": np.int64([2**61, -(2**61), 0, 0])}
@@ -206,7 +206,7 @@ def test_finite_updates_never_make_a_model_that_is_not_finite(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("index", [0, 40_000, 69_999])
-def test_one_value_beyond_the_end_costs_no_other_value_anything(dtype, index):
+def test_a_value_that_saturates_does_not_change_others(dtype, index):
     largest = np.dtype(dtype).type(ml_dtypes.finfo(dtype).max)
     base = {"w": np.full(70_000, 2, dtype)}  # more than two blocks
     update = {"w": np.full(70_000, 0.5, dtype)}
@@ -217,19 +217,19 @@ def test_one_value_beyond_the_end_costs_no_other_value_anything(dtype, index):
 
 
 def test_half_precision_is_summed_in_double():
-    # In float16, 2048 + 1 is 2048, and 65504 is the end.
+    # In float16, 2048 + 1 is 2048, and 65504 is the largest value.
     base = {"w": np.zeros(2, np.float16)}
     updates = [({"w": np.float16([1, 60000])}, 1) for _ in range(4000)]
     assert average(base, updates)["w"].tolist() == [1, 60000]
 
 
-def test_no_examples_are_nothing_to_average():
+def test_without_examples_there_is_no_average():
     base = {"w": np.zeros(2, np.float32)}
     with pytest.raises(ValueError, match="nothing to average"):
         fedavg.finish(fedavg.init(base), base)
 
 
-# --- how it is done ----------------------------------------------------------------------------
+# --- memory and blocks -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 7])
@@ -255,7 +255,7 @@ def test_tensors_of_more_than_a_block_are_folded_whole():
 
 
 @pytest.mark.parametrize("layout", ["T", "reversed", "F", "read-only"])
-def test_any_memory_layout_is_folded_as_it_reads(layout):
+def test_any_memory_layout_is_folded_by_its_values(layout):
     array = np.arange(12.0).reshape(3, 4)
     update = {
         "T": np.ascontiguousarray(array.T).T,
@@ -268,7 +268,7 @@ def test_any_memory_layout_is_folded_as_it_reads(layout):
     assert got.tolist() == (array + 1).tolist()
 
 
-def test_what_is_given_is_left_as_it_was():
+def test_arguments_are_not_changed():
     base = {"w": np.ones(3, np.float32), "n": np.ones(3, np.uint8)}
     update = {"w": np.full(3, 2, np.float32), "n": np.full(3, 2, np.int64)}
     for array in (*base.values(), *update.values()):
@@ -300,7 +300,7 @@ def test_the_state_does_not_grow_with_the_number_of_updates():
     assert state.mean.totals.nbytes == 8000
 
 
-# --- against fractions ---------------------------------------------------------------------------
+# --- compared with exact fractions -------------------------------------------------------------
 
 
 def exact(base: object, updates: Sequence[tuple[object, int]]) -> Fraction:
@@ -336,7 +336,7 @@ def test_integers_of_any_size_are_averaged_exactly(dtype, data):
     [
         ("int64", [2**53 + 1, 2**53 + 1], 2**53 + 1),
         ("int64", [2**62 + 1, 2**62 + 3], 2**62 + 2),
-        ("int64", [-(2**63), -(2**63) + 1], -(2**63)),  # a half, to the even one
+        ("int64", [-(2**63), -(2**63) + 1], -(2**63)),  # a half is rounded to even
         ("int64", [2**63 - 1, 2**63 - 2], 2**63 - 2),
         ("uint64", [2**64 - 1, 2**64 - 1], 2**64 - 1),
         ("uint64", [2**64 - 1, 2**64 - 3], 2**64 - 2),
@@ -349,7 +349,7 @@ def test_integers_above_2_to_the_53_keep_their_last_digit(dtype, trained, expect
     assert got.tolist() == [expected] * 3
 
 
-def test_many_tensors_of_integers_beside_floats_are_each_their_own():
+def test_integer_tensors_among_floats_are_averaged_separately():
     base = {
         "n": np.arange(70_000).reshape(7, 10_000),
         "w": np.ones(3, np.float32),
@@ -388,7 +388,7 @@ def test_float64_of_any_size_is_averaged_to_the_last_digits(base, updates):
     [
         ([(1e308, 1), (1e308, 1)], 1e308),
         ([(1e308, 10**12), (1e308, 10**12)], 1e308),
-        ([(1e308, 7), (-1e308, 7)], 0.0),  # was NaN: infinity less infinity
+        ([(1e308, 7), (-1e308, 7)], 0.0),  # not NaN, the difference of two infinities
         ([(MOST, 10**12), (MOST, 3)], MOST),
         ([(-MOST, 10**12), (MOST, 10**12), (1.0, 1)], 0.0),
     ],

@@ -1,4 +1,4 @@
-"""What of a Flax model travels, stays at home or is frozen; the forms that its data may have."""
+"""Federated, personal and frozen parts of a Flax model, and the forms of its data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNT, FEATURES = 12, 3
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what JAX compiles away from the user's cache."""
+    """Use a temporary compilation cache instead of the user's."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
     yield
@@ -36,7 +36,7 @@ def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 
 class Adapted(nnx.Module):
-    """A backbone with a low-rank adapter, and a bias beside it."""
+    """A backbone with a low-rank adapter and a bias."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.backbone = nnx.LoRALinear(FEATURES, 1, lora_rank=2, rngs=rngs)
@@ -46,7 +46,7 @@ class Adapted(nnx.Module):
 
 
 class Normed(nnx.Module):
-    """A body, batch normalization, a head."""
+    """A body, batch normalization and a head."""
 
     traces = 0
 
@@ -218,7 +218,7 @@ def test_personal_tensors_outlive_their_worker(tmp_path):
 
 
 class Masked(nnx.Module):
-    """Takes two inputs by their names; the mask says which features count."""
+    """A model of two named inputs; the mask selects features."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(FEATURES, 1, rngs=rngs)

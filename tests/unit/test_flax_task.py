@@ -1,4 +1,4 @@
-"""The task made from a Flax model: what is averaged, and that training is what it says."""
+"""The Flax adapter: which tensors travel, and training compared with NumPy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNT, FEATURES, CLASSES = 22, 4, 3
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what JAX compiles away from the user's cache."""
+    """Use a temporary compilation cache instead of the user's."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
     yield
@@ -33,7 +33,7 @@ def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 
 class Net(nnx.Module):
-    """A tiny network with everything that has state; it counts how often it is traced."""
+    """A tiny network with all kinds of state, which counts its tracings."""
 
     traces = 0
 
@@ -49,7 +49,7 @@ class Net(nnx.Module):
 
 
 class Line(nnx.Module):
-    """The simplest model: NumPy can follow every step of it."""
+    """A linear model, simple enough to repeat in NumPy."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(FEATURES, 1, rngs=rngs)
@@ -103,7 +103,7 @@ def line(**changes: Any) -> FlaxTask:
 
 @pytest.fixture(scope="module")
 def shared() -> FlaxTask:
-    """Make one task for all tests that only use it: compiling is what takes time here."""
+    """Return one task for all tests that do not change it, because compiling is slow."""
     return net()
 
 
@@ -251,7 +251,7 @@ def test_the_result_says_how_many_examples_and_the_mean_loss(shared):
 
 
 def test_a_step_is_what_numpy_makes_of_it():
-    """Plain gradient descent on all examples at once, followed by hand."""
+    """Compare with full-batch gradient descent in NumPy."""
     inputs, targets = numbers(COUNT)
     task = line()
     weights = task.init(1)

@@ -29,8 +29,10 @@ def test_every_public_name_is_there_and_documented():
 
 def test_type_checkers_are_told_of_every_public_name():
     text = Path(fluffle.__file__).read_text()
-    told = {line.split()[-1] for line in text.splitlines() if line.startswith("    from fluffle")}
-    assert told == set(fluffle.__all__)
+    imported = {
+        line.split()[-1] for line in text.splitlines() if line.startswith("    from fluffle")
+    }
+    assert imported == set(fluffle.__all__)
 
 
 def test_the_import_loads_what_is_used_and_no_more():

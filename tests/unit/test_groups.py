@@ -1,4 +1,4 @@
-"""Tensors in groups: how they lie in one payload, and what is taken of them."""
+"""Groups of tensors: their layout in a payload, and the checks of extra tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode, encode, lay_out, pack, read_groups
+from fluffle_common.protocol.codec import decode, encode, lay_out, read_groups
 from fluffle_common.protocol.messages import Part, Plan, Update
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, digest_of, pack
 from fluffle_common.tensors.groups import check_extra, forms_of
 from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry
-from fluffle_coordinator.strategy.contribution import (
+from fluffle_coordinator.strategy.decoding import (
     check_announced,
     decode_contribution,
     decode_extra,
@@ -48,7 +48,7 @@ tensors = st.dictionaries(
 
 
 @given(model=tensors, groups=st.dictionaries(st.sampled_from(["extra", "keys"]), tensors))
-def test_groups_come_back_as_they_were_and_each_in_one_piece(model, groups):
+def test_groups_are_decoded_unchanged_and_each_in_one_buffer(model, groups):
     table, pieces = lay_out(model, groups)
     body = encode(update(), pieces, table)
     message, payload = decode(body)
@@ -65,7 +65,7 @@ def test_groups_come_back_as_they_were_and_each_in_one_piece(model, groups):
     assert wire.read_tensors(message.tensors, payload).keys() == model.keys()
 
 
-def test_the_group_of_the_model_is_not_said():
+def test_the_group_of_the_model_is_left_out_on_the_wire():
     table, _ = lay_out(MODEL, {"extra": EXTRA})
     assert [entry.get("group") for entry in as_maps(table)] == [None, None, "extra"]
 
@@ -82,7 +82,7 @@ def test_groups_travel_in_parts(monkeypatch):
     message, _ = decode(body)
     found = read_groups(message.tensors, assembly.payload())
     assert found["extra"]["w"].tolist() == [0.5] * 5
-    assert transfer.digest == wire.digest_of(MODEL, {"extra": EXTRA})
+    assert transfer.digest == digest_of(MODEL, {"extra": EXTRA})
     check_announced(message, MODEL, Plan(extra="model"))
     with pytest.raises(MalformedMessage, match="the extra tensor 'w' was not asked for") as wrong:
         check_announced(message, MODEL)
@@ -90,7 +90,7 @@ def test_groups_travel_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("groups", "offsets", "told"),
+    ("groups", "offsets", "reason"),
     [
         (["model", "extra", "model"], [0, 64, 128], "of the group 'model' do not follow each"),
         (["model", "extra"], [0, 4], "'b' has the wrong offset 4"),
@@ -99,24 +99,24 @@ def test_groups_travel_in_parts(monkeypatch):
         (["model", "extra"], [0, 192], "'b' ends at byte 200, the payload has 72"),
     ],
 )
-def test_groups_that_do_not_lie_as_they_say_are_refused(groups, offsets, told):
+def test_inconsistent_groups_are_refused(groups, offsets, reason):
     table = tuple(
         TensorEntry(name, "float32", (2,), offset, 8, group)
         for name, group, offset in zip("abc", groups, offsets, strict=False)
     )
-    with pytest.raises(MalformedMessage, match=told) as wrong:
+    with pytest.raises(MalformedMessage, match=reason) as wrong:
         read_groups(table, memoryview(bytes(72)))
     assert wrong.value.cause == "tensors"
 
 
-def test_one_name_may_be_in_two_groups_and_not_twice_in_one():
+def test_a_name_may_be_in_two_groups_but_not_twice_in_one():
     entries = [TensorEntry("w", "float32", (1,), 64 * n, 4, "extra") for n in range(2)]
-    with pytest.raises(MalformedMessage, match="'w' is there twice"):
+    with pytest.raises(MalformedMessage, match="'w' appears twice"):
         read_groups(tuple(entries), memoryview(bytes(68)))
 
 
 @pytest.mark.parametrize(
-    ("wanted", "extra", "cause", "told"),
+    ("wanted", "extra", "cause", "reason"),
     [
         (None, EXTRA, "tensors", "the extra tensor 'w' was not asked for"),
         ("model", {}, "tensors", "the extra tensors that were asked for are missing"),
@@ -127,20 +127,20 @@ def test_one_name_may_be_in_two_groups_and_not_twice_in_one():
         ({"k": (2,)}, {"k": np.array([1, np.inf])}, "not_finite", "'k' has 1 values that are NaN"),
     ],
 )
-def test_the_coordinator_takes_the_extra_tensors_that_it_asked_for(wanted, extra, cause, told):
+def test_extra_tensors_that_do_not_match_the_plan_are_refused(wanted, extra, cause, reason):
     message, payload = sent(extra)
-    with pytest.raises(MalformedMessage, match=told) as wrong:
+    with pytest.raises(MalformedMessage, match=reason) as wrong:
         decode_extra(message, payload, MODEL, Plan(extra=wanted))
     assert wrong.value.cause == cause
 
 
-def test_a_group_that_nobody_asked_for_is_refused():
+def test_an_unexpected_group_is_refused():
     message, payload = sent({"k": np.ones(1)}, "keys")
     with pytest.raises(MalformedMessage, match="of the group 'keys' were not asked for"):
         decode_extra(message, payload, MODEL, Plan())
 
 
-def test_what_was_asked_for_is_taken():
+def test_required_extra_tensors_are_accepted():
     found = decode_extra(*sent(EXTRA), MODEL, Plan(extra="model"))
     assert found["w"].tolist() == [0.5] * 5
     steps = {"steps": np.array(3.0)}
@@ -150,18 +150,18 @@ def test_what_was_asked_for_is_taken():
 
 
 @pytest.mark.parametrize(
-    ("names", "told"), [("w", "unknown w"), ("", "missing n"), ("nm", "unknown m")]
+    ("names", "reason"), [("w", "unknown w"), ("", "missing n"), ("nm", "unknown m")]
 )
-def test_an_update_brings_the_tensors_of_the_plan_and_no_others(names, told):
-    """``n`` is to be trained, ``w`` is not."""
+def test_an_update_has_exactly_the_tensors_of_the_plan(names, reason):
+    """The plan trains ``n`` and not ``w``."""
     weights = {name: MODEL.get(name, MODEL["n"]) for name in names}
     message, payload = decode(pack(update(), weights)[1])
-    with pytest.raises(MalformedMessage, match=told) as wrong:
+    with pytest.raises(MalformedMessage, match=reason) as wrong:
         decode_contribution(message, payload, MODEL, Plan(train=("n",)))
     assert wrong.value.cause == "tensors"
 
 
-def test_what_is_not_trained_has_a_delta_of_zero():
+def test_tensors_that_are_not_trained_have_a_delta_of_zero():
     message, payload = decode(pack(update(), {"n": MODEL["n"]})[1])
     delta, norm = decode_contribution(message, payload, MODEL, Plan(train=("n",)))
     assert list(delta) == list(MODEL)

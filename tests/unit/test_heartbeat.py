@@ -1,4 +1,4 @@
-"""What a worker says of itself while it works."""
+"""Hello, heartbeat, failure and bye."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIT = Fit(federation="f", run="r", round=3, base="b7", evaluate=False, plan=Plan
 
 
 class Nothing:
-    """A task of which only the number of examples matters."""
+    """A task with a number of examples and nothing else."""
 
     num_examples = 5
 
@@ -37,7 +37,7 @@ class Nothing:
 
 
 async def said(presence: Presence, count: int) -> list[Hello | Heartbeat]:
-    """Let it speak up so many times."""
+    """Request heartbeats, one at a time."""
     link = await MemoryBroker().open()
     await link.declare(TOPOLOGY.shared())
     spoken = await link.consume(TOPOLOGY.presence, prefetch=count)
@@ -94,7 +94,7 @@ async def test_it_says_how_much_of_its_answer_has_arrived():
 
 
 class Slow:
-    """A link that confirms no heartbeat."""
+    """A link that never confirms a heartbeat."""
 
     def __init__(self) -> None:
         self.blocked: str | None = None

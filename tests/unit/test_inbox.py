@@ -1,4 +1,4 @@
-"""What a worker refuses, and where that goes."""
+"""Rejection of malformed messages to a worker."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, pack
+from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Fit, Plan
 from fluffle_common.protocol.topology import Exchange, Topology
+from fluffle_common.protocol.transfer import pack
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_worker.inbox import Refusals, check_mail, read_work

@@ -1,4 +1,4 @@
-"""What a work's answer is made of: the delta, its encoding, and what is carried over."""
+"""A job's answer: the delta, its encoding and the residual."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = {"w": np.full(COUNT, 0.25, np.float32)}
 
 
 class InPlace:
-    """A task that puts what it learnt into the very mapping that it was given."""
+    """A task that stores trained tensors in the mapping that it received."""
 
     num_examples = 5
 
@@ -31,7 +31,7 @@ class InPlace:
 
 
 class Steps:
-    """A task that always learns the same delta."""
+    """A task whose training always adds the same delta."""
 
     num_examples = 5
 

@@ -1,4 +1,4 @@
-"""The journal: what is kept, in which order, whatever the broker does."""
+"""The journal: which events are published and read, in which order, whatever the broker does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATIENCE_S = 20.0
 
 
 class Faulty:
-    """A link on which publishing fails as told: one outcome a publish, then all goes well."""
+    """A link whose publishes have the given outcomes, one each; later ones succeed."""
 
     def __init__(self, link: Link, outcomes: Sequence[Exception | None]) -> None:
         self._link, self._outcomes = link, list(outcomes)
@@ -48,9 +48,8 @@ class Faulty:
         self.in_flight += 1
         self.most_in_flight = max(self.in_flight, self.most_in_flight)
         try:
-            if not isinstance(
-                outcome, QueueFull | Unroutable
-            ):  # what is lost may be there all the same
+            # With a lost link, the message may have reached the broker all the same.
+            if not isinstance(outcome, QueueFull | Unroutable):
                 await self._link.publish(body, properties, exchange=exchange, keys=keys)
             await asyncio.sleep(0)
         finally:
@@ -70,7 +69,7 @@ async def broker() -> MemoryBroker:
 
 @contextlib.asynccontextmanager
 async def published(journal: Journal, link: Any) -> AsyncIterator[asyncio.Task[None]]:
-    """Publish what the journal is told, until the end of the block."""
+    """Publish the journal's events until the end of the block."""
     task = asyncio.create_task(journal.publish(link))
     await asyncio.sleep(0)
     try:
@@ -85,13 +84,13 @@ async def drained(journal: Journal) -> None:
 
 
 def raw(broker: MemoryBroker) -> list[Event]:
-    """Return everything in the stream, with what was sent twice."""
-    found: list[Event] = []
+    """Return all events in the stream, including duplicates."""
+    events: list[Event] = []
     for stored in broker.queues[TOPOLOGY.journal].ready:
         message, _ = decode(stored.body, "f")
         assert isinstance(message, Event | Events)
-        found += message.each() if isinstance(message, Events) else [message]
-    return found
+        events += message.each() if isinstance(message, Events) else [message]
+    return events
 
 
 async def read(broker: MemoryBroker, **how: Any) -> list[Event]:
@@ -122,7 +121,7 @@ async def test_what_was_told_before_there_was_a_link_comes_first(broker):
     assert {event.session for event in (started, connected, opened)} == {started.session}
     assert {event.run for event in (started, connected, opened)} == {"r1"}
     assert started.moment is not None
-    assert connected.fields == {}  # the address is no news to who reads there
+    assert connected.fields == {}  # readers know the broker's address
     assert opened.fields == {"round": 1, "asked": ["a", "b"], "needed": 2}
 
 
@@ -153,7 +152,7 @@ async def test_many_events_at_once_are_one_message(broker):
     assert stored.properties.message_id == f"events/{events[0].session}/1"
     assert dict(stored.properties.headers) == {"events": 20}
     assert [event.number for event in events] == list(range(1, 21))
-    assert events[6].fields == {"round": "7", "odd": "{1, 7}"}  # msgpack has no word for a set
+    assert events[6].fields == {"round": "7", "odd": "{1, 7}"}  # msgpack cannot encode a set
     assert events[7].fields == {}
 
 
@@ -188,7 +187,7 @@ async def test_what_was_not_confirmed_is_sent_again_under_the_same_identity(brok
     first = Faulty(await broker.open(), [None, None, LinkLost("x"), LinkLost("x")])
     with pytest.raises(LinkLost):
         await journal.publish(first)  # type: ignore[arg-type]
-    assert first.most_in_flight > 1  # not one after the other
+    assert first.most_in_flight > 1  # not one at a time
     async with published(journal, await broker.open()):
         journal.record(from_fields("opened", {"round": 6}))
         await drained(journal)
@@ -253,7 +252,7 @@ async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
 async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
     journal = Journal(TOPOLOGY)
     journal.record(from_fields("finished", {"reason": "2 rounds are done"}))
-    await drained(journal)  # no link: nothing to wait for
+    await drained(journal)  # without a link, it returns at once
     assert raw(broker) == []
     never = asyncio.Event()
 
@@ -262,7 +261,7 @@ async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
             await never.wait()
 
     async with published(journal, Stuck(await broker.open(), [])):
-        await journal.drained(0.01)  # it does not answer: not for ever
+        await journal.drained(0.01)  # the broker does not confirm, so it gives up
     async with published(journal, await broker.open()):
         await drained(journal)
     assert names(raw(broker)) == ["finished"]
@@ -325,14 +324,14 @@ def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped
         await (await broker.open()).declare(TOPOLOGY.shared())
         journal = Journal(TOPOLOGY, capacity=capacity)
         task: asyncio.Task[None] | None = None
-        told = 0
+        recorded = 0
         for step in [*steps, "link", "tell"]:
             if step == "tell":
-                told += 1
-                journal.record(from_fields("opened", {"round": told}))
+                recorded += 1
+                journal.record(from_fields("opened", {"round": recorded}))
             elif step == "cut" and link is not None and task is not None:
                 link.cut()
-                task.cancel()  # as whatever else uses the link would have it
+                task.cancel()  # like another user of the link that ends
                 await asyncio.gather(task, return_exceptions=True)
                 link = task = None
             elif step == "link" and task is None:
@@ -352,8 +351,8 @@ def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped
         rounds = [event.fields["round"] for event in events if event.event == "opened"]
         assert rounds == sorted(set(rounds))
         dropped = sum(event.fields.get("dropped", 0) for event in events)
-        assert len(rounds) + dropped == told
-        assert rounds[-1] == told
+        assert len(rounds) + dropped == recorded
+        assert rounds[-1] == recorded
 
     asyncio.run(play())
 
@@ -392,8 +391,8 @@ async def test_reading_since_a_moment(broker):
     now = datetime.now(UTC)
     times = [now - timedelta(minutes=minutes) for minutes in (50, 40, 0)]
     await put(broker, *(entry(number, time) for number, time in enumerate(times, start=1)))
-    found = await read(broker, since=now - timedelta(minutes=45))
-    assert [event.number for event in found] == [2, 3]
+    events = await read(broker, since=now - timedelta(minutes=45))
+    assert [event.number for event in events] == [2, 3]
     assert await read(broker, since=now + timedelta(minutes=5)) == []
 
 
@@ -458,13 +457,13 @@ async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(bro
             await drained(journal)
             await asyncio.sleep(0)
         assert not task.done()
-    async with published(journal, link) as task:  # over the next link, too
+    async with published(journal, link) as task:  # also over the next link
         journal.record(from_fields("counted", {"round": 2}))
         await drained(journal)
         assert not task.done()
-    said = capsys.readouterr().err
-    assert said.count("the journal cannot be published") == 1
-    assert "the run goes on without it" in said
+    errors = capsys.readouterr().err
+    assert errors.count("the journal cannot be published") == 1
+    assert "the run goes on without it" in errors
 
 
 async def test_who_may_not_read_the_journal_is_told_which_right_is_missing(broker, monkeypatch):

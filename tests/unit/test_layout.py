@@ -1,4 +1,4 @@
-"""Tensors in one piece of memory: the same as apart, whatever lies between them."""
+"""Tensors in one buffer behave like separate ones, whatever values are in the gaps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUBBISH = st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"\x01"])
 
 @st.composite
 def models(draw: st.DrawFn) -> dict[str, np.ndarray]:
-    """Weights that are all of one dtype, or not."""
+    """Weights of one dtype or of several."""
     dtype = draw(st.sampled_from(FLOATS))
     odd = draw(st.sampled_from([None, "int32", "float64"]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -48,7 +48,7 @@ def models(draw: st.DrawFn) -> dict[str, np.ndarray]:
 
 
 def in_one_piece(weights: dict[str, np.ndarray], between: bytes = b"\0") -> Tensors:
-    """Lay weights out, with ``between`` in the gaps."""
+    """Lay out weights in one buffer, filling the gaps with ``between``."""
     layout = layout_for(weights)
     memory = bytearray(between * layout.nbytes)
     for entry in layout.table:
@@ -62,7 +62,7 @@ def same(one: object, other: object) -> bool:
 
 
 @given(models(), RUBBISH)
-def test_one_piece_holds_what_was_apart(weights, between):
+def test_tensors_in_one_buffer_equal_separate_ones(weights, between):
     whole = in_one_piece(weights, between)
     assert list(whole) == list(weights)
     assert len(whole) == len(weights)
@@ -76,7 +76,7 @@ def test_one_piece_holds_what_was_apart(weights, between):
 
 
 @given(models())
-def test_one_piece_travels_as_what_is_apart_does(weights):
+def test_tensors_in_one_buffer_are_encoded_like_separate_ones(weights):
     whole = in_one_piece(weights)
     table, pieces = lay_out(whole)
     assert table == lay_out(weights)[0]
@@ -85,14 +85,14 @@ def test_one_piece_travels_as_what_is_apart_does(weights):
 
 
 def fold(state, update, num_examples):
-    """Fold an update of some worker."""
+    """Fold an update into the state of fedavg."""
     one = Contribution(worker="a", num_examples=num_examples, delta=update)
     return fedavg.fold(state, one)
 
 
 @pytest.mark.filterwarnings("error")
 @given(models(), st.lists(st.tuples(st.integers(1, 100), RUBBISH), min_size=1, max_size=3))
-def test_an_average_is_the_same_in_one_piece_and_apart_bit_by_bit(base, updates):
+def test_the_average_is_bitwise_the_same_in_one_buffer_and_separately(base, updates):
     rng = np.random.default_rng(len(base))
     learnt = [
         delta(
@@ -107,12 +107,12 @@ def test_an_average_is_the_same_in_one_piece_and_apart_bit_by_bit(base, updates)
     averaged, _ = fedavg.finish(whole, in_one_piece(base, updates[0][1]))
     expected, _ = fedavg.finish(apart, base)
     assert same(averaged, expected)
-    # Nor does what was between the updates' tensors go on to all the other workers.
+    # The values in the gaps of updates do not reach other workers.
     assert bytes(averaged.memory) == b"".join(lay_out(dict(averaged))[1])
 
 
 @given(models(), RUBBISH)
-def test_what_is_between_tensors_is_not_checked_and_what_is_in_them_is(weights, between):
+def test_values_in_gaps_are_not_checked_and_values_in_tensors_are(weights, between):
     whole = in_one_piece(weights, between)
     check_finite(whole)
     check_delta(in_one_piece(dict(delta(weights, weights)), between), whole)
@@ -121,20 +121,22 @@ def test_what_is_between_tensors_is_not_checked_and_what_is_in_them_is(weights, 
         spoilt = {**weights, name: np.full_like(weights[name], np.nan)}
         with pytest.raises(NotFinite, match=name):
             check_finite(in_one_piece(spoilt, between))
-        if "odd" not in weights or weights["odd"].dtype.kind == "f":  # else its delta has another
+        if (
+            "odd" not in weights or weights["odd"].dtype.kind == "f"
+        ):  # else its delta has another dtype
             with pytest.raises(NotFinite, match=name):
                 check_delta(in_one_piece(spoilt, between), in_one_piece(weights))
 
 
-def test_a_delta_has_nothing_of_this_processs_memory_between_its_tensors():
+def test_the_gaps_of_a_delta_do_not_leak_memory():
     base = {"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)}
     for _ in range(50):
-        np.full(1000, 255, np.uint8)  # what was here before
+        np.full(1000, 255, np.uint8)  # leaves these values in freed memory
         found = delta(base, base)
         assert bytes(found.memory) == bytes(found.layout.nbytes)
 
 
-def test_a_form_is_worked_out_once_and_a_very_long_one_is_not_kept():
+def test_layouts_are_cached_unless_they_are_very_long():
     def table(length: int) -> tuple[TensorEntry, ...]:
         return tuple(TensorEntry(f"t{n}", "float32", (1,), 64 * n, 4) for n in range(length))
 
@@ -143,10 +145,10 @@ def test_a_form_is_worked_out_once_and_a_very_long_one_is_not_kept():
     assert layout_of(table(5001)) is not layout_of(table(5001))
 
 
-# --- what travels, and what does not -----------------------------------------------------------
+# --- supported tensors -------------------------------------------------------------------------
 
 
-def test_bfloat16_is_one_vector_as_every_float_is():
+def test_bfloat16_tensors_form_one_vector():
     base = {"w": np.arange(6).reshape(2, 3).astype(BFLOAT16), "b": np.ones(3, BFLOAT16)}
     whole = in_one_piece(base, b"\xff")
     assert whole.flat is not None
@@ -176,7 +178,7 @@ def test_bfloat16_is_one_vector_as_every_float_is():
         (np.ones((1,) * 33), "'w' has 33 dimensions; at most 32 can be sent; reshape it"),
     ],
 )
-def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
+def test_unsupported_tensors_are_refused_with_a_remedy(tensor, why):
     with pytest.raises(ValueError, match=why) as refused:
         check_signature({"good": np.ones(3, np.float32), "w": tensor})
     assert "\n" not in str(refused.value)
@@ -190,26 +192,26 @@ def test_what_does_not_travel_is_told_with_its_remedy(tensor, why):
             "x" * 501,
             "^tensor 'x{60}…' has a name of 501 characters; at most 500 can be sent; shorten",
         ),
-        (("conv", "kernel"), "is named by a tuple; name it by a string"),
+        (("conv", "kernel"), "has a name of type tuple; use a string"),
         ("a\ud800", "not valid Unicode"),
     ],
 )
-def test_a_name_that_does_not_travel_is_told_with_its_remedy(name, why):
+def test_unsupported_names_are_refused_with_a_remedy(name, why):
     with pytest.raises(ValueError, match=why) as refused:
         check_signature({name: np.ones(3, np.float32)})
     refused.value.args[0].encode()
     assert len(str(refused.value)) < 700
 
 
-def test_no_weights_and_too_many_are_told():
-    with pytest.raises(ValueError, match="there is no tensor"):
+def test_no_tensors_and_too_many_are_refused():
+    with pytest.raises(ValueError, match="the weights contain no tensors"):
         check_signature({})
     with pytest.raises(ValueError, match="there are 100001 tensors; at most 100000 can be sent"):
         check_signature(dict.fromkeys(map(str, range(100_001)), np.float32(1)))
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-def test_every_memory_layout_and_byte_order_travels(dtype):
+def test_every_memory_layout_and_byte_order_is_supported(dtype):
     array = np.arange(12).reshape(3, 4).astype(dtype)
     for odd in (array.T, array[:, ::-1], array[::2], array.astype(array.dtype.newbyteorder(">"))):
         check_signature({"w": odd})
@@ -220,7 +222,7 @@ def test_every_memory_layout_and_byte_order_travels(dtype):
         assert learnt["w"].tolist() == odd.astype(dtype).tolist()
 
 
-def test_a_gap_as_large_as_a_model_takes_no_memory():
+def test_a_large_gap_takes_no_memory():
     gap = 2**24
     table = (
         TensorEntry("a", "float32", (1,), 0, 4),
@@ -237,7 +239,7 @@ def test_a_gap_as_large_as_a_model_takes_no_memory():
 
 
 @pytest.mark.parametrize("between", [b"\0", b"\x7f", b"\xff", b"\x01"])
-def test_the_norm_is_of_the_tensors_whatever_lies_between_them(between):
+def test_the_norm_excludes_the_gaps(between):
     weights = {"a": np.full(3, 2, np.float32), "b": np.full((2, 2), -1, np.float32)}
     assert finite_norm(in_one_piece(weights, between)) == 4.0
     assert check_delta(in_one_piece(weights, between), in_one_piece(weights)) == 4.0

@@ -32,7 +32,7 @@ def test_a_plan_can_carry_the_rate_of_any_round(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("cosin", "there is no schedule 'cosin' .* did you mean 'cosine'"),
         ("", "known are constant, cosine, exponential:FACTOR, step:ROUNDS,FACTOR"),
@@ -45,8 +45,8 @@ def test_a_plan_can_carry_the_rate_of_any_round(text):
         ("step:x,0.5", "expected is step:ROUNDS,FACTOR"),
     ],
 )
-def test_what_is_no_schedule_is_refused_with_what_would_be(text, told):
-    with pytest.raises(UsageError, match=told):
+def test_what_is_no_schedule_is_refused_with_what_would_be(text, message):
+    with pytest.raises(UsageError, match=message):
         LearningRateSchedule.parse(text)
 
 

@@ -1,4 +1,4 @@
-"""Images and folders as people have them: every mode, depth and orientation; what is no class."""
+"""Reading of image files of every mode, depth and orientation, and of class folders."""
 
 import os
 import struct
@@ -11,12 +11,17 @@ from PIL import Image, TiffImagePlugin
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.letters.folders import class_order, find_classes
-from fluffle_worker.letters.images import read_image, read_images
+from fluffle_worker.letters.images import read_images
 from fluffle_worker.letters.pixels import read_picture
 
 
+def read_image(path):
+    """Return the pixels of an image file."""
+    return read_picture(path).pixels
+
+
 def _letter(size: int = 100) -> np.ndarray:
-    """Return an L, uint8, white on black: a shape that no turn leaves as it is."""
+    """Return an L, uint8, white on black, a shape without symmetry."""
     grey = np.zeros((size, size), np.uint8)
     edge = size // 10
     grey[2 * edge : 8 * edge, 3 * edge : 4 * edge] = 255
@@ -164,7 +169,7 @@ def test_every_mode_is_read_alike(tmp_path, mode):
 
 
 def _transparent(ink: int) -> Image.Image:
-    """Return the letter as ink of one grey on nothing."""
+    """Return the letter as opaque ink of one grey on a transparent background."""
     return Image.merge("LA", [Image.new("L", (100, 100), ink), Image.fromarray(LETTER)])
 
 

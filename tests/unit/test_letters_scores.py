@@ -1,4 +1,4 @@
-"""What ``confusion`` and ``predict`` say: held-out and training letters apart, in plain words."""
+"""The output of ``confusion`` and ``predict``."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ CLASSES = ("a", "b")
 
 
 def _write(path: Path, level: int) -> None:
-    """Draw an image whose grey is all there is to know about it."""
+    """Write an image of a single grey."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grey = np.zeros((100, 100), np.uint8)
     grey[10:90, 10:90] = level
@@ -32,8 +32,8 @@ def _write(path: Path, level: int) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that calls dark letters a and bright ones b, and a folder where that is right for
-    the letters that a worker trains on, and wrong for those that it holds out."""
+    """Write a model that classifies dark letters as a and bright ones as b, and a folder where that
+    is correct for the training letters and wrong for the held-out ones."""
     folder = tmp_path_factory.mktemp("run")
     for name in CLASSES:
         for number in range(10):
@@ -69,7 +69,7 @@ def model(made: Path) -> use.LettersModel:
 def folder(
     made: Path, model: use.LettersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The model and the data in a folder of the test's own; the model is compiled once for all."""
+    """Copy the model and the data into the test's folder; the model is compiled once."""
     monkeypatch.setattr(use, "LettersModel", lambda path: model)
     return Path(shutil.copytree(made, tmp_path / "run"))
 

@@ -1,4 +1,4 @@
-"""fluffle's own local rules: what they make of a gradient, their names, and what they refuse."""
+"""The built-in local rules: their gradients, names and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what JAX compiles away from the user's cache."""
+    """Use a temporary compilation cache instead of the user's."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
     yield
@@ -64,7 +64,7 @@ def test_a_gradient_of_zeros_stays_one():
 
 
 def test_scaffold_is_the_papers_option_two():
-    """Karimireddy et al. 2020, algorithm 1, on quadratics, in NumPy."""
+    """Compare with algorithm 1 of Karimireddy et al. (2020) on quadratics in NumPy."""
     rate, steps, rng = 0.05, 4, np.random.default_rng(1)
     targets = [rng.normal(size=3), rng.normal(size=3)]
     x, c, own = np.zeros(3), np.zeros(3), [np.zeros(3), np.zeros(3)]
@@ -137,7 +137,7 @@ def test_a_rule_of_single_examples_returns_one_gradient():
 
 
 class Remembers:
-    """Keeps a number, and counts up from what it kept."""
+    """A rule that counts rounds in the tensor that it keeps."""
 
     def begin(self, received: Any, broadcast: Any, kept: Any) -> Any:
         return kept.get("n", 0) + broadcast.get("by", 1)

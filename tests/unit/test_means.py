@@ -1,4 +1,4 @@
-"""Means: the published numbers, naive NumPy beside them, order, blocks, and who sends anything."""
+"""Means: published numbers, naive NumPy implementations, order, blocks, and attacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROBUST = ["median", "trimmed:0.3", "krum:1", "multikrum:f=1,m=2", "rfa:iteration
 
 
 def mean_of(name, deltas, *, workers=None, base=None, counts=None, metrics=None):
-    """Return the mean delta of deltas that are arrays, or mappings of names to arrays."""
+    """Return the mean of deltas, which are arrays or mappings of names to arrays."""
     mean = named_strategy(name).strategy.mean
     deltas = [one if isinstance(one, Mapping) else {"w": np.asarray(one, float)} for one in deltas]
     base = base or {n: np.zeros(t.shape, t.dtype) for n, t in deltas[0].items()}
@@ -35,10 +35,10 @@ def mean_of(name, deltas, *, workers=None, base=None, counts=None, metrics=None)
             metrics=metrics[place] if metrics else {},
         )
         state = mean.fold(state, one)
-    found, emptied = mean.finish(state, base)
+    mean_delta, emptied = mean.finish(state, base)
     with pytest.raises(ValueError, match="no update was folded"):
         mean.finish(emptied, base)
-    return found["w"] if list(found) == ["w"] else found
+    return mean_delta["w"] if list(mean_delta) == ["w"] else mean_delta
 
 
 # --- the published numbers ---------------------------------------------------------------------
@@ -52,11 +52,11 @@ def test_published_numbers():
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([0.2, 0.7, 1.0])))
-def test_krum_takes_the_smaller_of_equal_scores_whoever_sent_it(order):
+def test_krum_prefers_the_smaller_of_equal_scores(order):
     assert mean_of("krum:f=1", [[one] for one in order]).tolist() == [0.7]
 
 
-# --- beside naive NumPy ------------------------------------------------------------------------
+# --- naive NumPy -------------------------------------------------------------------------------
 
 
 def naive(name, rows):
@@ -76,14 +76,14 @@ def naive(name, rows):
     scores = [
         sorted(np.delete(row, place))[: max(1, len(rows) - 3)] for place, row in enumerate(apart)
     ]
-    # Two that are closest to each other have the same score: the smaller one is the better.
+    # The two updates that are closest to each other have the same score: the smaller one wins.
     best = np.lexsort((np.square(rows).sum(axis=1), [sum(score) for score in scores]))
     return rows[best[: 1 if name == "krum:1" else 2]].mean(axis=0)
 
 
 @st.composite
 def updates(draw):
-    """Return random updates, all of them apart."""
+    """Return random updates that differ from each other."""
     count, size = draw(st.integers(3, 9)), draw(st.integers(1, 7))
     numbers = np.random.default_rng(draw(st.integers(0, 2**32)))
     return numbers.normal(size=(count, size)) * draw(st.sampled_from([1e-3, 1.0, 1e6]))
@@ -93,12 +93,12 @@ def updates(draw):
 @settings(max_examples=25, deadline=None)
 @given(rows=updates(), permuted=st.randoms(use_true_random=False))
 def test_a_robust_mean_is_the_naive_one_in_any_order(name, rows, permuted):
-    found = mean_of(name, rows)
+    mean_delta = mean_of(name, rows)
     scale = np.abs(rows).max()
-    np.testing.assert_allclose(found, naive(name, rows), rtol=1e-4, atol=1e-9 * scale)
+    np.testing.assert_allclose(mean_delta, naive(name, rows), rtol=1e-4, atol=1e-9 * scale)
     order = permuted.sample(range(len(rows)), len(rows))
     again = mean_of(name, rows[order], workers=[f"w{place:03d}" for place in order])
-    assert found.tobytes() == again.tobytes()
+    assert mean_delta.tobytes() == again.tobytes()
 
 
 @given(
@@ -106,24 +106,24 @@ def test_a_robust_mean_is_the_naive_one_in_any_order(name, rows, permuted):
                elements=st.floats(-1e3, 1e3)),
     st.data(),
 )  # fmt: skip
-def test_linear_means_are_their_formulas(rows, data):
+def test_linear_means_equal_their_formulas(rows, data):
     count = len(rows)
     examples = data.draw(st.lists(st.integers(1, 1000), min_size=count, max_size=count))
     steps = data.draw(st.lists(st.integers(1, 99), min_size=count, max_size=count))
     losses = data.draw(st.lists(st.floats(0.01, 9), min_size=count, max_size=count))
     metrics = [{"steps": float(t), "loss": f} for t, f in zip(steps, losses, strict=True)]
     n, t, f = np.array(examples), np.array(steps), np.array(losses)
-    told = {"counts": examples, "metrics": metrics}
+    claims = {"counts": examples, "metrics": metrics}
     close = {"rtol": 1e-9, "atol": 1e-9}
-    np.testing.assert_allclose(mean_of("uniform", rows, **told), rows.mean(axis=0), **close)
+    np.testing.assert_allclose(mean_of("uniform", rows, **claims), rows.mean(axis=0), **close)
     p = n / n.sum()
     nova = (p * t).sum() * (p / t) @ rows
-    np.testing.assert_allclose(mean_of("fednova", rows, **told), nova, **close)
+    np.testing.assert_allclose(mean_of("fednova", rows, **claims), nova, **close)
     squares = np.square(rows).sum(axis=1)
     q, lr = 2.0, 0.5
     fair = (f**q) @ rows / (f**q + q * f ** (q - 1) * squares / lr).sum()
-    found = mean_of(f"qfedavg:q={q},lr={lr}", rows, **told)
-    np.testing.assert_allclose(found, fair, rtol=1e-5, atol=1e-9)
+    mean_delta = mean_of(f"qfedavg:q={q},lr={lr}", rows, **claims)
+    np.testing.assert_allclose(mean_delta, fair, rtol=1e-5, atol=1e-9)
 
 
 def test_with_the_same_steps_fednova_is_fedavg_and_without_fairness_q_is_uniform():
@@ -149,7 +149,7 @@ def test_a_stale_update_counts_with_its_discount():
         np.testing.assert_allclose(mean.finish(state, base)[0]["w"], [2.0])
 
 
-# --- forms -------------------------------------------------------------------------------------
+# --- dtypes and shapes -------------------------------------------------------------------------
 
 
 def form(seed):
@@ -164,7 +164,7 @@ def form(seed):
 
 
 @pytest.mark.parametrize("name", [*ROBUST, "uniform"])
-def test_every_form_of_tensor_block_by_block_and_from_disk(name, tmp_path, monkeypatch):
+def test_every_dtype_and_shape_in_blocks_and_from_disk(name, tmp_path, monkeypatch):
     updates = [form(seed) for seed in range(5)]
     whole = mean_of(name, updates)
     as_rows = [np.concatenate([t.reshape(-1).astype(float) for t in u.values()]) for u in updates]
@@ -180,7 +180,7 @@ def test_every_form_of_tensor_block_by_block_and_from_disk(name, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_mean_of_all_updates_holds_is_on_disk_also_after_a_transform(tmp_path):
+def test_a_robust_mean_holds_updates_on_disk_even_after_a_transform(tmp_path):
     strategy, base = named_strategy("clip:1+median").strategy, {"w": np.zeros(3)}
     one = Contribution(
         worker="a",
@@ -193,7 +193,7 @@ def test_what_a_mean_of_all_updates_holds_is_on_disk_also_after_a_transform(tmp_
     np.testing.assert_allclose(held["w"], np.full(3, 1 / np.sqrt(3)))
 
 
-def test_large_tensors_are_taken_block_by_block(monkeypatch):
+def test_large_tensors_are_read_in_blocks(monkeypatch):
     rows = np.random.default_rng(0).normal(size=(5, 2500))
     monkeypatch.setattr(robust, "_ELEMENTS", 5 * 1024)
     for name in ROBUST:
@@ -208,9 +208,9 @@ def test_the_largest_values_of_one_worker_change_little(name, dtype):
     end = np.finfo(dtype).max
     honest = [np.array([1.0 + place / 10, -1.0], dtype) for place in range(6)]
     deltas = [{"w": one} for one in [*honest, np.array([end, -end], dtype)]]
-    found = mean_of(name, deltas)
-    assert 0.9 < found[0] < 1.7
-    assert -1.1 < found[1] < -0.9
+    mean_delta = mean_of(name, deltas)
+    assert 0.9 < mean_delta[0] < 1.7
+    assert -1.1 < mean_delta[1] < -0.9
 
 
 def test_the_mean_of_the_ends_of_a_dtype_is_finite():
@@ -239,7 +239,7 @@ def test_the_fewest_updates(name, fewest):
     assert named_strategy(name).strategy.needs.min_updates == fewest
 
 
-def test_clipping_scales_what_is_larger_and_leaves_the_rest():
+def test_clipping_scales_only_larger_updates():
     strategy = named_strategy("clip:5+uniform").strategy
     clip = strategy.transforms[0]
     large = {"w": np.array([6.0, 0.0], np.float32), "b": np.array([8], "bfloat16")}
@@ -253,15 +253,15 @@ def test_clipping_scales_what_is_larger_and_leaves_the_rest():
     assert clip(small) is small
 
 
-# --- two of ten workers send anything ----------------------------------------------------------
+# --- two attackers of ten ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def clean():
-    """Return FedAvg's accuracy when nobody attacks."""
-    found = accuracies("fedavg", "digits", "iid", rounds=10)[-1]
-    assert found > 0.85
-    return found
+    """Return the accuracy of FedAvg without an attack."""
+    accuracy = accuracies("fedavg", "digits", "iid", rounds=10)[-1]
+    assert accuracy > 0.85
+    return accuracy
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Machines with one rule broken: every one of them must be found out by the tests of the rules.
+"""Mutants of the machines: each has one line replaced, and the tests of the rules must notice.
 
-A mutant is a machine whose source has one line replaced. ``rule`` names the test of
-``test_rounds`` or ``test_rounds_commit`` that must fail on it; ``random`` says that
-``test_rounds_machine`` must.
+``rule`` names the test in one of the ``test_rounds_…`` files that must fail; ``random`` says that
+``test_rounds_machine`` must fail.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from fluffle_coordinator.machine import (
     transitions,
     updates,
     work,
+    worker_deadlines,
 )
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine.schedules import quorum
@@ -36,17 +36,17 @@ from fluffle_worker import machine as session
 from tests.unit import (
     test_rounds,
     test_rounds_buffered,
-    test_rounds_by_lot,
     test_rounds_commit,
-    test_rounds_in_use,
     test_rounds_machine,
+    test_rounds_poisson,
+    test_rounds_workers,
 )
 from tests.unit.test_rounds_machine import Federation
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """What is broken, and who must notice."""
+    """A broken line, and the tests that must notice."""
 
     name: str
     module: ModuleType
@@ -58,7 +58,7 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
-        "acknowledges when folded, not when the commit is on disk",
+        "acknowledges an update when it is folded, before the commit",
         updates,
         "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n",
         "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n"
@@ -66,32 +66,32 @@ MUTANTS = [
         "test_nothing_is_acknowledged_before_the_commit_is_on_disk",
     ),
     Mutant(
-        "lets go of late updates before the commit is on disk",
+        "acknowledges late updates before the commit is on disk",
         updates,
         "    if event.round < state.round and not (",
         "    if state.phase is Phase.COMMITTING or event.round < state.round and not (",
-        "test_what_comes_during_the_commit_is_late_once_that_is_on_disk",
+        "test_an_update_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
         "folds duplicates",
         updates,
         "    if held is not None:\n        return _hold_copy",
         "    if False:\n        return _hold_copy",
-        "test_a_duplicate_of_what_we_hold_is_acknowledged",
+        "test_a_copy_of_a_held_update_is_acknowledged",
     ),
     Mutant(
         "folds late updates into the next round",
         updates,
         "    if staleness > schedule.max_staleness:\n",
         "    if False:\n",
-        "test_a_late_update_is_acknowledged_and_told",
+        "test_a_late_update_is_acknowledged_and_reported",
     ),
     Mutant(
-        "folds what comes during the commit",
+        "folds updates during the commit",
         updates,
         "    if state.phase is not Phase.COMMITTING:  # else ``committed``",
         "    if True:  # else ``committed``",
-        "test_what_comes_during_the_commit_is_late_once_that_is_on_disk",
+        "test_an_update_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
         "folds a copy while the round is being committed",
@@ -102,18 +102,18 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
-        "takes another run's updates",
+        "accepts another run's updates",
         updates,
         "    if event.run != state.run:\n        reason = ",
         "    if False:\n        reason = ",
-        "test_what_is_not_of_this_round_is_rejected_with_the_reason",
+        "test_an_update_of_another_round_is_rejected_with_the_reason",
     ),
     Mutant(
-        "takes updates of rounds to come",
+        "accepts updates of future rounds",
         updates,
         "    if event.round > state.round or not",
         "    if not",
-        "test_what_is_not_of_this_round_is_rejected_with_the_reason",
+        "test_an_update_of_another_round_is_rejected_with_the_reason",
         random=False,
     ),
     Mutant(
@@ -121,18 +121,18 @@ MUTANTS = [
         updates,
         "    if held.spares:\n",
         "    if False:\n",
-        "test_the_copy_is_used_if_the_first_is_refused",
+        "test_the_copy_is_folded_if_the_first_is_rejected",
     ),
     Mutant(
         "trusts the first of several copies after an outage",
         updates,
         "    if held.folded and held.handle.link == event.handle.link:\n",
         "    if held.folded:\n",
-        "test_a_redelivery_is_held_in_place_of_the_void_one",
-        random=False,  # a rare meeting of three: the search does not see it every time
+        "test_a_redelivery_replaces_the_void_delivery",
+        random=False,  # it takes a rare coincidence, which the search does not always find
     ),
     Mutant(
-        "does not know its own update again after the commit",
+        "does not recognise a counted update after the commit",
         updates,
         "    if state.has_counted(ticket, event.round):\n",
         "    if False:\n",
@@ -140,57 +140,57 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
-        "averages what was trained from weights that were taken back",
+        "averages updates from lost weights",
         updates,
         "    if event.base != base:\n",
         "    if False:\n",
-        "test_what_was_trained_from_other_weights_is_refused",
+        "test_an_update_from_other_weights_is_rejected",
     ),
     Mutant(
-        "counts as a participant whose update is not in the sum",
+        "counts a participant whose update is not in the sum",
         updates,
         "        if update.folded:\n            counted.add(ticket)\n",
         "        if True:\n            counted.add(ticket)\n",
-        "test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk",
+        "test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk",
         random=False,
     ),
     Mutant(
-        "puts into the next sum what comes while a round is being written",
+        "folds updates of the round being committed into the next one",
         updates,
         "    staleness = state.round + 1 - update.round\n",
         "    staleness = state.round - update.round\n",
-        "test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk",
+        "test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk",
     ),
     Mutant(
-        "forgets who was asked before the sample was drawn again",
+        "forgets the workers of earlier cohorts",
         closing,
         "{*state.asked, *state.asked_before, *in_it}",
         "{*state.asked, *in_it}",
-        "test_a_commit_says_who_was_asked_also_before_the_sample_was_drawn_again",
+        "test_a_commit_names_the_workers_asked_before_the_cohort_was_redrawn",
         random=False,
     ),
     Mutant(
-        "gives nobody the time to come back after an outage",
+        "gives workers no time to come back after an outage",
         rounds,
         "last_seen=event.now",
         "last_seen=w.last_seen",
-        "test_after_our_own_outage_everybody_has_all_the_time_to_be_heard",
+        "test_after_our_own_outage_every_worker_has_the_full_time_to_be_heard",
         random=False,
     ),
     Mutant(
-        "lets time pass in an outage of the broker",
+        "counts the time of an outage",
         rounds,
         "        state = postpone(state, event.now - state.unlinked_since)\n",
         "        pass\n",
-        "test_our_own_outage_does_not_count_as_standing_still",
+        "test_our_own_outage_does_not_count_as_a_stall",
         random=False,
     ),
     Mutant(
-        "waits for first weights from a worker that began again",
+        "waits for first weights from a worker that restarted",
         membership,
         "        if state.init_asked == worker.name:",
         "        if False:",
-        "test_the_first_weights_are_asked_again_of_a_worker_that_began_again",
+        "test_the_first_weights_are_asked_again_of_a_worker_that_restarted",
         random=False,
     ),
     Mutant(
@@ -208,22 +208,22 @@ MUTANTS = [
         "test_reopenings_without_a_new_update_are_bounded",
     ),
     Mutant(
-        "forgets what is at work when a version is committed",
+        "forgets the work in progress when a version is committed",
         updates,
         "    if state.schedule.continuous:  # workers continue with their work\n",
         "    if False:\n",
-        "test_who_is_at_work_goes_on_with_it",
+        "test_workers_continue_with_their_work_after_a_commit",
         random=False,
     ),
     Mutant(
-        "lets go of what came during the commit, though it still counts",
+        "discards updates during the commit that still count",
         updates,
         "        elif not last and _counts_later(state, update):\n",
         "        elif False:\n",
-        "test_what_comes_during_the_commit_is_in_the_next_version",
+        "test_an_update_during_the_commit_is_in_the_next_version",
     ),
     Mutant(
-        "gives two pieces of work one ticket",
+        "gives two pieces of work the same ticket",
         work,
         "state.sequence + 1 if continuous else state.round",
         "state.round",
@@ -258,36 +258,36 @@ MUTANTS = [
         transitions,
         "state = state.replace(gate=1, gate_until=math.inf)",
         "state = state.replace(gate=1)",
-        "test_a_resumed_run_stays_quiet_while_nobody_comes",
+        "test_a_resumed_run_does_not_spin_while_nobody_joins",
     ),
     Mutant(
-        "takes a stop of its own for everybody's silence",
+        "takes its own stop for the workers' silence",
         membership,
         "    now = clock_time(state, event.now)\n",
         "    now = event.now\n",
-        "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
+        "test_a_stopped_coordinator_makes_no_worker_gone",
     ),
     Mutant(
-        "counts the time in which it heard nobody",
+        "counts the time in which nobody was heard",
         clock,
         "    if lost_s > 0:\n",
         "    if False:\n",
-        "test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped",
+        "test_a_stopped_coordinator_makes_no_worker_gone",
     ),
     Mutant(
-        "believes signs of life from before its link",
+        "believes heartbeats from before its link",
         membership,
         "    if not state.caught_up:\n",
         "    if False:\n",
-        "test_signs_of_life_from_before_do_not_count",
+        "test_heartbeats_from_before_the_link_do_not_count",
         random=False,
     ),
     Mutant(
-        "commits with less than was written",
+        "commits with fewer updates than the rules allow",
         closing,
         "state.folded >= state.needed",
         "state.folded >= state.rules.quorum.of(state.tally.expected)",
-        "test_no_round_commits_with_less_than_was_written",
+        "test_no_round_commits_with_fewer_updates_than_least",
         random=False,
     ),
     Mutant(
@@ -299,19 +299,19 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
-        "ends a long round though its workers advance",
+        "ends a long round although its workers advance",
         closing,
         "    if any(state.advancing(name) for name in state.missing):\n",
         "    if False:\n",
-        "test_a_long_round_is_no_dead_one",
+        "test_a_long_round_is_not_a_dead_one",
         random=False,
     ),
     Mutant(
-        "asks somebody rather than nobody",
+        "never closes a round that asks nobody",
         quorum,
         "        if rules.secret is not None and not state.asked:\n",
         "        if False:\n",
-        "test_a_round_of_nobody_is_committed_at_once",
+        "test_a_round_that_asks_nobody_is_committed_at_once",
         random=False,
     ),
     Mutant(
@@ -319,19 +319,19 @@ MUTANTS = [
         quorum,
         "return tuple(n for n in _drawn(state, rules.secret, present) if n not in answered)\n",
         "return _drawn(state, rules.secret + state.draws, present)\n",
-        "test_a_reopened_round_asks_the_same",
+        "test_a_reopened_round_asks_the_same_sample",
         random=False,
     ),
     Mutant(
-        "leaves out whoever comes late and is in the sample",
+        "leaves out late joiners that are in the sample",
         quorum,
         "            return _drawn(state, rules.secret, (worker,))\n",
         "            return ()\n",
-        "test_who_comes_late_is_asked_if_its_lot_is_drawn",
+        "test_a_late_joiner_is_asked_if_its_lot_is_drawn",
         random=False,
     ),
     Mutant(
-        "draws lots that every worker can tell",
+        "draws lots that every worker can predict",
         quorum,
         "state.rules.fraction, Draw(secret, state.round)))\n",
         "state.rules.fraction, Draw(state.rules.seed, state.round)))\n",
@@ -339,11 +339,11 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
-        "asks the hung ones again",
+        "asks silent workers again",
         quorum,
         "room, draw, last=state.asked)\n",
         "room, Draw(rules.seed, state.round))\n",
-        "test_a_reopened_round_asks_others",
+        "test_a_reopened_round_prefers_other_workers",
         random=False,
     ),
     Mutant(
@@ -355,7 +355,7 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
-        "lets whoever came first decide",
+        "lets the first worker decide",
         agreement,
         "        classes, _ = votes.most_common(1)[0]\n",
         "        classes = next(iter(votes))\n",
@@ -363,7 +363,7 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
-        "does a work again that it has answered",
+        "does work again that it has answered",
         session,
         "    if work == state.answered:",
         "    if False:",
@@ -387,7 +387,7 @@ MUTANTS = [
         "(state.sending, state.answered) if",
     ),
     Mutant(
-        "goes on after a commit that is enough",
+        "continues after a commit that is enough",
         transitions,
         "state.round > state.rules.rounds or state.enough",
         "state.round > state.rules.rounds",
@@ -395,11 +395,12 @@ MUTANTS = [
         random=False,
     ),
 ]
-# The parts of the coordinator's machine, each after those that it imports.
+# The modules of the coordinator's machine, each after those that it imports.
 PARTS = [
     quorum,
     clock,
     agreement,
+    worker_deadlines,
     work,
     ending,
     evaluation,
@@ -422,18 +423,18 @@ def _executed(module: ModuleType, source: str) -> ModuleType:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mutant], tuple[ModuleType, ModuleType]]:
-    """Return a function that makes a mutant's two machines, the coordinator's and the worker's."""
+    """Return a function that loads a mutant: the coordinator's and the worker's machine."""
 
     def load(mutant: Mutant) -> tuple[ModuleType, ModuleType]:
         source = inspect.getsource(mutant.module)
         if mutant is not UNCHANGED:
-            assert source.count(mutant.old) == 1, "it is to be broken in one place"
+            assert source.count(mutant.old) == 1, "the line must occur once"
             assert mutant.old != mutant.new
             source = source.replace(mutant.old, mutant.new)
         changed = _executed(mutant.module, source)
         if mutant.module is session:
             return rounds, changed
-        # Whatever imports it is to import the changed one.
+        # Modules that import it must import the changed one.
         for module in PARTS[PARTS.index(mutant.module) + 1 :]:
             name = changed.__name__
             monkeypatch.setitem(sys.modules, name, changed)
@@ -448,18 +449,18 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mutant], tuple[ModuleType
 def _fails(check: Callable[[], object]) -> bool:
     try:
         check()
-    except (AssertionError, KeyError):  # a mutant that does not even run is no mutant
+    except (AssertionError, KeyError):  # other exceptions would mean that the mutant does not run
         return True
     return False
 
 
 def _rule(name: str) -> Callable[[], object]:
-    """Return one test of the rules with all its parameters, as a function without any."""
+    """Return a test of the rules as a function that runs it with all its parameters."""
     modules = (
         test_rounds,
-        test_rounds_by_lot,
+        test_rounds_poisson,
         test_rounds_commit,
-        test_rounds_in_use,
+        test_rounds_workers,
         test_rounds_buffered,
     )
     test = next(found for module in modules if (found := getattr(module, name, None)))
@@ -472,7 +473,7 @@ def _rule(name: str) -> Callable[[], object]:
 
 
 def _random(machine: ModuleType, worker_machine: ModuleType) -> Callable[[], object]:
-    """Return a search for a failing interleaving, the same search at every run."""
+    """Return a deterministic search for a failing interleaving."""
     mutated = type(
         "MutantFederation",
         (Federation,),

@@ -1,4 +1,4 @@
-"""The parts of the broker package that need no RabbitMQ."""
+"""Starting and stopping a node, as far as it needs no RabbitMQ."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def info(tmp_path: Path) -> NodeInfo:
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Put shell scripts before the programs of PATH."""
+    """Return a function that puts a shell script first on PATH."""
     folder = tmp_path / "programs"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -59,7 +59,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 
 @contextmanager
 def served(reply: bytes) -> Iterator[int]:
-    """Answer one connection with the same bytes, whatever it says, and close it."""
+    """Answer one connection with fixed bytes and close it; yield the port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -77,7 +77,7 @@ def served(reply: bytes) -> Iterator[int]:
 # --- the record -----------------------------------------------------------------------------------
 
 
-def test_the_record_comes_back_as_it_was_and_is_private(info: NodeInfo) -> None:
+def test_the_record_is_private_and_loads_unchanged(info: NodeInfo) -> None:
     record.save(info)
     assert record.load(info.folder) == info
     assert (info.folder / "node.json").stat().st_mode & 0o777 == 0o600
@@ -85,12 +85,12 @@ def test_the_record_comes_back_as_it_was_and_is_private(info: NodeInfo) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"ports": {"amqp": 1, "gone": 2}}'])
-def test_a_record_that_cannot_be_read_is_none(info: NodeInfo, text: str) -> None:
+def test_an_unreadable_record_is_none(info: NodeInfo, text: str) -> None:
     (info.folder / "node.json").write_text(text)
     assert record.load(info.folder) is None
 
 
-def test_a_pid_that_is_used_again_is_not_the_node(info: NodeInfo, tmp_path: Path) -> None:
+def test_a_reused_pid_is_not_the_node(info: NodeInfo, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ports = dataclasses.replace(info.ports, amqp=server.getsockname()[1])
         record.save(dataclasses.replace(info, ports=ports))
@@ -99,21 +99,21 @@ def test_a_pid_that_is_used_again_is_not_the_node(info: NodeInfo, tmp_path: Path
         assert node.running_node(tmp_path) is None
 
 
-# --- what is refused before anything is started ---------------------------------------------------
+# --- checks before the start ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("state", "ports", "extra", "told"),
+    ("state", "ports", "extra", "message"),
     [
-        ("s", Ports(0, 7, 7), "", "is given twice"),
+        ("s", Ports(5, 7, 7), "", "port 7 is given twice"),
         ("it's", Ports(0, 0, 0), "", "with ' in its path"),
         ("file", Ports(0, 0, 0), "", "cannot use the state folder"),
         ("x" * 300, Ports(0, 0, 0), "", "too long"),
     ],
 )
-def test_up_refuses(tmp_path: Path, state: str, ports: Ports, extra: str, told: str) -> None:
+def test_up_refuses(tmp_path: Path, state: str, ports: Ports, extra: str, message: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BrokerError, match=told) as refused:
+    with pytest.raises(BrokerError, match=message) as refused:
         node.up(tmp_path / state, ports=ports, extra_conf=extra)
     assert "\n" not in str(refused.value)
 
@@ -136,7 +136,7 @@ def test_a_taken_port_is_named_with_its_holder() -> None:
     network.require_free(port, "AMQP", "--port")
 
 
-def test_down_where_nothing_ever_ran_makes_no_folder(tmp_path: Path) -> None:
+def test_down_without_a_node_creates_no_folder(tmp_path: Path) -> None:
     assert node.down(tmp_path / "none") is False
     assert not (tmp_path / "none").exists()
 
@@ -154,13 +154,13 @@ def test_down_where_nothing_ever_ran_makes_no_folder(tmp_path: Path) -> None:
         ((None, None, 0), Ports(5673, 15673, 0)),
     ],
 )
-def test_port_0_alone_means_free_ones_for_all(
+def test_port_0_alone_chooses_all_ports(
     given: tuple[int | None, int | None, int | None], chosen: Ports
 ) -> None:
     assert cli.chosen_ports(*given) == chosen
 
 
-def test_free_ports_are_different_ones() -> None:
+def test_free_ports_are_distinct() -> None:
     assert len(set(network.free_ports(20))) == 20
 
 
@@ -177,18 +177,18 @@ def test_free_ports_are_different_ones() -> None:
         (b"", None),
     ],
 )
-def test_only_a_broker_is_taken_for_one(reply: bytes, version: str | None) -> None:
+def test_only_a_broker_has_an_amqp_version(reply: bytes, version: str | None) -> None:
     with served(reply) as port:
         assert network.amqp_version(port) == version
 
 
-def test_what_is_no_epmd_is_left_alone() -> None:
+def test_another_service_is_not_mistaken_for_epmd() -> None:
     with served(b"SSH-2.0-OpenSSH\r\n") as port:
         assert network.epmd_nodes(port) is None
 
 
 class Epmd:
-    """An epmd that knows these nodes, question by question, and the last ones until it is ended."""
+    """A fake epmd that lists these nodes on successive requests, repeating the last list."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: list[str]) -> None:
         self._names, self.ended = list(names), False
@@ -199,20 +199,20 @@ class Epmd:
             return None
         self.ended = request.endswith(b"k")
         names = self._names[0] if len(self._names) == 1 else self._names.pop(0)
-        told = "".join(f"name {name} at port 1\n" for name in names)
-        return port.to_bytes(4) + told.encode()
+        reply = "".join(f"name {name} at port 1\n" for name in names)
+        return port.to_bytes(4) + reply.encode()
 
 
 @pytest.mark.parametrize(
     "before", [["fluffle"], ["fluffle_prelaunch_7"], ["epmd-starter-935311281"], []]
 )
-def test_an_epmd_is_ended_when_what_came_with_the_node_is_gone(monkeypatch, before) -> None:
+def test_epmd_is_stopped_once_the_nodes_are_gone(monkeypatch, before) -> None:
     epmd = Epmd(monkeypatch, before, before, [])
     assert network.stop_epmd(4369, "fluffle")
     assert epmd.ended
 
 
-def test_an_epmd_that_serves_others_stays(monkeypatch) -> None:
+def test_a_shared_epmd_is_not_stopped(monkeypatch) -> None:
     epmd = Epmd(monkeypatch, ["fluffle", "other"], ["other"])
     assert not network.stop_epmd(4369, "fluffle")
     assert not epmd.ended
@@ -221,7 +221,7 @@ def test_an_epmd_that_serves_others_stays(monkeypatch) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def test_a_tree_that_ignores_the_request_is_killed_whole() -> None:
+def test_a_process_tree_that_ignores_sigterm_is_killed() -> None:
     script = "trap '' TERM; sh -c 'echo $$; exec sleep 600' & echo $$; wait"
     with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as root:
         assert root.stdout is not None
@@ -231,7 +231,7 @@ def test_a_tree_that_ignores_the_request_is_killed_whole() -> None:
         assert not any(map(processes.birth, pids))
 
 
-def test_a_process_that_ends_when_asked_is_not_killed() -> None:
+def test_a_process_that_exits_on_sigterm_is_not_killed() -> None:
     with subprocess.Popen(["sleep", "60"]) as root:
         assert processes.stop_tree(root.pid, grace_s=30) is True
         assert root.wait() == -signal.SIGTERM
@@ -240,17 +240,19 @@ def test_a_process_that_ends_when_asked_is_not_killed() -> None:
 # --- configuration --------------------------------------------------------------------------------
 
 
-def test_the_environment_names_only_files_and_ports_of_this_node(info: NodeInfo) -> None:
+def test_the_environment_contains_only_this_nodes_files_and_ports(info: NodeInfo) -> None:
     installation = Installation(Path("/opt/sbin/rabbitmq-server"), "unpacked", (Path("/opt/bin"),))
-    made = launch.environment(info, installation, {"PATH": "/usr/bin"})
-    assert made["PATH"] == "/opt/bin:/usr/bin"
-    assert (made["ERL_EPMD_PORT"], made["RABBITMQ_DIST_PORT"]) == ("4", "5")
-    paths = {name: value for name, value in made.items() if value.startswith("/")} | {"PATH": ""}
+    variables = launch.environment(info, installation, {"PATH": "/usr/bin"})
+    assert variables["PATH"] == "/opt/bin:/usr/bin"
+    assert (variables["ERL_EPMD_PORT"], variables["RABBITMQ_DIST_PORT"]) == ("4", "5")
+    paths = {name: value for name, value in variables.items() if value.startswith("/")} | {
+        "PATH": ""
+    }
     strangers = {n for n, value in paths.items() if not value.startswith(str(info.folder))}
     assert strangers == {"PATH", "RABBITMQ_CONF_ENV_FILE"}
 
 
-def test_the_cookie_is_kept_private_and_from_one_start_to_the_next(info: NodeInfo) -> None:
+def test_the_cookie_is_private_and_survives_a_restart(info: NodeInfo) -> None:
     cookie = info.folder / "home/.erlang.cookie"
     launch.write_files(info, "", None)
     first = cookie.read_text()
@@ -261,13 +263,13 @@ def test_the_cookie_is_kept_private_and_from_one_start_to_the_next(info: NodeInf
     assert cookie.read_text() == "shared"
 
 
-def test_lines_of_the_caller_come_last_as_the_last_one_wins(info: NodeInfo) -> None:
+def test_extra_configuration_comes_last_and_wins(info: NodeInfo) -> None:
     launch.write_files(info, "consumer_timeout = 10000", None)
     written = (info.folder / "etc/rabbitmq.conf").read_text()
     assert re.findall(r"^consumer_timeout = (\d+)$", written, re.M) == ["86400000", "10000"]
 
 
-def test_the_shipped_configuration_fits_a_container_too() -> None:
+def test_the_packaged_configuration_also_fits_a_container() -> None:
     settings = [
         line for line in launch.base_configuration().splitlines() if line and line[0] != "#"
     ]
@@ -285,7 +287,7 @@ def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> Non
 
 
 @pytest.mark.parametrize(
-    ("log", "told"),
+    ("log", "message"),
     [
         (
             "2026-01-01 10:00:00.1+00:00 [error] <0.1.0> Error preparing configuration:\n"
@@ -311,33 +313,33 @@ def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> Non
         ("", "it printed nothing"),
     ],
 )
-def test_one_line_of_a_failed_boot_is_quoted(log: str, told: str) -> None:
-    assert launch.failure_reason(log) == told
+def test_a_failed_boot_is_summarized_in_one_line(log: str, message: str) -> None:
+    assert launch.failure_reason(log) == message
 
 
-def test_what_a_failed_boot_tells_is_never_long() -> None:
+def test_the_reason_of_a_failed_boot_is_short() -> None:
     assert len(launch.failure_reason("BOOT FAILED\n===========\n" + "{error, term} " * 1000)) <= 240
 
 
 # --- packages -------------------------------------------------------------------------------------
 
 
-def test_the_newest_installed_version_is_taken(tmp_path: Path) -> None:
+def test_the_newest_installed_version_is_used(tmp_path: Path) -> None:
     for version in ("3.9.27", "3.10.8", "4.0.5"):
         server = tmp_path / f"rabbitmq_server-{version}/sbin/rabbitmq-server"
         server.parent.mkdir(parents=True)
         server.touch()
-    found = packages.find_installed(tmp_path)
-    assert found is not None
-    assert found.server.parts[-3] == "rabbitmq_server-4.0.5"
+    installation = packages.find_installed(tmp_path)
+    assert installation is not None
+    assert installation.server.parts[-3] == "rabbitmq_server-4.0.5"
 
 
 def test_a_server_on_the_path_is_found(
     tmp_path: Path, programs: Callable[[str, str], None]
 ) -> None:
     programs("rabbitmq-server", "")
-    found = packages.find_installed(tmp_path)
-    assert found == Installation(tmp_path / "programs/rabbitmq-server", "installed")
+    installation = packages.find_installed(tmp_path)
+    assert installation == Installation(tmp_path / "programs/rabbitmq-server", "installed")
 
 
 _FAKE_DPKG = """
@@ -348,7 +350,7 @@ touch "$3/usr/lib/rabbitmq/lib/rabbitmq_server-1/sbin/rabbitmq-server"
 touch "$3/usr/lib/erlang/bin/erl" "$3/usr/lib/erlang/erts-1/bin/erl"
 """
 
-# Knows the packages only after an update, and has them only after a second one.
+# Lists the packages only after an update, and can download them only after a second one.
 _FAKE_APT = """
 state=$(dirname "$0")
 case "$*" in
@@ -361,36 +363,36 @@ esac
 """
 
 
-def test_package_lists_that_are_missing_or_old_are_updated(
+def test_missing_or_old_package_lists_are_updated(
     tmp_path: Path, programs: Callable[[str, str], None]
 ) -> None:
     programs("apt-get", _FAKE_APT)
     programs("dpkg-deb", _FAKE_DPKG)
-    said: list[str] = []
+    steps: list[str] = []
     cache = tmp_path / "cache/debian"
-    found = packages.unpack(said.append, cache)
-    assert found == packages.find_unpacked(cache)
-    assert found.origin == "unpacked"
-    assert said.count("updating the package lists") == 2
+    installation = packages.unpack(steps.append, cache)
+    assert installation == packages.find_unpacked(cache)
+    assert installation.origin == "unpacked"
+    assert steps.count("updating the package lists") == 2
     assert [each.name for each in cache.parent.iterdir()] == ["debian"]
 
 
 @pytest.mark.parametrize(
-    ("dpkg", "told"),
+    ("dpkg", "message"),
     [
         ("echo 'write error: No space left on device' >&2; exit 2", "No space left on device"),
         ("echo 'not a Debian archive' >&2; exit 2", "not a Debian archive"),
         ("exit 0", "no Erlang runtime"),
     ],
 )
-def test_packages_that_cannot_be_unpacked_leave_nothing_behind(
-    tmp_path: Path, programs: Callable[[str, str], None], dpkg: str, told: str
+def test_a_failed_unpack_leaves_nothing_behind(
+    tmp_path: Path, programs: Callable[[str, str], None], dpkg: str, message: str
 ) -> None:
     (tmp_path / "programs/updates").write_text("x\nx\n")
     programs("apt-get", _FAKE_APT)
     programs("dpkg-deb", dpkg)
     cache = tmp_path / "cache/debian"
-    with pytest.raises(BrokerError, match=told):
+    with pytest.raises(BrokerError, match=message):
         packages.unpack(lambda _: None, cache)
     assert list(cache.parent.iterdir()) == []
 
@@ -406,7 +408,7 @@ def test_without_a_mirror_the_reason_and_the_remedies_are_named(
 # --- the container --------------------------------------------------------------------------------
 
 
-def test_a_docker_without_an_engine_is_none(programs: Callable[[str, str], None]) -> None:
+def test_docker_without_an_engine_is_unavailable(programs: Callable[[str, str], None]) -> None:
     programs("docker", 'test "$1" = compose')
     assert not container.available()
     programs("docker", "exit 0")
@@ -427,7 +429,7 @@ def test_the_container_gets_the_ports_and_the_configuration(
     assert stopped.split(" --file ")[0] == arguments.split(" --file ")[0]
 
 
-def test_what_docker_says_is_told_in_one_line(
+def test_an_error_of_docker_is_one_line(
     info: NodeInfo, programs: Callable[[str, str], None]
 ) -> None:
     programs("docker", "echo pulling >&2; echo 'port is already allocated' >&2; exit 1")

@@ -1,4 +1,4 @@
-"""Numbers on the command line: every one is finite and within what the wire can carry."""
+"""Options of the command line: numeric ranges, help texts and parsing."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ WRONG = ["nan", "NaN", "-nan", "inf", "-inf", "1e999", "-1"]
 
 
 def numeric_options() -> list[tuple[list[str], str, click.ParamType]]:
-    """Return every numeric option of every command, with the words before it."""
+    """Return every numeric option of every command, with the command's words."""
     context = click.Context(fluffle)
-    found = []
+    options = []
 
     def look(command: click.Command, words: list[str]) -> None:
         if isinstance(command, click.Group):
             for name in command.list_commands(context):
                 look(command.get_command(context, name), [*words, name])
-        found.extend(
+        options.extend(
             (words, option.opts[0], option.type)
             for option in command.params
             if isinstance(option.type, click.types.FloatParamType | click.types.IntParamType)
         )
 
     look(fluffle, [])
-    return found
+    return options
 
 
 OPTIONS = numeric_options()
 
 
-def test_all_of_them_are_looked_at():
+def test_all_numeric_options_are_found():
     flags = {flag for _, flag, _ in OPTIONS}
     assert {"--deadline", "--grace", "--fraction", "--learning-rate", "--heartbeat"} <= flags
     assert {"--wait-broker", "--wait-id", "--wait-workers", "--seed", "--port"} <= flags
@@ -47,29 +47,29 @@ def test_all_of_them_are_looked_at():
 
 @pytest.mark.parametrize(("words", "flag", "kind"), OPTIONS)
 def test_no_number_is_infinite_negative_or_too_large(words, flag, kind):
-    # A metric may have any value that is finite.
+    # A metric may have any finite value.
     for text in WRONG[:-1] if flag == "--target" else WRONG:
         with pytest.raises(click.BadParameter):
             kind.convert(text, None, None)
     with pytest.raises(click.BadParameter):
         kind.convert(str(2**63) if kind.max is not None else "1e999", None, None)
-    # A rate, a ratio and a metric have no bound that is right for everyone.
+    # No limit suits every rate, ratio and metric.
     assert kind.max is not None or flag in ("--learning-rate", "--max-norm-ratio", "--target")
 
 
-def test_limits_of_the_machine_are_named_only_when_they_are_exceeded():
+def test_technical_limits_appear_only_in_errors():
     def rounds(*words):
         return CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *words]).output
 
-    assert "at most 2,147,483,647" in rounds("--rounds", "99999999999")
+    assert "the maximum is 2,147,483,647" in rounds("--rounds", "99999999999")
     assert "0 is not in the range x>=1" in rounds("--rounds", "0")
-    assert "at most 1,000,000,000" in rounds("--grace", "1e10")
+    assert "the maximum is 1,000,000,000" in rounds("--grace", "1e10")
     shown = rounds("--help")
     assert "--deadline SECONDS" in shown
     assert not {"RANGE", "2147483647", "1000000000", "None"} & set(re.findall(r"\w+", shown))
 
 
-def test_what_a_command_does_is_said_in_a_line_of_80_columns():
+def test_each_command_is_summarized_within_80_columns():
     for command, above in ((fluffle, None), (fluffle.get_command(None, "broker"), "fluffle")):
         context = click.Context(command, info_name=above or "fluffle", terminal_width=80)
         listed = command.get_help(context).partition("Show this message")[2]
@@ -98,21 +98,21 @@ def test_no_line_of_help_is_wider_than_a_terminal():
     look(fluffle, "fluffle")
 
 
-def test_the_command_says_it_in_one_line():
+def test_an_invalid_number_is_an_error_in_one_line():
     for flags in (["--deadline", "nan"], ["--seed", str(2**63)], ["--fraction", "nan"]):
-        found = CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *flags])
-        assert found.exit_code == 2
-        assert flags[0] in found.output
+        result = CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *flags])
+        assert result.exit_code == 2
+        assert flags[0] in result.output
 
 
-def test_a_number_of_the_environment_is_checked_too(monkeypatch):
+def test_a_number_from_the_environment_is_validated(monkeypatch):
     monkeypatch.setenv("FLUFFLE_QUEUE_TYPE", "nan")
-    found = CliRunner().invoke(fluffle, ["coordinator", "--federation", "f"])
-    assert found.exit_code == 2
+    result = CliRunner().invoke(fluffle, ["coordinator", "--federation", "f"])
+    assert result.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("pair", "said"),
+    ("pair", "message"),
     [
         ("x=NaN", "not a finite number"),
         ("x=-Infinity", "not a finite number"),
@@ -123,26 +123,26 @@ def test_a_number_of_the_environment_is_checked_too(monkeypatch):
         ("=1", "KEY=VALUE"),
     ],
 )
-def test_a_config_value_that_no_task_can_be_told_is_refused(pair, said):
-    with pytest.raises(UsageError, match=said):
+def test_a_config_value_out_of_range_is_refused(pair, message):
+    with pytest.raises(UsageError, match=message):
         parse_config([pair])
 
 
-def test_a_config_is_what_a_plan_can_carry():
-    told = parse_config(["a=1", "b=0.5", "c=true", "d=text", "e=[1]", f"f={2**63 - 1}"])
-    assert told == {"a": 1, "b": 0.5, "c": True, "d": "text", "e": "[1]", "f": 2**63 - 1}
-    assert Plan(config=told).config == told
+def test_a_config_fits_into_a_plan():
+    config = parse_config(["a=1", "b=0.5", "c=true", "d=text", "e=[1]", f"f={2**63 - 1}"])
+    assert config == {"a": 1, "b": 0.5, "c": True, "d": "text", "e": "[1]", "f": 2**63 - 1}
+    assert Plan(config=config).config == config
     with pytest.raises(UsageError, match="more than once"):
         parse_config(["a=1", "a=2"])
 
 
 @pytest.mark.parametrize("text", [",", "a,", "a,,b", "a,a"])
-def test_classes_have_names_that_differ(text):
+def test_class_names_must_differ(text):
     with pytest.raises(UsageError, match="--classes expects"):
         parse_classes(text)
 
 
-def test_a_user_without_a_home_is_told_what_to_name(monkeypatch):
+def test_a_user_without_a_home_gets_the_remedy(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def homeless() -> None:

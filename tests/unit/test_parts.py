@@ -1,4 +1,4 @@
-"""Updates in parts: what becomes of them is bit for bit what becomes of whole ones, or nothing."""
+"""Updates in parts: they give bit for bit the same sum as whole ones, or do not enter it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode, pack
+from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Part, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import pack
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.layout import FLOATS, Array, Tensors, layout_for
 from fluffle_common.tensors.pieces import InPieces
@@ -45,7 +46,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
-    """Lay tensors out as they travel."""
+    """Return tensors as one block of bytes, as on the wire."""
     whole = layout_for(tensors).empty()
     for name, into in whole.items():
         into[...] = tensors[name]
@@ -53,7 +54,7 @@ def in_one_piece(tensors: Mapping[str, Array]) -> Tensors:
 
 
 def cut(whole: Tensors, size: int) -> InPieces:
-    """Cut what is in one piece of memory, into one buffer that is used again and again."""
+    """Yield a block in pieces that share one buffer."""
     assert whole.memory is not None
     memory, buffer = whole.memory, memoryview(bytearray(size))
 
@@ -78,7 +79,7 @@ def drawn(seed: int, dtype: np.dtype[Any], shapes: list[tuple[int, ...]]) -> Ten
 
 
 def expected(base: Array, updates: list[tuple[Array, int]]) -> Array:
-    """Average as NumPy does, in float64, scaled as the coordinator scales."""
+    """Compute the average with NumPy in float64, with the coordinator's scaling."""
     scale, total = 2.0**-64, sum(n for _, n in updates)
     summed = np.zeros(base.shape)
     for learnt, n in updates:
@@ -106,7 +107,7 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
     averages = []
     for form in (*forms.values(), data.draw(st.sampled_from(list(forms.values())))):
         state = fedavg.init(base)
-        for _ in range(2):  # the memory of the first round serves the second
+        for _ in range(2):  # the second round reuses the memory of the first
             for update, n in zip(updates, counts, strict=True):
                 one = Contribution(worker="a", num_examples=n, delta=form(update))
                 state = fedavg.fold(state, one)
@@ -116,7 +117,7 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
         for tensor in base:
             both = [(update[tensor], n) for update, n in zip(updates, counts, strict=True)]
             assert average[tensor].tobytes() == averages[0][tensor].tobytes()
-            if name in ("float32", "float64"):  # the others are rounded in two steps by NumPy
+            if name in ("float32", "float64"):  # NumPy rounds the others in two steps
                 assert average[tensor].tobytes() == expected(base[tensor], both).tobytes()
 
 
@@ -124,11 +125,11 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
 def test_the_mean_delta_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     base, update = drawn(seed, dtype, shapes), drawn(seed + 1, dtype, shapes)
-    mean, found = weighted(), []
+    mean, models = weighted(), []
     for delta in (update, cut(update, 8 * cells)):
         state = mean.fold(mean.init(base), Contribution(worker="a", num_examples=3, delta=delta))
-        found.append(mean.finish(state, base)[0])
-    assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in base)
+        models.append(mean.finish(state, base)[0])
+    assert all(models[0][name].tobytes() == models[1][name].tobytes() for name in base)
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
@@ -172,7 +173,7 @@ def values(seed: int) -> dict[str, Array]:
 
 
 class Sum:
-    """An aggregator, what it reports, and the broker from which it fetches."""
+    """An aggregator, the events that it posts, and the broker that it fetches from."""
 
     def __init__(self, link: MemoryLink, folder: Path, **options: Any) -> None:
         self.link: Any = link
@@ -228,7 +229,7 @@ class Sum:
         return await self.heard()
 
     async def heard(self) -> ev.Event:
-        """Return what it reports next; raises what ended it, if anything did."""
+        """Return the next event that it posts; raise the exception that ended it, if any."""
         news = asyncio.ensure_future(self.news.get())
         await asyncio.wait({news, self.running}, return_when=asyncio.FIRST_COMPLETED)
         if not news.done():
@@ -262,11 +263,11 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Sum]:
     link = await MemoryBroker().open()
     await link.declare([*TOPOLOGY.shared(), *(q for w in WORKERS for q in TOPOLOGY.of_worker(w))])
-    found = Sum(link, tmp_path, **getattr(request, "param", {}))
-    found.running = asyncio.ensure_future(found.aggregator.run())
-    yield found
-    found.running.cancel()
-    await asyncio.gather(found.running, return_exceptions=True)
+    total = Sum(link, tmp_path, **getattr(request, "param", {}))
+    total.running = asyncio.ensure_future(total.aggregator.run())
+    yield total
+    total.running.cancel()
+    await asyncio.gather(total.running, return_exceptions=True)
 
 
 async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
@@ -284,7 +285,7 @@ async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
 
 
 def replaced(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
-    """Change the payload of one part, which stays a well-formed message."""
+    """Replace the payload of a part, which remains a well-formed message."""
 
     def change_part(parts: list[bytes]) -> list[bytes]:
         message, payload = decode(parts[number])
@@ -304,7 +305,7 @@ def with_nan_at_the_end() -> dict[str, Array]:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "change", "cause", "told"),
+    ("tensors", "change", "cause", "reason"),
     [
         (values(9), replaced(-2, flipped), "tensors", "replaced or damaged"),
         (values(9), replaced(3, lambda payload: payload[:-4]), None, "8 of 9 parts came"),
@@ -314,12 +315,12 @@ def with_nan_at_the_end() -> dict[str, Array]:
     ids=["digest", "length", "missing", "NaN in the last part"],
 )
 async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
-    summing, tensors, change, cause, told
+    summing, tensors, change, cause, reason
 ):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     failed = await summing.fold(await summing.send("mallory", tensors, change))
     assert isinstance(failed, ev.FoldFailed)
-    assert told in failed.reason
+    assert reason in failed.reason
     assert (failed.again, failed.cause if not failed.again else None) == (cause is None, cause)
     assert isinstance(await summing.fold(await summing.send("b", values(2))), ev.Folded)
     right = [expected(summing.model[n], [(values(i)[n], 3) for i in (1, 2)]) for n in SHAPES]
@@ -327,7 +328,7 @@ async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
 
 
 class Cut:
-    """A link that is lost after so many messages were taken."""
+    """A link that is lost after a number of messages."""
 
     def __init__(self, link: MemoryLink, left: int) -> None:
         self._link, self._left = link, left
@@ -376,7 +377,7 @@ async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch
 
     monkeypatch.setattr(type(fedavg), "fold", looked_at)
     gc.collect()
-    tracemalloc.start()  # the sum is there already
+    tracemalloc.start()  # the sum is allocated already
     try:
         held = await summing.send("a", {"kernel": np.ones(many, np.float32)})
         assert held.message.transfer.parts == parts == 16
@@ -400,7 +401,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
         return fold(*on)
 
     def whole(one: spool.Spool) -> InPieces:
-        if next(count):  # the second one
+        if next(count):  # at the second call
             fetched.set()
         return payload(one)
 
@@ -412,7 +413,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
     summing.begin_to_fold(other, 3, 1)
     async with asyncio.timeout(60):
         await begun.wait()
-        await fetched.wait()  # of which the first is being folded
+        await fetched.wait()  # the next is fetched while the first is folded
     summing.aggregator.commit(1, WORKERS)
     go_on.set()
     first = (await summing.averages.get()).weights

@@ -1,4 +1,4 @@
-"""Looking at queues over the broker in memory: what is shown, what is refused, what is left."""
+"""Peeking at queues on the in-memory broker."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TOPOLOGY = Topology("f")
 
 @pytest.fixture
 async def broker() -> MemoryBroker:
-    made = MemoryBroker()
-    link = await made.open()
+    opened = MemoryBroker()
+    link = await opened.open()
     await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w1")])
-    return made
+    return opened
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ async def put_updates(link: MemoryLink, count: int) -> None:
 
 
 async def drain(link: MemoryLink, queue: str) -> list[bytes]:
-    found = []
+    bodies = []
     while (delivery := await link.get(queue)) is not None:
-        found.append(delivery.body)
+        bodies.append(delivery.body)
         delivery.ack()
-    return found
+    return bodies
 
 
 @pytest.mark.parametrize(
@@ -62,17 +62,17 @@ async def drain(link: MemoryLink, queue: str) -> list[bytes]:
         ("journal", "f.journal"),
     ],
 )
-def test_a_queue_may_be_named_with_the_federation_or_without(name, full):
+def test_a_queue_name_may_include_the_federation(name, full):
     assert full_name(TOPOLOGY, name) == full
 
 
 @pytest.mark.parametrize("name", ["update", "other.updates", "f.tap.1", "", "f."])
-def test_a_name_of_no_queue_is_an_error_that_names_those_there_are(name):
+def test_an_unknown_queue_is_an_error_that_lists_the_queues(name):
     with pytest.raises(UsageError, match=r"choose updates, presence"):
         full_name(TOPOLOGY, name)
 
 
-async def test_messages_are_shown_from_the_head_and_left_as_they_were(broker, link):
+async def test_messages_are_read_from_the_head_and_left_unchanged(broker, link):
     await put_updates(link, 4)
     before = [stored.body for stored in broker.queues["f.updates"].ready]
     for _ in range(3):
@@ -83,7 +83,7 @@ async def test_messages_are_shown_from_the_head_and_left_as_they_were(broker, li
     assert await drain(link, "f.updates") == before
 
 
-async def test_peeking_at_what_is_read_waits_for_nobody(broker, link):
+async def test_updates_can_be_peeked_at_while_they_are_consumed(broker, link):
     reader = await link.consume("f.updates", prefetch=1)
     await put_updates(link, 3)
     first = await anext(reader)
@@ -102,19 +102,19 @@ async def test_peeking_at_what_is_read_waits_for_nobody(broker, link):
     ("queue", "who"),
     [("inbox.w1", "worker w1 takes messages"), ("presence", "the coordinator takes messages")],
 )
-async def test_a_queue_that_is_read_as_it_fills_is_refused(broker, link, queue, who):
+async def test_a_queue_with_a_consumer_is_refused(broker, link, queue, who):
     await link.consume(f"f.{queue}", prefetch=1, exclusive=True)
     with pytest.raises(UsageError, match=f"{who}.*fluffle tap --federation f"):
         await peek(await broker.open(), TOPOLOGY, queue, 1)
 
 
-async def test_the_mail_of_a_worker_that_is_away_is_shown(broker, link):
+async def test_the_inbox_of_an_absent_worker_is_shown(broker, link):
     await link.publish(b"junk", Properties(), exchange=TOPOLOGY.work, keys=["w1"])
     (decoded,) = (await peek(await broker.open(), TOPOLOGY, "inbox.w1", 5)).messages
     assert "msgpack" in decoded.wrong
 
 
-async def test_an_outbox_is_refused_since_its_parts_are_counted(broker, link):
+async def test_an_outbox_is_refused(broker, link):
     with pytest.raises(UsageError, match="would look like a loss"):
         await peek(link, TOPOLOGY, "outbox.w1", 1)
 
@@ -126,7 +126,7 @@ async def test_an_outbox_is_refused_since_its_parts_are_counted(broker, link):
         ("updates", "nobody of federation g has connected"),
     ],
 )
-async def test_a_queue_that_is_not_there_says_why_that_may_be(broker, link, queue, why):
+async def test_a_missing_queue_is_an_error_with_the_likely_reason(broker, link, queue, why):
     topology = TOPOLOGY if "inbox" in queue else Topology("g")
     with pytest.raises(UsageError, match=why):
         await peek(link, topology, queue, 1)
@@ -143,7 +143,7 @@ async def test_a_quorum_queue_is_refused_and_not_touched(broker):
     assert not (await sender.get("q.updates")).redelivered
 
 
-async def test_of_the_journal_the_last_entries_are_shown(broker, link):
+async def test_the_last_entries_of_the_journal_are_shown(broker, link):
     for number in range(1, 6):
         event = Event(federation="f", event="opened", time="t", session="s", number=number)
         await send(link, event, Route("", [TOPOLOGY.journal]))
@@ -152,7 +152,7 @@ async def test_of_the_journal_the_last_entries_are_shown(broker, link):
         assert [decoded.message.number for decoded in peeked.messages] == expected
 
 
-async def test_no_more_is_held_than_may_be(broker, link):
+async def test_borrowing_stops_at_the_size_limit(broker, link):
     for body in (b"a" * 10, b"b" * 10, b"c" * 10):
         await link.publish(body, Properties(), exchange="", keys=["f.updates"])
     async with borrowed(link, "f.updates", count=5, most_bytes=15) as deliveries:
@@ -161,7 +161,7 @@ async def test_no_more_is_held_than_may_be(broker, link):
     assert (await link.counts("f.updates")).ready == 3
 
 
-async def test_what_is_held_comes_back_when_we_fail(broker, link):
+async def test_borrowed_messages_are_returned_after_an_error(broker, link):
     await put_updates(link, 2)
     with pytest.raises(RuntimeError):
         async with borrowed(link, "f.updates", count=2, most_bytes=100_000) as deliveries:
@@ -170,7 +170,7 @@ async def test_what_is_held_comes_back_when_we_fail(broker, link):
     assert (await link.counts("f.updates")).ready == 2
 
 
-async def test_a_broker_that_is_away_is_one_line_that_says_what_to_do():
+async def test_an_unreachable_broker_is_one_line_with_the_remedy():
     broker = MemoryBroker()
     broker.stop()
     with pytest.raises(BrokerError, match="no broker at memory.*fluffle broker up"):
@@ -183,7 +183,7 @@ async def test_a_broker_that_is_away_is_one_line_that_says_what_to_do():
             await link.get("q")
 
 
-async def test_who_may_not_look_is_told_so_and_not_that_the_queue_is_of_another_type(monkeypatch):
+async def test_a_missing_permission_is_not_mistaken_for_another_queue_type(monkeypatch):
     link = await MemoryBroker().open()
 
     async def refuse(_: object) -> None:

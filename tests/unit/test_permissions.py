@@ -1,4 +1,4 @@
-"""Which names the patterns of a user's rights let through, and how they are granted."""
+"""The permission patterns of workers and the coordinator, and how they are granted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TYPES = ["classic", "quorum"]
 
 
 def allows(pattern: str, name: str) -> bool:
-    """As RabbitMQ matches: anywhere in the name, unless the pattern says otherwise."""
+    """Match as RabbitMQ does, anywhere in the name unless the pattern is anchored."""
     return re.search(pattern, name) is not None
 
 
 @pytest.mark.parametrize("queue_type", TYPES)
-def test_a_worker_may_touch_its_own_two_queues_and_nothing_else(queue_type):
+def test_a_worker_may_use_only_its_own_two_queues(queue_type):
     names = Topology("f", queue_type)
     mine = rights.worker_rights(names, "site.7")
     own = [names.inbox("site.7"), names.outbox("site.7")]
@@ -35,7 +35,7 @@ def test_a_worker_may_touch_its_own_two_queues_and_nothing_else(queue_type):
     assert [name for name in dict.fromkeys(everything) if allows(mine.write, name)] == ["f.results"]
 
 
-def test_a_worker_may_publish_under_its_own_keys_only():
+def test_a_worker_may_publish_only_under_its_own_keys():
     names = Topology("f")
     (keys,) = rights.worker_rights(names, "site.7").topics.values()
     for kind in ("hello", "first_weights", "part"):
@@ -46,7 +46,7 @@ def test_a_worker_may_publish_under_its_own_keys_only():
 
 
 @pytest.mark.parametrize("queue_type", TYPES)
-def test_the_coordinator_may_do_what_it_does_and_nothing_outside_its_federation(queue_type):
+def test_the_coordinator_may_do_nothing_outside_its_federation(queue_type):
     names = Topology("f", queue_type)
     its = rights.coordinator_rights(names, "chief")
     shared = [one.name for one in names.shared() if isinstance(one, Exchange | Queue)]
@@ -62,7 +62,7 @@ def test_the_coordinator_may_do_what_it_does_and_nothing_outside_its_federation(
 
 
 class Ctl:
-    """Stands in for rabbitmqctl."""
+    """A fake rabbitmqctl."""
 
     def __init__(self, users: str = "guest\t[administrator]\n") -> None:
         self.users = users
@@ -75,7 +75,7 @@ class Ctl:
         return self.users if arguments[0] == "list_users" else ""
 
 
-def test_a_user_that_is_not_there_is_made_with_a_password_that_is_on_no_command_line():
+def test_a_new_users_password_is_not_on_the_command_line():
     ctl = Ctl()
     mine = rights.worker_rights(Topology("f"), "w")
     password = rights.apply(mine, "/", ctl)
@@ -85,7 +85,7 @@ def test_a_user_that_is_not_there_is_made_with_a_password_that_is_on_no_command_
     assert not any(password in word for words in ctl.ran for word in words)
 
 
-def test_of_a_user_that_is_there_only_the_rights_are_set():
+def test_an_existing_user_keeps_its_password():
     ctl = Ctl("w\t[]\n")
     mine = rights.worker_rights(Topology("f"), "w")
     assert rights.apply(mine, "v", ctl) is None
@@ -93,7 +93,7 @@ def test_of_a_user_that_is_there_only_the_rights_are_set():
     assert all(words[1:3] == ["--vhost", "v"] for words in ctl.ran[1:])
 
 
-def test_what_is_printed_is_quoted_for_a_shell():
+def test_printed_commands_are_quoted_for_a_shell():
     mine = rights.worker_rights(Topology("f"), "w")
     script = "\n".join(rights.shell_lines(mine, "/"))
     commands = [shlex.split(line) for line in script.replace("\\\n", "").splitlines()[1:]]
@@ -101,15 +101,15 @@ def test_what_is_printed_is_quoted_for_a_shell():
 
 
 @pytest.mark.parametrize("queue_type", TYPES)
-def test_what_is_printed_fits_a_terminal(queue_type):
+def test_printed_commands_fit_a_terminal(queue_type):
     names = Topology("letters", queue_type)
     its, mine = rights.coordinator_rights(names, "chief"), rights.worker_rights(names, "hospital-7")
     lines = rights.shell_lines(its, "/") + rights.shell_lines(mine, "/")
-    # A quorum queue's lock is named by its own name again: there it may be longer.
+    # The lock of a quorum queue repeats its name, so this may be longer.
     assert max(map(len, lines)) <= (80 if queue_type == "classic" else 120)
 
 
-def test_what_rabbitmqctl_says_is_told_where_it_fails():
+def test_an_error_of_rabbitmqctl_is_reported():
     run = rights.runner(["sh", "-c", "echo 'no such vhost' >&2; exit 64", "sh"])
     with pytest.raises(BrokerError, match="set_permissions failed: no such vhost"):
         run(["set_permissions"], None)

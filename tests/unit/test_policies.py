@@ -1,4 +1,4 @@
-"""The limits of queues: which policy bounds which queue, and how they are printed and set."""
+"""Policies: which queues they limit, and how they are printed and set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bounding(name: str, among: list[topology.Policy]) -> list[dict[str, object]]
 
 
 @pytest.mark.parametrize("federation", ["letters", None])
-def test_every_queue_is_bounded_by_the_one_policy_that_has_its_limits(federation):
+def test_each_queue_is_limited_by_exactly_one_policy(federation):
     wanted = topology.policies(federation)
     assert len({one.name for one in wanted}) == len(wanted)
     for queue in queues(LETTERS):
@@ -39,7 +39,7 @@ def test_every_queue_is_bounded_by_the_one_policy_that_has_its_limits(federation
         assert any(key.startswith("max-") for key in queue.limits)
 
 
-def test_a_federations_policies_bound_no_queue_of_another_nor_of_another_program():
+def test_policies_limit_no_queue_of_others():
     wanted = topology.policies("letters")
     others = [one.name for one in queues(Topology("letters-2"))]
     for name in (*others, "updates", "my.letters.updates", "letters.mine", "letters.updates.x"):
@@ -47,7 +47,7 @@ def test_a_federations_policies_bound_no_queue_of_another_nor_of_another_program
     assert bounding("some.other.queue", topology.policies()) == []
 
 
-def test_no_limit_is_an_argument_and_what_a_worker_declares_is_little():
+def test_limits_are_not_queue_arguments():
     for queue in queues(LETTERS):
         assert not any(
             re.match("x-max-length|x-max-age|x-overflow", key) for key in queue.arguments
@@ -56,12 +56,12 @@ def test_no_limit_is_an_argument_and_what_a_worker_declares_is_little():
         assert queue.arguments == {"x-queue-type": "classic", "x-expires": 1_800_000}
 
 
-def test_a_federations_policies_count_for_more_than_those_of_all():
+def test_policies_of_a_federation_override_the_general_ones():
     of_one, of_all = (topology.policies(name)[0].priority for name in ("letters", None))
     assert of_one > of_all
 
 
-def test_what_is_printed_is_what_rabbitmqctl_takes():
+def test_printed_policies_are_rabbitmqctl_commands():
     wanted = topology.policies("letters")
     lines = policies.shell_lines(wanted, "/my vhost")
     assert len(lines) == len(wanted)
@@ -73,7 +73,7 @@ def test_what_is_printed_is_what_rabbitmqctl_takes():
 
 
 class Api:
-    """Stands in for RabbitMQ's management API."""
+    """A fake of RabbitMQ's management API."""
 
     def __init__(self, *there: str, refuses: int = 0) -> None:
         self.put: dict[str, dict[str, object]] = {}
@@ -115,7 +115,7 @@ class Api:
 URL = "amqp://me:secret@127.0.0.1/v"
 
 
-def test_they_are_put_where_the_url_says():
+def test_policies_are_set_in_the_vhost_of_the_url():
     wanted = topology.policies("letters")
     with Api() as api:
         policies.apply(wanted, URL, api.base)
@@ -125,7 +125,7 @@ def test_they_are_put_where_the_url_says():
     assert put["definition"] == {"max-length-bytes": 16 * 2**30, "overflow": "reject-publish"}
 
 
-def test_one_that_an_operator_may_have_changed_is_kept():
+def test_keep_leaves_existing_policies():
     wanted = topology.policies()
     with Api("fluffle.updates", "another") as api:
         policies.apply(wanted, URL, api.base, keep=True)
@@ -134,24 +134,24 @@ def test_one_that_an_operator_may_have_changed_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [(401, "user 'me' may not set policies"), (404, "check the vhost")]
+    ("code", "message"), [(401, "user 'me' may not set policies"), (404, "check the vhost")]
 )
-def test_a_refusal_names_the_remedy(code, said):
-    with Api(refuses=code) as api, pytest.raises(BrokerError, match=said) as refused:
+def test_a_refusal_names_the_remedy(code, message):
+    with Api(refuses=code) as api, pytest.raises(BrokerError, match=message) as refused:
         policies.apply(topology.policies("letters"), URL, api.base)
     assert "--print" in str(refused.value)
     assert "secret" not in str(refused.value)
 
 
-def test_an_api_that_is_not_there_is_named():
+def test_an_unreachable_api_is_named():
     with pytest.raises(BrokerError, match="does not answer .* --management"):
         policies.apply(topology.policies("letters"), URL, "http://127.0.0.1:1")
 
 
-# --- what `fluffle queues` says ------------------------------------------------------------------
+# --- hints of `fluffle queues` -------------------------------------------------------------------
 
 
-def told(name: str, policy: object) -> dict[str, object]:
+def description(name: str, policy: object) -> dict[str, object]:
     return {"name": name, "messages": 0, "consumers": 1, "effective_policy_definition": policy}
 
 
@@ -159,9 +159,11 @@ def hinted(*of: dict[str, object]) -> list[str]:
     return hints(QueueOverview(LETTERS, [read_queue(one, LETTERS, 0.0) for one in of], []))
 
 
-def test_queues_without_a_limit_share_one_line_that_says_how_to_set_one():
+def test_queues_without_a_limit_share_one_hint():
     lines = hinted(
-        told("letters.updates", {}), told("letters.presence", []), told("letters.inbox.w", {})
+        description("letters.updates", {}),
+        description("letters.presence", []),
+        description("letters.inbox.w", {}),
     )
     assert lines == [
         "no policy limits how much these 3 queues may hold (updates, presence, inbox.w): "
@@ -169,8 +171,8 @@ def test_queues_without_a_limit_share_one_line_that_says_how_to_set_one():
     ]
 
 
-def test_any_policy_that_bounds_a_queue_will_do():
-    assert hinted(told("letters.updates", {"max-length": 5})) == []
-    assert hinted(told("letters.updates", {"overflow": "drop-head"})) != []
-    assert hinted(told("letters.lock.presence", {}), told("letters.tap.a", {})) == []
-    assert hinted({"name": "letters.updates", "messages": 0, "consumers": 1}) == []  # not said
+def test_any_policy_that_limits_a_queue_is_enough():
+    assert hinted(description("letters.updates", {"max-length": 5})) == []
+    assert hinted(description("letters.updates", {"overflow": "drop-head"})) != []
+    assert hinted(description("letters.lock.presence", {}), description("letters.tap.a", {})) == []
+    assert hinted({"name": "letters.updates", "messages": 0, "consumers": 1}) == []  # unknown

@@ -1,4 +1,4 @@
-"""What is printed for people: nothing of other people's text acts on a terminal."""
+"""Printing: untrusted text is escaped, and errors of the output are handled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def acts(text: str) -> list[str]:
     return [c for c in text if unicodedata.category(c) in ACTING and c not in JOINERS]
 
 
-def test_every_character_that_acts_or_cannot_be_seen_is_escaped():
+def test_control_and_invisible_characters_are_escaped():
     for number in range(sys.maxunicode + 1):
         character = chr(number)
         category = unicodedata.category(character)
@@ -51,7 +51,7 @@ def test_every_character_that_acts_or_cannot_be_seen_is_escaped():
 
 
 @given(st.text(st.characters(), max_size=50))
-def test_what_is_printable_stays_and_is_one_line(text):
+def test_printable_text_is_unchanged(text):
     shown = printable(text)
     assert not acts(shown)
     assert len(shown.splitlines()) <= 1
@@ -69,7 +69,7 @@ _fields = {field for name in REGISTRY for field in REGISTRY[name].field_names}
         {}, optional=dict.fromkeys(_fields, _value) | {"metrics": st.dictionaries(_odd, _value)}
     ),
 )
-def test_every_sentence_of_an_event_is_printed_in_one_visible_line(what, fields):
+def test_every_event_sentence_is_printed_escaped_in_one_line(what, fields):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -95,14 +95,14 @@ def test_json_is_ascii_without_control_characters(capsys):
     assert json.loads(shown) == {"name": HOSTILE + "\x7f"}
 
 
-def test_nothing_else_prints():
-    """Every other way to a terminal would be a way around the escaping."""
+def test_only_these_modules_print():
+    """Any other way to a terminal would bypass the escaping."""
     around = re.compile(
         r"click\.(?:secho|echo)\b|\bprint\(|rich\.print|std(?:out|err)\.write|"
         r"from rich\.(?:console|table) import (?:Console|Table)\b"
     )
     allowed = {"printing.py", "background_stream.py", "progress_bars.py"}
-    found = [
+    lines = [
         f"{path.name}: {line.strip()}"
         for side in ("broker", "common", "coordinator", "worker")
         for path in (ROOT / side).rglob("*.py")
@@ -110,15 +110,15 @@ def test_nothing_else_prints():
         for line in path.read_text().splitlines()
         if around.search(line) and not re.search(r"(screen\(.*\)|shown|console)\.print\(", line)
     ]
-    # Names of types, and a spinner that shows what we say ourselves.
-    types = {line for line in found if line.endswith(("import Table", "import Console"))}
-    assert set(found) - types == set()
+    # Imports for type annotations, and a spinner that shows only our own text.
+    types = {line for line in lines if line.endswith(("import Table", "import Console"))}
+    assert set(lines) - types == set()
 
 
 @pytest.mark.parametrize(
     "wrong", [OSError(errno.ENOSPC, "No space left on device"), ValueError("closed file")], ids=str
 )
-def test_output_that_cannot_be_written_is_an_error_in_one_line(monkeypatch, wrong):
+def test_an_unwritable_output_is_an_error_in_one_line(monkeypatch, wrong):
     class Full(io.StringIO):
         def write(self, _: str) -> int:
             raise wrong
@@ -132,7 +132,7 @@ def test_output_that_cannot_be_written_is_an_error_in_one_line(monkeypatch, wron
     echo("text", err=True)  # there is nowhere to say it
 
 
-def test_a_reader_that_has_enough_ends_it_quietly(monkeypatch):
+def test_a_closed_pipe_ends_the_command_quietly(monkeypatch):
     class Gone(io.StringIO):
         def write(self, _: str) -> int:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -144,12 +144,12 @@ def test_a_reader_that_has_enough_ends_it_quietly(monkeypatch):
         printing.screen().print("text")
 
 
-# --- the command -------------------------------------------------------------------------------
+# --- the program -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def raising(monkeypatch):
-    """Let the command raise, and return its exit code."""
+    """Return a function that makes the program raise and returns its exit code."""
 
     def run(wrong: BaseException) -> int:
         def fail(**_: object) -> None:
@@ -162,24 +162,24 @@ def raising(monkeypatch):
     return run
 
 
-def test_an_unexpected_error_is_one_line_that_names_the_place_and_debug(raising, capsys):
+def test_an_unexpected_error_is_one_line_with_its_place(raising, capsys):
     assert raising(KeyError("x\x1b[2J\ny")) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("fluffle: unexpected error, a bug in fluffle (KeyError: ")
-    assert re.search(r", at app\.py:\d+\)", said)
-    assert "FLUFFLE_DEBUG=1" in said
-    assert len(said.splitlines()) == 1
-    assert "\x1b" not in said
+    message = capsys.readouterr().err
+    assert message.startswith("fluffle: unexpected error, a bug in fluffle (KeyError: ")
+    assert re.search(r", at app\.py:\d+\)", message)
+    assert "FLUFFLE_DEBUG=1" in message
+    assert len(message.splitlines()) == 1
+    assert "\x1b" not in message
 
 
-def test_with_debug_it_has_its_traceback(raising, capsys, monkeypatch):
+def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
     monkeypatch.setenv("FLUFFLE_DEBUG", "1")
     assert raising(KeyError("x")) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
@@ -188,12 +188,12 @@ def test_with_debug_it_has_its_traceback(raising, capsys, monkeypatch):
         (ExceptionGroup("g", [ValueError("inner")]), "ValueError: inner"),
     ],
 )
-def test_what_the_system_refuses_is_no_bug_of_ours(raising, capsys, wrong, said):
+def test_errors_of_the_system_are_not_reported_as_bugs(raising, capsys, wrong, message):
     assert raising(wrong) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_an_error_of_ours_is_escaped_and_keeps_its_code(raising, capsys):
+def test_a_fluffle_error_is_escaped_and_keeps_its_exit_code(raising, capsys):
     assert raising(RunError("tensor 'a\x1b[2J\nforged'")) == 4
     assert capsys.readouterr().err == "fluffle: tensor 'a\\x1b[2J forged'\n"
     assert isinstance(OutputError("x"), FluffleError)

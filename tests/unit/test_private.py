@@ -1,4 +1,4 @@
-"""Central privacy: the accountant beside published figures, clipping, noise, and the budget."""
+"""Central differential privacy: published figures of epsilon, clipping, noise and the budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def finish(name, deltas):
     return mean.finish(state, base)[0]["w"]
 
 
-# What dp-accounting 0.6.0 has for the Gaussian mechanism, by its PLD accountant, which rounds up.
+# From the PLD accountant of dp-accounting 0.6.0, which rounds up, for the Gaussian mechanism.
 @pytest.mark.parametrize(
     ("noise", "rounds", "delta", "pld"),
     [
@@ -58,13 +58,13 @@ def test_epsilon_is_that_of_dp_accounting(noise, rounds, delta, pld):
     rounds=st.integers(1, 10**4),
     delta=st.floats(1e-12, 0.1),
 )
-def test_epsilon_is_the_least_that_its_delta_allows_and_grows(noise, rounds, delta):
-    found = epsilon(noise, rounds, delta)
+def test_epsilon_is_the_smallest_that_delta_allows_and_grows(noise, rounds, delta):
+    result = epsilon(noise, rounds, delta)
     mu = math.sqrt(rounds) / noise
-    assert accounting._delta(found, mu) <= delta * (1 + 1e-6)
-    if found > 1e-6:
-        assert accounting._delta(found * (1 - 1e-6), mu) > delta * (1 - 1e-6)
-    assert epsilon(noise, rounds + 1, delta) >= found >= epsilon(2 * noise, rounds, delta)
+    assert accounting._delta(result, mu) <= delta * (1 + 1e-6)
+    if result > 1e-6:
+        assert accounting._delta(result * (1 - 1e-6), mu) > delta * (1 - 1e-6)
+    assert epsilon(noise, rounds + 1, delta) >= result >= epsilon(2 * noise, rounds, delta)
 
 
 def test_the_tails_of_the_normal_distribution_meet():
@@ -72,32 +72,32 @@ def test_the_tails_of_the_normal_distribution_meet():
     assert left == pytest.approx(right, abs=1e-5)
 
 
-def test_updates_are_clipped_count_the_same_and_are_divided_by_a_fixed_number(monkeypatch):
+def test_updates_are_clipped_and_divided_by_a_fixed_number_with_equal_weights(monkeypatch):
     monkeypatch.setattr(module, "gaussian", np.zeros)
     deltas = [np.array([3.0, 4.0]), np.array([0.0, -0.5]), np.zeros(2)]
-    found = finish("dp:clip=1,noise=1,workers=10", deltas)
-    np.testing.assert_allclose(found, [0.06, 0.03], rtol=1e-4)
+    result = finish("dp:clip=1,noise=1,workers=10", deltas)
+    np.testing.assert_allclose(result, [0.06, 0.03], rtol=1e-4)
     large = finish("dp:clip=2,noise=1,workers=1", [np.full(10**5, 1e30, np.float32)])
     assert 1.9999 < np.linalg.norm(large) <= 2.0
 
 
-def test_the_noise_is_that_of_the_name_and_another_one_each_time():
+def test_the_noise_has_its_scale_and_differs_each_time():
     zeros = [np.zeros(10**5)] * 3
     name = "dp:clip=2,noise=0.5,workers=4"
     one, other = finish(name, zeros), finish(name, zeros)
-    for found in (one, other):
-        assert found.std() == pytest.approx(0.5 * 2 / 4, rel=0.03)
-        assert abs(found.mean()) < 0.01
+    for result in (one, other):
+        assert result.std() == pytest.approx(0.5 * 2 / 4, rel=0.03)
+        assert abs(result.mean()) < 0.01
     assert np.corrcoef(one, other)[0, 1] == pytest.approx(0, abs=0.03)
 
 
-def test_gaussian_values_are_distributed_as_they_should_be():
-    found = gaussian(400_001)
-    assert found.shape == (400_001,)
+def test_gaussian_values_are_standard_normal():
+    result = gaussian(400_001)
+    assert result.shape == (400_001,)
     for bound in (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0):
         expected = math.erfc(-bound / math.sqrt(2)) / 2
-        assert (found < bound).mean() == pytest.approx(expected, abs=0.006)  # 7 sigma
-    assert np.isfinite(found).all()
+        assert (result < bound).mean() == pytest.approx(expected, abs=0.006)  # 7 sigma
+    assert np.isfinite(result).all()
 
 
 def test_the_budget_bounds_the_rounds():
@@ -111,7 +111,7 @@ def test_the_budget_bounds_the_rounds():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("dp:clip=1,noise=1", "dp: 'workers' is missing"),
         ("dp:clip=1,noise=0,workers=2", "noise=0 is out of range"),
@@ -119,16 +119,16 @@ def test_the_budget_bounds_the_rounds():
         ("dp:clip=1,noise=1,workers=2,budget=1", "budget=1 allows no round: one costs .* of 4.38"),
     ],
 )
-def test_what_gives_no_privacy_is_refused(name, told):
-    with pytest.raises(UsageError, match=told):
+def test_arguments_without_privacy_are_refused(name, message):
+    with pytest.raises(UsageError, match=message):
         load_strategy(name)
 
 
-# --- sampling ------------------------------------------------------------------------------------
+# --- sampling ----------------------------------------------------------------------------------
 
-# Of dp-accounting 0.6.0, each with delta = 1e-5: the example of Abadi et al., "Deep Learning with
-# Differential Privacy", CCS 2016, section 4 (1.26 with the moments accountant of then); the MNIST
-# tutorial of TensorFlow Privacy (60 epochs in batches of 256); and rounds of a tenth.
+# From dp-accounting 0.6.0, with delta = 1e-5: the example of Abadi et al., "Deep Learning with
+# Differential Privacy", CCS 2016, section 4 (1.26 in the paper, with its moments accountant); the
+# MNIST tutorial of TensorFlow Privacy (60 epochs in batches of 256); and rounds of a tenth.
 TEXTBOOK = [
     (4.0, 0.01, 10_000, 0.9469993068921693, 1.0354900660362436),
     (1.1, 256 / 60_000, 14_063, 2.381778812581723, 2.596655529521983),
@@ -138,17 +138,15 @@ SAMPLED = "dp:clip=1,noise=1.1,workers=10,rate=0.01"
 
 
 @pytest.mark.parametrize(("noise", "rate", "rounds", "pld", "rdp"), TEXTBOOK)
-def test_epsilon_of_a_textbook_setting_is_the_figure_of_dp_accounting(
-    noise, rate, rounds, pld, rdp
-):
+def test_epsilon_of_a_textbook_setting_is_the_published_one(noise, rate, rounds, pld, rdp):
     pytest.importorskip("dp_accounting")
     for method, figure in (("pld", pld), ("rdp", rdp)):
-        found = accountant(noise, 1e-5, rate, method).epsilon(rounds)
-        assert found == pytest.approx(figure, rel=1e-6)
+        result = accountant(noise, 1e-5, rate, method).epsilon(rounds)
+        assert result == pytest.approx(figure, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["pld", "rdp"])
-def test_epsilon_is_what_dp_accounting_says_itself(method):
+def test_epsilon_equals_dp_accounting(method):
     library = pytest.importorskip("dp_accounting")
     event = library.SelfComposedDpEvent(
         library.PoissonSampledDpEvent(0.02, library.GaussianDpEvent(1.5)), 200
@@ -175,7 +173,7 @@ def test_sampling_costs_less_and_the_budget_bounds_its_rounds(method):
     assert most > 10 * accountant(4, 1e-5).rounds_within(1)
 
 
-def test_without_the_package_only_what_needs_it_is_refused(monkeypatch):
+def test_without_the_package_only_sampling_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
     load_strategy("dp:clip=1,noise=4,workers=10,budget=3")
     with pytest.raises(UsageError, match=r"needs dp-accounting; pip install 'fluffle\[privacy\]'"):
@@ -184,7 +182,7 @@ def test_without_the_package_only_what_needs_it_is_refused(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As if dp-accounting were installed, for what does not count."""
+    """Pretend that dp-accounting is installed, for tests that compute no epsilon."""
     monkeypatch.setattr(accounting, "_library", lambda _: None)
 
 
@@ -193,8 +191,8 @@ def test_a_rate_decides_who_is_asked():
     strategy = load_strategy(SAMPLED)
     asked = Rules(rounds=1, selection=POISSON, fraction=0.01)
     for rules in (Rules(rounds=1), Rules(rounds=1, least=5), asked):
-        found = rules_for(strategy, rules)
-        assert (found.selection, found.fraction, found.least) == (POISSON, 0.01, 1)
+        result = rules_for(strategy, rules)
+        assert (result.selection, result.fraction, result.least) == (POISSON, 0.01, 1)
 
 
 @pytest.mark.usefixtures("installed")
@@ -209,7 +207,7 @@ def test_a_rate_decides_who_is_asked():
         ({"selection": parse_selection("round-robin")}, "--select round-robin"),
     ],
 )
-def test_what_would_make_chances_depend_on_others_is_refused(rules, option):
+def test_options_that_make_chances_depend_on_others_are_refused(rules, option):
     with pytest.raises(
         UsageError, match=f"probability 0.01 and waits .*, which {option} contradicts"
     ):
@@ -222,17 +220,17 @@ def test_a_bound_that_follows_from_other_updates_is_refused():
 
 
 @pytest.mark.usefixtures("installed")
-def test_sampling_that_is_not_counted_is_told():
+def test_uncounted_sampling_is_reported():
     plain, sampling = load_strategy("dp:1,noise=4,workers=2"), Rules(rounds=1, fraction=0.5)
-    (told,) = uncounted_sampling(plain, sampling)
-    assert "give rate=… to the strategy dp:clip=1.0" in told
+    (message,) = uncounted_sampling(plain, sampling)
+    assert "give rate=… to the strategy dp:clip=1.0" in message
     assert not [*uncounted_sampling(plain, Rules(rounds=1))]
     assert not [*uncounted_sampling(load_strategy("fedavg"), sampling)]
     counted = load_strategy(SAMPLED)
     assert not [*uncounted_sampling(counted, rules_for(counted, Rules(rounds=1)))]
 
 
-def test_updates_are_not_kept_that_are_to_be_hidden():
+def test_private_updates_are_not_archived():
     flags = ["--federation", "f", "--strategy", "dp:1,noise=4,workers=2", "--keep-updates"]
     with pytest.raises(
         UsageError, match="--keep-updates would store the updates that the strategy dp"
@@ -245,12 +243,12 @@ def test_a_round_without_updates_is_noise_alone():
     base = {"w": np.full(10**5, 3.0), "b": np.full(2, 3.0)}
     state = strategy.init(base)
     for _ in range(2):
-        found, state = strategy.finish(state, base)
-        assert np.std(found["w"]) == pytest.approx(0.5 * 2 / 4, rel=0.03)
-        assert np.mean(found["w"]) == pytest.approx(3.0, abs=0.01)
+        result, state = strategy.finish(state, base)
+        assert np.std(result["w"]) == pytest.approx(0.5 * 2 / 4, rel=0.03)
+        assert np.mean(result["w"]) == pytest.approx(3.0, abs=0.01)
 
 
-def test_the_secret_of_a_run_stays_and_is_nobody_elses(tmp_path):
+def test_a_run_keeps_its_own_secret(tmp_path):
     first = sampling_secret(tmp_path)
     assert sampling_secret(tmp_path) == first
     assert (tmp_path / "sampling.secret").stat().st_mode & 0o777 == 0o600
@@ -262,11 +260,11 @@ def test_the_secret_of_a_run_stays_and_is_nobody_elses(tmp_path):
         sampling_secret(tmp_path)
 
 
-# --- adaptive clipping ---------------------------------------------------------------------------
+# --- adaptive clipping -------------------------------------------------------------------------
 
 
 def test_the_norm_follows_the_quantile_of_the_updates(monkeypatch):
-    """Andrew et al. 2021, algorithm 1, by hand."""
+    """Andrew et al. 2021, algorithm 1, computed by hand."""
     monkeypatch.setattr(module, "gaussian", np.ones)
     strategy = named_strategy("dp:clip=1,noise=0.5,workers=4,quantile=0.75,count_noise=2").strategy
     base = {"w": np.zeros(2)}
@@ -275,10 +273,10 @@ def test_the_norm_follows_the_quantile_of_the_updates(monkeypatch):
         for size in norms:
             one = Contribution(worker="a", num_examples=9, delta={"w": np.array([size, 0.0])})
             state = strategy.fold(state, one)
-        found, state = strategy.finish(state, base)
-        noise = (0.5**-2 - 4.0**-2) ** -0.5  # what theorem 1 leaves for the sum
+        result, state = strategy.finish(state, base)
+        noise = (0.5**-2 - 4.0**-2) ** -0.5  # the noise on the sum by theorem 1
         expected = sum(min(size, norm) for size in norms) + noise * norm
-        np.testing.assert_allclose(found["w"][0], expected / 4, rtol=1e-4)
+        np.testing.assert_allclose(result["w"][0], expected / 4, rtol=1e-4)
         part = 0.5 + (sum(0.5 if size <= norm else -0.5 for size in norms) + 2.0) / 4
         norm *= math.exp(-0.2 * (part - 0.75))
         assert strategy.dump(state)["mean/clip"] == pytest.approx(norm, rel=1e-12)
@@ -296,14 +294,14 @@ def test_the_norm_finds_the_quantile():
     assert 0.15 < float(strategy.dump(state)["mean/clip"]) < 0.4
 
 
-def test_what_lasts_of_the_mean_and_of_the_server_step_lie_apart():
+def test_states_of_the_mean_and_of_the_server_step_are_saved_apart():
     strategy = named_strategy("dp:clip=1,noise=1,workers=2,quantile=0.5+fedavgm").strategy
     base = {"mean/clip": np.zeros(3, np.float32)}
     state = strategy.finish(strategy.init(base), base)[1]
-    kept = strategy.dump(state)
-    assert kept.keys() == {"mean/clip", "server/mean/clip"}
-    again = strategy.dump(strategy.load(kept, base))
-    assert {n: t.tobytes() for n, t in again.items()} == {n: t.tobytes() for n, t in kept.items()}
+    saved = strategy.dump(state)
+    assert saved.keys() == {"mean/clip", "server/mean/clip"}
+    again = strategy.dump(strategy.load(saved, base))
+    assert {n: t.tobytes() for n, t in again.items()} == {n: t.tobytes() for n, t in saved.items()}
 
 
 def test_the_count_has_its_share_of_the_noise():
@@ -323,16 +321,19 @@ def test_the_count_has_its_share_of_the_noise():
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ("rate=1", "rate=1 is out of range"),
         ("accountant=pdl", "there is no accountant 'pdl'; did you mean 'pld'"),
         ("rate=0.5,accountant=exact", "accountant=exact counts no sampling"),
         ("quantile=0", "quantile=0 is out of range"),
         ("count_noise=1", "count_noise goes with quantile"),
-        ("quantile=0.5,count_noise=0.5", "count_noise=0.5 tells more than noise=1 allows; .* 0.5,"),
+        (
+            "quantile=0.5,count_noise=0.5",
+            "count_noise=0.5 reveals more than noise=1 allows; .* 0.5,",
+        ),
     ],
 )
-def test_what_does_not_fit_together_is_refused(more, told):
-    with pytest.raises(UsageError, match=told):
+def test_arguments_that_contradict_each_other_are_refused(more, message):
+    with pytest.raises(UsageError, match=message):
         load_strategy(f"dp:clip=1,noise=1,workers=2,{more}")

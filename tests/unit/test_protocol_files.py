@@ -1,4 +1,4 @@
-"""The schema and the vectors that workers in other languages are tried against."""
+"""The schema and the test vectors for workers in other languages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec, messages
 from fluffle_coordinator.conformance.scenario import SECTIONS
-from fluffle_coordinator.strategy.contribution import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_contribution
 from fluffle_worker.inbox import check_mail
 
 FOLDER = Path(__file__).parents[2] / "docs/protocol"
@@ -36,14 +36,14 @@ def loaded(name: str):
     return module
 
 
-def test_they_are_what_fluffle_says_today():
+def test_the_files_are_up_to_date():
     made = loaded("make").files()
     assert {path.name for path in made} == {"schema.json", "vectors.json", "protocol.md"}
     for path, text in made.items():
         assert path.read_text(encoding="utf-8") == text, "run: python docs/protocol/make.py"
 
 
-def test_there_is_one_of_every_kind():
+def test_there_is_a_vector_of_every_kind():
     kinds = set(messages.kinds_of(messages.Message))
     assert {one["header"]["kind"] for one in VECTORS["sound"]} == kinds
     assert len(VECTORS["unsound"]) >= 20
@@ -51,7 +51,7 @@ def test_there_is_one_of_every_kind():
 
 
 @pytest.mark.parametrize("one", each("sound"))
-def test_a_sound_message_decodes_and_validates(one):
+def test_a_valid_message_is_decoded_and_matches_the_schema(one):
     body = base64.b64decode(one["body"])
     message, payload = codec.decode(body, "letters")
     assert message.kind == one["header"]["kind"]
@@ -63,7 +63,7 @@ def test_a_sound_message_decodes_and_validates(one):
 
 
 @pytest.mark.parametrize("one", each("unsound"))
-def test_an_unsound_message_is_refused_with_its_cause(one):
+def test_an_invalid_message_is_refused_with_its_cause(one):
     with pytest.raises(MalformedMessage) as refused:
         message, payload = codec.decode(base64.b64decode(one["body"]), "letters")
         decode_contribution(message, payload, BASE)
@@ -71,13 +71,13 @@ def test_an_unsound_message_is_refused_with_its_cause(one):
 
 
 @pytest.mark.parametrize("one", each("unsound_fits"))
-def test_an_unsound_fit_is_refused_with_its_cause(one):
+def test_an_invalid_fit_is_refused_with_its_cause(one):
     with pytest.raises(MalformedMessage) as refused:
         check_mail(base64.b64decode(one["body"]), "letters")
     assert refused.value.cause == one["cause"]
 
 
-def test_what_is_wrong_with_a_header_alone_the_schema_refuses_too():
+def test_the_schema_refuses_invalid_headers():
     lenient = {"an unknown key that is critical"}  # of which a schema cannot know
     of_headers = [one for one in VECTORS["unsound"] if one["cause"] == "malformed"]
     refused = 0
@@ -98,7 +98,7 @@ def test_what_is_wrong_with_a_header_alone_the_schema_refuses_too():
 
 
 @pytest.mark.parametrize("one", VECTORS["encoded"], ids=lambda one: one["encoding"])
-def test_an_encoded_update_stands_for_these_numbers(one):
+def test_an_encoded_update_decodes_to_these_numbers(one):
     message, payload = codec.decode(base64.b64decode(one["body"]), "letters")
     base = {"w": np.zeros(one["shape"], np.float32)}
     delta, _ = decode_contribution(message, payload, base)
@@ -125,25 +125,25 @@ def row(table: str, first: str) -> dict[str, str]:
     return dict(zip(head, found, strict=True))
 
 
-def test_the_workers_table_says_what_its_machine_does():
+def test_the_table_of_the_worker_matches_its_machine():
     made = loaded("tables").worker()
     again = row(made, "the same `fit` again")
     assert again["idle"] == "begins it"
     assert again["at work"] == again["sending, not confirmed"] == "nothing"
     assert again["answered"] == "sends the same answer again"
     newer = row(made, "a `fit` of a newer round")
-    assert newer["at work"] == "gives the work up at its next step, then begins this"
+    assert newer["at work"] == "abandons the work at its next step, then begins this"
     assert row(made, "a `fit` of an older round")["at work"] == "nothing"
     assert row(made, "a `verdict` on it, `train_again`")["answered"] == "forgets its answer"
 
 
-def test_every_timer_of_the_coordinator_is_in_the_table():
+def test_the_table_has_every_timer_of_the_coordinator():
     tables = loaded("tables")
     assert tables.forgotten() == set()
     assert row(tables.timers(), "deadline")["default"] == "600 s"
 
 
-def test_the_sections_that_conformance_names_are_there():
+def test_the_sections_that_conformance_cites_exist():
     headings = {
         line.removeprefix("## ")
         for line in (FOLDER.parent / "protocol.md").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""What is off with a queue, from its figures alone."""
+"""Hints about queues, and figures from the management API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def figures(name: str, ready: int = 0, consumers: int = 1, **more: object) -> Qu
 
 
 @pytest.mark.parametrize(
-    ("queue", "told"),
+    ("queue", "expected"),
     [
         (figures("f.inbox.w3", consumers=0), "worker w3 is not connected"),
         (
@@ -39,16 +39,16 @@ def figures(name: str, ready: int = 0, consumers: int = 1, **more: object) -> Qu
             "no coordinator is connected; 2 messages wait for one",
         ),
         (figures("f.presence", consumers=0), "no coordinator is connected"),
-        (figures("f.rejected", 1200, consumers=0), "1,200 messages refused: fluffle rejected"),
+        (figures("f.rejected", 1200, consumers=0), "1,200 messages rejected: fluffle rejected"),
         (figures("f.unrouted", 1, consumers=0), "1 message had no queue to go to: fluffle peek"),
-        (figures("f.updates", 50, growth_rate=3.0), "growing by 3 messages a second"),
+        (figures("f.updates", 50, growth_rate=3.0), "growing by 3 messages per second"),
         (figures("f.mine"), "foreign: fluffle has no such queue in federation f"),
-        (figures("f.updates", state="down"), "this queue is down"),
+        (figures("f.updates", state="down"), "this queue as down"),
         (replace(figures("f.updates"), consumers=0, ready=30, growth_rate=2.0), "; growing by 2"),
     ],
 )
-def test_what_is_off_is_told(queue, told):
-    assert told in (hint(queue, TOPOLOGY) or "")
+def test_problems_have_a_hint(queue, expected):
+    assert expected in (hint(queue, TOPOLOGY) or "")
 
 
 @pytest.mark.parametrize(
@@ -66,21 +66,21 @@ def test_what_is_off_is_told(queue, told):
         figures("f.tap.1a2b", 40),
     ],
 )
-def test_nothing_is_said_where_nothing_is_off(queue):
+def test_healthy_queues_have_no_hint(queue):
     assert hint(queue, TOPOLOGY) is None
 
 
-def test_an_alarm_of_the_broker_is_told_where_workers_publish():
-    told = hint(figures("f.updates"), TOPOLOGY, ["memory", "disk"])
-    assert told == "blocked: the broker has run out of memory and disk, nobody can publish"
+def test_an_alarm_is_shown_at_the_queues_that_workers_publish_to():
+    text = hint(figures("f.updates"), TOPOLOGY, ["memory", "disk"])
+    assert text == "blocked: the broker has run out of memory and disk; nobody can publish"
     assert hint(figures("f.rejected", consumers=0), TOPOLOGY, ["memory"]) is None
 
 
-# --- what the management API tells ---------------------------------------------------------------
+# --- the management API --------------------------------------------------------------------------
 
 
-def test_a_queue_is_read_from_what_the_management_api_tells():
-    told = {
+def test_figures_are_read_from_the_management_api():
+    description = {
         "name": "f.updates", "messages_ready": 4, "messages_unacknowledged": 2, "consumers": 1,
         "message_bytes": 900, "type": "classic", "state": "running",
         "head_message_timestamp": 1000, "messages_ready_details": {"rate": 1.5},
@@ -89,22 +89,22 @@ def test_a_queue_is_read_from_what_the_management_api_tells():
             "deliver_get": 7, "deliver_get_details": {"rate": 0.4},
         },
     }  # fmt: skip
-    queue = read_queue(told, TOPOLOGY, now=1012.0)
+    queue = read_queue(description, TOPOLOGY, now=1012.0)
     assert (queue.ready, queue.unacknowledged, queue.size_bytes) == (4, 2, 900)
     assert (queue.in_rate, queue.out_rate, queue.growth_rate) == (2.0, 0.4, 1.5)
     assert (queue.oldest_s, queue.published, queue.settled) == (12.0, 10, 4)
     assert queue.known
 
 
-def test_a_queue_too_new_for_statistics_has_none():
+def test_a_new_queue_has_no_statistics():
     queue = read_queue({"name": "f.other"}, TOPOLOGY, now=0.0)
     assert (queue.ready, queue.known) == (0, False)
     assert (queue.in_rate, queue.oldest_s, queue.published, queue.growth_rate) == (None,) * 4
 
 
-def test_a_senders_clock_that_is_ahead_makes_no_negative_age():
-    told = {"name": "f.updates", "head_message_timestamp": 1000}
-    assert read_queue(told, TOPOLOGY, now=990.0).oldest_s == 0.0
+def test_a_sender_clock_ahead_of_ours_gives_age_zero():
+    description = {"name": "f.updates", "head_message_timestamp": 1000}
+    assert read_queue(description, TOPOLOGY, now=990.0).oldest_s == 0.0
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_senders_clock_that_is_ahead_makes_no_negative_age():
         ),
     ],
 )  # fmt: skip
-def test_where_the_management_api_is(url, given, record, expected):
+def test_management_url(url, given, record, expected):
     assert management_base(url, given, record) == expected
 
 

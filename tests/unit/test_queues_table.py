@@ -1,4 +1,4 @@
-"""What ``fluffle queues`` shows: within 80 columns, short, and with every hint."""
+"""The table and the hints of ``fluffle queues``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SHARED = ("journal", "presence", "rejected", "unrouted", "updates")
 
 
 def queue(name: str, ready: int = 0, consumers: int = 0, **more: object) -> QueueFigures:
-    told = {"size_bytes": 7, "in_rate": 0.5, "out_rate": None, **more}
+    figures = {"size_bytes": 7, "in_rate": 0.5, "out_rate": None, **more}
     full = f"letters.{name}"
     purpose = TOPOLOGY.purpose(full) or "?"
-    return QueueFigures(full, purpose, ready, 0, consumers, **told)  # type: ignore[arg-type]
+    return QueueFigures(full, purpose, ready, 0, consumers, **figures)  # type: ignore[arg-type]
 
 
 def federation(workers: int, absent: int = 0, **more: object) -> QueueOverview:
@@ -37,15 +37,15 @@ def federation(workers: int, absent: int = 0, **more: object) -> QueueOverview:
     return QueueOverview(TOPOLOGY, queues, [], **more)  # type: ignore[arg-type]
 
 
-def text(found: QueueOverview, width: int) -> list[str]:
+def text(overview: QueueOverview, width: int) -> list[str]:
     out = io.StringIO()
-    Console(file=out, width=width).print(build_table(found, width))
+    Console(file=out, width=width).print(build_table(overview, width))
     return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("workers", [3, 30, 300])
 @pytest.mark.parametrize("width", [80, 120, 160])
-def test_it_is_short_and_within_the_width(workers, width):
+def test_the_table_is_short_and_fits_the_width(workers, width):
     lines = text(federation(workers), width)
     assert len(lines) <= 13
     assert max(map(cell_len, lines)) <= width
@@ -53,10 +53,10 @@ def test_it_is_short_and_within_the_width(workers, width):
     assert ("purpose" in lines[0]) == (width >= 150)
 
 
-def test_empty_queues_of_a_kind_share_a_row_and_others_do_not():
-    found = federation(30)
-    found.queues.append(queue("inbox.busy", ready=3, consumers=1))
-    shown = {one.name: one for one in group_quiet(found)}
+def test_only_empty_queues_of_a_kind_share_a_row():
+    overview = federation(30)
+    overview.queues.append(queue("inbox.busy", ready=3, consumers=1))
+    shown = {one.name: one for one in group_quiet(overview)}
     assert shown["inbox.* (30 empty)"].consumers == 30
     assert shown["inbox.* (30 empty)"].in_rate == pytest.approx(15)
     assert shown["inbox.* (30 empty)"].out_rate is None
@@ -64,26 +64,26 @@ def test_empty_queues_of_a_kind_share_a_row_and_others_do_not():
     assert {"outbox.* (30 empty)", *SHARED} < shown.keys()
 
 
-def test_hints_are_lines_of_their_own_and_absent_workers_are_one():
-    found = federation(30, absent=12)
-    found.queues.append(queue("inbox.far", ready=2))
-    found.queues.append(queue("rejected", ready=1))
-    lines = hints(found)
+def test_each_hint_is_a_line_and_absent_workers_share_one():
+    overview = federation(30, absent=12)
+    overview.queues.append(queue("inbox.far", ready=2))
+    overview.queues.append(queue("rejected", ready=1))
+    lines = hints(overview)
     assert "inbox.far: worker far is not connected; 2 messages wait for it" in lines
-    assert "rejected: 1 message refused: fluffle rejected --federation letters" in lines
+    assert "rejected: 1 message rejected: fluffle rejected --federation letters" in lines
     names = ", ".join(f"client-{number}" for number in range(8))
     assert f"12 workers are not connected: {names} and 4 more" in lines
     assert len(lines) == 3
 
 
 def test_hints_are_escaped():
-    found = federation(1)
-    found.queues.append(QueueFigures("letters.a\x1b[2J", "?", 1, 0, 0, 0, known=False))
-    assert [line for line in hints(found) if r"a\x1b[2J: foreign" in line]
-    assert "\x1b[2J" not in "\n".join(text(found, 80))
+    overview = federation(1)
+    overview.queues.append(QueueFigures("letters.a\x1b[2J", "?", 1, 0, 0, 0, known=False))
+    assert [line for line in hints(overview) if r"a\x1b[2J: foreign" in line]
+    assert "\x1b[2J" not in "\n".join(text(overview, 80))
 
 
-def test_after_the_end_of_a_run_nothing_is_off():
+def test_there_are_no_hints_after_a_run():
     over = QueueOverview(TOPOLOGY, [queue(name) for name in (*SHARED, "inbox.w1", "outbox.w1")], [])
     assert over.at_rest
     assert not hints(over)
@@ -95,7 +95,7 @@ def test_after_the_end_of_a_run_nothing_is_off():
 
 
 def everything(terminal: int) -> bytes:
-    """Read a terminal until its other end is closed."""
+    """Read from a terminal until it is closed."""
     shown = b""
     with contextlib.suppress(OSError):  # that is how Linux says so
         while piece := os.read(terminal, 65536):
@@ -106,10 +106,10 @@ def everything(terminal: int) -> bytes:
 def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, capsys):
     from fluffle_broker.cli.queues import _show
 
-    found = federation(0)
-    found.queues.append(queue("inbox.far", ready=2))
-    found.queues[0] = queue("unrouted", ready=1)
-    _show(found)
+    overview = federation(0)
+    overview.queues.append(queue("inbox.far", ready=2))
+    overview.queues[0] = queue("unrouted", ready=1)
+    _show(overview)
     remedy = "fluffle peek unrouted --federation letters"
     line = f"! unrouted: 1 message had no queue to go to: {remedy}"
     assert line in capsys.readouterr().out.splitlines()
@@ -119,7 +119,7 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
         shown_there = reading.submit(everything, main)
         with os.fdopen(terminal, "w") as stream:
             monkeypatch.setattr("sys.stdout", stream)
-            _show(found)
+            _show(overview)
         shown = shown_there.result().decode()
     os.close(main)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)

@@ -1,4 +1,4 @@
-"""When a confirmation is late: while bytes move it is not, and then after a constant time."""
+"""When a publisher confirm is overdue."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch, queued_byte
 
 
 class Line:
-    """A line whose bytes a test moves, and whose clock it turns."""
+    """A simulated connection whose bytes and clock the test moves."""
 
     def __init__(self) -> None:
         self.written, self.left, self.come = 0, 0, 0
-        self.told = True  # whether the system tells what the other end has
+        self.reports_queue = True  # whether the system reports queued bytes
         self.why: list[str] = []
         self.is_blocked = False
         self.watch = ConfirmWatch(self, self.why.append, lambda: self.is_blocked)
 
     def waiting_bytes(self) -> int:
-        return (self.written - self.left) // 2 if self.told else self.written - self.left
+        return (self.written - self.left) // 2 if self.reports_queue else self.written - self.left
 
     def queued_bytes(self) -> int | None:
-        return self.written - self.left - self.waiting_bytes() if self.told else None
+        return self.written - self.left - self.waiting_bytes() if self.reports_queue else None
 
     def come_bytes(self) -> int:
         return self.come
@@ -39,7 +39,7 @@ class Line:
         return one
 
     def pass_s(self, seconds: float, rate: float = 0, *, asleep: bool = False) -> None:
-        """Let time pass; ``rate`` bytes leave each second."""
+        """Advance the clock while ``rate`` bytes leave per second."""
         loop = asyncio.get_running_loop()
         real = loop.time
         for _ in range(1 if asleep else round(seconds)):
@@ -58,7 +58,7 @@ async def line() -> Line:
     return Line()
 
 
-async def test_a_message_on_a_slow_line_is_never_late_while_its_bytes_leave(line):
+async def test_a_message_is_not_overdue_while_its_bytes_leave(line):
     line.send(4 * 2**20)
     line.pass_s(205, rate=20_000)
     assert line.why == []
@@ -67,7 +67,7 @@ async def test_a_message_on_a_slow_line_is_never_late_while_its_bytes_leave(line
     assert "did not confirm a message of 4194304 bytes" in line.why[0]
 
 
-async def test_a_message_behind_others_begins_to_be_late_when_it_has_left(line):
+async def test_the_time_limit_starts_when_the_last_byte_has_left(line):
     first = [line.send(4 * 2**20) for _ in range(4)]
     for one in first:
         line.pass_s(208, rate=20_000)
@@ -76,7 +76,7 @@ async def test_a_message_behind_others_begins_to_be_late_when_it_has_left(line):
     assert line.watch.under_way_bytes == 0
 
 
-async def test_what_does_not_move_is_late(line):
+async def test_a_message_that_makes_no_progress_is_overdue(line):
     line.send(1000)
     line.pass_s(19)
     assert line.why == []
@@ -84,7 +84,7 @@ async def test_what_does_not_move_is_late(line):
     assert len(line.why) == 1
 
 
-async def test_what_others_send_does_not_excuse_a_message_that_has_left(line):
+async def test_progress_of_later_messages_does_not_extend_the_limit(line):
     line.send(1000)
     for _ in range(25):
         line.pass_s(1, rate=2000)
@@ -92,7 +92,7 @@ async def test_what_others_send_does_not_excuse_a_message_that_has_left(line):
     assert "a message of 1000 bytes" in line.why[0]
 
 
-async def test_what_comes_in_may_be_before_the_confirmation(line):
+async def test_incoming_bodies_extend_the_limit(line):
     line.send(1000)
     for _ in range(60):
         line.pass_s(1, rate=1000)
@@ -100,7 +100,7 @@ async def test_what_comes_in_may_be_before_the_confirmation(line):
     assert line.why == []
 
 
-async def test_time_in_which_the_broker_takes_nothing_or_nobody_looked_does_not_count(line):
+async def test_blocked_and_stopped_time_does_not_count(line):
     line.send(1000)
     line.is_blocked = True
     line.pass_s(300)
@@ -111,8 +111,8 @@ async def test_time_in_which_the_broker_takes_nothing_or_nobody_looked_does_not_
     assert len(line.why) == 1
 
 
-async def test_where_the_system_does_not_tell_its_buffers_get_time(line):
-    line.told = False
+async def test_unknown_socket_buffers_get_extra_time(line):
+    line.reports_queue = False
     line.send(1_000_000)
     line.pass_s(10, rate=100_000)
     line.pass_s(100)
@@ -121,7 +121,7 @@ async def test_where_the_system_does_not_tell_its_buffers_get_time(line):
     assert len(line.why) == 1
 
 
-async def test_nobody_looks_while_nothing_is_awaited(line):
+async def test_no_timer_runs_without_unconfirmed_messages(line):
     one = line.send(10)
     line.watch.settled(one)
     line.watch.settled(one)
@@ -131,7 +131,7 @@ async def test_nobody_looks_while_nothing_is_awaited(line):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_the_system_tells_what_the_other_end_has_not():
+def test_queued_bytes_counts_what_the_peer_has_not_acknowledged():
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon it takes no more
         here = socket.create_connection(server.getsockname())
@@ -144,7 +144,7 @@ def test_the_system_tells_what_the_other_end_has_not():
                 while True:
                     sent += here.send(bytes(2**16))
             queued = queued_bytes(here.fileno())
-            assert 0 < queued < sent  # the other end's system has taken the rest
+            assert 0 < queued < sent  # the peer's system has taken the rest
             with there.makefile("rb") as taken:
                 assert len(taken.read(sent)) == sent
             there.sendall(b"y")
@@ -153,7 +153,7 @@ def test_the_system_tells_what_the_other_end_has_not():
             assert queued_bytes(here.fileno()) == 0
 
 
-def test_a_socket_that_was_closed_meanwhile_tells_nothing():
+def test_queued_bytes_of_a_closed_socket_are_unknown():
     closed = PseudoSocket(socket.AF_INET, socket.SOCK_STREAM, 0, -1)
     assert queued_bytes(closed.fileno()) is None
     once_open = os.open(os.devnull, os.O_RDONLY)

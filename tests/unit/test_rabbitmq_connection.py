@@ -1,4 +1,4 @@
-"""Contents past aiormq: what goes in at one end of the framing comes out at the other."""
+"""The message path that bypasses aiormq: framing, confirms and acknowledgements."""
 
 import asyncio
 import struct
@@ -25,7 +25,7 @@ PATIENCE_S = 5.0
 def framed(
     channel: int, method: object, body: bytes, room: int = 10_000, **properties: object
 ) -> list[bytes]:
-    """Return the frames of a method with content, as RabbitMQ sends them."""
+    """Return the frames of a method with a body, as RabbitMQ sends them."""
     pieces = [body[start : start + room] for start in range(0, len(body), room)]
     about = commands.Basic.Properties(**properties)
     head = header.ContentHeader(body_size=len(body), properties=about)
@@ -37,13 +37,13 @@ def deliver(channel: int, tag: int, body: bytes) -> list[bytes]:
 
 
 def sent(data: bytes) -> list[object]:
-    """Take frames apart, as pamqp reads them."""
-    found, rest = [], data
+    """Decode frames with pamqp."""
+    parsed, rest = [], data
     while rest:
         count, _, one = frame.unmarshal(rest)
-        found.append(one)
+        parsed.append(one)
         rest = rest[count:]
-    return found
+    return parsed
 
 
 def content(size: int, seed: int) -> bytes:
@@ -51,7 +51,7 @@ def content(size: int, seed: int) -> bytes:
 
 
 class Ends:
-    """Both ends of a connection: what aiormq gets, what is delivered, and what is written."""
+    """A connection under test: what aiormq gets, what is delivered and what is written."""
 
     def __init__(self, *channels: int, frame_max: int = FRAME_MAX, prefetch: int = 0) -> None:
         self.fed, self.written = bytearray(), bytearray()
@@ -87,7 +87,7 @@ class Ends:
     sizes=st.lists(SIZES, min_size=1, max_size=6),
     cuts=st.lists(st.integers(1, 20_000), min_size=1, max_size=20),
 )
-def test_bodies_come_whole_however_the_socket_cuts_the_bytes(sizes, cuts):
+def test_bodies_arrive_whole_however_the_bytes_are_split(sizes, cuts):
     bodies = [content(size, seed) for seed, size in enumerate(sizes)]
     beat = frame.marshal(Heartbeat(), 0)
     stream = b"".join(b"".join(deliver(1, tag, body)) + beat for tag, body in enumerate(bodies, 1))
@@ -101,7 +101,7 @@ def test_bodies_come_whole_however_the_socket_cuts_the_bytes(sizes, cuts):
     assert ends.fed == beat * len(bodies)
 
 
-def test_channels_may_take_turns_and_what_is_of_neither_is_aiormqs():
+def test_channels_may_interleave_and_other_frames_go_to_aiormq():
     one, two, three = content(50_000, 1), content(40_000, 2), content(30_000, 3)
     streams = [deliver(1, 7, one), deliver(2, 9, two), deliver(3, 1, three)]
     ends = Ends(1, 2)
@@ -116,7 +116,7 @@ def test_channels_may_take_turns_and_what_is_of_neither_is_aiormqs():
     assert ends.fed == b"".join(streams[2])
 
 
-def test_the_rest_of_a_channel_is_aiormqs():
+def test_other_methods_of_a_channel_go_to_aiormq():
     ends = Ends(1)
     rest = [
         frame.marshal(commands.Basic.ConsumeOk("reader"), 1),
@@ -129,7 +129,7 @@ def test_the_rest_of_a_channel_is_aiormqs():
     assert not ends.delivered
 
 
-def test_aiormq_is_shown_life_while_only_contents_come():
+def test_aiormq_gets_heartbeats_while_only_messages_arrive():
     ends = Ends(1)
     for second in range(12):
         ends.now = float(second)
@@ -142,7 +142,7 @@ def test_aiormq_is_shown_life_while_only_contents_come():
     assert len(sent(bytes(ends.fed))) == 2
 
 
-def test_another_protocol_is_passed_on_as_it_is():
+def test_another_protocol_is_passed_on_unchanged():
     ends = Ends()
     ends.incoming.received(b"AMQ")
     ends.incoming.received(b"P\x00\x00\x09\x01more")
@@ -150,7 +150,7 @@ def test_another_protocol_is_passed_on_as_it_is():
 
 
 @pytest.mark.parametrize("size", [1, SMALL])
-def test_a_frame_that_does_not_end_breaks_the_connection(size):
+def test_a_frame_without_an_end_byte_breaks_the_connection(size):
     method, head, body, *_ = deliver(1, 1, bytes(size))
     with pytest.raises(ConnectionError, match="does not end"):
         Ends(1).incoming.received(method + head + body[:-1] + b"\x00")
@@ -177,7 +177,7 @@ HEADERS = {
 
 
 @given(size=SIZES, most=st.sampled_from([4096, FRAME_MAX]), durable=st.booleans())
-def test_what_is_published_reads_as_amqp(size, most, durable):
+def test_published_frames_are_valid_amqp(size, most, durable):
     async def publish() -> bytes:
         ends, body = Ends(5, frame_max=most), content(size, 3)
         head = frames.publish(
@@ -209,7 +209,7 @@ def test_what_is_published_reads_as_amqp(size, most, durable):
     assert all(len(one.value) + 8 <= most for one in bodies)
 
 
-def test_a_name_beyond_amqps_bounds_is_refused():
+def test_a_name_too_long_for_amqp_is_refused():
     fields = {"exchange": "", "kind": "", "message_id": "", "user": "", "headers": {}}
     with pytest.raises(ValueError, match="range"):
         frames.publish(1, 0, key="k" * 256, durable=False, **fields)
@@ -226,7 +226,7 @@ def outcomes(futures: list[asyncio.Future[None]]) -> list[object]:
     ]
 
 
-async def test_confirmations_settle_one_or_all_before_and_each_its_own():
+async def test_confirmations_settle_one_message_or_all_earlier_ones():
     ends = Ends(1)
     five = published(ends, "a", "b", "c", "d", "e")
     ends.incoming.received(frame.marshal(commands.Basic.Ack(2), 1))
@@ -238,7 +238,7 @@ async def test_confirmations_settle_one_or_all_before_and_each_its_own():
     assert not ends.fed
 
 
-async def test_what_was_returned_is_unroutable_once_it_is_confirmed():
+async def test_a_returned_message_is_unroutable_once_it_is_confirmed():
     ends = Ends(1)
     three = published(ends, "a", "b", "a")
     back = commands.Basic.Return(312, "NO_ROUTE", "letters.work", "w9")
@@ -251,7 +251,7 @@ async def test_what_was_returned_is_unroutable_once_it_is_confirmed():
     assert not ends.delivered
 
 
-async def test_who_has_stopped_waiting_is_passed_over():
+async def test_cancelled_futures_are_skipped():
     ends = Ends(1)
     one, two = published(ends, "a", "b")
     one.cancel()
@@ -268,7 +268,7 @@ async def test_who_has_stopped_waiting_is_passed_over():
     assert (back.delivery_tag, back.requeue, back.multiple) == (4, True, False)
 
 
-async def test_getting_takes_what_comes_in_order():
+async def test_gets_are_answered_in_order():
     ends = Ends(1)
     getting = [ends.contents[1].get("letters.outbox.w1") for _ in range(2)]
     assert [(one.queue, one.no_ack) for one in sent(bytes(ends.written))] == [
@@ -284,8 +284,8 @@ async def test_getting_takes_what_comes_in_order():
     assert getting[1].result() is None
 
 
-async def test_a_socket_that_is_closed_is_not_written_to():
-    """uvloop raises RuntimeError, and aiormq hears of the end some turns of the loop later."""
+async def test_a_closed_socket_is_not_written_to():
+    """uvloop would raise RuntimeError, before aiormq notices the end of the connection."""
     ends = Ends(1)
     ends.incoming.received(b"".join(deliver(1, 1, b"x")))
     ends.contents[1].ack(1)
@@ -300,7 +300,7 @@ async def test_a_socket_that_is_closed_is_not_written_to():
     assert not ends.written
 
 
-async def test_an_acknowledgement_waits_for_others_until_the_broker_would_wait_for_it():
+async def test_acknowledgements_are_batched_up_to_half_the_prefetch():
     ends = Ends(1, prefetch=6)
     for tag in range(1, 5):
         ends.incoming.received(b"".join(deliver(1, tag, b"x")))
@@ -319,7 +319,7 @@ async def test_an_acknowledgement_waits_for_others_until_the_broker_would_wait_f
     assert [one.delivery_tag for one in sent(bytes(ends.written))] == [3, 4]
 
 
-async def test_a_lost_channel_tells_all_who_wait_and_writes_no_more():
+async def test_a_lost_channel_raises_in_all_waiters_and_writes_no_more():
     ends = Ends(1)
     waiting = [*published(ends, "a"), ends.contents[1].get("q")]
     ends.written.clear()
@@ -336,7 +336,7 @@ async def test_a_lost_channel_tells_all_who_wait_and_writes_no_more():
     ),
     cut=st.booleans(),
 )
-def test_just_what_was_acknowledged_is_however_few_frames_say_so(turns, cut):
+def test_batched_acknowledgements_cover_exactly_the_acknowledged_tags(turns, cut):
     async def run() -> None:
         ends, tag, open_tags, acked = Ends(1), 0, [], set()
         for arriving, choices in turns:
@@ -371,7 +371,7 @@ def test_just_what_was_acknowledged_is_however_few_frames_say_so(turns, cut):
     asyncio.run(run())
 
 
-def test_what_settles_a_delivery_reads_as_amqp():
+def test_settling_frames_are_valid_amqp():
     one, all_before, back = sent(
         frames.ack(2, 7, all_before=False)
         + frames.ack(2, 8, all_before=True)
@@ -383,7 +383,7 @@ def test_what_settles_a_delivery_reads_as_amqp():
 
 
 def nested(depth: int) -> bytes:
-    """Return a field array in a field array, and so on."""
+    """Return nested field arrays."""
     data = b""
     for _ in range(depth):
         data = b"A" + struct.pack(">I", len(data)) + data
@@ -400,13 +400,13 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_properties_that_cannot_be_read_are_none(odd):
+def test_malformed_properties_are_empty(odd):
     flags, data = ODD[odd]
     read = frames.properties(struct.pack(">HHQH", 60, 0, 0, flags) + data)
     assert (read.headers, read.timestamp, read.message_id) == (None, None, None)
 
 
-def test_that_the_broker_takes_nothing_for_now_is_heard_and_so_is_its_end():
+def test_blocked_and_unblocked_frames_are_noticed():
     heard: list[str | None] = []
     fed = bytearray()
     incoming = Incoming(fed.extend, blocked=heard.append)

@@ -1,4 +1,4 @@
-"""What RabbitMQ's own words mean: who was refused what, and whether to try again."""
+"""Mapping of RabbitMQ's error texts: the cause, the remedy, and whether to try again."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NODE = URL("amqps://w:open-sesame@node.example:5671/v")
         "vhost '/'. It could be originally declared on another connection",
     ],
 )
-def test_only_what_another_reader_has_is_occupied(text):
+def test_only_exclusive_use_by_another_is_queue_in_use(text):
     assert isinstance(meaning(text, "w", "read"), QueueInUse)
 
 
 @pytest.mark.parametrize(
-    ("text", "right", "said"),
+    ("text", "right", "expected"),
     [
         (
             "ACCESS_REFUSED - access to queue 'f.updates' in vhost '/' refused for user 'w'",
@@ -60,16 +60,16 @@ def test_only_what_another_reader_has_is_occupied(text):
         ("ACCESS_REFUSED - whatever a broker of another make says", None, "another make says"),
     ],
 )
-def test_a_missing_right_says_whose_what_and_which(text, right, said):
+def test_a_missing_permission_names_the_user_the_entity_and_the_action(text, right, expected):
     error = meaning(text, "w", right)
     assert isinstance(error, BrokerError)
-    assert said in str(error)
+    assert expected in str(error)
     assert "fluffle broker permissions" in str(error)
     assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (
             "PRECONDITION_FAILED - message size 4195000 is larger than configured max size 1048576",
@@ -90,10 +90,10 @@ def test_a_missing_right_says_whose_what_and_which(text, right, said):
         ),
     ],
 )
-def test_a_limit_says_which_and_how_to_change_it(text, said):
+def test_a_limit_is_named_with_the_remedy(text, expected):
     error = meaning(text, "w", "write")
     assert isinstance(error, BrokerError)
-    assert all(one in str(error) for one in said)
+    assert all(one in str(error) for one in expected)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_limit_says_which_and_how_to_change_it(text, said):
         "NOT_FOUND - no exchange 'f.results' in vhost '/'",
     ],
 )
-def test_what_may_pass_by_itself_is_a_lost_link(text):
+def test_a_temporary_error_is_a_lost_link(text):
     assert isinstance(meaning(text, "w", "read"), LinkLost)
 
 
@@ -128,25 +128,28 @@ def test_what_may_pass_by_itself_is_a_lost_link(text):
         ("INTERNAL_ERROR", LinkLost),
     ],
 )
-def test_while_declaring_arguments_and_types_are_told_apart(text, error):
+def test_declaring_distinguishes_arguments_from_queue_types(text, error):
     with pytest.raises(error), declaring(), as_ours("w", "configure"):
         raise aiormq.exceptions.ChannelClosed(0, text)
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "expected"),
     [
         ("x-queue-type", "use the same --queue-type everywhere"),
-        ("x-max-length-bytes", "made by another version .* 'rabbitmqctl delete_queue f.updates'"),
+        (
+            "x-max-length-bytes",
+            "created by another version .* 'rabbitmqctl delete_queue f.updates'",
+        ),
     ],
 )
-def test_a_queue_with_other_arguments_is_told_with_the_remedy(argument, said):
+def test_a_queue_with_different_arguments_is_named_with_the_remedy(argument, expected):
     text = f"PRECONDITION_FAILED - inequivalent arg '{argument}' for queue 'f.updates' in vhost '/'"
-    with pytest.raises(OtherArguments, match=said), declaring(), as_ours("w", "configure"):
+    with pytest.raises(OtherArguments, match=expected), declaring(), as_ours("w", "configure"):
         raise aiormq.exceptions.ChannelClosed(406, text)
 
 
-def test_a_runtime_error_of_our_own_is_a_mistake_and_no_lost_link():
+def test_our_own_runtime_error_is_not_a_lost_link():
     with pytest.raises(RuntimeError, match="a mistake"), as_ours():
         raise RuntimeError("a mistake of ours")
     with pytest.raises(NotImplementedError), as_ours():
@@ -162,14 +165,14 @@ async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
     await connection.close()
 
 
-def test_what_a_foreign_error_says_is_one_line_without_credentials():
+def test_texts_of_errors_are_one_line_without_credentials():
     error = RuntimeError("<Connection: 'amqp://me:open-se@same@node/v'>\n closed")
     assert told(error) == "<Connection: 'amqp://node/v'> closed"
     assert told(TimeoutError()) == "TimeoutError"
 
 
 @pytest.mark.parametrize(
-    ("code", "text", "said"),
+    ("code", "text", "expected"),
     [
         (403, "ACCESS_REFUSED - Login was refused", ["user 'w'", "password", "--url"]),
         (530, "NOT_ALLOWED - vhost v not found", ["no vhost 'v'", "add_vhost"]),
@@ -182,19 +185,19 @@ def test_what_a_foreign_error_says_is_one_line_without_credentials():
         ),
     ],
 )
-def test_a_refusal_at_the_door_says_what_to_change(code, text, said):
+def test_a_refused_connection_names_the_remedy(code, text, expected):
     error = not_let_in(code, text, NODE, again=False)
     assert isinstance(error, BrokerError)
-    assert all(one in str(error) for one in said)
+    assert all(one in str(error) for one in expected)
     assert "open-sesame" not in str(error)
 
 
-def test_a_limit_that_our_own_cut_connections_may_fill_is_tried_again():
+def test_a_connection_limit_after_a_reconnect_is_retried():
     text = "NOT_ALLOWED - access to vhost 'v' refused for user 'w': connection limit (2) is reached"
     assert isinstance(not_let_in(530, text, NODE, again=True), LinkLost)
 
 
-def test_a_broker_that_is_starting_is_tried_again():
+def test_a_starting_broker_is_retried():
     text = "INTERNAL_ERROR - access to vhost 'v' refused for user 'w': vhost 'v' is down"
     assert isinstance(not_let_in(541, text, NODE, again=False), LinkLost)
 
@@ -206,7 +209,7 @@ def ssl_error(reason: str) -> ssl.SSLError:
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
+    ("reason", "expected"),
     [
         ("WRONG_VERSION_NUMBER", "amqp://"),
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "certfile"),
@@ -214,16 +217,16 @@ def ssl_error(reason: str) -> ssl.SSLError:
         ("SSLV3_ALERT_HANDSHAKE_FAILURE", "TLS 1.2"),
     ],
 )
-def test_tls_that_will_not_do_says_why(reason, said):
+def test_a_failed_tls_handshake_names_the_cause(reason, expected):
     wrapped = ConnectionError("Server communication error")
     wrapped.__cause__ = ssl_error(reason)
     for error in (ssl_error(reason), wrapped):
         refusal = tls_refusal(error, NODE)
         assert isinstance(refusal, WrongNode)
-        assert said in str(refusal)
+        assert expected in str(refusal)
         assert "open-sesame" not in str(refusal)
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), ssl_error("UNEXPECTED_EOF_WHILE_READING")])
-def test_a_connection_that_breaks_is_no_verdict_on_tls(error):
+def test_a_broken_connection_is_not_a_tls_error(error):
     assert tls_refusal(error, NODE) is None

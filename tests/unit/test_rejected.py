@@ -1,4 +1,4 @@
-"""What was refused, over the broker in memory: listed, sent again, thrown away, counted."""
+"""Listing, requeuing, purging and counting rejected messages, on the in-memory broker."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ async def link() -> AsyncIterator[MemoryLink]:
 
 
 def body(number: int) -> bytes:
-    told = {"run": "r", "round": number, "base": "b", "worker": "w1"}
-    return encode(Update(federation="f", num_examples=1, seconds=0, **told))
+    ids = {"run": "r", "round": number, "base": "b", "worker": "w1"}
+    return encode(Update(federation="f", num_examples=1, seconds=0, **ids))
 
 
 async def refuse(link: MemoryLink, queue: str, message: bytes, **properties: object) -> None:
-    """Let a message be refused as a coordinator or a worker does it."""
+    """Reject a message as the coordinator or a worker does."""
     sent = Properties(**{"type": "update", "headers": {"worker": "w1"}, **properties})
     await link.publish(message, sent, exchange="", keys=[queue])
     wrong = MalformedMessage("it belongs to run other", "run")
@@ -57,24 +57,24 @@ async def ready(link: MemoryLink, queue: str = TOPOLOGY.rejected) -> int:
     return (await link.counts(queue)).ready
 
 
-async def test_what_was_refused_is_listed_with_why_and_stays(link):
+async def test_listing_shows_the_reasons_and_keeps_the_messages(link):
     await refuse_updates(link, 3)
     await refuse(link, TOPOLOGY.updates, b"junk", type="", headers={})
     for _ in range(2):
-        found = await list_rejected(link, TOPOLOGY)
-    assert [(m.number, m.cause, m.reason, m.queue) for m in found] == [
+        rejects = await list_rejected(link, TOPOLOGY)
+    assert [(m.number, m.cause, m.reason, m.queue) for m in rejects] == [
         (n, "run", "it belongs to run other", "f.updates") for n in (1, 2, 3, 4)
     ]
-    assert [(m.decoded.kind, m.decoded.worker) for m in found[2:]] == [
+    assert [(m.decoded.kind, m.decoded.worker) for m in rejects[2:]] == [
         ("update", "w1"),
         ("unknown", None),
     ]
-    assert found[0].rejected_at.startswith("20")
-    assert all(message.decoded.size_bytes for message in found)
+    assert rejects[0].rejected_at.startswith("20")
+    assert all(message.decoded.size_bytes for message in rejects)
     assert await ready(link) == 4
 
 
-async def test_one_is_shown_in_full_and_stays(link):
+async def test_reading_one_keeps_the_messages(link):
     await refuse_updates(link, 3)
     assert (await read_rejected(link, TOPOLOGY, 2)).decoded.round == 2
     assert await ready(link) == 3
@@ -84,7 +84,7 @@ async def test_one_is_shown_in_full_and_stays(link):
     assert await ready(link) == 3
 
 
-async def test_one_is_sent_again_as_its_sender_sent_it(link):
+async def test_requeue_restores_the_original_properties(link):
     await refuse_updates(link, 3)
     (done,) = await requeue(link, TOPOLOGY, {2})
     assert (done.exchange, done.key, done.left) == ("f.results", "update.w1", None)
@@ -95,21 +95,21 @@ async def test_one_is_sent_again_as_its_sender_sent_it(link):
     assert [m.decoded.round for m in await list_rejected(link, TOPOLOGY)] == [1, 3]
 
 
-async def test_all_are_sent_again_but_what_comes_back_meanwhile(link):
+async def test_requeue_all_sends_every_message(link):
     await refuse_updates(link, 3)
     assert [done.left for done in await requeue(link, TOPOLOGY, None)] == [None] * 3
     assert (await ready(link), await ready(link, TOPOLOGY.updates)) == (0, 3)
 
 
 @pytest.mark.parametrize("numbers", [{0}, {4}, {1, 9}])
-async def test_a_number_that_is_not_there_sends_nothing(link, numbers):
+async def test_an_unknown_number_sends_nothing(link, numbers):
     await refuse_updates(link, 3)
     with pytest.raises(UsageError, match="there is no message"):
         await requeue(link, TOPOLOGY, numbers)
     assert (await ready(link), await ready(link, TOPOLOGY.updates)) == (3, 0)
 
 
-async def test_what_has_no_way_back_stays_and_says_why(link):
+async def test_a_message_without_a_destination_stays_with_the_reason(link):
     await refuse(link, TOPOLOGY.inbox("w1"), b"mail", type="fit")
     await link.publish(b"?", Properties(), exchange="", keys=[TOPOLOGY.rejected])
     link._broker.delete(TOPOLOGY.inbox("w1"))
@@ -137,28 +137,28 @@ async def test_what_has_no_way_back_stays_and_says_why(link):
         ({}, "update", None),
     ],
 )
-async def test_the_way_back(link, headers, kind, expected):
+async def test_destination(link, headers, kind, expected):
     sent = Properties(type=kind, headers=headers)
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
     (message,) = await list_rejected(link, TOPOLOGY)
     assert destination(message, TOPOLOGY) == expected
 
 
-async def test_what_rabbitmq_itself_put_there_says_so(link):
+async def test_a_dead_lettered_message_has_rabbitmqs_reason(link):
     sent = Properties(headers={"x-first-death-reason": "maxlen"})
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
     (message,) = await list_rejected(link, TOPOLOGY)
     assert (message.reason, message.cause) == ("RabbitMQ dropped it (maxlen)", "unknown")
 
 
-async def test_all_are_thrown_away(link):
+async def test_purge_deletes_all(link):
     await refuse_updates(link, 3)
     assert await purge(link, TOPOLOGY) == 3
     assert await purge(link, TOPOLOGY) == 0
     assert await ready(link) == 0
 
 
-async def test_a_quorum_queue_is_not_looked_at_but_emptied(link):
+async def test_a_quorum_queue_can_be_emptied_but_not_read(link):
     quorum = Topology("q", "quorum")
     await link.declare(quorum.shared())
     sent = Properties(type="update", headers={"worker": "w1", "from": "q.updates"})
@@ -169,12 +169,12 @@ async def test_a_quorum_queue_is_not_looked_at_but_emptied(link):
     assert done.left is None
 
 
-async def test_a_federation_that_is_not_there(link):
+async def test_an_unknown_federation_is_an_error(link):
     with pytest.raises(UsageError, match="nobody of federation g"):
         await list_rejected(link, Topology("g"))
 
 
-# --- what the bound dropped ----------------------------------------------------------------------
+# --- dropped messages ----------------------------------------------------------------------------
 
 FIGURES = QueueFigures(
     "f.rejected", "", ready=1000, unacknowledged=0, consumers=0, size_bytes=0,
@@ -195,12 +195,12 @@ FIGURES = QueueFigures(
         (None, 1000, None),
     ],
 )
-def test_what_was_dropped_is_counted_or_said_not_to_be_known(figures, kept_now, expected):
+def test_dropped_messages_are_counted_or_unknown(figures, kept_now, expected):
     assert dropped(figures, kept_now) == expected
 
 
 @pytest.mark.parametrize(("source", "stays"), [("f.inbox.w1", False), ("f.inbox.w2", True)])
-async def test_what_a_worker_refused_goes_back_to_its_own_queues_only(source, stays):
+async def test_a_workers_rejects_return_only_to_its_own_queues(source, stays):
     link = await MemoryBroker().open()
     for worker in ("w1", "w2"):
         await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker(worker)])

@@ -1,4 +1,4 @@
-"""Updates kept as they came, and the average computed again from them."""
+"""The archive of updates, and the replay of rounds from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
-from fluffle_common.tensors.compression import compress, encoding_of
+from fluffle_common.tensors.codecs.registry import encoding_of
+from fluffle_common.tensors.compression import compress
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.cli.run_folder import replay as replay_command
@@ -34,7 +35,7 @@ from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import replay
-from fluffle_coordinator.storage import update_archive as kept
+from fluffle_coordinator.storage import update_archive as archive
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_store import RunStore
 
@@ -44,7 +45,7 @@ LARGE = 1_200_000  # float32 values: more than one part
 
 
 def base() -> dict[str, np.ndarray]:
-    """Return a small model of every kind of tensor that is averaged in its own way."""
+    """Return a small model with every kind of tensor that is averaged differently."""
     numbers = np.random.default_rng(0)
     return {
         "w": numbers.normal(size=(5, 3)).astype(np.float32),
@@ -68,7 +69,7 @@ def delta(seed: int, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Run:
-    """The sum and the disk at work, fed by hand over the broker in memory."""
+    """A real aggregator and committer, fed by hand over the broker in memory."""
 
     def __init__(self, folder: Path, weights: dict[str, np.ndarray], *, keep: bool = True) -> None:
         self.store, self.weights = RunStore(folder), weights
@@ -109,9 +110,9 @@ class Run:
         await send_tensors(self.link, message, tensors, Route("", [TOPOLOGY.updates]), parts=outbox)
         delivery = await self.link.get(TOPOLOGY.updates)
         assert delivery is not None
-        told, payload = decode(delivery.body)
-        assert isinstance(told, Update)
-        held = Held(delivery, told, payload)
+        message, payload = decode(delivery.body)
+        assert isinstance(message, Update)
+        held = Held(delivery, message, payload)
         how = Fold(Handle(1, 1), Ticket(worker, number), num_examples)
         self.aggregator.fold(held, how, number)
         return held
@@ -150,19 +151,19 @@ async def two_rounds(folder: Path, weights: dict[str, np.ndarray], *, keep: bool
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Make a run of two rounds whose updates were kept."""
+    """Make a run of two rounds whose updates are archived."""
     asyncio.run(two_rounds(tmp_path / "run", base()))
     return tmp_path / "run"
 
 
 def files(folder: Path, number: int) -> list[str]:
-    return sorted(path.name for path in kept.round_folder(folder, number).iterdir())
+    return sorted(path.name for path in archive.round_folder(folder, number).iterdir())
 
 
-# --- keeping -----------------------------------------------------------------------------------
+# --- archiving ---------------------------------------------------------------------------------
 
 
-def test_updates_are_kept_in_the_order_of_the_sum(folder):
+def test_updates_are_archived_in_the_order_of_the_sum(folder):
     assert files(folder, 1) == ["0001-c.msgpack", "0002-a.msgpack", "0003-b.x-1.msgpack"]
     assert files(folder, 2) == ["0001-a.msgpack", "0002-b.x-1.msgpack", "0003-c.msgpack"]
 
@@ -173,8 +174,8 @@ async def test_an_update_is_kept_byte_for_byte(tmp_path):
         held = await run.fold("a", 1, 1, 5)
         body = bytes(held.delivery.body)
         await run.aggregator.drained()
-    assert kept.update_path(tmp_path, 1, 1, "a").read_bytes() == body
-    assert held.delivery.body == b""  # and is let go of in memory
+    assert archive.update_path(tmp_path, 1, 1, "a").read_bytes() == body
+    assert held.delivery.body == b""  # and is released in memory
 
 
 @pytest.mark.parametrize("how", ["bf16", "f16", "int8", "topk:0.1"])
@@ -217,7 +218,7 @@ async def test_what_is_refused_is_not_kept(tmp_path):
 
 async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_DISK_RETRY_S", 0.0)
-    full, keep_update = [True], kept.keep_update
+    full, keep_update = [True], archive.keep_update
 
     def refuses(path: Path, body: bytes, payload: memoryview | None) -> None:
         if full[0]:
@@ -225,14 +226,14 @@ async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         keep_update(path, body, payload)
 
-    monkeypatch.setattr(kept, "keep_update", refuses)
+    monkeypatch.setattr(archive, "keep_update", refuses)
     run = Run(tmp_path, base())
     async with at_work(run):
         await run.fold("a", 1, 1, 5)
         event = await run.recorded.get()
         assert isinstance(event, run_events.Disk)
         assert event.reason == "No space left on device"
-        assert run.events.empty()  # it is not counted before it is kept
+        assert run.events.empty()  # an update is archived before it counts
         assert files(tmp_path, 1) == []
         full[0] = False
         assert isinstance(await run.events.get(), ev.Folded)
@@ -240,20 +241,20 @@ async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch)
     assert files(tmp_path, 1) == ["0001-a.msgpack"]
 
 
-def test_a_half_written_file_never_has_the_name(tmp_path, monkeypatch):
-    path = kept.update_path(tmp_path, 1, 1, "a")
+def test_an_incomplete_file_never_has_the_final_name(tmp_path, monkeypatch):
+    path = archive.update_path(tmp_path, 1, 1, "a")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
     with pytest.raises(OSError, match="bad"):
-        kept.keep_update(path, b"body", [memoryview(b"pay"), memoryview(b"load")])
+        archive.keep_update(path, b"body", [memoryview(b"pay"), memoryview(b"load")])
     assert files(tmp_path, 1) == []
 
 
-def test_after_a_crash_an_uncommitted_round_is_begun_afresh(folder):
-    body = kept.update_path(folder, 2, 1, "a").read_bytes()
-    kept.keep_update(kept.update_path(folder, 3, 1, "a"), body, None)
-    (kept.round_folder(folder, 3) / "0002-c.msgpack.partial").write_bytes(b"half")
+def test_after_a_crash_an_uncommitted_round_starts_over(folder):
+    body = archive.update_path(folder, 2, 1, "a").read_bytes()
+    archive.keep_update(archive.update_path(folder, 3, 1, "a"), body, None)
+    (archive.round_folder(folder, 3) / "0002-c.msgpack.partial").write_bytes(b"half")
     RunStore(folder).load("letters")
-    assert not kept.round_folder(folder, 3).exists()
+    assert not archive.round_folder(folder, 3).exists()
     assert len(files(folder, 2)) == 3
 
 
@@ -278,11 +279,11 @@ async def test_the_norm_of_an_update_is_told_and_is_in_the_history(tmp_path):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_round_is_equal_bit_by_bit(folder, number):
-    found = replay.replay(folder, number)
-    assert found.equal
-    assert [tensor.name for tensor in found.tensors] == sorted(base())
-    assert found.participants[0] == (("c" if number == 1 else "a"), 3)
-    for tensor in found.tensors:
+    result = replay.replay(folder, number)
+    assert result.equal
+    assert [tensor.name for tensor in result.tensors] == sorted(base())
+    assert result.participants[0] == (("c" if number == 1 else "a"), 3)
+    for tensor in result.tensors:
         assert tensor.replayed == replay.Distance(True, 0, 0.0, 0)
         assert tensor.second_opinion.ulps <= (8 if tensor.dtype == "float64" else 1)
 
@@ -290,15 +291,15 @@ def test_a_round_is_equal_bit_by_bit(folder, number):
 async def test_an_update_in_parts_is_kept_and_replayed(tmp_path):
     await two_rounds(tmp_path, {"w": np.ones(LARGE, np.float32)})
     assert len(files(tmp_path, 1)) == 6
-    assert (kept.round_folder(tmp_path, 1) / "0001-c.payload").stat().st_size == 4 * LARGE
+    assert (archive.round_folder(tmp_path, 1) / "0001-c.payload").stat().st_size == 4 * LARGE
     assert replay.replay(tmp_path, 2).equal
-    (kept.round_folder(tmp_path, 2) / "0001-a.payload").unlink()
+    (archive.round_folder(tmp_path, 2) / "0001-a.payload").unlink()
     with pytest.raises(UsageError, match=r"update of a is missing its tensors.*0001-a\.payload"):
         replay.replay(tmp_path, 2)
 
 
 def test_the_order_is_that_of_the_history(folder):
-    """The same updates in another order are not looked for: their names say their places."""
+    """Updates are result by their places in the sum, which their file names contain."""
     history = folder / "history.jsonl"
     lines = [json.loads(line) for line in history.read_text().splitlines()]
     lines[0]["participants"].reverse()
@@ -310,10 +311,10 @@ def test_the_order_is_that_of_the_history(folder):
 @pytest.mark.parametrize("of", ["update", "checkpoint"])
 def test_one_altered_bit_is_found_and_its_tensor_named(folder, of):
     if of == "update":
-        path = kept.update_path(folder, 1, 2, "a")
+        path = archive.update_path(folder, 1, 2, "a")
         message, payload = decode(path.read_bytes())
         (entry,) = [one for one in message.tensors if one.name == "w"]
-        at = path.stat().st_size - len(payload) + entry.offset + 2  # of the first value's fraction
+        at = path.stat().st_size - len(payload) + entry.offset + 2  # in its fraction
         data = bytearray(path.read_bytes())
         data[at] ^= 1
         path.write_bytes(data)
@@ -323,10 +324,10 @@ def test_one_altered_bit_is_found_and_its_tensor_named(folder, of):
         weights["w"] = weights["w"].copy()
         weights["w"][0, 0] = np.nextafter(weights["w"][0, 0], np.float32(9))
         save_checkpoint(path, weights, metadata)
-    found = replay.replay(folder, 1)
-    assert not found.equal
-    assert [tensor.name for tensor in found.tensors if not tensor.replayed.equal] == ["w"]
-    (tensor,) = [tensor for tensor in found.tensors if tensor.name == "w"]
+    result = replay.replay(folder, 1)
+    assert not result.equal
+    assert [tensor.name for tensor in result.tensors if not tensor.replayed.equal] == ["w"]
+    (tensor,) = [tensor for tensor in result.tensors if tensor.name == "w"]
     assert tensor.replayed.different == 1
     assert tensor.replayed.largest > 0
     assert tensor.replayed.ulps >= 1
@@ -339,37 +340,37 @@ def test_one_altered_bit_is_found_and_its_tensor_named(folder, of):
     assert "DIFFERENT: 1 of 7 tensors differ from the committed model: w\n" in shown.output
     as_json = CliRunner().invoke(replay_command, [str(folder), "--round", "1", "--json"])
     assert as_json.exit_code == 1
-    told = json.loads(as_json.output)
-    assert [one["name"] for one in told["tensors"] if not one["replayed"]["equal"]] == ["w"]
+    tensors = json.loads(as_json.output)["tensors"]
+    assert [x["name"] for x in tensors if not x["replayed"]["equal"]] == ["w"]
 
 
 def test_a_checkpoint_that_is_not_finite_is_different_and_still_json(folder):
     path = folder / checkpoint_name(1)
     weights, metadata = read_checkpoint(path)
     save_checkpoint(path, {**weights, "d": np.full(4, np.nan)}, metadata)
-    told = CliRunner().invoke(replay_command, [str(folder), "--round", "1", "--json"])
-    (wrong,) = [one for one in json.loads(told.output)["tensors"] if not one["replayed"]["equal"]]
+    result = CliRunner().invoke(replay_command, [str(folder), "--round", "1", "--json"])
+    (wrong,) = [x for x in json.loads(result.output)["tensors"] if not x["replayed"]["equal"]]
     assert (wrong["name"], wrong["replayed"]["largest"]) == ("d", None)
 
 
-def test_the_equal_case_in_words(folder):
+def test_an_equal_replay_in_words(folder):
     shown = CliRunner().invoke(replay_command, [str(folder), "--round", "2"])
     assert shown.exit_code == 0
     assert "equal: all 7 tensors match the committed model bit by bit" in shown.output
     assert "a (3), b.x-1 (7), c (11)" in shown.output
 
 
-def test_a_missing_update_is_told_with_its_worker(folder):
-    kept.update_path(folder, 1, 3, "b.x-1").unlink()
+def test_a_missing_update_is_reported_with_its_worker(folder):
+    archive.update_path(folder, 1, 3, "b.x-1").unlink()
     with pytest.raises(
         UsageError, match=r"the update of b\.x-1 is missing: .*0003-b\.x-1\.msgpack"
     ):
         replay.replay(folder, 1)
 
 
-def test_an_update_of_someone_else_or_none_at_all_is_told(folder):
-    path = kept.update_path(folder, 1, 1, "c")
-    path.write_bytes(kept.update_path(folder, 2, 3, "c").read_bytes())
+def test_a_foreign_or_broken_update_is_reported(folder):
+    path = archive.update_path(folder, 1, 1, "c")
+    path.write_bytes(archive.update_path(folder, 2, 3, "c").read_bytes())
     with pytest.raises(UsageError, match="is not the update that was counted: .*'abc', 2, 'c', 3"):
         replay.replay(folder, 1)
     path.write_bytes(b"rubbish")
@@ -377,7 +378,7 @@ def test_an_update_of_someone_else_or_none_at_all_is_told(folder):
         replay.replay(folder, 1)
 
 
-def test_a_round_that_is_not_committed_and_a_run_without_updates_are_told(folder, tmp_path):
+def test_an_uncommitted_round_and_a_run_without_updates_are_reported(folder, tmp_path):
     with pytest.raises(
         UsageError, match="round 3 .* is not committed; the last committed round is 2"
     ):

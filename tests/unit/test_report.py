@@ -75,19 +75,19 @@ NOW = 1_800_000_000.0
 
 def shown(rows: list[dict[str, Any]] = ROWS, **more: Any) -> dict[str, Any]:
     """Return what the report of a history shows."""
-    told = {"identity": {"federation": "letters", "run": "abc"}, "checkpoints": [], "end": None}
-    return snapshot(rows, now=NOW, **{**told, **more})
+    defaults = {"identity": {"federation": "letters", "run": "abc"}, "checkpoints": [], "end": None}
+    return snapshot(rows, now=NOW, **{**defaults, **more})
 
 
 # --- what it shows -----------------------------------------------------------------------------
 
 
 def test_who_took_part_in_which_round():
-    told = shown()
-    a, b = told["workers"]
+    data = shown()
+    a, b = data["workers"]
     assert (a["name"], a["counted"], a["late"], a["bytes"], a["train_s"]) == ("a", 3, 0, 3000, 4.0)
     assert (b["counted"], b["late"], b["rejected"]) == (1, 1, 1)
-    one, two, three = told["rounds"]
+    one, two, three = data["rounds"]
     # Late in round 1, as the row of round 2 says, counted in round 2, and not asked in round 3.
     assert (one["asked"], one["came_late"], two["came_late"]) == (["b"], ["b"], [])
     assert (two["participants"], two["examples"]) == (["a", "b"], [300, 100])
@@ -107,27 +107,27 @@ def test_rounds_carry_their_evaluation_and_their_sums():
 
 
 def test_what_was_rejected_is_told_with_the_round_that_was_open_and_all_are_counted():
-    told = shown()["rejected"]
-    [one] = told["latest"]
+    rejected = shown()["rejected"]
+    [one] = rejected["latest"]
     assert one["during"] == 3
     assert {name: one[name] for name in REJECTION} == REJECTION
-    assert (told["causes"], told["total"]) == ({"not_finite": 1}, 2)
+    assert (rejected["causes"], rejected["total"]) == ({"not_finite": 1}, 2)
 
 
 def phases(*participants: dict[str, Any]) -> dict[str, float]:
-    found = remembered(committed(1, *participants)).phases
-    assert found is not None
-    return found
+    result = remembered(committed(1, *participants)).phases
+    assert result is not None
+    return result
 
 
 def test_the_phases_of_a_round_add_up_to_all_of_it():
-    found = phases(participant("a"), participant("b", counted_s=9.0, seconds=6.0))
-    assert tuple(found) == PHASES
+    result = phases(participant("a"), participant("b", counted_s=9.0, seconds=6.0))
+    assert tuple(result) == PHASES
     # b was last: after 6 s of training, and half a second of adding up; nothing came in 1 s more.
-    assert found == {
+    assert result == {
         "waiting": 2.0, "training": 6.0, "transfer": 2.5, "aggregation": 0.75, "checkpoint": 2.0,
     }  # fmt: skip
-    assert sum(found.values()) == TIMINGS["waiting_s"] + 10.0 + 0.25 + 2.0
+    assert sum(result.values()) == TIMINGS["waiting_s"] + 10.0 + 0.25 + 2.0
     assert RoundView(1).phases is None
 
 
@@ -141,27 +141,27 @@ def test_the_phases_of_a_round_add_up_to_all_of_it():
     ],
 )
 def test_no_phase_is_negative_whatever_a_worker_says(participants):
-    found = phases(*participants)
-    assert min(found.values()) >= 0
-    assert sum(found.values()) == pytest.approx(13.25)
+    result = phases(*participants)
+    assert min(result.values()) >= 0
+    assert sum(result.values()) == pytest.approx(13.25)
 
 
 def test_an_older_history_tells_less_and_that_is_no_error():
     line = {"event": "committed", "round": 1, "participants": [{"worker": "a", "num_examples": 5}]}
-    told = shown([line])
-    (one,) = told["rounds"]
+    data = shown([line])
+    (one,) = data["rounds"]
     assert (one["phases"], one["train_loss"], one["opened_at"], one["late"]) == (None,) * 3 + (0,)
-    assert (told["curves"], told["configurations"]) == ({"rounds": []}, [])
+    assert (data["curves"], data["configurations"]) == ({"rounds": []}, [])
 
 
 def test_a_report_has_every_worker_round_and_metric():
     names = [f"w{number}" for number in range(2100)]
     metrics = {f"metric-{number}": 0.5 for number in range(12)}
     rows = [committed(1, *map(participant, names)) | evaluated(1, **metrics)]
-    told = shown(rows + [committed(number) for number in range(2, 61)])
-    assert (len(told["rounds"]), len(told["rounds"][0]["participants"])) == (60, 2100)
-    assert len(told["workers"]) == 2100 + 2  # "a" and "b" were asked
-    assert metrics.keys() <= told["curves"].keys()
+    data = shown(rows + [committed(number) for number in range(2, 61)])
+    assert (len(data["rounds"]), len(data["rounds"][0]["participants"])) == (60, 2100)
+    assert len(data["workers"]) == 2100 + 2  # "a" and "b" were asked
+    assert metrics.keys() <= data["curves"].keys()
 
 
 def test_how_the_run_stands():
@@ -220,16 +220,16 @@ class Page(HTMLParser):
 
 def test_a_page_loads_nothing_and_runs_nothing_but_its_own_scripts():
     html = page(shown())
-    found = Page(html)
-    assert all(one.startswith(("data:image/svg+xml;base64,", "#")) for one in found.loads)
+    parsed = Page(html)
+    assert all(one.startswith(("data:image/svg+xml;base64,", "#")) for one in parsed.loads)
     assert not re.search(r"https?:|url\(|@import", html.replace("http://www.w3.org/2000/svg", ""))
-    assert "unsafe" not in found.policy
-    assert found.policy.startswith("default-src 'none'; ")
-    assert len(found.inline) == 3
-    for text in found.inline:
+    assert "unsafe" not in parsed.policy
+    assert parsed.policy.startswith("default-src 'none'; ")
+    assert len(parsed.inline) == 3
+    for text in parsed.inline:
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in found.policy
-    assert found.snapshot == json.loads(json.dumps(shown()))
+        assert f"'sha256-{digest}'" in parsed.policy
+    assert parsed.snapshot == json.loads(json.dumps(shown()))
 
 
 def test_the_scripts_are_one_in_which_no_name_is_taken_twice():
@@ -267,13 +267,13 @@ def test_what_came_from_outside_is_text(evil):
     ]
     settings = {"rules": {evil: evil}, "from_round": evil, "versions": {evil: evil}}
     identity = {"federation": evil, "run": evil, "configurations": [{"rules": {}}, settings]}
-    told = shown(rows, identity=identity)
-    html = page(told)
-    found = Page(html)
-    assert found.tags == Page(page(shown())).tags
-    assert found.snapshot == json.loads(json.dumps(told))
+    data = shown(rows, identity=identity)
+    html = page(data)
+    parsed = Page(html)
+    assert parsed.tags == Page(page(shown())).tags
+    assert parsed.snapshot == json.loads(json.dumps(data))
     assert "\u2028" not in html[html.index("<script") : html.rindex("</script>")]
-    assert found.snapshot["run"]["federation"] == evil
+    assert parsed.snapshot["run"]["federation"] == evil
 
 
 # --- from a folder -----------------------------------------------------------------------------
@@ -304,10 +304,10 @@ def test_the_command_writes_the_page_or_prints_what_it_draws(folder, tmp_path):
     assert "<title>letters: report</title>" in (folder / "report.html").read_text()
     out = tmp_path / "x.html"
     CliRunner().invoke(report, [str(folder), "--out", str(out)], catch_exceptions=False)
-    told = json.loads(CliRunner().invoke(report, [str(folder), "--json"]).output)
+    data = json.loads(CliRunner().invoke(report, [str(folder), "--json"]).output)
     drawn = Page(out.read_text()).snapshot
-    assert {**drawn, "now": 0} == {**told, "now": 0}
-    assert (told["run"]["federation"], len(told["rounds"]), len(told["workers"])) == (
+    assert {**drawn, "now": 0} == {**data, "now": 0}
+    assert (data["run"]["federation"], len(data["rounds"]), len(data["workers"])) == (
         "letters", 3, 2,
     )  # fmt: skip
 
@@ -340,9 +340,9 @@ def test_a_configuration_is_noted_when_it_is_another(tmp_path):
     run = store.load("letters").run
 
     def noted() -> list[dict[str, Any]]:
-        told = json.loads((tmp_path / "run.json").read_text())
-        assert (told["run"], told["federation"]) == (run, "letters")
-        return told["configurations"]
+        identity = json.loads((tmp_path / "run.json").read_text())
+        assert (identity["run"], identity["federation"]) == (run, "letters")
+        return identity["configurations"]
 
     store.note_configuration(configuration(settings(), Topology("letters")), 0)
     store.note_configuration(configuration(settings(), Topology("letters")), 1)
@@ -405,7 +405,7 @@ def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
         {"round": 2, "participants": [quick, slow, quick]},
     ]
     table = history_table(rounds, 80)
-    told = {str(column.header): list(column.cells) for column in table.columns}
-    assert told["updates"] == ["2", "3"]
-    assert told["stalest"] == ["0", "6"]
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["updates"] == ["2", "3"]
+    assert columns["stalest"] == ["0", "6"]
     assert "stalest" not in [c.header for c in history_table(rounds[:1], 80).columns]

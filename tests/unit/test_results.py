@@ -1,4 +1,4 @@
-"""What a task returns, however oddly, and what goes on the wire of it."""
+"""Conversion of the odd values that tasks return, and the errors for unusable ones."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SENDER = {"federation": "f", "worker": "w"}
 
 
 def received() -> Any:
-    """Return weights as they come from the wire: views of bytes that nobody may write to."""
+    """Return weights as decoded from a message: read-only views of bytes."""
     weights = {"w": np.zeros(4, np.float32), "b": np.zeros((), np.float32)}
     layout = layout_for(weights)
     return layout.over(bytes(layout.nbytes))
 
 
 class Odd:
-    """A task that returns what it is told to."""
+    """A task that returns the given results."""
 
     num_examples = 5
 
@@ -63,7 +63,7 @@ class Odd:
 
 
 class Seen:
-    """A work done, and all that was said meanwhile."""
+    """An executed job and the reports about it."""
 
     def __init__(self, task: Any, message: Any = None, *, results: Results | None = None) -> None:
         self.said: list[str] = []
@@ -234,7 +234,7 @@ def test_a_worker_without_held_out_data_says_nothing_before_it_trains():
 
 
 def through_the_pointer(weights):
-    """As ``torch.from_numpy`` does, which takes no notice of a read-only flag."""
+    """Write through a read-only view, as ``torch.from_numpy`` allows."""
     tensor = weights["w"]
     into = (ctypes.c_float * tensor.size).from_address(tensor.ctypes.data)
     own = np.ctypeslib.as_array(into)
@@ -249,7 +249,7 @@ def in_place(weights):
 
 
 class Writes(Odd):
-    """A task that writes to what it is given, also when it evaluates."""
+    """A task that modifies the weights that it receives, also when it evaluates."""
 
     def __init__(self, write: Any) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.machine.state import Evaluated
 from fluffle_coordinator.observe.round_view import Answer
-from fluffle_coordinator.service.committer import federated
+from fluffle_coordinator.service.committer import average_evaluations
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
 MOST = sys.float_info.max
@@ -20,11 +20,11 @@ pairs = st.lists(st.tuples(st.integers(1, 10**12), st.floats(-MOST, MOST)), min_
 
 
 @given(pairs)
-def test_a_mean_of_finite_numbers_is_finite_and_the_right_one(values):
-    found = weighted_mean(values)
+def test_a_mean_of_finite_numbers_is_finite_and_correct(values):
+    mean = weighted_mean(values)
     exact = sum(n * Fraction(value) for n, value in values) / sum(n for n, _ in values)
     most = max(abs(Fraction(value)) for _, value in values)
-    assert abs(Fraction(found) - exact) <= most * Fraction(len(values) + 2, 2**52) + Fraction(
+    assert abs(Fraction(mean) - exact) <= most * Fraction(len(values) + 2, 2**52) + Fraction(
         1, 10**300
     )
 
@@ -34,17 +34,17 @@ def test_no_examples_have_no_mean():
     assert weighted_mean([(0, 1.0)]) is None
 
 
-def test_an_evaluation_of_the_largest_losses_is_one():
-    told = federated(
+def test_the_largest_losses_have_a_finite_evaluation():
+    averages = average_evaluations(
         {
             "a": Evaluated(10**12, 1.5e308, {"auc": -MOST}),
             "b": Evaluated(10**12, 1.7e308, {"auc": MOST}),
         }
     )
-    assert (told["loss"], told["auc"]) == (pytest.approx(1.6e308), 0.0)
+    assert (averages["loss"], averages["auc"]) == (pytest.approx(1.6e308), 0.0)
 
 
-def test_a_training_loss_is_averaged_likewise():
-    told = [Answer(worker, 0.0, num_examples=10, train_loss=1.7e308) for worker in "ab"]
-    assert train_loss([*told, Answer("c", 0.0, num_examples=5)]) == 1.7e308
+def test_the_training_loss_is_averaged_likewise():
+    answers = [Answer(worker, 0.0, num_examples=10, train_loss=1.7e308) for worker in "ab"]
+    assert train_loss([*answers, Answer("c", 0.0, num_examples=5)]) == 1.7e308
     assert train_loss([]) is None

@@ -1,6 +1,6 @@
-"""The rules of the round machine, one by one and in plain order.
+"""The rules of the coordinator's machine, one by one.
 
-``test_rounds_machine`` tries the same rules, and the worker's, under random interleavings.
+``test_rounds_machine`` tests them, and the worker's, under random interleavings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.machine.selection import sample_size, select
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 
 _E = TypeVar("_E", bound=fx.Effect)
@@ -28,7 +27,7 @@ ALL = Quorum()
 
 
 class Run:
-    """A round machine with a clock; every method reports one event and returns the effects."""
+    """A machine with a clock; each method sends it an event and returns the effects."""
 
     def __init__(self, rules: Rules | None = None, *, hearing: bool = False, **start: Any) -> None:
         self.now = 100.0
@@ -36,7 +35,7 @@ class Run:
         self.deliveries = 0
         self.log: list[fx.Effect] = []
         rules = rules or Rules(rounds=2, min_workers=2)
-        if not hearing:  # these rules are about other things: all time counts
+        if not hearing:  # for most rules, all time counts
             rules = replace(rules, hearing_s=math.inf)
         if participants := start.pop("participants", ()):
             last = start["committed"]
@@ -59,9 +58,9 @@ class Run:
     def disconnect(self) -> list[fx.Effect]:
         return self.on(ev.Disconnected(self.now))
 
-    def seen(self, name: str, *, hello: bool = False, **told: Any) -> list[fx.Effect]:
-        told = {"session": f"{name}-1", "classes": (), "heartbeat_s": 2.0, **told}
-        worker = rs.Worker(name=name, num_examples=10, last_seen=self.now, **told)
+    def seen(self, name: str, *, hello: bool = False, **fields: Any) -> list[fx.Effect]:
+        fields = {"session": f"{name}-1", "classes": (), "heartbeat_s": 2.0, **fields}
+        worker = rs.Worker(name=name, num_examples=10, last_seen=self.now, **fields)
         return self.on(ev.Seen(self.now, worker, hello))
 
     def at_work(self, name: str, state: str = "training") -> list[fx.Effect]:
@@ -95,16 +94,16 @@ class Run:
         return [*self.arrived(name), *self.folded(name)]
 
     def committed(self, *participants: str, enough: str = "") -> list[fx.Effect]:
-        """Commit the round, of which these are the participants."""
+        """Commit the round; check that these are its participants."""
         number = self.state.round
         effects = self.on(ev.Committed(self.now, number, f"b{number}", enough=enough))
         assert {t.worker for t in self.state.counted_before[number]} == {*participants}
         return effects
 
     def evaluation(self, name: str, round: int, base: str | None = None) -> list[fx.Effect]:
-        found = rs.Evaluated(10, 0.5, {})
+        evaluated = rs.Evaluated(10, 0.5, {})
         base = self.state.base if base is None else base
-        return self.on(ev.EvaluationArrived(self.now, RUN, round, name, found, base))
+        return self.on(ev.EvaluationArrived(self.now, RUN, round, name, evaluated, base))
 
     def failed(self, name: str, round: int) -> list[fx.Effect]:
         return self.on(ev.Failed(self.now, name, RUN, round, "out of memory"))
@@ -114,13 +113,13 @@ class Run:
         return self.on(ev.Tick(self.now))
 
     def sleep(self) -> list[fx.Effect]:
-        """Let time pass to when the machine wants to be woken."""
+        """Advance the clock to the machine's wakeup, and tick."""
         self.now = max(self.now, rounds.wakeup(self.state))
         return self.on(ev.Tick(self.now))
 
 
-def let_pass(run: Run, seconds: float, heard: str = "") -> list[fx.Effect]:
-    """Let time pass in which these workers, and the coordinator's echo, are heard."""
+def pass_time(run: Run, seconds: float, heard: str = "") -> list[fx.Effect]:
+    """Advance the clock, while these workers and the coordinator's echo are heard."""
     effects: list[fx.Effect] = []
     end = run.now + seconds
     while run.now < end:
@@ -133,7 +132,7 @@ def let_pass(run: Run, seconds: float, heard: str = "") -> list[fx.Effect]:
 
 
 def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
-    """Return a run with these workers, its round open."""
+    """Return a run with these workers and an open round."""
     run = Run(rules, **start)
     run.connect()
     for name in workers:
@@ -142,11 +141,11 @@ def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
     return run
 
 
-def came_late(worker: str) -> fx.Record:
+def late_event(worker: str) -> fx.Record:
     return fx.Record(run_events.Late(worker=worker, round=1, num_examples=10))
 
 
-def too_late(worker: str, base: str = "b0") -> fx.Judge:
+def late_verdict(worker: str, base: str = "b0") -> fx.Judge:
     return fx.Judge(Ticket(worker, 1), 1, base, "late", "round 1 was committed without it")
 
 
@@ -154,8 +153,8 @@ def only(effects: Iterable[fx.Effect], kind: type[_E]) -> list[_E]:
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
-def tells(effects: Iterable[fx.Effect]) -> list[str]:
-    return [one.event.name for one in only(effects, fx.Record)]
+def event_names(effects: Iterable[fx.Effect]) -> list[str]:
+    return [effect.event.name for effect in only(effects, fx.Record)]
 
 
 def asked(effects: Iterable[fx.Effect]) -> list[str]:
@@ -215,7 +214,7 @@ def test_the_first_weights_are_asked_of_one_worker_at_once():
     assert asked(run.on(ev.WeightsReady(run.now, "b0"))) == ["a", "b"]
 
 
-def test_the_first_weights_wait_for_those_who_have_a_say_about_their_form():
+def test_the_first_weights_wait_for_the_vote_on_the_model():
     run = Run(has_weights=False)
     run.connect()
     assert not only(run.seen("b", hello=True, classes=("x", "y")), fx.AskInit)
@@ -229,7 +228,7 @@ def test_the_first_weights_wait_for_those_who_have_a_say_about_their_form():
         lambda run: run.left("b"),
         lambda run: run.failed("b", 0),
         lambda run: (run.tick(8), run.seen("a"), run.tick(2))[-1],
-        lambda run: let_pass(run, 60.0, "ab"),
+        lambda run: pass_time(run, 60.0, "ab"),
     ],
     ids=["left", "failed", "gone", "takes too long"],
 )
@@ -241,7 +240,7 @@ def test_the_first_weights_are_asked_of_another_worker(event):
     assert only(event(run), fx.AskInit) == [fx.AskInit("a")]
 
 
-def test_the_first_weights_are_asked_again_of_a_worker_that_began_again():
+def test_the_first_weights_are_asked_again_of_a_worker_that_restarted():
     run = Run(has_weights=False)
     run.connect()
     run.seen("a", hello=True)
@@ -267,7 +266,7 @@ def test_first_weights_that_never_come_stop_the_run_with_the_reason():
     assert run.state.reason == "no first weights arrived in 60 s (--wait-workers)"
 
 
-def test_who_failed_to_make_first_weights_can_still_train():
+def test_a_worker_that_failed_to_make_first_weights_can_still_train():
     run = Run(Rules(rounds=1, min_workers=2), has_weights=False)
     run.connect()
     run.seen("a", hello=True)
@@ -292,7 +291,7 @@ def test_the_quorum_commits(quorum, enough):
     run = opened(*"abcd", rules=Rules(rounds=1, min_workers=4, quorum=quorum))
     for count, name in enumerate("abcd"[:enough], start=1):
         commits = only(run.update(name), fx.Commit)
-        assert [one.round for one in commits] == ([1] if count == enough else [])
+        assert [effect.round for effect in commits] == ([1] if count == enough else [])
 
 
 def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
@@ -304,7 +303,7 @@ def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
     assert run.state.phase is Phase.COMMITTING
 
 
-def test_after_the_quorum_the_others_have_the_grace():
+def test_after_the_quorum_the_others_have_a_grace():
     rules = Rules(rounds=1, min_workers=3, quorum=Quorum(number=1), grace_s=5)
     run = opened(*"abc", rules=rules)
     assert not only(run.update("a"), fx.Commit)
@@ -358,7 +357,7 @@ def test_what_was_not_folded_at_the_commit_is_late():
     run.update("b")
     effects = run.committed("a", "b")
     assert fx.Ack(Handle(1, 1)) in effects
-    assert came_late("c") in effects
+    assert late_event("c") in effects
 
 
 def test_an_update_that_was_folded_during_the_commit_counts():
@@ -368,14 +367,14 @@ def test_an_update_that_was_folded_during_the_commit_counts():
     run.folded("a")
     run.folded("b")
     assert not only(run.folded("c"), fx.Commit)
-    assert "late" not in tells(run.committed(*"abc"))
+    assert "late" not in event_names(run.committed(*"abc"))
 
 
 # --- the deadline ------------------------------------------------------------------------------
 
 
 def deadline(on_deadline: str, **rules: Any) -> Run:
-    """Return a run whose round is about to end without a quorum; its workers seldom speak."""
+    """Return a run a second before its deadline, with one update of two."""
     given = {"rounds": 1, "deadline_s": 60, "patience": 1000, **rules}
     run = opened("a", "b", rules=Rules(on_deadline=on_deadline, **given))
     run.update("a")
@@ -391,26 +390,26 @@ def test_the_deadline_stops_with_the_reason():
     assert run.state.reason == "round 1 has 1 of 2 updates after 60 s, missing: b"
 
 
-def test_the_deadline_closes_with_what_is_there():
+def test_the_deadline_closes_with_the_updates_present():
     assert only(deadline("close").tick(1), fx.Commit)
 
 
-def test_the_deadline_reopens_where_too_little_is_there():
+def test_the_deadline_reopens_with_too_few_updates():
     run = deadline("close", min_updates=2)
-    assert "reopened" in tells(run.tick(1))
+    assert "reopened" in event_names(run.tick(1))
     assert run.state.phase is Phase.OPEN
 
 
-def test_the_deadline_reopens_for_those_who_are_there_and_idle():
+def test_the_deadline_reopens_for_idle_workers():
     run = deadline("reopen")
     for name in "cd":
         run.seen(name, hello=True)
     run.at_work("c")
     effects = run.tick(1)
-    assert asked(effects) == ["d"]  # b and c are at it
+    assert asked(effects) == ["d"]  # b and c are at work
     assert set(run.state.asked) == set("abcd")
     assert rounds.wakeup(run.state) == run.now + 60
-    assert not only(effects, fx.Ack)  # the update of a is kept
+    assert not only(effects, fx.Ack)  # the update of a is held
 
 
 def test_a_model_in_parts_that_does_not_advance_is_sent_again():
@@ -427,18 +426,18 @@ def test_a_model_in_parts_that_does_not_advance_is_sent_again():
 def test_reopenings_without_a_new_update_are_bounded():
     run = deadline("reopen", max_reopenings=3)
     for _ in range(3):
-        assert "reopened" in tells(run.sleep())
+        assert "reopened" in event_names(run.sleep())
     run.sleep()
     assert run.state.outcome == "stopped"
     assert run.state.reason.endswith("missing: b; reopened 3 times without progress (--deadline)")
 
 
-def test_an_update_between_reopenings_starts_the_count_again():
+def test_an_update_between_reopenings_resets_their_count():
     run = opened(*"abc", rules=Rules(rounds=1, min_workers=3, patience=10_000, max_reopenings=1))
     for name in "ab":
-        assert "reopened" in tells(run.sleep())
+        assert "reopened" in event_names(run.sleep())
         run.update(name)
-    assert "reopened" in tells(run.sleep())
+    assert "reopened" in event_names(run.sleep())
     run.sleep()
     assert run.state.outcome == "stopped"
 
@@ -462,12 +461,12 @@ def test_a_late_joiner_gets_the_open_work():
     assert run.state.needed == 3
 
 
-def test_who_was_not_chosen_is_not_asked_in_this_round():
+def test_a_worker_that_was_not_selected_is_not_asked_in_the_round():
     run = opened("a", "b", rules=Rules(rounds=1, fraction=0.5))
     assert not asked(run.seen("c", hello=True))
 
 
-def test_lost_work_is_sent_again_to_whoever_stays_idle():
+def test_lost_work_is_sent_again_to_a_worker_that_stays_idle():
     run = opened("a", "b", rules=Rules(rounds=1, resend_s=15))
     run.tick(9)
     assert not asked(run.seen("a"))
@@ -477,7 +476,7 @@ def test_lost_work_is_sent_again_to_whoever_stays_idle():
     assert asked(run.seen("a")) == ["a"]
 
 
-def test_who_may_just_have_answered_is_given_more_time():
+def test_a_worker_that_may_just_have_answered_gets_more_time():
     run = opened("a", "b", rules=Rules(rounds=1, resend_s=15, patience=100))
     run.tick(59)
     assert not asked(run.seen("a", run=RUN, round=1))
@@ -490,7 +489,7 @@ def test_a_hello_of_an_idle_worker_is_answered_with_the_work():
     assert asked(run.seen("a", hello=True, session="a-2")) == ["a"]
 
 
-def test_a_hello_of_a_worker_at_work_is_not():
+def test_a_hello_of_a_worker_at_work_is_not_answered_with_work():
     run = opened("a", "b")
     assert not asked(run.seen("a", hello=True, state="training", run=RUN, round=1))
 
@@ -501,7 +500,7 @@ def test_a_worker_whose_link_broke_while_receiving_is_asked_again():
     assert asked(run.seen("a", hello=True, state="receiving", run=RUN, round=1)) == ["a"]
 
 
-def test_after_a_lost_link_the_work_is_sent_again_to_the_idle_at_once():
+def test_after_a_lost_link_idle_workers_get_their_work_again_at_once():
     run = opened("a", "b")
     run.disconnect()
     run.connect()
@@ -519,44 +518,23 @@ def test_other_classes_are_refused():
     assert "b" not in run.state.workers
 
 
-@given(
-    names=st.sets(st.text(min_size=1, max_size=4), min_size=1, max_size=30),
-    fraction=st.floats(0, 1),
-    seed=st.integers(0, 9),
-)
-def test_the_selection_is_deterministic_and_stable(names, fraction, seed):
-    count = sample_size(fraction, len(names))
-    chosen = select(names, count, seed, 1)
-    assert chosen == select(sorted(names, reverse=True), count, seed, 1)
-    assert set(chosen) <= names
-    assert len(chosen) == max(1, math.ceil(fraction * len(names) - 1e-9))
-    for left in names - set(chosen):  # whoever was not chosen does not matter
-        fewer = select(names - {left}, sample_size(fraction, len(names) - 1), seed, 1)
-        assert set(fewer) <= set(chosen)
-
-
-def test_the_selection_changes_from_round_to_round():
-    names = [f"w{number}" for number in range(10)]
-    assert len({select(names, 3, 0, number) for number in range(10)}) > 5
-
-
 # --- updates -----------------------------------------------------------------------------------
 
 
-def test_a_late_update_is_acknowledged_and_told():
+def test_a_late_update_is_acknowledged_and_reported():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     run.committed("a")
-    late = [fx.Ack(Handle(1, 2)), came_late("b"), too_late("b", base="b1")]
+    late = [fx.Ack(Handle(1, 2)), late_event("b"), late_verdict("b", base="b1")]
     assert run.arrived("b", round=1) == late
     assert not run.state.received
 
 
-def test_what_comes_during_the_commit_is_late_once_that_is_on_disk():
+def test_an_update_during_the_commit_is_late_once_that_is_on_disk():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
-    assert not run.arrived("b")  # a crash may yet open the round again
-    late = [fx.Ack(Handle(1, 2)), came_late("b")]
+    assert not run.arrived("b")  # a crash may still reopen the round
+    late = [fx.Ack(Handle(1, 2)), late_event("b")]
     effects = run.committed("a")
     assert effects[1:3] == late
     assert not run.state.received
@@ -572,21 +550,21 @@ def test_a_redelivery_after_the_commit_is_a_duplicate():
     ]
 
 
-def test_so_it_is_after_a_resume():
+def test_a_redelivery_after_a_resume_is_a_duplicate():
     run = Run(committed=1, participants=["a"])
     run.connect()
-    assert tells(run.arrived("a", round=1)) == ["duplicate"]
-    assert tells(run.arrived("b", round=1)) == ["late"]
+    assert event_names(run.arrived("a", round=1)) == ["duplicate"]
+    assert event_names(run.arrived("b", round=1)) == ["late"]
 
 
-def test_a_duplicate_of_what_we_hold_is_acknowledged():
+def test_a_copy_of_a_held_update_is_acknowledged():
     run = opened("a", "b")
     run.update("a")
     assert run.arrived("a") == [fx.Ack(run.last_handle)]
     assert run.state.folded == 1
 
 
-def test_a_redelivery_is_held_in_place_of_the_void_one():
+def test_a_redelivery_replaces_the_void_delivery():
     run = opened("a", "b")
     run.update("a")
     run.disconnect()
@@ -597,7 +575,7 @@ def test_a_redelivery_is_held_in_place_of_the_void_one():
     assert fx.Ack(redelivered) in run.committed("a", "b")
 
 
-def test_a_copy_that_comes_during_the_fold_is_kept_until_the_first_is_sound():
+def test_a_copy_during_the_fold_is_held_until_the_first_is_sound():
     run = opened("a", "b")
     run.arrived("a")
     assert not run.arrived("a")
@@ -605,7 +583,7 @@ def test_a_copy_that_comes_during_the_fold_is_kept_until_the_first_is_sound():
     assert only(run.folded("a"), fx.Ack) == [fx.Ack(spare)]
 
 
-def test_the_copy_is_used_if_the_first_is_refused():
+def test_the_copy_is_folded_if_the_first_is_rejected():
     run = opened("a", "b")
     run.arrived("a")
     first = run.last_handle
@@ -634,7 +612,7 @@ def test_a_copy_is_not_folded_while_the_round_is_being_committed():
     assert fx.Ack(spare) in run.committed("a", "b")
 
 
-def test_a_redelivery_that_comes_while_the_void_one_is_folded_is_used_if_that_fails():
+def test_a_redelivery_during_the_fold_of_the_void_one_is_used_if_that_fails():
     run = opened("a", "b")
     run.arrived("a")
     run.disconnect()
@@ -646,7 +624,7 @@ def test_a_redelivery_that_comes_while_the_void_one_is_folded_is_used_if_that_fa
     assert fx.Ack(run.last_handle) not in effects
 
 
-def test_copies_are_all_kept_where_the_one_that_was_folded_is_void():
+def test_all_copies_are_held_if_the_folded_one_is_void():
     run = opened("a", "b")
     run.arrived("a")
     run.disconnect()
@@ -672,7 +650,7 @@ def done(run: Run, name: str) -> list[fx.Effect]:
     return run.seen(name, run=RUN, round=run.state.round)
 
 
-def test_a_worker_whose_update_is_refused_is_waited_for_no_more():
+def test_a_worker_whose_update_was_rejected_is_not_waited_for():
     run = opened("a", "b")
     run.update("a")
     done(run, "b")
@@ -683,7 +661,7 @@ def test_a_worker_whose_update_is_refused_is_waited_for_no_more():
 
 
 @pytest.mark.parametrize("state", ["idle", "training", "sending"])
-def test_a_refused_update_fails_its_worker_only_when_that_says_that_it_sent_one(state):
+def test_a_rejected_update_fails_its_worker_only_if_it_reports_it_as_sent(state):
     run = opened("a", "b")
     run.update("a")
     run.seen("b", state=state, run=RUN, round=1 if state != "idle" else 0)
@@ -693,7 +671,7 @@ def test_a_refused_update_fails_its_worker_only_when_that_says_that_it_sent_one(
     assert only(done(run, "b"), fx.Commit)
 
 
-def test_the_workers_own_update_counts_where_another_in_its_name_was_refused():
+def test_a_workers_own_update_counts_after_a_forged_one_was_rejected():
     run = opened("a", "b")
     run.update("a")
     run.at_work("b")
@@ -705,7 +683,7 @@ def test_the_workers_own_update_counts_where_another_in_its_name_was_refused():
     assert not run.state.doubted
 
 
-def test_a_sound_update_of_one_that_counted_as_failed_clears_it():
+def test_a_sound_update_clears_its_workers_failure():
     run = opened("a", "b", "c")
     done(run, "b")
     run.arrived("b")
@@ -716,7 +694,7 @@ def test_a_sound_update_of_one_that_counted_as_failed_clears_it():
     assert run.state.tally.expected == 3
 
 
-def test_the_end_is_told_to_whoever_was_ever_there():
+def test_every_worker_that_ever_joined_is_told_of_the_end():
     run = resumed(Rules(rounds=1, min_workers=1), evaluated=True)
     assert [end.workers for end in only(run.log, fx.End)] == [("a", "b", "c")]
     run = all_rounds_done()
@@ -724,7 +702,7 @@ def test_the_end_is_told_to_whoever_was_ever_there():
     assert [end.workers for end in only(run.evaluation("a", 1), fx.End)] == [("a", "b")]
 
 
-def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
+def test_an_update_that_arrived_incomplete_is_requested_again():
     run = opened("a", "b")
     run.arrived("a")
     effects = run.fold_failed("a", again=True)
@@ -740,7 +718,7 @@ def test_an_update_that_did_not_arrive_whole_is_asked_for_again():
         ({"round": 2}, "round 2 has not been opened", "round"),
     ],
 )
-def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason, cause):
+def test_an_update_of_another_round_is_rejected_with_the_reason(of, reason, cause):
     run = opened("a", "b")
     effects = run.arrived("a", **of)
     assert only(effects, fx.Reject) == [fx.Reject(run.last_handle, reason, cause)]
@@ -748,7 +726,7 @@ def test_what_is_not_of_this_round_is_rejected_with_the_reason(of, reason, cause
     assert only(effects, fx.Judge) == ([] if "run" in of else judged)
 
 
-def test_no_update_can_be_without_weights_or_after_the_last_round():
+def test_updates_are_rejected_without_weights_and_after_the_last_round():
     run = Run(has_weights=False)
     run.connect()
     assert only(run.arrived("a"), fx.Reject)
@@ -764,14 +742,14 @@ def test_no_update_can_be_without_weights_or_after_the_last_round():
 
 
 @pytest.mark.parametrize("quorum", [ALL, Quorum(number=2)])
-def test_who_leaves_is_withdrawn_from_a_fraction_but_not_from_a_number(quorum):
+def test_a_worker_that_leaves_lowers_a_fractional_quorum_but_not_a_number(quorum):
     run = opened("a", "b", rules=Rules(rounds=1, quorum=quorum))
     run.update("a")
     commits = only(run.left("b"), fx.Commit)
-    assert [one.round for one in commits] == ([1] if quorum.number is None else [])
+    assert [effect.round for effect in commits] == ([1] if quorum.number is None else [])
 
 
-def test_who_answered_and_left_still_counts():
+def test_an_update_counts_after_its_worker_has_left():
     run = opened("a", "b")
     run.update("a")
     run.left("a")
@@ -785,7 +763,7 @@ def test_the_bye_of_an_earlier_session_is_ignored():
     assert "a" in run.state.workers
 
 
-def test_a_worker_is_gone_when_its_heartbeats_fail_to_come():
+def test_a_worker_without_heartbeats_is_gone():
     run = opened("a", "b", rules=Rules(rounds=1, patience=5))
     run.update("a")
     run.tick(9)
@@ -807,7 +785,7 @@ def test_a_slow_worker_that_still_heartbeats_is_not_gone():
     assert run.state.phase is Phase.OPEN
 
 
-def test_a_worker_that_was_thought_gone_but_is_at_work_counts_again():
+def test_a_gone_worker_that_is_at_work_counts_again():
     run = opened("a", "b")
     run.tick(8)
     run.seen("a")
@@ -817,7 +795,7 @@ def test_a_worker_that_was_thought_gone_but_is_at_work_counts_again():
     assert run.state.tally.expected == 2
 
 
-def test_nobody_is_gone_for_an_outage_of_the_broker():
+def test_an_outage_of_the_broker_makes_no_worker_gone():
     run = opened("a", "b")
     run.disconnect()
     run.tick(3600)
@@ -826,7 +804,7 @@ def test_nobody_is_gone_for_an_outage_of_the_broker():
     assert set(run.state.workers) == {"a", "b"}
 
 
-def test_a_failure_withdraws_a_worker_until_it_says_hello_again():
+def test_a_failed_worker_is_not_expected_until_its_next_hello():
     run = opened("a", "b", rules=Rules(rounds=1, patience=100))
     assert run.failed("a", 1)[0] == fx.Record(
         run_events.Failure(worker="a", round=1, reason="out of memory")
@@ -838,13 +816,13 @@ def test_a_failure_withdraws_a_worker_until_it_says_hello_again():
     assert run.state.needed == 2
 
 
-def test_a_failure_is_forgotten_with_the_process_that_failed():
+def test_a_failure_is_forgotten_when_the_process_restarts():
     run = opened("a", "b")
     run.failed("a", 1)
     assert asked(run.seen("a", session="a-2")) == ["a"]  # its hello was lost
 
 
-def test_one_that_failed_while_the_others_are_away_does_not_stop_the_run():
+def test_a_failure_while_the_others_are_away_does_not_stop_the_run():
     run = opened("a", "b")
     run.failed("a", 1)
     run.tick(10)
@@ -860,7 +838,7 @@ def test_a_chosen_worker_that_comes_back_is_asked_again():
     assert asked(run.seen(chosen)) == [chosen]
 
 
-def test_a_failure_at_another_round_or_run_is_only_told():
+def test_a_failure_in_another_round_or_run_is_only_reported():
     run = opened("a", "b")
     run.failed("a", 7)
     run.on(ev.Failed(run.now, "a", "run-b", 1, "no disk"))
@@ -903,7 +881,7 @@ def test_an_evaluation_is_recorded_once_all_have_sent_theirs():
     assert not recorded(run.evaluation("b", 1))
 
 
-def test_or_with_what_is_there_at_the_commit():
+def test_an_evaluation_is_recorded_at_the_commit_with_those_present():
     run = second_round("a", "b")
     run.evaluation("a", 1)
     run.update("a")
@@ -937,7 +915,7 @@ def test_after_the_last_round_its_model_is_evaluated_and_the_run_ends():
     assert rounds.wakeup(run.state) == math.inf
 
 
-def test_the_last_evaluation_is_not_waited_for_for_ever():
+def test_the_last_evaluation_has_a_deadline():
     run = all_rounds_done(deadline_s=60, patience=1000)
     run.evaluation("a", 1)
     assert recorded(run.sleep()) == [(1, ["a"])]
@@ -945,7 +923,7 @@ def test_the_last_evaluation_is_not_waited_for_for_ever():
 
 
 @pytest.mark.parametrize("how", ["left", "failed"])
-def test_who_leaves_or_fails_is_not_waited_for_at_the_end(how):
+def test_workers_that_leave_or_fail_are_not_waited_for_at_the_end(how):
     run = all_rounds_done(quorum=Quorum(number=2))
     run.evaluation("a", 1)
     effects = run.left("b") if how == "left" else run.failed("b", 1)
@@ -958,7 +936,7 @@ def test_a_late_joiner_evaluates_too():
     assert asked(run.seen("c", hello=True)) == ["c"]
 
 
-def test_who_is_still_training_for_the_last_round_is_asked_again_who_is_evaluating_is_not():
+def test_at_the_end_workers_that_train_are_asked_again_and_those_that_evaluate_are_not():
     run = all_rounds_done(patience=100)
     run.tick(15)
     assert asked(run.at_work("a", "training")) == ["a"]
@@ -975,7 +953,7 @@ def resumed(rules: Rules | None = None, **start: Any) -> Run:
     return run
 
 
-def test_a_resumed_run_waits_for_its_workers_but_not_for_the_dead():
+def test_a_resumed_run_waits_for_its_workers_but_not_for_ever():
     run = resumed()
     run.seen("a")
     assert run.state.phase is Phase.WAITING
@@ -984,7 +962,7 @@ def test_a_resumed_run_waits_for_its_workers_but_not_for_the_dead():
     assert asked(run.tick(1)) == ["a"]
 
 
-def test_a_resumed_run_opens_at_once_when_all_are_there():
+def test_a_resumed_run_opens_at_once_when_all_are_present():
     run = resumed()
     for name in "abc":
         run.seen(name)
@@ -992,9 +970,9 @@ def test_a_resumed_run_opens_at_once_when_all_are_there():
 
 
 @pytest.mark.parametrize("quorum", [ALL, Quorum(number=3)])
-def test_updates_that_were_confirmed_before_the_resume_count(quorum):
+def test_updates_from_before_the_resume_count(quorum):
     run = resumed(Rules(rounds=3, min_workers=3, quorum=quorum))
-    for name in "bc":  # b has left for good since
+    for name in "bc":  # b has left since, for good
         run.update(name)
     assert not only(run.log, fx.Ack)
     run.seen("a")
@@ -1008,17 +986,17 @@ def test_updates_that_were_confirmed_before_the_resume_count(quorum):
     assert only(run.update("a"), fx.Commit)
 
 
-def test_evaluations_that_come_before_the_resumed_round_opens_are_kept():
+def test_evaluations_from_before_the_resumed_round_opens_count():
     run = resumed()
     run.update("a")
-    assert not recorded(run.evaluation("a", 1))  # the others are yet to speak up
+    assert not recorded(run.evaluation("a", 1))  # the others were not heard yet
     for name in "abc":
         run.seen(name)
     run.evaluation("b", 1)
     assert recorded(run.evaluation("c", 1)) == [(1, ["a", "b", "c"])]
 
 
-def test_a_resumed_run_stays_quiet_while_nobody_comes():
+def test_a_resumed_run_does_not_spin_while_nobody_joins():
     run = resumed(Rules(rounds=3, wait_s=3600))
     run.sleep()
     assert rounds.wakeup(run.state) == 100.0 + 3600
@@ -1036,7 +1014,7 @@ def test_a_numeric_quorum_is_not_lowered_for_a_resumed_run():
     assert only(run.update("b"), fx.Commit)
 
 
-def test_a_run_that_is_resumed_for_its_last_evaluation_listens_for_its_workers():
+def test_a_run_resumed_for_its_last_evaluation_waits_to_hear_its_workers():
     run = resumed(Rules(rounds=1, min_workers=3))
     assert run.state.phase is Phase.EVALUATING
     assert asked(run.seen("a")) == ["a"]
@@ -1051,7 +1029,7 @@ def test_a_run_that_is_resumed_for_its_last_evaluation_listens_for_its_workers()
     assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b", "c"))]
 
 
-def test_it_ends_where_nobody_is_there_and_at_once_where_nothing_is_wanted():
+def test_it_ends_without_workers_and_at_once_if_no_evaluation_is_missing():
     run = resumed(Rules(rounds=1))
     run.sleep()
     assert run.state.outcome == "finished"
@@ -1072,7 +1050,7 @@ def test_time_before_the_first_link_does_not_count():
 
 
 def check_wakeup(state: rs.State) -> None:
-    """Check that a tick at ``wakeup`` changes something: else the shell would spin."""
+    """Check that a tick at ``wakeup`` changes something; otherwise, the shell would spin."""
     due = rounds.wakeup(state)
     if due < math.inf:
         after, _ = rounds.advance(state, ev.Tick(due))
@@ -1114,14 +1092,14 @@ _STEPS = {
     ),
     committed=st.integers(0, 3),
 )
-def test_a_tick_at_wakeup_is_never_in_vain(steps, rules, committed):
+def test_a_tick_at_wakeup_always_changes_something(steps, rules, committed):
     run = Run(rules, committed=committed, evaluated=committed == 0)
     for step, name in steps:
         _STEPS[step](run, name)
         check_wakeup(run.state)
 
 
-def test_there_is_nothing_to_wake_up_for_without_a_link():
+def test_there_is_no_wakeup_without_a_link():
     run = opened("a", "b")
     run.disconnect()
     assert rounds.wakeup(run.state) == math.inf

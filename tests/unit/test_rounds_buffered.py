@@ -1,4 +1,4 @@
-"""The rules of asynchronous rounds, and of late updates that count, one by one."""
+"""The rules of asynchronous rounds and of discounted late updates, one by one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
 from fluffle_coordinator.machine.state import Handle, Phase, Ticket
-from tests.unit.test_rounds import RUN, Run, asked, only, tells
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only
 
 
 class Asynchronous(Run):
-    """A run whose workers bring their tickets back."""
+    """A run whose workers send their tickets back."""
 
     def __init__(self, schedule: Buffered, rounds: int = 9, **start) -> None:
         super().__init__(Rules(rounds=rounds, min_workers=1), schedule=schedule, **start)
@@ -33,17 +33,17 @@ class Asynchronous(Run):
             self.tickets |= dict.fromkeys(sent.workers, work)
         return effects
 
-    def comes(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
-        """Let the update of a worker's latest work come, or of another."""
+    def arrives(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
+        """Let an update arrive, for a worker's latest work or for other work."""
         sequence, number, base = work or self.tickets[name]
         self.deliveries += 1
         handle, ticket = Handle(self.link, self.deliveries), Ticket(name, sequence)
         return self.on(ev.Arrived(self.now, handle, RUN, number, ticket, 10, base))
 
     def counts(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
-        """Let an update come and be folded."""
+        """Let an update arrive and be folded."""
         sequence, *_ = work or self.tickets[name]
-        effects = self.comes(name, work)
+        effects = self.arrives(name, work)
         folded = ev.Folded(self.now, Ticket(name, sequence), 1.0, 100)
         return [*effects, *self.on(folded)]
 
@@ -61,12 +61,12 @@ def running(*workers: str, schedule: Buffered | None = None, **start) -> Asynchr
     return run
 
 
-def test_whoever_is_idle_gets_the_newest_version_at_once():
+def test_an_idle_worker_gets_the_newest_version_at_once():
     run = running("a")
     assert asked(run.seen("b", hello=True)) == ["b"]
     assert asked(run.counts("a")) == ["a"]
     assert run.tickets["a"][1:] == (1, "b0")
-    effects = run.counts("b")  # the buffer is full: there will be a newer one in a moment
+    effects = run.counts("b")  # the buffer is full, so a newer version follows in a moment
     assert only(effects, fx.Commit)
     assert not asked(effects)
     assert asked(run.on_disk()) == ["b"]
@@ -80,10 +80,10 @@ def test_each_piece_of_work_has_a_ticket_of_its_own():
         run.counts("a")
         seen.add(run.tickets["a"][0])
     assert len(seen) == 4
-    assert min(seen) > run.state.rules.rounds  # which is no worker's sequence but a foreign one's
+    assert min(seen) > run.state.rules.rounds  # these are for workers without tickets
 
 
-def test_who_is_at_work_goes_on_with_it():
+def test_workers_continue_with_their_work_after_a_commit():
     run = running("a", "slow")
     work = run.tickets["slow"]
     for _ in range(3):
@@ -93,7 +93,7 @@ def test_who_is_at_work_goes_on_with_it():
     assert run.tickets["slow"] == work
     assert run.state.asked["slow"].round == 1
     effects = run.counts("slow")
-    assert [one.staleness for one in only(effects, fx.Fold)] == [3]
+    assert [effect.staleness for effect in only(effects, fx.Fold)] == [3]
     assert asked(effects) == ["slow"]
 
 
@@ -103,92 +103,92 @@ def test_a_stale_update_weighs_less():
         run.counts("a")
         run.counts("a")
         run.on_disk()
-    folds = only(run.comes("slow"), fx.Fold)
+    folds = only(run.arrives("slow"), fx.Fold)
     assert [(one.staleness, one.discount, one.num_examples) for one in folds] == [(3, 0.5, 10)]
 
 
-def test_what_is_too_old_is_late_and_its_worker_gets_other_work():
+def test_an_update_that_is_too_old_is_late_and_its_worker_gets_new_work():
     run = running("a", "slow", schedule=Buffered(buffer=1, max_staleness=1))
     for _ in range(2):
         run.counts("a")
         run.on_disk()
-    effects = run.comes("slow")
-    assert tells(effects) == ["late"]
+    effects = run.arrives("slow")
+    assert event_names(effects) == ["late"]
     assert asked(effects) == ["slow"]
     assert only(effects, fx.Ack)
 
 
-def test_what_weighs_nothing_is_late():
+def test_an_update_with_no_weight_is_late():
     schedule = Buffered(buffer=1, phi=Discount.parse("threshold:0"))
     run = running("a", "slow", schedule=schedule)
     run.counts("a")
     run.on_disk()
-    assert tells(run.comes("slow")) == ["late"]
+    assert event_names(run.arrives("slow")) == ["late"]
 
 
-def test_what_comes_during_the_commit_is_in_the_next_version():
+def test_an_update_during_the_commit_is_in_the_next_version():
     run = running("a", "b", "c")
     run.counts("a")
     run.counts("b")
     assert run.state.phase is Phase.COMMITTING
-    assert not only(run.comes("c"), fx.Fold)
+    assert not only(run.arrives("c"), fx.Fold)
     effects = run.on_disk()
     folds = only(effects, fx.Fold)
     assert [(fold.ticket.worker, fold.staleness) for fold in folds] == [("c", 1)]
     assert len(only(effects, fx.Ack)) == 2
 
 
-def test_after_the_last_version_what_comes_is_late():
+def test_after_the_last_version_updates_are_late():
     run = running("a", "b", "c", rounds=1)
     run.counts("a")
     run.counts("b")
-    run.comes("c")
-    assert "late" in tells(run.on_disk())
-    assert tells(run.comes("a", (run.state.sequence, 1, "b0"))) == ["late"]
+    run.arrives("c")
+    assert "late" in event_names(run.on_disk())
+    assert event_names(run.arrives("a", (run.state.sequence, 1, "b0"))) == ["late"]
 
 
-def test_a_redelivery_is_known_by_its_ticket():
+def test_a_redelivery_is_recognised_by_its_ticket():
     run = running("a", "b")
     first = run.tickets["a"]
     run.counts("a")
-    assert only(run.comes("a", first), fx.Ack)  # a copy of what is in the sum
+    assert only(run.arrives("a", first), fx.Ack)  # a copy of what is in the sum
     run.counts("a")
     run.on_disk()
-    assert tells(run.comes("a", first)) == ["duplicate"]
+    assert event_names(run.arrives("a", first)) == ["duplicate"]
     assert not run.state.received
 
 
-def test_an_update_from_weights_that_were_taken_back_is_refused():
+def test_an_update_from_lost_weights_is_rejected():
     run = running("a")
     sequence, number, _ = run.tickets["a"]
-    (reject,) = only(run.comes("a", (sequence, number, "elsewhere")), fx.Reject)
+    (reject,) = only(run.arrives("a", (sequence, number, "elsewhere")), fx.Reject)
     assert "trained from the weights elsewhere" in reject.reason
 
 
-def test_a_ticket_that_nobody_issued_is_refused():
+def test_a_ticket_that_was_not_issued_is_rejected():
     run = running("a")
-    (reject,) = only(run.comes("a", (10**12, 1, "b0")), fx.Reject)
+    (reject,) = only(run.arrives("a", (10**12, 1, "b0")), fx.Reject)
     assert "was not issued" in reject.reason
 
 
-def test_after_a_restart_what_was_sent_counts_and_what_is_trained_is_waited_for():
+def test_after_a_restart_sent_updates_count_and_work_in_progress_is_expected():
     tickets = {3: frozenset({Ticket("a", 12_000)})}
     run = Asynchronous(
         Buffered(buffer=2), committed=3, counted=tickets, sequence=12_000, base="b3",
         earlier={2: "b1", 3: "b2", 4: "b3"},
     )  # fmt: skip
     run.connect()
-    told = {"run": RUN, "round": 3, "base": "b2", "sequence": 12_007}
-    assert not asked(run.seen("a", state="training", **told))
+    work = {"run": RUN, "round": 3, "base": "b2", "sequence": 12_007}
+    assert not asked(run.seen("a", state="training", **work))
     run.seen("b", hello=True)
     assert run.state.asked["a"].sequence == 12_007
     assert run.tickets["b"][0] > 12_007
-    (fold,) = only(run.comes("a", (12_007, 3, "b2")), fx.Fold)
+    (fold,) = only(run.arrives("a", (12_007, 3, "b2")), fx.Fold)
     assert fold.staleness == 1
-    assert tells(run.comes("a", (12_000, 3, "b2"))) == ["duplicate"]
+    assert event_names(run.arrives("a", (12_000, 3, "b2"))) == ["duplicate"]
 
 
-def test_an_old_sign_of_life_takes_up_nothing_that_is_counted():
+def test_an_old_heartbeat_does_not_revive_counted_work():
     run = running("a", "b", schedule=Buffered(buffer=2, concurrency=1))
     (busy,) = run.state.asked
     sequence, number, base = run.tickets[busy]
@@ -199,7 +199,7 @@ def test_an_old_sign_of_life_takes_up_nothing_that_is_counted():
     assert issued is None or issued.sequence != sequence
 
 
-def test_no_more_are_at_work_than_the_concurrency():
+def test_no_more_workers_train_than_the_concurrency():
     run = running("a", "b", "c", "d", schedule=Buffered(buffer=3, concurrency=2))
     for _ in range(12):
         assert run.state.tally.unfolded == 2
@@ -210,22 +210,22 @@ def test_no_more_are_at_work_than_the_concurrency():
             run.seen(name)
 
 
-def test_who_brings_no_ticket_back_counts_once_a_version():
+def test_a_worker_without_tickets_counts_once_per_version():
     run = running("old")
     foreign = (1, 1, "b0")
     effects = run.counts("old", foreign)
-    assert "counted" in tells(effects)
+    assert "counted" in event_names(effects)
     assert not asked(effects)
-    assert only(run.comes("old", foreign), fx.Ack)
+    assert only(run.arrives("old", foreign), fx.Ack)
     run.seen("a", hello=True)
     run.counts("a")
     assert set(asked(run.on_disk())) == {"a", "old"}
-    assert "counted" in tells(run.counts("old", (2, 2, "b1")))
+    assert "counted" in event_names(run.counts("old", (2, 2, "b1")))
 
 
-def test_a_rejected_worker_has_other_work_with_the_next_version():
+def test_after_a_rejection_a_worker_gets_new_work_with_the_next_version():
     run = running("bad", "a")
-    run.comes("bad")
+    run.arrives("bad")
     sequence, *_ = run.tickets["bad"]
     run.on(ev.FoldFailed(run.now, Ticket("bad", sequence), "NaN", "not_finite"))
     run.seen("bad", state="idle", run=RUN, round=1, base="b0", sequence=sequence)
@@ -236,7 +236,7 @@ def test_a_rejected_worker_has_other_work_with_the_next_version():
     assert run.tickets["bad"][0] != sequence
 
 
-def test_a_worker_that_lost_its_work_gets_the_newest():
+def test_a_worker_that_lost_its_work_gets_the_newest_version():
     run = running("a", "b")
     old = run.tickets["b"]
     for _ in range(2):
@@ -248,7 +248,7 @@ def test_a_worker_that_lost_its_work_gets_the_newest():
     assert run.tickets["b"][1] == run.state.round
 
 
-def test_an_older_version_is_evaluated_once_by_the_first_that_comes_to_it():
+def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
     run = running("a", "slow", "slower")
     for _ in range(2):
         run.counts("a")
@@ -257,16 +257,16 @@ def test_an_older_version_is_evaluated_once_by_the_first_that_comes_to_it():
     run.counts("a")  # it evaluates nothing
     run.counts("a")
     run.on_disk()
-    found = rs.Evaluated(10, 0.5, {})
+    evaluated = rs.Evaluated(10, 0.5, {})
 
     def evaluates(number: int, base: str) -> list[fx.Effect]:
-        event = ev.EvaluationArrived(run.now, RUN, number, "slow", found, base)
+        event = ev.EvaluationArrived(run.now, RUN, number, "slow", evaluated, base)
         return only(run.on(event), fx.RecordEvaluation)
 
     assert not evaluates(1, "elsewhere")
-    assert evaluates(1, "b1") == [fx.RecordEvaluation(1, {"slow": found})]
+    assert evaluates(1, "b1") == [fx.RecordEvaluation(1, {"slow": evaluated})]
     assert not evaluates(1, "b1")
-    assert evaluates(2, "b2") == [fx.RecordEvaluation(2, {"slow": found})]
+    assert evaluates(2, "b2") == [fx.RecordEvaluation(2, {"slow": evaluated})]
 
 
 # --- late updates of synchronous rounds --------------------------------------------------------
@@ -320,6 +320,6 @@ def test_the_discounts_of_the_papers():
 
 
 @pytest.mark.parametrize("text", ["", "exponential", "hinge:1", "polynomial:-1", "polynomial:x"])
-def test_what_is_no_discount_is_said(text):
+def test_an_invalid_discount_is_refused(text):
     with pytest.raises(ValueError, match="is unknown|does not have"):
         Discount.parse(text)

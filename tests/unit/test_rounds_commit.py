@@ -1,15 +1,15 @@
-"""The rules of a commit, one by one: what waits for it, and what comes meanwhile."""
+"""The rules of a commit, one by one: what waits for it, and what happens during it."""
 
 from __future__ import annotations
 
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from tests.unit import test_rounds
-from tests.unit.test_rounds import Run, asked, came_late, only, opened, tells, too_late
+from tests.unit.test_rounds import Run, asked, event_names, late_event, late_verdict, only, opened
 
 
 def committing(*workers: str, **rules: object) -> Run:
-    """Return a run whose round 1 is being written, with the updates of these workers."""
+    """Return a run whose round 1 is being committed, with the updates of these workers."""
     run = opened(*(workers or "ab"), rules=Rules(rounds=9, **rules))
     for name in workers or "ab":
         run.update(name)
@@ -17,7 +17,7 @@ def committing(*workers: str, **rules: object) -> Run:
     return run
 
 
-def test_a_commit_says_who_was_asked_also_before_the_sample_was_drawn_again():
+def test_a_commit_names_the_workers_asked_before_the_cohort_was_redrawn():
     rules = Rules(rounds=1, min_workers=4, fraction=0.5, deadline_s=10, patience=1000)
     run = opened(*"abcd", rules=rules)
     first = set(run.state.asked)
@@ -28,19 +28,19 @@ def test_a_commit_says_who_was_asked_also_before_the_sample_was_drawn_again():
     assert only(effects, fx.Commit) == [fx.Commit(1, tuple(sorted(first | second)))]
 
 
-def test_nobody_is_sent_anything_or_let_go_of_before_the_average_is_on_disk():
+def test_nothing_is_sent_or_acknowledged_before_the_average_is_on_disk():
     run = committing("a", "b")
-    assert tells(run.seen("c")) == ["joined"]
+    assert event_names(run.seen("c")) == ["joined"]
     assert not asked(run.seen("c"))
     assert run.tick(1) == []
     effects = run.committed("a", "b")
     assert only(effects, fx.Ack) == [fx.Ack(Handle(1, 1)), fx.Ack(Handle(1, 2))]
     assert asked(effects) == ["a", "b", "c"]
     assert run.state.base == "b1"
-    assert tells(effects) == ["committed", "opened"]
+    assert event_names(effects) == ["committed", "opened"]
 
 
-def test_the_end_waits_for_the_disk():
+def test_the_run_ends_only_after_the_last_commit():
     run = opened("a", "b", rules=Rules(rounds=1))
     run.update("a")
     run.update("b")
@@ -49,7 +49,7 @@ def test_the_end_waits_for_the_disk():
     assert only(run.committed("a", "b"), fx.SendEvaluate)
 
 
-def test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk():
+def test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk():
     run = opened(*"abc", rules=Rules(rounds=9, min_workers=3, quorum=Quorum(number=2)))
     run.update("a")
     run.update("b")
@@ -57,31 +57,31 @@ def test_what_comes_of_a_round_that_is_being_written_is_held_until_it_is_on_disk
     late = run.last_handle
     effects = run.committed("a", "b")
     assert fx.Ack(late) in effects
-    assert [one for one in only(effects, fx.Record) if one.event.name == "late"] == [came_late("c")]
-    assert only(effects, fx.Judge) == [too_late("c")]
+    assert [x for x in only(effects, fx.Record) if x.event.name == "late"] == [late_event("c")]
+    assert only(effects, fx.Judge) == [late_verdict("c")]
 
 
-def test_a_redelivery_while_the_round_is_being_written_is_held_too():
+def test_a_redelivery_during_the_commit_is_held_too():
     run = committing("a", "b")
     run.disconnect()
     run.connect()
     assert run.arrived("a") == []
     again = run.last_handle
     assert fx.Ack(again) in run.committed("a", "b")
-    assert tells(run.arrived("a", round=1, base="b0")) == ["duplicate"]
+    assert event_names(run.arrived("a", round=1, base="b0")) == ["duplicate"]
 
 
-def test_what_was_trained_from_other_weights_is_refused():
+def test_an_update_from_other_weights_is_rejected():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
-    told = "it was trained from the weights elsewhere; round 1 began with b0"
-    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", told, "round", train_again=True)
-    assert effects == [fx.Reject(run.last_handle, told, "round"), judged]
+    reason = "it was trained from the weights elsewhere; round 1 began with b0"
+    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", reason, "round", train_again=True)
+    assert effects == [fx.Reject(run.last_handle, reason, "round"), judged]
     assert not run.state.received
     assert only(run.update("a"), fx.Fold)
 
 
-def test_a_worker_is_told_that_its_update_was_rejected_and_is_to_be_trained_again():
+def test_a_verdict_tells_the_worker_to_train_a_rejected_update_again():
     run = opened("a", "b")
     run.arrived("a")
     assert only(run.fold_failed("a"), fx.Judge) == [
@@ -93,7 +93,7 @@ def test_a_worker_is_told_that_its_update_was_rejected_and_is_to_be_trained_agai
     assert not only(run.fold_failed("b", again=True), fx.Judge)  # it is only asked for again
 
 
-def test_an_evaluation_of_other_weights_is_passed_over():
+def test_an_evaluation_of_other_weights_is_ignored():
     run = committing("a", "b")
     run.committed("a", "b")
     run.evaluation("a", 1, base="elsewhere")
@@ -102,28 +102,28 @@ def test_an_evaluation_of_other_weights_is_passed_over():
     assert run.state.evaluations.keys() == {"a"}
 
 
-def test_a_worker_at_work_on_weights_that_were_taken_back_is_sent_the_work():
+def test_a_worker_at_work_on_lost_weights_is_sent_the_work():
     run = opened("a", "b")
     at_that = {"state": "training", "run": test_rounds.RUN, "round": 1}
     assert not asked(run.seen("c", **at_that, base="b0"))
     assert asked(run.seen("d", **at_that, base="elsewhere")) == ["d"]
 
 
-def test_without_a_link_the_next_round_opens_when_there_is_one():
+def test_without_a_link_the_next_round_waits_for_one():
     run = committing("a", "b")
     run.disconnect()
-    assert tells(run.committed("a", "b")) == ["committed"]
+    assert event_names(run.committed("a", "b")) == ["committed"]
     assert asked(run.connect()) == ["a", "b"]
 
 
-def test_what_comes_again_of_the_rounds_before_is_a_duplicate():
+def test_a_redelivery_of_earlier_rounds_is_a_duplicate():
     run = committing("a", "b")
     run.committed("a", "b")
     for name in "ab":
         run.update(name)
     run.committed("a", "b")
-    assert tells(run.arrived("a", round=1, base="b0")) == ["duplicate"]
-    assert tells(run.arrived("a", round=2, base="b1")) == ["duplicate"]
+    assert event_names(run.arrived("a", round=1, base="b0")) == ["duplicate"]
+    assert event_names(run.arrived("a", round=2, base="b1")) == ["duplicate"]
 
 
 def test_no_round_opens_after_a_commit_that_is_enough():

@@ -1,6 +1,6 @@
 """Both machines together, under random interleavings of everything that can happen to them.
 
-``federation_model`` has the model and what must hold of it; here are the moves.
+This file has the moves; ``federation_model`` has the model and its invariants.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ rules = st.builds(
     max_reopenings=st.integers(1, 2),
     wait_s=st.just(120.0),
 )
-# Half of the time, rounds are synchronous.
+# Half of the runs are synchronous.
 schedules = st.one_of(
     st.sampled_from([QUORUM, QUORUM, QuorumRounds(max_staleness=2)]),
     st.builds(
@@ -49,7 +49,7 @@ schedules = st.one_of(
 
 
 class Federation(RuleBasedStateMachine):
-    """The moves; a coordinator and its workers are there from the start, the faults come later."""
+    """The moves: a coordinator and its workers run from the start; faults come later."""
 
     machine: ModuleType = rounds
     worker_machine: ModuleType = session
@@ -61,7 +61,7 @@ class Federation(RuleBasedStateMachine):
         first_weights=st.booleans(),
         afresh=st.booleans(),
     )
-    def found(
+    def start(
         self,
         rules: Rules,
         schedule: Schedule[State],
@@ -138,7 +138,7 @@ class Federation(RuleBasedStateMachine):
 
     @rule(beats=st.integers(1, 10), first=st.sampled_from(["tick", "read_presence", "read_update"]))
     def the_coordinator_is_stopped(self, beats, first):
-        """Time passes and signs of life pile up, and then it does one thing first."""
+        """Let heartbeats pile up while the coordinator is stopped; then it takes one step."""
         for _ in range(beats):
             self.world.beat()
         if self.coordinator is not None:
@@ -186,13 +186,13 @@ class Federation(RuleBasedStateMachine):
 
     # --- what a broker does to messages ---
 
-    @rule(name=workers, what=st.sampled_from(["work", "signs of life"]))
+    @rule(name=workers, what=st.sampled_from(["work", "heartbeats"]))
     def transient_messages_are_lost(self, name, what):
         inbox = self.world.broker.inboxes[name]
         if what == "work":
-            kept = [order for order in inbox if order.kind not in ("fit", "evaluate")]
+            others = [order for order in inbox if order.kind not in ("fit", "evaluate")]
             inbox.clear()
-            inbox.extend(kept)
+            inbox.extend(others)
         else:
             self.world.broker.presence.clear()
             for worker in self.world.workers.values():
@@ -228,7 +228,7 @@ class Federation(RuleBasedStateMachine):
             identity = updates[-1]
         self.world.broker.publish(Message("update", identity, flaw))
 
-    # --- what must hold ---
+    # --- invariants ---
 
     @invariant()
     def holds(self):

@@ -1,4 +1,4 @@
-"""A run on disk: what a crash, a full disk or a second coordinator can do to it."""
+"""The run folder after a crash, on a full disk, and with a second coordinator."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def assert_weights(got: Any, value: float) -> None:
 
 
 def committed(number: int, *workers: str) -> dict[str, Any]:
-    told = [{"worker": worker, "num_examples": 5} for worker in workers]
-    return {"event": "committed", "round": number, "participants": told}
+    participants = [{"worker": worker, "num_examples": 5} for worker in workers]
+    return {"event": "committed", "round": number, "participants": participants}
 
 
 def evaluated(number: int, **metrics: float) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def names(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def room(size_bytes: int) -> Iterator[None]:
-    """Let files grow to this size only: the system writes a part, and then refuses."""
+    """Limit the size of files: the system writes up to it, and then refuses."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
     try:
@@ -106,7 +106,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_metadata(tmp_path):
     assert names(tmp_path) == {path.name}
 
 
-def test_an_array_of_any_memory_layout_is_saved_as_it_reads(tmp_path):
+def test_an_array_of_any_memory_layout_is_saved_by_its_values(tmp_path):
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     odd = {
         "T": np.ascontiguousarray(array.T).T,
@@ -121,8 +121,8 @@ def test_an_array_of_any_memory_layout_is_saved_as_it_reads(tmp_path):
     }
 
 
-def test_safetensors_itself_reads_it_and_finds_all_aligned(tmp_path):
-    """Its own reader refuses tensors that overlap, leave holes, or are not all of the file."""
+def test_safetensors_reads_a_checkpoint_with_all_tensors_aligned(tmp_path):
+    """Its reader rejects tensors that overlap, leave gaps, or do not fill the file."""
     odd = {
         "bytes": np.arange(3, dtype=np.uint8),
         'a "name"/ü': np.arange(5, dtype=np.float64),
@@ -212,12 +212,12 @@ def test_a_checkpoint_and_its_name_are_on_disk_when_it_is_saved(
     path = store.save_weights(number, weights(1), {})
     assert order == [one.format(path.name, path.name) for one in order_of_it]
     order.clear()
-    store.save_weights(number, weights(2), {})  # whole at any time, the one or the other
+    store.save_weights(number, weights(2), {})  # always complete: either the old or the new one
     assert order[:2] == [f"fsync {path.name}.partial", f"rename {path.name}.partial {path.name}"]
 
 
 @pytest.mark.parametrize("left", [0, 1, 100])
-def test_a_part_of_a_checkpoint_that_no_line_names_is_passed_over(tmp_path, left):
+def test_an_incomplete_checkpoint_that_no_line_names_is_ignored(tmp_path, left):
     store = RunStore(tmp_path)
     identity = store.load("f").run
     store.save_weights(0, weights(1), {"base": "zero"})
@@ -250,7 +250,7 @@ def test_a_checkpoint_carries_the_digest_of_its_file(tmp_path, tensors):
 
 
 def bits(size: int) -> list[int]:
-    """Return a hundred bits of a file, at both of its ends and in between."""
+    """Return the positions of a hundred bits of a file, at both ends and in between."""
     return [*range(8 * 8, 8 * 90, 97), *range(8 * 150, 8 * size, 8 * size // 90), 8 * size - 1]
 
 
@@ -259,7 +259,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
     path = tmp_path / "m"
     save_checkpoint(path, tensors, {"round": "3", "base": "0123456789ab"})
     whole = path.read_bytes()
-    start = whole.index(b'"round"')  # what is before tells that there is a digest
+    start = whole.index(b'"round"')  # the bytes before say that there is a digest
     flips = [at for at in bits(len(whole)) if at >= 8 * start]
     if tensors is not LARGE:
         flips += range(8 * start, 8 * start + 400)
@@ -268,7 +268,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path, tensors):
         damaged = bytearray(whole)
         damaged[at // 8] ^= 1 << at % 8
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match="not a complete model file|does not travel"):
+        with pytest.raises(UsageError, match="not a complete model file|is not supported"):
             read_checkpoint(path)
     path.write_bytes(whole)
     read_checkpoint(path)
@@ -296,14 +296,14 @@ def test_the_digest_of_a_large_checkpoint_is_on_disk_before_it_has_its_name(tmp_
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
-def test_a_model_file_of_what_numpy_cannot_hold_is_told_in_one_line(tmp_path, dtype):
+def test_a_model_file_with_unknown_dtypes_is_refused_in_one_line(tmp_path, dtype):
     header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(UsageError, match=f"tensor 'w' of .* is {dtype}, which does not travel"):
+    with pytest.raises(UsageError, match=f"tensor 'w' of .* is {dtype}, which is not supported"):
         read_checkpoint(tmp_path / "m")
 
 
-def test_a_missing_or_damaged_model_file_is_told_in_one_line(tmp_path):
+def test_a_missing_or_damaged_model_file_is_reported_in_one_line(tmp_path):
     path = tmp_path / "m"
     with pytest.raises(UsageError, match="there is no model file"):
         read_checkpoint(path)
@@ -318,7 +318,7 @@ def test_a_missing_or_damaged_model_file_is_told_in_one_line(tmp_path):
         read_checkpoint(tmp_path)
 
 
-# --- where a run stands ------------------------------------------------------------------------
+# --- loading a run -----------------------------------------------------------------------------
 
 
 def test_a_new_run_has_an_id_and_nothing_else(store):
@@ -334,7 +334,7 @@ def test_runs_have_different_ids(tmp_path):
     assert RunStore(tmp_path / "a").load("f").run != RunStore(tmp_path / "b").load("f").run
 
 
-def test_a_run_goes_on_where_it_was(three):
+def test_a_run_continues_where_it_stopped(three):
     saved = three.load("letters")
     assert (saved.committed, saved.evaluated, saved.repairs) == (3, False, ())
     assert saved.participants == {"a", "b3"}
@@ -346,7 +346,7 @@ def test_a_run_goes_on_where_it_was(three):
     assert three.load("letters").evaluated
 
 
-def test_first_weights_alone_are_a_run_that_has_not_begun(store):
+def test_a_run_with_only_first_weights_has_not_begun(store):
     store.load("letters")
     store.save_weights(0, weights(5), {})
     saved = store.load("letters")
@@ -354,8 +354,8 @@ def test_first_weights_alone_are_a_run_that_has_not_begun(store):
     assert_weights(saved.weights, 5)
 
 
-def test_a_checkpoint_without_its_history_line_is_no_commit(three):
-    # Killed in between: the checkpoint of round 4 is there, and round 4 is done again.
+def test_a_checkpoint_without_its_history_line_is_not_a_commit(three):
+    # Killed in between: the checkpoint of round 4 exists, and round 4 is repeated.
     three.save_weights(4, weights(99), {})
     saved = three.load("letters")
     assert saved.committed == 3
@@ -364,7 +364,7 @@ def test_a_checkpoint_without_its_history_line_is_no_commit(three):
     assert_weights(three.load("letters").weights, 4)
 
 
-def test_what_was_being_written_is_cleared_away(three):
+def test_leftover_partial_files_are_removed(three):
     for name in ("round-0004.safetensors.partial", "run.json.partial"):
         (three.folder / name).write_bytes(b"half")
     saved = three.load("letters")
@@ -388,7 +388,7 @@ def test_a_torn_last_line_is_cut_off(three, keep):
     assert three.load("letters").committed == 4
 
 
-def test_a_history_that_is_nothing_but_a_torn_line_is_a_run_that_has_not_begun(store):
+def test_a_run_with_only_a_torn_history_line_has_not_begun(store):
     store.load("letters")
     store.save_weights(0, weights(0), {})
     store.history.path.write_bytes(b'{"event":"comm')
@@ -400,7 +400,7 @@ def test_a_history_that_is_nothing_but_a_torn_line_is_a_run_that_has_not_begun(s
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "zeros", "one bit"])
 @pytest.mark.parametrize("bad", [{3}, {2, 3}, {1, 2, 3}])
-def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad):
+def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, bad):
     three.history.append(evaluated(3, loss=0.5))
     for number in bad:
         path = three.folder / checkpoint_name(number)
@@ -426,7 +426,7 @@ def test_damaged_checkpoints_fall_back_to_the_last_sound_one(three, damage, bad)
     assert saved.participants == ({"a", f"b{last}"} if last else set())
     assert saved.evaluated == (last == 0)
     assert any(f"after round {last} cannot be read" in repair for repair in saved.repairs)
-    # The history says the same, what was cut off is kept, and the run goes on.
+    # The history agrees, the removed lines are archived, and the run continues.
     removed = (three.folder / "history.removed.jsonl").read_text()
     assert three.history.path.read_text() + removed == before
     assert [line["round"] for line in read_history(three.folder)] == list(range(1, last + 1))
@@ -441,7 +441,7 @@ def test_an_older_damaged_checkpoint_does_not_matter(three):
     assert three.load("letters").committed == 3
 
 
-def test_where_nothing_sound_is_left_the_run_stops_and_says_so(three):
+def test_a_run_without_a_readable_checkpoint_stops_and_says_so(three):
     for number in range(4):
         (three.folder / checkpoint_name(number)).write_bytes(b"rubbish")
     history = three.history.path.read_bytes()
@@ -450,7 +450,7 @@ def test_where_nothing_sound_is_left_the_run_stops_and_says_so(three):
     assert three.history.path.read_bytes() == history
 
 
-def test_damaged_first_weights_are_not_taken_for_none(store):
+def test_damaged_first_weights_are_not_treated_as_none(store):
     store.load("letters")
     store.save_weights(0, weights(0), {})
     (store.folder / checkpoint_name(0)).write_bytes(b"rubbish")
@@ -458,7 +458,7 @@ def test_damaged_first_weights_are_not_taken_for_none(store):
         store.load("letters")
 
 
-def test_another_federations_folder_is_refused_and_left_alone(three):
+def test_another_federations_folder_is_refused_and_not_changed(three):
     before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
     with pytest.raises(RunError, match="federation letters, not digits"):
         three.load("digits")
@@ -466,14 +466,14 @@ def test_another_federations_folder_is_refused_and_left_alone(three):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"run": 1}', '{"federation": "letters"}'])
-def test_a_damaged_run_file_is_told_in_one_line(three, text):
+def test_a_damaged_run_file_is_reported_in_one_line(three, text):
     (three.folder / "run.json").write_text(text)
     with pytest.raises(RunError, match=r"run\.json.*--fresh"):
         three.load("letters")
 
 
 @pytest.mark.parametrize("line", ["{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}'])
-def test_a_damaged_line_in_the_middle_of_the_history_is_told_in_one_line(three, line):
+def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
     lines = three.history.path.read_text().splitlines()
     three.history.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
     before = three.history.path.read_bytes()
@@ -486,7 +486,7 @@ def test_a_damaged_line_in_the_middle_of_the_history_is_told_in_one_line(three, 
 
 @pytest.mark.parametrize("length", [1, 10, None])
 def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
-    """What a power failure leaves of a line of several blocks: its end without its beginning."""
+    """A power failure may leave the end of a line of several blocks without its beginning."""
     before = three.history.path.read_bytes()
     three.history.append(committed(4, *(f"worker-{n}" for n in range(500))))
     lines = three.history.path.read_bytes()
@@ -501,21 +501,21 @@ def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     assert three.load("letters").repairs == ()
 
 
-# --- what is on disk when the power fails --------------------------------------------------------
+# --- synced files, for power failures ----------------------------------------------------------
 
 
 @pytest.fixture
 def synced(monkeypatch) -> list[Path]:
-    """Collect what is synced, in order."""
-    found: list[Path] = []
+    """Return the list of files that are synced, in order."""
+    paths: list[Path] = []
     fsync = os.fsync
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
-        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        paths.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
 
     monkeypatch.setattr(os, "fsync", noted)
-    return found
+    return paths
 
 
 def test_a_new_run_folder_is_on_disk_under_every_name(tmp_path, synced):
@@ -536,7 +536,7 @@ def test_the_first_line_of_a_history_is_on_disk_with_its_name(store, synced):
     assert synced[2:] == [store.history.path]
 
 
-def test_a_first_line_that_was_refused_is_no_reason_to_forget_the_name(store, monkeypatch):
+def test_the_name_of_a_history_is_synced_even_after_its_first_line_failed(store, monkeypatch):
     store.load("letters")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_fsync)
@@ -554,14 +554,14 @@ def test_a_first_line_that_was_refused_is_no_reason_to_forget_the_name(store, mo
     assert order == [str(store.history.path), str(store.folder)]
 
 
-def test_what_is_cut_off_is_on_disk_before_the_history_is_without_it(three, synced):
+def test_removed_lines_are_on_disk_before_they_leave_the_history(three, synced):
     (three.folder / checkpoint_name(3)).write_bytes(b"")
     three.load("letters")
     removed = synced.index(three.folder / "history.removed.jsonl")
     assert removed < synced.index(three.folder / "history.jsonl.partial")
 
 
-def test_kept_updates_are_on_disk_under_every_name(store, synced):
+def test_archived_updates_are_on_disk_under_every_name(store, synced):
     store.load("letters")
     del synced[:]
     store.keep_update(1, 1, "a", b"body", None)
@@ -576,7 +576,7 @@ def test_an_earlier_run_that_was_moved_aside_is_on_disk_there(three, synced):
     assert synced == [aside, three.folder.parent, three.folder]
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make the run folder.*--run"):
         RunStore(tmp_path / "file" / "run")
@@ -601,7 +601,7 @@ def test_a_line_is_on_disk_when_append_returns(store, monkeypatch):
 
 
 @pytest.mark.parametrize("left", [0, 1, 10])
-def test_a_line_for_which_there_is_no_room_leaves_nothing(three, left):
+def test_a_line_on_a_full_disk_leaves_nothing(three, left):
     before = three.history.path.read_bytes()
     with room(len(before) + left), pytest.raises(OSError, match=r"space|large"):
         three.history.append(committed(4, "a"))
@@ -618,12 +618,12 @@ def test_a_line_that_cannot_be_synced_leaves_nothing(three, monkeypatch):
     assert three.history.path.read_bytes() == before
 
 
-def test_history_is_one_row_a_round_in_order_with_everything_known(store):
+def test_the_history_is_read_as_one_merged_row_per_round_in_order(store):
     store.history.append({**committed(1, "a"), "seconds": 2.0})
     store.history.append({**committed(2, "a", "b"), "seconds": 3.0})
     store.history.append(evaluated(1, loss=0.5, accuracy=0.8))
     store.history.append(evaluated(2, loss=0.25))
-    store.history.append(evaluated(1, loss=0.75))  # what was said last counts
+    store.history.append(evaluated(1, loss=0.75))  # the last line counts
     rows = read_history(store.folder)
     assert [row["round"] for row in rows] == [1, 2]
     assert (rows[0]["loss"], rows[0]["accuracy"], rows[0]["seconds"]) == (0.75, 0.8, 2.0)
@@ -631,10 +631,10 @@ def test_history_is_one_row_a_round_in_order_with_everything_known(store):
     assert "event" not in rows[0]
 
 
-def test_a_line_is_json_that_any_reader_knows(store):
+def test_a_line_is_standard_json(store):
     nan, inf = float("nan"), float("inf")
-    told = [{"worker": "a", "train_loss": nan, "metrics": {"auc": -inf, "ok": 1.5}}]
-    store.history.append({"event": "committed", "round": 1, "name": "NaN", "participants": told})
+    who = [{"worker": "a", "train_loss": nan, "metrics": {"auc": -inf, "ok": 1.5}}]
+    store.history.append({"event": "committed", "round": 1, "name": "NaN", "participants": who})
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -654,12 +654,12 @@ def test_history_can_be_read_while_a_line_is_being_written(three):
     assert three.history.path.read_bytes() == before
 
 
-def test_no_history_is_told_in_one_line(tmp_path):
-    with pytest.raises(UsageError, match="no history.*runs/NAME"):
+def test_a_missing_history_is_reported_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="no history.*such as runs/letters"):
         read_history(tmp_path)
 
 
-# --- whose folder it is ------------------------------------------------------------------------
+# --- locks and fresh starts --------------------------------------------------------------------
 
 _HOLD = """
 import sys
@@ -676,7 +676,7 @@ def release(store: RunStore) -> None:
     store._lock.close()
 
 
-def test_two_in_one_process_exclude_each_other(store):
+def test_two_stores_in_one_process_exclude_each_other(store):
     assert store.try_lock()
     other = RunStore(store.folder)
     assert not other.try_lock()
@@ -694,7 +694,7 @@ def test_a_lock_is_held_by_a_process_and_ends_with_it(store):
     ) as other:
         assert other.stdout.readline() == "True\n"
         assert not store.try_lock()
-        other.kill()  # as a crash does: without a goodbye
+        other.kill()  # like a crash, without unlocking
         other.wait()
         assert store.try_lock()
     release(store)
@@ -708,7 +708,7 @@ def test_a_fresh_start_moves_the_old_run_aside_whole(three):
     assert aside == three.folder.with_name("letters.1")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
     assert names(three.folder) == {"lock"}
-    assert not RunStore(three.folder).try_lock()  # still ours
+    assert not RunStore(three.folder).try_lock()  # still locked
     saved = three.load("digits")
     assert saved.committed == 0
     assert saved.run != before
@@ -717,7 +717,7 @@ def test_a_fresh_start_moves_the_old_run_aside_whole(three):
     release(three)
 
 
-def test_a_fresh_start_where_nothing_was_moves_nothing(store):
+def test_a_fresh_start_in_an_empty_folder_moves_nothing(store):
     assert store.start_afresh() is None
     assert store.try_lock()
     assert store.start_afresh() is None

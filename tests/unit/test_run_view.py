@@ -1,4 +1,4 @@
-"""The fold of events into what a run looks like: what it keeps, and what it lets go of."""
+"""The fold of events into a view of a run: what it keeps and what it drops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluffle_coordinator.observe.waiting import waiting_for
 
 
 def view_of(*events: RunEvent, only: int | None = None) -> RunView:
-    """Return the view of events, one a second from 100 on."""
+    """Return the view of events, one per second from 100 s on."""
     view = RunView(only)
     for second, event in enumerate(events, start=100):
         view.add(float(second), event)
@@ -58,7 +58,7 @@ def test_what_names_no_round_is_of_the_one_that_was_open():
     view = view_of(rejected(), opened(1, "a"), rejected(), rejected(9), committed(1), rejected())
     assert [note.at for note in view.before.notes] == [100.0]
     assert [note.at for note in view.rounds[1].notes] == [102.0, 103.0]
-    assert 9 not in view.rounds  # whoever sends rubbish does not fill the view with rounds
+    assert 9 not in view.rounds  # invalid messages create no rounds
 
 
 def test_another_run_begins_afresh():
@@ -106,7 +106,7 @@ def history(number: int, **more: object) -> dict[str, object]:
 
 
 def test_a_history_and_the_events_of_a_round_give_the_same_view():
-    told = view_of(
+    folded = view_of(
         run_events.Opened(round=1, asked=("a", "b"), needed=1),
         run_events.Counted(round=1, worker="a", num_examples=5, train_s=2.0, bytes=40),
         run_events.Late(round=1, worker="b"),
@@ -117,7 +117,7 @@ def test_a_history_and_the_events_of_a_round_give_the_same_view():
     line = history(1, timings={"open_s": 5.0}, loss=0.5, accuracy=0.75)
     late = history(2, late_updates=[{"worker": "b", "round": 1}], late=1)
     remembered.remember([line | {"num_examples": 3}, late])
-    for view in (told, remembered):
+    for view in (folded, remembered):
         one = view.rounds[1]
         assert (one.asked, one.participants, one.num_examples) == (("a", "b"), ("a",), 5)
         assert one.came_late == {"b"}
@@ -132,8 +132,8 @@ def test_a_history_and_the_events_of_a_round_give_the_same_view():
 def test_a_test_of_the_coordinator_stands_beside_the_federated_evaluation():
     tested = run_events.Tested(round=1, metrics={"accuracy": 0.5})
     evaluated = run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75})
-    told = view_of(opened(1, "a"), committed(1), tested, evaluated).rounds[1]
-    assert told.metrics == {"accuracy": 0.75, "test/accuracy": 0.5}
+    view = view_of(opened(1, "a"), committed(1), tested, evaluated).rounds[1]
+    assert view.metrics == {"accuracy": 0.75, "test/accuracy": 0.5}
     remembered = RunView()
     remembered.remember([history(1) | {"test/accuracy": 0.5}])
     assert remembered.rounds[1].metrics == {"test/accuracy": 0.5}
@@ -147,15 +147,15 @@ def test_a_history_makes_a_worker_of_those_asked_and_of_nobody_else():
     assert [(row.name, row.counted, row.state) for row in view.workers.in_order()] == [
         ("a", 1, "gone"), ("b", 0, "gone"),
     ]  # fmt: skip
-    assert view.tally.rounds == 0  # Prometheus counts what happens while it is watched
+    assert view.counters.rounds == 0  # the counters start with the first live event
 
 
 def test_a_whole_history_keeps_every_round_in_full():
     rows = [history(number) for number in range(1, 71)]
-    for whole, kept in ((True, 70), (False, 50)):
+    for whole, count in ((True, 70), (False, 50)):
         view = RunView(whole=whole)
         view.remember(rows)
-        assert len(view.detailed) == sum(bool(one.answers) for one in view.done) == kept
+        assert len(view.detailed) == sum(bool(one.answers) for one in view.done) == count
 
 
 def test_what_the_machine_waits_for_comes_as_facts():

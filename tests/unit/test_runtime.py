@@ -1,4 +1,4 @@
-"""Which signals end a program, and with which code."""
+"""Signals and exit codes of a running program."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ async def hit(number: signal.Signals, patience_s: float) -> str:
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_signal_ends_it_with_the_code_that_shells_expect(number):
+def test_a_signal_ends_the_program_with_the_usual_exit_code(number):
     with pytest.raises(Interrupted) as caught:
         run_until_signalled(hit(number, 30.0))
     assert caught.value.exit_code == 128 + number
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing():
+def test_under_nohup_sighup_is_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_until_signalled(hit(signal.SIGHUP, 0.1)) == "went on"

@@ -1,4 +1,4 @@
-"""Who is asked: every rule, its frequencies, and that the same seed chooses the same workers."""
+"""The selection of workers: each rule, its frequencies, and that the seed determines the choice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fluffle_coordinator.machine.selection import (
     UNIFORM,
     Candidate,
     Draw,
-    chosen_by,
     parse_selection,
+    sample_size,
+    select,
 )
 from fluffle_coordinator.service.schedule_loading import load_selection
 from tests.unit.test_rounds import asked, opened
@@ -32,100 +33,121 @@ candidates = st.lists(
     ),
     min_size=1,
     max_size=20,
-    unique_by=lambda one: one.name,
+    unique_by=lambda candidate: candidate.name,
 )
 draws = st.builds(Draw, st.integers(0, 2**63 - 1), st.integers(1, 10**6), st.integers(0, 3))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @given(
-    there=candidates, count=st.integers(1, 25), draw=draws, rng=st.randoms(use_true_random=False)
+    present=candidates, count=st.integers(1, 25), draw=draws, rng=st.randoms(use_true_random=False)
 )
 @settings(max_examples=60, deadline=None)
-def test_the_same_seed_chooses_the_same_workers_in_any_order(rule, there, count, draw, rng):
-    chosen = chosen_by(parse_selection(rule), there, count, draw)
-    mixed = rng.sample(there, len(there))
-    assert chosen == chosen_by(parse_selection(rule), mixed, count, draw)
-    assert set(chosen) <= {one.name for one in there}
+def test_the_same_seed_chooses_the_same_workers_in_any_order(rule, present, count, draw, rng):
+    chosen = select(parse_selection(rule), present, count, draw)
+    mixed = rng.sample(present, len(present))
+    assert chosen == select(parse_selection(rule), mixed, count, draw)
+    assert set(chosen) <= {candidate.name for candidate in present}
     assert len(chosen) == len(set(chosen)) >= 1
     if parse_selection(rule).fixed:
-        assert len(chosen) == min(count, len(there))
+        assert len(chosen) == min(count, len(present))
 
 
-@given(there=candidates, count=st.integers(1, 25), draw=draws)
-def test_who_did_not_answer_comes_last(there, count, draw):
-    last = {one.name for one in there[::2]}
-    chosen = set(chosen_by(UNIFORM, there, count, draw, last=last))
-    others = {one.name for one in there} - last
+@given(present=candidates, count=st.integers(1, 25), draw=draws)
+def test_who_did_not_answer_comes_last(present, count, draw):
+    last = {candidate.name for candidate in present[::2]}
+    chosen = set(select(UNIFORM, present, count, draw, last=last))
+    others = {candidate.name for candidate in present} - last
     assert chosen >= others or chosen <= others
 
 
-def frequencies(rule, there, count, draws=3000):
+@given(
+    names=st.sets(st.text(min_size=1, max_size=4), min_size=1, max_size=30),
+    fraction=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+def test_a_worker_that_leaves_does_not_reshuffle_the_others(names, fraction, seed):
+    def uniform(names, count):
+        return set(select(UNIFORM, map(Candidate, names), count, Draw(seed, 1)))
+
+    count = sample_size(fraction, len(names))
+    chosen = uniform(names, count)
+    assert len(chosen) == count == max(1, math.ceil(fraction * len(names) - 1e-9))
+    for left in names - chosen:
+        assert uniform(names - {left}, sample_size(fraction, len(names) - 1)) <= chosen
+
+
+def test_the_selection_changes_from_round_to_round():
+    present = [Candidate(f"w{number}") for number in range(10)]
+    assert len({select(UNIFORM, present, 3, Draw(0, number)) for number in range(10)}) > 5
+
+
+def frequencies(rule, present, count, draws=3000):
     seen = Counter()
     for number in range(1, draws + 1):
-        seen.update(chosen_by(parse_selection(rule), there, count, Draw(7, number)))
-    return {one.name: seen[one.name] / draws for one in there}
+        seen.update(select(parse_selection(rule), present, count, Draw(7, number)))
+    return {candidate.name: seen[candidate.name] / draws for candidate in present}
 
 
 def within(share, expected, draws=3000):
-    """Whether a share is within four standard deviations of what is expected."""
+    """Whether a share is within four standard deviations of the expected one."""
     return abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / draws)
 
 
-def test_poisson_asks_each_by_a_chance_of_its_own():
-    there = [Candidate(f"w{number}") for number in range(20)]
-    shares = frequencies("poisson", there, 5)
+def test_poisson_asks_each_worker_independently():
+    present = [Candidate(f"w{number}") for number in range(20)]
+    shares = frequencies("poisson", present, 5)
     assert all(within(share, 0.25) for share in shares.values())
     sizes = Counter(
-        len(chosen_by(parse_selection("poisson"), there, 5, Draw(7, number)))
+        len(select(parse_selection("poisson"), present, 5, Draw(7, number)))
         for number in range(1, 400)
     )
-    assert len(sizes) > 5  # the size is chance, too
+    assert len(sizes) > 5  # the size is random, too
     assert min(sizes) >= 1
 
 
 def test_weighted_asks_in_proportion_to_the_examples():
-    there = [Candidate("a", 100), Candidate("b", 200), Candidate("c", 700)]
-    shares = frequencies("weighted", there, 1)
+    present = [Candidate("a", 100), Candidate("b", 200), Candidate("c", 700)]
+    shares = frequencies("weighted", present, 1)
     assert within(shares["a"], 0.1)
     assert within(shares["b"], 0.2)
     assert within(shares["c"], 0.7)
     # Two without replacement: a is first, or second after b or c.
     expected = 0.1 + 0.2 * 100 / 800 + 0.7 * 100 / 300
-    assert within(frequencies("weighted", there, 2)["a"], expected)
+    assert within(frequencies("weighted", present, 2)["a"], expected)
 
 
 def test_uniform_asks_all_alike_however_many_examples_they_have():
-    there = [Candidate("a", 1), Candidate("b", 10**6), Candidate("c", 5), Candidate("d", 70)]
-    assert all(within(share, 0.5) for share in frequencies("uniform", there, 2).values())
+    present = [Candidate("a", 1), Candidate("b", 10**6), Candidate("c", 5), Candidate("d", 70)]
+    assert all(within(share, 0.5) for share in frequencies("uniform", present, 2).values())
 
 
 def turns(rule, names, count, rounds, seconds=None):
-    """Let rounds pass, and return how often each was asked in each."""
+    """Return the workers that each of a number of rounds asks."""
     asked_in: dict[str, int] = {}
     rows = []
     for number in range(1, rounds + 1):
-        there = [Candidate(n, 1, asked_in.get(n, 0), (seconds or {}).get(n)) for n in names]
-        chosen = chosen_by(parse_selection(rule), there, count, Draw(3, number))
+        present = [Candidate(n, 1, asked_in.get(n, 0), (seconds or {}).get(n)) for n in names]
+        chosen = select(parse_selection(rule), present, count, Draw(3, number))
         asked_in |= dict.fromkeys(chosen, number)
         rows.append(chosen)
     return rows
 
 
-@given(present=st.integers(1, 12), count=st.integers(1, 12))
-def test_round_robin_asks_everyone_before_anyone_again(present, count):
-    names = [f"w{number}" for number in range(present)]
-    cycle = math.ceil(present / count)
+@given(num_present=st.integers(1, 12), count=st.integers(1, 12))
+def test_round_robin_asks_everyone_before_anyone_again(num_present, count):
+    names = [f"w{number}" for number in range(num_present)]
+    cycle = math.ceil(num_present / count)
     rows = turns("round-robin", names, count, 3 * cycle)
     for start in range(2 * cycle):
         assert {name for row in rows[start : start + cycle] for name in row} == set(names)
 
 
-@given(present=st.integers(5, 12), count=st.integers(1, 5))
-def test_the_fastest_are_asked_and_the_slow_have_their_floor(present, count):
-    seconds = {f"w{number:02}": 1.0 + number for number in range(present)}
+@given(num_present=st.integers(5, 12), count=st.integers(1, 5))
+def test_the_fastest_are_asked_and_the_slow_have_their_floor(num_present, count):
+    seconds = {f"w{number:02}": 1.0 + number for number in range(num_present)}
     floor = math.ceil(0.25 * count)
-    rounds = 3 * math.ceil(present / floor)
+    rounds = 3 * math.ceil(num_present / floor)
     rows = turns("fastest:0.25", list(seconds), count, rounds, seconds)
     assert {name for row in rows for name in row} == set(seconds)  # nobody starves
     fast = sorted(seconds)[: count - floor]
@@ -133,13 +155,13 @@ def test_the_fastest_are_asked_and_the_slow_have_their_floor(present, count):
         assert len(set(fast) - set(row)) == 0
 
 
-def test_whom_nobody_has_seen_to_train_counts_as_the_fastest():
-    there = [Candidate("new"), Candidate("fast", train_s=1.0), Candidate("slow", train_s=9.0)]
-    assert chosen_by(parse_selection("fastest:0"), there, 1, Draw(0, 1)) == ("new",)
+def test_a_worker_that_has_not_trained_counts_as_the_fastest():
+    present = [Candidate("new"), Candidate("fast", train_s=1.0), Candidate("slow", train_s=9.0)]
+    assert select(parse_selection("fastest:0"), present, 1, Draw(0, 1)) == ("new",)
 
 
 @pytest.mark.parametrize("text", ["best", "fastest:2", "fastest:x", ""])
-def test_what_is_no_rule_is_said(text):
+def test_an_unknown_rule_is_refused(text):
     with pytest.raises(ValueError, match="is unknown|needs a fraction"):
         load_selection(text)
 

@@ -1,4 +1,4 @@
-"""Server steps: the published numbers, integers, ends of dtypes, and a resumption to the bit."""
+"""Server steps: published numbers, integers, the ends of dtypes, and resuming bit by bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def round_of(strategy, state, weights, deltas):
 
 
 def two_rounds(name, dtype="float64"):
-    """Return the first element after each round in which both workers reply the same weights."""
+    """Return the first element after each of two rounds in which workers send the same weights."""
     strategy, weights = named_strategy(name).strategy, {"w": np.zeros(3, dtype)}
     state, firsts = strategy.init(weights), []
     for _ in range(2):
@@ -101,7 +101,7 @@ def bits(tensors):
 @pytest.mark.parametrize("name", STATEFUL)
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 999), at=st.integers(1, 3))
-def test_resumed_from_what_it_dumped_a_run_goes_on_bit_by_bit(name, seed, at):
+def test_a_run_resumed_from_its_dump_continues_bit_by_bit(name, seed, at):
     strategy = named_strategy(name).strategy
     whole = resumed = MODEL
     state, again = strategy.init(MODEL), strategy.init(MODEL)
@@ -118,7 +118,7 @@ def test_resumed_from_what_it_dumped_a_run_goes_on_bit_by_bit(name, seed, at):
 
 
 @pytest.mark.parametrize("name", ["fedavgm:lr=0.1", "fedadam", "optax:sgd,learning_rate=0.1"])
-def test_a_tensor_of_integers_takes_the_mean_itself(name):
+def test_integer_tensors_take_the_mean_itself(name):
     strategy = named_strategy(name).strategy
     weights, state = {"n": np.array([10, 20]), "w": np.zeros(1)}, None
     state = strategy.init(weights)
@@ -141,10 +141,10 @@ def test_the_largest_updates_make_a_finite_model_and_a_finite_state(name, dtype)
             assert np.isfinite(one).all()
 
 
-def test_what_is_kept_is_float32_unless_the_tensor_is_float64():
+def test_the_state_is_float32_unless_the_tensor_is_float64():
     strategy = named_strategy("fedadam").strategy
-    kept = strategy.dump(strategy.init(MODEL))
-    assert {name: str(one.dtype) for name, one in kept.items()} == {
+    saved = strategy.dump(strategy.init(MODEL))
+    assert {name: str(one.dtype) for name, one in saved.items()} == {
         "steps": "int64",
         **{f"{moment}/{name}": "float32" for moment in ("first", "second") for name in "wbs"},
         **{f"{moment}/none": "float32" for moment in ("first", "second")},
@@ -152,8 +152,8 @@ def test_what_is_kept_is_float32_unless_the_tensor_is_float64():
     }
 
 
-def test_a_step_leaves_the_state_before_it_alone():
-    """That one may still be on its way to the disk."""
+def test_a_step_does_not_change_the_previous_state():
+    """The previous state may still be being written to disk."""
     strategy = named_strategy("fedavgm").strategy
     weights = {"w": np.zeros(2, np.float32)}
     update = [({"w": np.ones(2, np.float32)}, 1)]

@@ -1,4 +1,4 @@
-"""The task made from an estimator of scikit-learn: it trains as the estimator itself does."""
+"""The scikit-learn adapter, compared with the estimator's own training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strategies put together, found, checked, and what they keep in a checkpoint."""
+"""Strategies: composition, loading, checks, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service import strategy_loading as module
-from fluffle_coordinator.service.app import _begin_with
 from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
 from fluffle_coordinator.storage.replay import strategy_of
@@ -79,7 +79,7 @@ def averaged(strategy, weights, updates):
 
 
 class Adding(Server):
-    """What ``replace`` does, by the way that any other server step goes."""
+    """Does what ``replace`` does, but through the general path of server steps."""
 
     def init(self, weights):
         return None
@@ -89,14 +89,14 @@ class Adding(Server):
         return apply_delta(weights, delta), None
 
 
-# --- put together ------------------------------------------------------------------------------
+# --- composition -------------------------------------------------------------------------------
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 99), st.integers(1, 10**6)), min_size=1, max_size=4),
     st.sets(st.sampled_from(sorted(model())), min_size=1),
 )
-def test_the_short_way_of_fedavg_gives_the_bits_of_the_long_one(drawn, names):
+def test_the_fast_path_of_fedavg_equals_the_general_one_bit_by_bit(drawn, names):
     weights = {name: tensor for name, tensor in model().items() if name in names}
     updates = [(delta(seed, weights), n) for seed, n in drawn]
     one, _ = averaged(fedavg, weights, updates)
@@ -105,18 +105,18 @@ def test_the_short_way_of_fedavg_gives_the_bits_of_the_long_one(drawn, names):
     assert [t.dtype for t in one.values()] == [t.dtype for t in other.values()]
 
 
-def test_fedavg_goes_the_short_way(monkeypatch):
+def test_fedavg_takes_the_fast_path(monkeypatch):
     monkeypatch.setattr(Weighted, "finish", None)
     assert averaged(fedavg, {"w": np.zeros(1)}, [({"w": np.ones(1)}, 1)])[0]["w"].tolist() == [1.0]
 
 
-def test_a_mean_delta_is_the_server_step_s_to_keep():
+def test_a_mean_delta_shares_no_memory_with_the_state():
     weights = {"w": np.zeros(3, np.float32)}
     mean = weighted()
     state = mean.fold(mean.init(weights), of({"w": np.ones(3, np.float32)}, 5))
-    kept, state = mean.finish(state, weights)
+    mean_delta, state = mean.finish(state, weights)
     mean.fold(state, of({"w": np.full(3, 9, np.float32)}, 5))
-    assert kept["w"].tolist() == [1.0] * 3
+    assert mean_delta["w"].tolist() == [1.0] * 3
 
 
 def test_transforms_are_applied_in_order():
@@ -131,7 +131,7 @@ def test_transforms_are_applied_in_order():
     assert averaged(strategy, weights, [({"w": np.ones(2)}, 3)])[0]["w"].tolist() == [4.0, 4.0]
 
 
-def test_what_a_server_step_keeps_is_dumped_and_loaded():
+def test_the_state_of_a_server_step_is_dumped_and_loaded():
     strategy = load_strategy(f"{MOMENTUM}:momentum").strategy
     weights = model()
     update = delta(1, weights)
@@ -157,7 +157,7 @@ def test_a_step_that_is_not_finite_is_refused(value):
         apply_delta({"w": np.zeros(2, np.float32)}, {"w": np.array([0.0, value])})
 
 
-def test_a_step_beyond_the_end_stops_at_the_end():
+def test_a_step_saturates_at_the_end_of_its_dtype():
     weights = {"w": np.ones(1, np.float16), "n": np.array([2**63 - 5]), "u": np.uint8([3, 3])}
     moved = apply_delta(
         weights, {"w": np.array([1e9]), "n": np.array([1e30]), "u": np.array([-9.0, 0.5])}
@@ -167,7 +167,7 @@ def test_a_step_beyond_the_end_stops_at_the_end():
     }  # fmt: skip
 
 
-# --- found -------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def here(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_a_strategy_in_a_file_is_named_by_the_file_wherever_that_is(here):
+def test_a_strategy_from_a_file_is_named_by_the_file_without_its_folder(here):
     (here / "sub").mkdir()
     for folder in (here, here / "sub"):
         (folder / "mine.py").write_text(MOMENTUM.read_text())
@@ -222,7 +222,7 @@ def make():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("nope", "there is no strategy 'nope' .*known are clip, .* path.py:name takes one"),
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
@@ -235,18 +235,18 @@ def make():
         ("mine.py:number", "this int lacks init"),
     ],
 )
-def test_what_is_no_strategy_is_told_in_one_line(here, name, told):
+def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, message):
     (here / "mine.py").write_text(LACKING)
-    with pytest.raises(UsageError, match=told) as wrong:
+    with pytest.raises(UsageError, match=message) as wrong:
         load_strategy(name)
     assert "\n" not in str(wrong.value)
     words = ["coordinator", "--federation", "f", "--strategy", name]
-    found = CliRunner().invoke(fluffle, words)
-    assert isinstance(found.exception, UsageError)
-    assert list(here.iterdir()) == [here / "mine.py"]  # no run was begun
+    result = CliRunner().invoke(fluffle, words)
+    assert isinstance(result.exception, UsageError)
+    assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
 
 
-def test_a_file_that_fails_to_load_is_told_with_its_traceback(here, capsys):
+def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
     (here / "mine.py").write_text("x = 1\nraise KeyError('k')\n")
     with pytest.raises(TaskError, match=r"strategy's file mine.py fails to load: .*\(mine.py:2\)"):
         load_strategy("mine.py:x")
@@ -255,7 +255,7 @@ def test_a_file_that_fails_to_load_is_told_with_its_traceback(here, capsys):
     assert not any(name in shown for name in ("loading.py", "importlib"))
 
 
-# --- checked -----------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------
 
 
 def needing(**needs):
@@ -268,7 +268,7 @@ def needing(**needs):
 
 
 @pytest.mark.parametrize(
-    ("needs", "rules", "told"),
+    ("needs", "rules", "message"),
     [
         ({"extra": ("c",)}, {}, r"has needs.extra \('c',\); a mapping of names to shapes"),
         ({"min_examples": 9}, {}, "at least 9 examples a round, which this version does not"),
@@ -279,12 +279,12 @@ def needing(**needs):
         ),
     ],
 )
-def test_a_strategy_that_does_not_get_what_it_needs_is_refused(needs, rules, told):
-    with pytest.raises(UsageError, match=told):
+def test_a_run_that_does_not_meet_a_strategys_needs_is_refused(needs, rules, message):
+    with pytest.raises(UsageError, match=message):
         rules_for(needing(**needs), Rules(rounds=1, **rules))
 
 
-def test_a_schedule_that_does_not_give_what_a_strategy_needs_is_refused():
+def test_a_schedule_that_does_not_meet_a_strategys_needs_is_refused():
     rules = Rules(rounds=1)
     with pytest.raises(UsageError, match="needs 5 updates a version, and --buffer 3 closes it"):
         rules_for(needing(min_updates=5), rules, "buffered:buffer=3", Buffered(buffer=3))
@@ -295,18 +295,18 @@ def test_a_schedule_that_does_not_give_what_a_strategy_needs_is_refused():
             rules_for(needing(once=True), rules, schedule)
 
 
-def test_a_strategy_that_gets_what_it_needs_is_taken():
+def test_a_run_that_meets_a_strategys_needs_is_accepted():
     plain, five = Rules(rounds=1), Rules(rounds=1, min_workers=5, least=5, min_updates=5)
     assert rules_for(FEDAVG, plain) == plain
     assert rules_for(needing(min_updates=5), plain) == five
     assert rules_for(needing(min_updates=3), five) == five
 
 
-def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):
+def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     store, mine = RunStore(tmp_path), load_strategy(f"{MOMENTUM}:momentum")
     store.load("f")
     store.save_weights(0, model(), {"run": "r"})
-    check_same(mine, store.load("f"), tmp_path)  # no round is committed
+    check_same(mine, store.load("f"), tmp_path)  # no round is committed yet
     settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
     store.note_configuration(configuration(settings, Topology("f")), 0)
     store.save_weights(1, model(), {"run": "r"}, {"v": np.ones(2)})
@@ -322,23 +322,23 @@ def test_a_run_goes_on_with_its_own_strategy_only(tmp_path):
     assert strategy_of(tmp_path, 1) == (mine.name, str(MOMENTUM))
 
 
-# --- kept --------------------------------------------------------------------------------------
+# --- checkpoints -------------------------------------------------------------------------------
 
 
-def test_what_is_kept_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
-    path, kept = tmp_path / "m", {"v": np.arange(3.0), "strategy/deep": np.int8([1])}
-    save_checkpoint(path, model(), {"round": "3"}, kept)
+def test_the_strategys_state_is_in_the_checkpoint_and_not_in_the_model(tmp_path):
+    path, state = tmp_path / "m", {"v": np.arange(3.0), "strategy/deep": np.int8([1])}
+    save_checkpoint(path, model(), {"round": "3"}, state)
     weights, metadata = read_checkpoint(path)
     whole = read_whole(path)
     assert weights.keys() == whole.weights.keys() == model().keys()
     assert metadata == whole.metadata == {"round": "3"}
     assert {n: t.tolist() for n, t in whole.strategy_state.items()} == {
-        n: t.tolist() for n, t in kept.items()
+        n: t.tolist() for n, t in state.items()
     }
     assert load_file(path).keys() == {*model(), "strategy/v", "strategy/strategy/deep"}
 
 
-def test_a_model_of_another_program_may_call_its_tensors_as_it_likes(tmp_path):
+def test_a_model_of_another_program_may_use_any_tensor_names(tmp_path):
     save_file({"strategy/w": np.zeros(2)}, tmp_path / "m")
     whole = read_whole(tmp_path / "m")
     assert (list(whole.weights), whole.strategy_state) == (["strategy/w"], {})
@@ -346,7 +346,7 @@ def test_a_model_of_another_program_may_call_its_tensors_as_it_likes(tmp_path):
     with pytest.raises(
         UsageError, match="first weights: the name of tensor 'strategy/w' .*rename it"
     ):
-        _begin_with(tmp_path / "m", store, store.load("f"), "f")
+        begin_with_file(tmp_path / "m", store, store.load("f"), "f")
     assert not (store.folder / checkpoint_name(0)).exists()
     with pytest.raises(ValueError, match="rename it"):
         check_names({"w": np.zeros(1), "strategy/x": np.zeros(1)})

@@ -1,4 +1,4 @@
-"""Strategies by their names: parts put together, arguments read, and what is wrong in one line."""
+"""Strategies by name: joining parts, reading arguments, and errors in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluffle_common.protocol.messages import Update
 from fluffle_coordinator.cli.strategies import strategies
 from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.contribution import check_metrics
+from fluffle_coordinator.strategy.decoding import check_metrics
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, named_strategy
 
@@ -39,7 +39,7 @@ ALGORITHMS = Path(__file__).parents[2] / "docs" / "algorithms.md"
         ("optax:adamw,learning_rate=0.1", "optax:optimizer=adamw,learning_rate=0.1"),
     ],
 )  # fmt: skip
-def test_the_full_name_has_every_argument_and_names_the_same(text, full):
+def test_the_full_name_has_every_argument_and_gives_the_same_strategy(text, full):
     named = load_strategy(text)
     assert (named.name, named.file) == (full, None)
     assert load_strategy(full).name == full
@@ -51,7 +51,7 @@ def test_fedavg_has_one_name_and_is_one_object():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("fedadm", "no strategy 'fedadm' .*did you mean 'fedadam'"),
         ("fedadm:lr=0.1", "no strategy 'fedadm:lr=0.1' .*did you mean 'fedadam'"),
@@ -81,19 +81,19 @@ def test_fedavg_has_one_name_and_is_one_object():
         ("optax:constant_schedule,value=1", "is not an optimizer; name one such as adamw"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(name, told):
-    with pytest.raises(UsageError, match=told) as wrong:
+def test_a_wrong_name_is_refused_in_one_line(name, message):
+    with pytest.raises(UsageError, match=message) as wrong:
         load_strategy(name)
     assert "\n" not in str(wrong.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_no_number_out_of_range_comes_from_code_either(value):
+def test_calls_from_code_check_their_ranges_too(value):
     with pytest.raises(ValueError, match="out of range"):
         within("x", value, 0)
 
 
-def test_a_file_may_be_called_as_a_part(tmp_path, monkeypatch):
+def test_a_file_may_have_the_name_of_a_part(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("median.py").write_text(
         "from fluffle_coordinator.strategy.fedavg import fedavg as median\n"
@@ -105,7 +105,7 @@ ARGUMENTS = {"clip": ":1", "dp": ":clip=99,noise=0.01,workers=5", "optax": ":sgd
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_every_part_makes_a_finite_step_and_keeps_the_form(name):
+def test_every_part_makes_a_finite_step_and_keeps_shapes_and_dtypes(name):
     strategy = named_strategy(name + ARGUMENTS.get(name, "")).strategy
     weights = {"w": np.ones((2, 2), np.float32), "n": np.array(3, np.int8)}
     state = strategy.init(weights)
@@ -122,7 +122,7 @@ def test_every_part_makes_a_finite_step_and_keeps_the_form(name):
     assert np.isfinite(new["w"]).all()
 
 
-def test_an_update_without_a_metric_that_is_needed_is_refused():
+def test_an_update_without_a_needed_metric_is_rejected():
     (needed,) = named_strategy("fednova").strategy.needs.metrics
     update = Update.model_construct(metrics={"loss": 1.0})
     check_metrics(update, ["loss"])
@@ -130,7 +130,7 @@ def test_an_update_without_a_metric_that_is_needed_is_refused():
         check_metrics(update, [needed])
 
 
-def test_the_command_and_the_document_know_every_part():
+def test_the_command_and_the_document_list_every_part():
     shown = CliRunner().invoke(strategies, [])
     assert shown.exit_code == 0
     document = ALGORITHMS.read_text()

@@ -1,4 +1,4 @@
-"""Following the traffic, over the broker in memory."""
+"""Following the traffic of a federation, on the in-memory broker."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ EVERYTHING = (UPDATES, PRESENCE, "f.inbox.w1", "f.outbox.w1")
         ),
     ],
 )  # fmt: skip
-def test_a_tap_is_bound_to_what_is_wanted_and_leads_somewhere_else_too(wanted, existing, expected):
+def test_a_tap_is_bound_only_to_wanted_keys_of_existing_queues(wanted, existing, expected):
     assert keys(wanted, *existing) == expected
 
 
 class Watched:
-    """A tap that runs, on a broker in memory, and what it has shown."""
+    """A running tap on an in-memory broker, and the messages that it showed."""
 
     def __init__(self, broker: MemoryBroker, link: MemoryLink) -> None:
         self.broker, self.link = broker, link
@@ -111,8 +111,8 @@ async def watched() -> Watched:
 
 
 def presence(kind: type[Hello | Heartbeat], worker: str) -> Hello | Heartbeat:
-    told = {"session": "s", "num_examples": 1, "task": "t", "heartbeat_s": 1.0}
-    return kind(federation="f", worker=worker, **told)
+    fields = {"session": "s", "num_examples": 1, "task": "t", "heartbeat_s": 1.0}
+    return kind(federation="f", worker=worker, **fields)
 
 
 def evaluation(worker: str) -> Evaluation:
@@ -127,7 +127,7 @@ async def say(watched: Watched, message: Any) -> None:
     await send(watched.link, message, Route(TOPOLOGY.results, [f"{message.kind}.{message.worker}"]))
 
 
-async def test_both_directions_are_shown_and_everyone_gets_their_mail(watched):
+async def test_both_directions_are_shown_and_no_message_is_lost(watched):
     async with watched.tap(Wanted(), "w1", "w2"):
         await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1", "w2"]))
         await say(watched, evaluation("w2"))
@@ -140,7 +140,7 @@ async def test_both_directions_are_shown_and_everyone_gets_their_mail(watched):
         assert (await watched.link.counts(queue)).ready == 1
 
 
-async def test_what_is_for_many_is_shown_to_whom_it_concerns(watched):
+async def test_work_for_many_is_shown_for_one_of_them(watched):
     everyone = [f"w{number}" for number in range(1, NAMED + 2)]
     for worker in everyone:
         await watched.link.declare(TOPOLOGY.of_worker(worker))
@@ -152,19 +152,19 @@ async def test_what_is_for_many_is_shown_to_whom_it_concerns(watched):
     assert shown.delivery.properties.headers["recipients"] == len(everyone)
 
 
-async def test_a_worker_that_comes_is_followed_from_then_on(watched):
+async def test_a_new_worker_is_followed_once_it_is_noticed(watched):
     async with watched.tap(Wanted()):
         await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1"]))
         await say(watched, presence(Heartbeat, "w1"))
         async with asyncio.timeout(20):
-            while not watched.shown:  # from the moment on when it is bound
+            while not watched.shown:  # until the tap is bound
                 await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1"]))
                 await asyncio.sleep(0)
         assert (await watched.link.counts("f.inbox.w1")).ready > len(watched.shown)
     assert {(r.kind, workers_of(r)) for r in watched.shown} == {("stop", ("w1",))}
 
 
-async def test_only_what_is_wanted_is_shown(watched):
+async def test_only_wanted_messages_are_shown(watched):
     async with watched.tap(Wanted(frozenset({"bye", "heartbeat"}), "w1")):
         for worker in ("w2", "w1"):
             await say(watched, evaluation(worker))
@@ -175,7 +175,7 @@ async def test_only_what_is_wanted_is_shown(watched):
     assert [(r.kind, r.worker) for r in watched.shown] == [("heartbeat", "w1"), ("bye", "w1")]
 
 
-async def test_what_leads_nowhere_is_as_unroutable_as_without_a_tap(watched, monkeypatch):
+async def test_a_tap_does_not_hide_unroutable_messages(watched, monkeypatch):
     monkeypatch.setattr(tapping, "LOOK_AGAIN_S", 0.0)
     async with watched.tap(Wanted(parts=True), "w1", "w9"):
         with pytest.raises(Unroutable):
@@ -194,7 +194,7 @@ async def test_what_leads_nowhere_is_as_unroutable_as_without_a_tap(watched, mon
             await asyncio.wait_for(gone(), 20)
 
 
-async def test_a_federation_that_begins_later_is_followed_from_then_on(monkeypatch):
+async def test_a_federation_that_starts_later_is_followed(monkeypatch):
     monkeypatch.setattr(tapping, "LOOK_SOON_S", 0.0)
     broker = MemoryBroker()
     watched = Watched(broker, await broker.open())
@@ -225,8 +225,8 @@ async def large(watched: Watched) -> None:
 
 
 async def lines(watched: Watched, wanted: Wanted, *sending: Awaitable[None], **more: Any) -> list:
-    said: list[str] = []
-    printer = TapPrinter(wanted, clock=lambda: 0.0, say=said.append, **more)
+    printed: list[str] = []
+    printer = TapPrinter(wanted, clock=lambda: 0.0, print_line=printed.append, **more)
     expected = len(sending)
     async with watched.tap(wanted, "w1", "w2"):
         for each in sending:
@@ -234,25 +234,25 @@ async def lines(watched: Watched, wanted: Wanted, *sending: Awaitable[None], **m
         await say(watched, evaluation("w1"))
         await watched.until(lambda: watched.shown and watched.shown[-1].kind == "evaluation")
     for decoded in watched.shown:
-        printer.take(decoded)
-    assert len(said) >= min(expected, 1)
-    return said
+        printer.show(decoded)
+    assert len(printed) >= min(expected, 1)
+    return printed
 
 
 async def test_parts_are_counted_and_not_listed(watched):
-    said = await lines(watched, Wanted(), large(watched))
-    assert len(said) == 3
-    assert "→ w1,w2" in said[0]
-    assert "round 2, its tensors travel separately, in 2 parts, 4.2 MB" in said[0]
-    assert "all 2 parts  (4.2 MB)" in said[1]
-    assert "← w1" in said[2]
-    assert "round 1, 1 example, loss 0.5" in said[2]
+    printed = await lines(watched, Wanted(), large(watched))
+    assert len(printed) == 3
+    assert "→ w1,w2" in printed[0]
+    assert "round 2, its tensors travel separately, in 2 parts, 4.2 MB" in printed[0]
+    assert "all 2 parts  (4.2 MB)" in printed[1]
+    assert "← w1" in printed[2]
+    assert "round 1, 1 example, loss 0.5" in printed[2]
 
 
-async def test_parts_are_listed_where_they_are_asked_for(watched):
+async def test_parts_are_listed_on_request(watched):
     wanted = Wanted(frozenset({"part", "evaluation"}), parts=True)
-    said = await lines(watched, wanted, large(watched))
-    assert [line.split("  ")[-2].strip().split()[-4:] for line in said[:2]] == [
+    printed = await lines(watched, wanted, large(watched))
+    assert [line.split("  ")[-2].strip().split()[-4:] for line in printed[:2]] == [
         ["part", "1", "of", "2"],
         ["part", "2", "of", "2"],
     ]
@@ -265,17 +265,19 @@ async def test_an_update_in_a_line(watched):
     )  # fmt: skip
     route = Route(TOPOLOGY.results, ["update.w1"])
     sending = send_tensors(watched.link, message, {"x": np.zeros(3)}, route)
-    said = await lines(watched, Wanted(), sending)
-    assert "← w1           update        round 7, 120 examples, loss 0.3, accuracy 0.91" in said[0]
+    printed = await lines(watched, Wanted(), sending)
+    assert (
+        "← w1           update        round 7, 120 examples, loss 0.3, accuracy 0.91" in printed[0]
+    )
 
 
 async def test_lines_of_json(watched):
-    (said,) = await lines(watched, Wanted(frozenset({"evaluation"})), as_json=True)
-    told = json.loads(said)
-    assert (told["direction"], told["workers"], told["loss"]) == ("from", ["w1"], 0.5)
-    assert told["time"] == "1970-01-01T00:00:00.000+00:00"
+    (printed,) = await lines(watched, Wanted(frozenset({"evaluation"})), as_json=True)
+    fields = json.loads(printed)
+    assert (fields["direction"], fields["workers"], fields["loss"]) == ("from", ["w1"], 0.5)
+    assert fields["time"] == "1970-01-01T00:00:00.000+00:00"
 
 
-async def test_so_many_lines_are_enough(watched):
-    said = await lines(watched, Wanted(), large(watched), most=1)
-    assert len(said) == 1
+async def test_printing_stops_after_the_given_number_of_lines(watched):
+    printed = await lines(watched, Wanted(), large(watched), most=1)
+    assert len(printed) == 1

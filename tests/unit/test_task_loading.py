@@ -1,4 +1,4 @@
-"""Tasks as users write them: found, imported, checked when loaded, and told of where they fail."""
+"""Loading of users' tasks: import, checks and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def task(options):
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield a folder for files of tasks; what they import is forgotten."""
+    """Yield a folder for task files and unload their modules afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
@@ -192,7 +192,7 @@ def making(**tensors: Any) -> Any:
 @pytest.mark.parametrize(
     ("tensor", "named"),
     [
-        (np.zeros(2, bool), "'x' is bool, which does not travel; .* uint8"),
+        (np.zeros(2, bool), "'x' is bool, which is not supported; .* uint8"),
         (np.zeros(2, complex), "'x' is complex128, .* real and imaginary parts"),
         (np.array([None]), "'x' is object, .* keep it out"),
         (np.array(["a"]), "'x' is <U1, .* keep it out"),
@@ -212,7 +212,7 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
     [
         ({"x" * 501: np.zeros(1)}, "name of 501 characters; at most 500"),
         ({"": np.zeros(1)}, "empty name"),
-        ({3: np.zeros(1)}, "named by a int"),
+        ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, "not valid Unicode"),
         ({}, "no tensors"),
     ],
@@ -284,7 +284,7 @@ def test_a_difference_names_the_first_tensor(theirs, told):
 
 
 class Net(nnx.Module):
-    """A layer in half precision, and perhaps a name that collides."""
+    """A layer in half precision, optionally with a colliding tensor name."""
 
     dtype: Any = jax.numpy.bfloat16
 
@@ -316,7 +316,7 @@ def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
         assert told is not None
         assert told.summary == "2 tensors, 3 parameters: bfloat16 2"
     else:
-        with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which does not travel"):
+        with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which is not supported"):
             signature_of_task(task)
 
 

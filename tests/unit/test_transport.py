@@ -1,4 +1,4 @@
-"""What of the transport contract needs no broker."""
+"""Parts of the transport contract that need no real broker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 
-async def test_news_of_a_blocked_broker_begins_with_what_is_so_now():
+async def test_changes_begin_with_the_current_state():
     blocking = Blocking()
     blocking.set("low on disk")
     news = blocking.changes()
@@ -29,7 +29,7 @@ async def test_news_of_a_blocked_broker_begins_with_what_is_so_now():
     await news.aclose()
 
 
-async def test_a_blocked_broker_takes_what_is_published_when_it_is_free_again():
+async def test_publishing_waits_until_the_broker_unblocks():
     broker = MemoryBroker()
     link = await broker.open()
     await link.declare([Queue("q", "of a test")])
@@ -44,7 +44,7 @@ async def test_a_blocked_broker_takes_what_is_published_when_it_is_free_again():
     assert (await link.counts("q")).ready == 1
 
 
-async def test_who_waits_for_a_blocked_broker_is_told_of_a_lost_link():
+async def test_waiting_for_a_blocked_broker_ends_when_the_link_is_lost():
     broker = MemoryBroker()
     link = await broker.open()
     broker.block("low on memory")
@@ -55,11 +55,11 @@ async def test_who_waits_for_a_blocked_broker_is_told_of_a_lost_link():
         await publishing
 
 
-async def test_pauses_between_attempts_are_spread_and_said_as_they_are(monkeypatch):
+async def test_pauses_between_attempts_have_jitter_and_are_reported(monkeypatch):
     broker = MemoryBroker()
     broker.up = False
     slept: list[float] = []
-    said: list[float] = []
+    reported: list[float] = []
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
@@ -69,14 +69,14 @@ async def test_pauses_between_attempts_are_spread_and_said_as_they_are(monkeypat
     chances = iter([0.0, 0.5, 1.0])
     backoff = Backoff(first_s=0.2, most_s=0.4)
     opened = reconnecting(
-        broker, backoff, lambda _, pause_s: said.append(pause_s), lambda: next(chances)
+        broker, backoff, lambda _, pause_s: reported.append(pause_s), lambda: next(chances)
     )
     await anext(opened)
     await opened.aclose()
-    assert said == slept == [0.1, pytest.approx(0.3), 0.4]
+    assert reported == slept == [0.1, pytest.approx(0.3), 0.4]
 
 
-async def test_what_is_not_there_can_neither_be_bound_nor_published_to():
+async def test_missing_entities_can_neither_be_bound_nor_published_to():
     broker = MemoryBroker()
     names = Topology("f")
     link = await broker.open()
@@ -91,14 +91,14 @@ async def test_what_is_not_there_can_neither_be_bound_nor_published_to():
     await link.lost()
 
 
-async def test_the_blocking_of_a_broker_is_told_and_its_end():
+async def test_blocking_and_unblocking_are_events():
     broker = MemoryBroker()
     link = await broker.open()
-    told: asyncio.Queue[RunEvent] = asyncio.Queue()
-    telling = asyncio.ensure_future(tell_of_blocking(link, told.put_nowait))
+    events: asyncio.Queue[RunEvent] = asyncio.Queue()
+    task = asyncio.ensure_future(tell_of_blocking(link, events.put_nowait))
     await asyncio.sleep(0)
     broker.block("low on memory")
-    assert await told.get() == Blocked(reason="low on memory")
+    assert await events.get() == Blocked(reason="low on memory")
     broker.block(None)
-    assert await told.get() == Unblocked()
-    telling.cancel()
+    assert await events.get() == Unblocked()
+    task.cancel()

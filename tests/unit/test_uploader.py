@@ -1,4 +1,4 @@
-"""A worker's answers on their way out: which wait for which, and for how long."""
+"""The uploader: order, retries and confirmations of a worker's answers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PATIENCE_S = 5.0
 
 
 async def no_renewal(_: object) -> None:
-    """Leave the queues as they are."""
+    """Do nothing."""
 
 
 class Slow:
-    """A link that notes what is published, and confirms it when it is told to."""
+    """A link that records what is published and confirms it on request."""
 
     def __init__(self) -> None:
         self.published: list[str] = []
@@ -58,7 +58,7 @@ class Slow:
 
 
 class Worker:
-    """What stands around the answers: which jobs are wanted, and which were taken."""
+    """The uploader's surroundings: wanted jobs, confirmed jobs and events."""
 
     def __init__(self) -> None:
         self.link = Slow()
@@ -73,8 +73,8 @@ class Worker:
             link=self._link,
             wanted=lambda job: job.work.round not in self.unwanted,
             due=lambda job: job.work.round not in self.training,
-            taken=lambda job: self.taken.append(job.work.round),
-            tell=lambda event: self.told.append(event.name),
+            confirmed=lambda job: self.taken.append(job.work.round),
+            record=lambda event: self.told.append(event.name),
             sent=lambda done, parts: self.parts.append((done, parts)),
             renew=no_renewal,
         )

@@ -1,4 +1,4 @@
-"""What ``--url`` may say, and which of several brokers is used."""
+"""Validation of ``--url``, and the choice among several nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALL = ",".join((ONE, TWO, THREE))
 
 
 @pytest.mark.parametrize("between", [",", ", ", " ,\n  "])
-def test_urls_are_separated_by_commas_that_another_url_follows(between):
+def test_a_comma_separates_only_before_another_url(between):
     assert split_urls(between.join((ONE, TWO)) + "\n") == [ONE, TWO]
     assert [url.password for url in parse_urls(f"{ONE}{between}{TWO}")] == ["pa,ss", "pa,ss"]
 
@@ -33,7 +33,7 @@ def test_one_url_is_one():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ("", "no scheme"),
         ("amqp://", "no host"),
@@ -43,12 +43,12 @@ def test_one_url_is_one():
         (f"{ONE},amqp://node-2:5672/other", "the same /vhost"),
     ],
 )
-def test_what_is_wrong_with_one_of_them_is_told(wrong, told):
-    with pytest.raises(UsageError, match=told):
+def test_the_error_of_an_invalid_url_is_named(wrong, message):
+    with pytest.raises(UsageError, match=message):
         AmqpTransport(wrong, "test")
 
 
-# What people's passwords are made of, and what a URL gives a meaning to.
+# Characters of passwords, including those with a meaning in URLs.
 ODD = st.text(
     st.sampled_from("aZ09#/?@:%[]\\\\ +&=,;!\"'\u00e9\u2100\u4e2d"), min_size=0, max_size=12
 )
@@ -56,45 +56,45 @@ PASSWORDS = ODD.map(lambda odd: f"s3s{odd}ame")
 
 
 @given(password=PASSWORDS, user=st.sampled_from(["me", "me@home", ""]), port=st.integers(0, 99999))
-def test_no_password_is_in_what_is_said_of_a_url(password, user, port):
+def test_no_error_contains_a_password(password, user, port):
     given_url = f"amqp://{user}:{password}@host.example:{port}/v"
     for text in (given_url, f"{ONE},{given_url}", given_url.replace("amqp://", "http://")):
         try:
             transport = AmqpTransport(text, "test")
         except UsageError as wrong:
-            said = "".join(traceback.format_exception(wrong))
+            shown = "".join(traceback.format_exception(wrong))
         else:
-            said = transport.address
-        assert password not in said
-        assert "s3s" not in said
-        assert "ame@" not in said
+            shown = transport.address
+        assert password not in shown
+        assert "s3s" not in shown
+        assert "ame@" not in shown
 
 
 @given(password=PASSWORDS)
-def test_a_password_that_is_quoted_is_read_as_it_was(password):
+def test_a_quoted_password_is_decoded(password):
     (url,) = parse_urls(f"amqp://me:{quote(password, safe='')}@host/v")
     assert url.password == password
 
 
 @pytest.mark.parametrize("char", "#/?[")
-def test_what_must_be_quoted_is_named(char):
+def test_characters_to_quote_are_named(char):
     with pytest.raises(UsageError, match="percent|write '#' as %23") as wrong:
         parse_urls(f"amqp://me:open{char}sesame@host/v")
     assert "…@host/v" in str(wrong.value)
 
 
-def test_options_of_tls_without_tls_are_no_secret_loss_of_it():
+def test_tls_options_without_tls_are_an_error():
     with pytest.raises(UsageError, match="cafile.*amqps"):
         parse_urls("amqp://me:open-sesame@host/?cafile=/ca.pem")
 
 
-def test_a_url_is_taken_out_of_any_text():
+def test_credentials_are_removed_from_any_text():
     text = "at amqps://me:op@en@host/v and amqp://a:b@two/ it failed"
     assert without_credentials(text) == "at amqps://host/v and amqp://two/ it failed"
 
 
 class Cluster:
-    """Stands in for what opens a link: notes who is tried, and fails where it should."""
+    """A fake that records which nodes are tried and fails for those that are down."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried: list[str] = []
@@ -104,11 +104,11 @@ class Cluster:
         self.transport = AmqpTransport(ALL, "test")
 
     def down(self, urls: Iterable[str]) -> None:
-        """Let these, and only these, be unreachable."""
+        """Make exactly these nodes unreachable."""
         self.fails = {url: LinkLost("it is down") for url in urls}
 
     def open(self) -> list[str]:
-        """Open a link; return whom that took."""
+        """Open a link; return the nodes that were tried."""
         self.tried.clear()
         asyncio.run(self.transport.open())
         return self.tried
@@ -125,7 +125,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(monkeypatch)
 
 
-def test_the_first_that_can_be_reached_is_used_and_tried_first_from_then_on(cluster):
+def test_the_first_reachable_node_is_used_and_then_tried_first(cluster):
     assert cluster.open() == [ONE]
     cluster.down([ONE])
     assert cluster.open() == [ONE, TWO]
@@ -136,7 +136,7 @@ def test_the_first_that_can_be_reached_is_used_and_tried_first_from_then_on(clus
     assert cluster.open() == [TWO, ONE, THREE]
 
 
-def test_none_that_can_be_reached_is_a_lost_link_which_tells_of_each(cluster):
+def test_without_a_reachable_node_the_error_names_each(cluster):
     cluster.open()
     cluster.down([ONE, TWO, THREE])
     with pytest.raises(LinkLost) as caught:
@@ -148,27 +148,27 @@ def test_none_that_can_be_reached_is_a_lost_link_which_tells_of_each(cluster):
     assert "pa,ss" not in str(caught.value) + cluster.transport.address
 
 
-def test_a_refusal_is_an_error_at_once_not_a_reason_to_try_the_next(cluster):
+def test_a_refusal_is_an_error_and_no_other_node_is_tried(cluster):
     cluster.fails = {ONE: BrokerError("refused")}
     with pytest.raises(BrokerError, match="refused"):
         cluster.open()
     assert cluster.tried == [ONE]
 
 
-def test_of_one_broker_the_cause_alone_is_told(unused_tcp_port):
+def test_the_error_of_a_single_broker_is_only_the_cause(unused_tcp_port):
     transport = AmqpTransport(f"amqp://127.0.0.1:{unused_tcp_port}/", "test")
     with pytest.raises(LinkLost) as caught:
         asyncio.run(transport.open())
     assert "amqp://" not in str(caught.value)
 
 
-async def test_where_the_broker_is_is_asked_again_before_every_attempt(unused_tcp_port):
+async def test_a_callable_url_is_called_before_every_attempt(unused_tcp_port):
     nowhere = f"amqp://127.0.0.1:{unused_tcp_port}/"
-    found = [nowhere]
-    transport = AmqpTransport(lambda: found[-1], "test")
+    urls = [nowhere]
+    transport = AmqpTransport(lambda: urls[-1], "test")
     with pytest.raises(LinkLost):
         await transport.open()
-    found.append("amqp://127.0.0.1:1/")
+    urls.append("amqp://127.0.0.1:1/")
     with pytest.raises(LinkLost):
         await transport.open()
     assert transport.address == "amqp://127.0.0.1:1/"

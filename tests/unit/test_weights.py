@@ -1,4 +1,4 @@
-"""Deltas and their checks: the arithmetic that both sides must agree on."""
+"""Deltas: subtraction, checks and norms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 def integer_pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     dtype = np.dtype(draw(st.sampled_from(INTEGERS)))
     limits = np.iinfo(dtype)
-    # A difference of 64-bit integers fits into 64 bits where they are not at opposite ends.
+    # Differences of 64-bit integers fit into 64 bits unless the integers are far apart.
     elements = st.integers(max(limits.min, -(2**62)), min(limits.max, 2**62))
     shape = draw(SHAPES)
     return tuple(draw(hnp.arrays(dtype, shape, elements=elements)) for _ in range(2))
@@ -92,14 +92,14 @@ def test_a_delta_of_a_scalar_is_an_array():
     assert (np.shape(got), got.dtype, float(got)) == ((), np.float32, 2.0)
 
 
-def test_a_delta_goes_by_names_in_whatever_order():
+def test_a_delta_matches_tensors_by_name_in_any_order():
     received = {"a": np.zeros(2, np.float32), "b": np.ones(2, np.float32)}
     trained = {"b": np.full(2, 3, np.float32), "a": np.full(2, 5, np.float32)}
     got = delta(trained, received)
     assert {name: tensor.tolist() for name, tensor in got.items()} == {"a": [5, 5], "b": [2, 2]}
 
 
-def test_only_floats_and_integers_travel_and_deltas_of_them_travel_too():
+def test_deltas_of_all_supported_dtypes_are_supported():
     assert {np.dtype(name).name for name in DTYPES} == DTYPES
     for name in DTYPES:
         assert delta_dtype(np.dtype(name)).name in DTYPES
@@ -109,12 +109,12 @@ BASE = {"w": np.zeros((2, 3), np.float32), "s": np.zeros((), np.float32), "n": n
 GOOD = {"w": np.ones((2, 3), np.float32), "s": np.ones((), np.float32), "n": np.int64([-1])}
 
 
-def test_the_example_delta_is_sound_until_it_is_spoilt():
+def test_the_unspoilt_example_is_a_delta():
     check_delta(GOOD, BASE)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reason"),
     [
         ({"w": np.ones((3, 2), np.float32)}, r"'w' has shape \(3, 2\), the model has \(2, 3\)"),
         ({"w": np.ones((1, 3), np.float32)}, "'w' has shape"),  # would broadcast
@@ -134,25 +134,25 @@ def test_the_example_delta_is_sound_until_it_is_spoilt():
         ({"s": np.array(np.inf, np.float32)}, "'s' has 1 values"),
     ],
 )
-def test_what_is_no_delta_of_the_model_is_refused_by_name(changes, told):
+def test_a_tensor_that_does_not_match_the_model_is_refused_by_name(changes, reason):
     spoilt = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reason):
         check_delta(spoilt, BASE)
 
 
-def test_an_array_of_the_other_byte_order_is_no_surprise():
-    # NumPy says that '>f4' and '<f4' differ; what is read off the wire is always '<'.
+def test_the_other_byte_order_is_accepted():
+    # To NumPy, '>f4' and '<f4' differ; tensors from the wire are always '<'.
     read = {"w": np.ones(2, np.dtype("float32").newbyteorder("<"))}
     check_delta(read, {"w": np.zeros(2, np.float32)})
 
 
-def test_many_names_that_differ_are_cut_short():
+def test_long_lists_of_different_names_are_shortened():
     with pytest.raises(ValueError, match="missing w0, w1, w2 …$"):
         same_form({}, {f"w{n}": np.zeros(1) for n in range(9)})
 
 
 @pytest.mark.parametrize("other", [np.zeros(2, np.float64), np.zeros((2, 1), np.float32)])
-def test_weights_of_another_form_have_no_delta(other):
+def test_weights_of_different_forms_have_no_delta(other):
     weights = {"w": np.zeros(2, np.float32)}
     for trained, received in ((weights, {"w": other}), ({"w": other}, weights)):
         with pytest.raises(ValueError, match="'w'"):
@@ -164,7 +164,7 @@ def test_weights_of_another_form_have_no_delta(other):
 
 
 @given(st.sampled_from(FLOATS), st.data())
-def test_not_finite_is_exactly_what_is_refused(dtype, data):
+def test_exactly_the_values_that_are_not_finite_are_refused(dtype, data):
     elements = st.floats(width=8 * np.dtype(dtype).itemsize)
     array = data.draw(
         hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=2), elements=elements)
@@ -183,7 +183,7 @@ def test_large_finite_values_whose_sum_overflows_are_finite(dtype):
     check_finite({"w": np.full(100, largest(np.dtype(dtype)), dtype)})
 
 
-def test_size_counts_all_tensors():
+def test_the_size_includes_all_tensors():
     assert size_bytes({"a": np.zeros((2, 3), np.float32), "b": np.zeros((), np.int64)}) == 32
     assert size_bytes({}) == 0
 
@@ -192,7 +192,7 @@ def test_size_counts_all_tensors():
 
 
 def exact_norm(weights: dict[str, np.ndarray]) -> float:
-    """Compute the norm by fractions, of which none is too large or too small."""
+    """Compute the norm in exact fractions, which neither overflow nor underflow."""
     values = [
         Fraction(int(v)) if tensor.dtype.kind in "iu" else Fraction(float(v))
         for tensor in weights.values()
@@ -210,7 +210,7 @@ def exact_norm(weights: dict[str, np.ndarray]) -> float:
 
 
 @given(st.sampled_from(sorted(DTYPES)), st.data())
-def test_the_walk_that_checks_tells_the_norm_too(dtype, data):
+def test_the_check_returns_the_norm(dtype, data):
     if dtype in INTEGERS:
         limits = np.iinfo(dtype)
         elements = st.integers(int(limits.min), int(limits.max))
@@ -225,7 +225,7 @@ def test_the_walk_that_checks_tells_the_norm_too(dtype, data):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("scale", ["tiny", "one", "huge"])
-def test_the_norm_of_much_is_good_to_a_millionth(dtype, scale):
+def test_the_norm_of_many_values_is_accurate_to_a_millionth(dtype, scale):
     end = min(largest(np.dtype(dtype)), 1e305)
     by = {"tiny": 0.01 if dtype == "float16" else 1e-30, "one": 1.0, "huge": end / 8}[scale]
     normal = np.random.default_rng(0).standard_normal(70_001).clip(-4, 4)
@@ -235,14 +235,14 @@ def test_the_norm_of_much_is_good_to_a_millionth(dtype, scale):
     assert got == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_norm_beyond_float64_is_its_largest_and_json_can_say_it():
+def test_a_norm_beyond_float64_is_the_largest_float64():
     assert finite_norm({"w": np.full(3, 1.7e308)}) == sys.float_info.max
 
 
 @pytest.mark.parametrize("where", [0, 8191, 8192, 19_999])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("others", [0.0, 1.0, 3e38, 1e-30])
-def test_one_value_in_many_is_found(where, value, others):
+def test_a_single_bad_value_among_many_is_found(where, value, others):
     tensor = np.full(20_000, others, np.float32)
     tensor[where] = value
     with pytest.raises(NotFinite, match="'w' has 1 values"):

@@ -1,4 +1,4 @@
-"""A worker over the broker in memory, whose task does what no task should."""
+"""A worker on the in-memory broker whose task misbehaves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WEIGHTS = {"w": np.zeros(4, np.float32)}
 
 
 class Raising:
-    """A task that does something else than training where it is told what."""
+    """A task that runs given functions instead of training."""
 
     num_examples = np.int64(5)
 
@@ -60,14 +60,14 @@ class Raising:
 
 
 class Federation:
-    """A worker, and who speaks to it."""
+    """A worker and a minimal coordinator."""
 
     def __init__(self, task: Any, **settings: Any) -> None:
         self.broker, self.told, self._news = MemoryBroker(), [], asyncio.Event()
         self.service = WorkerService(
             WorkerSettings("f", "w", "raising", heartbeat_s=0.01, **settings), task,
             transport=self.broker, topology=TOPOLOGY,
-            tell=self._tell, bar=lambda *_: None,
+            record=self._tell, bar=lambda *_: None,
         )  # fmt: skip
 
     async def connect(self) -> None:
@@ -84,7 +84,7 @@ class Federation:
         self._news.set()
 
     async def hear(self, what: str) -> None:
-        """Wait until the worker tells of this."""
+        """Wait until the worker records this event."""
         async with asyncio.timeout(PATIENCE_S):
             while what not in [said for said, _ in self.told]:
                 self._news.clear()
@@ -98,7 +98,7 @@ class Federation:
         await send_tensors(self.link, fit, WEIGHTS, Route(TOPOLOGY.work, ["w"]))
 
     async def sign(self, kind: Any, **fields: Any) -> Any:
-        """Return the next sign of life of this kind and with these fields."""
+        """Return the next presence message of this kind with these fields."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 delivery = await anext(self.signs)
@@ -298,7 +298,7 @@ async def test_where_the_task_runs_may_be_chosen():
     made = Federation(Raising())
     made.service = WorkerService(
         WorkerSettings("f", "w", "raising"), Raising(), transport=made.broker, topology=TOPOLOGY,
-        tell=lambda *_: None, bar=lambda *_: None, training=Noted(),
+        record=lambda *_: None, bar=lambda *_: None, training=Noted(),
     )  # fmt: skip
     await made.connect()
     await made.ask(1)

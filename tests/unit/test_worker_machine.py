@@ -1,4 +1,4 @@
-"""The worker's session machine under any order of events."""
+"""The worker's state machine under any order of events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KINDS = ("init", "fit", "evaluate")
 
 
 def later(one: Work, other: Work) -> bool:
-    """Whether one is the same run's, and comes after the other."""
+    """Return whether one work belongs to the same run as the other and comes later."""
     return one.run == other.run and _place(one) > _place(other)
 
 
@@ -38,9 +38,9 @@ def _place(work: Work) -> tuple[int, ...]:
 
 
 class Worker(RuleBasedStateMachine):
-    """A worker around the machine: a thread, a shelf with answers, and a broker that takes them.
+    """A model of a worker around the machine: its thread, its kept answers, and a broker.
 
-    It does what it is told and checks that what it is told can be done.
+    It carries out the machine's effects and checks that each of them is possible.
     """
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ class Worker(RuleBasedStateMachine):
 
     @rule(work=works)
     def rejected(self, work: Work) -> None:
-        """What the coordinator does not take is forgotten: asked for again, it is done anew."""
+        """A rejected answer is discarded, so that the work is repeated when requested again."""
         before = self.state
         effects = self.event(s.Rejected(work.run, work.round, work.base))
         answered = before.answered
@@ -183,7 +183,7 @@ class Worker(RuleBasedStateMachine):
 
     @rule(work=works, what=st.sampled_from([s.Finished, s.Abandoned, s.Sent, None]))
     def something_stale(self, work: Work, what: type[s.Finished | s.Abandoned | s.Sent]) -> None:
-        """An event of work that is not under way, such as a confirmation that comes too late."""
+        """An event about work that is not under way, such as a late confirmation."""
         if work in (self.state.doing, self.state.sending):
             return
         before = self.state

@@ -21,7 +21,7 @@ from fluffle_worker.task import DEFAULT_TASK
 if TYPE_CHECKING:
     from fluffle_common.cli.console import Console
     from fluffle_common.protocol.events import RunEvent
-    from fluffle_worker.inbox import Tell
+    from fluffle_worker.inbox import Record
     from fluffle_worker.service import WorkerService
     from fluffle_worker.task import Task
 
@@ -181,7 +181,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
-        tell = _event_printer(console, options["log_format"])
+        record = _event_printer(console, options["log_format"])
 
         def make_service() -> WorkerService:
             return WorkerService(
@@ -189,19 +189,19 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
                 task,
                 transport=transport,
                 topology=Topology(federation, options["queue_type"]),
-                tell=tell,
+                record=record,
                 bar=console.bar,
                 form=form,
             )
 
-        tell(
+        record(
             Loaded(
                 task=settings.task,
                 num_examples=num_examples_of(task),
                 classes=classes_of(task) or None,
             )
         )
-        code, at_work = _run_to_end(make_service, tell)
+        code, at_work = _run_to_end(make_service, record)
     if at_work:
         exit_now(code)
     sys.exit(code)
@@ -228,7 +228,7 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     return task
 
 
-def _run_to_end(make_service: Callable[[], WorkerService], tell: Tell) -> tuple[int, bool]:
+def _run_to_end(make_service: Callable[[], WorkerService], record: Record) -> tuple[int, bool]:
     """Run a worker; return the exit code, and whether the task's code may still be running."""
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
@@ -249,7 +249,7 @@ def _run_to_end(make_service: Callable[[], WorkerService], tell: Tell) -> tuple[
         run_until_signalled(run())
         error = running.verdict() if running is not None else None
     except Interrupted as signalled:
-        tell(Leaving())
+        record(Leaving())
         return signalled.exit_code, at_work()
     except FluffleError as why:
         error = why
@@ -264,15 +264,15 @@ def _run_to_end(make_service: Callable[[], WorkerService], tell: Tell) -> tuple[
     return 0, at_work()
 
 
-def _event_printer(console: Console, log_format: str) -> Tell:
+def _event_printer(console: Console, log_format: str) -> Record:
     """Return a function that prints an event as a line for people or as JSON."""
     from fluffle_common.protocol.events import Traceback
 
-    def tell(event: RunEvent) -> None:
+    def record(event: RunEvent) -> None:
         if isinstance(event, Traceback) and log_format != "json":
             # Unabridged, for the author of the task.
             echo(*event.sentence().splitlines(), err=True)
         else:
             console.event(event)
 
-    return tell
+    return record

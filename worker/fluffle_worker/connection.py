@@ -24,7 +24,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Refusals, Tell, check_mail, drain
+from fluffle_worker.inbox import Record, Refusals, check_mail, drain
 from fluffle_worker.settings import WorkerSettings
 
 _INBOX_PREFETCH = 8
@@ -43,7 +43,7 @@ class Connection:
         presence: sends heartbeats over each link.
         transport: how the broker is reached.
         topology: the names on the broker.
-        tell: called with each event.
+        record: called with each event.
         opened: called for each new link, before its first message is read.
         receive: handles a message and its payload; if it raises ``MalformedMessage``, the message
             is rejected.
@@ -57,14 +57,14 @@ class Connection:
         *,
         transport: Transport,
         topology: Topology,
-        tell: Tell,
+        record: Record,
         opened: Callable[[], object],
         receive: Callable[[Link, Message, memoryview], Awaitable[object]],
         joined: Callable[[], bool],
     ) -> None:
         self._settings, self._presence = settings, presence
         self._transport, self._topology = transport, topology
-        self._tell, self._opened = tell, opened
+        self._record, self._opened = record, opened
         self._receive, self._joined = receive, joined
         self._refusals = Refusals(topology, settings.worker)
         self._linked = asyncio.Event()
@@ -85,7 +85,7 @@ class Connection:
         """
 
         def no_broker(reason: str, pause_s: float) -> None:
-            self._tell(NoBroker(address=self._transport.address, reason=reason, pause_s=pause_s))
+            self._record(NoBroker(address=self._transport.address, reason=reason, pause_s=pause_s))
 
         first, occupied_since = True, 0.0
         async with contextlib.aclosing(
@@ -97,7 +97,7 @@ class Connection:
                 except QueueInUse:
                     now = time.monotonic()
                     if first and not occupied_since:
-                        self._tell(Occupied(pause_s=self._settings.occupied_s))
+                        self._record(Occupied(pause_s=self._settings.occupied_s))
                     occupied_since = occupied_since or now
                     # Later on, assume that it is this worker's own broken connection, and wait.
                     if first and now - occupied_since >= self._settings.occupied_s:
@@ -107,7 +107,7 @@ class Connection:
                         ) from None
                     continue
                 except LinkLost as gone:
-                    self._tell(Disconnected(address=self._transport.address, reason=str(gone)))
+                    self._record(Disconnected(address=self._transport.address, reason=str(gone)))
                 finally:
                     self.current = None
                     self._linked.clear()
@@ -130,41 +130,41 @@ class Connection:
         self._refusals.forget()
         await link.declare(self._topology.queues_of(worker))
         if first:
-            await self._drop_old_mail(link, inbox)
-        mail = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
+            await self._empty_inbox(link, inbox)
+        messages = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
         self._opened()
         self.current = link
         self._linked.set()
-        self._tell(Connected(address=self._transport.address))
+        self._record(Connected(address=self._transport.address))
         await run_all(
-            self._read(link, mail),
+            self._read(link, messages),
             self._send_heartbeats(link),
             _until_lost(link),
             self._report_waiting(),
             self._keep_queues(link),
-            tell_of_blocking(link, self._tell),
+            tell_of_blocking(link, self._record),
         )
 
-    async def _drop_old_mail(self, link: Link, inbox: str) -> None:
+    async def _empty_inbox(self, link: Link, inbox: str) -> None:
         """Empty the inbox of messages for an earlier process of this worker."""
-        there = await link.counts(inbox)
-        if there is not None and not there.consumers:  # with a consumer, the inbox is in use
+        counts = await link.counts(inbox)
+        if counts is not None and not counts.consumers:  # with a consumer, the inbox is in use
             federation = self._settings.federation
             await drain(
                 link,
                 inbox,
                 lambda body: check_mail(body, federation),
                 self._refusals,
-                self._tell,
+                self._record,
             )
 
-    async def _read(self, link: Link, mail: AsyncIterator[Delivery]) -> None:
-        async for delivery in mail:
+    async def _read(self, link: Link, messages: AsyncIterator[Delivery]) -> None:
+        async for delivery in messages:
             try:
                 message, payload = decode(delivery.body, self._settings.federation)
                 await self._receive(link, message, payload)
             except MalformedMessage as wrong:
-                self._tell(Rejected(reason=str(wrong), cause=wrong.cause))
+                self._record(Rejected(reason=str(wrong), cause=wrong.cause))
                 await self._refusals.refuse(link, delivery, wrong)
             else:
                 delivery.ack()
@@ -174,7 +174,7 @@ class Connection:
         reported = False
         while not await link.exists(self._topology.results):
             if not reported:
-                self._tell(Alone(federation=self._settings.federation))
+                self._record(Alone(federation=self._settings.federation))
             reported = True
             await asyncio.sleep(_LOOK_AGAIN_S)
         await self._refusals.send_waiting(link)
@@ -195,7 +195,7 @@ class Connection:
                     "no coordinator of this federation has answered for "
                     f"{time.monotonic() - began:.0f} s; it may be started at any time"
                 )
-                self._tell(Waiting(reason=reason, what="coordinator"))
+                self._record(Waiting(reason=reason, what="coordinator"))
 
 
 async def _until_lost(link: Link) -> None:

@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Callable
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import announced_layout, decode, read_groups
+from fluffle_common.protocol.codec import decode, read_groups
 from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, announced_layout
 from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite
 from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject
 
-Tell = Callable[[RunEvent], object]
+Record = Callable[[RunEvent], object]
 
 _MOST_WAITING = 100
 _TRY_AGAIN_S = 0.05
@@ -116,7 +116,7 @@ async def drain(
     queue: str,
     check: Callable[[Body], object],
     refusals: Refusals,
-    tell: Tell,
+    record: Record,
 ) -> None:
     """Empty one of the worker's own queues, rejecting messages that ``check`` finds malformed."""
     there = await link.counts(queue)
@@ -127,7 +127,7 @@ async def drain(
         try:
             check(delivery.body)
         except MalformedMessage as wrong:
-            tell(Rejected(reason=str(wrong), cause=wrong.cause))
+            record(Rejected(reason=str(wrong), cause=wrong.cause))
             await refusals.refuse(link, delivery, wrong)
         else:
             delivery.ack()

@@ -37,7 +37,7 @@ from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
-from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task, TrainResult
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task
 from fluffle_worker.user_code import one_line
 
 
@@ -112,11 +112,11 @@ def execute(
     if isinstance(message, InitRequest):
         job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
         return
-    differs = difference(layout_for(job.weights).signature, form)
-    if differs:
-        raise TaskError(differs)
+    mismatch = difference(layout_for(job.weights).signature, form)
+    if mismatch:
+        raise TaskError(mismatch)
     ids["base"] = message.base
-    job.evaluation = _evaluated(job.weights, message, task, ids, results)
+    job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
         return
     if job.evaluation is not None:
@@ -128,17 +128,17 @@ def execute(
         progress(*results.step(number, steps, loss))
 
     codec = _codec_of(message.plan, codecs)
-    update, learnt = _trained(job, message, task, ids, step=step, results=results)
+    update, change = _train(job, message, task, ids, step=step, results=results)
     if codec is None:
-        job.answer, job.residual = (update, learnt), Residual(job.work)
+        job.answer, job.residual = (update, change), Residual(job.work)
     else:
         seed = _plan_of(message).seed
-        job.answer, left = _encoded(update, learnt, codec, residual().before(job.work), seed)
-        job.residual = Residual(job.work, left)
+        job.answer, left_out = _encode(update, change, codec, residual().before(job.work), seed)
+        job.residual = Residual(job.work, left_out)
     job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
 
 
-def _evaluated(
+def _evaluate(
     weights: Weights,
     message: Fit | Evaluate,
     task: Task,
@@ -151,13 +151,21 @@ def _evaluated(
         number -= 1  # the received model is the previous round's
         if not message.evaluate:
             return None
-    found = results.evaluated(lambda: task.evaluate(lent(weights, task)))
-    if found is None and isinstance(message, Evaluate):
-        found = EvalResult(0.0, 0)  # tells the coordinator not to wait
-    return None if found is None else _evaluation(ids, number, found)
+    result = results.evaluated(lambda: task.evaluate(lent(weights, task)))
+    if result is None:
+        if isinstance(message, Fit):
+            return None
+        result = EvalResult(0.0, 0)  # tells the coordinator not to wait
+    return Evaluation(
+        **ids,
+        round=number,
+        num_examples=result.num_examples,
+        loss=result.loss,
+        metrics=dict(result.metrics),
+    )
 
 
-def _trained(
+def _train(
     job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, step: Progress, results: Results
 ) -> tuple[Update, Weights]:
     """Train; return the update's header and the delta."""
@@ -168,34 +176,42 @@ def _trained(
     trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), step))
     seconds = time.monotonic() - began
     try:
-        learnt = delta(trained.weights, job.weights)
+        change = delta(trained.weights, job.weights)
     except ValueError as wrong:
         raise TaskError(
             f"train() returned weights that do not match the received ones: {wrong}"
         ) from None
-    learnt = _chosen(learnt, fit.plan)
-    sent = rule.sent if isinstance(rule, BoundRule) else {}
-    job.extra = _extra(fit.plan.extra, {**sent, **trained.extra}, job.weights)
-    return _update(ids, fit, trained, seconds), learnt
+    change = _planned(change, fit.plan)
+    of_rule = rule.sent if isinstance(rule, BoundRule) else {}
+    job.extra = _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)
+    update = Update(
+        **ids,
+        round=fit.round,
+        sequence=fit.sequence,
+        num_examples=trained.num_examples,
+        seconds=seconds,
+        metrics=dict(trained.metrics),
+    )
+    return update, change
 
 
-def _chosen(learnt: Weights, plan: Plan) -> Weights:
+def _planned(change: Weights, plan: Plan) -> Weights:
     """Return the part of a delta that the plan asks for.
 
     Raises:
         TaskError: if the model has none of the plan's tensors.
     """
-    found = select_tensors(learnt, plan.train)
-    if not found:
+    planned = select_tensors(change, plan.train)
+    if not planned:
         names = ", ".join(plan.train or ())
         raise TaskError(
-            f"the federation trains the tensors {names[:200]}, and this task's model has none of "
-            "them; its names are in 'fluffle peek' and in every checkpoint"
+            f"the federation trains the tensors {names[:200]}, but this task's model has none of "
+            "them; 'fluffle peek' and every checkpoint show its names"
         )
-    return found
+    return planned
 
 
-def _extra(wanted: ExtraForm | None, found: Weights, model: Weights) -> Weights:
+def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
     """Return the extra tensors to send: empty unless the strategy asks for some.
 
     Raises:
@@ -203,19 +219,19 @@ def _extra(wanted: ExtraForm | None, found: Weights, model: Weights) -> Weights:
     """
     if wanted is None:
         return {}
-    if not found:
+    if not extra:
         raise TaskError(
             "the federation's strategy asks for extra tensors, but this worker's training returns "
             "none; add the local rule that belongs to the strategy with --local-rule"
         )
     try:
-        check_extra(forms_of(found), wanted, model)
-        check_finite(found)
+        check_extra(forms_of(extra), wanted, model)
+        check_finite(extra)
     except ValueError as wrong:
         raise TaskError(
             f"the extra tensors are not what the federation's strategy asks for: {wrong}"
         ) from None
-    return found
+    return extra
 
 
 def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
@@ -241,8 +257,8 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
         raise TaskError(f"the codec '{name}' refuses '{plan.compress}': {one_line(why)}") from why
 
 
-def _encoded(
-    update: Update, learnt: Weights, codec: Codec, before: Weights, seed: int
+def _encode(
+    update: Update, change: Weights, codec: Codec, before: Weights, seed: int
 ) -> tuple[tuple[Update, Weights], Weights]:
     """Return the update with its tensors encoded, and the tensors of the new residual.
 
@@ -251,17 +267,17 @@ def _encoded(
     """
     rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
     try:
-        tensors, left = compress(learnt, codec, before, rng)
+        tensors, left_out = compress(change, codec, before, rng)
     except CodecError as wrong:
         raise TaskError(f"{wrong}; no update is sent") from wrong.__cause__
-    return (update.model_copy(update={"encoding": codec.name}), tensors), left
+    return (update.model_copy(update={"encoding": codec.name}), tensors), left_out
 
 
 def _first_weights(task: Task, seed: int) -> Weights:
     """Return the task's initial weights, copied unless the task only reads: the answer is kept."""
-    made = arrays(task.init(seed), "init()")
-    check_signature(signature_of(made))
-    return made if getattr(task, "only_reads", False) else copied(made)
+    weights = arrays(task.init(seed), "init()")
+    check_signature(signature_of(weights))
+    return weights if getattr(task, "only_reads", False) else copied(weights)
 
 
 def _plan_of(message: Fit) -> RoundPlan:
@@ -271,27 +287,6 @@ def _plan_of(message: Fit) -> RoundPlan:
     """
     ticket = message.sequence or message.round
     seed = (message.plan.seed * 1_000_003 + ticket) % 2**63
-    own = {"seed": seed, "config": dict(message.plan.config)}
-    at = {"run": message.run, "round": message.round, "sequence": ticket}
-    return RoundPlan(**{**dict(message.plan), **own, **at})
-
-
-def _evaluation(ids: dict[str, Any], number: int, found: EvalResult) -> Evaluation:
-    return Evaluation(
-        **ids,
-        round=number,
-        num_examples=found.num_examples,
-        loss=found.loss,
-        metrics=dict(found.metrics),
-    )
-
-
-def _update(ids: dict[str, Any], fit: Fit, trained: TrainResult, seconds: float) -> Update:
-    return Update(
-        **ids,
-        round=fit.round,
-        sequence=fit.sequence,
-        num_examples=trained.num_examples,
-        seconds=seconds,
-        metrics=dict(trained.metrics),
-    )
+    changes = {"seed": seed, "config": dict(message.plan.config)}
+    ids = {"run": message.run, "round": message.round, "sequence": ticket}
+    return RoundPlan(**{**dict(message.plan), **changes, **ids})

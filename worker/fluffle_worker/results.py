@@ -45,29 +45,29 @@ class Results:
         self._report, self._trace = report, trace
         self._reported: set[str] = set()
 
-    def trained(self, found: Any) -> TrainResult:
+    def trained(self, result: Any) -> TrainResult:
         """Return the checked result of ``train``.
 
         Raises:
             TaskError: if the weights or ``num_examples`` are missing or invalid.
         """
-        if not hasattr(found, "weights") or not hasattr(found, "num_examples"):
+        if not hasattr(result, "weights") or not hasattr(result, "num_examples"):
             raise TaskError(
-                f"train() returned {_shown(found)}; it must return TrainResult(weights, "
+                f"train() returned {_shown(result)}; it must return TrainResult(weights, "
                 "num_examples, metrics)"
             )
         try:
-            num_examples = count(found.num_examples)
+            num_examples = count(result.num_examples)
         except ValueError as wrong:
             raise TaskError(f"train() returned num_examples that {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
                 f"train() returned num_examples {num_examples}; from 1 to {MAX_NUM_EXAMPLES} is "
-                "expected: on how many examples these weights were trained"
+                "expected, the number of examples trained on"
             )
-        metrics = self._metrics("train", getattr(found, "metrics", None))
-        extra = arrays(getattr(found, "extra", None) or {}, "train()", "the extra tensors")
-        return TrainResult(arrays(found.weights, "train()"), num_examples, metrics, extra)
+        metrics = self._metrics("train", getattr(result, "metrics", None))
+        extra = arrays(getattr(result, "extra", None) or {}, "train()", "the extra tensors")
+        return TrainResult(arrays(result.weights, "train()"), num_examples, metrics, extra)
 
     def evaluated(self, evaluate: Callable[[], Any]) -> EvalResult | None:
         """Call a task's evaluation and return its checked result; None if the task has none.
@@ -77,19 +77,19 @@ class Results:
         """
         nothing = EvalResult(0.0, 0)
         try:
-            found = evaluate()
+            result = evaluate()
         except BaseException as why:
             self.failed(why)
             self._once(f"evaluate() fails, and this worker trains without it: {one_line(why)}")
             return nothing
-        if found is None:
+        if result is None:
             return None
         try:
-            num_examples = count(found.num_examples)
-            loss = number(found.loss)
+            num_examples = count(result.num_examples)
+            loss = number(result.loss)
         except AttributeError:
             self._once(
-                f"evaluate() returned {_shown(found)}; EvalResult(loss, num_examples, metrics) or "
+                f"evaluate() returned {_shown(result)}; EvalResult(loss, num_examples, metrics) or "
                 "None is expected; this worker reports no evaluation"
             )
             return nothing
@@ -101,7 +101,7 @@ class Results:
             return nothing
         if not 0 < num_examples <= MAX_NUM_EXAMPLES:
             return nothing
-        metrics = self._metrics("evaluate", getattr(found, "metrics", None))
+        metrics = self._metrics("evaluate", getattr(result, "metrics", None))
         return EvalResult(loss, num_examples, metrics)
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
@@ -171,13 +171,12 @@ def number(value: Any) -> float:
         ValueError: if it is not one; the message is a predicate, such as "is nan, a …".
     """
     try:
-        plain = _plain(value)
-        found = float(plain)
+        converted = float(_plain(value))
     except Exception:
         raise ValueError(f"is {_shown(value)}, a number is expected") from None
-    if not math.isfinite(found):
-        raise ValueError(f"is {found}, a finite number is expected")
-    return found
+    if not math.isfinite(converted):
+        raise ValueError(f"is {converted}, a finite number is expected")
+    return converted
 
 
 def count(value: Any) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
 from fluffle_common.logs import log_step, logger
-from fluffle_common.protocol.codec import announced_layout
 from fluffle_common.protocol.events import (
     Abandoned,
     Begun,
@@ -39,7 +38,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, announced_layout
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, Transport
@@ -47,9 +46,9 @@ from fluffle_common.transport.messaging import Route, send
 from fluffle_worker import machine
 from fluffle_worker.connection import Connection
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Tell, no_mail, read_work
+from fluffle_worker.inbox import Record, no_mail, read_work
 from fluffle_worker.job import Job
-from fluffle_worker.local.kept import keep_in
+from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task
@@ -69,7 +68,7 @@ class WorkerService:
         task: the model and the data.
         transport: how the broker is reached.
         topology: the names on the broker.
-        tell: called with each event.
+        record: called with each event.
         bar: called with progress: ``(label, done, total, description)``.
         training: what runs the task's code; by default, a new thread.
         form: the names, dtypes and shapes of the task's tensors; by default, read from the task.
@@ -84,7 +83,7 @@ class WorkerService:
         *,
         transport: Transport,
         topology: Topology,
-        tell: Tell,
+        record: Record,
         bar: Callable[[str, float, float, str], None],
         training: Training | None = None,
         form: Signature | None = None,
@@ -92,7 +91,7 @@ class WorkerService:
         exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._task, self._topology = settings, task, topology
-        self._tell, self._bar, self._exchanges = tell, bar, exchanges or Exchanges()
+        self._record, self._bar, self._exchanges = record, bar, exchanges or Exchanges()
         keep_in(settings.state_dir, task)
         self._state = machine.State()
         self._run: str | None = None  # the current or the last run
@@ -109,7 +108,7 @@ class WorkerService:
             self._presence,
             transport=transport,
             topology=topology,
-            tell=tell,
+            record=record,
             opened=self._opened,
             receive=self._take,
             joined=lambda: self._run is not None,
@@ -120,8 +119,8 @@ class WorkerService:
             link=self._connection.link,
             wanted=lambda job: self._jobs.get(job.work) is job,
             due=lambda job: self._state.sending == job.work,
-            taken=self._sent,
-            tell=tell,
+            confirmed=self._sent,
+            record=record,
             sent=self._sent_parts,
             renew=self._connection.renew_queues,
         )
@@ -131,7 +130,7 @@ class WorkerService:
             residual=self._answers.residual,
             progress=self._progress,
             done=self._done,
-            tell=tell,
+            record=record,
             training=training,
             form=form,
             codecs=codecs,
@@ -205,7 +204,7 @@ class WorkerService:
                 self._presence.speak_up()
                 if self._welcomed != (run, number, rounds):  # not shown yet
                     self._welcomed = (run, number, rounds)
-                    self._tell(Welcomed(run=run, round=number, rounds=rounds))
+                    self._record(Welcomed(run=run, round=number, rounds=rounds))
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
@@ -241,9 +240,9 @@ class WorkerService:
         if verdict.run != self._run:
             return
         if verdict.outcome == "late":
-            self._tell(Late(worker=self._settings.worker, round=verdict.round))
+            self._record(Late(worker=self._settings.worker, round=verdict.round))
         else:
-            self._tell(NotCounted(round=verdict.round, reason=verdict.reason))
+            self._record(NotCounted(round=verdict.round, reason=verdict.reason))
         if verdict.train_again:
             sequence = verdict.sequence or verdict.round
             self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base, sequence))
@@ -289,7 +288,7 @@ class WorkerService:
                     self._begin(self._jobs[work])
                 case machine.Abandon(work):
                     self._jobs[work].wanted = False
-                    self._tell(Abandoned(round=work.round))
+                    self._record(Abandoned(round=work.round))
                 case machine.Send(work):
                     self._presence.now("sending", work)
                     self._answers.put(self._jobs[work])
@@ -297,13 +296,13 @@ class WorkerService:
                     self._jobs.pop(work).wanted = False
                 case machine.Report(work, reason):
                     self._failed_with = reason
-                    self._tell(
+                    self._record(
                         Failure(worker=self._settings.worker, round=work.round, reason=reason)
                     )
                     self._presence.now("idle", work)
                     self._presence.failed(self._connection.current, work, reason)
                 case machine.Leave(reason):
-                    self._tell(Ended(reason=reason))
+                    self._record(Ended(reason=reason))
                     if self._settings.stay:
                         self._forget()
                     elif not self._ended.done():
@@ -323,7 +322,7 @@ class WorkerService:
             isinstance(job.message, Fit) and job.message.evaluate
         )
         self._presence.now("evaluating" if evaluating else "training", job.work)
-        self._tell(Begun(round=job.work.round, kind=job.work.kind))
+        self._record(Begun(round=job.work.round, kind=job.work.kind))
 
         def evaluated() -> None:
             self._answers.put(job)
@@ -355,4 +354,4 @@ class WorkerService:
             self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None
         metrics = answer.metrics if isinstance(answer, Update) else None
-        self._tell(Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))
+        self._record(Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))

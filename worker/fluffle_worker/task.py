@@ -112,9 +112,6 @@ class TaskOptions:
     classes: tuple[str, ...] | None = None
 
 
-TaskFactory = Callable[[TaskOptions], Task]
-
-
 def classes_of(task: Task) -> tuple[str, ...]:
     """Return the names of a task's classes, in the order of its model's outputs; else ()."""
     given = getattr(task, "classes", None)

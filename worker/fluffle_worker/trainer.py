@@ -17,7 +17,7 @@ from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import Tell
+from fluffle_worker.inbox import Record
 from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
@@ -35,7 +35,7 @@ class Trainer:
         residual: returns the residual of the last update sent; called in the training thread.
         progress: called with each step: ``(work, step, steps, loss)``.
         done: called with the outcome of each job, an event for the machine.
-        tell: called with events about the task's faults: unusable results and tracebacks, each
+        record: called with events about the task's faults: unusable results and tracebacks, each
             reported once.
         form: the signature of the task's model.
         training: what runs the task's code; by default, a new thread.
@@ -50,7 +50,7 @@ class Trainer:
         residual: Callable[[], Residual],
         progress: Callable[[Work, int, int, float | None], object],
         done: Callable[[machine.Event], object],
-        tell: Tell,
+        record: Record,
         form: Signature,
         training: Training | None = None,
         codecs: Registry = CODECS,
@@ -60,8 +60,8 @@ class Trainer:
         self._training: Training = training or TrainingThread()
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         self._results = Results(
-            report=lambda reason: self._to_loop(tell, Unfit(reason=reason)),
-            trace=lambda text: self._to_loop(tell, Traceback(text=text)),
+            report=lambda reason: self._to_loop(record, Unfit(reason=reason)),
+            trace=lambda text: self._to_loop(record, Traceback(text=text)),
         )
         self._under_way = 0
         self._cut_short = False

@@ -18,7 +18,7 @@ from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_common.transport.parts import read_part
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import Refusals, Tell, drain
+from fluffle_worker.inbox import Record, Refusals, drain
 from fluffle_worker.job import Job
 
 _RETRY_S = 1.0
@@ -34,9 +34,9 @@ class _NotWanted(Exception):
 class Uploader:
     """A queue of answers, sent concurrently and started in order.
 
-    An answer does not wait for the confirmation of the previous one, because a broker may confirm
-    late, for example when a queue is full. Large answers, which go in parts through the worker's
-    one outbox, are sent one at a time.
+    An answer does not wait for the confirmation of the previous one, because the broker may confirm
+    an update only when the coordinator acknowledges it, after its round is on disk. Large answers,
+    which go in parts through the worker's one outbox, are sent one at a time.
 
     Args:
         topology: the names on the broker.
@@ -44,8 +44,8 @@ class Uploader:
         link: returns the current link, waiting for one if necessary.
         wanted: whether a job is still wanted.
         due: whether a job's answer is to be sent; if not, only its evaluation is.
-        taken: called with each job whose answer the broker has confirmed.
-        tell: called with each event.
+        confirmed: called with each job whose answer the broker has confirmed.
+        record: called with each event.
         sent: called with (parts sent, parts) of a large answer.
         renew: declares the worker's queues again, in case they have expired.
     """
@@ -58,14 +58,14 @@ class Uploader:
         link: Callable[[], Awaitable[Link]],
         wanted: Callable[[Job], bool],
         due: Callable[[Job], bool],
-        taken: Callable[[Job], object],
-        tell: Tell,
+        confirmed: Callable[[Job], object],
+        record: Record,
         sent: Callable[[int, int], None],
         renew: Callable[[Link], Awaitable[None]],
     ) -> None:
         self._topology, self._worker, self._link = topology, worker, link
-        self._wanted, self._due, self._taken = wanted, due, taken
-        self._tell, self._parts_sent, self._renew = tell, sent, renew
+        self._wanted, self._due, self._confirmed = wanted, due, confirmed
+        self._record, self._parts_sent, self._renew = record, sent, renew
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
         self._residual = Residual()  # of the last confirmed update
@@ -91,24 +91,22 @@ class Uploader:
             async with asyncio.TaskGroup() as sending:
                 while True:
                     job = await self._unsent.get()
-                    sending.create_task(self._send_until_taken(job))
+                    sending.create_task(self._send_until_confirmed(job))
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
 
-    async def _send_until_taken(self, job: Job) -> None:
+    async def _send_until_confirmed(self, job: Job) -> None:
         async with job.sending:  # a job's evaluation before its answer
             while self._wanted(job):
                 link = await self._link()
                 try:
-                    await self._send(link, job)
+                    return await self._send(link, job)
+                except _NotWanted:
+                    return None
                 except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
-                    self._tell(Unsent(round=job.work.round, reason=str(why)))
+                    self._record(Unsent(round=job.work.round, reason=str(why)))
                     await asyncio.sleep(_RETRY_S)
-                except _NotWanted:
-                    break
-                else:
-                    break
 
     async def _send(self, link: Link, job: Job) -> None:
         due = self._due(job)
@@ -131,7 +129,7 @@ class Uploader:
                 self._settled.set()
         job.evaluation_sent = True
         if due:
-            self._taken(job)
+            self._confirmed(job)
 
     async def _send_answer(
         self, link: Link, job: Job, message: Update | FirstWeights, weights: Weights
@@ -168,5 +166,5 @@ class Uploader:
             outbox,
             lambda body: read_part(body, federation),
             Refusals(self._topology, self._worker),
-            self._tell,
+            self._record,
         )

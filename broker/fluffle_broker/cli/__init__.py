@@ -1,1 +1,1 @@
-"""The commands ``broker``, ``queues``, ``peek``, ``tap`` and ``rejected``."""
+"""The commands broker, queues, peek, tap and rejected."""

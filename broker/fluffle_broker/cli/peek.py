@@ -129,7 +129,7 @@ def show_message(decoded: DecodedMessage, now: float, before: str = "") -> None:
         echo("   " + ", ".join(f"{key} {words(value)}" for key, value in rest.items()))
     if decoded.header("reason") is not None:
         cause = decoded.header("cause") or "unknown"
-        echo(f"   refused ({cause}): {decoded.header('reason')}")
+        echo(f"   rejected ({cause}): {decoded.header('reason')}")
     if decoded.message is None:
         echo(f"   begins with {decoded.first_bytes.hex(' ')}")
     if decoded.tensors:

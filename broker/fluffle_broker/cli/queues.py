@@ -27,7 +27,7 @@ _EVERY_S = 2.0
 def queues(
     federation: str, url: str | None, management: str | None, as_json: bool, watch: bool
 ) -> None:
-    """Show a federation's queues, and what is wrong with them.
+    """Show a federation's queues and any problems.
 
     This changes nothing.
 

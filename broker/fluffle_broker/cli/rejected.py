@@ -89,12 +89,13 @@ def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
 
 
 def _list(at: _Target, most: int, management: str | None) -> None:
-    from fluffle_broker.inspect.rejected import list_rejected
+    from fluffle_broker.inspect.rejected import dropped, list_rejected
     from fluffle_common.cli.settings import management_of
 
     topology, address, as_json = at
     rejects = _with_link(address, lambda link: list_rejected(link, topology))
-    gone = _dropped(topology, address, management_of(address, management), len(rejects))
+    figures = available_figures(address, management_of(address, management), topology)
+    gone = dropped(figures.get(topology.rejected), len(rejects))
     now = time.time()
     if as_json:
         entries = [message.as_dict(now) for message in rejects]
@@ -105,13 +106,6 @@ def _list(at: _Target, most: int, management: str | None) -> None:
         causes = Counter(message.cause for message in rejects).most_common()
         echo("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
         _table(rejects[-most:], now)
-
-
-def _dropped(topology: Topology, address: str, base: str, kept_now: int) -> int | None:
-    from fluffle_broker.inspect.rejected import dropped
-
-    figures = available_figures(address, base, topology)
-    return dropped(figures.get(topology.rejected), kept_now)
 
 
 def _how_many(kept: int, gone: int | None) -> str:
@@ -169,7 +163,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
         echo_json(message.as_dict(now))
         return
     show_message(message.decoded, now, f"{number}  ")
-    echo(f"   refused at {message.rejected_at or '?'} from {message.queue or 'an unknown queue'}")
+    echo(f"   rejected at {message.rejected_at or '?'} from {message.queue or 'an unknown queue'}")
 
 
 @rejected.command()
@@ -189,13 +183,13 @@ def requeue(
     again, so a message that is still invalid comes back with its reason. The user of --url sends
     it: a coordinator with --verify-users rejects it unless that is the worker's user.
     """
-    from fluffle_broker.inspect import rejected as refused
+    from fluffle_broker.inspect import rejected as rejected_queue
 
     if bool(numbers) == everything:
         raise UsageError("choose messages by number ('requeue 3 4') or with --all")
     topology, address, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
-    results = _with_link(address, lambda link: refused.requeue(link, topology, chosen))
+    results = _with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))
     if as_json:
         echo_json([_result_dict(each) for each in results])
     elif not results:
@@ -230,15 +224,15 @@ def _print_result(each: Requeued) -> None:
 @click.pass_obj
 def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
     """Delete all messages that are in the queue now."""
-    from fluffle_broker.inspect import rejected as refused
+    from fluffle_broker.inspect import rejected as rejected_queue
 
     topology, address, as_json = _target(options, group)
     if not yes:
         click.confirm(
             f"delete all messages in {topology.rejected} permanently?", abort=True, err=True
         )
-    gone = _with_link(address, lambda link: refused.purge(link, topology))
+    deleted = _with_link(address, lambda link: rejected_queue.purge(link, topology))
     if as_json:
-        echo_json({"purged": gone}, indent=None)
+        echo_json({"purged": deleted}, indent=None)
     else:
-        echo(f"{gone:,} deleted")
+        echo(f"{deleted:,} deleted")

@@ -75,12 +75,13 @@ def tap(**options: Any) -> None:
         check_worker(options["worker"])
     kinds = frozenset(options["kinds"])
     wanted = Wanted(kinds, options["worker"], bool(options["save"]) or "part" in kinds)
-    lines = TapPrinter(wanted, options["as_json"], options["count"], _folder(options["save"]))
-    workers = _known(topology, address, management_of(address, options["management"]))
-    _run(topology, address, lines, workers)
+    archive = _archive(options["save"])
+    printer = TapPrinter(wanted, options["as_json"], options["count"], archive)
+    workers = _known_workers(topology, address, management_of(address, options["management"]))
+    _run(topology, address, printer, workers)
 
 
-def _folder(path: Path | None) -> MessageArchive | None:
+def _archive(path: Path | None) -> MessageArchive | None:
     from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_common.errors import UsageError
 
@@ -92,14 +93,14 @@ def _folder(path: Path | None) -> MessageArchive | None:
         ) from None
 
 
-def _known(topology: Topology, address: str, base: str) -> set[str]:
+def _known_workers(topology: Topology, address: str, base: str) -> set[str]:
     """Return the workers that have an inbox; others are noticed by their heartbeats."""
     inbox = topology.inbox("")
     names = available_figures(address, base, topology)
     return {name.removeprefix(inbox) for name in names if name.startswith(inbox)}
 
 
-def _run(topology: Topology, address: str, lines: TapPrinter, workers: set[str]) -> None:
+def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str]) -> None:
     from fluffle_broker.inspect.tap import Tap
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
@@ -119,12 +120,12 @@ def _run(topology: Topology, address: str, lines: TapPrinter, workers: set[str])
     async def follow() -> None:
         async with contextlib.aclosing(reconnecting(transport, Backoff(), no_broker)) as opened:
             async for link in opened:
-                tapping = Tap(link, topology, lines.wanted, workers, lines.take)
+                tapping = Tap(link, topology, printer.wanted, workers, printer.show)
                 run = asyncio.ensure_future(tapping.run(ready))
-                end = asyncio.ensure_future(lines.enough.wait())
+                end = asyncio.ensure_future(printer.enough.wait())
                 try:
                     await asyncio.wait({run, end}, return_when=asyncio.FIRST_COMPLETED)
-                    if lines.enough.is_set():
+                    if printer.enough.is_set():
                         return
                     await run
                 except LinkLost as gone:
@@ -152,9 +153,9 @@ class TapPrinter:
         wanted: the messages to show.
         as_json: whether to print JSON objects instead of sentences.
         most: the number of lines after which ``enough`` is set; None for no limit.
-        folder: where to save the messages, if anywhere.
+        archive: where to save the messages, if anywhere.
         clock: returns the time, in seconds since 1970.
-        say: prints a line; to stdout by default.
+        print_line: prints a line; to stdout by default.
     """
 
     def __init__(
@@ -162,19 +163,19 @@ class TapPrinter:
         wanted: Wanted,
         as_json: bool = False,
         most: int | None = None,
-        folder: MessageArchive | None = None,
+        archive: MessageArchive | None = None,
         *,
         clock: Callable[[], float] = time.time,
-        say: Callable[[str], None] | None = None,
+        print_line: Callable[[str], None] | None = None,
     ) -> None:
         self.wanted = wanted
         self.enough = asyncio.Event()
-        self._as_json, self._left, self._folder = as_json, most, folder
+        self._as_json, self._left, self._archive = as_json, most, archive
         self._clock = clock
-        self._say = say or (echo if as_json else echo_sentences)
+        self._print_line = print_line or (echo if as_json else echo_sentences)
         self._parts: dict[str, tuple[int, int]] = {}
 
-    def take(self, decoded: DecodedMessage) -> None:
+    def show(self, decoded: DecodedMessage) -> None:
         """Print and save one message.
 
         Raises:
@@ -183,8 +184,8 @@ class TapPrinter:
         if self.enough.is_set():
             return
         now = self._clock()
-        if self._folder is not None:
-            self._save(self._folder, decoded, now)
+        if self._archive is not None:
+            self._save(self._archive, decoded, now)
         if self._as_json and self.wanted.lists(decoded):
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
             fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
@@ -194,18 +195,18 @@ class TapPrinter:
         elif not self._as_json:
             self._count_part(decoded, now)
 
-    def _save(self, folder: MessageArchive, decoded: DecodedMessage, now: float) -> None:
+    def _save(self, archive: MessageArchive, decoded: DecodedMessage, now: float) -> None:
         from fluffle_common.errors import UsageError
 
         try:
-            folder.keep(decoded, now)
+            archive.save(decoded, now)
         except OSError as no:
             raise UsageError(
                 f"a message cannot be saved ({no}); choose another folder with --save"
             ) from None
 
     def _line(self, text: str) -> None:
-        self._say(text)
+        self._print_line(text)
         if self._left is not None:
             self._left -= 1
             if not self._left:

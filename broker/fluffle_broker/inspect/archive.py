@@ -29,7 +29,7 @@ class MessageArchive:
         self._path = path
         self._numbers = itertools.count(1)
 
-    def keep(self, decoded: DecodedMessage, now: float) -> Path:
+    def save(self, decoded: DecodedMessage, now: float) -> Path:
         """Write both files of a message, each atomically; return the path of the body.
 
         Raises:

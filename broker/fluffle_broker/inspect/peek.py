@@ -78,8 +78,8 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
             f"{full} is not a classic queue: reading it would count as a failed delivery and "
             f"change the order of its messages; {_instead(topology)}"
         )
-    async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as each:
-        deliveries = [delivery async for delivery in each]
+    async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as messages:
+        deliveries = [delivery async for delivery in messages]
     # Decoded only after they are returned, to hold them as briefly as possible.
     return Peeked(full, counts, [decode_message(one, topology.federation) for one in deliveries])
 

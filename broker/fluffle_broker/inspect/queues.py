@@ -7,6 +7,7 @@ of ready messages and consumers of the queues whose names are known.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +79,7 @@ def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
             "bytes, rates, ages and the workers' queues are unknown; name the right address with "
             "--management"
         )
-    return QueueOverview(topology, asyncio.run(_by_amqp(url, topology)), [], note)
+    return QueueOverview(topology, _by_amqp(url, topology), [], note)
 
 
 def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
@@ -96,25 +97,25 @@ def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
     ]
 
 
-async def _counts(names: list[str], url: str) -> dict[str, Counts | None]:
+async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
     async with open_once(AmqpTransport(url, "fluffle queues")) as link:
         return {name: await link.counts(name) for name in names}
 
 
-async def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:
-    queues = []
-    async with open_once(AmqpTransport(url, "fluffle queues")) as link:
-        for entity in topology.shared():
-            if isinstance(entity, Queue) and (counts := await link.counts(entity.name)) is not None:
-                queues.append(
-                    QueueFigures(
-                        entity.name,
-                        entity.purpose,
-                        counts.ready,
-                        None,
-                        counts.consumers,
-                        None,
-                        type=str(entity.arguments.get("x-queue-type", "classic")),
-                    )
-                )
-    return sorted(queues, key=lambda figures: figures.name)
+def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:
+    """Return what AMQP reports about the shared queues, sorted by name."""
+    queues = {entity.name: entity for entity in topology.shared() if isinstance(entity, Queue)}
+    counted = asyncio.run(_counts(queues, url))
+    return [
+        QueueFigures(
+            name,
+            queues[name].purpose,
+            counts.ready,
+            None,
+            counts.consumers,
+            None,
+            type=str(queues[name].arguments.get("x-queue-type", "classic")),
+        )
+        for name, counts in sorted(counted.items())
+        if counts is not None
+    ]

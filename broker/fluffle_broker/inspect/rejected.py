@@ -72,8 +72,8 @@ async def list_rejected(link: Link, topology: Topology) -> list[Rejected]:
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
     messages: list[Rejected] = []
-    async with borrowed(link, topology.rejected, count=count) as each:
-        async for delivery in each:
+    async with borrowed(link, topology.rejected, count=count) as deliveries:
+        async for delivery in deliveries:
             decoded = decode_message(delivery, topology.federation, values=False)
             messages.append(Rejected(len(messages) + 1, decoded))
             delivery.body = b""
@@ -89,8 +89,8 @@ async def read_rejected(link: Link, topology: Topology, number: int) -> Rejected
     count = await _count(link, topology)
     await _must_be_classic(link, topology)
     at = 0
-    async with borrowed(link, topology.rejected, count=number) as each:
-        async for delivery in each:
+    async with borrowed(link, topology.rejected, count=number) as deliveries:
+        async for delivery in deliveries:
             at += 1
             if at == number:
                 return Rejected(number, decode_message(delivery, topology.federation))
@@ -177,7 +177,7 @@ def destination(message: Rejected, topology: Topology) -> tuple[str, str] | None
     """
     decoded = message.decoded
     queue, kind, worker = message.queue, decoded.kind, decoded.worker
-    sender = _refused_by(decoded.delivery, topology)
+    sender = _rejected_by(decoded.delivery, topology)
     if sender is not None and queue not in (topology.inbox(sender), topology.outbox(sender)):
         return None  # a worker rejects messages only from its own queues
     by_key = {topology.updates: UPDATE_KINDS, topology.presence: PRESENCE_KINDS}
@@ -214,7 +214,7 @@ def dropped(figures: QueueFigures | None, kept_now: int) -> int | None:
     return missing if missing >= 0 else None
 
 
-def _refused_by(delivery: Delivery, topology: Topology) -> str | None:
+def _rejected_by(delivery: Delivery, topology: Topology) -> str | None:
     """Return the worker that rejected a message; None if it was the coordinator."""
     if delivery.exchange != topology.results:
         return None

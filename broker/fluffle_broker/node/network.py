@@ -67,11 +67,14 @@ def amqp_version(port: int) -> str | None:
         answers.
     """
     try:
-        with socket.create_connection((LOOPBACK, port), _TIMEOUT_S) as link:
+        with (
+            socket.create_connection((LOOPBACK, port), _TIMEOUT_S) as link,
+            link.makefile("rb") as stream,
+        ):
             link.sendall(_AMQP_HEADER)
-            kind, _channel, size = struct.unpack(">BHI", _exactly(link, 7))
-            payload = _exactly(link, min(size, 65536))
-    except OSError:
+            kind, _channel, size = struct.unpack(">BHI", stream.read(7))
+            payload = stream.read(min(size, 65536))
+    except (OSError, struct.error):  # struct.error if the connection closes early
         return None
     if kind != _METHOD_FRAME or not payload.startswith(_CONNECTION_START):
         return None
@@ -123,19 +126,7 @@ def _ask_epmd(port: int, request: bytes) -> bytes | None:
     try:
         with socket.create_connection((LOOPBACK, port), _TIMEOUT_S) as link:
             link.sendall(request)
-            reply = b""
-            while chunk := link.recv(4096):
-                reply += chunk
-            return reply
+            with link.makefile("rb") as stream:
+                return stream.read()
     except OSError:
         return None
-
-
-def _exactly(link: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        chunk = link.recv(size - len(data))
-        if not chunk:
-            raise ConnectionError("the connection was closed in the middle of a frame")
-        data += chunk
-    return data

@@ -40,10 +40,6 @@ _POLL_S = 0.05
 _UNQUOTABLE = frozenset("'\"`")
 
 
-def _silent(_: str) -> None:
-    """Ignore a progress message."""
-
-
 def running_node(state: Path) -> NodeInfo | None:
     """Return the node of a state folder, or None if none is up yet or any more."""
     info = record.load(record.broker_folder(state))
@@ -59,7 +55,7 @@ def up(
     node_name: str = "fluffle",
     extra_conf: str = "",
     cookie: str | None = None,
-    report: Report = _silent,
+    report: Report = lambda _: None,
 ) -> NodeInfo:
     """Start the node of a state folder and wait until it is ready; return it if it is already up.
 
@@ -96,7 +92,7 @@ def up(
         return _start(info, installation, extra_conf, cookie, report)
 
 
-def down(state: Path, *, grace_s: float = 30.0, report: Report = _silent) -> bool:
+def down(state: Path, *, grace_s: float = 30.0, report: Report = lambda _: None) -> bool:
     """Stop the node of a state folder and all its processes; keep its data.
 
     Args:
@@ -226,8 +222,8 @@ def _find_or_unpack(report: Report) -> Installation | None:
 
 def _require_free(ports: Ports) -> None:
     given = [port for port in dataclasses.astuple(ports) if port]
-    if len(set(given)) < len(given):
-        raise BrokerError(f"the same port is given twice ({min(given)}…); choose different ones")
+    if repeated := [port for port in given if given.count(port) > 1]:
+        raise BrokerError(f"port {repeated[0]} is given twice; choose different ports")
     for port, what, option in (
         (ports.amqp, "AMQP", "--port"),
         (ports.management, "management", "--management-port"),

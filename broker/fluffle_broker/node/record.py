@@ -9,10 +9,11 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from fluffle_common.durable_files import replacing
 
 Origin = Literal["installed", "unpacked", "docker"]
 
@@ -69,17 +70,11 @@ def load(folder: Path) -> NodeInfo | None:
 
 
 def save(info: NodeInfo) -> None:
-    """Write the record atomically."""
+    """Write the record atomically, readable only by its owner."""
     fields = {**dataclasses.asdict(info), "folder": str(info.folder)}
-    descriptor, scratch = tempfile.mkstemp(prefix=".node-", dir=info.folder)  # mode 0600
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(fields, file, indent=2)
-            file.write("\n")
-        Path(scratch).replace(info.folder / "node.json")
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with replacing(info.folder / "node.json") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(json.dumps(fields, indent=2).encode() + b"\n")
 
 
 def remove(folder: Path) -> None:

@@ -60,7 +60,7 @@ class FiniteFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         if self.max in _SILENT_LIMITS and number > self.max:
-            self.fail(f"{value} is too large; at most {self.max:,.0f} is possible", param, ctx)
+            self.fail(f"{value} is too large, the maximum is {self.max:,.0f}", param, ctx)
         return float(super().convert(value, param, ctx))
 
     def _describe_range(self) -> str:
@@ -88,7 +88,7 @@ class WholeNumber(click.IntRange):
         """Parse and validate a value."""
         number = click.INT.convert(value, param, ctx)
         if self.max in _SILENT_LIMITS and number > self.max:
-            self.fail(f"{value} is too large; at most {self.max:,} is possible", param, ctx)
+            self.fail(f"{value} is too large, the maximum is {self.max:,}", param, ctx)
         return int(super().convert(value, param, ctx))
 
     def _describe_range(self) -> str:
@@ -112,9 +112,17 @@ SEED = WholeNumber(0, MOST_SEED)
 # The sections of `fluffle --help`; other commands come last.
 _SECTIONS = {
     "Run a federation": ("broker", "coordinator", "worker", "simulate", "strategies"),
-    "Look into it": ("explain", "queues", "dashboard", "journal", "tap", "peek", "rejected"),
-    "Look at a run": ("history", "plot", "report", "replay"),
-    "The letters": ("letters", "predict", "confusion"),
+    "Inspect a federation": (
+        "explain",
+        "queues",
+        "dashboard",
+        "journal",
+        "tap",
+        "peek",
+        "rejected",
+    ),
+    "Inspect a run": ("history", "plot", "report", "replay"),
+    "Letters example": ("letters", "predict", "confusion"),
 }
 
 
@@ -232,7 +240,7 @@ def management_option(command: Any) -> Any:
         metavar="URL",
         help=(
             "URL of RabbitMQ's management API, which provides queue statistics.  "
-            "[default: the host of --url and the usual port]"
+            "[default: that of the private broker, else the usual port on the host of --url]"
         ),
         show_default=False,
     )(command)
@@ -274,8 +282,8 @@ def _exit_code() -> int:
         return _print_error(_missing_parameter(wrong), wrong.exit_code)
     except click.ClickException as wrong:
         return _print_error(wrong.format_message(), wrong.exit_code)
-    except ReaderGone as enough:
-        return enough.exit_code
+    except ReaderGone as gone:
+        return gone.exit_code
     except FluffleError as wrong:
         return _print_error(str(wrong), wrong.exit_code)
     except Exception as wrong:
@@ -297,7 +305,7 @@ def _missing_parameter(wrong: click.MissingParameter) -> str:
     name = wrong.param.make_metavar(wrong.ctx)
     if isinstance(wrong.param, click.Option):
         name = f"{wrong.param.opts[0]} {name}"
-    return f"{command} needs {name}; '{command} --help' says more"
+    return f"{command} needs {name}; see '{command} --help'"
 
 
 def _debugging() -> bool:

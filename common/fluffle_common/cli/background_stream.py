@@ -166,7 +166,7 @@ class BackgroundStream(io.TextIOBase):
             left = left[written:]
 
 
-def write_warning(what: str) -> Callable[[str], None]:
+def warning_about(what: str) -> Callable[[str], None]:
     """Return a callback that reports on stderr, if possible, that ``what`` cannot be written.
 
     It uses the current ``sys.stderr``, which progress bars may replace later.

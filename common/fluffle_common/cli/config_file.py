@@ -11,12 +11,12 @@ file is the flag without its dashes; a keyword argument is the same with undersc
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -31,6 +31,9 @@ _RAW = f"{__name__}.raw"  # key in ctx.meta: the parsed command line, by paramet
 _PRINTS = f"{__name__}.prints"
 _FILE = f"{__name__}.file"
 _PASSWORD = re.compile(r"(://[^:/@,\s]*):[^@/,\s]*@")
+_PRINTABLE = (bool, int, float, str, list, tuple, Mapping, os.PathLike)
+_NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
+_TEXT_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)  # always give text
 
 TABLES = ("simulation",)
 """The tables that belong to a single command (see ``own_table``)."""
@@ -113,7 +116,8 @@ def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     except tomllib.TOMLDecodeError as why:
         raise UsageError(f"{path} is not valid TOML: {why}") from None
     given = _keys_for(ctx.command, given, path)
-    ctx.default_map = {**(ctx.default_map or {}), **_validated(ctx, given, _InFile(path, text))}
+    place = functools.partial(_place_in_file, path, text)
+    ctx.default_map = {**(ctx.default_map or {}), **_validated(ctx, given, "key", place)}
 
 
 def _keys_for(command: click.Command, given: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def options_from(command: click.Command, given: Mapping[str, Any], caller: str) 
     """
     ctx = click.Context(command)
     stated = {name: value for name, value in given.items() if value is not None}
-    values = _validated(ctx, stated, _InCall(caller))
+    values = _validated(ctx, stated, "keyword", lambda _: f"{caller}()")
     options: dict[str, Any] = {}
     for option in _options_of(command):
         name = str(option.name)
@@ -162,33 +166,13 @@ def options_from(command: click.Command, given: Mapping[str, Any], caller: str) 
     return options
 
 
-@dataclass(frozen=True)
-class _InFile:
-    """Names and places of options in a file, for error messages."""
-
-    path: Path
-    text: str
-    style: Style = "key"
-
-    def at(self, name: str) -> str:
-        """Return the file and line of a key."""
-        key = re.compile(rf"""\s*(\[\s*)?["']?{re.escape(name)}["']?\s*[=.\]]""")
-        for number, line in enumerate(self.text.splitlines(), start=1):
-            if key.match(line):
-                return f"{self.path}:{number}"
-        return str(self.path)
-
-
-@dataclass(frozen=True)
-class _InCall:
-    """Names and places of options in a call, for error messages."""
-
-    caller: str
-    style: Style = "keyword"
-
-    def at(self, _: str) -> str:
-        """Return the function that was called."""
-        return f"{self.caller}()"
+def _place_in_file(path: Path, text: str, key: str) -> str:
+    """Return the file and line of a key."""
+    pattern = re.compile(rf"""\s*(\[\s*)?["']?{re.escape(key)}["']?\s*[=.\]]""")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if pattern.match(line):
+            return f"{path}:{number}"
+    return str(path)
 
 
 def _options_of(command: click.Command) -> list[click.Option]:
@@ -202,29 +186,35 @@ def _key_of(option: click.Option, style: Style = "key") -> str:
 
 
 def _validated(
-    ctx: click.Context, given: Mapping[str, Any], place: _InFile | _InCall
+    ctx: click.Context, given: Mapping[str, Any], style: Style, place: Callable[[str], str]
 ) -> dict[str, Any]:
     """Validate values and return them by the names of the command's parameters.
+
+    Args:
+        ctx: the context of the command.
+        given: the values by the names of the options.
+        style: how the options are named.
+        place: returns where an option was given, for error messages.
 
     Raises:
         UsageError: if an option does not exist or does not accept its value.
     """
-    known = {_key_of(one, place.style): one for one in _options_of(ctx.command)}
+    known = {_key_of(one, style): one for one in _options_of(ctx.command)}
     values = {}
     for name, value in given.items():
         option = known.get(name)
         if option is None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
-            raise UsageError(f"{place.at(name)}: unknown {place.style} '{name}'; {hint}")
+            raise UsageError(f"{place(name)}: unknown {style} '{name}'; {hint}")
         try:
             values[str(option.name)] = raw = _raw(option, value)
             option.type_cast_value(ctx, raw)
         except (click.BadParameter, _WrongType) as why:
             text = why.message if isinstance(why, click.BadParameter) else str(why)
-            raise UsageError(f"{place.at(name)}: {name} = {_toml(value)}: {text}") from None
+            raise UsageError(f"{place(name)}: {name} = {_toml(value)}: {text}") from None
         except UsageError as why:
-            raise UsageError(f"{place.at(name)}: {why}") from None
+            raise UsageError(f"{place(name)}: {why}") from None
     return values
 
 
@@ -292,8 +282,10 @@ def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[
     typed, rows = ctx.meta[_RAW], []
     for option in _options_of(command):
         value, source = option.consume_value(ctx, typed)
-        if source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
-            value = _toml_value(option, option.value_from_envvar(ctx), value, source)
+        if source is ParameterSource.ENVIRONMENT:
+            value = option.value_from_envvar(ctx)
+        if source in _TEXT_SOURCES and isinstance(option.type, _NUMBERS) and not option.multiple:
+            value = option.type.convert(value, option, None)
         key = _key_of(option)
         if not isinstance(value, _PRINTABLE) or value in ((), []):
             rows.append((f"# {key}", "not set"))
@@ -305,20 +297,8 @@ def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[
     return [f"{_without_password(text):<{width}}  # {origin}" for text, origin in rows]
 
 
-_PRINTABLE = (bool, int, float, str, list, tuple, Mapping, os.PathLike)
-
-
 def _without_password(text: str) -> str:
     return _PASSWORD.sub(r"\1:***@", text)
-
-
-def _toml_value(
-    option: click.Option, of_environment: Any, value: Any, source: ParameterSource
-) -> Any:
-    if source is ParameterSource.ENVIRONMENT:
-        value = of_environment
-    number = isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
-    return option.type.convert(value, option, None) if number and not option.multiple else value
 
 
 def _source_of(option: click.Option, source: ParameterSource, ctx: click.Context) -> str:

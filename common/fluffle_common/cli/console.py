@@ -1,4 +1,4 @@
-"""The output of a running program: progress bars and lines on a terminal, lines, or JSON."""
+"""The output of a running program: progress bars, plain lines or JSON lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, Self
 import click
 from pydantic_core import to_json
 
-from fluffle_common.cli.background_stream import BackgroundStream, write_warning
+from fluffle_common.cli.background_stream import BackgroundStream, warning_about
 from fluffle_common.cli.printing import echo_sentences, printable, visible_json
 from fluffle_common.clock import timestamp
 from fluffle_common.protocol.events import RunEvent
@@ -40,10 +40,10 @@ class Console:
     def __init__(
         self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
     ) -> None:
-        self._stream = BackgroundStream(stream or sys.stdout, write_warning("the log"))
+        self._stream = BackgroundStream(stream or sys.stdout, warning_about("the log"))
         self._json = log_format == "json"
         self._always = dict(always)
-        self._held: list[str] = []  # lines that are not written yet
+        self._pending: list[str] = []  # lines that are not written yet
         self._prompt = True  # whether the output has taken every line in time so far
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
@@ -101,8 +101,8 @@ class Console:
 
     def _hold(self, line: str) -> None:
         """Collect lines for a moment if an event loop runs; otherwise write the line at once."""
-        self._held.append(line)
-        if len(self._held) > 1:
+        self._pending.append(line)
+        if len(self._pending) > 1:
             return
         try:
             loop = asyncio.get_running_loop()
@@ -114,9 +114,9 @@ class Console:
             loop.call_later(_WITHIN_S, self._flush)
 
     def _flush(self) -> None:
-        held, self._held = self._held, []
-        if held:
-            self._stream.write("".join(held))
+        lines, self._pending = self._pending, []
+        if lines:
+            self._stream.write("".join(lines))
 
     def bar(self, label: str, done: float, total: float, description: str = "") -> None:
         """Draw or update a bar; do nothing without a terminal."""

@@ -74,7 +74,7 @@ def run_until_signalled(
 
         for each in ending:
             running.add_signal_handler(each, stop, each)
-            _once(each)
+            _reset_when_delivered(each)
         return await task
 
     with (
@@ -85,7 +85,7 @@ def run_until_signalled(
     raise Interrupted(received[0] if received else signal.SIGTERM)
 
 
-def _once(number: int) -> None:
+def _reset_when_delivered(number: int) -> None:
     """Let the kernel reset a signal to its default action when it is first delivered.
 
     Python runs handlers only between bytecodes, so code that holds the GIL, such as a slow regular

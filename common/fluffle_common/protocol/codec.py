@@ -5,16 +5,15 @@ all tensors, little-endian, each at a multiple of 64 bytes. Because the payload 
 be read as a memoryview without a copy. Because the header is padded, the payload starts at a
 multiple of 64 bytes of the body.
 
-Bodies are untrusted input. Decoding never allocates memory by a number in a header, and every
-fault raises ``MalformedMessage``.
+Bodies are untrusted input. Decoding never allocates memory for a size that a header merely claims,
+and every fault raises ``MalformedMessage``.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -25,16 +24,12 @@ from fluffle_common.protocol.messages import (
     PROTOCOL,
     WORKER_PATTERN,
     Message,
-    Part,
     Refusal,
     TensorHeader,
-    Transfer,
-    WithTensors,
     parse,
     present_fields,
 )
-from fluffle_common.tensors.digest import blake3_of
-from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, entries_at, groups_of
+from fluffle_common.tensors.groups import NO_GROUPS, Groups, entries_at, groups_of
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -57,7 +52,6 @@ RabbitMQ 4 refuses messages above 16 MiB, and small parts bound the memory of bo
 broker.
 """
 
-_MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may align to pages
 _AMQP_HEADERS = ("round", "worker", "num_examples", "part")
 _FEED_BYTES = 8 * 2**10
 _ENTRY_BYTES = 100  # of a table entry without its name and shape: keys and three numbers
@@ -117,16 +111,19 @@ def decode(
     return message, _payload_from(view, 1 + end)
 
 
-class Greeting(NamedTuple):
-    """The fields of a hello that are the same in all protocol versions; enough to refuse it."""
+class MinimalHello(NamedTuple):
+    """The fields of a hello that are the same in all protocol versions; enough to refuse it.
+
+    Later versions may have other fields, so ``decode`` may reject their hellos.
+    """
 
     protocol: int
     worker: str
     session: str
 
 
-def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
-    """Return the sender of a hello that ``decode`` rejected; None if it is not a usable hello."""
+def minimal_hello(body: bytes | memoryview, federation: str) -> MinimalHello | None:
+    """Return the fields of a hello that ``decode`` rejected; None if it is not a usable hello."""
     try:
         header, _ = _unpack_header(memoryview(body)[1:], SMALL_HEADER_BYTES)
     except MalformedMessage:
@@ -140,13 +137,13 @@ def greeting(body: bytes | memoryview, federation: str) -> Greeting | None:
         return None
     if not isinstance(session, str) or not 1 <= len(session) <= MAX_ID:
         return None
-    return Greeting(protocol, worker, session)
+    return MinimalHello(protocol, worker, session)
 
 
 def encode_refusal(refusal: Refusal, protocol: int) -> bytes:
-    """Encode a refusal for a worker with another protocol version.
+    """Encode a refusal in the protocol version of the refused worker.
 
-    In another version it has only the fields that are the same in all versions.
+    In another version than ours, it has only the fields that are the same in all versions.
     """
     if protocol == PROTOCOL:
         return encode(refusal)
@@ -268,123 +265,6 @@ def read_groups(table: tuple[TensorEntry, ...], payload: memoryview) -> dict[str
 def read_tensors(table: tuple[TensorEntry, ...], payload: memoryview) -> Tensors:
     """Return the tensors of the group ``model``; raises what ``read_groups`` raises."""
     return read_groups(table, payload)[MODEL]
-
-
-class Packing:
-    """A message with tensors, ready to encode: in one body or, if large, with parts.
-
-    Args:
-        message: the header, without its tensor table.
-        weights: the tensors of the group ``model``.
-        others: the other groups.
-
-    Raises:
-        ValueError: if a tensor has an unsupported dtype.
-    """
-
-    def __init__(self, message: WithTensors, weights: Weights, others: Groups = NO_GROUPS) -> None:
-        self._message = message
-        self._table, self._pieces = lay_out(weights, others)
-        self.nbytes = sum(map(len, self._pieces))
-        fits = self.nbytes <= PART_BYTES
-        self.parts = 0 if fits else -(-self.nbytes // PART_BYTES)
-        self.id = uuid.uuid4().hex if self.parts else ""
-
-    def body(self, digest: str | None = None) -> bytes:
-        """Return the encoded message; if the payload is in parts, it needs their ``digest``."""
-        if not self.parts:
-            return encode(self._message, self._pieces, self._table)
-        assert digest is not None
-        return encode(
-            self._message.model_copy(update={"transfer": self.transfer(digest)}), table=self._table
-        )
-
-    def transfer(self, digest: str) -> Transfer:
-        """Return the announcement of the parts."""
-        return Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
-
-    def bodies(self) -> Iterator[bytes]:
-        """Yield the encoded parts, each encoded when it is requested."""
-        if self.parts:
-            for number, pieces in enumerate(_split(self._pieces)):
-                part = Part(federation=self._message.federation, transfer=self.id, part=number)
-                yield encode(part, pieces)
-
-    def digest(self) -> str:
-        """Return the digest of the parts; the hashing releases the GIL."""
-        return _digest(self._pieces)
-
-
-def pack(
-    message: WithTensors, weights: Weights, others: Groups = NO_GROUPS
-) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
-    """Encode a message with tensors.
-
-    Returns:
-        The transfer, the encoded message, and an iterator of the encoded parts. If the payload fits
-        into the message, the transfer is None and there are no parts.
-    """
-    packing = Packing(message, weights, others)
-    if not packing.parts:
-        return None, packing.body(), iter(())
-    digest = packing.digest()
-    return packing.transfer(digest), packing.body(digest), packing.bodies()
-
-
-def digest_of(weights: Weights, others: Groups = NO_GROUPS) -> str:
-    """Return the digest of tensors that travel in parts."""
-    return _digest(lay_out(weights, others)[1])
-
-
-def _split(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Split a payload into parts without copying it."""
-    room, part = PART_BYTES, []
-    for piece in pieces:
-        rest = piece
-        while len(rest):
-            part.append(rest[:room])
-            rest = rest[room:]
-            room -= len(part[-1])
-            if not room:
-                yield part
-                room, part = PART_BYTES, []
-    if part:
-        yield part
-
-
-def _digest(pieces: list[memoryview]) -> str:
-    return digest_of_parts(map(blake3_of, _split(pieces)))
-
-
-def digest_of_parts(hashes: Iterable[bytes]) -> str:
-    """Return the digest of a transfer from the BLAKE3 hashes of its parts, in order."""
-    return blake3_of(hashes).hex()
-
-
-def announced_layout(message: WithTensors) -> GroupedLayout:
-    """Return the layout of an announced payload, before any part of it is fetched.
-
-    Raises:
-        MalformedMessage: with the cause ``tensors`` if the table does not match the transfer.
-    """
-    assert message.transfer is not None
-    nbytes = message.transfer.nbytes
-    try:
-        layout = groups_of(message.tensors)
-    except ValueError as error:
-        raise MalformedMessage(str(error), "tensors") from None
-    if layout.nbytes != nbytes:
-        raise MalformedMessage(
-            f"its tensors end at byte {layout.nbytes}, a transfer of {nbytes} bytes is announced",
-            "tensors",
-        )
-    max_bytes = sum(entry.nbytes + _MAX_PADDING_BYTES for entry in message.tensors)
-    if nbytes > max_bytes:
-        raise MalformedMessage(
-            f"a transfer of {nbytes} bytes is announced, its tensors need no more than {max_bytes}",
-            "tensors",
-        )
-    return layout
 
 
 def describe(message: Message) -> dict[str, Any]:

@@ -8,15 +8,14 @@ again for what it has not received.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out, read_tensors
 from fluffle_common.protocol.messages import Exchange
-from fluffle_common.tensors.layout import Array, Weights
+from fluffle_common.tensors.layout import Weights
 
-_NO_TENSORS: Weights = MappingProxyType[str, Array]({})
+_NO_TENSORS: Weights = {}
 
 
 class Sent(NamedTuple):
@@ -67,7 +66,7 @@ class Exchanges:
         if handler is None:
             known = ", ".join(sorted(self._handlers)) or "none"
             raise MalformedMessage(
-                f"nobody here handles the exchange '{message.name}' (handled: {known})", "exchange"
+                f"no handler for the exchange '{message.name}' (handled: {known})", "exchange"
             )
         try:
             return [(sent, sent.body()) for sent in handler(message, tensors)]

@@ -10,9 +10,8 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from fluffle_common.protocol.messages import FEDERATION_PATTERN
@@ -273,10 +272,11 @@ class Topology:
         self,
         name: str,
         purpose: str,
-        arguments: Mapping[str, ArgumentValue] = MappingProxyType({}),
-        limits: Mapping[str, ArgumentValue] = MappingProxyType({}),
+        arguments: dict[str, ArgumentValue] | None = None,
+        limits: dict[str, ArgumentValue] | None = None,
     ) -> Queue:
-        return Queue(name, purpose, {"x-queue-type": self.queue_type, **arguments}, dict(limits))
+        arguments = {"x-queue-type": self.queue_type, **(arguments or {})}
+        return Queue(name, purpose, arguments, limits or {})
 
 
 def policies(federation: str | None = None) -> list[Policy]:

@@ -1,15 +1,144 @@
-"""The receiving side of a transfer: parts are verified as they arrive, in any order."""
+"""Transfers: payloads that are too large for one message and travel in parts.
+
+The sender splits the payload and announces a digest, the hash of the hashes of the parts. The
+receiver hashes each part when it arrives, in any order; it ignores a duplicate, such as a part that
+the broker redelivers. When all parts have arrived, it compares the hash of their hashes with the
+announced digest.
+"""
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec
-from fluffle_common.protocol.messages import Part, Transfer
+from fluffle_common.protocol.messages import Part, Transfer, WithTensors
 from fluffle_common.tensors.digest import blake3_of
+from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of
+from fluffle_common.tensors.layout import Weights
+
+_MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may align to pages
+
+
+class Outgoing:
+    """A message with tensors, ready to encode: in one body or, if large, with parts.
+
+    Args:
+        message: the header, without its tensor table.
+        weights: the tensors of the group ``model``.
+        others: the other groups.
+
+    Raises:
+        ValueError: if a tensor has an unsupported dtype.
+    """
+
+    def __init__(self, message: WithTensors, weights: Weights, others: Groups = NO_GROUPS) -> None:
+        self._message = message
+        self._table, self._pieces = codec.lay_out(weights, others)
+        self.nbytes = sum(map(len, self._pieces))
+        fits = self.nbytes <= codec.PART_BYTES
+        self.parts = 0 if fits else -(-self.nbytes // codec.PART_BYTES)
+        self.id = uuid.uuid4().hex if self.parts else ""
+
+    def body(self, digest: str | None = None) -> bytes:
+        """Return the encoded message; if the payload is in parts, it needs their ``digest``."""
+        if not self.parts:
+            return codec.encode(self._message, self._pieces, self._table)
+        assert digest is not None
+        return codec.encode(
+            self._message.model_copy(update={"transfer": self.transfer(digest)}), table=self._table
+        )
+
+    def transfer(self, digest: str) -> Transfer:
+        """Return the announcement of the parts."""
+        return Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
+
+    def bodies(self) -> Iterator[bytes]:
+        """Yield the encoded parts, each encoded when it is requested."""
+        if self.parts:
+            for number, pieces in enumerate(_split(self._pieces)):
+                part = Part(federation=self._message.federation, transfer=self.id, part=number)
+                yield codec.encode(part, pieces)
+
+    def digest(self) -> str:
+        """Return the digest of the parts; the hashing releases the GIL."""
+        return _digest(self._pieces)
+
+
+def pack(
+    message: WithTensors, weights: Weights, others: Groups = NO_GROUPS
+) -> tuple[Transfer | None, bytes, Iterator[bytes]]:
+    """Encode a message with tensors.
+
+    Returns:
+        The transfer, the encoded message, and an iterator of the encoded parts. If the payload fits
+        into the message, the transfer is None and there are no parts.
+    """
+    outgoing = Outgoing(message, weights, others)
+    if not outgoing.parts:
+        return None, outgoing.body(), iter(())
+    digest = outgoing.digest()
+    return outgoing.transfer(digest), outgoing.body(digest), outgoing.bodies()
+
+
+def digest_of(weights: Weights, others: Groups = NO_GROUPS) -> str:
+    """Return the digest of tensors that travel in parts."""
+    return _digest(codec.lay_out(weights, others)[1])
+
+
+def _split(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Split a payload into parts without copying it."""
+    room, part = codec.PART_BYTES, []
+    for piece in pieces:
+        rest = piece
+        while len(rest):
+            part.append(rest[:room])
+            rest = rest[room:]
+            room -= len(part[-1])
+            if not room:
+                yield part
+                room, part = codec.PART_BYTES, []
+    if part:
+        yield part
+
+
+def _digest(pieces: list[memoryview]) -> str:
+    return digest_of_parts(map(blake3_of, _split(pieces)))
+
+
+def digest_of_parts(hashes: Iterable[bytes]) -> str:
+    """Return the digest of a transfer from the BLAKE3 hashes of its parts, in order."""
+    return blake3_of(hashes).hex()
+
+
+def announced_layout(message: WithTensors) -> GroupedLayout:
+    """Return the layout of an announced payload, before any part of it is fetched.
+
+    Raises:
+        MalformedMessage: with the cause ``tensors`` if the table does not match the transfer.
+    """
+    assert message.transfer is not None
+    nbytes = message.transfer.nbytes
+    try:
+        layout = groups_of(message.tensors)
+    except ValueError as error:
+        raise MalformedMessage(str(error), "tensors") from None
+    if layout.nbytes != nbytes:
+        raise MalformedMessage(
+            f"its tensors end at byte {layout.nbytes}, a transfer of {nbytes} bytes is announced",
+            "tensors",
+        )
+    max_bytes = sum(entry.nbytes + _MAX_PADDING_BYTES for entry in message.tensors)
+    if nbytes > max_bytes:
+        raise MalformedMessage(
+            f"a transfer of {nbytes} bytes is announced, its tensors need no more than {max_bytes}",
+            "tensors",
+        )
+    return layout
 
 
 class Incoming(ABC):
@@ -85,7 +214,7 @@ class Incoming(ABC):
         assert self.complete
         if self.transfer.digest is None:
             return
-        digest = codec.digest_of_parts(self._hashes[part] for part in range(self.transfer.parts))
+        digest = digest_of_parts(self._hashes[part] for part in range(self.transfer.parts))
         if digest != self.transfer.digest:
             raise MalformedMessage(
                 f"the parts have the digest {digest}, {self.transfer.digest} was announced: "
@@ -107,7 +236,7 @@ class Assembly(Incoming):
             # Reserves addresses only: the system provides each page when it is first written.
             self._buffer = np.empty(transfer.nbytes, np.uint8)
         except MemoryError:
-            raise MalformedMessage(f"there is no room for {transfer.nbytes} bytes") from None
+            raise MalformedMessage(f"not enough memory for {transfer.nbytes} bytes") from None
 
     def _store(self, start: int, payload: memoryview) -> None:
         self._buffer[start : start + len(payload)] = np.frombuffer(payload, np.uint8)

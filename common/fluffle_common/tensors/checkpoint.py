@@ -1,7 +1,7 @@
 """Checkpoints: safetensors files with a digest, written atomically.
 
-The metadata contains a digest of the file under ``DIGEST``: the BLAKE3 of the whole file with 64
-zeros in place of the digest. Reading verifies it, and so detects damage on disk.
+The metadata contains a digest of the file under ``fluffle_blake3``: the BLAKE3 of the whole file
+with 64 zeros in place of the digest. Reading verifies it, and so detects damage on disk.
 
 A checkpoint may also hold the state of a strategy, as tensors whose names begin with ``strategy/``.
 ``read_checkpoint`` returns the model only; ``read_whole`` returns both.
@@ -34,11 +34,10 @@ _DTYPES = {name: name[0].upper() + name.lstrip(ascii_lowercase) for name in FLOA
 _DTYPES["bfloat16"] = "BF16"
 _READABLE = {*_DTYPES.values(), "BOOL", "C64"}  # BOOL and C64 can be read, but do not travel
 
-DIGEST = "fluffle_blake3"
-"""The key of the digest in the metadata."""
+_DIGEST_KEY = "fluffle_blake3"
 _STRATEGY_PREFIX = "strategy/"
 _HAS_STRATEGY_STATE = "fluffle_strategy_state"  # a key in the metadata
-_BEFORE_DIGEST = f'{{"__metadata__":{{"{DIGEST}": "'.encode()
+_BEFORE_DIGEST = f'{{"__metadata__":{{"{_DIGEST_KEY}": "'.encode()
 _DIGEST_AT = _HEADER_SIZE.size + len(_BEFORE_DIGEST)
 _NO_DIGEST = "0" * 64
 _SMALL_BYTES = 2**22  # takes about a millisecond to hash
@@ -114,7 +113,7 @@ def save_checkpoint(
         metadata = {**metadata, _HAS_STRATEGY_STATE: "yes"}
     layout = layout_for(weights)
     entries, described = _described(layout)
-    metadata_json = json.dumps({DIGEST: _NO_DIGEST, **metadata})
+    metadata_json = json.dumps({_DIGEST_KEY: _NO_DIGEST, **metadata})
     header = f'{{"__metadata__":{metadata_json}{described}}}'.encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     if isinstance(weights, Tensors) and (memory := weights.memory) is not None:
@@ -207,7 +206,7 @@ def read_whole(path: Path) -> Checkpoint:
         raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} is not a complete model file ({error})") from None
-    metadata.pop(DIGEST, None)
+    metadata.pop(_DIGEST_KEY, None)
     names: list[str] = []
     if metadata.pop(_HAS_STRATEGY_STATE, None):  # else the prefix has no meaning
         names = [name for name in weights if name.startswith(_STRATEGY_PREFIX)]
@@ -219,7 +218,7 @@ def _check_readable(path: Path, dtypes: Mapping[str, str]) -> None:
     for name, dtype in dtypes.items():
         if dtype not in _READABLE:
             raise UsageError(
-                f"tensor '{name}' of {path} is {dtype}, which does not travel; convert it to BF16"
+                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert it to BF16"
             )
 
 
@@ -235,5 +234,5 @@ def _check_digest(path: Path) -> None:
     if digest.hex().encode() != expected:
         raise ValueError(
             "its bytes do not match their digest: it is damaged, or was changed without "
-            f"removing {DIGEST} from its metadata"
+            f"removing {_DIGEST_KEY} from its metadata"
         )

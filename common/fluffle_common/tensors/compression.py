@@ -1,19 +1,18 @@
-"""A codec applied to a delta: which tensors are encoded, what is left over, what is believed.
+"""Compression of deltas by a codec, with error feedback, and checked decompression.
 
-A codec replaces a large float tensor by one or two others, under names that the ordinary table of
-tensors carries (``n`` values, ``name`` such as ``conv1/kernel``):
+A codec replaces a large float tensor ``name`` by one or two others in the tensor table:
 
 ========  =============================================================================
 bf16      ``name`` uint16: the upper half of each float32, rounded to nearest, ties to even
 f16       ``name`` float16
-int8      ``name#q`` int8, and ``name#scale`` float32, one for each 256 values: q * scale
-topk      ``name#index`` int32, strictly increasing, and ``name#value`` float32: the others are 0
+int8      ``name#q`` int8, and ``name#scale`` float32 for each 256 values: q * scale
+topk      ``name#index`` int32, strictly increasing, and ``name#value`` float32: others are 0
 ========  =============================================================================
 
-Everything else travels as it is: integers, small tensors, and tensors that are not finite, so that
-they are refused as such. ``int8`` and ``topk`` leave much unsent; what is left is added to the
-next delta: error feedback (Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014;
-Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019, section 3).
+Integers, small tensors, and tensors with NaN or infinity travel unchanged; the coordinator rejects
+the latter. ``int8`` and ``topk`` have large encoding errors, which are added to the next delta:
+error feedback (Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et
+al., "Error Feedback Fixes SignSGD", ICML 2019, section 3).
 
 Example:
     >>> delta = {"w": np.linspace(-1, 1, 1024, dtype=np.float32)}
@@ -27,7 +26,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,146 +37,132 @@ from fluffle_common.tensors.codecs.base import (
     CodecError,
     Part,
     Shape,
-    failed,
-    where,
+    codec_error,
+    location_of,
 )
-from fluffle_common.tensors.codecs.int8 import BLOCK
-from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, Registry, encoding_of
+from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, Registry
 from fluffle_common.tensors.table import MAX_TENSOR_NAME
 from fluffle_common.tensors.weights import Array, NotFinite, Weights, delta_dtype, is_float
 
-__all__ = [
-    "BLOCK",
-    "SMALLEST",
-    "check_announced_signature",
-    "compress",
-    "decompress",
-    "encoding_of",
-]
-
-SMALLEST = 1024  # a tensor of fewer values is not worth it
-_LONGEST_NAME = MAX_TENSOR_NAME - MAX_SUFFIX
-_LARGEST = 2**31 - 1  # values that an int32 can count
-_WIDE_BYTES = 4
+SMALLEST = 1024
+"""Tensors with fewer values are not encoded."""
+_LARGEST = 2**31 - 1  # values, so that indices fit into an int32
+_MAX_NAME = MAX_TENSOR_NAME - MAX_SUFFIX
 _Form = tuple[np.dtype[Any], Shape]
 
 
 def compress(
     delta: Weights,
-    how: str | Codec,
+    codec: str | Codec,
     residual: Weights,
     rng: np.random.Generator | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Encode a delta.
 
     Args:
-        delta: what was learnt.
-        how: the codec, or its text in a plan.
-        residual: what was left of the delta before, in the same shapes; empty where there is none.
+        delta: the delta, as ``weights.delta`` returns it.
+        codec: the codec, or a text such as ``topk:0.01``.
+        residual: the second result of the previous call; empty if there is none.
         rng: random numbers for the codec.
 
     Returns:
-        The tensors to send, and what is left for the next delta: ``delta + residual - sent``, in
-        float32 at least: in fewer bits, what is small would be lost where it is added up.
+        The tensors to send, and the residual ``delta + residual - sent`` for the next call. The
+        residual is float32 or wider, so that small values can add up.
 
     Raises:
-        CodecError: if the codec's own code fails, or returns something else than its parts.
+        CodecError: if the codec's own code fails, or returns something other than its parts.
     """
-    codec = CODECS.parse(how) if isinstance(how, str) else how
+    if isinstance(codec, str):
+        codec = CODECS.parse(codec)
     rng = rng or np.random.default_rng(0)
     tensors: dict[str, Array] = {}
-    left: dict[str, Array] = {}
-    for name, learnt in delta.items():
-        wanted = _with(learnt, residual.get(name), codec)
-        if not _worth_it(name, wanted, codec, delta):
-            tensors[name] = wanted.astype(learnt.dtype, copy=False)
+    new_residual: dict[str, Array] = {}
+    for name, tensor in delta.items():
+        wanted = _add_residual(tensor, residual.get(name), codec)
+        if not _is_encodable(name, wanted, codec, delta):
+            tensors[name] = wanted.astype(tensor.dtype, copy=False)
             continue
         parts = _parts(type(codec), name, wanted.shape)
-        encoded = _encoded(codec, name, wanted, parts, rng)
+        encoded = _encode(codec, name, wanted, parts, rng)
         tensors.update(zip(_names(name, parts), encoded, strict=True))
         if codec.feeds_back:
-            left[name] = wanted - _decoded(type(codec), name, encoded, learnt)
-            _check_left(codec, name, left[name])
-    return tensors, left
+            new_residual[name] = wanted - _decode(type(codec), name, encoded, tensor)
+            _check_residual(codec, name, new_residual[name])
+    return tensors, new_residual
 
 
-def _check_left(codec: Codec, name: str, left: Array) -> None:
-    """Check that what is carried over can be sent some day; fluffle's own codecs see to that."""
-    if codec.name not in OWN_NAMES and not np.isfinite(left).all():
+def _check_residual(codec: Codec, name: str, residual: Array) -> None:
+    if codec.name not in OWN_NAMES and not np.isfinite(residual).all():
         raise CodecError(
             f"the codec '{codec.name}' decodes its own encoding of tensor '{name[:60]}', which is "
             "finite, to values that are NaN or infinite"
         )
 
 
-def _with(learnt: Array, left: Array | None, codec: Codec) -> Array:
-    """Add what was left before."""
-    if codec.feeds_back and is_float(learnt.dtype) and learnt.dtype.itemsize < _WIDE_BYTES:
-        learnt = learnt.astype(np.float32)
-    return learnt if left is None else learnt + left
+def _add_residual(tensor: Array, residual: Array | None, codec: Codec) -> Array:
+    if codec.feeds_back and is_float(tensor.dtype) and tensor.dtype.itemsize < 4:
+        tensor = tensor.astype(np.float32)
+    return tensor if residual is None else tensor + residual
 
 
-def _worth_it(name: str, tensor: Array, codec: Codec, delta: Weights) -> bool:
+def _is_encodable(name: str, tensor: Array, codec: Codec, delta: Weights) -> bool:
     if (
         tensor.dtype.name not in codec.dtypes
         or not is_float(tensor.dtype)
         or not SMALLEST <= tensor.size <= _LARGEST
-        or len(name) > _LONGEST_NAME
+        or len(name) > _MAX_NAME
     ):
         return False
-    # Should the model itself have such a name, there must be no doubt whose tensor it is.
+    # A tensor of the model itself may have the name of a part.
     names = _names(name, _parts(type(codec), name, tensor.shape))
     if any(other != name and other in delta for other in names):
         return False
     return bool(np.isfinite(tensor).all())
 
 
-def _encoded(
+def _encode(
     codec: Codec, name: str, tensor: Array, parts: tuple[Part, ...], rng: np.random.Generator
 ) -> tuple[Array, ...]:
     try:
-        found = codec.encode(_read_only(tensor), rng)
-    except Exception as why:
-        raise failed(type(codec), "encode", name, why) from why
-    if not isinstance(found, tuple) or len(found) != len(parts):
+        result = codec.encode(_read_only(tensor), rng)
+    except Exception as error:
+        raise codec_error(type(codec), "encode", name, error) from error
+    if not isinstance(result, tuple) or len(result) != len(parts):
+        kind = type(result).__name__
+        length = f" of {len(result)}" if isinstance(result, tuple | list) else ""
         raise CodecError(
-            f"encode() of the codec '{codec.name}' returned {_count(found)} for tensor "
+            f"encode() of the codec '{codec.name}' returned a {kind}{length} for tensor "
             f"'{name[:60]}'; a tuple of {len(parts)} is expected, one for each of its parts"
         )
-    encoded = tuple(np.asarray(part) for part in found)
+    encoded = tuple(np.asarray(part) for part in result)
     try:
-        _check(name, parts, encoded)
-    except ValueError as wrong:
-        raise CodecError(f"encode() of the codec '{codec.name}' is wrong: {wrong}") from None
+        _check_parts(name, parts, _forms(encoded))
+    except ValueError as error:
+        raise CodecError(
+            f"encode() of the codec '{codec.name}' returned wrong parts: {error}"
+        ) from None
     return encoded
-
-
-def _count(found: object) -> str:
-    kind = type(found).__name__
-    return f"a {kind} of {len(found)}" if isinstance(found, tuple | list) else f"a {kind}"
 
 
 def decompress(
     tensors: Weights, encoding: str | None, like: Weights, codecs: Registry = CODECS
 ) -> Weights:
-    """Decode what ``compress`` made, or anyone else: nothing is taken on trust.
-
-    Dtypes and shapes are checked before anything is decoded, whatever was sent.
+    """Decode an untrusted delta, checking dtypes and shapes before anything is decoded.
 
     Args:
-        tensors: as they were sent.
-        encoding: the codec's name, as the message has it; None where they are plain.
+        tensors: the tensors as they were sent.
+        encoding: the codec's name in the message; None for plain tensors.
         like: the model's weights.
         codecs: the codecs that may be used.
 
     Returns:
-        The delta. What is not encoded is passed on as it is, and so is what belongs to no tensor
-        of the model; ``check_delta`` has yet to look at all of it.
+        The delta. Tensors that are not encoded, or do not belong to the model, are returned
+        unchanged; ``check_delta`` has to check the result.
 
     Raises:
-        NotFinite: where a scale is NaN or infinite.
+        NotFinite: if a scale is NaN or infinite.
         CodecError: if the codec's own code fails.
-        ValueError: where encoded tensors have the wrong dtype, shape or contents, or the codec is
+        ValueError: if an encoded tensor has the wrong dtype, shape or values, or the codec is
             unknown.
     """
     if encoding is None:
@@ -193,33 +178,35 @@ def decompress(
             continue
         parts = _parts(codec, name, base.shape)
         names = _names(name, parts)
-        if all(one in rest for one in names):
-            encoded = tuple(rest.pop(one) for one in names)
-            _check(name, parts, encoded)
-            # Of numbers that nobody sends who means well; what comes of them is not finite.
-            with np.errstate(over="ignore", invalid="ignore"):
-                delta[name] = _decoded(codec, name, encoded, base)
+        if all(part in rest for part in names):
+            encoded = tuple(rest.pop(part) for part in names)
+            _check_parts(name, parts, _forms(encoded))
+            with np.errstate(over="ignore", invalid="ignore"):  # check_delta finds infinities
+                delta[name] = _decode(codec, name, encoded, base)
     return delta | rest
 
 
-def _decoded(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Array) -> Array:
+def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Array) -> Array:
     try:
-        found = codec.decode(encoded, _read_only(like))
-    except NotFinite as wrong:
-        raise NotFinite(f"tensor '{name}', encoded as {codec.name}: {wrong}") from None
-    except ValueError as wrong:
-        place = "" if codec.name in OWN_NAMES else where(wrong)
-        told = f"tensor '{name}', encoded as {codec.name}: {wrong}"
-        raise ValueError(f"{told[:400]}{place}") from wrong
-    except Exception as why:
-        raise failed(codec, "decode", name, why) from why
-    if not isinstance(found, np.ndarray) or (found.dtype, found.shape) != (like.dtype, like.shape):
-        shape, dtype = getattr(found, "shape", ""), getattr(found, "dtype", type(found).__name__)
+        result = codec.decode(encoded, _read_only(like))
+    except NotFinite as error:
+        raise NotFinite(f"tensor '{name}', encoded as {codec.name}: {error}") from None
+    except ValueError as error:
+        location = "" if codec.name in OWN_NAMES else location_of(error)
+        reason = f"tensor '{name}', encoded as {codec.name}: {error}"
+        raise ValueError(f"{reason[:400]}{location}") from error
+    except Exception as error:
+        raise codec_error(codec, "decode", name, error) from error
+    if not isinstance(result, np.ndarray) or (result.dtype, result.shape) != (
+        like.dtype,
+        like.shape,
+    ):
+        shape, dtype = getattr(result, "shape", ""), getattr(result, "dtype", type(result).__name__)
         raise CodecError(
             f"decode() of the codec '{codec.name}' returned {dtype} {shape} for tensor "
             f"'{name[:60]}', expected {like.dtype} {like.shape}"
         )
-    return found
+    return result
 
 
 def check_announced_signature(
@@ -228,13 +215,13 @@ def check_announced_signature(
     like: Weights,
     codecs: Registry = CODECS,
 ) -> None:
-    """Check that tensors of these dtypes and shapes may be a delta for ``like``, as encoded.
+    """Check that tensors with these dtypes and shapes can be a delta for ``like``, as encoded.
 
-    It is for what is announced and not there yet; ``decompress`` and ``check_delta`` look at the
-    rest.
+    This allows a transfer to be rejected before it is fetched. ``decompress`` and ``check_delta``
+    check the tensors themselves.
 
     Raises:
-        ValueError: naming what differs from the model, and how.
+        ValueError: naming the tensors that are missing, unknown or different.
     """
     codec = None if encoding is None else codecs.get(encoding)
     rest, missing = dict(announced), []
@@ -250,51 +237,43 @@ def check_announced_signature(
             continue
         parts = _parts(codec, name, base.shape) if codec and is_float(base.dtype) else ()
         names = _names(name, parts)
-        if parts and all(one in rest for one in names):
-            _check_announced(names, parts, [rest.pop(one) for one in names])
+        if parts and all(part in rest for part in names):
+            _check_parts(name, parts, [rest.pop(part) for part in names])
         else:
             missing.append(name)
-    for what, wrong in (("missing", missing), ("unknown", sorted(rest))):
-        if wrong:
-            more = " …" if len(wrong) > 3 else ""
-            told = f"{what} {', '.join(wrong[:3])}{more}"
-            raise ValueError(f"tensor names differ from the model's: {told}"[:500])
+    for what, differing in (("missing", missing), ("unknown", sorted(rest))):
+        if differing:
+            more = " …" if len(differing) > 3 else ""
+            listed = f"{what} {', '.join(differing[:3])}{more}"
+            raise ValueError(f"tensor names differ from the model's: {listed}"[:500])
 
 
-def _check_announced(names: Sequence[str], parts: tuple[Part, ...], found: Sequence[_Form]) -> None:
-    length: Shape | None = None  # of those that may be shorter
-    for name, part, (dtype, shape) in zip(names, parts, found, strict=True):
-        fits = shape == part.shape
-        if part.at_most:
-            length = shape if length is None else length
-            fits = len(shape) == 1 and shape == length and shape[0] <= part.shape[0]
+def _check_parts(name: str, parts: tuple[Part, ...], forms: Iterable[_Form]) -> None:
+    """Check the dtypes and shapes of the encoded parts of the tensor ``name``."""
+    length: Shape | None = None  # of the parts that may be shorter
+    for part, (dtype, shape) in zip(parts, forms, strict=True):
+        expected, bound = part.shape, ""
+        if not part.at_most:
+            fits = shape == expected
+        elif length is None:
+            bound, length = "at most ", shape
+            fits = len(shape) == 1 and shape[0] <= part.shape[0]
+        else:
+            expected = length
+            fits = shape == expected
         if dtype != np.dtype(part.dtype) or not fits:
-            bound = "at most " if part.at_most else ""
             raise ValueError(
-                f"tensor '{name}' is {dtype} {shape}, expected {bound}{part.dtype} {part.shape}"
+                f"tensor '{name}{part.suffix}' is {dtype} {shape}, "
+                f"expected {bound}{part.dtype} {expected}"
             )
 
 
-def _check(name: str, parts: tuple[Part, ...], found: tuple[Array, ...]) -> None:
-    """Check that encoded tensors are what their codec says."""
-    length: int | None = None  # of those that may be shorter
-    for part, tensor in zip(parts, found, strict=True):
-        shape = part.shape
-        if part.at_most:  # so that too many are a wrong shape
-            length = min(tensor.size, part.shape[0]) if length is None else length
-            shape = (length,)
-        if tensor.dtype != np.dtype(part.dtype):
-            raise ValueError(
-                f"tensor '{name}{part.suffix}' is {tensor.dtype}, expected {part.dtype}"
-            )
-        if tensor.shape != shape:
-            raise ValueError(
-                f"tensor '{name}{part.suffix}' has shape {tensor.shape}, expected {shape}"
-            )
+def _forms(tensors: Iterable[Array]) -> list[_Form]:
+    return [(tensor.dtype, tensor.shape) for tensor in tensors]
 
 
 def _read_only(tensor: Array) -> Array:
-    """Return a view that a codec cannot write to: the values are still needed."""
+    """Return a view that a codec cannot write to."""
     view = tensor.view()
     view.flags.writeable = False
     return view
@@ -303,8 +282,8 @@ def _read_only(tensor: Array) -> Array:
 def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:
     try:
         return codec.parts(shape)
-    except Exception as why:
-        raise failed(codec, "lay out", name, why) from why
+    except Exception as error:
+        raise codec_error(codec, "lay out", name, error) from error
 
 
 def _names(name: str, parts: tuple[Part, ...]) -> tuple[str, ...]:

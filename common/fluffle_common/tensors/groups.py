@@ -6,7 +6,6 @@ group occupies one contiguous range of the payload and has a ``Layout`` of its o
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from fluffle_common.tensors.layout import (
     layout_of,
     size_mismatch,
 )
-from fluffle_common.tensors.table import CACHED_TABLES, MAX_CACHED_TENSORS, MODEL, TensorEntry
+from fluffle_common.tensors.table import MODEL, TensorEntry, cached
 
 EXTRA = "extra"
 """The group of tensors that a strategy adds to the model, and workers add to their delta."""
@@ -87,17 +86,13 @@ class GroupedLayout:
         }
 
 
+@cached
 def groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
     """Return the layout that a table describes.
 
     Raises:
         ValueError: as ``GroupedLayout`` does.
     """
-    return _groups_of(table) if len(table) <= MAX_CACHED_TENSORS else GroupedLayout(table)
-
-
-@functools.lru_cache(CACHED_TABLES)
-def _groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
     return GroupedLayout(table)
 
 

@@ -7,7 +7,6 @@ have one dtype, the whole buffer can be sent, checked and summed as a single vec
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,13 +15,12 @@ import ml_dtypes
 import numpy as np
 
 from fluffle_common.tensors.table import (
-    CACHED_TABLES,
-    MAX_CACHED_TENSORS,
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
     MODEL,
     TensorEntry,
+    cached,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -61,7 +59,7 @@ class Place(NamedTuple):
 
 
 class Tensors(Mapping[str, Array]):
-    """Named tensors in one buffer; the array of each is created on first access.
+    """Named tensors in one buffer; the arrays are created on first access.
 
     Args:
         layout: the tensors' places in the buffer.
@@ -193,13 +191,14 @@ class Layout:
         return layout_of_signature(signature).empty()
 
 
+@cached
 def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
     """Return the layout that a table describes.
 
     Raises:
         ValueError: as ``Layout`` does.
     """
-    return _layout_of(table) if len(table) <= MAX_CACHED_TENSORS else Layout(table)
+    return Layout(table)
 
 
 def layout_for(weights: Weights) -> Layout:
@@ -220,7 +219,7 @@ def check_signature(weights: Weights) -> None:
         ValueError: naming the first unsuitable tensor, and the remedy.
     """
     if not weights:
-        raise ValueError("there is no tensor in the weights")
+        raise ValueError("the weights contain no tensors")
     for name, tensor in weights.items():
         if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
             raise ValueError(
@@ -249,15 +248,14 @@ def signature_of(weights: Weights) -> Signature:
     return tuple([(name, tensor.dtype, tensor.shape) for name, tensor in weights.items()])
 
 
+@cached
 def layout_of_signature(signature: Signature) -> Layout:
     """Return the layout in which tensors with these names, dtypes and shapes travel.
 
     Raises:
         ValueError: if a dtype is unsupported.
     """
-    if len(signature) <= MAX_CACHED_TENSORS:
-        return _layout_of_signature(signature)
-    return Layout(_table_of(signature))
+    return layout_of(_table_of(signature))
 
 
 def size_mismatch(table: tuple[TensorEntry, ...], nbytes: int, actual: int) -> str:
@@ -277,14 +275,10 @@ def bytes_of(tensor: Array) -> memoryview:
     return ready.reshape(-1).view(np.uint8).data  # bfloat16 does not support the buffer protocol
 
 
+@cached
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
-    """Return a table in its wire format."""
-    return _as_maps(table) if len(table) <= MAX_CACHED_TENSORS else [*map(_as_map, table)]
-
-
-@functools.lru_cache(CACHED_TABLES)
-def _as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
-    return [*map(_as_map, table)]
+    """Return a table in its wire format; callers must not modify it."""
+    return [_as_map(entry) for entry in table]
 
 
 def _as_map(entry: TensorEntry) -> dict[str, Any]:
@@ -292,16 +286,6 @@ def _as_map(entry: TensorEntry) -> dict[str, Any]:
     if entry.group == MODEL:
         del fields["group"]
     return fields
-
-
-@functools.lru_cache(CACHED_TABLES)
-def _layout_of(table: tuple[TensorEntry, ...]) -> Layout:
-    return Layout(table)
-
-
-@functools.lru_cache(CACHED_TABLES)
-def _layout_of_signature(signature: Signature) -> Layout:
-    return layout_of(_table_of(signature))
 
 
 def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
@@ -313,7 +297,8 @@ def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
         dtype_name = _NAMES_BY_DTYPE.get(dtype) or _NAMES_BY_DTYPE.get(dtype.newbyteorder("<"))
         if dtype_name is None:
             raise ValueError(
-                f"{_label(name)} is {str(dtype)[:60]}, which does not travel; {_remedy(dtype.name)}"
+                f"{_label(name)} is {str(dtype)[:60]}, which is not supported; "
+                f"{_remedy(dtype.name)}"
             )
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(
@@ -329,7 +314,7 @@ def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
-        raise ValueError(f"{_label(name)} is named by a {type(name).__name__}; name it by a string")
+        raise ValueError(f"{_label(name)} has a name of type {type(name).__name__}; use a string")
     if not name:
         raise ValueError("a tensor has the empty name ''; give it one")
     if len(name) > MAX_TENSOR_NAME:
@@ -361,7 +346,7 @@ def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
         if dtype is None:
             raise ValueError(f"tensor '{name}' has the unknown dtype '{dtype_name}'")
         if name in places:
-            raise ValueError(f"tensor '{name}' is there twice")
+            raise ValueError(f"tensor '{name}' appears twice")
         size = math.prod(shape)
         if size * dtype.itemsize != nbytes:
             raise ValueError(

@@ -61,19 +61,14 @@ class InPieces(Mapping[str, Array]):
                 remaining.popleft()
             begin = end
 
-    @property
-    def joined(self) -> Tensors:
-        """The tensors in one read-only buffer, created on first access."""
+    def __getitem__(self, name: str) -> Array:
         if self._joined is None:
             buffer, end = np.empty(self.layout.nbytes, np.uint8), 0
             for piece in self.pieces:
                 buffer[end : end + len(piece)] = np.frombuffer(piece, np.uint8)
                 end += len(piece)
             self._joined = self.layout.over(buffer.data.toreadonly())
-        return self._joined
-
-    def __getitem__(self, name: str) -> Array:
-        return self.joined[name]
+        return self._joined[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.places)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import Field, Strict
+
+_Key = TypeVar("_Key", bound=tuple[Any, ...])
+_Result = TypeVar("_Result")
 
 MAX_TENSORS = 100_000
 MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
@@ -32,3 +37,14 @@ class TensorEntry(NamedTuple):
     offset: Annotated[int, Field(ge=0)]
     nbytes: Annotated[int, Field(ge=0)]
     group: Annotated[str, Field(pattern=GROUP_PATTERN)] = MODEL
+
+
+def cached(function: Callable[[_Key], _Result]) -> Callable[[_Key], _Result]:
+    """Cache the results of a function of a table, or of another tuple with an item per tensor."""
+    cached_function = functools.lru_cache(CACHED_TABLES)(function)
+
+    @functools.wraps(function)
+    def call(key: _Key) -> _Result:
+        return (cached_function if len(key) <= MAX_CACHED_TENSORS else function)(key)
+
+    return call

@@ -80,7 +80,7 @@ NAMED = 16
 
 
 class Counts(NamedTuple):
-    """The numbers that AMQP reports for a queue, which do not include unacknowledged messages."""
+    """The ready messages and the consumers of a queue; AMQP does not report unacknowledged ones."""
 
     ready: int
     consumers: int
@@ -113,7 +113,7 @@ class Delivery(Protocol):
 
     @property
     def sent_at(self) -> float | None:
-        """The sender's time stamp in whole seconds since 1970; None if it is missing."""
+        """The sender's timestamp in whole seconds since 1970; None if it is missing."""
 
     @property
     def offset(self) -> int | None:
@@ -127,7 +127,7 @@ class Delivery(Protocol):
 
 
 class Blocking:
-    """Whether the broker blocks publishing, and why.
+    """Whether the broker blocks publishers, and why.
 
     RabbitMQ blocks publishers while it is out of memory or disk space; consuming goes on.
     """
@@ -216,7 +216,7 @@ class Link(Protocol):
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
-        """Start to consume; the iterator yields deliveries and raises ``LinkLost`` at the end.
+        """Start consuming; the iterator yields deliveries and raises ``LinkLost`` at the end.
 
         Closing the iterator ends consumption; unacknowledged messages return to the queue.
 
@@ -229,7 +229,7 @@ class Link(Protocol):
         """Take one message; return None if the queue is empty."""
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
-        """Start to read a stream; the iterator raises ``LinkLost`` when the link is lost.
+        """Start reading a stream; the iterator raises ``LinkLost`` when the link is lost.
 
         Reading removes nothing and needs no acknowledgement. Entries arrive once each, in the order
         of their offsets.
@@ -255,7 +255,7 @@ class Link(Protocol):
         """Remove a binding if it exists."""
 
     async def counts(self, queue: str) -> Counts | None:
-        """Return the numbers of a queue without changing it; None if it does not exist."""
+        """Return the counts of a queue without changing it; None if it does not exist."""
 
     async def purge(self, queue: str) -> int:
         """Delete the ready messages of a queue and return how many there were."""
@@ -272,7 +272,7 @@ class Link(Protocol):
 
 
 class Transport(Protocol):
-    """A broker that links can be opened to."""
+    """A way to open links to a broker."""
 
     @property
     def address(self) -> str:
@@ -289,7 +289,7 @@ class Transport(Protocol):
 
 
 async def tell_of_blocking(link: Link, tell: Callable[[RunEvent], object]) -> None:
-    """Pass on an event whenever the broker blocks or unblocks publishing, without end."""
+    """Emit an event whenever the broker blocks or unblocks publishers, without end."""
     async with contextlib.aclosing(link.blocking()) as news:
         async for reason in news:
             if reason is not None:

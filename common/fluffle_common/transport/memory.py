@@ -67,7 +67,7 @@ class MemoryLink(Link):
         for entity in entities:
             _LOG.debug("declaring %s", entity)
             if isinstance(entity, Binding):
-                if not self._broker.bind(entity):  # RabbitMQ closes the channel here
+                if not self._broker.bind(entity):  # RabbitMQ would close the channel
                     self.cut()
                     raise LinkLost(f"no '{entity.queue}' or no '{entity.exchange}' to bind")
             else:
@@ -95,7 +95,7 @@ class MemoryLink(Link):
         """See ``base.Link``."""
         await self._unblocked()
         stored = Stored(body, properties, exchange, tuple(keys), float(int(wall_time())))
-        if exchange and exchange not in self._broker.exchanges:  # RabbitMQ closes the channel
+        if exchange and exchange not in self._broker.exchanges:  # RabbitMQ would close the channel
             self.cut()
             raise LinkLost(f"there is no exchange '{exchange}'")
         self._broker.route(stored, exchange, keys)
@@ -256,10 +256,10 @@ class MemoryLink(Link):
 
     def _find(self, queue: str, *, reads: bool = False) -> MemoryQueue:
         found = self._broker.queues.get(queue)
-        if found is None:  # RabbitMQ closes the channel
+        if found is None:  # RabbitMQ would close the channel
             self.cut()
             raise LinkLost(f"there is no queue '{queue}'")
-        if found.is_stream and not reads:  # RabbitMQ closes the connection
+        if found.is_stream and not reads:  # RabbitMQ would close the connection
             self.cut()
             raise LinkLost(f"nothing can be taken out of the stream '{queue}'")
         return found
@@ -362,4 +362,4 @@ def _otherwise(wanted: Queue, known: Queue) -> str:
             f"'{wanted.name}' already exists on the broker with different arguments; use the "
             "same --queue-type everywhere, or delete the old queue"
         )
-    return f"queue '{wanted.name}' was made by another version of fluffle; delete it"
+    return f"queue '{wanted.name}' was created by another version of fluffle; delete it"

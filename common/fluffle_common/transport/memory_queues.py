@@ -151,7 +151,7 @@ class MemoryDelivery:
 
 
 class Bindings:
-    """The bindings of all exchanges, indexed by key so that thousands of them cost nothing."""
+    """The bindings of all exchanges, indexed by key because there may be thousands."""
 
     def __init__(self) -> None:
         self._exact: defaultdict[tuple[str, str], set[str]] = defaultdict(set)

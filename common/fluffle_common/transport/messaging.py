@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from fluffle_common.clock import timestamp
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import (
-    Packing,
-    describe,
-    encode,
-)
+from fluffle_common.protocol.codec import describe, encode
 from fluffle_common.protocol.messages import Message, WithTensors
+from fluffle_common.protocol.transfer import Outgoing
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import NAMED, Delivery, HeaderValue, Link, Properties
@@ -76,22 +73,22 @@ async def send_tensors(
             after the message, by the same route.
         before_parts: awaited before anything is published, if the message has parts.
         progress: called with the number of confirmed parts and the number of all parts.
-        digest: the result of ``codec.digest_of`` for the tensors, if it is already being computed.
+        digest: the result of ``digest_of`` for the tensors, if it is already being computed.
     """
-    packing = Packing(message, weights, beside)
-    if not packing.parts:
-        await _publish(link, message, packing.body(), route)
+    outgoing = Outgoing(message, weights, beside)
+    if not outgoing.parts:
+        await _publish(link, message, outgoing.body(), route)
         return
     if before_parts is not None:
         await before_parts()
-    hashing = digest if digest is not None else asyncio.to_thread(packing.digest)
+    hashing = digest if digest is not None else asyncio.to_thread(outgoing.digest)
     if parts is not None:
         finding = asyncio.ensure_future(hashing)  # while the parts are sent
-        await _send_parts(link, packing, parts, progress)
-        await _publish(link, message, packing.body(await finding), route)
+        await _send_parts(link, outgoing, parts, progress)
+        await _publish(link, message, outgoing.body(await finding), route)
     else:
-        await _publish(link, message, packing.body(await hashing), route)
-        await _send_parts(link, packing, route, progress)
+        await _publish(link, message, outgoing.body(await hashing), route)
+        await _send_parts(link, outgoing, route, progress)
 
 
 async def _publish(link: Link, message: Message, body: bytes, route: Route) -> None:
@@ -110,22 +107,23 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
 
 
 async def _send_parts(
-    link: Link, packing: Packing, route: Route, progress: Progress | None
+    link: Link, outgoing: Outgoing, route: Route, progress: Progress | None
 ) -> None:
-    left = enumerate(packing.bodies())
+    """Publish the parts; concurrent publishers share one iterator, so that some are in flight."""
+    left = enumerate(outgoing.bodies())
 
     async def one_after_the_other() -> None:
         for number, body in left:
-            headers = {"part": number, "parts": packing.parts, "bytes": len(body)}
+            headers = {"part": number, "parts": outgoing.parts, "bytes": len(body)}
             properties = Properties(
                 type="part",
-                message_id=f"{packing.id}/{number}",
+                message_id=f"{outgoing.id}/{number}",
                 headers=headers,
                 durable=route.durable,
             )
             await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
             if progress is not None:
-                progress(number + 1, packing.parts)
+                progress(number + 1, outgoing.parts)
 
     await run_all(*(one_after_the_other() for _ in range(_WINDOW)))
 

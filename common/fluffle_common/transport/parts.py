@@ -50,7 +50,7 @@ async def fetch(
         PartsGone: if parts are missing.
     """
     parts = into.transfer.parts
-    there = await link.counts(queue)  # all parts: they are sent before the announcement
+    there = await link.counts(queue)  # complete: parts are sent before the announcement
     if there is None or there.ready < parts:
         raise PartsGone(f"{there.ready if there else 0} of {parts} parts are there")
     few = parts <= _FEW_PARTS

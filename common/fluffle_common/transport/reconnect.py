@@ -45,7 +45,7 @@ async def reconnecting(
     loop = asyncio.get_running_loop()
     pause, since = backoff.first_s, loop.time()
     while True:
-        if cancelled():  # if the link was lost at the same moment
+        if cancelled():  # possibly at the same moment as the link was lost
             raise asyncio.CancelledError
         try:
             link = await transport.open()

@@ -173,7 +173,7 @@ def run_option(command: Any) -> Any:
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Folder of the run.  [default: runs/FEDERATION]",
+    help="Run folder.  [default: runs/FEDERATION]",
     show_default=False,
 )
 @click.option(

@@ -159,14 +159,14 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     from fluffle_common.durable_files import replacing
     from fluffle_coordinator.dashboard.report import page, read_report
 
-    shown = read_report(folder, time.time())
+    data = read_report(folder, time.time())
     if as_json:
-        echo_json(shown)
+        echo_json(data)
         return
     out = out or folder / "report.html"
     try:
         with replacing(out) as file:
-            file.write(page(shown).encode())
+            file.write(page(data).encode())
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"report written to {out}")

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import encode, pack, read_tensors
+from fluffle_common.protocol.codec import encode, read_tensors
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -28,13 +28,13 @@ from fluffle_common.protocol.messages import (
     WithTensors,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, pack
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable
 from fluffle_common.transport.parts import PartsGone, fetch
 from fluffle_coordinator.conformance.findings import ReceivedUpdate, Unmet
 from fluffle_coordinator.conformance.listener import RUNS, ExamOptions, Listener, SentFit
-from fluffle_coordinator.strategy.contribution import check_announced, decode_contribution
+from fluffle_coordinator.strategy.decoding import check_announced, decode_contribution
 
 _T = TypeVar("_T")
 _MAX_MODEL_BYTES = 8 * 2**30

@@ -22,7 +22,7 @@ from fluffle_common.errors import CAUSES
 from fluffle_coordinator.dashboard.board import PHASES, Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.snapshot import latest
-from fluffle_coordinator.observe.tally import OUTCOMES, STEPS, Tally
+from fluffle_coordinator.observe.counters import OUTCOMES, STEPS, Counters
 
 _VERSION = version("fluffle")
 
@@ -71,7 +71,7 @@ class BoardCollector(Collector):
             {_VERSION: 1},
         )
         yield from _run(board)
-        yield from _counters(board.view.tally)
+        yield from _counters(board.view.counters)
         yield _labelled(
             "fluffle_workers",
             "Workers by what they are doing.",
@@ -101,15 +101,19 @@ def _run(board: Board) -> Iterator[Metric]:
             yield _gauge(name, words, value)
 
 
-def _counters(tally: Tally) -> Iterator[Metric]:
+def _counters(counters: Counters) -> Iterator[Metric]:
     for name, words, value in (
-        ("fluffle_rounds_committed", "Rounds committed.", tally.rounds),
-        ("fluffle_worker_failures", "Number of times that a worker's task failed.", tally.failures),
-        ("fluffle_broker_outages", "Number of times that the broker was lost.", tally.outages),
+        ("fluffle_rounds_committed", "Rounds committed.", counters.rounds),
+        (
+            "fluffle_worker_failures",
+            "Number of times that a worker's task failed.",
+            counters.failures,
+        ),
+        ("fluffle_broker_outages", "Number of times that the broker was lost.", counters.outages),
         (
             "fluffle_received_update_bytes",
             "Bytes of the counted updates, as received.",
-            tally.update_bytes,
+            counters.update_bytes,
         ),
     ):
         yield CounterMetricFamily(name, words, value)
@@ -117,13 +121,13 @@ def _counters(tally: Tally) -> Iterator[Metric]:
         "fluffle_updates", "Updates, by what became of them.", labels=["outcome"]
     )
     for outcome in OUTCOMES:
-        outcomes.add_metric([outcome], tally.outcomes[outcome])
+        outcomes.add_metric([outcome], counters.outcomes[outcome])
     yield outcomes
     rejected = CounterMetricFamily(
         "fluffle_rejected_messages", "Rejected messages, by cause.", labels=["cause"]
     )
     for cause in CAUSES:
-        rejected.add_metric([cause], tally.causes[cause])
+        rejected.add_metric([cause], counters.causes[cause])
     yield rejected
     steps = SummaryMetricFamily(
         "fluffle_round_step_seconds",
@@ -131,13 +135,13 @@ def _counters(tally: Tally) -> Iterator[Metric]:
         labels=["step"],
     )
     for step in STEPS:
-        steps.add_metric([step], tally.step_rounds[step], tally.step_seconds[step])
+        steps.add_metric([step], counters.step_rounds[step], counters.step_seconds[step])
     yield steps
-    if tally.committed_at is not None:
+    if counters.committed_at is not None:
         yield _gauge(
             "fluffle_last_commit_timestamp_seconds",
             "When the last round was committed, in seconds since 1970.",
-            tally.committed_at,
+            counters.committed_at,
         )
 
 

@@ -104,7 +104,7 @@ def snapshot(
     }
 
 
-def page(shown: Mapping[str, Any]) -> str:
+def page(data: Mapping[str, Any]) -> str:
     """Return the HTML that shows a snapshot; nothing in the data can act as markup or script."""
     icon = base64.b64encode(_static("icon.svg").encode()).decode()
     style, theme = _static("page.css"), _static("theme.js")
@@ -116,7 +116,7 @@ def page(shown: Mapping[str, Any]) -> str:
         f'style-src {_hash(style)}; script-src {_hash(theme)} {_hash(script)}">'
     )
     # JSON has these characters only inside strings, where the escape means the same.
-    data = as_json(shown).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = as_json(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     html = _LIVE_ONLY.sub("", _static("page.html"))
     for part, replacement in (
         ('href="icon.svg"', f'href="data:image/svg+xml;base64,{icon}"'),
@@ -129,9 +129,9 @@ def page(shown: Mapping[str, Any]) -> str:
         ),
         (
             "<body>",
-            f'<body data-frozen>\n<script type="application/json" id="snapshot">{data}</script>',
+            f'<body data-frozen>\n<script type="application/json" id="snapshot">{text}</script>',
         ),
-        ("<title>fluffle</title>", f"<title>{escape(shown['run']['federation'])}: report</title>"),
+        ("<title>fluffle</title>", f"<title>{escape(data['run']['federation'])}: report</title>"),
         ('<meta charset="utf-8">', f'<meta charset="utf-8">\n  {policy}'),
     ):
         assert part in html, part

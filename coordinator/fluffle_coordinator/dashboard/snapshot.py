@@ -11,9 +11,9 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
+from fluffle_coordinator.observe.counters import cause_of
 from fluffle_coordinator.observe.round_view import Answer, RoundView
 from fluffle_coordinator.observe.run_view import RunView
-from fluffle_coordinator.observe.tally import cause_of
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
@@ -39,7 +39,7 @@ def ending(event: RunEvent | None) -> str:
     match event:
         case run_events.Finished(reason=reason) | run_events.Stopped(reason=reason):
             return f"{event.name}: {reason or ''}"
-    return "interrupted: the same command (without --fresh) goes on from there"
+    return "interrupted; the same command (without --fresh) continues the run"
 
 
 def curves(view: RunView) -> dict[str, Any]:

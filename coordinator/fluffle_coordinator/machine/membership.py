@@ -14,14 +14,8 @@ from fluffle_coordinator.machine.clock import clock_time
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
-from fluffle_coordinator.machine.work import (
-    first_due,
-    give_work,
-    send_again,
-    stall_times,
-    watched,
-    work,
-)
+from fluffle_coordinator.machine.work import assign_work, issue, resend_work, work_effects
+from fluffle_coordinator.machine.worker_deadlines import first_due, schedule_check, stall_times
 
 
 def seen(state: State, event: Seen, out: Effects) -> State:
@@ -29,10 +23,9 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     worker = event.worker
     if worker.num_examples > state.announced.get(worker.name, 0):
         # The maximum: a forged hello must not make a worker's updates weigh less.
-        state = state.replace(
-            announced=state.announced.insert(worker.name, worker.num_examples),
-            quickest_s=min(state.quickest_s, worker.heartbeat_s),
-        )
+        state = state.replace(announced=state.announced.insert(worker.name, worker.num_examples))
+    if worker.heartbeat_s < state.quickest_s:
+        state = state.replace(quickest_s=worker.heartbeat_s)
     if not state.caught_up:
         return _greet(state, worker.name, out)
     if misfit := unfit(state, worker):
@@ -43,7 +36,7 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         worker = replace(worker, joined_at=event.now, moved_at=event.now)
         joined = run_events.Joined(worker=worker.name, num_examples=worker.num_examples)
         out.append(Record(joined))
-    elif known.at != worker.at:
+    elif known.position != worker.position:
         worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
         worker = replace(
@@ -61,7 +54,7 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         failed=failed,
         met=state.met if worker.name in state.met else state.met.insert(worker.name, None),
     )
-    state = watched(settle_doubt(state, worker.name), worker.name)
+    state = schedule_check(settle_doubt(state, worker.name), worker.name)
     return _offer(state, worker, event, restarted or event.hello, out)
 
 
@@ -96,7 +89,7 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     if state.done(name):
         patience_s *= 4  # its update may be on its way
     if fresh or broken_off or event.now - sent_at >= patience_s:
-        return send_again(state, name, event.now, out)
+        return resend_work(state, name, event.now, out)
     return state
 
 
@@ -105,15 +98,15 @@ def _include(state: State, worker: Worker, at_work: bool, now: float, out: Effec
     name = worker.name
     if state.phase is Phase.EVALUATING:
         issued = Issued(now, state.sequence, state.round - 1)
-        state = watched(state.replace_for(name, asked=state.asked.insert(name, issued)), name)
+        state = issue(state, name, issued)
         if not at_work:
-            out += work(state, (name,))
+            out += work_effects(state, (name,))
         return state
     chosen = state.schedule.idle(state, name)
     earlier = state.issued_before(worker, now) if at_work else None
     if earlier and (state.schedule.continuous or name in chosen):
-        return watched(state.replace_for(name, asked=state.asked.insert(name, earlier)), name)
-    return give_work(state, chosen, now, out)
+        return issue(state, name, earlier)
+    return assign_work(state, chosen, now, out)
 
 
 def settle_doubt(state: State, worker: str) -> State:

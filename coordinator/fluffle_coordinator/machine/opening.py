@@ -10,7 +10,7 @@ from fluffle_coordinator.machine.effects import Effects, Opened, Record
 from fluffle_coordinator.machine.ending import end
 from fluffle_coordinator.machine.first_weights import ask_for_weights
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
-from fluffle_coordinator.machine.work import next_sequence, note_asked, work
+from fluffle_coordinator.machine.work import next_sequence, note_asked, work_effects
 
 
 def try_to_open(state: State, now: float, out: Effects) -> State:
@@ -67,7 +67,7 @@ def _open(state: State, now: float, out: Effects) -> State:
         deadline_s=state.rules.deadline_s,
     )
     out.append(Opened())
-    out += work(state, tuple(name for name in cohort if name not in answered))
+    out += work_effects(state, tuple(name for name in cohort if name not in answered))
     out.append(Record(opened))
     return state
 
@@ -123,5 +123,5 @@ def reopen(state: State, reason: str, now: float, out: Effects) -> State:
         reason=reason,
     )
     out.append(Record(reopened))
-    out += work(state, tuple(n for n in cohort if n not in answered and not state.busy(n)))
+    out += work_effects(state, tuple(n for n in cohort if n not in answered and not state.busy(n)))
     return state

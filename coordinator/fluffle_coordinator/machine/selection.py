@@ -85,41 +85,26 @@ def sample_size(fraction: float, present: int) -> int:
 
 
 def select(
-    workers: Iterable[str],
-    count: int,
-    seed: int,
-    number: int,
-    *,
-    draw: int = 0,
-    last: Collection[str] = (),
-) -> tuple[str, ...]:
-    """Draw a uniform sample of the workers, the same for the same seed, round and draw.
-
-    Args:
-        workers: the workers present.
-        count: how many to select.
-        seed: the run's seed.
-        number: the round.
-        draw: how often this round's cohort was drawn before.
-        last: workers that are selected only when no others are left.
-
-    Example:
-        >>> len(select(["a", "b", "c", "d"], 2, seed=0, number=1))
-        2
-        >>> select(["a", "b", "c"], 2, seed=0, number=1, draw=1, last=["a"])
-        ('b', 'c')
-    """
-    return chosen_by(UNIFORM, map(Candidate, workers), count, Draw(seed, number, draw), last)
-
-
-def chosen_by(
     selection: Selection,
     candidates: Iterable[Candidate],
     count: int,
     draw: Draw,
     last: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Return the names of the workers that a rule selects, in order; ``last`` as in ``select``."""
+    """Return the names of the workers that a rule selects, in order.
+
+    Args:
+        selection: the rule.
+        candidates: the workers present.
+        count: how many to select.
+        draw: what chance depends on.
+        last: names of workers that are selected only when no others are left.
+
+    Example:
+        >>> present = [Candidate("a"), Candidate("b"), Candidate("c")]
+        >>> select(UNIFORM, present, 2, Draw(seed=0, number=1), last=["a"])
+        ('b', 'c')
+    """
     by_name = sorted(candidates)
     if selection.fixed and count >= len(by_name):
         return tuple(candidate.name for candidate in by_name)

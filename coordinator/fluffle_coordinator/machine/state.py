@@ -86,7 +86,7 @@ class Worker:
     task: str = ""
     model: ModelForm | None = None
     joined_at: float = 0.0  # when this process was first heard
-    moved_at: float = 0.0  # when ``at`` last changed
+    moved_at: float = 0.0  # when its position last changed
     stalled: bool = False  # whether it was reported as stalled
 
     def deadline(self, rules: Rules) -> float:
@@ -94,8 +94,8 @@ class Worker:
         return self.last_seen + rules.patience * self.heartbeat_s
 
     @property
-    def at(self) -> tuple[object, ...]:
-        """Where its work stands; it advances whenever this changes."""
+    def position(self) -> tuple[object, ...]:
+        """Where its work stands: the worker advances whenever this changes."""
         return self.session, self.state, self.run, self.round, self.sequence, self.base, self.step
 
     @property

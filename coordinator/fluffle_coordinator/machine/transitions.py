@@ -18,7 +18,7 @@ from fluffle_coordinator.machine.evaluation import (
 )
 from fluffle_coordinator.machine.opening import try_to_open
 from fluffle_coordinator.machine.state import Phase, State
-from fluffle_coordinator.machine.work import first_due
+from fluffle_coordinator.machine.worker_deadlines import first_due
 
 
 def progress(state: State, now: float, out: Effects) -> State:

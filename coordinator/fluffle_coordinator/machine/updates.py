@@ -29,7 +29,7 @@ from fluffle_coordinator.machine.state import (
     recent_bases,
     recently_counted,
 )
-from fluffle_coordinator.machine.work import give_work, send_again
+from fluffle_coordinator.machine.work import assign_work, resend_work
 
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -45,9 +45,11 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
             Record(run_events.Duplicate(worker=ticket.worker, round=event.round)),
         ]
         return state
-    if event.round < state.round and not (_takes(state) and _discount(state, event.round)):
+    if event.round < state.round and not (
+        _accepts_updates(state) and _discount(state, event.round)
+    ):
         return _too_old(state, event, ticket, out)
-    if event.round > state.round or not _takes(state):
+    if event.round > state.round or not _accepts_updates(state):
         _reject(event, f"round {event.round} has not been opened", out)
         return state
     base = state.base_of(event.round)
@@ -78,7 +80,7 @@ def _hold(state: State, ticket: Ticket, update: Received) -> State:
     return state.replace_for(ticket.worker, received=state.received.insert(ticket, update))
 
 
-def _takes(state: State) -> bool:
+def _accepts_updates(state: State) -> bool:
     """Whether updates can be folded: there are weights, and a round is open or still to come."""
     return state.has_weights and state.phase is not Phase.EVALUATING
 
@@ -131,7 +133,7 @@ def _max_norm(state: State) -> float:
     if ratio is None:
         return math.inf
     middle = state.median_norm
-    if not middle:  # no round was committed yet
+    if not middle:  # no earlier round is known, as after a restart
         norms = [update.norm for update in state.received.values() if update.folded]
         middle = median(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
@@ -161,7 +163,7 @@ def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> Stat
         return state
     if state.folded >= state.needed:  # newer weights follow in a moment
         return state
-    return give_work(state, state.schedule.idle(state, ticket.worker), now, out)
+    return assign_work(state, state.schedule.idle(state, ticket.worker), now, out)
 
 
 def _late_verdict(ticket: Ticket, number: int, base: str) -> Judge:
@@ -249,7 +251,7 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
         )
         return settle_doubt(state, worker)
     if was_asked and worker in state.workers and state.phase is Phase.OPEN:
-        return send_again(state, worker, event.now, out)
+        return resend_work(state, worker, event.now, out)
     return state
 
 

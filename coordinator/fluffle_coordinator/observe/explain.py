@@ -53,14 +53,9 @@ class Explanation:
     coordinated: bool | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether the round still waits for updates."""
-        return self.round.is_open
-
-    @property
     def waits(self) -> bool:
         """Whether the round is open and a coordinator may still close it."""
-        return self.is_open and self.view.ended is None
+        return self.round.is_open and self.view.ended is None
 
     def departed(self, worker: str) -> tuple[float, Departure] | None:
         """Return when and how a worker has departed; None if it has not."""
@@ -75,7 +70,7 @@ class Explanation:
     @property
     def left_s(self) -> float | None:
         """The seconds to the deadline, negative if it has passed; None if there is none."""
-        if not self.is_open or self.round.deadline_at is None:
+        if not self.round.is_open or self.round.deadline_at is None:
             return None
         return _seconds(self.round.deadline_at - (self.view.unlinked_since or self.now))
 
@@ -95,7 +90,7 @@ class Explanation:
             return None
         _, waiting = self.view.waiting
         only_for_workers = waiting.round == self.round.number and not waiting.short
-        return None if self.is_open and only_for_workers else self.view.waiting
+        return None if self.round.is_open and only_for_workers else self.view.waiting
 
 
 def runs_of(events: Iterable[Event]) -> dict[str, list[int]]:

@@ -30,7 +30,7 @@ def sentences(explanation: Explanation) -> list[str]:
         *_answers(explanation),
         *_missing(explanation),
         *_notes(explanation),
-        *(_progress(explanation) if explanation.is_open else _closing(explanation)),
+        *(_progress(explanation) if this.is_open else _closing(explanation)),
         *_longest(explanation),
         *_afterwards(explanation),
     ]
@@ -98,7 +98,7 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
     return {
         "run": explanation.run,
         "round": this.number,
-        "open": explanation.is_open,
+        "open": this.is_open,
         "opened_at": _iso(this.opened_at),
         "asked": list(this.asked),
         "needed": this.needed,
@@ -112,7 +112,7 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
             for answer in this.answers.values()
         ],
         "missing": [{"worker": w, "why": why_missing(explanation, w)} for w in explanation.missing],
-        "deadline_at": _iso(this.deadline_at) if explanation.is_open else None,
+        "deadline_at": _iso(this.deadline_at) if this.is_open else None,
         "left_s": explanation.left_s,
         "notes": [
             {"event": n.event.name, "at": _iso(n.at), "worker": n.worker, "reason": n.reason}
@@ -147,7 +147,7 @@ def _local(at: float, form: str) -> str:
 
 def _opening(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
-    state = "is open" if explanation.is_open else "is committed"
+    state = "is open" if this.is_open else "is committed"
     if this.opened_at is None:
         yield (
             f"Round {this.number} of run {explanation.run} {state}; its opening is not in the "
@@ -195,7 +195,7 @@ def _missing(explanation: Explanation) -> Iterator[str]:
             yield f"{worker} did not answer: {why}."
         elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
             # Once the run has ended, an update may still wait in the broker for the next start.
-            by_then = " by then" if explanation.is_open else ""
+            by_then = " by then" if this.is_open else ""
             # In an asynchronous run, the worker may have answered in an earlier round.
             yield (
                 f"No update of {worker} is in it{by_then}."
@@ -241,7 +241,7 @@ def _progress(explanation: Explanation) -> Iterator[str]:
 
 
 def _no_coordinator(explanation: Explanation) -> Iterator[str]:
-    opens = "opens the round again" if explanation.is_open else "opens the next round"
+    opens = "opens the round again" if explanation.round.is_open else "opens the next round"
     yield (
         "No coordinator is connected to the broker now: the same command that started it "
         f"(without --fresh) goes on with this run and {opens}."
@@ -332,7 +332,7 @@ def _ending(explanation: Explanation, event: RunEvent) -> str:
             return f"The run has finished: {reason or 'no reason is given'}."
         case run_events.Stopped(reason=reason):
             return f"The run has stopped: {reason or 'no reason is given'}."
-    again = "opens this round again" if explanation.is_open else "goes on from there"
+    again = "opens this round again" if explanation.round.is_open else "goes on from there"
     return f"The coordinator was told to stop; the same command {again}."
 
 

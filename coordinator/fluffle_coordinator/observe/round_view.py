@@ -15,7 +15,7 @@ _MAX_NOTES = 1000
 PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """The phases of the time between two commits; see ``RoundView.phases``."""
 
-_NO_METRIC = {"loss", "epsilon", "delta"}  # the floats in a line of the history that are no metrics
+_NO_METRIC = {"loss", "epsilon", "delta"}  # the floats in a history line that are not metrics
 
 
 @dataclass(frozen=True)

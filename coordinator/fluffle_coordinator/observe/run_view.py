@@ -16,8 +16,8 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent, from_fields
 from fluffle_common.protocol.metric_names import add_test_prefix
+from fluffle_coordinator.observe.counters import Counters, cause_of
 from fluffle_coordinator.observe.round_view import Answer, RoundView, late_updates, remembered
-from fluffle_coordinator.observe.tally import Tally, cause_of
 from fluffle_coordinator.observe.worker_view import Departure, Workers
 
 _MAX_ROUNDS = 2000
@@ -43,7 +43,7 @@ class RunView:
         workers: all known workers.
         rejections: the latest rejected messages, as (time, open round or 0, event).
         causes: the number of rejected messages by cause.
-        tally: counters across runs, for Prometheus.
+        counters: the counters for Prometheus, across runs.
         waiting: what the coordinator last reported to wait for, and when.
         ended: when and how the run ended.
         unlinked_since: when the coordinator lost the broker; None while it is connected.
@@ -58,7 +58,7 @@ class RunView:
         self.rounds: dict[int, RoundView] = {}
         self.before = RoundView(0)
         self.workers = Workers()
-        self.tally = Tally()
+        self.counters = Counters()
         self.causes: Counter[str] = Counter()
         self.rejections: deque[tuple[float, int, run_events.Rejected]] = deque(
             maxlen=None if whole else _MAX_REJECTIONS
@@ -81,13 +81,13 @@ class RunView:
             self._begin(run)
         self.phase = _PHASE_AFTER.get(type(event), self.phase)
         self.workers.add(at, event)
-        self.tally.add(at, event)
+        self.counters.add(at, event)
         handler = _HANDLERS.get(type(event))
         if handler is not None:
             handler(self, at, event)
 
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Apply the rows of a history (``history.read_history``); they do not enter the tally."""
+        """Apply the rows of a history (``read_history``); they do not change ``counters``."""
         rows = sorted(rows, key=lambda row: row["round"])
         for row in rows:
             number = row["round"]
@@ -322,7 +322,7 @@ class RunView:
         return self.rounds.setdefault(number, RoundView(number))
 
     def _known(self, number: int | None) -> RoundView | None:
-        """Return the round of this number unless it is unknown, or is not ``only``."""
+        """Return the round of this number if it is known or is ``only``; None otherwise."""
         if number == 0:
             return self.before
         return self._round(number) if number in self.rounds or number == self._only else None

@@ -32,7 +32,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
-from fluffle_coordinator.strategy.contribution import (
+from fluffle_coordinator.strategy.decoding import (
     check_metrics,
     decode_contribution,
     decode_extra,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +18,10 @@ from fluffle_common.cli.settings import (
     parse_classes,
     parse_config,
 )
-from fluffle_common.clock import monotonic
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
-from fluffle_common.tensors.weights import check_finite, check_signature
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
@@ -34,27 +29,23 @@ from fluffle_coordinator.machine.state import Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
-from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
+from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import (
     as_named,
-    check_same,
     rules_for,
     uncounted_sampling,
 )
 from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.page import Page
-
-_STANDBY_POLL_S = 0.5
-_STANDBY_NOTICE_S = 30.0
 
 
 def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
@@ -184,36 +175,11 @@ async def coordinate(
         TaskError: if the user's strategy, schedule or selection fails.
         UsageError: if the run in the folder cannot continue with these settings.
     """
-    with _usable(store.folder):
-        await _locked(store, watcher)
-        if fresh:
-            aside = store.start_afresh()
-            if aside is not None:
-                watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
-        saved = store.load(settings.federation)
-        check_same(settings.strategy, saved, store.folder)
-        _check_beginning(settings.init, store, saved, watcher)
-        store.note_configuration(configuration(settings, topology), saved.committed)
-    for repair in saved.repairs:
-        watcher.record(run_events.Repaired(what=repair))
-    run, rounds, folder = saved.run, settings.rules.rounds, str(store.folder)
-    if saved.committed:
-        if page:
-            page.remember(read_history(store.folder))
-        watcher.record(run_events.Resumed(run=run, rounds=rounds, round=saved.committed))
-    else:
-        watcher.record(run_events.Started(run=run, rounds=rounds, folder=folder))
-    if rounds == settings.strategy.strategy.needs.max_rounds:
-        most = f"the strategy {settings.strategy.name} allows no more than {rounds} rounds"
-        watcher.record(run_events.Note(what=most))
-    for what in uncounted_sampling(settings.strategy, settings.rules):
-        watcher.record(run_events.Note(what=what))
-    if saved.committed >= settings.rules.rounds:
-        done = endings.done_already(store.folder, saved.committed, settings.rules.rounds)
-        watcher.record(run_events.Note(what=done))
-    if saved.weights is None and settings.init is not None:
-        with _usable(store.folder):
-            saved = _begin_with(settings.init, store, saved, settings.federation)
+    saved = await open_run(settings, topology, store, watcher, fresh=fresh)
+    if page and saved.committed:
+        page.remember(read_history(store.folder))
+    for event in _beginning(settings, saved, store.folder):
+        watcher.record(event)
     coordinator = Coordinator(
         settings,
         transport=transport,
@@ -231,49 +197,22 @@ async def coordinate(
     return state
 
 
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    """Turn an ``OSError`` about the run folder into a one-line ``RunError``."""
-    try:
-        yield
-    except OSError as why:
-        what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
-        raise RunError(
-            f"cannot use the run folder {folder} ({what}); it must be writable and on a file "
-            "system that supports locks: choose another with --run"
-        ) from None
-
-
-def _check_beginning(init: Path | None, store: RunStore, saved: Saved, watcher: Watcher) -> None:
-    """Check that ``--init`` names the weights that an existing run began with.
-
-    Raises:
-        UsageError: if the file holds other weights.
-    """
-    first = store.folder / checkpoint_name(0)
-    if init is None or saved.weights is None or not first.exists():
-        return
-    try:
-        other = endings.other_beginning(init, read_checkpoint(first)[0], read_checkpoint(init)[0])
-    except UsageError as why:  # unreadable, but the run has its own copy
-        watcher.record(run_events.Note(what=f"--init is no longer needed and is ignored: {why}"))
-        return
-    if other:
-        raise UsageError(other)
-
-
-async def _locked(store: RunStore, watcher: Watcher) -> None:
-    """Lock the run folder; wait while another coordinator holds the lock."""
-    notified_at = -_STANDBY_NOTICE_S
-    try:
-        while not store.try_lock():
-            if monotonic() - notified_at >= _STANDBY_NOTICE_S:
-                watcher.record(run_events.Standby(what=str(store.folder)))
-                notified_at = monotonic()
-            await asyncio.sleep(_STANDBY_POLL_S)
-    except asyncio.CancelledError:
-        watcher.record(run_events.Interrupted(folder=str(store.folder)))
-        raise
+def _beginning(
+    settings: CoordinatorSettings, saved: Saved, folder: Path
+) -> Iterator[run_events.RunEvent]:
+    """Yield the events that say how the run begins, and what its operator should know."""
+    strategy, rounds = settings.strategy, settings.rules.rounds
+    if saved.committed:
+        yield run_events.Resumed(run=saved.run, rounds=rounds, round=saved.committed)
+    else:
+        yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
+    if rounds == strategy.strategy.needs.max_rounds:
+        what = f"the strategy {strategy.name} allows no more than {rounds} rounds"
+        yield run_events.Note(what=what)
+    for what in uncounted_sampling(strategy, settings.rules):
+        yield run_events.Note(what=what)
+    if saved.committed >= rounds:
+        yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
 
 
 def _page(options: dict[str, Any], topology: Topology) -> Page | None:
@@ -286,28 +225,3 @@ def _page(options: dict[str, Any], topology: Topology) -> Page | None:
         from fluffle_coordinator.dashboard.page import Page
     url = broker_url(options["url"])
     return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
-
-
-def _begin_with(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
-    """Begin a run with the weights of a model file, such as another run's last checkpoint.
-
-    Raises:
-        UsageError: if the file holds no valid model.
-    """
-    weights, metadata = read_checkpoint(file)
-    try:
-        check_signature(weights)
-        check_finite(weights)
-        check_names(weights)
-    except ValueError as wrong:
-        raise UsageError(f"{file} cannot be used as first weights: {wrong}") from None
-    metadata = {
-        "task": metadata.get("task", ""),
-        "classes": metadata.get("classes", "[]"),
-        "federation": federation,
-        "run": saved.run,
-        "round": "0",
-        "base": new_base(),
-    }
-    store.save_weights(0, weights, metadata)
-    return replace(saved, weights=weights, metadata=metadata)

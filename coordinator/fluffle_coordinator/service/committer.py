@@ -163,7 +163,7 @@ class Committer:
         line = {"event": "ended", "round": number, "outcome": outcome, "reason": reason}
 
         async def record() -> None:
-            line.update(self._not_counted(), ended_at=timestamp())
+            line.update(self._take_counts(), ended_at=timestamp())
             await self._on_disk(lambda: self._store.history.append(line))
 
         if number:
@@ -180,7 +180,7 @@ class Committer:
             "asked": average.asked,
             "participants": average.participants,
             "opened_at": clock.opened,
-            **self._not_counted(),
+            **self._take_counts(),
             "checkpoint": checkpoint_name(number),
         }
         if self._strategy != FEDAVG.name:
@@ -203,7 +203,7 @@ class Committer:
         participants: Counter[str] = Counter()  # in a buffer, a worker can appear more than once
         for participant in average.participants:
             participants[participant["worker"]] += participant["num_examples"]
-        self._standing.took(line["timings"])
+        self._standing.add_time(line["timings"])
         enough = await self._call_hooks(number, average.weights, participants)
         enough = enough or self._standing.enough()
         about = base, sum(participants.values()), line["timings"], enough
@@ -246,7 +246,7 @@ class Committer:
             await self._on_disk(lambda: keep_best(self._store.folder, best))
             self._best = best
 
-    def _not_counted(self) -> dict[str, Any]:
+    def _take_counts(self) -> dict[str, Any]:
         """Return and reset the counts of late and rejected updates."""
         counts, self.counts = self.counts, Counts()
         return vars(counts)
@@ -257,7 +257,7 @@ class Committer:
         evaluations = {name: e for name, e in evaluations.items() if e.num_examples}
         if not evaluations:
             return  # nobody has held-out data
-        averages = federated(evaluations)
+        averages = average_evaluations(evaluations)
         line = {
             "event": "evaluated",
             "round": number,
@@ -304,12 +304,13 @@ class Committer:
                 return
 
 
-def federated(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
+def average_evaluations(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
     """Average evaluations, weighted by examples; each metric over the workers that report it.
 
     Example:
         >>> a, b = rs.Evaluated(1, 1.0, {"accuracy": 0.0}), rs.Evaluated(3, 2.0, {"accuracy": 1.0})
-        >>> federated({"a": a, "b": b})["loss"], federated({"a": a, "b": b})["accuracy"]
+        >>> averages = average_evaluations({"a": a, "b": b})
+        >>> averages["loss"], averages["accuracy"]
         (1.75, 0.75)
     """
     every = evaluations.values()

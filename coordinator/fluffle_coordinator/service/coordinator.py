@@ -186,7 +186,7 @@ class Coordinator:
         """Send a message of a multi-phase protocol; it is dropped if the link is lost meanwhile.
 
         Raises:
-            ValueError: if its tensors do not fit into one message.
+            ValueError: if its tensors cannot travel, or are too large for one message.
         """
         self._outbox.exchange(sent, sent.body())
 

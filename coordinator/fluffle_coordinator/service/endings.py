@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
-from fluffle_common.tensors.weights import Array
 from fluffle_coordinator.machine.state import State
 
 
@@ -63,23 +61,3 @@ def after_a_stop(state: State, folder: Path) -> str:
             f"fixed, {same}"
         )
     return f"once that is fixed, {same}"
-
-
-def other_beginning(file: Path, first: Mapping[str, Array], given: Mapping[str, Array]) -> str:
-    """Return an error message if ``--init`` names other weights than the run's first; else "".
-
-    The bytes are compared, so that a NaN equals itself.
-    """
-    same = first.keys() == given.keys() and all(
-        first[name].dtype == given[name].dtype
-        and first[name].shape == given[name].shape
-        and first[name].tobytes() == given[name].tobytes()
-        for name in first
-    )
-    if same:
-        return ""
-    return (
-        f"--init {file} holds other weights than this run began with, and cannot change a run "
-        "that exists; --fresh begins a new run with them and moves this one aside, and without "
-        "--init this run goes on"
-    )

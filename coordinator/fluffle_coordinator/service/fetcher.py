@@ -21,7 +21,7 @@ from fluffle_common.transport.base import Link
 from fluffle_common.transport.parts import fetch
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.spool import Spool, SpoolFile
-from fluffle_coordinator.strategy.contribution import check_announced
+from fluffle_coordinator.strategy.decoding import check_announced
 
 Payload = memoryview | InPieces
 

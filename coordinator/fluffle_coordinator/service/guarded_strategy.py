@@ -97,9 +97,7 @@ class GuardedStrategy:
             return NO_TENSORS
         try:
             _check_tensors(tensors)
-            check_signature(
-                add_strategy_prefix(tensors)
-            )  # the checkpoint puts a prefix before the names
+            check_signature(add_strategy_prefix(tensors))  # as the checkpoint names them
         except ValueError as wrong:
             raise self._wrong(
                 "dump()", f"it returned a state that cannot be saved: {wrong}"

@@ -17,7 +17,7 @@ from typing import Any
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, greeting
+from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, minimal_hello
 from fluffle_common.protocol.exchanges import Exchanges
 from fluffle_common.protocol.messages import (
     PROTOCOL,
@@ -159,7 +159,7 @@ class Intake:
 
     def _refuse_hello(self, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Answer a hello that could not be decoded, for example of another protocol version."""
-        hello = greeting(delivery.body, self._settings.federation)
+        hello = minimal_hello(delivery.body, self._settings.federation)
         if hello is None or self._outbox.was_refused(hello):
             return
         if self._settings.verify_users:

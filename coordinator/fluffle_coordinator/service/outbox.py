@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import PART_BYTES, Greeting, digest_of, encode_refusal
+from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.protocol.events import RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
@@ -27,6 +27,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.tensors.groups import EXTRA
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
@@ -158,7 +159,7 @@ class Outbox:
                 welcome = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
                 job = self._to(welcome, [worker])
             case fx.Refuse(worker, session, reason, code):
-                self.refuse(Greeting(PROTOCOL, worker, session), reason, code)
+                self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
                 return
             case fx.Judge():
                 job = self._to(self._verdict(effect), [effect.ticket.worker])
@@ -223,18 +224,26 @@ class Outbox:
         if sent.workers:
             self._put(lambda link: send(link, sent.message, route, body))
 
-    def refuse(self, to: Greeting, reason: str, code: str) -> None:
+    def refuse(self, to: MinimalHello, reason: str, code: str) -> None:
         """Send a refusal, in the worker's protocol version and once per session."""
-        if not self.was_refused(to):
-            refusal = Refusal(
-                federation=self._settings.federation,
-                session=to.session,
-                code=code,
-                reason=reason[:_REASON_CHARACTERS],
-            )
-            self._put(self._refuse(refusal, to))
+        refusal = Refusal(
+            federation=self._settings.federation,
+            session=to.session,
+            code=code,
+            reason=reason[:_REASON_CHARACTERS],
+        )
+        route = Route(self._topology.work, [to.worker])
 
-    def was_refused(self, to: Greeting) -> bool:
+        async def refuse_once(link: Link) -> None:
+            if not self.was_refused(to):
+                await send(link, refusal, route, encode_refusal(refusal, to.protocol))
+                self._refused[to.worker, to.session] = None
+                if len(self._refused) > _MAX_REFUSED:
+                    del self._refused[next(iter(self._refused))]
+
+        self._put(refuse_once)
+
+    def was_refused(self, to: MinimalHello) -> bool:
         """Whether a refusal was sent to this session already."""
         return (to.worker, to.session) in self._refused
 
@@ -256,20 +265,6 @@ class Outbox:
 
     def _to(self, message: Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))
-
-    def _refuse(self, refusal: Refusal, to: Greeting) -> Job:
-        route = Route(self._topology.work, [to.worker])
-        body = encode_refusal(refusal, to.protocol)
-
-        async def once(link: Link) -> None:
-            who = to.worker, to.session
-            if who not in self._refused:
-                await send(link, refusal, route, body)
-                self._refused[who] = None
-                if len(self._refused) > _MAX_REFUSED:
-                    del self._refused[next(iter(self._refused))]
-
-        return once
 
     def _with_weights(
         self,

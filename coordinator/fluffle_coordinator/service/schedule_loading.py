@@ -48,33 +48,32 @@ def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
         UsageError: if there is no such schedule, or an option does not apply to it.
         TaskError: if a user's file fails to load.
     """
-    name = timing.schedule
-    stale = {"--max-staleness": timing.max_staleness, "--staleness": timing.staleness}
-    buffered = {"--buffer": timing.buffer, "--concurrency": timing.concurrency}
-    if name == "buffered":
-        return _buffered(timing)
-    _refuse(buffered, "goes with --schedule buffered")
-    discounts = timing.late == "discount"
-    if name == "quorum":
-        if not discounts:
-            _refuse(stale, "goes with --schedule buffered or --late discount")
-            return name, QuorumRounds()
-        oldest = _LATE_ROUNDS if timing.max_staleness is None else timing.max_staleness
-        phi = timing.staleness or POLYNOMIAL
-        full_name = f"quorum:late=discount,max_staleness={oldest},staleness={phi}"
-        return full_name, QuorumRounds(max_staleness=oldest, phi=phi)
-    _refuse(stale, "applies to fluffle's own schedules; your schedule decides this itself")
-    _refuse({"--late discount": discounts or None}, "goes with --schedule quorum")
-    if ":" not in name:
+    name, discounts_late = timing.schedule, timing.late == "discount"
+    if name not in ("quorum", "buffered") and ":" not in name:
         raise UsageError(
             f"there is no schedule '{name}' (--schedule); quorum and buffered are known, and "
             "path.py:name takes one from a file of your own"
         )
-    return _of_a_file(name)
+    if name != "quorum" and discounts_late:
+        raise UsageError("--late discount needs --schedule quorum; add that, or remove --late")
+    if name == "buffered":
+        return _buffered(timing)
+    buffered = {"--buffer": timing.buffer, "--concurrency": timing.concurrency}
+    _refuse(buffered, "needs --schedule buffered; add that, or remove")
+    stale = {"--max-staleness": timing.max_staleness, "--staleness": timing.staleness}
+    if name != "quorum":
+        _refuse(stale, "does not apply to your own schedule, which decides this itself; remove")
+        return _from_file(name)
+    if not discounts_late:
+        _refuse(stale, "needs --schedule buffered or --late discount; add one of these, or remove")
+        return name, QuorumRounds()
+    oldest = _LATE_ROUNDS if timing.max_staleness is None else timing.max_staleness
+    phi = timing.staleness or POLYNOMIAL
+    full_name = f"quorum:late=discount,max_staleness={oldest},staleness={phi}"
+    return full_name, QuorumRounds(max_staleness=oldest, phi=phi)
 
 
 def _buffered(timing: Timing) -> tuple[str, Buffered]:
-    _refuse({"--late discount": timing.late == "discount" or None}, "goes with --schedule quorum")
     options = {
         "buffer": timing.buffer,
         "concurrency": timing.concurrency,
@@ -93,7 +92,7 @@ def _buffered(timing: Timing) -> tuple[str, Buffered]:
 def _refuse(options: dict[str, Any], why: str) -> None:
     for option, value in options.items():
         if value is not None:
-            raise UsageError(f"{option} {why}; leave it out, or name that")
+            raise UsageError(f"{option} {why} {option}")
 
 
 def load_selection(text: str) -> Selection:
@@ -117,7 +116,7 @@ def load_selection(text: str) -> Selection:
     return Selection(place.called, guarded_choice(place.called, cast("Choose", function)))
 
 
-def _of_a_file(name: str) -> tuple[str, Schedule[State]]:
+def _from_file(name: str) -> tuple[str, Schedule[State]]:
     place = Place.parse("schedule", name)
     schedule = place.found(_CALLERS)
     if isinstance(schedule, type):

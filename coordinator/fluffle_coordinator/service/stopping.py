@@ -66,9 +66,9 @@ class Standing:
             if line["event"] in ("evaluated", "tested"):
                 self.note(line["round"], line)
             elif line["event"] == "committed":
-                self.took(line["timings"])
+                self.add_time(line["timings"])
 
-    def took(self, timings: Mapping[str, float]) -> None:
+    def add_time(self, timings: Mapping[str, float]) -> None:
         """Add the time of a round."""
         self._seconds += seconds_of(timings)
 

@@ -141,7 +141,9 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         if (folder / "run.json").exists():
             raise UsageError(f"the run in {folder} has committed no round yet")
-        raise UsageError(f"there is no history in {folder}; a run's folder is such as runs/NAME")
+        raise UsageError(
+            f"there is no history in {folder}; name a run folder, such as runs/letters"
+        )
     data = path.read_bytes()
     try:
         return _parse(data[: data.rfind(b"\n") + 1])

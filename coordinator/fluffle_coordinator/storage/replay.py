@@ -26,7 +26,7 @@ from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
-from fluffle_coordinator.strategy.contribution import decode_contribution, decode_extra
+from fluffle_coordinator.strategy.decoding import decode_contribution, decode_extra
 from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 

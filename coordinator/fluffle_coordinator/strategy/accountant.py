@@ -1,7 +1,7 @@
-"""What privacy costs: the epsilon of so many rounds of clipped sums with Gaussian noise.
+"""Privacy accounting: the epsilon of a number of rounds of clipped sums with Gaussian noise.
 
-Neighbouring federations differ by one worker, who is there or is not. Without sampling, the epsilon
-is computed exactly here. With Poisson sampling, it is dp-accounting's (``fluffle[privacy]``).
+Neighbouring federations differ by the presence of one worker. Without sampling, epsilon is computed
+here, exactly. With Poisson sampling, dp-accounting computes it (``fluffle[privacy]``).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 from fluffle_common.arguments import nearest
 
 _MOST_ROUNDS = 10**9
-_PLD_INTERVAL = 1e-4  # as dp-accounting's own accountant has it
+_PLD_INTERVAL = 1e-4  # the default of dp-accounting's own accountant
 
 
 @dataclass(frozen=True)
 class Accountant:
-    """Counts the privacy that rounds cost; ``accountant`` makes one.
+    """The privacy cost of rounds; ``accountant`` makes one.
 
     Args:
-        noise: the standard deviation of the noise, in parts of the sensitivity.
-        delta: of (epsilon, delta).
-        rate: the chance of each worker to be in a round.
+        noise: the standard deviation of the noise, as a multiple of the sensitivity.
+        delta: the delta of (epsilon, delta).
+        rate: the probability with which each worker is in a round.
         method: ``exact``, ``pld`` or ``rdp``.
     """
 
@@ -37,16 +37,17 @@ class Accountant:
     method: str
 
     def epsilon(self, rounds: int) -> float:
-        """Return what so many rounds cost."""
+        """Return the epsilon of so many rounds."""
         return _METHODS[self.method](self, rounds) if rounds else 0.0
 
     def rounds_within(self, budget: float) -> int:
-        """Return the most rounds that cost no more than a budget.
+        """Return the largest number of rounds whose epsilon is within a budget.
 
         Raises:
-            ValueError: if that is none.
+            ValueError: if one round already exceeds it.
         """
-        # Losses take long to compose, moments do not, and bound them.
+        # Composing loss distributions is slow. The search starts from what Rényi divergences, which
+        # are fast, allow: it is never too many rounds.
         quick = Accountant(self.noise, self.delta, self.rate, "rdp")
         first = _most(lambda n: quick.epsilon(n) <= budget) if self.method == "pld" else 0
         most = _most(lambda n: self.epsilon(n) <= budget, first)
@@ -62,18 +63,18 @@ class Accountant:
 def accountant(
     noise: float, delta: float, rate: float | None = None, method: str | None = None
 ) -> Accountant:
-    """Return the accountant of rounds of so much noise.
+    """Return an accountant.
 
     Args:
-        noise: the standard deviation of the noise, in parts of the sensitivity.
-        delta: of (epsilon, delta).
-        rate: the chance of each worker to be in a round; None: they are in every one.
-        method: ``exact``, without a rate only; ``pld``, by privacy loss distributions, which is
-            tight; ``rdp``, by Rényi divergences, which is quicker and larger. None: the first of
-            these that there is.
+        noise: the standard deviation of the noise, as a multiple of the sensitivity.
+        delta: the delta of (epsilon, delta).
+        rate: the probability with which each worker is in a round; None if it is in every round.
+        method: ``exact``, only without a rate; ``pld``, privacy loss distributions, which are
+            tight; or ``rdp``, Rényi divergences, which are faster and give a larger epsilon. None
+            for ``exact`` without a rate and ``pld`` with one.
 
     Raises:
-        ValueError: if there is no such method, or it needs a package that is not installed.
+        ValueError: if there is no such method, or its package is not installed.
     """
     method = method or ("exact" if rate is None else "pld")
     if method not in _METHODS:
@@ -86,15 +87,15 @@ def accountant(
 
 
 def epsilon(noise: float, rounds: int, delta: float) -> float:
-    """Return the epsilon of so many Gaussian mechanisms together, exactly.
+    """Return the exact epsilon of the composition of so many Gaussian mechanisms.
 
-    They are one mechanism with mu = sqrt(rounds) / noise (Dong, Roth and Su, "Gaussian Differential
+    It is one mechanism with mu = sqrt(rounds) / noise (Dong, Roth and Su, "Gaussian Differential
     Privacy", JRSS B 2022, corollaries 1 and 2; Balle and Wang, ICML 2018, theorem 8).
 
     Args:
-        noise: the standard deviation of the noise, in parts of the sensitivity.
-        rounds: how many.
-        delta: of (epsilon, delta).
+        noise: the standard deviation of the noise, as a multiple of the sensitivity.
+        rounds: the number of mechanisms.
+        delta: the delta of (epsilon, delta).
 
     Example:
         >>> round(epsilon(1.0, 1, 1e-5), 3), epsilon(1.0, 0, 1e-5)
@@ -113,29 +114,30 @@ def epsilon(noise: float, rounds: int, delta: float) -> float:
 
 
 def _delta(epsilon: float, mu: float) -> float:
-    """Return the smallest delta for an epsilon, of a Gaussian mechanism."""
+    """Return the smallest delta of a Gaussian mechanism, given its epsilon."""
     below = _log_normal(-epsilon / mu - mu / 2)
     return math.exp(_log_normal(-epsilon / mu + mu / 2)) - math.exp(epsilon + below)
 
 
 def _log_normal(x: float) -> float:
-    """Return the logarithm of the share of a standard normal that is below ``x``."""
+    """Return the logarithm of the standard normal distribution function at ``x``."""
     if x > -30:
         return math.log(math.erfc(-x / math.sqrt(2)) / 2)
-    # What follows of the asymptotic series is less than 3 / x**4, a few millionths.
+    # The rest of the asymptotic series is less than 3 / x**4, a few millionths.
     return -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(-1 / (x * x))
 
 
 def _pld(of: Accountant, rounds: int) -> float:
     """Compose privacy loss distributions (Koskela et al., AISTATS 2020), rounded up.
 
-    All rounds are composed at once, so that a run that was resumed has the same value.
+    All rounds are composed at once, so that a resumed run gets the same value.
     """
-    return float(_loss(of.noise, of.rate).self_compose(rounds).get_epsilon_for_delta(of.delta))
+    composed = _loss_distribution(of.noise, of.rate).self_compose(rounds)
+    return float(composed.get_epsilon_for_delta(of.delta))
 
 
 @functools.lru_cache(maxsize=8)
-def _loss(noise: float, rate: float) -> Any:
+def _loss_distribution(noise: float, rate: float) -> Any:
     return _library("pld.privacy_loss_distribution").from_gaussian_mechanism(
         noise, value_discretization_interval=_PLD_INTERVAL, sampling_prob=rate
     )
@@ -145,11 +147,11 @@ def _rdp(of: Accountant, rounds: int) -> float:
     """Add up Rényi divergences (Mironov, CSF 2017)."""
     events, log = _library("dp_event"), importlib.import_module("absl.logging")
     before = log.get_verbosity()
-    log.set_verbosity(log.ERROR)  # it warns of each order that it passes over
+    log.set_verbosity(log.ERROR)  # it warns of each order that it skips
     try:
-        found = _library("rdp").RdpAccountant()
-        one = events.PoissonSampledDpEvent(of.rate, events.GaussianDpEvent(of.noise))
-        return float(found.compose(one, rounds).get_epsilon(of.delta))
+        ledger = _library("rdp").RdpAccountant()
+        event = events.PoissonSampledDpEvent(of.rate, events.GaussianDpEvent(of.noise))
+        return float(ledger.compose(event, rounds).get_epsilon(of.delta))
     finally:
         log.set_verbosity(before)
 
@@ -172,11 +174,11 @@ _METHODS: dict[str, Callable[[Accountant, int], float]] = {
 
 
 def _most(allowed: Callable[[int], bool], first: int = 0) -> int:
-    """Return the largest number for which something holds that holds for all smaller ones.
+    """Return the largest number that is allowed, by doubling steps and then bisection.
 
     Args:
-        allowed: whether it holds; true of 0.
-        first: where to begin to look.
+        allowed: monotonic: true up to some number, and of 0 in any case.
+        first: where to start.
     """
     low = first if first and allowed(first) else 0
     step = max(1, low // 8)

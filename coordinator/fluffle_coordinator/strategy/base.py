@@ -1,8 +1,8 @@
-"""What a strategy is: the rule by which a round's updates become the next model.
+"""The interface of a strategy: the rule by which a round's updates become the next model.
 
-A strategy is a frozen object of pure functions over NumPy arrays. Its *state* is whatever its own
-functions return: the coordinator passes it on, keeps what ``dump`` makes of it in the checkpoint of
-every round, and looks into it nowhere.
+A strategy is a frozen object of pure functions over NumPy arrays. Its *state* is opaque to the
+coordinator, which passes it from call to call, and saves what ``dump`` returns in the checkpoint of
+every round.
 
 ::
 
@@ -27,19 +27,19 @@ NO_TENSORS: Weights = MappingProxyType[str, Array]({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """A decoded, checked update. Its arrays are read-only in most cases: do not change them.
+    """A decoded and checked update. Do not write to its arrays: most are read-only views.
 
     Args:
-        worker: whose it is.
-        num_examples: how many examples it was trained on, as far as that is believed.
-        delta: trained - received, with the names and shapes of the model; in its dtypes, of
-            integers in int64. All values are finite.
+        worker: the worker that sent it.
+        num_examples: its number of examples: the worker's claim, within the coordinator's limits.
+        delta: trained minus received weights, with the model's names, shapes and dtypes, except
+            that integers are int64. All values are finite.
         staleness: how many versions were committed since the one that it was trained from.
-        discount: what part of its weight it keeps, for being stale; 1 in synchronous rounds.
-        extra: what ``Needs.extra`` asked for, of the shapes that it says; floats, all finite.
-        metrics: what the worker measured while training.
-        lay_on_disk: returns the same tensors, to be read from disk; in memory, if that is all there
-            is.
+        discount: the factor on its weight because of its staleness; 1 in synchronous rounds.
+        extra: the tensors that ``Needs.extra`` asks for, in those shapes; floats, all finite.
+        metrics: the metrics that the worker measured while training.
+        lay_on_disk: moves tensors to disk and returns them as views of the file; returns them
+            unchanged if there is no disk to use.
     """
 
     worker: str
@@ -52,35 +52,35 @@ class Contribution:
     lay_on_disk: Callable[[Weights], Weights] = lambda tensors: tensors
 
     def kept(self) -> Weights:
-        """Return the delta for a state that holds all updates of a round: it takes no memory.
+        """Return the delta on disk, for a state that holds all updates of a round.
 
         Raises:
-            RunError: where the disk refuses, which ends the run; no update is lost.
+            RunError: if the disk refuses; this ends the run, and no update is lost.
         """
         return self.lay_on_disk(self.delta)
 
     @property
     def weight(self) -> float:
-        """What it weighs in an average by examples."""
+        """Its weight in an average by numbers of examples."""
         return self.num_examples * self.discount
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a strategy asks of the coordinator, which refuses to run it where it cannot give that.
+    """The requirements of a strategy. The coordinator refuses a run that does not meet them.
 
     Args:
-        metrics: names of metrics that every update must have; one without is refused.
-        extra: the tensors that workers have to send besides their deltas: names with shapes, or
-            ``"model"``, which is one for each tensor that they train, of its name and shape.
-        min_updates: the fewest updates that a round may be made of.
-        min_examples: the fewest examples that a round may be made of.
-        max_rounds: the most rounds that a run may have; None sets no bound.
-        once: that a worker counts once a round at most, and decides on no other's update:
-            synchronous rounds, without late updates and bounds that follow from other updates.
-        rate: that each worker is in a round by a chance of its own of this size, drawn in secret,
-            so that a round may have no updates (Poisson sampling); None: anyhow.
-        repeatable: whether the same updates make the same model again; not so with secret noise.
+        metrics: the metrics that every update must have; an update without them is rejected.
+        extra: the tensors that workers must send besides their deltas: names with shapes, or
+            ``"model"`` for one of the same name and shape for each tensor that they train.
+        min_updates: the fewest updates that a round may commit with.
+        min_examples: the fewest examples that a round may commit with.
+        max_rounds: the most rounds of a run; None sets no bound.
+        once: whether a worker may count only once per round and must not affect whether another's
+            update counts: synchronous rounds, no late updates, no bounds from other updates' norms.
+        rate: the probability with which each worker must be in a round, independently and in
+            secret (Poisson sampling), so that a round may have no updates; None for any selection.
+        repeatable: whether the same updates give the same model again; false with secret noise.
     """
 
     metrics: tuple[str, ...] = ()
@@ -97,76 +97,76 @@ NO_NEEDS = Needs()
 
 
 class Strategy(Protocol[S]):
-    """How the updates of a round become the next weights.
+    """The rule by which the updates of a round become the next weights.
 
-    ``fold`` and ``finish`` leave the weights that they are given as they are; of the state, they
-    may reuse the memory. A class that inherits from this one has the defaults of a strategy that
-    keeps nothing across rounds.
+    ``fold`` and ``finish`` must not change the weights; they may reuse the memory of the state. A
+    class that inherits from this one has the defaults of a strategy that keeps nothing across
+    rounds.
     """
 
     @property
     def needs(self) -> Needs:
-        """What it asks of the coordinator; nothing by default."""
+        """Its requirements; none by default."""
         return NO_NEEDS
 
     def init(self, weights: Weights) -> S:
-        """Return the state that a run begins with."""
+        """Return the initial state of a run."""
 
     def broadcast(self, state: S) -> Weights:
-        """Return the tensors that travel to the workers beside the model; none by default.
+        """Return the tensors that workers receive besides the model; none by default.
 
-        It is asked when a round opens, of the state that the round begins with, and has to return
-        the same for what ``load`` makes of that state's ``dump``. A worker's local rule gets them.
+        They are passed to the workers' local rule. Called when a round opens. A state that ``load``
+        restored must give the same tensors.
         """
         return NO_TENSORS
 
     def fold(self, state: S, one: Contribution) -> S:
-        """Take one contribution in; in the order of arrival, one at a time."""
+        """Return the state with one more contribution; they come in the order of arrival."""
 
     def finish(self, state: S, weights: Weights) -> tuple[Weights, S]:
         """Close a round.
 
         Args:
-            state: with all contributions of the round.
-            weights: what they were trained from.
+            state: the state with all contributions of the round.
+            weights: the weights that the round began with.
 
         Returns:
-            The next weights, of the same names, shapes and dtypes, all finite; and the state that
+            The next weights, with the same names, shapes and dtypes, all finite; and the state that
             the next round begins with.
         """
 
     def dump(self, state: S) -> Weights:
-        """Return what is to be kept of the state of a closed round; nothing by default."""
+        """Return the tensors to save from the state after a round; none by default."""
         return NO_TENSORS
 
     def load(self, saved: Weights, weights: Weights) -> S:
-        """Return the state that ``dump`` returned ``saved`` for.
+        """Restore the state from saved tensors.
 
         Args:
-            saved: what ``dump`` returned, by the same names.
-            weights: the model of the round that was closed.
+            saved: the tensors that ``dump`` returned.
+            weights: the model that they were saved with.
         """
         return self.init(weights)
 
 
 @runtime_checkable
 class Accounted(Protocol):
-    """A strategy or a mean that counts the privacy that its models cost."""
+    """A strategy or a mean that accounts for the privacy cost of its models."""
 
     def spent(self, rounds: int) -> Mapping[str, float]:
-        """Return ``epsilon`` and ``delta`` of so many rounds; nothing if it does not count them."""
+        """Return ``epsilon`` and ``delta`` of so many rounds; empty if they are not known."""
 
 
 @dataclass(frozen=True)
 class NamedStrategy:
-    """A strategy, and what it is called.
+    """A strategy with its name.
 
     Args:
-        name: as run.json and the history have it: ``fedavg``, another name of ``names`` with all
+        name: its name in run.json and the history: ``fedavg``, another name from ``names`` with all
             arguments, ``module:name`` or ``file.py:name``.
         strategy: the strategy.
-        file: where it comes from, if that is a file.
-        ours: it is fluffle's: what it returns is sound, and is nobody else's.
+        file: the file that it was loaded from, if any.
+        ours: whether it is part of fluffle, so that its results need no checks and no copies.
     """
 
     name: str

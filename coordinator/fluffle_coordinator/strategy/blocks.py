@@ -1,6 +1,6 @@
-"""Several sets of tensors walked through together, a block of elements at a time.
+"""Iteration over several sets of tensors together, a block of elements at a time.
 
-So that a computation in float64 needs no float64 copy of a whole model.
+It allows a computation in float64 without a float64 copy of the whole model.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from fluffle_common.tensors.weights import Array, Weights
 
 BLOCK = 32 * 1024
-"""Elements of a block: a few of them in float64 stay in the processor's cache."""
+"""Elements per block: a few blocks of float64 fit into the processor's cache."""
 
 
 def in_blocks(first: Weights, *others: Weights, size: int = BLOCK) -> Iterator[tuple[Array, ...]]:
-    """Yield the same places of all of them as vectors: views, where tensors are contiguous.
+    """Yield corresponding blocks of all sets, as vectors: views if the tensors are contiguous.
 
     Args:
-        first: its tensors are walked through.
-        others: have tensors of the same names and shapes; more names are passed over.
-        size: the most elements of a block.
+        first: the tensors to iterate over.
+        others: tensors of the same names and shapes; further names are ignored.
+        size: the most elements per block.
 
     Example:
         >>> import numpy as np

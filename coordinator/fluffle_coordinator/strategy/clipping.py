@@ -1,4 +1,4 @@
-"""Clipping: an update that is too large is made smaller, in the same direction."""
+"""Clipping: scaling an update down to a maximum norm."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fluffle_coordinator.strategy.pipeline import Transform
 
 
 def clip(norm: float) -> Transform:
-    """Scale updates of a larger norm down to this norm, over all tensors together.
+    """Return a transform that scales updates down to a norm, taken over all tensors together.
 
-    A worker then moves the mean by its share of ``norm`` at most. Tensors of integers count in the
+    A worker then moves the mean by at most its share of ``norm``. Integer tensors count towards the
     norm, and are rounded towards zero.
 
     Args:
         norm: the largest Euclidean norm, above 0.
 
     Raises:
-        ValueError: for a norm that is out of range.
+        ValueError: if the norm is out of range.
 
     Example:
         >>> one = Contribution(worker="a", num_examples=1, delta={"w": np.array([3.0, 4.0])})
@@ -34,10 +34,10 @@ def clip(norm: float) -> Transform:
     within("norm", norm, 0, above=True)
 
     def clipped(one: Contribution) -> Contribution:
-        found = finite_norm(one.delta)
-        if found <= norm:
+        before = finite_norm(one.delta)
+        if before <= norm:
             return one
-        return dataclasses.replace(one, delta=_scaled(one.delta, norm / found))
+        return dataclasses.replace(one, delta=_scaled(one.delta, norm / before))
 
     return clipped
 

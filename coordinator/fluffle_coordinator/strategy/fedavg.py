@@ -1,4 +1,4 @@
-"""Federated averaging, and the strategies that are known by name.
+"""Federated averaging, the default strategy.
 
 Example:
     >>> import numpy as np
@@ -20,13 +20,13 @@ from fluffle_coordinator.strategy.pipeline import pipeline, replace
 from fluffle_coordinator.strategy.weighted import weighted
 
 fedavg = pipeline(mean=weighted(), server=replace())
-"""The sample-weighted average, sum(n_k * w_k) / sum(n_k), accumulated in float64.
+"""The average weighted by numbers of examples, sum(n_k * w_k) / sum(n_k), summed in float64.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 AISTATS 2017, algorithm 1, on deltas: w + sum(n_k * (w_k - w)) / sum(n_k). Integer tensors are
-averaged exactly and rounded to the nearest (half to even). Finite updates make a finite model: what
-is beyond the end of a dtype is its end.
+averaged exactly and rounded to nearest, halves to even. Values saturate at the ends of their dtype,
+so finite updates give a finite model.
 """
 
 FEDAVG = NamedStrategy("fedavg", fedavg, ours=True)
-"""The strategy of a run that names none."""
+"""The default strategy of a run."""

@@ -1,7 +1,7 @@
-"""Sums and means of 64-bit integers, exactly: no value is rounded on the way, nor wraps.
+"""Exact sums and means of 64-bit integers, without rounding or overflow.
 
-A float64 knows integers to 53 bits only, and a weighted sum of 64-bit integers needs up to 126. So
-it is kept in two vectors, the upper and the lower 64 bits of each value, in two's complement.
+A weighted sum of 64-bit integers needs up to 126 bits; float64 is exact up to 53. So a sum is two
+vectors, the upper and the lower 64 bits of each value, in two's complement.
 
 Example:
     >>> high, low = np.zeros(1, np.int64), np.zeros(1, np.uint64)
@@ -17,12 +17,12 @@ import numpy as np
 
 from fluffle_common.tensors.weights import Array
 
-MOST = 2**63 - 1  # the largest factor, and the largest count
+MOST = 2**63 - 1  # the largest factor and the largest count
 
 _HALF = np.uint64(32)
 _LOWER_HALF = np.uint64(2**32 - 1)
 _STEP_END = float(2**63 - 1024)  # the largest float64 that is an int64
-_STEPS = 4  # two are enough: each leaves 2**-52 of what there was
+_STEPS = 4  # two suffice: each reduces the rest to 2**-52 of its size
 
 
 def add_scaled(high: Array, low: Array, values: Array, factor: int) -> None:
@@ -47,7 +47,7 @@ def rounded_mean(high: Array, low: Array, count: int, base: Array) -> Array:
         high: the upper halves of the sum.
         low: its lower halves.
         count: from 1 to ``MOST``.
-        base: integers of any dtype, which is the result's too; what is beyond its ends is its end.
+        base: integers of any dtype; the result has the same dtype, and saturates at its ends.
     """
     quotient, rest = _divide(high, low, count)
     parity = (quotient ^ base.astype(np.int64)) & 1
@@ -72,8 +72,8 @@ def moved(base: Array, change: Array) -> Array:
     """Return ``base + change``, rounded to the nearest, halves to even.
 
     Args:
-        base: integers of any dtype, which is the result's too; what is beyond its ends is its end.
-        change: float64, finite; of its size, at most about 2**63 counts.
+        base: integers of any dtype; the result has the same dtype, and saturates at its ends.
+        change: float64, finite; magnitudes above about 2**63 have no further effect.
 
     >>> moved(np.array([3, 4, 250], np.uint8), np.array([0.5, 0.5, 9.0]))
     array([  4,   4, 255], dtype=uint8)
@@ -86,7 +86,7 @@ def moved(base: Array, change: Array) -> Array:
 
 
 def _product(values: Array, factor: int) -> tuple[Array, Array]:
-    """Multiply in 128 bits, by halves of 32: as at school."""
+    """Return the upper and lower halves of 128-bit products (long multiplication by 32 bits)."""
     signed = values.astype(np.int64, copy=False)
     whole = signed.view(np.uint64)
     by_upper, by_lower = np.uint64(factor >> 32), np.uint64(factor & (2**32 - 1))
@@ -96,12 +96,12 @@ def _product(values: Array, factor: int) -> tuple[Array, Array]:
     third = lower * by_upper + (second & _LOWER_HALF)
     high = upper * by_upper + (second >> _HALF) + (third >> _HALF)
     low = (third << _HALF) | (first & _LOWER_HALF)
-    # Of a negative value, 2**64 too much was taken.
+    # A negative value was read as 2**64 more than it is.
     return high.view(np.int64) - np.where(signed < 0, factor, 0), low
 
 
 def _divide(high: Array, low: Array, count: int) -> tuple[Array, Array]:
-    """Return the quotient, rounded down, and the rest, both int64."""
+    """Return the quotient, rounded down, and the remainder, both int64."""
     quotient = np.zeros(high.shape, np.int64)
     for _ in range(_STEPS):
         step = np.clip(np.rint(_as_float(high, low) / count), -_STEP_END, _STEP_END)
@@ -112,13 +112,13 @@ def _divide(high: Array, low: Array, count: int) -> tuple[Array, Array]:
         upper, lower = _product(whole, count)
         high = high - upper - (low < lower)
         low = low - lower
-    rest = low.view(np.int64)  # at most about half of the count, and so in 64 bits
+    rest = low.view(np.int64)  # at most about half of the count, which fits into 64 bits
     negative = rest < 0
     return quotient - negative, rest + np.where(negative, count, 0)
 
 
 def _as_float(high: Array, low: Array) -> Array:
-    negative = high < 0  # the complement of a small one is small; it is less by 1
+    negative = high < 0  # -x is the complement of x, plus 1, which keeps small values exact
     size = np.where(negative, ~high, high).astype(np.float64) * 2.0**64
     size += np.where(negative, ~low, low).astype(np.float64) + negative
     return np.where(negative, -size, size)
@@ -129,6 +129,6 @@ def _added(base: Array, change: Array) -> Array:
     wide = base.astype(np.uint64 if base.dtype.kind == "u" else np.int64)
     total = wide + change.view(wide.dtype)
     ends = np.iinfo(wide.dtype)
-    total[(change > 0) & (total < wide)] = ends.max  # it wrapped
+    total[(change > 0) & (total < wide)] = ends.max  # it overflowed
     total[(change < 0) & (total > wide)] = ends.min
     return np.clip(total, limits.min, limits.max).astype(base.dtype)

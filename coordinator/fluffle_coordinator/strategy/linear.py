@@ -1,7 +1,7 @@
-"""Means in which each update has a factor of its own; folded one at a time, in float64.
+"""Linear means: weighted sums of the updates, with a factor computed from each update.
 
-The mean by numbers of examples is in ``weighted``, which is quicker, and exact for integers; here
-integers are exact up to 2**53.
+Summed in float64, so integers are exact up to 2**53. The mean by numbers of examples is in
+``weighted``, which is faster, and exact for all integers.
 
 Example:
     >>> mean = uniform()
@@ -28,15 +28,15 @@ from fluffle_coordinator.strategy.blocks import in_blocks
 
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
-_SMALL = 2.0**-64  # as in ``weighted``: sums are kept smaller by this, which costs no bit
-_LOSSES = 1e-10, 1e10  # what is below or above counts as these
-_STEPS = 1.0, 1e10
+_SCALE = 2.0**-64  # sums are scaled as in ``weighted``, so that they cannot overflow
+_LOSS_RANGE = 1e-10, 1e10
+_STEPS_RANGE = 1.0, 1e10
 _NO_TERMS = np.zeros(2)
 
 
 @dataclass(frozen=True)
-class Folded:
-    """The sum of a round: of ``factor * delta``, and of the two terms that end it."""
+class LinearSum:
+    """The running sums of a round: of ``factor * delta``, and of the two terms."""
 
     total: Weights
     terms: Array
@@ -48,75 +48,75 @@ class Linear:
     """The mean ``scale(sum of terms) * sum(factor * delta)``.
 
     Args:
-        factor: of one update; and its two terms.
-        scale: what the sum is multiplied by, given the sums of the terms.
-        needs: what it asks of the coordinator.
+        factor: returns the factor and the two terms of an update.
+        scale: returns the factor on the sum, given the sums of the terms.
+        needs: its requirements.
     """
 
     factor: Callable[[Contribution], tuple[float, float, float]]
     scale: Callable[[float, float], float]
     needs: Needs
 
-    def init(self, weights: Weights) -> Folded:
+    def init(self, weights: Weights) -> LinearSum:
         """Return an empty sum."""
-        return Folded(layout_for(weights).empty_as(_FLOAT), _NO_TERMS)
+        return LinearSum(layout_for(weights).empty_as(_FLOAT), _NO_TERMS)
 
-    def fold(self, state: Folded, one: Contribution) -> Folded:
+    def fold(self, state: LinearSum, one: Contribution) -> LinearSum:
         """Add an update to the sum, in place."""
         factor, *terms = self.factor(one)
         with np.errstate(under="ignore"):
             for total, values in in_blocks(state.total, one.delta):
                 scaled = values.astype(_FLOAT)
-                scaled *= factor * _SMALL
+                scaled *= factor * _SCALE
                 if state.empty:
                     total[...] = scaled
                 else:
                     np.add(total, scaled, out=total)
-        return Folded(state.total, state.terms + terms, empty=False)
+        return LinearSum(state.total, state.terms + terms, empty=False)
 
-    def finish(self, state: Folded, weights: Weights) -> tuple[Weights, Folded]:
+    def finish(self, state: LinearSum, weights: Weights) -> tuple[Weights, LinearSum]:
         """Return the mean delta in float64, and an empty sum.
 
         Raises:
-            ValueError: where nothing was folded.
+            ValueError: if no update was folded.
         """
         if state.empty:
             raise ValueError("no update was folded: there is nothing to average")
-        scale = self.scale(*map(float, state.terms)) / _SMALL
+        scale = self.scale(*map(float, state.terms)) / _SCALE
         delta = layout_for(weights).empty_as(_FLOAT)
         with np.errstate(over="ignore", under="ignore"):
             for total, result in in_blocks(state.total, delta):
                 np.multiply(total, scale, out=result)
                 np.clip(result, -_END, _END, out=result)
-        return delta, Folded(state.total, _NO_TERMS)
+        return delta, LinearSum(state.total, _NO_TERMS)
 
 
 def uniform() -> Linear:
-    """Average all updates with the same weight, however many examples they were trained on."""
+    """Return the mean with equal weights, whatever the numbers of examples."""
     return Linear(
         lambda one: (one.discount, one.discount, 0.0), lambda count, _: 1 / count, Needs()
     )
 
 
 def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
-    """Weigh workers by their losses, so that those who are worst off count more (q-FedAvg).
+    """Return the mean of q-FedAvg, which gives workers with a larger loss more weight.
 
     Li et al., "Fair Resource Allocation in Federated Learning", ICLR 2020, algorithm 2, with L =
     1 / lr: ``sum(F^q delta) / sum(F^q + q F^(q-1) |delta|² / lr)``. F is the metric ``loss`` of an
-    update: the mean loss during the training, where the paper has the loss before it.
+    update, the mean loss during training; the paper uses the loss before training.
 
     Args:
-        q: how much fairness counts, from 0 (all workers the same) to 10.
+        q: the strength of fairness, from 0 (equal weights) to 10.
         lr: the learning rate of the workers, above 0.
 
     Raises:
-        ValueError: for an argument that is out of range.
+        ValueError: if an argument is out of range.
     """
     within("q", q, 0, 10)
     within("lr", lr, 0, above=True)
 
     def factor(one: Contribution) -> tuple[float, float, float]:
-        loss = min(max(one.metrics["loss"], _LOSSES[0]), _LOSSES[1])
+        loss = min(max(one.metrics["loss"], _LOSS_RANGE[0]), _LOSS_RANGE[1])
         square = finite_norm(one.delta) ** 2 if q else 0.0
         share = loss**q + q * loss ** (q - 1) * square / lr
         return one.discount * loss**q, one.discount * share, 0.0
@@ -125,16 +125,16 @@ def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
 
 
 def normalised() -> Linear:
-    """Average the progress of one local step, so that a worker of many steps pulls no harder.
+    """Return the mean of FedNova: of the progress per local step, whatever the numbers of steps.
 
-    FedNova (Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
-    Optimization", NeurIPS 2020, equation 6), for plain local SGD: with the shares p of the examples
-    and the numbers of steps t, ``sum(p t) * sum(p delta / t)``. The metric ``steps`` of an update
-    is its number of local steps.
+    Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+    Optimization", NeurIPS 2020, equation 6, for plain local SGD: ``sum(p t) * sum(p delta / t)``,
+    with each worker's share p of the examples and its number of local steps t, which is the metric
+    ``steps`` of its update.
     """
 
     def factor(one: Contribution) -> tuple[float, float, float]:
-        steps = min(max(one.metrics["steps"], _STEPS[0]), _STEPS[1])
+        steps = min(max(one.metrics["steps"], _STEPS_RANGE[0]), _STEPS_RANGE[1])
         return one.weight / steps, one.weight * steps, one.weight
 
     return Linear(factor, lambda taken, examples: taken / examples**2, Needs(metrics=("steps",)))

@@ -1,4 +1,4 @@
-"""The strategies that are known by name: parts with their arguments, put together with ``+``.
+"""Strategies by name: parts with their arguments, joined by ``+``.
 
 ::
 
@@ -6,7 +6,7 @@
     trimmed:0.2                  a mean; the result replaces the model
     clip:10+median+fedavgm       a transform, a mean and a server step
 
-What is left out is as in ``fedavg``.
+The parts that a name leaves out are those of ``fedavg``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _JOIN = re.compile(r"\+(?=\s*[A-Za-z_])")  # not the plus of 1e+3
 
 @dataclass(frozen=True)
 class Part:
-    """A part that has a name.
+    """A named part of a strategy.
 
     Args:
-        kind: what it is in a pipeline.
-        make: makes it, given its arguments.
-        about: what it does, in one line.
+        kind: its place in a pipeline.
+        make: the function that makes it from its arguments.
+        about: a description in one line.
     """
 
     kind: Literal["transform", "mean", "server step", "whole strategy"]
@@ -65,31 +65,31 @@ PARTS = {
     "optax": Part("server step", optax_step, "any optimizer of optax, such as optax:adamw"),
     "scaffold": Part("whole strategy", scaffold, "control variates, for workers whose data differ"),
 }
-"""The parts by their names. ``docs/algorithms.md`` says when to use which."""
+"""The parts by name. ``docs/algorithms.md`` says when to use which."""
 
 
 def is_name(text: str) -> bool:
-    """Whether these words begin with the name of a part."""
+    """Whether a text starts with the name of a part."""
     return _JOIN.split(text)[0].partition(":")[0].strip() in PARTS
 
 
 def named_strategy(text: str) -> NamedStrategy:
-    """Return the strategy that is known by a name.
+    """Return the strategy with a name.
 
     Args:
-        text: one part or several; at most one mean and one server step.
+        text: one part or several, with at most one mean and one server step.
 
     Returns:
-        The strategy; its own name has every argument, given or not, and its parts in order.
+        The strategy. Its full name has all arguments, defaults included, and the parts in order.
 
     Raises:
-        ValueError: naming the part or the argument that is wrong, and the nearest right one.
+        ValueError: if a part or an argument is wrong; the message suggests the nearest right one.
 
     Example:
         >>> named_strategy("fedavgm:0.5+clip:10").name
         'clip:norm=10.0+fedavgm:lr=0.5,momentum=0.9'
     """
-    parts: dict[str, list[tuple[str, Any]]] = {
+    parts: dict[str, list[tuple[str, Any]]] = {  # by kind: the full name and the part
         "transform": [],
         "mean": [],
         "server step": [],
@@ -101,11 +101,11 @@ def named_strategy(text: str) -> NamedStrategy:
             raise ValueError(f"there is no part '{name}'; {nearest(name, PARTS)}")
         part = PARTS[name]
         try:
-            given = read_arguments(part.make, arguments)
-            made = part.make(**given)
-        except ValueError as wrong:
-            raise ValueError(f"{name}: {wrong}") from None
-        arguments = write_arguments(given)
+            values = read_arguments(part.make, arguments)
+            made = part.make(**values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        arguments = write_arguments(values)
         full = f"{name}:{arguments}" if arguments else name
         parts[part.kind].append((full, made))
     for kind in ("mean", "server step"):
@@ -119,11 +119,11 @@ def named_strategy(text: str) -> NamedStrategy:
         return NamedStrategy(full, whole)
     if [full for full, _ in parts["mean"]] == [FEDAVG.name]:
         parts["mean"].clear()
-    full = "+".join(full for several in parts.values() for full, _ in several)
+    full = "+".join(full for of_kind in parts.values() for full, _ in of_kind)
     if not full:
         return FEDAVG
     transforms = [made for _, made in parts["transform"]]
     means = [made for _, made in parts["mean"]] or [weighted()]
     servers = [made for _, made in parts["server step"]] or [replace()]
-    made = pipeline(*transforms, mean=means[0], server=servers[0])
-    return NamedStrategy(full, made, ours=True)
+    strategy = pipeline(*transforms, mean=means[0], server=servers[0])
+    return NamedStrategy(full, strategy, ours=True)

@@ -1,7 +1,7 @@
-"""A server step that is any optimizer of optax, where JAX is installed (``fluffle[worker]``).
+"""Any optimizer of optax as a server step, if JAX is installed (``fluffle[worker]``).
 
-The mean delta, with its sign turned, is the gradient. Everything is computed in float32, on
-whatever device JAX takes. Tensors of integers take the mean itself.
+The negated mean delta is the gradient. The step is computed in float32, on JAX's default device.
+Integer tensors are not optimized: the mean delta is added to them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class OptaxStep(Server[Any]):
     transformation: Any
 
     def init(self, weights: Weights) -> Any:
-        """Return the state of the optimizer for these weights."""
+        """Return the optimizer's initial state for these weights."""
         return self.transformation.init(_floats(weights))
 
     def step(self, state: Any, weights: Weights, delta: Weights) -> tuple[Weights, Any]:
-        """Let the optimizer take a step against the negated delta."""
+        """Take a step of the optimizer, with the negated delta as the gradient."""
         parameters = _floats(weights)
         gradient = {name: -_float32(delta[name]) for name in parameters}
         update, state = self.transformation.update(gradient, state, parameters)
@@ -43,27 +43,27 @@ class OptaxStep(Server[Any]):
         return apply_delta(weights, change), state
 
     def dump(self, state: Any) -> Weights:
-        """Return the leaves of the state, by their numbers."""
+        """Return the numbered leaves of the state."""
         leaves = importlib.import_module("jax").tree_util.tree_leaves(state)
         return {f"leaf-{number:05d}": np.asarray(leaf) for number, leaf in enumerate(leaves)}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
-        """Return the state that was kept."""
+        """Restore the state from its leaves."""
         jax = importlib.import_module("jax")
-        shape = jax.tree_util.tree_structure(self.init(weights))
+        structure = jax.tree_util.tree_structure(self.init(weights))
         leaves = [jax.numpy.asarray(saved[name]) for name in sorted(saved)]
-        return jax.tree_util.tree_unflatten(shape, leaves)
+        return jax.tree_util.tree_unflatten(structure, leaves)
 
 
 def optax_step(optimizer: str, **arguments: Any) -> OptaxStep:
-    """Make a server step of an optimizer of optax.
+    """Return an optimizer of optax as a server step.
 
     Args:
-        optimizer: its name there, such as ``adamw``.
-        arguments: what it is called with, such as ``learning_rate=0.1``.
+        optimizer: its name in optax, such as ``adamw``.
+        arguments: its arguments, such as ``learning_rate=0.1``.
 
     Raises:
-        ValueError: where optax is not installed, or knows no such optimizer or argument.
+        ValueError: if optax is not installed, or has no such optimizer or argument.
     """
     try:
         optax = importlib.import_module("optax")
@@ -74,15 +74,15 @@ def optax_step(optimizer: str, **arguments: Any) -> OptaxStep:
         raise ValueError(f"optax has no optimizer '{optimizer}'")
     try:
         made = make(**arguments)
-    except Exception as wrong:
-        raise ValueError(f"optax.{optimizer} refuses its arguments: {wrong}") from None
+    except Exception as error:
+        raise ValueError(f"optax.{optimizer} refuses its arguments: {error}") from None
     if not isinstance(made, optax.GradientTransformation):
         raise ValueError(f"optax.{optimizer} is not an optimizer; name one such as adamw")
     return OptaxStep(made)
 
 
 def _floats(weights: Weights) -> dict[str, Any]:
-    return {name: _float32(one) for name, one in weights.items() if is_float(one.dtype)}
+    return {name: _float32(tensor) for name, tensor in weights.items() if is_float(tensor.dtype)}
 
 
 def _float32(tensor: Any) -> Any:

@@ -1,12 +1,11 @@
-"""Strategies put together: transforms of a contribution, one mean, and a server step.
+"""Pipelines: strategies composed of transforms of a contribution, a mean and a server step.
 
 ::
 
     contribution ──transforms──> mean ──mean delta──> server ──> the next weights
 
-Each is a small object; a new one needs none of the others. The mean delta is a pseudo-gradient, so
-that a server step is an ordinary optimizer (Reddi et al., "Adaptive Federated Optimization", ICLR
-2021, section 2).
+The parts are independent of each other. The mean delta is a pseudo-gradient, so that a server step
+is an ordinary optimizer (Reddi et al., "Adaptive Federated Optimization", ICLR 2021, section 2).
 
 Example:
     >>> import numpy as np
@@ -28,96 +27,96 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from fluffle_common.tensors.weights import Weights
+from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta
 
 M = TypeVar("M")
 T = TypeVar("T")
 
-_MEAN, _SERVER = "mean/", "server/"  # in what is kept, if both keep something
+_MEAN, _SERVER = "mean/", "server/"  # prefixes in a checkpoint, if the mean saves something too
 
 
 class Transform(Protocol):
-    """What is done to each contribution before it is averaged; a function will do."""
+    """A function from each contribution to the one that is averaged in its place."""
 
     def __call__(self, one: Contribution, /) -> Contribution:
-        """Return the contribution that is averaged instead."""
+        """Return the transformed contribution."""
 
 
 class Mean(Protocol[M]):
-    """How contributions become one delta; its state is that of one round."""
+    """The rule by which contributions become one delta; its state is that of one round."""
 
     @property
     def needs(self) -> Needs:
-        """What it asks of the coordinator; nothing by default."""
+        """Its requirements; none by default."""
         return NO_NEEDS
 
     def init(self, weights: Weights) -> M:
         """Return the state of a round without contributions."""
 
     def fold(self, state: M, one: Contribution) -> M:
-        """Take one contribution in; may reuse the memory of ``state``."""
+        """Return the state with one more contribution; may reuse the memory of ``state``."""
 
     def finish(self, state: M, weights: Weights) -> tuple[Weights, M]:
-        """Return the mean delta, floats of any dtype, and the state of an empty round.
+        """Return the mean delta, in floats of any dtype, and the state of an empty round.
 
-        The delta is the server step's to keep: it shares no memory with the state.
+        The delta shares no memory with the state, so the server step may keep it.
         """
 
 
 @runtime_checkable
-class Lasting(Protocol):
-    """A mean whose state lives across rounds."""
+class PersistentMean(Protocol):
+    """A mean whose state lasts across rounds."""
 
     def dump(self, state: Any) -> Weights:
-        """Return what is to be kept of the state of a closed round."""
+        """Return the tensors to save from the state after a round."""
 
     def load(self, saved: Weights, weights: Weights) -> Any:
-        """Return the state that ``dump`` returned ``saved`` for."""
+        """Restore the state from saved tensors."""
 
 
 class Server(Protocol[T]):
-    """How the mean delta becomes the next weights; its state lives across rounds.
+    """The step from the mean delta to the next weights; its state lasts across rounds.
 
     A class that inherits from this one has the defaults of a step that keeps nothing.
     """
 
     def init(self, weights: Weights) -> T:
-        """Return the state that a run begins with."""
+        """Return the initial state of a run."""
 
     def step(self, state: T, weights: Weights, delta: Weights) -> tuple[Weights, T]:
         """Return the next weights and the next state; see ``apply_delta``."""
 
     def dump(self, state: T) -> Weights:
-        """Return the state as named tensors; nothing by default."""
+        """Return the state as named tensors; none by default."""
         return NO_TENSORS
 
     def load(self, saved: Weights, weights: Weights) -> T:
-        """Return the state that ``dump`` returned ``saved`` for."""
+        """Restore the state from saved tensors."""
         return self.init(weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Replace(Server[None]):
-    """The server step that ``replace`` makes."""
+    """The server step that ``replace`` returns."""
 
     def init(self, weights: Weights) -> None:
-        """Return the state: there is none."""
+        """Return None: it has no state."""
 
     def step(self, state: None, weights: Weights, delta: Weights) -> tuple[Weights, None]:
-        """Return the average."""
+        """Return the weights plus the mean delta."""
         return apply_delta(weights, delta), None
 
 
 def replace() -> Replace:
-    """Take the average as the next weights."""
+    """Return the server step that adds the mean delta to the weights: the average replaces them."""
     return Replace()
 
 
 @dataclasses.dataclass(frozen=True)
-class Running(Generic[M, T]):
-    """The state of a pipeline: that of its mean in the open round, and that of its server step."""
+class PipelineState(Generic[M, T]):
+    """The states of a pipeline's mean, in the open round, and of its server step."""
 
     mean: M
     server: T
@@ -125,7 +124,7 @@ class Running(Generic[M, T]):
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline(Generic[M, T]):
-    """The strategy that ``pipeline`` makes."""
+    """The strategy that ``pipeline`` returns."""
 
     transforms: tuple[Transform, ...]
     mean: Mean[M]
@@ -133,72 +132,76 @@ class Pipeline(Generic[M, T]):
 
     @property
     def needs(self) -> Needs:
-        """What its mean needs."""
+        """The requirements of its mean."""
         return self.mean.needs
 
-    @cached_property  # asking a runtime protocol takes longer than a small round's average
-    def _lasting(self) -> Lasting | None:
-        return self.mean if isinstance(self.mean, Lasting) else None
+    @cached_property  # an isinstance check of a protocol takes longer than averaging a small model
+    def _persistent_mean(self) -> PersistentMean | None:
+        return self.mean if isinstance(self.mean, PersistentMean) else None
 
-    def init(self, weights: Weights) -> Running[M, T]:
-        """Return the state that a run begins with."""
-        return Running(self.mean.init(weights), self.server.init(weights))
+    def init(self, weights: Weights) -> PipelineState[M, T]:
+        """Return the initial state of a run."""
+        return PipelineState(self.mean.init(weights), self.server.init(weights))
 
-    def broadcast(self, state: Running[M, T]) -> Weights:
-        """Return nothing: workers get the model alone."""
+    def broadcast(self, state: PipelineState[M, T]) -> Weights:
+        """Return no tensors: workers receive only the model."""
         return NO_TENSORS
 
-    def fold(self, state: Running[M, T], one: Contribution) -> Running[M, T]:
-        """Transform a contribution and give it to the mean."""
+    def fold(self, state: PipelineState[M, T], one: Contribution) -> PipelineState[M, T]:
+        """Transform a contribution, and fold it into the mean."""
         for transform in self.transforms:
             one = transform(one)
-        return Running(self.mean.fold(state.mean, one), state.server)
+        return PipelineState(self.mean.fold(state.mean, one), state.server)
 
-    def finish(self, state: Running[M, T], weights: Weights) -> tuple[Weights, Running[M, T]]:
+    def finish(
+        self, state: PipelineState[M, T], weights: Weights
+    ) -> tuple[Weights, PipelineState[M, T]]:
         """Average, and take the server step."""
         new: Weights
         if isinstance(self.mean, Weighted) and isinstance(self.server, Replace):
-            # As below, with one pass over the model instead of three.
+            # The same result as below, in one pass over the model instead of three.
             new, mean = self.mean.replaced(state.mean, weights)
-            return new, Running(mean, state.server)
-        delta, emptied = self.mean.finish(state.mean, weights)
+            return new, PipelineState(mean, state.server)
+        delta, mean = self.mean.finish(state.mean, weights)
         new, server = self.server.step(state.server, weights, delta)
-        return new, Running(emptied, server)
+        return new, PipelineState(mean, server)
 
     def spent(self, rounds: int) -> Mapping[str, float]:
-        """Return what its mean has spent of privacy after so many rounds."""
+        """Return the privacy cost of so many rounds, if its mean accounts for it."""
         return self.mean.spent(rounds) if hasattr(self.mean, "spent") else {}
 
-    def dump(self, state: Running[M, T]) -> Weights:
-        """Return what the server step keeps, and the mean if it lasts; of most, that is nothing."""
-        of_server = self.server.dump(state.server)
-        if self._lasting is None:
-            return of_server
-        of_mean = self._lasting.dump(state.mean)
-        return {**_under(_MEAN, of_mean), **_under(_SERVER, of_server)}
+    def dump(self, state: PipelineState[M, T]) -> Weights:
+        """Return the tensors of the server step, and of the mean if its state lasts."""
+        server = self.server.dump(state.server)
+        if self._persistent_mean is None:
+            return server
+        mean = self._persistent_mean.dump(state.mean)
+        return {**with_prefix(_MEAN, mean), **with_prefix(_SERVER, server)}
 
-    def load(self, saved: Weights, weights: Weights) -> Running[M, T]:
-        """Return the state that the next round begins with."""
-        if self._lasting is None:
-            return Running(self.mean.init(weights), self.server.load(saved, weights))
-        mean: M = self._lasting.load(_from_under(_MEAN, saved), weights)
-        return Running(mean, self.server.load(_from_under(_SERVER, saved), weights))
+    def load(self, saved: Weights, weights: Weights) -> PipelineState[M, T]:
+        """Restore the state that the next round begins with."""
+        if self._persistent_mean is None:
+            return PipelineState(self.mean.init(weights), self.server.load(saved, weights))
+        mean: M = self._persistent_mean.load(without_prefix(_MEAN, saved), weights)
+        return PipelineState(mean, self.server.load(without_prefix(_SERVER, saved), weights))
 
 
 def pipeline(*transforms: Transform, mean: Mean[M], server: Server[T]) -> Pipeline[M, T]:
-    """Put a strategy together.
+    """Return a strategy composed of these parts.
 
     Args:
-        transforms: what is done to each contribution first, in this order.
-        mean: how contributions become one delta, such as ``weighted()``.
-        server: how that becomes the next weights, such as ``replace()``.
+        transforms: applied to each contribution, in this order.
+        mean: the mean, such as ``weighted()``.
+        server: the server step, such as ``replace()``.
     """
     return Pipeline(transforms, mean, server)
 
 
-def _under(place: str, tensors: Weights) -> Weights:
-    return {f"{place}{name}": tensor for name, tensor in tensors.items()}
+def with_prefix(prefix: str, tensors: Weights) -> dict[str, Array]:
+    """Return tensors under names with a prefix, so that several sets can be saved together."""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def _from_under(place: str, tensors: Weights) -> Weights:
-    return {n.removeprefix(place): t for n, t in tensors.items() if n.startswith(place)}
+def without_prefix(prefix: str, tensors: Weights) -> dict[str, Array]:
+    """Return the tensors whose names have a prefix, under names without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,12 +1,12 @@
 """Central differential privacy for whole workers: DP-FedAvg.
 
 McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018, algorithm 1,
-with a fixed denominator. An update is clipped to a norm, all count the same, and Gaussian noise is
-added to the sum: what a model tells of any one worker is bounded by (epsilon, delta), whoever sees
-all of the models.
+with a fixed denominator. Each update is clipped to a norm, all have the same weight, and Gaussian
+noise is added to their sum. This bounds by (epsilon, delta) what all models of the run together
+reveal about any one worker.
 
-The noise comes from the system's cryptographic source, is drawn anew whenever a round is averaged,
-and is kept nowhere: so such a round cannot be computed again by ``fluffle replay``.
+The noise comes from the system's cryptographic random source and is never stored, so
+``fluffle replay`` cannot compute such a round again.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy.accountant import Accountant
 from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
-from fluffle_coordinator.strategy.linear import Folded, Linear
+from fluffle_coordinator.strategy.linear import Linear, LinearSum
 
-_NORM_ERROR = 1e-5  # more than ``finite_norm`` is wrong by, in parts of the norm
+_NORM_ERROR = 1e-5  # an upper bound on the relative error of ``finite_norm``
 _MANTISSA = 53
-_CLIP_RATE = 0.2  # eta_C of the paper, which recommends it for every task
+_CLIP_RATE = 0.2  # eta_C in the paper, which recommends this value for all tasks
 _SMALLEST, _LARGEST = 1e-100, 1e100
 
 
 @dataclass(frozen=True)
 class Quantile:
-    """How the clipping norm follows a quantile of the norms of the updates.
+    """A clipping norm that follows a quantile of the updates' norms.
 
     Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, algorithm
-    1. The updates within the norm are counted as 1/2 each, the others as -1/2, so that one worker
-    changes the count by 1/2.
+    1. Updates within the norm count as 1/2 each, others as -1/2, so that one worker changes the
+    count by 1/2.
 
     Args:
-        quantile: which part of the updates is to be within the norm.
+        quantile: the fraction of the updates that should be within the norm.
         noise: the standard deviation of the noise on the count (sigma_b).
     """
 
@@ -51,53 +51,53 @@ class Quantile:
     noise: float
 
     def next(self, norm: float, count: float, workers: float) -> float:
-        """Return the norm of the next round, given the count of this one without its noise."""
-        part = 0.5 + (count + self.noise * float(gaussian(1)[0])) / workers
-        found = norm * math.exp(-_CLIP_RATE * (part - self.quantile))
-        return min(max(found, _SMALLEST), _LARGEST)
+        """Return the norm of the next round, given this round's count, without noise."""
+        fraction = 0.5 + (count + self.noise * float(gaussian(1)[0])) / workers
+        adapted = norm * math.exp(-_CLIP_RATE * (fraction - self.quantile))
+        return min(max(adapted, _SMALLEST), _LARGEST)
 
-    def left_for_updates(self, noise: float) -> float:
-        """Return how much noise the sum needs, so that with the count it is that of ``noise``.
+    def noise_for_updates(self, noise: float) -> float:
+        """Return the noise that the sum needs, so that sum and count together have ``noise``.
 
         Theorem 1 of the paper: z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2).
 
         Raises:
-            ValueError: if the count alone tells more than all may.
+            ValueError: if the count alone reveals more than ``noise`` allows.
         """
         if 2 * self.noise <= noise:
             raise ValueError(
-                f"count_noise={self.noise:g} tells more than noise={noise:g} allows; give a "
+                f"count_noise={self.noise:g} reveals more than noise={noise:g} allows; give a "
                 f"count_noise above {noise / 2:g}, or leave it out"
             )
         return float((noise**-2 - (2 * self.noise) ** -2) ** -0.5)
 
 
 @dataclass(frozen=True)
-class Clipped:
-    """The state of ``Private``: the open round's, and the norm that it is clipped to.
+class PrivateState:
+    """The state of ``Private``.
 
     Args:
-        total: the sum of the clipped updates.
-        norm: the clipping norm.
-        count: of the updates within the norm, as ``Quantile`` counts them.
+        total: the sum of the open round's clipped updates.
+        norm: the clipping norm of the open round.
+        count: how many updates are within the norm, as ``Quantile`` counts them.
     """
 
-    total: Folded
+    total: LinearSum
     norm: float
     count: float = 0.0
 
 
 @dataclass(frozen=True)
 class Private:
-    """The mean that ``private`` makes.
+    """The mean that ``private`` returns.
 
     Args:
-        clip: the norm that updates are clipped to; if it adapts, in the first round.
-        noise: the standard deviation of the noise on the sum, in parts of the clipping norm.
-        workers: what the sum is divided by.
-        accountant: counts what it costs.
-        needs: what it asks of the coordinator, such as no more rounds than the budget allows.
-        quantile: how the clipping norm adapts; None: it does not.
+        clip: the clipping norm; if it adapts, that of the first round.
+        noise: the standard deviation of the noise on the sum, as a multiple of the clipping norm.
+        workers: the fixed denominator.
+        accountant: the accountant of its privacy cost.
+        needs: its requirements, such as the number of rounds that the budget allows.
+        quantile: how the clipping norm adapts; None if it is fixed.
     """
 
     clip: float
@@ -107,21 +107,21 @@ class Private:
     needs: Needs
     quantile: Quantile | None = None
 
-    def init(self, weights: Weights) -> Clipped:
-        """Return the state that a run begins with."""
-        return Clipped(self._sum().init(weights), self.clip)
+    def init(self, weights: Weights) -> PrivateState:
+        """Return the initial state of a run."""
+        return PrivateState(self._sum().init(weights), self.clip)
 
-    def fold(self, state: Clipped, one: Contribution) -> Clipped:
+    def fold(self, state: PrivateState, one: Contribution) -> PrivateState:
         """Clip an update and add it to the sum."""
         norm = finite_norm(one.delta) * (1 + _NORM_ERROR)
         factor = min(1.0, state.norm / norm) if norm else 1.0
-        counted = 0.5 if norm <= state.norm else -0.5
-        return Clipped(self._sum(factor).fold(state.total, one), state.norm, state.count + counted)
+        count = state.count + (0.5 if norm <= state.norm else -0.5)
+        return PrivateState(self._sum(factor).fold(state.total, one), state.norm, count)
 
-    def finish(self, state: Clipped, weights: Weights) -> tuple[Weights, Clipped]:
-        """Return the mean delta with its noise, in float64, and the state of an empty round.
+    def finish(self, state: PrivateState, weights: Weights) -> tuple[Weights, PrivateState]:
+        """Return the noisy mean delta, in float64, and the state of an empty round.
 
-        A round without updates is noise alone.
+        The delta of a round without updates is only noise.
         """
         emptied, norm = state.total, state.norm
         if state.total.empty:
@@ -135,22 +135,22 @@ class Private:
             np.add(block, spread * gaussian(block.size), out=block)
         if self.quantile is not None:
             norm = self.quantile.next(state.norm, state.count, self.workers)
-        return delta, Clipped(emptied, norm)
+        return delta, PrivateState(emptied, norm)
 
     def spent(self, rounds: int) -> Mapping[str, float]:
-        """Return the privacy that so many rounds cost."""
+        """Return the epsilon and delta of so many rounds."""
         return {"epsilon": self.accountant.epsilon(rounds), "delta": self.accountant.delta}
 
-    def dump(self, state: Clipped) -> Weights:
+    def dump(self, state: PrivateState) -> Weights:
         """Return the clipping norm, if it adapts."""
         return NO_TENSORS if self.quantile is None else {"clip": np.array(state.norm)}
 
-    def load(self, saved: Weights, weights: Weights) -> Clipped:
-        """Return the state that the next round begins with."""
-        begun = self.init(weights)
+    def load(self, saved: Weights, weights: Weights) -> PrivateState:
+        """Restore the state that the next round begins with."""
+        state = self.init(weights)
         if self.quantile is None:
-            return begun
-        return dataclasses.replace(begun, norm=float(saved["clip"]))
+            return state
+        return dataclasses.replace(state, norm=float(saved["clip"]))
 
     def _sum(self, factor: float = 1.0) -> Linear:
         return Linear(lambda _: (factor, 0.0, 0.0), lambda *_: 1 / self.workers, NO_NEEDS)
@@ -168,28 +168,28 @@ def private(
     quantile: float | None = None,
     count_noise: float | None = None,
 ) -> Private:
-    """Clip each update, add up, add noise, and divide by a fixed number of workers.
+    """Return the mean of DP-FedAvg: clip, add up, add noise, divide by a fixed number of workers.
 
     Args:
-        clip: the norm that no update counts with more of, above 0.
-        noise: the standard deviation of the noise on the sum, in parts of ``clip``, above 0.
-        workers: what the sum is divided by: how many updates a round is expected to have. It must
-            not follow from the data.
-        delta: the chance that epsilon does not hold, above 0 and below 1; well below one in as many
-            workers as there could be.
-        budget: the epsilon that must not be exceeded; the run has no more rounds than it allows.
-        rate: the chance of each worker to be in a round, for Poisson sampling, above 0 and below 1;
-            None counts no sampling. With it, ``workers`` is ``rate`` times the population.
+        clip: the clipping norm, above 0.
+        noise: the standard deviation of the noise on the sum, as a multiple of ``clip``, above 0.
+        workers: the number that the sum is divided by: the expected number of updates in a round.
+            It must not depend on the data.
+        delta: the probability with which epsilon may not hold, above 0 and below 1. Choose it well
+            below 1 / (the number of workers in the population).
+        budget: the epsilon that the run must not exceed, which bounds its number of rounds.
+        rate: the probability with which each worker is in a round, for Poisson sampling, above 0
+            and below 1; ``workers`` is then ``rate`` times the population. None for no sampling.
         accountant: ``exact``, ``pld`` or ``rdp``; see ``accountant.accountant``.
-        quantile: lets the norm follow this quantile of the updates' norms, above 0 and below 1;
-            ``clip`` is then the norm of the first round. ``noise`` is of the sum and the count of
-            the quantile together.
-        count_noise: the standard deviation of the noise on that count; a twentieth of ``workers``
-            by default, as in the paper, or as much as ``noise`` if that is more.
+        quantile: the quantile of the updates' norms that the clipping norm follows, above 0 and
+            below 1; ``clip`` is then the norm of the first round, and ``noise`` covers the sum and
+            the count of the quantile together.
+        count_noise: the standard deviation of the noise on that count. The default is a twentieth
+            of ``workers``, as in the paper, or ``noise`` if that is larger.
 
     Raises:
-        ValueError: for an argument that is out of range, a budget that allows no round, or a
-            package that is missing.
+        ValueError: if an argument is out of range, the budget allows no round, or a package is
+            missing.
     """
     within("clip", clip, 0, above=True)
     within("noise", noise, 0, above=True)
@@ -197,28 +197,28 @@ def private(
     within("delta", delta, 0, 1, above=True, below=True)
     if rate is not None:
         within("rate", rate, 0, 1, above=True, below=True)
-    counts = accounting.accountant(noise, delta, rate, accountant)
-    most = None
+    ledger = accounting.accountant(noise, delta, rate, accountant)
+    max_rounds = None
     if budget is not None:
         within("budget", budget, 0, above=True)
-        most = counts.rounds_within(budget)
-    needs = Needs(repeatable=False, once=True, rate=rate, max_rounds=most)
+        max_rounds = ledger.rounds_within(budget)
+    needs = Needs(repeatable=False, once=True, rate=rate, max_rounds=max_rounds)
     if quantile is None:
         if count_noise is not None:
             raise ValueError("count_noise goes with quantile; leave it out, or give quantile=…")
-        return Private(clip, noise, workers, counts, needs)
+        return Private(clip, noise, workers, ledger, needs)
     within("quantile", quantile, 0, 1, above=True, below=True)
     if count_noise is None:
         count_noise = max(workers / 20, noise)
     within("count_noise", count_noise, 0, above=True)
-    adapts = Quantile(quantile, count_noise)
-    return Private(clip, adapts.left_for_updates(noise), workers, counts, needs, adapts)
+    adaptive = Quantile(quantile, count_noise)
+    return Private(clip, adaptive.noise_for_updates(noise), workers, ledger, needs, adaptive)
 
 
 def gaussian(size: int) -> Array:
-    """Return so many standard normal values in float64, from the system's cryptographic source.
+    """Return standard normal values, in float64, from the system's cryptographic random source.
 
-    Box and Muller's transform of 53-bit uniforms: the tails end at 8.5 standard deviations.
+    The Box-Muller transform of 53-bit uniform values: the tails end at 8.5 standard deviations.
     """
     pairs = -(-size // 2)
     bits = np.frombuffer(secrets.token_bytes(16 * pairs), np.uint64) >> np.uint64(64 - _MANTISSA)

@@ -1,9 +1,9 @@
-"""Means that hold although some of the workers send anything they like.
+"""Robust means, which withstand arbitrary updates from some of the workers.
 
-They need all updates of a round at once. Each is laid on disk as it comes, and they are read from
-there in blocks, so that memory stays that of the model, however many workers there are.
-Updates are taken in the order of their workers' names: the order in which they came changes no bit.
-Every update counts the same, since the number of examples is its worker's own claim.
+They need all updates of a round at once. Updates are moved to disk as they arrive, and read from
+there in blocks, so memory stays that of the model, however many workers there are. They are taken
+in the order of their workers' names, so the order of arrival does not change the result. All have
+the same weight, since the number of examples is the worker's own claim.
 
 =================  ========================================  =============================
 mean               source                                    withstands, of n updates
@@ -44,28 +44,28 @@ from fluffle_coordinator.strategy.blocks import in_blocks
 
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
-_ELEMENTS = 2**18  # of all updates together that are in memory at a time, 2 MiB
-# So many multiplications BLAS does in one thread; handing small products to several is far slower.
+_ELEMENTS = 2**18  # elements of all updates together in memory at a time: 2 MiB
+# The size of a product that BLAS computes in one thread; several threads are far slower for these.
 _IN_ONE_THREAD = 2**17
-_CLOSE_ENOUGH = 1e-6
+_TOLERANCE = 1e-6
 
-Updates = tuple[tuple[str, Weights], ...]  # whose it is, and the delta
+Updates = tuple[tuple[str, Weights], ...]  # the worker and its delta
 
 
 class Rule(Protocol):
-    """How all updates of a round become one delta."""
+    """The rule by which all updates of a round become one delta."""
 
     def __call__(self, updates: Sequence[Weights], delta: Tensors) -> None:
-        """Write their mean into ``delta``, which is of float64."""
+        """Write the mean of the updates into ``delta``, which is float64."""
 
 
 @dataclass(frozen=True)
-class OfAll:
-    """A mean of all updates at once, which are its state.
+class RobustMean:
+    """A mean of all updates at once; its state is the updates.
 
     Args:
-        rule: what is made of them.
-        needs: how many updates it needs at least.
+        rule: the rule by which they become one delta.
+        needs: its requirements: the fewest updates.
     """
 
     rule: Rule
@@ -76,26 +76,26 @@ class OfAll:
         return ()
 
     def fold(self, state: Updates, one: Contribution) -> Updates:
-        """Keep an update, on disk."""
+        """Add an update, on disk."""
         return (*state, (one.worker, one.kept()))
 
     def finish(self, state: Updates, weights: Weights) -> tuple[Weights, Updates]:
         """Return the mean delta in float64; integers beyond 2**53 are rounded.
 
         Raises:
-            ValueError: where there is no update.
+            ValueError: if there is no update.
         """
         if not state:
             raise ValueError("no update was folded: there is nothing to average")
         delta = layout_for(weights).empty_as(_FLOAT)
-        in_order = sorted(state, key=lambda one: one[0])
+        by_name = sorted(state, key=lambda update: update[0])
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            self.rule([update for _, update in in_order], delta)
+            self.rule([update for _, update in by_name], delta)
         return delta, ()
 
 
-def median() -> OfAll:
-    """Take the median of each coordinate; of an even number, the mean of the middle two.
+def median() -> RobustMean:
+    """Return the coordinate-wise median; of an even number of updates, the mean of the middle two.
 
     Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML
     2018, algorithm 1, option I.
@@ -104,55 +104,55 @@ def median() -> OfAll:
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
         _average_middle(updates, delta, cut=(len(updates) - 1) // 2)
 
-    return OfAll(rule, Needs(min_updates=3))
+    return RobustMean(rule, Needs(min_updates=3))
 
 
-def trimmed_mean(fraction: float = 0.2) -> OfAll:
-    """Average each coordinate without its largest and its smallest values.
+def trimmed_mean(fraction: float = 0.2) -> RobustMean:
+    """Return the coordinate-wise mean without the largest and the smallest values.
 
     Yin et al. 2018 (see ``median``), algorithm 1, option II.
 
     Args:
-        fraction: which part of the updates is left out at each end, rounded down; above 0 and below
-            0.5. One update has to be left out: so ``1 / fraction`` updates are needed.
+        fraction: the fraction of the values that is left out at each end, rounded down; above 0 and
+            below 0.5. At least one must be left out, which takes ``1 / fraction`` updates.
 
     Raises:
-        ValueError: for a fraction that is out of range.
+        ValueError: if the fraction is out of range.
     """
     within("fraction", fraction, 0, 0.5, above=True, below=True)
 
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
-        _average_middle(updates, delta, cut=_part(fraction, len(updates)))
+        _average_middle(updates, delta, cut=_fraction_of(fraction, len(updates)))
 
-    fewest = max(3, math.ceil(1 / fraction - _CLOSE_ENOUGH))
-    return OfAll(rule, Needs(min_updates=fewest))
+    fewest = max(3, math.ceil(1 / fraction - _TOLERANCE))
+    return RobustMean(rule, Needs(min_updates=fewest))
 
 
-def krum(f: int = 1) -> OfAll:
-    """Take the update that is closest to its nearest neighbours.
+def krum(f: int = 1) -> RobustMean:
+    """Return the mean that selects the update closest to its nearest neighbours.
 
     Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
-    NeurIPS 2017. The score of an update is the sum of its squared distances to the n - f - 2 that
-    are closest to it; of equal scores, the smaller update is taken.
+    NeurIPS 2017. The score of an update is the sum of its squared distances to the n - f - 2
+    closest ones. Between equal scores, the update with the smaller norm wins.
 
     Args:
-        f: how many workers may send anything; 2 f + 3 updates are needed.
+        f: how many arbitrary updates it withstands; it needs 2 f + 3 updates.
 
     Raises:
-        ValueError: for a number that is out of range.
+        ValueError: if ``f`` is out of range.
     """
     return multi_krum(f, 1)
 
 
-def multi_krum(f: int = 1, m: int = 2) -> OfAll:
-    """Average the ``m`` updates of the best scores of ``krum``, all with the same weight.
+def multi_krum(f: int = 1, m: int = 2) -> RobustMean:
+    """Return the mean of the ``m`` updates with the best scores (see ``krum``), equally weighted.
 
     Args:
-        f: how many workers may send anything.
-        m: how many are averaged; at least 2 f + 3 and m + f + 2 updates are needed.
+        f: how many arbitrary updates it withstands.
+        m: how many updates are averaged; it needs at least 2 f + 3 and m + f + 2 updates.
 
     Raises:
-        ValueError: for a number that is out of range.
+        ValueError: if an argument is out of range.
     """
     within("f", f, 0)
     within("m", m, 1)
@@ -163,24 +163,24 @@ def multi_krum(f: int = 1, m: int = 2) -> OfAll:
         shares[chosen] = 1 / len(chosen)
         _combine(updates, shares, delta)
 
-    return OfAll(rule, Needs(min_updates=max(2 * f + 3, m + f + 2)))
+    return RobustMean(rule, Needs(min_updates=max(2 * f + 3, m + f + 2)))
 
 
-def rfa(iterations: int = 100, nu: float = 1e-6) -> OfAll:
-    """Take the geometric median: the point of the least sum of distances to all updates.
+def rfa(iterations: int = 100, nu: float = 1e-6) -> RobustMean:
+    """Return the geometric median: the point with the smallest sum of distances to all updates.
 
     Pillutla et al., "Robust Aggregation for Federated Learning", IEEE Transactions on Signal
-    Processing 2022, algorithm 2: the smoothed Weiszfeld algorithm. It begins at the weights that
-    were sent out, so that an update counts no more for being large. The updates are read twice,
-    however many iterations there are: their scalar products tell all distances.
+    Processing 2022, algorithm 2, the smoothed Weiszfeld algorithm. It starts from the received
+    weights, so that a large update gets no more weight. The updates are read only twice, however
+    many iterations there are, since all distances follow from their scalar products.
 
     Args:
-        iterations: the most iterations, from 1; it ends where one changes no share by more than a
-            millionth. The paper, where each is a round of messages, makes do with 3.
-        nu: a distance below this counts as this, above 0.
+        iterations: the most iterations, from 1. It stops when no share changes by more than a
+            millionth. The paper uses 3, as each iteration there is a round of messages.
+        nu: the smallest distance, above 0; smaller ones are rounded up to it.
 
     Raises:
-        ValueError: for an argument that is out of range.
+        ValueError: if an argument is out of range.
     """
     within("iterations", iterations, 1)
     within("nu", nu, 0, above=True)
@@ -188,53 +188,53 @@ def rfa(iterations: int = 100, nu: float = 1e-6) -> OfAll:
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
         products, norms = _geometry(updates, delta)
         shares = np.zeros(len(updates))
-        (near,) = np.isfinite(norms).nonzero()  # the others are too far away to be measured
+        (near,) = np.isfinite(norms).nonzero()  # the distances of the others overflow
         if near.size:
-            seen = products[np.ix_(near, near)]
-            shares[near] = _geometric_median(seen, norms[near], iterations, nu)
+            near_products = products[np.ix_(near, near)]
+            shares[near] = _geometric_median(near_products, norms[near], iterations, nu)
         else:
             shares += 1 / len(updates)
         _combine(updates, shares, delta)
 
-    return OfAll(rule, Needs(min_updates=3))
+    return RobustMean(rule, Needs(min_updates=3))
 
 
-def _part(fraction: float, count: int) -> int:
-    """Return a part of a number, rounded down: 0.29 of 100 is 29, though not in binary."""
-    return math.floor(fraction * count + _CLOSE_ENOUGH)
+def _fraction_of(fraction: float, count: int) -> int:
+    """Return a fraction of a number, rounded down: 0.29 of 100 is 29, though not in binary."""
+    return math.floor(fraction * count + _TOLERANCE)
 
 
 def _stacked(updates: Sequence[Weights], delta: Tensors) -> Iterator[tuple[Array, Array]]:
-    """Yield blocks of the result, and beside each those of the updates, one a row, in float64."""
+    """Yield each block of the result with those of the updates, one per row, in float64."""
     size = max(1024, _ELEMENTS // len(updates))
     for into, *blocks in in_blocks(delta, *updates, size=size):
         rows = np.empty((len(blocks), into.size), _FLOAT)
         for row, block, update in zip(rows, blocks, updates, strict=True):
             row[...] = block
-            release_pages(update)  # a touch may have brought far more than the block into memory
+            release_pages(update)  # reading a block may have mapped far more than that into memory
         yield into, rows
 
 
 def _average_middle(updates: Sequence[Weights], delta: Tensors, cut: int) -> None:
-    """Write the mean of each coordinate without the ``cut`` values at each of its ends."""
+    """Write the mean of each coordinate without the ``cut`` smallest and largest values."""
     for into, rows in _stacked(updates, delta):
         into[...] = _middle(rows, cut)
 
 
 def _middle(rows: Array, cut: int) -> Array:
-    """Return the mean of each column without the ``cut`` values at each of its ends."""
-    columns = rows.T.copy()  # with the values of a column side by side
+    """Return the mean of each column without the ``cut`` smallest and largest values."""
+    columns = rows.T.copy()  # so that the values of a column are contiguous
     columns.sort(axis=1)
-    left = columns[:, cut : columns.shape[1] - cut]
-    # Divided first, no sum is beyond the end of float64 by more than a rounding.
-    mean: Array = np.clip((left / left.shape[1]).sum(axis=1), -_END, _END)
+    middle = columns[:, cut : columns.shape[1] - cut]
+    # Divided before the sum, which then overflows float64 by at most a rounding error.
+    mean: Array = np.clip((middle / middle.shape[1]).sum(axis=1), -_END, _END)
     return mean
 
 
 def _combine(updates: Sequence[Weights], shares: Array, delta: Tensors) -> None:
-    """Write the sum of the updates by their shares."""
-    used = [place for place, share in enumerate(shares) if share]
-    for into, rows in _stacked([updates[place] for place in used], delta):
+    """Write the sum of the updates, each multiplied by its share."""
+    used = np.flatnonzero(shares).tolist()
+    for into, rows in _stacked([updates[index] for index in used], delta):
         into[...] = 0
         for row, share in zip(rows, shares[used], strict=True):
             np.add(into, share * row, out=into)
@@ -242,10 +242,10 @@ def _combine(updates: Sequence[Weights], shares: Array, delta: Tensors) -> None:
 
 
 def _geometry(updates: Sequence[Weights], like: Tensors) -> tuple[Array, Array]:
-    """Return the products of the updates, seen from their median, and their own squared norms.
+    """Return the scalar products of the updates minus their median, and their own squared norms.
 
-    Distances follow from the products, in one pass over the updates. As seen from the median, those
-    that agree are near: what rounding does to them is small, however far away others are.
+    All distances follow from the products, in one pass over the updates. Updates that agree are
+    close to the median, so their rounding errors are small, however far away others are.
     """
     count = len(updates)
     products, norms = np.zeros((count, count)), np.zeros(count)
@@ -254,30 +254,32 @@ def _geometry(updates: Sequence[Weights], like: Tensors) -> tuple[Array, Array]:
         norms += np.square(rows).sum(axis=1)
         np.subtract(rows, _middle(rows, (count - 1) // 2), out=rows)
         for start in range(0, rows.shape[1], width):
-            piece = rows[:, start : start + width]
-            products += piece @ piece.T
+            columns = rows[:, start : start + width]
+            products += columns @ columns.T
     return products, norms
 
 
 def _best(updates: Sequence[Weights], like: Tensors, f: int) -> list[int]:
-    """Return the places of the updates by their scores in Krum, the best first."""
+    """Return the indices of the updates in the order of their Krum scores, the best first."""
     products, norms = _geometry(updates, like)
     own = np.diag(products)
-    apart = np.nan_to_num(own[:, None] + own[None, :] - 2 * products, nan=_END, posinf=_END)
-    np.fill_diagonal(apart, np.inf)  # nobody is a neighbour of oneself
-    closest = np.sort(apart, axis=1)[:, : max(1, len(updates) - f - 2)]
-    return [int(place) for place in np.lexsort((norms, closest.sum(axis=1)))]
+    squares = own[:, None] + own[None, :] - 2 * products
+    distances = np.nan_to_num(squares, nan=_END, posinf=_END)
+    np.fill_diagonal(distances, np.inf)  # an update is not its own neighbour
+    closest = np.sort(distances, axis=1)[:, : max(1, len(updates) - f - 2)]
+    return [int(index) for index in np.lexsort((norms, closest.sum(axis=1)))]
 
 
 def _geometric_median(products: Array, norms: Array, iterations: int, nu: float) -> Array:
-    """Return the shares of the updates in the point that is closest to all of them."""
-    apart = np.sqrt(norms)  # from the weights that were sent out
+    """Return the shares of the updates in their geometric median."""
+    distances = np.sqrt(norms)  # from the received weights
     shares = np.zeros(len(norms))
     for _ in range(iterations):
-        closeness = 1 / np.maximum(apart, nu)
-        before, shares = shares, closeness / closeness.sum()
-        if np.abs(shares - before).max() <= _CLOSE_ENOUGH:
+        inverse = 1 / np.maximum(distances, nu)
+        before, shares = shares, inverse / inverse.sum()
+        if np.abs(shares - before).max() <= _TOLERANCE:
             break
-        pull = products @ shares
-        apart = np.sqrt(np.maximum(np.diag(products) - 2 * pull + shares @ pull, 0))
+        projections = products @ shares
+        squares = np.diag(products) - 2 * projections + shares @ projections
+        distances = np.sqrt(np.maximum(squares, 0))
     return shares

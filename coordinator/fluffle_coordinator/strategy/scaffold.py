@@ -1,4 +1,4 @@
-"""SCAFFOLD's server: the mean of all workers' control variates, broadcast with the model."""
+"""SCAFFOLD's server: it broadcasts the mean of all workers' control variates with the model."""
 
 from __future__ import annotations
 
@@ -12,51 +12,58 @@ import numpy as np
 from fluffle_common.tensors.layout import is_float
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.strategy.base import Contribution, Needs, Strategy
-from fluffle_coordinator.strategy.pipeline import Pipeline, Running, pipeline, replace
+from fluffle_coordinator.strategy.pipeline import (
+    Pipeline,
+    PipelineState,
+    pipeline,
+    replace,
+    with_prefix,
+    without_prefix,
+)
 from fluffle_coordinator.strategy.weighted import weighted
 
-_OF_THE_MODEL, _CONTROL = "model/", "control/"
+_MODEL, _CONTROL = "model/", "control/"  # prefixes in a checkpoint
 
 
-class Controlled(NamedTuple):
-    """The state: that of the model's own strategy, and the control variate.
+class ScaffoldState(NamedTuple):
+    """The state of ``Scaffold``.
 
     Args:
-        inner: how the model is averaged.
-        control: ``c``, in float64, for each float tensor of the model.
-        changes: the sum of ``c_k+ - c_k`` of the open round's updates.
-        updates: how many there are.
+        inner: the state of the pipeline that averages the model.
+        control: the server's control variate ``c``, in float64, for each float tensor of the model.
+        changes: the sum of ``c_k+ - c_k`` over the open round's updates.
+        updates: the number of these updates.
     """
 
-    inner: Running[Any, Any]
+    inner: PipelineState[Any, Any]
     control: Mapping[str, Array]
     changes: Mapping[str, Array]
     updates: int
 
 
 @dataclass(frozen=True)
-class Scaffold(Strategy[Controlled]):
-    """The strategy that ``scaffold`` makes."""
+class Scaffold(Strategy[ScaffoldState]):
+    """The strategy that ``scaffold`` returns."""
 
     model: Pipeline[Any, Any]
     workers: int | None
 
     @property
     def needs(self) -> Needs:
-        """What the model's own strategy needs, and by how much each worker's variate changed."""
+        """The pipeline's requirements, and the change of each worker's control variate."""
         return dataclasses.replace(self.model.needs, extra="model")
 
-    def init(self, weights: Weights) -> Controlled:
-        """Return control variates of zeros."""
+    def init(self, weights: Weights) -> ScaffoldState:
+        """Return the initial state, with a control variate of zeros."""
         zeros = {n: np.zeros(w.shape) for n, w in weights.items() if is_float(w.dtype)}
-        return Controlled(self.model.init(weights), zeros, {}, 0)
+        return ScaffoldState(self.model.init(weights), zeros, {}, 0)
 
-    def broadcast(self, state: Controlled) -> Weights:
+    def broadcast(self, state: ScaffoldState) -> Weights:
         """Return ``c`` in float32, by the names of the model's tensors."""
-        return {name: one.astype(np.float32) for name, one in state.control.items()}
+        return {name: control.astype(np.float32) for name, control in state.control.items()}
 
-    def fold(self, state: Controlled, one: Contribution) -> Controlled:
-        """Take an update in, and the change of its worker's control variate."""
+    def fold(self, state: ScaffoldState, one: Contribution) -> ScaffoldState:
+        """Fold an update into the model's mean, and add the change of its control variate."""
         changes = dict(state.changes)
         for name, change in one.extra.items():
             changes[name] = changes.get(name, 0.0) + change.astype(np.float64)
@@ -64,41 +71,37 @@ class Scaffold(Strategy[Controlled]):
             inner=self.model.fold(state.inner, one), changes=changes, updates=state.updates + 1
         )
 
-    def finish(self, state: Controlled, weights: Weights) -> tuple[Weights, Controlled]:
-        """Average the model; move ``c`` by the share of all workers that took part."""
+    def finish(self, state: ScaffoldState, weights: Weights) -> tuple[Weights, ScaffoldState]:
+        """Average the model, and add the changes divided by the number of workers to ``c``."""
         new, inner = self.model.finish(state.inner, weights)
         workers = max(self.workers or 0, state.updates)
         control = {
-            name: one + state.changes[name] / workers if name in state.changes else one
-            for name, one in state.control.items()
+            name: old + state.changes[name] / workers if name in state.changes else old
+            for name, old in state.control.items()
         }
-        return new, Controlled(inner, control, {}, 0)
+        return new, ScaffoldState(inner, control, {}, 0)
 
-    def dump(self, state: Controlled) -> Weights:
-        """Return the control variate, and what the model's own strategy keeps."""
-        inner = {f"{_OF_THE_MODEL}{n}": one for n, one in self.model.dump(state.inner).items()}
-        return inner | {f"{_CONTROL}{name}": one for name, one in state.control.items()}
+    def dump(self, state: ScaffoldState) -> Weights:
+        """Return the control variate, and the tensors that the pipeline saves."""
+        model = with_prefix(_MODEL, self.model.dump(state.inner))
+        return model | with_prefix(_CONTROL, state.control)
 
-    def load(self, saved: Weights, weights: Weights) -> Controlled:
-        """Return the state that the next round begins with."""
-
-        def under(prefix: str) -> dict[str, Array]:
-            found = saved.items()
-            return {n.removeprefix(prefix): one for n, one in found if n.startswith(prefix)}
-
-        return Controlled(self.model.load(under(_OF_THE_MODEL), weights), under(_CONTROL), {}, 0)
+    def load(self, saved: Weights, weights: Weights) -> ScaffoldState:
+        """Restore the state that the next round begins with."""
+        inner = self.model.load(without_prefix(_MODEL, saved), weights)
+        return ScaffoldState(inner, without_prefix(_CONTROL, saved), {}, 0)
 
 
 def scaffold(workers: int | None = None) -> Scaffold:
-    """Correct the drift of workers whose data differ; they train with ``--local-rule scaffold``.
+    """Return the strategy SCAFFOLD, which corrects the drift of workers whose data differ.
 
-    From Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
-    ICML 2020: ``c <- c + (sum of c_k+ - c_k) / N``. The model is averaged as by ``fedavg``, by
-    numbers of examples, where the paper takes the plain mean.
+    The workers train with ``--local-rule scaffold``. Karimireddy et al., "SCAFFOLD: Stochastic
+    Controlled Averaging for Federated Learning", ICML 2020: ``c <- c + (sum of c_k+ - c_k) / N``.
+    The model is averaged by numbers of examples, as in ``fedavg``; the paper uses the plain mean.
 
     Args:
-        workers: N, all workers of the federation; None: those of each round, for a federation in
-            which all take part in every round.
+        workers: N, the number of workers in the federation; None for the number of each round's
+            participants, if all workers take part in every round.
 
     Raises:
         ValueError: if ``workers`` is less than 1.

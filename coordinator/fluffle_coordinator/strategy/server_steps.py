@@ -11,13 +11,13 @@ Federated Visual Classification", 2019); Adagrad, Adam and Yogi are algorithm 2 
     adam        m = b1 m + (1 - b1) d    v = b2 v + (1 - b2) d²
     yogi        m = b1 m + (1 - b1) d    v = v - (1 - b2) d² sign(v - d²)
 
-All of them begin with m = v = 0. The paper allows any first v of at least tau²; zero is the usual
-choice, and ``tau`` alone then bounds the first step. Computed in float64. What is kept across
-rounds is float32, and float64 for tensors of float64; it is rounded once a round, so that a run
-that was resumed from a checkpoint goes on bit by bit as if it had not ended.
+All start with m = v = 0. The paper's initial v is at least tau²; zero is the usual choice, and only
+``tau`` then bounds the first step. Steps are computed in float64. The state is float32, or float64
+for float64 tensors, and is rounded once per round, so a run that is resumed from a checkpoint
+continues bit by bit as if it had not stopped.
 
-A tensor of integers takes the mean itself, as in federated averaging: a step of ``lr`` would round
-to nothing.
+The mean delta is added to integer tensors unchanged, as in federated averaging, since a step of
+``lr`` would round to zero.
 
 Example:
     >>> base = {"w": np.zeros(1)}
@@ -39,17 +39,17 @@ from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import Tensors, layout_for
 from fluffle_common.tensors.weights import Array, Weights, is_float, largest
 from fluffle_coordinator.strategy.blocks import in_blocks
-from fluffle_coordinator.strategy.pipeline import Server
+from fluffle_coordinator.strategy.pipeline import Server, with_prefix
 from fluffle_coordinator.strategy.weighted import apply_delta
 
 _FLOAT = np.dtype(np.float64)
 _STEPS = "steps"
-_FIRST, _SECOND = "first/", "second/"  # before a tensor's name in a checkpoint
+_FIRST, _SECOND = "first/", "second/"  # prefixes in a checkpoint
 
 
 @dataclass(frozen=True)
 class Momentum(Server[Weights]):
-    """The server step that ``momentum`` makes; its state is the velocity."""
+    """The server step that ``momentum`` returns; its state is the velocity."""
 
     lr: float
     momentum: float
@@ -62,31 +62,31 @@ class Momentum(Server[Weights]):
         """Return the next weights and the next velocity."""
         change, velocity = _change(weights, delta), _zeros(weights)
         with np.errstate(over="ignore", under="ignore"):
-            for old, new, mean, moved in in_blocks(state, velocity, delta, change):
-                now = self.momentum * old.astype(_FLOAT) + mean
-                new[...] = _held(now, new)
-                moved[...] = _held(self.lr * now, moved)
+            for old, new, mean, step in in_blocks(state, velocity, delta, change):
+                exact = self.momentum * old.astype(_FLOAT) + mean
+                new[...] = _saturated(exact, new)
+                step[...] = _saturated(self.lr * exact, step)
         return apply_delta(weights, change), velocity
 
     def dump(self, state: Weights) -> Weights:
-        """Return the velocity, by the names of the tensors."""
+        """Return the velocity."""
         return state
 
     def load(self, saved: Weights, weights: Weights) -> Weights:
-        """Return the velocity that was kept."""
+        """Restore the velocity."""
         return {name: saved[name] for name in _zeros(weights)}
 
 
 def momentum(lr: float = 1.0, momentum: float = 0.9) -> Momentum:
-    """Heavy-ball momentum on the server (FedAvgM).
+    """Return the server step of FedAvgM: heavy-ball momentum.
 
     Args:
         lr: the server's learning rate, above 0.
-        momentum: the part of the velocity that stays, from 0 and below 1; with 0 and ``lr=1`` this
-            is federated averaging.
+        momentum: the decay of the velocity, from 0 and below 1. With ``momentum=0`` and ``lr=1``,
+            this is federated averaging.
 
     Raises:
-        ValueError: for an argument that is out of range.
+        ValueError: if an argument is out of range.
     """
     within("lr", lr, 0, above=True)
     within("momentum", momentum, 0, 1, below=True)
@@ -95,7 +95,7 @@ def momentum(lr: float = 1.0, momentum: float = 0.9) -> Momentum:
 
 @dataclass(frozen=True)
 class Moments:
-    """The state of an adaptive step: the moments m and v of each tensor, and how many steps."""
+    """The state of an adaptive step: the moments m and v of each tensor, and the step count."""
 
     first: Weights
     second: Weights
@@ -104,15 +104,15 @@ class Moments:
 
 @dataclass(frozen=True)
 class Adaptive(Server[Moments]):
-    """The server step that ``adagrad``, ``adam`` and ``yogi`` make.
+    """The server step that ``adagrad``, ``adam`` and ``yogi`` return.
 
     Args:
         lr: the server's learning rate.
-        beta1: the part of the first moment that stays.
-        beta2: for the correction of the bias only; the part of the second that stays.
-        tau: what is added to the root of the second moment.
-        second: ``(v, d²) -> v``.
-        bias_correction: as in Adam's own paper (Kingma and Ba, ICLR 2015).
+        beta1: the decay of the first moment.
+        beta2: the decay of the second moment; only the bias correction uses it here.
+        tau: the constant that is added to the root of the second moment.
+        second: the update of the second moment, ``(v, d²) -> v``.
+        bias_correction: whether to correct the bias as in Kingma and Ba, "Adam", ICLR 2015.
     """
 
     lr: float
@@ -134,26 +134,26 @@ class Adaptive(Server[Moments]):
         rate = self.lr
         if self.bias_correction:
             rate *= math.sqrt(1 - self.beta2**steps) / (1 - self.beta1**steps)
-        places = in_blocks(state.first, state.second, delta, first, second, change)
+        blocks = in_blocks(state.first, state.second, delta, first, second, change)
         with np.errstate(over="ignore", under="ignore"):
-            for old_m, old_v, mean, new_m, new_v, moved in places:
+            for old_m, old_v, mean, new_m, new_v, step in blocks:
                 m = self.beta1 * old_m.astype(_FLOAT) + (1 - self.beta1) * mean
                 squared = np.minimum(np.square(mean, dtype=_FLOAT), largest(_FLOAT))
                 v = self.second(old_v.astype(_FLOAT), squared)
-                new_m[...], new_v[...] = _held(m, new_m), _held(v, new_v)
-                moved[...] = _held(rate * m / (np.sqrt(v) + self.tau), moved)
+                new_m[...], new_v[...] = _saturated(m, new_m), _saturated(v, new_v)
+                step[...] = _saturated(rate * m / (np.sqrt(v) + self.tau), step)
         return apply_delta(weights, change), Moments(first, second, steps)
 
     def dump(self, state: Moments) -> Weights:
-        """Return both moments, and the number of steps."""
+        """Return both moments and the step count."""
         return {
             _STEPS: np.array(state.steps, np.int64),
-            **{_FIRST + name: tensor for name, tensor in state.first.items()},
-            **{_SECOND + name: tensor for name, tensor in state.second.items()},
+            **with_prefix(_FIRST, state.first),
+            **with_prefix(_SECOND, state.second),
         }
 
     def load(self, saved: Weights, weights: Weights) -> Moments:
-        """Return the moments that were kept."""
+        """Restore both moments and the step count."""
         names = list(_zeros(weights))
         return Moments(
             {name: saved[_FIRST + name] for name in names},
@@ -163,14 +163,14 @@ class Adaptive(Server[Moments]):
 
 
 def adagrad(lr: float = 0.1, tau: float = 0.001) -> Adaptive:
-    """Adagrad on the server (FedAdagrad), without momentum, as in the paper's experiments.
+    """Return the server step of FedAdagrad, without momentum, as in the paper's experiments.
 
     Args:
         lr: the server's learning rate, above 0.
-        tau: how adaptive it is, above 0: the smaller, the more.
+        tau: the constant that limits adaptivity, above 0; smaller values adapt more.
 
     Raises:
-        ValueError: for an argument that is out of range.
+        ValueError: if an argument is out of range.
     """
     _check(lr, 0, 0, tau)
     return Adaptive(lr, 0.0, 0.0, tau, lambda v, squared: v + squared)
@@ -183,18 +183,18 @@ def adam(
     tau: float = 0.001,
     bias_correction: bool = False,
 ) -> Adaptive:
-    """Adam on the server (FedAdam).
+    """Return the server step of FedAdam.
 
     Args:
-        lr: the server's learning rate, above 0: about how far a weight moves a round.
-        beta1: the part of the first moment that stays, from 0 and below 1.
-        beta2: the same of the second.
-        tau: how adaptive it is, above 0: the smaller, the more.
-        bias_correction: correct both moments for their beginning at 0. Algorithm 2 of Reddi et al.
-            does not, and neither does the default: the first steps are then small.
+        lr: the server's learning rate, above 0: about how far a weight moves per round.
+        beta1: the decay of the first moment, from 0 and below 1.
+        beta2: the decay of the second moment, from 0 and below 1.
+        tau: the constant that limits adaptivity, above 0; smaller values adapt more.
+        bias_correction: whether to correct the bias of moments that start at 0. Algorithm 2 of
+            Reddi et al. does not, so its first steps are small.
 
     Raises:
-        ValueError: for an argument that is out of range.
+        ValueError: if an argument is out of range.
     """
     _check(lr, beta1, beta2, tau)
     return Adaptive(
@@ -208,16 +208,16 @@ def adam(
 
 
 def yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 0.001) -> Adaptive:
-    """Yogi on the server (FedYogi): as ``adam``, and the second moment shrinks more slowly.
+    """Return the server step of FedYogi: like ``adam``, but the second moment shrinks more slowly.
 
     Args:
-        lr: the server's learning rate, above 0: about how far a weight moves a round.
-        beta1: the part of the first moment that stays, from 0 and below 1.
-        beta2: how slowly the second moment changes, from 0 and below 1.
-        tau: how adaptive it is, above 0: the smaller, the more.
+        lr: the server's learning rate, above 0: about how far a weight moves per round.
+        beta1: the decay of the first moment, from 0 and below 1.
+        beta2: the decay of the second moment, from 0 and below 1; larger values change it slower.
+        tau: the constant that limits adaptivity, above 0; smaller values adapt more.
 
     Raises:
-        ValueError: for an argument that is out of range.
+        ValueError: if an argument is out of range.
     """
     _check(lr, beta1, beta2, tau)
     return Adaptive(
@@ -237,7 +237,7 @@ def _check(lr: float, beta1: float, beta2: float, tau: float) -> None:
 
 
 def _zeros(weights: Weights) -> dict[str, Array]:
-    """Return what is kept of each tensor of floats, at the beginning."""
+    """Return zeros for each float tensor, in the dtype of the state."""
     return {
         name: np.zeros(tensor.shape, _FLOAT if tensor.dtype == _FLOAT else np.float32)
         for name, tensor in weights.items()
@@ -246,7 +246,7 @@ def _zeros(weights: Weights) -> dict[str, Array]:
 
 
 def _change(weights: Weights, delta: Weights) -> Tensors:
-    """Return room for what is added to the weights; integers are there already."""
+    """Return memory for the step, in which integer tensors already have their mean delta."""
     change = layout_for(weights).empty_as(_FLOAT)
     for name, tensor in weights.items():
         if not is_float(tensor.dtype):
@@ -254,7 +254,7 @@ def _change(weights: Weights, delta: Weights) -> Tensors:
     return change
 
 
-def _held(values: Array, into: Array) -> Array:
-    """Return values as a dtype can hold them: what is beyond its end is its end."""
+def _saturated(values: Array, into: Array) -> Array:
+    """Return values clipped to the range of the dtype of ``into``."""
     end = largest(into.dtype)
     return np.clip(values, -end, end)

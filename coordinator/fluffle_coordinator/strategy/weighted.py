@@ -1,12 +1,11 @@
-"""The sample-weighted mean of a round, ``sum(w_k * delta_k) / sum(w_k)``, exact where it can be.
+"""The mean weighted by numbers of examples, ``sum(w_k * delta_k) / sum(w_k)``.
 
-A contribution weighs ``w_k = n_k * phi(s_k)``: its number of examples, and if it is stale, the
-schedule's discount. The weights are divided by their sum, so that on average over a round they are
-1, however stale its updates are.
+The weight of a contribution is ``w_k = n_k * phi(s_k)``: its number of examples times the
+schedule's discount for its staleness.
 
-Floats are summed in float64. A model whose tensors are all of one float dtype is summed as one
-vector, however many tensors it has; an update may come in pieces of it. Integers are summed in 128
-bits, by examples alone: a discount is no integer, and their sums are to be exact.
+Floats are summed in float64. A model with tensors of only one float dtype is summed as one vector,
+however many tensors it has, and its updates may come in pieces. Integers are summed exactly, in 128
+bits, and weighted by examples alone, since a discount is not an integer.
 
 Example:
     >>> base = {"w": np.zeros(2, np.float32)}
@@ -41,46 +40,47 @@ from fluffle_coordinator.strategy import integer_sum
 from fluffle_coordinator.strategy.base import NO_NEEDS, Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
 
-# Elements handled at a time: a block of float64 and the slices it is added to stay in cache.
+# Elements per step: a block of float64 and the slices that it is added to fit into the cache.
 _BLOCK = 32 * 1024
-# Sums are kept smaller by this, which costs no bit: two updates of 1e308 have no sum in float64,
-# and they have an average. Only what is below 1e-288 is rounded by it, to a multiple of 1e-304.
+# Sums are scaled by this, so that the sum of two updates of 1e308 does not overflow. A power of two
+# loses no bits, except that values below 1e-288 are rounded to a multiple of 1e-304.
 _SCALE = 2.0**-64
 _FLOAT, _INTEGER = np.dtype(np.float64), np.dtype(np.int64)
 
 
 class Vector:
-    """The sums of a model of one float dtype: a vector of float64 in two pieces of memory.
+    """The sums of a model of one float dtype: a float64 vector in two pieces of memory.
 
-    The first is as large as the model, and becomes the next one: an average is written over sums
-    that were read already, and takes no memory of its own. The second serves all rounds.
+    The first piece is as large as the model and becomes the next model: the average is written over
+    sums that were already read, so it needs no memory of its own. The second is reused in every
+    round.
 
     Args:
-        layout: the model's.
-        rest: the second piece, of an earlier round; a new one if None.
+        layout: the model's layout.
+        rest: the second piece, from an earlier round; None allocates it.
     """
 
     def __init__(self, layout: Layout, rest: Array | None = None) -> None:
         assert layout.dtype is not None
         size, begin = layout.nbytes // layout.dtype.itemsize, layout.nbytes // _FLOAT.itemsize
         self.layout = layout
-        self.memory = np.empty(layout.nbytes, np.uint8)  # untouched, it takes addresses only
+        self.memory = np.empty(layout.nbytes, np.uint8)  # takes only address space until written
         self.first = self.memory[: begin * _FLOAT.itemsize].view(_FLOAT)
         self.rest = np.empty(size - begin, _FLOAT) if rest is None else rest
 
     @property
     def nbytes(self) -> int:
-        """How much memory it takes."""
+        """Its size in bytes."""
         return self.memory.nbytes + self.rest.nbytes
 
 
 @dataclass(frozen=True)
 class Sum:
-    """The running sum of a round: sum(w_k * delta_k), sum(n_k) and sum(w_k).
+    """The running sums of a round: sum(w_k * delta_k), sum(n_k) and sum(w_k).
 
-    As long as that is 0, ``totals`` are memory for it and nothing else. Of floats they are the sums
-    in float64, times ``_SCALE``; of integers the upper halves of the sums, and behind them the
-    lower halves (see ``integer_sum``).
+    While ``num_examples`` is 0, ``totals`` is uninitialized memory. For floats, it holds float64
+    sums times ``_SCALE``; for integers, the upper halves of the sums followed by the lower halves
+    (see ``integer_sum``).
     """
 
     totals: Vector | Tensors
@@ -90,12 +90,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Weighted:
-    """The mean that ``weighted`` makes. It reuses the memory of the sum in all rounds."""
+    """The mean that ``weighted`` returns. It reuses the memory of the sums in every round."""
 
     needs: Needs = NO_NEEDS
 
     def init(self, weights: Weights) -> Sum:
-        """Return an empty sum."""
+        """Return empty sums."""
         layout = layout_for(weights)
         if layout.floats and layout.dtype is not None:
             return Sum(Vector(layout))
@@ -108,10 +108,10 @@ class Weighted:
         return Sum(layout_of_signature(tuple(form)).empty())
 
     def fold(self, state: Sum, one: Contribution) -> Sum:
-        """Add a contribution to the sum, in place.
+        """Add a contribution to the sums, in place.
 
         Raises:
-            ValueError: for more than 2**63 - 1 examples in all.
+            ValueError: if there are more than 2**63 - 1 examples in total.
         """
         num_so_far, num_examples = state.num_examples, one.num_examples
         if num_so_far + num_examples > integer_sum.MOST:
@@ -119,18 +119,18 @@ class Weighted:
                 f"{num_so_far} and {num_examples} examples are more than can be counted"
             )
         add = _add_scaled if num_so_far else _set_scaled
-        with np.errstate(over="ignore", invalid="ignore"):  # of what lies between the tensors
+        with np.errstate(over="ignore", invalid="ignore"):  # for the gaps between tensors
             for total, values in _side_by_side(state.totals, one.delta):
                 if total.dtype == _INTEGER:
-                    _add_integers(total, values, num_examples, anew=not num_so_far)
+                    _add_integers(total, values, num_examples, first=not num_so_far)
                 else:
                     add(total, values, one.weight * _SCALE)
         return Sum(state.totals, num_so_far + num_examples, state.weight + one.weight)
 
     def finish(self, state: Sum, weights: Weights) -> tuple[Weights, Sum]:
-        """Return the mean delta in float64, in memory of its own, and an empty sum.
+        """Return the mean delta in float64, in its own memory, and empty sums.
 
-        The mean of integers keeps its fraction, and is exact up to 2**53.
+        The mean of integers has a fraction, and is exact up to 2**53.
         """
         count = _counted(state)
         mean = layout_for(weights).empty_as(_FLOAT)
@@ -143,10 +143,10 @@ class Weighted:
         return mean, Sum(state.totals)
 
     def replaced(self, state: Sum, weights: Weights) -> tuple[Tensors, Sum]:
-        """Return ``weights`` plus the mean delta, rounded once, and an empty sum.
+        """Return ``weights`` plus the mean delta, rounded once, and empty sums.
 
-        For floats this is bit by bit what ``apply_delta`` makes of ``finish``, in fewer passes;
-        integers are exact.
+        For floats, the result is bit by bit that of ``finish`` and ``apply_delta``, in fewer
+        passes; for integers, it is exact.
         """
         count = _counted(state)
         layout = layout_for(weights)
@@ -161,12 +161,12 @@ class Weighted:
             else:
                 _average_integers(result, total, base, count)
         assert averaged.memory is not None
-        layout.clear_gaps(averaged.memory)  # what updates had there goes no further
+        layout.clear_gaps(averaged.memory)  # bytes from the gaps of updates must not travel on
         return averaged, emptied
 
 
 def weighted() -> Weighted:
-    """Average contributions by their numbers of examples."""
+    """Return the mean weighted by numbers of examples."""
     return Weighted()
 
 
@@ -175,28 +175,28 @@ def apply_delta(weights: Weights, delta: Weights) -> Tensors:
 
     Args:
         weights: the model.
-        delta: what to add to each tensor, floats of any dtype; float64 loses nothing on the way.
+        delta: the change of each tensor, in floats of any dtype.
 
     Returns:
-        New weights. What is beyond the end of a dtype is its end; integers are rounded to the
-        nearest, halves to even.
+        New weights. Values saturate at the ends of their dtype; integers are rounded to nearest,
+        halves to even.
 
     Raises:
-        NotFinite: naming the first tensor of ``delta`` that holds NaN or an infinity.
+        NotFinite: if a tensor of ``delta`` has NaN or infinite values.
 
     Example:
         >>> apply_delta({"n": np.array([250, 3], np.uint8)}, {"n": np.array([9.0, -1.4])})["n"]
         array([255,   2], dtype=uint8)
     """
     check_finite(delta)
-    moved = layout_for(weights).empty()
-    for result, base, change in in_blocks(moved, weights, delta):
+    new = layout_for(weights).empty()
+    for result, base, change in in_blocks(new, weights, delta):
         exact = change.astype(np.float64)
         if is_float(base.dtype):
             _average(result, exact, base, 1.0)
         else:
             result[:] = integer_sum.moved(base, exact)
-    return moved
+    return new
 
 
 def _counted(state: Sum) -> int:
@@ -206,7 +206,7 @@ def _counted(state: Sum) -> int:
 
 
 def _side_by_side(totals: Vector | Tensors, *others: Weights) -> Iterator[tuple[Array, ...]]:
-    """Yield what belongs together, as vectors: tensor by tensor, or of all of them as one."""
+    """Yield corresponding parts as vectors: tensor by tensor, or of all tensors as one vector."""
     if isinstance(totals, Vector):
         layout = totals.layout
         yield from _cut_alike((totals.first, totals.rest), *(_vectors(o, layout) for o in others))
@@ -216,7 +216,7 @@ def _side_by_side(totals: Vector | Tensors, *others: Weights) -> Iterator[tuple[
 
 
 def _vectors(weights: Weights, layout: Layout) -> Iterable[Array]:
-    """Return the vectors that make up all tensors, one behind the other, as ``layout`` has them."""
+    """Return vectors that together make up the payload of ``layout``."""
     if isinstance(weights, Tensors | InPieces) and weights.layout is layout:
         if isinstance(weights, InPieces):
             return weights.vectors()
@@ -236,23 +236,23 @@ def _one_by_one(weights: Weights, layout: Layout) -> Iterator[Array]:
 
 
 def _cut_alike(*several: Iterable[Array]) -> Iterator[tuple[Array, ...]]:
-    """Cut vectors that come in pieces, all of one length, so that their pieces match.
+    """Cut vectors in pieces, of equal total length, so that their pieces have the same sizes.
 
     >>> [a.size for a, _ in _cut_alike([np.ones(5), np.ones(2)], [np.ones(3), np.ones(4)])]
     [3, 2, 2]
     """
-    left = [filter(len, pieces) for pieces in several]
-    now = [next(pieces, None) for pieces in left]
-    while (size := min(0 if piece is None else piece.size for piece in now)) > 0:
-        yield tuple(piece[:size] for piece in now if piece is not None)
-        now = [
-            next(pieces, None) if piece is None or piece.size == size else piece[size:]
-            for piece, pieces in zip(now, left, strict=True)
+    remaining = [filter(len, pieces) for pieces in several]
+    heads = [next(pieces, None) for pieces in remaining]
+    while (size := min(0 if head is None else head.size for head in heads)) > 0:
+        yield tuple(head[:size] for head in heads if head is not None)
+        heads = [
+            next(pieces, None) if head is None or head.size == size else head[size:]
+            for head, pieces in zip(heads, remaining, strict=True)
         ]
 
 
 def _set_scaled(total: Array, values: Array, factor: float) -> None:
-    """Write ``factor * values`` into ``total``, in float64; what was there need not be read."""
+    """Write ``factor * values`` into ``total``, in float64, without reading what was there."""
     for start in range(0, total.size, _BLOCK):
         part = total[start : start + _BLOCK]
         part[...] = values[start : start + _BLOCK]
@@ -262,7 +262,7 @@ def _set_scaled(total: Array, values: Array, factor: float) -> None:
 def _add_scaled(total: Array, values: Array, factor: float) -> None:
     """Add ``factor * values`` to ``total``, in place and in float64, a block at a time.
 
-    A block is cast before it is multiplied: one step with both buffers its input, and is slower.
+    The cast is a step of its own: NumPy would buffer the input of a combined one, which is slower.
     """
     block = np.empty(min(_BLOCK, total.size), np.float64)
     for start in range(0, total.size, _BLOCK):
@@ -273,9 +273,9 @@ def _add_scaled(total: Array, values: Array, factor: float) -> None:
         part += scaled
 
 
-def _add_integers(total: Array, values: Array, factor: int, *, anew: bool) -> None:
-    """Add ``factor * values`` to the sums of a tensor of integers, in place."""
-    if anew:
+def _add_integers(total: Array, values: Array, factor: int, *, first: bool) -> None:
+    """Add ``factor * values`` to the sums of an integer tensor, in place."""
+    if first:
         total[:] = 0
     high, low = _halves(total)
     for start in range(0, values.size, _BLOCK):
@@ -288,44 +288,45 @@ def _halves(total: Array) -> tuple[Array, Array]:
 
 
 def _average(result: Array, total: Array, base: Array, count: float) -> None:
-    """Write ``base + total / count`` into ``result``, in blocks from the first to the last.
+    """Write ``base + total / count`` into ``result``, a block at a time.
 
-    ``result`` may lie over ``total`` and before it: each block is read before it is written over.
+    ``result`` may overlap ``total`` if it starts no later: each block is read before it is
+    overwritten.
     """
     end = largest(base.dtype)
     narrow = base.dtype.itemsize < total.dtype.itemsize
-    # What is beyond the end of float64 is clipped to its end, as is what the dtype cannot hold.
+    # Values saturate, both at the ends of float64 and at those of the dtype.
     scratch = np.empty(min(_BLOCK, total.size), np.float64)
     with np.errstate(over="raise" if narrow else "ignore", invalid="ignore"):
         for start in range(0, total.size, _BLOCK):
             part = result[start : start + _BLOCK]
             mean = np.divide(total[start : start + _BLOCK], count, out=scratch[: part.size])
             if not narrow:
-                np.clip(mean, -end, end, out=mean)  # it may be beyond by a rounding
+                np.clip(mean, -end, end, out=mean)  # a rounding error may have made it infinite
             mean += base[start : start + _BLOCK]
             if narrow:
                 try:
                     part[...] = mean if base.dtype != BFLOAT16 else _for_bfloat16(mean)
                     continue
-                except FloatingPointError:  # the cast met a value that the dtype cannot hold
+                except FloatingPointError:  # a value overflows the dtype
                     pass
             np.clip(mean, -end, end, out=mean)
             part[...] = mean
 
 
 def _for_bfloat16(values: Array) -> Array:
-    """Round float64 so that rounding once more, to bfloat16, gives the nearest.
+    """Round float64 to float32 such that rounding that to bfloat16 gives the nearest bfloat16.
 
-    The cast goes by way of float32: what lands there in the middle between two of bfloat16, and was
-    not in the middle, would then go to the even one.
+    The cast from float64 to bfloat16 goes through float32. A value that float32 rounds to the
+    middle between two bfloat16 values would then be rounded a second time, to the even one.
     """
     rounded = values.astype(np.float32)
     bits = rounded.view(np.uint32)
     (middle,) = np.nonzero((bits & 0xFFFF) == 0x8000)
     if middle.size:
-        exact, there = values[middle], rounded[middle]
-        towards = np.where(exact > there, np.float32(np.inf), np.float32(-np.inf))
-        rounded[middle] = np.where(exact == there, there, np.nextafter(there, towards))
+        exact, halfway = values[middle], rounded[middle]
+        towards = np.where(exact > halfway, np.float32(np.inf), np.float32(-np.inf))
+        rounded[middle] = np.where(exact == halfway, halfway, np.nextafter(halfway, towards))
     return rounded
 
 

@@ -79,13 +79,14 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
     """
     try:
-        from fluffle_worker.letters.images import inverted_note, read_picture
+        from fluffle_worker.letters.images import inverted_note
         from fluffle_worker.letters.inference import LettersModel, shown_names
+        from fluffle_worker.letters.pixels import read_picture
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     loaded = LettersModel(model)
     shown = shown_names(loaded.classes)
-    found, pictures, unreadable = [], [], []
+    predictions, pictures, unreadable = [], [], []
     for path in (*images, *more):
         try:
             picture = read_picture(path)
@@ -95,19 +96,19 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
         if picture.frames > 1:
             warn(f"{path} has {picture.frames} frames; the first is read")
         pictures.append(picture)
-        named = loaded.predict(picture.pixels)
-        found.append(
+        prediction = loaded.predict(picture.pixels)
+        predictions.append(
             {
                 "image": str(path),
-                "letter": named.label,
-                "confidence": named.confidence,
-                "scores": named.scores,
+                "letter": prediction.label,
+                "confidence": prediction.confidence,
+                "scores": prediction.scores,
             }
         )
         if not as_json:
-            echo(f"{path}: {shown[named.label]}  {100 * named.confidence:.1f} %")
+            echo(f"{path}: {shown[prediction.label]}  {100 * prediction.confidence:.1f} %")
     if as_json:
-        echo_json(found)
+        echo_json(predictions)
     for note in inverted_note(pictures):
         warn(note)
     if unreadable:

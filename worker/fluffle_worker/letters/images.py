@@ -1,7 +1,6 @@
 """Reads folders ``<class>/<image>`` as arrays of 100 by 100 grey pixels, white on black.
 
-``find_classes`` decides what is a class and ``read_picture`` decodes an image. Training,
-``predict`` and ``confusion`` all read images through this module.
+``folders.find_classes`` decides what is a class, and ``pixels.read_picture`` decodes an image.
 """
 
 from __future__ import annotations
@@ -16,17 +15,7 @@ import numpy as np
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.letters.folders import class_name, find_classes, some
-from fluffle_worker.letters.pixels import SIDE, Picture, read_picture
-
-__all__ = [
-    "SIDE",
-    "Images",
-    "inverted_note",
-    "read_image",
-    "read_images",
-    "read_picture",
-    "split",
-]
+from fluffle_worker.letters.pixels import Picture, read_picture
 
 _NAMED = 5  # unreadable images named one by one; the rest are counted
 
@@ -52,15 +41,6 @@ class Images:
     notes: tuple[str, ...] = ()
 
 
-def read_image(path: Path) -> Array:
-    """Read one image as float32, shape [100, 100, 1], 0 to 1; see ``read_picture``.
-
-    Raises:
-        UsageError: if there is no such image, or it cannot be read.
-    """
-    return read_picture(path).pixels
-
-
 def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     """Read a folder ``<class>/<image>``, ordered by class, then by file name.
 
@@ -73,29 +53,30 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
         TaskError: if the folder does not exist, has no readable image, or has another class.
         UsageError: if ``classes`` lists a class twice.
     """
-    found = find_classes(folder)
-    if not found.files:
+    class_folders = find_classes(folder)
+    if not class_folders.files:
         raise TaskError(
             "; ".join(
                 [
                     f"{folder} has no images; put them into {folder}/<class>/<image>.png",
-                    *found.notes,
+                    *class_folders.notes,
                 ]
             )
         )
-    names = tuple(map(class_name, found.files if classes is None else classes))
+    names = tuple(map(class_name, class_folders.files if classes is None else classes))
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(f"--classes lists a class twice: {some(twice)}")
-    strange = [name for name in found.files if name not in names]
-    if strange:
+    unexpected = [name for name in class_folders.files if name not in names]
+    if unexpected:
         raise TaskError(
-            f"{folder} has the classes {', '.join(strange)}, which are not among {', '.join(names)}"
+            f"{folder} has the classes {', '.join(unexpected)}, which are not among "
+            f"{', '.join(names)}"
         )
     pictures: list[Picture] = []
     targets, paths, skipped = [], [], []
     for index, name in enumerate(names):
-        for path in found.files.get(name, ()):
+        for path in class_folders.files.get(name, ()):
             try:
                 pictures.append(read_picture(path))
             except UsageError as why:
@@ -105,7 +86,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
             paths.append(path)
     if not pictures:
         raise TaskError(f"none of the images in {folder} can be read: {skipped[0]}")
-    notes = [*found.notes, *_skipped_notes(skipped, len(pictures))]
+    notes = [*class_folders.notes, *_skipped_notes(skipped, len(pictures))]
     layered = sum(picture.frames > 1 for picture in pictures)
     if layered:
         notes.append(f"images with several frames: {layered}; only the first frame of each is read")

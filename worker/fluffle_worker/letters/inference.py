@@ -16,7 +16,8 @@ from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_common.tensors.weights import Array
-from fluffle_worker.letters.images import SIDE, Images
+from fluffle_worker.letters.images import Images
+from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.letters.task import letters_task
 
 _BATCH = 256
@@ -71,7 +72,7 @@ class LettersModel:
             classes = []
         if not classes:
             raise UsageError(
-                f"{path} is no model of letters: it names no classes "
+                f"{path} is not a model of letters: it has no classes "
                 f"(its task: {metadata.get('task') or 'unknown'})"
             )
         self.classes: tuple[str, ...] = tuple(map(str, classes))
@@ -85,7 +86,7 @@ class LettersModel:
             self._task.check(weights)
         except ValueError as why:
             raise UsageError(
-                f"{path} is no model of letters ({why}; "
+                f"{path} is not a model of letters ({why}; "
                 f"its task: {metadata.get('task') or 'unknown'})"
             ) from None
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from fluffle_common.cli.console import warn
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_worker.letters.images import SIDE, Images, read_images, split
+from fluffle_worker.letters.images import Images, read_images, split
+from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.task import EvalResult, TaskOptions
 from fluffle_worker.tasks.examples import Examples
 from fluffle_worker.tasks.flax import FlaxTask, accuracy

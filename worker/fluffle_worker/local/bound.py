@@ -12,7 +12,7 @@ import numpy as np
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Weights
 from fluffle_worker.local.base import Identity, LocalRule, Named, kept_and_extra
-from fluffle_worker.local.kept import KeptTensors
+from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.user_code import one_line
 
 NOTHING: Named = MappingProxyType({})
@@ -47,7 +47,7 @@ class BoundRule:
                 )
         self._round = ("", 0)
         self._broadcast: Named = NOTHING
-        self._kept = KeptTensors()
+        self._kept = PersistentTensors()
         self.sent: Weights = {}
 
     @property
@@ -76,7 +76,7 @@ class BoundRule:
 
     def keep_in(self, folder: Path) -> None:
         """Keep the rule's arrays in this folder, so that they outlive a restart."""
-        self._kept = KeptTensors(folder)
+        self._kept = PersistentTensors(folder)
 
     def of_round(self, run: str, number: int, broadcast: Named = NOTHING) -> None:
         """Set the round of the next training, and the extra tensors that the strategy sent.
@@ -92,13 +92,13 @@ class BoundRule:
 
     def gradient(self, gradient: Named, weights: Named, state: Any) -> tuple[dict[str, Any], Any]:
         """Return the gradient to use, and the next state."""
-        found = self._call("gradient", self._rule.gradient, gradient, weights, state)
-        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Mapping):
+        result = self._call("gradient", self._rule.gradient, gradient, weights, state)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
             raise TaskError(
-                f"gradient() of the local rule {self._name} returned a {type(found).__name__}; "
+                f"gradient() of the local rule {self._name} returned a {type(result).__name__}; "
                 "(gradient, state) is expected"
             )
-        changed, state = found
+        changed, state = result
         if changed.keys() != gradient.keys():
             differ = min(changed.keys() ^ gradient.keys(), key=str)
             raise TaskError(
@@ -116,11 +116,11 @@ class BoundRule:
 
     def end(self, trained: Named, state: Any) -> None:
         """Keep the arrays to keep, and set ``sent`` to the extra tensors."""
-        found = self._call("end", self._rule.end, trained, state)
-        kept, extra = kept_and_extra(found)
+        result = self._call("end", self._rule.end, trained, state)
+        kept, extra = kept_and_extra(result)
         if not isinstance(kept, Mapping) or not isinstance(extra, Mapping):
             raise TaskError(
-                f"end() of the local rule {self._name} returned a {type(found).__name__}; a "
+                f"end() of the local rule {self._name} returned a {type(result).__name__}; a "
                 "mapping of names to arrays is expected, an empty one to keep nothing, or "
                 "(kept, extra)"
             )

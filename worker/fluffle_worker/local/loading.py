@@ -66,44 +66,44 @@ def find_rule(name: str) -> Any:
 
 
 def _find_one(name: str) -> Any:
-    called, colon, settings = name.partition(":")
+    kind, colon, settings = name.partition(":")
     others = installed(GROUP)
-    if called in OWN:
-        module, _, attribute = OWN[called].partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-    elif called in others:
-        found = load_installed("local rule", others[called], CALLERS)
+    if kind in OWN:
+        module, _, attribute = OWN[kind].partition(":")
+        rule = getattr(importlib.import_module(module), attribute)
+    elif kind in others:
+        rule = load_installed("local rule", others[kind], CALLERS)
     elif name.rpartition(":")[0].endswith(".py"):
         return load_object(name, _OPTION)
     else:
         known = sorted({*OWN, *others})
-        near = difflib.get_close_matches(called, known, n=1)
+        near = difflib.get_close_matches(kind, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(
-            f"there is no local rule '{called}' ({_OPTION}); {hint}known are {', '.join(known)}, "
+            f"there is no local rule '{kind}' ({_OPTION}); {hint}known are {', '.join(known)}, "
             "and path.py:name takes one from a file"
         )
-    if callable(found):
-        return _made(called, found, settings)
+    if callable(rule):
+        return _call_factory(kind, rule, settings)
     if colon:
-        raise UsageError(f"the local rule '{called}' takes no settings, not '{settings}'")
-    return found
+        raise UsageError(f"the local rule '{kind}' takes no settings, but got '{settings}'")
+    return rule
 
 
-def _made(called: str, make: Callable[..., Any], settings: str) -> Any:
+def _call_factory(kind: str, factory: Callable[..., Any], settings: str) -> Any:
     """Call a rule's factory with settings given by position or by name."""
     try:
-        given = read_arguments(make, settings, in_order=True)
+        given = read_arguments(factory, settings, in_order=True)
     except ValueError as wrong:
-        names = ",".join(name.upper() for name in inspect.signature(make).parameters)
-        form = f"{called}:{names}" if names else called
+        names = ",".join(name.upper() for name in inspect.signature(factory).parameters)
+        form = f"{kind}:{names}" if names else kind
         raise UsageError(
-            f"the local rule '{called}' has the settings '{settings}', but {wrong}; expected is "
+            f"the local rule '{kind}' has the settings '{settings}', but {wrong}; expected is "
             f"{form}"
         ) from None
     try:
-        return make(**given)
+        return factory(**given)
     except (TypeError, ValueError) as wrong:
         raise UsageError(
-            f"the local rule '{called}' refuses '{settings}': {one_line(wrong)}"
+            f"the local rule '{kind}' refuses '{settings}': {one_line(wrong)}"
         ) from wrong

@@ -27,8 +27,8 @@ from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.local.kept import KeptTensors
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
+from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.examples import (
     Examples,
@@ -130,14 +130,14 @@ class FlaxTask:
         self._valid: Any = jax.device_put(valid_data) if held_out else None
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
-        self._personal = KeptTensors()
+        self._personal = PersistentTensors()
         self._steps: dict[tuple[int, Any], FlatStep] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
     def keep_in(self, folder: Path) -> None:
         """Keep the personal tensors in this folder, so that they outlive a restart."""
-        self._personal = KeptTensors(folder, "personal")
+        self._personal = PersistentTensors(folder, "personal")
 
     @property
     def labels(self) -> Array:
@@ -157,7 +157,7 @@ class FlaxTask:
         assert isinstance(self._data, InMemory)
         made.whole, made._data = self, self._data.part(rows, sample_seed)
         made.num_examples, made._sample_seed = len(rows), sample_seed
-        made._valid, made._personal = None, KeptTensors()
+        made._valid, made._personal = None, PersistentTensors()
         made.local_rule = self.local_rule.anew()
         return made
 

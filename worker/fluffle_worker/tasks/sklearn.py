@@ -55,12 +55,12 @@ class SklearnTask:
         metrics: Mapping[str, Score] | None = None,
         sample_seed: int = 0,
     ) -> None:
-        called = type(estimator).__name__
+        kind = type(estimator).__name__
         if not callable(getattr(estimator, "partial_fit", None)) or getattr(
             estimator, "average", False
         ):
             raise TaskError(
-                f"{called} cannot be federated: an estimator with partial_fit() and without "
+                f"{kind} cannot be federated: an estimator with partial_fit() and without "
                 "average= is expected, such as SGDClassifier"
             )
         for what, data in (("train_data", train_data), ("valid_data", valid_data)):
@@ -83,7 +83,7 @@ class SklearnTask:
         self._fresh = copy.deepcopy(estimator).partial_fit(inputs[:1], targets[:1], **first)
         if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
             raise TaskError(
-                f"{called} has no coef_ and intercept_ once it is fitted; a linear estimator is "
+                f"{kind} has no coef_ and intercept_ once it is fitted; a linear estimator is "
                 "expected, such as SGDClassifier"
             )
 

@@ -1,1 +1,1 @@
-"""Flower's production engine: the two apps that ``flwr run`` hands to it."""
+"""The two apps that ``flwr run`` submits to Flower's production engine."""

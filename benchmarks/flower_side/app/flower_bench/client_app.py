@@ -1,4 +1,4 @@
-"""The client's app; the engine starts a process of it for every message."""
+"""The client app, of which the engine starts a process per message."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from flwr.clientapp import ClientApp
 from benchmarks.flower_side.model import Model, make
 
 app = ClientApp()
-_made: dict[str, Model] = {}
+_models: list[Model] = []  # at most one, created with the first message
 
 
-def _model(context: Context) -> Model:
-    """Return the model of this process, with noise that no other process has."""
-    if "one" not in _made:
-        told: dict[str, Any] = {**context.run_config, **context.node_config}
-        made = make({**told, "seed": int.from_bytes(os.urandom(4), "big")})
-        if not told.get("data"):
-            made.num_examples = 100 + int(told["seed"])
-        _made["one"] = made
-    return _made["one"]
+def _get_model(context: Context) -> Model:
+    """Return the model of this process, created once, with its own seed of the noise."""
+    if not _models:
+        config: dict[str, Any] = {**context.run_config, **context.node_config}
+        model = make({**config, "seed": int.from_bytes(os.urandom(4), "big")})
+        if not config.get("data"):
+            model.num_examples = 100 + int(config["seed"])
+        _models.append(model)
+    return _models[0]
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train."""
-    model = _model(context)
+    """Train the model."""
+    model = _get_model(context)
     number = int(message.content["config"]["server-round"])
     trained = model.train(message.content["arrays"].to_numpy_ndarrays(), number)
-    told = {"num-examples": model.num_examples}
-    content = RecordDict({"arrays": ArrayRecord(trained), "metrics": MetricRecord(told)})
+    metrics = MetricRecord({"num-examples": model.num_examples})
+    content = RecordDict({"arrays": ArrayRecord(trained), "metrics": metrics})
     return Message(content=content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate."""
-    loss, count, metrics = _model(context).evaluate(message.content["arrays"].to_numpy_ndarrays())
-    told = MetricRecord({"num-examples": count, "loss": loss, **metrics})
-    return Message(content=RecordDict({"metrics": told}), reply_to=message)
+    """Evaluate the model."""
+    arrays = message.content["arrays"].to_numpy_ndarrays()
+    loss, count, metrics = _get_model(context).evaluate(arrays)
+    record = MetricRecord({"num-examples": count, "loss": loss, **metrics})
+    return Message(content=RecordDict({"metrics": record}), reply_to=message)

@@ -1,4 +1,4 @@
-"""The server's app: FedAvg as it comes, that waits at the gate and tells when it has averaged."""
+"""The server app: Flower's FedAvg, with a gate before each round and a time stamp after it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _DAY_S = 86400.0
 
 
 class Timed(FedAvg):
-    """See above."""
+    """FedAvg that waits at the gate before each round and stamps its end."""
 
     rounds: Rounds
 
     def configure_train(self, server_round: int, *args: Any, **named: Any) -> Any:
-        """Begin a round."""
+        """Wait at the gate, then begin the round."""
         self.rounds.begin()
         return super().configure_train(server_round, *args, **named)
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
-        """End a round."""
+        """Average, then stamp the end of the round."""
         replies = list(replies)
         for reply in replies:
             if reply.has_error():
@@ -40,9 +40,9 @@ class Timed(FedAvg):
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run all rounds, and save the model where told."""
-    told = dict(context.run_config)
-    clients, evaluates = int(told["clients"]), bool(told["data"] or told["evaluates"])
+    """Run all rounds and save the model if ``out`` is set."""
+    config = dict(context.run_config)
+    clients, evaluates = int(config["clients"]), bool(config["data"] or config["evaluates"])
     strategy = Timed(
         fraction_train=1.0,
         fraction_evaluate=1.0 if evaluates else 0.0,
@@ -50,14 +50,14 @@ def main(grid: Grid, context: Context) -> None:
         min_evaluate_nodes=clients,
         min_available_nodes=clients,
     )
-    strategy.rounds = Rounds(str(told["gate"]), str(told["stamps"]))
-    first = make(told).first()
+    strategy.rounds = Rounds(str(config["gate"]), str(config["stamps"]))
+    first = make(config).first()
     result = strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(first),
-        num_rounds=int(told["rounds"]),
+        num_rounds=int(config["rounds"]),
         timeout=_DAY_S,
     )
-    if told["out"]:
-        with Path(str(told["out"])).open("wb") as file:
+    if config["out"]:
+        with Path(str(config["out"])).open("wb") as file:
             np.savez(file, *result.arrays.to_numpy_ndarrays())

@@ -1,4 +1,4 @@
-"""The ``Codec`` protocol, and the parts that an encoded tensor travels as."""
+"""The ``Codec`` protocol, the parts of an encoded tensor, and errors of codecs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 from fluffle_common.tensors.weights import Array, largest
 
 Shape = tuple[int, ...]
-MAX_SUFFIX = 10  # characters of a name that a suffix may take
+MAX_SUFFIX = 10  # characters
 
 
 class Part(NamedTuple):
-    """One tensor that travels in place of an encoded one.
+    """A tensor that travels in place of an encoded one.
 
     Args:
-        suffix: what its name ends with, such as ``#q``; empty: it has the tensor's own name.
-        dtype: the name of its dtype.
-        shape: its shape.
-        at_most: its one dimension may be shorter; all such parts of a tensor have one length.
+        suffix: appended to the tensor's name, such as ``#q``; may be empty.
+        dtype: the name of the dtype.
+        shape: the shape.
+        at_most: whether the part may be shorter than ``shape``, which then has one dimension. All
+            such parts of a tensor have the same length.
     """
 
     suffix: str
@@ -30,106 +31,104 @@ class Part(NamedTuple):
 
 
 class Codec(Protocol):
-    """One encoding of a float tensor: a frozen class whose instances are its settings.
+    """An encoding of float tensors: a frozen class whose instances hold the settings.
 
-    Only ``name`` travels with an update, so ``parts`` and ``decode`` are static: what they need
-    must be in the parts. The coordinator checks dtypes and shapes against ``parts`` before it
-    allocates anything, so ``decode`` never sees others. Values may be anything; ``decode`` raises
-    ``ValueError`` for those that it does not accept.
+    Only ``name`` travels with an update, so ``parts`` and ``decode`` are static: the parts must
+    contain everything that decoding needs. The coordinator checks dtypes and shapes against
+    ``parts`` before it decodes. The values are untrusted: ``decode`` raises ``ValueError`` for
+    values that it does not accept.
     """
 
     name: ClassVar[str]
-    """The name that travels."""
+    """The name on the wire."""
     dtypes: ClassVar[tuple[str, ...]]
-    """The dtypes that it makes smaller; other tensors travel as they are."""
+    """The dtypes to encode; other tensors travel unchanged."""
     feeds_back: ClassVar[bool]
-    """Whether what it leaves unsent is added to the worker's next update."""
+    """Whether the encoding error is added to the worker's next update (error feedback)."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the codec that a plan asks for, such as ``topk:0.01``.
+        """Return the codec with the settings in a text such as ``topk:0.01``.
 
         Raises:
-            ValueError: saying what is expected instead.
+            ValueError: if the text is invalid; the message says what is expected.
         """
         ...
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """Return the parts of a finite float tensor, in the order of ``parts``.
+        """Return the encoded parts of a finite float tensor, in the order of ``parts``.
 
-        ``rng`` is seeded by the plan, the round, and the worker's id.
+        ``rng`` is seeded with the plan's seed, the round and the worker's id.
         """
         ...
 
     @staticmethod
     def parts(shape: Shape) -> tuple[Part, ...]:
-        """Return the one or two parts that a tensor of this shape travels as."""
+        """Return the one or two parts of a tensor of this shape."""
         ...
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """Return the tensor, in the shape and dtype of ``like``; do not use its values."""
+        """Return the decoded tensor in the shape and dtype of ``like``, ignoring its values."""
         ...
 
 
 class CodecError(ValueError):
-    """A codec's own code failed; ``__cause__`` is its error, with the traceback of that code."""
+    """A codec's code failed; ``__cause__`` is its exception, with the traceback of that code."""
 
 
 class UnknownCodec(ValueError):
-    """There is no codec of this name here."""
+    """No codec has this name."""
 
 
 class BrokenCodec(ValueError):
-    """The codec of this name is installed and cannot be used."""
+    """The installed codec of this name cannot be used."""
 
 
-def failed(codec: type[Codec], what: str, tensor: str, why: Exception) -> CodecError:
-    """Return the error that says in one line what a codec's own code raised, and where."""
-    trace = _own(why.__traceback__)
-    wrong = CodecError(
-        f"the codec '{codec.name}' fails to {what} tensor '{tensor[:60]}': {in_short(why)}"
-        f"{where(why)}"
+def codec_error(codec: type[Codec], action: str, tensor: str, error: Exception) -> CodecError:
+    """Return a ``CodecError`` that says in one line what a codec's code raised, and where."""
+    wrapped = CodecError(
+        f"the codec '{codec.name}' fails to {action} tensor '{tensor[:60]}': {one_line(error)}"
+        f"{location_of(error)}"
     )
-    wrong.__cause__ = why.with_traceback(trace)
-    return wrong
+    wrapped.__cause__ = error.with_traceback(_codec_frames(error))
+    return wrapped
 
 
-def in_short(why: Exception) -> str:
-    """Return an error in one line."""
-    return " ".join(f"{type(why).__name__}: {why}".split())[:300]
+def one_line(error: Exception) -> str:
+    """Return an exception's type and text in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _own(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """Leave out the frame that called the codec, which is ours."""
+def location_of(error: Exception) -> str:
+    """Return the file and line of the innermost frame in the file whose code was called."""
+    frames = _codec_frames(error)
+    if frames is None:
+        return ""
+    file, line = frames.tb_frame.f_code.co_filename, frames.tb_lineno
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename == file:
+            line = frames.tb_lineno
+        frames = frames.tb_next
+    return f" ({file.rpartition('/')[2]}:{line})"
+
+
+def _codec_frames(error: Exception) -> types.TracebackType | None:
+    """Return the traceback without its first frame, which is ours."""
+    trace = error.__traceback__
     return trace.tb_next if trace is not None and trace.tb_next is not None else trace
 
 
-def where(why: Exception) -> str:
-    """Return the last line of the codec's own file that its error went through."""
-    trace = _own(why.__traceback__)
-    if trace is None:
-        return ""
-    own, line = trace.tb_frame.f_code.co_filename, trace.tb_lineno
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == own:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f" ({own.rpartition('/')[2]}:{line})"
-
-
-def plain(text: str, name: str) -> None:
-    """Check that a plan asks for a codec that takes no settings without any.
+def check_no_settings(text: str, name: str) -> None:
+    """Check that a text names a codec without settings.
 
     Raises:
-        ValueError: if it gives some.
+        ValueError: if it has settings.
     """
     if text != name:
         raise ValueError(f"'{text}' is not '{name}', which takes no settings")
 
 
-def clipped(tensor: Array, end: float) -> Array:
-    """Bring values that a narrower float cannot hold to the largest that it can."""
-    if largest(tensor.dtype) <= end:
-        return tensor
-    return np.clip(tensor, -end, end)
+def clip_to(tensor: Array, limit: float) -> Array:
+    """Clip values to [-limit, limit], where ``limit`` is the largest value of a narrower dtype."""
+    return tensor if largest(tensor.dtype) <= limit else np.clip(tensor, -limit, limit)

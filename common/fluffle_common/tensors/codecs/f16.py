@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, clipped, plain
+from fluffle_common.tensors.codecs.base import Part, Shape, check_no_settings, clip_to
 from fluffle_common.tensors.weights import Array, largest
 
 _MAX = largest(np.dtype(np.float16))
@@ -15,7 +15,7 @@ _MAX = largest(np.dtype(np.float16))
 
 @dataclass(frozen=True, slots=True)
 class F16:
-    """See ``Codec``."""
+    """The codec ``f16``; see ``Codec``."""
 
     name: ClassVar[str] = "f16"
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
@@ -23,21 +23,21 @@ class F16:
 
     @classmethod
     def parse(cls, text: str) -> F16:
-        """See ``Codec``."""
-        plain(text, cls.name)
+        """Return the codec; it takes no settings."""
+        check_no_settings(text, cls.name)
         return cls()
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """See ``Codec``."""
-        return (clipped(tensor, _MAX).astype(np.float16),)
+        """Return the values as float16, clipped to its range."""
+        return (clip_to(tensor, _MAX).astype(np.float16),)
 
     @staticmethod
     def parts(shape: Shape) -> tuple[Part, ...]:
-        """See ``Codec``."""
+        """Return the parts of a tensor of this shape."""
         return (Part("", "float16", shape),)
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """See ``Codec``."""
+        """Return the tensor in the dtype of ``like``."""
         (halves,) = parts
         return halves.astype(like.dtype)

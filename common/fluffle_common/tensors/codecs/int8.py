@@ -1,4 +1,4 @@
-"""``int8``: 8-bit integers, with one scale for each block of 256 values."""
+"""``int8``: 8-bit integers with one float32 scale per block of 256 values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, clipped, plain
+from fluffle_common.tensors.codecs.base import Part, Shape, check_no_settings, clip_to
 from fluffle_common.tensors.weights import FLOATS, Array, NotFinite, largest
 
 BLOCK = 256  # values that share a scale
@@ -18,7 +18,7 @@ _F32_MAX = largest(np.dtype(np.float32))
 
 @dataclass(frozen=True, slots=True)
 class Int8:
-    """See ``Codec``."""
+    """The codec ``int8``; see ``Codec``."""
 
     name: ClassVar[str] = "int8"
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
@@ -26,30 +26,30 @@ class Int8:
 
     @classmethod
     def parse(cls, text: str) -> Int8:
-        """See ``Codec``."""
-        plain(text, cls.name)
+        """Return the codec; it takes no settings."""
+        check_no_settings(text, cls.name)
         return cls()
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """See ``Codec``."""
+        """Return the quantized values, and the scale of each block."""
         padded = np.zeros(_blocks(tensor.size) * BLOCK, np.float32)
-        padded[: tensor.size] = clipped(tensor.reshape(-1), _F32_MAX)
+        padded[: tensor.size] = clip_to(tensor.reshape(-1), _F32_MAX)
         blocks = padded.reshape(-1, BLOCK)
         scale = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(_INT8_MAX)
-        # A block of zeros has scale 0; and a scale too small to be exact must not lead beyond 127.
         blocks /= np.where(scale > 0, scale, np.float32(1))[:, None]
-        whole = np.clip(np.rint(blocks, out=blocks), -_INT8_MAX, _INT8_MAX, out=blocks)
-        return whole.astype(np.int8).reshape(-1)[: tensor.size].reshape(tensor.shape), scale
+        # A subnormal scale is inexact, so that a quotient may exceed 127.
+        q = np.clip(np.rint(blocks, out=blocks), -_INT8_MAX, _INT8_MAX, out=blocks)
+        return q.astype(np.int8).reshape(-1)[: tensor.size].reshape(tensor.shape), scale
 
     @staticmethod
     def parts(shape: Shape) -> tuple[Part, ...]:
-        """See ``Codec``."""
+        """Return the parts of a tensor of this shape."""
         scales = (_blocks(math.prod(shape)),)
         return Part("#q", "int8", shape), Part("#scale", "float32", scales)
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """See ``Codec``."""
+        """Return each quantized value times the scale of its block."""
         q, scale = parts
         bad = int(scale.size - np.isfinite(scale).sum())
         if bad:
@@ -57,16 +57,16 @@ class Int8:
         if scale.size and scale.min() < 0:
             raise ValueError("#scale has negative values")
         decoded = np.empty(like.shape, like.dtype)
-        flat, into = q.reshape(-1), decoded.reshape(-1)
-        whole = like.size - like.size % BLOCK
+        flat, out = q.reshape(-1), decoded.reshape(-1)
+        full = like.size - like.size % BLOCK  # values in full blocks
         np.multiply(
-            flat[:whole].reshape(-1, BLOCK),
-            scale[: whole // BLOCK, None],
-            out=into[:whole].reshape(-1, BLOCK),
+            flat[:full].reshape(-1, BLOCK),
+            scale[: full // BLOCK, None],
+            out=out[:full].reshape(-1, BLOCK),
             casting="same_kind",
         )
-        if whole < like.size:
-            np.multiply(flat[whole:], scale[-1], out=into[whole:], casting="same_kind")
+        if full < like.size:
+            np.multiply(flat[full:], scale[-1], out=out[full:], casting="same_kind")
         return decoded
 
 

@@ -1,8 +1,8 @@
-"""The codecs that a process knows: fluffle's own, installed ones, and those from a user's file.
+"""The codecs of a process: built-in ones, installed ones, and those from a user's file.
 
-Installed packages offer codecs under the entry point group ``fluffle.codecs``. A codec from a file
-is known only after whoever runs the process has named it: nothing that arrives over the wire makes
-a process import a file.
+Installed packages offer codecs under the entry point group ``fluffle.codecs``. A codec in a file
+must be named by the person who starts the process (``--codec``); no message can make a process
+import a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fluffle_common.tensors.codecs.base import (
     Codec,
     Part,
     UnknownCodec,
-    in_short,
+    one_line,
 )
 from fluffle_common.tensors.codecs.bf16 import Bf16
 from fluffle_common.tensors.codecs.f16 import F16
@@ -30,9 +30,10 @@ from fluffle_common.tensors.layout import DTYPES
 from fluffle_common.tensors.table import ENCODING_PATTERN
 
 GROUP = "fluffle.codecs"
-_OWN: tuple[type[Codec], ...] = (Bf16, F16, Int8, TopK)
-OWN_NAMES = frozenset(codec.name for codec in _OWN)
-_MOST_PARTS = 2  # so many per tensor are reckoned with in the size of a header
+_BUILT_IN: tuple[type[Codec], ...] = (Bf16, F16, Int8, TopK)
+OWN_NAMES = frozenset(codec.name for codec in _BUILT_IN)
+"""The names of the built-in codecs."""
+_MAX_PARTS = 2  # codec.header_room relies on it
 _SUFFIX = re.compile(rf"(#[A-Za-z0-9_]{{1,{MAX_SUFFIX - 1}}})?")
 
 
@@ -44,17 +45,17 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._codecs: dict[str, type[Codec]] = {codec.name: codec for codec in _OWN}
+        self._codecs: dict[str, type[Codec]] = {codec.name: codec for codec in _BUILT_IN}
 
     def add(self, codec: Any, where: str) -> type[Codec]:
-        """Add a codec; return it.
+        """Add a codec and return it.
 
         Args:
-            codec: its class.
-            where: where it comes from, for errors.
+            codec: the class of the codec.
+            where: its origin, for error messages.
 
         Raises:
-            UsageError: saying why it is not a codec, or that fluffle has one of this name.
+            UsageError: if it is not a codec, or has the name of a built-in one.
         """
         checked = check_codec(codec, where)
         if checked.name in OWN_NAMES:
@@ -66,62 +67,62 @@ class Registry:
         return checked
 
     def remove(self, name: str) -> None:
-        """Forget a codec that was added."""
+        """Remove a codec that was added."""
         del self._codecs[name]
 
     def get(self, name: str) -> type[Codec]:
-        """Return the codec of this name.
+        """Return the codec of this name, loading an installed one on first use.
 
         Raises:
-            UnknownCodec: if there is none.
-            BrokenCodec: if an installed one cannot be used.
+            UnknownCodec: if no codec has this name.
+            BrokenCodec: if the installed codec cannot be used.
         """
         if name not in self._codecs:
-            found = installed(GROUP).get(name)
-            if found is None:
+            entry_point = installed(GROUP).get(name)
+            if entry_point is None:
                 known = ", ".join(sorted({*self._codecs, *installed(GROUP)}))
                 raise UnknownCodec(
                     f"the encoding '{name[:40]}' is unknown here; known are {known}; 'fluffle "
                     "coordinator --compress' and 'fluffle replay --codec' take another from a file"
                 )
-            self._load(found)
+            self._load(entry_point)
         return self._codecs[name]
 
-    def _load(self, found: EntryPoint) -> None:
-        where = f"{found.value} (entry point {GROUP})"
+    def _load(self, entry_point: EntryPoint) -> None:
+        where = f"{entry_point.value} (entry point {GROUP})"
         try:
-            added = self.add(found.load(), where)
-        except UsageError as wrong:
-            raise BrokenCodec(str(wrong)) from None
-        except Exception as why:
+            codec = self.add(entry_point.load(), where)
+        except UsageError as error:
+            raise BrokenCodec(str(error)) from None
+        except Exception as error:
             raise BrokenCodec(
-                f"the codec '{found.name}' from {where} fails to load: {in_short(why)}"
-            ) from why
-        if added.name != found.name:
-            raise BrokenCodec(f"{where} has the name '{added.name}', not '{found.name}'")
+                f"the codec '{entry_point.name}' from {where} fails to load: {one_line(error)}"
+            ) from error
+        if codec.name != entry_point.name:
+            raise BrokenCodec(f"{where} has the name '{codec.name}', not '{entry_point.name}'")
 
-    def parse(self, how: str) -> Codec:
-        """Return the codec with the settings that a plan asks for.
+    def parse(self, spec: str) -> Codec:
+        """Return the codec for a text such as ``topk:0.01``, with its settings.
 
         Raises:
-            UnknownCodec: if there is none of its name.
-            BrokenCodec: if an installed one cannot be used.
-            ValueError: from the codec, about the settings.
+            UnknownCodec: if no codec has this name.
+            BrokenCodec: if the installed codec cannot be used.
+            ValueError: if the codec does not accept the settings.
         """
-        return self.get(encoding_of(how)).parse(how)
+        return self.get(encoding_of(spec)).parse(spec)
 
 
-def encoding_of(how: str) -> str:
-    """Return the name of the codec that a plan asks for.
+def encoding_of(spec: str) -> str:
+    """Return the codec's name in a text such as ``topk:0.01``.
 
     >>> encoding_of("topk:0.01")
     'topk'
     """
-    return how.partition(":")[0]
+    return spec.partition(":")[0]
 
 
 def check_codec(codec: Any, where: str) -> type[Codec]:
-    """Check that an object is a codec, as far as can be seen before it is used; return it.
+    """Check that an object has the attributes and methods of a codec, and return it.
 
     Raises:
         UsageError: naming what is missing or wrong, and the remedy.
@@ -139,8 +140,8 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
         if not callable(getattr(codec, method, None)):
             raise UsageError(f"{where} has no method '{method}' (docs/codecs.md)")
     for method in ("parts", "decode"):
-        there = inspect.getattr_static(codec, method, None)
-        if not isinstance(there, staticmethod | classmethod):
+        attribute = inspect.getattr_static(codec, method, None)
+        if not isinstance(attribute, staticmethod | classmethod):
             raise UsageError(
                 f"{where} has no static method '{method}'; settings do not travel with an update, "
                 "so mark it @staticmethod"
@@ -156,26 +157,30 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
 
 
 def _check_parts(codec: Any, where: str) -> None:
-    """Check the parts of a tensor of some shape."""
+    """Check the parts of an example shape."""
     try:
         parts = codec.parts((4, 300))
-    except Exception as why:
-        raise UsageError(f"{where} fails in parts((4, 300)): {type(why).__name__}: {why}") from why
-    sound = isinstance(parts, tuple) and 1 <= len(parts) <= _MOST_PARTS
-    if not sound or not all(isinstance(part, Part) for part in parts):
+    except Exception as error:
+        raise UsageError(
+            f"{where} fails in parts((4, 300)): {type(error).__name__}: {error}"
+        ) from error
+    valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
+    if not valid or not all(isinstance(part, Part) for part in parts):
         raise UsageError(f"{where} has parts {parts!r:.80}; a tuple of one or two Part is expected")
     for part in parts:
         if not _SUFFIX.fullmatch(part.suffix):
             raise UsageError(
-                f"{where} has a part with the suffix '{part.suffix[:40]}'; expected is '' or '#' "
+                f"{where} has a part with the suffix '{part.suffix[:40]}'; expected '' or '#' "
                 f"and 1 to {MAX_SUFFIX - 1} letters or digits"
             )
         if part.dtype not in DTYPES:
-            travel = ", ".join(sorted(DTYPES))
-            raise UsageError(f"{where} has a part of dtype '{part.dtype!s:.40}'; {travel} travel")
+            supported = ", ".join(sorted(DTYPES))
+            raise UsageError(
+                f"{where} has a part of dtype '{part.dtype!s:.40}'; supported are {supported}"
+            )
     if len({part.suffix for part in parts}) < len(parts):
         raise UsageError(f"{where} has two parts of one suffix; give each its own")
 
 
 CODECS = Registry()
-"""The codecs of this process; the command line adds to them."""
+"""The codecs of this process; ``--codec`` adds to them."""

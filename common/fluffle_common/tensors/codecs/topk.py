@@ -1,4 +1,4 @@
-"""``topk:FRACTION``: only the values of the largest magnitudes, and where they are."""
+"""``topk:FRACTION``: the values with the largest magnitudes, and their indices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, clipped
+from fluffle_common.tensors.codecs.base import Part, Shape, clip_to
 from fluffle_common.tensors.weights import FLOATS, Array, largest
 
 _F32_MAX = largest(np.dtype(np.float32))
@@ -16,7 +16,7 @@ _F32_MAX = largest(np.dtype(np.float32))
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """See ``Codec``; ``fraction`` is the part of the values to send."""
+    """The codec ``topk``, which sends a ``fraction`` of the values; see ``Codec``."""
 
     fraction: float
     name: ClassVar[str] = "topk"
@@ -25,7 +25,7 @@ class TopK:
 
     @classmethod
     def parse(cls, text: str) -> TopK:
-        """See ``Codec``.
+        """Return the codec with the fraction in the text.
 
         >>> TopK.parse("topk:0.01")
         TopK(fraction=0.01)
@@ -42,22 +42,25 @@ class TopK:
         return cls(fraction)
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """See ``Codec``."""
+        """Return the flat indices of the largest magnitudes, increasing, and their values."""
         flat = tensor.reshape(-1)
         count = math.ceil(self.fraction * flat.size)
         index = np.sort(np.argpartition(np.abs(flat), flat.size - count)[flat.size - count :])
-        value = clipped(flat[index], _F32_MAX).astype(np.float32)
+        value = clip_to(flat[index], _F32_MAX).astype(np.float32)
         return index.astype(np.int32), value
 
     @staticmethod
     def parts(shape: Shape) -> tuple[Part, ...]:
-        """See ``Codec``."""
-        most = (math.prod(shape),)
-        return Part("#index", "int32", most, True), Part("#value", "float32", most, True)
+        """Return the parts of a tensor of this shape."""
+        size = (math.prod(shape),)
+        return (
+            Part("#index", "int32", size, at_most=True),
+            Part("#value", "float32", size, at_most=True),
+        )
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """See ``Codec``."""
+        """Return the tensor, with zeros for the values that were not sent."""
         index, value = parts
         if index.size and not (
             index[0] >= 0 and index[-1] < like.size and (index[1:] > index[:-1]).all()

@@ -155,6 +155,10 @@ class ContentChannel:
             asyncio.get_running_loop().call_later(_ACK_WITHIN_S, self._send_acks)
 
     def _send_acks(self) -> None:
+        """Send the collected acknowledgements.
+
+        One frame settles all tags below the oldest open one; each of the others needs its own.
+        """
         if self._closed or not self._acked:
             return
         still_owed = min(self._owed, default=math.inf)

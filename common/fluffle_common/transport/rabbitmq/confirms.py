@@ -103,6 +103,7 @@ class ConfirmWatch:
         self._timer = loop.call_later(_LOOK_S, self._look)
 
     def _look(self) -> None:
+        """Note the progress of each message, and report the first one that is overdue."""
         self._timer = None
         if not self._awaited:
             return

@@ -22,7 +22,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.urls import without_credentials
 
-# These loggers repeat what is also raised; our own errors report it.
+# These libraries log what they also raise, and our errors report that.
 for _name in ("aio_pika", "aiormq"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
@@ -91,8 +91,8 @@ def as_ours(user: str = "", right: Right | None = None) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        # aiormq cancels whoever waits for a connection that closes. Unless it is this task that was
-        # cancelled, passing that on would end the task, or the program, silently.
+        # When a connection closes, aiormq cancels the futures that wait for it. Unless this task
+        # itself was cancelled, the exception must not end it, or the program, silently.
         if cancelled():
             raise
         raise LinkLost("the link was closed") from None
@@ -130,7 +130,7 @@ def _otherwise(text: str) -> str:
             "--queue-type everywhere, or delete the old queue"
         )
     return (
-        f"queue '{found['name']}' was made by another version of fluffle ({text}); stop "
+        f"queue '{found['name']}' was created by another version of fluffle ({text}); stop "
         f"everyone who uses it, delete it with 'rabbitmqctl delete_queue {found['name']}', and "
         "start again"
     )

@@ -44,7 +44,7 @@ from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 from fluffle_common.transport.rabbitmq.reading import STREAM_PREFETCH, Reading
 
 _CLOSE_TIMEOUT_S = 2.0
-# Urgent messages change the connection when more than this is unconfirmed on the usual one.
+# Urgent messages use the other connection while more bytes than this are unconfirmed.
 _LITTLE_BYTES = 16 * 2**10
 # How many copies a tap prefetches; each may be a part of 4 MiB.
 _TAP_PREFETCH = 16
@@ -173,7 +173,7 @@ class AmqpLink(Link):
         first, *rest = keys
         headers: dict[str, frames.Value] = dict(properties.headers)
         if rest:
-            headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker drops BCC
+            headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker removes BCC
         contents, watch = self._lane(urgent=urgent)
         head = frames.publish(
             contents.number,

@@ -20,6 +20,7 @@ from typing import Any
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
 
+_TIMEOUT_S = 5.0
 # Everything that a request may raise.
 UNTOLD = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
@@ -70,9 +71,7 @@ class QueueFigures:
         return asdict(self)
 
 
-def ask(
-    base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None, timeout_s: float = 5
-) -> Any:
+def ask(base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None) -> Any:
     """Send one request and return the decoded JSON response; None if it is empty.
 
     Args:
@@ -81,7 +80,6 @@ def ask(
         url: the broker's AMQP URL, for its user, password and TLS options; the first if there are
             several.
         put: the body of a PUT request; None sends a GET request.
-        timeout_s: how long to wait for the response.
 
     Raises:
         OSError: if there is no response or it is not a success.
@@ -104,7 +102,7 @@ def ask(
         *([urllib.request.HTTPSHandler(context=context)] if context else []),
     )
     try:
-        with direct.open(request, timeout=timeout_s) as answer:
+        with direct.open(request, timeout=_TIMEOUT_S) as answer:
             text = answer.read()
     except urllib.error.HTTPError as no:
         no.close()  # the exception keeps the connection open

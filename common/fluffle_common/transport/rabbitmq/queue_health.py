@@ -29,7 +29,7 @@ def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) ->
     if not queue.known:
         return f"foreign: fluffle has no such queue in federation {topology.federation}"
     if queue.state in _STOPPED:
-        return f"the broker says that this queue is {queue.state}"
+        return f"RabbitMQ reports this queue as {queue.state}"
     told = (_blocked(queue, topology, alarms), _about(queue, topology), _growing(queue))
     return "; ".join(filter(None, told)) or None
 
@@ -37,7 +37,7 @@ def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) ->
 def _blocked(queue: QueueFigures, topology: Topology, alarms: Sequence[str]) -> str | None:
     if not alarms or queue.name not in (topology.updates, topology.presence):
         return None
-    return f"blocked: the broker has run out of {' and '.join(alarms)}, nobody can publish"
+    return f"blocked: the broker has run out of {' and '.join(alarms)}; nobody can publish"
 
 
 def _about(queue: QueueFigures, topology: Topology) -> str | None:
@@ -49,7 +49,7 @@ def _about(queue: QueueFigures, topology: Topology) -> str | None:
         return f"no coordinator is connected{_waiting(queue, 'one')}"
     at = f"--federation {topology.federation}"
     if queue.name == topology.rejected and queue.ready:
-        return f"{messages(queue.ready)} refused: fluffle rejected {at}"
+        return f"{messages(queue.ready)} rejected: fluffle rejected {at}"
     if queue.name == topology.unrouted and queue.ready:
         return f"{messages(queue.ready)} had no queue to go to: fluffle peek unrouted {at}"
     return None
@@ -64,7 +64,7 @@ def _waiting(queue: QueueFigures, whom: str) -> str:
 def _growing(queue: QueueFigures) -> str | None:
     if queue.type == "stream" or queue.ready < _GROWN or (queue.growth_rate or 0) < 1:
         return None
-    return f"growing by {queue.growth_rate:.0f} messages a second"
+    return f"growing by {queue.growth_rate:.0f} messages per second"
 
 
 def messages(count: int) -> str:

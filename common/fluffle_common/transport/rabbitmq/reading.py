@@ -50,7 +50,7 @@ class Reading:
         replicated: bool = False,
         arguments: dict[str, Any] | None = None,
     ) -> Reading:
-        """Start to consume; ``replicated`` marks a quorum queue."""
+        """Start consuming; ``replicated`` marks a quorum queue."""
         with self._lifetime.asking("read"):
             channel = self._connection.channel(publisher_confirms=False)
             # A refusal closes the channel, which must not end the link. The link therefore watches

@@ -43,7 +43,7 @@ def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | 
         only = ", and lets 'guest' in from its own machine only" if user == "guest" else ""
         return BrokerError(
             f"the broker at {where} refuses user '{user}' or the password{only}; "
-            "put the right ones into --url amqp://user:password@host"
+            "correct them in --url amqp://user:password@host"
         )
     if code != _NOT_ALLOWED:  # for example, it is starting or stopping
         return LinkLost(text)
@@ -57,8 +57,8 @@ def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | 
         )
     if "not found" in text:
         return BrokerError(
-            f"the broker at {where} has no vhost '{vhost}'; make it with 'rabbitmqctl add_vhost', "
-            "or put the right one at the end of --url"
+            f"the broker at {where} has no vhost '{vhost}'; create it with "
+            "'rabbitmqctl add_vhost', or correct the end of --url"
         )
     return BrokerError(
         f"the broker at {where} does not let user '{user}' into vhost '{vhost}' ({text}); check "
@@ -80,8 +80,8 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
             case 9:
                 why, remedy = "is not valid yet", "check the clocks of both machines"
             case 62 | 64:
-                why = f"is not made out for '{host}'"
-                remedy = "put a name that is in the certificate into --url, or renew it"
+                why = f"is not valid for '{host}'"
+                remedy = "use a host name from the certificate in --url, or renew the certificate"
             case _:
                 why = f"is not signed by anyone trusted here ({said})"
                 remedy = "name the CA's file in --url: amqps://…?cafile=/path/ca.pem"
@@ -95,7 +95,7 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
     if any(word in reason for word in _NOT_TLS):
         return WrongNode(
             f"there is no TLS at {where} ({reason}); write amqp://… into --url, or the port of "
-            "the broker's TLS listener (5671, as a rule)"
+            "the broker's TLS listener (usually 5671)"
         )
     if any(word in reason for word in _NO_COMMON):
         return WrongNode(

@@ -24,7 +24,8 @@ function run(board) {
   const bar = $("rounds-bar");
   bar.max = run.rounds ?? Math.max(1, run.committed);
   bar.value = Math.min(run.committed, bar.max);
-  say($("rounds-words"), run.rounds ? `${run.committed} of ${run.rounds} rounds` : `${run.committed} rounds`);
+  const planned = run.rounds ? ` of ${run.rounds}` : "";
+  say($("rounds-words"), `${run.committed}${planned} round${(run.rounds ?? run.committed) === 1 ? "" : "s"}`);
   say($("source"), SOURCES[run.source] ?? `Written by fluffle ${run.version}, ${moment(board.now)}.`);
 }
 run.of = ["run"];

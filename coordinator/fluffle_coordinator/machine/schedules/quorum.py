@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Draw, by_chance, chosen_by
+from fluffle_coordinator.machine.selection import Draw, by_chance, select
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -49,7 +49,7 @@ class QuorumRounds(Schedule[State]):
         if rules.secret is not None:
             return _drawn(state, rules.secret, state.workers)
         size, draw = rules.ask(len(state.workers)), Draw(rules.seed, state.round)
-        return chosen_by(rules.selection, state.candidates(state.workers), size, draw)
+        return select(rules.selection, state.candidates(state.workers), size, draw)
 
     def again(self, state: State) -> tuple[str, ...]:
         """Draw a new cohort: workers that advance stay, those that did not answer come last."""
@@ -61,7 +61,7 @@ class QuorumRounds(Schedule[State]):
         staying = {n for n in present if n in answered or state.advancing(n)}
         others = [name for name in present if name not in staying]
         room, candidates = size - len(staying), state.candidates(others)
-        drawn = chosen_by(rules.selection, candidates, room, draw, last=state.asked)
+        drawn = select(rules.selection, candidates, room, draw, last=state.asked)
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:

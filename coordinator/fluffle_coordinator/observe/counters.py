@@ -18,7 +18,7 @@ STEPS = ("waiting", "open", "fold", "average", "checkpoint")
 
 
 @dataclass
-class Tally:
+class Counters:
     """The counters; ``outcomes`` counts updates, ``causes`` counts all rejected messages."""
 
     rounds: int = 0

@@ -1,8 +1,7 @@
-"""The sides of a comparison: each runs rounds when it is told to, and stands still otherwise.
+"""The sides of a comparison, each of which runs rounds on request and waits otherwise.
 
-``compare`` lets them run in turn, a block of rounds each, and tells what each took a round: time,
-processor time, memory. A block begins with one round that does not count, so that every round that
-does follows one of its own kind.
+``compare`` lets them run blocks of rounds in turn and measures time, CPU time and memory. Each
+block starts with a round that does not count, so that each counted one follows one of its own side.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from benchmarks import figures
+from benchmarks import stats
 from benchmarks.arrays import TENSORS
 from benchmarks.floor import Spec
 from benchmarks.gate import Gates
@@ -25,30 +24,30 @@ from benchmarks.logs import read_events
 from benchmarks.processes import FLUFFLE, Died, Programs, cpu_s, peak_bytes, reset_peak
 
 _LATE_S = 10.0
-_MUCH_BYTES = 10**9
+_MAX_MODELS_BYTES = 10**9
 WARM_UP = 2
 
 
 class Side(Protocol):
-    """One of those compared; it is running, and stands still."""
+    """A running system whose rounds are measured."""
 
     name: str
 
     def block(self, rounds: int) -> list[float]:
-        """Run one round that does not count, then ``rounds`` that do; return their seconds."""
+        """Run one uncounted round and ``rounds`` counted ones; return the seconds of the latter."""
 
     def pids(self) -> dict[str, int]:
-        """Return its processes by name."""
+        """Return its process ids by name."""
 
     def more(self) -> dict[str, Any]:
-        """Return what else is known of the rounds that counted."""
+        """Return further results about the counted rounds."""
 
 
 class Floor:
     """Bare AMQP; see ``floor``.
 
     Args:
-        programs: what starts its processes.
+        programs: starts the processes.
         spec: what is sent.
     """
 
@@ -65,51 +64,51 @@ class Floor:
                 pipes=True,
             )  # fmt: skip
         for name in self._running:
-            self._answer(name)
+            self._read_line(name)
         self.block(WARM_UP)
 
     def block(self, rounds: int) -> list[float]:
-        """See ``Side``."""
-        words = self._running["coordinator"].stdin
-        assert words is not None
-        words.write(f"{rounds + 1}\n")
-        words.flush()
-        seconds: list[float] = json.loads(self._answer("coordinator"))
+        """Run rounds; see ``Side``."""
+        stdin = self._running["coordinator"].stdin
+        assert stdin is not None
+        stdin.write(f"{rounds + 1}\n")
+        stdin.flush()
+        seconds: list[float] = json.loads(self._read_line("coordinator"))
         return seconds[1:]
 
     def pids(self) -> dict[str, int]:
-        """See ``Side``."""
+        """Return the process ids by name."""
         return {name: program.pid for name, program in self._running.items()}
 
     def more(self) -> dict[str, Any]:
-        """See ``Side``."""
+        """Return nothing more."""
         return {}
 
-    def _answer(self, name: str) -> str:
-        lines = self._running[name].stdout
-        assert lines is not None
-        line = lines.readline()
+    def _read_line(self, name: str) -> str:
+        stdout = self._running[name].stdout
+        assert stdout is not None
+        line = stdout.readline()
         if not line:
             self._programs.check()
-            raise Died(f"the floor's {name} says no more")
+            raise Died(f"the floor's {name} closed its output")
         return line
 
 
 class Fluffle:
-    """The real thing: ``fluffle coordinator`` and ``fluffle worker``, with a no-op task at a gate.
+    """``fluffle coordinator`` and ``fluffle worker`` with a no-op task behind a gate.
 
-    A round lasts from one commit to the next, as the coordinator tells them.
+    A round lasts from one commit to the next, by the times in the coordinator's log.
 
     Args:
-        programs: what starts its processes.
-        url: the broker.
-        size_bytes: of the model.
-        tensors: how many it has.
-        workers: how many.
-        queue_type: classic or quorum.
-        noise: whether workers change what they are given.
+        programs: starts the processes.
+        url: the address of the broker.
+        size_bytes: the size of the model.
+        tensors: the number of its tensors.
+        workers: the number of workers.
+        queue_type: ``classic`` or ``quorum``.
+        noise: whether workers add noise to the weights.
         evaluates: whether every worker evaluates every round's model.
-        options: more options of ``fluffle coordinator``.
+        options: further options of ``fluffle coordinator``.
     """
 
     name = "fluffle"
@@ -154,19 +153,19 @@ class Fluffle:
         self._training.clear()
 
     def block(self, rounds: int) -> list[float]:
-        """See ``Side``."""
+        """Run rounds; see ``Side``."""
         self._gates.release(rounds + 1)
         self._gates.wait()
         committed = self._committed(rounds + 1)
-        self._forget_models()
-        return figures.gaps(committed)
+        self._delete_models()
+        return stats.gaps(committed)
 
     def pids(self) -> dict[str, int]:
-        """See ``Side``."""
+        """Return the process ids by name."""
         return dict(self._pids)
 
     def more(self) -> dict[str, Any]:
-        """See ``Side``: where the coordinator says the time went, and how long training took."""
+        """Return the median phases of a round in the coordinator, and the median training time."""
         names = sorted({name for timings in self._timings for name in timings})
         medians = {
             name: round(statistics.median(t[name] for t in self._timings if name in t), 6)
@@ -176,80 +175,80 @@ class Fluffle:
         return {"timings": medians, "train_s": train_s}
 
     def _committed(self, expected: int) -> list[float]:
-        """Return when the rounds of this block were committed."""
+        """Return the commit times of this block's rounds."""
         moments: list[float] = []
         latest = time.monotonic() + _LATE_S
         while len(moments) < expected:
             events, self._offset = read_events(self._log, self._offset)
-            for when, told in events:
-                if told["event"] == "committed":
+            for when, event in events:
+                if event["event"] == "committed":
                     moments.append(when)
                     if len(moments) > 1:
-                        self._timings.append(told.get("timings") or {})
-                elif told["event"] == "counted" and moments and told.get("train_s") is not None:
-                    self._training.append(told["train_s"])
+                        self._timings.append(event.get("timings") or {})
+                elif event["event"] == "counted" and moments and event.get("train_s") is not None:
+                    self._training.append(event["train_s"])
             if time.monotonic() > latest:
-                raise Died(f"fluffle committed {len(moments)} rounds of {expected}")
+                raise Died(f"fluffle committed {len(moments)} of {expected} rounds")
         return moments
 
-    def _forget_models(self) -> None:
-        """Keep the disk from filling up; the last model stays, and whatever is not whole yet.
+    def _delete_models(self) -> None:
+        """Delete all models but the last if they take up much space.
 
-        Small ones all stay: after many files were deleted, ext4 takes longer to make new ones.
+        Small models stay, because ext4 creates files more slowly after many deletions.
         """
         models = sorted(self._run.glob("round-*.safetensors"))
-        if sum(path.stat().st_size for path in models) > _MUCH_BYTES:
+        if sum(path.stat().st_size for path in models) > _MAX_MODELS_BYTES:
             for path in models[:-1]:
                 path.unlink()
 
 
 @dataclass
 class Measured:
-    """What was found of one side.
+    """The measurements of one side.
 
     Args:
-        blocks: the seconds of each round that counts, by block.
-        processor: the seconds that each process computed, over all rounds.
-        peaks: the most bytes that each process ever had.
-        broker_peak: the same for the broker, while this side ran.
-        more: see ``Side``.
+        blocks: the seconds of each counted round, by block.
+        cpu_s: the CPU time of each process over all rounds.
+        peaks: the peak memory of each process in bytes.
+        broker_peak: the broker's peak memory in bytes while this side ran.
+        more: further results, see ``Side.more``.
     """
 
     blocks: list[list[float]] = field(default_factory=list)
-    processor: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    cpu_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     peaks: dict[str, int | None] = field(default_factory=dict)
     broker_peak: int | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: Measured) -> None:
-        """Take in what was found of the same side at another time."""
+        """Add measurements of another run of the same side."""
         self.blocks += other.blocks
-        for who, seconds in other.processor.items():
-            self.processor[who] += seconds
-        for who, peak in other.peaks.items():
-            self.peaks[who] = max(self.peaks.get(who) or 0, peak or 0)
+        for name, seconds in other.cpu_s.items():
+            self.cpu_s[name] += seconds
+        for name, peak in other.peaks.items():
+            self.peaks[name] = max(self.peaks.get(name) or 0, peak or 0)
         self.more = other.more
 
     @property
     def times(self) -> list[float]:
-        """All rounds' seconds."""
+        """The seconds of all counted rounds."""
         return [seconds for block in self.blocks for seconds in block]
 
     @property
     def rounds(self) -> int:
-        """How many were run, with those that do not count."""
+        """The number of rounds run, including uncounted ones."""
         return len(self.times) + len(self.blocks)
 
     @property
     def cpu_s_a_round(self) -> float:
-        """The processor time of all processes together."""
-        return sum(self.processor.values()) / self.rounds
+        """The CPU time per round of all processes together."""
+        return sum(self.cpu_s.values()) / self.rounds
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        cpu = {name: round(seconds / self.rounds, 6) for name, seconds in self.processor.items()}
+        """Return the results as a JSON object."""
+        cpu = {name: round(seconds / self.rounds, 6) for name, seconds in self.cpu_s.items()}
         return {
-            **figures.summary(self.times),
+            **stats.summary(self.times),
             **self.more,
             "cpu_s_a_round": cpu,
             "peak_rss_mb": {name: _mb(peak) for name, peak in self.peaks.items()},
@@ -262,35 +261,37 @@ def compare(
     sizes: Sequence[int],
     *,
     broker_pid: int | None = None,
-    said: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Measured]:
-    """Let sides run in turn.
+    """Let sides run in turn and return their measurements by name.
 
     Args:
-        sides: who runs.
-        sizes: how many rounds that count each block has.
-        broker_pid: the broker's process, whose memory and time are told for each side.
-        said: told of each block as it is over.
+        sides: the sides.
+        sizes: the number of counted rounds of each block.
+        broker_pid: the broker's process; if given, its memory and CPU time are measured too.
+        report: called with a line about each block.
     """
     by_name = {side.name: side for side in sides}
-    found = {side.name: Measured() for side in sides}
-    for name, size in figures.interleaved(list(by_name), sizes):
-        side, measured = by_name[name], found[name]
+    measurements = {side.name: Measured() for side in sides}
+    for name, size in stats.interleaved(list(by_name), sizes):
+        side, measured = by_name[name], measurements[name]
         pids = {**side.pids(), **({"broker": broker_pid} if broker_pid else {})}
         if broker_pid:
             reset_peak(broker_pid)
-        before = {who: cpu_s(pid) for who, pid in pids.items()}
+        before = {process: cpu_s(pid) for process, pid in pids.items()}
         seconds = side.block(size)
         measured.blocks.append(seconds)
-        for who, pid in pids.items():
-            measured.processor[who] += cpu_s(pid) - before[who]
+        for process, pid in pids.items():
+            measured.cpu_s[process] += cpu_s(pid) - before[process]
         if broker_pid:
             measured.broker_peak = max(measured.broker_peak or 0, peak_bytes(broker_pid) or 0)
-        said(f"{name}: {size} rounds, median {statistics.median(seconds):.4f} s")
+        report(f"{name}: {size} rounds, median {statistics.median(seconds):.4f} s")
     for name, side in by_name.items():
-        found[name].peaks = {who: peak_bytes(pid) for who, pid in side.pids().items()}
-        found[name].more = side.more()
-    return found
+        measurements[name].peaks = {
+            process: peak_bytes(pid) for process, pid in side.pids().items()
+        }
+        measurements[name].more = side.more()
+    return measurements
 
 
 def _mb(size_bytes: int | None) -> float | None:

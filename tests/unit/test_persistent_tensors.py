@@ -1,4 +1,4 @@
-"""What a local rule keeps, in memory and on disk."""
+"""Tensors kept between rounds, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import TaskError
-from fluffle_worker.local import kept
+from fluffle_worker.local import persistent_tensors
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.local.kept import KeptTensors
+from fluffle_worker.local.persistent_tensors import PersistentTensors
 
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
     folder = tmp_path / "letters" / "a"
-    known = KeptTensors(folder)
+    known = PersistentTensors(folder)
 
     def keep(run: str, number: int) -> float | None:
         nonlocal known
         if restarts:
-            known = KeptTensors(folder)
+            known = PersistentTensors(folder)
         before = known.before(run, number)
         known.keep(run, number, {"c": np.array(float(number)), "d": np.ones((2, 3), np.float32)})
         return float(before["c"]) if before else None
@@ -38,37 +38,37 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
 
 
 def test_a_rule_that_keeps_nothing_makes_no_folder(tmp_path):
-    known = KeptTensors(tmp_path / "a")
+    known = PersistentTensors(tmp_path / "a")
     assert known.before("r", 1) == {}
     known.keep("r", 1, {})
     assert not (tmp_path / "a").exists()
 
 
 def test_a_round_that_keeps_nothing_is_not_taken_for_the_one_before(tmp_path):
-    KeptTensors(tmp_path).keep("r", 1, {"c": np.ones(1)})
-    known = KeptTensors(tmp_path)
+    PersistentTensors(tmp_path).keep("r", 1, {"c": np.ones(1)})
+    known = PersistentTensors(tmp_path)
     known.keep("r", 2, {})
     assert known.before("r", 3) == {}
 
 
 def test_a_damaged_file_is_named_with_the_remedy(tmp_path):
-    KeptTensors(tmp_path).keep("r", 1, {"c": np.ones(100)})
+    PersistentTensors(tmp_path).keep("r", 1, {"c": np.ones(100)})
     (path,) = tmp_path.iterdir()
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(TaskError, match=f"is damaged: .*; remove {path} to go on") as wrong:
-        KeptTensors(tmp_path).before("r", 2)
+    with pytest.raises(TaskError, match=f"is damaged: .*; remove {path} to continue") as wrong:
+        PersistentTensors(tmp_path).before("r", 2)
     assert "\n" not in str(wrong.value)
 
 
-def test_a_disk_that_refuses_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_task_error_with_the_remedy(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(kept, "save_checkpoint", full)
+    monkeypatch.setattr(persistent_tensors, "save_checkpoint", full)
     with pytest.raises(TaskError, match=r"\(No space left on device\).*--state-dir"):
-        KeptTensors(tmp_path).keep("r", 1, {"c": np.ones(1)})
+        PersistentTensors(tmp_path).keep("r", 1, {"c": np.ones(1)})
 
 
 def test_what_no_file_can_hold_is_refused_in_memory_too():

@@ -1,6 +1,6 @@
-"""Many no-op workers in one process, for ``scale``: each is a whole ``WorkerService``.
+"""Many no-op workers in one process, each a complete ``WorkerService``; used by ``scale``.
 
-python -m benchmarks.crowd '{"url": …, "first": 1, "last": 50, "size_bytes": 1360000}'
+python -m benchmarks.worker_crowd '{"url": …, "first": 1, "last": 50, "size_bytes": 1360000}'
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _TROUBLE = (Disconnected, Failure, NoBroker, Occupied, Rejected, Unsent)
 
 @dataclass(frozen=True)
 class Crowd:
-    """Who is in it.
+    """The workers of one process.
 
     Args:
-        url: the broker.
-        federation: whose workers they are.
-        first: the number of the first.
-        last: the number of the last.
-        size_bytes: of the model.
-        pause_s: from the start of one to that of the next, so that they do not all connect at once.
-        heartbeat_s: seconds between signs of life.
+        url: the address of the broker.
+        federation: the name of the federation.
+        first: the number of the first worker.
+        last: the number of the last worker.
+        size_bytes: the size of the model.
+        pause_s: seconds between the starts of two workers, so that they connect one by one.
+        heartbeat_s: seconds between heartbeats.
     """
 
     url: str
@@ -52,12 +52,12 @@ class Crowd:
     heartbeat_s: float = 10.0
 
     def json(self) -> str:
-        """Write it for the command line."""
+        """Return the crowd as JSON for the command line."""
         return json.dumps(asdict(self))
 
 
-async def attend(crowd: Crowd, number: int) -> None:
-    """Be one worker until the run ends."""
+async def run_worker(crowd: Crowd, number: int) -> None:
+    """Run one worker until the run ends."""
     await asyncio.sleep((number - crowd.first) * crowd.pause_s)
     name = f"w{number:04d}"
     service = WorkerService(
@@ -65,24 +65,23 @@ async def attend(crowd: Crowd, number: int) -> None:
         Noop(crowd.size_bytes, number, keep=False),
         transport=AmqpTransport(crowd.url, f"benchmark worker {name}"),
         topology=Topology(crowd.federation),
-        tell=lambda event: _say(name, event),
+        record=lambda event: _print_trouble(name, event),
         bar=lambda *_: None,
     )
     await service.run()
 
 
-def _say(name: str, event: RunEvent) -> None:
-    """Write down what is out of the ordinary."""
+def _print_trouble(name: str, event: RunEvent) -> None:
     if isinstance(event, _TROUBLE):
         print(name, event.sentence(), flush=True)
 
 
-async def attend_all(crowd: Crowd) -> None:
-    """Be all of them."""
+async def run_workers(crowd: Crowd) -> None:
+    """Run all workers until the run ends."""
     async with asyncio.TaskGroup() as group:
         for number in range(crowd.first, crowd.last + 1):
-            group.create_task(attend(crowd, number))
+            group.create_task(run_worker(crowd, number))
 
 
 if __name__ == "__main__":
-    run_until_signalled(attend_all(Crowd(**json.loads(sys.argv[1]))))
+    run_until_signalled(run_workers(Crowd(**json.loads(sys.argv[1]))))

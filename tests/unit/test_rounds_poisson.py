@@ -1,4 +1,4 @@
-"""The rules of rounds in which each worker's own lot decides, as accounting for privacy needs."""
+"""The rules of rounds with a secret Poisson sample, which privacy accounting needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.unit.test_rounds import Run, asked, only, opened
 NAMES = "abcdefgh"
 
 
-def by_lot(**rules: object) -> Rules:
+def poisson(**rules: object) -> Rules:
     given = {"rounds": 9, "min_workers": len(NAMES), "fraction": 0.5, "secret": 3, "patience": 1000}
     return Rules(**{**given, **rules})
 
@@ -22,18 +22,18 @@ def drawn(number: int = 1, secret: int = 3, rate: float = 0.5) -> list[str]:
 def test_the_secret_decides_who_is_asked_and_the_seed_does_not():
     assert 0 < len(drawn()) < len(NAMES)
     for seed in range(3):
-        assert asked(opened(*NAMES, rules=by_lot(seed=seed)).log) == drawn()
-    assert asked(opened(*NAMES, rules=by_lot(secret=4)).log) == drawn(secret=4) != drawn()
+        assert asked(opened(*NAMES, rules=poisson(seed=seed)).log) == drawn()
+    assert asked(opened(*NAMES, rules=poisson(secret=4)).log) == drawn(secret=4) != drawn()
 
 
-def test_how_many_are_there_changes_nobodys_chance():
-    there = [name for name in NAMES if name not in drawn()[:1]]
-    run = opened(*there, rules=by_lot(min_workers=len(there)))
+def test_the_number_of_workers_changes_nobodys_chance():
+    present = [name for name in NAMES if name not in drawn()[:1]]
+    run = opened(*present, rules=poisson(min_workers=len(present)))
     assert asked(run.log) == drawn()[1:]
 
 
-def test_a_round_of_nobody_is_committed_at_once():
-    run = Run(by_lot(fraction=1e-9))
+def test_a_round_that_asks_nobody_is_committed_at_once():
+    run = Run(poisson(fraction=1e-9))
     run.connect()
     effects = [effect for name in NAMES for effect in run.seen(name, hello=True)]
     assert only(effects, fx.Commit) == [fx.Commit(1, ())]
@@ -42,8 +42,8 @@ def test_a_round_of_nobody_is_committed_at_once():
     assert only(effects, fx.Commit) == [fx.Commit(2, ())]
 
 
-def test_a_reopened_round_asks_the_same():
-    run = opened(*NAMES, rules=by_lot(deadline_s=10))
+def test_a_reopened_round_asks_the_same_sample():
+    run = opened(*NAMES, rules=poisson(deadline_s=10))
     for _ in range(3):
         run.log.clear()
         run.tick(10)
@@ -51,18 +51,18 @@ def test_a_reopened_round_asks_the_same():
     assert only([e for name in drawn() for e in run.update(name)], fx.Commit)
 
 
-def test_who_comes_late_is_asked_if_its_lot_is_drawn():
+def test_a_late_joiner_is_asked_if_its_lot_is_drawn():
     first, *others = drawn()
     away = {first, next(name for name in NAMES if name not in drawn())}
-    there = [name for name in NAMES if name not in away]
-    run = opened(*there, rules=by_lot(min_workers=len(there)))
+    present = [name for name in NAMES if name not in away]
+    run = opened(*present, rules=poisson(min_workers=len(present)))
     assert asked(run.log) == others
     late = {name: asked(run.seen(name, hello=True)) for name in sorted(away)}
     assert late == {name: [name] if name == first else [] for name in away}
 
 
 def test_a_sample_that_is_gone_is_waited_for_until_the_deadline():
-    run = opened(*NAMES, rules=by_lot(deadline_s=10, quorum=Quorum()))
+    run = opened(*NAMES, rules=poisson(deadline_s=10, quorum=Quorum()))
     for name in drawn():
         run.left(name)
     assert run.state.phase is Phase.OPEN

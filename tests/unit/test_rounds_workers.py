@@ -1,4 +1,4 @@
-"""Rules of the round machine that came from using it: fair silence, weights, samples, votes."""
+"""The rules about workers: silence, the weight of updates, stalls, samples and votes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
-from tests.unit.test_rounds import RUN, Run, asked, let_pass, only, tells
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
 FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 8")
@@ -24,11 +24,11 @@ FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 
 def recorded(
     effects: list[fx.Effect], kind: type[run_events.RunEvent] = run_events.RunEvent
 ) -> list[Any]:
-    return [one.event for one in only(effects, fx.Record) if isinstance(one.event, kind)]
+    return [x.event for x in only(effects, fx.Record) if isinstance(x.event, kind)]
 
 
 def heard(*workers: str, rules: Rules | None = None) -> Run:
-    """Return a run with an open round in which only time counts in which anybody is heard."""
+    """Return a run with an open round, whose clock stops while nobody is heard."""
     run = Run(rules or Rules(rounds=2), hearing=True)
     run.connect()
     for name in workers:
@@ -41,34 +41,34 @@ def heard(*workers: str, rules: Rules | None = None) -> Run:
 
 
 @pytest.mark.parametrize("stopped_s", [12.0, 15.0, 3600.0])
-def test_nobody_is_gone_for_the_time_in_which_the_coordinator_was_stopped(stopped_s):
+def test_a_stopped_coordinator_makes_no_worker_gone(stopped_s):
     run = heard("a", "b", "c")
     run.update("a")
     run.now += stopped_s
-    effects = run.tick()  # the clock is asked before anything is read
-    for name in "abc":  # then what has come meanwhile is read, one after the other
+    effects = run.tick()  # a tick before any message is read
+    for name in "abc":  # then the messages that waited are read one by one
         effects += [*run.seen(name), *run.tick()]
     effects += [*run.echo(), *run.tick()]
-    assert "gone" not in tells(effects)
+    assert "gone" not in event_names(effects)
     assert not only(effects, fx.Commit)
     assert len(run.state.workers) == 3
 
 
 def test_the_deadline_does_not_pass_while_the_coordinator_is_stopped():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, on_deadline="stop"))
-    let_pass(run, 50, "ab")
+    pass_time(run, 50, "ab")
     run.now += 1000
     run.tick()
-    let_pass(run, 4, "ab")
+    pass_time(run, 4, "ab")
     assert run.state.phase is Phase.OPEN
-    let_pass(run, 8, "ab")
+    pass_time(run, 8, "ab")
     assert run.state.outcome == "stopped"
 
 
-def test_who_is_silent_while_others_are_heard_is_gone_and_the_quorum_shrinks_aloud():
+def test_a_worker_silent_while_others_are_heard_is_gone_and_the_smaller_quorum_is_reported():
     run = heard("a", "b", "c")
     run.update("a")
-    effects = let_pass(run, 12, "ab")
+    effects = pass_time(run, 12, "ab")
     assert recorded(effects)[:2] == [
         run_events.Gone(worker="c", silent_s=10.0),
         run_events.Quorum(round=1, needed=2, was=3, reason="c is gone"),
@@ -76,10 +76,10 @@ def test_who_is_silent_while_others_are_heard_is_gone_and_the_quorum_shrinks_alo
     assert only(run.update("b"), fx.Commit)
 
 
-def test_the_echo_alone_makes_time_count():
+def test_the_echo_alone_keeps_the_clock_running():
     run = heard("a", "b")
-    effects = let_pass(run, 12)
-    assert [one.worker for one in recorded(effects, run_events.Gone)] == ["a", "b"]
+    effects = pass_time(run, 12)
+    assert [effect.worker for effect in recorded(effects, run_events.Gone)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -89,19 +89,19 @@ def test_the_echo_alone_makes_time_count():
         (lambda run: run.failed("c", 1), "c failed"),
     ],
 )
-def test_a_quorum_of_all_shrinks_aloud_for_who_leaves_or_fails(event, reason):
+def test_a_quorum_of_all_that_shrinks_is_reported(event, reason):
     run = heard("a", "b", "c")
     expected = run_events.Quorum(round=1, needed=2, was=3, reason=reason)
     assert recorded(event(run), run_events.Quorum) == [expected]
 
 
-def test_a_number_does_not_shrink():
+def test_a_numeric_quorum_does_not_shrink():
     run = heard("a", "b", "c", rules=Rules(rounds=1, quorum=Quorum(number=3)))
-    assert "quorum" not in tells(run.left("c"))
+    assert "quorum" not in event_names(run.left("c"))
     assert run.state.needed == 3
 
 
-def test_no_round_commits_with_less_than_was_written():
+def test_no_round_commits_with_fewer_updates_than_least():
     run = heard("a", "b", "c", rules=Rules(rounds=1, min_workers=3, least=3))
     run.update("a")
     assert not only([*run.left("b"), *run.left("c")], fx.Commit)
@@ -111,12 +111,12 @@ def test_no_round_commits_with_less_than_was_written():
     assert only([*run.update("b"), *run.update("c")], fx.Commit)
 
 
-def test_signs_of_life_from_before_do_not_count():
+def test_heartbeats_from_before_the_link_do_not_count():
     run = Run(Rules(rounds=1, min_workers=3), hearing=True)
     run.link = 1
     run.on(ev.Connected(run.now, 1))
-    effects = [e for name in "abc" for e in run.seen(name)]  # what waited in the broker
-    assert effects == [fx.Welcome(name) for name in "abc"]  # whoever is alive answers
+    effects = [e for name in "abc" for e in run.seen(name)]  # these waited in the broker
+    assert effects == [fx.Welcome(name) for name in "abc"]  # a worker that is alive answers
     assert not run.state.workers
     assert not [e for name in "abc" for e in run.seen(name)]  # once is enough
     run.echo()
@@ -125,20 +125,21 @@ def test_signs_of_life_from_before_do_not_count():
     assert run.state.phase is Phase.WAITING
 
 
-def test_time_stops_before_who_speaks_often_would_be_gone():
-    run = Run(Rules(rounds=1), hearing=True)
+@pytest.mark.parametrize("announced", [{}, {"a": 10, "b": 10}], ids=["new", "resumed"])
+def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(announced):
+    run = Run(Rules(rounds=1), hearing=True, announced=announced)
     run.connect()
     for name in "ab":
-        run.seen(name, hello=True, heartbeat_s=0.2)  # five of them are a second
+        run.seen(name, hello=True, heartbeat_s=0.2)  # five of them take a second
     run.now += 9
     effects = [*run.tick(), *run.seen("a", heartbeat_s=0.2), *run.tick(), *run.echo(), *run.tick()]
-    assert "gone" not in tells(effects)
+    assert "gone" not in event_names(effects)
 
 
 # --- weights -----------------------------------------------------------------------------------
 
 
-def says(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
+def arrives(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
     run.deliveries += 1
     handle = Handle(run.link, run.deliveries)
     ticket = Ticket(name, 1)
@@ -147,37 +148,37 @@ def says(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
 
 def test_an_update_weighs_no_more_than_its_worker_announced():
     run = heard("a", "b")
-    effects = says(run, "a", 10**12)
+    effects = arrives(run, "a", 10**12)
     assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
     expected = run_events.Overweight(worker="a", round=1, num_examples=10**12, limit=10)
     assert recorded(effects) == [expected]
     assert run.state.received[Ticket("a", 1)].num_examples == 10
 
 
-def test_nobody_elses_hello_makes_an_update_weigh_less():
+def test_a_forged_hello_does_not_make_an_update_weigh_less():
     run = heard("a", "b")
     impostor = rs.Worker("a", "another", 1, (), 2.0, run.now)
     run.on(ev.Seen(run.now, impostor, hello=True))
-    assert only(says(run, "a", 10), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
+    assert only(arrives(run, "a", 10), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
 
 
 def test_an_update_weighs_no_more_than_the_operator_allows():
     run = heard("a", "b", rules=Rules(rounds=1, max_examples=7))
-    assert only(says(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 7)]
-    assert only(says(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 5)]
+    assert only(arrives(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 7)]
+    assert only(arrives(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 5)]
 
 
-def test_who_was_never_heard_weighs_no_more_than_anybody_else():
+def test_an_unheard_worker_weighs_no_more_than_any_other():
     run = heard("a", "b")
-    assert only(says(run, "stranger", 10**9), fx.Fold)[0].num_examples == 10
+    assert only(arrives(run, "stranger", 10**9), fx.Fold)[0].num_examples == 10
 
 
 def folded(run: Run, name: str, norm: float) -> list[fx.Effect]:
-    effects = says(run, name, 10) if run.state.answer(name) is None else []
+    effects = arrives(run, name, 10) if run.state.answer(name) is None else []
     return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), 1.0, 100, norm))]
 
 
-def test_an_update_far_outside_its_round_is_told():
+def test_an_outlier_is_reported():
     run = heard("a", "b", "c")
     effects = [*folded(run, "a", 1.0), *folded(run, "b", 1.2), *folded(run, "c", 3e4)]
     expected = run_events.Outlier(round=1, worker="c", norm=3e4, median=1.2)
@@ -185,22 +186,22 @@ def test_an_update_far_outside_its_round_is_told():
     assert only(effects, fx.Commit)
 
 
-def test_an_update_far_outside_is_refused_by_option():
+def test_an_outlier_is_rejected_with_the_option():
     run = heard("a", "b", "c", rules=Rules(rounds=2, max_norm_ratio=5.0))
-    assert only(says(run, "a", 10), fx.Fold)[0].max_norm == math.inf
+    assert only(arrives(run, "a", 10), fx.Fold)[0].max_norm == math.inf
     folded(run, "a", 1.0)
     folded(run, "b", 3.0)
-    assert only(says(run, "c", 10), fx.Fold)[0].max_norm == 10.0  # 5 times the median of 1 and 3
+    assert only(arrives(run, "c", 10), fx.Fold)[0].max_norm == 10.0  # 5 times the median of 1 and 3
 
 
-# --- work that stands still, and work that is long ----------------------------------------------
+# --- stalled and long work ---------------------------------------------------------------------
 
 
 def training(run: Run, name: str, step: int) -> list[fx.Effect]:
     return run.seen(name, state="training", run=RUN, round=1, base="b0", step=step, steps=100)
 
 
-def goes_on(run: Run, seconds: float, moving: str, still: str = "") -> list[fx.Effect]:
+def train_for(run: Run, seconds: float, moving: str, still: str = "") -> list[fx.Effect]:
     effects: list[fx.Effect] = []
     for _ in range(0, int(seconds), 2):
         run.now += 2
@@ -215,10 +216,10 @@ def goes_on(run: Run, seconds: float, moving: str, still: str = "") -> list[fx.E
     return effects
 
 
-def test_a_training_that_stands_still_is_told_once():
+def test_a_stalled_training_is_reported_once():
     run = heard("a", "b", rules=Rules(rounds=1, stall_s=120))
     run.update("a")
-    effects = goes_on(run, 300, "", "b")
+    effects = train_for(run, 300, "", "b")
     expected = run_events.Stalled(
         worker="b", round=1, state="training", step=3, steps=100, still_s=120.0
     )
@@ -226,28 +227,28 @@ def test_a_training_that_stands_still_is_told_once():
     assert run.state.phase is Phase.OPEN
 
 
-def test_a_training_that_stands_still_counts_as_failed_by_option():
+def test_a_stalled_training_fails_with_the_option():
     run = heard("a", "b", rules=Rules(rounds=1, stall_timeout_s=60))
     run.update("a")
-    effects = goes_on(run, 62, "", "b")
-    assert {"failure", "quorum"} <= set(tells(effects))
+    effects = train_for(run, 62, "", "b")
+    assert {"failure", "quorum"} <= set(event_names(effects))
     assert only(effects, fx.Commit)
 
 
-def test_a_long_round_is_no_dead_one():
+def test_a_long_round_is_not_a_dead_one():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_reopenings=3))
     run.update("a")
-    effects = goes_on(run, 60 * 10, "b")
-    assert tells(effects).count("reopened") >= 9
-    assert not asked(effects)  # it is at work on it
+    effects = train_for(run, 60 * 10, "b")
+    assert event_names(effects).count("reopened") >= 9
+    assert not asked(effects)  # b is at work
     assert run.state.phase is Phase.OPEN
     assert only(run.update("b"), fx.Commit)
 
 
-def test_a_long_round_ends_at_the_cap_of_the_operator_which_is_named():
+def test_a_long_round_ends_at_the_operators_limit_which_is_named():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_round_s=200))
     run.update("a")
-    goes_on(run, 400, "b")
+    train_for(run, 400, "b")
     assert run.state.outcome == "stopped"
     assert "--max-round" in run.state.reason
     assert "missing: b" in run.state.reason
@@ -257,42 +258,42 @@ def test_after_our_own_outage_a_model_in_parts_is_sent_again():
     run = heard("a", "b")
 
     def receiving() -> list[fx.Effect]:
-        told = {"state": "receiving", "run": RUN, "round": 1, "base": "b0", "step": 1, "steps": 10}
-        return run.seen("b", **told)
+        work = {"state": "receiving", "run": RUN, "round": 1, "base": "b0", "step": 1, "steps": 10}
+        return run.seen("b", **work)
 
     receiving()
     run.disconnect()
     run.now += 5
     run.connect()
     assert asked(receiving()) == ["b"]
-    assert not asked(receiving())  # once: it is under way
+    assert not asked(receiving())  # only once: it is on its way
 
 
-def test_our_own_outage_does_not_count_as_standing_still():
+def test_our_own_outage_does_not_count_as_a_stall():
     run = heard("a", "b", rules=Rules(rounds=1, stall_s=120))
-    goes_on(run, 30, "a", "b")
+    train_for(run, 30, "a", "b")
     assert run.state.advancing("a")
     run.disconnect()
     run.now += 300
     run.connect()
     assert run.state.advancing("a")
-    assert "stalled" not in tells(goes_on(run, 60, "a", "b"))
+    assert "stalled" not in event_names(train_for(run, 60, "a", "b"))
 
 
-def test_after_our_own_outage_everybody_has_all_the_time_to_be_heard():
+def test_after_our_own_outage_every_worker_has_the_full_time_to_be_heard():
     run = heard("a", "b")
-    let_pass(run, 8, "a")  # b was nearly gone
+    pass_time(run, 8, "a")  # b was nearly gone
     run.disconnect()
     run.now += 60
     run.connect()
-    assert "gone" not in tells(let_pass(run, 8, "a"))
-    assert "gone" in tells(let_pass(run, 4, "a"))
+    assert "gone" not in event_names(pass_time(run, 8, "a"))
+    assert "gone" in event_names(pass_time(run, 4, "a"))
 
 
 # --- samples -----------------------------------------------------------------------------------
 
 
-def test_a_reopened_round_asks_others():
+def test_a_reopened_round_prefers_other_workers():
     names = "abcdefgh"
     rules = Rules(rounds=1, min_workers=8, fraction=0.5, deadline_s=60)
     run = heard(*names, rules=rules)
@@ -300,12 +301,12 @@ def test_a_reopened_round_asks_others():
     assert len(first) == 4
     answered, busy, *hung = sorted(first)
     run.update(answered)
-    effects = let_pass(run, 58, names.replace(busy, ""))
+    effects = pass_time(run, 58, names.replace(busy, ""))
     run.now += 1
     training(run, busy, 7)
-    effects = let_pass(run, 2, "")
-    assert "reopened" in tells(effects)
-    # Who has answered and who is at it stay; the silent make room for those who were idle.
+    effects = pass_time(run, 2, "")
+    assert "reopened" in event_names(effects)
+    # Workers that answered or are at work stay; idle workers take the places of silent ones.
     again = set(run.state.asked)
     assert {answered, busy} <= again
     assert len(again) == 4
@@ -318,7 +319,7 @@ def test_a_sample_below_the_quorum_waits_for_more_workers():
     run.connect()
     for name in "abcd":
         run.seen(name, hello=True)
-    assert run.state.phase is Phase.WAITING  # it could never close
+    assert run.state.phase is Phase.WAITING  # half of four cannot reach the quorum
     run.seen("e", hello=True)
     assert run.state.phase is Phase.OPEN
     assert len(run.state.asked) == 3
@@ -332,21 +333,21 @@ def test_a_round_asked_again_after_a_rejection_is_another_attempt():
     run.update("a")
     run.arrived("b")
     run.fold_failed("b")
-    effects = let_pass(run, 62, "ab")
+    effects = pass_time(run, 62, "ab")
     assert fx.SendFit(("b",), evaluate=False, sequence=1, attempt=1) in effects
     run.arrived("b")
     run.fold_failed("b")
-    assert fx.SendFit(("b",), evaluate=False, sequence=1, attempt=2) in let_pass(run, 62, "ab")
+    assert fx.SendFit(("b",), evaluate=False, sequence=1, attempt=2) in pass_time(run, 62, "ab")
 
 
-# --- whose classes, whose model ----------------------------------------------------------------
+# --- the vote on classes and model -------------------------------------------------------------
 
 
 def gathered(*workers: tuple[str, dict[str, object]], **rules: object) -> tuple[Run, list]:
     run = Run(Rules(rounds=1, min_workers=len(workers), **rules), hearing=True, has_weights=False)
     effects = run.connect()
-    for name, told in workers:
-        effects += run.seen(name, hello=True, **told)
+    for name, fields in workers:
+        effects += run.seen(name, hello=True, **fields)
     return run, effects
 
 
@@ -382,7 +383,7 @@ def test_the_majority_decides_on_the_form_of_the_model():
     assert "set by b, c" in refused.reason
 
 
-def test_who_comes_later_with_another_model_is_refused_at_once():
+def test_a_late_joiner_with_another_model_is_refused_at_once():
     run, _ = gathered(("b", {"model": FLOAT32}), ("c", {"model": FLOAT32}))
     run.on(ev.WeightsReady(run.now, "b0"))
     (refused,) = only(run.seen("a", hello=True, model=FLOAT64), fx.Refuse)
@@ -390,7 +391,7 @@ def test_who_comes_later_with_another_model_is_refused_at_once():
     assert set(run.state.asked) == {"b", "c"}
 
 
-def test_a_refusal_is_sent_once_a_session_and_for_every_hello():
+def test_a_refusal_is_sent_once_per_session_and_for_every_hello():
     run = Run(Rules(rounds=1), has_weights=False, classes=("a",))
     run.connect()
     assert only(run.seen("w", hello=True, classes=("b",)), fx.Refuse)
@@ -402,18 +403,18 @@ def test_a_refusal_is_sent_once_a_session_and_for_every_hello():
 # --- many workers ------------------------------------------------------------------------------
 
 
-def test_the_work_of_a_round_grows_with_its_workers_not_with_their_square():
-    # Counted in changes of shared state, not in seconds: no mapping is copied for one worker.
+def test_the_work_of_a_round_is_linear_in_its_workers():
+    # Measured by data structures, not by seconds: no mapping is copied for a single worker.
     run = heard(*(f"w{number}" for number in range(200)), rules=Rules(rounds=1, min_workers=200))
     tables = [name for name, value in vars(run.state).items() if isinstance(value, rs.Table)]
     assert {"workers", "asked", "received", "evaluations", "announced"} <= set(tables)
     grows = (dict, set, frozenset, list)
     copied = {name for name, value in vars(run.state).items() if isinstance(value, grows)}
-    # Changed once a round, once a link, once a deadline.
+    # These change once per round, link or deadline.
     assert copied <= {"counted_before", "earlier", "asked_before", "unevaluated"}
 
 
-def test_the_tally_is_what_counting_anew_would_give():
+def test_the_tally_equals_a_new_count():
     run = heard("a", "b", "c", "d")
     run.update("a")
     run.left("b")
@@ -423,6 +424,6 @@ def test_the_tally_is_what_counting_anew_would_give():
     assert run.state.tally == rs.Tally(expected=2, unfolded=1, unevaluated=1)
 
 
-def test_wakeup_waits_to_hear_something_when_the_clock_stops():
+def test_there_is_no_wakeup_after_the_clock_has_stopped():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60))
     assert rounds.wakeup(replace(run.state, heard_at=run.now - 10)) == math.inf

@@ -1,8 +1,8 @@
 """Flower's two networked engines as sides of a comparison.
 
-Both are held back on the server's side, before a round's work goes out: then nothing is on its way,
-and what their clients do is wait. A round lasts from one average to the next. Nothing is written to
-disk, which fluffle does after every round.
+Both wait at the gate in the server, before it sends a round's work, so that no message is under way
+and the clients only wait. A round lasts from one average to the next. Nothing is written to disk,
+unlike in fluffle.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import stats
+from benchmarks.comparison import WARM_UP
 from benchmarks.gate import Gates
 from benchmarks.processes import ROOT, Died, Programs
-from benchmarks.sides import WARM_UP
 from fluffle_broker.node.network import free_ports
 
 APP = ROOT / "benchmarks" / "flower_side" / "app"
@@ -27,7 +27,7 @@ _LATE_S = 60.0
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return what keeps Flower to itself: no telemetry, no look for updates, a home of its own."""
+    """Return an environment without telemetry or update checks, and with a private home folder."""
     return {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -37,18 +37,18 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class _Gated:
-    """What both engines have in common: a gate at the server, and its file of stamps.
+    """The common part of both engines: a gate at the server, and its file of time stamps.
 
     Args:
-        programs: what starts its processes.
-        python: that of Flower's environment.
-        size_bytes: of the model.
-        clients: how many.
+        programs: starts the processes.
+        python: the Python of Flower's environment.
+        size_bytes: the size of the model.
+        clients: the number of clients.
         evaluates: whether every client evaluates every round's model.
     """
 
     name: str
-    warm_up: int  # rounds that it runs first
+    warm_up: int  # rounds to run before measuring
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class _Gated:
         self._stamps = programs.folder / f"{name}.stamps"
         self._stamps.touch()
         self._seen = 0
-        told = {
+        config = {
             "size": size_bytes,
             "clients": clients,
             "evaluates": int(evaluates),
@@ -73,18 +73,22 @@ class _Gated:
             "gate": str(self._gates.path),
             "stamps": str(self._stamps),
         }
-        self._pids = self._start(programs, python, told, [{}] * clients)
+        self._pids = self._start(programs, python, config, [{}] * clients)
         self._gates.wait()
         self.block(self.warm_up)
 
     def _start(
-        self, programs: Programs, python: Path, told: dict[str, Any], clients: list[dict[str, Any]]
+        self,
+        programs: Programs,
+        python: Path,
+        config: dict[str, Any],
+        clients: list[dict[str, Any]],
     ) -> dict[str, int]:
-        """Start its processes; return them by name."""
+        """Start the processes and return their ids by name."""
         raise NotImplementedError
 
     def block(self, rounds: int) -> list[float]:
-        """See ``sides.Side``."""
+        """Run rounds; see ``comparison.Side``."""
         self._gates.release(rounds + 1)
         self._gates.wait()
         latest = time.monotonic() + _LATE_S
@@ -93,42 +97,42 @@ class _Gated:
                 raise Died(f"{self._stamps}: {len(lines) - self._seen} of {rounds + 1} rounds")
         moments = [float(line.split()[0]) for line in lines[self._seen :]]
         self._seen = len(lines)
-        return figures.gaps(moments)
+        return stats.gaps(moments)
 
     def more(self) -> dict[str, Any]:
-        """See ``sides.Side``."""
+        """Return nothing more."""
         return {}
 
 
 class FlowerDirect(_Gated):
-    """``start_server`` and ``start_client``: deprecated, and the quicker of the two."""
+    """``start_server`` and ``start_client``, the deprecated and faster engine."""
 
     name = "flower direct"
     warm_up = WARM_UP
 
-    def _start(self, *what: Any) -> dict[str, int]:
-        return start_direct(*what)
+    def _start(self, *args: Any) -> dict[str, int]:
+        return start_direct(*args)
 
     def pids(self) -> dict[str, int]:
-        """See ``sides.Side``."""
+        """Return the process ids by name."""
         return dict(self._pids)
 
 
 def start_direct(
-    programs: Programs, python: Path, told: Mapping[str, Any], clients: list[dict[str, Any]]
+    programs: Programs, python: Path, config: Mapping[str, Any], clients: list[dict[str, Any]]
 ) -> dict[str, int]:
-    """Start a server and its clients; return their processes by name."""
+    """Start a server and its clients; return their process ids by name."""
     env = environment(programs.folder / "flower-home")
     port = free_ports(1)[0]
     address = f"127.0.0.1:{port}"
     module = (python, "-m", "benchmarks.flower_side.direct")
-    told = {**told, "address": address}
-    server = programs.start("flower-server", *module, "server", json.dumps(told), env=env)
+    config = {**config, "address": address}
+    server = programs.start("flower-server", *module, "server", json.dumps(config), env=env)
     pids = {"coordinator": server.pid}
-    if "size" in told:  # a large model takes it longer to begin than clients wait for a server
+    if "size" in config:  # with a large model, its start takes longer than clients wait
         _until_listening(programs, port)
     for number, client in enumerate(clients, start=1):
-        mine = {**told, "seed": number, **client}
+        mine = {**config, "seed": number, **client}
         pids[f"worker {number}"] = programs.start(
             f"flower-client-{number}", *module, "client", json.dumps(mine), env=env
         ).pid
@@ -141,19 +145,19 @@ class FlowerProduction(_Gated):
     name = "flower production"
     warm_up = 1
 
-    def _start(self, *what: Any) -> dict[str, int]:
-        return start_production(*what)
+    def _start(self, *args: Any) -> dict[str, int]:
+        return start_production(*args)
 
     def pids(self) -> dict[str, int]:
-        """See ``sides.Side``: those that last; each client app is a process that ends."""
+        """Return the ids of the lasting processes; each client app is a short-lived one."""
         server_app = self._stamps.read_text().splitlines()[-1].split()[1]
         return {**self._pids, "coordinator": int(server_app)}
 
 
 def start_production(
-    programs: Programs, python: Path, told: Mapping[str, Any], clients: list[dict[str, Any]]
+    programs: Programs, python: Path, config: Mapping[str, Any], clients: list[dict[str, Any]]
 ) -> dict[str, int]:
-    """Start a superlink, supernodes, and the run; return the processes by name."""
+    """Start a superlink, the supernodes and the run; return the process ids by name."""
     home = programs.folder / "flower-home"
     home.mkdir(exist_ok=True)
     commands = python.parent
@@ -178,7 +182,7 @@ def start_production(
             "--superlink", address, "--node-config", _toml({"seed": number, **client}), env=env,
         ).pid  # fmt: skip
     done = subprocess.run(
-        [commands / "flwr", "run", APP, "bench", "--run-config", _toml(told)],
+        [commands / "flwr", "run", APP, "bench", "--run-config", _toml(config)],
         env={**os.environ, **env, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -189,8 +193,8 @@ def start_production(
     return pids
 
 
-def _toml(told: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={json.dumps(value)}" for name, value in told.items())
+def _toml(config: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
 
 
 def _until_listening(programs: Programs, port: int) -> None:

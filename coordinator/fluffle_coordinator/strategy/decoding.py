@@ -1,4 +1,4 @@
-"""From the bytes of an update to a delta that is fit to be averaged."""
+"""Decoding of updates: from the bytes of a message to checked tensors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fluffle_common.errors import Cause, MalformedMessage
-from fluffle_common.protocol.codec import announced_layout, read_groups, read_tensors
+from fluffle_common.protocol.codec import read_groups, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
+from fluffle_common.protocol.transfer import announced_layout
 from fluffle_common.tensors.compression import check_announced_signature, decompress
 from fluffle_common.tensors.groups import (
     EXTRA,
@@ -29,25 +30,25 @@ from fluffle_common.tensors.weights import (
 )
 
 EVERYTHING = Plan()
-"""A plan that asks for a delta of the whole model, and for nothing else."""
+"""The plan that asks for the delta of the whole model, and for no extra tensors."""
 
 
 def check_announced(
     message: Update | FirstWeights, base: Weights | None, plan: Plan = EVERYTHING
 ) -> GroupedLayout:
-    """Look at what an update in parts announces, before any of it is fetched.
+    """Check the announcement of an update in parts, before any part is fetched.
 
     Args:
         message: the announcement.
-        base: the model's weights; None for the first ones.
-        plan: which tensors were asked for.
+        base: the weights of the model; None if these are the first weights.
+        plan: the round's plan, which says which tensors it asks for.
 
     Returns:
-        How its tensors lie in what is fetched.
+        The layout of the tensors in the payload.
 
     Raises:
-        MalformedMessage: of cause ``tensors``, where that cannot be what it says, or is no delta
-            for ``base``.
+        MalformedMessage: with the cause ``tensors``, if the announcement is inconsistent, or is not
+            a delta for ``base``.
     """
     layout = announced_layout(message)
     if base is None or not isinstance(message, Update):
@@ -60,16 +61,21 @@ def check_announced(
         _check_groups(forms)
         check_announced_signature(forms[MODEL], message.encoding, select_tensors(base, plan.train))
         check_extra(forms.get(EXTRA, {}), plan.extra, base)
-    except ValueError as wrong:
-        raise MalformedMessage(str(wrong), "tensors") from None
+    except ValueError as error:
+        raise _malformed(error) from None
     return layout
+
+
+def _malformed(error: ValueError) -> MalformedMessage:
+    cause: Cause = "not_finite" if isinstance(error, NotFinite) else "tensors"
+    return MalformedMessage(str(error), cause)
 
 
 def check_metrics(message: Update, names: Iterable[str]) -> None:
     """Check that an update has the metrics that the strategy needs.
 
     Raises:
-        MalformedMessage: naming the one that is missing.
+        MalformedMessage: if one is missing.
     """
     for name in names:
         if name not in message.metrics:
@@ -89,16 +95,18 @@ def decode_contribution(
 
     Args:
         message: the update, with its table of tensors and their encoding.
-        payload: the bytes of its tensors; or the tensors themselves, if they stay in pieces.
-        base: the weights that it is to be added to.
-        plan: which tensors were asked for.
+        payload: the bytes of its tensors, or the tensors themselves, in pieces.
+        base: the weights of the model.
+        plan: the round's plan, which says which tensors it asks for.
 
     Returns:
-        The delta, in the names, shapes and dtypes of ``base``; views into ``payload`` where nothing
-        was encoded, and zeros where nothing was to be trained. And its norm: see ``finite_norm``.
+        The delta, with the names, shapes and dtypes of ``base``, and its norm (``finite_norm``).
+        Tensors without an encoding are views into ``payload``; those that the plan does not train
+        are zeros.
 
     Raises:
-        MalformedMessage: of cause ``tensors`` or ``not_finite``, where it is no delta for ``base``.
+        MalformedMessage: with the cause ``tensors`` or ``not_finite``, if it is not a delta for
+            ``base``.
     """
     tensors: Weights = (
         payload if isinstance(payload, InPieces) else read_tensors(message.tensors, payload)
@@ -107,10 +115,9 @@ def decode_contribution(
         trained = select_tensors(base, plan.train)
         delta = decompress(tensors, message.encoding, trained)
         norm = check_delta(delta, trained)
-    except ValueError as wrong:
-        cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
-        raise MalformedMessage(str(wrong), cause) from None
-    if len(trained) < len(base):  # zeros take no memory before they are written to
+    except ValueError as error:
+        raise _malformed(error) from None
+    if len(trained) < len(base):  # untouched zeros take no memory
         delta = {
             name: delta[name] if name in delta else np.zeros(old.shape, delta_dtype(old.dtype))
             for name, old in base.items()
@@ -121,35 +128,34 @@ def decode_contribution(
 def decode_extra(
     message: Update, payload: memoryview | InPieces, base: Weights, plan: Plan
 ) -> Weights:
-    """Read what an update brings besides its delta, and check it.
+    """Read and check the extra tensors of an update.
 
     Args:
         message: the update, with its table of tensors.
         payload: as for ``decode_contribution``.
         base: the weights of the model.
-        plan: which tensors were asked for.
+        plan: the round's plan, which says which extra tensors it asks for.
 
     Returns:
-        The tensors, views into ``payload``; none if none were asked for.
+        The tensors, as views into ``payload``; none if the plan asks for none.
 
     Raises:
-        MalformedMessage: of cause ``tensors`` or ``not_finite``, if it is anything else than what
-            was asked for.
+        MalformedMessage: with the cause ``tensors`` or ``not_finite``, if they are not the tensors
+            that the plan asks for.
     """
     groups: Groups = (
-        {MODEL: payload}  # only a delta alone stays in pieces
+        {MODEL: payload}  # an update with extra tensors is never in pieces
         if isinstance(payload, InPieces)
         else read_groups(message.tensors, payload)
     )
-    found: Weights = groups.get(EXTRA, {})
+    extra: Weights = groups.get(EXTRA, {})
     try:
         _check_groups(groups)
-        check_extra(forms_of(found), plan.extra, base)
-        check_finite(found)
-    except ValueError as wrong:
-        cause: Cause = "not_finite" if isinstance(wrong, NotFinite) else "tensors"
-        raise MalformedMessage(str(wrong), cause) from None
-    return found
+        check_extra(forms_of(extra), plan.extra, base)
+        check_finite(extra)
+    except ValueError as error:
+        raise _malformed(error) from None
+    return extra
 
 
 def _check_groups(groups: Mapping[str, object]) -> None:

@@ -1,0 +1,150 @@
+"""Opens a run folder: waits for its lock, then begins a run or resumes the one that is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluffle_common.clock import monotonic
+from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol import events as run_events
+from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
+from fluffle_common.tensors.weights import Weights, check_finite, check_signature
+from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.strategy_loading import check_same
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
+
+if TYPE_CHECKING:
+    from fluffle_common.protocol.topology import Topology
+    from fluffle_coordinator.observe.watchers import Watcher
+    from fluffle_coordinator.service.settings import CoordinatorSettings
+
+_STANDBY_POLL_S = 0.5
+_STANDBY_NOTICE_S = 30.0
+
+
+async def open_run(
+    settings: CoordinatorSettings,
+    topology: Topology,
+    store: RunStore,
+    watcher: Watcher,
+    *,
+    fresh: bool,
+) -> Saved:
+    """Lock a run folder and return the state of its run, which is new if there was none.
+
+    Args:
+        settings: the operator's settings.
+        topology: the federation's topology, for the record.
+        store: the run folder.
+        watcher: receives events about standby, repairs and ignored options.
+        fresh: move an existing run aside and begin a new one.
+
+    Raises:
+        RunError: if the folder cannot be used.
+        UsageError: if the run cannot continue with these settings.
+    """
+    with _usable(store.folder):
+        await _lock(store, watcher)
+        if fresh:
+            aside = store.start_afresh()
+            if aside is not None:
+                watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
+        saved = store.load(settings.federation)
+        check_same(settings.strategy, saved, store.folder)
+        if settings.init is not None and saved.weights is None:
+            saved = begin_with_file(settings.init, store, saved, settings.federation)
+        elif settings.init is not None:
+            check_first_weights(settings.init, store, watcher)
+        store.note_configuration(configuration(settings, topology), saved.committed)
+    for repair in saved.repairs:
+        watcher.record(run_events.Repaired(what=repair))
+    return saved
+
+
+async def _lock(store: RunStore, watcher: Watcher) -> None:
+    """Lock the run folder; wait while another coordinator holds the lock."""
+    notified_at = -_STANDBY_NOTICE_S
+    try:
+        while not store.try_lock():
+            if monotonic() - notified_at >= _STANDBY_NOTICE_S:
+                watcher.record(run_events.Standby(what=str(store.folder)))
+                notified_at = monotonic()
+            await asyncio.sleep(_STANDBY_POLL_S)
+    except asyncio.CancelledError:
+        watcher.record(run_events.Interrupted(folder=str(store.folder)))
+        raise
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Turn an ``OSError`` about the run folder into a one-line ``RunError``."""
+    try:
+        yield
+    except OSError as why:
+        what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
+        raise RunError(
+            f"cannot use the run folder {folder} ({what}); it must be writable and on a file "
+            "system that supports locks: choose another with --run"
+        ) from None
+
+
+def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
+    """Begin a run with the weights of a model file, such as another run's last checkpoint.
+
+    Raises:
+        UsageError: if the file holds no valid model.
+    """
+    weights, metadata = read_checkpoint(file)
+    try:
+        check_signature(weights)
+        check_finite(weights)
+        check_names(weights)
+    except ValueError as wrong:
+        raise UsageError(f"{file} cannot be used as first weights: {wrong}") from None
+    metadata = {
+        "task": metadata.get("task", ""),
+        "classes": metadata.get("classes", "[]"),
+        "federation": federation,
+        "run": saved.run,
+        "round": "0",
+        "base": new_base(),
+    }
+    store.save_weights(0, weights, metadata)
+    return replace(saved, weights=weights, metadata=metadata)
+
+
+def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
+    """Check that ``--init`` names the weights that an existing run began with.
+
+    Raises:
+        UsageError: if the file holds other weights.
+    """
+    first = store.folder / checkpoint_name(0)
+    if not first.exists():
+        return
+    try:
+        same = same_weights(read_checkpoint(first)[0], read_checkpoint(file)[0])
+    except UsageError as why:  # unreadable, but the run has its own copy
+        watcher.record(run_events.Note(what=f"--init is no longer needed and is ignored: {why}"))
+        return
+    if not same:
+        raise UsageError(
+            f"--init {file} holds other weights than this run began with, and cannot change an "
+            "existing run; give --fresh to begin a new run with them and move this one aside, or "
+            "leave --init out to continue this run"
+        )
+
+
+def same_weights(one: Weights, other: Weights) -> bool:
+    """Whether two models are equal byte for byte, so that a NaN equals itself."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and one[name].tobytes() == other[name].tobytes()
+        for name in one
+    )

@@ -1,0 +1,53 @@
+"""Prints random sentences from the docs, the help texts and the errors, to review their English.
+
+python docs/sentences.py 1 10       seed 1, ten sentences of each kind
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SIDES = ("fluffle", "broker", "common", "coordinator", "worker")
+PAGES = ("README.md", "docs/guarantees.md", "docs/debugging.md")
+_MIN_WORDS = 4  # a shorter text is a name, not a sentence
+
+
+def of_page(path: Path) -> list[str]:
+    """Return the sentences of a page, without tables, code and headings."""
+    text = re.sub(r"(?ms)^```.*?^```|^[|#!].*?$", "", path.read_text(encoding="utf-8"))
+    sentences = [each.split() for each in re.split(r"(?<=[.:])\s+(?=[A-Z*`-])|\n\n", text)]
+    return [" ".join(words) for words in sentences if len(words) >= _MIN_WORDS]
+
+
+def of_code() -> Iterator[tuple[str, str]]:
+    """Yield ``("help", text)`` for every option and ``("error", text)`` for every ``raise``."""
+    for side in SIDES:
+        for path in sorted((ROOT / side).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.keyword) and node.arg == "help":
+                    yield "help", ast.unparse(node.value)
+                elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    yield from (("error", ast.unparse(text)) for text in node.exc.args[:1])
+
+
+def main() -> None:
+    """Print the sentences of each kind under a heading."""
+    seed, count = map(int, (*sys.argv[1:], "1", "10")[:2])
+    kinds = {page: of_page(ROOT / page) for page in PAGES}
+    for kind, text in of_code():
+        if len(text.split()) >= _MIN_WORDS:
+            kinds.setdefault(kind, []).append(text)
+    draw = random.Random(seed)
+    for kind, texts in kinds.items():
+        sample = draw.sample(texts, min(count, len(texts)))
+        sys.stdout.write("\n".join((f"\n# {kind}", *sample)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

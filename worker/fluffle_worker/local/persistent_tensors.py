@@ -1,0 +1,125 @@
+"""Tensors that a worker keeps between rounds, in memory and in its state folder.
+
+::
+
+    runs/workers/letters/client-1/
+        local-rule-0007.safetensors    kept by the local rule in round 7
+        local-rule-0006.safetensors    kept in round 6; needed if round 7 is trained again
+        personal-0007.safetensors      tensors that the task does not send
+
+A file is completely written before the update of its round is sent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fluffle_common.durable_files import make_folder
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
+from fluffle_common.tensors.layout import Weights, check_signature
+from fluffle_worker.local.base import Named
+
+_ROUNDS_KEPT = 2
+
+
+class _Kept(NamedTuple):
+    run: str
+    round: int
+    arrays: Weights
+
+
+class PersistentTensors:
+    """The tensors of the last two rounds of a run.
+
+    Every method raises ``TaskError`` if a file cannot be read or written.
+
+    Args:
+        folder: the folder for the files; None to keep the tensors in memory only.
+        prefix: the prefix of the files' names.
+    """
+
+    def __init__(self, folder: Path | None = None, prefix: str = "local-rule") -> None:
+        self._folder, self._prefix = folder, prefix
+        self._rounds: list[_Kept] | None = None if folder else []
+
+    def before(self, run: str, number: int) -> Weights:
+        """Return the tensors of the last round of ``run`` before ``number``; empty if none."""
+        earlier = [kept for kept in self._all() if kept.run == run and kept.round < number]
+        return max(earlier, key=lambda kept: kept.round).arrays if earlier else {}
+
+    def latest(self) -> Weights:
+        """Return the tensors of the last round; empty if there are none."""
+        return max(self._all(), key=lambda kept: kept.round).arrays if self._all() else {}
+
+    def keep(self, run: str, number: int, arrays: Named) -> None:
+        """Keep copies of a round's tensors; an empty mapping keeps nothing.
+
+        Raises:
+            ValueError: if one of them cannot be stored as an array.
+        """
+        copies = {name: np.array(array) for name, array in arrays.items()}
+        if copies:
+            check_signature(copies)
+        previous = self._all()
+        # If the run went back to an earlier round, the tensors of later rounds are obsolete.
+        earlier = [kept for kept in previous if kept.run == run and kept.round < number]
+        self._rounds = [*earlier, _Kept(run, number, copies)][-_ROUNDS_KEPT:]
+        if self._folder is not None and (copies or any(kept.arrays for kept in previous)):
+            self._write(self._folder, run, number, copies)
+
+    def _all(self) -> list[_Kept]:
+        if self._rounds is None:
+            assert self._folder is not None
+            self._rounds = [_read(path) for path in self._files(self._folder)]
+        return self._rounds
+
+    def _write(self, folder: Path, run: str, number: int, arrays: Weights) -> None:
+        path = folder / self._name(number)
+        try:
+            make_folder(folder)
+            if arrays:
+                save_checkpoint(path, arrays, {"run": run, "round": str(number)})
+            else:
+                path.unlink(missing_ok=True)
+            current = {self._name(kept.round) for kept in self._all() if kept.arrays}
+            for other in self._files(folder):
+                if other.name not in current:
+                    other.unlink(missing_ok=True)
+        except OSError as why:
+            raise TaskError(
+                f"the worker's state cannot be written to {path} ({why.strerror}); make room "
+                "there, or choose another folder with --state-dir"
+            ) from None
+
+    def _name(self, number: int) -> str:
+        return f"{self._prefix}-{number:04d}.safetensors"
+
+    def _files(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob(f"{self._prefix}-*.safetensors"))
+
+
+def keep_in(folder: Path | None, task: Any) -> None:
+    """Call the method ``keep_in`` of a task and of its local rule, if they have one.
+
+    Does nothing if there is no folder.
+    """
+    if folder is None:
+        return
+    for owner in (task, getattr(task, "local_rule", None)):
+        keep = getattr(owner, "keep_in", None)
+        if callable(keep):
+            keep(folder)
+
+
+def _read(path: Path) -> _Kept:
+    try:
+        arrays, metadata = read_checkpoint(path)
+        return _Kept(metadata["run"], int(metadata["round"]), arrays)
+    except (UsageError, KeyError, ValueError) as wrong:
+        raise TaskError(
+            f"the worker's state is damaged: {wrong}; remove {path} to continue without it"
+        ) from None
