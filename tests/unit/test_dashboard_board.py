@@ -167,7 +167,7 @@ class TestRun:
         board.link(True, "linked")
         assert board.run()["linked"]
 
-    def test_another_run_begins_afresh(self) -> None:
+    def test_another_run_resets_the_view(self) -> None:
         board = board_after(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
         board.add(200.0, from_fields("started", {"run": "another", "folder": "x"}))
         shown = board.snapshot(201.0)
