@@ -89,7 +89,7 @@ async def test_the_page_and_its_parts(site: Site) -> None:
         "nosniff",
     )
     assert "http://" not in body.replace("http://www.w3.org", "")
-    for name in ("page.css", "page.js", "panels.js", "chart.js", "dom.js", "theme.js", "icon.svg"):
+    for name in ("page.css", "page.js", "panels.js", "workers.js", "theme.js", "icon.svg"):
         status, _, body = await site.ask(f"/{name}")
         assert status == 200, name
         assert "innerHTML" not in body, name
