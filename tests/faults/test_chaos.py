@@ -18,7 +18,7 @@ def test_one_fault_of_each_kind(tmp_path: Path) -> None:
     assert verdict.figures["rounds"] >= 8
 
 
-def test_the_seed_alone_decides_what_happens() -> None:
+def test_the_seed_alone_determines_the_faults() -> None:
     assert sum(KINDS.values()) == 100
     assert schedule(7, 100) == schedule(7, 100) != schedule(8, 100)
     assert {fault.kind for fault in schedule(3, len(KINDS))} == set(KINDS)

@@ -43,7 +43,7 @@ def sound(broker_node: node.NodeInfo, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def test_a_sound_federation_is_clean(sound: Path) -> None:
+def test_a_correct_federation_is_clean(sound: Path) -> None:
     verdict = check(sound)
     assert verdict.clean, verdict.text()
     assert verdict.figures["rounds"] == ROUNDS
@@ -234,7 +234,7 @@ def unheard(folder: Path) -> None:
         (unheard, "and w0, which lived, counted as gone"),
     ],
 )
-def test_what_is_wrong_is_found(
+def test_every_violation_is_found(
     sound: Path, tmp_path: Path, tamper: Callable[[Path], None], message: str
 ) -> None:
     folder = tmp_path / "tampered"
@@ -245,7 +245,7 @@ def test_what_is_wrong_is_found(
     assert message in verdict.text()
 
 
-def test_what_was_trained_from_weights_that_were_taken_back_is_no_fault(
+def test_an_update_from_a_base_that_was_taken_back_is_no_violation(
     sound: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "crashed"

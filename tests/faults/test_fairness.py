@@ -96,7 +96,7 @@ MUTE = "the quorum of round 1 fell from 3 to 1, and no event 'quorum' says why"
         (1, [opened(1, 1), COMMITTED, opened(2, 3)], []),
     ],
 )  # fmt: skip
-def test_a_round_that_was_closed_with_less_than_its_quorum_is_found(
+def test_a_round_closed_below_its_quorum_is_found(
     tmp_path: Path, updates: int, log: list[Line], violations: list[str]
 ) -> None:
     assert judged_quorums(tmp_path, updates, log) == violations
@@ -121,7 +121,7 @@ def test_the_coordinator_that_committed_a_round_is_the_one_whose_quorum_counts(
         (ALL, 1, 1.0, 1),
     ],
 )
-def test_no_round_has_fewer_than_the_quorum_of_those_who_must_be_there(
+def test_no_round_is_below_the_operators_minimum(
     tmp_path: Path, quorum: Line, min_workers: int, fraction: float, floor: int
 ) -> None:
     def violations_with(folder: str, updates: int) -> list[str]:
@@ -135,7 +135,7 @@ def test_no_round_has_fewer_than_the_quorum_of_those_who_must_be_there(
     ] == [True]
 
 
-def test_what_the_operator_wrote_holds_from_the_round_on_in_which_it_was_written(
+def test_a_changed_configuration_holds_from_its_round_on(
     tmp_path: Path,
 ) -> None:
     some = {"quorum": ALL, "fraction": 1.0}
@@ -184,22 +184,22 @@ def fault(kind: str, began: float, done: float, lasts_s: float = 0.0) -> Line:
     return {"kind": kind, "began": at(began), "time": at(done), "lasts_s": lasts_s}
 
 
-def test_whoever_lived_and_was_said_to_be_gone_after_a_stop_is_found(tmp_path: Path) -> None:
+def test_a_living_worker_that_is_gone_after_a_stop_is_found(tmp_path: Path) -> None:
     violations = judged(tmp_path, STOPPED, [BEFORE, GONE])
     assert violations == [f"{WORDS}w1, which lived, counted as gone"]
 
 
-def test_whoever_lived_and_was_said_to_be_gone_after_an_alarm_is_found(tmp_path: Path) -> None:
+def test_a_living_worker_that_is_gone_after_an_alarm_is_found(tmp_path: Path) -> None:
     violations = judged(tmp_path, ALARM, [BEFORE, GONE])
     assert violations == ["a memory alarm took 15.0 s, and w1, which lived, counted as gone"]
 
 
-def test_whoever_lived_and_is_not_asked_in_the_next_round_is_found(tmp_path: Path) -> None:
+def test_a_living_worker_that_is_not_asked_in_the_next_round_is_found(tmp_path: Path) -> None:
     violations = judged(tmp_path, STOPPED, [BEFORE, opened(2, 1, 26, asked=["w0"])])
     assert violations == [f"{WORDS}round 2 did not ask w1"]
 
 
-def test_a_standby_that_takes_the_run_of_a_coordinator_that_is_stopped_is_found(
+def test_a_standby_that_replaces_a_stopped_coordinator_is_found(
     tmp_path: Path,
 ) -> None:
     violations = judged(tmp_path, STOPPED, [BEFORE], [logged("resumed", 20, round=1)])
@@ -218,16 +218,18 @@ def test_a_standby_that_takes_the_run_of_a_coordinator_that_is_stopped_is_found(
         ([BEFORE, logged("left", 9.5, worker="w1"), opened(2, 1, 26, asked=["w0"])], {}),
     ],
 )
-def test_what_has_another_reason_is_no_fault(tmp_path: Path, log: list[Line], more: Line) -> None:
+def test_an_absence_with_another_reason_is_no_violation(
+    tmp_path: Path, log: list[Line], more: Line
+) -> None:
     assert judged(tmp_path, STOPPED, log, **more) == []
 
 
-def test_a_silence_that_another_fault_excuses_is_not_counted_as_judged(tmp_path: Path) -> None:
+def test_a_silence_during_another_fault_is_not_judged(tmp_path: Path) -> None:
     judged(tmp_path, STOPPED, [BEFORE, GONE], faults=[fault("stall", 7, 7, 4.0)])
     assert fairness.silences_judged(tmp_path) == 0
 
 
-def test_a_fault_that_was_long_over_is_no_excuse(tmp_path: Path) -> None:
+def test_a_fault_that_ended_long_before_is_no_excuse(tmp_path: Path) -> None:
     violations = judged(tmp_path, STOPPED, [BEFORE, GONE], faults=[fault("stall", 9, 9, 6.0)])
     assert len(violations) == 1
     assert fairness.silences_judged(tmp_path) == 1

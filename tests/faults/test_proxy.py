@@ -85,7 +85,7 @@ def test_stall_holds_everything_back_for_a_while(pair: Pair) -> None:
     assert pair.passes()
 
 
-def test_some_connections_have_a_slow_line_to_themselves_for_a_while(pair: Pair) -> None:
+def test_some_connections_are_slow_for_a_while(pair: Pair) -> None:
     assert pair.passes()
     assert pair.proxy.slow_some(1.0, 100_000, 0.4, random.Random(0)) == 1
     began = time.monotonic()
@@ -98,7 +98,7 @@ def test_some_connections_have_a_slow_line_to_themselves_for_a_while(pair: Pair)
 
 
 @pytest.mark.parametrize("side", ["client", "broker"])
-def test_half_close_ends_one_side_and_leaves_the_other_in_the_dark(pair: Pair, side: Side) -> None:
+def test_half_close_ends_only_one_side(pair: Pair, side: Side) -> None:
     assert pair.passes()
     ended, dark = (pair.client, pair.server) if side == "client" else (pair.server, pair.client)
     assert pair.proxy.half_close(1.0, side, 0.6, random.Random(0)) == 1
@@ -112,7 +112,7 @@ def test_half_close_ends_one_side_and_leaves_the_other_in_the_dark(pair: Pair, s
     assert gone(dark)
 
 
-def test_a_slow_line_lets_so_many_bytes_pass_over_all_its_connections() -> None:
+def test_the_rate_limits_all_connections_together() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(PATIENCE_S)
         with Proxy(server.getsockname()[1], rate=100_000) as proxy:
@@ -132,7 +132,7 @@ def test_a_slow_line_lets_so_many_bytes_pass_over_all_its_connections() -> None:
                 pair.server.close()
 
 
-def test_where_nobody_listens_the_client_is_reset(pair: Pair) -> None:
+def test_the_client_is_reset_if_nothing_listens(pair: Pair) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with Proxy(port) as proxy, contextlib.suppress(ConnectionResetError):  # even immediately
@@ -141,7 +141,7 @@ def test_where_nobody_listens_the_client_is_reset(pair: Pair) -> None:
 
 
 @pytest.mark.rabbit
-async def test_closing_a_link_is_no_cancellation_for_whoever_publishes_over_it(
+async def test_closing_a_link_does_not_cancel_its_publishers(
     broker_node: node.NodeInfo,
 ) -> None:
     """Regression: a worker ended as if interrupted when the broker died during its upload."""
@@ -163,7 +163,7 @@ async def test_closing_a_link_is_no_cancellation_for_whoever_publishes_over_it(
 
 
 @pytest.mark.rabbit
-async def test_a_connection_that_is_gone_before_its_channels_are_open_is_a_lost_link(
+async def test_a_connection_lost_before_its_channels_open_is_a_lost_link(
     broker_node: node.NodeInfo,
 ) -> None:
     """Regression: a worker ended with a traceback when the broker died at this moment."""

@@ -339,7 +339,7 @@ def test_a_disk_that_refuses_large_files_pauses_the_run_too(federation: Federati
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of others: Linux only")
-def test_an_average_that_never_was_on_disk_was_sent_to_nobody(federation: Federation) -> None:
+def test_an_average_that_was_never_on_disk_was_never_sent(federation: Federation) -> None:
     flags = ("--rounds", 5, "--config", "train_s=0.3")
     coordinator, workers = start(federation, 2, *flags, FAULTS_KERNEL="400000")
     federation.wait_committed(2)

@@ -55,7 +55,7 @@ def assert_everybody_was_counted(federation: Federation, *programs: Program) -> 
     assert_ended_well(federation)
 
 
-def test_a_coordinator_that_was_stopped_waits_for_everybody_who_lives(
+def test_a_stopped_coordinator_waits_for_all_living_workers(
     federation: Federation,
 ) -> None:
     with two_of_three_have_answered(federation) as coordinator:
@@ -63,7 +63,7 @@ def test_a_coordinator_that_was_stopped_waits_for_everybody_who_lives(
             threading.Event().wait(3 * FIVE_BEATS_S)
 
 
-def test_a_memory_alarm_of_the_broker_ends_nobodys_presence(
+def test_a_memory_alarm_makes_no_worker_gone(
     federation: Federation, broker_node: node.NodeInfo
 ) -> None:
     with two_of_three_have_answered(federation), federation.unheard("alarm"):
@@ -71,7 +71,7 @@ def test_a_memory_alarm_of_the_broker_ends_nobodys_presence(
             threading.Event().wait(3 * FIVE_BEATS_S)
 
 
-def test_signs_of_life_of_workers_that_are_dead_open_no_round(
+def test_old_heartbeats_of_killed_workers_open_no_round(
     federation: Federation, tmp_path: Path
 ) -> None:
     model = tmp_path / "first.safetensors"  # so that no worker is asked for first weights

@@ -29,7 +29,7 @@ def slow_url(broker_node: node.NodeInfo, proxy: Proxy) -> str:
     return broker_node.url.replace(f":{broker_node.ports.amqp}", f":{proxy.port}")
 
 
-def test_a_worker_behind_a_slow_line_is_counted_in_every_round(
+def test_a_worker_behind_a_slow_line_counts_in_every_round(
     federation: Federation, broker_node: node.NodeInfo
 ) -> None:
     """Its upload takes 3.3 s, and it would be gone after 1.5 s without a heartbeat."""
@@ -46,7 +46,7 @@ def test_a_worker_behind_a_slow_line_is_counted_in_every_round(
         assert len(line["participants"]) == 3
 
 
-async def test_an_upload_ends_while_its_bytes_move_and_signs_of_life_go_past_it(
+async def test_a_slow_upload_succeeds_and_does_not_delay_heartbeats(
     broker_node: node.NodeInfo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An upload of 8 s succeeds with a timeout of 3 s, because its bytes keep moving."""

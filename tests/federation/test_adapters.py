@@ -67,7 +67,7 @@ def trained_alone(rounds: int) -> list[Any]:
 
 
 @pytest.mark.usefixtures("_compiled_elsewhere")
-def test_only_adapters_travel_while_each_worker_keeps_a_head_of_its_own(federated):
+def test_only_adapters_travel_and_each_worker_keeps_its_own_head(federated):
     expected = trained_alone(2)
     tasks = [adapted(seed) for seed in (0, 1)]
     for task in tasks:  # compile now, because VirtualLoop allows no thread to take long

@@ -7,7 +7,7 @@ import pytest
 
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_whole
 from fluffle_coordinator.service.strategy_loading import load_strategy
-from fluffle_coordinator.strategy import private
+from fluffle_coordinator.strategy import dp_fedavg
 from tests.federation.harness import Adder
 from tests.federation.test_scaffold import TARGETS, Descent
 
@@ -82,7 +82,7 @@ def test_fedadam(federated, when):
 
 
 @pytest.mark.parametrize("when", ["opened", "counted", "committed"])
-def test_scaffold_whose_workers_are_killed_too(federated, tmp_path, when):
+def test_scaffold_with_killed_workers(federated, tmp_path, when):
     def start(federation):
         kept = tmp_path / federation.folder.name
         return [federation.worker(name, Descent(name), state_dir=kept / name) for name in TARGETS]
@@ -94,7 +94,7 @@ def test_scaffold_whose_workers_are_killed_too(federated, tmp_path, when):
 
 def test_adaptive_clipping(federated, monkeypatch):
     """Clip adaptively without noise, since noise would differ between the runs."""
-    monkeypatch.setattr(private, "gaussian", np.zeros)
+    monkeypatch.setattr(dp_fedavg, "gaussian", np.zeros)
     strategy = "dp:clip=1,noise=0.5,workers=2,quantile=0.75+fedavgm:momentum=0.5"
     whole, resumed = both(federated, strategy, adders, workers_too=False, when="counted")
     assert len({one["mean/clip"] for one in whole[1:]}) == ROUNDS

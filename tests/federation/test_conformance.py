@@ -49,7 +49,7 @@ def skipped(findings: dict[str, Finding]) -> list[str]:
     return [name for name, finding in findings.items() if finding.outcome == "skipped"]
 
 
-def test_our_worker_does_what_the_document_demands(federated):
+def test_our_worker_passes(federated):
     async def scenario(federation):
         worker = federation.worker("w", Slowing(federation.loop))
         findings = await examined(federation)
@@ -62,7 +62,7 @@ def test_our_worker_does_what_the_document_demands(federated):
     federated(scenario)
 
 
-def test_it_does_so_with_a_model_in_parts_and_when_it_is_refused(federated):
+def test_our_worker_passes_with_a_model_in_parts_and_after_a_refusal(federated):
     async def scenario(federation):
         def tell(line: str) -> None:
             if "once more" in line:
@@ -79,7 +79,7 @@ def test_it_does_so_with_a_model_in_parts_and_when_it_is_refused(federated):
     federated(scenario)
 
 
-def test_without_a_round_nothing_further_is_tried(federated):
+def test_scenarios_after_a_failed_round_are_not_tried(federated):
     async def scenario(federation):
         federation.worker("w")  # which trains its own model only
         findings = await examined(federation, large=True)
@@ -90,7 +90,7 @@ def test_without_a_round_nothing_further_is_tried(federated):
     federated(scenario)
 
 
-def test_a_worker_that_stays_is_as_good(federated):
+def test_a_worker_that_stays_after_the_stop_passes(federated):
     async def scenario(federation):
         federation.worker("w", Slowing(federation.loop), stay=True)
         findings = await examined(federation)
@@ -102,7 +102,7 @@ def test_a_worker_that_stays_is_as_good(federated):
     federated(scenario)
 
 
-def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(federated):
+def test_earlier_messages_do_not_count_and_the_worker_may_run_already(federated):
     async def scenario(federation):
         earlier = federation.worker("w", Slowing(federation.loop))
         findings = await examined(federation)
@@ -121,7 +121,7 @@ def test_what_was_said_before_does_not_count_and_a_worker_may_be_here_already(fe
     federated(scenario)
 
 
-def test_a_federation_with_a_coordinator_or_with_real_work_is_left_alone(federated):
+def test_a_federation_in_use_is_left_alone(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1000)
         workers = federation.workers(2)
@@ -141,7 +141,7 @@ def test_a_federation_with_a_coordinator_or_with_real_work_is_left_alone(federat
     federated(scenario)
 
 
-def test_without_a_worker_it_gives_up(federated):
+def test_it_gives_up_without_a_worker(federated):
     async def scenario(federation):
         with pytest.raises(RunError, match="no worker was heard"):
             await examined(federation, wait_s=20)
@@ -149,7 +149,7 @@ def test_without_a_worker_it_gives_up(federated):
     federated(scenario)
 
 
-def test_a_malformed_hello_is_told(federated, monkeypatch):
+def test_a_malformed_hello_is_reported(federated, monkeypatch):
     monkeypatch.setattr(Hello, "model_dump", lambda self, **_: {"kind": "hello", "protocol": 2})
 
     async def scenario(federation):
@@ -185,7 +185,7 @@ def answers_any_attempt(patch):
         real(self, message, payload)
 
     patch(WorkerService, "_work", work)
-    patch(WorkerService, "_judged", lambda self, verdict: None)
+    patch(WorkerService, "_handle_verdict", lambda self, verdict: None)
 
 
 def leaves_at_any_stop(patch):
@@ -280,13 +280,13 @@ def evaluates_another_round(patch):
 
 
 def is_silent_at_work(patch):
-    real = Presence._begin_to_say
+    real = Presence._start_sending
 
-    def begin_to_say(self, link, message):
+    def start_sending(self, link, message):
         if not isinstance(message, Heartbeat) or message.state == "idle":
             real(self, link, message)
 
-    patch(Presence, "_begin_to_say", begin_to_say)
+    patch(Presence, "_start_sending", start_sending)
 
 
 MISTAKES = {
@@ -307,7 +307,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_a_mistake_is_found_by_the_scenario_that_is_about_it(federated, monkeypatch, mistake):
+def test_each_mistake_is_found_by_its_scenario(federated, monkeypatch, mistake):
     mistake(monkeypatch.setattr)
 
     async def scenario(federation):

@@ -92,7 +92,7 @@ def check(federation, rounds: int) -> None:
 
 
 @pytest.mark.parametrize("part_bytes", [codec.PART_BYTES, 64])
-def test_scaffold_from_a_file_is_what_its_paper_says(federated, monkeypatch, part_bytes):
+def test_scaffold_from_a_file_matches_the_paper(federated, monkeypatch, part_bytes):
     """Compare with the paper, for tensors in one message and in parts."""
     monkeypatch.setattr(codec, "PART_BYTES", part_bytes)
     monkeypatch.setattr("fluffle_coordinator.service.outbox.PART_BYTES", part_bytes)
@@ -112,7 +112,7 @@ def test_scaffold_from_a_file_is_what_its_paper_says(federated, monkeypatch, par
     federated(scenario)
 
 
-def test_what_a_rule_keeps_outlives_its_worker_and_the_state_its_coordinator(federated, tmp_path):
+def test_the_states_of_rule_and_strategy_survive_restarts(federated, tmp_path):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, strategy=strategy())
         first = [
@@ -132,7 +132,7 @@ def test_what_a_rule_keeps_outlives_its_worker_and_the_state_its_coordinator(fed
     federated(scenario)
 
 
-def test_a_worker_without_the_rule_says_what_is_asked_of_it(federated):
+def test_a_worker_without_the_rule_names_what_is_missing(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, number=1, min_workers=2, strategy=strategy())
         federation.worker("a", Descent("a", pause=lambda: federation.loop.sleep(1.0)))
@@ -146,7 +146,7 @@ def test_a_worker_without_the_rule_says_what_is_asked_of_it(federated):
     federated(scenario)
 
 
-def test_what_nobody_asks_for_does_not_leave_a_worker(federated):
+def test_tensors_that_nobody_requests_stay_with_the_worker(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1)
         sends = [Descent(name, rule=None) for name in TARGETS]
@@ -179,7 +179,7 @@ def test_what_nobody_asks_for_does_not_leave_a_worker(federated):
         ("model", {"v": np.ones(4)}, "'v' was not asked for"),
     ],
 )
-def test_a_worker_sends_what_is_asked_for_or_says_what_is_wrong(federated, wanted, sent, reason):
+def test_extra_tensors_that_do_not_match_the_request_fail(federated, wanted, sent, reason):
     named = strategy()
     object.__setattr__(named, "strategy", SimpleNamespace(**{
         name: getattr(named.strategy, name) for name in ("init", "fold", "finish", "dump", "load")
@@ -199,7 +199,7 @@ def test_a_worker_sends_what_is_asked_for_or_says_what_is_wrong(federated, wante
     federated(scenario)
 
 
-def test_a_broadcast_that_cannot_be_sent_stops_the_run(federated):
+def test_an_invalid_broadcast_stops_the_run(federated):
     class Broken(type(strategy().strategy)):
         def broadcast(self, state: Any) -> Any:
             return {"c": np.array([1.0, np.nan])}
@@ -218,7 +218,7 @@ def test_a_broadcast_that_cannot_be_sent_stops_the_run(federated):
 
 @pytest.mark.parametrize("compress", [None, "int8"])
 @pytest.mark.parametrize("part_bytes", [codec.PART_BYTES, 256])
-def test_what_the_plan_does_not_train_stays_bit_by_bit_and_does_not_travel(
+def test_tensors_that_the_plan_does_not_train_stay_unchanged_and_do_not_travel(
     federated, monkeypatch, compress, part_bytes
 ):
     monkeypatch.setattr(codec, "PART_BYTES", part_bytes)
@@ -261,20 +261,20 @@ def test_what_the_plan_does_not_train_stays_bit_by_bit_and_does_not_travel(
     federated(scenario)
 
 
-def test_a_plan_that_trains_nothing_of_the_model_is_told(federated):
+def test_a_plan_that_trains_no_tensor_of_the_model_is_reported(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(
             rounds=1, min_workers=1, plan=Plan(train=("head/*", "tail"))
         )
         federation.worker("a", Adder(federation.loop))
         reason = (await coordinator.log.until("failure"))["reason"]
-        assert "the federation trains the tensors head/*, tail, and this task's model has" in reason
+        assert "the federation trains the tensors head/*, tail, but this task's model has" in reason
         await coordinator.kill()
 
     federated(scenario)
 
 
-def test_a_run_in_this_process_goes_on_with_what_its_rules_kept(tmp_path):
+def test_a_run_in_one_process_resumes_with_the_state_of_its_rules(tmp_path):
     for rounds in (2, 4):
         tasks = {name: Descent(name) for name in TARGETS}
         fluffle.run(

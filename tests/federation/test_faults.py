@@ -18,7 +18,7 @@ def start(federation, name, **options):
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.4, 0.9, 1.0, 1.001, 1.3, 2.1, 2.6])
-def test_a_coordinator_killed_at_any_moment_goes_on(federated, after_s):
+def test_a_coordinator_killed_at_any_time_resumes(federated, after_s):
     async def scenario(federation):
         for name in VALUES:
             start(federation, name)
@@ -35,7 +35,7 @@ def test_a_coordinator_killed_at_any_moment_goes_on(federated, after_s):
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.5, 1.0, 1.5, 2.2, 3.0])
-def test_a_worker_killed_at_any_moment_comes_back(federated, after_s):
+def test_a_worker_killed_at_any_time_returns(federated, after_s):
     async def scenario(federation):
         workers = [start(federation, name) for name in VALUES]
         coordinator = federation.coordinator(rounds=5, min_workers=3)
@@ -55,7 +55,7 @@ KINDS = ["hello", "heartbeat", "update", "evaluation", "first_weights"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_line_of_a_worker_cut_at_any_message_loses_nothing(federated, kind):
+def test_a_workers_line_cut_at_any_message_loses_nothing(federated, kind):
     async def scenario(federation):
         workers = [start(federation, name) for name in VALUES]
         for worker in workers:
@@ -69,7 +69,7 @@ def test_a_line_of_a_worker_cut_at_any_message_loses_nothing(federated, kind):
 
 
 @pytest.mark.parametrize("kind", ["welcome", "init_request", "fit", "echo", "evaluate", "event"])
-def test_the_line_of_the_coordinator_cut_at_any_message_loses_nothing(federated, kind):
+def test_the_coordinators_line_cut_at_any_message_loses_nothing(federated, kind):
     async def scenario(federation):
         for name in VALUES:
             start(federation, name)
@@ -153,7 +153,7 @@ def test_a_rain_of_faults(federated, seed):
     federated(scenario)
 
 
-def test_an_update_of_who_died_with_the_coordinator_weighs_what_it_did(federated):
+def test_an_update_keeps_its_weight_if_its_worker_dies_with_the_coordinator(federated):
     async def scenario(federation):
         slow, quick = start(federation, "a", step_s=3.0), start(federation, "c")
         first = federation.coordinator(rounds=3)

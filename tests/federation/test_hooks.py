@@ -51,7 +51,7 @@ def test_every_round_is_tested_and_shown_before_the_next_one_opens(federated):
 
 
 @pytest.mark.parametrize("raises", [True, False])
-def test_a_hook_ends_the_run_where_it_is_and_the_same_command_goes_on(federated, raises):
+def test_a_hook_ends_the_run_at_its_round_and_the_same_command_continues_it(federated, raises):
     def enough(commit):
         if commit.round == 2:
             if raises:
@@ -77,7 +77,7 @@ def test_a_hook_ends_the_run_where_it_is_and_the_same_command_goes_on(federated,
     federated(scenario)
 
 
-def test_a_hook_that_fails_is_told_once_with_its_traceback_and_loses_no_round(federated, capsys):
+def test_a_failing_hook_is_reported_once_and_loses_no_round(federated, capsys):
     def evaluate(weights):
         raise KeyError("accuracy")
 
@@ -107,7 +107,7 @@ def test_a_hook_that_fails_is_told_once_with_its_traceback_and_loses_no_round(fe
 
 
 @pytest.mark.parametrize("wrong", [0.5, {"accuracy": "high"}, {"accuracy": np.zeros(2)}])
-def test_what_is_no_metric_is_told(federated, capsys, wrong):
+def test_invalid_metrics_are_reported(federated, capsys, wrong):
     async def scenario(federation):
         coordinator = federation.coordinator(1, hooks=Hooks(lambda _: wrong))
         federation.workers(2)
@@ -119,7 +119,7 @@ def test_what_is_no_metric_is_told(federated, capsys, wrong):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_metric_that_is_called_like_a_test_is_kept_apart_from_it(federated):
+def test_a_metric_with_the_test_prefix_is_kept_apart(federated):
     class Confusing(Adder):
         def evaluate(self, weights):
             result = super().evaluate(weights)

@@ -119,7 +119,7 @@ def federated_averaging(tasks, orders, seed, **plan):
     return weights
 
 
-def test_the_digits_come_out_bit_by_bit_as_plain_numpy_averages_them(digits):
+def test_a_run_matches_numpy_bit_for_bit(digits):
     plan = {"epochs": 2, "batch_size": 20, "learning_rate": 0.1}
     run = fluffle.run(digits, rounds=4, seed=7, **plan)
     expected = federated_averaging(digits, [list(digits)] * 4, 7, **plan)
@@ -181,7 +181,7 @@ def test_a_temporary_folder_goes_with_its_run(tmp_path):
     assert not folder.exists()
 
 
-def test_a_folder_is_kept_gone_on_from_and_opened_again(tmp_path):
+def test_a_run_folder_is_kept_resumed_and_opened(tmp_path):
     folder = tmp_path / "run"
     task = Adder()
     fluffle.run([task], rounds=2, folder=folder)
@@ -198,12 +198,12 @@ def test_a_folder_is_kept_gone_on_from_and_opened_again(tmp_path):
     assert (tmp_path / "run.1").is_dir()
 
 
-async def test_it_runs_in_a_cell_of_a_notebook_whose_loop_is_running():
+async def test_it_runs_in_a_notebook_with_a_running_event_loop():
     run = fluffle.run([Adder(), Adder()], rounds=2)
     assert run.weights["w"].tolist() == [2.0, 2.0]
 
 
-async def test_a_callers_loop_goes_on_meanwhile():
+async def test_the_callers_event_loop_keeps_running():
     inside = asyncio.Event()
     loop = asyncio.get_running_loop()
     go_on = threading.Event()
@@ -218,7 +218,7 @@ async def test_a_callers_loop_goes_on_meanwhile():
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
 
 
-async def test_who_is_cancelled_cancels_the_run_and_the_same_call_goes_on(tmp_path):
+async def test_cancelling_stops_the_run_and_the_same_call_resumes_it(tmp_path):
     third = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -252,7 +252,7 @@ fluffle.run([Adder(steps=100, step_s=0.001)], rounds=1000, on_round=on_round, **
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
-def test_ctrl_c_ends_a_run_cleanly_and_says_how_it_goes_on(tmp_path, with_folder):
+def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_folder):
     options = {"folder": str(tmp_path / "run")} if with_folder else {}
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, repr(options)],
@@ -328,7 +328,7 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
     assert capsys.readouterr().err == ""
 
 
-def test_an_evaluation_that_fails_is_told_and_costs_the_evaluation_only(capsys):
+def test_a_failing_evaluation_is_reported_and_training_continues(capsys):
     run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
     assert run.history["loss"] == [1.0, 2.0]
     stderr = capsys.readouterr().err
@@ -336,7 +336,7 @@ def test_an_evaluation_that_fails_is_told_and_costs_the_evaluation_only(capsys):
     assert stderr.count("ZeroDivisionError: mine\n") == 1
 
 
-def test_a_run_that_stops_raises_why_and_how_it_goes_on(tmp_path):
+def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
     class Late(Adder):
         def train(self, weights, plan, progress):
             while self.trained:
@@ -348,7 +348,7 @@ def test_a_run_that_stops_raises_why_and_how_it_goes_on(tmp_path):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 
-def test_a_hook_ends_a_run_which_is_then_returned():
+def test_a_run_that_a_hook_ends_is_returned():
     def on_round(commit):
         if commit.test["w"] >= 2:
             raise fluffle.StopRun("far enough")
@@ -359,7 +359,7 @@ def test_a_hook_ends_a_run_which_is_then_returned():
     assert (len(run.history), run.reason) == (2, "far enough")
 
 
-def test_who_need_not_be_waited_for_trains_at_the_same_time():
+def test_tasks_train_in_parallel():
     both = threading.Barrier(2, timeout=60)
 
     class Together(Adder):
@@ -371,7 +371,7 @@ def test_who_need_not_be_waited_for_trains_at_the_same_time():
     assert len(fluffle.run([Together(), Together()], rounds=1, quorum="99%").history) == 1
 
 
-def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
+def test_tasks_may_be_functions_and_strategies_objects():
     class Half(fluffle.Strategy):
         def init(self, weights):
             return []
@@ -393,8 +393,8 @@ def test_a_task_may_be_made_by_a_function_and_a_strategy_be_an_object():
         ([], {}, "has no tasks; give some, or url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
         ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
-        ([Adder()], {"quorum": 2}, "quorum = 2 is more than the 1 tasks"),
-        ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the 1 tasks"),
+        ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),
+        ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the number of tasks, 1;"),
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
         ([Adder()], {"verify_users": True}, "has no verify_users=: "),
         ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
@@ -420,7 +420,7 @@ def test_a_folder_that_is_in_use_is_named(tmp_path):
     assert fluffle.run([Adder()], rounds=1, folder=tmp_path, on_round=on_round).reason
 
 
-def test_how_far_it_is_is_told_to_those_who_want_it(capsys):
+def test_progress_is_shown_on_request(capsys):
     fluffle.run([Adder()], rounds=1, progress=True)
     assert "round 1: loss 1.0000, accuracy 0.5000 on 5 held-out examples" in capsys.readouterr().err
     fluffle.run([Adder()], rounds=1)  # no terminal

@@ -28,7 +28,7 @@ class Unspeakable:
         raise AssertionError("it is put into words")
 
 
-def test_each_event_has_a_line_and_so_has_each_link(federated, listening, capsys):
+def test_each_event_and_each_link_has_a_debug_line(federated, listening, capsys):
     async def scenario(federation):
         coordinator = federation.coordinator(2)
         worker = federation.worker("a")
@@ -55,12 +55,12 @@ def test_each_event_has_a_line_and_so_has_each_link(federated, listening, capsys
     assert "Tick(" not in re.sub(r".*Tick\(.* -> (?!nothing).*", "", text)
 
 
-def test_nothing_is_put_into_words_if_nobody_listens(caplog):
+def test_nothing_is_formatted_without_debug(caplog):
     log_step(logger("coordinator.machine"), Unspeakable(), [Unspeakable()])
     assert not caplog.records
 
 
-def test_a_long_effect_is_cut_and_a_short_one_is_not(caplog):
+def test_only_long_effects_are_cut(caplog):
     caplog.set_level(logging.DEBUG, ROOT)
     log_step(logger("worker.machine"), "e" * 10_000, ["short", "f" * 10_000])
     (record,) = caplog.records

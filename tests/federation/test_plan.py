@@ -17,7 +17,7 @@ class Told(Adder):
         return super().train(weights, plan, progress)
 
 
-def test_a_plan_names_its_round_its_steps_and_the_rate_of_that_round(federated):
+def test_a_plan_contains_the_round_the_steps_and_the_learning_rate(federated):
     async def scenario(federation):
         task = Told(federation.loop)
         coordinator = federation.coordinator(

@@ -30,7 +30,7 @@ def test_a_federation_runs(federated):
 
 
 @pytest.mark.parametrize("after_s", [0.3, 1.1, 1.9])
-def test_a_coordinator_that_was_stopped_takes_nobody_for_gone(federated, after_s):
+def test_no_worker_is_gone_after_the_coordinator_was_stopped(federated, after_s):
     async def scenario(federation):
         three(federation, step_s=2.0)
         coordinator = federation.coordinator(rounds=3, min_workers=3)
@@ -47,7 +47,7 @@ def test_a_coordinator_that_was_stopped_takes_nobody_for_gone(federated, after_s
     federated(scenario)
 
 
-def test_a_broker_that_takes_nothing_for_a_while_makes_nobody_gone(federated):
+def test_no_worker_is_gone_after_the_broker_blocked_publishers(federated):
     async def scenario(federation):
         three(federation, step_s=2.0)
         coordinator = federation.coordinator(rounds=2, min_workers=3)
@@ -60,7 +60,7 @@ def test_a_broker_that_takes_nothing_for_a_while_makes_nobody_gone(federated):
     federated(scenario)
 
 
-def test_who_is_lost_is_gone_and_counts_again_when_it_is_back(federated):
+def test_a_lost_worker_is_gone_and_counts_again_after_its_return(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=3, min_workers=2)
         three(federation, step_s=3.0)
@@ -79,7 +79,7 @@ def test_who_is_lost_is_gone_and_counts_again_when_it_is_back(federated):
 
 
 @pytest.mark.parametrize("silent_s", [1.0, 30.0, 55.0])
-def test_signs_of_life_of_the_dead_open_no_round(federated, silent_s):
+def test_old_heartbeats_of_dead_workers_open_no_round(federated, silent_s):
     async def scenario(federation):
         first = federation.coordinator(rounds=1, min_workers=9)
         three(federation)
@@ -119,7 +119,7 @@ def test_no_round_commits_with_fewer_updates_than_least(federated):
     federated(scenario)
 
 
-def test_who_joins_late_is_asked_and_who_leaves_is_not_waited_for(federated):
+def test_late_joiners_are_asked_and_leavers_are_not_waited_for(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=4, min_workers=2)
         a, b = federation.workers(2, task=None)
@@ -151,9 +151,7 @@ def test_workers_and_coordinator_start_in_any_order(federated):
 
 
 @pytest.mark.parametrize(("step_s", "expected"), [(1.0, []), (4.0, [10.0] * 5)])
-def test_what_a_round_waits_for_is_said_when_it_has_been_open_for_ten_seconds(
-    federated, step_s, expected
-):
+def test_a_round_reports_what_it_waits_for_after_ten_seconds(federated, step_s, expected):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=5, min_workers=3)
         await asyncio.sleep(7.0)

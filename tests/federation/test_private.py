@@ -45,7 +45,7 @@ def drawn(secret, number):
 
 @pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("secret", range(3))
-def test_each_lot_decides_alone_also_over_crashes_and_the_budget_ends_the_run(
+def test_workers_are_sampled_independently_and_the_budget_ends_the_run(
     federated, monkeypatch, secret
 ):
     monkeypatch.setattr(secrets, "randbits", lambda _: secret)
@@ -76,7 +76,7 @@ def test_each_lot_decides_alone_also_over_crashes_and_the_budget_ends_the_run(
 
 
 @pytest.mark.usefixtures("counting")
-def test_a_round_of_nobody_is_a_version_of_noise_alone(federated, monkeypatch):
+def test_an_empty_round_adds_only_noise(federated, monkeypatch):
     monkeypatch.setattr(Draw, "chance", lambda draw, name: 1.0 if draw.number == 2 else 0.0)
 
     async def scenario(federation):
@@ -102,7 +102,7 @@ def test_a_round_of_nobody_is_a_version_of_noise_alone(federated, monkeypatch):
 
 
 @pytest.mark.usefixtures("counting")
-def test_a_round_that_is_reopened_asks_nobody_else(federated, monkeypatch):
+def test_a_reopened_round_keeps_its_sample(federated, monkeypatch):
     monkeypatch.setattr(Draw, "chance", lambda draw, name: 0.0 if name in "ab" else 1.0)
 
     async def scenario(federation):
@@ -120,7 +120,7 @@ def test_a_round_that_is_reopened_asks_nobody_else(federated, monkeypatch):
     federated(scenario)
 
 
-def test_noise_changes_nothing_that_is_not_trained(federated):
+def test_noise_changes_only_trained_tensors(federated):
     class Frozen(Adder):
         def init(self, seed):
             return {"body/w": np.full(4, -0.0, np.float32), "head/w": np.zeros(4, np.float32)}

@@ -70,7 +70,7 @@ def check(federation: Any, rounds: int) -> None:
         np.testing.assert_allclose(federation.weights(number)["w"], expected, rtol=1e-5)
 
 
-def test_scaffold_by_name_is_what_its_paper_says_also_after_a_restart_of_all(federated, tmp_path):
+def test_scaffold_matches_the_paper_also_after_a_restart(federated, tmp_path):
     async def scenario(federation):
         for rounds in (2, 5):  # the second coordinator and its workers resume the run
             strategy = load_strategy("scaffold")
@@ -84,7 +84,7 @@ def test_scaffold_by_name_is_what_its_paper_says_also_after_a_restart_of_all(fed
     federated(scenario)
 
 
-def test_the_rule_without_the_strategy_says_what_is_missing(federated):
+def test_the_rule_without_the_strategy_names_what_is_missing(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1)
         workers = [federation.worker(name, Descent(name)) for name in TARGETS]

@@ -53,7 +53,7 @@ def time_of(updates: int, seconds: list[float]) -> float:
     return now
 
 
-def test_sixteen_devices_of_three_speeds_wait_for_nobody(federated):
+def test_asynchronous_training_is_faster_with_three_speeds_of_workers(federated):
     """Compare rounds with asynchronous training, for trainings of 100, 200 and 400 s."""
     took, updates = {}, 192
 
@@ -83,7 +83,7 @@ def test_sixteen_devices_of_three_speeds_wait_for_nobody(federated):
     assert took["rounds"] / took["buffered"] == pytest.approx(expected, rel=0.05)
 
 
-def test_a_slow_worker_is_counted_discounted_and_visible(federated):
+def test_a_slow_worker_counts_with_a_discount_and_is_shown(federated):
     async def scenario(federation):
         values = {"a": 1.0, "b": 2.0, "slow": 10.0}
         federation.worker("a", Adder(federation.loop, value=1.0))
@@ -110,7 +110,7 @@ def test_a_slow_worker_is_counted_discounted_and_visible(federated):
     federated(scenario)
 
 
-def test_one_worker_alone_fills_a_buffer_with_different_updates(federated):
+def test_a_single_worker_fills_a_buffer_with_different_updates(federated):
     async def scenario(federation):
         task = Adder(federation.loop)
         federation.worker("a", task)
@@ -124,7 +124,7 @@ def test_one_worker_alone_fills_a_buffer_with_different_updates(federated):
     federated(scenario)
 
 
-def test_no_more_train_at_a_time_than_the_concurrency(federated):
+def test_no_more_workers_train_than_the_concurrency_allows(federated):
     async def scenario(federation):
         at_work, most = set(), 0
 
@@ -151,7 +151,7 @@ def test_no_more_train_at_a_time_than_the_concurrency(federated):
     federated(scenario)
 
 
-def test_what_is_too_old_is_discarded_and_shown_and_its_worker_goes_on(federated):
+def test_a_too_stale_update_is_discarded_and_its_worker_continues(federated):
     async def scenario(federation):
         federation.worker("a")
         federation.worker("slow", Adder(federation.loop, step_s=2.5))
@@ -168,7 +168,7 @@ def test_what_is_too_old_is_discarded_and_shown_and_its_worker_goes_on(federated
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_coordinator_that_is_lost_in_every_version_loses_no_update(federated, how):
+def test_a_coordinator_killed_in_every_version_loses_no_update(federated, how):
     async def scenario(federation):
         values = {"a": 1.0, "b": 2.0, "c": 4.0}
         tasks = {
@@ -198,7 +198,7 @@ def test_a_coordinator_that_is_lost_in_every_version_loses_no_update(federated, 
     federated(scenario)
 
 
-def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
+def test_every_version_is_replayed_bit_for_bit(federated, tmp_path):
     async def scenario(federation):
         for number, name in enumerate("abc"):
             task = Adder(federation.loop, value=0.1 + number, step_s=0.1 + number, num_examples=7)
@@ -219,7 +219,7 @@ def test_every_version_is_replayed_bit_by_bit(federated, tmp_path):
     federated(scenario)
 
 
-def test_updates_in_parts_count_from_older_versions_too(federated):
+def test_stale_updates_in_parts_count(federated):
     async def scenario(federation):
         size = 2**20 + 1  # two parts
         for name in "abc":  # their updates arrive together: some wait while a version is closed
@@ -239,7 +239,7 @@ def test_updates_in_parts_count_from_older_versions_too(federated):
     federated(scenario)
 
 
-def test_a_late_update_of_a_synchronous_round_counts_in_the_next_by_option(federated):
+def test_late_updates_count_in_the_next_round_with_late_discount(federated):
     async def scenario(federation):
         values = {"a": 1.0, "b": 1.0, "c": 1.0, "slow": 5.0}
         for name, value in values.items():
@@ -282,7 +282,7 @@ def test_a_schedule_from_a_file(federated):
     federated(scenario)
 
 
-def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated, tmp_path):
+def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
     original = (Path(__file__).parent / "windows.py").read_text()
     never = original.replace("window_s: float = 60.0", "window_s: float = float('inf')")
     (tmp_path / "never.py").write_text(never)
@@ -306,9 +306,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled_in_the_end(federated,
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
     ],
 )
-def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(
-    federated, tmp_path, method, message
-):
+def test_a_failing_user_schedule_ends_the_run(federated, tmp_path, method, message):
     original = (Path(__file__).parent / "windows.py").read_text()
     broken = original.replace("minutes = Windows()", f"    def {method}\n\n\nminutes = Windows()")
     (tmp_path / "broken.py").write_text(broken)
@@ -324,7 +322,7 @@ def test_what_a_schedule_of_a_users_own_does_wrong_ends_the_run(
     federated(scenario)
 
 
-def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
+def test_a_deadline_reissues_lost_work(federated):
     async def scenario(federation):
         hangs = Adder(federation.loop, odd=lambda step: step == 2 and federation.loop.sleep(1e9))
         federation.worker("hangs", hangs)
@@ -354,7 +352,7 @@ def test_a_deadline_gives_new_work_to_whoever_lost_it(federated):
         (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
     ],
 )
-def test_what_does_not_go_together_is_said_in_one_line(timing, message):
+def test_conflicting_schedule_options_are_refused_in_one_line(timing, message):
     with pytest.raises(UsageError, match=message) as refused:
         load_schedule(timing)
     assert "\n" not in str(refused.value)

@@ -58,7 +58,7 @@ def best_of(federation):
         (NO_STOPPING, 8, "8 rounds are done"),
     ],
 )
-def test_a_run_ends_when_it_has_done_enough(federated, stopping, rounds, reason):
+def test_a_run_stops_early(federated, stopping, rounds, reason):
     async def scenario(federation):
         state = await run_with(federation, stopping).end()
         assert (state.outcome, state.committed, state.reason) == ("finished", rounds, reason)
@@ -68,7 +68,7 @@ def test_a_run_ends_when_it_has_done_enough(federated, stopping, rounds, reason)
     federated(scenario)
 
 
-def test_a_test_of_the_coordinators_is_known_at_once(federated):
+def test_the_coordinators_own_test_counts_immediately(federated):
     async def scenario(federation):
         stopping = Stopping("test/accuracy", target=0.8)
         state = await run_with(federation, stopping, hooks=Hooks(of_the_model)).end()
@@ -77,7 +77,7 @@ def test_a_test_of_the_coordinators_is_known_at_once(federated):
     federated(scenario)
 
 
-def test_the_best_model_is_kept_also_by_a_coordinator_that_was_started_again(federated):
+def test_the_best_model_is_kept_across_a_restart(federated):
     async def scenario(federation):
         first = run_with(federation, Stopping("accuracy"))
         await first.log.until("evaluated", 4)
@@ -91,7 +91,7 @@ def test_the_best_model_is_kept_also_by_a_coordinator_that_was_started_again(fed
     federated(scenario)
 
 
-def test_time_counts_that_was_spent_before_a_restart(federated):
+def test_time_before_a_restart_counts(federated):
     async def scenario(federation):
         state = await run_with(federation, Stopping(time_budget_s=2.5)).end()
         assert state.committed < 8
@@ -103,7 +103,7 @@ def test_time_counts_that_was_spent_before_a_restart(federated):
     federated(scenario)
 
 
-def test_a_metric_that_there_is_not_is_told_once(federated):
+def test_an_unknown_metric_is_reported_once(federated):
     async def scenario(federation):
         coordinator = run_with(federation, Stopping("acuracy", patience=1), rounds=3)
         assert (await coordinator.end()).committed == 3
@@ -113,7 +113,7 @@ def test_a_metric_that_there_is_not_is_told_once(federated):
     federated(scenario)
 
 
-def test_a_value_that_is_none_is_no_best():
+def test_a_missing_value_is_never_the_best():
     standing = Standing(Stopping("loss", target=0.1))
     standing.note(1, {"loss": float("nan")})
     standing.note(2, {"loss": None})

@@ -100,7 +100,7 @@ def test_a_strategy_outside_the_product_runs_a_federation_and_is_replayed(federa
         ("fedyogi:lr=0.1", {"steps", "first/w", "second/w"}),
     ],
 )
-def test_killed_and_resumed_it_ends_bit_by_bit_as_if_it_had_not_been(federated, name, tensors):
+def test_a_killed_and_resumed_run_matches_an_undisturbed_one_bit_for_bit(federated, name, tensors):
     rounds, folders, strategy = 6, [], load_strategy(name)
 
     async def uninterrupted(federation):
@@ -157,7 +157,7 @@ def test_a_strategy_with_a_name_is_in_the_history_and_is_replayed(federated, nam
     federated(scenario)
 
 
-def test_a_strategy_of_all_updates_finds_them_on_the_disk_of_the_run(federated, monkeypatch):
+def test_updates_for_a_robust_mean_wait_in_the_run_folder(federated, monkeypatch):
     laid = []
 
     def lay(delta, folder):
@@ -179,9 +179,7 @@ def test_a_strategy_of_all_updates_finds_them_on_the_disk_of_the_run(federated, 
     federated(scenario)
 
 
-def test_a_disk_without_room_for_the_updates_of_a_round_ends_the_run_and_loses_nothing(
-    federated, monkeypatch
-):
+def test_a_full_disk_under_a_robust_mean_ends_the_run_and_loses_nothing(federated, monkeypatch):
     def full(delta, folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -221,7 +219,7 @@ def test_an_update_without_the_metric_that_the_strategy_needs_is_refused(federat
     federated(scenario)
 
 
-def test_privacy_is_in_the_history_and_a_crash_forgets_none_of_it(federated):
+def test_the_privacy_budget_is_in_the_history_and_survives_a_crash(federated):
     strategy = load_strategy("dp:clip=1,noise=4,workers=2,budget=2+fedavgm:momentum=0.5")
     most = strategy.strategy.needs.max_rounds
     assert most == 4
@@ -265,7 +263,7 @@ def test_the_examples_of_the_docs_run(federated, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["median", "momentum"])
-def test_a_scalar_of_the_model_stays_one(tmp_path, name):
+def test_a_scalar_of_the_model_stays_an_array(tmp_path, name):
     """NumPy's arithmetic turns an array of shape () into a scalar, which must be accepted."""
     named = load_strategy(f"{from_the_docs(tmp_path, f'{name}.py')}:{name}")
     strategy = GuardedStrategy(named, 1)
@@ -293,15 +291,13 @@ WRONG = {
     "list": ({"finish": "new['w'] = [1.0]"}, "tensor 'w' is of type list, not an array"),
     "none": ({"finish": "return None"}, r"returned NoneType, not \(weights, state\)"),
     "model": ({"finish": "return [], 1"}, "is of type list, not a mapping"),
-    "dump": ({"dump": "return {'m': np.array(['x'])}"}, "tensor 'm' is <U1, which does not"),
+    "dump": ({"dump": "return {'m': np.array(['x'])}"}, "'m' is <U1, which is not supported"),
     "state": ({"dump": "return 5"}, "a state that cannot be saved: it is of type int"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_a_strategy_does_wrong_ends_the_run_and_loses_nothing(
-    federated, tmp_path, capsys, case
-):
+def test_a_failing_strategy_ends_the_run_and_loses_nothing(federated, tmp_path, capsys, case):
     how, message = WRONG[case]
     code = {"fold": "pass", "finish": "pass", "dump": "pass"}
     (tmp_path / "broken.py").write_text(BROKEN.format(**{**code, **how}))
@@ -338,7 +334,7 @@ def test_what_a_strategy_does_wrong_ends_the_run_and_loses_nothing(
     assert "guarded_strategy.py" not in shown
 
 
-def test_a_state_that_cannot_be_taken_up_is_told_before_anything_is_sent(federated, tmp_path):
+def test_a_state_that_cannot_be_loaded_is_reported_before_anything_is_sent(federated, tmp_path):
     async def scenario(federation):
         first = federation.coordinator(rounds=1, strategy=momentum())
         federation.workers(2)

@@ -62,7 +62,7 @@ def registry_with(path: str) -> Registry:
 # --- codecs --------------------------------------------------------------------------------------
 
 
-def test_a_federation_encodes_by_the_codec_of_a_file(federated, documented):
+def test_a_federation_uses_a_codec_from_a_file(federated, documented):
     path = documented("signs.py")
     how = CompressType().convert(f"{path}:Signs", None, None)
 
@@ -81,7 +81,7 @@ def test_a_federation_encodes_by_the_codec_of_a_file(federated, documented):
     federated(scenario)
 
 
-def test_a_worker_without_the_codec_says_which_and_the_round_goes_on(federated, documented):
+def test_a_worker_without_the_codec_names_it_and_the_round_continues(federated, documented):
     path = documented("signs.py")
     how = CompressType().convert(f"{path}:Signs", None, None)
 
@@ -106,7 +106,7 @@ def test_a_worker_without_the_codec_says_which_and_the_round_goes_on(federated, 
     federated(scenario)
 
 
-def test_settings_that_a_workers_codec_refuses_are_told(federated, documented):
+def test_settings_that_a_workers_codec_refuses_are_reported(federated, documented):
     path = documented("signs.py")
     how = CompressType().convert(f"{path}:Signs:4", None, None)
     old = documented("signs.py", ("return cls()", "return cls(int(text))"), into="old.py")
@@ -126,7 +126,7 @@ def test_settings_that_a_workers_codec_refuses_are_told(federated, documented):
     federated(scenario)
 
 
-def test_an_encode_that_fails_costs_its_worker_the_round(federated, documented):
+def test_a_failing_encode_costs_its_worker_the_round(federated, documented):
     path = documented("signs.py")
     how = CompressType().convert(f"{path}:Signs", None, None)
     broken = documented("signs.py", ("np.sign(tensor)", "np.no_sign(tensor)"), into="broken.py")
@@ -149,9 +149,7 @@ def test_an_encode_that_fails_costs_its_worker_the_round(federated, documented):
     federated(scenario)
 
 
-def test_an_update_that_the_codec_fails_to_decode_is_rejected_and_trained_anew(
-    federated, documented
-):
+def test_an_update_that_cannot_be_decoded_is_rejected_and_trained_again(federated, documented):
     good = documented("signs.py")
     fails_once = (
         "sign, size = parts",
@@ -218,7 +216,7 @@ def pulled(start: float, targets: list[float], mu: float) -> float:
 
 
 @pytest.mark.parametrize(("rule", "mu"), [(PROXIMAL, 0.5), (None, 0.0)])
-def test_a_federation_trains_by_the_local_rule_of_a_file(federated, rule, mu):
+def test_a_federation_uses_a_local_rule_from_a_file(federated, rule, mu):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=3)
         for name, target in (("a", 1.0), ("b", 3.0)):
@@ -261,7 +259,7 @@ def flax_pull(target: float, **options: Any) -> Any:
 
 
 @pytest.mark.usefixtures("compiled_elsewhere")
-def test_a_federation_of_flax_tasks_trains_by_the_same_file(federated):
+def test_flax_tasks_use_the_same_local_rule_file(federated):
     plan = Plan(epochs=5)
     proximal = load_object(PROXIMAL, "--local-rule")
     a, b = flax_pull(1.0, local_rule=proximal), flax_pull(3.0)
@@ -282,7 +280,7 @@ def test_a_federation_of_flax_tasks_trains_by_the_same_file(federated):
     federated(scenario)
 
 
-def test_a_rule_that_fails_costs_its_worker_the_round(federated, documented):
+def test_a_failing_rule_costs_its_worker_the_round(federated, documented):
     broken = documented("proximal.py", ("state[name]", "state[name + '?']"))
 
     async def scenario(federation):
@@ -304,7 +302,7 @@ def test_a_rule_that_fails_costs_its_worker_the_round(federated, documented):
 
 
 @pytest.mark.usefixtures("compiled_elsewhere")
-def test_a_rule_that_fails_while_it_is_compiled_is_told_like_any_other(documented):
+def test_a_rule_that_fails_during_compilation_is_reported(documented):
     path = documented("proximal.py", ("state[name]", "state[name + '?']"))
     task = flax_pull(1.0)
     use_local_rule(task, f"{path}:proximal")
@@ -324,7 +322,7 @@ def rule_of(**methods: Any) -> BoundRule:
     return BoundRule(SimpleNamespace(**{**plain, **methods}), "r")
 
 
-def test_what_a_rule_keeps_goes_into_later_rounds_of_the_same_run():
+def test_the_state_of_a_rule_is_kept_for_later_rounds_of_the_run():
     rule = rule_of(end=lambda trained, state: trained)
 
     def trains(run: str, number: int) -> Any:
@@ -349,14 +347,14 @@ def test_what_a_rule_keeps_goes_into_later_rounds_of_the_same_run():
         (lambda g, w, s: ({"w": np.zeros(2)}, s), "returned 'w' of shape (2,), expected (1,)"),
     ],
 )
-def test_a_gradient_of_another_form_is_refused(gradient, message):
+def test_a_gradient_of_another_shape_is_refused(gradient, message):
     rule = rule_of(gradient=gradient)
     with pytest.raises(TaskError) as wrong:
         rule.gradient({"w": np.zeros(1)}, {"w": np.zeros(1)}, None)
     assert message in str(wrong.value)
 
 
-def test_what_end_returns_is_a_mapping():
+def test_end_must_return_a_mapping():
     with pytest.raises(TaskError, match="end.. of the local rule r returned a NoneType"):
         rule_of(end=lambda trained, state: None).end({}, None)
 
@@ -368,7 +366,7 @@ def test_what_end_returns_is_a_mapping():
         ("nothing", "has no 'nothing'"),
     ],
 )
-def test_what_is_no_rule_is_refused(name, message):
+def test_an_object_that_is_no_rule_is_refused(name, message):
     with pytest.raises(UsageError, match=message):
         use_local_rule(Pull(1.0), PROXIMAL.replace(":proximal", f":{name}"))
 
@@ -379,7 +377,7 @@ def test_an_object_without_the_methods_is_no_rule(tmp_path):
         use_local_rule(Pull(1.0), f"{tmp_path}/none.py:rule")
 
 
-def test_a_rule_for_a_task_that_applies_none_is_refused():
+def test_a_rule_is_refused_if_the_task_applies_none():
     with pytest.raises(UsageError, match="applies no local rules; make it with flax_task"):
         use_local_rule(SimpleNamespace(), PROXIMAL)
 
@@ -393,6 +391,6 @@ def test_an_installed_rule_is_found_by_its_name(monkeypatch):
         find_rule("broken")
 
 
-def test_a_rule_that_is_not_installed_is_refused_with_those_that_are():
+def test_an_unknown_rule_is_refused_with_the_installed_ones():
     with pytest.raises(UsageError, match=r"no local rule 'fedprox' .* known are clip, "):
         find_rule("fedprox")

@@ -29,7 +29,7 @@ def test_a_stop_that_is_lost_is_sent_again(federated):
 
 
 @pytest.mark.parametrize("kind", ["fit", "part"])
-def test_a_model_in_parts_goes_on_after_the_coordinators_outage(federated, kind):
+def test_a_model_in_parts_continues_after_the_coordinators_outage(federated, kind):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, deadline_s=600)
         for name in "ab":
@@ -57,7 +57,7 @@ def test_a_long_round_is_waited_for_while_its_workers_advance(federated):
     federated(scenario)
 
 
-def test_a_training_that_stands_still_is_told_and_by_option_not_waited_for(federated):
+def test_a_stalled_training_is_reported_and_optionally_not_waited_for(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, deadline_s=6000, stall_timeout_s=300)
         hangs = Adder(federation.loop, odd=lambda step: step == 3 and federation.loop.sleep(1e9))
@@ -117,7 +117,7 @@ def test_a_worker_is_told_that_its_update_came_too_late(federated):
 
 
 @pytest.mark.parametrize("step_s", [1.0, 300.0])
-def test_a_worker_whose_outbox_is_gone_makes_it_anew(federated, step_s):
+def test_a_worker_redeclares_a_lost_outbox(federated, step_s):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, deadline_s=6000)
         for name in "ab":
@@ -134,9 +134,7 @@ def test_a_worker_whose_outbox_is_gone_makes_it_anew(federated, step_s):
 
 
 @pytest.mark.parametrize("protocol", [1, 3])
-def test_a_worker_of_another_version_is_told_so_in_its_own_and_so_is_the_operator(
-    federated, protocol
-):
+def test_a_worker_of_another_version_is_refused_in_its_own_protocol(federated, protocol):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1)
         await coordinator.log.until("connected")
@@ -184,7 +182,7 @@ def test_an_update_weighs_what_its_worker_announced(federated, says):
     federated(scenario)
 
 
-def test_first_weights_are_taken_from_another_worker_if_the_first_hangs(federated):
+def test_first_weights_come_from_another_worker_if_the_first_hangs(federated):
     class Hangs(Adder):
         form = signature_of({"w": np.zeros(4, np.float32)})  # known without asking init()
 
@@ -203,7 +201,7 @@ def test_first_weights_are_taken_from_another_worker_if_the_first_hangs(federate
     federated(scenario)
 
 
-def test_a_reopened_round_asks_those_who_were_idle(federated):
+def test_a_reopened_round_asks_idle_workers(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(
             rounds=1, min_workers=4, fraction=0.5, deadline_s=60, seed=3
@@ -222,7 +220,7 @@ def test_a_reopened_round_asks_those_who_were_idle(federated):
     federated(scenario)
 
 
-def test_a_sample_that_cannot_reach_the_quorum_is_waited_for_not_opened(federated):
+def test_a_round_waits_while_its_sample_cannot_reach_the_quorum(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(
             rounds=1, min_workers=3, fraction=0.5, quorum=Quorum(number=3)

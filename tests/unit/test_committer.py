@@ -66,14 +66,14 @@ async def test_a_round_is_committed_when_checkpoint_and_line_are_on_disk(run):
     assert RunStore(run.folder).load("f").base == event.base
 
 
-async def test_what_came_too_late_for_a_round_is_in_the_line_after_it(run):
+async def test_a_late_update_is_in_the_next_rounds_line(run):
     await run.commit(1)
     run.committer.counts.note(run_events.from_fields("late", LATE))
     await run.commit(2)
     assert [line["late"] for line in read_history_lines(run.folder)] == [0, 1]
 
 
-async def test_what_came_too_late_for_the_last_round_is_in_the_history_too(run):
+async def test_an_update_that_is_late_for_the_last_round_is_in_the_history(run):
     run.committer.counts.note(run_events.from_fields("rejected", {"reason": "it has a NaN"}))
     await run.commit(1)
     run.committer.counts.note(run_events.from_fields("late", LATE))
@@ -89,7 +89,7 @@ async def test_what_came_too_late_for_the_last_round_is_in_the_history_too(run):
     assert shown["run"]["phase"] == "ended"
 
 
-async def test_a_run_that_ended_before_its_first_round_has_no_line_of_it(run):
+async def test_a_run_that_ends_before_its_first_round_has_no_line(run):
     run.committer.record_end(0, "stopped", "nobody came")
     await run.committer.drained()
     assert not (run.folder / "history.jsonl").exists()

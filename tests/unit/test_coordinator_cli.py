@@ -23,7 +23,7 @@ from fluffle_coordinator.service import app as main
         ("topk:0.000001", "topk:0.000001"),
     ],
 )
-def test_what_may_be_asked_for_is_what_a_plan_can_carry(text, how):
+def test_every_accepted_encoding_is_valid_in_a_plan(text, how):
     assert CompressType().convert(text, None, None) == how
     assert str(Compression.parse(how)) == how
 
@@ -31,7 +31,7 @@ def test_what_may_be_asked_for_is_what_a_plan_can_carry(text, how):
 @pytest.mark.parametrize(
     "text", ["", "int4", "bf16", "topk", "topk:", "topk:x", "topk:0", "topk:0.6", "topk:nan"]
 )
-def test_anything_else_is_refused_with_what_to_say_instead(text):
+def test_invalid_encodings_are_refused_with_the_valid_ones(text):
     with pytest.raises(click.BadParameter, match="is not a compression; use int8, or topk"):
         CompressType().convert(text, None, None)
 
@@ -47,14 +47,14 @@ def test_anything_else_is_refused_with_what_to_say_instead(text):
         (["--compress", "topk:0.02"], "topk:0.02"),
     ],
 )
-def test_the_plan_says_what_the_flags_ask_for(monkeypatch, flags, compress):
+def test_the_plan_contains_the_options(monkeypatch, flags, compress):
     asked = []
     monkeypatch.setattr(main, "run_coordinator", lambda rules, options: asked.append(options))
     CliRunner().invoke(coordinator, ["--federation", "f", *flags], catch_exceptions=False)
     assert str(main._compress(asked[0])) == str(compress)
 
 
-def test_one_of_them_is_enough():
+def test_upload_dtype_and_compress_exclude_each_other():
     flags = ["--federation", "f", "--upload-dtype", "bf16", "--compress", "int8"]
     with pytest.raises(UsageError, match="exclude each other"):
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)

@@ -94,7 +94,9 @@ class TestOpenRound:
 
     def test_reopened_keeps_who_has_answered(self) -> None:
         again = ("reopened", {**opened(1, "north", "south")[1], "reason": "too few"})
-        board = board_after(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1), again)
+        board = board_after(
+            STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1), again
+        )
         shown = board.snapshot(110.0)["open"]
         assert [one["worker"] for one in shown["answered"]] == ["north"]
         assert shown["deadline_at"] == 105.0 + 60.0
@@ -165,7 +167,7 @@ class TestRun:
         board.link(True, "linked")
         assert board.run()["linked"]
 
-    def test_another_run_begins_afresh(self) -> None:
+    def test_another_run_resets_the_view(self) -> None:
         board = board_after(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
         board.add(200.0, from_fields("started", {"run": "another", "folder": "x"}))
         shown = board.snapshot(201.0)
@@ -299,7 +301,9 @@ class TestAsynchrony:
 
 class TestRefusals:
     def test_the_reason_is_the_same_everywhere(self) -> None:
-        board = board_after(STARTED, rejected("tensor 'a' is NaN", worker="north", round=3, kind="update"))
+        board = board_after(
+            STARTED, rejected("tensor 'a' is NaN", worker="north", round=3, kind="update")
+        )
         shown = board.snapshot(120.0)
         latest = shown["rejected"]["latest"][-1]
         assert latest["reason"] == "tensor 'a' is NaN"
@@ -310,7 +314,9 @@ class TestRefusals:
         assert board.view.counters.outcomes["rejected"] == 1
 
     def test_causes_are_bounded(self) -> None:
-        board = board_after(*[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)])
+        board = board_after(
+            *[("rejected", {"reason": "?", "cause": f"made up {n}"}) for n in range(50)]
+        )
         assert set(board.view.counters.causes) <= set(CAUSES)
 
     def test_a_bad_heartbeat_is_no_bad_update(self) -> None:

@@ -44,7 +44,7 @@ class Broken(Recorder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
+def test_a_watcher_that_raises_is_reported_once_and_others_continue(capsys):
     before, after = Recorder(), Recorder()
     watchers = Watchers(before, Broken(), after)
     for _ in range(3):
@@ -60,7 +60,7 @@ def test_a_watcher_that_raises_is_reported_once_and_the_others_are_told(capsys):
 # --- the command that continues ------------------------------------------------------------------
 
 
-def test_a_stop_names_the_command_that_really_goes_on():
+def test_a_stop_names_the_command_that_continues():
     state = State(Rules(6), "r", 4, QUORUM, counted_before={3: frozenset([Ticket("a", 3)])})
     advice = endings.after_a_stop(state, FOLDER)
     assert advice == ("once that is fixed, the same command (without --fresh) goes on with round 4")
@@ -83,7 +83,7 @@ def begin(store: RunStore, weights: dict[str, np.ndarray]) -> None:
     store.save_weights(0, weights, {"base": "b", "classes": "[]"})
 
 
-def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(store, tmp_path):
+def test_only_the_runs_own_first_weights_are_accepted_as_init(store, tmp_path):
     weights = {"w": np.array([0.0, np.nan], np.float32), "n": np.array(3, np.int64)}
     same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
     save_checkpoint(same, weights, {})
@@ -98,7 +98,7 @@ def test_another_init_than_the_run_began_with_is_refused_and_the_same_is_not(sto
         assert not run_opening.same_weights(weights, differs)
 
 
-def test_an_init_that_is_gone_is_said_and_the_run_goes_on(store, tmp_path):
+def test_a_missing_init_file_is_reported_and_the_run_continues(store, tmp_path):
     begin(store, {"w": np.zeros(2, np.float32)})
     watcher = Recorder()
     run_opening.check_first_weights(tmp_path / "gone.safetensors", store, watcher)
@@ -151,7 +151,7 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
         ("idle", 3, "a idle (heard 2 s ago)"),
     ],
 )
-def test_a_worker_that_trains_is_never_said_not_to_have_begun(state, number, words):
+def test_the_state_of_a_missing_worker_is_named(state, number, words):
     worker = Worker(
         "a", "s", 5, (), 2.0, last_seen=8.0, state=state, run="r", round=number, step=3, steps=8
     )

@@ -74,7 +74,7 @@ def begun() -> Story:
     return story.opened()
 
 
-def test_a_stuck_round_names_who_is_missing_why_and_the_time_left():
+def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
     story = (
         begun().counted(13, "a", 1).counted(15, "b", 2).add(40, "gone", worker="c", silent_s=5.0)
     )
@@ -129,7 +129,7 @@ def test_a_worker_that_joined_late_is_waited_for_too():
     assert f"Still waiting for d: connected, joined at {clock(at(20))}" in text
 
 
-def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_is():
+def test_a_committed_round_names_participants_longest_wait_and_metrics():
     story = begun().counted(13, "a", 1).counted(33, "c", 2, train_s=19.0)
     timings = {"fold_s": 0.002, "average_s": 0.001, "checkpoint_s": 0.03, "open_s": 23.0}
     story.add(34, "committed", round=7, participants=["a", "c"], num_examples=160, timings=timings)
@@ -152,7 +152,7 @@ def test_a_committed_round_says_who_took_part_what_took_longest_and_how_good_it_
     assert "deadline" not in text
 
 
-def test_what_was_refused_is_told_in_its_own_words():
+def test_rejections_and_refusals_are_explained():
     story = begun()
     story.add(
         12,
@@ -183,7 +183,7 @@ def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():
     assert "round 7 has 1 of 3; reopened for a, b." in text
 
 
-def test_an_outage_puts_the_deadline_off():
+def test_an_outage_postpones_the_deadline():
     story = begun().add(100, "disconnected", reason="reset")
     explanation, text = story.explained(now=300)
     assert explanation.left_s == pytest.approx(510)  # as when the broker was lost
@@ -192,7 +192,7 @@ def test_an_outage_puts_the_deadline_off():
     assert explanation.left_s == pytest.approx(370)
 
 
-def test_a_deadline_that_passed_in_silence_says_that_nobody_is_there():
+def test_a_deadline_that_passed_in_silence_suggests_a_missing_coordinator():
     _, text = begun().explained(now=700)
     assert "The deadline passed" in text
     assert "the coordinator is not running, or cannot reach the broker" in text
@@ -233,7 +233,7 @@ def test_a_run_that_ended_with_the_round_open(event, sentence):
     assert "The longest wait was for a, b, c: 10 s since the opening." in text  # until the end
 
 
-def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
+def test_the_last_answer_is_the_longest_wait_even_if_the_first_took_longest():
     story = begun().counted(19, "a", 1).counted(20, "b", 2).counted(21, "c", 3, train_s=10.5)
     story.add(21.5, "committed", round=7, participants=["a", "b", "c"], num_examples=240)
     explanation, text = story.explained(now=30)
@@ -244,7 +244,7 @@ def test_whoever_answered_last_is_named_also_when_the_first_took_longest():
     )
 
 
-def test_of_an_asynchronous_round_no_wait_is_negative_and_nobody_is_said_to_be_silent():
+def test_an_asynchronous_round_has_no_negative_wait():
     story = begun().counted(11, "a", 1, staleness=1, weight=56.0).counted(14, "b", 2)
     story.counted(17, "a", 3).add(17.1, "committed", round=7, participants=["a", "b"])
     _, text = story.explained(now=20)
@@ -260,7 +260,7 @@ def test_a_round_that_took_long_to_close_says_so():
     assert sentence in story.explained(now=50)[1]
 
 
-def test_a_finished_run_says_that_it_is_finished_and_waits_for_nobody():
+def test_a_finished_run_waits_for_nobody():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
     story.add(15, "waiting", reason="waiting for the evaluation by a").add(
         16, "finished", reason="7 rounds are done"
@@ -273,7 +273,7 @@ def test_a_finished_run_says_that_it_is_finished_and_waits_for_nobody():
     assert "coordinator said" not in text
 
 
-def test_what_a_worker_does_is_what_the_coordinator_said_last():
+def test_a_worker_does_what_the_coordinator_last_reported():
     sentence = "round 7: 1 of 3 updates, 580 s to the deadline; b training 3/40, c receiving"
     training = {"worker": "b", "state": "training", "step": 3, "steps": 40}
     missing = [training, {"worker": "c", "state": "receiving"}, {"worker": 1}]
@@ -286,7 +286,7 @@ def test_what_a_worker_does_is_what_the_coordinator_said_last():
 
 
 @pytest.mark.parametrize("committed", [False, True])
-def test_without_a_coordinator_it_says_so_and_names_the_command(committed):
+def test_without_a_coordinator_it_names_the_command(committed):
     story = begun().counted(13, "a", 1)
     if committed:
         story.add(14, "committed", round=7, participants=["a"])
@@ -296,14 +296,14 @@ def test_without_a_coordinator_it_says_so_and_names_the_command(committed):
     assert "left until the deadline" not in text
 
 
-def test_between_two_rounds_it_says_what_the_run_waits_for():
+def test_between_two_rounds_it_names_what_the_run_waits_for():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
     story.add(20, "waiting", reason="waiting for workers: 0 of 2 are here (nobody)")
     assert story.explained(now=25)[1].endswith("0 of 2 are here (nobody).")
     assert "0 of 2" not in story.opened(30, number=8).explained(now=35)[1]
 
 
-def test_before_the_first_round_it_says_who_is_there_and_who_was_refused():
+def test_before_the_first_round_it_names_connected_and_refused_workers():
     story = Story().add(0, "started", folder="runs/f").add(1, "connected")
     story.add(2, "joined", worker="a", num_examples=80)
     story.add(3, "refused", worker="b", reason="it has other classes")
@@ -324,7 +324,7 @@ def test_other_runs_are_left_out():
     assert explanation.missing == ["a", "b", "c"]
 
 
-def test_a_round_whose_opening_is_forgotten():
+def test_a_round_whose_opening_is_not_in_the_journal():
     story = Story().counted(13, "a", 1)
     explanation, text = story.explained(now=20)
     assert longest_wait(explanation) is None
@@ -333,7 +333,7 @@ def test_a_round_whose_opening_is_forgotten():
     assert "its opening is not in the journal" in story.explained(now=30)[1]
 
 
-def test_which_round_is_meant():
+def test_the_chosen_round():
     story = begun().opened(20, 8)
     story.events += Story("later").opened(30, 1).opened(40, 2).events
     assert runs_of(story.events) == {"r": [7, 8], "later": [1, 2]}
@@ -421,7 +421,7 @@ _event = st.builds(
 
 
 @given(st.lists(_event, max_size=30), st.integers(0, 2), st.floats(-100, 1e6))
-def test_no_journal_is_too_strange_to_be_explained(events, number, now):
+def test_any_journal_can_be_explained(events, number, now):
     explanation = explain(events, "r", number, at(now))
     assert all(isinstance(line, str) for line in sentences(explanation))
     data = as_dict(explanation)

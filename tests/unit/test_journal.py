@@ -108,7 +108,7 @@ def names(events: Sequence[Event]) -> list[str]:
 # --- publishing --------------------------------------------------------------------------------
 
 
-async def test_what_was_told_before_there_was_a_link_comes_first(broker):
+async def test_events_before_the_first_link_are_published_first(broker):
     journal = Journal(TOPOLOGY)
     journal.record(from_fields("started", {"run": "r1", "folder": "runs/f"}))
     async with published(journal, await broker.open()):
@@ -125,7 +125,7 @@ async def test_what_was_told_before_there_was_a_link_comes_first(broker):
     assert opened.fields == {"round": 1, "asked": ["a", "b"], "needed": 2}
 
 
-async def test_an_event_shows_in_the_brokers_own_pages(broker):
+async def test_an_event_is_readable_in_the_management_ui(broker):
     journal = Journal(TOPOLOGY)
     async with published(journal, await broker.open()):
         journal.record(from_fields("counted", {"round": 3, "worker": "a", "num_examples": 5}))
@@ -156,7 +156,7 @@ async def test_many_events_at_once_are_one_message(broker):
     assert events[7].fields == {}
 
 
-async def test_events_that_were_refused_together_are_counted_in_the_gap(broker):
+async def test_a_refused_batch_is_counted_in_the_gap(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 13):
         journal.record(from_fields("opened", {"round": number}))
@@ -180,7 +180,7 @@ async def test_two_processes_have_two_sessions(broker):
     assert one.number == two.number == 1
 
 
-async def test_what_was_not_confirmed_is_sent_again_under_the_same_identity(broker):
+async def test_unconfirmed_events_are_published_again_with_the_same_identity(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 6):
         journal.record(from_fields("opened", {"round": number}))
@@ -197,7 +197,7 @@ async def test_what_was_not_confirmed_is_sent_again_under_the_same_identity(brok
     assert [event.number for event in events] == [1, 2, 3, 4, 5, 6]
 
 
-async def test_cancelled_while_events_are_on_their_way_it_loses_none(broker):
+async def test_cancelling_loses_no_unconfirmed_event(broker):
     journal = Journal(TOPOLOGY)
     begun, never = asyncio.Event(), asyncio.Event()
 
@@ -217,7 +217,7 @@ async def test_cancelled_while_events_are_on_their_way_it_loses_none(broker):
     assert [event.fields["round"] for event in raw(broker)] == [1, 2]
 
 
-async def test_more_than_can_be_kept_drops_the_oldest_and_says_how_many(broker):
+async def test_beyond_its_capacity_it_drops_and_counts_the_oldest(broker):
     journal = Journal(TOPOLOGY, capacity=3)
     for number in range(1, 8):
         journal.record(from_fields("opened", {"round": number}))
@@ -234,7 +234,7 @@ async def test_more_than_can_be_kept_drops_the_oldest_and_says_how_many(broker):
 
 
 @pytest.mark.parametrize("wrong", [QueueFull("no room"), Unroutable("no stream")])
-async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
+async def test_a_stream_that_confirms_nothing_stops_nothing(broker, wrong):
     journal = Journal(TOPOLOGY)
     async with published(journal, Faulty(await broker.open(), [wrong] * 3)) as task:
         for number in range(1, 4):
@@ -249,7 +249,7 @@ async def test_a_stream_that_takes_nothing_stops_nothing(broker, wrong):
     assert opened.fields == {"round": 4}
 
 
-async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
+async def test_draining_waits_only_while_there_is_a_link(broker):
     journal = Journal(TOPOLOGY)
     journal.record(from_fields("finished", {"reason": "2 rounds are done"}))
     await drained(journal)  # without a link, it returns at once
@@ -267,7 +267,7 @@ async def test_the_end_waits_for_the_broker_only_where_there_is_one(broker):
     assert names(raw(broker)) == ["finished"]
 
 
-async def test_a_value_that_cannot_be_packed_is_told_in_words(broker):
+async def test_a_value_that_msgpack_cannot_encode_becomes_text(broker):
     journal = Journal(TOPOLOGY)
     async with published(journal, await broker.open()):
         journal.record(from_fields("odd", {"what": object(), "round": 1}))
@@ -278,7 +278,7 @@ async def test_a_value_that_cannot_be_packed_is_told_in_words(broker):
     assert opened.fields == {"round": 2}
 
 
-async def test_what_lasts_is_kept_when_it_changes_and_attempts_are_not_kept(broker):
+async def test_periodic_reports_are_published_only_on_a_change(broker):
     journal = Journal(TOPOLOGY)
 
     def training(step: int) -> Doing:
@@ -317,7 +317,7 @@ async def test_what_lasts_is_kept_when_it_changes_and_attempts_are_not_kept(brok
     st.lists(st.sampled_from(["tell", "tell", "link", "cut", "run"]), max_size=40),
     st.integers(1, 6),
 )
-def test_whatever_happens_each_event_is_read_once_in_order_or_counted_as_dropped(steps, capacity):
+def test_each_event_is_read_once_and_in_order_or_counted_as_dropped(steps, capacity):
     async def play() -> None:
         broker = MemoryBroker()
         link: MemoryLink | None = None
@@ -380,14 +380,14 @@ async def put(broker: MemoryBroker, *bodies: bytes) -> None:
     await link.close()
 
 
-async def test_what_is_no_event_is_passed_over(broker):
+async def test_other_messages_in_the_stream_are_skipped(broker):
     now = datetime.now(UTC)
     foreign = entry(2, now).replace(b"\xaafederation\xa1f", b"\xaafederation\xa1g")
     await put(broker, b"rubbish", foreign, entry(1, now, round=1))
     assert [event.fields for event in await read(broker)] == [{"round": 1}]
 
 
-async def test_reading_since_a_moment(broker):
+async def test_reading_since_a_time(broker):
     now = datetime.now(UTC)
     times = [now - timedelta(minutes=minutes) for minutes in (50, 40, 0)]
     await put(broker, *(entry(number, time) for number, time in enumerate(times, start=1)))
@@ -396,13 +396,13 @@ async def test_reading_since_a_moment(broker):
     assert await read(broker, since=now + timedelta(minutes=5)) == []
 
 
-async def test_an_empty_journal_has_no_events_and_a_missing_one_says_so(broker):
+async def test_an_empty_journal_has_no_events_and_a_missing_one_is_an_error(broker):
     assert await read(broker) == []
     with pytest.raises(UsageError, match="federation f has no journal"):
         await read(MemoryBroker())
 
 
-async def test_a_live_reader_goes_on_after_an_outage_without_repeating_itself(broker):
+async def test_a_live_reader_continues_after_an_outage_without_duplicates(broker):
     now = datetime.now(UTC)
     seen: asyncio.Queue[int] = asyncio.Queue()
     waited: list[str] = []
@@ -444,11 +444,11 @@ KEYS = sorted(
     st.sampled_from(sorted(REGISTRY)) | st.text(max_size=10),
     st.dictionaries(st.sampled_from(KEYS), anything),
 )
-def test_there_is_a_sentence_for_every_event_whatever_it_carries(what, fields):
+def test_every_event_has_a_sentence_whatever_its_fields(what, fields):
     assert isinstance(from_fields(what, fields).sentence(), str)
 
 
-async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(broker, capsys):
+async def test_an_internal_error_ends_the_journal_and_not_the_run(broker, capsys):
     link = Faulty(await broker.open(), [ValueError("what nobody thought of")])
     journal = Journal(TOPOLOGY)
     async with published(journal, link) as task:
@@ -466,7 +466,7 @@ async def test_an_error_of_the_journals_own_ends_the_journal_and_not_the_run(bro
     assert "the run goes on without it" in errors
 
 
-async def test_who_may_not_read_the_journal_is_told_which_right_is_missing(broker, monkeypatch):
+async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkeypatch):
     async def refused(*_: object, **__: object) -> None:
         raise QueueInUse("ACCESS_REFUSED")
 

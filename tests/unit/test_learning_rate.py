@@ -45,12 +45,12 @@ def test_a_plan_can_carry_the_rate_of_any_round(text):
         ("step:x,0.5", "expected is step:ROUNDS,FACTOR"),
     ],
 )
-def test_what_is_no_schedule_is_refused_with_what_would_be(text, message):
+def test_an_invalid_schedule_is_refused_with_the_valid_forms(text, message):
     with pytest.raises(UsageError, match=message):
         LearningRateSchedule.parse(text)
 
 
-def test_a_schedule_needs_a_rate_to_begin_with():
+def test_a_schedule_needs_a_learning_rate():
     assert schedule_of("constant", None) == CONSTANT
     assert schedule_of("cosine", 0.1).kind == "cosine"
     with pytest.raises(UsageError, match="cosine needs .* add --learning-rate"):

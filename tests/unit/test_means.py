@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from benchmarks.algorithms import accuracies
 from fluffle_common.tensors.on_disk import map_to_disk
-from fluffle_coordinator.strategy import robust
+from fluffle_coordinator.strategy import robust_means
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.names import named_strategy
 
@@ -172,7 +172,7 @@ def test_every_dtype_and_shape_in_blocks_and_from_disk(name, tmp_path, monkeypat
     flat = np.concatenate([tensor.reshape(-1) for tensor in whole.values()])
     np.testing.assert_allclose(flat, one_vector, rtol=1e-12)
     assert whole["s"].shape == ()
-    monkeypatch.setattr(robust, "_ELEMENTS", 0)
+    monkeypatch.setattr(robust_means, "_ELEMENTS", 0)
     on_disk = mean_of(name, [map_to_disk(one, tmp_path) for one in updates])
     assert {n: t.tobytes() for n, t in on_disk.items()} == {
         n: t.tobytes() for n, t in whole.items()
@@ -195,7 +195,7 @@ def test_a_robust_mean_holds_updates_on_disk_even_after_a_transform(tmp_path):
 
 def test_large_tensors_are_read_in_blocks(monkeypatch):
     rows = np.random.default_rng(0).normal(size=(5, 2500))
-    monkeypatch.setattr(robust, "_ELEMENTS", 5 * 1024)
+    monkeypatch.setattr(robust_means, "_ELEMENTS", 5 * 1024)
     for name in ROBUST:
         np.testing.assert_allclose(
             mean_of(name, rows), naive(name, rows), rtol=1e-5, atol=1e-9, err_msg=name

@@ -93,7 +93,7 @@ models = st.lists(
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40), st.data())
-def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes, cells, data):
+def test_folding_pieces_equals_folding_the_whole_bit_for_bit(seed, name, shapes, cells, data):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     model = drawn(seed, dtype, shapes)
     base: Mapping[str, Array] = data.draw(st.sampled_from([model, dict(model)]))
@@ -122,7 +122,7 @@ def test_a_fold_of_pieces_is_the_fold_of_the_whole_bit_by_bit(seed, name, shapes
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
-def test_the_mean_delta_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
+def test_the_mean_delta_of_pieces_equals_that_of_the_whole(seed, name, shapes, cells):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     base, update = drawn(seed, dtype, shapes), drawn(seed + 1, dtype, shapes)
     mean, models = weighted(), []
@@ -133,21 +133,21 @@ def test_the_mean_delta_of_pieces_is_that_of_the_whole(seed, name, shapes, cells
 
 
 @given(SEEDS, st.sampled_from(FLOATS), models, st.integers(1, 40))
-def test_the_norm_of_pieces_is_that_of_the_whole(seed, name, shapes, cells):
+def test_the_norm_of_pieces_equals_that_of_the_whole(seed, name, shapes, cells):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     whole = drawn(seed, dtype, shapes)
     assert check_delta(cut(whole, 8 * cells), whole) == pytest.approx(finite_norm(whole), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [8, 24, 64, 80, 4096])
-def test_what_is_not_finite_is_counted_by_the_tensor_it_is_in(size):
+def test_values_that_are_not_finite_are_counted_by_tensor(size):
     whole = in_one_piece({"a": np.ones(5, np.float32), "b": np.ones((7, 3), np.float32)})
     whole["b"][2:4] = np.nan
     with pytest.raises(NotFinite, match="tensor 'b' has 6 values that are NaN or infinite"):
         check_delta(cut(whole, size), whole)
 
 
-def test_what_lies_between_tensors_means_nothing():
+def test_bytes_between_tensors_are_ignored():
     whole = in_one_piece({"a": np.full(5, 3.0, np.float32), "b": np.full(1, 4.0, np.float32)})
     model = in_one_piece({name: np.zeros_like(tensor) for name, tensor in whole.items()})
     whole.flat[5:16] = np.nan
@@ -270,7 +270,7 @@ async def summing(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterat
     await asyncio.gather(total.running, return_exceptions=True)
 
 
-async def test_parts_are_taken_in_any_order_and_more_than_once(summing):
+async def test_parts_may_come_in_any_order_and_repeatedly(summing):
     rng = np.random.default_rng(7)
     for number, worker in enumerate("abc", start=1):
         held = await summing.send(
@@ -314,7 +314,7 @@ def with_nan_at_the_end() -> dict[str, Array]:
     ],
     ids=["digest", "length", "missing", "NaN in the last part"],
 )
-async def test_an_update_that_fails_halfway_leaves_the_sum_as_it_was(
+async def test_an_update_that_fails_halfway_does_not_change_the_sum(
     summing, tensors, change, cause, reason
 ):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
@@ -347,7 +347,7 @@ class Cut:
         return until_cut()
 
 
-async def test_a_link_lost_in_the_middle_of_a_transfer_leaves_the_sum_as_it_was(summing):
+async def test_a_link_lost_during_a_transfer_does_not_change_the_sum(summing):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     held, whole = await summing.send("b", values(2)), summing.link
     summing.link = Cut(whole, 5)
@@ -361,7 +361,7 @@ async def test_a_link_lost_in_the_middle_of_a_transfer_leaves_the_sum_as_it_was(
     assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
 
 
-async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch):
+async def test_a_large_update_uses_little_memory(summing, monkeypatch):
     many, parts = 2**18, 2**20 // (64 * PART)
     monkeypatch.setattr(wire, "PART_BYTES", 64 * PART)
     monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 2 * 64 * PART)
@@ -388,9 +388,7 @@ async def test_of_a_large_update_only_a_little_is_in_memory(summing, monkeypatch
     assert held_bytes[0] < 2**20 // 4
 
 
-async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_other_round(
-    summing, monkeypatch
-):
+async def test_the_next_update_is_fetched_while_one_is_folded(summing, monkeypatch):
     begun, fetched, go_on = asyncio.Event(), asyncio.Event(), threading.Event()
     count = itertools.count()
     loop, fold, payload = asyncio.get_running_loop(), type(fedavg).fold, spool.Spool.payload
@@ -431,7 +429,7 @@ async def test_the_next_update_is_fetched_while_one_is_folded_and_counts_in_no_o
     ).tobytes()  # fmt: skip
 
 
-async def test_a_disk_that_is_full_costs_memory_and_no_update(summing, monkeypatch):
+async def test_a_full_disk_costs_memory_and_no_update(summing, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -442,7 +440,7 @@ async def test_a_disk_that_is_full_costs_memory_and_no_update(summing, monkeypat
 
 
 @pytest.mark.parametrize("summing", [{"keep_updates": True}], indirect=True)
-async def test_an_update_in_pieces_is_kept_as_it_came(summing):
+async def test_an_update_in_pieces_is_archived_unchanged(summing):
     assert isinstance(await summing.fold(await summing.send("a", values(1))), ev.Folded)
     assert summing.kept == [bytes(in_one_piece(values(1)).memory)]
 

@@ -22,11 +22,11 @@ from fluffle_coordinator.service.strategy_loading import (
 )
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
 from fluffle_coordinator.strategy import accountant as accounting
-from fluffle_coordinator.strategy import private as module
+from fluffle_coordinator.strategy import dp_fedavg as module
 from fluffle_coordinator.strategy.accountant import accountant, epsilon
 from fluffle_coordinator.strategy.base import Contribution
+from fluffle_coordinator.strategy.dp_fedavg import gaussian
 from fluffle_coordinator.strategy.names import named_strategy
-from fluffle_coordinator.strategy.private import gaussian
 
 
 def finish(name, deltas):

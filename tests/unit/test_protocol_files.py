@@ -16,7 +16,7 @@ from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec, messages
 from fluffle_coordinator.conformance.scenario import Section
 from fluffle_coordinator.strategy.decoding import decode_contribution
-from fluffle_worker.inbox import check_mail
+from fluffle_worker.inbox import check_message
 
 FOLDER = Path(__file__).parents[2] / "docs/protocol"
 SCHEMA = json.loads((FOLDER / "schema.json").read_text())
@@ -73,7 +73,7 @@ def test_an_invalid_message_is_refused_with_its_cause(one):
 @pytest.mark.parametrize("one", each("unsound_fits"))
 def test_an_invalid_fit_is_refused_with_its_cause(one):
     with pytest.raises(MalformedMessage) as refused:
-        check_mail(base64.b64decode(one["body"]), "letters")
+        check_message(base64.b64decode(one["body"]), "letters")
     assert refused.value.cause == one["cause"]
 
 

@@ -47,21 +47,21 @@ def test_a_round_from_its_opening_to_its_commit():
     assert one.committed_at == 110.0
 
 
-def test_an_outage_puts_the_deadline_off():
+def test_an_outage_postpones_the_deadline():
     outage = (run_events.Disconnected(), run_events.Waiting(), run_events.Reconnected())
     view = view_of(opened(1, "a"), *outage)
     assert view.open is not None
     assert view.open.deadline_at == 162.0
 
 
-def test_what_names_no_round_is_of_the_one_that_was_open():
+def test_an_event_without_a_round_belongs_to_the_open_one():
     view = view_of(rejected(), opened(1, "a"), rejected(), rejected(9), committed(1), rejected())
     assert [note.at for note in view.before.notes] == [100.0]
     assert [note.at for note in view.rounds[1].notes] == [102.0, 103.0]
     assert 9 not in view.rounds  # invalid messages create no rounds
 
 
-def test_another_run_begins_afresh():
+def test_another_run_resets_the_view():
     view = view_of(
         run_events.Started(run="r", rounds=3), opened(1, "a"), run_events.Started(run="s")
     )
@@ -71,7 +71,7 @@ def test_another_run_begins_afresh():
     assert view.run == "t"
 
 
-def test_one_round_of_interest_is_kept_alone_with_what_came_before_its_opening():
+def test_only_keeps_a_single_round_with_events_before_its_opening():
     view = view_of(rejected(2), opened(1, "a"), committed(1), opened(2, "a"), only=2)
     assert set(view.rounds) == {2}
     assert len(view.rounds[2].notes) == 1
@@ -88,7 +88,7 @@ def test_it_is_bounded():
     assert "w0" not in view.workers.departed
 
 
-def test_of_old_rounds_the_result_alone_is_kept():
+def test_old_rounds_keep_only_their_result():
     rounds = range(1, 61)
     view = view_of(*(e for n in rounds for e in (opened(n, "a"), counted(n, "a"), committed(n))))
     assert sum(bool(one.answers) for one in view.rounds.values()) == 50
@@ -129,7 +129,7 @@ def test_a_history_and_the_events_of_a_round_give_the_same_view():
     assert (remembered.committed, remembered.next) == (2, 3)
 
 
-def test_a_test_of_the_coordinator_stands_beside_the_federated_evaluation():
+def test_the_coordinators_test_is_shown_with_the_federated_evaluation():
     tested = run_events.Tested(round=1, metrics={"accuracy": 0.5})
     evaluated = run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75})
     view = view_of(opened(1, "a"), committed(1), tested, evaluated).rounds[1]
@@ -140,7 +140,7 @@ def test_a_test_of_the_coordinator_stands_beside_the_federated_evaluation():
     assert not remembered.rounds[1].evaluated
 
 
-def test_a_history_makes_a_worker_of_those_asked_and_of_nobody_else():
+def test_a_history_creates_only_workers_that_were_asked():
     view = RunView()
     view.remember([history(1, rejected=1, rejections=[{"worker": "mallory", "reason": "NaN"}])])
     assert view.workers.get("mallory") is None
@@ -158,7 +158,7 @@ def test_a_whole_history_keeps_every_round_in_full():
         assert len(view.detailed) == sum(bool(one.answers) for one in view.done) == count
 
 
-def test_what_the_machine_waits_for_comes_as_facts():
+def test_the_waiting_event_contains_the_facts():
     training = Worker(
         "a", "s", 5, (), 2.0, last_seen=8.0, state="training", run="r", round=4, step=3, steps=8
     )
@@ -176,7 +176,7 @@ def test_what_the_machine_waits_for_comes_as_facts():
     ]
 
 
-def test_a_test_of_the_coordinator_stands_beside_the_federated_metrics():
+def test_the_coordinators_test_is_shown_with_the_federated_metrics():
     view = view_of(
         committed(1),
         run_events.Tested(round=1, metrics={"accuracy": 0.25}),

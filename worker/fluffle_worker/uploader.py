@@ -119,8 +119,10 @@ class Uploader:
         self._under_way += 1
         self._settled.clear()
         try:
-            # The evaluation first, so that it arrives before the update can close the round.
-            await run_all(*sends)
+            if len(sends) == 1:  # saves a task, 5 % of a worker's CPU time with a small model
+                await sends[0]
+            else:  # the evaluation first, so that it arrives before the update closes the round
+                await run_all(*sends)
             if due and job.work.kind == "fit":
                 self._residual = job.residual
         finally:

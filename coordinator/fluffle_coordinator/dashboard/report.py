@@ -45,8 +45,8 @@ def read_report(folder: Path, now: float) -> dict[str, Any]:
         identity = json.loads(path.read_text())
     except FileNotFoundError:
         identity = {}
-    except (OSError, ValueError):
-        raise UsageError(f"{path} cannot be read") from None
+    except (OSError, ValueError) as why:
+        raise UsageError(f"{path} cannot be read ({why})") from None
     checkpoints = [_checkpoint(file) for file in sorted(folder.glob("round-*.safetensors"))]
     end = next((line for line in last if line["event"] == "ended"), None)
     return snapshot(rows, identity, checkpoints, end, now)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fluffle_common.arguments import nearest, read_arguments, write_arguments
-from fluffle_coordinator.strategy import clipping, linear, robust, server_steps
+from fluffle_coordinator.strategy import clipping, linear_means, robust_means, server_steps
 from fluffle_coordinator.strategy.base import NamedStrategy
+from fluffle_coordinator.strategy.dp_fedavg import dp_fedavg
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.optax_step import optax_step
 from fluffle_coordinator.strategy.pipeline import pipeline, replace
-from fluffle_coordinator.strategy.private import private
 from fluffle_coordinator.strategy.scaffold import scaffold
 from fluffle_coordinator.strategy.weighted import weighted
 
@@ -47,17 +47,19 @@ class Part:
 PARTS = {
     "clip": Part("transform", clipping.clip, "scale larger updates down to a norm"),
     FEDAVG.name: Part("mean", weighted, "the mean by numbers of examples"),
-    "uniform": Part("mean", linear.uniform, "the mean with equal weights"),
-    "qfedavg": Part("mean", linear.q_fair, "more weight for workers with a larger loss"),
-    "fednova": Part("mean", linear.normalised, "the mean progress per local step"),
-    "median": Part("mean", robust.median, "the median of each coordinate"),
+    "uniform": Part("mean", linear_means.uniform, "the mean with equal weights"),
+    "qfedavg": Part("mean", linear_means.q_fair, "more weight for workers with a larger loss"),
+    "fednova": Part("mean", linear_means.normalised, "the mean progress per local step"),
+    "median": Part("mean", robust_means.median, "the median of each coordinate"),
     "trimmed": Part(
-        "mean", robust.trimmed_mean, "the mean of each coordinate without its extremes"
+        "mean", robust_means.trimmed_mean, "the mean of each coordinate without its extremes"
     ),
-    "krum": Part("mean", robust.krum, "the update closest to its neighbours"),
-    "multikrum": Part("mean", robust.multi_krum, "the mean of the m updates that krum ranks best"),
-    "rfa": Part("mean", robust.rfa, "the geometric median"),
-    "dp": Part("mean", private, "clipped updates with noise, for differential privacy"),
+    "krum": Part("mean", robust_means.krum, "the update closest to its neighbours"),
+    "multikrum": Part(
+        "mean", robust_means.multi_krum, "the mean of the m updates that krum ranks best"
+    ),
+    "rfa": Part("mean", robust_means.rfa, "the geometric median"),
+    "dp": Part("mean", dp_fedavg, "clipped updates with noise, for differential privacy"),
     "fedavgm": Part("server step", server_steps.momentum, "momentum"),
     "fedadagrad": Part("server step", server_steps.adagrad, "Adagrad"),
     "fedadam": Part("server step", server_steps.adam, "Adam"),

@@ -26,7 +26,7 @@ from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy.accountant import Accountant
 from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
-from fluffle_coordinator.strategy.linear import Linear, LinearSum
+from fluffle_coordinator.strategy.linear_means import Linear, LinearSum
 
 _NORM_ERROR = 1e-5  # an upper bound on the relative error of ``finite_norm``
 _MANTISSA = 53
@@ -73,8 +73,8 @@ class Quantile:
 
 
 @dataclass(frozen=True)
-class PrivateState:
-    """The state of ``Private``.
+class DPState:
+    """The state of ``DPFedAvg``.
 
     Args:
         total: the sum of the open round's clipped updates.
@@ -88,8 +88,8 @@ class PrivateState:
 
 
 @dataclass(frozen=True)
-class Private:
-    """The mean that ``private`` returns.
+class DPFedAvg:
+    """The mean that ``dp_fedavg`` returns.
 
     Args:
         clip: the clipping norm; if it adapts, that of the first round.
@@ -107,18 +107,18 @@ class Private:
     needs: Needs
     quantile: Quantile | None = None
 
-    def init(self, weights: Weights) -> PrivateState:
+    def init(self, weights: Weights) -> DPState:
         """Return the initial state of a run."""
-        return PrivateState(self._sum().init(weights), self.clip)
+        return DPState(self._sum().init(weights), self.clip)
 
-    def fold(self, state: PrivateState, one: Contribution) -> PrivateState:
+    def fold(self, state: DPState, one: Contribution) -> DPState:
         """Clip an update and add it to the sum."""
         norm = finite_norm(one.delta) * (1 + _NORM_ERROR)
         factor = min(1.0, state.norm / norm) if norm else 1.0
         count = state.count + (0.5 if norm <= state.norm else -0.5)
-        return PrivateState(self._sum(factor).fold(state.total, one), state.norm, count)
+        return DPState(self._sum(factor).fold(state.total, one), state.norm, count)
 
-    def finish(self, state: PrivateState, weights: Weights) -> tuple[Weights, PrivateState]:
+    def finish(self, state: DPState, weights: Weights) -> tuple[Weights, DPState]:
         """Return the noisy mean delta, in float64, and the state of an empty round.
 
         The delta of a round without updates is only noise.
@@ -135,17 +135,17 @@ class Private:
             np.add(block, spread * gaussian(block.size), out=block)
         if self.quantile is not None:
             norm = self.quantile.next(state.norm, state.count, self.workers)
-        return delta, PrivateState(emptied, norm)
+        return delta, DPState(emptied, norm)
 
     def spent(self, rounds: int) -> Mapping[str, float]:
         """Return the epsilon and delta of so many rounds."""
         return {"epsilon": self.accountant.epsilon(rounds), "delta": self.accountant.delta}
 
-    def dump(self, state: PrivateState) -> Weights:
+    def dump(self, state: DPState) -> Weights:
         """Return the clipping norm, if it adapts."""
         return NO_TENSORS if self.quantile is None else {"clip": np.array(state.norm)}
 
-    def load(self, saved: Weights, weights: Weights) -> PrivateState:
+    def load(self, saved: Weights, weights: Weights) -> DPState:
         """Restore the state that the next round begins with."""
         state = self.init(weights)
         if self.quantile is None:
@@ -156,7 +156,7 @@ class Private:
         return Linear(lambda _: (factor, 0.0, 0.0), lambda *_: 1 / self.workers, NO_NEEDS)
 
 
-def private(
+def dp_fedavg(
     clip: float,
     noise: float,
     workers: int,
@@ -167,7 +167,7 @@ def private(
     accountant: str | None = None,
     quantile: float | None = None,
     count_noise: float | None = None,
-) -> Private:
+) -> DPFedAvg:
     """Return the mean of DP-FedAvg: clip, add up, add noise, divide by a fixed number of workers.
 
     Args:
@@ -206,13 +206,13 @@ def private(
     if quantile is None:
         if count_noise is not None:
             raise ValueError("count_noise goes with quantile; leave it out, or give quantile=…")
-        return Private(clip, noise, workers, ledger, needs)
+        return DPFedAvg(clip, noise, workers, ledger, needs)
     within("quantile", quantile, 0, 1, above=True, below=True)
     if count_noise is None:
         count_noise = max(workers / 20, noise)
     within("count_noise", count_noise, 0, above=True)
     adaptive = Quantile(quantile, count_noise)
-    return Private(clip, adaptive.noise_for_updates(noise), workers, ledger, needs, adaptive)
+    return DPFedAvg(clip, adaptive.noise_for_updates(noise), workers, ledger, needs, adaptive)
 
 
 def gaussian(size: int) -> Array:
