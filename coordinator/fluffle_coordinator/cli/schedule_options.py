@@ -10,13 +10,8 @@ from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.option_group import option_group
 
-_SYNCHRONOUS_ONLY = {
-    "quorum": "--quorum",
-    "grace": "--grace",
-    "fraction": "--fraction",
-    "sample": "--sample",
-    "over_provision": "--over-provision",
-}
+SYNCHRONOUS_ONLY = ("quorum", "grace", "fraction", "sample", "over_provision")
+"""The options that ``--schedule buffered`` would ignore, and that are therefore refused."""
 
 
 class DiscountType(click.ParamType[Any]):
@@ -148,7 +143,7 @@ schedule_options = option_group(
 
 
 def check_schedule_options(options: dict[str, Any]) -> None:
-    """Refuse options that ``--schedule buffered`` would ignore.
+    """Refuse options of the current command that ``--schedule buffered`` would ignore.
 
     Raises:
         UsageError: if one of them was given; the message names it.
@@ -156,10 +151,10 @@ def check_schedule_options(options: dict[str, Any]) -> None:
     if options["schedule"] != "buffered":
         return
     context = click.get_current_context()
-    for name, option in _SYNCHRONOUS_ONLY.items():
+    for name in SYNCHRONOUS_ONLY:
         source = context.get_parameter_source(name)
         if source not in (None, click.core.ParameterSource.DEFAULT):
             raise UsageError(
-                f"{option} has no effect with --schedule buffered, which has no synchronous "
-                "rounds; use --buffer and --concurrency instead"
+                f"--{name.replace('_', '-')} has no effect with --schedule buffered, which has no "
+                "synchronous rounds; use --buffer and --concurrency instead"
             )
