@@ -10,8 +10,8 @@ from yarl import URL
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
+from fluffle_common.transport.rabbitmq.connect_errors import WrongNode, not_let_in, tls_refusal
 from fluffle_common.transport.rabbitmq.errors import as_ours, declaring, meaning, told
-from fluffle_common.transport.rabbitmq.refusals import WrongNode, not_let_in, tls_refusal
 
 NODE = URL("amqps://w:open-sesame@node.example:5671/v")
 

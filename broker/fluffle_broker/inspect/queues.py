@@ -13,7 +13,7 @@ from typing import Any
 
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Counts
-from fluffle_common.transport.once import open_once
+from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq.management import UNTOLD, QueueFigures, alarms, queue_figures
 from fluffle_common.transport.rabbitmq.queue_health import hint
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli.app import FiniteFloat, count
+from fluffle_common.cli.app import MOST_COUNT, FiniteFloat, count
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.option_group import option_group
 
+if TYPE_CHECKING:
+    from fluffle_coordinator.machine.state import Quorum
+
 SYNCHRONOUS_ONLY = ("quorum", "grace", "fraction", "sample", "over_provision")
 """The options that ``--schedule buffered`` would ignore, and that are therefore refused."""
+
+
+class QuorumType(click.ParamType[Any]):
+    """``all``, a number of updates (``2``), or a fraction of the cohort (``0.5``, ``50%``)."""
+
+    name = "quorum"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Quorum:
+        """Return the quorum that ``value`` describes."""
+        from fluffle_coordinator.machine.state import Quorum
+
+        if isinstance(value, Quorum):
+            return value
+        text = str(value).strip()
+        if text == "all":
+            return Quorum()
+        try:
+            if text.endswith("%"):
+                fraction = float(text[:-1]) / 100
+            elif text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
+                return Quorum(number=int(text))
+            else:
+                fraction = float(text)
+            if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
+                return Quorum(fraction=fraction)
+        except ValueError:
+            pass
+        self.fail(
+            f"'{text}' is not a quorum; give a number of updates such as 2, a fraction of the "
+            "workers asked such as 0.5 or 50%, or 'all'",
+            param,
+            ctx,
+        )
 
 
 class DiscountType(click.ParamType[Any]):

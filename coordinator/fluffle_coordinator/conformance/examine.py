@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fluffle_common.errors import RunError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import QueueInUse, Transport
-from fluffle_common.transport.once import open_once
+from fluffle_common.transport.open_once import open_once
 from fluffle_coordinator.conformance.ending import ENDING, RETROSPECTIVE
 from fluffle_coordinator.conformance.findings import Finding, Outcome, Skipped, Unmet
 from fluffle_coordinator.conformance.greeting import GREETING

@@ -38,10 +38,10 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection
+from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import Right, as_ours, declaring
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
-from fluffle_common.transport.rabbitmq.reading import STREAM_PREFETCH, Reading
 
 _CLOSE_TIMEOUT_S = 2.0
 # Urgent messages use the other connection while more bytes than this are unconfirmed.
@@ -226,7 +226,7 @@ class AmqpLink(Link):
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
         """See ``base.Link``."""
-        reading = await Reading(queue, self._connections[1], self._lifetime).begin(
+        reading = await Consumer(queue, self._connections[1], self._lifetime).begin(
             prefetch, exclusive=exclusive, replicated=queue in self._quorum
         )
         return reading.deliveries()
@@ -247,8 +247,8 @@ class AmqpLink(Link):
         # "last" is the last chunk, which may hold many entries.
         return await (await self._stream(stream, {"x-stream-offset": "last"})).newest()
 
-    async def _stream(self, stream: str, arguments: dict[str, Any]) -> Reading:
-        reading = Reading(stream, self._connections[1], self._lifetime)
+    async def _stream(self, stream: str, arguments: dict[str, Any]) -> Consumer:
+        reading = Consumer(stream, self._connections[1], self._lifetime)
         return await reading.begin(STREAM_PREFETCH, arguments=arguments)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
@@ -259,7 +259,7 @@ class AmqpLink(Link):
                 queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
             )
         await self.declare(bindings)
-        reading = Reading(queue.name, self._connections[1], self._lifetime)
+        reading = Consumer(queue.name, self._connections[1], self._lifetime)
         return (await reading.begin(_TAP_PREFETCH, exclusive=True)).settled()
 
     async def unbind(self, binding: Binding) -> None:

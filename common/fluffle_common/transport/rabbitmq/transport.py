@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import Link, Transport
-from fluffle_common.transport.rabbitmq.connection import Connection, prepared
-from fluffle_common.transport.rabbitmq.errors import is_lost, told
-from fluffle_common.transport.rabbitmq.link import AmqpLink, close
-from fluffle_common.transport.rabbitmq.refusals import (
+from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
     not_let_in,
     silent_refusal,
     tls_refusal,
 )
+from fluffle_common.transport.rabbitmq.connection import Connection, prepared
+from fluffle_common.transport.rabbitmq.errors import is_lost, told
+from fluffle_common.transport.rabbitmq.link import AmqpLink, close
 from fluffle_common.transport.rabbitmq.urls import parse_urls, shown, tls_context
 
 if TYPE_CHECKING:

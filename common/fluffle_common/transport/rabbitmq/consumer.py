@@ -26,7 +26,7 @@ _STREAM_ACK_EVERY = 100
 _EMPTY_S = 0.5
 
 
-class Reading:
+class Consumer:
     """A consumer; call ``begin``, then iterate over its deliveries or ask for the ``newest``.
 
     Args:
@@ -49,7 +49,7 @@ class Reading:
         exclusive: bool = False,
         replicated: bool = False,
         arguments: dict[str, Any] | None = None,
-    ) -> Reading:
+    ) -> Consumer:
         """Start consuming; ``replicated`` marks a quorum queue."""
         with self._lifetime.asking("read"):
             channel = self._connection.channel(publisher_confirms=False)
