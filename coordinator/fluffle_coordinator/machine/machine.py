@@ -69,8 +69,6 @@ from fluffle_coordinator.machine.state import (
     State,
     Table,
     Ticket,
-    recent_bases,
-    recently_counted,
 )
 from fluffle_coordinator.machine.transitions import progress, wakeup
 
@@ -148,7 +146,8 @@ def start(
     )
     earlier = {number: name for number, name in earlier.items() if number <= committed}
     return state.replace(
-        counted_before=recently_counted(state, counted), earlier=recent_bases(state, earlier)
+        counted_before=updates.recently_counted(state, counted),
+        earlier=updates.recent_bases(state, earlier),
     )
 
 

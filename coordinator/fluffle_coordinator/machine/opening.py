@@ -76,8 +76,8 @@ def _still_at_work(state: State, now: float) -> Table[str, Issued]:
     """Return the workers that continue with earlier work, if work outlives its round."""
     if not state.schedule.continuous:
         return Table()
-    found = {worker.name: state.issued_before(worker, now) for worker in state.workers.values()}
-    asked = {name: issued for name, issued in found.items() if issued}
+    earlier = {worker.name: state.issued_before(worker, now) for worker in state.workers.values()}
+    asked = {name: issued for name, issued in earlier.items() if issued}
     for name, issued in state.asked.items():
         sound = name not in state.doubted or state.busy(name)
         if name in state.workers and name not in state.failed and sound:

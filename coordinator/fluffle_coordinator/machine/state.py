@@ -29,8 +29,6 @@ SEQUENCE_GAP = 10_000
 Its predecessor may have issued some of them for updates that are still to come. The gap also keeps
 sequences above the round numbers, which stand in for the sequence of workers that send no ticket.
 """
-# For so many rounds, a copy of a counted update is recognised as such, not taken for a late one.
-_ROUNDS_REMEMBERED = 3
 
 
 class Phase(StrEnum):
@@ -153,60 +151,74 @@ class State:
     run: str
     round: int  # the open round, or the next one; round - 1 is the last committed
     schedule: Schedule[State]
-    base: str = ""  # the name of the weights that this round begins with
-    earlier: Mapping[int, str] = field(default_factory=_empty)  # the same for recent rounds
-    sequence: int = 0  # the last one issued; used if work outlives its round
-    # The tickets of the last rounds: an update is redelivered if its acknowledgement was lost.
-    counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=_empty)
-    enough: str = ""  # why the run finishes before its last round
-    unevaluated: frozenset[int] = frozenset()  # older versions that a worker may still evaluate
-    evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
     phase: Phase = Phase.WAITING
+    enough: str = ""  # why the run finishes before its last round
+    outcome: Outcome | None = None
+    reason: str = ""
+
+    # The link and the clock.
     link: int = 0  # the number of the current link; 0 if there is none
     caught_up: bool = False  # all that waited in the broker before this link is read
     unlinked_since: float = 0.0  # used while there is no link
     heard_at: float = 0.0  # when anyone was last heard, the coordinator's own echo included
+    quickest_s: float = math.inf  # the shortest heartbeat interval of any worker
     # No worker can be gone or stalled before this, so that not every tick checks all of them.
     due_at: float = -math.inf
-    quickest_s: float = math.inf  # the shortest heartbeat interval of any worker
+
+    # Committed rounds.
     has_weights: bool = False
-    init_asked: str | None = None  # the worker that was asked for the first weights
-    init_asked_at: float = 0.0
-    classes: tuple[str, ...] | None = None
-    model: ModelForm | None = None
-    decided: bool = False  # whether the workers have voted on these two
-    decided_by: str = ""  # who decided on these two, for messages
+    base: str = ""  # the name of the weights that this round begins with
+    earlier: Mapping[int, str] = field(default_factory=_empty)  # the same for recent rounds
+    # The tickets of recent rounds: an update is redelivered if its acknowledgement was lost.
+    counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=_empty)
+    median_norm: float = 0.0  # of the updates of the last round
+
+    # Before a round: enough workers, the vote on classes and model, the first weights.
     gate: int = 1  # how many workers must be present to open the next round
     # After a restart: by then every living worker was heard, and one is enough to go on.
     gate_until: float = math.inf
     waiting_since: float = 0.0
+    classes: tuple[str, ...] | None = None
+    model: ModelForm | None = None
+    decided: bool = False  # whether the workers have voted on these two
+    decided_by: str = ""  # who decided on these two, for messages
+    init_asked: str | None = None  # the worker that was asked for the first weights
+    init_asked_at: float = 0.0
+
+    # Workers.
     workers: Table[str, Worker] = field(default_factory=Table)  # those that are connected
+    met: Table[str, None] = field(default_factory=Table)  # every worker that was ever here
     announced: Table[str, int] = field(default_factory=Table)  # each one's number of examples
     # Workers whose old heartbeats were answered on this link.
     greeted: Table[str, None] = field(default_factory=Table)
     refused: Table[str, str] = field(default_factory=Table)  # with the session that was refused
+    asked_in: Table[str, int] = field(default_factory=Table)  # the last round each was asked in
+    train_s: Table[str, float] = field(default_factory=Table)  # each one's last training time
+
+    # The open round: its work.
+    sequence: int = 0  # the last one issued; used if work outlives its round
     asked: Table[str, Issued] = field(default_factory=Table)
-    attempts: Table[str, int] = field(default_factory=Table)  # rejected updates in this round
+    asked_before: frozenset[str] = frozenset()  # who was asked in the round's earlier cohorts
+    draws: int = 0  # how often the round's cohort was drawn
+    tally: Tally = field(default_factory=Tally)
     failed: Table[str, str] = field(default_factory=Table)  # with the reason
     # Workers in whose name an unsound update arrived; see ``membership.settle_doubt``.
     doubted: Table[str, str] = field(default_factory=Table)
-    met: Table[str, None] = field(default_factory=Table)  # every worker that was ever here
+    attempts: Table[str, int] = field(default_factory=Table)  # rejected updates in this round
+
+    # The open round: its updates and its timers.
     received: Table[Ticket, Received] = field(default_factory=Table)
     folded: int = 0  # updates in the running sum that count towards the quorum
-    asked_in: Table[str, int] = field(default_factory=Table)  # the last round each was asked in
-    train_s: Table[str, float] = field(default_factory=Table)  # each one's last training time
-    median_norm: float = 0.0  # of the updates of the last round
-    evaluations: Table[str, Evaluated] = field(default_factory=Table)
-    tally: Tally = field(default_factory=Tally)
-    opened_at: float = 0.0  # when the round was last opened or reopened
-    began_at: float = 0.0  # when it was first opened
+    began_at: float = 0.0  # when the round was first opened
+    opened_at: float = 0.0  # when it was last opened or reopened
     quorum_at: float | None = None  # when it reached its quorum
     reopenings: int = 0  # in a row, without progress
     reopened_with: int = 0  # how many updates there were at the last reopening
-    draws: int = 0  # how often this round's cohort was drawn
-    asked_before: frozenset[str] = frozenset()  # who was asked in its earlier cohorts
-    outcome: Outcome | None = None
-    reason: str = ""
+
+    # Evaluations.
+    evaluate_pending: bool = False  # the model of round - 1 has no evaluation yet
+    evaluations: Table[str, Evaluated] = field(default_factory=Table)
+    unevaluated: frozenset[int] = frozenset()  # older versions that a worker may still evaluate
 
     def replace(self, **changes: Any) -> State:
         """Return a copy with other values; like ``dataclasses.replace``, and about 20 times faster.
@@ -368,18 +380,3 @@ class State:
         if worker.round != issued.round or worker.sequence not in (None, issued.sequence):
             return False
         return worker.base in (None, self.base_of(issued.round))
-
-
-def recently_counted(
-    state: State, counted: Mapping[int, frozenset[Ticket]]
-) -> Mapping[int, frozenset[Ticket]]:
-    """Return the tickets of the last rounds; a copy of an older update is late in any case."""
-    rounds = max(_ROUNDS_REMEMBERED, state.schedule.max_staleness + 1)
-    oldest = max(counted, default=0) - rounds
-    return {number: tickets for number, tickets in counted.items() if number > oldest}
-
-
-def recent_bases(state: State, bases: Mapping[int, str]) -> Mapping[int, str]:
-    """Return the names of the weights of those earlier rounds whose updates still count."""
-    oldest = max(bases, default=0) - state.schedule.max_staleness
-    return {number: base for number, base in bases.items() if number > oldest}

@@ -26,10 +26,11 @@ from fluffle_coordinator.machine.state import (
     Table,
     Tally,
     Ticket,
-    recent_bases,
-    recently_counted,
 )
 from fluffle_coordinator.machine.work import assign_work, resend_work
+
+# For so many rounds, a copy of a counted update is recognised as such, not taken for a late one.
+_ROUNDS_REMEMBERED = 3
 
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -225,7 +226,7 @@ def folded(state: State, event: Folded, out: Effects) -> State:
 
 
 def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
-    """Try the next copy of an update that could not be folded; without one, ask for it again."""
+    """Fold the next copy after a failure; without one, reject the update or request it again."""
     ticket, held = event.ticket, state.received[event.ticket]
     worker = ticket.worker
     if event.again:
@@ -335,3 +336,18 @@ def _next_round(
     if state.schedule.continuous:  # workers continue with their work
         return state.replace_and_recount()
     return state.replace(asked=Table(), failed=Table(), doubted=Table(), tally=Tally())
+
+
+def recently_counted(
+    state: State, counted: Mapping[int, frozenset[Ticket]]
+) -> Mapping[int, frozenset[Ticket]]:
+    """Return the tickets of the last rounds; a copy of an older update is late in any case."""
+    rounds = max(_ROUNDS_REMEMBERED, state.schedule.max_staleness + 1)
+    oldest = max(counted, default=0) - rounds
+    return {number: tickets for number, tickets in counted.items() if number > oldest}
+
+
+def recent_bases(state: State, bases: Mapping[int, str]) -> Mapping[int, str]:
+    """Return the names of the weights of those earlier rounds whose updates still count."""
+    oldest = max(bases, default=0) - state.schedule.max_staleness
+    return {number: base for number, base in bases.items() if number > oldest}
