@@ -48,7 +48,7 @@ class MemoryLink(Link):
 
     def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
-        self._gone = asyncio.Event()
+        self._lost = asyncio.Event()
         self.held: list[MemoryDelivery] = []
         self._taps: set[str] = set()
 
@@ -93,7 +93,7 @@ class MemoryLink(Link):
         urgent: bool = False,
     ) -> None:
         """See ``base.Link``."""
-        await self._unblocked()
+        await self._wait_unblocked()
         stored = Stored(body, properties, exchange, tuple(keys), float(int(wall_time())))
         if exchange and exchange not in self._broker.exchanges:  # RabbitMQ would close the channel
             self.cut()
@@ -116,19 +116,19 @@ class MemoryLink(Link):
     async def _deliveries(
         self, source: MemoryQueue, consumer: Consumer
     ) -> AsyncGenerator[Delivery]:
-        gone = asyncio.ensure_future(self._gone.wait())
+        lost = asyncio.ensure_future(self._lost.wait())
         try:
             while True:
-                taken = asyncio.ensure_future(consumer.deliveries.get())
+                next_delivery = asyncio.ensure_future(consumer.deliveries.get())
                 try:
-                    await asyncio.wait({taken, gone}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({next_delivery, lost}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    if not taken.done():
-                        taken.cancel()
+                    if not next_delivery.done():
+                        next_delivery.cancel()
                 self._check()
-                yield taken.result()
+                yield next_delivery.result()
         finally:
-            gone.cancel()
+            lost.cancel()
             if consumer in source.consumers:
                 source.consumers.remove(consumer)
                 for delivery in reversed([d for d in self.held if d.consumer is consumer]):
@@ -216,7 +216,7 @@ class MemoryLink(Link):
 
     async def lost(self) -> None:
         """See ``base.Link``."""
-        await self._gone.wait()
+        await self._lost.wait()
 
     async def close(self) -> None:
         """See ``base.Link``."""
@@ -224,9 +224,9 @@ class MemoryLink(Link):
 
     def cut(self) -> None:
         """Lose the link now and return all unacknowledged messages to their queues."""
-        if self._gone.is_set():
+        if self._lost.is_set():
             return
-        self._gone.set()
+        self._lost.set()
         for queue in self._broker.queues.values():
             queue.consumers = [c for c in queue.consumers if c.link is not self]
             for news in queue.news:
@@ -239,33 +239,34 @@ class MemoryLink(Link):
         for queue in self._broker.queues.values():
             queue.dispatch()
 
-    async def _unblocked(self) -> None:
+    async def _wait_unblocked(self) -> None:
         """Wait until the broker accepts messages."""
         self._check()
         if self.blocked is None:
             return
-        either = [
-            asyncio.ensure_future(one.wait()) for one in (self._broker.blocking.free, self._gone)
+        waits = [
+            asyncio.ensure_future(event.wait())
+            for event in (self._broker.blocking.free, self._lost)
         ]
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in either:
-                one.cancel()
+            for wait in waits:
+                wait.cancel()
         self._check()
 
     def _find(self, queue: str, *, reads: bool = False) -> MemoryQueue:
-        found = self._broker.queues.get(queue)
-        if found is None:  # RabbitMQ would close the channel
+        source = self._broker.queues.get(queue)
+        if source is None:  # RabbitMQ would close the channel
             self.cut()
             raise LinkLost(f"there is no queue '{queue}'")
-        if found.is_stream and not reads:  # RabbitMQ would close the connection
+        if source.is_stream and not reads:  # RabbitMQ would close the connection
             self.cut()
             raise LinkLost(f"nothing can be taken out of the stream '{queue}'")
-        return found
+        return source
 
     def _check(self) -> None:
-        if self._gone.is_set():
+        if self._lost.is_set():
             raise LinkLost("the link was lost")
 
 
@@ -311,19 +312,19 @@ class MemoryBroker(Transport):
 
     def bind(self, binding: Binding) -> bool:
         """Add a binding; return False if its queue or its exchange does not exist."""
-        there = binding.queue in self.queues and binding.exchange in self.exchanges
-        if there:
+        exists = binding.queue in self.queues and binding.exchange in self.exchanges
+        if exists:
             self.bindings.add(binding, self.exchanges[binding.exchange].type)
-        return there
+        return exists
 
     def declare(self, entity: Exchange | Queue) -> None:
         """Create an exchange or a queue if it does not exist yet."""
         if isinstance(entity, Exchange):
             self.exchanges.setdefault(entity.name, entity)
         elif isinstance(entity, Queue):
-            known = self.queues.setdefault(entity.name, MemoryQueue(entity)).spec
-            if known.arguments != entity.arguments:
-                raise OtherArguments(_otherwise(entity, known))
+            existing = self.queues.setdefault(entity.name, MemoryQueue(entity)).spec
+            if existing.arguments != entity.arguments:
+                raise OtherArguments(_conflict(entity, existing))
 
     def delete(self, queue: str) -> None:
         """Delete a queue and its bindings."""
@@ -335,29 +336,31 @@ class MemoryBroker(Transport):
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
             raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
-        refused: QueueFull | None = None
+        error: QueueFull | None = None
         for name in sorted(targets):
             try:
                 self.queues[name].put(replace(stored))
             except QueueFull as full:  # the other queues still get it
-                refused = full
-        if refused is not None:
-            raise refused
+                error = full
+        if error is not None:
+            raise error
 
     def _targets(self, exchange: str, key: str) -> set[str]:
         if not exchange:  # the default exchange routes to the queue named like the key
             return {key} & self.queues.keys()
-        found = self.bindings.queues(exchange, key)
+        targets = self.bindings.queues(exchange, key)
         alternate = self.exchanges[exchange].alternate
-        if not found and alternate:
+        if not targets and alternate:
             return self._targets(alternate, key)
-        return found
+        return targets
 
 
-def _otherwise(wanted: Queue, known: Queue) -> str:
+def _conflict(wanted: Queue, existing: Queue) -> str:
     """Describe a conflict between two declarations of a queue, and the remedy."""
-    wanted_type, known_type = (one.arguments.get("x-queue-type") for one in (wanted, known))
-    if wanted_type != known_type:
+    wanted_type, existing_type = (
+        queue.arguments.get("x-queue-type") for queue in (wanted, existing)
+    )
+    if wanted_type != existing_type:
         return (
             f"'{wanted.name}' already exists on the broker with different arguments; use the "
             "same --queue-type everywhere, or delete the old queue"

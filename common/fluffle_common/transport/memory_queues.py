@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 from fluffle_common.protocol.topology import ArgumentValue, Binding, Queue
-from fluffle_common.transport.base import NAMED, Body, Properties, QueueFull
+from fluffle_common.transport.base import MAX_LISTED_KEYS, Body, Properties, QueueFull
 
 
 class Holder(Protocol):
@@ -74,19 +74,19 @@ class MemoryQueue:
     def put(self, stored: Stored) -> None:
         """Add a message; raise ``QueueFull`` if the queue is full and rejects new messages."""
         limits = self.limits
-        most, most_bytes = limits.get("max-length"), limits.get("max-length-bytes")
+        max_length, max_bytes = limits.get("max-length"), limits.get("max-length-bytes")
 
-        def over(*one_more: Stored) -> bool:
-            if most is not None and len(self.ready) + len(one_more) > int(most):
+        def over_limit(*extra: Stored) -> bool:
+            if max_length is not None and len(self.ready) + len(extra) > int(max_length):
                 return True
-            nbytes = sum(len(one.body) for one in one_more)
-            return most_bytes is not None and self.ready_bytes + nbytes > int(most_bytes)
+            nbytes = sum(len(message.body) for message in extra)
+            return max_bytes is not None and self.ready_bytes + nbytes > int(max_bytes)
 
-        if limits.get("overflow") == "reject-publish" and over(stored):
+        if limits.get("overflow") == "reject-publish" and over_limit(stored):
             raise QueueFull(f"queue '{self.spec.name}' is full")
         stored.number = next(self.numbers)
         self.ready.append(stored)
-        while self.ready and over():
+        while self.ready and over_limit():
             self.ready.popleft()
         for news in self.news:
             news.set()
@@ -94,17 +94,17 @@ class MemoryQueue:
 
     def dispatch(self) -> None:
         """Deliver the ready messages round robin to the consumers below their prefetch."""
-        able = list(self.consumers)
+        consumers = list(self.consumers)
         if self.spec.arguments.get("x-single-active-consumer"):
-            able = able[:1]
+            consumers = consumers[:1]
         while self.ready:
-            consumer = next((c for c in able if c.unacked < c.prefetch), None)
+            consumer = next((c for c in consumers if c.unacked < c.prefetch), None)
             if consumer is None:
                 return
             stored = self.ready.popleft()
             consumer.unacked += 1
             consumer.deliveries.put_nowait(MemoryDelivery(self, stored, consumer.link, consumer))
-            able.append(able.pop(able.index(consumer)))
+            consumers.append(consumers.pop(consumers.index(consumer)))
 
 
 class MemoryDelivery:
@@ -118,7 +118,7 @@ class MemoryDelivery:
         self.redelivered = stored.redelivered
         self.queue = queue.spec.name
         self.exchange = stored.exchange
-        self.keys = stored.keys if len(stored.keys) <= NAMED else stored.keys[:1]
+        self.keys = stored.keys if len(stored.keys) <= MAX_LISTED_KEYS else stored.keys[:1]
         self.sent_at: float | None = stored.sent_at
         self.offset = stored.number if queue.is_stream else None
         self.consumer = consumer
@@ -174,7 +174,7 @@ class Bindings:
         for queues in self._exact.values():
             queues.discard(queue)
         for exchange, bindings in self._patterns.items():
-            self._patterns[exchange] = {one for one in bindings if one.queue != queue}
+            self._patterns[exchange] = {binding for binding in bindings if binding.queue != queue}
 
     def __iter__(self) -> Iterator[Binding]:
         """Yield all bindings."""
@@ -185,7 +185,7 @@ class Bindings:
 
     def queues(self, exchange: str, key: str) -> set[str]:
         """Return the names of the queues that a key routes to."""
-        found = set(self._exact.get((exchange, key), ()))
+        names = set(self._exact.get((exchange, key), ()))
         for binding in self._patterns.get(exchange, ()):
             pattern = binding.key
             if (
@@ -193,5 +193,5 @@ class Bindings:
                 or key == pattern[:-2]
                 or key.startswith(pattern[:-1])
             ):
-                found.add(binding.queue)
-        return found
+                names.add(binding.queue)
+        return names
