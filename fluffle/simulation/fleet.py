@@ -329,6 +329,6 @@ class Fleet:
             message,
             weights,
             Route(results, [f"{message.kind}.{name}"]),
-            beside={EXTRA: job.extra, FROZEN: job.frozen},
+            others={EXTRA: job.extra, FROZEN: job.frozen},
             parts=Route(results, [f"part.{name}"], durable=False),
         )

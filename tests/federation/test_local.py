@@ -398,6 +398,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
         ([Adder()], {"verify_users": True}, "has no verify_users=: "),
         ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
+        ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "there is no strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
         ([Adder()], {"evaluate": 7}, "--evaluate is int; a function is expected"),

@@ -21,7 +21,7 @@ from fluffle_common.protocol.events import (
 )
 from fluffle_common.protocol.messages import Message
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
+from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, report_blocking
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Record, Refusals, check_message, drain
@@ -142,7 +142,7 @@ class Connection:
             _until_lost(link),
             self._report_waiting(),
             self._keep_queues(link),
-            tell_of_blocking(link, self._record),
+            report_blocking(link, self._record),
         )
 
     async def _empty_inbox(self, link: Link, inbox: str) -> None:

@@ -13,13 +13,8 @@ from fluffle_coordinator.cli.option_group import option_group
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum
 
-_SYNCHRONOUS_ONLY = {
-    "quorum": "--quorum",
-    "grace": "--grace",
-    "fraction": "--fraction",
-    "sample": "--sample",
-    "over_provision": "--over-provision",
-}
+SYNCHRONOUS_ONLY = ("quorum", "grace", "fraction", "sample", "over_provision")
+"""The options that ``--schedule buffered`` would ignore, and that are therefore refused."""
 
 
 class QuorumType(click.ParamType[Any]):
@@ -186,7 +181,7 @@ schedule_options = option_group(
 
 
 def check_schedule_options(options: dict[str, Any]) -> None:
-    """Refuse options that ``--schedule buffered`` would ignore.
+    """Refuse options of the current command that ``--schedule buffered`` would ignore.
 
     Raises:
         UsageError: if one of them was given; the message names it.
@@ -194,10 +189,10 @@ def check_schedule_options(options: dict[str, Any]) -> None:
     if options["schedule"] != "buffered":
         return
     context = click.get_current_context()
-    for name, option in _SYNCHRONOUS_ONLY.items():
+    for name in SYNCHRONOUS_ONLY:
         source = context.get_parameter_source(name)
         if source not in (None, click.core.ParameterSource.DEFAULT):
             raise UsageError(
-                f"{option} has no effect with --schedule buffered, which has no synchronous "
-                "rounds; use --buffer and --concurrency instead"
+                f"--{name.replace('_', '-')} has no effect with --schedule buffered, which has no "
+                "synchronous rounds; use --buffer and --concurrency instead"
             )

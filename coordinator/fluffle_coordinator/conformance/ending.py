@@ -30,7 +30,7 @@ async def one_session(probe: Probe) -> str:
 
 @demands(
     Section.MESSAGES,
-    "every message is well-formed, under its routing key, with its type and a message_id; updates, "
+    "every message is well-formed and has its routing key, its type and a message_id; updates, "
     "evaluations, first weights and failures are persistent",
 )
 async def well_formed(probe: Probe) -> str:
@@ -42,7 +42,9 @@ async def well_formed(probe: Probe) -> str:
     return f"{len(probe.presence) + len(probe.answers)} messages"
 
 
-@demands(Section.LEAVING, "a stop of its run lets a worker leave, with a bye, or wait for another")
+@demands(
+    Section.LEAVING, "after a stop of its run, a worker leaves with a bye or waits for another run"
+)
 async def stop(probe: Probe) -> str:
     """End the run."""
     since = len(probe.presence)
@@ -67,7 +69,7 @@ async def stop(probe: Probe) -> str:
     return await probe.until(find, "bye")
 
 
-@demands(Section.HELLO, "a refusal of its session lets a worker leave")
+@demands(Section.HELLO, "after a refusal of its session, a worker leaves")
 async def refusal(probe: Probe) -> str:
     """Refuse the worker after it has been restarted."""
     if not probe.options.twice:

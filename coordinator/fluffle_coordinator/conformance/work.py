@@ -11,8 +11,8 @@ from fluffle_coordinator.conformance.scenario import Section, demands
 
 @demands(
     Section.WORK,
-    "a fit is answered with an update of its run, round and base: trained - received, in the "
-    "names, shapes and dtypes of the fit, and finite",
+    "a fit is answered with an update of its run, round and base; its tensors are trained - "
+    "received, with the names, shapes and dtypes of the fit, and finite",
     needed=True,
 )
 async def fit(probe: Probe) -> str:
@@ -23,8 +23,8 @@ async def fit(probe: Probe) -> str:
 
 @demands(
     Section.WORK,
-    "a fit with evaluate true is answered with an evaluation of round - 1 and the same base, "
-    "before the update; without held-out data, with none",
+    "if evaluate is true, an evaluation of round - 1 and the fit's base comes before the update; "
+    "a worker without held-out data sends none",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
     """Ask for both, and check their order."""
@@ -48,7 +48,7 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples, then the update"
 
 
-@demands(Section.WORK, "an idle worker says which round of which run it did last")
+@demands(Section.WORK, "an idle worker reports the run and the round of its last work")
 async def last_work(probe: Probe) -> str:
     """Play a round, then ask for a heartbeat."""
     update, _ = await probe.update(await probe.ask(probe.next_fit()))
@@ -60,9 +60,7 @@ async def last_work(probe: Probe) -> str:
     return f"idle after round {beat.round}"
 
 
-@demands(
-    Section.WORK, "a fit that was answered is answered with the same update when it comes again"
-)
+@demands(Section.WORK, "if a fit comes again after its answer, the same update is sent again")
 async def same_fit_again(probe: Probe) -> str:
     """Send the same fit twice, the second time after the answer."""
     sent = await probe.ask(probe.next_fit())

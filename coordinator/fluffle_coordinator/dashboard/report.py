@@ -24,7 +24,14 @@ from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import read_history, read_history_lines
 
-_SCRIPTS = ("dom.js", "chart.js", "results.js", "panels.js", "page.js")  # in dependency order
+_SCRIPTS = (
+    "dom.js",
+    "chart.js",
+    "results.js",
+    "workers.js",
+    "panels.js",
+    "page.js",
+)  # in dependency order
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
 _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 

@@ -291,7 +291,7 @@ class Outbox:
             message,
             weights,
             route,
-            beside={EXTRA: extra, FROZEN: frozen},
+            others={EXTRA: extra, FROZEN: frozen},
             digest=None if frozen else self.prepare(weights, extra),
         )
 
