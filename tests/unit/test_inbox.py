@@ -27,10 +27,10 @@ async def test_what_is_refused_before_anybody_can_keep_it_waits_until_somebody_c
     await link.publish(b"x", Properties(), exchange="", keys=[NAMES.inbox("w")])
     refusals = Refusals(NAMES, "w")
     await refusals.refuse(link, await link.get(NAMES.inbox("w")), WRONG)
-    assert link.held, "it is ours still: dying now loses nothing"
+    assert link.unacked, "it is ours still: dying now loses nothing"
     await link.declare(NAMES.shared())
     await refusals.send_waiting(link)
-    assert not link.held
+    assert not link.unacked
     kept = await link.get(NAMES.rejected)
     assert (kept.exchange, kept.keys) == (NAMES.results, ("rejected.w",))
     assert kept.properties.headers["from"] == NAMES.inbox("w")
@@ -47,10 +47,10 @@ async def test_what_is_refused_while_a_coordinator_makes_where_it_goes_is_not_lo
     refusing = asyncio.ensure_future(Refusals(NAMES, "w").refuse(link, delivery, WRONG))
     for _ in range(5):
         await asyncio.sleep(0)
-    assert link.held, "nothing is bound yet"
+    assert link.unacked, "nothing is bound yet"
     await link.declare(shared)
     await refusing
-    assert not link.held
+    assert not link.unacked
     assert await link.get(NAMES.rejected) is not None
 
 

@@ -153,7 +153,7 @@ class Uploader:
                 message,
                 weights,
                 Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
-                beside={EXTRA: job.extra},
+                others={EXTRA: job.extra},
                 # Not durable: the worker keeps the answer and sends it again when asked.
                 parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
                 before_parts=before_parts,

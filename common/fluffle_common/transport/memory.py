@@ -37,7 +37,7 @@ from fluffle_common.transport.memory_queues import (
     Consumer,
     MemoryDelivery,
     MemoryQueue,
-    Stored,
+    StoredMessage,
 )
 
 _LOG = logger("transport.link")
@@ -49,7 +49,7 @@ class MemoryLink(Link):
     def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
         self._lost = asyncio.Event()
-        self.held: list[MemoryDelivery] = []
+        self.unacked: list[MemoryDelivery] = []
         self._taps: set[str] = set()
 
     @property
@@ -94,11 +94,11 @@ class MemoryLink(Link):
     ) -> None:
         """See ``base.Link``."""
         await self._wait_unblocked()
-        stored = Stored(body, properties, exchange, tuple(keys), float(int(wall_time())))
+        message = StoredMessage(body, properties, exchange, tuple(keys), float(int(wall_time())))
         if exchange and exchange not in self._broker.exchanges:  # RabbitMQ would close the channel
             self.cut()
             raise LinkLost(f"there is no exchange '{exchange}'")
-        self._broker.route(stored, exchange, keys)
+        self._broker.route(message, exchange, keys)
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
@@ -131,7 +131,7 @@ class MemoryLink(Link):
             lost.cancel()
             if consumer in source.consumers:
                 source.consumers.remove(consumer)
-                for delivery in reversed([d for d in self.held if d.consumer is consumer]):
+                for delivery in reversed([d for d in self.unacked if d.consumer is consumer]):
                     delivery.give_back()
                 source.dispatch()
 
@@ -143,23 +143,23 @@ class MemoryLink(Link):
     async def _entries(self, source: MemoryQueue, since: Since) -> AsyncGenerator[Delivery]:
         offset = since if isinstance(since, int) else 0
         at = since.timestamp() if isinstance(since, datetime) else 0.0
-        news = asyncio.Event()
-        source.news.add(news)
+        arrival = asyncio.Event()
+        source.arrivals.add(arrival)
         try:
             while True:
-                news.clear()
+                arrival.clear()
                 self._check()
-                for stored in [s for s in source.ready if s.number >= offset]:
+                for message in [m for m in source.ready if m.number >= offset]:
                     self._check()
-                    offset = stored.number + 1
-                    if stored.sent_at >= int(at):
-                        yield await self._copy(source, stored)
-                await news.wait()
+                    offset = message.number + 1
+                    if message.sent_at >= int(at):
+                        yield await self._copy(source, message)
+                await arrival.wait()
         finally:
-            source.news.discard(news)
+            source.arrivals.discard(arrival)
 
-    async def _copy(self, source: MemoryQueue, stored: Stored) -> Delivery:
-        copy = MemoryDelivery(source, stored, self, None)
+    async def _copy(self, source: MemoryQueue, message: StoredMessage) -> Delivery:
+        copy = MemoryDelivery(source, message, self, None)
         copy.ack()  # so that losing the link does not put it into the stream again
         return copy
 
@@ -229,9 +229,9 @@ class MemoryLink(Link):
         self._lost.set()
         for queue in self._broker.queues.values():
             queue.consumers = [c for c in queue.consumers if c.link is not self]
-            for news in queue.news:
-                news.set()
-        for delivery in reversed(list(self.held)):
+            for arrival in queue.arrivals:
+                arrival.set()
+        for delivery in reversed(list(self.unacked)):
             delivery.give_back()
         self._broker.links.discard(self)
         for tap in self._taps:
@@ -331,7 +331,7 @@ class MemoryBroker(Transport):
         self.queues.pop(queue, None)
         self.bindings.forget(queue)
 
-    def route(self, stored: Stored, exchange: str, keys: Sequence[str]) -> None:
+    def route(self, message: StoredMessage, exchange: str, keys: Sequence[str]) -> None:
         """Put a message once into every queue that one of the keys routes to."""
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
@@ -339,7 +339,7 @@ class MemoryBroker(Transport):
         error: QueueFull | None = None
         for name in sorted(targets):
             try:
-                self.queues[name].put(replace(stored))
+                self.queues[name].put(replace(message))
             except QueueFull as full:  # the other queues still get it
                 error = full
         if error is not None:

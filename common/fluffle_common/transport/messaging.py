@@ -55,7 +55,7 @@ async def send_tensors(
     weights: Weights,
     route: Route,
     *,
-    beside: Groups = NO_GROUPS,
+    others: Groups = NO_GROUPS,
     parts: Route | None = None,
     before_parts: Callable[[], Awaitable[None]] | None = None,
     progress: Progress | None = None,
@@ -68,14 +68,14 @@ async def send_tensors(
         message: the header, without its table of tensors.
         weights: the tensors of the ``model`` group.
         route: the route of the message.
-        beside: the tensors of the other groups.
+        others: the tensors of the other groups.
         parts: the route of the parts, which are then sent before the message. None sends them
             after the message, by the same route.
         before_parts: awaited before anything is published, if the message has parts.
         progress: called with the number of confirmed parts and the number of all parts.
         digest: the result of ``digest_of`` for the tensors, if it is already being computed.
     """
-    outgoing = Outgoing(message, weights, beside)
+    outgoing = Outgoing(message, weights, others)
     if not outgoing.parts:
         await _publish(link, message, outgoing.body(), route)
         return

@@ -61,16 +61,15 @@ async def reconnecting(
             await asyncio.sleep(pause_s)
             delay_s = min(2 * delay_s, backoff.most_s)
             continue
-        opened = loop.time()
+        opened_at = loop.time()
         _LOG.debug("opened a link to %s", transport.address)
         try:
             yield link
         finally:
             await link.close()
-            _LOG.debug("closed the link after %.1f s", loop.time() - opened)
+            _LOG.debug("closed the link after %.1f s", loop.time() - opened_at)
         # If the link was lost at once, keep backing off.
-        delay_s = (
-            backoff.first_s if loop.time() - opened > delay_s else min(2 * delay_s, backoff.most_s)
-        )
+        lasted = loop.time() - opened_at > delay_s
+        delay_s = backoff.first_s if lasted else min(2 * delay_s, backoff.most_s)
         down_since = loop.time()
         await asyncio.sleep(delay_s * (1 + random_fraction()) / 2)

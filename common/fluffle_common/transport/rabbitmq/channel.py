@@ -85,8 +85,8 @@ class ContentChannel:
         self._publish_seq = 0  # the broker numbers messages the same way
         self._unconfirmed: dict[int, _Unconfirmed] = {}
         self._pending_gets: deque[asyncio.Future[TaggedContent | None]] = deque()
-        self._unsettled: set[int] = set()  # tags that are not settled yet
-        self._unsent_acks: set[int] = set()  # tags whose acknowledgement is not sent yet
+        self._unsettled: set[int] = set()  # delivery tags
+        self._unsent_acks: set[int] = set()  # delivery tags
         self._ack_batch = max(prefetch // 2, 1)  # early enough that deliveries never stop
         self._ended = False
 
@@ -208,11 +208,11 @@ class ContentChannel:
         """Handle a complete message."""
         match frames.kind_of(content.method):
             case frames.DELIVER:
-                delivery = self._with_tag(content)
+                delivery = self._track(content)
                 if self._on_delivery is not None:
                     self._on_delivery(delivery)
             case frames.GET_OK:
-                self._answer_get(self._with_tag(content))
+                self._answer_get(self._track(content))
             case frames.RETURN:  # the confirmation follows
                 message_id = frames.properties(content.header).message_id or ""
                 for message in self._unconfirmed.values():
@@ -220,7 +220,7 @@ class ContentChannel:
                         message.return_reason = frames.return_reason(content.method)
                         break
 
-    def _with_tag(self, content: Content) -> TaggedContent:
+    def _track(self, content: Content) -> TaggedContent:
         tag = frames.tag(content.method)
         self._unsettled.add(tag)
         return TaggedContent(tag, content)

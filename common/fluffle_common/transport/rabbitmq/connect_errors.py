@@ -163,10 +163,10 @@ def probe_tls_error(url: URL, context: ssl.SSLContext | None) -> WrongNode | Non
 
 def _ssl_error(error: BaseException | None) -> ssl.SSLError | None:
     """Return the TLS error in a chain of exceptions, which aiormq may have wrapped."""
-    seen: set[int] = set()  # aiormq's errors can be each other's cause
-    while error is not None and id(error) not in seen:
+    visited: set[int] = set()  # aiormq's errors can be each other's cause
+    while error is not None and id(error) not in visited:
         if isinstance(error, ssl.SSLError):
             return error
-        seen.add(id(error))
+        visited.add(id(error))
         error = error.__cause__ or error.__context__
     return None

@@ -77,7 +77,7 @@ class Consumer:
         underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
         self._channel, self._content_channel = channel, content_channel
         self._tag = str(consume_ok.consumer_tag)
-        self._lifetime.at_end.add(self._on_link_end)
+        self._lifetime.end_callbacks.add(self._on_link_end)
         return self
 
     async def deliveries(self) -> AsyncGenerator[AmqpDelivery]:
@@ -145,9 +145,9 @@ class Consumer:
         self._lifetime.give_up("a queue we read from was deleted")
 
     async def _end(self) -> None:
-        self._lifetime.at_end.discard(self._on_link_end)
+        self._lifetime.end_callbacks.discard(self._on_link_end)
         self._content_channel.close(LinkLost("the consumer was closed"))
-        if not self._lifetime.over.is_set():
+        if not self._lifetime.ended.is_set():
             self._channel.close_callbacks.discard(self._lifetime.lose)
             with contextlib.suppress(LinkLost, TimeoutError), map_exceptions():
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):

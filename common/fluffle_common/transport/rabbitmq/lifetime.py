@@ -29,15 +29,15 @@ class Lifetime:
     """
 
     def __init__(self, user: str, close_reason: Callable[[], tuple[int, str] | None]) -> None:
-        self.over = asyncio.Event()
-        self.at_end: set[Callable[[], object]] = set()
+        self.ended = asyncio.Event()
+        self.end_callbacks: set[Callable[[], object]] = set()
         """Callbacks for the end of the link."""
         self._user, self._close_reason = user, close_reason
         self._why: LinkLost | BrokerError = LinkLost("the link was closed")
 
     def lose(self, _: Any, why: BaseException | None = None) -> None:
         """End the link because a connection or channel closed (aio_pika's close callback)."""
-        if self.over.is_set():
+        if self.ended.is_set():
             return
         if isinstance(why, LinkLost):
             self._why = why
@@ -54,8 +54,8 @@ class Lifetime:
 
     def end(self) -> None:
         """End the link and run the callbacks."""
-        self.over.set()
-        for call in tuple(self.at_end):
+        self.ended.set()
+        for call in tuple(self.end_callbacks):
             call()
 
     def error(self) -> LinkLost | BrokerError:
@@ -64,12 +64,12 @@ class Lifetime:
 
     def check(self) -> None:
         """Raise the reason if the link is over."""
-        if self.over.is_set():
+        if self.ended.is_set():
             raise self.error()
 
     async def lost(self) -> None:
         """Return when the link is over; raise ``BrokerError`` if reconnecting cannot help."""
-        await self.over.wait()
+        await self.ended.wait()
         if isinstance(self._why, BrokerError):
             raise self.error()
 

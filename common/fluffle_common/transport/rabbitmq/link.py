@@ -82,7 +82,7 @@ class AmqpLink(Link):
                 channel.close_callbacks.add(self._lifetime.lose)
             self._publish_channel = await publishing.content_channel(publish)
             self._get_channel = await consuming.content_channel(self._request_channel)
-        self._lifetime.at_end.add(self._on_end)
+        self._lifetime.end_callbacks.add(self._on_end)
         self._lifetime.check()
         return self
 

@@ -81,14 +81,14 @@ class AmqpTransport(Transport):
         self._address = ", ".join(map(display_url, [url] if url else self._urls))
 
     async def _open(self, url: URL) -> Link:
-        opened: list[Connection] = []
+        connections: list[Connection] = []
         try:
             for purpose in ("publish", "consume"):
                 name = f"{self._name} ({purpose})"
-                opened.append(await _connect(url, name, was_connected=self._was_connected))
-            return await AmqpLink(opened[0], opened[1], url.user or "guest").start()
+                connections.append(await _connect(url, name, was_connected=self._was_connected))
+            return await AmqpLink(connections[0], connections[1], url.user or "guest").start()
         except BaseException:
-            for connection in opened:
+            for connection in connections:
                 await close(connection)
             raise
 
