@@ -45,16 +45,16 @@ def moment(text: str) -> datetime:
     return datetime.now(UTC) - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
 
 
-def _source(command: Any) -> Any:
-    """Add the options that say where the journal is."""
-    in_a_file = click.option(
+def _source_options(command: Any) -> Any:
+    """Add the options for the source of the journal: a broker, or a simulation's run folder."""
+    run_option = click.option(
         "--run",
         "folder",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Read the journal of a simulation, which is in its run's folder.",
+        help="Read the journal in the run folder of a simulation, instead of one on a broker.",
     )
-    return federation_option(url_option(in_a_file(command)), required=False)
+    return federation_option(url_option(run_option(command)), required=False)
 
 
 def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
@@ -67,7 +67,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
 
 
 @click.command()
-@_source
+@_source_options
 @click.option(
     "--since",
     callback=_since,
@@ -111,7 +111,7 @@ def journal(**options: Any) -> None:
     show = _print_json if options["as_json"] else _SentencePrinter()
 
     async def run() -> None:
-        async with contextlib.aclosing(_chosen(options)) as events:
+        async with contextlib.aclosing(_events_of(options)) as events:
             async for event in events:
                 if _is_wanted(event, options):
                     show(event)
@@ -119,17 +119,19 @@ def journal(**options: Any) -> None:
     asyncio.run(run())
 
 
-def _chosen(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
-    """Return the events of the journal that the options name."""
+def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
+    """Return the events of the journal that the options select."""
     folder, since, follow = options["folder"], options["since"], options["follow"]
     if folder is None:
-        return _events(_named(options["federation"]), options["url"], since, live=follow)
+        return _events(_required(options["federation"]), options["url"], since, live=follow)
     if follow:
-        raise UsageError("--follow needs a journal on a broker; --run names one in a file")
-    return _in_file(folder, since)
+        raise UsageError(
+            "--follow needs a journal on a broker, but --run reads a file; give only one of them"
+        )
+    return _events_in_file(folder, since)
 
 
-async def _in_file(folder: Path, since: datetime | None) -> AsyncGenerator[Event]:
+async def _events_in_file(folder: Path, since: datetime | None) -> AsyncGenerator[Event]:
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
     for event in read_journal_file(folder):
@@ -137,11 +139,11 @@ async def _in_file(folder: Path, since: datetime | None) -> AsyncGenerator[Event
             yield event
 
 
-def _named(federation: str | None) -> str:
-    """Return the federation whose journal is on a broker.
+def _required(federation: str | None) -> str:
+    """Return the federation, which is required unless the journal is in a run folder.
 
     Raises:
-        UsageError: if none is named.
+        UsageError: if it is None.
     """
     if federation is None:
         raise UsageError(
@@ -161,7 +163,7 @@ def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
 
 
 @click.command()
-@_source
+@_source_options
 @click.argument("number", metavar="[ROUND]", type=count(), required=False)
 @_run_id_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -192,10 +194,10 @@ def explain(
 
     now = datetime.now(UTC)
     if folder is None:
-        events, coordinated = asyncio.run(_read(_named(federation), url))
+        events, coordinated = asyncio.run(_read(_required(federation), url))
     else:
         events, coordinated = list(read_journal_file(folder)), None
-        now = events[-1].moment or now if events else now  # a simulation has a time of its own
+        now = events[-1].moment or now if events else now  # simulated time
     run, number = _choose_round(events, run_id, number)
     explanation = explain_round(events, run, number, now, coordinated=coordinated)
     if as_json:

@@ -97,8 +97,8 @@ class FlatStep:
     def _is_small(self, args: tuple[Any, ...], batch: Array, key: Any) -> bool:
         """Whether dispatching a step takes about as long as the step, and a loop no longer.
 
-        The answer depends only on the step and its shapes, so that a training gives the same bits
-        on every machine, and in a simulation.
+        The answer depends only on the step and its shapes, so that a worker and a simulation
+        compute a training in the same way.
         """
         which = args[1], batch.shape
         if which not in self._small:

@@ -1,9 +1,9 @@
-// The panel of the workers (see panels.js): a table that stays usable with thousands of them.
+// The panel of the workers (see panels.js): a table that remains usable with thousands of rows.
 
 import { $, ago, either, figure, keyed, make, mark, say, size, span, whole } from "./dom.js";
 import { frozen } from "./results.js";
 
-/** So many rows are shown at first, and with each press of the button. */
+/** The number of rows shown at first, and added with each press of the button. */
 const STEP = 25;
 const ABSENT = new Set(["left", "gone", "refused"]);
 
@@ -18,25 +18,25 @@ export function people(board) {
   return ["took part", board.workers.filter((worker) => worker.counted > 0).length];
 }
 
-let most = STEP;
-let latest = null; // what was drawn last, to draw it in another order
+let limit = STEP;
+let latest = null; // the last board and time, for redrawing after a change of the search or order
 
-/** The panel: the workers that are looked for, in the chosen order, and of many only the first. */
+/** Draw the first workers whose names match the search, in the chosen order. */
 export function workers(board, now) {
   latest = { board, now };
   const [label, count] = people(board);
   say($("workers-count"), board.workers.length ? `${whole(count)} ${label}` : "");
   either("workers", board.workers.length > 0);
   mark($("workers-finder"), "hidden", board.workers.length > STEP ? null : "");
-  const found = board.workers.filter((worker) => worker.name.includes($("workers-name").value.trim()));
+  const matching = board.workers.filter((worker) => worker.name.includes($("workers-name").value.trim()));
   const order = $("workers-order").value;
-  if (order !== "name") found.sort((one, other) => (other[order] ?? -1) - (one[order] ?? -1));
-  const left = Math.max(0, found.length - most);
+  if (order !== "name") matching.sort((one, other) => (other[order] ?? -1) - (one[order] ?? -1));
+  const left = Math.max(0, matching.length - limit);
   mark($("workers-more"), "hidden", left > 0 ? null : "");
   say($("workers-more"), `Show ${whole(Math.min(STEP, left))} more of ${whole(left)}`);
   keyed(
     $("workers"),
-    found.slice(0, most),
+    matching.slice(0, limit),
     (worker) => worker.name,
     () => {
       const bar = make("div", { class: "bar" }, make("progress", { max: 1, value: 0 }), make("span"));
@@ -90,7 +90,7 @@ function showCount(cell, count) {
   mark(cell, "data-tone", count > 0 ? "odd" : "none");
 }
 
-/** Show how long ago each worker was heard of. */
+/** Show how long ago each worker was last heard. */
 export function seen(board, now) {
   const byName = new Map(board.workers.map((worker) => [worker.name, worker]));
   for (const row of $("workers").children) {
@@ -105,12 +105,12 @@ export function seen(board, now) {
   }
 }
 
-function again() {
+function redraw() {
   if (latest) workers(latest.board, latest.now);
 }
-$("workers-name").addEventListener("input", again);
-$("workers-order").addEventListener("change", again);
+$("workers-name").addEventListener("input", redraw);
+$("workers-order").addEventListener("change", redraw);
 $("workers-more").addEventListener("click", () => {
-  most += STEP;
-  again();
+  limit += STEP;
+  redraw();
 });
