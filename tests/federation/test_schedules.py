@@ -343,7 +343,7 @@ def test_a_deadline_reissues_lost_work(federated):
 @pytest.mark.parametrize(
     ("timing", "message"),
     [
-        (Timing(schedule="async", max_staleness=3), "there is no schedule 'async'"),
+        (Timing(schedule="async", max_staleness=3), "unknown schedule 'async'"),
         (Timing(buffer=3), "--buffer needs --schedule buffered; add that, or remove --buffer"),
         (Timing(staleness=Discount()), "--staleness needs"),
         (Timing(schedule="buffered", late="discount"), "--late discount needs --schedule quorum"),

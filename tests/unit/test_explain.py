@@ -344,7 +344,7 @@ def test_the_chosen_round():
         UsageError, match="round 9 of run later is not .*; r has 7-8; later has 1-2"
     ):
         _choose_round(story.events, None, 9)
-    with pytest.raises(UsageError, match="run x is not in the journal; there are r, later"):
+    with pytest.raises(UsageError, match="run x is not in the journal; choose from r, later"):
         _choose_round(story.events, "x", None)
     with pytest.raises(UsageError, match="no run yet"):
         _choose_round([], None, None)
