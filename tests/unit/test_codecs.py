@@ -197,7 +197,7 @@ def test_a_residual_that_is_not_finite_is_an_error(codecs):
         return np.full(like.shape, np.inf, like.dtype)
 
     codecs.add(changed(decode=staticmethod(infinite)), "here")
-    with pytest.raises(CodecError, match="'signs' decodes its own encoding of tensor 'w'"):
+    with pytest.raises(CodecError, match="'signs' encodes the finite tensor 'w'"):
         compress(DELTA, "signs", {})
 
 

@@ -379,7 +379,7 @@ def test_an_invalid_name_of_an_encoding_is_malformed():
 
 def test_an_unknown_encoding_is_refused_with_a_list_of_known_ones():
     with pytest.raises(
-        MalformedMessage, match="'zip' is unknown here; known are bf16, f16"
+        MalformedMessage, match="unknown encoding 'zip'; choose from bf16, f16"
     ) as wrong:
         decode_contribution(*update(DELTA, "zip"), BASE)
     assert wrong.value.cause == "tensors"
