@@ -301,7 +301,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
     ("method", "message"),
     [
         ("needed(self, state): return 'two'", "in needed(): it returned 'two', not a number"),
-        ("cohort(self, state): return ['nobody']", "it named 'nobody', but no such worker"),
+        ("cohort(self, state): return ['nobody']", "it selected 'nobody', but no such worker"),
         ("cohort(self, state): return state.nothing", "in cohort(): AttributeError"),
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
     ],
