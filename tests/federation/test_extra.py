@@ -140,7 +140,7 @@ def test_a_worker_without_the_rule_names_what_is_missing(federated):
         await coordinator.end()
         assert federation.participants() == [["a"]]
         (event, *_) = b.log.of("failure")
-        assert "asks for extra tensors" in event["reason"]
+        assert "requires extra tensors" in event["reason"]
         assert "--local-rule" in event["reason"]
 
     federated(scenario)

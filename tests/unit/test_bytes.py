@@ -122,7 +122,7 @@ def test_an_announcement_that_does_not_match_the_model_is_refused(encoding, chan
     ("offset", "nbytes", "reason"),
     [
         (0, 8 * 2**30, "has 8589934592 bytes, but its tensors end at byte 8"),
-        (2**32, 2**32 + 8, "its tensors need no more than"),
+        (2**32, 2**32 + 8, "its tensors need at most"),
         (4, 12, "wrong offset"),
     ],
 )

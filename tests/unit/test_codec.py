@@ -434,7 +434,7 @@ def test_an_inconsistent_table_is_refused(entries, payload, reason):
         (b"<html>", "not a msgpack array"),
         (VALID[:-1], "should have 8 bytes, but has 7"),
         (VALID[:-8], "should have 8 bytes, but has 0"),
-        (VALID[:-9], "ends within"),
+        (VALID[:-9], "the middle of"),
         (VALID[:-10], "payload is missing"),
         (VALID + b"\x00", "should have 8 bytes, but has 9"),
         (VALID + VALID, "should have 8 bytes"),

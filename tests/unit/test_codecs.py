@@ -126,7 +126,7 @@ def changed(**changes: Any) -> type:
         (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
         (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),
         (changed(parts=staticmethod(lambda shape: (Part("", "int4", shape),))), "dtype 'int4'"),
-        (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "of one suffix"),
+        (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "with the same suffix"),
     ],
 )
 def test_an_invalid_codec_is_refused_with_a_remedy(codec, reason):

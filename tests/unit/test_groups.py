@@ -119,7 +119,7 @@ def test_a_name_may_be_in_two_groups_but_not_twice_in_one():
     ("wanted", "extra", "cause", "reason"),
     [
         (None, EXTRA, "tensors", "the extra tensor 'w' was not requested"),
-        ("model", {}, "tensors", "the extra requested extra tensors are missing"),
+        ("model", {}, "tensors", "the requested extra tensors are missing"),
         ("model", {"v": np.ones(5)}, "tensors", "'v' was not requested"),
         ("model", {"w": np.ones(1)}, "tensors", r"'w' is float64 \(1,\), expected floats of sha"),
         ({"k": (2,)}, {"k": np.ones(2, np.int8)}, "tensors", "'k' is int8"),

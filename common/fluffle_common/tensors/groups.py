@@ -166,6 +166,6 @@ def check_extra(
             raise ValueError(f"the extra tensor '{name[:60]}' was not requested")
         if shape != tuple(shapes[name]) or not is_float(dtype):
             raise ValueError(
-                f"the extra tensor '{name[:60]}' is {dtype} {shape}; expected floats of shape "
+                f"the extra tensor '{name[:60]}' is {dtype} {shape}, expected floats of shape "
                 f"{tuple(shapes[name])}"
             )

@@ -37,8 +37,8 @@ class TopK:
             fraction = 0.0
         if name != cls.name or not 0 < fraction <= 1:
             raise ValueError(
-                f"'{text}' is not valid; topk:FRACTION is expected, such as topk:0.01 to send 1 % of "
-                "the values"
+                f"'{text}' is not valid; topk:FRACTION is expected, such as topk:0.01 to send 1 % "
+                "of the values"
             )
         return cls(fraction)
 
