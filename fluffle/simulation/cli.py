@@ -101,13 +101,13 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Fixed time added to each training, in the form of --step-time.",
+    help="Fixed time added to each training, in seconds, in the form of --step-time.",
 )
 @click.option(
     "--bandwidth",
     metavar="BYTES/S",
-    help="Speed of a client's network connection, in the form of --step-time.  [default: "
-    "unlimited]",
+    help="Speed of a client's network connection, in bytes per second, in the form of "
+    "--step-time.  [default: unlimited]",
     show_default=False,
 )
 @click.option(
