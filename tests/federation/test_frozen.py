@@ -331,7 +331,7 @@ def test_tensors_of_another_digest_are_refused_and_the_run_says_so(federated):
         federation.worker("b", task)
         failure = await coordinator.log.until("failure")
         assert failure["worker"] == "b"
-        assert "the frozen tensors that were received have the digest" in failure["reason"]
+        assert "the received frozen tensors have the digest" in failure["reason"]
         assert task.kernel[0] == 5.0
         await coordinator.end()
         assert federation.participants() == [["a"]] * 6

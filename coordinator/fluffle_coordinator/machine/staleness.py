@@ -75,8 +75,8 @@ class Discount:
             args = (math.nan,)
         if len(args) != len(default) or not all(0 <= arg < math.inf for arg in args):
             raise ValueError(
-                f"'{text[:60]}' needs numbers of at least 0, and {len(default)} in all, as in "
-                f"{cls(kind, default)}"
+                f"invalid discount '{text[:60]}'; expected the form of {cls(kind, default)}, with "
+                "numbers of at least 0"
             )
         return cls(kind, args)
 
